@@ -1,0 +1,87 @@
+"""What is installed, what the compiled library carries, and which kernels would run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import backends
+
+_VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+class EnvReport(dict):
+    """A dict that prints as lines of "name: value"."""
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self)
+        return "\n".join(f"{name:{width}}  {_text(value)}" for name, value in self.items())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _or_error(ask) -> object:
+    """The answer, or the error in words: a report on a broken installation must still print."""
+    try:
+        return ask()
+    except (RuntimeError, OSError, ValueError, AttributeError, ImportError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _library() -> dict[str, object]:
+    library = backends.library()
+    report: dict[str, object] = {"library": f"{library.path}" if library.loaded else f"not loaded: {library.error}"}
+    if library.loaded:
+        report["compiler"] = library.compiler or "unknown"
+        report["CPU instruction sets"] = library.cpu_capabilities
+        report["CPU instruction set in use"] = _or_error(backends.cpu_capability)
+        report["CUDA architectures"] = library.cuda_archs
+    return report
+
+
+def env_report() -> EnvReport:
+    """Versions, the compiled library and what it carries, the backend that each device gets, threads, and environment variables set.
+
+    Returns a dict that prints as a table; `python -m dipkernels` prints it. Raises nothing: what cannot be found out is said in words.
+    """
+    from . import __version__
+
+    report = EnvReport(
+        {
+            "dipkernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _or_error(lambda: _version("triton")),
+            "platform": f"{platform.system()} {platform.machine()}",
+        }
+    )
+    library = _or_error(_library)
+    report.update(library if isinstance(library, dict) else {"library": library})
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and not torch.cuda.is_available():
+            report["kernels on cuda"] = "no CUDA device"
+            continue
+        plan = _or_error(lambda device=device: backends.choose("perturb", device))
+        report[f"kernels on {device}"] = f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
+    if torch.cuda.is_available():
+        report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    report["threads"] = torch.get_num_threads()
+    names = sorted({name for name in os.environ if name.startswith("DIPKERNELS_")} | {n for n in _VARIABLES if n in os.environ})
+    report["environment"] = {name: os.environ[name] for name in names}
+    return report

@@ -1,0 +1,152 @@
+"""Where a layer's seed comes from: drawn afresh at each forward pass, or derived from a fixed key.  docs/maths.md, section 3.
+
+The state is module-level. torch.compile reads it through guards on tensor properties, so that a new key recompiles nothing;
+a context variable would break the trace, and a thread-local would be missed by the backward thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+
+import torch
+from torch import Tensor
+
+_KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
+_ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
+_MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
+
+
+def signed(value: int) -> int:
+    """The int64 with the bits of value mod 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+class _State(contextlib.ContextDecorator):
+    """Saves the state on entry and restores it on exit. One instance may be entered again, nested or as a decorator."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple] = []
+
+    def _set(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self):
+        self._saved.append((_KEY, _ROW0, _MODE))
+        self._set()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _KEY, _ROW0, _MODE
+        _KEY, _ROW0, _MODE = self._saved.pop()
+
+
+class fixed_noise(_State):
+    """Every DIP layer inside derives its noise from (key, its number in the model) and draws nothing: the same key, the same noise.
+
+    key: any integer, taken mod 2^64, or an int64 tensor of one element.
+    row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0 .. b1 of
+    a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading dimension is batch * m:
+    pass row0=b0 * m there.
+    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there. A layer called twice
+    inside repeats its noise. Nests; restores on exceptions; works as a decorator.
+    Raises TypeError or ValueError for a key or row0 outside these. Source: the noise contract, DESIGN.
+    """
+
+    def __init__(self, key: int | Tensor, row0: int = 0) -> None:
+        super().__init__()
+        self._key = _key_tensor(key)
+        try:
+            self._row0 = operator.index(row0)
+        except TypeError:
+            raise TypeError(f"row0: expected an integer >= 0, got {row0!r}") from None
+        if self._row0 < 0:
+            raise ValueError(f"row0: expected an integer >= 0, got {row0}")
+
+    def _set(self) -> None:
+        global _KEY, _ROW0
+        _KEY, _ROW0 = self._key, self._row0
+
+
+class noise_off(_State):
+    """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation and debugging.
+
+    Nests; restores on exceptions; works as a decorator.
+    """
+
+    def _set(self) -> None:
+        global _MODE
+        _MODE = "off"
+
+
+class sampling_on(_State):
+    """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
+
+    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on exceptions;
+    works as a decorator.
+    """
+
+    def _set(self) -> None:
+        global _MODE
+        _MODE = "on"
+
+    def __enter__(self):
+        self._saved_fast_path = [*getattr(self, "_saved_fast_path", ()), torch.backends.mha.get_fastpath_enabled()]
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        super().__exit__(*exc)
+        torch.backends.mha.set_fastpath_enabled(self._saved_fast_path.pop())
+
+
+class numbered_pass(_State):
+    """Under fixed_noise: key + number * 0x9E3779B97F4A7C15 (mod 2^64), and row0 * rows_per_entry. Otherwise nothing."""
+
+    def __init__(self, number: int, rows_per_entry: int = 1) -> None:
+        super().__init__()
+        self._number, self._rows_per_entry = number, rows_per_entry
+
+    def _set(self) -> None:
+        global _KEY, _ROW0
+        if _KEY is not None:
+            step = torch.tensor([signed(self._number * _GOLDEN), 0], device=_KEY.device)
+            _KEY, _ROW0 = _KEY + step, _ROW0 * self._rows_per_entry
+
+
+def _key_tensor(key: int | Tensor) -> Tensor:
+    if isinstance(key, Tensor):
+        if key.dtype is not torch.int64 or key.numel() != 1:
+            raise TypeError(f"key: expected an int64 tensor of one element, got {key.dtype} of shape {tuple(key.shape)}")
+        key = key.detach().reshape(1)
+        return torch.cat([key, torch.zeros_like(key)])
+    try:
+        number = operator.index(key)
+    except TypeError:
+        raise TypeError(f"key: expected an integer or an int64 tensor of one element, got {key!r}") from None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.tensor([signed(number), 0], device=device or "cpu")
+
+
+def draw(stream: Tensor, x: Tensor) -> Tensor:
+    """The seed of one forward pass, int64 [2] = (key, stream): under fixed_noise KEY + (0, number), otherwise two random integers.
+
+    stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of that device,
+    in one call, as dropout's does.
+    """
+    if _KEY is None:
+        return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+    return _KEY.to(x.device) + stream
+
+
+def first_row(x: Tensor, dim: int = -1) -> int:
+    """The contract's row of x's first element: _ROW0 * the rows of one entry of the leading dimension. dim: the feature dimension."""
+    if _ROW0 == 0:
+        return 0
+    rows, feature = _ROW0, dim % x.ndim
+    for d in range(1, x.ndim):
+        if d != feature:
+            rows *= x.shape[d]
+    return rows

@@ -1,0 +1,210 @@
+"""Several noisy passes of one model: `trajectories` for training (Algorithm 1), `predict` (Algorithms 2 and 3)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from . import seeds
+from .convert import eval_mode
+from .layers import dip_layers
+
+
+def trajectories(model: Callable, *args, m: int, in_dims=0, **kwargs):
+    """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m into the batch.
+
+    model: a module in training mode (or inside sampling_on), or a callable. args, kwargs: any pytrees; every tensor [B, ...] is
+    repeated m times along its first dimension, example by example (row b * m + s), so that the noise of an example does not
+    depend on what else is in the batch. m: >= 1.
+    in_dims: 0 folds a tensor, None passes it as it is: one for all, a tuple for args as in torch.vmap (kwargs are then folded), or a
+    dict from argument position or name for those that differ from 0, such as {"position_ids": None}. Entries may be prefixes.
+    Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a tensor nor
+    a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0 counts folded entries.
+    BatchNorm in training mode sees all B * m rows at once.
+    Raises ValueError for an input whose first size is not B or an output whose first size is not B * m, naming it, and
+    RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv 2506.04690, Algorithm 1.
+    """
+    _check_count("m", m, 1)
+    if isinstance(model, nn.Module) and not model.training and seeds._MODE != "on":
+        raise RuntimeError(
+            "model: expected training mode, got eval mode, where DIP layers add no noise and the m trajectories would be equal; "
+            "call model.train(), or use dip.predict(model, ..., k=m)"
+        )
+    return _folded(model, args, kwargs, m, in_dims)
+
+
+def predict(model: nn.Module, *args, k: int = 16, average: str | None = "probs", chunk: int = 1, **kwargs) -> Tensor:
+    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)), without gradients; k = 0: the plain network's.
+
+    model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored.
+    args, kwargs: the model's. k: >= 0; 0 is Algorithm 3, one deterministic pass. average: "probs" (mean of the softmax over the
+    last dimension, float32), "logits" (mean of the outputs, at least float32), or None (all outputs).
+    chunk: >= 1 passes at a time, folded into the batch as `trajectories` does; memory grows with chunk, not with k.
+    The output must be a tensor [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not tensors
+    are those of the first pass.
+    Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for the same chunk;
+    row0 counts examples.
+    Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0).
+    Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits
+    or probabilities are averaged is not stated there.
+    """
+    _check_count("k", k, 0)
+    _check_count("chunk", chunk, 1)
+    if average not in ("probs", "logits", None):
+        raise ValueError(f"average: expected 'probs', 'logits' or None, got {average!r}")
+    if k > 0 and not dip_layers(model):
+        raise ValueError("model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0")
+    total, outputs = None, []
+    with torch.no_grad(), eval_mode(model):
+        for number, first in enumerate(range(0, max(k, 1), chunk)):
+            count = min(chunk, max(k, 1) - first)
+            if k == 0:
+                out = _map_tensors(_add_leading, model(*args, **kwargs))
+            else:
+                with seeds.sampling_on(), seeds.numbered_pass(number, count):
+                    out = _passes(model, args, kwargs, count)
+            if average is None:
+                outputs.append(out)
+                continue
+            part = _averaged(out, average).sum(0)
+            total = part if total is None else total.add_(part)
+    if average is None:
+        return _map_tensors(lambda name, *parts: torch.cat(parts), *outputs)
+    return total / max(k, 1)
+
+
+def _passes(model: Callable, args: tuple, kwargs: dict, count: int):
+    if count == 1:
+        return _map_tensors(_add_leading, model(*args, **kwargs))
+    return _folded(model, args, kwargs, count, 0)
+
+
+def _add_leading(name: str, value: Tensor) -> Tensor:
+    return value[None]
+
+
+def _averaged(out, average: str) -> Tensor:
+    if not isinstance(out, Tensor):
+        out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(f"model: expected a floating tensor as output, or one named 'logits', got {_kind(out)}; or pass average=None")
+    out = out.to(torch.promote_types(out.dtype, torch.float32))
+    return out.softmax(-1) if average == "probs" else out
+
+
+def _kind(value) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+
+
+# ---- folding m into the batch --------------------------------------------------------------------------------------
+
+
+def _folded(model: Callable, args: tuple, kwargs: dict, m: int, in_dims):
+    arg_dims, kwarg_dims = _dims_of(in_dims, args, kwargs)
+    fold = _Fold(m)
+    folded_args = [fold(value, dims, f"args[{i}]") for i, (value, dims) in enumerate(zip(args, arg_dims, strict=True))]
+    folded_kwargs = {name: fold(value, kwarg_dims[name], name) for name, value in kwargs.items()}
+    if fold.batch is None:
+        raise ValueError("args: expected a tensor [B, ...] to repeat, found none (in_dims=None passes one as it is)")
+    out = model(*folded_args, **folded_kwargs)
+    return _map_tensors(lambda name, value: _unfolded(name, value, fold.batch, m), out)
+
+
+def _dims_of(in_dims, args: tuple, kwargs: dict) -> tuple[list, dict]:
+    """in_dims of every argument, positional and named."""
+    if isinstance(in_dims, (tuple, list)):
+        if len(in_dims) != len(args):
+            raise ValueError(f"in_dims: expected one entry for each of {len(args)} positional arguments, got {len(in_dims)}")
+        return list(in_dims), dict.fromkeys(kwargs, 0)
+    if isinstance(in_dims, dict):
+        unknown = [key for key in in_dims if key not in kwargs and key not in range(len(args))]
+        if unknown:
+            raise ValueError(f"in_dims: expected positions or names of arguments, got {unknown}")
+        return [in_dims.get(i, 0) for i in range(len(args))], {name: in_dims.get(name, 0) for name in kwargs}
+    return [in_dims] * len(args), dict.fromkeys(kwargs, in_dims)
+
+
+class _Fold:
+    """Repeats tensors m times along their first dimension; remembers B and who set it."""
+
+    def __init__(self, m: int) -> None:
+        self.m, self.batch, self.first = m, None, ""
+
+    def __call__(self, value, dims, name: str):
+        pairs, spec = pytree.tree_flatten_with_path(value)
+        try:
+            flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
+        except ValueError:
+            flat_dims = None
+        if flat_dims is None:
+            raise ValueError(f"in_dims: expected 0, None or a prefix of {name}'s structure, got {dims!r}")
+        leaves = [self._leaf(leaf, d, name + pytree.keystr(path)) for (path, leaf), d in zip(pairs, flat_dims, strict=True)]
+        return pytree.tree_unflatten(leaves, spec)
+
+    def _leaf(self, leaf, dim, name: str):
+        if dim is None or not isinstance(leaf, Tensor):
+            return leaf
+        if isinstance(dim, bool) or dim != 0:
+            raise ValueError(f"in_dims: expected 0 or None for {name}, got {dim!r}")
+        size = leaf.shape[0] if leaf.ndim else None
+        if self.batch is None and size is not None:
+            self.batch, self.first = size, name
+        if size is None or size != self.batch:
+            wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
+            raise ValueError(
+                f"{name}: expected a tensor whose first size is {wanted}, got shape {tuple(leaf.shape)}; "
+                "in_dims=None for it passes it as it is"
+            )
+        if self.m == 1:
+            return leaf
+        return leaf.unsqueeze(1).expand(size, self.m, *leaf.shape[1:]).flatten(0, 1)
+
+
+def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
+    if value.ndim == 0:
+        raise ValueError(
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made inside the model has lost "
+            "its trajectories. Take it from logits with dip.objective, or use model(...).loss + dip.penalty(model, alpha, beta)"
+        )
+    if value.shape[0] != batch * m:
+        raise ValueError(f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape {tuple(value.shape)}")
+    return value.unflatten(0, (batch, m)).transpose(0, 1)
+
+
+# ---- outputs: pytrees, and dataclasses and mappings that are none ----------------------------------------------------
+
+
+def _map_tensors(fn: Callable, *outs, name: str = "output"):
+    """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are the first one's."""
+    first = outs[0]
+    if isinstance(first, Tensor):
+        return fn(name, *outs)
+    pairs, spec = pytree.tree_flatten_with_path(first)
+    if not spec.is_leaf():
+        others = [pytree.tree_leaves(out) for out in outs[1:]]
+        leaves = [
+            _map_tensors(fn, leaf, *(other[i] for other in others), name=name + pytree.keystr(path))
+            for i, (path, leaf) in enumerate(pairs)
+        ]
+        return pytree.tree_unflatten(leaves, spec)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        changed = copy.copy(first)
+        for field in (f.name for f in dataclasses.fields(first)):
+            content = _map_tensors(fn, *(getattr(out, field) for out in outs), name=f"{name}.{field}")
+            object.__setattr__(changed, field, content)
+        return changed
+    if isinstance(first, Mapping):
+        return {key: _map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]") for key in first}
+    return first
