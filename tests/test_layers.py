@@ -1,0 +1,278 @@
+"""layers: the plain layer in eval mode, the projection in training, and parameters that survive what PyTorch does to modules."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dipkernels import functional, layers, seeds
+from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, Variance, dip_layers, number_layers
+from dipkernels.seeds import fixed_noise, sampling_on
+
+CASES = [
+    pytest.param(lambda **kw: DIPLinear(12, 7, **kw), (5, 12), id="linear"),
+    pytest.param(lambda **kw: DIPLinear(12, 7, bias=False, **kw), (2, 3, 12), id="linear-3d"),
+    pytest.param(lambda **kw: DIPConv2d(6, 4, 3, padding=1, **kw), (2, 6, 5, 4), id="conv"),
+    pytest.param(lambda **kw: DIPConv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, **kw), (6, 5, 4), id="conv-chw"),
+    pytest.param(lambda **kw: DIPInput(12, **kw), (5, 12), id="input"),
+    pytest.param(lambda **kw: DIPInput(12, dim=1, **kw), (5, 12, 3), id="input-dim1"),
+]
+
+
+def plain_forward(layer, x):
+    for plain in (nn.Linear, nn.Conv2d):
+        if isinstance(layer, plain):
+            return plain.forward(layer, x)
+    return x
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_eval_mode_is_the_plain_layer_to_the_bit(make, shape):
+    layer, x = make().eval(), torch.randn(shape)
+    assert torch.equal(layer(x), plain_forward(layer, x))
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_training_mode_is_the_plain_layer_of_the_perturbed_input(make, shape):
+    layer, x = make(init_variance=0.25, num_samples=4), torch.randn(shape)
+    dim = getattr(layer, "dim", -3 if isinstance(layer, DIPConv2d) else -1)
+    with fixed_noise(9):
+        y = layer(x)
+    seed = torch.tensor([9, layer.number])
+    # four samples averaged: sigma / 2
+    u = x + 0.5 / 2 * functional.noise(tuple(shape), seed, dim=dim)
+    torch.testing.assert_close(y, plain_forward(layer, u), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_every_parameter_gets_a_gradient(make, shape):
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in layer.parameters())
+    assert bool(x.grad.any())
+
+
+def test_the_noise_has_the_layers_standard_deviation():
+    variance = torch.tensor([0.01, 1.0, 4.0])
+    layer = DIPInput(3, init_variance=variance)
+    with fixed_noise(1):
+        u = layer(torch.zeros(20000, 3))
+    torch.testing.assert_close(u.var(0), variance, rtol=0.05, atol=0)
+    torch.testing.assert_close(layer.variance.sigma, variance.sqrt())
+
+
+def test_conv_keeps_channels_last():
+    layer = DIPConv2d(8, 8, 3)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    with fixed_noise(1):
+        y, contiguous = layer(x), layer(x.contiguous())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, contiguous, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: DIPLinear(8, 8), lambda: DIPConv2d(8, 8, 1)])
+def test_autocast_gives_the_plain_layers_type(make):
+    layer = make()
+    x = torch.randn((3, 8) if isinstance(layer, nn.Linear) else (3, 8, 2, 2), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype is torch.bfloat16
+    y.sum().backward()
+    assert layer.log_variance.grad.dtype is x.grad.dtype is torch.float32
+
+
+def test_log_variance_keeps_its_bits_through_half_precision():
+    layer = DIPLinear(8, 8, init_variance=0.0123)
+    value = layer.log_variance.detach().clone()
+    for cast in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu", torch.half)):
+        cast(layer)
+        assert layer.log_variance.dtype is torch.float32
+        assert torch.equal(layer.log_variance, value)
+        assert layer.weight.dtype in (torch.bfloat16, torch.half)
+    layer.double()
+    assert layer.log_variance.dtype is torch.float64
+    layer.bfloat16()
+    assert torch.equal(layer.log_variance, value)
+    layer(torch.randn(2, 8, dtype=torch.bfloat16)).sum().backward()
+    layer.double().half()
+    assert layer.log_variance.grad.dtype is torch.float32
+
+
+def test_log_variance_is_float32_under_a_bfloat16_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = DIPLinear(4, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.weight.dtype is torch.bfloat16
+    assert layer.log_variance.dtype is torch.float32
+
+
+def test_a_plain_checkpoint_loads_strictly_and_leaves_the_initial_variance():
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
+    model = nn.Sequential(DIPLinear(4, 4, init_variance=0.5), DIPConv2d(4, 4, 1, init_variance=0.25))
+    with torch.no_grad():
+        model[0].log_variance.fill_(3.0)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert model[0].log_variance[0].item() == pytest.approx(math.log(0.5))
+    assert set(model.state_dict()) - set(plain.state_dict()) == {"0.variance.log_variance", "1.variance.log_variance"}
+
+
+def test_a_wrong_shape_and_a_missing_weight_are_errors():
+    layer = DIPLinear(4, 4)
+    with pytest.raises(RuntimeError, match="size mismatch for variance.log_variance"):
+        layer.load_state_dict({**layer.state_dict(), "variance.log_variance": torch.zeros(5)})
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        layer.load_state_dict({"bias": layer.bias})
+
+
+def test_loading_by_assignment_keeps_float32():
+    layer, source = DIPLinear(4, 4), DIPLinear(4, 4, init_variance=0.3)
+    state = {name: value.bfloat16() for name, value in source.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.dtype is torch.bfloat16
+    assert layer.log_variance.dtype is torch.float32
+    with torch.device("meta"):
+        empty = DIPLinear(4, 4, init_variance=0.3)
+    empty.load_state_dict(nn.Linear(4, 4).state_dict(), assign=True)
+    assert torch.equal(empty.log_variance, source.log_variance)
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_meta_then_to_empty_then_reset_is_a_working_layer(make, shape):
+    with torch.device("meta"):
+        layer = make(init_variance=0.5)
+    assert layer.log_variance.is_meta
+    number = layer.number
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer.stream.tolist() == [0, number]
+    assert torch.equal(layer.log_variance, torch.full_like(layer.log_variance, math.log(0.5)))
+    assert layer(torch.randn(shape)).isfinite().all()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(("make", "shape"), CASES)
+def test_copies_compute_the_same(clone, make, shape):
+    layer, x = make(num_samples=2), torch.randn(shape)
+    twin = clone(layer)
+    with fixed_noise(3):
+        assert torch.equal(layer(x), twin(x))
+    assert twin.log_variance is not layer.log_variance
+
+
+def test_the_stream_follows_the_module_and_stays_out_of_the_state():
+    layer = DIPLinear(4, 4)
+    layer.set_number(77)
+    assert layer.to("meta").stream.is_meta
+    assert layer.to_empty(device="cpu").stream.tolist() == [0, 77]
+    assert not any("stream" in name for name in layer.state_dict())
+
+
+def test_tied_weights_stay_tied():
+    embedding, head = nn.Embedding(10, 4), DIPLinear(4, 10, bias=False)
+    head.weight = embedding.weight
+    model = nn.ModuleList([embedding, head]).to(torch.float64)
+    assert model[1].weight is model[0].weight
+
+
+def test_number_layers_counts_from_zero_and_shared_layers_once():
+    shared = DIPLinear(4, 4)
+    model = number_layers(nn.Sequential(shared, nn.Sequential(DIPInput(4), shared), DIPConv2d(4, 4, 1)))
+    assert [(name, layer.number, layer.stream.tolist()) for name, layer in dip_layers(model).items()] == [
+        ("0", 0, [0, 0]),
+        ("1.0", 1, [0, 1]),
+        ("2", 2, [0, 2]),
+    ]
+
+
+def test_more_layers_than_streams_are_refused(monkeypatch):
+    monkeypatch.setattr(layers, "MAX_LAYERS", 2)
+    with pytest.raises(ValueError, match="at most 2 DIP layers, got 3"):
+        number_layers(nn.Sequential(*(DIPInput(1) for _ in range(3))))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])])
+@pytest.mark.parametrize("make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)])
+def test_a_bad_init_variance_is_named(make, bad):
+    with pytest.raises(ValueError, match="^init_variance: expected"):
+        make(bad)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: DIPLinear(4, 2, num_samples=0), "num_samples"),
+        (lambda: DIPLinear(4, 2, num_samples=2.0), "num_samples"),
+        (lambda: DIPLinear(4, 2, keep="y"), "keep"),
+        (lambda: DIPConv2d(4, 2, 1, keep="x"), "keep"),
+        (lambda: DIPInput(4, num_samples=65537), "num_samples"),
+    ],
+)
+def test_bad_constructor_arguments_are_named(make, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        make()
+
+
+def test_a_wrong_input_is_an_error_from_the_op():
+    with pytest.raises(ValueError, match=r"sigma: expected shape \(K,\) = \(5,\), got \(4,\)"):
+        DIPLinear(4, 2)(torch.zeros(3, 5))
+    with pytest.raises(TypeError, match="^x: "):
+        DIPInput(4)(torch.zeros(3, 4, dtype=torch.int64))
+
+
+def test_repr_shows_the_initial_variance():
+    assert "in_features=4, out_features=2, bias=True, init_variance=0.25, num_samples=3" in repr(
+        DIPLinear(4, 2, init_variance=0.25, num_samples=3)
+    )
+    assert "4, dim=1, init_variance=[0.5 .. 2]" in repr(DIPInput(4, dim=1, init_variance=torch.tensor([0.5, 1, 1, 2])))
+
+
+@pytest.mark.parametrize("keep", ["auto", "u", "x"])
+def test_keep_changes_nothing_but_memory(keep):
+    torch.manual_seed(0)
+    layer, x = DIPLinear(8, 8, keep=keep), torch.randn(4, 8)
+    with fixed_noise(1):
+        y = layer(x)
+    y.square().sum().backward()
+    layer.set_number(0)
+    reference = copy.deepcopy(layer)
+    reference.keep = "u"
+    reference.zero_grad()
+    with fixed_noise(1):
+        layer.zero_grad()
+        for each in (layer, reference):
+            each(x).square().sum().backward()
+    for a, b in zip(layer.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_layers_compile_whole_and_train():
+    model = nn.Sequential(DIPInput(8), DIPLinear(8, 8), nn.Unflatten(1, (2, 2, 2)), DIPConv2d(2, 3, 2), nn.Flatten())
+    x = torch.randn(4, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with fixed_noise(2):
+        torch.testing.assert_close(compiled(x), model(x))
+        grads = []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+    assert not torch.equal(compiled(x), compiled(x))
+
+
+def test_sampling_in_eval_uses_the_same_noise_as_training():
+    layer, x = DIPLinear(8, 8), torch.randn(4, 8)
+    with fixed_noise(2):
+        training = layer(x)
+        with sampling_on():
+            assert torch.equal(layer.eval()(x), training)
+    assert seeds._MODE is None
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -1,0 +1,198 @@
+"""seeds: where noise comes from, and that its state nests, is restored, and reaches compiled code and the backward pass."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dipkernels import seeds
+from dipkernels.layers import DIPConv2d, DIPLinear, number_layers
+from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+
+
+def state():
+    return seeds._KEY, seeds._ROW0, seeds._MODE
+
+
+@pytest.fixture(autouse=True)
+def _state_is_left_clean():
+    yield
+    assert state() == (None, 0, None)
+
+
+def test_fixed_noise_replays_and_differs_by_key_and_layer():
+    a, b = number_layers(nn.ModuleList([DIPLinear(16, 16), DIPLinear(16, 16)]))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(4, 16)
+    with fixed_noise(1):
+        first, again, other_layer = a(x), a(x), b(x)
+    with fixed_noise(2):
+        other_key = a(x)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_layer)
+    assert not torch.equal(first, other_key)
+
+
+def test_fixed_noise_draws_nothing_from_the_generator():
+    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
+    before = torch.get_rng_state()
+    with fixed_noise(1):
+        layer(x)
+    assert torch.equal(before, torch.get_rng_state())
+    layer(x)
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+def test_manual_seed_replays_a_draw():
+    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
+    torch.manual_seed(3)
+    first = layer(x)
+    second = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(first, layer(x))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("key", [0, -1, 2**63, 2**64 - 1, 2**64 + 5, torch.tensor(7), torch.tensor([-7])])
+def test_key_is_taken_mod_2_64(key):
+    with fixed_noise(key):
+        value = seeds._KEY
+    assert value.dtype is torch.int64
+    assert value.shape == (2,)
+    assert value[0].item() % 2**64 == int(key) % 2**64
+    assert value[1].item() == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "row0", "error", "name"),
+    [
+        (1.5, 0, TypeError, "key"),
+        ("a", 0, TypeError, "key"),
+        (torch.tensor(1.0), 0, TypeError, "key"),
+        (torch.tensor([1, 2]), 0, TypeError, "key"),
+        (1, -1, ValueError, "row0"),
+        (1, 0.5, TypeError, "row0"),
+    ],
+)
+def test_bad_keys_and_rows_are_named(key, row0, error, name):
+    with pytest.raises(error, match=f"^{name}: "):
+        fixed_noise(key, row0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (DIPLinear(12, 5), (6, 12)),
+        (DIPLinear(12, 5), (6, 3, 12)),  # three rows for each entry
+        (DIPConv2d(12, 5, 3), (6, 12, 4, 7)),  # 28 rows for each entry
+    ],
+)
+def test_row0_gives_a_shard_the_noise_of_its_place_in_the_batch(layer, shape):
+    x = torch.randn(shape)
+    with fixed_noise(5):
+        whole = layer(x)
+    with fixed_noise(5, row0=4):
+        part = layer(x[4:])
+    torch.testing.assert_close(part, whole[4:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(layer(x)[4:], part)
+
+
+def test_first_row_of_an_unbatched_image_counts_its_pixels():
+    with fixed_noise(1, row0=2):
+        assert seeds.first_row(torch.zeros(3, 4, 5), dim=-3) == 2 * 20
+        assert seeds.first_row(torch.zeros(7)) == 2
+
+
+def test_contexts_nest_and_restore_on_exceptions():
+    with fixed_noise(1, row0=3):
+        outer = state()
+        with pytest.raises(ZeroDivisionError), noise_off(), fixed_noise(2):
+            assert seeds._MODE == "off"
+            assert seeds._ROW0 == 0
+            raise ZeroDivisionError
+        assert state() == outer
+        with sampling_on(), noise_off():
+            assert seeds._MODE == "off"
+        assert seeds._MODE is None
+
+
+def test_contexts_work_as_decorators_and_when_entered_again():
+    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
+
+    @fixed_noise(4)
+    def run(depth=0):
+        return layer(x) if depth == 0 else run(depth - 1)
+
+    assert torch.equal(run(), run(2))
+    sampling = sampling_on()
+    with sampling, sampling:
+        assert not torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_noise_off_is_the_plain_layer_and_sampling_on_samples_in_eval():
+    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with noise_off():
+        assert torch.equal(layer(x), plain)
+    layer.eval()
+    assert torch.equal(layer(x), plain)
+    with sampling_on():
+        assert not torch.equal(layer(x), plain)
+
+
+def test_numbered_passes_differ_and_replay():
+    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
+    with fixed_noise(4, row0=2):
+        outs = []
+        for number in (0, 1, 1):
+            with seeds.numbered_pass(number, 3):
+                assert seeds._ROW0 == 6
+                outs.append(layer(x))
+        with seeds.numbered_pass(1):
+            assert seeds._KEY[0].item() % 2**64 == 4 + 0x9E3779B97F4A7C15
+    assert torch.equal(outs[1], outs[2])
+    assert not torch.equal(outs[0], outs[1])
+    with seeds.numbered_pass(1):
+        assert seeds._KEY is None
+
+
+def test_checkpointing_replays_noise_with_and_without_a_key():
+    layer, x = DIPLinear(8, 8), torch.randn(4, 8, requires_grad=True)
+
+    def gradient(run):
+        layer.zero_grad()
+        run(x).square().sum().backward()
+        return layer.log_variance.grad.clone()
+
+    for context in (lambda: torch.manual_seed(0), None):
+        if context:
+            context()
+            plain = gradient(layer)
+            context()
+            assert torch.equal(plain, gradient(lambda x: checkpoint(layer, x, use_reentrant=False)))
+        else:
+            with fixed_noise(1):
+                plain = gradient(layer)
+                run = gradient(lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False))
+            assert torch.equal(plain, run)
+
+
+def test_a_new_key_does_not_recompile():
+    layer, x = DIPLinear(8, 8), torch.randn(4, 8)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for key in (1, 2, 2**64 - 1):
+        with fixed_noise(key):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1
+    layer.eval()
+    assert torch.equal(compiled(x), layer(x))
+    with sampling_on(), fixed_noise(1):
+        torch.testing.assert_close(compiled(x), layer(x))
