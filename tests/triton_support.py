@@ -1,0 +1,170 @@
+"""What the Triton tests share: an exact fma for the interpreter, and compiling a launch for a GPU that is not there."""
+
+import contextlib
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+
+
+def load_kernels(*names: str):
+    """Modules of triton_kernels, from the source tree: they need neither an installed nor a built package."""
+    package = "triton_kernels_under_test"
+    if package not in sys.modules:
+        folder = ROOT / "triton_kernels"
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[package])
+    return [importlib.import_module(f"{package}.{name}") for name in names]
+
+
+def load_reference():
+    spec = importlib.util.spec_from_file_location("reference_under_test", ROOT / "dipkernels" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def exact_fma(a, b, c):
+    """fma of float32 arrays with one rounding; NumPy's a * b + c has two."""
+    if a.dtype != np.float32:
+        return a * b + c
+    a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
+    product = a * b  # exact
+    total = np.asarray(product + c)
+    back = total - product
+    error = (product - (total - back)) + (c - back)
+    # Round to odd, so that the rounding to float32 that follows sees which side the exact sum lies on.
+    inexact = (error != 0) & ((total.view(np.int64) & 1) == 0)
+    return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
+
+
+def patch_interpreter() -> None:
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        return interpreter.TensorHandle(exact_fma(x.data, y.data, z.data), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+class _Recorder:
+    """Stands in for a kernel and keeps its launches."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@contextlib.contextmanager
+def recorded_launches(*modules):
+    """The launches that host code makes inside, as (kernel, args, kwargs); nothing runs. Give it meta tensors."""
+    launches, replaced = [], []
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
+                replaced.append((module, name, value))
+                setattr(module, name, _Recorder(value, launches))
+            elif name == "on_device":
+                replaced.append((module, name, value))
+                setattr(module, name, lambda tensor: contextlib.nullcontext())
+    try:
+        yield launches
+    finally:
+        for module, name, value in replaced:
+            setattr(module, name, value)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch."""
+
+    name: str
+    ptx: str
+    sass: str
+    shared: int  # bytes
+    registers: int
+    spills: int  # bytes of spill stores and loads
+    stack: int  # bytes
+    num_warps: int
+
+    def count(self) -> Counter:
+        """Instructions by opcode: of the hottest loop where there is one, else of the whole kernel."""
+        return count_instructions(self.sass)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def compile_launch(launch, arch: int) -> Compiled:
+    kernel, args, kwargs = launch
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kwargs = {"debug": False, **kwargs}
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    spills = sum(4 for _ in re.finditer(r"\b(?:STL|LDL)\b", sass))
+    return Compiled(
+        kernel.__name__,
+        compiled.asm["ptx"],
+        sass,
+        compiled.metadata.shared,
+        resources["REG"],
+        spills,
+        resources["STACK"] + resources["LOCAL"],
+        compiled.metadata.num_warps,
+    )
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);")
+
+
+def count_instructions(sass: str) -> Counter:
+    lines, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"^\s*(\.L_\w+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := _INSTRUCTION.match(line):
+            opcode, rest = instruction[1], instruction[2]
+            target = re.search(r"\(?(\.L_\w+)\)?", rest)
+            if opcode.startswith("BRA") and target and target[1] in labels and labels[target[1]] < len(lines):
+                loops.append((labels[target[1]], len(lines) + 1))
+            lines.append(opcode)
+    if loops:
+        start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+        lines = lines[start:end]
+    elif "EXIT" in lines:
+        # What follows the last EXIT is the trap that pads the kernel.
+        lines = lines[: len(lines) - lines[::-1].index("EXIT")]
+    return Counter(op for op in lines if op != "NOP")

@@ -1,0 +1,222 @@
+"""triton_kernels/perturb.py: u = x + factor s z, dsigma = factor sum(du z) over rows.  docs/maths.md, sections 1 and 5."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .noise import load_seed, mean_normal_tile, noise, sampling
+from .tiles import (
+    EXACT,
+    TILE_ELEMENTS,
+    across,
+    columns_at,
+    on_device,
+    row_count,
+    rows_at,
+    tile_mask,
+    tile_offsets,
+    tiling,
+)
+
+__all__ = ["noise", "perturb", "perturb_bwd", "perturb_replay"]
+
+# Accumulators stay in registers across row tiles, so the tiles of the sums are half as large.
+SUM_ELEMENTS = 2048
+
+
+@triton.jit
+def noise_scale(
+    sigma_ptr,  # [K]: sigma, or ln(sigma^2) if LOG_VARIANCE
+    col,        # [BK]
+    mask,       # [BK]
+    factor,     # float64 scalar
+    LOG_VARIANCE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """factor * s, [BK], with s = exp(sigma / 2) or sigma"""
+    sigma = tl.load(sigma_ptr + col, mask=mask, other=0.0).to(dtype)
+    if LOG_VARIANCE:
+        sigma = tl.exp(0.5 * sigma)
+    return tl.cast(factor, dtype) * sigma
+
+
+@triton.jit
+def _perturb_fwd_kernel(
+    u_ptr,      # [rows, K], written
+    x_ptr,      # [rows, K]
+    sigma_ptr,  # [K] float32 or float64
+    seed_ptr,   # [2] int64: key, stream
+    num_row_blocks, num_outer, num_inner, outer_step, inner_step, K,  # Tiling.sizes
+    u_outer, u_inner, u_col,  # strides in elements
+    x_outer, x_inner, x_col,
+    row0, group0, shift,      # the first row; col0 // 8; col0 % 8
+    sample, num_samples, inv_num_samples,
+    factor: tl.float64,
+    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr,
+    ROWS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # where
+    key, word3 = load_seed(seed_ptr, sample)
+    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    col_mask = (col >= 0) & (col < K * VEC)
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
+    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
+        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
+        # load
+        x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
+        x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
+        # compute
+        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN).to(dtype)
+        _, s = across(row, scale, ROWS_LAST)
+        u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
+        # store
+        u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
+        tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _perturb_bwd_kernel(
+    partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
+    u_ptr,        # [rows, K], written if REPLAY
+    du_ptr,       # [rows, K]
+    x_ptr,        # [rows, K], read if REPLAY
+    sigma_ptr,    # [K] float32 or float64, read if REPLAY
+    seed_ptr,     # [2] int64: key, stream
+    num_row_blocks, num_outer, num_inner, outer_step, inner_step, K,
+    u_outer, u_inner, u_col,
+    du_outer, du_inner, du_col,
+    x_outer, x_inner, x_col,
+    row0, group0, shift,
+    sample, num_samples, inv_num_samples,
+    factor: tl.float64,
+    REPLAY: tl.constexpr, LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr,
+    ROWS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # where
+    row_program = tl.program_id(1)
+    key, word3 = load_seed(seed_ptr, sample)
+    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    col_mask = (col >= 0) & (col < K * VEC)
+    dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if REPLAY:
+        scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
+    if ROWS_LAST:
+        total = tl.zeros([BLOCK_K, BLOCK_R], dtype)
+    else:
+        total = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+    for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
+        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
+        # load
+        du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
+        du = tl.load(du_ptr + du_off, mask=mask, other=0.0).to(dtype)
+        # compute
+        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN).to(dtype)
+        total = tl.fma(du, z, total)
+        if REPLAY:
+            x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
+            x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
+            _, s = across(row, scale, ROWS_LAST)
+            u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
+            u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
+            tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
+    # store
+    tl.store(
+        partial_ptr + tl.cast(row_program, tl.int64) * K * VEC + col,
+        tl.sum(total, axis=1 if ROWS_LAST else 0),
+        mask=col_mask,
+    )
+
+
+@triton.jit
+def _column_sum_kernel(
+    dsigma_ptr,   # [K] float32 or float64, written
+    partial_ptr,  # [P, K] float32 or float64
+    sigma_ptr,    # [K]: ln(sigma^2), read if LOG_VARIANCE
+    num_partials, K,
+    factor: tl.float64,
+    LOG_VARIANCE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    # where
+    col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = col < K
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    # compute: one fixed order, whatever ran first
+    total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
+    for first in range(0, num_partials, BLOCK_P):
+        p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0)
+    scale = tl.cast(factor, dtype)
+    if LOG_VARIANCE:
+        # ds / d ln(sigma^2) = s / 2
+        scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
+    # store
+    tl.store(dsigma_ptr + col, (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty), mask=mask)
+
+
+def column_sum(partial, sigma, factor: float, log_variance: bool):
+    """dsigma [K] = factor * ds/dsigma * sum over partial [P, K], in sigma's dtype"""
+    dsigma = torch.empty_like(sigma, memory_format=torch.contiguous_format)
+    num_partials, k = partial.shape
+    block_k = 32
+    with on_device(partial):
+        _column_sum_kernel[(triton.cdiv(k, block_k),)](
+            dsigma, partial, sigma, num_partials, k, factor,
+            LOG_VARIANCE=log_variance, BLOCK_P=32, BLOCK_K=block_k, **EXACT,
+        )  # fmt: skip
+    return dsigma
+
+
+def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+    """u [x.shape] = x + factor * s * zbar, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
+    u = torch.empty_like(x, dtype=out_dtype)
+    if u.numel() == 0:
+        return u
+    tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
+    if tile is None:  # three or more row dimensions that do not merge
+        like = x.contiguous()
+        return u.copy_(perturb(like, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype))
+    with on_device(x):
+        _perturb_fwd_kernel[tile.grid(x.device)](
+            u, x, sigma.contiguous(), seed, *tile.sizes(), *tile.strides_of(0), *tile.strides_of(1),
+            row0, col0 // 8, tile.shift, *sampling(sample, num_samples), factor,
+            LOG_VARIANCE=log_variance, MEAN=num_samples > 1, **tile.constants(), **EXACT,
+        )  # fmt: skip
+    return u
+
+
+def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+    replay = x is not None
+    sigma = sigma.contiguous()
+    u = torch.empty_like(x, dtype=out_dtype) if replay else None
+    if row_count(du.shape, dim) == 0 or sigma.numel() == 0:
+        return u, torch.zeros_like(sigma)
+    tile = tiling(dim, col0, SUM_ELEMENTS, *((u, du, x) if replay else (du,)))
+    if tile is None:
+        where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
+        dense, dsigma = _bwd(du.contiguous(), x.contiguous() if replay else None, *where)
+        return u.copy_(dense) if replay else None, dsigma
+    grid = tile.sum_grid(du.device)
+    dtype = torch.float64 if torch.float64 in (du.dtype, x.dtype if replay else du.dtype) else torch.float32
+    partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
+    strides = [tile.strides_of(i) for i in range(3)] if replay else [(0, 0, 0), tile.strides_of(0), (0, 0, 0)]
+    with on_device(du):
+        _perturb_bwd_kernel[grid](
+            partial, u, du, x, sigma, seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
+            row0, col0 // 8, tile.shift, *sampling(sample, num_samples), factor,
+            REPLAY=replay, LOG_VARIANCE=log_variance, MEAN=num_samples > 1, **tile.constants(), **EXACT,
+        )  # fmt: skip
+    return u, column_sum(partial, sigma, factor, log_variance)
+
+
+def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance):
+    """dsigma [K] = factor * ds/dsigma * sum over rows of du * zbar, the adjoint of `perturb` in sigma."""
+    return _bwd(du, None, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, None)[1]
+
+
+def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+    """(u, dsigma) of `perturb` and `perturb_bwd` in one pass over (du, x)."""
+    return _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)

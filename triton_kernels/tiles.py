@@ -1,0 +1,186 @@
+"""triton_kernels/tiles.py: how the rows and columns of strided tensors map to tiles and addresses.
+
+The rows of a tensor are all its dimensions but one, flattened in order. Once neighbours that can be merged are merged, a
+kernel sees at most two of them: `inner`, which tiles run along, and `outer`, of which a tile holds one index. A row's
+number is outer * outer_step + inner * inner_step, whichever of the two varies faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+# The exact tier: no product and sum are contracted behind our back.
+EXACT = {"enable_fp_fusion": False}
+TILE_ELEMENTS = 4096
+
+
+@triton.jit
+def rows_at(
+    row_block,  # scalar: index over (outer, blocks of inner)
+    num_outer, num_inner, outer_step, inner_step,
+    BLOCK_R: tl.constexpr,
+):
+    """outer (scalar), inner [BLOCK_R] and the row number [BLOCK_R] of a row block, int64"""
+    # A size of one is a constant to the compiler: ordinary rows pay for no division.
+    if num_outer == 1:
+        outer = tl.cast(0, tl.int64)
+        inner = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    else:
+        num_blocks = tl.cdiv(num_inner, BLOCK_R)
+        outer = tl.cast(row_block // num_blocks, tl.int64)
+        inner = tl.cast(row_block % num_blocks, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return outer, inner, outer * outer_step + inner * inner_step
+
+
+@triton.jit
+def columns_at(
+    col_block,  # scalar
+    group0,     # scalar: col0 // 8
+    shift,      # scalar: col0 % 8; the first tile starts `shift` columns before the first column
+    BLOCK_K: tl.constexpr,
+):
+    """Philox groups [BLOCK_K / 8] and columns [BLOCK_K] of a column block, int64; a column may be negative"""
+    first = tl.cast(col_block, tl.int64) * BLOCK_K
+    return group0 + first // 8 + tl.arange(0, BLOCK_K // 8), first + tl.arange(0, BLOCK_K) - shift
+
+
+@triton.jit
+def across(row, col, ROWS_LAST: tl.constexpr):
+    """row [R] and col [C] shaped to broadcast to [R, C], or to [C, R] if ROWS_LAST"""
+    if ROWS_LAST:
+        return row[None, :], col[:, None]
+    else:
+        return row[:, None], col[None, :]
+
+
+@triton.jit
+def tile_offsets(outer, inner, col, stride_outer, stride_inner, stride_col, ROWS_LAST: tl.constexpr):
+    """Offsets in elements, int64."""
+    row, col = across(outer * stride_outer + inner * stride_inner, col * stride_col, ROWS_LAST)
+    return row + col
+
+
+@triton.jit
+def tile_mask(inner, num_inner, col, K, ROWS_LAST: tl.constexpr):
+    row, col = across(inner < num_inner, (col >= 0) & (col < K), ROWS_LAST)
+    return row & col
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One kernel's view of its tensors: sizes, steps of the row number, strides and the tile."""
+
+    k: int
+    num_outer: int
+    outer_step: int
+    num_inner: int
+    inner_step: int
+    strides: tuple[tuple[int, int, int], ...]  # of each tensor: outer, inner, column
+    rows_last: bool  # tiles are [columns, rows]: memory is contiguous along the rows
+    vec: int  # 8: K and the row strides are multiples of 8 and are passed divided by it, so that the compiler knows
+    shift: int
+    block_r: int
+    block_k: int
+
+    @property
+    def row_blocks(self) -> int:
+        return self.num_outer * triton.cdiv(self.num_inner, self.block_r)
+
+    @property
+    def col_blocks(self) -> int:
+        return triton.cdiv(self.k + self.shift, self.block_k)
+
+    def grid(self, device: torch.device) -> tuple[int, int]:
+        """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the device is full."""
+        fill = 8 * num_multiprocessors(device) // self.col_blocks
+        return self.col_blocks, min(self.row_blocks, max(triton.cdiv(self.row_blocks, 4), fill), 65535)
+
+    def sum_grid(self, device: torch.device) -> tuple[int, int]:
+        """The same where every row program leaves a partial sum: four programs a multiprocessor."""
+        fill = triton.cdiv(4 * num_multiprocessors(device), self.col_blocks)
+        return self.col_blocks, min(self.row_blocks, fill)
+
+    def sizes(self) -> tuple[int, ...]:
+        """num_row_blocks, num_outer, num_inner, outer_step, inner_step, K as the kernels take them"""
+        return self.row_blocks, self.num_outer, self.num_inner, self.outer_step, self.inner_step, self.k // self.vec
+
+    def strides_of(self, index: int) -> tuple[int, int, int]:
+        outer, inner, col = self.strides[index]
+        return outer // self.vec, inner // self.vec, col
+
+    def constants(self) -> dict[str, int | bool]:
+        return {"ROWS_LAST": self.rows_last, "VEC": self.vec, "BLOCK_R": self.block_r, "BLOCK_K": self.block_k}
+
+
+def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(size, step of the row number, strides of the tensors) of the row dimensions, outermost first"""
+    rows: list[tuple[int, int, tuple[int, ...]]] = []
+    step = 1
+    for axis in reversed([axis for axis in range(len(shape)) if axis != dim]):
+        size, strides = shape[axis], tuple(t.stride(axis) for t in tensors)
+        if size == 1:
+            continue
+        if rows and all(stride == rows[0][0] * inner for stride, inner in zip(strides, rows[0][2], strict=True)):
+            rows[0] = (size * rows[0][0], rows[0][1], rows[0][2])
+        else:
+            rows.insert(0, (size, step, strides))
+        step *= size
+    return rows
+
+
+def block_shape(num_inner: int, k: int, rows_last: bool, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines"""
+    if rows_last:
+        block_r = min(triton.next_power_of_2(num_inner), 256)
+        block_k = min(triton.next_power_of_2(k), elements // block_r)
+    else:
+        block_k = min(triton.next_power_of_2(k), 256)
+        block_r = min(triton.next_power_of_2(num_inner), elements // max(block_k, 8))
+    return block_r, max(block_k, 8)
+
+
+def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling | None:
+    """How to address tensors of one shape together; None where more than two row dimensions stay apart."""
+    shape, lead = tensors[0].shape, tensors[0]
+    dim %= len(shape)
+    rows = _merged_rows(shape, dim, tensors)
+    if len(rows) > 2:
+        return None
+    nothing = (1, 0, (0,) * len(tensors))
+    outer, inner = [nothing] * (2 - len(rows)) + rows
+    k, shift = shape[dim], col0 % 8
+    # The first tensor decides the orientation: it is the one that is written, or the only large one.
+    contiguous = [row for row in (inner, outer) if row[2][0] == 1 and row[0] > 1]
+    rows_last = bool(contiguous) and not (lead.stride(dim) == 1 and k > 1)
+    if (rows_last and contiguous[0] is outer) or (not rows_last and outer[0] > inner[0]):
+        outer, inner = inner, outer
+    strides = tuple((outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors))
+    vectors = not rows_last and shift == 0 and k % 8 == 0
+    vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
+    block_r, block_k = block_shape(inner[0], k + shift, rows_last, elements)
+    return Tiling(
+        k, outer[0], outer[1], inner[0], inner[1], strides, rows_last, 8 if vectors else 1, shift, block_r, block_k
+    )
+
+
+def row_count(shape, dim: int) -> int:
+    return math.prod(size for axis, size in enumerate(shape) if axis != dim % len(shape))
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's device as the current one; a CPU tensor only under Triton's interpreter."""
+    if tensor.is_cuda:
+        return torch.cuda.device(tensor.device)
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError(f"expected CUDA tensors for the Triton kernels, got {tensor.device}")
+    return contextlib.nullcontext()
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
