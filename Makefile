@@ -1,0 +1,38 @@
+# make test and make demo set up everything they need, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: setup test test-all demo bench gpu-check lint format clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.deps: requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	touch $@
+
+test: setup
+	$(PY) -m pytest --cov --cov-report=term:skip-covered
+
+test-all: setup
+	$(PY) -m pytest -m "slow or not slow"
+
+demo: setup
+	$(PY) examples/digits.py
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf build dist out *.egg-info dipkernels/_C*.so

@@ -1,0 +1,151 @@
+// The lane types of noise.h for x86: 8 lanes of AVX2, 16 lanes of AVX-512. Compiled where the flags allow.
+// Wide keeps 64-bit products of the even and the odd lanes apart, so that a Philox round shuffles nothing.
+#pragma once
+#include "../noise.h"
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dip {
+
+#if defined(__AVX512F__)
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  using F = __m512;
+  using U = __m512i;
+  struct Wide {
+    __m512i even, odd;
+  };
+  static DIP_HD Wide widen(U a) { return {a, _mm512_srli_epi64(a, 32)}; }
+  static DIP_HD U narrow(Wide a) { return _mm512_mask_mov_epi32(a.even, 0xAAAA, _mm512_slli_epi64(a.odd, 32)); }
+  static DIP_HD Wide multiply(Wide a, uint32_t m) {
+    const __m512i b = _mm512_set1_epi64(m);
+    return {_mm512_mul_epu32(a.even, b), _mm512_mul_epu32(a.odd, b)};
+  }
+  static DIP_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+  static DIP_HD Wide xor3(Wide a, Wide b, uint32_t c) {
+    const __m512i k = _mm512_set1_epi64(c);
+    return {_mm512_ternarylogic_epi64(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, k, 0x96)};
+  }
+  static DIP_HD U splat(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+  static DIP_HD F splat_f(float a) { return _mm512_set1_ps(a); }
+  static DIP_HD U and_(U a, U b) { return _mm512_and_si512(a, b); }
+  static DIP_HD U or_(U a, U b) { return _mm512_or_si512(a, b); }
+  static DIP_HD U xor_(U a, U b) { return _mm512_xor_si512(a, b); }
+  static DIP_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
+  template <int kBits>
+  static DIP_HD U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
+  template <int kBits>
+  static DIP_HD U shift_right(U a) { return _mm512_srli_epi32(a, kBits); }
+  static DIP_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static DIP_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static DIP_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static DIP_HD F as_float(U a) { return _mm512_castsi512_ps(a); }
+  static DIP_HD U as_uint(F a) { return _mm512_castps_si512(a); }
+  static DIP_HD F int_to_float(U a) { return _mm512_cvtepi32_ps(a); }
+  static DIP_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static DIP_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
+
+  // Lane i of the result is entry 4 * (i mod 4) + i div 4: what store_groups needs to write in order.
+  static DIP_HD U load_interleaved(const uint32_t* p) {
+    const U order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(p));
+  }
+  static DIP_HD U load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static DIP_HD void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+
+  static DIP_HD F low_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+  static DIP_HD F high_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+  // z[t] holds column t of 16 groups in interleaved lanes; out[8 * group + t].
+  static DIP_HD void store_groups(float* out, const F z[8]) {
+    const F a0 = _mm512_unpacklo_ps(z[0], z[1]), a1 = _mm512_unpackhi_ps(z[0], z[1]);
+    const F a2 = _mm512_unpacklo_ps(z[2], z[3]), a3 = _mm512_unpackhi_ps(z[2], z[3]);
+    const F a4 = _mm512_unpacklo_ps(z[4], z[5]), a5 = _mm512_unpackhi_ps(z[4], z[5]);
+    const F a6 = _mm512_unpacklo_ps(z[6], z[7]), a7 = _mm512_unpackhi_ps(z[6], z[7]);
+    // Block b of left[q] is columns 0-3 of group 4q + b, of right[q] columns 4-7.
+    const F left[4] = {low_pairs(a0, a2), high_pairs(a0, a2), low_pairs(a1, a3), high_pairs(a1, a3)};
+    const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      const __m512d l = _mm512_castps_pd(left[q]), r = _mm512_castps_pd(right[q]);
+      _mm512_storeu_pd(reinterpret_cast<double*>(out + 32 * q), _mm512_permutex2var_pd(l, first, r));
+      _mm512_storeu_pd(reinterpret_cast<double*>(out + 32 * q + 16), _mm512_permutex2var_pd(l, second, r));
+    }
+  }
+};
+#endif
+
+#if defined(__AVX2__)
+struct Avx2 {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+  using U = __m256i;
+  struct Wide {
+    __m256i even, odd;
+  };
+  static DIP_HD Wide widen(U a) { return {a, _mm256_srli_epi64(a, 32)}; }
+  static DIP_HD U narrow(Wide a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA); }
+  static DIP_HD Wide multiply(Wide a, uint32_t m) {
+    const __m256i b = _mm256_set1_epi64x(m);
+    return {_mm256_mul_epu32(a.even, b), _mm256_mul_epu32(a.odd, b)};
+  }
+  static DIP_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
+  static DIP_HD Wide xor3(Wide a, Wide b, uint32_t c) {
+    const __m256i k = _mm256_set1_epi64x(c);
+    return {_mm256_xor_si256(_mm256_xor_si256(a.even, b.even), k), _mm256_xor_si256(_mm256_xor_si256(a.odd, b.odd), k)};
+  }
+  static DIP_HD U splat(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
+  static DIP_HD F splat_f(float a) { return _mm256_set1_ps(a); }
+  static DIP_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
+  static DIP_HD U or_(U a, U b) { return _mm256_or_si256(a, b); }
+  static DIP_HD U xor_(U a, U b) { return _mm256_xor_si256(a, b); }
+  static DIP_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
+  template <int kBits>
+  static DIP_HD U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
+  template <int kBits>
+  static DIP_HD U shift_right(U a) { return _mm256_srli_epi32(a, kBits); }
+  static DIP_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static DIP_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static DIP_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static DIP_HD F as_float(U a) { return _mm256_castsi256_ps(a); }
+  static DIP_HD U as_uint(F a) { return _mm256_castps_si256(a); }
+  static DIP_HD F int_to_float(U a) { return _mm256_cvtepi32_ps(a); }
+  static DIP_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static DIP_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
+
+  static DIP_HD U load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static DIP_HD U load_interleaved(const uint32_t* p) { return load(p); }  // natural order suits 8 lanes
+  static DIP_HD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+
+  static DIP_HD F low_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
+  static DIP_HD F high_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
+  // z[t] holds column t of 8 groups; out[8 * group + t].
+  static DIP_HD void store_groups(float* out, const F z[8]) {
+    const F a0 = _mm256_unpacklo_ps(z[0], z[1]), a1 = _mm256_unpackhi_ps(z[0], z[1]);
+    const F a2 = _mm256_unpacklo_ps(z[2], z[3]), a3 = _mm256_unpackhi_ps(z[2], z[3]);
+    const F a4 = _mm256_unpacklo_ps(z[4], z[5]), a5 = _mm256_unpackhi_ps(z[4], z[5]);
+    const F a6 = _mm256_unpacklo_ps(z[6], z[7]), a7 = _mm256_unpackhi_ps(z[6], z[7]);
+    const F left[4] = {low_pairs(a0, a2), high_pairs(a0, a2), low_pairs(a1, a3), high_pairs(a1, a3)};
+    const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      store(out + 8 * q, _mm256_permute2f128_ps(left[q], right[q], 0x20));
+      store(out + 32 + 8 * q, _mm256_permute2f128_ps(left[q], right[q], 0x31));
+    }
+  }
+};
+#endif
+
+struct Portable : ScalarLane {
+  static DIP_HD U load(const uint32_t* p) { return *p; }
+  static DIP_HD U load_interleaved(const uint32_t* p) { return *p; }
+  static DIP_HD void store(float* p, F a) { *p = a; }
+  static DIP_HD void store_groups(float* out, const F z[8]) {
+    for (int t = 0; t < 8; ++t) out[t] = z[t];
+  }
+};
+
+}  // namespace dip

@@ -1,0 +1,287 @@
+// The operations of dipkernels/ops.py through torch's stable ABI: checks, layouts, allocation, dispatch. The only file that sees torch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "launch.h"
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace dip {
+namespace {
+
+// ---- checks: what keeps a kernel inside its buffers; ops.py says the same with Python's exceptions --------------------
+
+DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
+  }
+}
+
+void check_seed(const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected dtype int64");
+  STD_TORCH_CHECK(seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
+  STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
+}
+
+int64_t check_where(int64_t ndim, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
+  STD_TORCH_CHECK(-ndim <= dim && dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", dim);
+  STD_TORCH_CHECK(row0 >= 0 && col0 >= 0, "row0, col0: expected at least 0, got ", row0, ", ", col0);
+  STD_TORCH_CHECK(num_samples >= 1 && num_samples <= 65536, "num_samples: expected 1 to 65536, got ", num_samples);
+  STD_TORCH_CHECK(sample >= 0 && sample + num_samples <= 65536, "sample: expected sample + num_samples <= 65536, got ", sample);
+  return dim < 0 ? dim + ndim : dim;
+}
+
+void check_sigma(const Tensor& sigma, int64_t k) {
+  STD_TORCH_CHECK(sigma.dim() == 1 && sigma.size(0) == k, "sigma: expected shape (K,) = (", k, ",)");
+  const ScalarType type = sigma.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "sigma: expected float32 or float64");
+}
+
+void check_same(const Tensor& a, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(a.is_cuda() == x.is_cuda() && a.get_device() == x.get_device(), name, ": expected the device of the data");
+}
+
+// ---- layouts ---------------------------------------------------------------------------------------------------------
+
+// Dimensions [first, last) as one of a single stride, or nothing. A dimension of size 1 has no say.
+std::optional<int64_t> collapse(const Tensor& t, int64_t first, int64_t last, int64_t skip) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t stride = -1, next = 0;
+  for (int64_t d = last - 1; d >= first; --d) {
+    if (d == skip || sizes[d] == 1) continue;
+    if (stride < 0)
+      stride = strides[d];
+    else if (strides[d] != next)
+      return std::nullopt;
+    next = strides[d] * sizes[d];
+  }
+  return stride < 0 ? 0 : stride;
+}
+
+std::optional<Operand> as_rows(const Tensor& t, int64_t dim) {
+  if (t.size(dim) != 1 && t.stride(dim) != 1) return std::nullopt;
+  const auto stride = collapse(t, 0, t.dim(), dim);
+  if (!stride) return std::nullopt;
+  return Operand{nullptr, dtype_of(t.scalar_type(), "data"), *stride, 1};
+}
+
+std::optional<Operand> as_channels(const Tensor& t, int64_t dim) {
+  const auto outer = collapse(t, 0, dim, dim), inner = collapse(t, dim + 1, t.dim(), dim);
+  if (!outer || !inner || *inner > 1) return std::nullopt;
+  return Operand{nullptr, dtype_of(t.scalar_type(), "data"), *outer, t.stride(dim)};
+}
+
+Tensor empty_like(const Tensor& t, ScalarType type) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(t), from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+struct View {
+  const Tensor* tensor;
+  Operand* operand;
+};
+
+// Gives every operand its strides in one layout that all tensors have; false where there is none.
+bool lay_out(PerturbArgs& a, int64_t dim, const std::vector<View>& views) {
+  const Tensor& first = *views[0].tensor;
+  const auto fit = [&](auto&& layout) {
+    for (const View& v : views) {
+      const auto operand = layout(*v.tensor, dim);
+      if (!operand) return false;
+      *v.operand = *operand;
+      v.operand->data = const_cast<void*>(v.tensor->const_data_ptr());
+    }
+    return true;
+  };
+  const auto sizes = first.sizes();
+  a.features = sizes[dim];
+  a.outer = a.inner = 1;
+  for (int64_t d = 0; d < first.dim(); ++d)
+    if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
+  if (fit(as_rows)) {
+    a.outer *= a.inner;
+    a.inner = 1;
+    return true;
+  }
+  return a.inner > 1 && fit(as_channels);
+}
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+
+void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+}
+
+#ifdef DIP_HAS_CPU
+void launch_cpu(const Tensor&, const PerturbArgs& a) {
+  const char* error = perturb_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+}
+#endif
+
+using Launch = void (*)(const Tensor& x, const PerturbArgs& a);
+
+// ---- the operations, for any device ----------------------------------------------------------------------------------
+
+struct Where {
+  int64_t dim, row0, col0, sample, num_samples;
+};
+
+PerturbArgs start(const Tensor& seed, const Tensor& x, const Where& w, int64_t* dim) {
+  check_seed(seed);
+  check_same(seed, "seed", x);
+  *dim = check_where(x.dim(), w.dim, w.row0, w.col0, w.sample, w.num_samples);
+  PerturbArgs a{};
+  a.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  a.row0 = w.row0;
+  a.col0 = w.col0;
+  a.sample = static_cast<int32_t>(w.sample);
+  a.num_samples = static_cast<int32_t>(w.num_samples);
+  a.factor = 1.0;
+  return a;
+}
+
+Tensor set_sigma(PerturbArgs& a, const Tensor& sigma, const Tensor& x, int64_t dim, double factor, bool log_variance) {
+  check_same(sigma, "sigma", x);
+  check_sigma(sigma, x.size(dim));
+  const Tensor dense = sigma.stride(0) == 1 || sigma.size(0) == 1 ? sigma : torch::stable::contiguous(sigma);
+  a.sigma = dense.const_data_ptr();
+  a.sigma_is_double = sigma.scalar_type() == ScalarType::Double;
+  a.factor = factor;
+  a.log_variance = log_variance;
+  return dense;
+}
+
+void check_same_shape(const Tensor& du, const Tensor& x) {
+  bool same = du.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = du.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "du: expected the shape of x");
+}
+
+template <Launch kLaunch>
+Tensor noise(
+    Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
+  Tensor z = torch::stable::new_empty(seed, shape, std::optional<ScalarType>(ScalarType::Float));
+  PerturbArgs a = start(seed, z, {dim, row0, col0, sample, num_samples}, &dim);
+  STD_TORCH_CHECK(lay_out(a, dim, {{&z, &a.u}}), "noise: no layout");  // a new tensor is contiguous, so there is one
+  kLaunch(z, a);
+  return z;
+}
+
+template <Launch kLaunch>
+Tensor perturb(
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
+  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+  const ScalarType type = out_dtype.value_or(x.scalar_type());
+  dtype_of(type, "dtype");
+  Tensor u = empty_like(x, type);
+  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}})) {
+    kLaunch(x, a);
+    return u;
+  }
+  const Tensor dense = torch::stable::contiguous(x);
+  Tensor dense_u = empty_like(dense, type);
+  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}});
+  kLaunch(x, a);
+  return torch::stable::copy_(u, dense_u);
+}
+
+template <Launch kLaunch>
+Tensor perturb_bwd(
+    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance) {
+  PerturbArgs a = start(seed, du, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, du, dim, factor, log_variance);
+  const int64_t k[] = {du.size(dim)};
+  Tensor dsigma = torch::stable::new_empty(sigma, IntHeaderOnlyArrayRef(k, 1));
+  a.dsigma = dsigma.mutable_data_ptr();
+  Tensor dense = du;
+  if (!lay_out(a, dim, {{&dense, &a.du}})) {
+    dense = torch::stable::contiguous(du);
+    lay_out(a, dim, {{&dense, &a.du}});
+  }
+  kLaunch(du, a);
+  return dsigma;
+}
+
+template <Launch kLaunch>
+std::tuple<Tensor, Tensor> perturb_replay(
+    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
+  check_same(du, "du", x);
+  check_same_shape(du, x);
+  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+  const ScalarType type = out_dtype.value_or(x.scalar_type());
+  dtype_of(type, "dtype");
+  const int64_t k[] = {x.size(dim)};
+  Tensor dsigma = torch::stable::new_empty(sigma, IntHeaderOnlyArrayRef(k, 1));
+  a.dsigma = dsigma.mutable_data_ptr();
+  Tensor u = empty_like(x, type);
+  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}, {&du, &a.du}})) {
+    kLaunch(x, a);
+    return {u, dsigma};
+  }
+  const Tensor dense = torch::stable::contiguous(x), dense_du = torch::stable::contiguous(du);
+  Tensor dense_u = empty_like(dense, type);
+  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}, {&dense_du, &a.du}});
+  kLaunch(x, a);
+  torch::stable::copy_(u, dense_u);
+  return {u, dsigma};
+}
+
+}  // namespace
+}  // namespace dip
+
+// The schemas are ops.py's: an operation exists without this library too.
+#ifdef DIP_HAS_CPU
+STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
+  m.impl("noise", TORCH_BOX(&dip::noise<dip::launch_cpu>));
+  m.impl("perturb", TORCH_BOX(&dip::perturb<dip::launch_cpu>));
+  m.impl("perturb_bwd", TORCH_BOX(&dip::perturb_bwd<dip::launch_cpu>));
+  m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cpu>));
+}
+#endif
+
+// What backends.py asks by ctypes.
+#define DIP_EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef DIP_HAS_CPU
+DIP_EXPORT int dip_cpu_capability() { return dip::cpu_capability(); }
+DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capability(capability); }
+#endif
+DIP_EXPORT const char* dip_build_info() {
+  return "cpu="
+#ifdef DIP_HAS_CPU
+         "portable"
+#endif
+#ifdef DIP_HAS_X86
+         " avx2 avx512"
+#endif
+         "\ncuda="
+#ifdef DIP_CUDA_ARCHS
+         DIP_CUDA_ARCHS
+#endif
+         "\ncompiler=" __VERSION__;
+}

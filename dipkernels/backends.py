@@ -1,0 +1,176 @@
+"""Which kernels run: `choose` is pure and printable; `backend` and DIPKERNELS_BACKEND override it.
+
+    cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or the machine)
+    cuda       the compiled library's CUDA kernels
+    triton     the Triton kernels
+    reference  plain PyTorch in float64: slow, runs everywhere
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMES = ("cpu", "cuda", "triton", "reference")
+CAPABILITIES = ("portable", "avx2", "avx512")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs one operation, and why."""
+
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled library as found: `error` is None when it is loaded."""
+
+    path: str | None = None
+    error: str | None = None
+    cpu_capabilities: tuple[str, ...] = ()
+    cuda_archs: tuple[str, ...] = ()
+    compiler: str | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self.path is not None and self.error is None
+
+
+def _c_functions(path: str) -> ctypes.CDLL:
+    functions = ctypes.CDLL(path)
+    functions.dip_build_info.restype = ctypes.c_char_p
+    return functions
+
+
+@functools.cache
+def library() -> Library:
+    """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls this."""
+    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return Library(error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0")
+    path = str(found[0])
+    try:
+        torch.ops.load_library(path)
+        functions = _c_functions(path)
+    except (OSError, AttributeError, RuntimeError) as error:
+        return Library(path=path, error=f"{error} (torch {torch.__version__}; needs torch >= 2.10)")
+    info = dict(line.split("=", 1) for line in functions.dip_build_info().decode().splitlines())
+    return Library(
+        path=path,
+        cpu_capabilities=tuple(info["cpu"].split()),
+        cuda_archs=tuple(info["cuda"].split()),
+        compiler=info["compiler"],
+    )
+
+
+def cpu_capability(name: str | None = None) -> str:
+    """The instruction set that the CPU kernels use; `name` ("portable", "avx2", "avx512", "auto") changes it.
+
+    Results are the same bits for each. Raises RuntimeError where the library or the machine lacks what was asked for.
+    """
+    if not library().cpu_capabilities:
+        raise RuntimeError(f"cpu_capability: {library().error or 'the library was built without CPU kernels'}")
+    functions = _c_functions(library().path)
+    if name is not None:
+        if name not in (*CAPABILITIES, "auto"):
+            raise ValueError(f"cpu_capability: expected one of {(*CAPABILITIES, 'auto')}, got {name!r}")
+        if functions.dip_set_cpu_capability(-1 if name == "auto" else CAPABILITIES.index(name)):
+            raise RuntimeError(f"cpu_capability: {name!r} is not carried by the library or not offered by this machine")
+    current = functions.dip_cpu_capability()
+    if current < 0:
+        wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
+        raise RuntimeError(f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, got {wanted!r}")
+    return CAPABILITIES[current]
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_forced: str | None = None
+_generation = 0  # counts changes of _forced, so that `ops` can drop what it cached
+
+
+def _check_name(name: str, source: str) -> str | None:
+    if name not in (*NAMES, "auto"):
+        raise ValueError(f"{source}: expected one of {(*NAMES, 'auto')}, got {name!r}")
+    return None if name == "auto" else name
+
+
+def _force(name: str | None) -> None:
+    global _forced, _generation
+    _forced = name
+    _generation += 1
+
+
+class backend:
+    """Force one backend for every operation that follows, or, as a context, for a block.
+
+        dip.backend("triton")
+        with dip.backend("reference"): ...
+
+    name: one of `NAMES`, or "auto" to choose by `choose` again. Process-wide, not per thread.
+    Raises ValueError for another name, and RuntimeError, here or at the first call, where that backend is missing.
+    """
+
+    def __init__(self, name: str):
+        self._previous = _forced
+        wanted = _check_name(name, "backend")
+        if wanted in ("cpu", "cuda") and not library().loaded:
+            raise RuntimeError(f"backend: {name!r} was asked for, but {library().error}")
+        if wanted == "cuda" and not library().cuda_archs:
+            raise RuntimeError("backend: 'cuda' was asked for, but the library was built without CUDA kernels")
+        if wanted == "triton" and not has_triton():
+            raise RuntimeError("backend: 'triton' was asked for, but the package triton is not installed")
+        _force(wanted)
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _force(self._previous)
+
+
+_force(_check_name(os.environ.get("DIPKERNELS_BACKEND", "auto"), "DIPKERNELS_BACKEND"))
+
+
+@functools.cache
+def _warn_reference(why: str) -> None:
+    warnings.warn(f"dipkernels: the slow reference path runs: {why}", RuntimeWarning, stacklevel=5)
+
+
+def _runs_on(name: str, device: str) -> bool:
+    if name == "cpu":
+        return device == "cpu" and "portable" in library().cpu_capabilities
+    if name == "cuda":
+        return device == "cuda" and bool(library().cuda_archs)
+    if name == "triton":
+        return has_triton() and (device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
+    return True
+
+
+def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
+    """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
+
+    Raises RuntimeError where a forced backend cannot run there.
+    """
+    if _forced is not None:
+        if not _runs_on(_forced, device):
+            raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here")
+        return Plan(_forced, "asked for")
+    preferred = "cpu" if device == "cpu" else "cuda"
+    if _runs_on(preferred, device):
+        return Plan(preferred, f"compiled kernels for {device}")
+    if device == "cuda" and _runs_on("triton", device):
+        return Plan("triton", "the library has no CUDA kernels")
+    return Plan("reference", library().error or f"no kernels for device {device!r}")

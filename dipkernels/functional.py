@@ -1,0 +1,282 @@
+"""What the layers call: noise, perturb and dip_linear as differentiable functions of tensors.  docs/maths.md.
+
+`_Perturb` and `_NoiseSum` are each other's derivative, so that every order of differentiation is made of the same two passes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from . import ops
+
+# ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
+# `where` below is (dim, row0, col0, sample, num_samples, factor, log_variance), as in ops.
+
+
+def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, noise_sum):
+    dx = du.to(x_dtype) if needs_dx else None
+    if not needs_dsigma:
+        return dx, None
+    if not torch.is_grad_enabled():
+        return dx, ops.perturb_bwd(du, sigma, seed, *where)
+    # Under create_graph: the same value from differentiable pieces.
+    *place, log_variance = where
+    dsigma = noise_sum(du, sigma, seed, (*place, False))
+    return dx, dsigma * torch.exp(sigma / 2) / 2 if log_variance else dsigma
+
+
+class _Perturb(Function):
+    """P: u = x + factor * sigma * z."""
+
+    @staticmethod
+    def forward(ctx, x, sigma, seed, where, out_dtype):
+        ctx.save_for_backward(sigma, seed)
+        ctx.where, ctx.x_dtype = where, x.dtype
+        return ops.perturb(x, sigma, seed, *where, out_dtype)
+
+    @staticmethod
+    def backward(ctx, du):
+        sigma, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSum.apply), None, None, None
+
+
+class _NoiseSum(Function):
+    """Q: factor * sum over rows of g * z, of sigma's dtype. `sigma` gives that dtype; it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, g, sigma, seed, where):
+        ctx.save_for_backward(seed)
+        ctx.where, ctx.g_shape, ctx.g_dtype = where, g.shape, g.dtype
+        return ops.perturb_bwd(g, sigma, seed, *where)
+
+    @staticmethod
+    def backward(ctx, h):
+        (seed,) = ctx.saved_tensors
+        zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
+        return _Perturb.apply(zeros, h, seed, ctx.where, None), None, None, None
+
+
+# ---- the same two for torch.func: a jvp or a vmap rule on the classes above would break torch.compile ---------------
+
+
+def _slices(info, in_dims, tensors):
+    """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed and so its noise."""
+    for i in range(info.batch_size):
+        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
+
+
+class _PerturbFunc(Function):
+    @staticmethod
+    def forward(x, sigma, seed, where, out_dtype):
+        return ops.perturb(x, sigma, seed, *where, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, sigma, seed, ctx.where, ctx.out_dtype = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.save_for_forward(sigma, seed)
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+
+    @staticmethod
+    def backward(ctx, du):
+        sigma, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        return *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc.apply), None, None, None
+
+    @staticmethod
+    def jvp(ctx, dx, dsigma, *_):
+        sigma, seed = ctx.saved_tensors
+        *place, log_variance = ctx.where
+        if dsigma is None:
+            return dx.to(ctx.out_dtype or ctx.x_dtype)
+        if log_variance:
+            dsigma = dsigma * torch.exp(sigma / 2) / 2
+        if dx is None:
+            dx = dsigma.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
+        return _PerturbFunc.apply(dx, dsigma, seed, (*place, False), ctx.out_dtype)
+
+    @staticmethod
+    def vmap(info, in_dims, x, sigma, seed, where, out_dtype):
+        calls = _slices(info, in_dims[:3], (x, sigma, seed))
+        return torch.stack([_PerturbFunc.apply(*tensors, where, out_dtype) for tensors in calls]), 0
+
+
+class _NoiseSumFunc(Function):
+    @staticmethod
+    def forward(g, sigma, seed, where):
+        return ops.perturb_bwd(g, sigma, seed, *where)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        g, sigma, seed, ctx.where = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.save_for_forward(sigma, seed)
+        ctx.g_shape, ctx.g_dtype = g.shape, g.dtype
+
+    @staticmethod
+    def backward(ctx, h):
+        _, seed = ctx.saved_tensors
+        zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
+        return _PerturbFunc.apply(zeros, h, seed, ctx.where, None), None, None, None
+
+    @staticmethod
+    def jvp(ctx, dg, *_):
+        sigma, seed = ctx.saved_tensors
+        return _NoiseSumFunc.apply(dg, sigma, seed, ctx.where)
+
+    @staticmethod
+    def vmap(info, in_dims, g, sigma, seed, where):
+        calls = _slices(info, in_dims[:3], (g, sigma, seed))
+        return torch.stack([_NoiseSumFunc.apply(*tensors, where) for tensors in calls]), 0
+
+
+# ---- keep="x": backward makes u again instead of keeping it.  docs/maths.md, section 2 -------------------------------
+
+
+class _LinearReplay(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, sigma, seed, where, out_dtype):
+        ctx.save_for_backward(x, weight, sigma, seed)
+        ctx.where, ctx.out_dtype = where, out_dtype or x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        u = ops.perturb(x, sigma, seed, *where, out_dtype)
+        return F.linear(u, weight.to(u.dtype), None if bias is None else bias.to(u.dtype))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, sigma, seed = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias, needs_dsigma = ctx.needs_input_grad[:4]
+        du = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
+        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
+            dx, dsigma = (None, None) if du is None else _perturb_backward(
+                du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum.apply
+            )
+            u = _Perturb.apply(x, sigma, seed, ctx.where, ctx.out_dtype) if needs_dweight else None
+        else:
+            dx = du.to(x.dtype) if needs_dx else None
+            u = dsigma = None
+            if needs_dweight and needs_dsigma:
+                u, dsigma = ops.perturb_replay(du, x, sigma, seed, *ctx.where, ctx.out_dtype)
+            elif needs_dweight:
+                u = ops.perturb(x, sigma, seed, *ctx.where, ctx.out_dtype)
+            elif needs_dsigma:
+                dsigma = ops.perturb_bwd(du, sigma, seed, *ctx.where)
+        rows = dy.reshape(-1, dy.shape[-1])
+        dweight = (rows.t() @ u.reshape(-1, u.shape[-1])).to(weight.dtype) if needs_dweight else None
+        dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
+        return dx, dweight, dbias, dsigma, None, None, None
+
+
+# ---- public --------------------------------------------------------------------------------------------------------
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that a matrix product on x would be given by autocast, or None where autocast leaves x alone."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _check_sigma(sigma: Tensor) -> None:
+    # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
+    if sigma.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if not bool((sigma >= 0).all()):
+        raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
+
+
+def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance):
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
+    if not log_variance:
+        _check_sigma(sigma)
+    if collapsed:
+        return dim, row0, col0, sample, 1, num_samples**-0.5, log_variance
+    return dim, row0, col0, sample, num_samples, 1.0, log_variance
+
+
+def noise(
+    shape: tuple[int, ...],
+    seed: Tensor,
+    *,
+    dim: int = -1,
+    row0: int = 0,
+    col0: int = 0,
+    sample: int = 0,
+    num_samples: int = 1,
+) -> Tensor:
+    """The standard normal draw z of the noise contract (docs/maths.md, section 3); its mean over samples where num_samples > 1.
+
+    shape: of the result, any number of dimensions >= 1. seed: int64 [2] = (key, stream). dim: the feature dimension.
+    row0, col0: origin, so that noise(window) is the window of the noise: row = row0 + the flattened index over the other
+    dimensions, column = col0 + the index along dim. sample: first sample, sample + num_samples <= 65536.
+    Returns float32 on seed's device. Raises ValueError or TypeError for arguments outside these.
+    """
+    return ops.noise(seed, tuple(shape), dim, row0, col0, sample, num_samples)
+
+
+def perturb(
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    *,
+    dim: int = -1,
+    row0: int = 0,
+    col0: int = 0,
+    sample: int = 0,
+    num_samples: int = 1,
+    collapsed: bool = True,
+    log_variance: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """u = x + sigma * z, differentiable in x and sigma to any order.
+
+    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. sigma: [K], float32 or float64, a standard
+    deviation >= 0 (checked on a CPU in eager mode), or with log_variance=True ln(sigma^2), any value. seed: int64 [2] = (key,
+    stream), on x's device. row0, col0, sample: as in `noise`. num_samples = S averages S draws: collapsed, one draw with
+    sigma / sqrt(S), which has the same law; otherwise the mean of samples sample .. sample + S - 1. dtype: of u, x's by default.
+    Computed in float32 (float64 for float64 x), rounded once. Returns u, of x's shape, and of its strides where x is dense.
+    Raises ValueError or TypeError naming the argument. Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
+    """
+    where = _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
+    function = _PerturbFunc if torch._C._are_functorch_transforms_active() else _Perturb
+    return function.apply(x, sigma, seed, where, dtype)
+
+
+def dip_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    *,
+    row0: int = 0,
+    col0: int = 0,
+    sample: int = 0,
+    num_samples: int = 1,
+    collapsed: bool = True,
+    log_variance: bool = False,
+    keep: str = "auto",
+) -> Tensor:
+    """y = (x + sigma * z) W^T + b, differentiable in x, weight, bias and sigma to any order.
+
+    x: [..., K]. weight: [N, K]. bias: [N] or None. sigma, seed, row0, col0, sample, num_samples, collapsed, log_variance: as in
+    `perturb`. keep: what backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
+    the pass that sums dsigma: for layers that share an input, and under torch.compile), or "auto": "x" under torch.compile,
+    else "u". Under autocast u is rounded once, straight to the autocast type.
+    Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.
+    """
+    if keep not in ("auto", "u", "x"):
+        raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
+    dtype = autocast_dtype(x)
+    where = _where(sigma, -1, row0, col0, sample, num_samples, collapsed, log_variance)
+    if torch._C._are_functorch_transforms_active():
+        return F.linear(_PerturbFunc.apply(x, sigma, seed, where, dtype), weight, bias)
+    if keep == "x" or (keep == "auto" and torch.compiler.is_compiling()):
+        return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
+    return F.linear(_Perturb.apply(x, sigma, seed, where, dtype), weight, bias)

@@ -1,0 +1,185 @@
+"""torch.library operations: schemas, checks, fakes, implementations.  One schema, three namespaces:
+
+    dipkernels            the compiled library (CPU, CUDA)
+    dipkernels_triton     the Triton kernels
+    dipkernels_reference  plain PyTorch
+
+The functions below take the arguments of the schema of their name, check them, and call the namespace that `backends.choose` names.
+They are deterministic functions of tensors, seed included, without autograd: see functional.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+
+_WHERE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
+_SCALE = "float factor, bool log_variance"
+SCHEMAS = {
+    "noise": f"(Tensor seed, SymInt[] shape, {_WHERE}) -> Tensor",
+    "perturb": f"(Tensor x, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}, ScalarType? out_dtype) -> Tensor",
+    "perturb_bwd": f"(Tensor du, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}) -> Tensor",
+    "perturb_replay": f"(Tensor du, Tensor x, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}, ScalarType? out_dtype)"
+    " -> (Tensor, Tensor)",
+}
+NAMESPACES = {
+    "cpu": "dipkernels",
+    "cuda": "dipkernels",
+    "triton": "dipkernels_triton",
+    "reference": "dipkernels_reference",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_SAMPLES = 2**16
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_seed(seed: Tensor, device: torch.device) -> None:
+    if seed.dtype is not torch.int64:
+        raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
+    if seed.shape != (2,):
+        raise ValueError(f"seed: expected shape (2,) = (key, stream), got {tuple(seed.shape)}")
+    if seed.device != device:
+        raise ValueError(f"seed: expected device {device}, as the data, got {seed.device}")
+
+
+def _check_where(ndim: int, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> None:
+    if not -ndim <= dim < ndim:
+        raise ValueError(f"dim: expected a dimension of a tensor of {ndim}, got {dim}")
+    if row0 < 0 or col0 < 0:
+        raise ValueError(f"row0, col0: expected at least 0, got {row0}, {col0}")
+    if not 1 <= num_samples <= MAX_SAMPLES:
+        raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {num_samples}")
+    if not 0 <= sample <= MAX_SAMPLES - num_samples:
+        raise ValueError(f"sample: expected 0 <= sample and sample + num_samples <= {MAX_SAMPLES}, got {sample}")
+
+
+def _check(x: Tensor, name: str, sigma: Tensor, seed: Tensor, dim: int, *where: int) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected one of {DTYPES}, got {x.dtype}")
+    _check_where(x.dim(), dim, *where)
+    if sigma.shape != x.shape[dim : dim + 1 or None]:
+        raise ValueError(f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}")
+    if sigma.dtype is not torch.float32 and sigma.dtype is not torch.float64:
+        raise TypeError(f"sigma: expected torch.float32 or torch.float64, got {sigma.dtype}")
+    if sigma.device != x.device:
+        raise ValueError(f"sigma: expected device {x.device}, as {name}, got {sigma.device}")
+    _check_seed(seed, x.device)
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"dtype: expected one of {DTYPES}, got {out_dtype}")
+
+
+# ---- the operations ------------------------------------------------------------------------------------------------
+
+_chosen: dict[tuple[str, str], torch._ops.OpOverload] = {}
+_chosen_generation = -1
+
+
+def _kernel(op: str, device: str) -> torch._ops.OpOverload:
+    """The overload that `choose` names; remembered until `backend` changes something."""
+    global _chosen_generation
+    if _chosen_generation != backends._generation:
+        _chosen.clear()
+        _chosen_generation = backends._generation
+    kernel = _chosen.get((op, device))
+    if kernel is None:
+        plan = backends.choose(op, device)
+        if plan.backend == "reference" and plan.why != "asked for":
+            backends._warn_reference(plan.why)
+        kernel = _chosen[op, device] = getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
+    return kernel
+
+
+def noise(seed: Tensor, shape, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
+    _check_seed(seed, seed.device)
+    _check_where(len(shape), dim, row0, col0, sample, num_samples)
+    return _kernel("noise", seed.device.type)(seed, shape, dim, row0, col0, sample, num_samples)
+
+
+def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype) -> Tensor:
+    _check(x, "x", sigma, seed, dim, row0, col0, sample, num_samples)
+    _check_out_dtype(out_dtype)
+    return _kernel("perturb", x.device.type)(
+        x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
+    )
+
+
+def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance) -> Tensor:
+    _check(du, "du", sigma, seed, dim, row0, col0, sample, num_samples)
+    return _kernel("perturb_bwd", du.device.type)(
+        du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance
+    )
+
+
+def perturb_replay(
+    du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
+) -> tuple[Tensor, Tensor]:
+    _check(x, "x", sigma, seed, dim, row0, col0, sample, num_samples)
+    _check_out_dtype(out_dtype)
+    if du.shape != x.shape:
+        raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
+    if du.dtype not in DTYPES:
+        raise TypeError(f"du: expected one of {DTYPES}, got {du.dtype}")
+    return _kernel("perturb_replay", x.device.type)(
+        du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
+    )
+
+
+# ---- fakes: shapes, dtypes and strides without data ----------------------------------------------------------------
+
+
+def _fake_noise(seed, shape, *where):
+    return seed.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+    return torch.empty_like(x, dtype=out_dtype)
+
+
+def _fake_perturb_bwd(du, sigma, *rest):
+    return torch.empty_like(sigma, memory_format=torch.contiguous_format)
+
+
+def _fake_perturb_replay(du, x, sigma, seed, *rest):
+    return _fake_perturb(x, sigma, seed, *rest), _fake_perturb_bwd(du, sigma)
+
+
+_FAKES = {
+    "noise": _fake_noise,
+    "perturb": _fake_perturb,
+    "perturb_bwd": _fake_perturb_bwd,
+    "perturb_replay": _fake_perturb_replay,
+}
+
+
+# ---- registration --------------------------------------------------------------------------------------------------
+
+
+def _triton(op: str):
+    def run(*args):
+        from .triton_kernels import perturb as kernels  # imported at the first call: Triton takes a while
+
+        return getattr(kernels, op)(*args)
+
+    return run
+
+
+_libraries = []
+for _namespace in dict.fromkeys(NAMESPACES.values()):
+    _library = torch.library.Library(_namespace, "DEF")
+    _libraries.append(_library)  # a Library's registrations live as long as it does
+    for _op, _schema in SCHEMAS.items():
+        _library.define(_op + _schema)
+        torch.library.register_fake(f"{_namespace}::{_op}", _FAKES[_op], lib=_library)
+        if _namespace == "dipkernels_reference":
+            _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
+        elif _namespace == "dipkernels_triton":
+            _library.impl(_op, _triton(_op), "CUDA")
+            _library.impl(_op, _triton(_op), "CPU")  # under TRITON_INTERPRET=1
+backends.library()

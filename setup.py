@@ -1,0 +1,151 @@
+"""Builds dipkernels/_C.so: one library of CPU and CUDA kernels through torch's stable ABI, by g++ and nvcc under ninja.
+
+torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and the result has no Python symbols,
+so that one wheel serves every Python and every torch >= 2.10. Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA,
+DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CUDA_ARCHS = "80 86 89 90 100 120"
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+AVX2 = "-mavx2 -mfma -mf16c"
+CAPABILITIES = {
+    "portable": "",
+    "avx2": AVX2,
+    "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
+}
+
+
+def say(message):
+    print(f"dipkernels build: {message}", flush=True)
+
+
+def wanted(name):
+    """True, False, or None where the variable leaves it to the build."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name}: expected 0, 1 or nothing, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def plan():
+    """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
+    if compiler is None:
+        if cpu or cuda:
+            raise SystemExit("DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler (CXX, g++)")
+        say("no C++ compiler (CXX, g++): pure Python install; the slow reference path and Triton still run")
+        return False, False, None, None
+    if cuda and nvcc is None:
+        raise SystemExit("DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH)")
+    cpu = cpu is not False
+    if cuda is None:
+        import torch
+
+        cuda = nvcc is not None and torch.version.cuda is not None
+        say(f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides")
+    else:
+        say(f"CUDA kernels: {'yes' if cuda else 'no'} (DIPKERNELS_CUDA)")
+    say(f"CPU kernels: {'yes, ' + ' '.join(capabilities()) if cpu else 'no (DIPKERNELS_CPU=0)'}")
+    return cpu, cuda, compiler, nvcc
+
+
+def capabilities():
+    return list(CAPABILITIES) if IS_X86 else ["portable"]
+
+
+def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
+    """The whole build as text."""
+    archs = os.environ.get("DIPKERNELS_CUDA_ARCHS", CUDA_ARCHS).split()
+    defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and IS_X86)
+    if cuda:
+        defines.append("'-DDIP_CUDA_ARCHS=\"" + " ".join(archs) + "\"'")
+    # No contraction: every fused multiply-add of the noise contract is written out.
+    flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+    gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    lines = [
+        f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule nvcc\n  command = {nvcc} -MMD -MF $out.d -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC"
+        f" -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {compiler} -shared $in -o $out -L{torch_dir}/lib -Wl,--as-needed -ltorch_cpu $libs",
+    ]
+    units = [("ops.cpp", "ops", f"-I{torch_dir}/include")]
+    if cpu:
+        units.append(("cpu/dispatch.cpp", "dispatch", ""))
+        for name in capabilities():
+            lanes = name.capitalize()
+            units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
+    objects = []
+    for source, name, extra in units:
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: cxx {ROOT.resolve()}/csrc/{source}\n  flags = {extra}")
+    libs = ""
+    if cuda:
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            objects.append(f"cuda_{source.stem}.o")
+            lines.append(f"build cuda_{source.stem}.o: nvcc {source.resolve()}")
+        home = Path(nvcc).resolve().parent.parent
+        libs = f"-L{home}/lib64 -lcudart_static -lrt -ldl -lpthread"
+    lines.append(f"build {out}: link {' '.join(objects)}\n  libs = {libs}")
+    return "\n".join(lines) + "\n"
+
+
+def find_ninja():
+    found = shutil.which("ninja")
+    if found is None:
+        try:
+            import ninja
+        except ImportError:
+            raise SystemExit("ninja is needed to build: pip install ninja") from None
+        found = str(Path(ninja.BIN_DIR) / "ninja")
+    return found
+
+
+class NinjaBuild(build_ext):
+    def get_ext_filename(self, name):
+        return str(Path(*name.split("."))) + ".so"  # no Python version in it: the library has no Python symbols
+
+    def build_extension(self, ext):
+        try:
+            import torch
+        except ImportError:
+            raise SystemExit(
+                "torch is needed to build dipkernels, for its headers: install torch >= 2.10, then pip install --no-build-isolation"
+            ) from None
+        cpu, cuda, compiler, nvcc = PLAN
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / "ninja"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc, Path(torch.__file__).parent, out))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-<platform>: any Python 3, one platform."""
+
+    def get_tag(self):
+        python, abi, tag = super().get_tag()
+        return ("py3", "none", tag) if self.distribution.ext_modules else (python, abi, tag)
+
+
+PLAN = plan()
+setup(
+    ext_modules=[Extension("dipkernels._C", [])] if any(PLAN[:2]) else [],
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
+)
