@@ -1,0 +1,506 @@
+// u = x + factor * sigma * z;  dsigma = factor * sum over rows of du * z.  docs/maths.md, sections 1, 5 and 6.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <type_traits>
+
+#include "storage.h"
+
+namespace dip {
+namespace {
+
+constexpr int kGroup = 8;         // columns of one Philox call
+constexpr int kMaxDevices = 64;
+constexpr int kSumRows = 32;      // partial rows that one block of the second stage reads at a time
+
+// A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
+template <bool kSum>
+constexpr int kThreads = kSum ? 256 : 128;
+// Resident threads per multiprocessor: 768 leave 80 registers each, 512 leave 128.
+constexpr int kRowThreads = 768;
+constexpr int kChannelThreads = 512;
+
+struct Params {
+  PerturbArgs args;
+  int64_t rows;         // outer * inner
+  int64_t groups;       // of one row; the first one's leading `phase` columns are outside
+  int64_t first_group;
+  int phase;
+  void* partials;       // [gridDim.y, features] of the compute type
+};
+
+// ---- device functions ------------------------------------------------------------------------------------------------
+
+DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
+DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
+
+// sigma as a standard deviation, without the factor.
+template <class C>
+DIP_DEVICE C sigma_at(const PerturbArgs& a, int64_t j) {
+  if (!a.sigma) return C(1);
+  const C s = static_cast<C>(a.sigma_is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j]);
+  return a.log_variance ? static_cast<C>(exp(C(0.5) * s)) : s;
+}
+
+template <class C>
+DIP_DEVICE C scale_at(const PerturbArgs& a, int64_t j) {
+  const C s = sigma_at<C>(a, j);
+  return a.factor == 1.0 ? s : static_cast<C>(a.factor * s);  // double arithmetic is slow on most GPUs
+}
+
+DIP_DEVICE Draw load_draw(const PerturbArgs& a) {
+  const int64_t seed[2] = {a.seed[0], a.seed[1]};
+  return {philox_key(seed), stream_sample(seed, static_cast<uint32_t>(a.sample))};
+}
+
+// The mean over the call's samples; kOne: there is one.
+template <class Tier, bool kOne>
+DIP_DEVICE void mean_group(const PerturbArgs& a, const Draw& draw, uint32_t group, uint64_t row, float z[kGroup]) {
+  draw_group<Tier>(draw, 0, group, row, z);
+  if constexpr (!kOne) {
+    if (a.num_samples == 1) return;
+    for (int s = 1; s < a.num_samples; ++s) {
+      float next[kGroup];
+      draw_group<Tier>(draw, s, group, row, next);
+      DIP_UNROLL
+      for (int t = 0; t < kGroup; ++t) z[t] = ScalarLane::add(z[t], next[t]);
+    }
+    const float share = 1.0f / static_cast<float>(a.num_samples);
+    DIP_UNROLL
+    for (int t = 0; t < kGroup; ++t) z[t] = ScalarLane::mul(z[t], share);
+  }
+}
+
+// ---- kernels: rows, [M, K] with columns side by side -------------------------------------------------------------------
+// Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
+
+template <class Types, class Tier, bool kWrite, bool kSum>
+__global__ void __launch_bounds__(kThreads<kSum>, kRowThreads / kThreads<kSum>)
+perturb_rows_kernel(const Params p) {
+  using C = typename Types::Compute;
+  constexpr bool kAny = Types::kAny;
+  constexpr int kVectors = kAny ? 1 : 2;  // rows in flight
+  const PerturbArgs& a = p.args;
+
+  // where
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t col = kGroup * group - p.phase;
+  const int first = col < 0 ? static_cast<int>(-col) : 0;
+  const int last = a.features - col < kGroup ? static_cast<int>(a.features - col) : kGroup;  // [first, last) of the group is inside
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
+  const int64_t end = group < p.groups ? p.rows : 0;
+  const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
+  const Draw draw = load_draw(a);
+  C scale[kGroup], sum[kGroup];
+  DIP_UNROLL
+  for (int t = 0; t < kGroup; ++t) {
+    sum[t] = C(0);
+    if constexpr (kWrite) scale[t] = end && first <= t && t < last ? scale_at<C>(a, col + t) : C(0);
+  }
+
+  const auto tile = [&](int64_t row, auto count) {
+    constexpr int n = decltype(count)::value;
+    // load
+    typename Types::X x[n];
+    typename Types::Du du[n];
+    DIP_UNROLL
+    for (int i = 0; i < n; ++i) {
+      const int64_t at = row + i * step;
+      if constexpr (kAny) {
+        if constexpr (kWrite) x[i].load(a.x, at * a.x.outer_stride + col, first, last);
+        if constexpr (kSum) du[i].load(a.du, at * a.du.outer_stride + col, first, last);
+      } else {
+        if constexpr (kWrite) x[i].load(a.x, at * a.x.outer_stride + col);
+        if constexpr (kSum) du[i].load(a.du, at * a.du.outer_stride + col);
+      }
+    }
+    DIP_UNROLL
+    for (int i = 0; i < n; ++i) {
+      // compute
+      const int64_t at = row + i * step;
+      float z[kGroup];
+      mean_group<Tier, !kAny>(a, draw, counter, static_cast<uint64_t>(a.row0 + at), z);
+      if constexpr (kSum) {
+        DIP_UNROLL
+        for (int t = 0; t < kGroup; ++t) sum[t] = fma_of(static_cast<C>(du[i].get(t)), static_cast<C>(z[t]), sum[t]);
+      }
+      if constexpr (kWrite) {
+        typename Types::U u;
+        DIP_UNROLL
+        for (int t = 0; t < kGroup; t += 2)
+          u.set(t, fma_of(scale[t], C(z[t]), C(x[i].get(t))), fma_of(scale[t + 1], C(z[t + 1]), C(x[i].get(t + 1))));
+        // store
+        if constexpr (kAny)
+          u.store(a.u, at * a.u.outer_stride + col, first, last);
+        else
+          u.store(a.u, at * a.u.outer_stride + col);
+      }
+    }
+  };
+
+  int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+  if constexpr (kVectors == 2)
+    for (; row + step < end; row += 2 * step) tile(row, std::integral_constant<int, 2>{});
+  for (; row < end; row += step) tile(row, std::integral_constant<int, 1>{});
+
+  // The block's rows meet in a tree, so that the order depends on the shape of the block alone.
+  if constexpr (kSum) {
+    __shared__ C shared[kThreads<kSum>][kGroup];
+    C* mine = shared[threadIdx.y * blockDim.x + threadIdx.x];
+    DIP_UNROLL
+    for (int t = 0; t < kGroup; ++t) mine[t] = sum[t];
+    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+      __syncthreads();
+      if (threadIdx.y < half) {
+        const C* other = shared[(threadIdx.y + half) * blockDim.x + threadIdx.x];
+        DIP_UNROLL
+        for (int t = 0; t < kGroup; ++t) mine[t] += other[t];
+      }
+    }
+    if (threadIdx.y == 0 && end) {
+      C* partial = static_cast<C*>(p.partials) + blockIdx.y * a.features + col;
+      DIP_UNROLL
+      for (int t = 0; t < kGroup; ++t)
+        if (first <= t && t < last) partial[t] = mine[t];
+    }
+  }
+}
+
+// ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side ---------------------------------
+// Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call still serves eight elements.
+
+template <class Types, class Tier, bool kWrite, bool kSum>
+__global__ void __launch_bounds__(kThreads<kSum>, kChannelThreads / kThreads<kSum>)
+perturb_channels_kernel(const Params p) {
+  using C = typename Types::Compute;
+  constexpr bool kAny = Types::kAny;
+  constexpr int kPixels = Types::X::kElements;
+  const PerturbArgs& a = p.args;
+
+  // where
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t channel = kGroup * group - p.phase;
+  const int first = channel < 0 ? static_cast<int>(-channel) : 0;
+  const int last = a.features - channel < kGroup ? static_cast<int>(a.features - channel) : kGroup;
+  const int64_t end = group < p.groups ? p.rows : 0;
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels;
+  const int64_t outer_step = step / a.inner, inner_step = step % a.inner;
+  const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
+  const Draw draw = load_draw(a);
+  C scale[kGroup], sum[kGroup];
+  DIP_UNROLL
+  for (int t = 0; t < kGroup; ++t) {
+    sum[t] = C(0);
+    if constexpr (kWrite) scale[t] = end && first <= t && t < last ? scale_at<C>(a, channel + t) : C(0);
+  }
+
+  int64_t row = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kPixels;
+  int64_t outer = row / a.inner, inner = row % a.inner;
+  for (; row < end; row += step) {
+    // load
+    typename Types::X x[kGroup];
+    typename Types::Du du[kGroup];
+    const auto at = [&](const Operand& o, int t) { return outer * o.outer_stride + (channel + t) * o.feature_stride + inner; };
+    DIP_UNROLL
+    for (int t = 0; t < kGroup; ++t) {
+      if (first <= t && t < last) {
+        if constexpr (kWrite) x[t].load(a.x, at(a.x, t));
+        if constexpr (kSum) du[t].load(a.du, at(a.du, t));
+      } else {
+        if constexpr (kWrite) x[t] = {};
+        if constexpr (kSum) du[t] = {};
+      }
+    }
+    // compute: two pixels at a time, which share a word of 16-bit storage
+    typename Types::U u[kGroup];
+    DIP_UNROLL
+    for (int i = 0; i < kPixels; i += 2) {
+      constexpr int kPair = kPixels == 1 ? 1 : 2;
+      float z[2][kGroup];
+      DIP_UNROLL
+      for (int j = 0; j < kPair; ++j) mean_group<Tier, !kAny>(a, draw, counter, static_cast<uint64_t>(a.row0 + row + i + j), z[j]);
+      DIP_UNROLL
+      for (int t = 0; t < kGroup; ++t) {
+        if constexpr (kSum) {
+          DIP_UNROLL
+          for (int j = 0; j < kPair; ++j) sum[t] = fma_of(C(du[t].get(i + j)), C(z[j][t]), sum[t]);
+        }
+        if constexpr (kWrite) {
+          C value[2];
+          DIP_UNROLL
+          for (int j = 0; j < kPair; ++j) value[j] = fma_of(scale[t], C(z[j][t]), C(x[t].get(i + j)));
+          u[t].set(i, value[0], value[kPair - 1]);
+        }
+      }
+    }
+    // store
+    if constexpr (kWrite) {
+      DIP_UNROLL
+      for (int t = 0; t < kGroup; ++t)
+        if (first <= t && t < last) u[t].store(a.u, at(a.u, t));
+    }
+    outer += outer_step;
+    inner += inner_step;
+    if (inner >= a.inner) inner -= a.inner, ++outer;
+  }
+
+  // A warp lies along x, so its lanes share their channels; then the block's warps meet in order.
+  if constexpr (kSum) {
+    __shared__ C shared[kThreads<kSum> / 32][kGroup];
+    const int warp = (threadIdx.y * blockDim.x + threadIdx.x) / 32, warps = blockDim.x / 32;
+    DIP_UNROLL
+    for (int t = 0; t < kGroup; ++t) {
+      for (int delta = 16; delta > 0; delta /= 2) sum[t] += __shfl_down_sync(0xFFFFFFFFu, sum[t], delta);
+      if (threadIdx.x % 32 == 0) shared[warp][t] = sum[t];
+    }
+    __syncthreads();
+    if (threadIdx.x < kGroup && end) {
+      const int t = threadIdx.x;
+      C total = C(0);
+      for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
+      if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
+    }
+  }
+}
+
+// ---- kernels: the second stage of the sum, in fixed order ----------------------------------------------------------------
+
+struct SumParams {
+  PerturbArgs args;
+  const void* partials;  // [num_partials, features]
+  int num_partials;
+};
+
+template <class C>
+__global__ void __launch_bounds__(32 * kSumRows) column_sum_kernel(const SumParams p) {
+  // where: threads x: columns, y: partial rows
+  const PerturbArgs& a = p.args;
+  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  // load
+  double sum = 0;
+  if (col < a.features)
+    for (int i = threadIdx.y; i < p.num_partials; i += kSumRows) sum += static_cast<const C*>(p.partials)[i * a.features + col];
+  __shared__ double shared[kSumRows][32];
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || col >= a.features) return;
+  // compute
+  for (int i = 1; i < kSumRows; ++i) sum += shared[i][threadIdx.x];
+  sum *= a.log_variance ? a.factor * 0.5 * sigma_at<C>(a, col) : a.factor;
+  // store
+  if (a.sigma_is_double)
+    static_cast<double*>(a.dsigma)[col] = sum;
+  else
+    static_cast<float*>(a.dsigma)[col] = static_cast<float>(sum);
+}
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+
+// What a kernel is compiled for. The pairs of types that training meets, all aligned, have their own; Any takes the rest.
+template <class XT, class UT, class DuT, int N>
+struct Exactly {
+  static constexpr bool kAny = false;
+  using Compute = float;
+  using X = Run<XT, N>;
+  using U = Run<UT, N>;
+  using Du = Run<DuT, N>;
+};
+template <class C, int N>
+struct Any {
+  static constexpr bool kAny = true;
+  using Compute = C;
+  using X = AnyRun<C, N>;
+  using U = AnyRun<C, N>;
+  using Du = AnyRun<C, N>;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Plan {
+  dim3 grid, block;
+};
+
+int num_multiprocessors() {
+  static int known[kMaxDevices];
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (device < kMaxDevices && known[device]) return known[device];
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  if (device < kMaxDevices) known[device] = count;
+  return count;
+}
+
+int power_of_two(int64_t n, int lowest, int highest) {
+  int p = lowest;
+  while (p < n && p < highest) p *= 2;
+  return p;
+}
+
+int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.col0 % kGroup + a.features, kGroup); }
+
+// One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time.
+Plan make_plan(const PerturbArgs& a, int64_t pixels) {
+  const bool sums = a.dsigma;
+  const unsigned threads = sums ? kThreads<true> : kThreads<false>;
+  const int64_t groups = num_groups(a), rows = ceil_div(a.outer * a.inner, pixels);
+  int64_t col_blocks, row_blocks;
+  Plan plan;
+  if (a.inner == 1) {
+    plan.block.x = power_of_two(groups, 1, 32);
+    plan.block.y = threads / plan.block.x;
+    col_blocks = ceil_div(groups, plan.block.x);
+    row_blocks = ceil_div(rows, plan.block.y);
+  } else {
+    plan.block.x = power_of_two(rows, 32, threads);
+    plan.block.y = threads / plan.block.x;
+    col_blocks = ceil_div(groups, plan.block.y);
+    row_blocks = ceil_div(rows, plan.block.x);
+  }
+  const int64_t resident = int64_t{num_multiprocessors()} * ((a.inner == 1 ? kRowThreads : kChannelThreads) / threads);
+  plan.grid.x = static_cast<unsigned>(col_blocks);
+  plan.grid.y = static_cast<unsigned>(smaller(row_blocks, larger(1, resident / col_blocks)));
+  return plan;
+}
+
+const char* describe(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  static thread_local char message[256];
+  int driver = 0, runtime = 0, device = 0, major = 0, minor = 0;
+  if (error == cudaErrorInsufficientDriver) {
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    std::snprintf(
+        message, sizeof(message), "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, or set DIPKERNELS_BACKEND=triton",
+        driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+  } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    std::snprintf(
+        message, sizeof(message), "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, and this one is %d.%d: set "
+        "DIPKERNELS_BACKEND=triton or reference", major, minor);
+  } else {
+    std::snprintf(message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
+  }
+  cudaGetLastError();  // so that the next call does not meet it again
+  return message;
+}
+
+template <class P>
+const char* launch(void (*kernel)(P), const Plan& plan, P params, void* stream) {
+  void* arguments[] = {&params};
+  const cudaError_t error = cudaLaunchKernel(kernel, plan.grid, plan.block, arguments, 0, static_cast<cudaStream_t>(stream));
+  return describe(error == cudaSuccess ? cudaGetLastError() : error);
+}
+
+struct Call {
+  const PerturbArgs& args;
+  bool exact;
+  void* partials;
+  void* stream;
+};
+
+template <class RowTypes, class ChannelTypes, class Tier, bool kWrite, bool kSum>
+const char* launch_pass(const Call& call) {
+  const PerturbArgs& a = call.args;
+  const Plan plan = make_plan(a, a.inner == 1 ? 1 : ChannelTypes::X::kElements);
+  const Params params{
+      a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, static_cast<int>(a.col0 % kGroup), call.partials};
+  const char* error = nullptr;
+  if (params.rows) {
+    if (a.inner == 1)
+      error = launch(&perturb_rows_kernel<RowTypes, Tier, kWrite, kSum>, plan, params, call.stream);
+    else
+      error = launch(&perturb_channels_kernel<ChannelTypes, Tier, kWrite, kSum>, plan, params, call.stream);
+  }
+  if constexpr (kSum) {
+    using C = typename RowTypes::Compute;
+    if (error) return error;
+    const Plan sum_plan{dim3(static_cast<unsigned>(ceil_div(a.features, 32))), dim3(32, kSumRows)};
+    const SumParams sum{a, call.partials, params.rows ? static_cast<int>(plan.grid.y) : 0};
+    error = launch(&column_sum_kernel<C>, sum_plan, sum, call.stream);
+  }
+  return error;
+}
+
+template <class RowTypes, class ChannelTypes, bool kWrite, bool kSum>
+const char* launch_tier(const Call& call) {
+  if (call.exact) return launch_pass<RowTypes, ChannelTypes, ExactTier, kWrite, kSum>(call);
+  return launch_pass<RowTypes, ChannelTypes, FastTier, kWrite, kSum>(call);
+}
+
+int64_t element_size(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+
+// Pixels that a channels kernel of its own takes at a time: 16 bytes of the widest type.
+template <class XT, class UT, class DuT>
+constexpr int kPixels = sizeof(XT) == 4 || sizeof(UT) == 4 || sizeof(DuT) == 4 ? 4 : 8;
+
+// Whether every run of n elements, side by side in memory, lies on a boundary of its own size, at most 16 bytes.
+bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
+  if (!o.data) return true;
+  const int64_t size = element_size(o.dtype), bytes = smaller(16, n * size);
+  const auto whole = [&](int64_t elements) { return elements * size % bytes == 0; };
+  if (reinterpret_cast<uintptr_t>(o.data) % bytes || !whole(o.outer_stride)) return false;
+  return a.inner == 1 || whole(o.feature_stride);
+}
+
+template <class XT, class UT, class DuT, bool kWrite, bool kSum>
+bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
+  constexpr int n = kPixels<XT, UT, DuT>;
+  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1) return false;
+  if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
+  const int64_t run = a.inner == 1 ? kGroup : n;
+  return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) && (!kSum || aligned(a.du, a, run));
+}
+
+template <class XT, class UT, class DuT, bool kWrite, bool kSum>
+const char* launch_exactly(const Call& call) {
+  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, DuT>>, kWrite, kSum>(call);
+}
+
+// Computed in double where the data are: x, or the gradient alone.
+bool is_double(const PerturbArgs& a) {
+  return (a.x.data ? a.x.dtype : a.du.data ? a.du.dtype : DType::kFloat32) == DType::kFloat64;
+}
+
+template <bool kWrite, bool kSum>
+const char* launch_types(const Call& call) {
+  const PerturbArgs& a = call.args;
+  constexpr DType f32 = DType::kFloat32, f16 = DType::kFloat16, bf16 = DType::kBFloat16;
+#define DIP_TRY(XT, x, UT, u, DuT, du) \
+  if (fits<XT, UT, DuT, kWrite, kSum>(a, x, u, du)) return launch_exactly<XT, UT, DuT, kWrite, kSum>(call)
+  DIP_TRY(BFloat16, bf16, BFloat16, bf16, BFloat16, bf16);
+  DIP_TRY(Float16, f16, Float16, f16, Float16, f16);
+  DIP_TRY(float, f32, float, f32, float, f32);
+  if constexpr (kWrite) {  // autocast
+    DIP_TRY(float, f32, BFloat16, bf16, BFloat16, bf16);
+    DIP_TRY(float, f32, Float16, f16, Float16, f16);
+  }
+#undef DIP_TRY
+  if (is_double(a)) return launch_tier<Any<double, kGroup>, Any<double, 1>, kWrite, kSum>(call);
+  return launch_tier<Any<float, kGroup>, Any<float, 1>, kWrite, kSum>(call);
+}
+
+}  // namespace
+
+int64_t perturb_cuda_scratch(const PerturbArgs& a) {
+  if (!a.dsigma || !a.features) return 0;
+  // The most that any of the kernels asks for: one pixel at a time gives the most blocks.
+  return int64_t{make_plan(a, 1).grid.y} * a.features * (is_double(a) ? 8 : 4);
+}
+
+const char* perturb_cuda(const PerturbArgs& a, bool exact, void* partials, void* stream) {
+  const Call call{a, exact, partials, stream};
+  if (!a.features) return nullptr;
+  if (a.dsigma) return a.u.data ? launch_types<true, true>(call) : launch_types<false, true>(call);
+  return launch_types<true, false>(call);
+}
+
+const char* cuda_problem() {
+  cudaFuncAttributes attributes;
+  return describe(cudaFuncGetAttributes(&attributes, &column_sum_kernel<float>));
+}
+
+}  // namespace dip

@@ -1,0 +1,79 @@
+"""What the CUDA tests share: nvcc, the disassembler, and counting instructions in a kernel's inner loop."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "perturb.cu"
+ARCHS = (80, 86, 89, 90, 100, 120)
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "-fmad=false", "--expt-relaxed-constexpr")
+
+
+@functools.cache
+def find_tool(name: str) -> str | None:
+    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside the triton package."""
+    if found := shutil.which(name):
+        return found
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    if triton := importlib.util.find_spec("triton"):
+        folders.append(Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin")
+    return next((str(folder / name) for folder in folders if (folder / name).exists()), None)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a cubin."""
+
+    name: str  # demangled, without the namespaces
+    registers: int
+    stack: int  # bytes: spills lie there
+    sass: str
+
+    @property
+    def loop(self) -> Counter:
+        return count_loop(self.sass)
+
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);")
+
+
+def count_loop(sass: str) -> Counter:
+    """Instructions, by opcode, of the kernel's longest loop that does not contain a barrier."""
+    opcodes, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"^\s*(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := _INSTRUCTION.match(line):
+            opcodes.append(instruction[1])
+            target = re.search(r"(\.L_\w+)", instruction[2])
+            if instruction[1].startswith("BRA") and target and labels.get(target[1], len(opcodes)) < len(opcodes):
+                loops.append(opcodes[labels[target[1]] :])
+    loops = [loop for loop in loops if not any(op.startswith("BAR") for op in loop)]
+    return Counter(op for op in max(loops, key=len, default=[]) if op != "NOP")
+
+
+def compile_cubin(arch: int, cubin: Path) -> None:
+    command = [find_tool("nvcc"), *FLAGS, "-cubin", f"-arch=sm_{arch}", str(SOURCE), "-o", str(cubin)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    #assert "warning" not in result.stderr, result.stderr
+
+
+def read_kernels(cubin: Path) -> list[Kernel]:
+    usage = subprocess.run([find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    code = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sections = dict(re.findall(r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S))
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True)
+    kernels = []
+    for (mangled, registers, stack), name in zip(found, names.stdout.splitlines(), strict=True):
+        name = name.replace("dip::(anonymous namespace)::", "").replace("dip::", "").removeprefix("void ").split(">(")[0]
+        kernels.append(Kernel(name, int(registers), int(stack), sections[mangled]))
+    return kernels
