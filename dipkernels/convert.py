@@ -1,4 +1,4 @@
-"""Whole models: convert to DIP layers and back, look at the variances, group parameters, calibrate.  docs/maths.md, section 1."""
+"""Whole models: to DIP layers and back, their variances, parameter groups, calibration.  docs/maths.md, section 1."""
 
 from __future__ import annotations
 
@@ -48,18 +48,19 @@ def convert(
 ) -> nn.Module:
     """Turn every nn.Linear and nn.Conv2d of the model into its DIP twin, y = Layer(x + sigma * z), in place.
 
-    model: any module, itself a layer or not. Its modules keep their identity, hooks and Parameter objects, and shared ones stay
-    shared: a layer's class changes, and it gains a child `variance`, float32, on its weight's device.
+    model: any module, itself a layer or not. Its modules keep their identity, hooks and Parameter objects, and shared
+    ones stay shared: a layer's class changes, and it gains a child `variance`, float32, on its weight's device.
     init_variance: sigma^2 to start from, > 0. types: nn.Linear, nn.Conv2d or both; only modules of exactly these types.
-    filter: called as filter(module, name), true for a layer to convert. exclude: name patterns (fnmatch: "head", "*.down_proj",
-    "blocks.0*"); a layer is left out when its name or that of a module around it matches.
+    filter: called as filter(module, name), true for a layer to convert. exclude: name patterns (fnmatch: "head",
+    "*.down_proj", "blocks.0*"); a layer is left out when its name or that of a module around it matches.
     num_samples, keep: as DIPLinear's; keep applies to linear layers.
-    Returns the model, its DIP layers numbered 0, 1, ... An optimiser made before conversion does not know the variances: make
-    it afterwards, from `param_groups`.
-    Warns (DIPConversionWarning) once, naming every module that it cannot honour: subclasses of these types, quantised, lazy,
-    sparse and scripted ones, a replaced `forward`, nn.MultiheadAttention's projections, PEFT's LoRA layers.
+    Returns the model, its DIP layers numbered 0, 1, ... An optimiser made before conversion does not know the
+    variances: make it afterwards, from `param_groups`.
+    Warns (DIPConversionWarning) once, naming every module that it cannot honour: subclasses of these types, quantised,
+    lazy, sparse and scripted ones, a replaced `forward`, nn.MultiheadAttention's projections, PEFT's LoRA layers.
     Raises ValueError when nothing matched, when an exclude pattern matches no module, or for bad values.
-    Source: arXiv 2506.04690; which layers carry noise inside a transformer is not stated there, so `filter` and `exclude` choose.
+    Source: arXiv 2506.04690; which layers carry noise inside a transformer is not stated there, so `filter` and
+    `exclude` choose.
     """
     types = tuple(types)
     if not types or not all(t in _TWINS for t in types):
@@ -86,7 +87,9 @@ def convert(
         _become_dip(module, init_variance, num_samples, keep)
     number_layers(model)
     if cannot:
-        reported = [f"  {wanted[m] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in cannot.items()]
+        reported = [
+            f"  {wanted[m] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in cannot.items()
+        ]
         text = f"convert: {len(reported)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
         warnings.warn(text + "\n".join(reported), DIPConversionWarning, stacklevel=2)
     return model
@@ -153,7 +156,7 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
         return "a LoRA layer, whose parts share one input: put a DIPInput before the whole of it"
     if nn.Linear in types and kind.__module__.startswith("transformers.") and kind.__name__ == "Conv1D":
         return "a linear layer of its own with the weight transposed: replace it by nn.Linear"
-    of_a_kind = any(t.__name__ in kind.__name__ for t in types)
+    of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
     if of_a_kind and any(part in kind.__module__ for part in (".quantized", ".qat", "bitsandbytes")):
         return "quantised: convert the model before quantising it"
     if not _is_candidate(module, types):
@@ -161,7 +164,8 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one batch through the model, then convert"
     if kind.__name__ == "NonDynamicallyQuantizableLinear":
-        return "nn.MultiheadAttention uses its weight, and in_proj_weight, without calling it: put a DIPInput before the attention"
+        how = "nn.MultiheadAttention uses its weight, and in_proj_weight, without calling it"
+        return f"{how}: put a DIPInput before the attention"
     if kind not in types:
         base = next(t.__name__ for t in types if isinstance(module, t))
         return f"a subclass of nn.{base}, whose forward may be its own"
@@ -190,7 +194,9 @@ def _become_dip(module: nn.Module, init_variance: float, num_samples: int, keep:
     features = module.in_features if twin is DIPLinear else module.in_channels
     module.__class__ = twin
     try:
-        module._set_up(features, init_variance, num_samples, keep if twin is DIPLinear else "auto", module.weight.device)
+        module._set_up(
+            features, init_variance, num_samples, keep if twin is DIPLinear else "auto", module.weight.device
+        )
     except Exception:
         module.__class__ = _PLAIN[twin]
         raise
@@ -203,9 +209,10 @@ def _become_dip(module: nn.Module, init_variance: float, num_samples: int, keep:
 def to_plain(model: nn.Module) -> nn.Module:
     """Turn every DIP layer back into nn.Linear or nn.Conv2d, y = Layer(x), in place: the reverse of `convert`.
 
-    model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances are gone.
-    A DIPInput becomes nn.Identity.
-    Returns the model (nn.Identity() for a model that is a DIPInput itself). Raises ValueError when there is no DIP layer.
+    model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances
+    are gone. A DIPInput becomes nn.Identity.
+    Returns the model (nn.Identity() for a model that is a DIPInput itself). Raises ValueError when there is no DIP
+    layer.
     Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
     """
     layers = dip_layers(model)
@@ -237,12 +244,13 @@ def _become_plain(module: nn.Module) -> None:
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, variance_lr: float | None = None
 ) -> list[dict[str, object]]:
-    """Three groups for an optimiser: weights (decayed), biases and norms (not decayed), variances (their own learning rate, not decayed).
+    """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own learning rate.
 
     model: any module. lr: > 0. weight_decay: >= 0, for parameters of two dimensions or more. variance_lr: of every
     log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of steps to move a log_variance by 2.
-    Returns a list of dicts, each with a "name"; parameters that require no gradient are left out, each other appears once, and an
-    empty group is left out. Raises ValueError for bad values, a variance_lr without a DIP layer, or a model without parameters.
+    Returns a list of dicts, each with a "name"; parameters that require no gradient are left out, each other appears
+    once, and an empty group is left out. Raises ValueError for bad values, a variance_lr without a DIP layer, or a
+    model without parameters.
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -270,7 +278,7 @@ def param_groups(
 
 @dataclass(frozen=True)
 class Row:
-    """One DIP layer: sigma (not variance) over its features; share = mean over features of sigma / the input's spread, or None."""
+    """One DIP layer: sigma (not variance) over its features; share = mean of sigma / the input's spread, or None."""
 
     name: str
     type: str
@@ -287,7 +295,10 @@ class Summary(list):
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
-        lines = [f"{'layer':{width}}  {'type':9}  {'number':>6}  {'features':>8}  {'sigma min':>9}  {'mean':>9}  {'max':>9}  {'share':>7}"]
+        lines = [
+            f"{'layer':{width}}  {'type':9}  {'number':>6}  {'features':>8}  "
+            f"{'sigma min':>9}  {'mean':>9}  {'max':>9}  {'share':>7}"
+        ]
         for row in self:
             share = "-" if row.share is None else f"{row.share:.1%}"
             lines.append(
@@ -300,9 +311,9 @@ class Summary(list):
 def summary(model: nn.Module, batches: Iterable | None = None) -> Summary:
     """One row for each DIP layer: features, sigma min / mean / max, share = mean over features of sigma_j / spread_j.
 
-    model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each layer's input
-    features; without it the share uses the spread measured last, and is None where there is none. Features whose spread is
-    below a hundredth of the layer's root mean square spread are left out of the share.
+    model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
+    layer's input features; without it the share uses the spread measured last, and is None where there is none.
+    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the share.
     Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, and as `calibrate`.
     """
     layers = _need_layers(model)
@@ -321,14 +332,15 @@ def summary(model: nn.Module, batches: Iterable | None = None) -> Summary:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable, ratio: float = 0.1, floor: float = 0.01) -> Summary:
-    """Set each variance from real activations: lambda_j = (ratio * spread_j)^2, spread_j = standard deviation of input feature j.
+    """Set each variance from real activations: lambda_j = (ratio * standard deviation of input feature j)^2.
 
-    model: any module with DIP layers; run in eval mode without noise, each module's mode is restored. batches: an iterable of a
-    tensor, a mapping (passed as keywords), or a list or tuple whose first element is the input; on the model's device.
-    ratio: > 0, sigma over spread. floor: > 0; a feature that hardly varies (a blank pixel) counts as having a spread of floor
-    times the root mean square spread of its layer.
-    Returns the `summary`. Raises ValueError for bad values, no batches, a DIP layer that no batch reached, an input that is
-    constant or not finite (naming the layer). Source: this project's choice; the paper does not state how lambda starts.
+    model: any module with DIP layers; run in eval mode without noise, each module's mode is restored. batches: an
+    iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is the input; on the
+    model's device. ratio: > 0, sigma over spread. floor: > 0; a feature that hardly varies (a blank pixel) counts as
+    having a spread of floor times the root mean square spread of its layer.
+    Returns the `summary`. Raises ValueError for bad values, no batches, a DIP layer that no batch reached, an input
+    that is constant or not finite (naming the layer). Source: this project's choice; the paper does not state how
+    lambda starts.
     """
     for name, value in (("ratio", ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
@@ -436,6 +448,7 @@ def eval_mode(model: nn.Module):
 def _eager(model: nn.Module):
     """Hooks added after torch.compile are not seen by the compiled code."""
     compiled = any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
     )
     return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

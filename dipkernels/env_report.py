@@ -56,9 +56,10 @@ def _library() -> dict[str, object]:
 
 
 def env_report() -> EnvReport:
-    """Versions, the compiled library and what it carries, the backend that each device gets, threads, and environment variables set.
+    """Versions, the compiled library and what it carries, each device's backend, threads, environment variables.
 
-    Returns a dict that prints as a table; `python -m dipkernels` prints it. Raises nothing: what cannot be found out is said in words.
+    Returns a dict that prints as a table; `python -m dipkernels` prints it. Raises nothing: what cannot be found out
+    is said in words.
     """
     from . import __version__
 
@@ -82,6 +83,8 @@ def env_report() -> EnvReport:
     if torch.cuda.is_available():
         report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report["threads"] = torch.get_num_threads()
-    names = sorted({name for name in os.environ if name.startswith("DIPKERNELS_")} | {n for n in _VARIABLES if n in os.environ})
+    names = sorted(
+        {name for name in os.environ if name.startswith("DIPKERNELS_")} | {n for n in _VARIABLES if n in os.environ}
+    )
     report["environment"] = {name: os.environ[name] for name in names}
     return report

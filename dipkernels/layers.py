@@ -19,7 +19,7 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
     if isinstance(init_variance, Tensor) and init_variance.ndim > 0:
         if init_variance.shape != (num_features,):
             raise ValueError(
-                f"init_variance: expected a number or a tensor of shape ({num_features},), got {tuple(init_variance.shape)}"
+                f"init_variance: expected a number or shape ({num_features},), got shape {tuple(init_variance.shape)}"
             )
         values = init_variance.detach().to("cpu", torch.float32).clone()
         if not bool((values.isfinite() & (values > 0)).all()):
@@ -38,10 +38,11 @@ class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
     num_features: K. init_variance: a number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
-    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in bfloat16
-    an optimiser's small steps would round away. A state dict without it leaves it at its initial value.
+    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
+    bfloat16 an optimiser's small steps would round away. A state dict without it leaves it at its initial value.
     A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
-    Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form: this project's.
+    Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
+    this project's.
     """
 
     def __init__(self, num_features: int, init_variance: float | Tensor = 0.01, device=None) -> None:
@@ -74,7 +75,9 @@ class Variance(nn.Module):
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
             narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize and t.dtype.itemsize >= 4
-            return t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
+            return (
+                t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
+            )
 
         return super()._apply(keep_precision, recurse)
 
@@ -145,11 +148,12 @@ class DIPLayer:
 class DIPLinear(DIPLayer, nn.Linear):
     """nn.Linear on a noised input: y = (x + sigma * z) W^T + b while training, y = x W^T + b in eval mode, to the bit.
 
-    in_features, out_features, bias, device, dtype: as nn.Linear. init_variance: sigma^2 to start from, a number > 0 or a tensor
-    [in_features]. num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)). keep: what backward
-    keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto" (see functional.dip_linear).
-    Input [..., in_features]; z is drawn afresh for every element. In bfloat16 a sigma below a few thousandths of |x| mostly
-    rounds away. Raises ValueError naming the argument. Source: arXiv 2506.04690, u ~ N(v, diag(lambda)).
+    in_features, out_features, bias, device, dtype: as nn.Linear. init_variance: sigma^2 to start from, a number > 0 or
+    a tensor [in_features]. num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
+    keep: what backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto" (see
+    functional.dip_linear). Input [..., in_features]; z is drawn afresh for every element. In bfloat16 a sigma below a
+    few thousandths of |x| mostly rounds away. Raises ValueError naming the argument. Source: arXiv 2506.04690, u ~
+    N(v, diag(lambda)).
     """
 
     _KEEPS = ("auto", "u", "x")
@@ -186,11 +190,12 @@ class DIPLinear(DIPLayer, nn.Linear):
 
 
 class DIPConv2d(DIPLayer, nn.Conv2d):
-    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; the plain convolution in eval mode, to the bit.
+    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
 
-    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and keep as
-    DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added before the
-    padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv 2506.04690.
+    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
+    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
+    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
+    2506.04690.
     """
 
     _KEEPS = ("auto", "u")
@@ -206,10 +211,10 @@ class DIPConv2d(DIPLayer, nn.Conv2d):
 
 
 class DIPInput(DIPLayer, nn.Module):
-    """A projection alone: u = x + sigma * z while training, x itself in eval mode. For a network's input, or after an embedding.
+    """A projection alone, for a network's input or an embedding: u = x + sigma * z while training, x in eval mode.
 
-    num_features: K. dim: the feature dimension, x.shape[dim] = K. init_variance: a number > 0 or a tensor [K], a variance.
-    num_samples: S >= 1 averaged draws. device: of the variance. Returns a tensor of x's shape.
+    num_features: K. dim: the feature dimension, x.shape[dim] = K. init_variance: a number > 0 or a tensor [K], a
+    variance. num_samples: S >= 1 averaged draws. device: of the variance. Returns a tensor of x's shape.
     Raises ValueError naming the argument. Source: arXiv 2506.04690 (v_0 = x is projected too).
     """
 
@@ -258,8 +263,9 @@ def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
 def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i under fixed_noise.
 
-    model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend on what was
-    built before it, and a model of deep-copied layers for its layers to differ. Adding a layer renumbers those after it.
+    model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
+    on what was built before it, and a model of deep-copied layers for its layers to differ. Adding a layer renumbers
+    those after it.
     Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
     """
     layers = dip_layers(model)

@@ -1,4 +1,4 @@
-"""The loss: mean over trajectories of the NLL, the penalty on the variances, the variance over trajectories.  docs/maths.md, section 5."""
+"""The loss: mean NLL over trajectories, penalty on variances, smoothness.  docs/maths.md, section 5."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def _check_weight(name: str, value: float) -> None:
 def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer, lambda = sigma^2.
 
-    model: a module with DIP layers; a variance that layers share counts once. alpha, beta: >= 0. With no pull from the data the optimum is
-    lambda = beta / alpha.
+    model: a module with DIP layers; a variance that layers share counts once. alpha, beta: >= 0. With no pull from the
+    data the optimum is lambda = beta / alpha.
     Returns a scalar, float32, differentiable. Raises ValueError without DIP layers or for a negative alpha or beta.
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
     _check_weight("alpha", alpha)
     _check_weight("beta", beta)
-    unique = {id(module.log_variance): module.log_variance for module in model.modules() if isinstance(module, Variance)}
+    unique = {
+        id(module.log_variance): module.log_variance for module in model.modules() if isinstance(module, Variance)
+    }
     if not unique:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     parts = list(unique.values())
@@ -46,14 +48,17 @@ def objective(
 ) -> Tensor:
     """mean_s loss_fn(out[s], target) + alpha * sum lambda - beta * sum ln lambda + lambda_s * Var_s[out].
 
-    out: [m, B, ...], from `trajectories`. target: what loss_fn takes beside [B, ...]. loss_fn: returns a scalar, such as
-    F.cross_entropy. model: for the penalty, needed where alpha or beta > 0. alpha, beta, lambda_s: >= 0.
-    Var_s is the unbiased variance over the m trajectories, so m >= 2 where lambda_s > 0; summed over the last dimension where out
-    has three or more, then averaged over the others (the paper does not state it; this is the project's choice).
+    out: [m, B, ...], from `trajectories`. target: what loss_fn takes beside [B, ...]. loss_fn: returns a scalar, such
+    as F.cross_entropy. model: for the penalty, needed where alpha or beta > 0. alpha, beta, lambda_s: >= 0.
+    Var_s is the unbiased variance over the m trajectories, so m >= 2 where lambda_s > 0; summed over the last
+    dimension where out has three or more, then averaged over the others (the paper does not state it; this is the
+    project's choice).
     Returns a scalar. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690, Algorithm 1.
     """
     if not isinstance(out, Tensor):
-        raise TypeError(f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the model's output")
+        raise TypeError(
+            f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the model's output"
+        )
     if out.ndim < 2 or out.shape[0] == 0:
         raise ValueError(f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}")
     for name, value in (("alpha", alpha), ("beta", beta), ("lambda_s", lambda_s)):
@@ -61,7 +66,9 @@ def objective(
     if model is None and (alpha > 0 or beta > 0):
         raise ValueError("model: expected the model, whose variances alpha and beta weigh, got None")
     if lambda_s > 0 and out.shape[0] < 2:
-        raise ValueError(f"lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got {lambda_s}")
+        raise ValueError(
+            f"lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got {lambda_s}"
+        )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
         got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__

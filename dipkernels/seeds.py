@@ -1,7 +1,7 @@
-"""Where a layer's seed comes from: drawn afresh at each forward pass, or derived from a fixed key.  docs/maths.md, section 3.
+"""Where a layer's seed comes from: drawn at each forward pass, or a fixed key.  docs/maths.md, section 3.
 
-The state is module-level. torch.compile reads it through guards on tensor properties, so that a new key recompiles nothing;
-a context variable would break the trace, and a thread-local would be missed by the backward thread.
+The state is module-level. torch.compile reads it through guards on tensor properties, so that a new key recompiles
+nothing; a context variable would break the trace, and a thread-local would be missed by the backward thread.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class _State(contextlib.ContextDecorator):
 
 
 class fixed_noise(_State):
-    """Every DIP layer inside derives its noise from (key, its number in the model) and draws nothing: the same key, the same noise.
+    """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same key, same noise.
 
     key: any integer, taken mod 2^64, or an int64 tensor of one element.
-    row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0 .. b1 of
-    a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading dimension is batch * m:
-    pass row0=b0 * m there.
-    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there. A layer called twice
-    inside repeats its noise. Nests; restores on exceptions; works as a decorator.
+    row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0
+    .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading
+    dimension is batch * m: pass row0=b0 * m there.
+    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there. A layer
+    called twice inside repeats its noise. Nests; restores on exceptions; works as a decorator.
     Raises TypeError or ValueError for a key or row0 outside these. Source: the noise contract, DESIGN.
     """
 
@@ -84,8 +84,8 @@ class noise_off(_State):
 class sampling_on(_State):
     """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
 
-    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on exceptions;
-    works as a decorator.
+    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on
+    exceptions; works as a decorator.
     """
 
     def _set(self) -> None:
@@ -119,7 +119,9 @@ class numbered_pass(_State):
 def _key_tensor(key: int | Tensor) -> Tensor:
     if isinstance(key, Tensor):
         if key.dtype is not torch.int64 or key.numel() != 1:
-            raise TypeError(f"key: expected an int64 tensor of one element, got {key.dtype} of shape {tuple(key.shape)}")
+            raise TypeError(
+                f"key: expected an int64 tensor of one element, got {key.dtype} of shape {tuple(key.shape)}"
+            )
         key = key.detach().reshape(1)
         return torch.cat([key, torch.zeros_like(key)])
     try:
@@ -131,10 +133,10 @@ def _key_tensor(key: int | Tensor) -> Tensor:
 
 
 def draw(stream: Tensor, x: Tensor) -> Tensor:
-    """The seed of one forward pass, int64 [2] = (key, stream): under fixed_noise KEY + (0, number), otherwise two random integers.
+    """The seed of one forward pass, int64 [2]: (key, number) under fixed_noise, otherwise two random integers.
 
-    stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of that device,
-    in one call, as dropout's does.
+    stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of
+    that device, in one call, as dropout's does.
     """
     if _KEY is None:
         return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
@@ -142,7 +144,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 
 def first_row(x: Tensor, dim: int = -1) -> int:
-    """The contract's row of x's first element: _ROW0 * the rows of one entry of the leading dimension. dim: the feature dimension."""
+    """The row of x's first element: _ROW0 * the rows of one entry of the leading dimension; dim is the feature one."""
     if _ROW0 == 0:
         return 0
     rows, feature = _ROW0, dim % x.ndim

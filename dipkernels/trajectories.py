@@ -18,47 +18,50 @@ from .layers import dip_layers
 def trajectories(model: Callable, *args, m: int, in_dims=0, **kwargs):
     """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m into the batch.
 
-    model: a module in training mode (or inside sampling_on), or a callable. args, kwargs: any pytrees; every tensor [B, ...] is
-    repeated m times along its first dimension, example by example (row b * m + s), so that the noise of an example does not
-    depend on what else is in the batch. m: >= 1.
-    in_dims: 0 folds a tensor, None passes it as it is: one for all, a tuple for args as in torch.vmap (kwargs are then folded), or a
-    dict from argument position or name for those that differ from 0, such as {"position_ids": None}. Entries may be prefixes.
-    Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a tensor nor
-    a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0 counts folded entries.
-    BatchNorm in training mode sees all B * m rows at once.
+    model: a module in training mode (or inside sampling_on), or a callable. args, kwargs: any pytrees; every tensor
+    [B, ...] is repeated m times along its first dimension, example by example (row b * m + s), so that the noise of an
+    example does not depend on what else is in the batch. m: >= 1.
+    in_dims: 0 folds a tensor, None passes it as it is: one for all, a tuple for args as in torch.vmap (kwargs are then
+    folded), or a dict from argument position or name for those that differ from 0, such as {"position_ids": None}.
+    Entries may be prefixes.
+    Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a
+    tensor nor a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0
+    counts folded entries. BatchNorm in training mode sees all B * m rows at once.
     Raises ValueError for an input whose first size is not B or an output whose first size is not B * m, naming it, and
     RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv 2506.04690, Algorithm 1.
     """
     _check_count("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and seeds._MODE != "on":
         raise RuntimeError(
-            "model: expected training mode, got eval mode, where DIP layers add no noise and the m trajectories would be equal; "
+            "model: expected training mode, got eval mode, where the m trajectories would be equal; "
             "call model.train(), or use dip.predict(model, ..., k=m)"
         )
     return _folded(model, args, kwargs, m, in_dims)
 
 
 def predict(model: nn.Module, *args, k: int = 16, average: str | None = "probs", chunk: int = 1, **kwargs) -> Tensor:
-    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)), without gradients; k = 0: the plain network's.
+    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
 
-    model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored.
-    args, kwargs: the model's. k: >= 0; 0 is Algorithm 3, one deterministic pass. average: "probs" (mean of the softmax over the
-    last dimension, float32), "logits" (mean of the outputs, at least float32), or None (all outputs).
-    chunk: >= 1 passes at a time, folded into the batch as `trajectories` does; memory grows with chunk, not with k.
-    The output must be a tensor [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not tensors
-    are those of the first pass.
-    Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for the same chunk;
-    row0 counts examples.
+    model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
+    restored. args, kwargs: the model's; no gradients are kept. k: >= 0; 0 is Algorithm 3, one deterministic pass.
+    average: "probs" (mean of the softmax over the last dimension, float32), "logits" (mean of the outputs, at least
+    float32), or None (all outputs). chunk: >= 1 passes at a time, folded into the batch as `trajectories` does; memory
+    grows with chunk, not with k. The output must be a tensor [B, ...], or have one as `logits`; with average=None any
+    pytree, whose leaves that are not tensors are those of the first pass.
+    Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for
+    the same chunk; row0 counts examples.
     Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0).
-    Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits
-    or probabilities are averaged is not stated there.
+    Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3;
+    whether logits or probabilities are averaged is not stated there.
     """
     _check_count("k", k, 0)
     _check_count("chunk", chunk, 1)
     if average not in ("probs", "logits", None):
         raise ValueError(f"average: expected 'probs', 'logits' or None, got {average!r}")
     if k > 0 and not dip_layers(model):
-        raise ValueError("model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0")
+        raise ValueError(
+            "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
+        )
     total, outputs = None, []
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
@@ -92,7 +95,9 @@ def _averaged(out, average: str) -> Tensor:
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
-        raise TypeError(f"model: expected a floating tensor as output, or one named 'logits', got {_kind(out)}; or pass average=None")
+        raise TypeError(
+            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
+        )
     out = out.to(torch.promote_types(out.dtype, torch.float32))
     return out.softmax(-1) if average == "probs" else out
 
@@ -126,7 +131,9 @@ def _dims_of(in_dims, args: tuple, kwargs: dict) -> tuple[list, dict]:
     """in_dims of every argument, positional and named."""
     if isinstance(in_dims, (tuple, list)):
         if len(in_dims) != len(args):
-            raise ValueError(f"in_dims: expected one entry for each of {len(args)} positional arguments, got {len(in_dims)}")
+            raise ValueError(
+                f"in_dims: expected one entry for each of {len(args)} positional arguments, got {len(in_dims)}"
+            )
         return list(in_dims), dict.fromkeys(kwargs, 0)
     if isinstance(in_dims, dict):
         unknown = [key for key in in_dims if key not in kwargs and key not in range(len(args))]
@@ -150,7 +157,9 @@ class _Fold:
             flat_dims = None
         if flat_dims is None:
             raise ValueError(f"in_dims: expected 0, None or a prefix of {name}'s structure, got {dims!r}")
-        leaves = [self._leaf(leaf, d, name + pytree.keystr(path)) for (path, leaf), d in zip(pairs, flat_dims, strict=True)]
+        leaves = [
+            self._leaf(leaf, d, name + pytree.keystr(path)) for (path, leaf), d in zip(pairs, flat_dims, strict=True)
+        ]
         return pytree.tree_unflatten(leaves, spec)
 
     def _leaf(self, leaf, dim, name: str):
@@ -175,11 +184,14 @@ class _Fold:
 def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     if value.ndim == 0:
         raise ValueError(
-            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made inside the model has lost "
-            "its trajectories. Take it from logits with dip.objective, or use model(...).loss + dip.penalty(model, alpha, beta)"
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made "
+            "inside the model has lost its trajectories. Take it from logits with dip.objective, "
+            "or use model(...).loss + dip.penalty(model, alpha, beta)"
         )
     if value.shape[0] != batch * m:
-        raise ValueError(f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape {tuple(value.shape)}"
+        )
     return value.unflatten(0, (batch, m)).transpose(0, 1)
 
 

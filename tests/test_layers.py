@@ -1,4 +1,4 @@
-"""layers: the plain layer in eval mode, the projection in training, and parameters that survive what PyTorch does to modules."""
+"""layers: plain in eval mode, the projection in training; parameters survive what PyTorch does to modules."""
 
 import copy
 import math
@@ -17,7 +17,9 @@ CASES = [
     pytest.param(lambda **kw: DIPLinear(12, 7, **kw), (5, 12), id="linear"),
     pytest.param(lambda **kw: DIPLinear(12, 7, bias=False, **kw), (2, 3, 12), id="linear-3d"),
     pytest.param(lambda **kw: DIPConv2d(6, 4, 3, padding=1, **kw), (2, 6, 5, 4), id="conv"),
-    pytest.param(lambda **kw: DIPConv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, **kw), (6, 5, 4), id="conv-chw"),
+    pytest.param(
+        lambda **kw: DIPConv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, **kw), (6, 5, 4), id="conv-chw"
+    ),
     pytest.param(lambda **kw: DIPInput(12, **kw), (5, 12), id="input"),
     pytest.param(lambda **kw: DIPInput(12, dim=1, **kw), (5, 12, 3), id="input-dim1"),
 ]
@@ -88,7 +90,12 @@ def test_autocast_gives_the_plain_layers_type(make):
 def test_log_variance_keeps_its_bits_through_half_precision():
     layer = DIPLinear(8, 8, init_variance=0.0123)
     value = layer.log_variance.detach().clone()
-    for cast in (lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu", torch.half)):
+    for cast in (
+        lambda m: m.bfloat16(),
+        lambda m: m.half(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to("cpu", torch.half),
+    ):
         cast(layer)
         assert layer.log_variance.dtype is torch.float32
         assert torch.equal(layer.log_variance, value)
@@ -125,9 +132,9 @@ def test_a_plain_checkpoint_loads_strictly_and_leaves_the_initial_variance():
 
 def test_a_wrong_shape_and_a_missing_weight_are_errors():
     layer = DIPLinear(4, 4)
-    with pytest.raises(RuntimeError, match="size mismatch for variance.log_variance"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for variance.log_variance"):
         layer.load_state_dict({**layer.state_dict(), "variance.log_variance": torch.zeros(5)})
-    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         layer.load_state_dict({"bias": layer.bias})
 
 
@@ -197,10 +204,12 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
         number_layers(nn.Sequential(*(DIPInput(1) for _ in range(3))))
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])])
+@pytest.mark.parametrize(
+    "bad", [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])]
+)
 @pytest.mark.parametrize("make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)])
 def test_a_bad_init_variance_is_named(make, bad):
-    with pytest.raises(ValueError, match="^init_variance: expected"):
+    with pytest.raises(ValueError, match=r"^init_variance: expected"):
         make(bad)
 
 
@@ -222,7 +231,7 @@ def test_bad_constructor_arguments_are_named(make, name):
 def test_a_wrong_input_is_an_error_from_the_op():
     with pytest.raises(ValueError, match=r"sigma: expected shape \(K,\) = \(5,\), got \(4,\)"):
         DIPLinear(4, 2)(torch.zeros(3, 5))
-    with pytest.raises(TypeError, match="^x: "):
+    with pytest.raises(TypeError, match=r"^x: "):
         DIPInput(4)(torch.zeros(3, 4, dtype=torch.int64))
 
 

@@ -1,4 +1,4 @@
-"""seeds: where noise comes from, and that its state nests, is restored, and reaches compiled code and the backward pass."""
+"""seeds: the noise's state nests, is restored, and reaches compiled code and the backward pass."""
 
 import pytest
 import torch

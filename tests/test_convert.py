@@ -1,0 +1,473 @@
+"""convert and to_plain: what changes and what stays; summary, param_groups and calibrate."""
+
+import copy
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dipkernels.convert import (
+    DIPConversionWarning,
+    Summary,
+    calibrate,
+    convert,
+    eval_mode,
+    param_groups,
+    summary,
+    to_plain,
+)
+from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, dip_layers
+from dipkernels.seeds import fixed_noise, noise_off
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.conv(x)).flatten(1)))
+
+
+X = torch.randn(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DIPConversionWarning)
+        yield
+
+
+def names(model):
+    return list(dip_layers(model))
+
+
+# ---- convert -------------------------------------------------------------------------------------------------------
+
+
+def test_convert_keeps_identity_parameters_hooks_and_mode():
+    model = Net()
+    model.body.eval()
+    before = dict(model.named_parameters())
+    calls = []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    head = model.head
+    assert convert(model) is model
+    assert model.head is head
+    assert type(head) is DIPLinear
+    assert type(model.conv) is DIPConv2d
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert not model.body[0].variance.training
+    assert model.head.variance.training
+    model(X)
+    assert calls == [1]
+
+
+def test_convert_numbers_layers_and_sets_options():
+    model = convert(Net(), 0.25, num_samples=3, keep="x")
+    assert [layer.number for layer in dip_layers(model).values()] == [0, 1, 2, 3]
+    assert all(layer.num_samples == 3 for layer in dip_layers(model).values())
+    assert [layer.keep for layer in dip_layers(model).values()] == ["auto", "x", "x", "x"]
+    assert summary(model)[0].sigma_mean == pytest.approx(0.5)
+
+
+def test_a_converted_model_in_eval_mode_is_the_plain_one_to_the_bit():
+    plain = Net().eval()
+    model = convert(copy.deepcopy(plain))
+    assert torch.equal(model(X), plain(X))
+    model.train()
+    with fixed_noise(1):
+        assert not torch.equal(model(X), model.eval()(X))
+
+
+def test_a_root_linear_is_converted_in_place():
+    model = nn.Linear(4, 4)
+    assert convert(model) is model
+    assert type(model) is DIPLinear
+    assert type(to_plain(model)) is nn.Linear
+
+
+def test_variances_land_on_the_weights_device_in_float32():
+    model = convert(Net().to("meta", torch.bfloat16))
+    assert all(layer.log_variance.is_meta for layer in dip_layers(model).values())
+    assert all(layer.log_variance.dtype is torch.float32 for layer in dip_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"types": (nn.Linear,)}, ["body.0", "body.2", "head"]),
+        ({"types": [nn.Conv2d]}, ["conv"]),
+        ({"exclude": ("head", "conv")}, ["body.0", "body.2"]),
+        ({"exclude": "body"}, ["conv", "head"]),  # what is inside goes with it
+        ({"exclude": ("*.0",)}, ["conv", "body.2", "head"]),
+        ({"filter": lambda module, name: name.startswith("body")}, ["body.0", "body.2"]),
+        ({"filter": lambda module, name: getattr(module, "in_features", 0) == 16}, ["body.0"]),
+    ],
+)
+def test_types_exclude_and_filter_choose(options, expected):
+    assert names(convert(Net(), **options)) == expected
+
+
+def test_shared_modules_are_converted_once_and_stay_shared():
+    shared = nn.Linear(4, 4)
+    model = convert(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}))
+    assert model["a"] is model["b"][0] is shared
+    assert len(dip_layers(model)) == 1
+    # excluded under either name
+    with pytest.raises(ValueError, match="none that types, filter and exclude let through"):
+        convert(nn.ModuleDict({"a": (m := nn.Linear(4, 4)), "b": nn.Sequential(m)}), exclude="b.*")
+
+
+def test_tied_weights_stay_tied():
+    model = nn.ModuleDict({"emb": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model["head"].weight = model["emb"].weight
+    convert(model)
+    assert model["head"].weight is model["emb"].weight
+    assert sum(len(g["params"]) for g in param_groups(model, 1e-3)) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.ReLU(), {}, "expected a nn.Linear or nn.Conv2d to convert"),
+        (Net(), {"filter": lambda module, name: False}, "let through"),
+        (Net(), {"exclude": ("hed",)}, r"exclude: .*\['hed'\]"),
+        (Net(), {"exclude": ("head", "x.*")}, r"exclude: .*\['x\.\*'\]"),
+        (Net(), {"types": (nn.Conv1d,)}, "^types: "),
+        (Net(), {"types": ()}, "^types: "),
+        (Net(), {"init_variance": -1.0}, "^init_variance: "),
+        (Net(), {"num_samples": 0}, "^num_samples: "),
+        (Net(), {"keep": "y"}, "^keep: "),
+    ],
+)
+def test_bad_requests_are_named_and_change_nothing(model, options, message):
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        convert(model, **options)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_converting_twice_says_so_and_a_second_pass_adds_the_rest():
+    model = convert(Net(), 0.25, exclude="head")
+    convert(model, 0.01)
+    assert [row.sigma_mean for row in summary(model)] == pytest.approx([0.5, 0.5, 0.5, 0.1])
+    with pytest.raises(ValueError, match=r"4 layer.s. are DIP layers already"):
+        convert(model)
+
+
+def test_more_layers_than_streams_are_refused(monkeypatch):
+    monkeypatch.setattr(sys.modules["dipkernels.convert"], "MAX_LAYERS", 3)
+    with pytest.raises(ValueError, match="at most 3 DIP layers, got 4"):
+        convert(Net())
+
+
+# ---- what cannot be honoured ---------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Lora(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.lora_A = nn.Linear(4, 4), nn.ModuleDict({"default": nn.Linear(4, 2)})
+
+
+def replaced_forward():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x
+    return layer
+
+
+def sparse():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse())
+    return layer
+
+
+def gpt2_conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Scaled(4, 4), "a subclass of nn.Linear"),
+        (lambda: nn.LazyLinear(4), "lazy"),
+        (lambda: nn.LazyConv2d(4, 1), "lazy"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "a subclass of nn.Linear"),
+        (lambda: torch.ao.nn.quantized.dynamic.Linear(4, 4), "quantised"),
+        (lambda: torch.jit.trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)), "scripted"),
+        (replaced_forward, "its forward was replaced"),
+        (sparse, "sparse"),
+        (Lora, "a LoRA layer"),
+        (gpt2_conv1d, "transposed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
+def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
+    odd = make()
+    model = nn.ModuleDict({"good": nn.Linear(4, 4), "odd": odd})
+    kind = type(odd)
+    with pytest.warns(DIPConversionWarning, match=rf"(?s)1 module.*odd \({kind.__name__}\): .*{reason}"):
+        convert(model)
+    assert names(model) == ["good"]
+    assert type(odd) is kind
+    # excluded, it is not reported
+    convert(nn.ModuleDict({"good": nn.Linear(4, 4), "odd": odd}), exclude="odd")
+    with pytest.raises(ValueError, match=reason):
+        convert(nn.ModuleDict({"odd": odd}))
+
+
+def test_attention_projections_are_named_once_for_the_whole_model():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    with pytest.warns(DIPConversionWarning) as caught:
+        convert(model)
+    assert len(caught) == 1
+    for i in range(2):
+        assert f"layers.{i}.self_attn.out_proj (NonDynamicallyQuantizableLinear)" in str(caught[0].message)
+    assert names(model) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
+
+
+def test_an_encoders_eval_fast_path_is_the_plain_network():
+    plain = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = convert(copy.deepcopy(plain), exclude="self_attn")
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    # and calibrate, without gradients too, still sees its layers
+    assert [row.name for row in calibrate(model, [x])] == ["linear1", "linear2"]
+
+
+def test_weight_norm_by_hooks_works():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Linear(4, 4))
+    convert(layer)
+    layer(torch.randn(2, 4)).sum().backward()
+    assert layer.weight_g.grad is not None
+    assert layer.log_variance.grad is not None
+
+
+# ---- to_plain ------------------------------------------------------------------------------------------------------
+
+
+def test_to_plain_gives_the_original_back():
+    plain = Net()
+    model = copy.deepcopy(plain)
+    parameters = dict(model.named_parameters())
+    assert to_plain(convert(model)) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert all(dict(model.named_parameters())[n] is p for n, p in parameters.items())
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [set(vars(a)) for a in model.modules()] == [set(vars(a)) for a in plain.modules()]
+    assert repr(model) == repr(plain)
+    assert torch.equal(model.eval()(X), plain.eval()(X))
+
+
+def test_to_plain_removes_every_occurrence_of_an_input_projection():
+    shared = DIPInput(4)
+    model = nn.Sequential(shared, DIPLinear(4, 4), nn.Sequential(shared, shared))
+    to_plain(model)
+    assert [type(m) for m in model.modules() if not isinstance(m, nn.Sequential)] == [nn.Identity, nn.Linear] + 2 * [
+        nn.Identity
+    ]
+    assert isinstance(to_plain(DIPInput(4)), nn.Identity)
+
+
+def test_to_plain_refuses_what_it_cannot_turn_back():
+    with pytest.raises(ValueError, match="expected a DIP layer"):
+        to_plain(Net())
+
+    class Mine(DIPLinear):
+        pass
+
+    with pytest.raises(ValueError, match=r"subclasses of them: \['0'\]"):
+        to_plain(nn.Sequential(Mine(4, 4), DIPLinear(4, 4)))
+
+
+# ---- param_groups --------------------------------------------------------------------------------------------------
+
+
+def test_param_groups_hold_every_trainable_parameter_once():
+    model = convert(Net())
+    model.conv.weight.requires_grad_(False)
+    model.body[0].log_variance.requires_grad_(False)
+    groups = param_groups(model, lr=1e-3, weight_decay=0.05)
+    by_name = {g["name"]: g for g in groups}
+    assert [g["name"] for g in groups] == ["weights", "biases", "variances"]
+    assert [g["lr"] for g in groups] == [1e-3, 1e-3, 1e-2]
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0, 0.0]
+    assert {p.ndim for p in by_name["biases"]["params"]} == {1}
+    assert [id(p) for p in by_name["variances"]["params"]] == [
+        id(layer.log_variance) for layer in (model.conv, model.body[2], model.head)
+    ]
+    listed = [id(p) for g in groups for p in g["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    torch.optim.AdamW(groups).step()
+
+
+def test_param_groups_of_a_plain_model_and_a_chosen_variance_lr():
+    assert [g["name"] for g in param_groups(Net(), 0.1)] == ["weights", "biases"]
+    assert param_groups(convert(Net()), 0.1, variance_lr=0.5)[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        (Net(), {"lr": -1}, "lr"),
+        (Net(), {"lr": 1, "weight_decay": float("nan")}, "weight_decay"),
+        (Net(), {"lr": 1, "variance_lr": 1}, "variance_lr"),
+        (nn.ReLU(), {"lr": 1}, "model"),
+    ],
+)
+def test_param_groups_names_bad_input(model, options, name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        param_groups(model, **options)
+
+
+# ---- calibrate and summary -----------------------------------------------------------------------------------------
+
+
+def test_calibrate_sets_sigma_to_ratio_times_the_spread():
+    model = convert(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)))
+    scale = torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0])
+    # offsets far from zero, uneven batches: a naive E[x^2] - E[x]^2 in float32 would lose this
+    x = 1000 + torch.randn(101, 5) * scale
+    rows = calibrate(model, x.split(17), ratio=0.2)
+    torch.testing.assert_close(
+        model[0].variance.sigma.double(), 0.2 * x.double().std(0, correction=0), rtol=1e-5, atol=0
+    )
+    hidden = model.eval()[0](x).detach().double().std(0, correction=0)
+    torch.testing.assert_close(model[1].variance.sigma.double(), 0.2 * hidden, rtol=1e-4, atol=0)
+    assert rows[0].share == pytest.approx(0.2, rel=1e-4)
+
+
+def test_calibrate_measures_channels_and_chosen_dimensions():
+    model = nn.Sequential(DIPConv2d(3, 3, 1, bias=False), DIPInput(4, dim=2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3)[..., None, None])
+    x = torch.randn(8, 3, 4, 5) * torch.tensor([1.0, 2, 3])[:, None, None]
+    calibrate(model, [x], ratio=1.0)
+    torch.testing.assert_close(model[0].variance.sigma, x.std((0, 2, 3), correction=0))
+    torch.testing.assert_close(model[1].variance.sigma, x.std((0, 1, 3), correction=0))
+
+
+def test_a_feature_that_never_varies_gets_the_floor():
+    model = convert(nn.Linear(3, 2))
+    x = torch.randn(100, 3)
+    x[:, 1] = 4.0
+    rows = calibrate(model, [x], ratio=0.1, floor=0.05)
+    rms = x.double().std(0, correction=0).square().mean().sqrt().item()
+    assert model.variance.sigma[1].item() == pytest.approx(0.1 * 0.05 * rms)
+    assert rows[0].share == pytest.approx(0.1)  # the blank feature is left out of it
+
+
+def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.9)
+
+        def forward(self, x):
+            return self.norm(self.drop(self.linear(input=x)))  # by keyword: the hook finds it there too
+
+    model = convert(Named())
+    model.drop.eval()
+    modes = [m.training for m in model.modules()]
+    x = torch.randn(10, 4)
+    state = torch.get_rng_state()
+    sigmas = []
+    for batch in (x, (x, torch.zeros(10)), [x], {"x": x}):
+        calibrate(model, [batch])
+        sigmas.append(model.linear.variance.sigma)
+    assert all(torch.equal(sigmas[0], sigma) for sigma in sigmas)
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.norm.num_batches_tracked == 0
+    assert not model.linear._forward_pre_hooks
+
+
+def test_calibrate_sees_through_torch_compile():
+    torch._dynamo.reset()
+    model = torch.compile(convert(nn.Sequential(nn.Linear(4, 4))), backend="eager")
+    x = torch.randn(10, 4)
+    with noise_off():
+        model.eval()(x)
+    calibrate(model, [x], ratio=1.0)
+    torch.testing.assert_close(dip_layers(model)["_orig_mod.0"].variance.sigma, x.std(0, correction=0))
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([], {}, "at least one batch"),
+        ([[]], {}, "an empty one"),
+        ([torch.ones(5, 4)], {}, r"constant ones at \['0', '1'\]"),
+        ([torch.full((5, 4), float("nan"))], {}, "NaN or infinity"),
+        ([torch.zeros(0, 4)], {}, r"none reached \['0', '1'\]"),
+        ([torch.randn(5, 4)], {"ratio": 0}, "^ratio: "),
+        ([torch.randn(5, 4)], {"floor": -1}, "^floor: "),
+    ],
+)
+def test_calibrate_names_bad_input_and_leaves_the_variances(batches, options, message):
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 0.25)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, batches, **options)
+    assert summary(model)[0].sigma_mean == 0.5
+    assert model.training
+
+
+def test_a_layer_that_is_never_reached_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"none reached \['unused'\]"):
+        calibrate(convert(Half()), [torch.randn(3, 4)])
+
+
+def test_calibrate_and_summary_need_dip_layers():
+    for call in (summary, lambda m: calibrate(m, [X])):
+        with pytest.raises(ValueError, match="expected DIP layers, found none"):
+            call(Net())
+
+
+def test_summary_prints_a_table():
+    model = convert(Net(), 0.04)
+    rows = summary(model)
+    assert isinstance(rows, Summary)
+    assert rows[0].share is None
+    measured = summary(model, [X])
+    assert measured[0].share == pytest.approx(0.2 / X.std(correction=0).item(), rel=1e-4)
+    assert summary(model)[0].share == measured[0].share
+    lines = str(measured).splitlines()
+    assert len(lines) == 5
+    assert all(word in lines[0] for word in ("layer", "sigma min", "share"))
+    assert "%" in lines[1]
+    assert str(summary(convert(nn.Linear(2, 2)))).splitlines()[1].startswith("(root)")
+
+
+def test_eval_mode_restores_after_an_error():
+    model = Net()
+    model.body.eval()
+    with pytest.raises(ZeroDivisionError), eval_mode(model):
+        assert not model.training
+        raise ZeroDivisionError
+    assert model.training
+    assert not model.body.training

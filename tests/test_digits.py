@@ -1,0 +1,51 @@
+"""examples/digits.py: the demonstration runs from end to end and writes what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("sklearn")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import digits
+
+
+def test_the_quick_run_writes_its_table_plot_and_results(tmp_path, capsys):
+    digits.main(["--quick", "--epochs", "2", "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert all(variant in text for variant in digits.VARIANTS)
+    assert all(head in text for head in ("clean", "PGD eps 0.1", "noise 0.5", "over plain"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["accuracy"]) == set(digits.VARIANTS)
+    assert all(len(runs) == 1 and 0 <= runs[0]["clean"]["0"] <= 100 for runs in results["accuracy"].values())
+    assert results["step_overhead"]["plain, m = 1"]["ratio"] == 1.0
+    assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_variants_start_from_the_same_weights_and_only_dip_learns_its_variance():
+    models = {variant: digits.build(variant, seed=1) for variant in digits.VARIANTS}
+    for model in models.values():
+        assert model[0].weight.equal(models["plain"][0].weight)
+    assert not models["fixed sigma"][0].log_variance.requires_grad
+    assert models["dip"][0].log_variance.requires_grad
+
+
+def test_pgd_stays_in_its_ball_and_hurts():
+    x_train, _, x_test, y_test = digits.load(0)
+    assert len(x_train) == digits.NUM_TRAIN
+    assert len(x_train) + len(x_test) == 1797
+    model = digits.build("plain", 0).eval()
+    attacked = digits.pgd(model, x_test, y_test, 0.1, steps=5)
+    assert (attacked - x_test).abs().max() <= 0.1 + 1e-6
+    assert attacked.min() >= 0
+    assert attacked.max() <= 1
+    loss = digits.F.cross_entropy
+    assert loss(model(attacked), y_test) > loss(model(x_test), y_test)
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        digits.main(arguments)
+    assert "expected at least 1" in capsys.readouterr().err

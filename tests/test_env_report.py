@@ -1,0 +1,65 @@
+"""env_report: complete, printable, and never the thing that fails."""
+
+import runpy
+import sys
+
+import torch
+
+from dipkernels import backends
+from dipkernels.env_report import env_report
+
+MODULE = sys.modules["dipkernels.env_report"]
+
+
+def test_the_report_names_versions_kernels_and_threads():
+    report = env_report()
+    assert report["torch"] == torch.__version__
+    assert report["threads"] == torch.get_num_threads()
+    assert {"dipkernels", "python", "triton", "library", "kernels on cpu", "kernels on cuda", "environment"} <= set(
+        report
+    )
+    assert all(name in str(report) for name in report)
+
+
+def test_the_report_shows_the_variables_that_are_set(monkeypatch):
+    monkeypatch.setenv("DIPKERNELS_SOMETHING", "7")
+    assert env_report()["environment"]["DIPKERNELS_SOMETHING"] == "7"
+    assert "DIPKERNELS_SOMETHING=7" in str(env_report())
+
+
+def test_a_loaded_library_shows_what_it_carries(monkeypatch):
+    library = backends.Library("/x/_C.so", None, ("portable", "avx2"), ("90",), "g++ 1")
+    monkeypatch.setattr(backends, "library", lambda: library)
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "avx2")
+    text = str(env_report())
+    assert all(word in text for word in ("/x/_C.so", "portable, avx2", "90", "g++ 1"))
+
+
+def test_a_missing_library_is_said_in_words(monkeypatch):
+    monkeypatch.setattr(backends, "library", lambda: backends.Library(error="it was not built"))
+    assert env_report()["library"] == "not loaded: it was not built"
+
+
+def test_the_report_survives_a_broken_installation(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(backends, "library", broken)
+    monkeypatch.setattr(backends, "choose", broken)
+    report = env_report()
+    assert report["library"] == report["kernels on cpu"] == "RuntimeError: broken"
+    assert MODULE._version("no-such-package-here") == "not installed"
+
+
+def test_a_gpu_is_reported(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
+    report = env_report()
+    assert report["CUDA devices"] == ["a GPU"]
+    assert "(" in report["kernels on cuda"]
+
+
+def test_python_m_prints_the_report(capsys):
+    runpy.run_module("dipkernels", run_name="__main__")
+    assert torch.__version__ in capsys.readouterr().out

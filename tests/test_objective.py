@@ -1,0 +1,109 @@
+"""objective and penalty: METHOD's formula, term by term."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dipkernels.convert import convert
+from dipkernels.layers import DIPInput, DIPLinear
+from dipkernels.objective import objective, penalty
+
+OUT = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 2, 0, 1])
+
+
+def test_penalty_is_the_formula():
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 0.25)
+    value = penalty(model, 2.0, 0.5)
+    assert value.dtype is torch.float32
+    assert value.item() == pytest.approx(2.0 * 7 * 0.25 - 0.5 * 7 * math.log(0.25))
+
+
+def test_penalty_alone_is_least_at_beta_over_alpha():
+    layer = DIPInput(5, init_variance=0.03 / 0.4)
+    penalty(layer, 0.4, 0.03).backward()
+    torch.testing.assert_close(layer.log_variance.grad, torch.zeros(5), rtol=0, atol=1e-8)
+    layer = DIPInput(5, init_variance=3.0)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        penalty(layer, 0.4, 0.03).backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.variance.sigma.square(), torch.full((5,), 0.075), rtol=5e-3, atol=0)
+
+
+def test_a_shared_variance_counts_once():
+    a, b = DIPLinear(4, 4), DIPLinear(4, 4)
+    b.variance = a.variance
+    assert penalty(nn.ModuleList([a, b]), 1.0, 1.0) == penalty(a, 1.0, 1.0)
+    b.variance = DIPLinear(4, 4).variance
+    b.variance.log_variance = a.variance.log_variance
+    assert penalty(nn.ModuleList([a, b, a]), 1.0, 1.0) == penalty(a, 1.0, 1.0)
+
+
+def test_objective_is_the_mean_over_trajectories():
+    expected = sum(F.cross_entropy(OUT[i], Y) for i in range(4)) / 4
+    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy), expected)
+    torch.testing.assert_close(objective(OUT[:1], Y, F.cross_entropy), F.cross_entropy(OUT[0], Y))
+
+
+def test_objective_adds_its_three_terms():
+    model = DIPLinear(4, 3)
+    parts = objective(OUT, Y, F.cross_entropy) + penalty(model, 0.1, 0.2) + 0.3 * OUT.var(0).sum(-1).mean()
+    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model, alpha=0.1, beta=0.2, lambda_s=0.3), parts)
+
+
+def test_the_variance_over_trajectories_is_unbiased():
+    # a scalar output of variance 4 per trajectory, m = 2: the biased estimate would be 2
+    out = 2 * torch.randn(2, 200_000)
+    loss = objective(out, None, lambda o, t: 0 * o.sum(), lambda_s=1.0)
+    assert loss.item() == pytest.approx(4.0, rel=0.03)
+    # a vector output: summed over its last dimension
+    loss = objective(2 * torch.randn(2, 50_000, 3), None, lambda o, t: 0 * o.sum(), lambda_s=1.0)
+    assert loss.item() == pytest.approx(12.0, rel=0.03)
+
+
+def test_gradients_reach_the_variances_through_every_term():
+    model = convert(nn.Linear(6, 3), 0.25)
+    x = torch.randn(5, 6)
+    for weights in ({}, {"alpha": 1.0}, {"beta": 1.0}, {"lambda_s": 1.0}):
+        model.zero_grad()
+        objective(torch.stack([model(x), model(x)]), Y, F.cross_entropy, model, **weights).backward()
+        assert bool(model.log_variance.grad.any())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: penalty(nn.Linear(2, 2), 1, 1), ValueError, "^model: expected DIP layers"),
+        (lambda: penalty(DIPInput(2), -1, 1), ValueError, "^alpha: "),
+        (lambda: penalty(DIPInput(2), 1, float("nan")), ValueError, "^beta: "),
+        (lambda: objective(OUT, Y, F.cross_entropy, alpha=1.0), ValueError, "^model: expected the model"),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2), beta=1.0),
+            ValueError,
+            "^model: expected DIP layers",
+        ),
+        (lambda: objective(OUT, Y, F.cross_entropy, lambda_s=-1.0), ValueError, "^lambda_s: "),
+        (
+            lambda: objective(OUT[:1], Y, F.cross_entropy, lambda_s=1.0),
+            ValueError,
+            "^lambda_s: expected 0 with one trajectory",
+        ),
+        (
+            lambda: objective(OUT[0, 0], Y, F.cross_entropy),
+            ValueError,
+            r"^out: expected a tensor \[m, B, ...\].*\(3,\)",
+        ),
+        (lambda: objective(OUT[:0], Y, F.cross_entropy), ValueError, "^out: "),
+        (lambda: objective({"logits": OUT}, Y, F.cross_entropy), TypeError, "^out: .*dict"),
+        (lambda: objective(OUT, Y, lambda o, t: o), ValueError, r"^loss_fn: expected a scalar tensor, got \(5, 3\)"),
+        (lambda: objective(OUT, Y, lambda o, t: 1.0), ValueError, "^loss_fn: expected a scalar tensor, got float"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

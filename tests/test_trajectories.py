@@ -1,0 +1,286 @@
+"""trajectories and predict: independent noise per trajectory, any structure in and out, and clear errors."""
+
+import dataclasses
+from collections import UserDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dipkernels.convert import convert
+from dipkernels.layers import DIPInput, DIPLinear
+from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+from dipkernels.trajectories import predict, trajectories
+
+
+def mlp():
+    return convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0.25)
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+# ---- trajectories --------------------------------------------------------------------------------------------------
+
+
+def test_trajectories_are_independent_passes_of_the_folded_batch():
+    model = mlp()
+    with fixed_noise(1):
+        out = trajectories(model, X, m=4)
+        folded = model(X.repeat_interleave(4, 0))
+    assert out.shape == (4, 5, 3)
+    torch.testing.assert_close(out, folded.view(5, 4, 3).transpose(0, 1))
+    assert all(not torch.allclose(out[i], out[j]) for i in range(4) for j in range(i))
+
+
+def test_trajectories_without_noise_are_the_plain_output():
+    model = mlp()
+    with noise_off():
+        torch.testing.assert_close(trajectories(model, X, m=3), model(X).expand(3, 5, 3))
+
+
+def test_an_examples_noise_does_not_depend_on_the_sharding():
+    model, m = mlp(), 4
+    with fixed_noise(1):
+        whole = trajectories(model, X, m=m)
+    with fixed_noise(1, row0=2 * m):
+        part = trajectories(model, X[2:], m=m)
+    torch.testing.assert_close(part, whole[:, 2:], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_to_inputs_and_variances():
+    model, x = mlp(), X.clone().requires_grad_()
+    trajectories(model, x, m=3).square().mean().backward()
+    assert x.grad.shape == x.shape
+    assert bool(model[0].log_variance.grad.any())
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    extra: dict
+
+
+class Many(nn.Module):
+    """Arguments and outputs of many kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = DIPLinear(6, 3)
+
+    def forward(self, pair, mask=None, scale=1.0, *, bias):
+        x, more = pair
+        y = self.layer(x + more["more"]) * scale + bias
+        assert mask is None or mask.shape == (3,)
+        return Output(y, UserDict({"list": [y + 1, None, "text"], "mask": y > 0}))
+
+
+def test_any_arguments_and_any_outputs():
+    more, bias = torch.randn(5, 6), torch.randn(5, 3)
+    out = trajectories(Many(), (X, {"more": more}), torch.ones(3), 2.0, bias=bias, m=2, in_dims={1: None})
+    assert isinstance(out, Output)
+    assert out.logits.shape == (2, 5, 3)
+    torch.testing.assert_close(out.extra["list"][0], out.logits + 1)
+    assert out.extra["list"][1:] == [None, "text"]
+    assert torch.equal(out.extra["mask"], out.logits > 0)
+
+
+@pytest.mark.parametrize(
+    "in_dims", [(0, None, None), (((0, {"more": 0})), None, 0), ((0, 0), None, 0), {1: None, "bias": 0}]
+)
+def test_in_dims_may_be_prefixes(in_dims):
+    out = trajectories(Many(), (X, {"more": X}), torch.ones(3), 2.0, bias=torch.zeros(5, 1), m=2, in_dims=in_dims)
+    assert out.logits.shape == (2, 5, 3)
+
+
+def test_in_dims_none_passes_a_tensor_as_it_is():
+    model, table = mlp(), torch.randn(1, 6)
+    out = trajectories(lambda x, t: model(x + t), X, table, m=2, in_dims=(0, None))
+    assert out.shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        (
+            (X, torch.ones(3)),
+            {},
+            ValueError,
+            r"^args\[1\]: expected a tensor whose first size is 5, as args\[0\], got shape \(3,\).*in_dims=None",
+        ),
+        ((X,), {"mask": {"a": torch.ones(1, 5)}}, ValueError, r"^mask\['a'\]: .*got shape \(1, 5\)"),
+        ((X, torch.tensor(1.0)), {}, ValueError, r"^args\[1\]: .*got shape \(\)"),
+        ((torch.tensor(1.0),), {}, ValueError, r"^args\[0\]: .*the batch"),
+        ((X,), {"in_dims": 1}, ValueError, "^in_dims: expected 0 or None for args"),
+        ((X,), {"in_dims": (0, 0)}, ValueError, "^in_dims: expected one entry for each of 1"),
+        ((X,), {"in_dims": {"mask": None}}, ValueError, r"^in_dims: .*\['mask'\]"),
+        (([X, X],), {"in_dims": ([0, 0, 0],)}, ValueError, r"^in_dims: .*prefix of args\[0\]"),
+        ((X,), {"in_dims": None}, ValueError, "^args: expected a tensor"),
+        ((1.0,), {}, ValueError, "^args: expected a tensor"),
+        ((X,), {"m": 0}, ValueError, "^m: "),
+        ((X,), {"m": 2.0}, TypeError, "^m: "),
+        ((X,), {"m": True}, TypeError, "^m: "),
+    ],
+)
+def test_bad_input_is_named(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        trajectories(lambda x, *a, **k: x, *args, **{"m": 2, **kwargs})
+
+
+def test_a_loss_in_the_output_is_explained():
+    model = mlp()
+    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.penalty"):
+        trajectories(lambda x: {"loss": model(x).mean()}, X, m=2)
+    with pytest.raises(ValueError, match=r"output: .*B \* m = 10, got shape \(3, 10\)"):
+        trajectories(lambda x: model(x).t(), X, m=2)
+
+
+def test_eval_mode_is_refused_unless_sampling():
+    model = mlp().eval()
+    with pytest.raises(RuntimeError, match=r"eval mode.*dip.predict"):
+        trajectories(model, X, m=2)
+    with sampling_on():
+        out = trajectories(model, X, m=2)
+    assert not torch.allclose(out[0], out[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (1, 6)])
+def test_empty_and_single_batches_work(shape):
+    assert trajectories(mlp(), torch.randn(shape), m=3).shape == (3, shape[0], 3)
+    assert trajectories(mlp(), torch.randn(shape), m=1).shape == (1, shape[0], 3)
+
+
+def test_trajectories_compile_whole():
+    model = mlp()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: trajectories(model, x, m=3), backend="aot_eager", fullgraph=True)
+    with fixed_noise(2):
+        torch.testing.assert_close(compiled(X), trajectories(model, X, m=3))
+
+
+def test_a_transformers_output_keeps_its_type():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, use_cache=False)
+    model = transformers.GPT2LMHeadModel(config)
+    model.lm_head = nn.Sequential(DIPInput(8), model.lm_head)
+    ids = torch.randint(11, (3, 5))
+    out = trajectories(model, input_ids=ids, attention_mask=torch.ones_like(ids), m=2)
+    assert out.logits.shape == (2, 3, 5, 11)
+    assert predict(model, input_ids=ids, k=2).shape == (3, 5, 11)
+    with pytest.raises(ValueError, match="got a scalar"):
+        trajectories(model, input_ids=ids, labels=ids, m=2)
+
+
+# ---- predict -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+def test_predict_averages_its_own_passes(chunk):
+    model = mlp()
+    with fixed_noise(1):
+        outs = predict(model, X, k=7, average=None, chunk=chunk)
+        probs = predict(model, X, k=7, average="probs", chunk=chunk)
+        logits = predict(model, X, k=7, average="logits", chunk=chunk)
+    assert outs.shape == (7, 5, 3)
+    assert not outs.requires_grad
+    assert all(not torch.allclose(outs[i], outs[j]) for i in range(7) for j in range(i))
+    torch.testing.assert_close(probs, outs.softmax(-1).mean(0))
+    torch.testing.assert_close(logits, outs.mean(0))
+
+
+def test_predict_approaches_the_mean_of_the_noised_network():
+    model = convert(nn.Linear(6, 3), 0.25)
+    torch.manual_seed(0)
+    mean = predict(model, X, k=4000, chunk=1000, average="logits")
+    # an affine layer: the mean is the plain output; standard error sigma * |w| / sqrt(k)
+    error = 0.5 * model.weight.norm(dim=1).max().item() / 4000**0.5
+    torch.testing.assert_close(mean, model.eval()(X), rtol=0, atol=5 * error)
+
+
+def test_zero_passes_are_the_plain_network():
+    model = mlp()
+    plain = F.linear(F.relu(F.linear(X, model[0].weight, model[0].bias)), model[2].weight, model[2].bias)
+    assert torch.equal(predict(model, X, k=0, average="logits"), plain)
+    assert torch.equal(predict(model, X, k=0, average=None), plain[None])
+    torch.testing.assert_close(predict(model, X, k=0), plain.softmax(-1))
+    assert predict(nn.Linear(6, 3), X, k=0).shape == (5, 3)
+
+
+def test_predict_restores_modes_and_leaves_dropout_and_batchnorm_alone():
+    model = convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.99), nn.Linear(8, 3)), 1e-12)
+    model[2].eval()
+    modes = [m.training for m in model.modules()]
+    out = predict(model, X, k=2, average="logits")
+    assert [m.training for m in model.modules()] == modes
+    assert model[1].num_batches_tracked == 0
+    # a tiny variance: dropout of 99 % would show
+    torch.testing.assert_close(out, model.eval()(X), rtol=1e-3, atol=1e-3)
+
+
+def test_predict_replays_under_a_key_wherever_the_shard_is():
+    model = mlp()
+    with fixed_noise(1):
+        whole, again = predict(model, X, k=5, chunk=2), predict(model, X, k=5, chunk=2)
+    with fixed_noise(1, row0=2):
+        part = predict(model, X[2:], k=5, chunk=2)
+    assert torch.equal(whole, again)
+    torch.testing.assert_close(part, whole[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_predict_reaches_layers_behind_the_encoders_fast_path():
+    model = convert(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 0.25, exclude="self_attn")
+    outs = predict(model, torch.randn(2, 5, 16), k=2, average=None)
+    assert not torch.allclose(outs[0], outs[1])
+
+
+def test_predict_stacks_any_structure():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = DIPLinear(6, 3)
+
+        def forward(self, x):
+            return Output(self.layer(x), {"n": 1, "all": [self.layer(x)]})
+
+    model = Wrapped()
+    for k in (0, 3):
+        out = predict(model, X, k=k, average=None)
+        assert out.logits.shape == (max(k, 1), 5, 3)
+        assert out.extra["n"] == 1
+        assert out.extra["all"][0].shape == (max(k, 1), 5, 3)
+    assert predict(model, X, k=2).shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"k": -1}, ValueError, "^k: "),
+        ({"k": 1.5}, TypeError, "^k: "),
+        ({"chunk": 0}, ValueError, "^chunk: "),
+        ({"average": "mean"}, ValueError, "^average: expected 'probs', 'logits' or None, got 'mean'"),
+    ],
+)
+def test_predict_names_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        predict(mlp(), X, **options)
+
+
+def test_predict_refuses_a_plain_model_and_an_output_without_logits():
+    with pytest.raises(ValueError, match="expected DIP layers, found none"):
+        predict(nn.Linear(6, 3), X)
+
+    class Pair(DIPLinear):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, y
+
+    with pytest.raises(TypeError, match=r"expected a floating output.*got tuple"):
+        predict(Pair(6, 3), X)
+
+
+def test_half_precision_is_averaged_in_float32():
+    model = mlp().bfloat16()
+    out = predict(model, X.bfloat16(), k=2)
+    assert out.dtype is torch.float32
+    torch.testing.assert_close(out.sum(-1), torch.ones(5))
