@@ -164,6 +164,8 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
 
     Raises RuntimeError where a forced backend cannot run there.
     """
+    if device == "meta":
+        return Plan("cpu", "shapes only")
     if _forced is not None:
         if not _runs_on(_forced, device):
             raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here")

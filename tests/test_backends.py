@@ -1,0 +1,124 @@
+"""Choosing: pure, printable, forceable, and loud where what was asked for is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dipkernels import backend, backends, functional, ops
+from dipkernels.backends import Library, Plan, choose
+
+SEED = torch.tensor([1, 2])
+
+
+def with_library(monkeypatch, **fields):
+    found = Library(**{"path": "library.so", "cpu_capabilities": ("portable",), "cuda_archs": ("90",), **fields})
+    monkeypatch.setattr(backends, "library", lambda: found)
+
+
+def test_choose_prefers_compiled_kernels(monkeypatch):
+    with_library(monkeypatch)
+    assert choose("perturb", "cpu").backend == "cpu"
+    assert choose("perturb", "cuda").backend == "cuda"
+    assert choose("perturb", "xpu").backend == "reference"
+
+
+def test_choose_falls_back_in_order(monkeypatch):
+    with_library(monkeypatch, path=None, cpu_capabilities=(), cuda_archs=(), error="not built")
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    assert choose("perturb", "cuda") == Plan("triton", "the library has no CUDA kernels")
+    assert choose("perturb", "cpu") == Plan("reference", "not built")
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    assert choose("perturb", "cuda").backend == "reference"
+
+
+def test_backend_forces_and_restores():
+    want = functional.noise((3, 8), SEED)
+    with backend("reference"):
+        assert choose("noise", "cpu") == Plan("reference", "asked for")
+        assert (functional.noise((3, 8), SEED) - want).abs().max() < 4e-6
+        with backend("auto"):
+            assert choose("noise", "cpu").backend == "cpu"
+        assert choose("noise", "cpu").backend == "reference"
+    assert choose("noise", "cpu").backend == "cpu"
+    backend("reference")
+    assert choose("noise", "cpu").backend == "reference"
+    backend("auto")
+    assert torch.equal(functional.noise((3, 8), SEED), want)
+
+
+def test_backend_rejects_what_is_missing(monkeypatch):
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        backend("tpu")
+    with_library(monkeypatch, cuda_archs=())
+    with pytest.raises(RuntimeError, match="built without CUDA"):
+        backend("cuda")
+    with_library(monkeypatch, error="it does not load")
+    with pytest.raises(RuntimeError, match="it does not load"):
+        backend("cpu")
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        backend("triton")
+
+
+def test_backend_that_cannot_run_on_a_device_raises(monkeypatch):
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, and it cannot run on device 'cpu'"):
+        functional.noise((3, 8), SEED)
+
+
+def test_reference_path_says_so_once(monkeypatch):
+    with_library(monkeypatch, path=None, cpu_capabilities=(), error="not built")
+    backends._warn_reference.cache_clear()
+    with backend("auto"):
+        with pytest.warns(RuntimeWarning, match="the slow reference path runs: not built"):
+            functional.noise((3, 8), SEED)
+        ops._chosen.clear()
+        functional.noise((3, 8), SEED)  # silent: pytest turns no warning into an error, so look
+        assert backends._warn_reference.cache_info().misses == 1
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("variable, value, code, expected", [
+    ("DIPKERNELS_BACKEND", "reference", "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)", "asked for"),
+    ("DIPKERNELS_BACKEND", "quick", "import dipkernels", "DIPKERNELS_BACKEND: expected one of"),
+    ("DIPKERNELS_CPU_CAPABILITY", "portable", "import dipkernels.backends as b; print(b.cpu_capability())", "portable"),
+    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
+    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels.backends as b; b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
+])  # fmt: skip
+def test_environment_decides_and_errors_name_the_variable(variable, value, code, expected):
+    status, output = run_python(code, **{variable: value})
+    assert expected in output and (status != 0) == ("expected" in expected)
+
+
+def test_cpu_capability_rejects():
+    with pytest.raises(ValueError, match="cpu_capability: expected one of"):
+        backends.cpu_capability("mmx")
+    assert backends.cpu_capability("auto") in backends.CAPABILITIES
+
+
+def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "_C.so").write_text("not a library")
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    backends.library.cache_clear()
+    try:
+        found = backends.library()
+        assert not found.loaded and "torch" in found.error and "2.10" in found.error
+        (tmp_path / "_C.so").unlink()
+        backends.library.cache_clear()
+        assert "was not built" in backends.library().error
+        with pytest.raises(RuntimeError, match="was not built"):
+            backends.cpu_capability()
+    finally:
+        monkeypatch.undo()
+        backends.library.cache_clear()
+        assert backends.library().loaded

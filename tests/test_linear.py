@@ -1,0 +1,185 @@
+"""dip_linear: y = (x + sigma z) W^T + b and its four gradients, for each way to keep the input.  docs/maths.md, section 2."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+from dipkernels import functional, reference
+
+SEED = torch.tensor([77, 5])
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+
+def inputs(m=20, k=24, n=12, dtype=torch.float32, lead=()):
+    generator = torch.Generator().manual_seed(m + k + n)
+    shapes = {"x": (*lead, m, k), "weight": (n, k), "bias": (n,), "dy": (*lead, m, n)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors["weight"] /= math.sqrt(k)
+    return *tensors.values(), torch.rand(k, generator=generator) + 0.1
+
+
+def run(x, weight, bias, dy, sigma, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
+    y = functional.dip_linear(*leaves, SEED, **options)
+    return y, torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, k, n, lead", [(20, 24, 12, ()), (1, 1, 1, ()), (33, 129, 65, ()), (5, 40, 16, (2, 3)), (0, 8, 4, ())])
+def test_linear_matches_reference(m, k, n, lead, dtype, keep):
+    """Output and gradients: at most twice the error of the same expression in plain PyTorch, + 1e-6."""
+    x, weight, bias, dy, sigma = inputs(m, k, n, dtype, lead)
+    y, gradients = run(x, weight, bias, dy, sigma, keep=keep)
+    z = reference.standard_normal(SEED, max(1, x.numel() // k), k)[: x.numel() // k].view(*x.shape)
+
+    def expression(dtype, z):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias, sigma)]
+        out = F.linear(leaves[0] + leaves[3] * z.to(dtype), leaves[1], leaves[2])
+        return [out, *torch.autograd.grad(out, leaves, dy.to(dtype))]
+
+    exact, plain = expression(torch.float64, z), expression(dtype, z)
+    for name, ours, theirs, true in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *gradients), plain, exact, strict=True):
+        if not true.numel():
+            continue
+        largest = true.abs().max()
+        error, allowed = (ours.double() - true).abs().max(), (theirs.double() - true).abs().max()
+        # The few elements of a small case can be lucky for the plain expression: a rounding of the result is always allowed.
+        assert error <= 2 * allowed + 1e-6 + 4 * EPS[dtype] * largest + 4e-6 * math.sqrt(m + k), name
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+def test_linear_by_the_identity_returns_u(keep):
+    x, *_, sigma = inputs(17, 40, 40)
+    y = functional.dip_linear(x, torch.eye(40), None, sigma, SEED, keep=keep)
+    assert torch.equal(y, functional.perturb(x, sigma, SEED))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(log_variance=True), dict(num_samples=3), dict(num_samples=3, collapsed=False), dict(row0=9, col0=4, sample=2)])
+def test_linear_gives_the_same_whatever_it_keeps(options):
+    x, weight, bias, dy, sigma = inputs(65, 40, 24)
+    y, gradients = run(x, weight, bias, dy, sigma, keep="u", **options)
+    again, others = run(x, weight, bias, dy, sigma, keep="x", **options)
+    assert torch.equal(y, again)
+    for a, b in zip(gradients, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+@pytest.mark.parametrize("log_variance", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_gradcheck_and_gradgradcheck(keep, log_variance, bias):
+    x, weight, b, _, sigma = (t.double().requires_grad_() for t in inputs(5, 7, 3))
+
+    def run(x, weight, sigma, *b):
+        return functional.dip_linear(x, weight, b[0] if b else None, sigma, SEED, keep=keep, log_variance=log_variance)
+
+    arguments = (x, weight, sigma, b) if bias else (x, weight, sigma)
+    assert gradcheck(run, arguments) and gradgradcheck(run, arguments)
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+@pytest.mark.parametrize("needs", ["x", "weight", "bias", "sigma", "x weight", "weight sigma", "x sigma"])
+def test_linear_backward_gives_each_input_only_what_it_needs(needs, keep):
+    x, weight, bias, dy, sigma = inputs()
+    _, want = run(x, weight, bias, dy, sigma, keep=keep)
+    names = ("x", "weight", "bias", "sigma")
+    leaves = {name: t.requires_grad_(name in needs.split()) for name, t in zip(names, (x, weight, bias, sigma), strict=True)}
+    functional.dip_linear(*leaves.values(), SEED, keep=keep).backward(dy)
+    for name, gradient in zip(names, want, strict=True):
+        if name in needs.split():
+            torch.testing.assert_close(leaves[name].grad, gradient, rtol=1e-6, atol=1e-6)
+        else:
+            assert leaves[name].grad is None
+
+
+def saved_bytes(run, parameters):
+    """Bytes that autograd keeps for backward, each storage once, parameters not counted."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    return sum(size for pointer, size in kept.items() if pointer not in {p.untyped_storage().data_ptr() for p in parameters}), out
+
+
+def test_linear_keeps_for_backward_what_a_linear_keeps():
+    x, weight, bias, _, sigma = inputs(256, 64, 32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
+    plain, _ = saved_bytes(lambda: F.linear(x * 1, weight, bias), leaves)
+    ours, _ = saved_bytes(lambda: functional.dip_linear(x * 1, weight, bias, sigma, SEED), leaves)
+    eager, _ = saved_bytes(lambda: F.linear(x * 1 + sigma * torch.randn_like(x), weight, bias), leaves)
+    assert plain == 256 * 64 * 4
+    assert plain <= ours <= plain + 16 + 4 * 64
+    assert eager >= 2 * plain
+
+
+def test_linear_layers_of_one_input_keep_it_once():
+    x, weight, bias, _, sigma = inputs(256, 64, 32)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
+
+    def three(keep):
+        shared = x * 1
+        return [functional.dip_linear(shared, weight, bias, sigma, torch.tensor([i, 0]), keep=keep) for i in range(3)]
+
+    one = 256 * 64 * 4
+    assert saved_bytes(lambda: three("x"), leaves)[0] <= one + 3 * 16
+    assert 3 * one <= saved_bytes(lambda: three("u"), leaves)[0] <= 3 * one + 3 * 16
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_under_autocast_rounds_once(dtype, keep):
+    x, weight, bias, _, sigma = inputs(31, 40, 16)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
+    with torch.autocast("cpu", dtype=dtype):
+        y = functional.dip_linear(*leaves, SEED, keep=keep)
+    assert y.dtype == dtype
+    u = functional.perturb(x.detach(), sigma.detach(), SEED, dtype=dtype)
+    assert torch.equal(u, functional.perturb(x.detach(), sigma.detach(), SEED).to(dtype))
+    torch.testing.assert_close(y, F.linear(u, weight.to(dtype), bias.to(dtype)))
+    y.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in leaves)
+    with torch.autocast("cpu", dtype=dtype):  # float64 is left alone, as F.linear leaves it
+        wide = [t.detach().double() for t in leaves]
+        assert functional.dip_linear(*wide, SEED, keep=keep).dtype == torch.float64
+
+
+@pytest.mark.parametrize("keep", ["u", "x"])
+def test_linear_replays_in_backward(keep):
+    """Three forwards of one layer before one backward equal three of each."""
+    x, weight, bias, dy, sigma = inputs()
+    seeds = [torch.tensor([k, 0]) for k in range(3)]
+    sigma = sigma.requires_grad_()
+    together = sum((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum() for s in seeds)
+    (got,) = torch.autograd.grad(together, sigma)
+    apart = [torch.autograd.grad((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma)[0] for s in seeds]
+    torch.testing.assert_close(got, sum(apart))
+
+
+def test_linear_under_torch_func():
+    x, weight, bias, _, sigma = (t.double() for t in inputs(6, 8, 3))
+
+    def loss(weight, sigma):
+        return functional.dip_linear(x, weight, bias, sigma, SEED).square().sum()
+
+    leaves = weight.clone().requires_grad_(), sigma.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(weight, sigma), torch.autograd.grad(loss(*leaves), leaves))
+    rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED))(x)
+    torch.testing.assert_close(rows[3], functional.dip_linear(x[3], weight, bias, sigma, SEED))
+
+
+@pytest.mark.parametrize("bad, error", [
+    (dict(keep="y"), "keep: expected"), (dict(num_samples=1.5), "num_samples: expected an integer"),
+    (dict(num_samples=-1), "num_samples: expected"), (dict(sigma=torch.ones(3)), "sigma: expected shape"), (dict(x=torch.ones(2, 9)), "sigma: expected shape")])  # fmt: skip
+def test_linear_rejects(bad, error):
+    x, weight, bias, _, sigma = inputs()
+    good = dict(x=x, weight=weight, bias=bias, sigma=sigma, seed=SEED)
+    with pytest.raises((ValueError, TypeError), match=error):
+        functional.dip_linear(**{**good, **bad})

@@ -1,0 +1,203 @@
+"""The noise contract: the same integer words everywhere, z within 4e-6, the law, and the windows.  docs/maths.md, section 3."""
+
+import numpy as np
+import pytest
+import torch
+from header_support import header_module, read_vectors
+
+from dipkernels import backend, functional, ops, reference
+from dipkernels.backends import cpu_capability, library
+
+SEED = torch.tensor([0x0123456789ABCDEF, 0])
+LANES = [("portable", "portable"), ("native", "portable"), ("native", "avx2"), ("native", "avx512")]
+
+
+def lane(kind, lanes, function):
+    module = header_module(kind)
+    if not hasattr(module, f"{function}_{lanes}"):
+        pytest.skip(f"this machine has no {lanes}")
+    return getattr(module, f"{function}_{lanes}")
+
+
+def philox_vectors():
+    rows = np.array([[int(word, 16) for word in row] for row in read_vectors("philox4x32.txt")])
+    return rows[:, :4], rows[:, 4:6], rows[:, 6:]
+
+
+def noise_vectors():
+    for row in read_vectors("noise.txt"):
+        key, stream, sample, index, col = (int(v, 0) for v in row[:5])
+        yield torch.tensor([key, stream]), dict(sample=sample, row0=index, col0=col), torch.tensor([float(v) for v in row[5:]])
+
+
+@pytest.mark.parametrize("kind, lanes", LANES)
+def test_philox_matches_known_answers_in_headers(kind, lanes):
+    for counter, key, words in zip(*philox_vectors(), strict=True):
+        got = lane(kind, lanes, "philox")(np.tile(counter, (16, 1)), *key)
+        assert (got == words).all()
+
+
+def test_philox_matches_known_answers_in_reference():
+    for counter, key, words in zip(*philox_vectors(), strict=True):
+        got = reference.philox4x32(tuple(torch.tensor(counter)), tuple(torch.tensor(key)))
+        assert [int(word) for word in got] == words.tolist()
+
+
+@pytest.mark.parametrize("kind, lanes", LANES)
+def test_philox_lanes_are_independent(kind, lanes):
+    rng = np.random.default_rng(0)
+    counter = rng.integers(0, 2**32, (64, 4))
+    want = reference.philox4x32(tuple(torch.tensor(counter.T)), (torch.tensor(3), torch.tensor(2**31)))
+    got = lane(kind, lanes, "philox")(counter, 3, 2**31)
+    assert (got == torch.stack(want, dim=1).numpy()).all()
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_noise_matches_known_answers(name):
+    with backend(name):
+        for seed, where, z in noise_vectors():
+            assert (functional.noise((1, 8), seed, **where)[0] - z).abs().max() < (4e-6 if name == "cpu" else 2e-7)
+
+
+@pytest.mark.parametrize("kind, lanes", LANES[1:])
+def test_noise_lanes_agree_bit_for_bit(kind, lanes):
+    words = np.random.default_rng(1).integers(0, 2**32, 1 << 16)
+    assert (lane(kind, lanes, "pairs")(words) == lane("portable", "portable", "pairs")(words)).all()
+
+
+def test_noise_is_within_its_tolerance_for_every_radius_and_angle():
+    i = np.arange(2**20, dtype=np.uint64)
+    got = header_module("portable").pairs_portable((i << 12) | (i & 0xFFF))
+    radius = np.sqrt(-2 * np.log((i + 0.5) / 2**20))
+    angle = 2 * np.pi * ((i & 0xFFF) + 0.5) / 2**12
+    assert np.abs(got[:, 0] - radius * np.cos(angle)).max() < 4e-6
+    assert np.abs(got[:, 1] - radius * np.sin(angle)).max() < 4e-6
+    assert np.abs(header_module("portable").radius(i << 12) - radius).max() < 4e-6
+
+
+def test_noise_law_has_the_stated_moments():
+    """By enumeration of every radius and every angle: variance 1 - 3e-7, kurtosis 2.99999, largest 5.396."""
+    r2 = -2 * np.log((np.arange(2**20) + 0.5) / 2**20)
+    c = np.cos(2 * np.pi * (np.arange(2**12) + 0.5) / 2**12)
+    variance = r2.mean() * (c**2).mean()
+    assert abs(variance - (1 - 3e-7)) < 1e-7
+    assert abs((r2**2).mean() * (c**4).mean() / variance**2 - 2.99999) < 1e-5
+    assert abs(np.sqrt(r2.max()) * c.max() - 5.396) < 1e-3
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("shape, dim", [((37, 200), -1), ((5, 33), -1), ((3, 20, 7, 9), 1), ((130, 1), 0), ((40,), 0)])
+def test_noise_ignores_instruction_set_and_threads(capability, shape, dim):
+    if capability not in library().cpu_capabilities:
+        pytest.skip(f"the library carries no {capability}")
+    want = functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3)
+    threads = torch.get_num_threads()
+    try:
+        cpu_capability(capability)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3), want)
+    finally:
+        cpu_capability("auto")
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("rows, cols", [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))])
+def test_noise_of_a_window_is_the_window_of_the_noise(name, rows, cols):
+    with backend(name):
+        whole = functional.noise((12, 24), SEED)
+        shape = (rows.stop - rows.start, cols.stop - cols.start)
+        assert torch.equal(functional.noise(shape, SEED, row0=rows.start, col0=cols.start), whole[rows, cols])
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_noise_numbers_rows_in_the_order_of_the_other_dimensions(name):
+    with backend(name):
+        flat = functional.noise((2 * 3 * 5, 16), SEED)
+        assert torch.equal(functional.noise((2, 3, 5, 16), SEED).flatten(0, 2), flat)
+        channels = functional.noise((2, 16, 3, 5), SEED, dim=1)
+        assert torch.equal(channels.permute(0, 2, 3, 1).flatten(0, 2), flat)
+
+
+def test_noise_rows_go_beyond_32_bits():
+    whole = functional.noise((4, 8), SEED, row0=2**32 - 2)
+    assert torch.equal(whole[2:], functional.noise((2, 8), SEED, row0=2**32))
+    assert not torch.equal(whole[2:], functional.noise((2, 8), SEED, row0=0))
+    assert (whole.double() - reference.standard_normal(SEED, 4, 8, 2**32 - 2)).abs().max() < 4e-6
+
+
+def test_noise_depends_on_every_part_of_its_seed():
+    draws = [functional.noise((4, 8), torch.tensor(seed), sample=s) for seed, s in [
+        ([1, 0], 0), ([2, 0], 0), ([1 + 2**32, 0], 0), ([1, 1], 0), ([1, 0], 1), ([-1, 0], 0)]]
+    for a in range(len(draws)):
+        for b in range(a):
+            assert not torch.equal(draws[a], draws[b])
+    # The stream counts modulo 2^16.
+    assert torch.equal(draws[3], functional.noise((4, 8), torch.tensor([1, 1 + 2**16])))
+
+
+def test_noise_explicit_mean_is_the_mean_of_its_samples():
+    mean = functional.noise((6, 40), SEED, sample=3, num_samples=4)
+    want = sum(functional.noise((6, 40), SEED, sample=3 + s) for s in range(4)) * 0.25
+    assert torch.equal(mean, want)
+
+
+@pytest.mark.parametrize("bad, error", [
+    (dict(shape=(2, 8), seed=torch.tensor([1, 2, 3])), "seed: expected shape"),
+    (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
+    (dict(shape=(2, 8), dim=2), "dim: expected"),
+    (dict(shape=(2, 8), num_samples=0), "num_samples: expected"),
+    (dict(shape=(2, 8), sample=65536), "sample: expected"),
+    (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
+])
+def test_noise_rejects(bad, error):
+    arguments = {"seed": SEED, **bad}
+    with pytest.raises((ValueError, TypeError), match=error):
+        functional.noise(**arguments)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=error.split(":")[0]):  # the library by itself
+        where = {"dim": -1, "row0": 0, "col0": 0, "sample": 0, "num_samples": 1} | {k: v for k, v in arguments.items() if k not in ("seed", "shape")}
+        torch.ops.dipkernels.noise(arguments["seed"], arguments["shape"], *where.values())
+
+
+# ---- the law, by sampling ------------------------------------------------------------------------------------------
+
+
+def check_law(rows, cols):
+    """Moments to the sixth, Kolmogorov-Smirnov, tails, correlations: each within 5 standard errors."""
+    from scipy import stats
+
+    n = rows * cols
+    z = functional.noise((rows, cols), torch.tensor([42, 7])).double()
+    for power, moment in enumerate((0, 1, 0, 3, 0, 15), start=1):
+        spread = (np.prod(np.arange(1.0, 2 * power, 2)) - moment**2) ** 0.5  # E z^2p = (2p - 1)!!
+        assert abs((z**power).mean() - moment) < 5 * spread / n**0.5 + 1e-5
+    ordered = z.flatten().sort().values.numpy()
+    distance = np.abs(stats.norm.cdf(ordered) - (np.arange(n) + 0.5) / n).max()
+    assert distance < 1.95 / n**0.5 + 2**-12  # p about 1e-3, plus the lattice of angles
+    for bound in (2.0, 3.0, 4.0):
+        share = 2 * stats.norm.sf(bound)
+        assert abs((z.abs() > bound).double().mean() - share) < 5 * (share / n) ** 0.5
+    others = {
+        "column": z.roll(1, dims=1),
+        "row": z.roll(1, dims=0),
+        "sample": functional.noise((rows, cols), torch.tensor([42, 7]), sample=1).double(),
+        "stream": functional.noise((rows, cols), torch.tensor([42, 8])).double(),
+        "key": functional.noise((rows, cols), torch.tensor([43, 7])).double(),
+    }
+    for name, other in others.items():
+        assert abs((z * other).mean()) < 5 / n**0.5, name
+        assert abs(((z**2 - 1) * (other**2 - 1)).mean()) < 5 * 2 / n**0.5, name
+
+
+def test_noise_is_standard_normal():
+    check_law(2048, 512)
+
+
+@pytest.mark.slow
+def test_noise_is_standard_normal_on_1e8_draws():
+    check_law(100_000, 1008)
+
+
+def test_ops_noise_is_what_functional_gives():
+    assert torch.equal(ops.noise(SEED, (3, 8), -1, 0, 0, 0, 1), functional.noise((3, 8), SEED))

@@ -1,0 +1,66 @@
+"""Every operation of every namespace: schema, fake and implementation agree (opcheck); errors are Python's."""
+
+import pytest
+import torch
+
+from dipkernels import functional, ops
+
+SEED = torch.tensor([3, 1])
+WHERE = (-1, 5, 3, 0, 1)
+NAMESPACES = ["dipkernels", "dipkernels_reference"]
+
+
+def examples():
+    x, sigma = torch.randn(6, 20), torch.rand(20)
+    channels, small = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last), torch.rand(5)
+    scale = (0.5, True)
+    yield "noise", (SEED, [4, 9], *WHERE)
+    yield "noise", (SEED, [2, 9, 3], 1, 0, 0, 2, 3)
+    for data, s, dim in ((x, sigma, -1), (x.t(), torch.rand(6), 1), (channels, small, 1), (x[:, 1:8], torch.rand(7), -1), (x.double(), sigma.double(), 1)):
+        where = (dim, *WHERE[1:])
+        yield "perturb", (data, s, SEED, *where, *scale, None)
+        yield "perturb", (data, s, SEED, *where, *scale, torch.bfloat16)
+        yield "perturb_bwd", (data, s, SEED, *where, *scale)
+        yield "perturb_replay", (data + 1, data, s, SEED, *where, *scale, None)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("index", range(len(list(examples()))))
+def test_ops_pass_opcheck(namespace, index):
+    name, arguments = list(examples())[index]
+    overload = getattr(getattr(torch.ops, namespace), name).default
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(overload, arguments, test_utils=checks)
+
+
+def test_ops_namespaces_have_one_schema():
+    for name in ops.SCHEMAS:
+        texts = {str(getattr(getattr(torch.ops, n), name).default._schema).split("::")[1] for n in set(ops.NAMESPACES.values())}
+        assert len(texts) == 1
+
+
+def test_ops_meta_tensors_take_shapes_through():
+    x, sigma = torch.empty(4, 8, device="meta"), torch.empty(8, device="meta")
+    seed = torch.empty(2, dtype=torch.int64, device="meta")
+    u = functional.perturb(x, sigma, seed, dtype=torch.bfloat16)
+    assert u.shape == x.shape and u.device.type == "meta" and u.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("keep", ["auto", "u", "x"])
+def test_ops_compile_without_a_graph_break(keep):
+    weight, bias = torch.randn(8, 20), torch.randn(8)
+
+    def step(x, sigma, seed):
+        return functional.dip_linear(x, weight, bias, sigma, seed, keep=keep, log_variance=True).relu()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for key in (1, 2):
+        seed = torch.tensor([key, 0])
+        leaves = [torch.randn(6, 20), torch.rand(20)]
+        outs = []
+        for run in (step, compiled):
+            x, sigma = (t.clone().requires_grad_() for t in leaves)
+            y = run(x, sigma, seed)
+            outs.append((y, *torch.autograd.grad(y.square().sum(), (x, sigma))))
+        for ours, want in zip(*outs, strict=True):
+            torch.testing.assert_close(ours, want)

@@ -1,0 +1,338 @@
+"""P: u = x + sigma z, its adjoint Q, and both at once, against the float64 reference.  docs/maths.md, sections 1, 5, 6."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from dipkernels import backend, functional, ops, reference
+from dipkernels.backends import CAPABILITIES, cpu_capability, library
+
+SEED = torch.tensor([0x0123456789ABCDEF, 3])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
+Z_ERROR = 4e-6  # the contract's tolerance on z
+
+
+def arguments(dim=-1, row0=0, col0=0, sample=0, num_samples=1, factor=1.0, log_variance=False):
+    return dim, row0, col0, sample, num_samples, factor, log_variance
+
+
+def inputs(shape, dim=-1, dtype=torch.float32, log_variance=False):
+    generator = torch.Generator().manual_seed(sum(shape) + 1)
+    x, du = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    sigma = torch.rand(shape[dim], generator=generator) + 0.1
+    return x, du, sigma.square().log() if log_variance else sigma
+
+
+def check_u(u, x, sigma, where, out_dtype=None):
+    exact = reference.perturb(x, sigma, SEED, *where, torch.float64)
+    scale = 6.0 if where[-1] else sigma.abs().max().item() if sigma.numel() else 0.0
+    # One rounding of the result, and of the float32 sum before it; z to its tolerance.
+    allowed = 2 * EPS[u.dtype] * exact.abs() + 2 * EPS[torch.float32] * exact.abs() + scale * Z_ERROR + 6e-8 * (u.dtype == torch.float16)
+    assert ((u.double() - exact).abs() <= allowed).all()
+    assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape
+
+
+def check_dsigma(dsigma, du, sigma, where):
+    exact = reference.perturb_bwd(du, sigma.double(), SEED, *where)
+    rows = du.numel() // max(1, du.shape[where[0]])
+    assert ((dsigma.double() - exact).abs() <= 2e-6 * math.sqrt(rows + 1) * (1 + exact.abs())).all()
+    assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
+
+
+# One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
+SHAPES = [((1, 1), -1), ((3, 8), -1), ((17, 129), -1), ((16, 128), -1), ((5, 1031), -1), ((200, 24), -1), ((2, 3, 40), -1),
+          ((7,), -1), ((0, 8), -1), ((4, 0), -1), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((3, 24, 200), 1), ((9, 31), 0), ((4, 5, 6), 1)]  # fmt: skip
+WHERES = [dict(), dict(row0=2**33 + 7, col0=24, sample=2), dict(col0=3, num_samples=3, factor=0.5, log_variance=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", WHERES)
+@pytest.mark.parametrize("shape, dim", SHAPES)
+def test_perturb_matches_reference(shape, dim, options, dtype):
+    where = arguments(dim, **options)
+    x, du, sigma = inputs(shape, dim, dtype, where[-1])
+    check_u(ops.perturb(x, sigma, SEED, *where, None), x, sigma, where)
+    dsigma = ops.perturb_bwd(du, sigma, SEED, *where)
+    check_dsigma(dsigma, du, sigma, where)
+    u, replayed = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    assert torch.equal(u, ops.perturb(x, sigma, SEED, *where, None))
+    assert torch.equal(replayed, dsigma)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_rounds_once_to_the_asked_type(dtype, out_dtype):
+    x, du, sigma = inputs((33, 70), dtype=dtype)
+    where = arguments()
+    u = ops.perturb(x, sigma, SEED, *where, out_dtype)
+    check_u(u, x, sigma, where, out_dtype)
+    if dtype != torch.float64:
+        assert torch.equal(u, ops.perturb(x, sigma, SEED, *where, torch.float32).to(out_dtype))
+    mixed, dsigma = ops.perturb_replay(du.to(out_dtype), x, sigma, SEED, *where, out_dtype)
+    assert torch.equal(mixed, u)
+    check_dsigma(dsigma, du.to(out_dtype), sigma, where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, dim", [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)])
+def test_perturb_ignores_instruction_set_and_threads(shape, dim, dtype):
+    x, du, sigma = inputs(shape, dim, dtype)
+    where = arguments(dim, col0=16, num_samples=2)
+    want = None
+    threads = torch.get_num_threads()
+    try:
+        for capability in CAPABILITIES:
+            if capability not in library().cpu_capabilities:
+                continue
+            try:
+                cpu_capability(capability)
+            except RuntimeError:
+                continue
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                got = (ops.perturb(x, sigma, SEED, *where, None), *ops.perturb_replay(du, x, sigma, SEED, *where, None))
+                want = want or got
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (capability, n)
+    finally:
+        cpu_capability("auto")
+        torch.set_num_threads(threads)
+
+
+def strided(x):
+    """The same values in other memory: sliced, transposed, stepped, flipped by index, expanded."""
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 3), math.nan, dtype=x.dtype)
+    wide[..., 1 : x.shape[-1] + 1] = x
+    yield wide[..., 1 : x.shape[-1] + 1]
+    stepped = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype)
+    stepped[..., ::2] = x
+    yield stepped[..., ::2]
+    yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    if x.dim() == 4:
+        yield x.to(memory_format=torch.channels_last)
+        yield x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2)
+    if x.dim() >= 2:
+        rows = torch.full((3 * x.shape[0], *x.shape[1:]), math.nan, dtype=x.dtype)
+        rows[::3] = x
+        yield rows[::3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, dim", [((37, 64), -1), ((37, 64), 0), ((5, 33), -1), ((3, 4, 40), 1), ((2, 24, 5, 6), 1), ((2, 24, 5, 6), -1), ((50,), 0)])
+def test_perturb_ignores_strides(shape, dim, dtype):
+    x, du, sigma = inputs(shape, dim, dtype)
+    where = arguments(dim)
+    u, dsigma = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    for other in strided(x):
+        assert torch.equal(other, x)
+        got = ops.perturb(other, sigma, SEED, *where, None)
+        assert torch.equal(got, u)
+        assert got.stride() == torch.empty_like(other).stride()
+        assert torch.equal(ops.perturb_replay(du, other, sigma, SEED, *where, None)[0], u)
+    for other in strided(du):
+        torch.testing.assert_close(ops.perturb_bwd(other, sigma, SEED, *where), dsigma, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ops.perturb_replay(other, x, sigma, SEED, *where, None)[1], dsigma, rtol=1e-5, atol=1e-5)
+
+
+def test_perturb_takes_expanded_gradients():
+    x, _, sigma = inputs((6, 20))
+    ones = torch.ones(()).expand(6, 20)
+    where = arguments()
+    torch.testing.assert_close(ops.perturb_bwd(ones, sigma, SEED, *where), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5)
+    x = x.requires_grad_()
+    functional.perturb(x, sigma, SEED).sum().backward()
+    assert torch.equal(x.grad, torch.ones(6, 20))
+
+
+def test_perturb_takes_a_strided_sigma():
+    x, _, sigma = inputs((6, 20))
+    wide = torch.stack((sigma, torch.full_like(sigma, math.nan)), dim=1)[:, 0]
+    assert torch.equal(ops.perturb(x, wide, SEED, *arguments(), None), ops.perturb(x, sigma, SEED, *arguments(), None))
+
+
+def test_perturb_of_a_window_is_the_window():
+    x, _, sigma = inputs((12, 40))
+    u = functional.perturb(x, sigma, SEED)
+    window = functional.perturb(x[3:9, 5:22], sigma[5:22], SEED, row0=3, col0=5)
+    assert torch.equal(window, u[3:9, 5:22])
+
+
+def test_perturb_passes_nan_and_infinity_through():
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0] * 4] * 3)
+    sigma = torch.full((16,), 0.1)
+    for dtype in DTYPES:
+        u = functional.perturb(x.to(dtype), sigma, SEED)
+        assert torch.equal(u.isnan(), x.isnan())
+        assert torch.equal(u == math.inf, x == math.inf) and torch.equal(u == -math.inf, x == -math.inf)
+
+
+def test_perturb_collapsed_and_explicit_means_have_one_law():
+    x = torch.zeros(4000, 64)
+    sigma = torch.ones(64)
+    for u in (functional.perturb(x, sigma, SEED, num_samples=16), functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False)):
+        n = u.numel()
+        assert abs(u.double().var().item() * 16 - 1) < 5 * (2 / n) ** 0.5
+        assert abs(u.double().mean().item()) < 5 / (16 * n) ** 0.5
+    explicit = functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False)
+    assert torch.equal(explicit, functional.noise((4000, 64), SEED, num_samples=16))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("log_variance", [False, True])
+@pytest.mark.parametrize("shape, dim", [((6, 10), -1), ((2, 5, 3), 1), ((4,), 0)])
+def test_perturb_gradcheck_and_gradgradcheck(name, shape, dim, log_variance):
+    x, _, sigma = inputs(shape, dim, torch.float64, log_variance)
+    arguments = x.requires_grad_(), sigma.double().requires_grad_()
+
+    def run(x, sigma):
+        return functional.perturb(x, sigma, SEED, dim=dim, num_samples=2, log_variance=log_variance)
+
+    with backend(name):
+        assert gradcheck(run, arguments) and gradgradcheck(run, arguments)
+
+
+def test_perturb_backward_gives_each_input_only_what_it_needs():
+    x, du, sigma = inputs((5, 12))
+    x, sigma = x.requires_grad_(), sigma.requires_grad_()
+    (dx,) = torch.autograd.grad(functional.perturb(x, sigma.detach(), SEED), x, du)
+    (dsigma,) = torch.autograd.grad(functional.perturb(x.detach(), sigma, SEED), sigma, du)
+    assert torch.equal(dx, du)
+    assert torch.equal(dsigma, ops.perturb_bwd(du, sigma, SEED, *arguments()))
+
+
+def test_perturb_replays_in_backward():
+    """Three forwards before one backward, against finite differences of the same three draws."""
+    seeds = [torch.tensor([k, 0]) for k in range(3)]
+    x, _, sigma = inputs((4, 9), dtype=torch.float64)
+
+    def loss(sigma):
+        return sum(functional.perturb(x, sigma, seed).sin().sum() * (i + 1) for i, seed in enumerate(seeds))
+
+    sigma = sigma.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(sigma), sigma)
+    step = 1e-6
+    for j in range(9):
+        shift = torch.zeros(9, dtype=torch.float64)
+        shift[j] = step
+        difference = (loss(sigma.detach() + shift) - loss(sigma.detach() - shift)) / (2 * step)
+        assert abs(difference - gradient[j]) < 1e-6
+
+
+def test_perturb_backward_is_deterministic():
+    x, du, sigma = inputs((3001, 130))
+    first = ops.perturb_bwd(du, sigma, SEED, *arguments())
+    assert all(torch.equal(ops.perturb_bwd(du, sigma, SEED, *arguments()), first) for _ in range(3))
+
+
+def test_perturb_sum_is_no_worse_than_torch():
+    """Twice the error of the same sum in plain PyTorch, + 1e-6 a root of a row."""
+    _, du, sigma = inputs((20000, 24))
+    where = arguments()
+    exact = reference.perturb_bwd(du, sigma.double(), SEED, *where)
+    plain = (du * functional.noise(du.shape, SEED)).sum(0)
+    ours = ops.perturb_bwd(du, sigma, SEED, *where)
+    assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * 20000**0.5
+
+
+class TestTorchFunc:
+    def run(self, x, sigma):
+        return functional.perturb(x, sigma, SEED, log_variance=True)
+
+    def setup_method(self):
+        self.x, self.dx, self.sigma = inputs((6, 10), dtype=torch.float64, log_variance=True)
+        self.sigma = self.sigma.double()
+        self.dsigma = torch.linspace(-1, 1, 10, dtype=torch.float64)
+
+    def test_perturb_jvp_matches_finite_differences(self):
+        u, tangent = torch.func.jvp(self.run, (self.x, self.sigma), (self.dx, self.dsigma))
+        step = 1e-6
+        ahead = self.run(self.x + step * self.dx, self.sigma + step * self.dsigma)
+        behind = self.run(self.x - step * self.dx, self.sigma - step * self.dsigma)
+        torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+        assert torch.equal(u, self.run(self.x, self.sigma))
+        for inputs, tangents in (((self.x,), (self.dx,)), ((self.sigma,), (self.dsigma,))):
+            run = (lambda x: self.run(x, self.sigma)) if inputs[0] is self.x else (lambda s: self.run(self.x, s))
+            assert torch.func.jvp(run, inputs, tangents)[1].shape == self.x.shape
+
+    def test_perturb_vjp_matches_autograd(self):
+        _, pull = torch.func.vjp(self.run, self.x, self.sigma)
+        x, sigma = self.x.clone().requires_grad_(), self.sigma.clone().requires_grad_()
+        want = torch.autograd.grad(self.run(x, sigma), (x, sigma), self.dx)
+        torch.testing.assert_close(pull(self.dx), want)
+
+    def test_perturb_hessian_forward_over_reverse(self):
+        def loss(sigma):
+            return self.run(self.x, sigma).pow(3).sum()
+
+        got = torch.func.hessian(loss)(self.sigma)
+        want = torch.autograd.functional.hessian(loss, self.sigma)
+        torch.testing.assert_close(got, want)
+
+    def test_perturb_vmap_repeats_the_noise_of_an_unbatched_seed(self):
+        batch = torch.stack((self.x, 2 * self.x, self.dx))
+        got = torch.func.vmap(self.run, in_dims=(0, None))(batch, self.sigma)
+        assert torch.equal(got, torch.stack([self.run(x, self.sigma) for x in batch]))
+
+    def test_perturb_vmap_draws_by_a_batched_seed(self):
+        seeds = torch.tensor([[1, 0], [2, 0]])
+        got = torch.func.vmap(lambda seed: functional.perturb(self.x, self.sigma, seed, log_variance=True))(seeds)
+        want = [functional.perturb(self.x, self.sigma, seed, log_variance=True) for seed in seeds]
+        assert torch.equal(got, torch.stack(want))
+
+    def test_perturb_per_example_gradients(self):
+        def loss(sigma, x):
+            return self.run(x, sigma).square().sum()
+
+        got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(self.sigma, self.x)
+        want = torch.stack([torch.func.grad(loss)(self.sigma, x) for x in self.x])
+        torch.testing.assert_close(got, want)
+
+
+BAD = [
+    (dict(sigma=torch.ones(1, 8)), "sigma: expected shape"),
+    (dict(sigma=torch.ones(7)), r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
+    (dict(sigma=torch.ones(8, dtype=torch.float16)), "sigma: expected torch.float32"),
+    (dict(sigma=torch.ones(8, device="meta")), "sigma: expected device"),
+    (dict(sigma=-torch.ones(8)), "sigma: expected values >= 0"),
+    (dict(sigma=torch.full((8,), math.nan)), "sigma: expected values >= 0"),
+    (dict(seed=torch.zeros(3, dtype=torch.int64)), "seed: expected shape"),
+    (dict(seed=torch.zeros(2)), "seed: expected dtype"),
+    (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), "seed: expected device"),
+    (dict(x=torch.ones(4, 8, dtype=torch.int32)), "x: expected one of"),
+    (dict(x=torch.ones(())), "dim: expected"),
+    (dict(dim=2), "dim: expected"),
+    (dict(num_samples=0), "num_samples: expected"),
+    (dict(num_samples=2**17, collapsed=False), "num_samples: expected"),
+    (dict(sample=-1), "sample: expected"),
+    (dict(col0=-8), "row0, col0: expected"),
+    (dict(dtype=torch.int32), "dtype: expected"),
+]
+
+
+@pytest.mark.parametrize("bad, error", BAD)
+def test_perturb_rejects(bad, error):
+    good = {"x": torch.ones(4, 8), "sigma": torch.ones(8), "seed": SEED}
+    with pytest.raises((ValueError, TypeError), match=error):
+        functional.perturb(**{**good, **bad})
+
+
+@pytest.mark.parametrize("bad", [
+    dict(sigma=torch.ones(1, 8)), dict(sigma=torch.ones(7)), dict(sigma=torch.ones(8, dtype=torch.float16)), dict(seed=torch.zeros(2)),
+    dict(seed=torch.zeros(3, dtype=torch.int64)), dict(seed=torch.zeros(4, dtype=torch.int64)[::2]), dict(x=torch.ones(4, 8, dtype=torch.int32)),
+    dict(dim=2), dict(num_samples=0), dict(sample=65536), dict(row0=-1), dict(out_dtype=torch.int32)])  # fmt: skip
+def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
+    good = dict(x=torch.ones(4, 8), sigma=torch.ones(8), seed=SEED, dim=-1, row0=0, col0=0, sample=0, num_samples=1, factor=1.0, log_variance=False, out_dtype=None)  # fmt: skip
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.dipkernels.perturb(*{**good, **bad}.values())
+
+
+def test_perturb_replay_rejects_another_shape():
+    x, du, sigma = inputs((4, 8))
+    with pytest.raises(ValueError, match="du: expected shape"):
+        ops.perturb_replay(du[:3], x, sigma, SEED, *arguments(), None)
+    with pytest.raises(TypeError, match="du: expected one of"):
+        ops.perturb_replay(du.int(), x, sigma, SEED, *arguments(), None)
+    with pytest.raises(RuntimeError, match="du: expected"):
+        torch.ops.dipkernels.perturb_replay(du[:3], x, sigma, SEED, *arguments(), None)
