@@ -392,7 +392,7 @@ def _measure(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
     moments = {name: _Moments() for name in layers}
     handles = []
     for name, layer in layers.items():
-        dim = {DIPConv2d: -3}.get(type(layer), getattr(layer, "dim", -1))
+        dim = -3 if isinstance(layer, DIPConv2d) else getattr(layer, "dim", -1)
 
         def observe(module, args, kwargs, moments=moments[name], dim=dim):
             moments.add(args[0] if args else kwargs["input"], dim)

@@ -61,7 +61,8 @@ class Variance(nn.Module):
             self.log_variance.fill_(math.log(self.init_variance))
 
     def forward(self) -> Tensor:
-        return self.log_variance
+        # FSDP makes a subclass of this one, and after this call may free what it had gathered for it.
+        return self.log_variance if type(self) is Variance else self.log_variance.clone()
 
     @property
     def sigma(self) -> Tensor:
@@ -128,7 +129,7 @@ class DIPLayer:
         self._fill_stream()
 
     def _fill_stream(self) -> None:
-        self.stream.copy_(torch.tensor([0, self.number]))
+        self.stream.copy_(torch.tensor([0, self.number], device=self.stream.device))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -207,7 +208,7 @@ class DIPConv2d(DIPLayer, nn.Conv2d):
         self._set_up(self.in_channels, init_variance, num_samples, keep, self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(_noised(self, input, -3) if self.noisy() else input)
+        return super().forward(_noised(self, input, -3, functional.autocast_dtype(input)) if self.noisy() else input)
 
 
 class DIPInput(DIPLayer, nn.Module):
@@ -242,7 +243,7 @@ class DIPInput(DIPLayer, nn.Module):
         return f"{self.num_features}, dim={self.dim}, init_variance={_short(self.variance.init_variance)}"
 
 
-def _noised(layer: DIPLayer, x: Tensor, dim: int) -> Tensor:
+def _noised(layer: DIPLayer, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     return functional.perturb(
         x,
         layer.variance(),
@@ -251,7 +252,7 @@ def _noised(layer: DIPLayer, x: Tensor, dim: int) -> Tensor:
         row0=seeds.first_row(x, dim),
         num_samples=layer.num_samples,
         log_variance=True,
-        dtype=functional.autocast_dtype(x) if dim == -3 else None,
+        dtype=dtype,
     )
 
 

@@ -355,7 +355,10 @@ def test_calibrate_sets_sigma_to_ratio_times_the_spread():
 
 
 def test_calibrate_measures_channels_and_chosen_dimensions():
-    model = nn.Sequential(DIPConv2d(3, 3, 1, bias=False), DIPInput(4, dim=2))
+    class Mine(DIPConv2d):
+        pass
+
+    model = nn.Sequential(Mine(3, 3, 1, bias=False), DIPInput(4, dim=2))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(3)[..., None, None])
     x = torch.randn(8, 3, 4, 5) * torch.tensor([1.0, 2, 3])[:, None, None]

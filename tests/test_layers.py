@@ -87,6 +87,11 @@ def test_autocast_gives_the_plain_layers_type(make):
     assert layer.log_variance.grad.dtype is x.grad.dtype is torch.float32
 
 
+def test_an_input_projection_keeps_its_inputs_type_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert DIPInput(8, dim=-3)(torch.randn(8, 2, 2)).dtype is torch.float32
+
+
 def test_log_variance_keeps_its_bits_through_half_precision():
     layer = DIPLinear(8, 8, init_variance=0.0123)
     value = layer.log_variance.detach().clone()
@@ -186,6 +191,29 @@ def test_tied_weights_stay_tied():
     head.weight = embedding.weight
     model = nn.ModuleList([embedding, head]).to(torch.float64)
     assert model[1].weight is model[0].weight
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_fsdp_may_shard_the_variances_apart(reshard):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = nn.Sequential(DIPLinear(8, 8), nn.ReLU(), DIPLinear(8, 8))
+    sharded, x = copy.deepcopy(plain), torch.randn(4, 8)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in (sharded[0], sharded[2]):
+            fully_shard(layer.variance, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(sharded, mesh=mesh)
+        for model in (plain, sharded):
+            with fixed_noise(1):
+                model(x).square().sum().backward()
+        for a, b in zip(plain.parameters(), sharded.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad.full_tensor())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_number_layers_counts_from_zero_and_shared_layers_once():
