@@ -15,10 +15,13 @@ constexpr int kSumRows = 32;      // partial rows that one block of the second s
 
 // A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
 template <bool kSum>
-constexpr int kThreads = kSum ? 256 : 128;
-// Resident threads per multiprocessor: 768 leave 80 registers each, 512 leave 128.
-constexpr int kRowThreads = 768;
-constexpr int kChannelThreads = 512;
+constexpr int kRowThreads = kSum ? 256 : 128;
+constexpr int kChannelThreads = 128;
+// Resident threads per multiprocessor: 768 leave 80 registers each, 512 leave 128, 384 leave 168.
+constexpr int kMostResident = 768;
+template <bool kAny, bool kBoth>
+constexpr int kRowResident = kAny || kBoth ? 512 : kMostResident;
+constexpr int kChannelResident = 384;
 
 struct Params {
   PerturbArgs args;
@@ -34,6 +37,14 @@ struct Params {
 DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
 DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 
+// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop.
+DIP_DEVICE int64_t keep(int64_t value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
 // sigma as a standard deviation, without the factor.
 template <class C>
 DIP_DEVICE C sigma_at(const PerturbArgs& a, int64_t j) {
@@ -48,38 +59,55 @@ DIP_DEVICE C scale_at(const PerturbArgs& a, int64_t j) {
   return a.factor == 1.0 ? s : static_cast<C>(a.factor * s);  // double arithmetic is slow on most GPUs
 }
 
-DIP_DEVICE Draw load_draw(const PerturbArgs& a) {
-  const int64_t seed[2] = {a.seed[0], a.seed[1]};
-  return {philox_key(seed), stream_sample(seed, static_cast<uint32_t>(a.sample))};
+// The block's key schedule. Every thread of the block calls this.
+DIP_DEVICE void share_round_keys(const PerturbArgs& a, RoundKeys* keys) {
+  if (threadIdx.x == 0 && threadIdx.y == 0) make_round_keys(keys, philox_key(a.seed));
+  __syncthreads();
 }
 
-// The mean over the call's samples; kOne: there is one.
-template <class Tier, bool kOne>
-DIP_DEVICE void mean_group(const PerturbArgs& a, const Draw& draw, uint32_t group, uint64_t row, float z[kGroup]) {
-  draw_group<Tier>(draw, 0, group, row, z);
+// The mean over the call's samples, for N rows; kOne: there is one.
+template <class Tier, bool kOne, int N>
+DIP_DEVICE void mean_groups(
+    const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step, float z[N][kGroup]) {
+  draw_groups<Tier, N>(keys, last_word, group, row, step, z);
   if constexpr (!kOne) {
+    static_assert(N == 1);
     if (a.num_samples == 1) return;
     for (int s = 1; s < a.num_samples; ++s) {
-      float next[kGroup];
-      draw_group<Tier>(draw, s, group, row, next);
+      float next[1][kGroup];
+      draw_groups<Tier, 1>(keys, last_word + s, group, row, step, next);
       DIP_UNROLL
-      for (int t = 0; t < kGroup; ++t) z[t] = ScalarLane::add(z[t], next[t]);
+      for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::add(z[0][t], next[0][t]);
     }
     const float share = 1.0f / static_cast<float>(a.num_samples);
     DIP_UNROLL
-    for (int t = 0; t < kGroup; ++t) z[t] = ScalarLane::mul(z[t], share);
+    for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::mul(z[0][t], share);
   }
+}
+
+// Where a run of type R starts; null where the tensor is absent.
+template <class R>
+DIP_DEVICE char* place(const Operand& a, int64_t at) {
+  return a.data ? static_cast<char*>(a.data) + R::bytes(a.dtype, at) : nullptr;
+}
+
+template <class R>
+DIP_DEVICE R load_or_zero(const char* p, const Operand& a, int first, int last) {
+  R run = {};
+  if (!R::kMayBeAbsent || a.data) run.load(p, a.dtype, first, last);
+  return run;
 }
 
 // ---- kernels: rows, [M, K] with columns side by side -------------------------------------------------------------------
 // Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
 
 template <class Types, class Tier, bool kWrite, bool kSum>
-__global__ void __launch_bounds__(kThreads<kSum>, kRowThreads / kThreads<kSum>)
+__global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, kWrite && kSum> / kRowThreads<kSum>)
 perturb_rows_kernel(const Params p) {
   using C = typename Types::Compute;
-  constexpr bool kAny = Types::kAny;
-  constexpr int kVectors = kAny ? 1 : 2;  // rows in flight
+  using X = typename Types::X;
+  using U = typename Types::U;
+  using Du = typename Types::Du;
   const PerturbArgs& a = p.args;
 
   // where
@@ -90,7 +118,9 @@ perturb_rows_kernel(const Params p) {
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int64_t end = group < p.groups ? p.rows : 0;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
-  const Draw draw = load_draw(a);
+  const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
+  __shared__ RoundKeys keys;
+  share_round_keys(a, &keys);
   C scale[kGroup], sum[kGroup];
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
@@ -98,58 +128,65 @@ perturb_rows_kernel(const Params p) {
     if constexpr (kWrite) scale[t] = end && first <= t && t < last ? scale_at<C>(a, col + t) : C(0);
   }
 
-  const auto tile = [&](int64_t row, auto count) {
+  int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+  char* x_at = place<X>(a.x, row * a.x.outer_stride + col);
+  char* u_at = place<U>(a.u, row * a.u.outer_stride + col);
+  char* du_at = place<Du>(a.du, row * a.du.outer_stride + col);
+  const int64_t x_step = keep(X::bytes(a.x.dtype, step * a.x.outer_stride));
+  const int64_t u_step = keep(U::bytes(a.u.dtype, step * a.u.outer_stride));
+  const int64_t du_step = keep(Du::bytes(a.du.dtype, step * a.du.outer_stride));
+
+  // n rows, `step` apart
+  const auto tile = [&](auto count) {
     constexpr int n = decltype(count)::value;
     // load
-    typename Types::X x[n];
-    typename Types::Du du[n];
+    [[maybe_unused]] X x[n];
+    [[maybe_unused]] Du du[n];
     DIP_UNROLL
     for (int i = 0; i < n; ++i) {
-      const int64_t at = row + i * step;
-      if constexpr (kAny) {
-        if constexpr (kWrite) x[i].load(a.x, at * a.x.outer_stride + col, first, last);
-        if constexpr (kSum) du[i].load(a.du, at * a.du.outer_stride + col, first, last);
-      } else {
-        if constexpr (kWrite) x[i].load(a.x, at * a.x.outer_stride + col);
-        if constexpr (kSum) du[i].load(a.du, at * a.du.outer_stride + col);
+      if constexpr (kWrite) {
+        x[i] = load_or_zero<X>(x_at, a.x, first, last);
+        x_at += x_step;
+      }
+      if constexpr (kSum) {
+        du[i].load(du_at, a.du.dtype, first, last);
+        du_at += du_step;
       }
     }
+    // compute
+    float z[n][kGroup];
+    mean_groups<Tier, !Types::kAny, n>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
     DIP_UNROLL
     for (int i = 0; i < n; ++i) {
-      // compute
-      const int64_t at = row + i * step;
-      float z[kGroup];
-      mean_group<Tier, !kAny>(a, draw, counter, static_cast<uint64_t>(a.row0 + at), z);
       if constexpr (kSum) {
         DIP_UNROLL
-        for (int t = 0; t < kGroup; ++t) sum[t] = fma_of(static_cast<C>(du[i].get(t)), static_cast<C>(z[t]), sum[t]);
+        for (int t = 0; t < kGroup; ++t) sum[t] = fma_of(C(du[i].get(t)), C(z[i][t]), sum[t]);
       }
       if constexpr (kWrite) {
-        typename Types::U u;
+        U u;
         DIP_UNROLL
         for (int t = 0; t < kGroup; t += 2)
-          u.set(t, fma_of(scale[t], C(z[t]), C(x[i].get(t))), fma_of(scale[t + 1], C(z[t + 1]), C(x[i].get(t + 1))));
+          u.set(t, fma_of(scale[t], C(z[i][t]), C(x[i].get(t))), fma_of(scale[t + 1], C(z[i][t + 1]), C(x[i].get(t + 1))));
         // store
-        if constexpr (kAny)
-          u.store(a.u, at * a.u.outer_stride + col, first, last);
-        else
-          u.store(a.u, at * a.u.outer_stride + col);
+        u.store(u_at, a.u.dtype, first, last);
+        u_at += u_step;
       }
     }
+    row += n * step;
   };
 
-  int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
-  if constexpr (kVectors == 2)
-    for (; row + step < end; row += 2 * step) tile(row, std::integral_constant<int, 2>{});
-  for (; row < end; row += step) tile(row, std::integral_constant<int, 1>{});
+  // Two rows in flight where a thread has them.
+  if constexpr (!Types::kAny)
+    while (row + step < end) tile(std::integral_constant<int, 2>{});
+  while (row < end) tile(std::integral_constant<int, 1>{});
 
   // The block's rows meet in a tree, so that the order depends on the shape of the block alone.
   if constexpr (kSum) {
-    __shared__ C shared[kThreads<kSum>][kGroup];
+    __shared__ C shared[kRowThreads<kSum>][kGroup];
     C* mine = shared[threadIdx.y * blockDim.x + threadIdx.x];
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) mine[t] = sum[t];
-    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+    for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {
       __syncthreads();
       if (threadIdx.y < half) {
         const C* other = shared[(threadIdx.y + half) * blockDim.x + threadIdx.x];
@@ -170,11 +207,13 @@ perturb_rows_kernel(const Params p) {
 // Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call still serves eight elements.
 
 template <class Types, class Tier, bool kWrite, bool kSum>
-__global__ void __launch_bounds__(kThreads<kSum>, kChannelThreads / kThreads<kSum>)
+__global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads)
 perturb_channels_kernel(const Params p) {
   using C = typename Types::Compute;
-  constexpr bool kAny = Types::kAny;
-  constexpr int kPixels = Types::X::kElements;
+  using X = typename Types::X;
+  using U = typename Types::U;
+  using Du = typename Types::Du;
+  constexpr int kPixels = X::kElements, kPair = kPixels == 1 ? 1 : 2;
   const PerturbArgs& a = p.args;
 
   // where
@@ -186,7 +225,9 @@ perturb_channels_kernel(const Params p) {
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels;
   const int64_t outer_step = step / a.inner, inner_step = step % a.inner;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
-  const Draw draw = load_draw(a);
+  const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
+  __shared__ RoundKeys keys;
+  share_round_keys(a, &keys);
   C scale[kGroup], sum[kGroup];
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
@@ -198,27 +239,24 @@ perturb_channels_kernel(const Params p) {
   int64_t outer = row / a.inner, inner = row % a.inner;
   for (; row < end; row += step) {
     // load
-    typename Types::X x[kGroup];
-    typename Types::Du du[kGroup];
+    [[maybe_unused]] X x[kGroup];
+    [[maybe_unused]] Du du[kGroup];
     const auto at = [&](const Operand& o, int t) { return outer * o.outer_stride + (channel + t) * o.feature_stride + inner; };
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) {
-      if (first <= t && t < last) {
-        if constexpr (kWrite) x[t].load(a.x, at(a.x, t));
-        if constexpr (kSum) du[t].load(a.du, at(a.du, t));
-      } else {
-        if constexpr (kWrite) x[t] = {};
-        if constexpr (kSum) du[t] = {};
+      const bool inside = first <= t && t < last;
+      if constexpr (kWrite) x[t] = inside ? load_or_zero<X>(place<X>(a.x, at(a.x, t)), a.x, 0, kPixels) : X{};
+      if constexpr (kSum) {
+        du[t] = {};
+        if (inside) du[t].load(place<Du>(a.du, at(a.du, t)), a.du.dtype, 0, kPixels);
       }
     }
     // compute: two pixels at a time, which share a word of 16-bit storage
-    typename Types::U u[kGroup];
+    [[maybe_unused]] U u[kGroup];
     DIP_UNROLL
-    for (int i = 0; i < kPixels; i += 2) {
-      constexpr int kPair = kPixels == 1 ? 1 : 2;
-      float z[2][kGroup];
-      DIP_UNROLL
-      for (int j = 0; j < kPair; ++j) mean_group<Tier, !kAny>(a, draw, counter, static_cast<uint64_t>(a.row0 + row + i + j), z[j]);
+    for (int i = 0; i < kPixels; i += kPair) {
+      float z[kPair][kGroup];
+      mean_groups<Tier, !Types::kAny, kPair>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) {
         if constexpr (kSum) {
@@ -226,7 +264,7 @@ perturb_channels_kernel(const Params p) {
           for (int j = 0; j < kPair; ++j) sum[t] = fma_of(C(du[t].get(i + j)), C(z[j][t]), sum[t]);
         }
         if constexpr (kWrite) {
-          C value[2];
+          C value[kPair];
           DIP_UNROLL
           for (int j = 0; j < kPair; ++j) value[j] = fma_of(scale[t], C(z[j][t]), C(x[t].get(i + j)));
           u[t].set(i, value[0], value[kPair - 1]);
@@ -237,7 +275,7 @@ perturb_channels_kernel(const Params p) {
     if constexpr (kWrite) {
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t)
-        if (first <= t && t < last) u[t].store(a.u, at(a.u, t));
+        if (first <= t && t < last) u[t].store(place<U>(a.u, at(a.u, t)), a.u.dtype, 0, kPixels);
     }
     outer += outer_step;
     inner += inner_step;
@@ -246,7 +284,7 @@ perturb_channels_kernel(const Params p) {
 
   // A warp lies along x, so its lanes share their channels; then the block's warps meet in order.
   if constexpr (kSum) {
-    __shared__ C shared[kThreads<kSum> / 32][kGroup];
+    __shared__ C shared[kChannelThreads / 32][kGroup];
     const int warp = (threadIdx.y * blockDim.x + threadIdx.x) / 32, warps = blockDim.x / 32;
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) {
@@ -255,7 +293,7 @@ perturb_channels_kernel(const Params p) {
     }
     __syncthreads();
     if (threadIdx.x < kGroup && end) {
-      const int t = threadIdx.x;
+      const int t = static_cast<int>(threadIdx.x);
       C total = C(0);
       for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
       if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
@@ -279,7 +317,8 @@ __global__ void __launch_bounds__(32 * kSumRows) column_sum_kernel(const SumPara
   // load
   double sum = 0;
   if (col < a.features)
-    for (int i = threadIdx.y; i < p.num_partials; i += kSumRows) sum += static_cast<const C*>(p.partials)[i * a.features + col];
+    for (int i = static_cast<int>(threadIdx.y); i < p.num_partials; i += kSumRows)
+      sum += static_cast<const C*>(p.partials)[i * a.features + col];
   __shared__ double shared[kSumRows][32];
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
@@ -340,14 +379,15 @@ int power_of_two(int64_t n, int lowest, int highest) {
 
 int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.col0 % kGroup + a.features, kGroup); }
 
-// One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time.
-Plan make_plan(const PerturbArgs& a, int64_t pixels) {
-  const bool sums = a.dsigma;
-  const unsigned threads = sums ? kThreads<true> : kThreads<false>;
+// One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time; `resident`: threads that a
+// multiprocessor holds.
+Plan make_plan(const PerturbArgs& a, int64_t pixels, int resident) {
+  const bool rows_layout = a.inner == 1;
+  const unsigned threads = !rows_layout ? kChannelThreads : a.dsigma ? kRowThreads<true> : kRowThreads<false>;
   const int64_t groups = num_groups(a), rows = ceil_div(a.outer * a.inner, pixels);
   int64_t col_blocks, row_blocks;
   Plan plan;
-  if (a.inner == 1) {
+  if (rows_layout) {
     plan.block.x = power_of_two(groups, 1, 32);
     plan.block.y = threads / plan.block.x;
     col_blocks = ceil_div(groups, plan.block.x);
@@ -358,9 +398,9 @@ Plan make_plan(const PerturbArgs& a, int64_t pixels) {
     col_blocks = ceil_div(groups, plan.block.y);
     row_blocks = ceil_div(rows, plan.block.x);
   }
-  const int64_t resident = int64_t{num_multiprocessors()} * ((a.inner == 1 ? kRowThreads : kChannelThreads) / threads);
+  const int64_t blocks = int64_t{num_multiprocessors()} * (resident / threads);
   plan.grid.x = static_cast<unsigned>(col_blocks);
-  plan.grid.y = static_cast<unsigned>(smaller(row_blocks, larger(1, resident / col_blocks)));
+  plan.grid.y = static_cast<unsigned>(smaller(row_blocks, larger(1, blocks / col_blocks)));
   return plan;
 }
 
@@ -405,7 +445,8 @@ struct Call {
 template <class RowTypes, class ChannelTypes, class Tier, bool kWrite, bool kSum>
 const char* launch_pass(const Call& call) {
   const PerturbArgs& a = call.args;
-  const Plan plan = make_plan(a, a.inner == 1 ? 1 : ChannelTypes::X::kElements);
+  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident<RowTypes::kAny, kWrite && kSum>)
+                                 : make_plan(a, ChannelTypes::X::kElements, kChannelResident);
   const Params params{
       a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, static_cast<int>(a.col0 % kGroup), call.partials};
   const char* error = nullptr;
@@ -431,16 +472,14 @@ const char* launch_tier(const Call& call) {
   return launch_pass<RowTypes, ChannelTypes, FastTier, kWrite, kSum>(call);
 }
 
-int64_t element_size(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
-
-// Pixels that a channels kernel of its own takes at a time: 16 bytes of the widest type.
-template <class XT, class UT, class DuT>
-constexpr int kPixels = sizeof(XT) == 4 || sizeof(UT) == 4 || sizeof(DuT) == 4 ? 4 : 8;
+// Pixels that a channels kernel takes at a time; with twice as many, or with four where two tensors are read, registers spill.
+template <bool kBoth>
+constexpr int kPixels = kBoth ? 2 : 4;
 
 // Whether every run of n elements, side by side in memory, lies on a boundary of its own size, at most 16 bytes.
 bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
   if (!o.data) return true;
-  const int64_t size = element_size(o.dtype), bytes = smaller(16, n * size);
+  const int64_t size = AnyRun<float, 1>::bytes(o.dtype, 1), bytes = smaller(16, n * size);
   const auto whole = [&](int64_t elements) { return elements * size % bytes == 0; };
   if (reinterpret_cast<uintptr_t>(o.data) % bytes || !whole(o.outer_stride)) return false;
   return a.inner == 1 || whole(o.feature_stride);
@@ -448,7 +487,7 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
-  constexpr int n = kPixels<XT, UT, DuT>;
+  constexpr int n = kPixels<kWrite && kSum>;
   if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1) return false;
   if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
@@ -457,7 +496,7 @@ bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 const char* launch_exactly(const Call& call) {
-  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, DuT>>, kWrite, kSum>(call);
+  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<kWrite && kSum>>, kWrite, kSum>(call);
 }
 
 // Computed in double where the data are: x, or the gradient alone.
@@ -488,7 +527,7 @@ const char* launch_types(const Call& call) {
 int64_t perturb_cuda_scratch(const PerturbArgs& a) {
   if (!a.dsigma || !a.features) return 0;
   // The most that any of the kernels asks for: one pixel at a time gives the most blocks.
-  return int64_t{make_plan(a, 1).grid.y} * a.features * (is_double(a) ? 8 : 4);
+  return int64_t{make_plan(a, 1, kMostResident).grid.y} * a.features * (is_double(a) ? 8 : 4);
 }
 
 const char* perturb_cuda(const PerturbArgs& a, bool exact, void* partials, void* stream) {

@@ -83,41 +83,62 @@ DIP_DEVICE void set_element(T* p, C a) {
 
 // ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes -----------------------------------
 
-// Words of 4 bytes, read and written 16 or 8 bytes at a time.
+#ifdef __CUDA_ARCH__
+// nvcc splits a plain store of a uint4 into four.
+DIP_DEVICE void store_vector(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DIP_DEVICE void store_vector(uint2* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+#else
+template <class V>
+DIP_DEVICE void store_vector(V* p, V v) {
+  *p = v;
+}
+#endif
+
+// Words of 4 bytes, read and written up to 16 bytes at a time.
 template <int kWords>
-DIP_DEVICE void load_words(const void* p, uint32_t* words) {
+DIP_DEVICE void load_words(const char* p, uint32_t* words) {
   if constexpr (kWords % 4 == 0) {
     DIP_UNROLL
     for (int i = 0; i < kWords; i += 4) {
-      const uint4 v = __ldg(static_cast<const uint4*>(p) + i / 4);
+      const uint4 v = __ldg(reinterpret_cast<const uint4*>(p) + i / 4);
       words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
     }
-  } else {
-    static_assert(kWords == 2);
-    const uint2 v = __ldg(static_cast<const uint2*>(p));
+  } else if constexpr (kWords == 2) {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(p));
     words[0] = v.x, words[1] = v.y;
+  } else {
+    static_assert(kWords == 1);
+    words[0] = __ldg(reinterpret_cast<const uint32_t*>(p));
   }
 }
 
 template <int kWords>
-DIP_DEVICE void store_words(void* p, const uint32_t* words) {
+DIP_DEVICE void store_words(char* p, const uint32_t* words) {
   if constexpr (kWords % 4 == 0) {
     DIP_UNROLL
     for (int i = 0; i < kWords; i += 4)
-      static_cast<uint4*>(p)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+      store_vector(reinterpret_cast<uint4*>(p) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+  } else if constexpr (kWords == 2) {
+    store_vector(reinterpret_cast<uint2*>(p), make_uint2(words[0], words[1]));
   } else {
-    static_assert(kWords == 2);
-    *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
+    static_assert(kWords == 1);
+    *reinterpret_cast<uint32_t*>(p) = words[0];
   }
 }
 
-// get(i): element i. set(i, a, b): elements i and i + 1, i even.
+// load, store: the run at p. get(i): element i. set(i, a, b): elements i and i + 1, i even. bytes(n): of n elements.
 template <class T, int N>
 struct Run {
   static constexpr int kElements = N;
+  static constexpr bool kMayBeAbsent = false;
   uint32_t words[N / 2];
-  DIP_DEVICE void load(const Operand& a, int64_t at) { load_words<N / 2>(static_cast<const T*>(a.data) + at, words); }
-  DIP_DEVICE void store(const Operand& a, int64_t at) const { store_words<N / 2>(static_cast<T*>(a.data) + at, words); }
+  static DIP_DEVICE int64_t bytes(DType, int64_t n) { return n * int64_t{sizeof(T)}; }
+  DIP_DEVICE void load(const char* p, DType, int, int) { load_words<N / 2>(p, words); }
+  DIP_DEVICE void store(char* p, DType, int, int) const { store_words<N / 2>(p, words); }
   DIP_DEVICE float get(int i) const { return i % 2 ? high_value(T{}, words[i / 2]) : low_value(T{}, words[i / 2]); }
   DIP_DEVICE void set(int i, float a, float b) { words[i / 2] = pack(T{}, a, b); }
 };
@@ -125,9 +146,11 @@ struct Run {
 template <int N>
 struct Run<float, N> {
   static constexpr int kElements = N;
+  static constexpr bool kMayBeAbsent = false;
   uint32_t words[N];
-  DIP_DEVICE void load(const Operand& a, int64_t at) { load_words<N>(static_cast<const float*>(a.data) + at, words); }
-  DIP_DEVICE void store(const Operand& a, int64_t at) const { store_words<N>(static_cast<float*>(a.data) + at, words); }
+  static DIP_DEVICE int64_t bytes(DType, int64_t n) { return n * int64_t{sizeof(float)}; }
+  DIP_DEVICE void load(const char* p, DType, int, int) { load_words<N>(p, words); }
+  DIP_DEVICE void store(char* p, DType, int, int) const { store_words<N>(p, words); }
   DIP_DEVICE float get(int i) const { return ScalarLane::as_float(words[i]); }
   DIP_DEVICE void set(int i, float a, float b) {
     words[i] = ScalarLane::as_uint(a);
@@ -139,36 +162,36 @@ struct Run<float, N> {
 template <class C, int N>
 struct AnyRun {
   static constexpr int kElements = N;
+  static constexpr bool kMayBeAbsent = true;
   C values[N];
 
+  static DIP_HD int64_t bytes(DType type, int64_t n) { return n * (type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2); }
   template <class T>
-  DIP_DEVICE void load_as(const Operand& a, int64_t at, int first, int last) {
-    const T* p = static_cast<const T*>(a.data) + at;
-    DIP_UNROLL
-    for (int i = 0; i < N; ++i) values[i] = first <= i && i < last ? static_cast<C>(element(p[i])) : C(0);
-  }
-  template <class T>
-  DIP_DEVICE void store_as(const Operand& a, int64_t at, int first, int last) const {
-    T* p = static_cast<T*>(a.data) + at;
+  DIP_DEVICE void load_as(const char* p, int first, int last) {
     DIP_UNROLL
     for (int i = 0; i < N; ++i)
-      if (first <= i && i < last) set_element(p + i, values[i]);
+      values[i] = first <= i && i < last ? static_cast<C>(element(reinterpret_cast<const T*>(p)[i])) : C(0);
   }
-  DIP_DEVICE void load(const Operand& a, int64_t at, int first = 0, int last = N) {
-    if (!a.data) last = first;  // absent: zeros
-    switch (a.dtype) {
-      case DType::kFloat32: return load_as<float>(a, at, first, last);
-      case DType::kFloat64: return load_as<double>(a, at, first, last);
-      case DType::kFloat16: return load_as<Float16>(a, at, first, last);
-      case DType::kBFloat16: return load_as<BFloat16>(a, at, first, last);
+  template <class T>
+  DIP_DEVICE void store_as(char* p, int first, int last) const {
+    DIP_UNROLL
+    for (int i = 0; i < N; ++i)
+      if (first <= i && i < last) set_element(reinterpret_cast<T*>(p) + i, values[i]);
+  }
+  DIP_DEVICE void load(const char* p, DType type, int first, int last) {
+    switch (type) {
+      case DType::kFloat32: return load_as<float>(p, first, last);
+      case DType::kFloat64: return load_as<double>(p, first, last);
+      case DType::kFloat16: return load_as<Float16>(p, first, last);
+      case DType::kBFloat16: return load_as<BFloat16>(p, first, last);
     }
   }
-  DIP_DEVICE void store(const Operand& a, int64_t at, int first = 0, int last = N) const {
-    switch (a.dtype) {
-      case DType::kFloat32: return store_as<float>(a, at, first, last);
-      case DType::kFloat64: return store_as<double>(a, at, first, last);
-      case DType::kFloat16: return store_as<Float16>(a, at, first, last);
-      case DType::kBFloat16: return store_as<BFloat16>(a, at, first, last);
+  DIP_DEVICE void store(char* p, DType type, int first, int last) const {
+    switch (type) {
+      case DType::kFloat32: return store_as<float>(p, first, last);
+      case DType::kFloat64: return store_as<double>(p, first, last);
+      case DType::kFloat16: return store_as<Float16>(p, first, last);
+      case DType::kBFloat16: return store_as<BFloat16>(p, first, last);
     }
   }
   DIP_DEVICE C get(int i) const { return values[i]; }
