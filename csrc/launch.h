@@ -41,5 +41,7 @@ const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 // The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of perturb_cuda_scratch(args) bytes.
 const char* perturb_cuda(const PerturbArgs& args, bool exact, void* partials, void* stream);
 int64_t perturb_cuda_scratch(const PerturbArgs& args);
+// Null where the kernels can run on the current device, else why not.
+const char* cuda_problem();
 
 }  // namespace dip

@@ -7,9 +7,16 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#ifdef DIP_CUDA_ARCHS
+#include <dlfcn.h>
+#endif
 
 #include "cpu/dispatch.h"
 #include "launch.h"
@@ -134,6 +141,45 @@ void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void
 #ifdef DIP_HAS_CPU
 void launch_cpu(const Tensor&, const PerturbArgs& a) {
   const char* error = perturb_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+}
+#endif
+
+#ifdef DIP_CUDA_ARCHS
+// 0 fast, 1 exact, -1: DIPKERNELS_CUDA_TIER is neither. A draw depends on the tier in its last bits, so that a call's forward and
+// backward agree as long as nobody changes it between them.
+std::atomic<int>& cuda_tier() {
+  static std::atomic<int> tier{[] {
+    const char* wanted = std::getenv("DIPKERNELS_CUDA_TIER");
+    if (!wanted || !*wanted || !std::strcmp(wanted, "fast")) return 0;
+    return std::strcmp(wanted, "exact") ? -1 : 1;
+  }()};
+  return tier;
+}
+
+// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this library.
+using FindStream = int32_t (*)(int32_t device, void** stream);
+FindStream find_stream() {
+  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* function = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+  STD_TORCH_CHECK(function != nullptr, "dipkernels: CUDA tensors need a torch built for CUDA");
+  return reinterpret_cast<FindStream>(function);
+}
+
+void launch_cuda(const Tensor& x, const PerturbArgs& a) {
+  static const FindStream current_stream = find_stream();
+  const int tier = cuda_tier().load(std::memory_order_relaxed);
+  STD_TORCH_CHECK(tier >= 0, "DIPKERNELS_CUDA_TIER: expected fast or exact");
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(current_stream(device, &stream) == 0, "dipkernels: no current CUDA stream");
+  // From torch's allocator, so that a captured graph owns it; freed in stream order.
+  std::optional<Tensor> partials;
+  if (const int64_t bytes = perturb_cuda_scratch(a)) {
+    partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
+  }
+  const char* error = perturb_cuda(a, tier == 1, partials ? partials->mutable_data_ptr() : nullptr, stream);
   STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
 }
 #endif
@@ -264,12 +310,28 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
 }
 #endif
 
+#ifdef DIP_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(dipkernels, CUDA, m) {
+  m.impl("noise", TORCH_BOX(&dip::noise<dip::launch_cuda>));
+  m.impl("perturb", TORCH_BOX(&dip::perturb<dip::launch_cuda>));
+  m.impl("perturb_bwd", TORCH_BOX(&dip::perturb_bwd<dip::launch_cuda>));
+  m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cuda>));
+}
+#endif
+
 // What backends.py asks by ctypes.
 #define DIP_EXPORT extern "C" __attribute__((visibility("default")))
 
 #ifdef DIP_HAS_CPU
 DIP_EXPORT int dip_cpu_capability() { return dip::cpu_capability(); }
 DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capability(capability); }
+#endif
+#ifdef DIP_CUDA_ARCHS
+// The tier of every later call of the process: 0 fast, 1 exact. Change it between steps, not between a forward and its backward.
+DIP_EXPORT void dip_set_cuda_exact(int exact) { dip::cuda_tier().store(exact != 0, std::memory_order_relaxed); }
+DIP_EXPORT int dip_cuda_exact() { return dip::cuda_tier().load(std::memory_order_relaxed); }
+// Null where the kernels can run on the current device, else what is missing, in one line: an older driver, an older GPU.
+DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif
 DIP_EXPORT const char* dip_build_info() {
   return "cpu="

@@ -411,6 +411,7 @@ const char* describe(cudaError_t error) {
   if (error == cudaErrorInsufficientDriver) {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
+    if (!driver) return "there is no NVIDIA driver here";
     std::snprintf(
         message, sizeof(message), "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, or set DIPKERNELS_BACKEND=triton",
         driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
