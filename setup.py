@@ -87,7 +87,7 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities():
-            lanes = name.capitalize()
+            lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
             units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
     objects = []
     for source, name, extra in units:

@@ -94,7 +94,32 @@ std::optional<Operand> as_channels(const Tensor& t, int64_t dim) {
   return Operand{nullptr, dtype_of(t.scalar_type(), "data"), *outer, t.stride(dim)};
 }
 
+int32_t code_of(DType type) {
+  switch (type) {
+    case DType::kFloat32: return aoti_torch_dtype_float32();
+    case DType::kFloat64: return aoti_torch_dtype_float64();
+    case DType::kFloat16: return aoti_torch_dtype_float16();
+    default: return aoti_torch_dtype_bfloat16();
+  }
+}
+
+// Straight from the allocator's shim: the dispatcher would cost a small layer microseconds.
+Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, DType type) {
+  AtenTensorHandle handle;
+  const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_vector(const Tensor& like, int64_t size) {
+  const int64_t stride = 1;
+  return empty_strided(like, {&size, 1}, {&stride, 1}, dtype_of(like.scalar_type(), "sigma"));
+}
+
+// torch.empty_like: x's strides where x is dense.
 Tensor empty_like(const Tensor& t, ScalarType type) {
+  if (t.is_contiguous()) return empty_strided(t, t.sizes(), t.strides(), dtype_of(type, "dtype"));
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
       from(t), from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
@@ -240,7 +265,6 @@ Tensor perturb(
   PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
   const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
-  dtype_of(type, "dtype");
   Tensor u = empty_like(x, type);
   if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}})) {
     kLaunch(x, a);
@@ -259,8 +283,7 @@ Tensor perturb_bwd(
     double factor, bool log_variance) {
   PerturbArgs a = start(seed, du, {dim, row0, col0, sample, num_samples}, &dim);
   const Tensor keep = set_sigma(a, sigma, du, dim, factor, log_variance);
-  const int64_t k[] = {du.size(dim)};
-  Tensor dsigma = torch::stable::new_empty(sigma, IntHeaderOnlyArrayRef(k, 1));
+  Tensor dsigma = empty_vector(sigma, du.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();
   Tensor dense = du;
   if (!lay_out(a, dim, {{&dense, &a.du}})) {
@@ -280,9 +303,7 @@ std::tuple<Tensor, Tensor> perturb_replay(
   PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
   const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
-  dtype_of(type, "dtype");
-  const int64_t k[] = {x.size(dim)};
-  Tensor dsigma = torch::stable::new_empty(sigma, IntHeaderOnlyArrayRef(k, 1));
+  Tensor dsigma = empty_vector(sigma, x.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();
   Tensor u = empty_like(x, type);
   if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}, {&du, &a.du}})) {

@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def has_triton() -> bool:
 
 
 _forced: str | None = None
-_generation = 0  # counts changes of _forced, so that `ops` can drop what it cached
+_listeners: list[Callable[[], None]] = []  # called when _forced changes: `ops` keeps a table of what was chosen
 
 
 def _check_name(name: str, source: str) -> str | None:
@@ -108,9 +109,10 @@ def _check_name(name: str, source: str) -> str | None:
 
 
 def _force(name: str | None) -> None:
-    global _forced, _generation
+    global _forced
     _forced = name
-    _generation += 1
+    for listener in _listeners:
+        listener()
 
 
 class backend:
@@ -144,9 +146,10 @@ class backend:
 _force(_check_name(os.environ.get("DIPKERNELS_BACKEND", "auto"), "DIPKERNELS_BACKEND"))
 
 
-@functools.cache
-def _warn_reference(why: str) -> None:
-    warnings.warn(f"dipkernels: the slow reference path runs: {why}", RuntimeWarning, stacklevel=5)
+def warn_reference(plan: Plan) -> None:
+    """Say that a slow path was chosen, unless it was asked for. `ops` does so when it is imported: once."""
+    if plan.backend == "reference" and plan.why != "asked for":
+        warnings.warn(f"dipkernels: the slow reference path runs: {plan.why}", RuntimeWarning, stacklevel=2)
 
 
 def _runs_on(name: str, device: str) -> bool:

@@ -17,7 +17,9 @@ from . import ops
 
 
 def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, noise_sum):
-    dx = du.to(x_dtype) if needs_dx else None
+    dx = None
+    if needs_dx:
+        dx = du if du.dtype is x_dtype else du.to(x_dtype)
     if not needs_dsigma:
         return dx, None
     if not torch.is_grad_enabled():
@@ -200,6 +202,12 @@ def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
     return dim, row0, col0, sample, num_samples, 1.0, log_variance
 
 
+def _perturb(x, sigma, seed, where, dtype):
+    if torch._C._are_functorch_transforms_active():
+        return _PerturbFunc.apply(x, sigma, seed, where, dtype)
+    return _Perturb.apply(x, sigma, seed, where, dtype)
+
+
 def noise(
     shape: tuple[int, ...],
     seed: Tensor,
@@ -243,9 +251,7 @@ def perturb(
     Computed in float32 (float64 for float64 x), rounded once. Returns u, of x's shape, and of its strides where x is dense.
     Raises ValueError or TypeError naming the argument. Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
     """
-    where = _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
-    function = _PerturbFunc if torch._C._are_functorch_transforms_active() else _Perturb
-    return function.apply(x, sigma, seed, where, dtype)
+    return _perturb(x, sigma, seed, _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance), dtype)
 
 
 def dip_linear(
@@ -275,8 +281,7 @@ def dip_linear(
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     dtype = autocast_dtype(x)
     where = _where(sigma, -1, row0, col0, sample, num_samples, collapsed, log_variance)
-    if torch._C._are_functorch_transforms_active():
-        return F.linear(_PerturbFunc.apply(x, sigma, seed, where, dtype), weight, bias)
     if keep == "x" or (keep == "auto" and torch.compiler.is_compiling()):
-        return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
-    return F.linear(_Perturb.apply(x, sigma, seed, where, dtype), weight, bias)
+        if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
+            return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
+    return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)

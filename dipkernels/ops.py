@@ -10,6 +10,8 @@ They are deterministic functions of tensors, seed included, without autograd: se
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,16 +59,16 @@ def _check_where(ndim: int, dim: int, row0: int, col0: int, sample: int, num_sam
         raise ValueError(f"sample: expected 0 <= sample and sample + num_samples <= {MAX_SAMPLES}, got {sample}")
 
 
-def _check(x: Tensor, name: str, sigma: Tensor, seed: Tensor, dim: int, *where: int) -> None:
+def _check(x: Tensor, sigma: Tensor, seed: Tensor, dim: int, *where: int) -> None:
     if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected one of {DTYPES}, got {x.dtype}")
+        raise TypeError(f"x: expected one of {DTYPES}, got {x.dtype}")
     _check_where(x.dim(), dim, *where)
     if sigma.shape != x.shape[dim : dim + 1 or None]:
         raise ValueError(f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}")
     if sigma.dtype is not torch.float32 and sigma.dtype is not torch.float64:
         raise TypeError(f"sigma: expected torch.float32 or torch.float64, got {sigma.dtype}")
     if sigma.device != x.device:
-        raise ValueError(f"sigma: expected device {x.device}, as {name}, got {sigma.device}")
+        raise ValueError(f"sigma: expected device {x.device}, as x, got {sigma.device}")
     _check_seed(seed, x.device)
 
 
@@ -77,42 +79,51 @@ def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
 
 # ---- the operations ------------------------------------------------------------------------------------------------
 
-_chosen: dict[tuple[str, str], torch._ops.OpOverload] = {}
-_chosen_generation = -1
+# What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
+_chosen: dict[tuple[str, str], Callable] = {}
 
 
-def _kernel(op: str, device: str) -> torch._ops.OpOverload:
-    """The overload that `choose` names; remembered until `backend` changes something."""
-    global _chosen_generation
-    if _chosen_generation != backends._generation:
-        _chosen.clear()
-        _chosen_generation = backends._generation
-    kernel = _chosen.get((op, device))
-    if kernel is None:
-        plan = backends.choose(op, device)
-        if plan.backend == "reference" and plan.why != "asked for":
-            backends._warn_reference(plan.why)
-        kernel = _chosen[op, device] = getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
-    return kernel
+def _kernel(op: str, device: str) -> Callable:
+    return getattr(getattr(torch.ops, NAMESPACES[backends.choose(op, device).backend]), op).default
+
+
+def _refusal(error: RuntimeError) -> Callable:
+    def refuse(*args):
+        raise RuntimeError(str(error))
+
+    return refuse
+
+
+def _run(op: str, device: str) -> Callable:
+    return _chosen.get((op, device)) or _kernel(op, device)
+
+
+def _choose_all() -> None:
+    for op in SCHEMAS:
+        for device in ("cpu", "cuda", "meta"):
+            try:
+                _chosen[op, device] = _kernel(op, device)
+            except RuntimeError as error:
+                _chosen[op, device] = _refusal(error)
 
 
 def noise(seed: Tensor, shape, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
     _check_seed(seed, seed.device)
     _check_where(len(shape), dim, row0, col0, sample, num_samples)
-    return _kernel("noise", seed.device.type)(seed, shape, dim, row0, col0, sample, num_samples)
+    return _run("noise", seed.device.type)(seed, shape, dim, row0, col0, sample, num_samples)
 
 
 def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype) -> Tensor:
-    _check(x, "x", sigma, seed, dim, row0, col0, sample, num_samples)
+    _check(x, sigma, seed, dim, row0, col0, sample, num_samples)
     _check_out_dtype(out_dtype)
-    return _kernel("perturb", x.device.type)(
+    return _run("perturb", x.device.type)(
         x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
     )
 
 
 def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance) -> Tensor:
-    _check(du, "du", sigma, seed, dim, row0, col0, sample, num_samples)
-    return _kernel("perturb_bwd", du.device.type)(
+    # Nothing to check: backward repeats what forward was given, and autograd gives du its shape.
+    return _run("perturb_bwd", du.device.type)(
         du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance
     )
 
@@ -120,13 +131,11 @@ def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, l
 def perturb_replay(
     du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
 ) -> tuple[Tensor, Tensor]:
-    _check(x, "x", sigma, seed, dim, row0, col0, sample, num_samples)
-    _check_out_dtype(out_dtype)
     if du.shape != x.shape:
         raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
     if du.dtype not in DTYPES:
         raise TypeError(f"du: expected one of {DTYPES}, got {du.dtype}")
-    return _kernel("perturb_replay", x.device.type)(
+    return _run("perturb_replay", x.device.type)(
         du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
     )
 
@@ -182,4 +191,7 @@ for _namespace in dict.fromkeys(NAMESPACES.values()):
         elif _namespace == "dipkernels_triton":
             _library.impl(_op, _triton(_op), "CUDA")
             _library.impl(_op, _triton(_op), "CPU")  # under TRITON_INTERPRET=1
-backends.library()
+
+_choose_all()
+backends._listeners.append(_choose_all)
+backends.warn_reference(backends.choose("perturb", "cpu"))

@@ -10,10 +10,12 @@ namespace {
 
 using V = DIP_LANES;
 
-constexpr int kTileGroups = 16;                // one tile: 16 Philox calls, whatever the lanes
-constexpr int kTile = 8 * kTileGroups;         // so that sums associate alike on every instruction set
-constexpr int64_t kMaxBlocks = 32;             // row blocks of the two-stage sum
-constexpr int64_t kGrainTiles = 128;           // 16384 elements: about the cost of waking a thread
+constexpr int kTileGroups = 64;         // Philox calls of one tile: the same on every instruction set, so that sums associate alike
+constexpr int kTile = 8 * kTileGroups;  // elements
+constexpr int64_t kChunk = 128;         // rows of a chunk of channels
+constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
+constexpr int64_t kGrainTiles = 32;     // 16384 elements: about the cost of waking a thread
+static_assert(kTile == kRun && kTileGroups % V::kLanes == 0 && kChunk % V::kLanes == 0, "a tile is whole vectors");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -31,11 +33,10 @@ struct Draw {
   int num_samples;
 };
 
-// One tile of z. Groups: out[8 * i + t] for counter i. Planar: out[kRun * t + i].
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kChunk * t + i].
 template <bool kPlanar>
-inline void normal_tile(const Counters& counters, const Draw& draw, float* out) {
-#pragma GCC unroll 2
-  for (int i = 0; i < kTileGroups; i += V::kLanes) {
+inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
+  for (int i = 0; i < count; i += V::kLanes) {
     const auto load = [&](const uint32_t* p) { return kPlanar ? V::load(p + i) : V::load_interleaved(p + i); };
     const typename V::U group = load(counters.group), lo = load(counters.row_lo), hi = load(counters.row_hi);
     typename V::F z[8];
@@ -50,7 +51,7 @@ inline void normal_tile(const Counters& counters, const Draw& draw, float* out) 
       for (int t = 0; t < 8; ++t) z[t] = V::mul(z[t], share);
     }
     if constexpr (kPlanar)
-      for (int t = 0; t < 8; ++t) V::store(out + kRun * t + i, z[t]);
+      for (int t = 0; t < 8; ++t) V::store(out + kChunk * t + i, z[t]);
     else
       V::store_groups(out + 8 * i, z);
   }
@@ -67,6 +68,15 @@ struct Pass {
 
 DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// Asks for the lines of a run before the draw that will take longer than their way here.
+template <int kWrite>
+DIP_HD void prefetch_run(const Operand& a, int64_t offset, int n) {
+  if (!a.data) return;
+  const int size = a.dtype == DType::kFloat64 ? 8 : a.dtype == DType::kFloat32 ? 4 : 2;
+  const char* p = static_cast<const char*>(a.data) + offset * size;
+  for (int i = 0; i < n * size; i += 64) __builtin_prefetch(p + i, kWrite);
+}
 
 // kChannel: one sigma for the whole run.
 template <class C, bool kChannel>
@@ -107,7 +117,7 @@ struct Rows {
     linear = phase == 0 && k % 8 == 0 && dense(a.x) && dense(a.u) && dense(a.du);
   }
 
-  // Counters of the 16 groups from group g of row `row` on.
+  // Counters of one tile, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g) const {
     const int64_t start = pass.args->row0 + row;
     if (groups >= kTileGroups) {
@@ -134,12 +144,18 @@ struct Rows {
     const PerturbArgs& a = *pass.args;
     alignas(64) float z[kTile];
     Counters counters;
-    const int64_t flush_every = 2 * groups;  // tiles: 32 rows in float32, then to double
+    // In float32 an entry of acc takes 32 terms; then they go to double.
+    const int64_t flush_every = larger(32, groups * 32 / kTileGroups);
     int64_t row = begin / groups, g = begin % groups, tiles = 0;
     for (int64_t item = begin; item < end; item += kTileGroups) {
-      fill(counters, row, g);
-      normal_tile<false>(counters, pass.draw, z);
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
+      if (linear) {
+        prefetch_run<0>(a.x, 8 * item, 8 * count);
+        prefetch_run<1>(a.u, 8 * item, 8 * count);
+        prefetch_run<0>(a.du, 8 * item, 8 * count);
+      }
+      fill(counters, row, g);
+      normal_tile<false>(counters, pass.draw, count, z);
       if (linear) {
         C* at = acc ? acc + 8 * g : nullptr;
         const C* scale = pass.scale + 8 * g;
@@ -149,7 +165,8 @@ struct Rows {
         else
           apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
         g += count;
-        while (g >= groups) g -= groups, ++row;
+        row += g / groups;
+        g %= groups;
       } else {
         for (int done = 0; done < count;) {
           const int64_t here = smaller(count - done, groups - g);
@@ -196,19 +213,19 @@ struct Channels {
   // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
   void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
     const PerturbArgs& a = *pass.args;
-    alignas(64) float z[8 * kRun];
-    alignas(64) C acc[8 * kRun] = {};
+    alignas(64) float z[8 * kChunk];
+    alignas(64) C acc[8 * kChunk] = {};
     Counters counters;
     for (int i = 0; i < kTileGroups; ++i) counters.group[i] = static_cast<uint32_t>(first_group + g);
-    for (int64_t row = begin; row < end; row += kRun) {
-      const int n = static_cast<int>(smaller(kRun, end - row));
+    for (int64_t row = begin; row < end; row += kChunk) {
+      const int n = static_cast<int>(smaller(kChunk, end - row));
       for (int part = 0; part < n; part += kTileGroups) {
         for (int i = 0; i < kTileGroups; ++i) {
           const uint64_t r = static_cast<uint64_t>(a.row0 + row + part + i);
           counters.row_lo[i] = static_cast<uint32_t>(r);
           counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
         }
-        normal_tile<true>(counters, pass.draw, z + part);
+        normal_tile<true>(counters, pass.draw, static_cast<int>(smaller(kTileGroups, n - part)), z + part);
       }
       for (int t = 0; t < 8; ++t) {
         const int64_t channel = 8 * g + t - phase;
@@ -218,7 +235,7 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
           apply_run<C, true>(
-              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kRun * t + done : nullptr, z + kRun * t + done, here);
+              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kChunk * t + done : nullptr, z + kChunk * t + done, here);
           done += here;
           inner = 0;
           ++outer;
@@ -227,7 +244,7 @@ struct Channels {
     }
     if (sum)
       for (int t = 0; t < 8; ++t)
-        for (int i = 0; i < kRun; ++i) sum[t] += acc[kRun * t + i];
+        for (int i = 0; i < kChunk; ++i) sum[t] += acc[kChunk * t + i];
   }
 };
 
@@ -286,11 +303,11 @@ void write_only(const Pass<C>& pass, ParallelFor parallel_for) {
     return;
   }
   const Channels<C> channels(pass);
-  const int64_t chunks = ceil_div(channels.rows, kRun);
-  run_parallel(parallel_for, chunks * channels.groups, kGrainTiles / 8, [&](int64_t begin, int64_t end) {
+  const int64_t chunks = ceil_div(channels.rows, kChunk);
+  run_parallel(parallel_for, chunks * channels.groups, kGrainTiles / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / channels.groups * kRun;
-      channels.walk(i % channels.groups, row, smaller(channels.rows, row + kRun), nullptr);
+      const int64_t row = i / channels.groups * kChunk;
+      channels.walk(i % channels.groups, row, smaller(channels.rows, row + kChunk), nullptr);
     }
   });
 }
@@ -309,7 +326,7 @@ double sigma_at(const PerturbArgs& a, int64_t j) {
 template <class C>
 const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const int64_t k = a.features, m = a.outer * a.inner;
-  const int64_t unit = a.inner == 1 ? 32 : kRun;
+  const int64_t unit = a.inner == 1 ? 64 : kChunk;
   const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit), blocks = ceil_div(m, block_rows);
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
   double* partials = a.dsigma ? static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks * k)), sizeof(double))) : nullptr;

@@ -31,8 +31,8 @@ struct Avx512 {
   static DIP_HD U splat(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm512_set1_ps(a); }
   static DIP_HD U and_(U a, U b) { return _mm512_and_si512(a, b); }
-  static DIP_HD U or_(U a, U b) { return _mm512_or_si512(a, b); }
   static DIP_HD U xor_(U a, U b) { return _mm512_xor_si512(a, b); }
+  static DIP_HD U and_or(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0xEA); }
   static DIP_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   template <int kBits>
   static DIP_HD U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
@@ -100,8 +100,8 @@ struct Avx2 {
   static DIP_HD U splat(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm256_set1_ps(a); }
   static DIP_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
-  static DIP_HD U or_(U a, U b) { return _mm256_or_si256(a, b); }
   static DIP_HD U xor_(U a, U b) { return _mm256_xor_si256(a, b); }
+  static DIP_HD U and_or(U a, U b, U c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
   static DIP_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
   template <int kBits>
   static DIP_HD U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
@@ -138,6 +138,57 @@ struct Avx2 {
   }
 };
 #endif
+
+// Two vectors in lockstep: one chain of dependent operations fills the waiting of the other.
+template <class V>
+struct Twice {
+  static constexpr int kLanes = 2 * V::kLanes;
+  struct F {
+    typename V::F a, b;
+  };
+  struct U {
+    typename V::U a, b;
+  };
+  struct Wide {
+    typename V::Wide a, b;
+  };
+  static DIP_HD Wide widen(U x) { return {V::widen(x.a), V::widen(x.b)}; }
+  static DIP_HD U narrow(Wide x) { return {V::narrow(x.a), V::narrow(x.b)}; }
+  static DIP_HD Wide multiply(Wide x, uint32_t m) { return {V::multiply(x.a, m), V::multiply(x.b, m)}; }
+  static DIP_HD Wide high(Wide x) { return {V::high(x.a), V::high(x.b)}; }
+  static DIP_HD Wide xor3(Wide x, Wide y, uint32_t c) { return {V::xor3(x.a, y.a, c), V::xor3(x.b, y.b, c)}; }
+  static DIP_HD U splat(uint32_t x) { return {V::splat(x), V::splat(x)}; }
+  static DIP_HD F splat_f(float x) { return {V::splat_f(x), V::splat_f(x)}; }
+  static DIP_HD U and_(U x, U y) { return {V::and_(x.a, y.a), V::and_(x.b, y.b)}; }
+  static DIP_HD U xor_(U x, U y) { return {V::xor_(x.a, y.a), V::xor_(x.b, y.b)}; }
+  static DIP_HD U and_or(U x, U y, U z) { return {V::and_or(x.a, y.a, z.a), V::and_or(x.b, y.b, z.b)}; }
+  static DIP_HD U sub_u(U x, U y) { return {V::sub_u(x.a, y.a), V::sub_u(x.b, y.b)}; }
+  template <int kBits>
+  static DIP_HD U shift_left(U x) { return {V::template shift_left<kBits>(x.a), V::template shift_left<kBits>(x.b)}; }
+  template <int kBits>
+  static DIP_HD U shift_right(U x) { return {V::template shift_right<kBits>(x.a), V::template shift_right<kBits>(x.b)}; }
+  static DIP_HD F add(F x, F y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
+  static DIP_HD F sub(F x, F y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
+  static DIP_HD F mul(F x, F y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }
+  static DIP_HD F as_float(U x) { return {V::as_float(x.a), V::as_float(x.b)}; }
+  static DIP_HD U as_uint(F x) { return {V::as_uint(x.a), V::as_uint(x.b)}; }
+  static DIP_HD F int_to_float(U x) { return {V::int_to_float(x.a), V::int_to_float(x.b)}; }
+  static DIP_HD F fma(F x, F y, F z) { return {V::fma(x.a, y.a, z.a), V::fma(x.b, y.b, z.b)}; }
+  static DIP_HD F sqrt(F x) { return {V::sqrt(x.a), V::sqrt(x.b)}; }
+
+  static DIP_HD U load(const uint32_t* p) { return {V::load(p), V::load(p + V::kLanes)}; }
+  static DIP_HD U load_interleaved(const uint32_t* p) { return {V::load_interleaved(p), V::load_interleaved(p + V::kLanes)}; }
+  static DIP_HD void store(float* p, F x) {
+    V::store(p, x.a);
+    V::store(p + V::kLanes, x.b);
+  }
+  static DIP_HD void store_groups(float* out, const F z[8]) {
+    typename V::F first[8], second[8];
+    for (int t = 0; t < 8; ++t) first[t] = z[t].a, second[t] = z[t].b;
+    V::store_groups(out, first);
+    V::store_groups(out + 8 * V::kLanes, second);
+  }
+};
 
 struct Portable : ScalarLane {
   static DIP_HD U load(const uint32_t* p) { return *p; }
