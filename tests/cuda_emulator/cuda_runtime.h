@@ -1,0 +1,259 @@
+// A CUDA runtime of one CPU thread, for tests: csrc/cuda/*.cu compiled by g++ run here, block by block, to the letter of their source.
+// It stands where <cuda_runtime.h> would. A CUDA thread is a fiber; it runs until it waits at a barrier or a shuffle. The order in
+// which fibers are resumed is a setting, so that a missing barrier shows as a result that depends on it.
+// Out-of-bounds and misaligned accesses are left to -fsanitize=address,undefined.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+// One block at a time: a static is shared by its threads. Its bounds are checked; it is not cleared between blocks.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// ---- fibers ------------------------------------------------------------------------------------------------------------
+
+namespace emulator {
+
+constexpr size_t kStack = 256 * 1024;
+enum class Order { kForward, kBackward, kShuffled };
+
+inline Order order = Order::kForward;
+inline int multiprocessors = 3;
+inline int launches = 0;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  dim3 thread;
+  int barriers = 0, shuffles = 0;  // passed or waited at
+  bool at_barrier = false, done = false;
+  uint64_t lane_value = 0;
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;  // of the block; reused by the next
+inline Fiber* current = nullptr;
+inline ucontext_t scheduler;
+inline void (*body)(void*) = nullptr;
+inline void* body_argument = nullptr;
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_size = 0;
+
+inline void start_switch(void** fake, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake, stack, size);
+#else
+  (void)fake, (void)stack, (void)size;
+#endif
+}
+inline void finish_switch(void* fake, const void** stack, size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, stack, size);
+#else
+  (void)fake, (void)stack, (void)size;
+#endif
+}
+
+inline void wait() {
+  Fiber* self = current;
+  void* fake = nullptr;
+  start_switch(&fake, scheduler_stack, scheduler_stack_size);
+  swapcontext(&self->context, &scheduler);
+  finish_switch(fake, nullptr, nullptr);
+}
+
+inline void enter() {
+  finish_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
+  body(body_argument);
+  current->done = true;
+  start_switch(nullptr, scheduler_stack, scheduler_stack_size);
+  setcontext(&scheduler);
+}
+
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  void* fake = nullptr;
+  start_switch(&fake, fiber.stack.get(), kStack);
+  swapcontext(&scheduler, &fiber.context);
+  finish_switch(fake, nullptr, nullptr);
+}
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+inline void run_block(size_t count) {
+  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& f = *fibers[i];
+    f.barriers = f.shuffles = 0;
+    f.at_barrier = f.done = false;
+    f.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  uint64_t random = 88172645463325252u;
+  std::vector<size_t> turn(count);
+  for (size_t i = 0; i < count; ++i) turn[i] = order == Order::kBackward ? count - 1 - i : i;
+  for (;;) {
+    if (order == Order::kShuffled)
+      for (size_t i = count; i > 1; --i) {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        std::swap(turn[i - 1], turn[random % i]);
+      }
+    size_t done = 0, waiting = 0;
+    for (size_t i : turn) {
+      Fiber& f = *fibers[i];
+      if (!f.done && !f.at_barrier) resume(f);
+      done += f.done, waiting += !f.done && f.at_barrier;
+    }
+    if (done == count) return;
+    // CUDA lets an exited thread count as arrived.
+    if (done + waiting == count)
+      for (size_t i = 0; i < count; ++i) fibers[i]->at_barrier = false;
+  }
+}
+
+// The 32 lanes of the calling thread's warp all arrive before one goes on.
+inline void wait_for_warp() {
+  const size_t threads = size_t{blockDim.x} * blockDim.y * blockDim.z;
+  const size_t self = (size_t{threadIdx.z} * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const size_t first = self / 32 * 32, last = std::min(threads, first + 32);
+  const int mine = ++current->shuffles;
+  for (int turns = 0;; ++turns) {
+    bool all = true;
+    for (size_t i = first; i < last; ++i) {
+      if (fibers[i]->done && fibers[i]->shuffles < mine) fail("a lane named in a shuffle's mask has left the kernel");
+      all = all && fibers[i]->shuffles >= mine;
+    }
+    if (all) return;
+    if (turns > 100) fail("a lane named in a shuffle's mask never arrives");
+    wait();
+  }
+}
+
+inline int lane() { return static_cast<int>(((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x) % 32); }
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  ++emulator::current->barriers;
+  emulator::current->at_barrier = true;
+  emulator::wait();
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, int delta) {
+  static_assert(sizeof(T) <= 8);
+  if (mask != 0xFFFFFFFFu) emulator::fail("only full masks are emulated");
+  emulator::Fiber* self = emulator::current;
+  std::memcpy(&self->lane_value, &value, sizeof(T));
+  const size_t at = (size_t{threadIdx.z} * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  emulator::wait_for_warp();
+  T result = value;
+  if (emulator::lane() + delta < 32 && at + delta < emulator::fibers.size())
+    std::memcpy(&result, &emulator::fibers[at + delta]->lane_value, sizeof(T));
+  emulator::wait_for_warp();
+  return result;
+}
+
+// ---- runtime -----------------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+struct cudaFuncAttributes {};
+
+namespace emulator {
+inline cudaError_t next_error = cudaSuccess;  // what the next launch reports
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorEmulated"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : 7;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 12040;
+  return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+template <class F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) {
+  return emulator::next_error;
+}
+
+template <class P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  if (emulator::next_error != cudaSuccess) return emulator::next_error;
+  const size_t threads = size_t{block.x} * block.y * block.z;
+  if (!threads || threads > 1024 || !grid.x || !grid.y || grid.y > 65535) return cudaErrorInvalidConfiguration;
+  struct Launch {
+    void (*kernel)(P);
+    P* argument;
+  } launch{kernel, static_cast<P*>(arguments[0])};
+  emulator::body = [](void* p) { static_cast<Launch*>(p)->kernel(*static_cast<Launch*>(p)->argument); };
+  emulator::body_argument = &launch;
+  blockDim = block, gridDim = grid;
+  ++emulator::launches;
+  const unsigned blocks = grid.x * grid.y;
+  for (unsigned i = 0; i < blocks; ++i) {
+    const unsigned b = emulator::order == emulator::Order::kForward ? i : blocks - 1 - i;
+    blockIdx = dim3(b % grid.x, b / grid.x);
+    emulator::run_block(threads);
+  }
+  return cudaSuccess;
+}
