@@ -1,5 +1,7 @@
 """Every Triton launch that ships, compiled for GPUs that are not here: spills, shared memory, instruction counts."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ if triton.knobs.runtime.interpret:
 
 from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches  # noqa: E402
 
-noise, perturb = load_kernels("noise", "perturb")
+noise, perturb, linear, blocks = load_kernels("noise", "perturb", "linear", "blocks")
 ARCHS = [80, 90, 100]
 
 
@@ -65,16 +67,84 @@ CASES = {
     "samples": dict(shape=(512, 1024), dim=-1, num_samples=8),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-QUICK = [("rows", torch.bfloat16), ("nchw", torch.float32), ("prime", torch.float64)]
-ALL = [(case, dtype) for case in CASES for dtype in DTYPES]
+QUICK = [("rows", torch.bfloat16, arch) for arch in ARCHS] + [
+    ("nchw", torch.float32, 90),
+    ("prime", torch.float64, 80),
+]
 
 
-def slow_unless(quick, cases):
-    return [pytest.param(*case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
+def slow_unless(quick, *axes):
+    return [
+        pytest.param(*case, marks=[] if case in quick else pytest.mark.slow, id="-".join(str(v) for v in case))
+        for case in itertools.product(*axes)
+    ]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case, dtype", slow_unless(QUICK, ALL))
+@pytest.mark.parametrize("case, dtype, arch", slow_unless(QUICK, CASES, DTYPES, ARCHS))
 def test_perturb_compiles_without_spills(case, dtype, arch):
     for launch in perturb_launches(dtype=dtype, **CASES[case]).values():
         check(compile_launch(launch, arch), arch)
+
+
+def linear_launches(m, k, n, dtype, arch, monkeypatch, num_samples=1, activation=None, x_dtype=None, col0=0):
+    """Every kernel of the fused linear, with the tiles that `blocks` picks for the architecture."""
+    monkeypatch.setattr(linear, "_architecture", lambda device: arch)
+    monkeypatch.setattr(linear, "num_multiprocessors", lambda device: 132)
+    x, dy, weight, bias = meta(m, k, dtype=x_dtype or dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype), meta(n)
+    sigma, seed = meta(k), meta(2, dtype=torch.int64)
+    how = (0, col0, 0, num_samples, 1.0, True)
+    with recorded_launches(noise, perturb, linear) as launches:
+        linear.linear(x, weight, bias, sigma, seed, *how, activation)
+        # One sample's launches are like the next one's.
+        passes = how if activation is None else (0, col0, 0, 1, 1.0, True)
+        linear.linear_bwd(dy, x, weight, bias, sigma, seed, *passes, activation)
+    return launches
+
+
+MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# Large; few rows; K a multiple of 8 but not of 16; nothing aligned; float32 activations under autocast; averaging.
+LINEARS = {
+    "large": dict(m=4096, k=1024, n=1024),
+    "few rows": dict(m=32, k=1024, n=1024),
+    "narrow": dict(m=65536, k=64, n=64),
+    "k1000": dict(m=4096, k=1000, n=1000),
+    "odd": dict(m=4093, k=1009, n=1013, col0=3),
+    "autocast": dict(m=4096, k=1024, n=1024, x_dtype=torch.float32),
+    "mean noise": dict(m=4096, k=1024, n=1024, num_samples=4),
+    "gelu": dict(m=4096, k=1024, n=1024, num_samples=4, activation="gelu"),
+    "gelu_tanh": dict(m=4096, k=1024, n=1024, num_samples=4, activation="gelu_tanh"),
+    "silu, odd": dict(m=4093, k=1009, n=1013, num_samples=4, activation="silu"),
+}
+QUICK_LINEARS = [("large", torch.bfloat16, arch) for arch in ARCHS] + [
+    ("gelu", torch.bfloat16, 90),
+    ("large", torch.float32, 100),
+]
+
+
+@pytest.mark.parametrize("case, dtype, arch", slow_unless(QUICK_LINEARS, LINEARS, DTYPES[:3], ARCHS))
+def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, monkeypatch):
+    launches = linear_launches(dtype=dtype, arch=arch, monkeypatch=monkeypatch, **LINEARS[case])
+    assert len(launches) >= 4
+    for launch in launches:
+        compiled = compile_launch(launch, arch)
+        check(compiled, arch)
+        if launch[0].__name__ == "_column_sum_kernel":
+            continue
+        if dtype is torch.float32:
+            # Full precision was asked for: no tf32 product anywhere.
+            assert "tf32" not in compiled.ptx
+        else:
+            # wgmma takes 64 rows at least; fewer go to the older instruction.
+            large = LINEARS[case]["m"] >= 64
+            assert MATRIX_UNIT[arch if large else 80] in compiled.ptx or MATRIX_UNIT[arch] in compiled.ptx
+
+
+@pytest.mark.parametrize("op", blocks.TABLE[80])
+def test_blocks_are_powers_of_two_that_matrix_instructions_take(op):
+    for arch, m, n, k, itemsize, regular in itertools.product(
+        [75, 80, 86, 90, 120], [1, 33, 9999], [1, 40, 5000], [1, 70, 5000], [2, 4], [True, False]
+    ):
+        chosen = blocks.blocks(op, arch, m, n, k, itemsize, regular)
+        for size in (chosen.BLOCK_M, chosen.BLOCK_N, chosen.BLOCK_K):
+            assert size >= 16 and size & (size - 1) == 0
+        assert chosen in blocks.candidates(chosen, op)

@@ -1,4 +1,4 @@
-"""triton_kernels/perturb.py: u = x + factor s z, dsigma = factor sum(du z) over rows.  docs/maths.md, sections 1 and 5."""
+"""triton_kernels/perturb.py: u = x + factor s z, dsigma = factor sum(du z) over rows.  docs/maths.md, sections 1, 5."""
 
 import torch
 import triton
@@ -102,10 +102,7 @@ def _perturb_bwd_kernel(
     dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
     if REPLAY:
         scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
-    if ROWS_LAST:
-        total = tl.zeros([BLOCK_K, BLOCK_R], dtype)
-    else:
-        total = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+    total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
     for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
         outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
@@ -157,17 +154,16 @@ def _column_sum_kernel(
     tl.store(dsigma_ptr + col, (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty), mask=mask)
 
 
-def column_sum(partial, sigma, factor: float, log_variance: bool):
-    """dsigma [K] = factor * ds/dsigma * sum over partial [P, K], in sigma's dtype"""
-    dsigma = torch.empty_like(sigma, memory_format=torch.contiguous_format)
+def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
+    """out = factor * sum over partial [P, K], times s / 2 if log_variance: the second stage of every sum over rows"""
     num_partials, k = partial.shape
     block_k = 32
     with on_device(partial):
         _column_sum_kernel[(triton.cdiv(k, block_k),)](
-            dsigma, partial, sigma, num_partials, k, factor,
+            out, partial, sigma, num_partials, k, factor,
             LOG_VARIANCE=log_variance, BLOCK_P=32, BLOCK_K=block_k, **EXACT,
         )  # fmt: skip
-    return dsigma
+    return out
 
 
 def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
@@ -177,8 +173,8 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_va
         return u
     tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
     if tile is None:  # three or more row dimensions that do not merge
-        like = x.contiguous()
-        return u.copy_(perturb(like, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype))
+        where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
+        return u.copy_(perturb(x.contiguous(), *where))
     with on_device(x):
         _perturb_fwd_kernel[tile.grid(x.device)](
             u, x, sigma.contiguous(), seed, *tile.sizes(), *tile.strides_of(0), *tile.strides_of(1),
@@ -209,7 +205,7 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_v
             row0, col0 // 8, tile.shift, *sampling(sample, num_samples), factor,
             REPLAY=replay, LOG_VARIANCE=log_variance, MEAN=num_samples > 1, **tile.constants(), **EXACT,
         )  # fmt: skip
-    return u, column_sum(partial, sigma, factor, log_variance)
+    return u, column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
 
 
 def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance):

@@ -1,7 +1,7 @@
 """triton_kernels/tiles.py: how the rows and columns of strided tensors map to tiles and addresses.
 
-The rows of a tensor are all its dimensions but one, flattened in order. Once neighbours that can be merged are merged, a
-kernel sees at most two of them: `inner`, which tiles run along, and `outer`, of which a tile holds one index. A row's
+The rows of a tensor are all its dimensions but one, flattened in order. Once neighbours that can be merged are merged,
+a kernel sees at most two of them: `inner`, which tiles run along, and `outer`, of which a tile holds one index. A row's
 number is outer * outer_step + inner * inner_step, whichever of the two varies faster.
 """
 

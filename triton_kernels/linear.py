@@ -1,0 +1,442 @@
+"""triton_kernels/linear.py: y = mean_i act((x + factor s z_i) W^T + b), u unstored.  docs/maths.md, sections 2, 4."""
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import Blocks, blocks, candidates, splits
+from .noise import load_seed, mean_normal_tile, sampling
+from .perturb import column_sum, noise_scale
+from .tiles import EXACT, num_multiprocessors, on_device
+
+OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh")
+
+
+@triton.jit
+def _tanh(h):
+    return 2.0 * tl.sigmoid(2.0 * h) - 1.0
+
+
+@triton.jit
+def _activate(h, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        h = tl.maximum(h, 0.0)
+    elif ACTIVATION == "gelu":
+        h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        h = 0.5 * h * (1.0 + _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)))
+    elif ACTIVATION == "silu":
+        h = h * tl.sigmoid(h)
+    elif ACTIVATION == "tanh":
+        h = _tanh(h)
+    return h
+
+
+@triton.jit
+def _slope(h, ACTIVATION: tl.constexpr):
+    """d act / dh"""
+    if ACTIVATION == "relu":
+        slope = tl.where(h > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+    elif ACTIVATION == "gelu_tanh":
+        t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
+        slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(h)
+        slope = s * (1.0 + h * (1.0 - s))
+    else:
+        t = _tanh(h)
+        slope = 1.0 - t * t
+    return slope
+
+
+@triton.jit
+def _noised_tile(
+    x_ptr, sigma_ptr, key, word3, num_samples, inv_num_samples,
+    row,    # [R] int64: into x
+    first,  # scalar: first column of the tile, counted from the start of group0
+    M, K, x_stride_m, row0, group0, shift, factor,
+    dtype: tl.constexpr,  # of u, the weight's
+    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """u = x + factor s z, rounded to the weight's type; zero outside of x"""
+    col = first + tl.arange(0, BLOCK_K) - shift
+    group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
+    col_mask = (col >= 0) & (col < K)
+    mask = (row < M)[:, None] & col_mask[None, :]
+    x = tl.load(x_ptr + (row * x_stride_m)[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    # A masked column has sigma 0, and a masked row meets a zero or is not stored.
+    s = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, tl.float32)
+    if LOG_VARIANCE:
+        s = tl.where(col_mask, s, 0.0)
+    z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, False, MEAN)
+    return tl.fma(tl.broadcast_to(s[None, :], z.shape), z, x).to(dtype)
+
+
+@triton.jit
+def _tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """(m, n) block of a program: GROUP_M blocks of rows share the weight's tiles in cache."""
+    width = GROUP_M * num_n
+    first_m = pid // width * GROUP_M
+    height = min(num_m - first_m, GROUP_M)
+    return first_m + pid % width % height, pid % width // height
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    y_ptr,       # [M, N] contiguous, written: y, or d loss / dh if GRAD
+    x_ptr,       # [M, K], column stride 1
+    weight_ptr,  # [N, K], column stride 1
+    bias_ptr,    # [N], read if HAS_BIAS
+    sigma_ptr,   # [K] float32
+    dy_ptr,      # [M, N] contiguous, read if GRAD
+    seed_ptr,    # [2] int64: key, stream
+    M, N, K,
+    x_stride_m, weight_stride_n,
+    row0, group0, shift,
+    sample, num_samples, inv_num_samples,
+    factor: tl.float64,
+    LOG_VARIANCE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    MEAN: tl.constexpr,  # num_samples > 1
+    GRAD: tl.constexpr,  # one sample of the backward pass: dy * act'(h) * inv_num_samples
+    PRECISION: tl.constexpr,
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    # where
+    N, K, x_stride_m, weight_stride_n = N * VEC, K * VEC, x_stride_m * VEC, weight_stride_n * VEC
+    key, word3 = load_seed(seed_ptr, sample)
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (row < M)[:, None] & (out < N)[None, :]
+    bias = tl.zeros([1, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        bias += tl.load(bias_ptr + out, mask=out < N, other=0.0).to(tl.float32)[None, :]
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    # An affine layer averages its noise; behind an activation the passes are real, and their results are averaged.
+    PASSES: tl.constexpr = MEAN and ACTIVATION is not None
+    passes = num_samples if PASSES else 1
+    # compute
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(passes):
+        h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in range(0, K + shift, BLOCK_K):
+            u = _noised_tile(
+                x_ptr, sigma_ptr, key, (word3 + i).to(tl.uint32), num_samples, inv_num_samples, row, first,
+                M, K, x_stride_m, row0, group0, shift, factor, dtype, LOG_VARIANCE, MEAN and not PASSES, BLOCK_K,
+            )  # [BM, BK]
+            col = first + tl.arange(0, BLOCK_K) - shift
+            w = tl.load(
+                weight_ptr + (out * weight_stride_n)[None, :] + col[:, None],
+                mask=(out < N)[None, :] & ((col >= 0) & (col < K))[:, None],
+                other=0.0,
+            )  # [BK, BN]
+            h = tl.dot(u, w, h, input_precision=PRECISION)
+        h += bias
+        if GRAD:
+            dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(tl.float32)
+            y = dy * _slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
+        elif PASSES:
+            y += _activate(h, ACTIVATION)
+        else:
+            y = _activate(h, ACTIVATION)
+    if PASSES:
+        y *= tl.cast(inv_num_samples, tl.float32)
+    # store
+    tl.store(y_ptr + (row * N)[:, None] + out[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _linear_bwd_x_kernel(
+    dx_ptr,       # [M, K] contiguous, written
+    partial_ptr,  # [row blocks, K] float32, written: sums of dx * z over the rows of a block
+    dy_ptr,       # [M, N], column stride 1
+    weight_ptr,   # [N, K], column stride 1
+    seed_ptr,     # [2] int64: key, stream
+    M, N, K,
+    dy_stride_m, weight_stride_n,
+    row0, group0, shift,
+    sample, num_samples, inv_num_samples,
+    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    # where
+    N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
+    key, word3 = load_seed(seed_ptr, sample)
+    pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
+    row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.cast(pid_k, tl.int64) * BLOCK_K
+    col = first + tl.arange(0, BLOCK_K) - shift
+    col_mask = (col >= 0) & (col < K)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    # compute
+    dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        out = start + tl.arange(0, BLOCK_N)
+        dy = tl.load(
+            dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
+            mask=(row < M)[:, None] & (out < N)[None, :],
+            other=0.0,
+        )  # [BM, BN]
+        w = tl.load(
+            weight_ptr + (tl.cast(out, tl.int64) * weight_stride_n)[:, None] + col[None, :],
+            mask=(out < N)[:, None] & col_mask[None, :],
+            other=0.0,
+        )  # [BN, BK]
+        dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
+    # store
+    mask = (row < M)[:, None] & col_mask[None, :]
+    tl.store(dx_ptr + (row * K)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    # Rows past the end are zero in dx, so they add nothing.
+    group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
+    z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, False, MEAN)
+    tl.store(partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask)
+
+
+@triton.jit
+def _linear_bwd_weight_kernel(
+    dweight_ptr,  # [splits, N, K] contiguous, written: a sum over each split's rows
+    dy_ptr,       # [M, N], column stride 1
+    x_ptr,        # [M, K], column stride 1
+    sigma_ptr,    # [K] float32
+    seed_ptr,     # [2] int64: key, stream
+    M, N, K,
+    split_rows,   # rows of a split
+    dy_stride_m, x_stride_m,
+    row0, group0, shift,
+    sample, num_samples, inv_num_samples,
+    factor: tl.float64,
+    DTYPE: tl.constexpr,  # of the product's operands: the weight's
+    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    # where
+    N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
+    key, word3 = load_seed(seed_ptr, sample)
+    pid_n, pid_k = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
+    split = tl.cast(tl.program_id(1), tl.int64)
+    out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.cast(pid_k, tl.int64) * BLOCK_K
+    end = tl.minimum(M, (split + 1) * split_rows)
+    # compute
+    dweight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(split * split_rows, end, BLOCK_M):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        dy = tl.load(
+            dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
+            mask=(row < end)[:, None] & (out < N)[None, :],
+            other=0.0,
+        )  # [BM, BN]
+        u = _noised_tile(
+            x_ptr, sigma_ptr, key, word3, num_samples, inv_num_samples, row, first,
+            M, K, x_stride_m, row0, group0, shift, factor, DTYPE, LOG_VARIANCE, MEAN, BLOCK_K,
+        )  # [BM, BK]
+        dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
+    # store
+    col = first + tl.arange(0, BLOCK_K) - shift
+    tl.store(
+        dweight_ptr + split * N * K + (out * K)[:, None] + col[None, :],
+        dweight.to(dweight_ptr.dtype.element_ty),
+        mask=(out < N)[:, None] & ((col >= 0) & (col < K))[None, :],
+    )
+
+
+def _architecture(device: torch.device) -> int:
+    """10 * major + minor of compute capability; 90 where there is no GPU (the interpreter)."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def _tuned(kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int):
+    """The kernel with its candidates; a tile's choice holds for every number of rows."""
+    chosen = Blocks(block_m, block_n, block_k, num_warps, num_stages)
+    configs = [
+        triton.Config(
+            {name: value for name, value in c.kwargs().items() if name.isupper()}, c.num_warps, c.num_stages
+        )
+        for c in candidates(chosen, op)
+    ]
+    return triton.autotune(configs, key=["N", "K"])(kernel)
+
+
+def _launch(kernel, op: str, grid, chosen: Blocks, *args, **constants) -> None:
+    if os.environ.get("DIPKERNELS_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret:
+        c = chosen
+        kernel = _tuned(kernel, op, c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.num_warps, c.num_stages)
+    else:
+        constants.update(chosen.kwargs())
+    kernel[grid](*args, **constants, **EXACT)
+
+
+def _precision() -> str:
+    """As torch.matmul multiplies float32; 16-bit operands do not ask."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] with column stride 1; copied only where no view is"""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _vec(shift: int, *sizes: int) -> int:
+    """8 where every size and stride is a multiple of 8: passed divided by 8, they tell the compiler of aligned rows."""
+    return 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
+
+
+def _check(x, weight, sigma, activation) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in OPERANDS:
+            raise TypeError(f"{name}: expected one of {tuple(OPERANDS)}, got {tensor.dtype}")
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
+    if sigma.shape != weight.shape[1:]:
+        raise ValueError(f"sigma: expected shape (K,) = ({weight.shape[1]},), got {tuple(sigma.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
+def _forward(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype,
+    dy=None, weight_of_sample=None,
+):  # fmt: skip
+    """y [M, N] of a flat x; with dy the gradient at the pre-activation of one sample, times weight_of_sample"""
+    (m, k), n = x.shape, weight.shape[0]
+    y = torch.empty(m, n, dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    op = "fwd_mean" if num_samples > 1 else "fwd"
+    vec = _vec(col0 % 8, n, k, x.stride(0), weight.stride(0))
+    regular = vec == 8 and x.element_size() <= weight.element_size()
+    chosen = blocks(op, _architecture(x.device), m, n, k, weight.element_size(), regular)
+    sample, num_samples, inv_num_samples = sampling(sample, num_samples)
+    with on_device(x):
+        _launch(
+            _linear_fwd_kernel, op,
+            lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),), chosen,
+            y, x, weight, bias, sigma, dy, seed, m, n // vec, k // vec, x.stride(0) // vec, weight.stride(0) // vec,
+            row0, col0 // 8, col0 % 8, sample, num_samples, inv_num_samples if dy is None else weight_of_sample, factor,
+            LOG_VARIANCE=log_variance, HAS_BIAS=bias is not None, ACTIVATION=activation, MEAN=num_samples > 1,
+            GRAD=dy is not None, PRECISION=_precision(), VEC=vec,
+        )  # fmt: skip
+    return y
+
+
+def linear(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation=None, out_dtype=None
+):
+    """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K], sigma [K].
+
+    u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation the samples' mean
+    goes to z. out_dtype: default x's. Raises ValueError or TypeError for shapes, types or activations it cannot take.
+    """
+    _check(x, weight, sigma, activation)
+    flat = _flat(x)
+    y = _forward(
+        flat, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample, num_samples, factor, log_variance,
+        activation, out_dtype or x.dtype,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, out_dtype=None):
+    """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over rows of dx zbar."""
+    flat, weight, sigma = _flat(dy), _flat(weight), sigma.contiguous()
+    (m, n), k = flat.shape, weight.shape[1]
+    dx = torch.empty(m, k, dtype=out_dtype or dy.dtype, device=dy.device)
+    if m == 0 or k == 0:
+        return dx.reshape(*dy.shape[:-1], k), torch.zeros_like(sigma)
+    op = "bwd_x_mean" if num_samples > 1 else "bwd_x"
+    chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
+    vec = _vec(col0 % 8, n, k, flat.stride(0), weight.stride(0))
+    row_blocks = triton.cdiv(m, chosen.BLOCK_M)
+    partial = torch.empty(row_blocks, k, dtype=torch.float32, device=dy.device)
+    with on_device(dy):
+        _launch(
+            _linear_bwd_x_kernel, op,
+            lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),), chosen,
+            dx, partial, flat, weight, seed, m, n // vec, k // vec, flat.stride(0) // vec, weight.stride(0) // vec,
+            row0, col0 // 8, col0 % 8, *sampling(sample, num_samples),
+            MEAN=num_samples > 1, PRECISION=_precision(), VEC=vec,
+        )  # fmt: skip
+    dsigma = column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
+    return dx.reshape(*dy.shape[:-1], k), dsigma
+
+
+def linear_bwd_weight(
+    dy, x, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, weight_dtype=None, out_dtype=None
+):
+    """(dweight [N, K], dbias [N]) of an affine layer: dweight = dy^T u with u regenerated from x, dbias = sum over dy.
+
+    weight_dtype: of the product's operands, by default dy's; out_dtype: of the results, by default weight_dtype.
+    """
+    dy, x, sigma = _flat(dy), _flat(x), sigma.contiguous()
+    (m, n), k, operand = dy.shape, x.shape[1], weight_dtype or dy.dtype
+    dtype = out_dtype or operand
+    dbias = dy.sum(0, dtype=torch.float32).to(dtype)
+    if m == 0 or n == 0 or k == 0:
+        return torch.zeros(n, k, dtype=dtype, device=dy.device), dbias
+    vec = _vec(col0 % 8, n, k, dy.stride(0), x.stride(0))
+    regular = vec == 8 and max(x.element_size(), dy.element_size()) <= operand.itemsize
+    chosen = blocks("bwd_weight", _architecture(dy.device), m, n, k, operand.itemsize, regular)
+    tiles = triton.cdiv(n, chosen.BLOCK_N) * triton.cdiv(k + col0 % 8, chosen.BLOCK_K)
+    count = splits(tiles, m, num_multiprocessors(dy.device))
+    split_rows = triton.cdiv(triton.cdiv(m, count), chosen.BLOCK_M) * chosen.BLOCK_M
+    count = triton.cdiv(m, split_rows)
+    dweight = torch.empty(count, n, k, dtype=torch.float32 if count > 1 else dtype, device=dy.device)
+    with on_device(dy):
+        _launch(
+            _linear_bwd_weight_kernel, "bwd_weight",
+            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]), count), chosen,
+            dweight, dy, x, sigma, seed, m, n // vec, k // vec, split_rows, dy.stride(0) // vec, x.stride(0) // vec,
+            row0, col0 // 8, col0 % 8, *sampling(sample, num_samples), factor,
+            DTYPE=OPERANDS[operand], LOG_VARIANCE=log_variance, MEAN=num_samples > 1, PRECISION=_precision(), VEC=vec,
+        )  # fmt: skip
+    if count == 1:
+        return dweight[0], dbias
+    whole = torch.empty(n, k, dtype=dtype, device=dy.device)
+    return column_sum(whole, dweight.reshape(count, n * k)), dbias
+
+
+def linear_bwd(
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation=None
+):
+    """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one."""
+    _check(x, weight, sigma, activation)
+    where = (row0, col0)
+    if activation is None:
+        passes = [(dy, sample, num_samples)]
+    else:
+        flat_x, flat_dy = _flat(x), dy.reshape(-1, dy.shape[-1]).contiguous()
+        passes = (
+            (
+                _forward(
+                    flat_x, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample + i, 1, factor,
+                    log_variance, activation, weight.dtype, dy=flat_dy, weight_of_sample=1.0 / num_samples,
+                ).reshape(dy.shape),
+                sample + i,
+                1,
+            )
+            for i in range(num_samples)
+        )  # fmt: skip
+    total = None
+    single = activation is None or num_samples == 1
+    for dh, first, count in passes:
+        how = (sigma, seed, *where, first, count, factor, log_variance)
+        dx, dsigma = linear_bwd_x(dh, weight, *how, out_dtype=x.dtype if single else torch.float32)
+        dweight, dbias = linear_bwd_weight(dh, x, *how, weight.dtype, None if single else torch.float32)
+        grads = (dx, dweight, dbias, dsigma)
+        total = grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
+    dx, dweight, dbias, dsigma = total
+    return dx.to(x.dtype), dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dsigma
