@@ -63,7 +63,7 @@ def compile_cubin(arch: int, cubin: Path) -> None:
     command = [find_tool("nvcc"), *FLAGS, "-cubin", f"-arch=sm_{arch}", str(SOURCE), "-o", str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    #assert "warning" not in result.stderr, result.stderr
+    assert "warning" not in result.stderr, result.stderr
 
 
 def read_kernels(cubin: Path) -> list[Kernel]:

@@ -1,0 +1,74 @@
+"""The noise contract on a device: the words bit for bit, the exact tier bit for bit, the fast one within 4e-6, over every argument."""
+
+import ctypes
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cuda_support
+
+HERE = Path(__file__).parent
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC,-ffp-contract=off"]
+
+pytestmark = pytest.mark.skipif(cuda_support.find_tool("nvcc") is None, reason="needs nvcc")
+
+
+def build(folder, arch):
+    library = folder / "noise_probe.so"
+    command = [cuda_support.find_tool("nvcc"), *FLAGS, f"-arch=sm_{arch}", str(HERE / "noise_probe.cu"), "-o", str(library)]
+    subprocess.run(command, check=True, capture_output=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    major, minor = torch.cuda.get_device_capability()
+    return build(tmp_path_factory.mktemp("probe"), f"{major}{minor}")
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+def device_and_host(probe, name, *shape):
+    exact, fast = torch.full(shape, math.nan, device="cuda"), torch.full(shape, math.nan, device="cuda")
+    torch.cuda.synchronize()
+    assert getattr(probe, f"probe_{name}")(pointer(exact), pointer(fast)) == 0
+    host = torch.full(shape, math.nan)
+    getattr(probe, f"host_{name}")(pointer(host))
+    return exact.cpu(), fast.cpu(), host
+
+
+def test_words_match_known_answers(probe):
+    lines = [line.split() for line in (HERE.parent / "vectors" / "philox4x32.txt").read_text().splitlines() if line and line[0] != "#"]
+    table = torch.tensor([[int(word, 16) for word in line] for line in lines], device="cuda")
+    counters, keys, out = table[:, :4].contiguous(), table[:, 4:6].contiguous(), torch.zeros(len(lines), 4, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    assert probe.probe_words(pointer(counters), pointer(keys), pointer(out), len(lines)) == 0
+    assert torch.equal(out, table[:, 6:])
+
+
+def test_exact_radius_is_the_hosts_on_all_arguments(probe):
+    """The corrected reciprocal square root is the IEEE root on all 2^20 radii, so device and host agree to the bit."""
+    exact, fast, host = device_and_host(probe, "radii", 2**20)
+    different = torch.nonzero(exact != host).flatten()
+    assert not len(different), f"{len(different)} radii differ, the first at i = {different[0]}"
+    u = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
+    error = (fast.double() - torch.sqrt(-2 * torch.log(u))).abs()
+    print(f"fast radius: largest error {error.max():.2e} at i = {error.argmax()}")
+    assert error.max() <= 3e-6
+
+
+def test_cosine_and_sine_on_all_angles(probe):
+    exact, fast, host = device_and_host(probe, "angles", 4096, 2)
+    assert torch.equal(exact, host)
+    angle = 2 * math.pi * (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    r0 = math.sqrt(-2 * math.log(0.5 / 2**20))  # the largest radius, so the largest error of z
+    error = (fast.double() - r0 * torch.stack((angle.cos(), angle.sin()), 1)).abs()
+    print(f"fast z at the largest radius: largest error {error.max():.2e}")
+    assert error.max() <= 4e-6
