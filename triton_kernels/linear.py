@@ -414,29 +414,25 @@ def linear_bwd(
 ):
     """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one."""
     _check(x, weight, sigma, activation)
-    where = (row0, col0)
-    if activation is None:
-        passes = [(dy, sample, num_samples)]
-    else:
-        flat_x, flat_dy = _flat(x), dy.reshape(-1, dy.shape[-1]).contiguous()
-        passes = (
-            (
-                _forward(
-                    flat_x, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample + i, 1, factor,
-                    log_variance, activation, weight.dtype, dy=flat_dy, weight_of_sample=1.0 / num_samples,
-                ).reshape(dy.shape),
-                sample + i,
-                1,
-            )
-            for i in range(num_samples)
-        )  # fmt: skip
-    total = None
+    flat_x, flat_weight, flat_dy = _flat(x), _flat(weight), _flat(dy).contiguous()
     single = activation is None or num_samples == 1
-    for dh, first, count in passes:
-        how = (sigma, seed, *where, first, count, factor, log_variance)
-        dx, dsigma = linear_bwd_x(dh, weight, *how, out_dtype=x.dtype if single else torch.float32)
-        dweight, dbias = linear_bwd_weight(dh, x, *how, weight.dtype, None if single else torch.float32)
+    how = (row0, col0, sample, num_samples, factor, log_variance)
+    total = None
+    for i in range(1 if single else num_samples):
+        dh = flat_dy
+        if activation is not None:
+            how = (row0, col0, sample + i, 1, factor, log_variance)
+            dh = _forward(
+                flat_x, flat_weight, bias, sigma.contiguous(), seed, *how, activation, weight.dtype,
+                dy=flat_dy, weight_of_sample=1.0 / num_samples,
+            )  # fmt: skip
+        # Sums over samples are kept in float32 and rounded once.
+        dx, dsigma = linear_bwd_x(dh, flat_weight, sigma, seed, *how, x.dtype if single else torch.float32)
+        dweight, dbias = linear_bwd_weight(
+            dh, flat_x, sigma, seed, *how, weight.dtype, weight.dtype if single else torch.float32
+        )
         grads = (dx, dweight, dbias, dsigma)
         total = grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
     dx, dweight, dbias, dsigma = total
-    return dx.to(x.dtype), dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), dsigma
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias, dsigma
