@@ -13,7 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "csrc" / "cuda" / "perturb.cu"
 ARCHS = (80, 86, 89, 90, 100, 120)
-FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "-fmad=false", "--expt-relaxed-constexpr")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler",
+    "-fPIC",
+    "-Xcompiler",
+    "-fvisibility=hidden",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+)
 
 
 @functools.cache
@@ -67,13 +76,19 @@ def compile_cubin(arch: int, cubin: Path) -> None:
 
 
 def read_kernels(cubin: Path) -> list[Kernel]:
-    usage = subprocess.run([find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    usage = subprocess.run(
+        [find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    )
     code = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     sections = dict(re.findall(r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S))
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
-    names = subprocess.run(["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True)
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True
+    )
     kernels = []
     for (mangled, registers, stack), name in zip(found, names.stdout.splitlines(), strict=True):
-        name = name.replace("dip::(anonymous namespace)::", "").replace("dip::", "").removeprefix("void ").split(">(")[0]
+        name = (
+            name.replace("dip::(anonymous namespace)::", "").replace("dip::", "").removeprefix("void ").split(">(")[0]
+        )
         kernels.append(Kernel(name, int(registers), int(stack), sections[mangled]))
     return kernels

@@ -27,9 +27,18 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def emulator(tmp_path_factory):
     program = tmp_path_factory.mktemp("emulator") / "run_perturb"
     fma = ["-mfma"] if "fma" in Path("/proc/cpuinfo").read_text().split() else []
-    flags = ["-std=c++20", "-O0", "-ffp-contract=off", *fma, "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-std=c++20",
+        "-O0",
+        "-ffp-contract=off",
+        *fma,
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     command = ["g++", *flags, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDIP_EMULATOR", f"-I{FOLDER}"]
-    result = subprocess.run([*command, str(FOLDER / "run_perturb.cpp"), "-o", str(program)], capture_output=True, text=True)
+    result = subprocess.run(
+        [*command, str(FOLDER / "run_perturb.cpp"), "-o", str(program)], capture_output=True, text=True
+    )
     if "cannot find" in result.stderr and "san" in result.stderr:
         pytest.skip("needs g++'s address and undefined-behaviour sanitizers")
     assert result.returncode == 0, result.stderr
@@ -38,7 +47,11 @@ def emulator(tmp_path_factory):
 
 def _span(t):
     """The memory that t covers, gaps included, as one dimension."""
-    return torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()) if n),), (1,)) if t.numel() else t.flatten()
+    return (
+        torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()) if n),), (1,))
+        if t.numel()
+        else t.flatten()
+    )
 
 
 def _raw(t):
@@ -51,7 +64,13 @@ def run(emulator, tier, *, x=None, u=None, du=None, sigma=None, row0=0, col0=0, 
     like = next(t for t in (u, du) if t is not None)
     outer, features, inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
     header = [outer, features, inner, row0, col0, sample, num_samples]
-    header += [-1 if sigma is None else DTYPES.index(sigma.dtype), int(log_variance), TIERS[tier], order, multiprocessors]
+    header += [
+        -1 if sigma is None else DTYPES.index(sigma.dtype),
+        int(log_variance),
+        TIERS[tier],
+        order,
+        multiprocessors,
+    ]
     packed = struct.pack("12q", *header) + struct.pack("d", factor) + struct.pack("2q", *SEED.tolist())
     for t, shift in zip((x, u, du), misalign, strict=True):
         if t is None:
@@ -121,7 +140,9 @@ def take(mode, x, u, du):
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtypes", [(F32,) * 3, (F16,) * 3, (BF16,) * 3, (F64,) * 3, (F32, BF16, BF16), (F32, F16, F16), (F64, F32, F16)])
+@pytest.mark.parametrize(
+    "dtypes", [(F32,) * 3, (F16,) * 3, (BF16,) * 3, (F64,) * 3, (F32, BF16, BF16), (F32, F16, F16), (F64, F32, F16)]
+)
 @pytest.mark.parametrize("shape", [(19, 40), (3, 16, 12)], ids=["rows", "channels"])
 def test_cuda_matches_reference(emulator, tier, mode, dtypes, shape):
     x, u, du, sigma = tensors(*shape, dtypes=dtypes)
@@ -129,7 +150,10 @@ def test_cuda_matches_reference(emulator, tier, mode, dtypes, shape):
 
 
 # one element; one past a group; a prime; more columns than a block has, and more rows than the grid; empty both ways
-@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (13, 31), (3, 520), (300, 8), (0, 8), (4, 0), (1, 1, 7), (2, 13, 49), (40, 3, 2), (0, 8, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (5, 9), (13, 31), (3, 520), (300, 8), (0, 8), (4, 0), (1, 1, 7), (2, 13, 49), (40, 3, 2), (0, 8, 4)],
+)
 def test_cuda_odd_shapes(emulator, shape):
     x, u, du, sigma = tensors(*shape)
     check(emulator, "fast", x, u, du, sigma)
@@ -137,7 +161,10 @@ def test_cuda_odd_shapes(emulator, shape):
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (2, 16, 8)], ids=["rows", "channels"])
-@pytest.mark.parametrize("window", [{"row0": 5}, {"row0": 2**33 - 3}, {"row0": 2**32 - 2}, {"col0": 8}, {"col0": 3, "row0": 2**40}, {"sample": 7}])
+@pytest.mark.parametrize(
+    "window",
+    [{"row0": 5}, {"row0": 2**33 - 3}, {"row0": 2**32 - 2}, {"col0": 8}, {"col0": 3, "row0": 2**40}, {"sample": 7}],
+)
 def test_cuda_windows(emulator, shape, window):
     x, u, du, sigma = tensors(*shape)
     check(emulator, "exact", x, u, du, sigma, **window)
@@ -180,7 +207,9 @@ def test_cuda_unaligned_pointers(emulator, dtype, shape, misalign):
 def test_cuda_sum_ignores_thread_order(emulator, shape):
     """A missing barrier would make the sums depend on which thread runs first."""
     x, u, du, sigma = tensors(*shape)
-    results = [run(emulator, "fast", x=x, u=u, du=du, sigma=sigma, order=order) for order in (FORWARD, BACKWARD, SHUFFLED)]
+    results = [
+        run(emulator, "fast", x=x, u=u, du=du, sigma=sigma, order=order) for order in (FORWARD, BACKWARD, SHUFFLED)
+    ]
     for got in results[1:]:
         assert torch.equal(got[0], results[0][0]) and torch.equal(got[1], results[0][1])
 
@@ -190,6 +219,15 @@ def test_cuda_noise_ignores_grid(emulator, shape):
     x, u, _, sigma = tensors(*shape)
     one, many = (run(emulator, "fast", x=x, u=u, sigma=sigma, multiprocessors=n)[0] for n in (1, 132))
     assert torch.equal(one, many)
+
+
+# Grids so small that a thread takes many rows, in pairs and alone, and many runs of pixels that wrap from one image to the next.
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shape", [(501, 264), (500, 9), (230, 3, 20), (90, 3, 50)])
+def test_cuda_threads_stride_over_rows(emulator, tier, shape):
+    x, u, du, sigma = tensors(*shape)
+    for mode in MODES:
+        check(emulator, tier, **take(mode, x, u, du), sigma=sigma, multiprocessors=1)
 
 
 @pytest.mark.skipif("portable" not in backends.library().cpu_capabilities, reason="the compiled library is not built")
@@ -217,9 +255,21 @@ def test_cuda_reports_what_is_missing(emulator, tmp_path):
         "  }\n}\n"
     )
     binary = tmp_path / "problems"
-    build = ["g++", "-std=c++20", "-O0", "-DDIP_EMULATOR", "-Wno-unknown-pragmas", f"-I{FOLDER}", str(source), "-o", str(binary)]
+    build = [
+        "g++",
+        "-std=c++20",
+        "-O0",
+        "-DDIP_EMULATOR",
+        "-Wno-unknown-pragmas",
+        f"-I{FOLDER}",
+        str(source),
+        "-o",
+        str(binary),
+    ]
     subprocess.run(build, check=True, capture_output=True)
-    driver, image, other, fine = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout.splitlines()
+    driver, image, other, fine = subprocess.run(
+        [str(binary)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert "driver offers CUDA 12.4" in driver and "13.0" in driver
     assert "8.0" in image and "7.7" in image
     assert "cudaErrorEmulated" in other and fine == "none"

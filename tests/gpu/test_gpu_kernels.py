@@ -73,7 +73,9 @@ def check(x, du, sigma, dim=1, row0=0, col0=0, sample=0, num_samples=1, factor=1
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
-@pytest.mark.parametrize("shape", [ROWS, (64, 512), (1, 1), (5, 9), (0, 8), (1000, 13), CHANNELS, (2, 13, 7, 7), (2, 16, 32)])
+@pytest.mark.parametrize(
+    "shape", [ROWS, (64, 512), (1, 1), (5, 9), (0, 8), (1000, 13), CHANNELS, (2, 13, 7, 7), (2, 16, 32)]
+)
 def test_kernels_match_reference(kernels, dtype, shape):
     check(*tensors(shape, dtype))
 
@@ -84,7 +86,17 @@ def test_kernels_round_once_to_another_type(kernels, dtype):
     check(x, du.to(dtype), sigma, dtype=dtype)
 
 
-@pytest.mark.parametrize("window", [{"row0": 2**33 - 5}, {"col0": 16}, {"col0": 3}, {"sample": 9}, {"num_samples": 4}, {"factor": 0.5, "log_variance": True}])
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"row0": 2**33 - 5},
+        {"col0": 16},
+        {"col0": 3},
+        {"sample": 9},
+        {"num_samples": 4},
+        {"factor": 0.5, "log_variance": True},
+    ],
+)
 @pytest.mark.parametrize("shape", [ROWS, CHANNELS])
 def test_kernels_windows_means_and_scales(kernels, window, shape):
     x, du, sigma = tensors(shape)
@@ -151,7 +163,9 @@ def test_graph_replays_with_fresh_noise(kernels):
     s = seed()
 
     def step():
-        return ops.perturb(x, sigma, s, 1, 0, 0, 0, 1, 1.0, False, None), ops.perturb_bwd(du, sigma, s, 1, 0, 0, 0, 1, 1.0, False)
+        return ops.perturb(x, sigma, s, 1, 0, 0, 0, 1, 1.0, False, None), ops.perturb_bwd(
+            du, sigma, s, 1, 0, 0, 0, 1, 1.0, False
+        )
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -13,14 +13,29 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import cuda_support
 
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC,-ffp-contract=off"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "-shared",
+    "-Xcompiler",
+    "-fPIC,-ffp-contract=off",
+]
 
 pytestmark = pytest.mark.skipif(cuda_support.find_tool("nvcc") is None, reason="needs nvcc")
 
 
 def build(folder, arch):
     library = folder / "noise_probe.so"
-    command = [cuda_support.find_tool("nvcc"), *FLAGS, f"-arch=sm_{arch}", str(HERE / "noise_probe.cu"), "-o", str(library)]
+    command = [
+        cuda_support.find_tool("nvcc"),
+        *FLAGS,
+        f"-arch=sm_{arch}",
+        str(HERE / "noise_probe.cu"),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return ctypes.CDLL(str(library))
 
@@ -45,9 +60,17 @@ def device_and_host(probe, name, *shape):
 
 
 def test_words_match_known_answers(probe):
-    lines = [line.split() for line in (HERE.parent / "vectors" / "philox4x32.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = [
+        line.split()
+        for line in (HERE.parent / "vectors" / "philox4x32.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     table = torch.tensor([[int(word, 16) for word in line] for line in lines], device="cuda")
-    counters, keys, out = table[:, :4].contiguous(), table[:, 4:6].contiguous(), torch.zeros(len(lines), 4, dtype=torch.int64, device="cuda")
+    counters, keys, out = (
+        table[:, :4].contiguous(),
+        table[:, 4:6].contiguous(),
+        torch.zeros(len(lines), 4, dtype=torch.int64, device="cuda"),
+    )
     torch.cuda.synchronize()
     assert probe.probe_words(pointer(counters), pointer(keys), pointer(out), len(lines)) == 0
     assert torch.equal(out, table[:, 6:])
