@@ -1,4 +1,4 @@
-"""The loss: mean NLL over trajectories, penalty on variances, smoothness.  docs/maths.md, section 5."""
+"""The loss: mean NLL over trajectories, penalty on variances, smoothness.  docs/maths.md, section 8."""
 
 from __future__ import annotations
 
