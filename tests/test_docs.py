@@ -1,0 +1,55 @@
+"""The documents keep to the code: tests they name exist, variables they list are the ones read, README's Python runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MATHS = (ROOT / "docs" / "maths.md").read_text()
+SOURCES = [
+    path
+    for folder, patterns in {
+        "dipkernels": ["*.py"],
+        "triton_kernels": ["*.py"],
+        "csrc": ["*.h", "*.cpp", "*.cu"],
+    }.items()
+    for pattern in patterns
+    for path in (ROOT / folder).rglob(pattern)
+] + [ROOT / "setup.py"]
+
+
+def test_maths_names_tests_that_exist():
+    defined = set(re.findall(r"def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))))
+    named = set(re.findall(r"`(test_\w+)`", MATHS))
+    assert len(named) > 20 and named <= defined, named - defined
+
+
+def test_code_cites_sections_that_exist():
+    sections = set(re.findall(r"^## (\d+)\.", MATHS, re.MULTILINE))
+    for path in SOURCES:
+        for cited in re.findall(r"maths\.md, sections? ([\d, and]+)", path.read_text()):
+            assert set(re.findall(r"\d+", cited)) <= sections, path
+
+
+def test_environment_lists_every_variable():
+    listed = set(re.findall(r"DIPKERNELS_[A-Z_]+", (ROOT / "docs" / "environment.md").read_text()))
+    read = set(re.findall(r"[\"'](DIPKERNELS_[A-Z_]+)[\"']", "\n".join(p.read_text() for p in SOURCES)))
+    assert read == listed
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+def test_readme_python_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_commands_are_targets():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in set(re.findall(r"make ([a-z][\w-]*)", (ROOT / "README.md").read_text())):
+        assert name in targets, name
+
+
+def test_nothing_names_a_machine():
+    """No absolute path of a developer's machine stands in what is published."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SOURCES]:
+        assert not re.search(r"(?<![\w.])/(home|root|work|tmp)/", path.read_text()), path
