@@ -1,8 +1,8 @@
 """One command that proves and measures the GPU side: python benchmarks/gpu_check.py, no network, under ten minutes.
 
 Builds the library for the GPU at hand, runs tests/gpu, then times kernels, layers and a transformer block, and writes
-benchmarks/results/<gpu>-<date>.json, .png and .txt. Every section has a time limit; one that fails is recorded as failed, the
-others still run, and the exit code is 1. --dry-run takes the same code through tiny shapes on the CPU.
+benchmarks/results/<gpu>-<date>.json, .png and .txt. Every section has a time limit; one that fails is recorded as
+failed, the others still run, and the exit code is 1. --dry-run takes the same code through tiny shapes on the CPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 LIMIT_S = 570
 COPY_BYTES = 1 << 30
@@ -297,43 +297,47 @@ def _agrees(check: Check, x, sigma, u, dsigma) -> None:
             )
 
 
+def _perturb_rows(check: Check, dtype: torch.dtype, m: int, k: int) -> list[dict]:
+    from dipkernels import ops
+
+    size = m * k * torch.empty((), dtype=dtype).element_size()
+    xs = [torch.randn(m, k, device=check.device).to(dtype) for _ in range(min(sets_beyond_cache(check, size), 16))]
+    sigma, seed, where = torch.full((k,), 0.1, device=check.device), _seed(check), (1, 0, 0, 0, 1, 1.0, False)
+    kinds = kernel_kinds(check)
+
+    def x(i):
+        return xs[i % len(xs)]
+
+    forms = {  # passes over memory of x's size, and the call
+        "P": (2, lambda i: ops.perturb(x(i), sigma, seed, *where, None)),
+        "Q": (1, lambda i: ops.perturb_bwd(x(i), sigma, seed, *where)),
+        "PQ": (3, lambda i: ops.perturb_replay(x(i), x(i + 1), sigma, seed, *where, None)),
+    }
+    for kind in kinds:
+        with kernels(kind):
+            _agrees(check, xs[0], sigma, forms["P"][1](0), forms["Q"][1](0))
+    rows = []
+    for form, (passes, call) in forms.items():
+        variants: dict = {kind: OfKind(kind, call) for kind in kinds}
+        if form == "P":
+            narrow = sigma.to(dtype)
+            variants["x + sigma * randn_like(x)"] = lambda i, narrow=narrow: x(i) + narrow * torch.randn_like(x(i))
+        timed = summarize(interleaved(check, variants, 1.0), kinds[0])
+        for entry in timed.values():
+            if "seconds" in entry and check.copy_bandwidth:
+                entry["share_of_copy_bandwidth"] = passes * size / entry["seconds"] / check.copy_bandwidth
+        rows.append({"form": form, "dtype": str(dtype), "m": m, "k": k, "variants": timed})
+    return rows
+
+
 @section(60)
 def perturb(check: Check) -> dict:
     """P, Q and both in one pass: microseconds, and the share of the copy's bandwidth."""
-    from dipkernels import ops
-
-    big = [(64, 24)] if check.dry else [(8192, 8192), (8192, 4096), (65536, 64), (4096, 1024), (32, 1024)]
+    shapes = [(64, 24)] if check.dry else [(8192, 8192), (8192, 4096), (65536, 64), (4096, 1024), (32, 1024)]
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
-        for m, k in big:
-            size = m * k * torch.empty((), dtype=dtype).element_size()
-            xs = [
-                torch.randn(m, k, device=check.device).to(dtype) for _ in range(min(sets_beyond_cache(check, size), 16))
-            ]
-            sigma, seed, where = torch.full((k,), 0.1, device=check.device), _seed(check), (1, 0, 0, 0, 1, 1.0, False)
-            forms = {
-                "P": (2, lambda i: ops.perturb(xs[i % len(xs)], sigma, seed, *where, None)),
-                "Q": (1, lambda i: ops.perturb_bwd(xs[i % len(xs)], sigma, seed, *where)),
-                "PQ": (
-                    3,
-                    lambda i: ops.perturb_replay(xs[i % len(xs)], xs[i % len(xs) - 1], sigma, seed, *where, None),
-                ),
-            }
-            for form, (passes, call) in forms.items():
-                variants = {kind: OfKind(kind, call) for kind in kernel_kinds(check)}
-                for kind in variants:
-                    if form == "P":
-                        with kernels(kind):
-                            _agrees(check, xs[0], sigma, call(0), ops.perturb_bwd(xs[0], sigma, seed, *where))
-                if form == "P":
-                    variants["x + sigma * randn_like(x)"] = lambda i: (
-                        xs[i % len(xs)] + sigma.to(dtype) * torch.randn_like(xs[i % len(xs)])
-                    )
-                timed = summarize(interleaved(check, variants, 1.0), kernel_kinds(check)[0])
-                for entry in timed.values():
-                    if "seconds" in entry and check.copy_bandwidth:
-                        entry["share_of_copy_bandwidth"] = passes * size / entry["seconds"] / check.copy_bandwidth
-                rows.append({"form": form, "dtype": str(dtype), "m": m, "k": k, "variants": timed})
+        for m, k in shapes:
+            rows += _perturb_rows(check, dtype, m, k)
             if check.left() < 5:
                 return {"rows": rows, "cut_short": True}
     return {"rows": rows}
@@ -409,7 +413,7 @@ def _peak_bytes(check: Check, call) -> int | None:
 
 @section(110)
 def layers(check: Check) -> dict:
-    """Forward and training step of the layer over nn.Linear; the eager expression and torch.compile of both beside it."""
+    """Forward and training step over nn.Linear; the eager expression, and torch.compile of both, beside the layer."""
     shapes = (
         [(32, 16, 24)]
         if check.dry
@@ -484,42 +488,36 @@ def graph(check: Check) -> dict:
     return {"m": m, "k": k, "n": n, "variants": summarize(interleaved(check, variants, 3.0), "linear")}
 
 
+def _crossover_row(check: Check, fused, m: int, k: int, n: int) -> dict:
+    from dipkernels import ops
+
+    options = {"device": check.device, "dtype": torch.float32 if check.dry else torch.bfloat16}
+    xs = [torch.randn(m, k, **options) for _ in range(min(sets_beyond_cache(check, m * k * 2), 8))]
+    weight, bias = torch.randn(n, k, **options) / k**0.5, torch.randn(n, **options)
+    sigma, seed = torch.full((k,), 0.1, device=check.device), _seed(check)
+
+    def two_step(i):
+        return F.linear(ops.perturb(xs[i % len(xs)], sigma, seed, 1, 0, 0, 0, 1, 1.0, False, None), weight, bias)
+
+    variants: dict = {"two-step": OfKind(kernel_kinds(check)[0], two_step)}
+    if fused is not None:
+        variants["fused"] = lambda i: fused(xs[i % len(xs)], weight, bias, sigma, seed, 0, 0, 0, 1, 1.0, False)
+        got, want = variants["fused"](0).float(), variants["two-step"](0).float()
+        if not (got - want).abs().max() <= 0.05 * want.abs().max():
+            raise AssertionError(f"fused linear is off by {(got - want).abs().max().item():.2e} at {(m, k, n)}")
+    return {"m": m, "k": k, "n": n, "variants": summarize(interleaved(check, variants, 0.4), "two-step")}
+
+
 @section(40)
 def crossover(check: Check) -> dict:
     """Triton's fused linear, which samples inside the product, against P and then the vendor's product."""
-    from dipkernels import ops
-
-    if check.dry and os.environ.get("TRITON_INTERPRET") != "1":
-        fused = None
-    else:
+    fused = None
+    if not check.dry or os.environ.get("TRITON_INTERPRET") == "1":
         from dipkernels.triton_kernels.linear import linear as fused
-    shapes = [(8, 16, 16)] if check.dry else [
-        (m, k, n) for k in (1024, 4096) for n in (64, 128, 256, 512, 1024) for m in (16, 256, 4096)
-    ]  # fmt: skip
+    shapes = [(m, k, n) for k in (1024, 4096) for n in (64, 128, 256, 512, 1024) for m in (16, 256, 4096)]
     rows = []
-    for m, k, n in shapes:
-        dtype = torch.float32 if check.dry else torch.bfloat16
-        xs = [
-            torch.randn(m, k, device=check.device, dtype=dtype)
-            for _ in range(min(sets_beyond_cache(check, m * k * 2), 8))
-        ]
-        weight, sigma, seed = (
-            torch.randn(n, k, device=check.device, dtype=dtype) / k**0.5,
-            torch.full((k,), 0.1, device=check.device),
-            _seed(check),
-        )
-        bias = torch.randn(n, device=check.device, dtype=dtype)
-
-        def two_step(i):
-            return F.linear(ops.perturb(xs[i % len(xs)], sigma, seed, 1, 0, 0, 0, 1, 1.0, False, None), weight, bias)
-
-        variants = {"two-step": OfKind(kernel_kinds(check)[0], two_step)}
-        if fused is not None:
-            variants["fused"] = lambda i: fused(xs[i % len(xs)], weight, bias, sigma, seed, 0, 0, 0, 1, 1.0, False)
-            got, want = variants["fused"](0).float(), variants["two-step"](0).float()
-            if not (got - want).abs().max() <= 0.05 * want.abs().max():
-                raise AssertionError(f"fused linear is off by {(got - want).abs().max().item():.2e} at {(m, k, n)}")
-        rows.append({"m": m, "k": k, "n": n, "variants": summarize(interleaved(check, variants, 0.4), "two-step")})
+    for shape in [(8, 16, 16)] if check.dry else shapes:
+        rows.append(_crossover_row(check, fused, *shape))
         if check.left() < 3:
             return {"rows": rows, "cut_short": True}
     return {"rows": rows}
@@ -636,17 +634,18 @@ def _line(name: str, entry: dict) -> str:
 def summary(record: dict) -> str:
     lines = [", ".join(f"{k} {v}" for k, v in record["machine"].items() if v not in (None, {}))]
     for name, result in record["sections"].items():
-        lines.append(
-            f"\n{name}: {result['status']}, {result['elapsed_s']:.0f} s{', cut short' if result.get('cut_short') else ''}"
-        )
+        cut = ", cut short" if result.get("cut_short") else ""
+        lines.append(f"\n{name}: {result['status']}, {result['elapsed_s']:.0f} s{cut}")
         if "error" in result:
             lines.append("    " + result["error"].strip().replace("\n", "\n    "))
         for key in ("skipped", "summary", "build_s", "bytes_per_s"):
             if key in result:
                 lines.append(f"    {key}: {result[key]}")
         for row in [*result.get("rows", []), *([result] if "variants" in result else [])]:
-            lines.append("  " + " ".join(str(row[key]) for key in ("form", "what", "dtype") if key in row)
-                         + " " + " x ".join(str(row[key]) for key in ("m", "k", "n", "batch", "tokens", "width") if key in row))  # fmt: skip
+            sizes = [str(row[key]) for key in ("m", "k", "n", "batch", "tokens", "width") if key in row]
+            lines.append(
+                " ".join(["  ", *(row[key] for key in ("form", "what", "dtype") if key in row), " x ".join(sizes)])
+            )
             lines += [_line(variant, entry) for variant, entry in row["variants"].items()]
             for layer, kept in row.get("memory", {}).items():
                 lines.append(f"    {layer:28s} saved {kept['saved_bytes']} bytes, peak {kept['peak_bytes']}")

@@ -1,4 +1,4 @@
-"""What nvcc makes of csrc/cuda: it compiles for every architecture that ships, spills nothing, and keeps to its issue slots."""
+"""What nvcc makes of csrc/cuda: it compiles for every architecture, spills nothing, and keeps to its issue slots."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def test_cuda_rows_issue_slots(kernels, tier, mode, at_most):
     loop = find(kernels, "perturb_rows_kernel", NARROW, f"{tier}, {mode}").loop
     slots = sum(loop.values()) / 16
     print(f"{tier} {mode}: {slots:.1f} issue slots per element")
-    # Fewer than the twenty products of a Philox call and the arithmetic after it would mean that the wrong loop was read.
+    # Too few slots, or other than twenty products per Philox call, would mean that the wrong loop was read.
     assert 10 < slots <= at_most
     assert loop["IMAD.WIDE.U32"] in range(36, 44)
 
@@ -92,7 +92,7 @@ def test_cuda_compiles_and_spills_nothing_for(arch, tmp_path):
 
 @pytest.mark.slow
 def test_cuda_library_loads_on_any_torch(tmp_path):
-    """All architectures and PTX, linked with static cudart as setup.py does: nothing is left undefined but what torch has."""
+    """All architectures and PTX, linked with static cudart as setup.py does: nothing is left undefined."""
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_support.ARCHS]
     gencode.append(f"-gencode=arch=compute_{cuda_support.ARCHS[-1]},code=compute_{cuda_support.ARCHS[-1]}")
     library = tmp_path / "libperturb.so"

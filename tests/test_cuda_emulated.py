@@ -1,7 +1,7 @@
 """csrc/cuda/perturb.cu compiled by g++ under tests/cuda_emulator and run against the float64 reference, without a GPU.
 
-Every access is checked against the exact extent of its tensor (address and alignment sanitizers), outputs start as NaN, and the order
-in which a block's threads run is varied.
+Every access is checked against the exact extent of its tensor (address and alignment sanitizers), outputs start as NaN,
+and the order in which a block's threads run is varied.
 """
 
 import shutil
@@ -60,7 +60,10 @@ def _raw(t):
 
 def run(emulator, tier, *, x=None, u=None, du=None, sigma=None, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
         log_variance=False, order=FORWARD, multiprocessors=3, misalign=(0, 0, 0), shape=None):  # fmt: skip
-    """(u, dsigma): u a tensor to be written like (dtype, shape, strides), or None. [M, K] is rows, [B, C, inner] is channels."""
+    """(u, dsigma), each None where not asked for. `u` gives the output's dtype, shape and strides.
+
+    [M, K] is the rows layout, [B, C, inner] the channels one.
+    """
     like = next(t for t in (u, du) if t is not None)
     outer, features, inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
     header = [outer, features, inner, row0, col0, sample, num_samples]
@@ -221,7 +224,7 @@ def test_cuda_noise_ignores_grid(emulator, shape):
     assert torch.equal(one, many)
 
 
-# Grids so small that a thread takes many rows, in pairs and alone, and many runs of pixels that wrap from one image to the next.
+# Grids so small that a thread takes many rows, in pairs and alone, and runs of pixels that wrap to the next image.
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", [(501, 264), (500, 9), (230, 3, 20), (90, 3, 50)])
 def test_cuda_threads_stride_over_rows(emulator, tier, shape):
@@ -250,7 +253,8 @@ def test_cuda_reports_what_is_missing(emulator, tmp_path):
     source.write_text(
         f'#include "{FOLDER.parent.parent}/csrc/cuda/perturb.cu"\n'
         "int main() {\n"
-        "  for (auto e : {cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice, cudaErrorInvalidConfiguration, cudaSuccess}) {\n"
+        "  for (auto e : {cudaErrorInsufficientDriver, cudaErrorNoKernelImageForDevice,"
+        " cudaErrorInvalidConfiguration, cudaSuccess}) {\n"
         '    emulator::next_error = e; const char* p = dip::cuda_problem(); std::printf("%s\\n", p ? p : "none");\n'
         "  }\n}\n"
     )

@@ -1,4 +1,4 @@
-"""The noise contract on a device: the words bit for bit, the exact tier bit for bit, the fast one within 4e-6, over every argument."""
+"""The noise contract on a device, over every argument: words and exact tier bit for bit, the fast one within 4e-6."""
 
 import ctypes
 import math
