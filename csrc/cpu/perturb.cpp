@@ -34,14 +34,15 @@ struct Draw {
 };
 
 // z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kChunk * t + i].
-template <bool kPlanar>
+// kMean apart, or the compiler keeps z in memory for the sake of a loop that one sample does not run.
+template <bool kPlanar, bool kMean>
 inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
   for (int i = 0; i < count; i += V::kLanes) {
     const auto load = [&](const uint32_t* p) { return kPlanar ? V::load(p + i) : V::load_interleaved(p + i); };
     const typename V::U group = load(counters.group), lo = load(counters.row_lo), hi = load(counters.row_hi);
     typename V::F z[8];
     standard_normal_group<V>(group, lo, hi, draw.first, draw.key, z);
-    if (draw.num_samples > 1) {
+    if constexpr (kMean) {
       for (int s = 1; s < draw.num_samples; ++s) {
         typename V::F next[8];
         standard_normal_group<V>(group, lo, hi, draw.first + s, draw.key, next);
@@ -55,6 +56,14 @@ inline void normal_tile(const Counters& counters, const Draw& draw, int count, f
     else
       V::store_groups(out + 8 * i, z);
   }
+}
+
+template <bool kPlanar>
+inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
+  if (draw.num_samples == 1)
+    normal_tile<kPlanar, false>(counters, draw, count, out);
+  else
+    normal_tile<kPlanar, true>(counters, draw, count, out);
 }
 
 // ---- a run: n elements that lie side by side -------------------------------------------------------------------------
