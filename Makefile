@@ -18,7 +18,7 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	touch $@
 
 test: setup
-	$(PY) -m pytest --cov --cov-report=term:skip-covered
+	$(PY) -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 test-all: setup
 	$(PY) -m pytest -m "slow or not slow"
