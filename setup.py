@@ -2,11 +2,12 @@
 
 torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and the result has no Python symbols,
 so that one wheel serves every Python and every torch >= 2.10. Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA,
-DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC.
+DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (scripts/wheel.py).
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,13 +18,33 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = "-mavx2 -mfma -mf16c"
 CAPABILITIES = {
     "portable": "",
     "avx2": AVX2,
     "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
 }
+
+
+def machine(compiler):
+    """The machine that `compiler` compiles for: x86_64, aarch64, ..."""
+    if compiler is None:
+        return platform.machine()
+    done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
+    return done.stdout.split("-")[0].strip() or platform.machine()
+
+
+def toolkit(nvcc):
+    """The CUDA toolkit of `nvcc`, such as 12.8: its static runtime decides which driver the library needs."""
+    text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", text).group(1)
+
+
+def toolkit_folder(nvcc):
+    """Where the toolkit of `nvcc` lies, as nvcc itself says: the one on the PATH is often a link or a script."""
+    done = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
+    found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
+    return Path(found.group(1)).resolve() if found else Path(nvcc).resolve().parent.parent
 
 
 def say(message):
@@ -58,35 +79,37 @@ def plan():
         say(f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides")
     else:
         say(f"CUDA kernels: {'yes' if cuda else 'no'} (DIPKERNELS_CUDA)")
-    say(f"CPU kernels: {'yes, ' + ' '.join(capabilities()) if cpu else 'no (DIPKERNELS_CPU=0)'}")
+    say(f"CPU kernels: {'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}")
     return cpu, cuda, compiler, nvcc
 
 
-def capabilities():
-    return list(CAPABILITIES) if IS_X86 else ["portable"]
+def capabilities(compiler):
+    return list(CAPABILITIES) if machine(compiler) == "x86_64" else ["portable"]
 
 
 def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
     """The whole build as text."""
     archs = os.environ.get("DIPKERNELS_CUDA_ARCHS", CUDA_ARCHS).split()
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and IS_X86)
+    defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and machine(compiler) == "x86_64")
     if cuda:
         defines.append("'-DDIP_CUDA_ARCHS=\"" + " ".join(archs) + "\"'")
+        defines.append("'-DDIP_CUDA_TOOLKIT=\"" + toolkit(nvcc) + "\"'")
     # No contraction: every fused multiply-add of the noise contract is written out.
     flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     lines = [
         f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {nvcc} -MMD -MF $out.d -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC"
+        f"rule nvcc\n  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC"
         f" -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {compiler} -shared $in -o $out -L{torch_dir}/lib -Wl,--as-needed -ltorch_cpu $libs",
+        f"rule link\n  command = {compiler} -shared $in -o $out {os.environ.get('LDFLAGS', '')} -L{torch_dir}/lib"
+        " -Wl,--as-needed -ltorch_cpu $libs",
     ]
     units = [("ops.cpp", "ops", f"-I{torch_dir}/include")]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
-        for name in capabilities():
+        for name in capabilities(compiler):
             lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
             units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
     objects = []
@@ -98,8 +121,8 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             objects.append(f"cuda_{source.stem}.o")
             lines.append(f"build cuda_{source.stem}.o: nvcc {source.resolve()}")
-        home = Path(nvcc).resolve().parent.parent
-        libs = f"-L{home}/lib64 -lcudart_static -lrt -ldl -lpthread"
+        home = toolkit_folder(nvcc)
+        libs = f"-L{home}/lib64 -L{home}/lib -lcudart_static -lrt -ldl -lpthread"
     lines.append(f"build {out}: link {' '.join(objects)}\n  libs = {libs}")
     return "\n".join(lines) + "\n"
 

@@ -366,5 +366,9 @@ DIP_EXPORT const char* dip_build_info() {
 #ifdef DIP_CUDA_ARCHS
          DIP_CUDA_ARCHS
 #endif
+         "\ntoolkit="
+#ifdef DIP_CUDA_TOOLKIT
+         DIP_CUDA_TOOLKIT
+#endif
          "\ncompiler=" __VERSION__;
 }

@@ -12,6 +12,8 @@ import ctypes
 import functools
 import importlib.util
 import os
+import platform
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
+MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/ops.cpp uses
+# The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its major release or a newer one.
+MIN_DRIVERS = {12: "525", 13: "580"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,16 @@ class Library:
     cpu_capabilities: tuple[str, ...] = ()
     cuda_archs: tuple[str, ...] = ()
     compiler: str | None = None
+    cuda_toolkit: str | None = None  # "12.8": what the CUDA kernels were compiled with
 
     @property
     def loaded(self) -> bool:
         return self.path is not None and self.error is None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 10) of "2.10.0a0+git123"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _c_functions(path: str) -> ctypes.CDLL:
@@ -59,17 +70,28 @@ def library() -> Library:
     if not found:
         return Library(error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0")
     path = str(found[0])
+    if _release(torch.__version__) < MIN_TORCH:
+        return Library(
+            path=path,
+            error=f"found torch {torch.__version__}, the compiled library needs torch >= 2.10: pip install 'torch>=2.10'",
+        )
     try:
         torch.ops.load_library(path)
         functions = _c_functions(path)
     except (OSError, AttributeError, RuntimeError) as error:
-        return Library(path=path, error=f"{error} (torch {torch.__version__}; needs torch >= 2.10)")
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Library(
+            path=path,
+            error=f"{reason}: found torch {torch.__version__} on {platform.machine()}, the compiled library needs an unmodified "
+            "torch >= 2.10 and the machine it was built for: pip install --force-reinstall --no-deps dipkernels",
+        )
     info = dict(line.split("=", 1) for line in functions.dip_build_info().decode().splitlines())
     return Library(
         path=path,
         cpu_capabilities=tuple(info["cpu"].split()),
         cuda_archs=tuple(info["cuda"].split()),
         compiler=info["compiler"],
+        cuda_toolkit=info.get("toolkit") or None,
     )
 
 
@@ -91,6 +113,66 @@ def cpu_capability(name: str | None = None) -> str:
         wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
         raise RuntimeError(f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, got {wanted!r}")
     return CAPABILITIES[current]
+
+
+# ---- the GPUs at hand ------------------------------------------------------------------------------------------------
+
+_cuda_problem: str | None = None  # why the library's CUDA kernels cannot run here, once torch has initialised CUDA
+
+
+def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]]) -> str | None:
+    """One line with what was found, what is needed and what to do; None where the kernels run on all `gpus`.
+
+    driver: the CUDA version that the driver offers, 12080 for 12.8. gpus: compute capabilities.
+    """
+    major, minor = _release(library.cuda_toolkit) if library.cuda_toolkit else (0, 0)
+    offered = f"{driver // 1000}.{driver % 1000 // 10}"
+    if driver < 1000 * major:
+        return (
+            f"the NVIDIA driver offers CUDA {offered}, the compiled kernels need CUDA {major}.0 "
+            f"(driver >= {MIN_DRIVERS.get(major, 'one for it')}): update the driver"
+        )
+    archs = [divmod(int(arch.rstrip("af")), 10) for arch in library.cuda_archs]
+    for number, gpu in enumerate(gpus):
+        if any(arch[0] == gpu[0] and arch[1] <= gpu[1] for arch in archs):
+            continue
+        here = f"GPU {number} is sm_{gpu[0]}{gpu[1]}, the compiled kernels are for {' '.join(f'sm_{a}' for a in library.cuda_archs)}"
+        if gpu < archs[-1]:
+            return f"{here} and newer: build for it with DIPKERNELS_CUDA_ARCHS={gpu[0]}{gpu[1]}"
+        if driver < 1000 * major + 10 * minor:
+            return (
+                f"{here} and PTX, for which the driver must offer CUDA {major}.{minor} and offers {offered}: update the driver"
+            )
+    return None
+
+
+def check_cuda() -> str | None:
+    """Look whether the library's CUDA kernels can run on the visible GPUs; say so and fall back where they cannot.
+
+    Returns the problem in one line, or None. Initialises CUDA where torch can, makes no context; never raises.
+    """
+    global _cuda_problem
+    if not library().cuda_archs:
+        return None
+    try:
+        gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+        driver = torch._C._cuda_getDriverVersion() if gpus else 0
+    except (RuntimeError, AssertionError, AttributeError):
+        return None  # torch's own error comes when the device is used
+    problem = _cuda_problem_of(library(), driver, gpus) if gpus else None
+    if problem != _cuda_problem:
+        _cuda_problem = problem
+        for listener in _listeners:
+            listener()
+        if problem:
+            warnings.warn(f"dipkernels: {choose('perturb', 'cuda').backend} runs on CUDA tensors: {problem}", RuntimeWarning, stacklevel=2)
+    return problem
+
+
+def watch_cuda() -> None:
+    """Have `check_cuda` called when torch initialises CUDA: at import nothing may touch a GPU. `ops` calls this once."""
+    if library().cuda_archs:
+        torch.cuda._lazy_call(check_cuda)
 
 
 @functools.cache
@@ -156,7 +238,7 @@ def _runs_on(name: str, device: str) -> bool:
     if name == "cpu":
         return device == "cpu" and "portable" in library().cpu_capabilities
     if name == "cuda":
-        return device == "cuda" and bool(library().cuda_archs)
+        return device == "cuda" and bool(library().cuda_archs) and _cuda_problem is None
     if name == "triton":
         return has_triton() and (device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
     return True
@@ -171,11 +253,13 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         return Plan("cpu", "shapes only")
     if _forced is not None:
         if not _runs_on(_forced, device):
-            raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here")
+            why = f": {_cuda_problem}" if _forced == device == "cuda" and _cuda_problem else ""
+            raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here{why}")
         return Plan(_forced, "asked for")
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")
     if device == "cuda" and _runs_on("triton", device):
-        return Plan("triton", "the library has no CUDA kernels")
-    return Plan("reference", library().error or f"no kernels for device {device!r}")
+        return Plan("triton", _cuda_problem or "the library has no CUDA kernels")
+    problem = _cuda_problem if device == "cuda" else None
+    return Plan("reference", problem or library().error or f"no kernels for device {device!r}")

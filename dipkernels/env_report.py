@@ -52,6 +52,7 @@ def _library() -> dict[str, object]:
         report["CPU instruction sets"] = library.cpu_capabilities
         report["CPU instruction set in use"] = _or_error(backends.cpu_capability)
         report["CUDA architectures"] = library.cuda_archs
+        report["CUDA toolkit"] = library.cuda_toolkit or "none"
     return report
 
 
@@ -76,8 +77,11 @@ def env_report() -> EnvReport:
     report.update(library if isinstance(library, dict) else {"library": library})
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            report["kernels on cuda"] = "no CUDA device"
+            built = f" that torch, built for CUDA {torch.version.cuda}, can use" if torch.version.cuda else ""
+            report["kernels on cuda"] = f"no CUDA device{built}"
             continue
+        if device == "cuda":
+            _or_error(backends.check_cuda)
         plan = _or_error(lambda device=device: backends.choose("perturb", device))
         report[f"kernels on {device}"] = f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
     if torch.cuda.is_available():

@@ -194,4 +194,5 @@ for _namespace in dict.fromkeys(NAMESPACES.values()):
 
 _choose_all()
 backends._listeners.append(_choose_all)
+backends.watch_cuda()
 backends.warn_reference(backends.choose("perturb", "cpu"))
