@@ -22,7 +22,7 @@ class Blocks:
 
 # Not measured yet: the largest tiles that compile without spills and fit the shared memory of the architecture.
 # 16-bit data. Per architecture (the nearest one below counts): fwd, fwd over several samples, bwd_x, bwd_x over
-# several samples (the mean is drawn in the epilogue), bwd_weight.
+# several samples (the mean is drawn in the epilogue) or with unaligned rows, bwd_weight.
 TABLE = {
     80: {
         "fwd": Blocks(128, 128, 32, 8, 3),

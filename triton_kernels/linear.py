@@ -357,9 +357,9 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, num_samples, facto
     dx = torch.empty(m, k, dtype=out_dtype or dy.dtype, device=dy.device)
     if m == 0 or k == 0:
         return dx.reshape(*dy.shape[:-1], k), torch.zeros_like(sigma)
-    op = "bwd_x_mean" if num_samples > 1 else "bwd_x"
-    chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
     vec = _vec(col0 % 8, n, k, flat.stride(0), weight.stride(0))
+    op = "bwd_x_mean" if num_samples > 1 or vec == 1 else "bwd_x"
+    chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
     row_blocks = triton.cdiv(m, chosen.BLOCK_M)
     partial = torch.empty(row_blocks, k, dtype=torch.float32, device=dy.device)
     with on_device(dy):

@@ -20,7 +20,8 @@ from .tiles import (
 
 __all__ = ["noise", "perturb", "perturb_bwd", "perturb_replay"]
 
-# Accumulators stay in registers across row tiles, so the tiles of the sums are half as large.
+# Accumulators stay in registers across row tiles, so the tiles of the sums are half as large; a quarter for the
+# combined form of 4-byte data, which holds two inputs.
 SUM_ELEMENTS = 2048
 
 
@@ -171,7 +172,8 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_va
     u = torch.empty_like(x, dtype=out_dtype)
     if u.numel() == 0:
         return u
-    tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
+    # The mean over samples holds a second tile of draws.
+    tile = tiling(dim, col0, TILE_ELEMENTS // 2 if num_samples > 1 else TILE_ELEMENTS, u, x)
     if tile is None:  # three or more row dimensions that do not merge
         where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
         return u.copy_(perturb(x.contiguous(), *where))
@@ -190,7 +192,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_v
     u = torch.empty_like(x, dtype=out_dtype) if replay else None
     if row_count(du.shape, dim) == 0 or sigma.numel() == 0:
         return u, torch.zeros_like(sigma)
-    tile = tiling(dim, col0, SUM_ELEMENTS, *((u, du, x) if replay else (du,)))
+    wide = replay and max(du.element_size(), x.element_size()) >= 4
+    tile = tiling(dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *((u, du, x) if replay else (du,)))
     if tile is None:
         where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
         dense, dsigma = _bwd(du.contiguous(), x.contiguous() if replay else None, *where)

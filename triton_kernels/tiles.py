@@ -163,7 +163,8 @@ def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling
     strides = tuple((outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors))
     vectors = not rows_last and shift == 0 and k % 8 == 0
     vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
-    block_r, block_k = block_shape(inner[0], k + shift, rows_last, elements)
+    # Single loads need more registers: the ordinary tile would spill.
+    block_r, block_k = block_shape(inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2)
     return Tiling(
         k, outer[0], outer[1], inner[0], inner[1], strides, rows_last, 8 if vectors else 1, shift, block_r, block_k
     )
