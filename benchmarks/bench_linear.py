@@ -1,0 +1,37 @@
+"""One layer: its forward pass as training does it, and forward with backward."""
+
+import peers
+import pytest
+import timing
+import torch
+from conftest import Case
+from torch import nn
+
+_SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64), (32, 128, 128)]
+_FULL = [Case(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in _SHAPES]
+_CUDA = [*_FULL, *(Case(torch.bfloat16, shape) for shape in [(8192, 4096, 4096), (8192, 4096, 1024)])]
+CASES = {"cpu": _FULL, "cuda": _CUDA, "quick": [Case(torch.float32, (9, 24, 16)), Case(torch.bfloat16, (16, 8, 8))]}
+
+
+def _layer(name, device, case, build):
+    """The variant, checked, its inputs, and what it keeps for backward."""
+    m, k, n = case.shape
+    plain = nn.Linear(k, n, device=device, dtype=case.dtype)
+    x = torch.randn(m, k, device=device, dtype=case.dtype, requires_grad=True)
+    dy = torch.randn(m, n, device=device, dtype=case.dtype)
+    module = build(name, plain)
+    peers.check_linear(name, module, plain, x, dy)
+    saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))
+    return module, x, dy, saved
+
+
+@pytest.mark.parametrize("name", peers.NAMES)
+def bench_layer_forward(name, device, case, build, timed):
+    module, x, _, saved = _layer(name, device, case, build)
+    timed(timing.forward(module, x), name, "layer forward", saved_bytes=saved)
+
+
+@pytest.mark.parametrize("name", peers.NAMES)
+def bench_layer_step(name, device, case, build, timed):
+    module, x, dy, saved = _layer(name, device, case, build)
+    timed(timing.training_step(module, x, dy), name, "layer training step", saved_bytes=saved)

@@ -1,0 +1,36 @@
+"""Training steps of whole models: forward, loss, backward, AdamW."""
+
+import networks
+import peers
+import pytest
+import timing
+import torch
+import torch.nn.functional as F
+
+CASES = networks.MODELS
+
+
+def _step(model, x, target):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        y = model(x)
+        loss = F.mse_loss(y, target) if target.is_floating_point() else F.cross_entropy(y, target)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("name", peers.NAMES)
+def bench_model_step(name, device, case, build, timed):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plain = case.make().to(device, dtype)
+    x = torch.randn(case.shape, device=device, dtype=dtype)
+    target = torch.randn_like(x) if case.classes is None else torch.randint(case.classes, case.shape[:1], device=device)
+    model = build(name, plain)
+    if name == "dip":
+        peers.check_converted(model, x[:1] if case.classes and case.name != "ResNet-18" else x)
+    step = _step(model, x, target)
+    timed(step, name, "model training step", peak_bytes=timing.peak_bytes(step, device))

@@ -1,0 +1,82 @@
+"""S samples averaged in a layer, and m trajectories through a network."""
+
+import copy
+
+import networks
+import peers
+import pytest
+import timing
+import torch
+from conftest import Case
+from torch import nn
+
+import dipkernels as dip
+
+_CASE = Case(torch.float32, (512, 1024, 1024))
+CASES = {"cpu": [_CASE], "cuda": [_CASE, Case(torch.bfloat16, (8192, 1024, 1024))], "quick": [Case(torch.float32, (8, 16, 16))]}
+
+
+class _MeanOf(nn.Module):
+    """The mean of S passes, as a user writes it."""
+
+    def __init__(self, module: nn.Module, samples: int) -> None:
+        super().__init__()
+        self.module, self.samples = module, samples
+
+    def forward(self, x):
+        return sum(self.module(x) for _ in range(self.samples)) / self.samples
+
+
+class _Explicit(nn.Module):
+    """The mean of S numbered draws, each of them made: what DIPLinear's one draw of sigma / sqrt(S) stands for."""
+
+    def __init__(self, layer: dip.DIPLinear, samples: int) -> None:
+        super().__init__()
+        self.layer, self.samples = layer, samples
+        self.register_buffer("seed", torch.tensor([peers.KEY, 0], device=layer.weight.device))
+
+    def forward(self, x):
+        layer = self.layer
+        scale = {"log_variance": True, "num_samples": self.samples, "collapsed": False}
+        return dip.functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, self.seed, **scale)
+
+
+@pytest.mark.parametrize("samples", [1, 4, 16, 64])
+@pytest.mark.parametrize("name", ["dip", "dip, explicit", *(n for n in peers.NAMES if n != "dip")])
+def bench_samples(name, samples, device, case, build, timed):
+    m, k, n = case.shape
+    plain = nn.Linear(k, n, device=device, dtype=case.dtype)
+    x = torch.randn(m, k, device=device, dtype=case.dtype, requires_grad=True)
+    dy = torch.randn(m, n, device=device, dtype=case.dtype)
+    if name.startswith("dip"):
+        layer = dip.convert(copy.deepcopy(plain), init_variance=peers.VARIANCE, num_samples=samples)
+        peers.check_dip_linear(layer, x, dy)
+        module = layer if name == "dip" else _Explicit(layer, samples)
+    else:
+        module = build(name, plain)
+        peers.check_linear(name, module, plain, x, dy)
+        if name != peers.PLAIN:
+            module = _MeanOf(module, samples)
+    saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))
+    timed(timing.training_step(module, x, dy), name, f"S = {samples} averaged, training step", samples=samples, saved_bytes=saved)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", peers.NAMES)
+def bench_trajectories(name, m, device, case, build, timed):
+    """m passes folded into the batch of a two-layer network; nn.Linear's are the m copies of the batch alone."""
+    batch, k, n = case.shape
+    model = build(name, networks.mlp(k, n, n).to(device, case.dtype))
+    x = torch.randn(max(1, batch // 4), k, device=device, dtype=case.dtype)
+    if name == "dip":
+        peers.check_converted(model, x)
+    if name == peers.PLAIN:
+        call = lambda: model(x.repeat_interleave(m, 0)).square().mean().backward()  # noqa: E731
+    else:
+        call = lambda: dip.trajectories(model, x, m=m).square().mean().backward()  # noqa: E731
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        call()
+
+    timed(step, name, f"m = {m} trajectories, training step", trajectories=m)

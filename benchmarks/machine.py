@@ -1,0 +1,106 @@
+"""What a figure was measured on: the machine, versions, commit and date, and the machine's own copy and matrix product."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from dipkernels import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: torch.device | str) -> dict:
+    """Everything that a stored row carries about where it comes from."""
+    device = torch.device(device)
+    found = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # over the minute before: others' work as well
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "backend": backends.choose("perturb", device.type).backend,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "bayesian_torch": _version("bayesian-torch"),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "cuda": torch.version.cuda, "multiprocessors": properties.multi_processor_count}
+    return found
+
+
+def sentence(found: dict) -> str:
+    """One line for tables, plots and documentation."""
+    where = found.get("gpu") or f"{found['cpu']}, {found['threads']} of {found['cores']} cores, {found['instruction_set']}"
+    changed = " (modified)" if found["modified"] else ""
+    return (
+        f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; {found['date'][:10]}; "
+        f"load average before the run {found['load_average']}"
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fastest_half(call, device: torch.device, times: int) -> float:
+    """Median seconds of the faster half: what the machine can do, not what its neighbours let it."""
+    taken = []
+    for _ in range(times + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(sorted(taken[2:])[: max(1, times // 2)])
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes read plus bytes written per second by a copy of `size` bytes."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _fastest_half(lambda: target.copy_(source), device, 10)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations per second of a square matrix product of that size."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _fastest_half(lambda: a @ b, device, 6)

@@ -1,0 +1,175 @@
+"""Time and memory of variants of one computation, side by side.
+
+Variants take turns, one round after another and in an order that changes, so that whatever else the machine does meets all alike.
+The figure is the median over rounds of the ratio within a round; its spread is the quartiles of those ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory would announce itself
+
+import torch
+from machine import synchronize
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def no_gc():
+    """Python's cycle collector off: it would run inside whichever variant crosses its threshold."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def seconds(call: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of one call, over `times` calls in a row."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / times
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - start) / times
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    base: str,
+    device: torch.device,
+    *,
+    budget_s: float = 8.0,
+    rounds: tuple[int, int] = (7, 60),
+    at_least_s: float = 2e-3,
+    always: tuple[str, ...] = ("dip",),
+    seldom: int = 4,
+) -> dict[str, dict]:
+    """For each variant: median seconds, and median and quartiles of its ratio and of its difference to `base`, round by round.
+
+    calls: what to time, by name. budget_s: stop after this long, but within `rounds` = (fewest, most). at_least_s: a
+    variant runs as often within a round as fills this time. Variants slower than 1.5 times the base, unless in `always`, take
+    part in every `seldom`-th round only. One that raises is returned as {"error": ...}.
+    """
+    results: dict[str, dict] = {}
+    counts: dict[str, int] = {}
+    once: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            for _ in range(3):
+                call()
+            synchronize(device)
+            once[name] = min(seconds(call, 1, device), seconds(call, 2, device))
+            counts[name] = max(1, round(at_least_s / max(once[name], 1e-8)))
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    if base not in counts:
+        raise RuntimeError(f"{base}: {results[base]['error']}")
+    frequent = {name for name in counts if name in (base, *always) or once[name] < 1.5 * once[base]}
+    taken: dict[str, dict[int, float]] = {name: {} for name in counts}
+    shuffle = random.Random(0).shuffle
+    end = time.perf_counter() + budget_s
+    with no_gc():
+        for round_idx in range(rounds[1]):
+            if round_idx >= rounds[0] and time.perf_counter() > end:
+                break
+            order = [name for name in counts if name in frequent or round_idx % seldom == 0]
+            shuffle(order)
+            for name in order:
+                taken[name][round_idx] = seconds(calls[name], counts[name], device)
+    for name, by_round in taken.items():
+        ratios = quartiles([t / taken[base][i] for i, t in by_round.items()])
+        differences = quartiles([t - taken[base][i] for i, t in by_round.items()])
+        results[name] = {
+            "seconds": statistics.median(by_round.values()),
+            "rounds": len(by_round),
+            "ratio": ratios[1],
+            "quartiles": [ratios[0], ratios[2]],
+            "over_base_s": differences[1],
+            "over_base_quartiles_s": [differences[0], differences[2]],
+        }
+    return {name: results[name] for name in calls}
+
+
+# ---- what is timed ---------------------------------------------------------------------------------------------------
+
+
+def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    """The forward pass of training: autograd is on, and what backward needs is kept."""
+    return lambda: module(x)
+
+
+def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """Forward and backward, with gradients of parameters and of x into fresh tensors, as after zero_grad(set_to_none=True)."""
+    leaves = [x, *module.parameters()]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        module(x).backward(dy)
+
+    return step
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(call: Callable[[], object], own: list[Tensor]) -> int:
+    """What autograd keeps of a forward pass: every storage once, without those of `own` (the parameters)."""
+    skip = {t.untyped_storage().data_ptr() for t in own}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in skip:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()  # alive until the end, so that no storage's address is used twice
+    del result
+    return sum(kept.values())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most that tensors allocated during the call take at any moment. On CPU: what torch's allocator reports."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
