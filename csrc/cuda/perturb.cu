@@ -473,9 +473,9 @@ const char* launch_tier(const Call& call) {
   return launch_pass<RowTypes, ChannelTypes, FastTier, kWrite, kSum>(call);
 }
 
-// Pixels that a channels kernel takes at a time; with twice as many, or with four where two tensors are read, registers spill.
-template <bool kBoth>
-constexpr int kPixels = kBoth ? 2 : 4;
+// Pixels that a channels kernel takes at a time; with twice as many, registers spill on one architecture or another.
+template <class XT, class UT, bool kBoth>
+constexpr int kPixels = kBoth || sizeof(XT) != sizeof(UT) ? 2 : 4;
 
 // Whether every run of n elements, side by side in memory, lies on a boundary of its own size, at most 16 bytes.
 bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
@@ -488,7 +488,7 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
-  constexpr int n = kPixels<kWrite && kSum>;
+  constexpr int n = kPixels<XT, UT, kWrite && kSum>;
   if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1) return false;
   if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
@@ -497,7 +497,7 @@ bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 const char* launch_exactly(const Call& call) {
-  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<kWrite && kSum>>, kWrite, kSum>(call);
+  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, kWrite && kSum>>, kWrite, kSum>(call);
 }
 
 // Computed in double where the data are: x, or the gradient alone.
