@@ -1,4 +1,4 @@
-"""A whole block in eager mode and under torch.compile, which may fuse eager noise into the LayerNorm or GELU before it."""
+"""A whole block, eager and under torch.compile, which may fuse eager noise into the LayerNorm or GELU before it."""
 
 import networks
 import peers

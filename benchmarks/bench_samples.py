@@ -13,7 +13,11 @@ from torch import nn
 import dipkernels as dip
 
 _CASE = Case(torch.float32, (512, 1024, 1024))
-CASES = {"cpu": [_CASE], "cuda": [_CASE, Case(torch.bfloat16, (8192, 1024, 1024))], "quick": [Case(torch.float32, (8, 16, 16))]}
+CASES = {
+    "cpu": [_CASE],
+    "cuda": [_CASE, Case(torch.bfloat16, (8192, 1024, 1024))],
+    "quick": [Case(torch.float32, (8, 16, 16))],
+}
 
 
 class _MeanOf(nn.Module):
@@ -58,7 +62,8 @@ def bench_samples(name, samples, device, case, build, timed):
         if name != peers.PLAIN:
             module = _MeanOf(module, samples)
     saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))
-    timed(timing.training_step(module, x, dy), name, f"S = {samples} averaged, training step", samples=samples, saved_bytes=saved)
+    group = f"S = {samples} averaged, training step"
+    timed(timing.training_step(module, x, dy), name, group, samples=samples, saved_bytes=saved)
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 8])

@@ -1,8 +1,8 @@
 """Devices, cases, groups and what every stored row carries.  pytest benchmarks/ --benchmark-json=out/bench.json
 
-Every benchmark takes `device` and `case` from its module's CASES (a dictionary with "cpu", "cuda" and "quick"), checks its result,
-and hands its call to `timed`. The same code runs on the CPU and, where there is one, on the GPU. These are absolute times of this
-machine now; benchmarks/overhead.py gives the ratios, interleaved.
+Every benchmark takes `device` and `case` from its module's CASES (a dictionary with "cpu", "cuda" and "quick"), checks
+its result, and hands its call to `timed`. The same code runs on the CPU and, where there is one, on the GPU. These are
+absolute times of this machine now; benchmarks/overhead.py gives the ratios, interleaved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not 1 <= config.getoption("--threads"):
+    if config.getoption("--threads") < 1:
         raise pytest.UsageError(f"--threads: expected at least 1, got {config.getoption('--threads')}")
     torch.set_num_threads(config.getoption("--threads"))
     # Compilation and the first touch of memory belong to no figure, and the collector to no variant.

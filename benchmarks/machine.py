@@ -1,4 +1,4 @@
-"""What a figure was measured on: the machine, versions, commit and date, and the machine's own copy and matrix product."""
+"""What a figure was measured on: machine, versions, commit and date, and the machine's own copy and matrix product."""
 
 from __future__ import annotations
 
@@ -62,13 +62,18 @@ def describe(device: torch.device | str) -> dict:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "cuda": torch.version.cuda, "multiprocessors": properties.multi_processor_count}
+        found |= {
+            "gpu": properties.name,
+            "cuda": torch.version.cuda,
+            "multiprocessors": properties.multi_processor_count,
+        }
     return found
 
 
 def sentence(found: dict) -> str:
     """One line for tables, plots and documentation."""
-    where = found.get("gpu") or f"{found['cpu']}, {found['threads']} of {found['cores']} cores, {found['instruction_set']}"
+    cpu = f"{found['cpu']}, {found['threads']} of {found['cores']} cores, {found['instruction_set']}"
+    where = found.get("gpu") or cpu
     changed = " (modified)" if found["modified"] else ""
     return (
         f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; {found['date'][:10]}; "

@@ -5,6 +5,7 @@ A module with `compile_unit` is what torch.compile is given: a block that repeat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,7 +94,9 @@ class LlamaBlock(nn.Module):
 class ViT(nn.Module):
     """Patches by one convolution, a class token, learned positions, `depth` blocks, a linear head."""
 
-    def __init__(self, image: int, patch: int, width: int, depth: int, heads: int, classes: int, channels: int = 3) -> None:
+    def __init__(
+        self, image: int, patch: int, width: int, depth: int, heads: int, classes: int, channels: int = 3
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
@@ -136,7 +139,8 @@ class ResNet18(nn.Module):
         blocks, channels_in = [], width
         for stage in range(4):
             channels = width << stage
-            blocks += [ResidualBlock(channels_in, channels, 1 if stage == 0 else 2), ResidualBlock(channels, channels, 1)]
+            blocks.append(ResidualBlock(channels_in, channels, 1 if stage == 0 else 2))
+            blocks.append(ResidualBlock(channels, channels, 1))
             channels_in = channels
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(channels_in, classes)
@@ -148,7 +152,7 @@ class ResNet18(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for wide_in, wide_out in zip(widths, widths[1:]):
+    for wide_in, wide_out in itertools.pairwise(widths):
         layers += [nn.Linear(wide_in, wide_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -158,7 +162,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Network:
-    """make() -> the module; shape: of one batch of inputs; classes: of a classifier, or None where the output is a tensor."""
+    """make() -> the module; shape: of one batch of inputs; classes: of a classifier, None where it returns a tensor."""
 
     name: str
     make: Callable[[], nn.Module]

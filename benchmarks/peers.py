@@ -1,12 +1,12 @@
 """What DIP layers are compared with, as modules, and the checks that come before any time.
 
-    linear               nn.Linear, or the network as it is: the limit
-    dip                  DIPLinear, or the network after dip.convert
-    eager                Layer(x + sigma * torch.randn_like(x)), written out
-    eager, compiled      torch.compile of that
-    dropout              nn.Dropout and then the layer: what people pay today
-    reparameterization   bayesian-torch: Gaussian weights, one draw per pass. Another model
-    flipout              bayesian-torch: Gaussian weights, decorrelated by signs. Another model
+linear               nn.Linear, or the network as it is: the limit
+dip                  DIPLinear, or the network after dip.convert
+eager                Layer(x + sigma * torch.randn_like(x)), written out
+eager, compiled      torch.compile of that
+dropout              nn.Dropout and then the layer: what people pay today
+reparameterization   bayesian-torch: Gaussian weights, one draw per pass. Another model
+flipout              bayesian-torch: Gaussian weights, decorrelated by signs. Another model
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ class _StoredGradient(torch.autograd.Function):
 
 
 class Floor(nn.Linear):
-    """nn.Linear behind an autograd.Function in Python that computes nothing: what any such layer costs in eager mode."""
+    """nn.Linear behind a Python autograd.Function that computes nothing: what any such layer costs in eager mode."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
+        where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        super().__init__(linear.in_features, linear.out_features, **where)
         self.load_state_dict(linear.state_dict())
         self.log_variance = nn.Parameter(torch.zeros(linear.in_features, device=linear.weight.device))
         self.register_buffer("stored", torch.zeros_like(self.log_variance), persistent=False)
@@ -103,7 +104,7 @@ def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
 
 def _bayesian(model: nn.Module, kind: str) -> nn.Module:
-    """bayesian-torch's own conversion. Its layers then return no KL divergence, so its time is left out, in their favour."""
+    """bayesian-torch's own conversion; its layers then return no KL divergence, whose time is left out in their favour."""
     from bayesian_torch.layers import LinearFlipout, LinearReparameterization
     from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
 
@@ -181,7 +182,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
-    """y, dx, dW, db and the variance's gradient against dipkernels.reference, the noise included, on these very inputs."""
+    """y, dx, dW, db and the variance's gradient against dipkernels.reference, noise included, on these very inputs."""
     seed = torch.tensor([KEY, layer.number], device=x.device)
     where = (-1, 0, 0, 0, 1, layer.num_samples**-0.5, True)
     sigma = layer.log_variance.detach()
@@ -204,17 +205,16 @@ def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
     where = (-1, 0, 0, 0, 1, 1.0, False)
     u = dip.functional.perturb(x, sigma, seed)
     _require("perturb", _distance(u, reference.perturb(x, sigma, seed, *where, None)), tolerance(x.dtype))
-    got = torch.autograd.grad(dip.functional.perturb(x.detach(), sigma.requires_grad_(True), seed), sigma, x.detach())[0]
-    sigma.requires_grad_(False)
-    want = reference.perturb_bwd(x.detach(), sigma, seed, *where)
+    du, scale = x.detach(), sigma.detach().clone().requires_grad_(True)
+    (got,) = torch.autograd.grad(dip.functional.perturb(du, scale, seed), scale, du)
+    want = reference.perturb_bwd(du, sigma, seed, *where)
     _require("perturb backward", _distance(got, want), tolerance(torch.float32))
 
 
 def check_spread(module: nn.Module, plain: nn.Linear, x: Tensor) -> None:
-    """An eager noise layer's draw cannot be repeated elsewhere; its output's spread around nn.Linear's can be checked."""
-    with torch.no_grad():
-        noise = (module(x) - plain(x)).double()
-        expected = SIGMA * plain.weight.double().norm(dim=1).square().mean().sqrt()
+    """An eager noise layer's draw cannot be repeated elsewhere; the spread of its output around nn.Linear's is known."""
+    noise = (module(x) - plain(x)).detach().double()
+    expected = SIGMA * plain.weight.detach().double().norm(dim=1).square().mean().sqrt()
     tolerated = 0.02 + 4 / noise.numel() ** 0.5 + (0.05 if x.dtype is torch.bfloat16 else 0)
     _require("spread of the noise", abs(float(noise.square().mean().sqrt() / expected) - 1), tolerated)
 
@@ -235,7 +235,8 @@ def check_converted(model: nn.Module, x: Tensor) -> None:
     limit = 5 * tolerance(x.dtype if x.is_floating_point() else parameters[0].dtype)
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         if b is not None and float(b.norm()) > 0:
-            _require("output" if index == 0 else f"gradient {index - 1}", _distance(a, b), limit if index == 0 else 10 * limit)
+            what, allowed = (f"gradient {index - 1}", 10 * limit) if index else ("output", limit)
+            _require(what, _distance(a, b), allowed)
 
 
 def check_linear(name: str, module: nn.Module, plain: nn.Linear, x: Tensor, dy: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Time and memory of variants of one computation, side by side.
 
-Variants take turns, one round after another and in an order that changes, so that whatever else the machine does meets all alike.
-The figure is the median over rounds of the ratio within a round; its spread is the quartiles of those ratios.
+Variants take turns, one round after another and in an order that changes, so that whatever else the machine does meets
+all alike. The figure is the median over rounds of the ratio within a round; its spread is the quartiles of those ratios.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler that counts memory would announce itself
 
 import torch
 from machine import synchronize
@@ -67,11 +65,11 @@ def interleave(
     always: tuple[str, ...] = ("dip",),
     seldom: int = 4,
 ) -> dict[str, dict]:
-    """For each variant: median seconds, and median and quartiles of its ratio and of its difference to `base`, round by round.
+    """Of each variant: median seconds, and median and quartiles of its ratio and difference to `base` within a round.
 
     calls: what to time, by name. budget_s: stop after this long, but within `rounds` = (fewest, most). at_least_s: a
-    variant runs as often within a round as fills this time. Variants slower than 1.5 times the base, unless in `always`, take
-    part in every `seldom`-th round only. One that raises is returned as {"error": ...}.
+    variant runs as often within a round as fills this time. Variants slower than 1.5 times the base, unless in
+    `always`, take part in every `seldom`-th round only. One that raises is returned as {"error": ...}.
     """
     results: dict[str, dict] = {}
     counts: dict[str, int] = {}
@@ -122,7 +120,7 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward and backward, with gradients of parameters and of x into fresh tensors, as after zero_grad(set_to_none=True)."""
+    """Forward and backward, gradients of parameters and of x into fresh tensors, as after zero_grad(set_to_none=True)."""
     leaves = [x, *module.parameters()]
 
     def step() -> None:
@@ -153,6 +151,20 @@ def saved_bytes(call: Callable[[], object], own: list[Tensor]) -> int:
     return sum(kept.values())
 
 
+@contextlib.contextmanager
+def _silent():
+    """Standard error off, for what the profiler's C++ part says of itself."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most that tensors allocated during the call take at any moment. On CPU: what torch's allocator reports."""
     call()
@@ -165,7 +177,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0

@@ -1,0 +1,494 @@
+"""What a DIP layer costs over nn.Linear, beside what one would otherwise use:  python benchmarks/overhead.py
+
+Every case checks its results against dipkernels.reference, then times all variants in turn, round by round; the figure
+is the median of the ratios within a round, its spread their quartiles. About three minutes on two quiet cores.
+
+    --quick                     tiny shapes: does it run?
+    --shapes 4096x1024x1024     other layers, M x K x N; --dtypes float32 bfloat16
+    --against results.json      what moved beyond the spread since that run
+    --docs                      write the tables and plots of docs/measured.md and README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+import peers
+import report
+import timing
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dipkernels as dip
+
+SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64)]
+CUDA_SHAPES = [(8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024), (65536, 64, 64)]
+QUICK_SHAPES = [(48, 64, 32)]
+SMALL = (32, 128, 128)
+LAYERS = ("linear", "dip", "eager", "eager, compiled", "dropout", "flipout")
+WHATS = ("forward", "forward + backward")
+SAMPLES = 64
+# What this project set out to reach on two cores with AVX-512: (forward, forward + backward) over nn.Linear.
+TARGETS = {
+    ("float32", (4096, 1024, 1024)): (1.04, 1.04),
+    ("float32", (512, 4096, 4096)): (1.02, 1.02),
+    ("float32", (65536, 64, 64)): (1.40, 1.25),
+    ("bfloat16", (4096, 1024, 1024)): (1.12, 1.10),
+    ("bfloat16", (512, 4096, 4096)): (1.05, 1.05),
+    ("bfloat16", (65536, 64, 64)): (2.1, 1.6),
+}
+PERTURB_TARGETS = {"float32": 12, "bfloat16": 16}  # x + sigma * torch.randn_like(x) over perturb
+SMALL_TARGET_US = 25.0  # over nn.Linear, forward + backward
+SAMPLES_TARGET = 1.02
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def text_of(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+# ---- the cases: each checks, then times, and returns rows ------------------------------------------------------------
+
+
+class Run:
+    """The device, the limits of a case, and the rows so far."""
+
+    def __init__(self, device: torch.device, quick: bool, budget_s: float) -> None:
+        self.device, self.quick = device, quick
+        self.budget_s = 0.02 if quick else budget_s
+        self.rounds = (2, 2) if quick else (9, 80)
+        self.rows: list[dict] = []
+        self.missing: dict[str, str] = {}
+
+    def interleave(self, calls: dict[str, Callable[[], object]], base: str, **options) -> dict[str, dict]:
+        settings = {"budget_s": self.budget_s, "rounds": self.rounds, "at_least_s": 1e-4 if self.quick else 2e-3}
+        return timing.interleave(calls, base, self.device, **(settings | options))
+
+    def add(self, timed: dict[str, dict], **labels) -> None:
+        for variant, figures in timed.items():
+            self.rows.append({**labels, "device": self.device.type, "variant": variant, **figures})
+        for variant, reason in self.missing.items():
+            if labels["section"] in ("linear", "small"):
+                self.rows.append({**labels, "device": self.device.type, "variant": variant, "missing": reason})
+
+
+def _modules(run: Run, plain: nn.Linear, names: tuple[str, ...], x: Tensor, dy: Tensor) -> dict[str, nn.Module]:
+    """Every variant that exists here, each checked."""
+    modules = {}
+    for name in names:
+        module = peers.build(name, plain)
+        if isinstance(module, peers.Missing):
+            run.missing[name] = module.reason
+            continue
+        try:
+            peers.check_linear(name, module, plain, x, dy)
+        except AssertionError:
+            raise
+        except Exception as error:  # torch.compile without a compiler, for one: listed as missing
+            run.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            continue
+        modules[name] = module
+    return modules
+
+
+def _inputs(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[nn.Linear, Tensor, Tensor]:
+    m, k, n = shape
+    torch.manual_seed(0)
+    plain = nn.Linear(k, n, device=run.device, dtype=dtype)
+    x = torch.randn(m, k, device=run.device, dtype=dtype, requires_grad=True)
+    return plain, x, torch.randn(m, n, device=run.device, dtype=dtype)
+
+
+def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    plain, x, dy = _inputs(run, dtype, shape)
+    run.missing.clear()
+    modules = _modules(run, plain, LAYERS, x, dy)
+    flops = 2 * shape[0] * shape[1] * shape[2]
+    labels = {"section": "linear", "dtype": name_of(dtype), "shape": text_of(shape)}
+    for index, what in enumerate(WHATS):
+        make = (lambda m: timing.forward(m, x)) if index == 0 else (lambda m: timing.training_step(m, x, dy))
+        timed = run.interleave({name: make(module) for name, module in modules.items()}, "linear")
+        for name, figures in timed.items():
+            if "seconds" in figures:
+                figures["flop_per_s"] = flops * (3 if index else 1) / figures["seconds"]
+            if index and "seconds" in figures:
+                module = modules[name]
+                figures["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
+                figures["peak_bytes"] = timing.peak_bytes(make(module), run.device)
+        if run.device.type == "cpu" and (name_of(dtype), shape) in TARGETS:
+            timed["dip"]["target"] = TARGETS[name_of(dtype), shape][index]
+        run.add(timed, **labels, what=what)
+    peers.forget_compiled()
+
+
+def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """P and Q alone, beside the one-liner, its compiled form and a copy, which must move the same bytes."""
+    x = torch.randn(shape, device=run.device).to(dtype)
+    sigma = torch.full(shape[-1:], peers.SIGMA, device=run.device)
+    seed = torch.tensor([peers.KEY, 1], device=run.device)
+    peers.check_perturb(x, sigma, seed)
+
+    def eager() -> Tensor:
+        return x + sigma.to(dtype) * torch.randn_like(x)
+
+    calls = {
+        "dip": lambda: dip.functional.perturb(x, sigma, seed),
+        "dip, gradient of sigma": lambda: dip.functional._NoiseSum.apply(x, sigma, seed, (-1, 0, 0, 0, 1, 1.0, False)),
+        "copy": x.clone,
+        "randn_like alone": lambda: torch.randn_like(x),
+        "eager": eager,
+        "eager, compiled": torch.compile(eager, backend=peers.compile_backend, dynamic=False),
+    }
+    with torch.no_grad():
+        timed = run.interleave(calls, "dip", budget_s=run.budget_s / 2, seldom=3)
+    for variant, figures in timed.items():
+        if "seconds" in figures:
+            passes = 1 if variant in ("dip, gradient of sigma", "randn_like alone") else 2
+            figures["bytes_per_s"] = passes * x.nbytes / figures["seconds"]
+    if run.device.type == "cpu" and not run.quick:
+        timed["eager"]["target"] = PERTURB_TARGETS.get(name_of(dtype))
+    run.add(timed, section="perturb", dtype=name_of(dtype), shape=text_of(shape))
+    peers.forget_compiled()
+
+
+def samples_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """S samples averaged inside an affine layer, over S = 1."""
+    plain, x, dy = _inputs(run, dtype, shape)
+    modules = {}
+    for samples in (1, SAMPLES):
+        layer = dip.DIPLinear(shape[1], shape[2], device=run.device, dtype=dtype, num_samples=samples)
+        layer.load_state_dict(plain.state_dict())
+        peers.check_dip_linear(layer, x, dy)
+        modules[f"S = {samples}"] = layer
+    calls = {name: timing.training_step(module, x, dy) for name, module in modules.items()}
+    timed = run.interleave(calls, "S = 1", always=tuple(modules), budget_s=run.budget_s / 2)
+    for name, module in modules.items():
+        timed[name]["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
+    if run.device.type == "cpu":
+        timed[f"S = {SAMPLES}"]["target"] = SAMPLES_TARGET
+    run.add(timed, section="samples", dtype=name_of(dtype), shape=text_of(shape), what=WHATS[1])
+
+
+def small_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """A layer whose time is Python and the dispatcher; "floor" is nn.Linear behind an autograd.Function that computes nothing."""
+    plain, x, dy = _inputs(run, dtype, shape)
+    run.missing.clear()
+    modules = _modules(run, plain, (*LAYERS, "floor"), x, dy)
+    for index, what in enumerate(WHATS):
+        make = (lambda m: timing.forward(m, x)) if index == 0 else (lambda m: timing.training_step(m, x, dy))
+        calls = {name: make(module) for name, module in modules.items()}
+        timed = run.interleave(calls, "linear", always=("dip", "floor", "eager"), budget_s=run.budget_s / 2)
+        run.add(timed, section="small", dtype=name_of(dtype), shape=text_of(shape), what=what)
+    peers.forget_compiled()
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _select(rows: list[dict], **labels) -> dict[str, dict]:
+    return {row["variant"]: row for row in rows if all(row.get(k) == v for k, v in labels.items())}
+
+
+def _cases(rows: list[dict], section: str, *keys: str) -> list[dict]:
+    found = [{key: row.get(key) for key in keys} for row in rows if row["section"] == section]
+    return [case for index, case in enumerate(found) if case not in found[:index]]
+
+
+def _verdict(row: dict) -> str:
+    if "target" not in row:
+        return ""
+    if row["ratio"] <= row["target"]:
+        return f"{row['target']:g}, reached"
+    reached_by_spread = row["quartiles"][0] <= row["target"]
+    return f"{row['target']:g}, missed by {row['ratio'] - row['target']:.3f}" + (
+        " (within the spread)" if reached_by_spread else ""
+    )
+
+
+def _linear_table(rows: list[dict], rates: dict) -> str:
+    lines = []
+    for case in _cases(rows, "linear", "dtype", "shape", "what"):
+        found = _select(rows, section="linear", **case)
+        base, ours = found["linear"], found["dip"]
+        limit = rates.get("matmul_flop_per_s", {}).get(case["dtype"])
+        share = f"{ours['flop_per_s'] / 1e12:.3g} of {limit / 1e12:.3g}" if limit and "flop_per_s" in ours else ""
+        lines.append(
+            [
+                f"{case['dtype']} {case['shape']}",
+                case["what"],
+                report.duration(base["seconds"]),
+                report.ratio(ours, spread=True),
+                _verdict(ours),
+                share,
+                *(report.ratio(found.get(name)) for name in LAYERS[2:]),
+            ]
+        )
+    heads = ["M x K x N", "", "nn.Linear", "**DIP**", "target", "TFLOP/s, DIP of matmul", *LAYERS[2:]]
+    return report.table(heads, lines)
+
+
+def _memory_table(rows: list[dict]) -> str:
+    lines = []
+    for case in _cases(rows, "linear", "dtype", "shape"):
+        found = _select(rows, section="linear", **case, what=WHATS[1])
+        base = found["linear"]
+        cells = []
+        for key in ("saved_bytes", "peak_bytes"):
+            cells.append(report.size(base[key]))
+            for name in ("dip", "eager", "eager, compiled", "flipout"):
+                row = found.get(name, {})
+                cells.append(f"{row[key] / base[key]:.3f}" if key in row else report.ratio(row or None))
+        lines.append([f"{case['dtype']} {case['shape']}", *cells])
+    heads = ["M x K x N", "saved: nn.Linear", "**DIP**", "eager", "compiled", "flipout"]
+    return report.table([*heads, "peak: nn.Linear", "**DIP**", "eager", "compiled", "flipout"], lines)
+
+
+def _perturb_table(rows: list[dict], rates: dict) -> str:
+    lines = []
+    for case in _cases(rows, "perturb", "dtype", "shape"):
+        found = _select(rows, section="perturb", **case)
+        ours, eager = found["dip"], found["eager"]
+        target = eager.get("target")
+        verdict = "" if target is None else f"{target}, " + ("reached" if eager["ratio"] >= target else "missed")
+        lines.append(
+            [
+                f"{case['dtype']} {case['shape']}",
+                report.duration(ours["seconds"]),
+                f"{ours['bytes_per_s'] / 1e9:.1f} of {rates['copy_bytes_per_s'] / 1e9:.1f}",
+                report.duration(found["dip, gradient of sigma"]["seconds"]),
+                report.ratio(eager, spread=True),
+                verdict,
+                *(report.ratio(found.get(name)) for name in ("eager, compiled", "randn_like alone", "copy")),
+            ]
+        )
+    heads = ["M x K", "perturb", "GB/s of copy", "gradient of sigma", "**eager over perturb**", "target"]
+    return report.table([*heads, "compiled over perturb", "randn_like over perturb", "copy over perturb"], lines)
+
+
+def _samples_table(rows: list[dict]) -> str:
+    lines = []
+    for case in _cases(rows, "samples", "dtype", "shape"):
+        found = _select(rows, section="samples", **case)
+        ours = found[f"S = {SAMPLES}"]
+        saved = ours["saved_bytes"] / found["S = 1"]["saved_bytes"]
+        where = f"{case['dtype']} {case['shape']}"
+        lines.append([where, report.ratio(ours, spread=True), _verdict(ours), f"{saved:.3f}"])
+    return report.table(["M x K x N", f"S = {SAMPLES} over S = 1", "target", "bytes saved"], lines)
+
+
+def _small_table(rows: list[dict]) -> str:
+    def over(row: dict | None) -> str:
+        if row is None or "over_base_s" not in row:
+            return report.ratio(row)
+        low, high = (1e6 * value for value in row["over_base_quartiles_s"])
+        return f"{1e6 * row['over_base_s']:.1f} [{low:.1f}, {high:.1f}]"
+
+    lines = []
+    for case in _cases(rows, "small", "dtype", "shape", "what"):
+        found = _select(rows, section="small", **case)
+        base = f"{1e6 * found['linear']['seconds']:.1f}"
+        names = ("dip", "floor", "eager", "eager, compiled", "dropout", "flipout")
+        lines.append(
+            [f"{case['dtype']} {case['shape']}", case["what"], base, *(over(found.get(name)) for name in names)]
+        )
+    heads = [
+        "M x K x N",
+        "",
+        "nn.Linear, us",
+        "**DIP**, us over it",
+        "floor",
+        "eager",
+        "compiled",
+        "dropout",
+        "flipout",
+    ]
+    return report.table(heads, lines)
+
+
+def _missing(rows: list[dict]) -> str:
+    reasons = {row["variant"]: row["missing"] for row in rows if "missing" in row}
+    reasons |= {row["variant"]: row["error"] for row in rows if "error" in row}
+    return "\n".join(f"Missing: {name}: {reason}" for name, reason in reasons.items())
+
+
+def text(record: dict) -> str:
+    """Everything that was measured, as Markdown."""
+    rows, rates = record["rows"], record["rates"]
+    matmul = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["matmul_flop_per_s"].items())
+    parts = [
+        f"{machine.sentence(record['machine'])}. The machine's own copy: {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s read and"
+        f" written; its matrix product: {matmul}. `python benchmarks/overhead.py`, {record['seconds']:.0f} s.",
+        "Time over nn.Linear: median of the ratios within a round, and for DIP its quartiles.",
+        _linear_table(rows, rates),
+        "Bytes kept for backward, and the most that tensors take during forward + backward, over nn.Linear's:",
+        _memory_table(rows),
+        "u = x + sigma z alone, beside `x + sigma * torch.randn_like(x)`:",
+        _perturb_table(rows, rates),
+        f"{SAMPLES} samples averaged inside the layer, forward + backward:",
+        _samples_table(rows),
+        f"A small layer, microseconds over nn.Linear (target: {SMALL_TARGET_US:g} for forward + backward); floor: nn.Linear behind"
+        " an autograd.Function that copies its input and returns a stored gradient:",
+        _small_table(rows),
+        _missing(rows),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def short_text(record: dict) -> str:
+    """The README's table."""
+    rows = record["rows"]
+    lines = []
+    for case in _cases(rows, "linear", "dtype", "shape"):
+        both = [_select(rows, section="linear", **case, what=what) for what in WHATS]
+        saved = both[1]["dip"]["saved_bytes"] / both[1]["linear"]["saved_bytes"]
+        eager_saved = both[1]["eager"]["saved_bytes"] / both[1]["linear"]["saved_bytes"]
+        cells = [" / ".join(report.ratio(found.get(name)) for found in both) for name in LAYERS[1:]]
+        lines.append([f"{case['dtype']} {case['shape']}", *cells, f"{saved:.2f}", f"{eager_saved:.2f}"])
+    heads = ["M x K x N", "**DIP**", *LAYERS[2:], "bytes saved: **DIP**", "eager"]
+    return f"{report.table(heads, lines)}\n\n{machine.sentence(record['machine'])}."
+
+
+def plot(record: dict, path: Path) -> None:
+    """Time over the plain layer, which is the line at 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = record["rows"]
+    cases = _cases(rows, "linear", "dtype", "shape")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    markers = dict(zip(LAYERS[1:], "Dos^v", strict=True))
+    for axis, what in zip(axes, WHATS, strict=True):
+        for offset, name in enumerate(LAYERS[1:]):
+            found = [_select(rows, section="linear", **case, what=what).get(name, {}) for case in cases]
+            points = [(i + 0.1 * (offset - 2), row) for i, row in enumerate(found) if "ratio" in row]
+            if not points:
+                continue
+            places, there = zip(*points, strict=True)
+            errors = [
+                [max(0.0, row["ratio"] - row["quartiles"][0]) for row in there],
+                [max(0.0, row["quartiles"][1] - row["ratio"]) for row in there],
+            ]
+            style = {"color": "C3", "markersize": 9, "zorder": 3} if name == "dip" else {"alpha": 0.8}
+            heights = [row["ratio"] for row in there]
+            label = {"dip": "DIP"}.get(name, name)
+            axis.errorbar(places, heights, yerr=errors, fmt=markers[name], capsize=2, label=label, **style)
+        axis.axhline(1, color="black", linewidth=1, label="nn.Linear")
+        axis.set_yscale("log")
+        axis.set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
+        axis.set_xticks(range(len(cases)), [f"{case['dtype']}\n{case['shape']}" for case in cases], fontsize=7)
+        axis.set_title(what)
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].set_ylabel("time over nn.Linear")
+    axes[0].legend()
+    figure.suptitle(machine.sentence(record["machine"]), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def shape_of(argument: str) -> tuple[int, int, int]:
+    try:
+        m, k, n = (int(part) for part in argument.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected MxKxN, such as 4096x1024x1024, got {argument!r}") from None
+    if min(m, k, n) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {argument!r}")
+    return m, k, n
+
+
+def measure(args: argparse.Namespace) -> dict:
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    started = time.perf_counter()
+    run = Run(device, args.quick, args.budget)
+    default = QUICK_SHAPES if args.quick else CUDA_SHAPES if device.type == "cuda" else SHAPES
+    shapes = args.shapes or default
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    record = {"machine": machine.describe(device)}
+    work: list[tuple[str, Callable[[], None]]] = []
+    for dtype, shape in itertools.product(dtypes, shapes):
+        work.append((f"{name_of(dtype)} {text_of(shape)}", lambda d=dtype, s=shape: linear_case(run, d, s)))
+    for dtype, shape in itertools.product(dtypes, dict.fromkeys(shape[:2] for shape in shapes)):
+        work.append((f"perturb {name_of(dtype)} {text_of(shape)}", lambda d=dtype, s=shape: perturb_case(run, d, s)))
+    work.append((f"S = {SAMPLES}", lambda: samples_case(run, dtypes[0], shapes[0])))
+    for dtype in dtypes:
+        work.append((f"small {name_of(dtype)}", lambda d=dtype: small_case(run, d, SMALL)))
+    with tqdm(total=len(work) + 1, unit="case", dynamic_ncols=True, disable=args.no_progress) as bar:
+        bar.set_description("copy and matrix product")
+        side = 128 if args.quick else 8192 if device.type == "cuda" else 2048
+        moved = 1 << 20 if args.quick else 1 << 30 if device.type == "cuda" else 1 << 28
+        record["rates"] = {
+            "copy_bytes_per_s": machine.copy_rate(device, moved),
+            "matmul_flop_per_s": {name_of(dtype): machine.matmul_rate(device, dtype, side) for dtype in dtypes},
+        }
+        bar.update()
+        for name, case in work:
+            bar.set_description(name)
+            case()
+            bar.update()
+    record |= {"seconds": time.perf_counter() - started, "quick": args.quick, "rows": run.rows}
+    return record
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, help="layers, each MxKxN")
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (2)")
+    parser.add_argument("--budget", type=float, default=7.0, help="seconds of timing for each of a case's parts (7)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--out", type=Path, help="where to write (benchmarks/results/overhead-<device>-<date>.json)")
+    parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
+    parser.add_argument("--against", type=Path, help="a stored run to compare with")
+    parser.add_argument(
+        "--docs", action="store_true", help="write docs/measured.md, docs/overhead.png and README's table"
+    )
+    args = parser.parse_args(arguments)
+    if args.threads < 1 or args.budget <= 0:
+        parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
+    for path in (args.source, args.against):
+        if path is not None and not path.is_file():
+            parser.error(f"expected a stored run, found no file {path}")
+    peers.compile_backend = "eager" if args.quick else "inductor"
+    earlier = json.loads(args.against.read_text()) if args.against else None
+
+    record = json.loads(args.source.read_text()) if args.source else measure(args)
+    print(text(record))
+    if not args.source:
+        path = report.store("overhead", record, args.out)
+        plot(record, path.with_suffix(".png"))
+        print(f"\nwrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")
+    if args.docs:
+        docs = machine.ROOT / "docs"
+        report.fill(docs / "measured.md", f"overhead-{record['machine']['device']}", text(record))
+        if record["machine"]["device"] == "cpu":
+            plot(record, docs / "overhead.png")
+            if report.has_place(machine.ROOT / "README.md", "overhead"):
+                report.fill(machine.ROOT / "README.md", "overhead", short_text(record))
+    if earlier is not None:
+        print("\n" + "\n".join(report.moved(record, earlier)))
+    return record
+
+
+if __name__ == "__main__":
+    main()

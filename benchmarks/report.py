@@ -1,0 +1,113 @@
+"""Writing what was measured: tables, the marked places in documents, result files, comparison with an earlier run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from machine import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown, columns aligned so that it reads in a terminal too."""
+    cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def fill(path: Path, name: str, text: str) -> None:
+    """Put text between the lines `<!-- name:begin -->` and `<!-- name:end -->` of a document.
+
+    Raises ValueError where it does not have both, once and in this order.
+    """
+    begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    document = path.read_text()
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"{path.name}: expected one line {begin.strip()!r}, and {end!r} after it")
+    before, rest = document.split(begin)
+    path.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{rest.split(end)[1]}")
+
+
+def has_place(path: Path, name: str) -> bool:
+    return path.exists() and f"<!-- {name}:begin -->" in path.read_text()
+
+
+def store(kind: str, record: dict, path: Path | None) -> Path:
+    """As JSON in benchmarks/results/<kind>-<device>-<date and time>.json, or at path."""
+    if path is None:
+        now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+        path = RESULTS / f"{kind}-{record['machine']['device']}-{now}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+KEYS = ("section", "device", "dtype", "shape", "what", "variant")
+
+
+def _key(row: dict) -> str:
+    return " ".join(str(row[key]) for key in KEYS if row.get(key) is not None)
+
+
+def moved(new: dict, old: dict) -> list[str]:
+    """The rows whose ratio moved beyond the spread: each median outside the other run's quartiles. In words, and the rest counted."""
+    before = {_key(row): row for row in old["rows"] if "ratio" in row}
+    lines, same, only_new = [], 0, []
+    for row in new["rows"]:
+        earlier = before.pop(_key(row), None)
+        if "ratio" not in row:
+            if earlier is not None:
+                lines.append(f"failed   {_key(row)}: was {earlier['ratio']:.3f}, now {row.get('error', 'missing')}")
+            continue
+        if earlier is None:
+            only_new.append(_key(row))
+            continue
+        low, high = row["quartiles"]
+        old_low, old_high = earlier["quartiles"]
+        if low <= earlier["ratio"] <= high or old_low <= row["ratio"] <= old_high:
+            same += 1
+            continue
+        word = "slower" if row["ratio"] > earlier["ratio"] else "faster"
+        lines.append(
+            f"{word:8} {_key(row)}: {earlier['ratio']:.3f} [{old_low:.3f}, {old_high:.3f}]"
+            f" -> {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+        )
+    differs = [k for k in ("cpu", "gpu", "threads", "torch") if old["machine"].get(k) != new["machine"].get(k)]
+    if differs:
+        said = ", ".join(f"{k} {old['machine'].get(k)} -> {new['machine'].get(k)}" for k in differs)
+        lines.insert(0, f"not the same machine or versions: {said}")
+    lines.append(f"{same} rows moved within their spread")
+    lines += [f"only in this run: {key}" for key in only_new] + [f"only in the earlier run: {key}" for key in before]
+    return lines
+
+
+# ---- words for figures -----------------------------------------------------------------------------------------------
+
+
+def ratio(row: dict | None, spread: bool = False) -> str:
+    if row is None:
+        return ""
+    if "ratio" not in row:
+        return "missing" if "missing" in row else "failed"
+    digits = 2 if row["ratio"] < 10 else 1
+    text = f"{row['ratio']:.{digits}f}"
+    return f"{text} [{row['quartiles'][0]:.{digits}f}, {row['quartiles'][1]:.{digits}f}]" if spread else text
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
