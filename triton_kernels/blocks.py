@@ -40,7 +40,7 @@ TABLE = {
     },
     100: {
         "fwd": Blocks(128, 128, 64, 8, 3),
-        "fwd_mean": Blocks(128, 64, 64, 8, 3),
+        "fwd_mean": Blocks(64, 64, 64, 8, 3),
         "bwd_x": Blocks(128, 64, 128, 8, 3),
         "bwd_x_mean": Blocks(64, 64, 128, 8, 3),
         "bwd_weight": Blocks(64, 128, 128, 8, 3),

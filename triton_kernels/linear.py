@@ -388,7 +388,8 @@ def linear_bwd_weight(
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(n, k, dtype=dtype, device=dy.device), dbias
     vec = _vec(col0 % 8, n, k, dy.stride(0), x.stride(0))
-    regular = vec == 8 and max(x.element_size(), dy.element_size()) <= operand.itemsize
+    # A mean over samples needs the registers that unaligned loads would.
+    regular = vec == 8 and num_samples == 1 and max(x.element_size(), dy.element_size()) <= operand.itemsize
     chosen = blocks("bwd_weight", _architecture(dy.device), m, n, k, operand.itemsize, regular)
     tiles = triton.cdiv(n, chosen.BLOCK_N) * triton.cdiv(k + col0 % 8, chosen.BLOCK_K)
     count = splits(tiles, m, num_multiprocessors(dy.device))
