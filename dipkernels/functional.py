@@ -10,10 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
+from . import ops, tensor_parallel
+from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
 # `where` below is (dim, row0, col0, sample, num_samples, factor, log_variance), as in ops.
+
+
+def _on(x):
+    """Where the kernels of x are: ops, or for a DTensor the functions of the same name that call it on the shard."""
+    return tensor_parallel if is_dtensor(x) else ops
 
 
 def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, noise_sum):
@@ -23,7 +29,7 @@ def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, n
     if not needs_dsigma:
         return dx, None
     if not torch.is_grad_enabled():
-        return dx, ops.perturb_bwd(du, sigma, seed, *where)
+        return dx, _on(du).perturb_bwd(du, sigma, seed, *where)
     # Under create_graph: the same value from differentiable pieces.
     *place, log_variance = where
     dsigma = noise_sum(du, sigma, seed, (*place, False))
@@ -37,7 +43,7 @@ class _Perturb(Function):
     def forward(ctx, x, sigma, seed, where, out_dtype):
         ctx.save_for_backward(sigma, seed)
         ctx.where, ctx.x_dtype = where, x.dtype
-        return ops.perturb(x, sigma, seed, *where, out_dtype)
+        return _on(x).perturb(x, sigma, seed, *where, out_dtype)
 
     @staticmethod
     def backward(ctx, du):
@@ -53,12 +59,13 @@ class _NoiseSum(Function):
     def forward(ctx, g, sigma, seed, where):
         ctx.save_for_backward(seed)
         ctx.where, ctx.g_shape, ctx.g_dtype = where, g.shape, g.dtype
-        return ops.perturb_bwd(g, sigma, seed, *where)
+        ctx.g_mesh = (g.device_mesh,) if is_dtensor(g) else None
+        return _on(g).perturb_bwd(g, sigma, seed, *where)
 
     @staticmethod
     def backward(ctx, h):
         (seed,) = ctx.saved_tensors
-        zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
+        zeros = tensor_parallel.new_zeros(h, ctx.g_shape, ctx.g_dtype, ctx.g_mesh)
         return _Perturb.apply(zeros, h, seed, ctx.where, None), None, None, None
 
 
@@ -173,6 +180,19 @@ class _LinearReplay(Function):
         return dx, dweight, dbias, dsigma, None, None, None
 
 
+class _Unused(Function):
+    """x itself; sigma gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx, x, sigma):
+        ctx.save_for_backward(sigma)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, du):
+        return du, torch.zeros_like(ctx.saved_tensors[0])
+
+
 # ---- public --------------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +204,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
+    """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
+    if not (torch.is_grad_enabled() and sigma.requires_grad) or torch._C._are_functorch_transforms_active():
+        return x
+    return _Unused.apply(x, sigma)
+
+
 def _check_sigma(sigma: Tensor) -> None:
     # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
     if sigma.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    if is_dtensor(sigma):  # a rank alone cannot say it for all
         return
     if not bool((sigma >= 0).all()):
         raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
@@ -203,6 +232,8 @@ def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
 
 
 def _perturb(x, sigma, seed, where, dtype):
+    if is_dtensor(x) or is_dtensor(sigma):
+        x, seed = tensor_parallel.prepare(x, sigma, seed, where[0])
     if torch._C._are_functorch_transforms_active():
         return _PerturbFunc.apply(x, sigma, seed, where, dtype)
     return _Perturb.apply(x, sigma, seed, where, dtype)
@@ -244,8 +275,10 @@ def perturb(
 ) -> Tensor:
     """u = x + sigma * z, differentiable in x and sigma to any order.
 
-    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. sigma: [K], float32 or float64, a standard
-    deviation >= 0 (checked on a CPU in eager mode), or with log_variance=True ln(sigma^2), any value. seed: int64 [2] = (key,
+    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features; a DTensor gets the noise of the whole tensor,
+    each rank that of its shard (seed must be one on all ranks; cut along an inner dimension it costs a call per entry).
+    sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode), or with log_variance=True
+    ln(sigma^2), any value. seed: int64 [2] = (key,
     stream), on x's device. row0, col0, sample: as in `noise`. num_samples = S averages S draws: collapsed, one draw with
     sigma / sqrt(S), which has the same law; otherwise the mean of samples sample .. sample + S - 1. dtype: of u, x's by default.
     Computed in float32 (float64 for float64 x), rounded once. Returns u, of x's shape, and of its strides where x is dense.
@@ -281,7 +314,10 @@ def dip_linear(
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     dtype = autocast_dtype(x)
     where = _where(sigma, -1, row0, col0, sample, num_samples, collapsed, log_variance)
-    if keep == "x" or (keep == "auto" and torch.compiler.is_compiling()):
+    if is_dtensor(x):
+        if keep == "x":
+            raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
+    elif keep == "x" or (keep == "auto" and torch.compiler.is_compiling()):
         if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
             return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Variance
+from .tensor_parallel import full, is_dtensor
 
 
 def _check_weight(name: str, value: float) -> None:
@@ -21,6 +22,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
 
     model: a module with DIP layers; a variance that layers share counts once. alpha, beta: >= 0. With no pull from the
     data the optimum is lambda = beta / alpha.
+    Sharded parameters (FSDP2, DTensor) are summed over the ranks: each rank gets the whole penalty, so all must call it.
     Returns a scalar, float32, differentiable. Raises ValueError without DIP layers or for a negative alpha or beta.
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
@@ -31,9 +33,14 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     }
     if not unique:
         raise ValueError("model: expected DIP layers, found none; convert it first")
-    parts = list(unique.values())
+    sharded = [part for part in unique.values() if is_dtensor(part)]
+    parts = [part for part in unique.values() if not is_dtensor(part)]
+    # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
+    total = sum(full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
+    if not parts:
+        return total
     log_variance = torch.cat([part.to(parts[0].device) for part in parts])
-    return alpha * log_variance.exp().sum() - beta * log_variance.sum()
+    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
 
 
 def objective(

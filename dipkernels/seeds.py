@@ -7,14 +7,19 @@ nothing; a context variable would break the trace, and a thread-local would be m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import operator
+import warnings
 
 import torch
 from torch import Tensor
 
+from .tensor_parallel import is_dtensor, local
+
 _KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 _ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
 _MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
+_TAG: tuple | None = None  # what _KEY and _ROW0 came from, on the host: reading a key would stop a GPU
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
 
@@ -34,13 +39,13 @@ class _State(contextlib.ContextDecorator):
         raise NotImplementedError
 
     def __enter__(self):
-        self._saved.append((_KEY, _ROW0, _MODE))
+        self._saved.append((_KEY, _ROW0, _MODE, _TAG))
         self._set()
         return self
 
     def __exit__(self, *exc) -> None:
-        global _KEY, _ROW0, _MODE
-        _KEY, _ROW0, _MODE = self._saved.pop()
+        global _KEY, _ROW0, _MODE, _TAG
+        _KEY, _ROW0, _MODE, _TAG = self._saved.pop()
 
 
 class fixed_noise(_State):
@@ -50,8 +55,9 @@ class fixed_noise(_State):
     row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0
     .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading
     dimension is batch * m: pass row0=b0 * m there.
-    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there. A layer
-    called twice inside repeats its noise. Nests; restores on exceptions; works as a decorator.
+    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there; outside, it
+    raises RuntimeError. A layer called twice inside repeats its noise. Nests; restores on exceptions; works as a
+    decorator.
     Raises TypeError or ValueError for a key or row0 outside these. Source: the noise contract, DESIGN.
     """
 
@@ -64,10 +70,12 @@ class fixed_noise(_State):
             raise TypeError(f"row0: expected an integer >= 0, got {row0!r}") from None
         if self._row0 < 0:
             raise ValueError(f"row0: expected an integer >= 0, got {row0}")
+        on_host = self._key.device.type == "cpu" or not isinstance(key, Tensor)
+        self._tag = (int(key) % 2**64 if on_host else "a tensor", self._row0)
 
     def _set(self) -> None:
-        global _KEY, _ROW0
-        _KEY, _ROW0 = self._key, self._row0
+        global _KEY, _ROW0, _TAG
+        _KEY, _ROW0, _TAG = self._key, self._row0, self._tag
 
 
 class noise_off(_State):
@@ -110,10 +118,10 @@ class numbered_pass(_State):
         self._number, self._rows_per_entry = number, rows_per_entry
 
     def _set(self) -> None:
-        global _KEY, _ROW0
+        global _KEY, _ROW0, _TAG
         if _KEY is not None:
             step = torch.tensor([signed(self._number * _GOLDEN), 0], device=_KEY.device)
-            _KEY, _ROW0 = _KEY + step, _ROW0 * self._rows_per_entry
+            _KEY, _ROW0, _TAG = _KEY + step, _ROW0 * self._rows_per_entry, (_TAG, self._number)
 
 
 def _key_tensor(key: int | Tensor) -> Tensor:
@@ -137,10 +145,106 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
     stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of
     that device, in one call, as dropout's does.
+    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first.
     """
     if _KEY is None:
-        return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
-    return _KEY.to(x.device) + stream
+        if torch.compiler.is_compiling():
+            _when_traced(x.device.type, is_dtensor(x))
+        elif _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
+            _compare_ranks(x.device.type, is_dtensor(x))
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+    else:
+        seed = _KEY.to(x.device) + (local(stream) if is_dtensor(stream) else stream)
+    if not torch.compiler.is_compiling():
+        _watch_checkpoint(seed)
+    return seed
+
+
+# ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
+
+_first_draws: dict[tuple, None] = {}  # of blocks that a backward pass may compute again, oldest first
+_MAX_DRAWS = 2**16
+
+
+def _watch_checkpoint(seed: Tensor) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        # No checkpointed block runs its first forward with gradients on and no hook on saved tensors.
+        hooked = not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if hooked and _MODE is None and (mark := _mark_of(seed)) is not None:
+            if len(_first_draws) >= _MAX_DRAWS:
+                _first_draws.pop(next(iter(_first_draws)))
+            _first_draws[mark] = None
+        return
+    if not _first_draws or (mark := _mark_of(seed)) is None or mark in _first_draws:
+        return
+    what = "draws a seed" if _KEY is None else f"takes its noise from fixed_noise(key, row0) = {_TAG}"
+    raise RuntimeError(
+        f"checkpoint: a block that is computed again in the backward pass {what}, which is not what its forward pass had, so that its "
+        "gradients would be wrong. Keep preserve_rng_state=True, or run forward and backward inside one fixed_noise(key)"
+    )
+
+
+def _mark_of(seed: Tensor) -> tuple | None:
+    """What tells one draw from another without stopping a GPU; None where nothing does."""
+    if _KEY is not None:
+        return _TAG
+    if type(seed) is not Tensor or torch._C._are_functorch_transforms_active():
+        return None
+    if seed.device.type == "cpu":
+        return tuple(seed.tolist())
+    if seed.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    generator = torch.cuda.default_generators[seed.device.index]
+    return generator.initial_seed(), generator.get_offset()
+
+
+@torch.compiler.assume_constant_result
+def _when_traced(device: str, shared: bool) -> None:
+    """Runs while torch.compile traces `draw`, which has it in no graph."""
+    if _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
+        _compare_ranks(device, shared)
+    _check_memory_budget()
+
+
+def _check_memory_budget() -> None:
+    from torch._functorch import config
+
+    if config.activation_memory_budget < 1:
+        warnings.warn(
+            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in backward (as it "
+            "does torch.randn), which makes gradients wrong; run forward and backward inside fixed_noise(key)",
+            stacklevel=2,
+        )
+
+
+# ---- data parallel: ranks that would draw one noise for different examples -------------------------------------------
+
+_ranks_to_compare = True  # until this process drew for the first time as one of several
+
+
+def _compare_ranks(device: str, shared: bool) -> None:
+    """Leave a digest of the generator's state in the process group's store, and warn where another rank left the same.
+
+    shared: whether the ranks share the tensor (DTensor) and have to draw alike. No collective: a rank that never gets
+    here keeps none waiting.
+    """
+    global _ranks_to_compare
+    distributed = torch.distributed
+    if shared or distributed.get_world_size() == 1:
+        return
+    _ranks_to_compare = False
+    state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    place = f"dipkernels/{device}/{hashlib.sha256(state.numpy().tobytes()).hexdigest()}"
+    store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
+    if store.add(place, 1) == 1:
+        store.set(f"{place}/rank", str(rank))
+    else:
+        other = store.get(f"{place}/rank").decode() if store.check([f"{place}/rank"]) else "another"
+        warnings.warn(
+            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold different examples should differ: "
+            "torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first example)",
+            stacklevel=2,
+        )
 
 
 def first_row(x: Tensor, dim: int = -1) -> int:

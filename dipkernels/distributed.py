@@ -1,0 +1,149 @@
+"""Many processes: shard the variances by one call, and check what the ranks must and must not share.  docs/cluster.md."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+
+import torch
+from torch import nn
+
+from . import seeds
+from .layers import Variance, dip_layers
+from .tensor_parallel import is_dtensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, **fsdp) -> nn.Module:
+    """fully_shard every variance inside the module as one group of its own, in float32, before the module itself.
+
+        for block in model.blocks:
+            fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
+        fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh, mp_policy=bf16)
+
+    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that are
+    float32 throughout need none of this. module: not sharded yet; variances that are sharded already stay as they are.
+    reshard_after_forward: gather the group a second time in backward; it is small, so by default it is not. fsdp: mesh,
+    offload_policy, ... of torch.distributed.fsdp.fully_shard.
+    Returns the module. Raises ValueError without DIP layers, or for an mp_policy of half precision.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    variances = [m for m in module.modules() if isinstance(m, Variance)]
+    if not variances:
+        raise ValueError("module: expected DIP layers, found none; convert it first")
+    policy = fsdp.get("mp_policy")
+    if policy is not None and policy.param_dtype in _HALF:
+        raise ValueError(f"mp_policy: expected variances to stay float32, got param_dtype={policy.param_dtype}")
+    fresh = [m for m in variances if not isinstance(m, FSDPModule)]
+    if fresh:
+        fully_shard(fresh, reshard_after_forward=reshard_after_forward, **fsdp)
+    return module
+
+
+def check_ranks(model: nn.Module, tensor_parallel=None) -> None:
+    """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
+
+    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, or mesh dimension, over which layers
+    are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then, in the
+    fixed_noise context of a step if there is one, where it compares keys instead of generators.
+    Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
+    (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are
+    numbered differently; tensor-parallel ranks of different noise. Warns (UserWarning) where ranks that hold different
+    examples would draw the same noise. Without a process group only the model is looked at.
+    """
+    from torch import distributed
+
+    layers = dip_layers(model)
+    if not layers:
+        raise ValueError("model: expected DIP layers, found none; convert it first")
+    mine = {
+        "faults": _faults(model),
+        "numbers": {name: layer.number for name, layer in layers.items()},
+        "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
+        "place": None if tensor_parallel is None else tuple(tensor_parallel.mesh.flatten().tolist()),
+    }
+    together = distributed.is_available() and distributed.is_initialized()
+    ranks: list = [mine]
+    if together:
+        ranks = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, mine)
+    problems = [f"rank {r}: {fault}" for r, each in enumerate(ranks) for fault in each["faults"]]
+    problems += _numbering(ranks)
+    for rank, each in enumerate(ranks):
+        first = each["place"][0] if each["place"] else rank
+        if each["noise"] != ranks[first]["noise"]:
+            problems.append(
+                f"rank {rank} would draw other noise than rank {first}, with which it shares tensors: {_shown(each)}, {_shown(ranks[first])}"
+            )
+    if problems:
+        raise RuntimeError("check_ranks:\n  " + "\n  ".join(problems))
+    _warn_equal(ranks)
+
+
+def _faults(model: nn.Module) -> list[str]:
+    from torch.distributed import is_available
+
+    faults = []
+    if not is_available():
+        return faults
+    from torch.distributed.fsdp import FSDPModule
+
+    wrapped = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
+    for name, layer in dip_layers(model).items():
+        parameter, full_name = layer.variance.log_variance, f"{name}.variance.log_variance".lstrip(".")
+        if parameter.dtype in _HALF:
+            faults.append(f"{full_name}: expected float32, got {parameter.dtype}")
+        around = [n for n in wrapped if f"{name}.variance.".lstrip(".").startswith(f"{n}." if n else "")]
+        if around:
+            policy = wrapped[max(around, key=len)]._get_fsdp_state()._mp_policy
+            if policy.param_dtype in _HALF:
+                faults.append(f"{full_name}: FSDP would compute it in {policy.param_dtype}; call dip.shard_variances first")
+        elif is_dtensor(parameter):
+            weight = getattr(layer, "weight", None)
+            placements = weight.placements if is_dtensor(weight) else [None] * parameter.device_mesh.ndim
+            if not all(p.is_replicate() or (w is not None and w.is_shard(1)) for p, w in zip(parameter.placements, placements)):
+                faults.append(
+                    f"{full_name}: expected it whole on every rank (Replicate), got {tuple(parameter.placements)} on "
+                    f"{parameter.device_mesh}"
+                )
+    return faults
+
+
+def _noise_now(device: torch.device) -> tuple:
+    """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's state."""
+    if seeds._KEY is not None:
+        return "key", int(seeds._KEY[0]) % 2**64, seeds._ROW0
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return "generator", hashlib.sha256(state.numpy().tobytes()).hexdigest()[:16]
+
+
+def _shown(each: dict) -> str:
+    kind, *values = each["noise"]
+    return f"fixed_noise(key, row0) = {tuple(values)}" if kind == "key" else f"generator state {values[0]}"
+
+
+def _numbering(ranks: list[dict]) -> list[str]:
+    first = ranks[0]["numbers"]
+    problems = []
+    for rank, each in enumerate(ranks):
+        # Pipeline stages hold different layers: only what both hold is compared.
+        differ = [name for name, number in each["numbers"].items() if first.get(name, number) != number]
+        if differ:
+            problems.append(f"rank {rank} numbers the layers {differ} differently from rank 0; call dip.number_layers on each")
+    return problems
+
+
+def _warn_equal(ranks: list[dict]) -> None:
+    groups: dict[tuple, list[int]] = {}
+    for rank, each in enumerate(ranks):
+        if each["place"] is None or each["place"][0] == rank:
+            groups.setdefault(each["noise"], []).append(rank)
+    equal = [group for group in groups.values() if len(group) > 1]
+    if equal:
+        warnings.warn(
+            f"dipkernels: ranks {equal} draw the same noise for different examples; torch.manual_seed(seed + rank), or "
+            "fixed_noise(key, row0=index of the rank's first example)",
+            stacklevel=3,
+        )

@@ -1,0 +1,77 @@
+"""Several processes on one machine, started once and given one function after another: `ranks.run(check, ...)`."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+import warnings
+
+TIMEOUT = 300  # seconds for one function; machines that run tests may pause
+
+
+class Ranks:
+    """`world` gloo processes. A function that raises in one of them ends them all; the next call starts new ones."""
+
+    def __init__(self, world: int):
+        self.world, self._processes, self._pipes = world, [], []
+
+    def run(self, check, *args):
+        """check(rank, world, *args) on every rank, which share a process group. Returns what each returned."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((check, args))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                answers.append(pipe.recv() if pipe.poll(TIMEOUT) else (False, f"no answer within {TIMEOUT} s"))
+            except EOFError:
+                answers.append((False, "died"))
+            if not answers[-1][0]:
+                # The other ranks may wait for this one: take what they have to say, and end them.
+                others = [(r, p.recv()) for r, p in enumerate(self._pipes) if r > rank and p.poll(2)]
+                self.stop()
+                text = [f"rank {rank}:\n{answers[-1][1]}"] + [f"rank {r}:\n{a[1]}" for r, a in others if not a[0]]
+                raise AssertionError("\n".join(text))
+        return [value for _, value in answers]
+
+    def _start(self):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ranks_support", "torch.distributed.tensor.parallel", "dipkernels"])
+        folder = tempfile.mkdtemp()
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, folder, rank, self.world), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe, folder, rank, world):
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    number = 0
+    while True:
+        check, args = pipe.recv()
+        number += 1
+        try:
+            store = distributed.FileStore(f"{folder}/{number}", world)
+            distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            torch.manual_seed(0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = check(rank, world, *args)
+            distributed.barrier()
+            distributed.destroy_process_group()
+            pipe.send((True, value))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

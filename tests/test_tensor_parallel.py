@@ -1,0 +1,386 @@
+"""Tensor and sequence parallel: stock styles, the noise of one process bit for bit, and nothing communicated but dsigma."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks_support import Ranks
+from torch import nn
+
+import dipkernels as dip
+from dipkernels import functional, tensor_parallel
+from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, number_layers
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+SEED = torch.tensor([0x0123456789ABCDEF, 7])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    pool = Ranks(4)
+    yield pool
+    pool.stop()
+
+
+def mesh_of(world, shape=None, names=None):
+    return torch.distributed.init_device_mesh("cpu", shape or (world,), mesh_dim_names=names)
+
+
+class MLP(nn.Module):
+    def __init__(self, k=16, hidden=32):
+        super().__init__()
+        self.norm = nn.LayerNorm(k)
+        self.up, self.down = DIPLinear(k, hidden, init_variance=0.2), DIPLinear(hidden, k, init_variance=0.3)
+        number_layers(self)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+def gradients(model):
+    return {name: p.grad.full_tensor() if tensor_parallel.is_dtensor(p.grad) else p.grad for name, p in model.named_parameters()}
+
+
+def assert_equal_training(plain, parallel, x, key=5, **tolerance):
+    """Outputs and gradients of one step agree; x is the whole input."""
+    outs = []
+    for model in (plain, parallel):
+        with dip.fixed_noise(key):
+            y = model(x)
+        y = y.full_tensor() if tensor_parallel.is_dtensor(y) else y
+        y.square().sum().backward()
+        outs.append(y)
+    torch.testing.assert_close(outs[1], outs[0], **tolerance)
+    want, got = gradients(plain), gradients(parallel)
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---- u, bit for bit --------------------------------------------------------------------------------------------------
+
+
+def layouts(world):
+    from torch.distributed.tensor import Replicate, Shard
+
+    # shape, feature dimension, placements; 7 and 13 divide by no number of ranks
+    yield (6, 16), -1, [Replicate()]
+    yield (6, 16), -1, [Shard(0)]
+    yield (7, 13), -1, [Shard(0)]
+    yield (7, 13), -1, [Shard(1)]
+    yield (1, 13), -1, [Shard(0)]  # nothing on the last rank
+    yield (3, 5, 12), -1, [Shard(0)]
+    yield (3, 5, 12), -1, [Shard(1)]  # the row pattern of sequence parallel
+    yield (2, 3, 5, 8), -1, [Shard(2)]
+    yield (1, 6, 8), -1, [Shard(1)]
+    yield (2, 12, 5, 3), 1, [Shard(1)]
+    yield (2, 12, 5, 3), 1, [Shard(2)]
+    yield (2, 12, 5, 3), 1, [Shard(0)]
+    yield (12, 2, 5), 0, [Shard(2)]
+
+
+def check_u(rank, world, shape_of_mesh=None):
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(world, shape_of_mesh)
+    cases = list(layouts(world))
+    if mesh.ndim == 2:
+        cases = [((6, 5, 12), -1, [Shard(0), Shard(2)]), ((5, 7, 13), -1, [Shard(1), Shard(2)]), ((7, 13), -1, [Shard(0), Shard(0)])]
+        cases += [((3, 9, 8), -1, [Shard(1), Shard(1)]), ((4, 6, 8), -1, [Replicate(), Shard(1)])]
+    for shape, dim, placements in cases:
+        x, g = torch.randn(shape), torch.randn(shape)
+        sigma = torch.rand(shape[dim]) + 0.1
+        leaf, want_sigma = x.clone().requires_grad_(), sigma.clone().requires_grad_()
+        where = {"dim": dim, "row0": 3, "col0": 8}
+        want = functional.perturb(leaf, want_sigma, SEED, **where)
+        want.backward(g)
+        for sigma_is_dtensor in (False, True):
+            dx = distribute_tensor(x, mesh, placements).requires_grad_()
+            s = distribute_tensor(sigma, mesh, [Replicate()] * mesh.ndim) if sigma_is_dtensor else sigma.clone()
+            s.requires_grad_()
+            u = functional.perturb(dx, s, SEED, **where)
+            assert u.placements == tuple(placements)
+            assert torch.equal(u.full_tensor(), want), (shape, placements)
+            u.backward(distribute_tensor(g, mesh, placements))
+            assert torch.equal(dx.grad.full_tensor(), g)
+            assert tensor_parallel.is_dtensor(s.grad) == sigma_is_dtensor
+            torch.testing.assert_close(tensor_parallel.full(s.grad), want_sigma.grad, rtol=1e-5, atol=1e-5)
+    # a sum that is still to be made over the ranks is made first
+    part = torch.full((4, 8), float(rank))
+    from torch.distributed.tensor import DTensor
+
+    u = functional.perturb(DTensor.from_local(part, mesh, [Partial()] * mesh.ndim), torch.ones(8), SEED)
+    whole = torch.full((4, 8), float(sum(range(world))))
+    assert torch.equal(u.full_tensor(), functional.perturb(whole, torch.ones(8), SEED))
+
+
+def test_u_of_a_dtensor_is_that_of_one_process_to_the_bit(ranks):
+    ranks.run(check_u)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [None, (2, 2)])
+def test_u_of_a_dtensor_is_that_of_one_process_to_the_bit_on_four(four_ranks, shape):
+    four_ranks.run(check_u, shape)
+
+
+def check_double_backward(rank, world):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = mesh_of(world)
+    x, log_variance = torch.randn(4, 6, 8), torch.randn(8)
+
+    def second(x, s):
+        u = functional.perturb(x, s, SEED, log_variance=True)
+        dx, ds = torch.autograd.grad((u**3).sum(), (x, s), create_graph=True)
+        total = tensor_parallel.full((dx**2).sum()) + tensor_parallel.full((ds**2).sum())
+        return [tensor_parallel.full(g) for g in torch.autograd.grad(total, (x, s))]
+
+    want = second(x.clone().requires_grad_(), log_variance.clone().requires_grad_())
+    for dim in (0, 1, 2):
+        got = second(distribute_tensor(x, mesh, [Shard(dim)]).requires_grad_(), log_variance.clone().requires_grad_())
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_double_backward_through_shards_is_that_of_one_process(ranks):
+    ranks.run(check_double_backward)
+
+
+# ---- the stock styles ------------------------------------------------------------------------------------------------
+
+
+def parallel_mlp(model, mesh, sequence=False):
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    if not sequence:
+        return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    plan = {
+        "": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
+def check_styles(rank, world, sequence):
+    torch.manual_seed(1)
+    plain = MLP()
+    model = parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence)
+    for layer in (model.up, model.down):
+        assert all(p.is_replicate() for p in layer.log_variance.placements)
+    assert set(plain.state_dict()) == set(model.state_dict())
+    assert_equal_training(plain, model, torch.randn(3, 4, 16))
+    model.eval()
+    x = torch.randn(3, 4, 16)
+    y = model(x)
+    torch.testing.assert_close(tensor_parallel.full(y), plain.eval()(x))
+    # seeds drawn alike on every rank, which is what tensor parallelism asks for
+    plain.train(), model.train()
+    outs = []
+    for m in (plain, model):
+        torch.manual_seed(3)
+        outs.append(tensor_parallel.full(m(x)))
+    torch.testing.assert_close(outs[1], outs[0])
+    with dip.noise_off():  # a step without noise goes on
+        tensor_parallel.full(model(x)).sum().backward()
+    again = number_layers(parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64))
+    assert again.up.log_variance.dtype is torch.float64 and again.down.stream.to_local().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_stock_styles_work_unchanged(ranks, sequence):
+    ranks.run(check_styles, sequence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [False, True])
+def test_stock_styles_work_unchanged_on_four(four_ranks, sequence):
+    four_ranks.run(check_styles, sequence)
+
+
+def check_sequence_sharded_layer(rank, world):
+    """DIP layers that see [B, S, K] cut along S, and images cut along H."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh = mesh_of(world)
+    plain = number_layers(nn.Sequential(DIPInput(8, init_variance=0.5), DIPLinear(8, 8)))
+    model = parallelize_module(copy.deepcopy(plain), mesh, {"0": SequenceParallel(), "1": SequenceParallel()})
+    x = torch.randn(3, 4, 8)
+
+    def whole(shard_of_s):
+        return model(shard_of_s).full_tensor()
+
+    with dip.fixed_noise(5):
+        want, got = plain(x), whole(x.chunk(world, 1)[rank])
+    torch.testing.assert_close(got, want)
+    want.square().sum().backward(), got.square().sum().backward()
+    a, b = gradients(plain), gradients(model)
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-4)
+    conv = DIPConv2d(4, 4, 1)
+    sharded = copy.deepcopy(conv)
+    from torch.distributed.tensor import distribute_module
+
+    distribute_module(sharded, mesh)
+    image = torch.randn(2, 4, 6, 5)
+    with dip.fixed_noise(5):
+        y = sharded(distribute_tensor(image, mesh, [Shard(0)])).full_tensor()
+        torch.testing.assert_close(y, conv(image))
+
+
+def test_layers_take_the_row_pattern_of_a_sequence_shard(ranks):
+    ranks.run(check_sequence_sharded_layer)
+
+
+def check_communication(rank, world, sequence):
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    mesh, x, counts = mesh_of(world), torch.randn(3, 4, 16), []
+    for noisy in (False, True):
+        torch.manual_seed(1)
+        model = parallel_mlp(MLP(), mesh, sequence)
+        model.train(noisy)
+        tensor_parallel._agreed.add(mesh)  # the one comparison of seeds
+        with CommDebugMode() as forward:
+            y = model(x)
+        y = y.to_local() if tensor_parallel.is_dtensor(y) else y
+        with CommDebugMode() as backward:
+            y.square().sum().backward()
+        counts.append([forward.get_comm_counts(), backward.get_comm_counts()])
+    (plain_forward, plain_backward), (dip_forward, dip_backward) = counts
+    assert dip_forward == plain_forward, (plain_forward, dip_forward)
+    extra = {str(op): n - plain_backward.get(op, 0) for op, n in dip_backward.items() if n != plain_backward.get(op, 0)}
+    return extra
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_noise_communicates_nothing_but_dsigma(ranks, sequence):
+    """Forward: nothing. Backward: the two layers' dsigma, summed (column-wise) and gathered (row-wise)."""
+    extra = ranks.run(check_communication, sequence)[0]
+    print(extra)
+    assert sum(extra.values()) == 2 and min(extra.values()) > 0
+
+
+# ---- with FSDP2 ------------------------------------------------------------------------------------------------------
+
+
+def check_two_dimensions(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh_of(world, (2, 2), ("dp", "tp"))
+    torch.manual_seed(1)
+    plain = MLP()
+    model = parallel_mlp(copy.deepcopy(plain), mesh["tp"])
+    fully_shard(dip.shard_variances(model, mesh=mesh["dp"]), mesh=mesh["dp"])
+    x, batch = torch.randn(4, 3, 16), 2
+    first = mesh["dp"].get_local_rank() * batch
+    with dip.fixed_noise(5):
+        (plain(x).square().sum() / 2).backward()
+    with dip.fixed_noise(5, row0=first):
+        dip.check_ranks(model, mesh["tp"])
+        model(x[first : first + batch]).square().sum().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad.full_tensor(), a.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_fsdp_over_tensor_parallel_is_one_process(four_ranks):
+    four_ranks.run(check_two_dimensions)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def raised(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def check_different_keys(rank, world):
+    model = parallel_mlp(MLP(), mesh_of(world))
+
+    def drawn():
+        torch.manual_seed(rank)
+        model(torch.randn(2, 16))
+
+    def fixed():
+        with dip.fixed_noise(10 + rank):
+            dip.check_ranks(model, mesh_of(world))
+
+    tensor_parallel._agreed.clear()
+    return raised(drawn), raised(fixed)
+
+
+def test_ranks_that_disagree_about_a_key_are_named(ranks):
+    for drawn, fixed in ranks.run(check_different_keys):
+        assert "RuntimeError: seed: expected the same (key, stream)" in drawn
+        assert "rank 0: (" in drawn and "rank 1: (" in drawn
+        assert "rank 1 would draw other noise than rank 0" in fixed
+        assert "fixed_noise(key, row0) = (11, 0)" in fixed
+
+
+def check_wrong_layouts(rank, world):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(world)
+    odd = parallel_mlp(MLP(hidden=33), mesh)  # no mesh of two divides 33
+    whole, sharded = torch.randn(4, 16), distribute_tensor(torch.rand(16), mesh, [Shard(0)])
+    model = parallel_mlp(MLP(), mesh)
+    model.up.variance._parameters["log_variance"] = nn.Parameter(sharded)
+    x = distribute_tensor(whole, mesh, [Replicate()])
+    local = DTensor.from_local(torch.randn(4, 7 + rank), mesh, [Shard(1)], run_check=False, shape=torch.Size((4, 15)), stride=(15, 1))
+    return [
+        raised(lambda: odd.down(torch.randn(4, 17 - rank))),
+        raised(lambda: functional.perturb(x, sharded, SEED)),
+        raised(lambda: functional.perturb(whole, sharded, SEED)),
+        raised(lambda: model(whole)),
+        raised(lambda: dip.check_ranks(model, mesh)),
+        raised(lambda: functional.perturb(local, torch.rand(15), SEED)),
+        raised(lambda: DIPLinear(16, 4, keep="x")(x)),
+    ]
+
+
+def test_wrong_layouts_are_named_with_their_ranks(ranks):
+    for rank, messages in enumerate(ranks.run(check_wrong_layouts)):
+        odd, at_op, plain_x, at_layer, by_name, shard, keep = messages
+        assert f"rank {rank}" in odd and "a mesh that does not divide the features" in odd
+        for message in (at_op, at_layer):
+            assert "expected a log_variance whole on every rank" in message and f"rank {rank}" in message
+        assert "x is a plain tensor" in plain_x and f"rank {rank}" in plain_x
+        assert "rank 0: up.variance.log_variance: expected it whole" in by_name
+        assert "rank 1: up.variance.log_variance: expected it whole" in by_name
+        assert "x: expected a shard of shape" in shard
+        assert "keep: expected" in keep
+
+
+def check_compiled(rank, world):
+    torch.manual_seed(1)
+    plain = MLP()
+    model = parallel_mlp(copy.deepcopy(plain), mesh_of(world))
+    torch._dynamo.reset()
+    assert_equal_training(plain, torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(2, 4, 16))
+
+
+@pytest.mark.slow
+def test_tensor_parallel_compiles_whole(ranks):
+    ranks.run(check_compiled)
