@@ -2,27 +2,44 @@
 
 __version__ = "0.1.0"
 
-from . import functional, reference
+from . import diagnostics, functional, reference
+from .attention import DIPMultiheadAttention
 from .backends import backend
-from .convert import DIPConversionWarning, calibrate, convert, param_groups, summary, to_plain
+from .convert import (
+    DIPConversionWarning,
+    calibrate,
+    convert,
+    load_variances,
+    param_groups,
+    summary,
+    to_plain,
+    variances,
+)
+from .distributed import check_ranks, shard_variances
 from .env_report import env_report
-from .layers import DIPConv2d, DIPInput, DIPLinear, Variance, number_layers
+from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
 from .objective import objective, penalty
 from .seeds import fixed_noise, noise_off
 from .trajectories import predict, trajectories
 
 __all__ = [
+    "DIPConv1d",
     "DIPConv2d",
+    "DIPConv3d",
     "DIPConversionWarning",
     "DIPInput",
     "DIPLinear",
+    "DIPMultiheadAttention",
     "Variance",
     "backend",
     "calibrate",
+    "check_ranks",
     "convert",
+    "diagnostics",
     "env_report",
     "fixed_noise",
     "functional",
+    "load_variances",
     "noise_off",
     "number_layers",
     "objective",
@@ -30,7 +47,9 @@ __all__ = [
     "penalty",
     "predict",
     "reference",
+    "shard_variances",
     "summary",
     "to_plain",
     "trajectories",
+    "variances",
 ]

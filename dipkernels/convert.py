@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import seeds
+from . import seeds, tensor_parallel
+from .attention import DIPMultiheadAttention, DIPOutProjection
 from .layers import (
     MAX_LAYERS,
+    DIPConv1d,
     DIPConv2d,
+    DIPConv3d,
     DIPInput,
     DIPLayer,
     DIPLinear,
@@ -23,10 +26,27 @@ from .layers import (
     check_init_variance,
     dip_layers,
     number_layers,
+    share_noise,
+    twin_type,
 )
 
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: DIPLinear, nn.Conv2d: DIPConv2d}
-_PLAIN = {twin: plain for plain, twin in _TWINS.items()}
+_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    twin.plain_type: twin for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
+}
+_OUT_PROJECTION = DIPOutProjection.plain_type
+# PEFT's LoRA classes whose forward takes one input first, and what they stand for; the rest is named in a warning.
+_LORA = {
+    "Linear": nn.Linear,
+    "Linear4bit": nn.Linear,
+    "Linear8bitLt": nn.Linear,
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+}
+
+
+# Where quantised layers and weights are defined: parts of the names of their Python modules.
+_QUANTISED = ("quantiz", "quanto", ".qat", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "eetq", "finegrained_fp8")
 
 
 class DIPConversionWarning(UserWarning):
@@ -40,25 +60,35 @@ def convert(
     model: nn.Module,
     init_variance: float = 0.01,
     *,
-    types: Sequence[type[nn.Module]] = (nn.Linear, nn.Conv2d),
+    types: Sequence[type[nn.Module]] = tuple(_TWINS),
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
+    share: Sequence[Sequence[str]] = (),
     num_samples: int = 1,
     keep: str = "auto",
 ) -> nn.Module:
-    """Turn every nn.Linear and nn.Conv2d of the model into its DIP twin, y = Layer(x + sigma * z), in place.
+    """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
 
     model: any module, itself a layer or not. Its modules keep their identity, hooks and Parameter objects, and shared
     ones stay shared: a layer's class changes, and it gains a child `variance`, float32, on its weight's device.
-    init_variance: sigma^2 to start from, > 0. types: nn.Linear, nn.Conv2d or both; only modules of exactly these types.
+    init_variance: sigma^2 to start from, > 0. types: some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.MultiheadAttention; only modules of exactly these types. transformers' Conv1D counts as nn.Linear, and so does
+    PEFT's LoRA layer of one, noised at the input of the whole, so that base layer and adapter read the same u.
     filter: called as filter(module, name), true for a layer to convert. exclude: name patterns (fnmatch: "head",
-    "*.down_proj", "blocks.0*"); a layer is left out when its name or that of a module around it matches.
+    "*.down_proj", "blocks.0*"); a layer is left out when its name or that of a module around it matches. An attention's
+    out_proj is a layer of its own in both; it is converted only with its attention.
+    share: groups of name patterns, such as [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]: layers of one
+    parent that match (by their own name or the full one) share one variance, one draw and one u while they are handed
+    the same tensor; a layer handed another one draws for itself.
     num_samples, keep: as DIPLinear's; keep applies to linear layers.
     Returns the model, its DIP layers numbered 0, 1, ... An optimiser made before conversion does not know the
-    variances: make it afterwards, from `param_groups`.
+    variances: make it afterwards, from `param_groups`, or give it that list's group "variances" by add_param_group.
+    Converting again adds what is not a DIP layer yet. On PEFT over a converted model it moves each variance to the LoRA
+    layer around it.
     Warns (DIPConversionWarning) once, naming every module that it cannot honour: subclasses of these types, quantised,
-    lazy, sparse and scripted ones, a replaced `forward`, nn.MultiheadAttention's projections, PEFT's LoRA layers.
-    Raises ValueError when nothing matched, when an exclude pattern matches no module, or for bad values.
+    parametrised, lazy, sparse and scripted ones, a replaced `forward`, LoRA on attention or on bare parameters.
+    Raises ValueError when nothing matched, when an exclude or share pattern matches no module, or for bad values;
+    RuntimeError for a model that FSDP or DDP has wrapped: variances added after that would not be synchronised.
     Source: arXiv 2506.04690; which layers carry noise inside a transformer is not stated there, so `filter` and
     `exclude` choose.
     """
@@ -68,6 +98,7 @@ def convert(
     init_variance = float(check_init_variance(init_variance, 1))
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
+    _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
     wanted = {
@@ -77,14 +108,17 @@ def convert(
         and (filter is None or not _is_candidate(module, types) or filter(module, every_name[0]))
     }
     cannot = {module: reason for module, reason in _cannot(names, types).items() if module in wanted}
-    blocks = {name for module in cannot if _blocks(module) for name in names[module]}
-    matched = [m for m in wanted if type(m) in types and m not in cannot and not _is_inside(names[m], blocks)]
+    matched = _matched(names, wanted, cannot, types)
     if not matched:
         raise ValueError(_nothing_matched(model, types, cannot))
-    if len(matched) + len(dip_layers(model)) > MAX_LAYERS:
-        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(matched)} to convert")
+    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in matched)
+    if count + len(dip_layers(model)) > MAX_LAYERS:
+        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
+    groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
     for module in matched:
         _become_dip(module, init_variance, num_samples, keep)
+    for group in groups:
+        share_noise(group)
     number_layers(model)
     if cannot:
         reported = [
@@ -93,6 +127,62 @@ def convert(
         text = f"convert: {len(reported)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
         warnings.warn(text + "\n".join(reported), DIPConversionWarning, stacklevel=2)
     return model
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
+        wrapper = kinds & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
+        if wrapper:
+            raise RuntimeError(
+                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at {name or 'the root'!r}, which "
+                "would not synchronise variances added now; convert first, then shard or wrap"
+            )
+
+
+def _matched(
+    names: dict[nn.Module, list[str]],
+    wanted: dict[nn.Module, str],
+    cannot: dict[nn.Module, str],
+    types: tuple[type[nn.Module], ...],
+) -> list[nn.Module]:
+    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
+    blocks = {name for module in names if _blocks(module, types) for name in names[module]}
+    matched = [m for m in wanted if _counts_as(m) in types and m not in cannot and not _is_inside(names[m], blocks)]
+    owners = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
+    owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
+    return [m for m in matched if type(m) is not _OUT_PROJECTION or m in owners]
+
+
+def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
+    """The layers that are to share their noise: those of one parent that one group of patterns matches."""
+    groups, taken = [], {}
+    for patterns in share:
+        if isinstance(patterns, str) or len(patterns) < 2:
+            raise ValueError(f"share: expected groups of two or more name patterns, got {patterns!r}")
+        by_parent: dict[str, list[nn.Module]] = {}
+        used = set()
+        for module, name in matched.items():
+            parent, _, own = name.rpartition(".")
+            hits = {p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)}
+            used |= hits
+            if hits:
+                by_parent.setdefault(parent, []).append(module)
+        unused = [p for p in patterns if p not in used]
+        if unused:
+            raise ValueError(f"share: expected patterns that match a layer to convert, got {unused} that match none")
+        for group in (group for group in by_parent.values() if len(group) > 1):
+            for module in group:
+                if module in taken:
+                    raise ValueError(f"share: expected each layer in one group, got {matched[module]!r} in two")
+                taken[module] = group
+            features = {matched[m]: (_features(m), _twin(m).feature_dim) for m in group}
+            if len(set(features.values())) > 1:
+                raise ValueError(f"share: expected layers of one number of input features, got {features}")
+            groups.append(group)
+    if share and not groups:
+        raise ValueError(f"share: expected two layers of one parent in a group, got none for {list(share)}")
+    return groups
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -119,19 +209,57 @@ def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[
 
 
 def _is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    return isinstance(module, types) and not isinstance(module, DIPLayer)
+    if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
+        return False
+    return isinstance(module, types) or _counts_as(module) in types
+
+
+def _counts_as(module: nn.Module) -> type[nn.Module] | None:
+    """The one of `types` under which this module is converted, or None."""
+    kind = type(module)
+    if kind in _TWINS:
+        return kind
+    if kind is _OUT_PROJECTION:
+        return nn.MultiheadAttention
+    if _is_conv1d(module):
+        return nn.Linear
+    if _is_lora(module) and kind.__module__.startswith("peft."):
+        return _LORA.get(kind.__name__)
+    return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer whose weight is transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _twin(module: nn.Module) -> type[nn.Module]:
+    kind = type(module)
+    if kind is _OUT_PROJECTION:
+        return DIPOutProjection
+    if _is_lora(module):
+        return twin_type(kind, _TWINS[_counts_as(module)].feature_dim, f"DIPLora{kind.__name__}")
+    return _TWINS.get(kind) or twin_type(kind)
+
+
+def _features(module: nn.Module) -> int:
+    if _is_conv1d(module):
+        return module.nx
+    return module.in_channels if hasattr(module, "in_channels") else module.in_features
 
 
 def _cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> dict[nn.Module, str]:
     """The modules that would look converted and draw no noise, or the wrong noise, each with the reason."""
     cannot = {module: reason for module in names if (reason := _reason(module, types))}
-    blocks = {name for m in cannot if _blocks(m) for name in names[m]}
+    blocks = {name for m in names if _blocks(m, types) for name in names[m]}
     return {m: reason for m, reason in cannot.items() if not _is_inside(names[m], blocks)}
 
 
-def _blocks(module: nn.Module) -> bool:
-    """Whether no layer inside may be converted either."""
-    return isinstance(module, torch.jit.ScriptModule) or _is_lora(module)
+def _blocks(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether no layer inside may be converted by itself."""
+    if isinstance(module, torch.jit.ScriptModule) or _is_lora(module):
+        return True
+    return isinstance(module, nn.MultiheadAttention) and nn.MultiheadAttention in types and bool(_reason(module, types))
 
 
 def _is_lora(module: nn.Module) -> bool:
@@ -150,29 +278,39 @@ def _around(name: str) -> list[str]:
 
 def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None:
     kind = type(module)
+    if isinstance(module, DIPLayer):
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: convert the model before scripting it"
-    if nn.Linear in types and _is_lora(module):
-        return "a LoRA layer, whose parts share one input: put a DIPInput before the whole of it"
-    if nn.Linear in types and kind.__module__.startswith("transformers.") and kind.__name__ == "Conv1D":
-        return "a linear layer of its own with the weight transposed: replace it by nn.Linear"
+    if _is_lora(module):
+        if getattr(module.base_layer, "share", None) is not None:
+            return "a LoRA layer over one whose noise is shared: convert after PEFT, with share"
+        if "Embedding" in kind.__name__ or _counts_as(module) is not None:
+            return None
+        return "a LoRA layer of a kind whose input convert does not know: put a DIPInput before the whole of it"
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
-    if of_a_kind and any(part in kind.__module__ for part in (".quantized", ".qat", "bitsandbytes")):
+    where = f"{kind.__module__}.{kind.__name__}".lower()
+    if of_a_kind and kind is not _OUT_PROJECTION and any(part in where for part in (*_QUANTISED, "quantlinear")):
         return "quantised: convert the model before quantising it"
-    if not _is_candidate(module, types):
+    if not _is_candidate(module, types) and not (kind is _OUT_PROJECTION and nn.Linear in types):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy: run one batch through the model, then convert"
-    if kind.__name__ == "NonDynamicallyQuantizableLinear":
-        how = "nn.MultiheadAttention uses its weight, and in_proj_weight, without calling it"
-        return f"{how}: put a DIPInput before the attention"
-    if kind not in types:
+    if kind is _OUT_PROJECTION and nn.MultiheadAttention not in types:
+        return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrised: its weight is computed, so convert it after remove_parametrizations"
+    if _counts_as(module) is None:
         base = next(t.__name__ for t in types if isinstance(module, t))
         return f"a subclass of nn.{base}, whose forward may be its own"
     if "forward" in vars(module):
         return "its forward was replaced on the object, so that a DIP layer's would not run"
-    if module.weight.layout is not torch.strided:
-        return f"its weight is sparse ({module.weight.layout})"
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.layout is not torch.strided:
+        return f"its weight is sparse ({weight.layout})"
+    data = getattr(weight, "data", None)
+    if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
+        return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
     return None
 
 
@@ -190,16 +328,23 @@ def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], canno
 
 
 def _become_dip(module: nn.Module, init_variance: float, num_samples: int, keep: str) -> None:
-    twin = _TWINS[type(module)]
-    features = module.in_features if twin is DIPLinear else module.in_channels
+    plain, twin = type(module), _twin(module)
+    features = 0 if twin is DIPMultiheadAttention else _features(module)
     module.__class__ = twin
     try:
-        module._set_up(
-            features, init_variance, num_samples, keep if twin is DIPLinear else "auto", module.weight.device
-        )
+        if twin is DIPMultiheadAttention:
+            module._set_up(init_variance, num_samples)
+            return
+        keep = keep if isinstance(module, DIPLinear) else "auto"
+        module._set_up(features, init_variance, num_samples, keep, module.weight.device)
     except Exception:
-        module.__class__ = _PLAIN[twin]
+        module.__class__ = plain
         raise
+    if _is_lora(module) and isinstance(module.base_layer, DIPLayer):
+        # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and adapter both read.
+        module.variance, module.num_samples = module.base_layer.variance, module.base_layer.num_samples
+        module.variance.requires_grad_(True)
+        _become_plain(module.base_layer)
     module.variance.train(module.training)
 
 
@@ -207,7 +352,7 @@ def _become_dip(module: nn.Module, init_variance: float, num_samples: int, keep:
 
 
 def to_plain(model: nn.Module) -> nn.Module:
-    """Turn every DIP layer back into nn.Linear or nn.Conv2d, y = Layer(x), in place: the reverse of `convert`.
+    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of `convert`.
 
     model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances
     are gone. A DIPInput becomes nn.Identity.
@@ -218,9 +363,16 @@ def to_plain(model: nn.Module) -> nn.Module:
     layers = dip_layers(model)
     if not layers:
         raise ValueError("model: expected a DIP layer to turn back, found none")
-    unknown = [name for name, m in layers.items() if type(m) not in _PLAIN and not isinstance(m, DIPInput)]
+    attentions = {name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)}
+    unknown = [
+        name
+        for name, m in {**layers, **attentions}.items()
+        if "plain_type" not in vars(type(m)) and not isinstance(m, DIPInput)
+    ]
     if unknown:
-        raise ValueError(f"model: expected DIPLinear, DIPConv2d and DIPInput, got subclasses of them: {unknown}")
+        raise ValueError(f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}")
+    for attention in attentions.values():
+        attention.to_plain_in_place()
     for layer in layers.values():
         if not isinstance(layer, DIPInput):
             _become_plain(layer)
@@ -235,7 +387,8 @@ def to_plain(model: nn.Module) -> nn.Module:
 
 def _become_plain(module: nn.Module) -> None:
     del module.variance, module.stream, module.num_samples, module.keep, module.number
-    module.__class__ = _PLAIN[type(module)]
+    module.__dict__.pop("share", None)
+    module.__class__ = module.plain_type
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -271,6 +424,39 @@ def param_groups(
     if not groups:
         raise ValueError("model: expected parameters that require gradients, found none")
     return groups
+
+
+def variances(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every log_variance, by its name in the model's state dict: what an adapter checkpoint leaves out.
+
+    model: any module with DIP layers. A variance that layers share appears once, under the first one's name.
+    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers.
+    """
+    _need_layers(model)
+    return {
+        f"{name}.log_variance": tensor_parallel.full(m.log_variance.detach()).cpu().clone()
+        for name, m in model.named_modules()
+        if isinstance(m, Variance)
+    }
+
+
+@torch.no_grad()
+def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set every log_variance to what `variances` gave; nothing is changed unless names and shapes all agree.
+
+    model: with the same DIP layers. state: name -> [K]. Raises ValueError naming what is missing, unknown, or of
+    another shape.
+    """
+    _need_layers(model)
+    own = {f"{name}.log_variance": m.log_variance for name, m in model.named_modules() if isinstance(m, Variance)}
+    missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
+    if missing or unknown:
+        raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
+    other = {n: (tuple(state[n].shape), tuple(p.shape)) for n, p in own.items() if state[n].shape != p.shape}
+    if other:
+        raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
+    for name, parameter in own.items():
+        parameter.copy_(tensor_parallel.laid_out_as(state[name], parameter))
 
 
 # ---- summary and calibrate -----------------------------------------------------------------------------------------
@@ -318,7 +504,7 @@ def summary(model: nn.Module, batches: Iterable | None = None) -> Summary:
     """
     layers = _need_layers(model)
     if batches is not None:
-        _measure(model, batches)
+        measured_spreads(model, batches)
     rows = Summary()
     for name, layer in layers.items():
         sigma, spread, share = layer.variance.sigma.double().cpu(), layer.variance.spread, None
@@ -346,7 +532,7 @@ def calibrate(model: nn.Module, batches: Iterable, ratio: float = 0.1, floor: fl
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
     layers = _need_layers(model)
-    spreads = _measure(model, batches)
+    spreads = measured_spreads(model, batches)
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [name or "(root)" for name, level in levels.items() if not level > 0]
     if constant:
@@ -386,16 +572,16 @@ class _Moments:
 
 
 @torch.no_grad()
-def _measure(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
+def measured_spreads(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
     """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
     layers = _need_layers(model)
     moments = {name: _Moments() for name in layers}
     handles = []
     for name, layer in layers.items():
-        dim = -3 if isinstance(layer, DIPConv2d) else getattr(layer, "dim", -1)
+        dim = layer.feature_dim
 
         def observe(module, args, kwargs, moments=moments[name], dim=dim):
-            moments.add(args[0] if args else kwargs["input"], dim)
+            moments.add(args[0] if args else kwargs.get("input", kwargs.get("x")), dim)
 
         handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     count = 0

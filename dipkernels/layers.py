@@ -6,9 +6,10 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, seeds
+from . import functional, seeds, tensor_parallel
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -56,7 +57,7 @@ class Variance(nn.Module):
     def reset_parameters(self) -> None:
         """log_variance = ln(init_variance)."""
         if isinstance(self.init_variance, Tensor):
-            self.log_variance.copy_(self.init_variance.log())
+            self.log_variance.copy_(tensor_parallel.laid_out_as(self.init_variance.log(), self.log_variance))
         else:
             self.log_variance.fill_(math.log(self.init_variance))
 
@@ -66,8 +67,22 @@ class Variance(nn.Module):
 
     @property
     def sigma(self) -> Tensor:
-        """sigma = exp(log_variance / 2), [K], float32, without gradient."""
-        return torch.exp(self.log_variance.detach() / 2)
+        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded parameter the whole, a collective."""
+        return torch.exp(tensor_parallel.full(self.log_variance.detach()) / 2)
+
+    # The styles of torch.distributed.tensor.parallel partition every module inside a layer as if it were the layer itself: by
+    # what follows ColwiseParallel and RowwiseParallel leave log_variance whole on each rank.
+
+    @property
+    def weight(self) -> Tensor:
+        return self.log_variance.detach()[None]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            return
+        before = self._parameters.get(name)
+        arrived = before is not None and not tensor_parallel.is_dtensor(before)
+        super().register_parameter(name, tensor_parallel.replicated(param) if arrived else param)
 
     def extra_repr(self) -> str:
         return f"{self.log_variance.numel()}, init_variance={_short(self.init_variance)}"
@@ -102,6 +117,8 @@ class DIPLayer:
     """What the DIP layers share: the child `variance`, the buffer `stream` = (0, number), and when there is noise."""
 
     _KEEPS: tuple[str, ...] = ("auto",)
+    feature_dim = -1  # of the input
+    share: Share | None = None  # with the layers that read the same input, if asked for: share_noise
 
     def _set_up(self, num_features: int, init_variance: float | Tensor, num_samples: int, keep: str, device) -> None:
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples <= 65536:
@@ -121,7 +138,7 @@ class DIPLayer:
 
     def _log_variance(self) -> Tensor:
         """What calling `variance` gives, without the microseconds of a call that no hook wants."""
-        variance = self._modules["variance"]
+        variance = self._modules.get("variance") or self.variance
         if type(variance) is Variance and not (variance._forward_pre_hooks or variance._forward_hooks):
             return variance._parameters["log_variance"]
         return variance()
@@ -135,8 +152,19 @@ class DIPLayer:
         self.number = number
         self._fill_stream()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name != "variance.log_variance":  # from a tensor-parallel style, which comes to the child by itself
+            super().register_parameter(name, param)
+
+    def without_noise(self, input: Tensor) -> Tensor:
+        """The input; under noise_off log_variance is then used all the same, with a gradient of zeros."""
+        if seeds._MODE == "off" and self.training:
+            return functional.without_noise(input, self._log_variance())
+        return input
+
     def _fill_stream(self) -> None:
-        self.stream.copy_(torch.tensor([0, self.number], device=self.stream.device))
+        stream = tensor_parallel.local(self.stream)
+        stream.copy_(torch.tensor([0, self.number], device=stream.device))
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -144,13 +172,19 @@ class DIPLayer:
         return self
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        plain = getattr(super(), "reset_parameters", None)
+        if plain is not None:
+            plain()
         if "variance" in self._modules:  # the plain layer's constructor calls this first
             self.variance.reset_parameters()
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, init_variance={_short(self.variance.init_variance)}"
-        return text if self.num_samples == 1 else f"{text}, num_samples={self.num_samples}"
+        parts = [super().extra_repr(), f"init_variance={_short(self.variance.init_variance)}"]
+        if self.num_samples > 1:
+            parts.append(f"num_samples={self.num_samples}")
+        if self.share is not None:
+            parts.append(f"shared_by={self.share.num_layers}")
+        return ", ".join(part for part in parts if part)
 
 
 class DIPLinear(DIPLayer, nn.Linear):
@@ -181,9 +215,13 @@ class DIPLinear(DIPLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_up(in_features, init_variance, num_samples, keep, self.weight.device)
 
+    plain_type = nn.Linear
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.noisy():
-            return super().forward(input)
+            return super().forward(self.without_noise(input))
+        if self.share is not None:
+            return F.linear(noised(self, input, functional.autocast_dtype(input)), self.weight, self.bias)
         return functional.dip_linear(
             input,
             self.weight,
@@ -197,15 +235,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         )
 
 
-class DIPConv2d(DIPLayer, nn.Conv2d):
-    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
-
-    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
-    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
-    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
-    2506.04690.
-    """
-
+class _DIPConv(DIPLayer):
     _KEEPS = ("auto", "u")
 
     def __init__(
@@ -215,7 +245,36 @@ class DIPConv2d(DIPLayer, nn.Conv2d):
         self._set_up(self.in_channels, init_variance, num_samples, keep, self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(_noised(self, input, -3, functional.autocast_dtype(input)) if self.noisy() else input)
+        if not self.noisy():
+            return super().forward(self.without_noise(input))
+        return super().forward(noised(self, input, functional.autocast_dtype(input)))
+
+
+class DIPConv1d(_DIPConv, nn.Conv1d):
+    """nn.Conv1d on a noised input, as DIPConv2d: input [N, C, L] or [C, L], sigma per input channel."""
+
+    feature_dim = -2
+    plain_type = nn.Conv1d
+
+
+class DIPConv2d(_DIPConv, nn.Conv2d):
+    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
+
+    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
+    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
+    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
+    2506.04690.
+    """
+
+    feature_dim = -3
+    plain_type = nn.Conv2d
+
+
+class DIPConv3d(_DIPConv, nn.Conv3d):
+    """nn.Conv3d on a noised input, as DIPConv2d: input [N, C, D, H, W] or [C, D, H, W], sigma per input channel."""
+
+    feature_dim = -4
+    plain_type = nn.Conv3d
 
 
 class DIPInput(DIPLayer, nn.Module):
@@ -239,8 +298,12 @@ class DIPInput(DIPLayer, nn.Module):
         self.num_features, self.dim = num_features, dim
         self._set_up(num_features, init_variance, num_samples, keep, device)
 
+    @property
+    def feature_dim(self) -> int:
+        return self.dim
+
     def forward(self, input: Tensor) -> Tensor:
-        return _noised(self, input, self.dim) if self.noisy() else input
+        return noised(self, input) if self.noisy() else self.without_noise(input)
 
     def reset_parameters(self) -> None:
         """Refill the variance."""
@@ -250,17 +313,110 @@ class DIPInput(DIPLayer, nn.Module):
         return f"{self.num_features}, dim={self.dim}, init_variance={_short(self.variance.init_variance)}"
 
 
-def _noised(layer: DIPLayer, x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+# ---- any other layer: its own class on a noised input ----------------------------------------------------------------
+
+
+class _Twin(DIPLayer):
+    """Before a class whose forward takes the input first: that forward on x + sigma * z."""
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        if not self.noisy():
+            return super().forward(self.without_noise(x), *args, **kwargs)
+        return super().forward(noised(self, x, functional.autocast_dtype(x)), *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        # The class was made at run time, so a pickle names the plain one.
+        return _new_twin, (self.plain_type, self.feature_dim), self.__getstate__()
+
+
+_MADE: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
+
+
+def twin_type(plain_type: type[nn.Module], feature_dim: int = -1, name: str = "") -> type[nn.Module]:
+    """The DIP twin of a class that another package defines, made once; `name` for its first use."""
+    if (plain_type, feature_dim) not in _MADE:
+        body = {"plain_type": plain_type, "feature_dim": feature_dim, "__module__": __name__}
+        _MADE[plain_type, feature_dim] = type(name or f"DIP{plain_type.__name__}", (_Twin, plain_type), body)
+    return _MADE[plain_type, feature_dim]
+
+
+def _new_twin(plain_type: type[nn.Module], feature_dim: int) -> nn.Module:
+    kind = twin_type(plain_type, feature_dim)
+    return kind.__new__(kind)
+
+
+# ---- one draw and one u for layers that read the same input ----------------------------------------------------------
+
+
+class Share:
+    """One u for the layers that read one tensor: the first to be called draws it, the others take it.
+
+    A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when every layer has had
+    it.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self._entry: tuple | None = None  # (x, what u depends on beside x, the key, layers served, u)
+
+    def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        place = (version, dtype, torch.is_grad_enabled(), seeds._ROW0)
+        entry = self._entry
+        if entry is None or entry[0] is not x or entry[1] != place or entry[2] is not seeds._KEY or layer in entry[3]:
+            served, u = (layer,), _fresh(layer, x, dtype)
+        else:
+            served, u = (*entry[3], layer), entry[4]
+        self._entry = None if len(served) == self.num_layers else (x, place, seeds._KEY, served, u)
+        return u
+
+    def __getstate__(self) -> dict:
+        return {"num_layers": self.num_layers, "_entry": None}
+
+
+def share_noise(layers: list[DIPLayer]) -> None:
+    """Make these layers, in the model's order, share the first one's variance, its draw, and u.
+
+    The others' variances are gone from the state dict, and `layer.variance` of each is the first one's.
+    Raises ValueError for layers of another number of features or another feature dimension.
+    """
+    first = layers[0]
+    wanted = (first.variance.log_variance.numel(), first.feature_dim, first.num_samples)
+    for layer in layers[1:]:
+        got = (layer.variance.log_variance.numel(), layer.feature_dim, layer.num_samples)
+        if got != wanted:
+            raise ValueError(
+                f"share: expected layers of one (features, feature dimension, num_samples) = {wanted}, got {got}"
+            )
+    share = Share(len(layers))
+    for layer in layers:
+        layer.__dict__["share"] = share
+        if layer is not first:
+            del layer.variance
+            layer.__dict__["variance"] = first.variance  # no child: a state dict and FSDP see one owner
+
+
+def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
+    """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by default."""
+    return _fresh(layer, x, dtype, sample) if layer.share is None else layer.share.noised(layer, x, dtype)
+
+
+def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
+    dim = layer.feature_dim
     return functional.perturb(
         x,
         layer._log_variance(),
         seeds.draw(layer.stream, x),
         dim=dim,
         row0=seeds.first_row(x, dim),
+        sample=sample,
         num_samples=layer.num_samples,
         log_variance=True,
         dtype=dtype,
     )
+
+
+# ---- the layers of a model -------------------------------------------------------------------------------------------
 
 
 def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
@@ -273,13 +429,17 @@ def number_layers(model: nn.Module) -> nn.Module:
 
     model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
     on what was built before it, and a model of deep-copied layers for its layers to differ. Adding a layer renumbers
-    those after it.
+    those after it. Layers that share one draw have one number.
     Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
     """
     layers = dip_layers(model)
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
-    for number, layer in enumerate(layers.values()):
+    numbers, shared = itertools.count(), {}
+    for layer in layers.values():
+        number = next(numbers) if layer.share not in shared else shared[layer.share]
+        if layer.share is not None:
+            shared[layer.share] = number
         layer.set_number(number)
     return model
 

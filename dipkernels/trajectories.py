@@ -74,7 +74,7 @@ def predict(model: nn.Module, *args, k: int = 16, average: str | None = "probs",
             if average is None:
                 outputs.append(out)
                 continue
-            part = _averaged(out, average).sum(0)
+            part = tensor_output(out, average).sum(0)
             total = part if total is None else total.add_(part)
     if average is None:
         return _map_tensors(lambda name, *parts: torch.cat(parts), *outputs)
@@ -91,7 +91,8 @@ def _add_leading(name: str, value: Tensor) -> Tensor:
     return value[None]
 
 
-def _averaged(out, average: str) -> Tensor:
+def tensor_output(out, average: str) -> Tensor:
+    """The output, or its `logits`, at least float32; for average "probs" its softmax over the last dimension."""
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():

@@ -137,11 +137,11 @@ def test_tied_weights_stay_tied():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.ReLU(), {}, "expected a nn.Linear or nn.Conv2d to convert"),
+        (nn.ReLU(), {}, "expected a nn.Linear or nn.Conv1d or .* to convert"),
         (Net(), {"filter": lambda module, name: False}, "let through"),
         (Net(), {"exclude": ("hed",)}, r"exclude: .*\['hed'\]"),
         (Net(), {"exclude": ("head", "x.*")}, r"exclude: .*\['x\.\*'\]"),
-        (Net(), {"types": (nn.Conv1d,)}, "^types: "),
+        (Net(), {"types": (nn.ConvTranspose1d,)}, "^types: "),
         (Net(), {"types": ()}, "^types: "),
         (Net(), {"init_variance": -1.0}, "^init_variance: "),
         (Net(), {"num_samples": 0}, "^num_samples: "),
@@ -195,8 +195,16 @@ def sparse():
     return layer
 
 
-def gpt2_conv1d():
-    return pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 4)
+class MyAttention(nn.MultiheadAttention):
+    pass
+
+
+def quantised_weight():
+    """As torchao does it: an nn.Linear whose weight is of another tensor class."""
+    layer = nn.Linear(4, 4)
+    int8 = type("Int8Tensor", (torch.Tensor,), {"__module__": "torchao.quantization"})
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(int8))
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -205,13 +213,15 @@ def gpt2_conv1d():
         (lambda: Scaled(4, 4), "a subclass of nn.Linear"),
         (lambda: nn.LazyLinear(4), "lazy"),
         (lambda: nn.LazyConv2d(4, 1), "lazy"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "a subclass of nn.Linear"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametrised"),
         (lambda: torch.ao.nn.quantized.dynamic.Linear(4, 4), "quantised"),
         (lambda: torch.jit.trace(nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4)), "scripted"),
         (replaced_forward, "its forward was replaced"),
         (sparse, "sparse"),
         (Lora, "a LoRA layer"),
-        (gpt2_conv1d, "transposed"),
+        (quantised_weight, "quantised: its weight is a Int8Tensor"),
+        (lambda: MyAttention(4, 2), "a subclass of nn.MultiheadAttention"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
@@ -229,11 +239,11 @@ def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
         convert(nn.ModuleDict({"odd": odd}))
 
 
-def test_attention_projections_are_named_once_for_the_whole_model():
+def test_attention_that_types_leave_out_is_named_once_for_the_whole_model():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     with pytest.warns(DIPConversionWarning) as caught:
-        convert(model)
+        convert(model, types=(nn.Linear,))
     assert len(caught) == 1
     for i in range(2):
         assert f"layers.{i}.self_attn.out_proj (NonDynamicallyQuantizableLinear)" in str(caught[0].message)

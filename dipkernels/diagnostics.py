@@ -1,0 +1,277 @@
+"""How smooth a network is, and how loud its noise: of the deterministic network and of the noised mean predictor.
+
+The noised mean predictor is f_k(x) = mean over s < k of f(x; noise s), its k noisy passes held fixed, so that it is one
+smooth function; k = 0 is the deterministic network, f_0(x) = f(x).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import seeds
+from .convert import eval_mode, measured_spreads
+from .layers import dip_layers
+from .trajectories import predict, tensor_output
+
+_TINY = 1e-30  # stands for a norm of zero in a division
+
+
+def predictor(
+    model: Callable, k: int = 0, *, average: str = "logits", key: int = 0, target: Callable | None = None
+) -> Callable:
+    """f_k as a function of one tensor x [B, ...]: mean over s < k of f(x; noise s); for k = 0, f(x) without noise.
+
+    model: a module, run in eval mode with each module's mode restored, or a callable. k: >= 0 passes, whose noise is
+    that of fixed_noise(key) in pass s, the same at every call. average: "logits" (the outputs) or "probs" (their
+    softmax over the last dimension); an output that is no tensor must have one as `logits`. target: applied to each
+    mean, such as a loss.
+    Returns a function that torch.func can differentiate. Raises ValueError or TypeError naming the argument.
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
+        raise ValueError(f"k: expected an integer >= 0, got {k!r}")
+    if average not in ("logits", "probs"):
+        raise ValueError(f"average: expected 'logits' or 'probs', got {average!r}")
+    if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):
+        raise ValueError("model: expected DIP layers, found none: its k passes would be equal; convert it first")
+
+    def f(x: Tensor) -> Tensor:
+        with _evaluating(model):
+            if k == 0:
+                with seeds.noise_off():
+                    mean = tensor_output(model(x), average)
+            else:
+                with seeds.fixed_noise(key):
+                    mean = sum(_one_pass(model, x, average, number) for number in range(k)) / k
+        return mean if target is None else target(mean)
+
+    return f
+
+
+def _one_pass(model: Callable, x: Tensor, average: str, number: int) -> Tensor:
+    with seeds.sampling_on(), seeds.numbered_pass(number):
+        return tensor_output(model(x), average)
+
+
+@contextlib.contextmanager
+def _evaluating(model: Callable):
+    """Eval mode, and attention by kernels that forward differentiation knows."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        evaluating = eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+        with evaluating, sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+# ---- local Lipschitz constant and smoothness -------------------------------------------------------------------------
+
+
+def lipschitz(
+    model: Callable,
+    x: Tensor,
+    *,
+    k: int = 0,
+    average: str = "logits",
+    key: int = 0,
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """The local Lipschitz constant of f_k at every example: the largest singular value of its Jacobian d f_k / d x.
+
+    model: a module or callable that treats its examples apart, [B, ...] -> [B, ...]. x: [B, ...], floating. k, average,
+    key: as `predictor`'s. iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
+    reverse differentiation; ends when no value changed by more than tolerance, relative. The value is a lower bound
+    that rises to the constant.
+    Returns [B], of x's type. Raises ValueError naming the argument. Source: arXiv 2506.04690 claims a lower one for the
+    noised predictor.
+    """
+    _check(x, iterations, tolerance)
+    f = predictor(model, k, average=average, key=key)
+    x = x.detach()
+    with _frozen(model):
+        f_of_x, pull_back = torch.func.vjp(f, x)
+        _check_batch(f_of_x, x, average)
+
+        def step(v: Tensor) -> tuple[Tensor, Tensor]:
+            jv = torch.func.jvp(f, (x,), (v,))[1]  # [B, ...]
+            return _norm(jv), pull_back(jv)[0]
+
+        return _power_iteration(step, x, iterations, tolerance)
+
+
+def smoothness(
+    model: Callable,
+    x: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    *,
+    k: int = 0,
+    average: str = "logits",
+    key: int = 0,
+    which: str = "magnitude",
+    iterations: int = 100,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """The local smoothness of the loss of f_k at every example: the top eigenvalue of its Hessian in the input.
+
+    model, x, k, average, key: as `lipschitz`'s. loss_fn: of f_k's output [B, ...], a loss for each example, [B], or
+    their sum; such as lambda out: F.cross_entropy(out, y, reduction="none"). which: "magnitude", the largest
+    |eigenvalue|, which is the Lipschitz constant of the gradient, or "largest", the largest with its sign. iterations,
+    tolerance: of power iteration, v -> H v by forward differentiation of the gradient; "largest" needs a second one, on
+    H + |top|.
+    Returns [B], of x's type. Raises ValueError naming the argument. Source: arXiv 2506.04690, second-order smoothness.
+    """
+    _check(x, iterations, tolerance)
+    if which not in ("magnitude", "largest"):
+        raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
+    x = x.detach()
+    total = predictor(model, k, average=average, key=key, target=lambda out: _loss_sum(loss_fn(out), len(x)))
+    gradient = torch.func.grad(total)
+
+    def times_hessian(v: Tensor) -> Tensor:
+        return torch.func.jvp(gradient, (x,), (v,))[1]
+
+    def step(v: Tensor) -> tuple[Tensor, Tensor]:
+        # ||H v|| and H H v: two eigenvalues of one size and opposite signs would otherwise never settle.
+        hv = times_hessian(v)
+        return _norm(hv), times_hessian(hv)
+
+    with _frozen(model):
+        top = _power_iteration(step, x, iterations, tolerance)
+        if which == "magnitude":
+            return top
+
+        def shifted_step(v: Tensor) -> tuple[Tensor, Tensor]:
+            shifted = times_hessian(v) + _like(top, v) * v  # no eigenvalue below 0
+            return (v * shifted).flatten(1).sum(1), shifted
+
+        return _power_iteration(shifted_step, x, iterations, tolerance) - top
+
+
+def _power_iteration(step: Callable, x: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have settled."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    v = v / _like(_norm(v), v)
+    value = x.new_zeros(len(x))
+    for _ in range(iterations):
+        before, (value, v) = value, step(v)
+        value, v = value.detach(), v.detach()
+        v = v / _like(_norm(v).clamp(min=_TINY), v)
+        if bool(((value - before).abs() <= tolerance * value.abs()).all()):
+            break
+    return value
+
+
+def _norm(v: Tensor) -> Tensor:
+    return v.flatten(1).norm(dim=1)
+
+
+def _like(per_example: Tensor, v: Tensor) -> Tensor:
+    return per_example.reshape(-1, *[1] * (v.ndim - 1))
+
+
+def _loss_sum(losses: Tensor, batch: int) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape not in ((), (batch,)):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(f"loss_fn: expected one loss for each example, [{batch}], or their sum, got {got}")
+    return losses.sum()
+
+
+def _check(x: Tensor, iterations: int, tolerance: float) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
+
+
+def _check_batch(out: Tensor, x: Tensor, average: str) -> None:
+    if out.ndim < 2 or len(out) != len(x):
+        raise ValueError(f"model: expected an output [{len(x)}, ...] for each example, got shape {tuple(out.shape)}")
+
+
+@contextlib.contextmanager
+def _frozen(model: Callable):
+    """Parameters without gradients inside: nothing is kept for them."""
+    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+# ---- output variance and signal-to-noise -----------------------------------------------------------------------------
+
+
+def output_variance(model: nn.Module, *args, k: int = 16, average: str = "logits", chunk: int = 1, **kwargs) -> Tensor:
+    """The variance of every output over k noisy passes, Var_s[f(x; noise s)], unbiased.
+
+    model, args, kwargs, chunk: as `predict`'s. k: >= 2. average: of which the variance is taken, "logits" (the outputs)
+    or "probs" (their softmax over the last dimension).
+    Returns a tensor of the output's shape, at least float32. Raises ValueError or TypeError naming the argument.
+    Source: arXiv 2506.04690, the constraint Var[f(x)].
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 2:
+        raise ValueError(f"k: expected an integer >= 2, for a variance, got {k!r}")
+    if average not in ("logits", "probs"):
+        raise ValueError(f"average: expected 'logits' or 'probs', got {average!r}")
+    out = predict(model, *args, k=k, average=None, chunk=chunk, **kwargs)
+    return tensor_output(out, average).var(0)
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """One DIP layer: mean over features of the input's variance, of the noise's, and their ratio."""
+
+    name: str
+    signal: float
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        return self.signal / self.noise
+
+    @property
+    def decibels(self) -> float:
+        return 10 * math.log10(self.ratio) if self.ratio > 0 else -math.inf
+
+
+class LayerNoises(list):
+    """A list of LayerNoise that prints as a table."""
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
+        lines = [f"{'layer':{width}}  {'signal':>10}  {'noise':>10}  {'ratio':>10}  {'dB':>6}"]
+        for row in self:
+            figures = f"{row.signal:10.4g}  {row.noise:10.4g}  {row.ratio:10.4g}  {row.decibels:6.1f}"
+            lines.append(f"{row.name or '(root)':{width}}  {figures}")
+        return "\n".join(lines)
+
+
+def signal_to_noise(model: nn.Module, batches: Iterable) -> LayerNoises:
+    """The signal-to-noise ratio at every DIP layer's input: sum_j Var[x_j] / sum_j (lambda_j / S).
+
+    model: with DIP layers; run in eval mode without noise. batches: as `calibrate`'s. Var[x_j] is over all rows of the
+    batches; S is the layer's num_samples.
+    Returns LayerNoises, one LayerNoise for each layer, which prints as a table. Raises ValueError as `summary`.
+    """
+    spreads = measured_spreads(model, batches)
+    rows = LayerNoises()
+    for name, layer in dip_layers(model).items():
+        noise = layer.variance.sigma.double().cpu().square().mean().item() / layer.num_samples
+        rows.append(LayerNoise(name, spreads[name].square().mean().item(), noise))
+    return rows
