@@ -26,6 +26,10 @@ test-all: setup
 demo: setup
 	$(PY) examples/digits.py
 
+# With the Python at hand, which must have a CUDA build of torch: nothing is downloaded.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
