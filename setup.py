@@ -96,14 +96,16 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         defines.append("'-DDIP_CUDA_ARCHS=\"" + " ".join(archs) + "\"'")
         defines.append("'-DDIP_CUDA_TOOLKIT=\"" + toolkit(nvcc) + "\"'")
     # No contraction: every fused multiply-add of the noise contract is written out.
-    flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    # Error messages carry file names: relative ones, so that a library says nothing of where it was built.
+    prefix = f"-ffile-prefix-map={ROOT.resolve()}/= -ffile-prefix-map={torch_dir}/="
+    flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math {prefix}"
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     lines = [
         f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule nvcc\n  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC"
         f" -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {compiler} -shared $in -o $out {os.environ.get('LDFLAGS', '')} -L{torch_dir}/lib"
+        f"rule link\n  command = {compiler} -shared $in -o $out -Wl,--version-script=exports.map {os.environ.get('LDFLAGS', '')} -L{torch_dir}/lib"
         " -Wl,--as-needed -ltorch_cpu $libs",
     ]
     units = [("ops.cpp", "ops", f"-I{torch_dir}/include")]
@@ -112,6 +114,7 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         for name in capabilities(compiler):
             lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
             units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
+            units.append(("cpu/activation.cpp", f"activation_{name}", f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name}"))
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")
@@ -154,6 +157,7 @@ class NinjaBuild(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "exports.map").write_text("{ global: dip_*; local: *; };\n")
         (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc, Path(torch.__file__).parent, out))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)

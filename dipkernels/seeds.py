@@ -198,12 +198,15 @@ def _mark_of(seed: Tensor) -> tuple | None:
     return generator.initial_seed(), generator.get_offset()
 
 
-@torch.compiler.assume_constant_result
 def _when_traced(device: str, shared: bool) -> None:
     """Runs while torch.compile traces `draw`, which has it in no graph."""
     if _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
         _compare_ranks(device, shared)
     _check_memory_budget()
+
+
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long, for who may never compile.
+_when_traced._dynamo_marked_constant = True
 
 
 def _check_memory_budget() -> None:
