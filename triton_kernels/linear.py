@@ -316,9 +316,10 @@ def _forward(
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
-    op = "fwd_mean" if num_samples > 1 else "fwd"
     vec = _vec(col0 % 8, n, k, x.stride(0), weight.stride(0))
     regular = vec == 8 and x.element_size() <= weight.element_size()
+    # The smaller tile also where a slope's registers come on top of those of unaligned loads.
+    op = "fwd_mean" if num_samples > 1 or (dy is not None and not regular) else "fwd"
     chosen = blocks(op, _architecture(x.device), m, n, k, weight.element_size(), regular)
     sample, num_samples, inv_num_samples = sampling(sample, num_samples)
     with on_device(x):
