@@ -44,4 +44,18 @@ int64_t perturb_cuda_scratch(const PerturbArgs& args);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 
+// y = E[act(mu + sqrt(v) z)]. Every matrix is [rows, features], contiguous; v belongs to a column.
+struct ActivationArgs {
+  int64_t rows, features;
+  int kind;       // Activation of activation.h
+  const void* v;  // [features]
+  bool v_is_double;
+  Operand mu;
+  Operand y;        // written where dv is null
+  Operand dy, dmu;  // read, written where dv is set
+  void* dv;         // [features], v's dtype, written: the sum over rows
+};
+
+const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for);
+
 }  // namespace dip

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include <dlfcn.h>
 #endif
 
+#include "activation.h"
 #include "cpu/dispatch.h"
 #include "launch.h"
 
@@ -318,6 +320,61 @@ std::tuple<Tensor, Tensor> perturb_replay(
   return {u, dsigma};
 }
 
+// ---- the expectation of an activation ------------------------------------------------------------------------------------
+
+#ifdef DIP_HAS_CPU
+int activation_named(const std::string& name) {
+  for (int kind = 0; kind < kNumActivations; ++kind)
+    if (name == kActivationNames[kind]) return kind;
+  STD_TORCH_CHECK(false, "activation: expected relu, gelu, gelu_tanh, silu or tanh, got ", name);
+}
+
+ActivationArgs start_activation(const Tensor& mu, const Tensor& v, const std::string& activation) {
+  check_same(v, "v", mu);
+  STD_TORCH_CHECK(mu.dim() >= 1 && v.dim() == 1 && v.size(0) == mu.size(-1), "v: expected shape (N,), N of mu's last dimension");
+  const ScalarType type = v.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "v: expected float32 or float64");
+  ActivationArgs a{};
+  a.kind = activation_named(activation);
+  a.features = v.size(0);
+  a.rows = a.features ? mu.numel() / a.features : 0;
+  a.v = v.const_data_ptr();
+  a.v_is_double = type == ScalarType::Double;
+  return a;
+}
+
+Operand operand_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), 0, 1}; }
+
+Tensor activation(Tensor mu, Tensor v, std::string activation) {
+  mu = torch::stable::contiguous(mu);
+  v = torch::stable::contiguous(v);
+  ActivationArgs a = start_activation(mu, v, activation);
+  Tensor y = empty_like(mu, mu.scalar_type());
+  a.mu = operand_of(mu);
+  a.y = operand_of(y);
+  const char* error = activation_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::string activation) {
+  check_same(dy, "dy", mu);
+  dy = torch::stable::contiguous(dy);
+  mu = torch::stable::contiguous(mu);
+  v = torch::stable::contiguous(v);
+  ActivationArgs a = start_activation(mu, v, activation);
+  check_same_shape(dy, mu);
+  Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0));
+  a.mu = operand_of(mu);
+  a.dy = operand_of(dy);
+  a.dmu = operand_of(dmu);
+  a.dv = dv.mutable_data_ptr();
+  const char* error = activation_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  return {dmu, dv};
+}
+#endif
+
 }  // namespace
 }  // namespace dip
 
@@ -328,6 +385,8 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
   m.impl("perturb", TORCH_BOX(&dip::perturb<dip::launch_cpu>));
   m.impl("perturb_bwd", TORCH_BOX(&dip::perturb_bwd<dip::launch_cpu>));
   m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cpu>));
+  m.impl("activation", TORCH_BOX(&dip::activation));
+  m.impl("activation_bwd", TORCH_BOX(&dip::activation_bwd));
 }
 #endif
 

@@ -244,6 +244,10 @@ def _runs_on(name: str, device: str) -> bool:
     return True
 
 
+# The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an activation's expectation.
+_FUSED_BY_TRITON = ("linear", "activation")
+
+
 def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
@@ -255,7 +259,13 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         if not _runs_on(_forced, device):
             why = f": {_cuda_problem}" if _forced == device == "cuda" and _cuda_problem else ""
             raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here{why}")
+        if _forced == "cuda" and op.startswith("activation"):
+            raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
+    if device == "cuda" and op.startswith(_FUSED_BY_TRITON) and _runs_on("triton", device):
+        return Plan("triton", "its passes are fused in Triton alone")
+    if device == "cuda" and op.startswith("activation"):
+        return Plan("reference", "the CUDA library has no kernel of it, and Triton is missing")
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")

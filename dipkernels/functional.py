@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops, tensor_parallel
+from . import expectation, ops, tensor_parallel
+from .row_blocks import ACTIVATIONS
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
@@ -180,6 +181,54 @@ class _LinearReplay(Function):
         return dx, dweight, dbias, dsigma, None, None, None
 
 
+# ---- the mean over samples behind an activation: docs/maths.md, section 4 ----------------------------------------------
+# `where` here is (row0, col0, sample, num_samples, factor, log_variance), as in ops.linear.
+
+
+class _Mean(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, sigma, seed, where, activation, dtype):
+        ctx.save_for_backward(x, weight, bias, sigma, seed)
+        ctx.where, ctx.activation, ctx.dtype = where, activation, dtype
+        return ops.linear(x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        nothing = (None,) * 4
+        if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
+            wanted = [t for t, need in zip(tensors, needs) if need]
+            y = _mean_pieces(*tensors, ctx.where, ctx.activation, ctx.dtype)
+            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(grads) if need else None for need in needs), *nothing
+        grads = ops.linear_bwd(dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
+        grads = (grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs))
+        return *grads, *nothing
+
+
+def _cast(dtype, *tensors):
+    return (None if t is None else t.to(dtype) for t in tensors)
+
+
+def _mean_pieces(x, weight, bias, sigma, seed, where, activation, dtype):
+    row0, col0, sample, num_samples, factor, log_variance = where
+    weight, bias = _cast(dtype, weight, bias)
+    y = 0
+    for s in range(sample, sample + num_samples):
+        u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1, factor, log_variance), dtype)
+        y = y + ACTIVATIONS[activation](F.linear(u, weight, bias))
+    return y / num_samples
+
+
+def _mean(x, weight, bias, sigma, seed, where, activation, dtype):
+    if dtype is None and weight.dtype is not x.dtype:
+        raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
+    fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
+    run = _mean_pieces if torch._C._are_functorch_transforms_active() or not fused else _Mean.apply
+    return run(x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
+
+
 class _Unused(Function):
     """x itself; sigma gets a gradient of zeros."""
 
@@ -192,6 +241,8 @@ class _Unused(Function):
     def backward(ctx, du):
         return du, torch.zeros_like(ctx.saved_tensors[0])
 
+
+ESTIMATORS = ("sample", "mean", "analytic")
 
 # ---- public --------------------------------------------------------------------------------------------------------
 
@@ -301,19 +352,48 @@ def dip_linear(
     collapsed: bool = True,
     log_variance: bool = False,
     keep: str = "auto",
+    activation: str | None = None,
+    estimator: str = "sample",
 ) -> Tensor:
-    """y = (x + sigma * z) W^T + b, differentiable in x, weight, bias and sigma to any order.
+    """y = act((x + sigma * z) W^T + b) or its mean over z, differentiable in x, weight, bias and sigma to any order.
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. sigma, seed, row0, col0, sample, num_samples, collapsed, log_variance: as in
     `perturb`. keep: what backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
     the pass that sums dsigma: for layers that share an input, and under torch.compile), or "auto": "x" under torch.compile,
     else "u". Under autocast u is rounded once, straight to the autocast type.
+    activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". estimator: where the mean over z is taken.
+      "sample"    act of one draw; num_samples draws are averaged before the activation.
+      "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
+                  in the memory of one. Backward draws and multiplies again (and keeps x). Without an activation as "sample".
+      "analytic"  E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance sum_k sigma_k^2 W_nk^2.
+                  Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error: docs/maths.md, section 7.
     Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.
     """
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     dtype = autocast_dtype(x)
     where = _where(sigma, -1, row0, col0, sample, num_samples, collapsed, log_variance)
+    if estimator != "sample":
+        if keep == "u" and not (estimator == "mean" and activation is None):
+            raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
+        if is_dtensor(x) or is_dtensor(weight):
+            raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
+    if estimator == "analytic":
+        if num_samples != 1:
+            raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+        return _analytic(x, weight, bias, sigma, log_variance, activation)
+    if estimator == "mean" and activation is not None and num_samples > 1:
+        real = (row0, col0, sample, num_samples, 1.0, log_variance)
+        return _mean(x, weight, bias, sigma, seed, real, activation, dtype)
+    y = _affine(x, weight, bias, sigma, seed, where, keep, dtype)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _affine(x, weight, bias, sigma, seed, where, keep, dtype):
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
@@ -321,3 +401,22 @@ def dip_linear(
         if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
             return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)
+
+
+def _analytic(x, weight, bias, sigma, log_variance, activation):
+    if sigma.shape != x.shape[-1:]:
+        raise ValueError(f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}")
+    if activation is None:
+        return F.linear(without_noise(x, sigma), weight, bias)
+    mu = F.linear(x, weight, bias)
+    return expectation.activation(mu, expectation.variance(weight, sigma, log_variance), activation)
+
+
+def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    """y = E[act(mu + sqrt(v) z)], z ~ N(0, 1): an activation behind normal noise, differentiable in mu and v to any order.
+
+    mu: [..., N], float32, float64, float16 or bfloat16. v: [N], float32 or float64, a variance >= 0; where it is 0, y is act(mu).
+    activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the others are within the bounds of
+    docs/maths.md, section 7, whatever mu and v. Returns y in mu's shape and dtype. Raises ValueError or TypeError naming the argument.
+    """
+    return expectation.activation(mu, v, activation)

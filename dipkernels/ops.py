@@ -10,21 +10,30 @@ They are deterministic functions of tensors, seed included, without autograd: se
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, reference, row_blocks
 
 _WHERE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
 _SCALE = "float factor, bool log_variance"
+_LINEAR = "Tensor weight, Tensor? bias, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, int sample, int num_samples"
+_LINEAR = f"{_LINEAR}, {_SCALE}"
 SCHEMAS = {
     "noise": f"(Tensor seed, SymInt[] shape, {_WHERE}) -> Tensor",
     "perturb": f"(Tensor x, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}, ScalarType? out_dtype) -> Tensor",
     "perturb_bwd": f"(Tensor du, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}) -> Tensor",
     "perturb_replay": f"(Tensor du, Tensor x, Tensor sigma, Tensor seed, {_WHERE}, {_SCALE}, ScalarType? out_dtype)"
     " -> (Tensor, Tensor)",
+    # The mean over samples of act(affine), and its derivatives dx, dweight, dbias ([N], also without a bias), dsigma.
+    "linear": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> Tensor",
+    "linear_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    # E[act(mu + sqrt(v) z)] with v [N], and dy's product with d/dmu and, summed over rows, with d/dv.
+    "activation": "(Tensor mu, Tensor v, str activation) -> Tensor",
+    "activation_bwd": "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor)",
 }
 NAMESPACES = {
     "cpu": "dipkernels",
@@ -33,6 +42,7 @@ NAMESPACES = {
     "reference": "dipkernels_reference",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh")
 MAX_SAMPLES = 2**16
 
 
@@ -70,6 +80,11 @@ def _check(x: Tensor, sigma: Tensor, seed: Tensor, dim: int, *where: int) -> Non
     if sigma.device != x.device:
         raise ValueError(f"sigma: expected device {x.device}, as x, got {sigma.device}")
     _check_seed(seed, x.device)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
 
 
 def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
@@ -140,6 +155,46 @@ def perturb_replay(
     )
 
 
+def linear(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+) -> Tensor:
+    _check(x, sigma, seed, -1, row0, col0, sample, num_samples)
+    _check_activation(activation)
+    _check_out_dtype(out_dtype)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    return _run("linear", x.device.type)(
+        x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+    )
+
+
+def linear_bwd(
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run("linear_bwd", x.device.type)(
+        dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
+    )
+
+
+def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    _check_activation(activation)
+    if mu.dtype not in DTYPES:
+        raise TypeError(f"mu: expected one of {DTYPES}, got {mu.dtype}")
+    if mu.dim() == 0 or v.shape != mu.shape[-1:]:
+        raise ValueError(f"v: expected shape (N,) = {tuple(mu.shape[-1:])}, got {tuple(v.shape)}")
+    if v.dtype is not torch.float32 and v.dtype is not torch.float64:
+        raise TypeError(f"v: expected torch.float32 or torch.float64, got {v.dtype}")
+    if v.device != mu.device:
+        raise ValueError(f"v: expected device {mu.device}, as mu, got {v.device}")
+    return _run("activation", mu.device.type)(mu, v, activation)
+
+
+def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return _run("activation_bwd", mu.device.type)(dy, mu, v, activation)
+
+
 # ---- fakes: shapes, dtypes and strides without data ----------------------------------------------------------------
 
 
@@ -159,22 +214,50 @@ def _fake_perturb_replay(du, x, sigma, seed, *rest):
     return _fake_perturb(x, sigma, seed, *rest), _fake_perturb_bwd(du, sigma)
 
 
+def _fake_linear(x, weight, *rest):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[-1])
+
+
+def _fake_linear_bwd(dy, x, weight, bias, sigma, *rest):
+    like = weight.new_empty(weight.shape[:1]) if bias is None else bias
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma))
+
+
+def _fake_activation(mu, v, activation):
+    return torch.empty_like(mu, memory_format=torch.contiguous_format)
+
+
+def _fake_activation_bwd(dy, mu, v, activation):
+    return _fake_activation(mu, v, activation), _fake_activation(v, v, activation)
+
+
 _FAKES = {
     "noise": _fake_noise,
     "perturb": _fake_perturb,
     "perturb_bwd": _fake_perturb_bwd,
     "perturb_replay": _fake_perturb_replay,
+    "linear": _fake_linear,
+    "linear_bwd": _fake_linear_bwd,
+    "activation": _fake_activation,
+    "activation_bwd": _fake_activation_bwd,
 }
 
 
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
-def _triton(op: str):
-    def run(*args):
-        from .triton_kernels import perturb as kernels  # imported at the first call: Triton takes a while
+# Modules of triton_kernels, imported at the first call: Triton takes a while.
+_STEMS = {"linear": "linear", "linear_bwd": "linear", "activation": "activation", "activation_bwd": "activation"}
 
-        return getattr(kernels, op)(*args)
+
+def _triton(op: str):
+    stem = f"{__package__}.triton_kernels.{_STEMS.get(op, 'perturb')}"
+
+    def run(*args):
+        out = getattr(importlib.import_module(stem), op)(*args)
+        if op == "linear_bwd" and out[2] is None:  # a schema has no optional results
+            out = (*out[:2], out[1].new_zeros(out[1].shape[0]), out[3])
+        return out
 
     return run
 
@@ -186,7 +269,9 @@ for _namespace in dict.fromkeys(NAMESPACES.values()):
     for _op, _schema in SCHEMAS.items():
         _library.define(_op + _schema)
         torch.library.register_fake(f"{_namespace}::{_op}", _FAKES[_op], lib=_library)
-        if _namespace == "dipkernels_reference":
+        if _namespace == "dipkernels" and hasattr(row_blocks, _op):
+            _library.impl(_op, getattr(row_blocks, _op), "CompositeExplicitAutograd")
+        elif _namespace == "dipkernels_reference":
             _library.impl(_op, getattr(reference, _op), "CompositeExplicitAutograd")
         elif _namespace == "dipkernels_triton":
             _library.impl(_op, _triton(_op), "CUDA")

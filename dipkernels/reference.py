@@ -95,3 +95,105 @@ def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, num_samples, fac
     """(u, dsigma): `perturb` and `perturb_bwd` of one draw"""
     where = (dim, row0, col0, sample, num_samples, factor, log_variance)
     return perturb(x, sigma, seed, *where, out_dtype), perturb_bwd(du, sigma, seed, *where)
+
+
+# ---- activations: (f, f', f'') ------------------------------------------------------------------------------------------
+
+
+def _relu(x):
+    return x.clamp(min=0), (x > 0).to(x.dtype), torch.zeros_like(x)
+
+
+def _gelu(x):
+    pdf, cdf = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(x)
+    return x * cdf, cdf + x * pdf, (2 - x * x) * pdf
+
+
+def _silu(x):
+    s = torch.sigmoid(x)
+    ds = s * (1 - s)
+    return x * s, s + x * ds, ds * (2 + x * (1 - 2 * s))
+
+
+def _tanh(x):
+    t = torch.tanh(x)
+    return t, 1 - t * t, -2 * t * (1 - t * t)
+
+
+def _gelu_tanh(x):
+    c = 2 * math.sqrt(2 / math.pi)
+    s, d1, d2 = torch.sigmoid(c * (x + 0.044715 * x**3)), c * (1 + 0.134145 * x * x), c * 0.26829 * x
+    ds = s * (1 - s) * d1
+    return x * s, s + x * ds, 2 * ds + x * ((1 - 2 * s) * d1 * ds + s * (1 - s) * d2)
+
+
+_ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "tanh": _tanh}
+
+
+def _expectation(mu, v, activation):
+    """(E f, E f', E f'' / 2) at mu + sqrt(v) z, float64; the last two are d/dmu and d/dv.  docs/maths.md, section 7."""
+    mu, v = mu.double(), v.double()
+    f, s = _ACTIVATIONS[activation], torch.sqrt(v)
+    if activation == "relu":
+        safe = torch.where(s > 0, s, 1.0)
+        pdf, cdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(mu / safe)
+        plain = f(mu)
+        smooth = (mu * cdf + s * pdf, cdf, pdf / (2 * safe))
+        return tuple(torch.where(s > 0, a, b) for a, b in zip(smooth, plain))
+    # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of the step.
+    step = min(0.25, 0.25 / max(1.0, float(s.max()))) if s.numel() else 0.25
+    sums = [torch.zeros_like(mu + s) for _ in range(3)]
+    for i in range(-int(9 / step), int(9 / step) + 1):
+        z = i * step
+        weight = step * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+        for total, value in zip(sums, f(mu + s * z)):
+            total += weight * value
+    return sums[0], sums[1], sums[2] / 2
+
+
+def activation(mu, v, activation):
+    """y[i, j] = E[act(mu[i, j] + sqrt(v[j]) z)]"""
+    return _expectation(mu, v, activation)[0].to(mu.dtype)
+
+
+def activation_bwd(dy, mu, v, activation):
+    """(dmu[i, j], dv[j]): dy times d/dmu, and the sum over i of dy times d/dv"""
+    _, slope, half_curvature = _expectation(mu, v, activation)
+    dv = (dy.double() * half_curvature).flatten(0, -2).sum(0) if mu.dim() > 1 else dy.double() * half_curvature
+    return (dy.double() * slope).to(mu.dtype), dv.to(v.dtype)
+
+
+# ---- the mean over samples behind an activation -----------------------------------------------------------------------------
+
+
+def _samples(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance):
+    """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows flattened."""
+    rows = _as_rows(x, -1)
+    for s in range(sample, sample + num_samples):
+        z = standard_normal(seed, *rows.shape, row0, col0, s)
+        u = rows + factor * _sigma(sigma, log_variance) * z
+        yield z, u, u @ weight.double().t() + (0 if bias is None else bias.double())
+
+
+def linear(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+):
+    """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])"""
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    y = sum(_ACTIVATIONS[activation](h)[0] for _, _, h in _samples(x, weight, bias, sigma, seed, *where))
+    return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_bwd(
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
+):
+    """(dx, dweight, dbias, dsigma) of `linear`"""
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    dx, dweight, dbias, dsigma = 0, 0, 0, 0
+    for z, u, h in _samples(x, weight, bias, sigma, seed, *where):
+        dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
+        du = dh @ weight.double()
+        dx, dweight, dbias = dx + du, dweight + dh.t() @ u, dbias + dh.sum(0)
+        dsigma = dsigma + factor * (du * z).sum(0) * (_sigma(sigma, True) / 2 if log_variance else 1)
+    bias_dtype = weight.dtype if bias is None else bias.dtype
+    return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias.to(bias_dtype), dsigma.to(sigma.dtype)

@@ -9,14 +9,19 @@
 namespace dip {
 
 const char* perturb_portable(const PerturbArgs&, ParallelFor);
+const char* activation_portable(const ActivationArgs&, ParallelFor);
 #ifdef DIP_HAS_X86
 const char* perturb_avx2(const PerturbArgs&, ParallelFor);
 const char* perturb_avx512(const PerturbArgs&, ParallelFor);
+const char* activation_avx2(const ActivationArgs&, ParallelFor);
+const char* activation_avx512(const ActivationArgs&, ParallelFor);
 #endif
 
 namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
+const char* const kUnknownCapability =
+    "DIPKERNELS_CPU_CAPABILITY: expected auto, portable, avx2 or avx512, and one that this machine offers";
 
 bool offered(int capability) {
 #ifdef DIP_HAS_X86
@@ -66,8 +71,18 @@ const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) {
     case 1: return perturb_avx2(args, parallel_for);
 #endif
     case 0: return perturb_portable(args, parallel_for);
-    default:
-      return "DIPKERNELS_CPU_CAPABILITY: expected auto, portable, avx2 or avx512, and one that this machine offers";
+    default: return kUnknownCapability;
+  }
+}
+
+const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for) {
+  switch (cpu_capability()) {
+#ifdef DIP_HAS_X86
+    case 2: return activation_avx512(args, parallel_for);
+    case 1: return activation_avx2(args, parallel_for);
+#endif
+    case 0: return activation_portable(args, parallel_for);
+    default: return kUnknownCapability;
   }
 }
 

@@ -1,0 +1,294 @@
+// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v.  docs/maths.md, section 7.
+// Compiled once per instruction set; DIP_ACTIVATION names the entry point. Plain loops that compilers vectorise; no STL (perturb.cpp).
+#include <cmath>
+#include <cstdlib>
+
+#include "../activation.h"
+#include "convert.h"
+
+namespace dip {
+namespace {
+
+constexpr int kColumns = 256;       // of a tile: its coefficients stay in the first-level cache
+constexpr int64_t kRows = 64;       // of a tile, and of a sum in the compute type
+constexpr int64_t kMaxBlocks = 32;  // row blocks of the two-stage sum
+static_assert(kColumns <= kRun, "a row of a tile is one run");
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// ---- the normal distribution -----------------------------------------------------------------------------------------
+
+// phi(a) and Phi(-|a|); a is brought into the range where phi is not yet zero.
+DIP_HD void normal(float& a, float* density, float* tail) {
+  a = a > 13.0f ? 13.0f : a;
+  a = a < -13.0f ? -13.0f : a;
+  const float x = __builtin_fabsf(a);
+  const float t = x * x * -0.72134752044448170f;  // phi(a) = 2^t / sqrt(2 pi)
+  const float shifted = t + 12582912.0f;          // the integer nearest to t, in the low bits
+  const float f = t - (shifted - 12582912.0f);
+  float e = fma_of(f, 0.0005296452488186387f, 0.003859971572640952f);
+  e = fma_of(e, f, 0.022144143759068344f);
+  e = fma_of(e, f, 0.09583439458007795f);
+  e = fma_of(e, f, 0.27652563169478506f);
+  e = fma_of(e, f, 0.3989423089303472f);
+  *density = ScalarLane::as_float(ScalarLane::as_uint(e) + (ScalarLane::as_uint(shifted) << 23));
+  // The ratio Phi(-x) / phi(x) by a polynomial in 1 / (1 + 0.28 x), fitted for the least error of (1 + x) Phi(-x): 1.5e-8.
+  const float r = 1.0f / fma_of(x, 0.28f, 1.0f);
+  float q = fma_of(r, -0.26708350881075804f, 0.9849908563345496f);
+  q = fma_of(q, r, -0.6067879639947539f);
+  q = fma_of(q, r, 0.6844901636210934f);
+  q = fma_of(q, r, 0.16494403532913238f);
+  q = fma_of(q, r, 0.2927605180310524f);
+  *tail = *density * (q * r);
+}
+
+DIP_HD void normal(double& a, double* density, double* tail) {
+  a = a > 40.0 ? 40.0 : a;
+  a = a < -40.0 ? -40.0 : a;
+  *density = 0.39894228040143267794 * std::exp(-0.5 * a * a);
+  *tail = 0.5 * std::erfc(0.70710678118654752440 * std::fabs(a));
+}
+
+// ---- one run of columns ----------------------------------------------------------------------------------------------
+
+// Of the columns, for each term t at [t * stride + column]: alpha = c / sqrt(1 + c^2 v), gamma = p alpha, beta = 1 / (1 + c^2 v).
+template <class C>
+struct Coefficients {
+  const C *alpha, *beta, *gamma, *v;
+  int64_t stride;
+  C p[10];
+};
+
+// kOdd: tanh, sum of p (2 Phi(a) - 1), a = alpha mu. Otherwise mu sum of p Phi(a) + v sum of gamma phi(a).
+template <class C, int kTerms, bool kOdd, int t = 0>
+DIP_HD void sum_terms(const Coefficients<C>& k, int64_t at, C mu, C& cdf, C& pdf) {
+  C a = mu * k.alpha[t * k.stride + at], density, tail;
+  normal(a, &density, &tail);
+  if constexpr (kOdd) {
+    const C half = C(1) - C(2) * tail;
+    cdf = fma_of(k.p[t], a < 0 ? -half : half, cdf);
+  } else {
+    cdf = fma_of(k.p[t], a < 0 ? tail : C(1) - tail, cdf);
+    pdf = fma_of(k.gamma[t * k.stride + at], density, pdf);
+  }
+  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, kOdd, t + 1>(k, at, mu, cdf, pdf);
+}
+
+template <class C, int kTerms, bool kOdd>
+DIP_HD void forward_run(const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, C* __restrict y) {
+  for (int i = 0; i < n; ++i) {
+    C cdf = 0, pdf = 0;
+    sum_terms<C, kTerms, kOdd>(k, first + i, mu[i], cdf, pdf);
+    y[i] = kOdd ? cdf : fma_of(mu[i], cdf, k.v[first + i] * pdf);
+  }
+}
+
+// d/dmu, and d/dv = half of the second derivative in mu.
+template <class C, int kTerms, bool kOdd, int t = 0>
+DIP_HD void sum_slopes(const Coefficients<C>& k, int64_t at, C mu, C& dmu, C& dv) {
+  const int64_t column = t * k.stride + at;
+  const C alpha = k.alpha[column], gamma = k.gamma[column];
+  C a = mu * alpha, density, tail;
+  normal(a, &density, &tail);
+  if constexpr (kOdd) {
+    const C slope = gamma * density;
+    dmu += slope + slope;
+    dv = fma_of(-alpha * a, slope, dv);
+  } else {
+    const C beta = k.beta[column];
+    dmu = fma_of(k.p[t], fma_of(a * beta, density, a < 0 ? tail : C(1) - tail), dmu);
+    dv = fma_of(C(0.5) * gamma * density, fma_of(beta, fma_of(-a, a, C(1)), C(1)), dv);
+  }
+  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, kOdd, t + 1>(k, at, mu, dmu, dv);
+}
+
+template <class C, int kTerms, bool kOdd>
+DIP_HD void backward_run(
+    const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
+    C* __restrict acc) {
+  for (int i = 0; i < n; ++i) {
+    C slope = 0, curvature = 0;
+    sum_slopes<C, kTerms, kOdd>(k, first + i, mu[i], slope, curvature);
+    dmu[i] = dy[i] * slope;
+    acc[i] = fma_of(dy[i], curvature, acc[i]);
+  }
+}
+
+// ---- columns without variance: the activation itself -----------------------------------------------------------------
+
+struct Plain {
+  double value, slope, half_curvature;
+};
+
+Plain plain(int kind, double x) {
+  switch (kind) {
+    case kReluActivation: return {x > 0 ? x : 0 * x, x > 0 ? 1.0 : 0.0, 0.0};
+    case kGeluActivation: {
+      const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x), cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
+      return {x * cdf, cdf + x * density, 0.5 * density * (2 - x * x)};
+    }
+    case kGeluTanhActivation: {
+      const double c = 0.79788456080286535588, d1 = c * (1 + 0.134145 * x * x), d2 = c * 0.26829 * x;
+      const double s = 1 / (1 + std::exp(-2 * c * (x + 0.044715 * x * x * x))), ds = 2 * s * (1 - s) * d1;
+      return {x * s, s + x * ds, ds + 0.5 * x * (2 * (1 - 2 * s) * d1 * ds + 2 * s * (1 - s) * d2)};
+    }
+    case kSiluActivation: {
+      const double s = 1 / (1 + std::exp(-x)), ds = s * (1 - s);
+      return {x * s, s + x * ds, ds + 0.5 * x * ds * (1 - 2 * s)};
+    }
+    default: {
+      const double t = std::tanh(x);
+      return {t, 1 - t * t, -t * (1 - t * t)};
+    }
+  }
+}
+
+// ---- the passes ------------------------------------------------------------------------------------------------------
+
+template <class F>
+void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, const F& body) {
+  parallel_for(total, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+               const_cast<F*>(&body));
+}
+
+template <class C, int kTerms, bool kOdd>
+struct Pass {
+  const ActivationArgs& args;
+  Coefficients<C> k;
+  bool any_plain;
+
+  void forward(int64_t row, int64_t first, int n) const {
+    alignas(64) C buffer[kRun], target[kRun];
+    const int64_t at = row * args.features + first;
+    const C* mu = load_run<C>(args.mu, at, n, buffer);
+    C* y = run_target<C>(args.y, at, target);
+    forward_run<C, kTerms, kOdd>(k, first, n, mu, y);
+    for (int i = 0; any_plain && i < n; ++i)
+      if (k.v[first + i] == 0) y[i] = static_cast<C>(plain(args.kind, mu[i]).value);
+    store_run<C>(args.y, at, n, y);
+  }
+
+  void backward(int64_t row, int64_t first, int n, C* acc) const {
+    alignas(64) C buffer[kRun], gradient[kRun], target[kRun];
+    const int64_t at = row * args.features + first;
+    const C* mu = load_run<C>(args.mu, at, n, buffer);
+    const C* dy = load_run<C>(args.dy, at, n, gradient);
+    C* dmu = run_target<C>(args.dmu, at, target);
+    backward_run<C, kTerms, kOdd>(k, first, n, mu, dy, dmu, acc);
+    for (int i = 0; any_plain && i < n; ++i) {
+      if (k.v[first + i] != 0) continue;  // there gamma is 0, so acc has nothing of it yet
+      const Plain f = plain(args.kind, mu[i]);
+      dmu[i] = dy[i] * static_cast<C>(f.slope);
+      acc[i] += dy[i] * static_cast<C>(f.half_curvature);
+    }
+    store_run<C>(args.dmu, at, n, dmu);
+  }
+
+  void write_only(ParallelFor parallel_for) const {
+    const int64_t tiles = ceil_div(args.features, kColumns);
+    run_parallel(parallel_for, ceil_div(args.rows, kRows) * tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % tiles * kColumns, row = i / tiles * kRows;
+        const int n = static_cast<int>(smaller(kColumns, args.features - first));
+        for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) forward(r, first, n);
+      }
+    });
+  }
+
+  // partials: [blocks, features]; each is a sum over its rows in their order, whatever runs it.
+  void sum_rows(ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) const {
+    const int64_t tiles = ceil_div(args.features, kColumns);
+    run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % tiles * kColumns, block = i / tiles;
+        const int n = static_cast<int>(smaller(kColumns, args.features - first));
+        double* sums = partials + block * args.features + first;
+        for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, args.rows); row += kRows) {
+          alignas(64) C acc[kColumns] = {};
+          for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) backward(r, first, n, acc);
+          for (int j = 0; j < n; ++j) sums[j] += acc[j];
+        }
+      }
+    });
+  }
+};
+
+double variance_at(const ActivationArgs& a, int64_t j) {
+  return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
+}
+
+template <class C, int kTerms, bool kOdd>
+const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor parallel_for) {
+  const int64_t n = a.features;
+  const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
+  const int64_t blocks = ceil_div(a.rows, block_rows);
+  C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>((3 * kTerms + 1) * n + 1)));
+  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * n + 1), sizeof(double))) : nullptr;
+  const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
+  if (!error) {
+    C *alpha = columns, *beta = alpha + kTerms * n, *gamma = beta + kTerms * n, *v = gamma + kTerms * n;
+    Pass<C, kTerms, kOdd> pass{a, {alpha, beta, gamma, v, n, {}}, false};
+    for (int64_t j = 0; j < n; ++j) {
+      v[j] = static_cast<C>(variance_at(a, j));
+      pass.any_plain |= v[j] == 0;
+    }
+    for (int t = 0; t < kTerms; ++t) {
+      const C c2 = static_cast<C>(mixture.c[t] * mixture.c[t]), c = static_cast<C>(mixture.c[t]), p = static_cast<C>(mixture.p[t]);
+      pass.k.p[t] = p;
+      for (int64_t j = 0; j < n; ++j) {
+        C inverse = C(1) / fma_of(c2, v[j], C(1)), root = c * std::sqrt(inverse);
+        if (a.kind == kReluActivation) {
+          inverse = 0;
+          root = C(1) / std::sqrt(v[j] < C(1e-30) ? C(1e-30) : v[j]);
+        }
+        alpha[t * n + j] = root;
+        beta[t * n + j] = inverse;
+        gamma[t * n + j] = v[j] == 0 ? C(0) : p * root;
+      }
+    }
+    if (a.dv)
+      pass.sum_rows(parallel_for, partials, blocks, block_rows);
+    else
+      pass.write_only(parallel_for);
+    for (int64_t j = 0; a.dv && j < n; ++j) {
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
+      if (a.v_is_double)
+        static_cast<double*>(a.dv)[j] = sum;
+      else
+        static_cast<float*>(a.dv)[j] = static_cast<float>(sum);
+    }
+  }
+  std::free(columns);
+  std::free(partials);
+  return error;
+}
+
+template <class C, int kGeluTanhTerms, int kLogisticTerms>
+const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel_for) {
+  switch (a.kind) {
+    case kReluActivation:
+    case kGeluActivation: return run<C, 1, false>(a, kGelu[tier], parallel_for);
+    case kGeluTanhActivation: return run<C, kGeluTanhTerms, false>(a, kGeluTanh[tier], parallel_for);
+    case kSiluActivation: return run<C, kLogisticTerms, false>(a, kSilu[tier], parallel_for);
+    case kTanhActivation: return run<C, kLogisticTerms, true>(a, kTanh[tier], parallel_for);
+    default: return "activation: unknown";
+  }
+}
+
+}  // namespace
+
+const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
+  switch (a.mu.dtype) {
+    case DType::kFloat64: return choose_terms<double, kGeluTanh[2].terms, kSilu[2].terms>(a, 2, parallel_for);
+    case DType::kFloat32: return choose_terms<float, kGeluTanh[1].terms, kSilu[1].terms>(a, 1, parallel_for);
+    default: return choose_terms<float, kGeluTanh[0].terms, kSilu[0].terms>(a, 0, parallel_for);
+  }
+}
+
+}  // namespace dip
