@@ -1,0 +1,300 @@
+"""The wheel and its library: what they need, carry and say; what the loader says when something is wrong."""
+
+import ast
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dipkernels import backends
+from dipkernels.backends import Library
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "dipkernels" / "_C.so"
+on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="wheels are built on Linux")
+
+
+def script(name):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
+audit, older_glibc = script("audit"), script("older_glibc")
+
+
+# ---- the library -----------------------------------------------------------------------------------------------------
+
+
+def test_library_needs_and_exports_nothing_but_its_own():
+    assert audit.library_problems(LIBRARY) == []
+
+
+def test_library_asks_torch_for_functions_that_it_has():
+    torch_cpu = Path(torch.__file__).parent / "lib" / audit.TORCH
+    asked = {name for name in audit.undefined(LIBRARY) if audit.STABLE_ABI.fullmatch(name)}
+    assert len(asked) > 20 and asked <= audit.exported(torch_cpu)
+
+
+def compiled(folder, source, *flags):
+    (folder / "some.c").write_text(source)
+    library = folder / "some.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", folder / "some.c", "-o", library, *flags], check=True)
+    return library
+
+
+@on_linux
+@pytest.mark.parametrize("source, flags, problem", [
+    ("void Py_Initialize(void); void dip_f(void) { Py_Initialize(); }", [], "asks for the Python symbol Py_Initialize"),
+    ("void c10_secret(void); void dip_f(void) { c10_secret(); }", [], "asks for c10_secret, which is no function of torch's stable"),
+    ("void mine(void) {}", [], "exports mine"),
+    ("int deflate(); int dip_f(void) { return deflate(); }", ["-Wl,--no-as-needed", "-l:libresolv.so.2"], "needs libresolv.so.2"),
+    ("const char* dip_f(void) { return \"/home/me/dipkernels/csrc/ops.cpp\"; }", [], "carries the path /home/me/dipkernels/csrc/ops.cpp"),
+    ("void dip_f(void) {}", [], "does not need libtorch_cpu.so"),
+])  # fmt: skip
+def test_audit_finds(tmp_path, source, flags, problem):
+    found = audit.library_problems(compiled(tmp_path, source, *flags))
+    assert any(line.startswith(problem) for line in found), found
+
+
+@on_linux
+@pytest.mark.skipif(platform.libc_ver()[1] < "2.34", reason="a system of that age needs no stand-ins")
+def test_stand_ins_link_for_an_older_glibc(tmp_path):
+    source = "#include <dlfcn.h>\n#include <math.h>\ndouble dip_f(double x) { return dlopen(0, 1) ? exp(x) : 0; }"
+    new = compiled(tmp_path, source, "-lm")
+    assert audit.newest(new, "GLIBC") >= (2, 34)  # dlopen moved into libc
+    old = compiled(tmp_path, source, *older_glibc.link_flags("gcc", tmp_path / "stand-ins").split())
+    assert audit.newest(old, "GLIBC") <= (2, 28)
+    assert audit.honest_tag(old) == f"manylinux_2_28_{platform.machine()}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ctypes; f = ctypes.CDLL({str(old)!r}).dip_f; f.restype = ctypes.c_double; "
+         "f.argtypes = [ctypes.c_double]; print(f(1.0))"], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert abs(float(done.stdout) - 2.718281828) < 1e-8
+
+
+# ---- importing -------------------------------------------------------------------------------------------------------
+
+IMPORT = """
+import json, os, sys, torch
+before = set(sys.modules)
+import dipkernels as dip
+new = sorted(set(sys.modules) - before)
+cuda = torch.cuda.is_initialized()
+dip.DIPLinear(8, 4)(torch.ones(2, 8)).sum().backward()
+print(json.dumps({"new": new, "cuda": cuda, "files": [f for _, _, files in os.walk(".") for f in files]}))
+"""
+
+
+def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds (scripts/smoke.py measures it).
+    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch._export", "triton", "transformers", "peft", "numpy.testing")
+    assert [name for name in found["new"] if name.startswith(heavy)] == []
+    assert not found["cuda"] and found["files"] == []
+
+
+FETCH_OR_RUN = {"pickle", "dill", "urllib", "requests", "http", "socket", "subprocess", "marshal", "shelve", "joblib"}
+
+
+def calls_and_imports(path):
+    """("load", the call) of torch.load(...), ("import", name) of every import."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (("import", alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield "import", node.module.split(".")[0]
+        elif isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            yield f"{owner}.{name}".lstrip("."), ast.unparse(node)
+
+
+def test_nothing_is_unpickled_fetched_or_run_from_text():
+    """No pickle, no download, no eval in the package; torch.load in the examples with weights_only=True."""
+    for path in [*(ROOT / "dipkernels").glob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]:
+        found = list(calls_and_imports(path))
+        assert {what for kind, what in found if kind == "import"} & FETCH_OR_RUN == set(), path
+        assert {kind for kind, _ in found} & {"eval", "exec", "compile", "torch.load", "os.system"} == set(), path
+    for path in [*(ROOT / "examples").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        loads = [call for kind, call in calls_and_imports(path) if kind == "torch.load"]
+        assert [call for call in loads if "weights_only=True" not in call] == [], path
+
+
+# ---- what the loader says --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_library(monkeypatch):
+    backends.library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    backends.library.cache_clear()
+    assert backends.library().loaded
+
+
+def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
+    fresh_library.setattr(torch, "__version__", "2.9.1+cpu")
+    fresh_library.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
+    error = backends.library().error
+    assert "found torch 2.9.1+cpu" in error and "needs torch >= 2.10" in error and "pip install" in error and "\n" not in error
+
+
+def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
+    def load(path):
+        raise OSError("undefined symbol: aoti_torch_new\nmore\nlines")
+
+    fresh_library.setattr(torch.ops, "load_library", load)
+    error = backends.library().error
+    assert error.startswith("undefined symbol: aoti_torch_new: found torch") and "--force-reinstall" in error and "\n" not in error
+
+
+WHEEL_12 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "12.8")
+WHEEL_13 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "13.0")
+
+
+@pytest.mark.parametrize("library, driver, gpu, parts", [
+    (WHEEL_12, 12000, (9, 0), None),  # a static runtime 12.8 runs on the first driver of CUDA 12
+    (WHEEL_12, 13000, (8, 7), None),  # sm_86's code runs on sm_87
+    (WHEEL_12, 11080, (8, 0), ["offers CUDA 11.8", "need CUDA 12.0 (driver >= 525)", "update the driver"]),
+    (WHEEL_13, 12080, (9, 0), ["offers CUDA 12.8", "need CUDA 13.0 (driver >= 580)", "update the driver"]),
+    (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "DIPKERNELS_CUDA_ARCHS=75"]),
+    (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),  # older than the PTX, and no code of its own
+    (WHEEL_12, 12080, (12, 1), None),
+    (WHEEL_12, 13000, (13, 0), None),  # newer than all: from PTX
+    (WHEEL_12, 12060, (13, 0), ["PTX", "must offer CUDA 12.8 and offers 12.6", "update the driver"]),
+    (Library("_C.so", None, (), ("90a",), "g++", "12.8"), 12080, (9, 0), None),
+])  # fmt: skip
+def test_cuda_problem_names_what_was_found_needed_and_to_do(library, driver, gpu, parts):
+    problem = backends._cuda_problem_of(library, driver, [gpu])
+    if parts is None:
+        assert problem is None
+    else:
+        assert all(part in problem for part in parts) and "\n" not in problem, problem
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A machine whose one GPU is older than what the library was compiled for."""
+    monkeypatch.setattr(backends, "library", lambda: WHEEL_12)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    monkeypatch.setattr(backends, "_listeners", [])
+    monkeypatch.setattr(backends, "_cuda_problem", None)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("triton, runs", [(True, "triton"), (False, "reference")])
+def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs):
+    old_gpu.setattr(backends, "has_triton", lambda: triton)
+    asked = []
+    backends._listeners.append(lambda: asked.append(1))
+    with pytest.warns(RuntimeWarning, match=f"{runs} runs on CUDA tensors: GPU 0 is sm_75"):
+        backends.check_cuda()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.check_cuda()
+    assert len(asked) == 1  # `ops` chooses again
+    plan = backends.choose("perturb", "cuda")
+    assert plan.backend == runs and "sm_75" in plan.why
+    old_gpu.setattr(backends, "_forced", "cuda")
+    with pytest.raises(RuntimeError, match="'cuda' was asked for.* GPU 0 is sm_75"):
+        backends.choose("perturb", "cuda")
+
+
+def test_the_report_shows_why_the_cuda_kernels_do_not_run(old_gpu):
+    from dipkernels import env_report
+
+    old_gpu.setattr(torch.cuda, "is_available", lambda: True)
+    old_gpu.setattr(torch.cuda, "get_device_name", lambda i: "an old GPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = env_report()
+    assert "GPU 0 is sm_75" in report["kernels on cuda"] and report["CUDA toolkit"] == "12.8"
+
+
+def test_gpus_are_looked_at_when_torch_initialises_cuda_not_before(monkeypatch):
+    queued = []
+    monkeypatch.setattr(backends, "library", lambda: WHEEL_12)
+    monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: pytest.fail("asked"))
+    backends.watch_cuda()
+    assert queued == [backends.check_cuda]
+
+
+def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
+    def broken(i):
+        raise RuntimeError("no driver")
+
+    old_gpu.setattr(torch.cuda, "get_device_capability", broken)
+    assert backends.check_cuda() is None
+
+
+# ---- building: long ---------------------------------------------------------------------------------------------------
+
+
+def build(out, *arguments):
+    command = [sys.executable, ROOT / "scripts" / "wheel.py", "--out", out, *arguments]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(out.glob("*.whl"))
+
+
+def smoke(wheel, folder, expect):
+    """The smoke test on the wheel alone, in a folder of its own."""
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True)
+    code = (ROOT / "scripts" / "smoke.py").read_text()
+    (folder.parent / "smoke.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, folder.parent / "smoke.py", "--expect", expect], cwd=folder.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(folder) in done.stdout
+
+
+@on_linux
+def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
+    wheel = build(tmp_path, "--cpu", "0", "--cuda", "0")
+    assert wheel.name.endswith("-py3-none-any.whl") and audit.wheel_problems(wheel) == []
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"dipkernels/{p.name}" for p in (ROOT / "dipkernels").glob("*.py")}
+    wanted |= {f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
+    assert wanted <= names
+    smoke(wheel, tmp_path / "site", "none")
+
+
+@on_linux
+def test_audit_of_a_wheel_finds_files_that_are_not_the_packages(tmp_path):
+    wheel = tmp_path / "dipkernels-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("dipkernels/__init__.py", "dipkernels/py.typed", "dipkernels/triton_kernels/noise.py", "triton_kernels/noise.py", "x.pth"):
+            archive.writestr(name, "")
+    assert audit.wheel_problems(wheel) == ["has the file triton_kernels/noise.py", "has the file x.pth"]
+    assert audit.main([str(wheel)]) == 1
+
+
+@on_linux
+@pytest.mark.slow
+def test_cpu_wheel_is_honest_reproducible_and_works(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.mkdir()
+    second.mkdir()
+    wheel = build(first, "--cuda", "0")
+    assert wheel.name.endswith(f"-py3-none-manylinux_2_28_{platform.machine()}.whl")
+    smoke(wheel, tmp_path / "site", "cpu")
+    assert build(second, "--cuda", "0").read_bytes() == wheel.read_bytes()
