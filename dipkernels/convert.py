@@ -371,6 +371,16 @@ def to_plain(model: nn.Module) -> nn.Module:
     ]
     if unknown:
         raise ValueError(f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}")
+    activated = [name for name, m in layers.items() if getattr(m, "activation", None) and isinstance(m, DIPLinear)]
+    if activated:
+        raise ValueError(
+            f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
+            "give it a module of its own behind the layer"
+        )
+    streams = {f"{name}.stream".lstrip(".") for name in layers}
+    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in streams]
+    if others:
+        model._ddp_params_and_buffers_to_ignore = others
     for attention in attentions.values():
         attention.to_plain_in_place()
     for layer in layers.values():

@@ -14,9 +14,11 @@ from dipkernels.convert import (
     calibrate,
     convert,
     eval_mode,
+    load_variances,
     param_groups,
     summary,
     to_plain,
+    variances,
 )
 from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, dip_layers
 from dipkernels.seeds import fixed_noise, noise_off
@@ -161,6 +163,91 @@ def test_converting_twice_says_so_and_a_second_pass_adds_the_rest():
     assert [row.sigma_mean for row in summary(model)] == pytest.approx([0.5, 0.5, 0.5, 0.1])
     with pytest.raises(ValueError, match=r"4 layer.s. are DIP layers already"):
         convert(model)
+
+
+def test_converting_attention_twice_adds_the_rest():
+    model = convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 0.25, exclude=("*.out_proj", "linear1"))
+    assert names(model) == ["self_attn.in_proj", "linear2"]
+    convert(model, 0.01)
+    assert {row.name: row.sigma_mean for row in summary(model)} == pytest.approx(
+        {"self_attn.out_proj": 0.1, "self_attn.in_proj": 0.5, "linear1": 0.1, "linear2": 0.5}
+    )
+    # a filter that leaves an attention out leaves its out_proj out too
+    other = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert names(convert(other, filter=lambda m, _: type(m) is not nn.MultiheadAttention)) == ["linear1", "linear2"]
+
+
+def test_an_optimizer_made_before_trains_the_weights_and_takes_the_variances_as_a_group():
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model(X).sum().backward()
+    optimizer.step()  # with a state of its own by now
+    convert(model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def moved():
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+        return {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+
+    weights = {n for n in before if not n.endswith("log_variance")}
+    assert moved() == weights  # the variances stay where they began
+    optimizer.add_param_group(param_groups(model, lr=0.1)[-1])
+    assert moved() == set(before)
+
+
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def fsdp1(model):
+    return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+
+def fsdp2(model):
+    return torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [fsdp1, fsdp2, nn.parallel.DistributedDataParallel])
+def test_a_wrapped_model_is_refused_for_its_variances_would_drift_apart(one_rank, wrap):
+    model = nn.Sequential(wrap(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 4))
+    with pytest.raises(RuntimeError, match=r"^model: .*not yet wrapped.*at '0'"):
+        convert(model)
+    assert type(model[1]) is nn.Linear
+    # the other way round works
+    wrap(convert(nn.Sequential(nn.Linear(4, 4))))
+
+
+def test_a_checkpoint_with_other_shapes_is_named():
+    model, other = convert(nn.Sequential(nn.Linear(4, 4))), convert(nn.Sequential(nn.Linear(6, 4)))
+    before = model[0].log_variance.detach().clone()
+    state = {**model.state_dict(), "0.variance.log_variance": torch.zeros(6)}
+    with pytest.raises(RuntimeError, match=r"0\.variance\.log_variance.*\[6\].*current model is.*\[4\]"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(ValueError, match=r"^state: .*\(given, expected\).*0\.variance\.log_variance.*\(6,\), \(4,\)"):
+        load_variances(model, variances(other))
+    with pytest.raises(ValueError, match=r"^state: .*none for \['0\.variance.*unknown \['1\.variance"):
+        load_variances(model, {"1.variance.log_variance": torch.zeros(4)})
+    assert torch.equal(model[0].log_variance, before)
+    for call in (variances, lambda m: load_variances(m, {})):
+        with pytest.raises(ValueError, match="expected DIP layers, found none"):
+            call(Net())
+
+
+def test_variances_come_back_as_they_were():
+    model = convert(Net())
+    saved = variances(model)
+    assert list(saved) == [n for n in model.state_dict() if n.endswith("log_variance")]
+    with torch.no_grad():
+        model.head.log_variance.add_(1)
+    assert not torch.equal(model.head.log_variance, saved["head.variance.log_variance"])
+    load_variances(model.double(), saved)
+    assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
 
 
 def test_more_layers_than_streams_are_refused(monkeypatch):

@@ -1,0 +1,768 @@
+"""convert on the model classes that people use: transformers, PEFT, and the structures of timm and torchvision.
+
+Weights are random and the models small; nothing is downloaded. timm and torchvision are stood for by classes of their
+structure: timm imports torchvision, and torchvision has no build for a CPU-only torch on the package index.
+"""
+
+import copy
+import os
+import pickle
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dipkernels as dip
+from dipkernels.layers import DIPConv2d, DIPLinear, dip_layers
+from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lm_head.*:UserWarning")
+
+IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 64}
+DECODER = {**TEXT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def vit():
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=5)
+    )
+
+
+def resnet():
+    config = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "bottleneck"}
+    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**config, num_labels=5))
+
+
+def bert():
+    return transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))
+
+
+def gpt2():
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 60}
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    )
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
+
+
+def qwen2():
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER, tie_word_embeddings=True))
+
+
+def gemma():
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER, head_dim=8))
+
+
+def t5():
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**config, decoder_start_token_id=0))
+
+
+def peft_llama(**options):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(llama(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)  # at zero, the start, an adapter would hide whether it is noised
+    return model
+
+
+# ---- timm and torchvision by their structure -------------------------------------------------------------------------
+
+
+class TimmAttention(nn.Module):
+    """timm.models.vision_transformer.Attention: one linear layer for q, k, v."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj(heads.transpose(1, 2).flatten(2))
+
+
+class TimmBlock(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), TimmAttention(dim, heads), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Linear(48, dim))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TimmViT(nn.Module):
+    """timm.models.VisionTransformer: patch_embed.proj, cls_token, pos_embed, blocks, norm, head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 8, 8)})
+        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 32)), nn.Parameter(torch.randn(1, 5, 32))
+        self.blocks = nn.Sequential(TimmBlock(32, 4), TimmBlock(32, 4))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class TorchvisionEncoderBlock(nn.Module):
+    """torchvision.models.vision_transformer.EncoderBlock: nn.MultiheadAttention, need_weights=False."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Dropout(0.0), nn.Linear(48, dim), nn.Dropout(0.0))
+
+    def forward(self, x):
+        y = self.ln_1(x)
+        x = x + self.self_attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class TorchvisionViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_proj = nn.Conv2d(3, 32, 8, 8)
+        self.encoder = nn.Sequential(TorchvisionEncoderBlock(32, 4), TorchvisionEncoderBlock(32, 4), nn.LayerNorm(32))
+        self.heads = nn.Sequential(nn.Linear(32, 5))
+
+    def forward(self, x):
+        return self.heads(self.encoder(self.conv_proj(x).flatten(2).transpose(1, 2))[:, 0])
+
+
+class TorchvisionBottleneck(nn.Module):
+    """torchvision.models.resnet.Bottleneck, with groups and a downsample branch."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 2, padding=1, groups=2, bias=False)
+        self.bn2, self.bn3 = nn.BatchNorm2d(width), nn.BatchNorm2d(4 * width)
+        self.conv3, self.relu = nn.Conv2d(width, 4 * width, 1, bias=False), nn.ReLU(inplace=True)
+        self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, 2, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+        return self.relu(y + self.downsample(x))
+
+
+class TorchvisionResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 7, 2, padding=3, bias=False), nn.BatchNorm2d(8)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(TorchvisionBottleneck(8, 4))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+TEXT_IN, IMAGES_IN = {"input_ids": IDS}, {"pixel_values": IMAGES}
+MODELS = {  # how to make it, its inputs, how many DIP layers
+    "vit": (vit, IMAGES_IN, 14),
+    "resnet": (resnet, IMAGES_IN, 9),
+    "bert": (bert, TEXT_IN, 14),
+    "gpt2": (gpt2, TEXT_IN, 9),
+    "llama": (llama, TEXT_IN, 15),
+    "qwen2": (qwen2, TEXT_IN, 15),
+    "gemma": (gemma, TEXT_IN, 15),
+    "t5": (t5, {"input_ids": IDS, "decoder_input_ids": IDS}, 33),
+    "peft-llama": (peft_llama, TEXT_IN, 15),
+    "timm-vit": (TimmViT, {"x": IMAGES}, 10),
+    "torchvision-vit": (TorchvisionViT, {"x": IMAGES}, 10),
+    "torchvision-resnet": (TorchvisionResNet, {"x": IMAGES}, 6),
+}
+ALL = pytest.mark.parametrize("name", MODELS)
+GENERATING = pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma", "t5", "peft-llama"])
+
+
+def make(name):
+    """The plain model in eval mode, its converted copy in training mode, and the inputs."""
+    torch.manual_seed(0)
+    build, inputs, _ = MODELS[name]
+    plain = build().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        model = dip.convert(copy.deepcopy(plain), 0.04)
+    return plain, model, inputs
+
+
+def logits(model, inputs):
+    out = model(**inputs)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+@ALL
+def test_eval_mode_gives_the_plain_logits_to_the_bit(name):
+    plain, model, inputs = make(name)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(logits(model, inputs), logits(plain, inputs))
+    with noise_off():
+        assert torch.equal(logits(model, inputs), logits(plain, inputs))
+
+
+@ALL
+def test_every_layer_that_summary_lists_is_noised(name):
+    _, model, inputs = make(name)
+    model.eval()
+    rows = dip.summary(model)
+    assert [row.number for row in rows] == list(range(MODELS[name][2]))
+    with torch.no_grad():
+        base = logits(model, inputs)
+        for row in rows:
+            layer = model.get_submodule(row.name)
+            layer.training = True
+            assert not torch.equal(logits(model, inputs), base), row.name
+            layer.training = False
+        assert torch.equal(logits(model, inputs), base)
+
+
+@ALL
+def test_every_linear_layer_and_convolution_is_converted_and_no_embedding(name):
+    plain, model, _ = make(name)
+    lora = [n for n, m in plain.named_modules() if hasattr(m, "lora_A")]
+    expected = lora + [
+        n
+        for n, m in plain.named_modules()
+        if (isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D")
+        and not any(n.startswith(f"{around}.") for around in lora)
+    ]
+    got = dip_layers(model)
+    attention = [n for n, m in plain.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    assert set(got) == {*expected, *(f"{n}.in_proj" for n in attention)}
+    for (_, before), (_, after) in zip(plain.named_modules(), copy.deepcopy(plain).named_modules()):
+        assert not isinstance(before, nn.Embedding) or type(after) is type(before)
+    assert all(type(m) is nn.Embedding for n, m in model.named_modules() if n.endswith(("wte", "shared")))
+
+
+@ALL
+def test_every_variance_learns(name):
+    _, model, inputs = make(name)
+    model.train()
+    logits(model, inputs).float().square().sum().backward()
+    for layer_name, layer in dip_layers(model).items():
+        assert layer.log_variance.requires_grad
+        assert bool(layer.log_variance.grad.any()), layer_name
+
+
+@ALL
+def test_to_plain_gives_the_original_back(name):
+    plain, model, inputs = make(name)
+    with torch.no_grad():
+        model.train()
+        logits(model, inputs)
+    dip.to_plain(model)
+    fresh = copy.deepcopy(plain)
+    assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in fresh.modules()]
+    expected = dict(plain.state_dict())
+    if "resnet" in name:  # training mode has moved BatchNorm's running statistics
+        expected = {n: t for n, t in expected.items() if "running" not in n and "num_batches" not in n}
+    state = model.state_dict()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert all(torch.equal(state[n], t) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma", "bert", "t5"])
+def test_tied_heads_stay_tied(name):
+    plain, model, _ = make(name)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    assert isinstance(head, DIPLinear)
+    assert head.weight is embedding.weight
+    model.tie_weights()
+    assert model.get_output_embeddings().weight is embedding.weight
+    dip.to_plain(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@GENERATING
+def test_generate_with_a_key_value_cache_works(name):
+    plain, model, inputs = make(name)
+    model.eval()
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "min_new_tokens": 5}
+    expected = plain.generate(input_ids=inputs["input_ids"], **options)
+    assert torch.equal(model.generate(input_ids=inputs["input_ids"], **options), expected)
+    # with noise: each step reads keys and values that earlier steps left, noised once
+    with sampling_on(), fixed_noise(1):
+        noisy = model.generate(input_ids=inputs["input_ids"], **options)
+        assert torch.equal(model.generate(input_ids=inputs["input_ids"], **options), noisy)
+    assert noisy.shape == expected.shape
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
+def test_a_saved_model_comes_back(name, tmp_path):
+    plain, model, inputs = make(name)
+    for layer in dip_layers(model).values():
+        layer.log_variance.data.uniform_(-4, -2)
+    model.save_pretrained(tmp_path)
+    torch.save(dip.variances(model), tmp_path / "variances.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        served = type(plain).from_pretrained(tmp_path).eval()  # the plain network: Algorithm 3
+    with torch.no_grad():
+        assert torch.equal(logits(served, inputs), logits(plain, inputs))
+    again = dip.convert(served)
+    dip.load_variances(again, torch.load(tmp_path / "variances.pt"))
+    model.train()
+    again.train()
+    with fixed_noise(2), torch.no_grad():
+        for layer in (m for both in (model, again) for m in both.modules() if isinstance(m, nn.Dropout)):
+            layer.p = 0.0
+        model.config.attention_dropout = again.config.attention_dropout = 0.0
+        torch.manual_seed(0)
+        got = logits(again, inputs)
+        torch.manual_seed(0)
+        assert torch.equal(got, logits(model, inputs))
+
+
+def test_gradient_checkpointing_replays_the_noise():
+    _, model, inputs = make("llama")
+    model.train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(**inputs, labels=IDS).loss.backward()
+        grads.append([layer.log_variance.grad.clone() for layer in dip_layers(model).values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "gpt2"])
+def test_trajectories_and_predict_run_on_model_outputs(name):
+    _, model, inputs = make(name)
+    model.train()
+    out = dip.trajectories(model, m=2, **inputs).logits
+    assert out.shape[:2] == (2, 2)
+    assert not torch.equal(out[0], out[1])
+    probs = dip.predict(model, k=2, **inputs)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
+
+
+# ---- what looks converted and is not ---------------------------------------------------------------------------------
+
+
+class SwinLike(nn.Module):
+    """torchvision's shifted_window_attention and timm's Beit read a layer's weight without calling the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_layer_whose_weight_is_read_without_calling_it_is_found_by_a_batch():
+    model = dip.convert(SwinLike())
+    with pytest.raises(ValueError, match=r"none reached \['qkv'\]"):
+        dip.summary(model, [torch.randn(2, 4, 8)])
+
+
+class Conv2dSame(nn.Conv2d):
+    """timm's: padding worked out from the input."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+def test_timms_own_convolutions_are_named():
+    model = nn.Sequential(Conv2dSame(3, 4, 3), nn.Conv2d(4, 4, 1))
+    with pytest.warns(dip.DIPConversionWarning, match=r"0 \(Conv2dSame\): a subclass of nn.Conv2d"):
+        dip.convert(model)
+    assert type(model[0]) is Conv2dSame
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def is_lora(module, name):
+    return hasattr(module, "lora_A")
+
+
+def test_base_layer_and_adapter_read_one_noised_input():
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama(), 0.25)
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    seen = []
+    for part in (layer.base_layer, layer.lora_A["default"]):
+        part.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(3, 32)
+    layer(x)
+    assert seen[0] is seen[1]
+    assert not torch.equal(seen[0], x)
+    assert type(layer.base_layer) is nn.Linear
+    with noise_off():
+        layer(x)
+    assert torch.equal(seen[2], x)
+
+
+def test_only_adapters_and_variances_train():
+    model = dip.convert(peft_llama(), filter=is_lora)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or n.endswith("variance.log_variance") for n in trained)
+    assert sum(n.endswith("log_variance") for n in trained) == 6
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained
+
+
+def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama(), filter=is_lora)
+    for layer in dip_layers(model).values():
+        layer.log_variance.data.uniform_(-4, -2)
+    state = peft.get_peft_model_state_dict(model)
+    assert sum(n.endswith("variance.log_variance") for n in state) == 6
+    assert len(state) == 18
+    model.save_pretrained(tmp_path)
+    base = copy.deepcopy(model).unload()
+    again = dip.convert(peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True), filter=is_lora)
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    loaded = dip.variances(again)
+    assert loaded.keys() == dip.variances(model).keys()
+    assert all(torch.equal(loaded[n], value) for n, value in dip.variances(model).items())
+    model.train()
+    again.train()
+    with fixed_noise(1):
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_variances_outside_the_adapter_are_saved_apart(tmp_path):
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama())
+    for layer in dip_layers(model).values():
+        layer.log_variance.data.uniform_(-4, -2)
+    assert len(dip.variances(model)) == 15
+    torch.save(dip.variances(model), tmp_path / "variances.pt")
+    torch.manual_seed(0)
+    again = dip.convert(peft_llama())
+    dip.load_variances(again, torch.load(tmp_path / "variances.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(dip.variances(model).values(), dip.variances(again).values()))
+
+
+def test_merging_unloads_the_noise_with_the_adapter():
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama(), filter=is_lora)
+    expected = model.eval()(IDS).logits
+    merged = model.merge_and_unload()
+    assert not dip_layers(merged)
+    torch.testing.assert_close(merged.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_peft_over_a_converted_model_is_mended_by_converting_again():
+    torch.manual_seed(0)
+    base = dip.convert(llama(), 0.25)
+    variance = base.model.layers[0].self_attn.q_proj.variance
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    layer = base.model.layers[0].self_attn.q_proj
+    assert isinstance(layer.base_layer, DIPLinear)
+    assert not variance.log_variance.requires_grad
+    dip.convert(model)
+    assert layer.variance is variance
+    assert variance.log_variance.requires_grad
+    assert type(layer.base_layer) is nn.Linear
+    assert len(dip_layers(model)) == 15
+    assert dip.summary(model)[0].sigma_mean == 0.5
+
+
+def test_adapters_switched_and_disabled_stay_noised():
+    torch.manual_seed(0)
+    model = peft_llama()
+    model.add_adapter("other", model.peft_config["default"])
+    dip.convert(model, filter=is_lora)
+    for change in (lambda: model.set_adapter("other"), lambda: model.set_adapter("default")):
+        change()
+        assert all(layer.log_variance.requires_grad for layer in dip_layers(model).values())
+    with model.disable_adapter(), torch.no_grad():
+        noisy = model(IDS).logits
+        assert not torch.equal(noisy, model.eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("kind", ["conv", "dora", "dropout", "pickle"])
+def test_other_lora_layers_are_noised_at_their_input(kind):
+    torch.manual_seed(0)
+    if kind == "conv":
+        net = nn.Sequential(nn.Conv2d(3, 4, 3))
+        model, x = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"])), IMAGES
+    else:
+        options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}.get(kind, {})
+        net = nn.Sequential(nn.Linear(6, 4))
+        model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"], **options))
+        x = torch.randn(5, 6)
+    plain = copy.deepcopy(model).eval()
+    dip.convert(model, 0.25)
+    if kind == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    assert [row.features for row in dip.summary(model)] == [3 if kind == "conv" else 6]
+    assert torch.equal(model.eval()(x), plain(x))
+    with sampling_on():
+        y = model(x)
+    assert not torch.equal(y, plain(x))
+    y.sum().backward()
+    assert all(bool(layer.log_variance.grad.any()) for layer in dip_layers(model).values())
+
+
+def test_lora_on_embeddings_is_left_alone_and_on_attention_named():
+    embedding = peft.get_peft_model(
+        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)), peft.LoraConfig(r=2, target_modules=["0"])
+    )
+    dip.convert(embedding)
+    assert [n.rpartition(".")[2] for n in dip_layers(embedding)] == ["1"]
+    net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
+    attention = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attn"]))
+    with pytest.warns(dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): a LoRA layer"):
+        dip.convert(attention)
+    assert [n.rpartition(".")[2] for n in dip_layers(attention)] == ["head"]
+
+
+# ---- one draw for layers that share an input -------------------------------------------------------------------------
+
+QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the package's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "dipkernels" in str(func):
+            self.count[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(model):
+    """Bytes that the forward pass keeps for backward, parameters apart; each storage counted once."""
+    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = (t, t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(input_ids=IDS.repeat(8, 8)).logits
+    kept = sum(n for pointer, (_, n) in storages.items() if pointer not in parameters)
+    return kept, out
+
+
+def test_sharing_saves_draws_passes_and_bytes():
+    torch.manual_seed(0)
+    plain = llama()
+    apart = dip.convert(copy.deepcopy(plain))
+    shared = dip.convert(copy.deepcopy(plain), share=[QKV, MLP])
+    counts = []
+    for model in (apart, shared):
+        with Calls() as calls:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        counts.append(dict(calls.count))
+    # two blocks: q, k, v make one of three, gate and up one of two
+    assert counts == [{"perturb": 15, "perturb_bwd": 15}, {"perturb": 9, "perturb_bwd": 9}]
+    (plain_bytes, _), (apart_bytes, _), (shared_bytes, _) = (saved_bytes(m) for m in (plain, apart, shared))
+    one_input = 16 * 56 * 32 * 4
+    small = 4096  # seeds and variances
+    # each of two blocks keeps one u for three, and one for two
+    assert abs(apart_bytes - shared_bytes - 2 * (2 + 1) * one_input) < small
+    # beyond the plain model only this: attention's backward keeps its output, which is the plain o_proj's input
+    assert abs(shared_bytes - plain_bytes - 2 * one_input) < small
+
+
+def test_shared_layers_read_one_u_and_learn_one_variance():
+    torch.manual_seed(0)
+    model = dip.convert(llama(), 0.25, share=[QKV])
+    attention = model.model.layers[0].self_attn
+    assert attention.k_proj.variance is attention.v_proj.variance is attention.q_proj.variance
+    assert [n for n, _ in attention.named_parameters() if "variance" in n] == [
+        "q_proj.variance.log_variance",
+        "o_proj.variance.log_variance",
+    ]
+    numbers = {row.name: row.number for row in dip.summary(model)}
+    assert numbers["model.layers.0.self_attn.q_proj"] == numbers["model.layers.0.self_attn.v_proj"] == 0
+    assert sorted(set(numbers.values())) == list(range(11))
+    x = torch.randn(2, 3, 32)
+    with fixed_noise(1):
+        q, k = attention.q_proj(x), attention.k_proj(x)
+    u = x + attention.q_proj.variance.sigma * dip.functional.noise((2, 3, 32), torch.tensor([1, 0]))
+    torch.testing.assert_close(q, F.linear(u, attention.q_proj.weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k, F.linear(u, attention.k_proj.weight), rtol=1e-5, atol=1e-5)
+
+
+def recorded_inputs(model, names, x):
+    """What each named layer's product reads when the layers are called in turn on x."""
+    return [model.get_submodule(n)(x) for n in names]
+
+
+def test_a_share_draws_afresh_for_another_tensor_another_pass_and_another_mode():
+    eye = nn.ModuleDict({n: nn.Linear(6, 6, bias=False) for n in "qkv"})
+    for layer in eye.values():
+        nn.init.eye_(layer.weight)  # so that a layer's output is its u
+    model = dip.convert(eye, 0.25, share=[("q", "k", "v")])
+    x = torch.randn(4, 6)
+    q, k, v = recorded_inputs(model, "qkv", x)
+    assert torch.equal(q, k) and torch.equal(q, v)
+    assert model["q"].share._entry is None  # let go when all have had it
+    assert not torch.equal(recorded_inputs(model, "q", x)[0], q)
+    # unfinished passes do not leak into the next one
+    first = model["q"](x)
+    assert not torch.equal(model["q"](x), first)
+    second = model["k"](x.clone())
+    assert not torch.equal(second - x, first - x)
+    model["q"](x)
+    with torch.no_grad():
+        x.add_(1.0)  # changed in place: u is no longer this tensor's
+    assert not torch.equal(model["k"](x) - x, first - x)
+    with torch.no_grad():
+        without_grad = model["q"](x)
+    assert not torch.equal(model["k"](x), without_grad)
+    model["q"].eval()
+    assert torch.equal(model["q"](x), x)
+    with torch.inference_mode():
+        y = torch.randn(2, 6)
+        model.train()
+        assert torch.equal(model["q"](y), model["k"](y))
+
+
+def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
+    torch.manual_seed(0)
+    model = dip.convert(llama(), share=[QKV, MLP])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        attention = again.model.layers[0].self_attn
+        assert attention.k_proj.variance is attention.q_proj.variance
+        assert attention.k_proj.share is attention.q_proj.share is not model.model.layers[0].self_attn.q_proj.share
+        again.load_state_dict(model.state_dict())
+        with fixed_noise(1):
+            assert torch.equal(again(IDS).logits, model(IDS).logits)
+    unshared = dip.convert(llama())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*k_proj\.variance\.log_variance"):
+        model.load_state_dict(unshared.state_dict())
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert all(torch.allclose(grads[1][n], g, rtol=1e-4, atol=1e-7) for n, g in grads[0].items())
+    model.bfloat16()
+    assert model.model.layers[0].self_attn.v_proj.log_variance.dtype is torch.float32
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    dip.calibrate(model, [IDS])
+    dip.to_plain(model)
+    assert list(model.state_dict()) == list(llama().state_dict())
+
+
+def test_lora_layers_share_too():
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama(), share=[QKV])  # LoRA on q and v, none on k
+    with Calls() as calls:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert calls.count == {"perturb": 11, "perturb_bwd": 11}
+
+
+def test_t5s_cross_attention_shares_what_is_one_tensor():
+    torch.manual_seed(0)
+    model = dip.convert(t5(), share=[("q", "k", "v")])
+    with Calls() as calls:
+        model(input_ids=IDS, decoder_input_ids=IDS)
+    # 33 layers: six attentions of three; two of them, the cross-attentions, read two tensors
+    assert calls.count["perturb"] == 33 - 4 * 2 - 2 * 1
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (["q_proj"], "groups of two or more"),
+        ([("q_proj",)], "groups of two or more"),
+        ([("q_proj", "q")], r"\['q'\] that match none"),
+        ([("o_proj", "down_proj")], "two layers of one parent"),
+        ([("gate_proj", "down_proj")], "one number of input features"),
+        ([QKV, ("k_proj", "v_proj")], "in two"),
+    ],
+)
+def test_bad_groups_are_named_and_change_nothing(share, message):
+    model = llama()
+    with pytest.raises(ValueError, match=f"^share: .*{message}"):
+        dip.convert(model, share=share)
+    assert not dip_layers(model)
+
+
+def test_sharing_compiles_into_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = torch.tanh(x)
+            return self.q(x) * self.k(x) + self.v(x)
+
+    block = dip.convert(Block(), share=[("q", "k", "v")])
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    x = torch.randn(4, 8)
+    with fixed_noise(3):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), block(x))
+    compiled(x).sum().backward()
+    nodes = [node.name for node in graphs[0].graph.nodes]
+    assert sum(name.startswith("autograd_function_apply") for name in nodes) == 1
+    assert block.q.share._entry is None
+
+
+# ---- convolutions of other ranks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"padding_mode": "circular", "padding": 1, "groups": 2, "dilation": 2}])
+@pytest.mark.parametrize("batched", [True, False])
+def test_convolutions_of_every_rank_have_a_variance_per_channel(rank, options, batched):
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 6, 3, **options)
+    layer = dip.convert(copy.deepcopy(plain), 0.25)
+    x = torch.randn(*([2] if batched else []), 4, *[7] * rank)
+    assert layer.log_variance.shape == (4,)
+    with fixed_noise(1):
+        y = layer(x)
+        u = x + 0.5 * dip.functional.noise(tuple(x.shape), torch.tensor([1, 0]), dim=-rank - 1)
+    torch.testing.assert_close(y, plain(u), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer.eval()(x), plain(x))
+    assert dip.summary(dip.convert(nn.Sequential(copy.deepcopy(plain))), [x])[0].share is not None
+    assert isinstance(layer, DIPConv2d) == (rank == 2)
