@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     plain_type = nn.MultiheadAttention
 
-    def __init__(self, *args, init_variance: float = 0.01, num_samples: int = 1, **kwargs) -> None:
+    def __init__(self, *args: Any, init_variance: float = 0.01, num_samples: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(init_variance, num_samples)
         self.out_proj.__class__ = DIPOutProjection

@@ -76,7 +76,7 @@ def library() -> Library:
             error=f"found torch {torch.__version__}, the compiled library needs torch >= 2.10: pip install 'torch>=2.10'",
         )
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
         functions = _c_functions(path)
     except (OSError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -102,7 +102,9 @@ def cpu_capability(name: str | None = None) -> str:
     """
     if not library().cpu_capabilities:
         raise RuntimeError(f"cpu_capability: {library().error or 'the library was built without CPU kernels'}")
-    functions = _c_functions(library().path)
+    path = library().path
+    assert path is not None  # what carries kernels was found
+    functions = _c_functions(path)
     if name is not None:
         if name not in (*CAPABILITIES, "auto"):
             raise ValueError(f"cpu_capability: expected one of {(*CAPABILITIES, 'auto')}, got {name!r}")
@@ -156,7 +158,7 @@ def check_cuda() -> str | None:
         return None
     try:
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        driver = torch._C._cuda_getDriverVersion() if gpus else 0
+        driver: int = torch._C._cuda_getDriverVersion() if gpus else 0  # type: ignore[attr-defined]
     except (RuntimeError, AssertionError, AttributeError):
         return None  # torch's own error comes when the device is used
     problem = _cuda_problem_of(library(), driver, gpus) if gpus else None
@@ -172,7 +174,7 @@ def check_cuda() -> str | None:
 def watch_cuda() -> None:
     """Have `check_cuda` called when torch initialises CUDA: at import nothing may touch a GPU. `ops` calls this once."""
     if library().cuda_archs:
-        torch.cuda._lazy_call(check_cuda)
+        torch.cuda._lazy_call(check_cuda)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -207,7 +209,7 @@ class backend:
     Raises ValueError for another name, and RuntimeError, here or at the first call, where that backend is missing.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self._previous = _forced
         wanted = _check_name(name, "backend")
         if wanted in ("cpu", "cuda") and not library().loaded:

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -217,7 +218,9 @@ def _frozen(model: Callable):
 # ---- output variance and signal-to-noise -----------------------------------------------------------------------------
 
 
-def output_variance(model: nn.Module, *args, k: int = 16, average: str = "logits", chunk: int = 1, **kwargs) -> Tensor:
+def output_variance(
+    model: nn.Module, *args: Any, k: int = 16, average: str = "logits", chunk: int = 1, **kwargs: Any
+) -> Tensor:
     """The variance of every output over k noisy passes, Var_s[f(x; noise s)], unbiased.
 
     model, args, kwargs, chunk: as `predict`'s. k: >= 2. average: of which the variance is taken, "logits" (the outputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from .tensor_parallel import is_dtensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, **fsdp) -> nn.Module:
+def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, **fsdp: Any) -> nn.Module:
     """fully_shard every variance inside the module as one group of its own, in float32, before the module itself.
 
         for block in model.blocks:
@@ -42,7 +43,7 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
     return module
 
 
-def check_ranks(model: nn.Module, tensor_parallel=None) -> None:
+def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
     model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, or mesh dimension, over which layers

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 
 import torch
 
@@ -13,7 +15,7 @@ from . import backends
 _VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-class EnvReport(dict):
+class EnvReport(dict[str, object]):
     """A dict that prints as lines of "name: value"."""
 
     def __str__(self) -> str:
@@ -36,7 +38,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _or_error(ask) -> object:
+def _or_error(ask: Callable[[], object]) -> object:
     """The answer, or the error in words: a report on a broken installation must still print."""
     try:
         return ask()
@@ -82,7 +84,7 @@ def env_report() -> EnvReport:
             continue
         if device == "cuda":
             _or_error(backends.check_cuda)
-        plan = _or_error(lambda device=device: backends.choose("perturb", device))
+        plan = _or_error(functools.partial(backends.choose, "perturb", device))
         report[f"kernels on {device}"] = f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
     if torch.cuda.is_available():
         report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

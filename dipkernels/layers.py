@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,9 @@ class Variance(nn.Module):
     this project's.
     """
 
-    def __init__(self, num_features: int, init_variance: float | Tensor = 0.01, device=None) -> None:
+    def __init__(
+        self, num_features: int, init_variance: float | Tensor = 0.01, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
         self.init_variance = check_init_variance(init_variance, num_features)
         self.log_variance = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
@@ -171,6 +174,14 @@ class DIPLayer:
         self._fill_stream()  # to_empty leaves a buffer's contents undefined
         return self
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.stream.is_meta and local_metadata.get("assign_to_params_buffers", False):
+            # Tensors take the place of those on meta; no state dict holds the stream.
+            arrived = [state_dict[prefix + name] for name in ("weight", "variance.log_variance") if prefix + name in state_dict]
+            if arrived and not arrived[0].is_meta:
+                self.stream = torch.tensor([0, self.number], device=arrived[0].device)
+
     def reset_parameters(self) -> None:
         plain = getattr(super(), "reset_parameters", None)
         if plain is not None:
@@ -188,12 +199,15 @@ class DIPLayer:
 
 
 class DIPLinear(DIPLayer, nn.Linear):
-    """nn.Linear on a noised input: y = (x + sigma * z) W^T + b while training, y = x W^T + b in eval mode, to the bit.
+    """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in eval mode, to the bit.
 
     in_features, out_features, bias, device, dtype: as nn.Linear. init_variance: sigma^2 to start from, a number > 0 or
     a tensor [in_features]. num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
     keep: what backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto" (see
-    functional.dip_linear). Input [..., in_features]; z is drawn afresh for every element. In bfloat16 a sigma below a
+    functional.dip_linear). activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here. estimator:
+    "sample", act of one draw; "mean", the mean of act over num_samples draws; "analytic", the exact mean over all
+    draws, for which nothing is drawn (see functional.dip_linear). Input [..., in_features]; z is drawn afresh for every
+    element. In bfloat16 a sigma below a
     few thousandths of |x| mostly rounds away. Raises ValueError naming the argument. Source: arXiv 2506.04690, u ~
     N(v, diag(lambda)).
     """
@@ -205,41 +219,68 @@ class DIPLinear(DIPLayer, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         init_variance: float | Tensor = 0.01,
         num_samples: int = 1,
         keep: str = "auto",
+        activation: str | None = None,
+        estimator: str = "sample",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_up(in_features, init_variance, num_samples, keep, self.weight.device)
+        if activation is not None and activation not in functional.ACTIVATIONS:
+            raise ValueError(f"activation: expected None or one of {tuple(functional.ACTIVATIONS)}, got {activation!r}")
+        if estimator not in functional.ESTIMATORS:
+            raise ValueError(f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}")
+        if estimator == "analytic" and num_samples != 1:
+            raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+        if estimator != "sample" and keep == "u":
+            raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
+        self.activation, self.estimator = activation, estimator
 
     plain_type = nn.Linear
+    activation: str | None = None  # of a converted layer too
+    estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.noisy():
-            return super().forward(self.without_noise(input))
-        if self.share is not None:
-            return F.linear(noised(self, input, functional.autocast_dtype(input)), self.weight, self.bias)
+            return self._activated(super().forward(self.without_noise(input)))
+        if self.share is not None and self.estimator != "analytic":
+            if self.estimator == "mean" and self.activation is not None:
+                raise ValueError("estimator: expected 'sample' or 'analytic' where noise is shared, got 'mean'")
+            u = noised(self, input, functional.autocast_dtype(input))
+            return self._activated(F.linear(u, self.weight, self.bias))
         return functional.dip_linear(
             input,
             self.weight,
             self.bias,
             self._log_variance(),
-            seeds.draw(self.stream, input),
+            self.stream if self.estimator == "analytic" else seeds.draw(self.stream, input),
             row0=seeds.first_row(input),
             num_samples=self.num_samples,
             log_variance=True,
             keep=self.keep,
+            activation=self.activation,
+            estimator=self.estimator,
         )
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self.activation is None else functional.ACTIVATIONS[self.activation](y)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        parts += [f"activation={self.activation}"] if self.activation is not None else []
+        parts += [f"estimator={self.estimator}"] if self.estimator != "sample" else []
+        return ", ".join(parts)
 
 
 class _DIPConv(DIPLayer):
     _KEEPS = ("auto", "u")
 
     def __init__(
-        self, *args, init_variance: float | Tensor = 0.01, num_samples: int = 1, keep: str = "auto", **kwargs
+        self, *args: Any, init_variance: float | Tensor = 0.01, num_samples: int = 1, keep: str = "auto", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self._set_up(self.in_channels, init_variance, num_samples, keep, self.weight.device)
@@ -292,7 +333,7 @@ class DIPInput(DIPLayer, nn.Module):
         init_variance: float | Tensor = 0.01,
         num_samples: int = 1,
         keep: str = "auto",
-        device=None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.num_features, self.dim = num_features, dim
@@ -441,6 +482,9 @@ def number_layers(model: nn.Module) -> nn.Module:
         if layer.share is not None:
             shared[layer.share] = number
         layer.set_number(number)
+    # A stream is the same on every rank; DDP would broadcast it before each forward pass.
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(f"{name}.stream".lstrip(".") for name in layers)}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +37,17 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     sharded = [part for part in unique.values() if is_dtensor(part)]
     parts = [part for part in unique.values() if not is_dtensor(part)]
     # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
-    total = sum(full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
+    total: Any = sum(full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
     if not parts:
-        return total
+        return total  # type: ignore[no-any-return]
     log_variance = torch.cat([part.to(parts[0].device) for part in parts])
-    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
+    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total  # type: ignore[no-any-return]
 
 
 def objective(
     out: Tensor,
-    target,
-    loss_fn: Callable[[Tensor, object], Tensor],
+    target: Any,
+    loss_fn: Callable[[Tensor, Any], Tensor],
     model: nn.Module | None = None,
     *,
     alpha: float = 0.0,
@@ -81,7 +82,7 @@ def objective(
         got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
         raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
     total = torch.stack(losses).mean()
-    if alpha > 0 or beta > 0:
+    if model is not None and (alpha > 0 or beta > 0):
         total = total + penalty(model, alpha, beta)
     if lambda_s > 0:
         total = total + lambda_s * _smoothness(out)

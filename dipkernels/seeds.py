@@ -10,16 +10,20 @@ import contextlib
 import hashlib
 import operator
 import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .tensor_parallel import is_dtensor, local
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 _ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
 _MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
-_TAG: tuple | None = None  # what _KEY and _ROW0 came from, on the host: reading a key would stop a GPU
+_TAG: tuple[Any, ...] | None = None  # what _KEY and _ROW0 came from, on the host: reading a key would stop a GPU
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
 
@@ -33,17 +37,17 @@ class _State(contextlib.ContextDecorator):
     """Saves the state on entry and restores it on exit. One instance may be entered again, nested or as a decorator."""
 
     def __init__(self) -> None:
-        self._saved: list[tuple] = []
+        self._saved: list[tuple[Any, ...]] = []
 
     def _set(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._saved.append((_KEY, _ROW0, _MODE, _TAG))
         self._set()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         global _KEY, _ROW0, _MODE, _TAG
         _KEY, _ROW0, _MODE, _TAG = self._saved.pop()
 
@@ -100,12 +104,12 @@ class sampling_on(_State):
         global _MODE
         _MODE = "on"
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._saved_fast_path = [*getattr(self, "_saved_fast_path", ()), torch.backends.mha.get_fastpath_enabled()]
         torch.backends.mha.set_fastpath_enabled(False)
         return super().__enter__()
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
         torch.backends.mha.set_fastpath_enabled(self._saved_fast_path.pop())
 
@@ -149,7 +153,8 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     """
     if _KEY is None:
         if torch.compiler.is_compiling():
-            _when_traced(x.device.type, is_dtensor(x))
+            if not torch.compiler.is_exporting():
+                _when_traced(x.device.type, is_dtensor(x))
         elif _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
             _compare_ranks(x.device.type, is_dtensor(x))
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
@@ -162,7 +167,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 # ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
 
-_first_draws: dict[tuple, None] = {}  # of blocks that a backward pass may compute again, oldest first
+_first_draws: dict[tuple[Any, ...], None] = {}  # of blocks that a backward pass may compute again, oldest first
 _MAX_DRAWS = 2**16
 
 
@@ -184,7 +189,7 @@ def _watch_checkpoint(seed: Tensor) -> None:
     )
 
 
-def _mark_of(seed: Tensor) -> tuple | None:
+def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     """What tells one draw from another without stopping a GPU; None where nothing does."""
     if _KEY is not None:
         return _TAG
@@ -206,7 +211,7 @@ def _when_traced(device: str, shared: bool) -> None:
 
 
 # What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long, for who may never compile.
-_when_traced._dynamo_marked_constant = True
+_when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_memory_budget() -> None:

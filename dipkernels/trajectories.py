@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from . import seeds
+from . import analytic, seeds
 from .convert import eval_mode
 from .layers import dip_layers
 
 
-def trajectories(model: Callable, *args, m: int, in_dims=0, **kwargs):
+def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any) -> Any:
     """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m into the batch.
 
     model: a module in training mode (or inside sampling_on), or a callable. args, kwargs: any pytrees; every tensor
@@ -39,21 +40,38 @@ def trajectories(model: Callable, *args, m: int, in_dims=0, **kwargs):
     return _folded(model, args, kwargs, m, in_dims)
 
 
-def predict(model: nn.Module, *args, k: int = 16, average: str | None = "probs", chunk: int = 1, **kwargs) -> Tensor:
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: str | None = "probs",
+    chunk: int | None = None,
+    method: str = "sample",
+    **kwargs: Any,
+) -> Tensor:
     """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
 
     model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
-    restored. args, kwargs: the model's; no gradients are kept. k: >= 0; 0 is Algorithm 3, one deterministic pass.
+    restored. args, kwargs: the model's; no gradients are kept. k: >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
     average: "probs" (mean of the softmax over the last dimension, float32), "logits" (mean of the outputs, at least
-    float32), or None (all outputs). chunk: >= 1 passes at a time, folded into the batch as `trajectories` does; memory
+    float32), or None (all outputs). chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory
     grows with chunk, not with k. The output must be a tensor [B, ...], or have one as `logits`; with average=None any
     pytree, whose leaves that are not tensors are those of the first pass.
     Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for
     the same chunk; row0 counts examples.
-    Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0).
+    method: "sample", or "analytic": one deterministic pass in which every activation behind a DIPLinear is replaced by
+    its exact expectation over that layer's noise, for the cost of k = 0; k and chunk do not apply. Each layer reads the
+    mean of the one before: this approximates Algorithm 2 and is neither it nor Algorithm 3. For MLPs and transformer
+    blocks of linear layers; a ValueError names the layer where a model's structure does not allow it.
+    Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic").
     Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3;
     whether logits or probabilities are averaged is not stated there.
     """
+    if method not in ("sample", "analytic"):
+        raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")
+    if method == "analytic" and not (k is None and chunk is None):
+        raise ValueError(f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}")
+    k, chunk = 16 if k is None else k, 1 if chunk is None else chunk
     _check_count("k", k, 0)
     _check_count("chunk", chunk, 1)
     if average not in ("probs", "logits", None):
@@ -63,6 +81,10 @@ def predict(model: nn.Module, *args, k: int = 16, average: str | None = "probs",
             "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
         )
     total, outputs = None, []
+    if method == "analytic":
+        with torch.no_grad(), eval_mode(model):
+            out = analytic.expected(model, *args, **kwargs)
+        return _map_tensors(_add_leading, out) if average is None else tensor_output(out, average)
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)

@@ -1,0 +1,38 @@
+"""What users write, for mypy --strict (`make typecheck`): every public call has types, so that users may be strict too. Never run."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dipkernels as dip
+
+
+def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    dip.convert(model, init_variance=0.01, exclude=["head"])
+    dip.calibrate(model, [x for x, _ in batches], ratio=0.1)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3, weight_decay=0.05, variance_lr=1e-2))
+    for x, y in batches:
+        out = dip.trajectories(model, x, m=4)
+        loss: Tensor = dip.objective(out, y, F.cross_entropy, model, alpha=1e-4, beta=1e-6) + dip.penalty(model, 1e-4, 1e-6)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
+    with dip.fixed_noise(key=7, row0=0) as fixed, dip.noise_off():
+        print(fixed, dip.summary(model), dip.env_report())
+    probabilities: Tensor = dip.predict(model.eval(), batches[0][0], k=16, average="probs")
+    print(probabilities)
+    return dip.to_plain(model)
+
+
+def layers() -> list[nn.Module]:
+    linear = dip.DIPLinear(8, 4, bias=False, init_variance=0.1, num_samples=2, keep="x", device="cpu", dtype=torch.float32)
+    variance: Tensor = linear.log_variance
+    print(variance)
+    return [linear, dip.DIPConv2d(3, 8, 3, padding=1), dip.DIPInput(8, dim=-1), dip.number_layers(nn.Sequential(linear))]
+
+
+def functions(x: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor) -> Tensor:
+    u: Tensor = dip.functional.perturb(x, sigma, seed, num_samples=4, collapsed=False)
+    y: Tensor = dip.functional.dip_linear(x, weight, None, sigma, seed, keep="x")
+    with dip.backend("reference"):
+        z: Tensor = dip.functional.noise((2, 8), seed, row0=1)
+    return u.sum() + y.sum() + z.sum()
