@@ -1,0 +1,303 @@
+"""What the recipes share: workers under torchrun, precision, a training loop with checkpoints, resume and metrics.
+
+A step's random numbers (noise, dropout, augmentation) depend on (seed, rank, step) alone, so that a resumed run goes
+on as if it had not been stopped, and a checkpoint needs no generator states: it loads with weights_only=True.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from report import environment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import dipkernels as dip
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+METHODS = ("plain", "input", "fixed", "dip")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every recipe."""
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of the data set's own files")
+    add("--out", type=Path, required=True, help="folder for last.pt, metrics.jsonl and results.json")
+    add("--resume", action="store_true", help="go on from OUT/last.pt")
+    add("--method", choices=METHODS, default="dip", help="plain; noise at the input only; fixed variance; dip (dip)")
+    add("--init-sigma", type=float, default=0.1, help="sigma that every variance starts from (0.1)")
+    add("--calibrate", type=float, help="instead: sigma as this share of each input's spread, from one batch")
+    add("--m", type=int, default=1, help="trajectories per example (1)")
+    add("--alpha", type=float, default=0.0, help="weight of the sum of the variances (0)")
+    add("--beta", type=float, default=0.0, help="weight of the sum of their logarithms (0)")
+    add("--lambda-s", type=float, default=0.0, help="weight of the variance over trajectories, m >= 2 (0)")
+    add("--epochs", type=int, default=1, help="passes over the training set (1)")
+    add("--batch", type=int, default=64, help="examples in a step on each worker (64)")
+    add("--accumulate", type=int, default=1, help="parts that a step's batch is computed in (1)")
+    add("--lr", type=float, default=1e-4, help="learning rate, after warm-up, then cosine to zero (1e-4)")
+    add("--variance-lr", type=float, help="learning rate of log_variance (10 lr)")
+    add("--weight-decay", type=float, default=0.01, help="of weight matrices (0.01)")
+    add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
+    add("--precision", choices=PRECISIONS, default="bf16", help="of matrix products; weights' masters float32 (bf16)")
+    add("--device", help="cuda, cpu (cuda where there is one)")
+    add("--seed", type=int, default=0, help="of data order, initial weights and noise (0)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
+    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (10)")
+    add("--stop-after", type=int, help="stop after this many steps in all, with a checkpoint (for tests and queues)")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if args.batch % args.accumulate:
+        parser.error(f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}")
+    if args.lambda_s > 0 and args.m < 2:
+        parser.error(f"--lambda-s: expected 0 with --m 1 (a variance needs m >= 2), got {args.lambda_s}")
+    if args.method != "dip" and (args.alpha or args.beta or args.variance_lr is not None):
+        parser.error(f"--alpha, --beta, --variance-lr: expected with --method dip only, got --method {args.method}")
+    if not args.data.is_dir():
+        parser.error(f"--data: expected a folder, got {args.data}")
+    if args.resume and not (args.out / "last.pt").exists():
+        parser.error(f"--resume: expected {args.out / 'last.pt'}, found none")
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process: alone, or one of `torchrun --nproc-per-node N`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over the workers."""
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+
+@contextlib.contextmanager
+def workers(device: str | None) -> Iterator[Worker]:
+    """This process's place, from torchrun's environment; the process group lives as long as the context."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device: expected a device of this machine, got cuda, which torch does not find here")
+    if "RANK" not in os.environ:
+        yield Worker(0, 1, torch.device(kind))
+        return
+    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield Worker(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- the method ------------------------------------------------------------------------------------------------------
+
+
+class InputNoise:
+    """Noise of one fixed sigma on what a module returns, in training mode: randomised smoothing at the input."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return torch.add(out, torch.randn_like(out), alpha=self.sigma) if module.training else None
+
+
+def apply_method(model: nn.Module, entry: nn.Module, args: argparse.Namespace, batch: dict | None, **kwargs) -> None:
+    """Give the model its noise: --method, --init-sigma, --calibrate. entry: whose output counts as the input."""
+    if args.method == "input":
+        entry.register_forward_hook(InputNoise(args.init_sigma))
+    if args.method not in ("fixed", "dip"):
+        return
+    dip.convert(model, args.init_sigma**2, **kwargs)
+    if args.calibrate:
+        dip.calibrate(model, [batch], ratio=args.calibrate)
+    if args.method == "fixed":
+        for module in model.modules():
+            if isinstance(module, dip.Variance):
+                module.requires_grad_(False)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """Steps, checkpoints and metrics of one model.
+
+    run(batch_of, loss_of) takes a step for loss_of(model, batch_of(indices)), this worker's mean loss.
+    """
+
+    def __init__(
+        self, model: nn.Module, worker: Worker, args: argparse.Namespace, num_examples: int, settings: dict
+    ) -> None:
+        self.raw, self.worker, self.args, self.num_examples = model, worker, args, num_examples
+        self.settings = settings  # what a checkpoint must agree with
+        learns = args.method == "dip"
+        self.optimizer = torch.optim.AdamW(
+            dip.param_groups(model, args.lr, args.weight_decay, args.variance_lr if learns else None)
+        )
+        self.steps_per_epoch = num_examples // (args.batch * worker.size)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"--batch: expected at most {num_examples // worker.size} (examples / workers), got {args.batch}"
+            )
+        self.num_steps = self.steps_per_epoch * args.epochs
+        warmup = max(1, round(args.warmup * self.num_steps))
+        self.schedule = torch.optim.lr_scheduler.SequentialLR(
+            self.optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warmup, total_iters=warmup),
+                torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, self.num_steps - warmup)),
+            ],
+            [warmup],
+        )
+        self.scaler = torch.amp.GradScaler(worker.device.type, enabled=args.precision == "fp16")
+        self.step = 0
+        if args.resume:
+            self.load(args.out / "last.pt")
+        ids = [worker.device.index] if worker.device.type == "cuda" else None
+        self.model = DistributedDataParallel(model, device_ids=ids) if worker.size > 1 else model
+
+    def autocast(self):
+        kind = PRECISIONS[self.args.precision]
+        return torch.autocast(self.worker.device.type, kind, enabled=kind is not torch.float32)
+
+    def indices(self, step: int) -> Tensor:
+        """This worker's examples of a step: every epoch shuffles anew, every worker takes its share."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        generator = torch.Generator().manual_seed(self.args.seed * 100003 + epoch)
+        order = torch.randperm(self.num_examples, generator=generator)
+        start = (place * self.worker.size + self.worker.rank) * self.args.batch
+        return order[start : start + self.args.batch]
+
+    def run(self, batch_of: Callable[[Tensor], object], loss_of: Callable[[nn.Module, object], Tensor]) -> bool:
+        """Train to the end, or to --stop-after; true when the end was reached."""
+        args, worker = self.args, self.worker
+        args.out.mkdir(parents=True, exist_ok=True)
+        last = min(self.num_steps, args.stop_after or self.num_steps)
+        start, first, losses = time.perf_counter(), self.step, []
+        bar = tqdm(total=self.num_steps, initial=first, unit="step", disable=not worker.is_first, dynamic_ncols=True)
+        with bar:
+            while self.step < last:
+                torch.manual_seed((args.seed * 1_000_003 + self.step) * 65_537 + worker.rank)
+                losses.append(self.one_step(batch_of, loss_of))
+                self.step += 1
+                bar.update()
+                if self.step % args.log_every == 0 or self.step == last:
+                    seen = (self.step - first) * args.batch * worker.size
+                    self.log(sum(losses) / len(losses), seen / (time.perf_counter() - start))
+                    losses.clear()
+                if self.step % args.save_every == 0 or self.step == last:
+                    self.save(args.out / "last.pt")
+        return self.step == self.num_steps
+
+    def one_step(self, batch_of, loss_of) -> float:
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.indices(self.step).chunk(self.args.accumulate)
+        mean = 0.0
+        for number, part in enumerate(parts):
+            waits = self.worker.size > 1 and number < len(parts) - 1
+            with self.model.no_sync() if waits else contextlib.nullcontext():
+                with self.autocast():
+                    loss = loss_of(self.model, batch_of(part))
+                    if self.args.alpha or self.args.beta:
+                        loss = loss + dip.penalty(self.raw, self.args.alpha, self.args.beta)
+                    loss = loss / len(parts)
+                self.scaler.scale(loss).backward()
+            mean += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_([p for p in self.raw.parameters() if p.grad is not None], self.args.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        mean = float(mean)
+        if not mean < float("inf"):
+            raise RuntimeError(f"loss: expected a finite number, got {mean} at step {self.step}")
+        return mean
+
+    def log(self, loss: float, speed: float) -> None:
+        loss = self.worker.total(loss)[0] / self.worker.size
+        if not self.worker.is_first:
+            return
+        line = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "loss": round(loss, 5),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "examples_per_second": round(speed, 2),
+        }
+        if any(isinstance(module, dip.Variance) for module in self.raw.modules()):
+            rows = dip.summary(self.raw)
+            line["sigma"] = {row.name: round(row.sigma_mean, 5) for row in rows}
+        with (self.args.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # ---- checkpoints: what learns, and where its optimiser stands ----
+
+    def save(self, path: Path) -> None:
+        if not self.worker.is_first:
+            return
+        learning = {name for name, p in self.raw.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in self.raw.named_buffers()}
+        state = {k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers}
+        content = {
+            "settings": self.settings,
+            "step": self.step,
+            "model": state,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        part = path.with_suffix(".part")
+        torch.save(content, part)
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        content = torch.load(path, map_location=self.worker.device, weights_only=True)
+        differing = {
+            k: (v, content["settings"].get(k)) for k, v in self.settings.items() if content["settings"].get(k) != v
+        }
+        if differing:
+            told = ", ".join(f"{k} {now!r} against {then!r}" for k, (now, then) in differing.items())
+            raise ValueError(f"--resume: expected the settings that {path} was made with, got {told}")
+        _, unexpected = self.raw.load_state_dict(content["model"], strict=False)
+        if unexpected:
+            raise ValueError(f"--resume: {path} holds parameters that the model lacks: {unexpected}")
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+
+
+def write_results(worker: Worker, args: argparse.Namespace, results: dict) -> None:
+    if worker.is_first:
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        content = {"environment": environment(), "workers": worker.size, "flags": flags} | results
+        (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(results, indent=1))

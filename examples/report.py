@@ -1,0 +1,138 @@
+"""What the examples share on paper: environment, mean and spread, JSON, tables between markers of a Markdown page."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dipkernels as dip
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+FOLDER = ROOT / "docs" / "results"
+
+
+def environment() -> dict[str, str | int]:
+    """Machine, versions and date: what every stored figure carries."""
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "dipkernels": dip.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment_line(environments: Iterable[dict]) -> str:
+    """One line for a table; several where its runs were made under different ones."""
+    lines = {", ".join(f"{key} {value}" for key, value in env.items()).replace("machine ", "") for env in environments}
+    return "; ".join(sorted(lines))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    mean, std = mean_std(values)
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def write_section(page: Path, marker: str, text: str) -> None:
+    """Replace what stands between `<!-- begin MARKER -->` and `<!-- end MARKER -->` of the page by text.
+
+    Raises ValueError when the page lacks the pair, or has it twice: a table is never appended where nobody looks.
+    """
+    begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
+    content = page.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"page: expected {begin} and {end} once each, in this order, in {page}")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8")
+
+
+class Store:
+    """Results by configuration in one JSON file, written after every run, so that an interrupted command goes on.
+
+    A run is found again by its whole configuration: change a flag and it is made anew. `value(key, make)` keeps what
+    is not a run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.content: dict = {"values": {}, "runs": []}
+        if path.exists():
+            self.content = json.loads(path.read_text(encoding="utf-8"))
+        self._index = {_key(run["config"]): run for run in self.content["runs"]}
+
+    def run(self, config: dict, make: Callable[[], dict]) -> dict:
+        """The stored result of this configuration, or make()'s, stored."""
+        key = _key(config)
+        if key not in self._index:
+            run = {"config": config, "environment": environment(), "result": make()}
+            self.content["runs"].append(run)
+            self._index[key] = run
+            self.save()
+        return self._index[key]
+
+    def value(self, key: str, make: Callable[[], object]):
+        if key not in self.content["values"]:
+            self.content["values"][key] = make()
+            self.save()
+        return self.content["values"][key]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        lines = ",\n".join(json.dumps(run) for run in self.content["runs"])
+        values = json.dumps(self.content["values"], indent=1)
+        part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+        part.replace(self.path)
+
+
+def _key(config: dict) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def figure(rows: int, columns: int, width: float, height: float, **kwargs):
+    """Matplotlib without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+
+
+def save_figure(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(fig)
