@@ -141,9 +141,9 @@ def smoothness(
         return torch.func.jvp(gradient, (x,), (v,))[1]
 
     def step(v: Tensor) -> tuple[Tensor, Tensor]:
-        # ||H v|| and H H v: two eigenvalues of one size and opposite signs would otherwise never settle.
+        # The norm rises to |top| even where two eigenvalues are of one size and opposite signs; v^T H v would not.
         hv = times_hessian(v)
-        return _norm(hv), times_hessian(hv)
+        return _norm(hv), hv
 
     with _frozen(model):
         top = _power_iteration(step, x, iterations, tolerance)

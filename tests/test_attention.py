@@ -231,6 +231,20 @@ def test_constructed_and_converted_attention_are_one_thing():
             assert torch.equal(again(x, x, x)[0], expected)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_dropout_acts_in_training_alone(need_weights):
+    attention = dip.convert(plain_attention(batch_first=True, dropout=0.999), 0.01, exclude="out_proj")
+    x = torch.randn(N, L, E)
+    # nearly every weight is dropped: most outputs are the bias alone
+    out = attention(x, x, x, need_weights=need_weights)[0]
+    bias_alone = (out - attention.out_proj.bias).abs().amax(-1) < 1e-6
+    assert bias_alone.float().mean() > 0.5
+    attention.eval()
+    with sampling_on():
+        out = attention(x, x, x, need_weights=need_weights)[0]
+    torch.testing.assert_close(out, attention(x, x, x)[0], rtol=0.5, atol=0.5)
+
+
 def test_autocast_rounds_once_and_gives_the_plain_type():
     attention = dip.convert(plain_attention(batch_first=True))
     x = torch.randn(N, L, E)

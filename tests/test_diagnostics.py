@@ -60,7 +60,7 @@ def test_lipschitz_of_a_quadratic_map_is_its_gradients_norm():
     [
         ([3.0, 1.0, -2.0], 3.0, 3.0, 0),
         ([1.0, 0.0, -4.0], 4.0, 1.0, 0),
-        ([2.0, 0.5, -2.0], 2.0, 2.0, 0),  # a tie in size, which v -> H v alone never settles
+        ([2.0, 0.5, -2.0], 2.0, 2.0, 0),  # a tie in size, in which v^T H v never settles
         ([-3.0, -1.0], 3.0, -1.0, 2),
     ],
 )

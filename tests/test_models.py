@@ -591,6 +591,8 @@ def test_sharing_saves_draws_passes_and_bytes():
     # two blocks: q, k, v make one of three, gate and up one of two
     assert counts == [{"perturb": 15, "perturb_bwd": 15}, {"perturb": 9, "perturb_bwd": 9}]
     (plain_bytes, _), (apart_bytes, _), (shared_bytes, _) = (saved_bytes(m) for m in (plain, apart, shared))
+    print(f"calls: apart {counts[0]}, shared {counts[1]}")
+    print(f"bytes kept for backward: plain {plain_bytes:,}, apart {apart_bytes:,}, shared {shared_bytes:,}")
     one_input = 16 * 56 * 32 * 4
     small = 4096  # seeds and variances
     # each of two blocks keeps one u for three, and one for two
@@ -657,6 +659,7 @@ def test_a_share_draws_afresh_for_another_tensor_another_pass_and_another_mode()
 def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
     torch.manual_seed(0)
     model = dip.convert(llama(), share=[QKV, MLP])
+    model.model.layers[0].self_attn.q_proj(torch.randn(2, 32))  # a pass left unfinished goes into no copy
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attention = again.model.layers[0].self_attn
         assert attention.k_proj.variance is attention.q_proj.variance
@@ -682,6 +685,30 @@ def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
     dip.calibrate(model, [IDS])
     dip.to_plain(model)
     assert list(model.state_dict()) == list(llama().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_shared_layers_and_attention_train_under_fsdp():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        torch.manual_seed(0)
+        encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+        for model, inputs in (
+            (dip.convert(llama(), share=[QKV, MLP]), {"input_ids": IDS}),
+            (encoder, {"src": IMAGES[0, :, :, :8]}),
+        ):
+            plain = copy.deepcopy(model)
+            torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+            grads = []
+            for each in (plain, model):
+                with fixed_noise(4):
+                    logits(each, inputs).square().sum().backward()
+                grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()])
+            assert len(grads[0]) == len(grads[1])
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_lora_layers_share_too():
