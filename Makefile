@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all demo bench gpu-check lint format clean
+.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean
 
 setup: $(VENV)/.built
 
@@ -29,6 +29,22 @@ demo: setup
 # With the Python at hand, which must have a CUDA build of torch: nothing is downloaded.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py
+
+# bayesian-torch is one more peer; without it, it is listed as missing.
+out/.peers: | setup
+	mkdir -p out
+	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps bayesian-torch==0.5.0
+	touch $@
+
+bench: setup out/.peers
+	$(PY) -m pytest benchmarks -q --benchmark-json=out/bench.json --benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds
+	$(PY) benchmarks/overhead.py
+
+overhead: setup out/.peers
+	$(PY) benchmarks/overhead.py
+
+cost: setup
+	$(PY) benchmarks/cost.py
 
 lint: setup
 	$(PY) -m ruff check .

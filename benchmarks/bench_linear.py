@@ -4,7 +4,7 @@ import peers
 import pytest
 import timing
 import torch
-from conftest import Case
+from timing import Case
 from torch import nn
 
 _SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64), (32, 128, 128)]

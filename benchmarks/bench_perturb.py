@@ -3,7 +3,7 @@
 import peers
 import pytest
 import torch
-from conftest import Case
+from timing import Case
 
 import dipkernels as dip
 

@@ -7,7 +7,7 @@ import peers
 import pytest
 import timing
 import torch
-from conftest import Case
+from timing import Case
 from torch import nn
 
 import dipkernels as dip

@@ -8,7 +8,6 @@ absolute times of this machine now; benchmarks/overhead.py gives the ratios, int
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -19,17 +18,6 @@ import pytest
 import torch
 
 _missing: dict[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A type and a shape."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')}-{'x'.join(map(str, self.shape))}"
 
 
 def pytest_addoption(parser):
@@ -69,6 +57,16 @@ def pytest_generate_tests(metafunc):
         for case in metafunc.module.CASES["quick" if quick else device]
     ]
     metafunc.parametrize(("device", "case"), pairs)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):  # the first and the last number of samples or trajectories are enough
+        middle = {"samples": (4, 16), "m": (2, 4)}
+        items[:] = [
+            item
+            for item in items
+            if not any(getattr(item, "callspec", None) and item.callspec.params.get(k) in v for k, v in middle.items())
+        ]
 
 
 @pytest.fixture(autouse=True)

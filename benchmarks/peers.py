@@ -104,7 +104,7 @@ def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
 
 def _bayesian(model: nn.Module, kind: str) -> nn.Module:
-    """bayesian-torch's own conversion; its layers then return no KL divergence, whose time is left out in their favour."""
+    """bayesian-torch's own conversion. Its layers then skip the KL divergence: that time is left out."""
     from bayesian_torch.layers import LinearFlipout, LinearReparameterization
     from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
 
@@ -212,7 +212,7 @@ def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
 
 
 def check_spread(module: nn.Module, plain: nn.Linear, x: Tensor) -> None:
-    """An eager noise layer's draw cannot be repeated elsewhere; the spread of its output around nn.Linear's is known."""
+    """An eager noise layer's draw cannot be repeated elsewhere; its spread around nn.Linear's output is known."""
     noise = (module(x) - plain(x)).detach().double()
     expected = SIGMA * plain.weight.detach().double().norm(dim=1).square().mean().sqrt()
     tolerated = 0.02 + 4 / noise.numel() ** 0.5 + (0.05 if x.dtype is torch.bfloat16 else 0)

@@ -57,7 +57,7 @@ def _key(row: dict) -> str:
 
 
 def moved(new: dict, old: dict) -> list[str]:
-    """The rows whose ratio moved beyond the spread: each median outside the other run's quartiles. In words, and the rest counted."""
+    """The rows whose ratio moved beyond the spread, each median outside the other run's quartiles; the rest counted."""
     before = {_key(row): row for row in old["rows"] if "ratio" in row}
     lines, same, only_new = [], 0, []
     for row in new["rows"]:

@@ -1,7 +1,7 @@
 """Time and memory of variants of one computation, side by side.
 
 Variants take turns, one round after another and in an order that changes, so that whatever else the machine does meets
-all alike. The figure is the median over rounds of the ratio within a round; its spread is the quartiles of those ratios.
+all alike. The figure is the median over rounds of the ratio within a round; its spread, the quartiles of those ratios.
 """
 
 from __future__ import annotations
@@ -13,10 +13,22 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from machine import synchronize
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type and a shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}-{'x'.join(map(str, self.shape))}"
 
 
 @contextlib.contextmanager
@@ -120,7 +132,7 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward and backward, gradients of parameters and of x into fresh tensors, as after zero_grad(set_to_none=True)."""
+    """Forward and backward, gradients of parameters and x into fresh tensors, as after zero_grad(set_to_none=True)."""
     leaves = [x, *module.parameters()]
 
     def step() -> None:

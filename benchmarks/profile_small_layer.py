@@ -1,0 +1,185 @@
+"""Where a small DIP layer's microseconds go:  python benchmarks/profile_small_layer.py
+
+Each part of DIPLinear's forward and backward pass is called alone, in loops that take turns, and timed to the
+microsecond; a profiler would distort figures of this size. Then the parts' sum stands beside what the whole layer costs
+over nn.Linear, and beside the floor: nn.Linear behind an autograd.Function that copies its input and returns a stored
+gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+import peers
+import report
+import timing
+import torch
+from overhead import shape_of
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dipkernels as dip
+from dipkernels import functional, ops, seeds
+
+WHERE = (-1, 0, 0, 0, 1, 1.0, True)
+
+
+class _Pass(torch.autograd.Function):
+    """Returns what it was given: an autograd.Function's own cost."""
+
+    @staticmethod
+    def forward(ctx, x, log_variance, seed, where, out):
+        ctx.save_for_backward(log_variance, seed)
+        ctx.where, ctx.dsigma, ctx.x_dtype = where, torch.empty_like(log_variance), x.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, du):
+        _ = ctx.saved_tensors
+        return du, ctx.dsigma, None, None, None
+
+
+def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], object], str | None]]:
+    """name: (pass, call, what to subtract from it). The names in brackets serve subtraction only."""
+    plain_x, sigma = x.detach(), layer.log_variance.detach()
+    seed = torch.tensor([peers.KEY, 0])
+    du = torch.randn_like(plain_x)
+    where = WHERE
+    raw_p, raw_q = ops._run("perturb", "cpu"), ops._run("perturb_bwd", "cpu")
+
+    def backward_of(make: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            make().backward(du)
+
+        return run
+
+    def layer_without_kernels() -> Tensor:
+        # DIPLinear.forward and dip_linear with P, the draw and the product left out.
+        if not layer.noisy():
+            return plain_x
+        layer._log_variance()
+        seeds.first_row(plain_x)
+        torch.compiler.is_compiling()
+        functional.autocast_dtype(plain_x)
+        functional._where(sigma, -1, 0, 0, 0, 1, True, True)
+        return plain_x
+
+    leaves = [x, layer.log_variance]
+    view = lambda: x.view_as(x)  # noqa: E731
+    empty = lambda: _Pass.apply(x, layer.log_variance, seed, where, None)  # noqa: E731
+    return {
+        "(nothing)": ("", lambda: None, None),
+        "layer and dip_linear in Python": ("forward", layer_without_kernels, "(nothing)"),
+        "draw: seeds.draw, one torch.randint": ("forward", lambda: seeds.draw(layer.stream, plain_x), "(nothing)"),
+        "op P: dispatcher and kernel": (
+            "forward", lambda: raw_p(plain_x, sigma, seed, *where, None), "(nothing)",
+        ),
+        "op P: checks in Python": (
+            "forward", lambda: ops.perturb(plain_x, sigma, seed, *where, None), "op P: dispatcher and kernel",
+        ),
+        "(view)": ("", view, None),
+        "autograd.Function: apply": (
+            "forward", empty, "(view)",
+        ),
+        "(view backward)": ("", backward_of(view, [x]), None),
+        "autograd.Function: apply and backward": (
+            "both", backward_of(empty, leaves), "(view backward)",
+        ),
+        "op Q: dispatcher and kernel": ("backward", lambda: raw_q(du, sigma, seed, *where), "(nothing)"),
+        "op Q: its wrapper in Python": (
+            "backward", lambda: ops.perturb_bwd(du, sigma, seed, *where), "op Q: dispatcher and kernel",
+        ),
+    }  # fmt: skip
+
+
+def measure(
+    shape: tuple[int, int, int], dtype: torch.dtype, budget_s: float, quick: bool
+) -> tuple[list[list], list[list]]:
+    """Rows of the breakdown, and of whole layers: text, and the figure in microseconds."""
+    m, k, n = shape
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    plain = nn.Linear(k, n, dtype=dtype)
+    x, dy = torch.randn(m, k, dtype=dtype, requires_grad=True), torch.randn(m, n, dtype=dtype)
+    modules = {name: peers.build(name, plain) for name in ("linear", "dip", "floor", "eager")}
+    for name, module in modules.items():
+        peers.check_linear(name, module, plain, x, dy)
+    limits = {"budget_s": budget_s, "rounds": (15, 400)}
+    if quick:
+        limits = {"budget_s": 0.01, "rounds": (2, 2), "at_least_s": 1e-5}
+
+    found = parts(modules["dip"], x)
+    calls = {name: call for name, (_, call, _) in found.items()}
+    with tqdm(total=3, unit="part", dynamic_ncols=True, disable=quick) as bar:
+        timed = timing.interleave(calls, "(nothing)", device, always=tuple(calls), **limits)
+        bar.update()
+        wholes = []
+        for what, make in (
+            ("forward", lambda module: timing.forward(module, x)),
+            ("forward + backward", lambda module: timing.training_step(module, x, dy)),
+        ):
+            steps = {name: make(module) for name, module in modules.items()}
+            over = timing.interleave(steps, "linear", device, always=tuple(steps), **limits)
+            bar.update()
+            for name, figures in over.items():
+                low, high = figures["over_base_quartiles_s"]
+                spread = "" if name == "linear" else f"{1e6 * low:.1f} .. {1e6 * high:.1f}"
+                base = 1e6 * figures["seconds"]
+                wholes.append([name, what, f"{base:.1f}", 1e6 * figures["over_base_s"], spread])
+    us = {name: 1e6 * figures["seconds"] for name, figures in timed.items()}
+    rows = []
+    for name, (which, _, minus) in found.items():
+        if not name.startswith("("):
+            rows.append([name, which, us[name] - (us[minus] if minus else 0.0)])
+    both = next(row for row in rows if row[1] == "both")
+    applied = next(row for row in rows if row[0] == "autograd.Function: apply")
+    both[0], both[1], both[2] = "autograd.Function: backward, with AccumulateGrad", "backward", both[2] - applied[2]
+    return rows, wholes
+
+
+def main(arguments: list[str] | None = None) -> list[list]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=shape_of, default=(32, 128, 128), help="MxKxN (32x128x128)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)")
+    parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
+    args = parser.parse_args(arguments)
+    if args.threads < 1 or args.budget <= 0:
+        parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
+    torch.set_num_threads(args.threads)
+    found = machine.describe("cpu")
+    rows, wholes = measure(args.shape, getattr(torch, args.dtype), args.budget, args.quick)
+    sums = {which: sum(row[2] for row in rows if row[1] == which) for which in ("forward", "backward")}
+    measured = next(row[3] for row in wholes if row[0] == "dip" and row[1] == "forward + backward")
+    listed = [[name, which, f"{value:.2f}"] for name, which, value in rows]
+    listed += [["sum", which, f"{value:.2f}"] for which, value in sums.items()]
+    listed += [["the layer over nn.Linear, less that sum", "both", f"{measured - sum(sums.values()):.2f}"]]
+    text = "\n\n".join(
+        [
+            f"DIPLinear {args.dtype} {'x'.join(map(str, args.shape))}. {machine.sentence(found)}."
+            " `python benchmarks/profile_small_layer.py`",
+            report.table(
+                ["layer", "", "us", "over nn.Linear, us", "quartiles"],
+                [[*row[:3], f"{row[3]:.1f}", row[4]] for row in wholes],
+            ),
+            report.table(["part of the DIP layer that nn.Linear has not", "pass", "us"], listed),
+        ]
+    )
+    print(text)
+    if args.docs:
+        report.fill(machine.ROOT / "docs" / "measured.md", "small-layer", text)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The benchmarks run, check what they time, list what is missing, write what they say. No figure is judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dipkernels as dip
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cost  # noqa: E402
+import overhead  # noqa: E402
+import peers  # noqa: E402
+import profile_small_layer  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run_quick(tmp_path, *options):
+    out = tmp_path / "run.json"
+    record = overhead.main(
+        ["--quick", "--threads=1", "--no-progress", "--dtypes", "float32", "--out", str(out), *options]
+    )
+    return out, record
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    return run_quick(tmp_path_factory.mktemp("overhead"))
+
+
+def test_every_benchmark_runs(tmp_path):
+    out = tmp_path / "bench.json"
+    options = ["-q", "--quick", "--threads=1", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", *options], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    stored = json.loads(out.read_text())
+    groups = {bench["group"].split(",")[0] for bench in stored["benchmarks"]}
+    wanted = {"noise", "perturb", "perturb backward", "layer forward", "layer training step", "block training step"}
+    assert wanted | {"model training step", "S = 64 averaged", "m = 8 trajectories"} <= groups
+    for bench in stored["benchmarks"]:
+        assert {"cpu", "torch", "commit", "date", "variant"} <= set(bench["extra_info"])
+    timed = {bench["extra_info"]["variant"] for bench in stored["benchmarks"]}
+    assert set(peers.NAMES) <= timed | set(stored["missing_peers"])
+
+
+def test_overhead_writes_what_it_measured(quick):
+    out, record = quick
+    assert out.with_suffix(".png").stat().st_size > 1000
+    stored = json.loads(out.read_text())
+    assert {"date", "commit", "cpu", "threads", "torch"} <= set(stored["machine"])
+    assert {row["section"] for row in stored["rows"]} == {"linear", "perturb", "samples", "small"}
+    rows = [row for row in stored["rows"] if row["section"] == "linear" and "saved_bytes" in row]
+    ours, plain = (next(row for row in rows if row["variant"] == name) for name in ("dip", "linear"))
+    assert plain["saved_bytes"] < ours["saved_bytes"] <= plain["saved_bytes"] + 64  # the seed
+    assert ours["quartiles"][0] <= ours["ratio"] <= ours["quartiles"][1]
+    printed = overhead.text(record)
+    assert "48x64x32" in printed and "GB/s" in printed and "nan" not in printed
+
+
+def test_overhead_compares_with_an_earlier_run(quick, tmp_path, capsys):
+    out, record = quick
+    earlier = json.loads(out.read_text())
+    row = next(row for row in earlier["rows"] if row["variant"] == "dip")
+    row["ratio"], row["quartiles"] = row["ratio"] * 100, [value * 100 for value in row["quartiles"]]
+    lines = report.moved(record, earlier)
+    assert sum(line.startswith("faster") for line in lines) == 1
+    assert sum(line.startswith("slower") for line in lines) == 0
+    count = sum("ratio" in row for row in record["rows"])
+    assert report.moved(record, record) == [f"{count} rows moved within their spread"]
+    overhead.main(["--from", str(out), "--against", str(out)])
+    assert "rows moved within their spread" in capsys.readouterr().out
+
+
+def test_overhead_times_nothing_that_is_wrong(monkeypatch, tmp_path):
+    right = dip.reference.standard_normal
+    monkeypatch.setattr(dip.reference, "standard_normal", lambda *args, **kwargs: -right(*args, **kwargs))
+    with pytest.raises(AssertionError, match="y: expected within"):
+        run_quick(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_overhead_lists_a_missing_peer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bayesian_torch.layers", None)
+    missing = peers.build("flipout", torch.nn.Linear(8, 8))
+    assert isinstance(missing, peers.Missing) and "pip install" in missing.reason
+    run = overhead.Run(torch.device("cpu"), True, 0.1)
+    monkeypatch.setattr(overhead, "LAYERS", ("linear", "dip", "flipout"))
+    overhead.linear_case(run, torch.float32, (8, 8, 8))
+    assert [row["missing"] for row in run.rows if row["variant"] == "flipout"] == [missing.reason] * 2
+    assert "flipout: bayesian-torch is not installed" in overhead._missing(run.rows)
+
+
+def test_interleaving_gives_ratios_within_rounds(monkeypatch):
+    slowness = iter(range(1, 1000))  # the machine slows down from call to call
+    clock = {"base": 1.0, "double": 2.0, "slow": 9.0}
+
+    def seconds(call, times, device):
+        return clock[call()] * (1 + 1e-4 * next(slowness))
+
+    monkeypatch.setattr(timing, "seconds", seconds)
+    calls = {name: lambda name=name: name for name in clock} | {"broken": lambda: 1 / 0}
+    options = {"rounds": (9, 9), "always": ("double",), "seldom": 4}
+    timed = timing.interleave(calls, "base", torch.device("cpu"), **options)
+    assert timed["base"]["ratio"] == 1.0
+    assert timed["double"]["ratio"] == pytest.approx(2, rel=1e-3) and timed["slow"]["ratio"] == pytest.approx(
+        9, rel=1e-3
+    )
+    assert (timed["double"]["rounds"], timed["slow"]["rounds"]) == (9, 3)
+    assert timed["broken"]["error"].startswith("ZeroDivisionError")
+
+
+def test_memory_counts_what_a_call_holds():
+    x = torch.ones(1000, requires_grad=True)
+    assert timing.saved_bytes(lambda: (x * 2).exp(), [x]) == 4000
+    assert timing.saved_bytes(lambda: x * x, [x]) == 0
+    assert timing.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 12000
+
+
+def test_documents_are_filled_between_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n")
+    for _ in range(2):
+        report.fill(page, "a", "new")
+        assert page.read_text() == "before\n<!-- a:begin -->\n\nnew\n\n<!-- a:end -->\nafter\n"
+    with pytest.raises(ValueError, match=r"page\.md: expected one line '<!-- b:begin -->'"):
+        report.fill(page, "b", "new")
+    for name, mark in (("measured", "overhead-cpu"), ("measured", "small-layer"), ("cost", "cost")):
+        assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
+
+
+def test_cost_study_runs(tmp_path):
+    out = tmp_path / "cost.json"
+    record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
+    assert out.with_suffix(".png").stat().st_size > 1000
+    for study in record["studies"]:
+        assert study["training"]["m = 4"]["flops"] > 3 * study["training"]["plain"]["flops"]
+        assert study["prediction"]["k = 0"]["flops"] == study["prediction"]["plain"]["flops"]
+        assert study["prediction"]["k = 4"]["flops"] == 4 * study["prediction"]["plain"]["flops"]
+        assert study["prediction"]["k = 0"]["peak_bytes"] == study["prediction"]["plain"]["peak_bytes"]
+
+
+def test_profile_of_a_small_layer_runs(capsys):
+    rows = profile_small_layer.main(["--quick", "--threads=1"])
+    assert {row[1] for row in rows} == {"forward", "backward"}
+    assert "op P: dispatcher and kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["4x4", "0x1x1", "axbxc"])
+def test_overhead_refuses_a_bad_shape(argument, capsys):
+    with pytest.raises(SystemExit):
+        overhead.main(["--shapes", argument])
+    assert "--shapes" in capsys.readouterr().err
