@@ -282,9 +282,20 @@ def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
     return dim, row0, col0, sample, num_samples, 1.0, log_variance
 
 
+def _perturb_exported(x, sigma, seed, where, dtype):
+    # torch.export loses the derivative of an autograd.Function, in silence: P of operations that have their own.
+    *place, factor, log_variance = where
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = (torch.exp(sigma.to(wide) / 2) if log_variance else sigma.to(wide)) * factor
+    z = ops.noise(seed, x.shape, *place).to(wide)
+    return (x.to(wide) + s.view([-1 if d == place[0] % x.ndim else 1 for d in range(x.ndim)]) * z).to(dtype or x.dtype)
+
+
 def _perturb(x, sigma, seed, where, dtype):
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = tensor_parallel.prepare(x, sigma, seed, where[0])
+    elif torch.compiler.is_exporting() and torch.is_grad_enabled():
+        return _perturb_exported(x, sigma, seed, where, dtype)
     if torch._C._are_functorch_transforms_active():
         return _PerturbFunc.apply(x, sigma, seed, where, dtype)
     return _Perturb.apply(x, sigma, seed, where, dtype)
@@ -397,7 +408,7 @@ def _affine(x, weight, bias, sigma, seed, where, keep, dtype):
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
-    elif keep == "x" or (keep == "auto" and torch.compiler.is_compiling()):
+    elif (keep == "x" or (keep == "auto" and torch.compiler.is_compiling())) and not torch.compiler.is_exporting():
         if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
             return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)

@@ -72,12 +72,13 @@ def _blocks(x, dim: int) -> list[tuple[tuple[slice, ...], int]]:
     """(index, first row) of the parts of the local shard whose rows follow one another in the whole tensor."""
     offset, size = _window(x)
     rows = [d for d in range(x.ndim) if d != dim]
-    stride = {d: math.prod(x.shape[e] for e in rows if e > d) for d in rows}
-    first = sum(offset[d] * stride[d] for d in rows)
-    cut = max((d for d in rows if size[d] != x.shape[d]), default=0)
+    stride, first, count = [0] * x.ndim, 0, 1
+    for d in reversed(rows):
+        stride[d], first, count = count, first + offset[d] * count, count * x.shape[d]
+    cut = max([d for d in rows if size[d] != x.shape[d]], default=0)
     # [B, S, K] cut along S: each entry of the batch is a block. What is cut along its leading dimension only is one block.
     outer = [d for d in rows if d < cut]
-    if all(size[d] == 1 for d in outer):
+    if all([size[d] == 1 for d in outer]):
         return [((), first)]
     blocks = []
     for place in itertools.product(*(range(size[d]) for d in outer)):

@@ -37,7 +37,7 @@ class Ranks:
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks_support", "torch.distributed.tensor.parallel", "dipkernels"])
+        context.set_forkserver_preload(["ranks_support", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "dipkernels"])
         folder = tempfile.mkdtemp()
         for rank in range(self.world):
             ours, theirs = context.Pipe()

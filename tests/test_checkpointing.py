@@ -1,0 +1,217 @@
+"""Activation checkpointing: the gradients of the run without, or an error that says why not; never other noise in silence."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
+
+import dipkernels as dip
+from dipkernels import seeds
+from dipkernels.layers import DIPInput, DIPLinear, number_layers
+
+
+def save_products(ctx, op, *args, **kwargs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_seeds(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.randint.low else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def save_noised(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if "perturb" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective(policy):
+    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+
+
+KINDS = {
+    "reentrant": {"use_reentrant": True},
+    "not reentrant": {"use_reentrant": False},
+    "saving products": selective(save_products),
+    "saving noised inputs": selective(save_noised),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    seeds._first_draws.clear()
+    yield
+    seeds._first_draws.clear()
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    return number_layers(nn.Sequential(DIPLinear(8, 16), nn.GELU(), nn.Dropout(0.1), DIPLinear(16, 8, keep="x"), nn.Tanh(), DIPInput(8)))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 8, requires_grad=True)
+
+
+def gradients(block, x, run):
+    block.zero_grad()
+    x.grad = None
+    torch.manual_seed(3)
+    run(x).square().sum().backward()
+    return [x.grad.clone(), *(p.grad.clone() for p in block.parameters())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("key", [None, 7])
+def test_checkpointing_changes_no_gradient(block, x, kind, key):
+    def checkpointed(x):
+        for _ in range(2):  # two segments of the same layers: their draws differ
+            x = checkpoint(block, x, **KINDS[kind])
+        return x
+
+    def under_key(run):
+        if key is None:
+            return gradients(block, x, run)
+        with dip.fixed_noise(key, row0=2):
+            return gradients(block, x, run)
+
+    want = under_key(lambda x: block(block(x)))
+    assert all(torch.equal(a, b) for a, b in zip(under_key(checkpointed), want, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
+    block[2].p = 0.0
+    with dip.fixed_noise(7):
+        want = gradients(block, x, block)
+        got = gradients(block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **KINDS[kind]))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_drawn_a_second_time_is_an_error(block, x, kind):
+    y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
+    with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
+    def forward():
+        with dip.fixed_noise(7, row0=4):
+            return checkpoint(block, x, preserve_rng_state=preserve, **KINDS[kind])
+
+    # a selective policy's own table misses the draw before this package does
+    with pytest.raises(RuntimeError, match="checkpoint: .* draws a seed|randint.* not found in storage"):
+        forward().sum().backward()
+    for key, row0 in ((8, 4), (7, 0)):
+        with dip.fixed_noise(key, row0=row0), pytest.raises(RuntimeError, match=rf"fixed_noise\(key, row0\) = \({key}, {row0}\)"):
+            forward().sum().backward()
+    y = forward()
+    with dip.fixed_noise(7, row0=4):  # entered again: the same noise
+        y.sum().backward()
+    with dip.fixed_noise(torch.tensor(7), row0=4):
+        forward().sum().backward()
+
+
+def test_saved_seeds_need_no_rng_state(block, x):
+    block[2].p = 0.0
+    want = gradients(block, x, block)
+    got = gradients(block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **selective(save_seeds)))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_checkpoint_sequential_and_several_forwards_before_a_backward(block, x):
+    def run(x, segments):
+        outs = [checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x) for _ in range(3)]
+        return outs[2] + 2 * outs[0] - outs[1]
+
+    want = gradients(block, x, lambda x: run(x, 0))
+    got = gradients(block, x, lambda x: run(x, 2))
+    torch.testing.assert_close(got, want)
+
+
+def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeypatch):
+    for _ in range(3):
+        block(x).sum().backward()
+    with torch.no_grad():
+        dip.predict(block, x, k=3, average="logits")
+    assert not seeds._first_draws
+    monkeypatch.setattr(seeds, "_MAX_DRAWS", 5)
+    for _ in range(3):
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert len(seeds._first_draws) == 5
+
+
+# ---- under torch.compile ---------------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, block, **kwargs):
+        super().__init__()
+        self.block, self.kwargs = block, kwargs
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False, **self.kwargs) if self.kwargs is not None else self.block(x)
+
+
+def noise_agrees(block, run, x):
+    """Whether backward had the z of forward: y = tanh(sin(x) + sigma z), so z is known from y."""
+    block.zero_grad()
+    y, w = run(x), torch.randn(x.shape)
+    (y * w).sum().backward()
+    want = (w * (1 - y**2) * (torch.atanh(y) - torch.sin(x)) / 2).sum(0)
+    return torch.allclose(block.projection.log_variance.grad, want, rtol=1e-2, atol=1e-3)
+
+
+class SineTanh(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = DIPInput(8, init_variance=0.3)
+
+    def forward(self, x):
+        return torch.tanh(self.projection(torch.sin(x)))
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_a_compiled_checkpoint_has_one_noise(preserve):
+    torch._dynamo.reset()
+    block, x = SineTanh(), torch.randn(4, 8, requires_grad=True)
+    compiled = torch.compile(Checkpointed(block, preserve_rng_state=preserve), backend="aot_eager_decomp_partition", fullgraph=True)
+    assert noise_agrees(block, compiled, x)
+
+
+def test_a_memory_budget_is_warned_of_with_drawn_seeds_and_right_with_a_key():
+    from torch._functorch import config
+
+    x = torch.randn(4, 8, requires_grad=True)
+    with config.patch(activation_memory_budget=0.3):
+        for key in (None, 5):
+            torch._dynamo.reset()
+            block = SineTanh()
+            compiled = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if key is None:
+                    compiled(x).sum().backward()
+                else:
+                    with dip.fixed_noise(key):
+                        assert noise_agrees(block, compiled, x)
+            texts = [str(w.message) for w in caught if "activation_memory_budget" in str(w.message)]
+            assert len(texts) == (1 if key is None else 0)
+
+
+def test_a_deep_copy_may_be_checkpointed(block, x):
+    twin = copy.deepcopy(block)
+    torch.manual_seed(3)
+    checkpoint(twin, x, use_reentrant=False).sum().backward()

@@ -1,0 +1,399 @@
+"""torch.compile, torch.export, AOTInductor and torch.func: whole graphs, one compilation, the noise of eager mode."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dipkernels as dip
+from dipkernels import functional
+from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, number_layers
+from dipkernels.seeds import sampling_on
+
+transformers = pytest.importorskip("transformers")
+
+
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input, self.linear, self.conv, self.head = DIPInput(8), DIPLinear(8, 12), DIPConv2d(3, 4, 2), nn.Linear(4, 3)
+        number_layers(self)
+
+    def forward(self, x):
+        h = torch.tanh(self.linear(self.input(x)))
+        return self.head(self.conv(h.unflatten(-1, (3, 2, 2))).flatten(-3))
+
+
+def layers():
+    return Layers(), torch.randn(4, 8)
+
+
+def vit():
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return dip.convert(transformers.ViTForImageClassification(config)), torch.randn(2, 3, 8, 8)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        use_cache=False,
+    )
+    return dip.convert(transformers.LlamaForCausalLM(config)), torch.randint(0, 32, (2, 7))
+
+
+MODELS = {"layers": layers, "vit": vit, "llama": llama}
+
+
+def make(name):
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    return model.train(), x
+
+
+def output(model, x):
+    y = model(x)
+    return y if isinstance(y, torch.Tensor) else y.logits
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Compiler:
+    """A backend of torch.compile that counts graphs, and runs each as AOTAutograd's."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.count += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compile_is_whole_equals_eager_and_happens_once(name):
+    """fullgraph; outputs, gradients; new keys, new seeds, another manual_seed: one graph each for fixed and drawn seeds."""
+    model, x = make(name)
+    eager, compiler = copy.deepcopy(model), Compiler()
+    model.compile(backend=compiler, fullgraph=True)
+    for key in (1, 2, 2**64 - 1):
+        for each in (eager, model):
+            each.zero_grad()
+            with dip.fixed_noise(key):
+                output(each, x).square().mean().backward()
+        want, got = gradients(eager), gradients(model)
+        assert want.keys() == got.keys()
+        for parameter in want:
+            torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5)
+    assert compiler.count == 1
+    drawn = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        drawn.append(output(model, x))
+        drawn[-1].sum().backward()
+    torch.manual_seed(0)
+    torch.testing.assert_close(output(eager, x), drawn[0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    assert compiler.count == 2
+    # other batch sizes: one more graph, of symbolic shape, as for the plain model
+    for rows in (3, 5, 6):
+        more = x[:1].expand(rows, *x.shape[1:]).contiguous()
+        with dip.fixed_noise(1):
+            torch.testing.assert_close(output(model, more), output(eager, more), rtol=1e-4, atol=1e-5)
+    assert compiler.count == 3
+    model.eval(), eager.eval()
+    torch.testing.assert_close(output(model, x), output(eager, x), rtol=1e-4, atol=1e-5)
+
+
+def test_row0_and_noise_off_compile_whole():
+    model, x = make("layers")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with dip.fixed_noise(3):
+        whole = model(x)
+    for first in (1, 2):
+        with dip.fixed_noise(3, row0=first):
+            torch.testing.assert_close(compiled(x[first:]), whole[first:], rtol=1e-4, atol=1e-5)
+    with dip.noise_off():
+        y = compiled(x)
+        torch.testing.assert_close(y, model(x))
+        y.sum().backward()
+    assert not any(g.any() for n, g in gradients(model).items() if "log_variance" in n)
+
+
+def test_a_training_step_compiles_with_its_optimiser():
+    model, x = make("layers")
+    finals = []
+    for compiled in (False, True):
+        m = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(dip.param_groups(m, lr=1e-2), foreach=True)
+
+        def step(m=m, optimizer=optimizer):
+            out = dip.trajectories(m, x, m=2)
+            loss = out.square().mean() + dip.penalty(m, 1e-3, 1e-4)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for key in range(3):
+            with dip.fixed_noise(key):
+                run()
+        finals.append([p.detach() for p in m.parameters()])
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-3, atol=1e-4)
+
+
+def test_inductor_equals_eager():
+    model, x = number_layers(nn.Sequential(DIPLinear(8, 12), nn.GELU())), torch.randn(4, 8)
+    eager = copy.deepcopy(model)
+    model.compile(fullgraph=True)
+    with dip.fixed_noise(3):
+        for each in (eager, model):
+            output(each, x).square().mean().backward()
+    want, got = gradients(eager), gradients(model)
+    for parameter in want:
+        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_inductor_equals_eager_for_whole_models(name):
+    model, x = make(name)
+    eager = copy.deepcopy(model)
+    model.compile(fullgraph=True)
+    with dip.fixed_noise(3):
+        for each in (eager, model):
+            output(each, x).square().mean().backward()
+    want, got = gradients(eager), gradients(model)
+    for parameter in want:
+        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps():
+    """keep="auto" under torch.compile: the input once, however many layers read it, and no u beside it."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def bytes_saved(model, x):
+        sizes = []
+
+        def partition(joint, inputs, **kwargs):
+            forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
+            outputs = next(n for n in forward.graph.nodes if n.op == "output").args[0]
+            kept = [n for n in outputs[kwargs["num_fwd_outputs"] :] if getattr(n, "op", "placeholder") != "placeholder"]
+            saved = [n.meta["val"] for n in kept]
+            sizes.append(sum(t.numel() * t.element_size() for t in saved if isinstance(t, torch.Tensor)))
+            return forward, backward
+
+        backend = aot_autograd(fw_compiler=lambda g, i: g, bw_compiler=lambda g, i: g, partition_fn=partition)
+        torch._dynamo.reset()
+        torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+        return sizes[0]
+
+    class ThreeReaders(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.layers = nn.ModuleList(kind(64, 64) for _ in range(3))
+
+        def forward(self, x):
+            h = torch.tanh(x)
+            return sum(layer(h) for layer in self.layers)
+
+    x = torch.randn(1024, 64)
+    plain, noisy = bytes_saved(ThreeReaders(nn.Linear), x), bytes_saved(ThreeReaders(DIPLinear), x)
+    assert noisy <= plain + 3 * 16, (plain, noisy)  # a seed a layer
+
+
+# ---- torch.export, AOTInductor ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_of_the_eval_forward_is_the_plain_network(name):
+    model, x = make(name)
+    model.eval()
+    program = torch.export.export(model, (x,), strict=False)
+    assert not any("dipkernels" in str(node.target) or "randint" in str(node.target) for node in program.graph.nodes)
+    got = program.module()(x)
+    torch.testing.assert_close(got if isinstance(got, torch.Tensor) else got.logits, output(model, x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_the_training_forward_draws_afresh_and_trains(strict):
+    model, x = make("layers")
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: rows},), strict=strict)
+    assert sum("dipkernels.noise" in str(node.target) for node in program.graph.nodes) == 3
+    module = program.module()
+    assert not torch.equal(module(x), module(x))
+    outs = []
+    for each in (model, module):
+        each.zero_grad()
+        torch.manual_seed(4)
+        outs.append(each(torch.cat([x, x])))
+        outs[-1].square().sum().backward()
+    torch.testing.assert_close(outs[1], outs[0])
+    want, got = gradients(model), gradients(module)
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+def test_export_under_fixed_noise_keeps_the_key():
+    model, x = make("layers")
+    with dip.fixed_noise(6):
+        program = torch.export.export(model, (x,), strict=False)
+        want = model(x)
+    torch.testing.assert_close(program.module()(x), want)
+
+
+def test_a_saved_export_loads_again(tmp_path):
+    model, x = make("layers")
+    torch.export.save(torch.export.export(model, (x,), strict=False), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.manual_seed(4)
+    got = loaded(x)
+    torch.manual_seed(4)
+    torch.testing.assert_close(got, model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noisy", [False, True])
+def test_aot_inductor_packages_a_model(noisy, tmp_path):
+    """An eval model needs nothing of this package at run time; one that samples needs its operations."""
+    model, x = make("layers")
+    model.eval()
+    with torch.no_grad(), (sampling_on() if noisy else contextlib.nullcontext()), dip.fixed_noise(6):
+        program = torch.export.export(model, (x,), strict=False)
+        want = model(x)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), want, rtol=1e-4, atol=1e-5)
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def test_vmap_honours_its_randomness_argument():
+    layer, x = DIPLinear(8, 8), torch.randn(8).expand(5, 3, 8)
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(layer)(x)
+    same = torch.vmap(layer, randomness="same")(x)
+    assert torch.equal(same[0], same[1])
+    different = torch.vmap(layer, randomness="different")(x)
+    assert not torch.equal(different[0], different[1])
+    with dip.fixed_noise(3):
+        fixed = torch.vmap(layer)(x)
+        torch.testing.assert_close(fixed[1], layer(x[1]))
+
+
+def test_functional_call_with_jvp_vjp_and_ensembles():
+    model, x = make("layers")
+    model.double()
+    x = x.double()
+    parameters = dict(model.named_parameters())
+
+    def f(parameters, x):
+        with dip.fixed_noise(3):
+            return torch.func.functional_call(model, parameters, (x,))
+
+    torch.testing.assert_close(f(parameters, x), f(dict(parameters), x))
+    tangents = {name: torch.randn_like(p) for name, p in parameters.items()}
+    y, dy = torch.func.jvp(lambda p: f(p, x), (parameters,), (tangents,))
+    _, pull = torch.func.vjp(lambda p: f(p, x), parameters)
+    w = torch.randn_like(y)
+    back = pull(w)[0]
+    torch.testing.assert_close((dy * w).sum(), sum((back[n] * tangents[n]).sum() for n in parameters))
+    step = {name: p + 1e-6 * tangents[name] for name, p in parameters.items()}
+    torch.testing.assert_close(dy, (f(step, x) - y) / 1e-6, rtol=1e-3, atol=1e-4)
+    stacked = {name: torch.stack([p, step[name]]) for name, p in parameters.items()}
+    both = torch.vmap(lambda p: f(p, x))(stacked)
+    torch.testing.assert_close(both, torch.stack([y, f(step, x)]))
+
+
+def test_gradients_of_each_example():
+    model, x = make("layers")
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, one):
+        return torch.func.functional_call(model, parameters, (one[None],)).square().sum()
+
+    with dip.fixed_noise(3):
+        each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        want = torch.func.grad(loss)(parameters, x[2])
+    for name in want:
+        torch.testing.assert_close(each[name][2], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["layers", "vit"])
+def test_double_backward_through_a_model(name):
+    """The gradient of a gradient's norm against finite differences along a random direction."""
+    model, x = make(name)
+    model.double()
+    x = x.double()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "vit":
+        model.set_attn_implementation("eager")  # the fused attention has no second derivative
+
+    def norm():
+        with dip.fixed_noise(3):
+            loss = output(model, x).pow(3).mean()
+        grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        return sum(g.square().sum() for g in grads if g is not None)
+
+    second = torch.autograd.grad(norm(), parameters, allow_unused=True)
+    directions = [torch.randn_like(p) for p in parameters]
+    want = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions):
+                p.add_(d, alpha=sign * 1e-5)
+        want.append(norm().item())
+        with torch.no_grad():
+            for p, d in zip(parameters, directions):
+                p.sub_(d, alpha=sign * 1e-5)
+    got = sum((g * d).sum() for g, d in zip(second, directions) if g is not None).item()
+    assert got == pytest.approx((want[0] - want[1]) / 2e-5, rel=1e-4)
+
+
+def test_functional_perturb_compiles_with_changing_rows():
+    compiler = Compiler()
+    seed = torch.tensor([1, 2])
+
+    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
+    def run(x, sigma, seed):
+        return functional.perturb(x, sigma, seed)
+
+    sigma = torch.rand(8)
+    for rows in (5, 6, 7):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(run(x, sigma, seed + rows), functional.perturb(x, sigma, seed + rows))
+    assert compiler.count == 1

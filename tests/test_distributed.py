@@ -1,0 +1,461 @@
+"""Data parallel, FSDP2 and pipelines: the training of one process, on any number of them."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks_support import Ranks
+from torch import nn
+
+import dipkernels as dip
+from dipkernels import seeds, tensor_parallel
+from dipkernels.layers import DIPLinear, number_layers
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    pool = Ranks(4)
+    yield pool
+    pool.stop()
+
+
+class Block(nn.Module):
+    def __init__(self, k=16):
+        super().__init__()
+        self.up, self.down = nn.Linear(k, 2 * k), nn.Linear(2 * k, k)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def make_model(blocks=2, k=16, noisy=True):
+    torch.manual_seed(1)
+    model = nn.Sequential(*(Block(k) for _ in range(blocks)), nn.Linear(k, 4))
+    return dip.convert(model, init_variance=0.1) if noisy else model
+
+
+def batch(rows=8, k=16):
+    torch.manual_seed(2)
+    return torch.randn(rows, 3, k), torch.randn(rows, 3, 4)
+
+
+def loss_of(model, x, y):
+    return F.mse_loss(model(x).float(), y)
+
+
+def gradients(model):
+    return {n.removeprefix("module."): tensor_parallel.full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, **tolerance):
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def one_process():
+    model = make_model()
+    with dip.fixed_noise(5):
+        loss_of(model, *batch()).backward()
+    return gradients(model)
+
+
+# ---- DDP -------------------------------------------------------------------------------------------------------------
+
+
+def check_ddp(rank, world):
+    from torch.nn.parallel import DistributedDataParallel
+
+    x, y = batch()
+    each, first = len(x) // world, rank * len(x) // world
+    mine = slice(first, first + each)
+    plain, model = make_model(), DistributedDataParallel(make_model())
+    with dip.fixed_noise(5):
+        whole = plain(x)
+        F.mse_loss(whole, y).backward()
+    with dip.fixed_noise(5, row0=first):
+        part = model(x[mine])
+        F.mse_loss(part, y[mine]).backward()
+    torch.testing.assert_close(part, whole[mine], rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
+    # accumulation: all but the last part without communication
+    model.zero_grad()
+    for step in range(each):
+        here = slice(first + step, first + step + 1)
+        last = step == each - 1
+        with dip.fixed_noise(5, row0=first + step), (torch.enable_grad() if last else model.no_sync()):
+            (F.mse_loss(model(x[here]), y[here]) / each).backward()
+    assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
+    # a step without noise, and the one after it
+    model.zero_grad()
+    with dip.noise_off():
+        loss_of(model, x[mine], y[mine]).backward()
+    assert not any(g.any() for n, g in gradients(model).items() if "log_variance" in n)
+    model.zero_grad()
+    loss_of(model, x[mine], y[mine]).backward()
+    assert all(g.any() for g in gradients(model).values())
+    return gradients(model)["0.up.variance.log_variance"]
+
+
+def test_ddp_is_one_process(ranks):
+    """Outputs and gradients under fixed_noise(key, row0); accumulation, no_sync, steps without noise."""
+    a, b = ranks.run(check_ddp)
+    assert torch.equal(a, b)  # reduced
+
+
+@pytest.mark.slow
+def test_ddp_is_one_process_on_four(four_ranks):
+    four_ranks.run(check_ddp)
+
+
+def check_warning(rank, world, alike, compiled, way):
+    seeds._ranks_to_compare = True
+    layer = DIPLinear(8, 8)
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    torch.manual_seed(0 if alike else rank)
+    texts = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "explicit":
+            dip.check_ranks(layer)
+        elif way == "fixed":
+            with dip.fixed_noise(3, row0=0 if alike else 4 * rank):
+                dip.check_ranks(layer)
+        else:
+            for _ in range(3):
+                run(torch.randn(2, 8))
+    texts = [str(w.message) for w in caught if "dipkernels" in str(w.message)]
+    seeds._ranks_to_compare = True
+    return texts
+
+
+@pytest.mark.parametrize(("compiled", "way"), [(False, ""), (True, ""), (False, "explicit"), (False, "fixed")])
+def test_ranks_that_draw_alike_are_warned_of_once(ranks, compiled, way):
+    a, b = ranks.run(check_warning, True, compiled, way)
+    assert len(a) + len(b) == (1 if not way else 2)
+    assert any("rank" in text and "same noise" in text and "row0" in text for text in a + b)
+    assert ranks.run(check_warning, False, compiled, way) == [[], []]
+
+
+# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def shard(model, dtype=None, apart=True, **kwargs):
+    """Block by block, then the whole, with the variances apart."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype) if dtype else MixedPrecisionPolicy()
+    for module in (*(m for m in model if isinstance(m, Block)), model):
+        if apart:
+            dip.shard_variances(module, **kwargs)
+        fully_shard(module, mp_policy=policy, **kwargs)
+    return model
+
+
+def check_fsdp(rank, world, kind):
+    x, y = batch()
+    first, each = rank * len(x) // world, len(x) // world
+    mine = slice(first, first + each)
+    model, dtype = make_model(), None
+    if kind == "bf16 weights":
+        model.bfloat16()
+        x = x.bfloat16()
+    if kind == "mixed precision":
+        dtype = torch.bfloat16
+    reference = copy.deepcopy(model)
+    shard(model, dtype, apart=kind != "float32 in one group")
+    if kind == "mixed precision":
+        reference.bfloat16()
+    for m in model.modules():
+        if isinstance(m, dip.Variance):
+            assert m.log_variance.dtype is torch.float32
+    dip.check_ranks(model)
+    with dip.fixed_noise(5):
+        loss_of(reference, x.bfloat16() if dtype else x, y).backward()
+    with dip.fixed_noise(5, row0=first):
+        loss_of(model, x[mine], y[mine]).backward()
+    got, want = gradients(model), gradients(reference)
+    assert all(g.dtype is torch.float32 for n, g in got.items() if "log_variance" in n)
+    exact = kind.startswith("float32")
+    got, want = ({n: g.float() for n, g in each.items()} for each in (got, want))
+    assert_same(got, want, **({"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.05, "atol": 2e-3}))
+    # steps without noise do not break the next one
+    for context in (dip.noise_off(), dip.fixed_noise(1)):
+        model.zero_grad()
+        with context:
+            loss_of(model, x[mine], y[mine]).backward()
+    assert all(g.any() for g in gradients(model).values())
+
+
+KINDS = ["float32 in one group", "float32 apart", "bf16 weights", "mixed precision"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_is_one_process(ranks, kind):
+    ranks.run(check_fsdp, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp_is_one_process_on_four(four_ranks, kind):
+    four_ranks.run(check_fsdp, kind)
+
+
+def check_checkpointed_fsdp(rank, world):
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Block):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    x, y = batch()
+    first, each = rank * len(x) // world, len(x) // world
+    want = one_process()
+    model = make_model()
+    for block in model[:2]:
+        block.__class__ = Checkpointed
+    shard(model)
+    with dip.fixed_noise(5, row0=first):
+        loss_of(model, x[first : first + each], y[first : first + each]).backward()
+    assert_same(gradients(model), want, rtol=1e-4, atol=1e-5)
+    # accumulation without reduction in between
+    model.zero_grad()
+    for step in range(2):
+        model.set_requires_gradient_sync(step == 1)
+        here = slice(first + step * each // 2, first + (step + 1) * each // 2)
+        with dip.fixed_noise(5, row0=here.start):
+            (loss_of(model, x[here], y[here]) / 2).backward()
+    assert_same(gradients(model), want, rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp_with_checkpointing_and_accumulation_is_one_process(ranks):
+    ranks.run(check_checkpointed_fsdp)
+
+
+def check_penalty(rank, world):
+    plain = make_model()
+    want = dip.penalty(plain, 0.3, 0.02)
+    want.backward()
+    for when in ("before", "after", "alone"):
+        model = shard(make_model())
+        x, y = batch()
+        if when == "after":
+            output = model(x)
+            total = dip.penalty(model, 0.3, 0.02)
+            (total + 0 * output.sum()).backward()
+        else:
+            total = dip.penalty(model, 0.3, 0.02)
+            (total + 0 * loss_of(model, x, y) if when == "before" else total).backward()
+        assert not tensor_parallel.is_dtensor(total)
+        torch.testing.assert_close(total, want)
+        got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
+        assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
+
+
+def test_penalty_over_shards_is_the_whole_penalty(ranks):
+    ranks.run(check_penalty)
+
+
+def check_meta_and_state(rank, world, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_state_dict,
+        set_model_state_dict,
+    )
+
+    source = make_model()
+    with torch.no_grad():
+        for m in source.modules():
+            if isinstance(m, dip.Variance):
+                m.log_variance.copy_(torch.linspace(-4, -1, m.log_variance.numel()))
+    # from nothing: shapes, shards, memory, values
+    with torch.device("meta"):
+        model = make_model()
+        model.append(DIPLinear(4, 5, init_variance=torch.rand(4, device="cpu") + 0.5))
+        number_layers(model)
+    shard(model)
+    model.to_empty(device="cpu")
+    for m in model.modules():
+        if hasattr(m, "reset_parameters"):
+            m.reset_parameters()
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, DIPLinear)):
+        assert layer.stream.tolist() == [0, number]
+        wanted = layer.variance.init_variance
+        torch.testing.assert_close(layer.variance.sigma.square(), torch.as_tensor(wanted).expand(layer.in_features), rtol=1e-5, atol=0)
+    # a full state dict into a sharded model on meta, and back
+    with torch.device("meta"):
+        model = shard(make_model())
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if rank == 0 else {}, options=full)
+    for p in model.parameters():
+        assert tensor_parallel.is_dtensor(p) and not p.is_meta
+    back = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        assert_same(back, source.state_dict(), rtol=0, atol=0)
+    # one step, so that the optimiser has state; then the distributed checkpoint
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2, weight_decay=0.1))
+    with dip.fixed_noise(4):
+        loss_of(model, *batch()).backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    return {n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}
+
+
+def check_load(rank, world, folder, want):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = make_model()
+    if world > 1:
+        shard(model)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2, weight_decay=0.1))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert_same({n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0)
+    with dip.fixed_noise(6):
+        loss_of(model, *batch()).backward()
+    optimizer.step()
+    return {n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}
+
+
+def test_a_checkpoint_of_two_processes_loads_in_one(ranks, tmp_path):
+    """Meta-device init, full and sharded state dicts; training goes on the same on either number."""
+    want = ranks.run(check_meta_and_state, str(tmp_path))[0]
+    alone = check_load(0, 1, str(tmp_path), want)
+    again = ranks.run(check_load, str(tmp_path), want)[0]
+    assert_same(again, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_four_processes_loads_in_two(ranks, four_ranks, tmp_path):
+    want = four_ranks.run(check_meta_and_state, str(tmp_path))[0]
+    ranks.run(check_load, str(tmp_path), want)
+
+
+def check_communication(rank, world, wrapper):
+    from torch.distributed.tensor.debug import CommDebugMode
+    from torch.nn.parallel import DistributedDataParallel
+
+    counts = {}
+    for noisy in (False, True):
+        model = make_model(noisy=noisy)
+        model = DistributedDataParallel(model) if wrapper == "ddp" else shard(model, apart=noisy and wrapper == "apart")
+        x, y = batch()
+        loss_of(model, x, y).backward()
+        with CommDebugMode() as mode:
+            loss_of(model, x, y).backward()
+        for op, n in mode.get_comm_counts().items():
+            name = str(op).rsplit(".", 1)[-1]
+            counts[name] = counts.get(name, 0) + (n if noisy else -n)
+    return {name: n for name, n in counts.items() if n}
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "together", "apart"])
+def test_data_parallel_adds_no_collective(ranks, wrapper):
+    """log_variance travels with the other gradients; sharded apart it is one gather and one reduction a group."""
+    extra = ranks.run(check_communication, wrapper)[0]
+    groups = 3 if wrapper == "apart" else 0
+    assert sum(extra.values()) == 2 * groups, extra
+
+
+def check_faults(rank, world):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = make_model()
+    for block in model[:2]:
+        fully_shard(block, mp_policy=half)
+    fully_shard(model, mp_policy=half)
+    renumbered = make_model()
+    renumbered[1].up.set_number(2 + 7 * rank)
+    messages = []
+    for call in (
+        lambda: dip.check_ranks(model),
+        lambda: model(batch()[0]),
+        lambda: dip.shard_variances(nn.Linear(2, 2)),
+        lambda: dip.shard_variances(make_model(), mp_policy=half),
+        lambda: dip.check_ranks(renumbered),
+        lambda: shard(make_model(), apart=False)[0].up.forward(torch.randn(3, 16)),
+    ):
+        try:
+            call()
+            messages.append("nothing raised")
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    return messages
+
+
+def test_faults_are_named_with_layers_and_ranks(ranks):
+    for messages in ranks.run(check_faults):
+        policy, at_op, empty, helper, numbers, outside = messages
+        assert "rank 1: 0.up.variance.log_variance: FSDP would compute it in torch.bfloat16" in policy
+        assert "2.variance.log_variance" in policy
+        assert "sigma: expected torch.float32" in at_op
+        assert "module: expected DIP layers" in empty
+        assert "mp_policy: expected" in helper
+        assert "rank 1 numbers the layers ['1.up'] differently" in numbers
+        assert "outside the forward" in outside
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+
+
+def check_pipeline(rank, world, traced):
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
+
+    x, y = batch()
+    plain, model = make_model(), make_model()
+    if traced:
+        with dip.fixed_noise(5):  # a trace keeps the key that it was made with
+            pipe = pipeline(model, mb_args=(x[:4],), split_spec={"1": SplitPoint.BEGINNING})
+        stage = pipe.build_stage(rank, torch.device("cpu"))
+        held = pipe.get_stage_module(rank)
+    else:
+        held = nn.Sequential(*(list(model)[:1] if rank == 0 else list(model)[1:]))
+        stage = PipelineStage(held, rank, world, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=F.mse_loss)
+    with dip.fixed_noise(5):
+        losses = []
+        schedule.step(x) if rank == 0 else schedule.step(target=y, losses=losses)
+        for part in (slice(0, 4), slice(4, 8)):  # each microbatch starts at row 0
+            (F.mse_loss(plain(x[part]), y[part]) / 2).backward()
+    want = gradients(plain)
+    got = gradients(held)
+    if traced:
+        assert got
+        assert_same(got, {n: want[n] for n in got}, rtol=1e-4, atol=1e-5)
+    else:
+        names = {n: (n if rank == 0 else f"{int(n.split('.')[0]) + 1}.{n.split('.', 1)[1]}") for n in got}
+        assert_same({names[n]: g for n, g in got.items()}, {n: want[n] for n in names.values()}, rtol=1e-4, atol=1e-5)
+    if traced:
+        return
+    # seeds drawn afresh for each microbatch
+    torch.manual_seed(rank)
+    held.zero_grad()
+    schedule.step(x) if rank == 0 else schedule.step(target=y, losses=[])
+    assert all(g.any() for g in gradients(held).values())
+
+
+def test_a_pipeline_of_a_converted_model_is_one_process(ranks):
+    ranks.run(check_pipeline, False)
+
+
+@pytest.mark.slow
+def test_a_pipeline_split_by_tracing_is_one_process(ranks):
+    ranks.run(check_pipeline, True)
