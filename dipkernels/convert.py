@@ -149,6 +149,8 @@ def _matched(
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
     blocks = {name for module in names if _blocks(module, types) for name in names[module]}
     matched = [m for m in wanted if _counts_as(m) in types and m not in cannot and not _is_inside(names[m], blocks)]
+    spare = {m for wrapper in names if _keeps_original(wrapper) for m in wrapper.original_module.modules()}
+    matched = [m for m in matched if m not in spare]
     owners = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
     owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
     return [m for m in matched if type(m) is not _OUT_PROJECTION or m in owners]
@@ -226,6 +228,11 @@ def _counts_as(module: nn.Module) -> type[nn.Module] | None:
     if _is_lora(module) and kind.__module__.startswith("peft."):
         return _LORA.get(kind.__name__)
     return None
+
+
+def _keeps_original(module: nn.Module) -> bool:
+    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not called."""
+    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith("peft.")
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -471,6 +471,22 @@ def test_variances_outside_the_adapter_are_saved_apart(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(dip.variances(model).values(), dip.variances(again).values()))
 
 
+def test_a_head_trained_whole_is_noised_and_saved_with_the_adapter(tmp_path):
+    torch.manual_seed(0)
+    model = dip.convert(peft_llama(modules_to_save=["lm_head"]))
+    heads = [n for n in dip_layers(model) if "lm_head" in n]
+    assert heads == ["base_model.model.lm_head.modules_to_save.default"]  # not the original, which nothing calls
+    dip.calibrate(model, [IDS])
+    state = peft.get_peft_model_state_dict(model)
+    assert "base_model.model.lm_head.variance.log_variance" in state
+    with torch.no_grad():
+        model.get_submodule(heads[0]).log_variance.fill_(-3.0)
+    model.save_pretrained(tmp_path)
+    again = dip.convert(peft_llama(modules_to_save=["lm_head"]))
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    assert bool((again.get_submodule(heads[0]).log_variance == -3.0).all())
+
+
 def test_merging_unloads_the_noise_with_the_adapter():
     torch.manual_seed(0)
     model = dip.convert(peft_llama(), filter=is_lora)
