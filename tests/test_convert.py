@@ -177,6 +177,19 @@ def test_converting_attention_twice_adds_the_rest():
     assert names(convert(other, filter=lambda m, _: type(m) is not nn.MultiheadAttention)) == ["linear1", "linear2"]
 
 
+def test_a_compiled_model_is_compiled_again_with_its_noise():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 4)
+    plain = compiled(x)
+    convert(compiled)
+    assert not torch.equal(compiled(x), plain)
+    assert torch.equal(compiled.eval()(x), plain)
+    to_plain(compiled.train())
+    assert torch.equal(compiled(x), plain)
+
+
 def test_an_optimizer_made_before_trains_the_weights_and_takes_the_variances_as_a_group():
     model = Net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
