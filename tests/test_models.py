@@ -365,6 +365,22 @@ def test_trajectories_and_predict_run_on_model_outputs(name):
     torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:-1]))
 
 
+def test_diagnostics_read_model_outputs_and_embeddings():
+    plain, model, _ = make("vit")
+    kept = dip.diagnostics.lipschitz(plain, IMAGES, iterations=5)
+    assert torch.equal(dip.diagnostics.lipschitz(model, IMAGES, iterations=5), kept)
+    assert not torch.equal(dip.diagnostics.lipschitz(model, IMAGES, k=2, iterations=5), kept)
+    _, model, _ = make("llama")
+    embedded = model.get_input_embeddings()(IDS).detach()
+    of_embeddings = dip.diagnostics.lipschitz(
+        lambda x: model.eval()(inputs_embeds=x, use_cache=False), embedded, k=2, iterations=3
+    )
+    assert of_embeddings.shape == (2,)
+    assert bool((of_embeddings > 0).all())
+    assert dip.diagnostics.output_variance(model, IDS, k=2).shape == (2, 7, 60)
+    assert len(dip.diagnostics.signal_to_noise(model, [IDS])) == 15
+
+
 # ---- what looks converted and is not ---------------------------------------------------------------------------------
 
 
