@@ -114,7 +114,7 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         for name in capabilities(compiler):
             lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
             units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
-            units.append(("cpu/activation.cpp", f"activation_{name}", f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name}"))
+            units.append(("cpu/activation.cpp", f"activation_{name}", f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}"))
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")

@@ -58,4 +58,19 @@ struct ActivationArgs {
 
 const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for);
 
+// v_n = sum over k of s_k^2 W_nk^2, and back. The weight is [rows, features], contiguous.
+struct VarianceArgs {
+  int64_t rows, features;
+  Operand weight;
+  const void* sigma;  // [features]
+  bool log_variance;  // sigma holds ln(sigma^2)
+  bool is_double;     // sigma, v, dv and dsigma are float64, else float32
+  void* v;            // [rows], written where dv is null
+  const void* dv;     // [rows]
+  Operand dweight;    // written where dv is set
+  void* dsigma;       // [features], written where dv is set
+};
+
+const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
+
 }  // namespace dip

@@ -357,6 +357,49 @@ Tensor activation(Tensor mu, Tensor v, std::string activation) {
   return y;
 }
 
+VarianceArgs start_variance(const Tensor& weight, const Tensor& sigma, bool log_variance) {
+  check_same(sigma, "sigma", weight);
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape (N, K)");
+  check_sigma(sigma, weight.size(1));
+  VarianceArgs a{};
+  a.rows = weight.size(0);
+  a.features = weight.size(1);
+  a.weight = operand_of(weight);
+  a.sigma = sigma.const_data_ptr();
+  a.is_double = sigma.scalar_type() == ScalarType::Double;
+  a.log_variance = log_variance;
+  return a;
+}
+
+Tensor activation_variance(Tensor weight, Tensor sigma, bool log_variance) {
+  weight = torch::stable::contiguous(weight);
+  sigma = torch::stable::contiguous(sigma);
+  VarianceArgs a = start_variance(weight, sigma, log_variance);
+  Tensor v = empty_vector(sigma, weight.size(0));
+  a.v = v.mutable_data_ptr();
+  const char* error = variance_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  return v;
+}
+
+std::tuple<Tensor, Tensor> activation_variance_bwd(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) {
+  weight = torch::stable::contiguous(weight);
+  sigma = torch::stable::contiguous(sigma);
+  dv = torch::stable::contiguous(dv);
+  VarianceArgs a = start_variance(weight, sigma, log_variance);
+  check_same(dv, "dv", weight);
+  STD_TORCH_CHECK(
+      dv.dim() == 1 && dv.size(0) == weight.size(0) && dv.scalar_type() == sigma.scalar_type(),
+      "dv: expected shape (N,) and sigma's dtype");
+  Tensor dweight = empty_like(weight, weight.scalar_type()), dsigma = empty_vector(sigma, sigma.size(0));
+  a.dv = dv.const_data_ptr();
+  a.dweight = operand_of(dweight);
+  a.dsigma = dsigma.mutable_data_ptr();
+  const char* error = variance_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  return {dweight, dsigma};
+}
+
 std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::string activation) {
   check_same(dy, "dy", mu);
   dy = torch::stable::contiguous(dy);
@@ -387,6 +430,8 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
   m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cpu>));
   m.impl("activation", TORCH_BOX(&dip::activation));
   m.impl("activation_bwd", TORCH_BOX(&dip::activation_bwd));
+  m.impl("activation_variance", TORCH_BOX(&dip::activation_variance));
+  m.impl("activation_variance_bwd", TORCH_BOX(&dip::activation_variance_bwd));
 }
 #endif
 

@@ -17,38 +17,34 @@ from .triton_kernels.mixtures import MIXTURES
 
 
 class _Variance(Function):
-    """v [N] = sum over k of s_k^2 W_nk^2, in float32 at least, without keeping the squares of W."""
-
     @staticmethod
     def forward(ctx, weight, sigma, log_variance):
         ctx.save_for_backward(weight, sigma)
         ctx.log_variance = log_variance
-        variance = torch.exp(sigma) if log_variance else sigma * sigma
-        return torch.mv(weight.to(_wide(weight, sigma)).square(), variance)
+        return ops.activation_variance(weight, sigma, log_variance)
 
     @staticmethod
     def backward(ctx, dv):
         weight, sigma = ctx.saved_tensors
-        variance = torch.exp(sigma) if ctx.log_variance else sigma * sigma
-        wide = weight.to(_wide(weight, sigma))
-        dweight = dsigma = None
-        scaled = wide * dv[:, None]
-        if ctx.needs_input_grad[1]:
-            dvariance = (scaled * wide).sum(0).to(sigma.dtype)
-            dsigma = dvariance * (variance if ctx.log_variance else 2 * sigma)
-        if ctx.needs_input_grad[0]:
-            dweight = (scaled * (2 * variance)).to(weight.dtype)
-        return dweight, dsigma, None
+        if not torch.is_grad_enabled():
+            return *ops.activation_variance_bwd(dv, weight, sigma, ctx.log_variance), None
+        needs = ctx.needs_input_grad[:2]  # under create_graph: differentiable pieces
+        wanted = [t for t, need in zip((weight, sigma), needs) if need]
+        v = _variance_pieces(weight, sigma, ctx.log_variance)
+        grads = iter(torch.autograd.grad(v, wanted, dv, create_graph=True))
+        return *(next(grads) if need else None for need in needs), None
 
 
-def _wide(weight: Tensor, sigma: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, sigma.dtype)
+def _variance_pieces(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    return torch.mv(weight.to(sigma.dtype).square(), torch.exp(sigma) if log_variance else sigma.square())
 
 
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
-    """v [N] of the pre-activation of an affine layer: it does not depend on the row."""
-    if _wide(weight, sigma) is not sigma.dtype:
-        sigma = sigma.to(weight.dtype)
+    """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same for every row."""
+    if weight.dtype is torch.float64 and sigma.dtype is torch.float32:
+        sigma = sigma.double()
+    if torch._C._are_functorch_transforms_active():
+        return _variance_pieces(weight, sigma, log_variance)
     return _Variance.apply(weight, sigma, log_variance)
 
 

@@ -34,6 +34,9 @@ SCHEMAS = {
     # E[act(mu + sqrt(v) z)] with v [N], and dy's product with d/dmu and, summed over rows, with d/dv.
     "activation": "(Tensor mu, Tensor v, str activation) -> Tensor",
     "activation_bwd": "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor)",
+    # v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype, and (dweight, dsigma).
+    "activation_variance": "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
+    "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) -> (Tensor, Tensor)",
 }
 NAMESPACES = {
     "cpu": "dipkernels",
@@ -195,6 +198,14 @@ def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[
     return _run("activation_bwd", mu.device.type)(dy, mu, v, activation)
 
 
+def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    return _run("activation_variance", weight.device.type)(weight, sigma, log_variance)
+
+
+def activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, Tensor]:
+    return _run("activation_variance_bwd", weight.device.type)(dv, weight, sigma, log_variance)
+
+
 # ---- fakes: shapes, dtypes and strides without data ----------------------------------------------------------------
 
 
@@ -231,6 +242,14 @@ def _fake_activation_bwd(dy, mu, v, activation):
     return _fake_activation(mu, v, activation), _fake_activation(v, v, activation)
 
 
+def _fake_activation_variance(weight, sigma, log_variance):
+    return sigma.new_empty(weight.shape[:1])
+
+
+def _fake_activation_variance_bwd(dv, weight, sigma, log_variance):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
+
+
 _FAKES = {
     "noise": _fake_noise,
     "perturb": _fake_perturb,
@@ -240,6 +259,8 @@ _FAKES = {
     "linear_bwd": _fake_linear_bwd,
     "activation": _fake_activation,
     "activation_bwd": _fake_activation_bwd,
+    "activation_variance": _fake_activation_variance,
+    "activation_variance_bwd": _fake_activation_variance_bwd,
 }
 
 
@@ -247,7 +268,7 @@ _FAKES = {
 
 
 # Modules of triton_kernels, imported at the first call: Triton takes a while.
-_STEMS = {"linear": "linear", "linear_bwd": "linear", "activation": "activation", "activation_bwd": "activation"}
+_STEMS = {op: op.split("_")[0] for op in SCHEMAS if op.startswith(("linear", "activation"))}
 
 
 def _triton(op: str):

@@ -153,14 +153,26 @@ def _expectation(mu, v, activation):
 
 def activation(mu, v, activation):
     """y[i, j] = E[act(mu[i, j] + sqrt(v[j]) z)]"""
-    return _expectation(mu, v, activation)[0].to(mu.dtype)
+    return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
 def activation_bwd(dy, mu, v, activation):
     """(dmu[i, j], dv[j]): dy times d/dmu, and the sum over i of dy times d/dv"""
     _, slope, half_curvature = _expectation(mu, v, activation)
     dv = (dy.double() * half_curvature).flatten(0, -2).sum(0) if mu.dim() > 1 else dy.double() * half_curvature
-    return (dy.double() * slope).to(mu.dtype), dv.to(v.dtype)
+    return (dy.double() * slope).to(mu.dtype).contiguous(), dv.to(v.dtype)
+
+
+def activation_variance(weight, sigma, log_variance):
+    """v[n] = sum_k sigma[k]^2 W[n, k]^2"""
+    return (weight.double().square() @ _sigma(sigma, log_variance).square()).to(sigma.dtype)
+
+
+def activation_variance_bwd(dv, weight, sigma, log_variance):
+    """(dweight, dsigma) of `activation_variance`"""
+    w, s = weight.double(), _sigma(sigma, log_variance)
+    dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
+    return dweight.to(weight.dtype), (dsquare * (s.square() if log_variance else 2 * s)).to(sigma.dtype)
 
 
 # ---- the mean over samples behind an activation -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v.  docs/maths.md, section 7.
-// Compiled once per instruction set; DIP_ACTIVATION names the entry point. Plain loops that compilers vectorise; no STL (perturb.cpp).
+// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md, section 7.
+// Compiled once per instruction set; DIP_ACTIVATION and DIP_VARIANCE name the entry points. Plain loops that compilers vectorise; no STL (perturb.cpp).
 #include <cmath>
 #include <cstdlib>
 
@@ -64,47 +64,50 @@ struct Coefficients {
   C p[10];
 };
 
-// kOdd: tanh, sum of p (2 Phi(a) - 1), a = alpha mu. Otherwise mu sum of p Phi(a) + v sum of gamma phi(a).
+// With T = sum of p Phi(-|a|), a = alpha mu, and sum of p = 1: tanh (kOdd) is sign(mu) (1 - 2 T), the others
+// max(mu, 0) - |mu| T + v sum of gamma phi(a). Small terms are added to what is exact, however the p cancel.
 template <class C, int kTerms, bool kOdd, int t = 0>
-DIP_HD void sum_terms(const Coefficients<C>& k, int64_t at, C mu, C& cdf, C& pdf) {
+DIP_HD void sum_terms(const Coefficients<C>& k, int64_t at, C mu, C& tails, C& densities) {
   C a = mu * k.alpha[t * k.stride + at], density, tail;
   normal(a, &density, &tail);
-  if constexpr (kOdd) {
-    const C half = C(1) - C(2) * tail;
-    cdf = fma_of(k.p[t], a < 0 ? -half : half, cdf);
-  } else {
-    cdf = fma_of(k.p[t], a < 0 ? tail : C(1) - tail, cdf);
-    pdf = fma_of(k.gamma[t * k.stride + at], density, pdf);
-  }
-  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, kOdd, t + 1>(k, at, mu, cdf, pdf);
+  tails = fma_of(k.p[t], tail, tails);
+  if constexpr (!kOdd) densities = fma_of(k.gamma[t * k.stride + at], density, densities);
+  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, kOdd, t + 1>(k, at, mu, tails, densities);
 }
 
 template <class C, int kTerms, bool kOdd>
 DIP_HD void forward_run(const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, C* __restrict y) {
   for (int i = 0; i < n; ++i) {
-    C cdf = 0, pdf = 0;
-    sum_terms<C, kTerms, kOdd>(k, first + i, mu[i], cdf, pdf);
-    y[i] = kOdd ? cdf : fma_of(mu[i], cdf, k.v[first + i] * pdf);
+    const C x = mu[i];
+    C tails = 0, densities = 0;
+    sum_terms<C, kTerms, kOdd>(k, first + i, x, tails, densities);
+    if constexpr (kOdd) {
+      const C size = C(1) - C(2) * tails;
+      y[i] = x < 0 ? -size : size;
+    } else {
+      y[i] = fma_of(x < 0 ? x : -x, tails, fma_of(k.v[first + i], densities, x > 0 ? x : C(0)));
+    }
   }
 }
 
 // d/dmu, and d/dv = half of the second derivative in mu.
 template <class C, int kTerms, bool kOdd, int t = 0>
-DIP_HD void sum_slopes(const Coefficients<C>& k, int64_t at, C mu, C& dmu, C& dv) {
+DIP_HD void sum_slopes(const Coefficients<C>& k, int64_t at, C mu, C& tails, C& dmu, C& dv) {
   const int64_t column = t * k.stride + at;
   const C alpha = k.alpha[column], gamma = k.gamma[column];
   C a = mu * alpha, density, tail;
   normal(a, &density, &tail);
+  const C slope = gamma * density;
   if constexpr (kOdd) {
-    const C slope = gamma * density;
     dmu += slope + slope;
     dv = fma_of(-alpha * a, slope, dv);
   } else {
     const C beta = k.beta[column];
-    dmu = fma_of(k.p[t], fma_of(a * beta, density, a < 0 ? tail : C(1) - tail), dmu);
-    dv = fma_of(C(0.5) * gamma * density, fma_of(beta, fma_of(-a, a, C(1)), C(1)), dv);
+    tails = fma_of(k.p[t], tail, tails);
+    dmu = fma_of(k.p[t] * beta * a, density, dmu);
+    dv = fma_of(C(0.5) * slope, fma_of(beta, fma_of(-a, a, C(1)), C(1)), dv);
   }
-  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, kOdd, t + 1>(k, at, mu, dmu, dv);
+  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, kOdd, t + 1>(k, at, mu, tails, dmu, dv);
 }
 
 template <class C, int kTerms, bool kOdd>
@@ -112,10 +115,12 @@ DIP_HD void backward_run(
     const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
     C* __restrict acc) {
   for (int i = 0; i < n; ++i) {
-    C slope = 0, curvature = 0;
-    sum_slopes<C, kTerms, kOdd>(k, first + i, mu[i], slope, curvature);
+    const C x = mu[i];
+    C tails = 0, slope = 0, half_curvature = 0;
+    sum_slopes<C, kTerms, kOdd>(k, first + i, x, tails, slope, half_curvature);
+    if constexpr (!kOdd) slope += x < 0 ? tails : C(1) - tails;
     dmu[i] = dy[i] * slope;
-    acc[i] = fma_of(dy[i], curvature, acc[i]);
+    acc[i] = fma_of(dy[i], half_curvature, acc[i]);
   }
 }
 
@@ -269,6 +274,96 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
   return error;
 }
 
+// ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2 ----------------------------------------------------
+
+// Rows of the weight in parallel. Sums go to 32 lanes in order, whatever the vectors' width.
+template <class C>
+void variance_rows(const VarianceArgs& a, const C* s2, ParallelFor parallel_for) {
+  run_parallel(parallel_for, a.rows, larger(1, 16384 / larger(1, a.features)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      double v = 0;
+      for (int64_t first = 0; first < a.features; first += kColumns) {
+        alignas(64) C buffer[kRun], acc[32] = {};
+        const int n = static_cast<int>(smaller(kColumns, a.features - first));
+        const C* w = load_run<C>(a.weight, row * a.features + first, n, buffer);
+        const C* s = s2 + first;
+        int i = 0;
+        for (; i + 32 <= n; i += 32)
+          for (int j = 0; j < 32; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
+        for (int j = 0; i + j < n; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
+        for (int j = 0; j < 32; ++j) v += acc[j];
+      }
+      if (a.is_double)
+        static_cast<double*>(a.v)[row] = v;
+      else
+        static_cast<float*>(a.v)[row] = static_cast<float>(v);
+    }
+  });
+}
+
+// dW = 2 dv s^2 W, and partials [blocks, features] of sum over rows of dv W^2.
+template <class C>
+void variance_slopes(
+    const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) {
+  const int64_t tiles = ceil_div(a.features, kColumns);
+  run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % tiles * kColumns, block = i / tiles;
+      const int n = static_cast<int>(smaller(kColumns, a.features - first));
+      double* sums = partials + block * a.features + first;
+      for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, a.rows); row += kRows) {
+        alignas(64) C acc[kColumns] = {};
+        for (int64_t r = row; r < smaller(row + kRows, a.rows); ++r) {
+          alignas(64) C buffer[kRun], target[kRun];
+          const int64_t at = r * a.features + first;
+          const C dv = static_cast<C>(a.is_double ? static_cast<const double*>(a.dv)[r] : static_cast<const float*>(a.dv)[r]);
+          const C* __restrict w = load_run<C>(a.weight, at, n, buffer);
+          C* __restrict dw = run_target<C>(a.dweight, at, target);
+          const C* s = s2 + first;
+          for (int j = 0; j < n; ++j) {
+            const C scaled = dv * w[j];
+            dw[j] = (scaled + scaled) * s[j];
+            acc[j] = fma_of(scaled, w[j], acc[j]);
+          }
+          store_run<C>(a.dweight, at, n, dw);
+        }
+        for (int j = 0; j < n; ++j) sums[j] += acc[j];
+      }
+    }
+  });
+}
+
+template <class C>
+const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
+  const int64_t k = a.features;
+  const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
+  const int64_t blocks = ceil_div(a.rows, block_rows);
+  C* s2 = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + 1)));
+  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * k + 1), sizeof(double))) : nullptr;
+  const char* error = !s2 || (a.dv && !partials) ? "out of memory" : nullptr;
+  if (!error) {
+    const auto sigma = [&](int64_t j) { return a.is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j]; };
+    const auto square = [&](int64_t j) { return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j); };
+    for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
+    if (a.dv)
+      variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
+    else
+      variance_rows(a, s2, parallel_for);
+    for (int64_t j = 0; a.dv && j < k; ++j) {
+      double sum = 0;
+      for (int64_t b = 0; b < blocks; ++b) sum += partials[b * k + j];
+      sum *= a.log_variance ? square(j) : 2 * sigma(j);
+      if (a.is_double)
+        static_cast<double*>(a.dsigma)[j] = sum;
+      else
+        static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
+    }
+  }
+  std::free(s2);
+  std::free(partials);
+  return error;
+}
+
 template <class C, int kGeluTanhTerms, int kLogisticTerms>
 const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel_for) {
   switch (a.kind) {
@@ -289,6 +384,11 @@ const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
     case DType::kFloat32: return choose_terms<float, kGeluTanh[1].terms, kSilu[1].terms>(a, 1, parallel_for);
     default: return choose_terms<float, kGeluTanh[0].terms, kSilu[0].terms>(a, 0, parallel_for);
   }
+}
+
+const char* DIP_VARIANCE(const VarianceArgs& a, ParallelFor parallel_for) {
+  const bool is_double = a.weight.dtype == DType::kFloat64;
+  return is_double ? variance<double>(a, parallel_for) : variance<float>(a, parallel_for);
 }
 
 }  // namespace dip

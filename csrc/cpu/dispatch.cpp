@@ -10,11 +10,14 @@ namespace dip {
 
 const char* perturb_portable(const PerturbArgs&, ParallelFor);
 const char* activation_portable(const ActivationArgs&, ParallelFor);
+const char* variance_portable(const VarianceArgs&, ParallelFor);
 #ifdef DIP_HAS_X86
 const char* perturb_avx2(const PerturbArgs&, ParallelFor);
 const char* perturb_avx512(const PerturbArgs&, ParallelFor);
 const char* activation_avx2(const ActivationArgs&, ParallelFor);
+const char* variance_avx2(const VarianceArgs&, ParallelFor);
 const char* activation_avx512(const ActivationArgs&, ParallelFor);
+const char* variance_avx512(const VarianceArgs&, ParallelFor);
 #endif
 
 namespace {
@@ -82,6 +85,17 @@ const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for)
     case 1: return activation_avx2(args, parallel_for);
 #endif
     case 0: return activation_portable(args, parallel_for);
+    default: return kUnknownCapability;
+  }
+}
+
+const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) {
+  switch (cpu_capability()) {
+#ifdef DIP_HAS_X86
+    case 2: return variance_avx512(args, parallel_for);
+    case 1: return variance_avx2(args, parallel_for);
+#endif
+    case 0: return variance_portable(args, parallel_for);
     default: return kUnknownCapability;
   }
 }

@@ -1,0 +1,63 @@
+"""The expectation of an activation in Triton's interpreter against the float64 reference; started by test_triton_interpreter.py."""
+
+import pytest
+import torch
+from triton_support import load_kernels, load_reference, patch_interpreter
+
+patch_interpreter()
+activation, mixtures = load_kernels("activation", "mixtures")
+reference = load_reference()
+
+NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+TIER = {torch.float16: 0, torch.float32: 1, torch.float64: 2}
+EPS = {torch.float16: 2**-12, torch.float32: 2**-24, torch.float64: 1e-14}
+
+
+def make(m, n, dtype):
+    generator = torch.Generator().manual_seed(m + n)
+    mu, dy = (3 * torch.randn(2, m, n, generator=generator)).to(dtype)
+    v = 4 * torch.rand(n, generator=generator, dtype=torch.float64) ** 3
+    v[n // 2] = 0
+    return mu, dy, v.to(torch.float64 if dtype is torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", TIER)
+@pytest.mark.parametrize("m, n", [(1, 1), (19, 130)])  # the smallest; past one tile each way
+def test_activation_and_its_gradients_match_reference(name, dtype, m, n):
+    mu, dy, v = make(m, n, dtype)
+    y, (dmu, dv) = activation.activation(mu, v, name), activation.activation_bwd(dy, mu, v, name)
+    want = reference.activation(mu.double(), v.double(), name)
+    want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+    assert y.dtype == dmu.dtype == dtype and dv.dtype == v.dtype
+    bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]]
+    rounding = 4 * EPS[dtype] + 1e-6 * (dtype is not torch.float64)
+    assert (y - want).abs().max() <= bound + rounding * (1 + mu.double().abs().max())
+    assert (dmu - want_dmu).abs().max() <= (40 * bound + 4 * rounding) * (1 + dy.double().abs().max())
+    assert (dv - want_dv).abs().max() <= (600 * bound + 4e-6) * m**0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
+
+
+def test_activation_without_rows_or_columns():
+    for m, n in ((0, 4), (4, 0)):
+        mu, v = torch.zeros(m, n), torch.ones(n)
+        dmu, dv = activation.activation_bwd(mu, mu, v, "relu")
+        assert activation.activation(mu, v, "relu").shape == dmu.shape == mu.shape and not dv.any()
+
+
+def test_activation_sums_the_same_whatever_the_number_of_programs(monkeypatch):
+    mu, dy, v = make(70, 20, torch.float32)
+    results = []
+    for count in (4, 4, 1):
+        monkeypatch.setattr(activation, "num_multiprocessors", lambda device, count=count: count)
+        results.append(activation.activation_bwd(dy, mu, v, "gelu")[1])
+    assert torch.equal(results[0], results[1]) and torch.allclose(results[0], results[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("log_variance", [False, True])
+def test_activation_variance_matches_reference(log_variance):
+    weight, sigma, dv = torch.randn(5, 7), torch.rand(7), torch.randn(5)
+    got = (activation.activation_variance(weight, sigma, log_variance),
+           *activation.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
+    want = (reference.activation_variance(weight, sigma, log_variance),
+            *reference.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, want, strict=True))

@@ -1,0 +1,211 @@
+"""activation: y = E[act(mu + sqrt(v) z)] and its derivatives, against quadrature, Monte Carlo and the limits.  docs/maths.md, section 7."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit, ndtr
+
+from dipkernels import backends, functional, ops, reference
+from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
+
+NAMES = list(ACTIVATIONS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TIER = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
+
+
+def inputs(m=33, n=300, dtype=torch.float32, lead=()):
+    generator = torch.Generator().manual_seed(m + n)
+    mu, dy = (3 * torch.randn(2, *lead, m, n, generator=generator)).to(dtype)
+    v = 6 * torch.rand(n, generator=generator, dtype=torch.float64) ** 4
+    return mu, v.to(torch.float64 if dtype is torch.float64 else torch.float32), dy
+
+
+def quadrature(activation, mu, v):
+    """E act(mu + sqrt(v) z) by Simpson's rule, split at the kink of relu; nothing of the package in it."""
+    functions = {
+        "relu": lambda x: np.maximum(x, 0),
+        "gelu": lambda x: x * ndtr(x),
+        "gelu_tanh": lambda x: x * expit(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)),
+        "silu": lambda x: x * expit(x),
+        "tanh": np.tanh,
+    }
+    s = math.sqrt(v)
+    cut = min(max(-mu / s, -9.9), 9.9) if s > 0 else 0.0
+    total = 0.0
+    for low, high in ((-10.0, cut), (cut, 10.0)):
+        z, step = np.linspace(low, high, 4001, retstep=True)
+        weights = np.ones(4001)
+        weights[1:-1:2], weights[2:-1:2] = 4, 2
+        total += step / 3 * np.sum(weights * functions[activation](mu + s * z) * np.exp(-z * z / 2))
+    return total / math.sqrt(2 * math.pi)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_matches_quadrature_to_a_millionth(activation):
+    mu = torch.tensor([-30.0, -6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.7, 5.0, 40.0])
+    v = torch.tensor([1e-8, 1e-3, 0.04, 0.5, 1.0, 4.0, 30.0, 200.0])
+    table = torch.tensor([[quadrature(activation, m, s) for s in v.tolist()] for m in mu.tolist()], dtype=torch.float64)
+    grid = mu[:, None].expand(len(mu), len(v))
+    assert (functional.activation(grid.double(), v.double(), activation) - table).abs().max() <= 1e-6
+    rounding = 4 * EPS[torch.float32] * table.abs()
+    assert ((functional.activation(grid, v, activation).double() - table).abs() <= 1e-6 + rounding).all()
+    assert (reference.activation(grid.double(), v.double(), activation) - table).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_matches_monte_carlo(activation):
+    """Within four standard errors at a million draws."""
+    z = torch.randn(10**6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mu, v = torch.tensor([-1.5, 0.0, 0.8]).double(), torch.tensor([0.3, 2.0, 0.05]).double()
+    for m, s, y in zip(mu, v, functional.activation(mu, v, activation), strict=True):
+        draws = ACTIVATIONS[activation](m + s.sqrt() * z)
+        assert (draws.mean() - y).abs() <= 4 * draws.std() / 1000
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, n, lead", [(1, 1, ()), (65, 257, ()), (3, 40, (2, 5)), (0, 8, ()), (4, 0, ())])
+def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activation):
+    """The mixture's bound, a rounding of the result and, for sums over rows, what float32 adds up to."""
+    mu, v, dy = inputs(m, n, dtype, lead)
+    y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
+    assert y.dtype == dmu.dtype == dtype and dv.dtype == v.dtype and y.shape == dmu.shape == mu.shape
+    want = reference.activation(mu.double(), v.double(), activation)
+    want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), activation)
+    if not mu.numel():
+        assert not dv.any()
+        return
+    bound = BOUNDS.get(activation, (0, 0, 0))[TIER[dtype]]
+    size, error = dy.double().abs(), lambda got, wanted: (got.double() - wanted).abs()
+    # The kernels compute in float32 at least; the oracle's quadrature in float64 is good to 1e-13.
+    rounding, inner = 4 * EPS[dtype], 1e-13 if dtype is torch.float64 else 8 * EPS[torch.float32]
+    assert (error(y, want) <= bound + (rounding + inner) * (1 + mu.double().abs())).all()
+    # A fit of least error oscillates: its slope is some ten times, its curvature some hundred times further off.
+    assert (error(dmu, want_dmu) <= (40 * bound + rounding + 2 * inner) * size).all()
+    assert (error(dv, want_dv) <= (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()).all()
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_without_variance_is_the_activation(activation):
+    for dtype in DTYPES:
+        mu, v, dy = inputs(9, 20, dtype)
+        v[::2] = 0
+        leaf = mu.double().requires_grad_()  # PyTorch's own in 16 bits is further from the truth
+        plain = ACTIVATIONS[activation](leaf)
+        (dplain,) = torch.autograd.grad(plain, leaf, dy.double())
+        y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
+        for ours, theirs in ((y, plain), (dmu, dplain)):
+            ours, theirs = ours[:, ::2].double(), theirs.detach()[:, ::2]
+            torch.testing.assert_close(ours, theirs, rtol=4 * EPS[dtype], atol=max(1e-13, 1e-3 * EPS[dtype]))
+        assert dv.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activation):
+    mu = torch.tensor([-1e30, -1e4, -20.0, -1e-20, 0.0, 1e-20, 20.0, 1e4, 1e30])
+    for variance in (1e-38, 1e-20, 1e-8, 1.0, 1e8):
+        v = torch.full((len(mu),), variance)
+        y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
+        assert y.isfinite().all() and dmu.isfinite().all() and dv.isfinite().all()
+        if variance <= 1e-8:
+            torch.testing.assert_close(y, ACTIVATIONS[activation](mu), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_gradcheck_and_gradgradcheck(activation):
+    mu, v, _ = inputs(3, 5, torch.float64)
+    arguments = (mu.requires_grad_(), (v + 0.1).requires_grad_())
+    run = lambda mu, v: functional.activation(mu, v, activation)  # noqa: E731
+    assert torch.autograd.gradcheck(run, arguments) and torch.autograd.gradgradcheck(run, arguments)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_activation_sums_in_one_order_on_every_instruction_set(activation):
+    mu, v, dy = inputs(700, 130)
+    threads, before = torch.get_num_threads(), backends.cpu_capability()
+    results = []
+    try:
+        for capability in backends.library().cpu_capabilities:
+            for count in (1, 2):
+                try:
+                    backends.cpu_capability(capability)
+                except RuntimeError:  # not offered by this machine
+                    continue
+                torch.set_num_threads(count)
+                results.append((ops.activation(mu, v, activation), *ops.activation_bwd(dy, mu, v, activation)))
+    finally:
+        torch.set_num_threads(threads)
+        backends.cpu_capability(before)
+    assert len(results) >= 2
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_activation_takes_strided_and_expanded_tensors():
+    mu, v, _ = inputs(8, 20)
+    dy = torch.ones(1).expand(8, 20)
+    want = ops.activation_bwd(dy.contiguous(), mu, v, "gelu")
+    got = ops.activation_bwd(dy, mu.t().contiguous().t(), torch.stack([v, v], 1)[:, 0], "gelu")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("log_variance", [False, True])
+def test_activation_variance_and_its_gradients_match_reference(dtype, log_variance):
+    generator = torch.Generator().manual_seed(1)
+    for n, k in ((1, 1), (70, 300), (5, 33)):
+        weight = torch.randn(n, k, generator=generator).to(dtype)
+        sigma, dv = torch.rand(k, generator=generator) + 0.1, torch.randn(n, generator=generator)
+        if dtype is torch.float64:
+            sigma, dv = sigma.double(), dv.double()
+        v = ops.activation_variance(weight, sigma, log_variance)
+        got = (v, *ops.activation_variance_bwd(dv, weight, sigma, log_variance))
+        wide = (weight.double(), sigma.double(), log_variance)
+        want = (reference.activation_variance(*wide), *reference.activation_variance_bwd(dv.double(), *wide))
+        for ours, theirs, like in zip(got, want, (sigma, weight, sigma), strict=True):
+            assert ours.dtype == like.dtype
+            assert (ours.double() - theirs).abs().max() <= 8 * EPS[ours.dtype] * theirs.abs().max() * math.sqrt(n + k)
+
+
+# ---- the mixtures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", MIXTURES)
+def test_mixtures_keep_their_bounds(activation):
+    """An expectation of f - g is at most sup |f - g|: the bound at variance 0 holds for every mean and variance."""
+    x = torch.linspace(-40, 40, 160001, dtype=torch.float64)
+    want = reference._ACTIVATIONS[activation](x)[0]
+    for (c, p), bound in zip(MIXTURES[activation], BOUNDS[activation], strict=True):
+        assert sum(p) == pytest.approx(1, abs=1e-14) and len(c) == len(p)
+        cdf = sum(q * torch.special.ndtr(b * x) for b, q in zip(c, p, strict=True))
+        error = ((2 * cdf - 1 if activation == "tanh" else x * cdf) - want).abs().max()
+        assert error <= bound + 1e-13
+
+
+def test_mixtures_are_the_same_numbers_in_cpp():
+    text = (Path(__file__).parents[1] / "csrc" / "activation.h").read_text()
+    for name, tiers in MIXTURES.items():
+        constant = "k" + "".join(part.capitalize() for part in name.split("_"))
+        body = re.search(rf"Mixture {constant}\[3\] = (.*?);", text, re.DOTALL)[1]
+        numbers = [float(number) for number in re.findall(r"-?\d[\d.e-]*", body)]
+        assert numbers == [value for c, p in tiers for value in (len(c), *c, *p)]
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"activation": "selu"}, ValueError, "activation: expected one of .* got 'selu'"),
+        ({"v": torch.ones(3)}, ValueError, r"v: expected shape \(N,\) = \(8,\), got \(3,\)"),
+        ({"v": torch.ones(8, dtype=torch.float16)}, TypeError, "v: expected torch.float32 or torch.float64"),
+        ({"mu": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "mu: expected one of"),
+    ],
+)
+def test_activation_names_what_is_wrong(change, error, match):
+    arguments = {"mu": torch.ones(2, 8), "v": torch.ones(8), "activation": "relu", **change}
+    with pytest.raises(error, match=match):
+        functional.activation(**arguments)

@@ -1,0 +1,407 @@
+"""dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what memory they take.  docs/maths.md, sections 4, 7."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import dipkernels as dip
+from dipkernels import functional, ops, reference, row_blocks
+from dipkernels.row_blocks import ACTIVATIONS
+
+SEED = torch.tensor([91, 4])
+NAMES = list(ACTIVATIONS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+
+
+def inputs(m=40, k=24, n=12, dtype=torch.float32, lead=()):
+    generator = torch.Generator().manual_seed(m + k + n)
+    x, dy = (torch.randn(*lead, m, size, generator=generator).to(dtype) for size in (k, n))
+    weight = (torch.randn(n, k, generator=generator) / math.sqrt(k)).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype)
+    return x, weight, bias, torch.rand(k, generator=generator) + 0.1, dy
+
+
+def run(x, weight, bias, sigma, dy, seed=SEED, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
+    y = functional.dip_linear(*leaves, seed, **options)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def assert_near(got, want, plain, like, slack):
+    """At most twice the error of the same expression in plain PyTorch, + what the draws may differ by."""
+    allowed = 2 * (plain.double() - want).abs().max() + (4 * EPS[like] + slack) * want.abs().max() + 1e-6
+    assert (got.double() - want).abs().max() <= allowed
+
+
+# ---- "sample" and "mean" ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_sample_is_the_activation_of_one_draw(activation):
+    x, weight, bias, sigma, _ = inputs()
+    for options in ({}, {"num_samples": 4}, {"keep": "x"}, {"row0": 7, "sample": 2}):
+        y = functional.dip_linear(x, weight, bias, sigma, SEED, activation=activation, **options)
+        assert torch.equal(y, ACTIVATIONS[activation](functional.dip_linear(x, weight, bias, sigma, SEED, **options)))
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log_variance", [False, True])
+def test_mean_equals_explicit_calls(activation, dtype, log_variance):
+    """With its four gradients; rows cross 2^32, samples start at 3, columns inside a group."""
+    x, weight, bias, sigma, dy = inputs(dtype=dtype, lead=(2,))
+    where = {"row0": 2**32 - 9, "col0": 5, "log_variance": log_variance}
+    options = {"activation": activation, "estimator": "mean", "num_samples": 5, "sample": 3, **where}
+    got = run(x, weight, bias, sigma, dy, **options)
+
+    def explicit(dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)] + [sigma.double().requires_grad_()]
+        scale = torch.exp(leaves[3] / 2) if log_variance else leaves[3]
+        y = 0
+        for s in range(3, 8):
+            z = reference.noise(SEED, x.shape, -1, 2**32 - 9, 5, s, 1).double()
+            y = y + ACTIVATIONS[activation](F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])) / 5
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    for ours, want, plain in zip(got, explicit(torch.float64), explicit(dtype), strict=True):
+        assert_near(ours, want, plain, dtype, 2e-5)
+
+
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 7)  # several blocks, the last one short
+    x, weight, b, sigma, dy = (t.double() for t in inputs(23, 9, 5))
+    how = (weight, b if bias else None, sigma, SEED, 2, 3, 1, 4, 0.5, True, "silu")
+    linear = getattr(torch.ops, namespace).linear(x, *how, None)
+    grads = getattr(torch.ops, namespace).linear_bwd(dy, x, *how)
+    torch.testing.assert_close(linear, reference.linear(x, *how, None), rtol=1e-5, atol=1e-5)
+    for got, want in zip(grads, reference.linear_bwd(dy, x, *how), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_mean_gradcheck_and_gradgradcheck(activation):
+    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
+    for log_variance in (False, True):
+        options = {"activation": activation, "estimator": "mean", "num_samples": 3, "log_variance": log_variance}
+        run = lambda *t, options=options: functional.dip_linear(*t, SEED, **options)  # noqa: E731
+        assert gradcheck(run, (x, weight, bias, sigma))
+        assert log_variance or gradgradcheck(run, (x, weight, bias, sigma))
+
+
+def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():
+    x, weight, bias, sigma, dy = inputs(64, 40, 16)
+    options = {"activation": "gelu", "estimator": "mean", "num_samples": 6}
+    first, second = (run(x, weight, bias, sigma, dy, **options) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    rows = [functional.dip_linear(x[i : i + 16], weight, bias, sigma, SEED, row0=i, **options) for i in (0, 16, 32, 48)]
+    torch.testing.assert_close(torch.cat(rows), first[0], rtol=1e-6, atol=1e-6)
+
+
+def saved_bytes(run):
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()
+    return sum(kept.values()), out
+
+
+def peak_bytes(run):
+    """The most that was allocated at once, by the profiler's account of the allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
+    x, weight, bias, sigma, dy = inputs(1024, 64, 48)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
+
+    def step(count):
+        options = {"activation": activation, "estimator": "mean", "num_samples": count}
+        functional.dip_linear(*leaves, SEED, **options).backward(dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    kept = [saved_bytes(lambda count=count: functional.dip_linear(
+        *leaves, SEED, activation=activation, estimator="mean", num_samples=count))[0] for count in (2, 8)]  # fmt: skip
+    assert kept[0] == kept[1] <= sum(t.nbytes for t in leaves) + 16
+    peaks = [peak_bytes(lambda count=count: step(count)) for count in (2, 8)]
+    assert 0 < peaks[1] <= 1.02 * peaks[0]
+
+
+# ---- "analytic" ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_analytic_is_what_the_mean_tends_to(activation):
+    """65536 real samples of the whole layer, within four standard errors nearly everywhere, and five everywhere."""
+    x, weight, bias, sigma, _ = inputs(3, 24, 5)
+    y = functional.dip_linear(x, weight, bias, sigma, SEED, activation=activation, estimator="analytic")
+    copies = x.repeat(20000, 1)
+    draws = functional.dip_linear(copies, weight, bias, sigma, SEED, activation=activation).view(20000, 3, 5).double()
+    distance = (draws.mean(0) - y).abs() / (draws.std(0) / 20000**0.5 + 1e-6)
+    assert distance.max() <= 4.5 and distance.square().mean() <= 2.5
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("log_variance", [False, True])
+def test_analytic_gradients_match_reference(activation, dtype, log_variance):
+    x, weight, bias, sigma, dy = inputs(50, 40, 20, dtype, (2,))
+    sigma = sigma.double() if dtype is torch.float64 else sigma
+    got = run(x, weight, bias, sigma, dy, activation=activation, estimator="analytic", log_variance=log_variance)
+    x, weight, bias, sigma, dy = (t.double() for t in (x, weight, bias, sigma, dy))
+    mu, v = F.linear(x, weight, bias), reference.activation_variance(weight, sigma, log_variance)
+    dmu, dv = reference.activation_bwd(dy, mu, v, activation)
+    dweight, dsigma = reference.activation_variance_bwd(dv, weight, sigma, log_variance)
+    dweight = dweight + dmu.flatten(0, 1).t() @ x.flatten(0, 1)
+    want = (reference.activation(mu, v, activation), dmu @ weight, dweight, dmu.flatten(0, 1).sum(0), dsigma)
+    eps = EPS.get(dtype, 2**-24)
+    for ours, theirs in zip(got, want, strict=True):
+        # PyTorch's own layer rounds mu and every sum to the data's type; the mixture for 16 bits adds its bound.
+        assert (ours.double() - theirs).abs().max() <= (8 * eps + 2e-5) * (1 + theirs.abs().max())
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_analytic_gradcheck_and_gradgradcheck(activation):
+    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
+    for log_variance in (False, True):
+        options = {"activation": activation, "estimator": "analytic", "log_variance": log_variance}
+        run = lambda *t, options=options: functional.dip_linear(*t, SEED, **options)  # noqa: E731
+        assert gradcheck(run, (x, weight, bias, sigma)) and gradgradcheck(run, (x, weight, bias, sigma))
+
+
+def test_analytic_without_noise_or_activation_is_the_plain_layer():
+    x, weight, bias, sigma, _ = inputs()
+    plain = F.linear(x, weight, bias)
+    assert torch.equal(functional.dip_linear(x, weight, bias, sigma, SEED, estimator="analytic"), plain)
+    for activation in NAMES:
+        y = functional.dip_linear(x, weight, bias, 0 * sigma, SEED, activation=activation, estimator="analytic")
+        torch.testing.assert_close(y, ACTIVATIONS[activation](plain), rtol=1e-6, atol=1e-6)
+
+
+def test_analytic_under_autocast_torch_func_and_compile():
+    x, weight, bias, sigma, _ = inputs()
+    options = {"activation": "gelu", "estimator": "analytic"}
+    want = functional.dip_linear(x, weight, bias, sigma, SEED, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = functional.dip_linear(x, weight, bias, sigma, SEED, **options)
+    assert low.dtype is torch.bfloat16
+    torch.testing.assert_close(low.float(), want, rtol=0.03, atol=0.03)
+    rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options))(x)
+    torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
+    for estimator, count in (("analytic", 1), ("mean", 3)):
+        def step(x, sigma, estimator=estimator, count=count):
+            return functional.dip_linear(x, weight, bias, sigma, SEED, activation="gelu", estimator=estimator,
+                                         num_samples=count, log_variance=True)  # fmt: skip
+
+        leaves = [x.clone().requires_grad_(), sigma.clone().requires_grad_()]
+        outs = [run(*leaves) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
+        grads = [torch.autograd.grad(out.sum(), leaves) for out in outs]
+        torch.testing.assert_close(outs[0], outs[1])
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def examples():
+    x, weight, bias, sigma, dy = inputs(6, 20, 5)
+    for b in (bias, None):
+        how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, "gelu")
+        yield "linear", (x, *how, torch.float16)
+        yield "linear_bwd", (dy, x, *how)
+    v = torch.rand(5)
+    yield "activation", (dy, v, "tanh")
+    yield "activation_bwd", (dy.t().contiguous().t(), dy, v, "relu")
+    yield "activation_variance", (weight, sigma, True)
+    yield "activation_variance_bwd", (v, weight, sigma, False)
+
+
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+@pytest.mark.parametrize("index", range(len(list(examples()))))
+def test_averaging_ops_pass_opcheck(namespace, index):
+    name, arguments = list(examples())[index]
+    overload = getattr(getattr(torch.ops, namespace), name).default
+    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
+    monkeypatch.setattr(dip.backends, "has_triton", lambda: True)
+    for op in ("linear", "linear_bwd", "activation", "activation_variance_bwd"):
+        assert dip.backends.choose(op, "cuda").backend == "triton"
+    monkeypatch.setattr(dip.backends, "has_triton", lambda: False)
+    assert dip.backends.choose("activation", "cuda").backend == "reference"
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("estimator", functional.ESTIMATORS)
+def test_layer_in_eval_mode_is_the_plain_layer_to_the_bit(activation, estimator):
+    samples = 3 if estimator == "mean" else 1
+    layer = dip.DIPLinear(24, 12, activation=activation, estimator=estimator, num_samples=samples)
+    x = torch.randn(5, 24)
+    y = layer(x)
+    assert y.shape == (5, 12) and layer.weight.grad is None
+    y.sum().backward()
+    assert layer.log_variance.grad is not None
+    assert torch.equal(layer.eval()(x), ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias)))
+    assert f"activation={activation}" in repr(layer)
+
+
+def test_layer_means_what_the_function_means():
+    x = torch.randn(5, 24)
+    layer = dip.DIPLinear(24, 12, activation="silu", estimator="mean", num_samples=3, init_variance=0.2)
+    dip.number_layers(layer)
+    with dip.fixed_noise(11, row0=4):
+        got = layer(x)
+    seed = torch.tensor([11, 0])
+    options = {"log_variance": True, "activation": "silu", "row0": 4}
+    parts = [functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, seed, sample=s, **options) for s in range(3)]
+    torch.testing.assert_close(got, sum(parts) / 3)
+    analytic = dip.DIPLinear(24, 12, activation="silu", estimator="analytic")
+    state = torch.get_rng_state()
+    assert torch.equal(analytic(x), analytic(x)) and torch.equal(state, torch.get_rng_state())  # nothing is drawn
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"activation": "selu"}, "activation: expected None or one of"),
+        ({"estimator": "median"}, "estimator: expected one of"),
+        ({"estimator": "analytic", "num_samples": 2}, "num_samples: expected 1 with estimator='analytic', got 2"),
+        ({"estimator": "analytic", "keep": "u"}, "keep: expected 'auto' or 'x'"),
+    ],
+)
+def test_averaging_names_what_is_wrong(change, match):
+    x, weight, bias, sigma, _ = inputs()
+    with pytest.raises(ValueError, match=match):
+        functional.dip_linear(x, weight, bias, sigma, SEED, **change)
+    with pytest.raises(ValueError, match=match):
+        dip.DIPLinear(4, 4, **change)
+
+
+def test_to_plain_refuses_a_layer_with_an_activation_inside():
+    with pytest.raises(ValueError, match=r"got \['0'\] with an activation inside"):
+        dip.to_plain(nn.Sequential(dip.DIPLinear(4, 4, activation="relu")))
+
+
+# ---- predict(method="analytic") --------------------------------------------------------------------------------------
+
+
+def mlp(activation):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(8, 32), activation, nn.Dropout(0.1), nn.Linear(32, 32), activation, nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()])
+def test_analytic_prediction_is_each_layers_own_mean(activation):
+    model = dip.convert(mlp(activation), init_variance=0.3)
+    x = torch.randn(6, 8)
+    name = {"GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu"}.get(
+        type(activation).__name__, type(activation).__name__.lower()
+    )
+    want = x
+    for layer in (model[0], model[3]):
+        how = {"log_variance": True, "activation": name, "estimator": "analytic"}
+        want = functional.dip_linear(want, layer.weight, layer.bias, layer.log_variance, SEED, **how)
+    want = F.linear(want, model[5].weight, model[5].bias)
+    assert torch.equal(dip.predict(model, x, method="analytic", average="logits"), want.detach())
+    assert model.training and torch.equal(dip.predict(model, x, method="analytic"), want.detach().softmax(-1))
+
+
+def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
+    """One noised layer before the activation and an affine one after: the logits' mean is exact."""
+    torch.manual_seed(0)
+    model = dip.convert(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)), init_variance=0.3)
+    x = torch.randn(5, 8)
+    exact = dip.predict(model, x, method="analytic", average="logits")
+    outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
+    distance = (outs.mean(0) - exact).abs() / (outs.std(0) / 4000**0.5)
+    assert distance.max() <= 4.5
+    assert (dip.predict(model, x, k=0, average="logits") - exact).abs().max() > 0.01
+
+
+def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
+    torch.manual_seed(0)
+    plain = dip.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3)
+    x = torch.randn(5, 8)
+    want = dip.predict(plain, x, method="analytic", average="logits")
+    inside = nn.Sequential(dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4), dip.DIPLinear(16, 3))
+    for ours, theirs in zip(inside, (plain[0], plain[2]), strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(dip.predict(inside, x, method="analytic", average="logits"), want)
+
+
+def test_analytic_prediction_goes_through_transformer_blocks():
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, activation="gelu", norm_first=True, batch_first=True)
+    dip.convert(block, init_variance=0.2)
+    x = torch.randn(2, 5, 16)
+    got = dip.predict(block, x, method="analytic", average=None)
+    plain = dip.predict(block, x, k=0, average=None)
+    assert got.shape == plain.shape == (1, 2, 5, 16) and not torch.allclose(got, plain, atol=1e-3)
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+    gated = dip.convert(Gated(), init_variance=0.3)
+    x = torch.randn(3, 8)
+    outs = dip.predict(gated, x, k=4000, chunk=1000, average=None)
+    distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (outs.std(0) / 4000**0.5)
+    assert distance.max() <= 4.5  # gate and up draw apart, so the mean of the product is the product of the means
+
+
+class _OwnGelu(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+@pytest.mark.parametrize("activation, match", [
+    (nn.LeakyReLU(), "leaky_relu"), (nn.Sigmoid(), "sigmoid"), (nn.Softplus(), "softplus"), (nn.ELU(), "elu"),
+    (_OwnGelu(), "mul by a number|pow")])  # fmt: skip
+def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, match):
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 2)))
+    with pytest.raises(ValueError, match=f"that of '0' goes into ({match})"):
+        dip.predict(model, torch.randn(3, 8), method="analytic")
+    assert not model[0]._forward_hooks
+
+
+def test_analytic_prediction_refuses_an_activation_behind_a_convolution():
+    model = dip.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)))
+    with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
+        dip.predict(model, torch.randn(2, 1, 8, 8), method="analytic")
+
+
+def test_analytic_prediction_refuses_bad_arguments():
+    model = dip.convert(mlp(nn.ReLU()))
+    with pytest.raises(ValueError, match="method: expected 'sample' or 'analytic', got 'exact'"):
+        dip.predict(model, torch.randn(3, 8), method="exact")
+    with pytest.raises(ValueError, match="k, chunk: expected none with method='analytic'"):
+        dip.predict(model, torch.randn(3, 8), method="analytic", k=4)
+    with pytest.raises(ValueError, match="model: expected DIP layers"):
+        dip.predict(mlp(nn.ReLU()), torch.randn(3, 8), method="analytic")
+    assert ops.ACTIVATIONS == tuple(ACTIVATIONS)

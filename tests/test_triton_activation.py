@@ -1,0 +1,29 @@
+"""The launches of triton_kernels/activation.py, compiled for GPUs that are not here: no spills, 16-byte accesses."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
+
+from test_triton_compiles import check, meta, slow_unless  # noqa: E402
+from triton_support import compile_launch, load_kernels, recorded_launches  # noqa: E402
+
+activation, perturb = load_kernels("activation", "perturb")
+ARCHS = [80, 90, 100]
+NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+QUICK = [("gelu", torch.bfloat16, 90), ("relu", torch.float32, 80), ("silu", torch.float32, 100)]
+
+
+@pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, NAMES, DTYPES, ARCHS))
+def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
+    monkeypatch.setattr(activation, "num_multiprocessors", lambda device: 132)
+    mu, v = meta(4096, 1024, dtype=dtype), meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    with recorded_launches(activation, perturb) as launches:
+        activation.activation(mu, v, name)
+        activation.activation_bwd(mu, mu, v, name)
+    assert [launch[0].__name__ for launch in launches] == ["_activation_kernel"] * 2 + ["_column_sum_kernel"]
+    for launch in launches:
+        check(compile_launch(launch, arch), arch)

@@ -1,0 +1,173 @@
+"""triton_kernels/activation.py: y = E[act(mu + sqrt(v) z)], dmu, and dv summed over rows.  docs/maths.md, section 7."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .mixtures import MIXTURES
+from .perturb import column_sum
+from .tiles import EXACT, num_multiprocessors, on_device
+
+# Elements of a tile: eight for each thread of four warps.
+BLOCK_R, BLOCK_N = 8, 128
+
+
+@triton.jit
+def _normal(a, dtype: tl.constexpr):
+    """(phi(a), Phi(-|a|))"""
+    pdf = 0.3989422804014327 * tl.exp(-0.5 * a * a)
+    return pdf.to(dtype), (0.5 - 0.5 * tl.erf(tl.abs(a) * 0.7071067811865476)).to(dtype)
+
+
+@triton.jit
+def _plain(x, ACTIVATION: tl.constexpr):
+    """(act(x), act'(x), act''(x) / 2)"""
+    if ACTIVATION == "relu":
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+        return x * slope, slope, x * 0.0
+    elif ACTIVATION == "gelu":
+        pdf, tail = _normal(x, x.dtype)
+        cdf = tl.where(x < 0.0, tail, 1.0 - tail)
+        return x * cdf, cdf + x * pdf, (1.0 - 0.5 * x * x) * pdf
+    elif ACTIVATION == "tanh":
+        t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+        return t, 1.0 - t * t, -t * (1.0 - t * t)
+    else:
+        d0, d1, d2 = x, x * 0.0 + 1.0, x * 0.0
+        if ACTIVATION == "gelu_tanh":
+            d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+            d1 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+            d2 = 1.5957691216057308 * 0.26829 * x
+        s = 1.0 / (1.0 + tl.exp(-d0))
+        ds = s * (1.0 - s) * d1
+        return x * s, s + x * ds, ds + 0.5 * x * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+
+
+@triton.jit
+def _activation_kernel(
+    y_ptr,        # [M, N] contiguous, written: y, or dmu if GRAD
+    partial_ptr,  # [row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv
+    mu_ptr,       # [M, N] contiguous
+    dy_ptr,       # [M, N] contiguous, read if GRAD
+    v_ptr,        # [N] float32 or float64
+    M, N,
+    GRAD: tl.constexpr, ACTIVATION: tl.constexpr,
+    TERMS: tl.constexpr,  # (c, p) of every term; none: relu
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # where
+    col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = col < N
+    dtype: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
+    v = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)[None, :]
+    positive = v > 0.0
+    safe = tl.where(positive, v, 1.0)
+    total = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+    for block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
+        row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (row < M)[:, None] & col_mask[None, :]
+        at = (row * N)[:, None] + col[None, :]
+        # load
+        mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
+        # compute
+        # With T = sum p Phi(-|a|) and sum p = 1 small terms are added to what is exact, however the p cancel.
+        tails = mu * 0.0
+        densities = mu * 0.0
+        slope = mu * 0.0
+        half_curvature = mu * 0.0
+        if ACTIVATION == "relu":
+            s = tl.sqrt(safe)
+            pdf, tails = _normal(mu / s, dtype)
+            densities = pdf / s
+            half_curvature = 0.5 * pdf / s
+        for i in tl.static_range(len(TERMS) // 2):
+            c: tl.constexpr = TERMS[2 * i]
+            p: tl.constexpr = TERMS[2 * i + 1]
+            beta = 1.0 / (1.0 + (c * c) * safe)
+            alpha = c * tl.sqrt(beta)
+            a = mu * alpha
+            pdf, tail = _normal(a, dtype)
+            tails += p * tail
+            densities += p * alpha * pdf
+            if ACTIVATION == "tanh":
+                slope += (2.0 * p) * alpha * pdf
+                half_curvature -= p * alpha * alpha * a * pdf
+            else:
+                slope += p * a * beta * pdf
+                half_curvature += (0.5 * p) * alpha * pdf * (1.0 + beta * (1.0 - a * a))
+        if ACTIVATION == "tanh":
+            y = tl.where(mu < 0.0, 2.0 * tails - 1.0, 1.0 - 2.0 * tails)
+        else:
+            y = tl.maximum(mu, 0.0) - tl.abs(mu) * tails + safe * densities
+            slope += tl.where(mu < 0.0, tails, 1.0 - tails)
+        value, first, second = _plain(mu, ACTIVATION)
+        # store
+        if GRAD:
+            dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
+            total += dy * tl.where(positive, half_curvature, second)
+            y = dy * tl.where(positive, slope, first)
+        else:
+            y = tl.where(positive, y, value)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if GRAD:
+        out = tl.cast(tl.program_id(1), tl.int64) * N + col
+        tl.store(partial_ptr + out, tl.sum(total, axis=0), mask=col_mask)
+
+
+def _terms(activation: str, dtype: torch.dtype) -> tuple[float, ...]:
+    """c_1, p_1, c_2, p_2, ... for data of that type"""
+    if activation == "relu":
+        return ()
+    tier = 2 if dtype is torch.float64 else 1 if dtype is torch.float32 else 0
+    return tuple(value for term in zip(*MIXTURES[activation][tier], strict=True) for value in term)
+
+
+def _launch(out, partial, mu, dy, v, activation, grid):
+    n = mu.shape[-1]
+    with on_device(mu):
+        _activation_kernel[grid](
+            out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
+            GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
+            BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N, **EXACT,
+        )  # fmt: skip
+
+
+def activation(mu, v, activation):
+    """y [..., N] = E[act(mu + sqrt(v) z)], v [N]; where v is 0, act(mu)."""
+    mu = mu.contiguous()
+    y = torch.empty_like(mu)
+    if y.numel():
+        rows = triton.cdiv(mu.numel() // mu.shape[-1], BLOCK_R)
+        _launch(y, None, mu, None, v, activation, (triton.cdiv(mu.shape[-1], BLOCK_N), min(rows, 65535)))
+    return y
+
+
+def activation_bwd(dy, mu, v, activation):
+    """(dmu, dv [N]): dy times d/dmu, and the sum over rows of dy times d/dv, in one pass and a fixed order."""
+    mu, dy = mu.contiguous(), dy.contiguous()
+    dmu = torch.empty_like(mu)
+    if dmu.numel() == 0:
+        return dmu, torch.zeros_like(v)
+    n = mu.shape[-1]
+    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, BLOCK_R)
+    programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(mu.device), col_blocks))
+    partial = torch.empty(programs, n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
+    _launch(dmu, partial, mu, dy, v, activation, (col_blocks, programs))
+    return dmu, column_sum(torch.empty(n, dtype=v.dtype, device=v.device), partial)
+
+
+def _squares(sigma, log_variance):
+    return torch.exp(sigma) if log_variance else sigma.square()
+
+
+def activation_variance(weight, sigma, log_variance):
+    """v [N] = sum over k of s_k^2 W_nk^2: a matrix and a vector, which PyTorch multiplies well."""
+    return torch.mv(weight.to(sigma.dtype).square(), _squares(sigma, log_variance))
+
+
+def activation_variance_bwd(dv, weight, sigma, log_variance):
+    """(dweight, dsigma) of `activation_variance`"""
+    wide, squares = weight.to(sigma.dtype), _squares(sigma, log_variance)
+    scaled = wide * dv[:, None]
+    dsigma = (scaled * wide).sum(0) * (squares if log_variance else 2 * sigma)
+    return (scaled * (2 * squares)).to(weight.dtype), dsigma
