@@ -23,16 +23,12 @@ class Ranks:
             pipe.send((check, args))
         answers = []
         for rank, pipe in enumerate(self._pipes):
-            try:
-                answers.append(pipe.recv() if pipe.poll(TIMEOUT) else (False, f"no answer within {TIMEOUT} s"))
-            except EOFError:
-                answers.append((False, "died"))
+            answers.append(_answer(pipe, TIMEOUT))
             if not answers[-1][0]:
                 # The other ranks may wait for this one: take what they have to say, and end them.
-                others = [(r, p.recv()) for r, p in enumerate(self._pipes) if r > rank and p.poll(2)]
+                answers += [_answer(p, 2) for p in self._pipes[rank + 1 :]]
                 self.stop()
-                text = [f"rank {rank}:\n{answers[-1][1]}"] + [f"rank {r}:\n{a[1]}" for r, a in others if not a[0]]
-                raise AssertionError("\n".join(text))
+                raise AssertionError("\n".join(f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good))
         return [value for _, value in answers]
 
     def _start(self):
@@ -51,6 +47,13 @@ class Ranks:
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
+
+
+def _answer(pipe, seconds):
+    try:
+        return pipe.recv() if pipe.poll(seconds) else (False, f"no answer within {seconds} s")
+    except (EOFError, ConnectionResetError):
+        return False, "died"
 
 
 def _serve(pipe, folder, rank, world):

@@ -1,0 +1,174 @@
+"""A vision transformer with DIP layers, trained with FSDP2 on any number of processes; resumable.  docs/cluster.md.
+
+    python examples/cluster/train.py examples/cluster/digits.json --out out/cluster                     one process
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py examples/cluster/digits.json
+    sbatch examples/cluster/train.sbatch                                                                 many nodes
+
+Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the process: the order of examples
+of (seed, epoch), the noise of (key + step, the example's place in the global batch). So a run that was killed and restarted,
+on the same number of processes, ends with the same weights; on another number, with the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import dipkernels as dip
+
+NUM_TEST = 297
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """Patches of 2x2 pixels of [B, 8, 8] images; logits [B, 10]."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.patches = nn.Linear(4, width)
+        self.place = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).transpose(-2, -3).flatten(-2).flatten(-3, -2)  # [B, 16, 4]
+        x = self.patches(x) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(-2))
+
+
+def build(config: dict, device: torch.device) -> nn.Module:
+    torch.manual_seed(config["seed"])  # the same weights on every rank
+    model = dip.convert(ViT(**config["model"]).to(device), init_variance=config["init_variance"])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if config["bfloat16"] else MixedPrecisionPolicy()
+    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+    for module in (*model.blocks, model):
+        fully_shard(dip.shard_variances(module, mesh=mesh), mesh=mesh, mp_policy=policy)
+    return model
+
+
+def load() -> tuple[Tensor, Tensor]:
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(digits.images / 16.0, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+
+
+def examples_of(step: int, config: dict, count: int) -> Tensor:
+    """Indices of the global batch of a step: a new order every epoch, the same on every rank."""
+    steps = count // config["batch"]
+    generator = torch.Generator().manual_seed(config["seed"] + step // steps)
+    first = step % steps * config["batch"]
+    return torch.randperm(count, generator=generator)[first : first + config["batch"]]
+
+
+# ---- checkpoints: written whole before `latest` names them ---------------------------------------------------------
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Path) -> None:
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(out / f"step-{step}"))
+    if distributed.get_rank() == 0:
+        (out / "latest.new").write_text(str(step))
+        os.replace(out / "latest.new", out / "latest")
+    distributed.barrier()
+
+
+def resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
+    """The step to go on from: 0, or that of the last whole checkpoint, whatever number of processes wrote it."""
+    if not (out / "latest").exists():
+        return 0
+    step = int((out / "latest").read_text())
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(out / f"step-{step}"))
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    return step
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def train(config: dict, out: Path, device: torch.device, after_step: Callable[[int], None] = lambda step: None) -> dict:
+    """Train from the last checkpoint in `out` to the end. Returns the whole state dict on rank 0, {} elsewhere."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    if config["batch"] % world:
+        raise ValueError(f"batch: expected a multiple of the {world} processes, got {config['batch']}")
+    each = config["batch"] // world
+    x, y = (t.to(device) for t in load())
+    count = len(x) - NUM_TEST
+    model = build(config, device)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, config["lr"], config["weight_decay"], config["variance_lr"]))
+    out.mkdir(parents=True, exist_ok=True)
+    start, loss = resume(model, optimizer, out), torch.zeros(())
+    for step in range(start, config["steps"]):
+        mine = examples_of(step, config, count)[rank * each : (rank + 1) * each].to(device)
+        # trajectories folds m passes into the batch, so this rank's first row of it is rank * each * m
+        with dip.fixed_noise(config["key"] + step, row0=rank * each * config["m"]):
+            if step == start:
+                dip.check_ranks(model)
+            outputs = dip.trajectories(model, x[mine], m=config["m"])
+            loss = dip.objective(outputs, y[mine], F.cross_entropy) + dip.penalty(model, config["alpha"], config["beta"])
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % config["save_every"] == 0:
+            save(model, optimizer, step + 1, out)
+        if rank == 0 and (step + 1) % config["print_every"] == 0:
+            print(json.dumps({"step": step + 1, "loss": round(loss.item(), 4)}), flush=True)
+        after_step(step + 1)
+    model.eval()
+    with torch.no_grad():  # every rank the whole test set: no rank waits for another's batches
+        correct = (model(x[count:]).argmax(-1) == y[count:]).float().mean().item()
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(state, out / "final.pt")
+        print(json.dumps({"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}), flush=True)
+    return state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("out/cluster"))
+    parser.add_argument("--steps", type=int, help="instead of the configuration's")
+    arguments = parser.parse_args()
+    config = json.loads(arguments.config.read_text())
+    if arguments.steps is not None:
+        config["steps"] = arguments.steps
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if gpu else "gloo")
+    train(config, arguments.out, device)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

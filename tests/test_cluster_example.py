@@ -1,0 +1,85 @@
+"""examples/cluster: killed in mid-epoch and restarted it ends with the weights of a run that nobody disturbed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_support import Ranks
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.stop()
+
+
+def configuration():
+    config = json.loads((ROOT / "examples/cluster/digits.json").read_text())
+    small = {"model": {"width": 16, "depth": 1, "heads": 2}, "batch": 300, "steps": 12, "save_every": 4, "lr": 1e-2}
+    return config | small | {"print_every": 4}  # five steps an epoch
+
+
+def check_train(rank, world, out, kill_after=None):
+    sys.path.insert(0, str(ROOT / "examples/cluster"))
+    import train
+
+    def after_step(step):
+        if step == kill_after and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return train.train(configuration(), Path(out), torch.device("cpu"), after_step)
+
+
+def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, tmp_path):
+    want = ranks.run(check_train, str(tmp_path / "undisturbed"))[0]
+    with pytest.raises(AssertionError, match="died"):
+        ranks.run(check_train, str(tmp_path / "killed"), 7)  # in the second epoch, three steps after a checkpoint
+    assert (tmp_path / "killed/latest").read_text() == "4"
+    got = ranks.run(check_train, str(tmp_path / "killed"))[0]
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert any("log_variance" in name and (v - v[0]).abs().max() > 0 for name, v in want.items())
+    # another number of processes: the same examples and the same noise, summed in another order
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        single = check_train(0, 1, str(tmp_path / "alone"))
+    finally:
+        torch.distributed.destroy_process_group()
+    for name in want:
+        torch.testing.assert_close(single[name], want[name], rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(configuration() | {"steps": 60, "save_every": 5}))
+    finals = []
+    for kill in (False, True):
+        out = tmp_path / str(kill)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+        command += [str(ROOT / "examples/cluster/train.py"), str(tmp_path / "config.json"), "--out", str(out)]
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if kill:
+            deadline = time.time() + 300
+            while not (out / "latest").exists() and time.time() < deadline and process.poll() is None:
+                time.sleep(0.05)
+            workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+        text, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, text
+        finals.append(torch.load(out / "final.pt"))
+        if kill:
+            assert "Sigkill" in text or "SIGKILL" in text or "-9" in text, text
+    for name in finals[0]:
+        assert torch.equal(finals[0][name], finals[1][name]), name
