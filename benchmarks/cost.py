@@ -343,8 +343,10 @@ def plot(record: dict, path: Path) -> None:
         axis.legend(fontsize=7)
     for axis in axes[:2]:
         axis.axhline(1, color="black", linewidth=1)
+    axes[0].set_xticks(record["studies"][0]["trajectories"])
     axes[1].set_xscale("symlog")
     axes[1].set_yscale("log")
+    axes[1].set_xticks(record["studies"][0]["samples"], labels=record["studies"][0]["samples"])
     figure.suptitle(machine.sentence(record["machine"]), fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -362,6 +364,8 @@ def main(arguments: list[str] | None = None) -> dict:
     args = parser.parse_args(arguments)
     if args.seeds < 1 or args.threads < 1:
         parser.error("--seeds, --threads: expected at least 1")
+    if args.quick and args.docs:
+        parser.error("--docs: expected a full run, whose figures mean something, not --quick")
     if args.source is not None and not args.source.is_file():
         parser.error(f"--from: expected a stored run, found no file {args.source}")
     if args.source:

@@ -374,6 +374,7 @@ def plot(record: dict, path: Path) -> None:
     cases = _cases(rows, "linear", "dtype", "shape")
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
     markers = dict(zip(LAYERS[1:], "Dos^v", strict=True))
+    colors = dict(zip(LAYERS[1:], ("C3", "C0", "C1", "C2", "C4"), strict=True))
     for axis, what in zip(axes, WHATS, strict=True):
         for offset, name in enumerate(LAYERS[1:]):
             found = [_select(rows, section="linear", **case, what=what).get(name, {}) for case in cases]
@@ -385,7 +386,8 @@ def plot(record: dict, path: Path) -> None:
                 [max(0.0, row["ratio"] - row["quartiles"][0]) for row in there],
                 [max(0.0, row["quartiles"][1] - row["ratio"]) for row in there],
             ]
-            style = {"color": "C3", "markersize": 9, "zorder": 3} if name == "dip" else {"alpha": 0.8}
+            style = {"markersize": 9, "zorder": 3} if name == "dip" else {"alpha": 0.8}
+            style["color"] = colors[name]
             heights = [row["ratio"] for row in there]
             label = {"dip": "DIP"}.get(name, name)
             axis.errorbar(places, heights, yerr=errors, fmt=markers[name], capsize=2, label=label, **style)
@@ -468,6 +470,8 @@ def main(arguments: list[str] | None = None) -> dict:
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
         parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
+    if args.quick and args.docs:
+        parser.error("--docs: expected a full run, whose figures mean something, not --quick")
     for path in (args.source, args.against):
         if path is not None and not path.is_file():
             parser.error(f"expected a stored run, found no file {path}")

@@ -160,6 +160,13 @@ def test_profile_of_a_small_layer_runs(capsys):
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("main", [overhead.main, cost.main])
+def test_documents_get_no_figures_of_a_quick_run(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--quick", "--docs"])
+    assert "--docs: expected a full run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argument", ["4x4", "0x1x1", "axbxc"])
 def test_overhead_refuses_a_bad_shape(argument, capsys):
     with pytest.raises(SystemExit):
