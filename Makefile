@@ -4,7 +4,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean
+.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean \
+	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck
 
 setup: $(VENV)/.built
 
@@ -46,13 +47,70 @@ overhead: setup out/.peers
 cost: setup
 	$(PY) benchmarks/cost.py
 
+# The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
+wheel: | $(VENV)/.deps
+	$(PY) scripts/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
+
+wheel-cpu: | $(VENV)/.deps
+	$(PY) scripts/wheel.py --cuda 0
+
+wheel-pure: | $(VENV)/.deps
+	$(PY) scripts/wheel.py --cpu 0 --cuda 0
+
+wheel-aarch64: | $(VENV)/.deps
+	$(PY) scripts/wheel.py --cuda 0 --machine aarch64
+
+sdist: | $(VENV)/.deps
+	$(PY) scripts/wheel.py --sdist-only
+
+# The wheel alone, without dependencies, in an environment that has torch and numpy only, run outside the source tree.
+WHEEL ?= $(lastword $(wildcard dist/dipkernels-*-manylinux*_$(shell uname -m).whl))
+EXPECT ?= cuda
+wheel-check:
+	test -n "$(WHEEL)" || (echo "wheel-check: there is no wheel in dist/: make wheel" && false)
+	rm -rf build/clean
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 numpy
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL)
+	cp scripts/smoke.py build/clean/smoke.py
+	cd / && $(abspath build/clean)/bin/python $(abspath build/clean/smoke.py) --expect $(EXPECT) --import-ms 60
+
+# What building the wheel needs, and no more.
+setup-build:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check setuptools==84.2.1 wheel==0.48.0 ninja==1.13.2 numpy
+	touch $(VENV)/.deps
+
+# The development environment with every file's hash checked. torch apart: which build of it is the machine's choice (TORCH_INDEX).
+setup-locked:
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
+	touch $(VENV)/.deps
+
+lock:
+	$(PYTHON) scripts/lock.py
+
+docs: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+typecheck: setup
+	$(PY) -m mypy
+	$(PY) -m mypy --strict --follow-imports=silent tests/typing_use.py
+
+C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
 
 format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(C_SOURCES)
 
 clean:
-	rm -rf build dist out *.egg-info dipkernels/_C*.so
+	rm -rf build dist out site *.egg-info dipkernels/_C*.so

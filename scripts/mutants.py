@@ -1,0 +1,359 @@
+"""Breaks the code on purpose, one line at a time, and sees whether the tests notice.  docs/reliability.md.
+
+    python scripts/mutants.py                    # every mutant, in a copy of the working tree
+    python scripts/mutants.py --minutes 30       # what fits; the next run goes on
+    python scripts/mutants.py --only functional  # those whose file or name says so
+    python scripts/mutants.py --record           # writes the figures into docs/reliability.md
+
+The working tree is never touched: the mutants live in a copy, which is built and tested there. A mutant is killed when one of its
+tests fails, and survives when all pass; one that does not compile, or whose line is gone, is an error of the list.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: E501  one mutant a line
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch  # noqa: F401  for the forks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from reliability import ROOT, record
+
+STATE = ROOT / "out" / "mutants.json"
+PYTHON = sys.executable
+
+PERTURB = ("tests/test_perturb.py", "tests/test_properties.py")
+NOISE = ("tests/test_perturb.py", "tests/test_noise.py")
+GUARDS = ("tests/test_guards.py",)
+EMULATED = ("tests/test_cuda_emulated.py",)
+INTERPRETED = ("tests/test_triton_interpreter.py",)
+LINEAR = ("tests/test_linear.py",)
+LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_properties.py")
+
+
+class Mutant(NamedTuple):
+    path: str
+    old: str  # must be there, once where `which` is 0, else the which-th time
+    new: str
+    tests: tuple[str, ...]
+    which: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}: {self.old.strip()} -> {self.new.strip() or 'nothing'}"
+
+
+MUTANTS = [
+    # ---- the contract's bits and values
+    Mutant("csrc/philox.h", "0xD2511F53u", "0xD2511F55u", NOISE),
+    Mutant("csrc/philox.h", "key.lo + 0x9E3779B9u", "key.lo + 0x9E3779B8u", NOISE),
+    Mutant("csrc/philox.h", "round < 10", "round < 9", NOISE),
+    Mutant("csrc/philox.h", "ctr[1], key.lo)", "ctr[1], key.hi)", NOISE),
+    Mutant("csrc/noise.h", "0.3442501127719879f", "0.3442401127719879f", NOISE),
+    Mutant("csrc/noise.h", "V::splat(0x3F800004u)", "V::splat(0x3F800000u)", NOISE),
+    Mutant("csrc/noise.h", "*odd = V::mul(r_sin, V::add(c, s))", "*odd = V::mul(r_sin, V::sub(c, s))", NOISE),
+    Mutant("csrc/noise.h", "& 0xFFFF) << 16 | sample", "& 0xFFFF) << 15 | sample", NOISE),
+    Mutant("csrc/noise.h", "&z[2 * t], &z[2 * t + 1]", "&z[2 * t + 1], &z[2 * t]", NOISE),
+    Mutant("csrc/noise.h", "V::and_(upper_half, sign)", "V::and_(odd_quadrant, sign)", NOISE),
+    Mutant("csrc/noise.h", "static_cast<uint32_t>(key >> 32)}", "static_cast<uint32_t>(key)}", NOISE),
+    # ---- CPU kernels
+    Mutant("csrc/cpu/simd.h", "_mm512_setr_epi32(0, 4, 8, 12, 1", "_mm512_setr_epi32(0, 4, 12, 8, 1", PERTURB),
+    Mutant("csrc/cpu/simd.h", "left[q], right[q], 0x31", "left[q], right[q], 0x30", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "draw.first + s, draw.key", "draw.first, draw.key", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "for (int s = 1; s < draw.num_samples", "for (int s = 2; s < draw.num_samples", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "1.0f / static_cast<float>(draw.num_samples)", "1.0f / static_cast<float>(draw.num_samples + 1)", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "u[i] = fma_of(scale[", "u[i] = fma_of(-scale[", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "fma_of(du[i], static_cast<C>(z[i]), acc[i])", "fma_of(du[0], static_cast<C>(z[i]), acc[i])", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "phase = a.col0 % 8;", "phase = 0;", PERTURB, 1),
+    Mutant("csrc/cpu/perturb.cpp", "phase = a.col0 % 8;", "phase = 0;", PERTURB, 2),
+    Mutant("csrc/cpu/perturb.cpp", "first_group = a.col0 / 8;", "first_group = 0;", PERTURB, 1),
+    Mutant("csrc/cpu/perturb.cpp", "= pass.args->row0 + row;", "= row;", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "c.row_hi[i] = static_cast<uint32_t>(r >> 32);", "c.row_hi[i] = 0;", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "(next ? r1 : r0) >> 32", "r0 >> 32", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "next = g + i >= groups", "next = g + i > groups", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "sum[j % k] += acc[k + j]", "sum[j % k] += 0 * acc[k + j]", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));", ";", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));",
+           "std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k));", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "if (channel < 0 || channel >= a.features) continue;", "if (channel >= a.features) continue;", GUARDS),
+    Mutant("csrc/cpu/perturb.cpp", "a.row0 + row + part + i", "a.row0 + row + i", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "inner = 0;\n          ++outer;", "++outer;", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "for (int i = 0; i < kChunk; ++i) sum[t]", "for (int i = 0; i < kChunk - 1; ++i) sum[t]", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "smaller(m, (b + 1) * block_rows) * rows.groups", "smaller(m, (b + 1) * block_rows - 1) * rows.groups", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "partials[b * k + channel] = sum[t]", "partials[channel] = sum[t]", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "a.factor * 0.5 * sigma_at(a, j) : a.factor", "a.factor * sigma_at(a, j) : a.factor", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "a.factor * 0.5 * sigma_at(a, j) : a.factor", "a.factor * 0.5 * sigma_at(a, j) : 1.0", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "std::exp(0.5f * s)", "std::exp(s)", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "scale[k + j] = scale[j % k]", "scale[k + j] = scale[0]", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "smaller(k, 8 * (g + here) - phase)", "smaller(k + 1, 8 * (g + here) - phase)", GUARDS),
+    Mutant("csrc/cpu/perturb.cpp", "C* acc = static_cast<C*>(std::calloc(", "static C* acc = static_cast<C*>(std::calloc(", ("tests/test_guards.py", "tests/test_perturb.py")),
+    Mutant("csrc/cpu/convert.h", "bits + 0x7FFFu + ((bits >> 16) & 1u)", "bits + 0x8000u", ("tests/test_noise.py", *PERTURB)),
+    Mutant("csrc/cpu/convert.h", "_mm512_test_epi32_mask(bits, last), up, one)", "_mm512_test_epi32_mask(bits, last), up, up)", PERTURB),
+    Mutant("csrc/cpu/convert.h", "magnitude >= 0x477FF000u", "magnitude >= 0x47800000u", ("tests/test_noise.py",)),
+    Mutant("csrc/cpu/convert.h", "f != f ? 0x7FC0 :", "false ? 0x7FC0 :", ("tests/test_noise.py", *PERTURB)),
+    # ---- the seam to torch
+    Mutant("csrc/ops.cpp", "next = strides[d] * sizes[d];", "next = strides[d];", PERTURB),
+    Mutant("csrc/ops.cpp", "!inner || *inner > 1", "!inner || *inner > 2", PERTURB),
+    Mutant("csrc/ops.cpp", "if (t.size(dim) != 1 && t.stride(dim) != 1) return", "if (t.size(dim) != 1 && t.stride(dim) > 2) return", PERTURB),
+    Mutant("csrc/ops.cpp", "    d == skip || sizes[d] == 1) continue;".strip(), "d == skip) continue;", PERTURB),
+    Mutant("csrc/ops.cpp", "return torch::stable::copy_(u, dense_u);", "return u;", PERTURB),
+    Mutant("csrc/ops.cpp", "sigma.stride(0) == 1 || sigma.size(0) == 1 ?", "true ?", PERTURB),
+    # ---- derivatives
+    Mutant("dipkernels/functional.py", "return dx, dsigma * torch.exp(sigma / 2) / 2 if", "return dx, dsigma * torch.exp(sigma / 2) if", PERTURB),
+    Mutant("dipkernels/functional.py", "num_samples**-0.5", "num_samples**-1", PERTURB),
+    Mutant("dipkernels/functional.py", "rows.t() @ u.reshape(-1, u.shape[-1])", "rows.t() @ x.reshape(-1, u.shape[-1])", LINEAR),
+    Mutant("dipkernels/functional.py", "rows.sum(0).to(ctx.bias_dtype)", "rows.mean(0).to(ctx.bias_dtype)", LINEAR),
+    Mutant("dipkernels/functional.py", "dsigma = dsigma * torch.exp(sigma / 2) / 2\n", "dsigma = dsigma * torch.exp(sigma / 2)\n", PERTURB),
+    Mutant("dipkernels/functional.py", "return dx.to(ctx.out_dtype or ctx.x_dtype)", "return dx.to(ctx.x_dtype)", PERTURB),
+    Mutant("dipkernels/functional.py", "_Perturb.apply(zeros, h, seed", "_Perturb.apply(zeros, -h, seed", PERTURB),
+    Mutant("dipkernels/functional.py", "return _NoiseSumFunc.apply(dg, sigma, seed, ctx.where)", "return _NoiseSumFunc.apply(-dg, sigma, seed, ctx.where)", PERTURB),
+    Mutant("dipkernels/functional.py", "return du, torch.zeros_like(ctx.saved_tensors[0])", "return du, None", LAYERS),
+    Mutant("dipkernels/functional.py", "        _check_sigma(sigma)\n", "        pass\n", PERTURB),
+    Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", LINEAR),
+    Mutant("dipkernels/functional.py", "return y / num_samples", "return y", LINEAR),
+    Mutant("dipkernels/functional.py", "dx = du.to(x.dtype) if needs_dx else None", "dx = du if needs_dx else None", LINEAR),
+    # ---- checks and registration
+    Mutant("dipkernels/ops.py", "    _check_seed(seed, x.device)", "    pass", PERTURB),
+    Mutant("dipkernels/ops.py", "sample <= MAX_SAMPLES - num_samples", "sample <= MAX_SAMPLES", ("tests/test_noise.py", *PERTURB)),
+    Mutant("dipkernels/ops.py", "new_empty(shape, dtype=torch.float32)", "new_empty(shape, dtype=torch.float64)", ("tests/test_ops.py",)),
+    Mutant("dipkernels/ops.py", "return torch.empty_like(x, dtype=out_dtype)", "return torch.empty_like(x)", ("tests/test_ops.py",)),
+    # ---- layers and seeds
+    Mutant("dipkernels/layers.py", "row0=seeds.first_row(input)", "row0=0", LAYERS, 1),
+    Mutant("dipkernels/layers.py", "return self.training if seeds._MODE is None", "return True if seeds._MODE is None", LAYERS),
+    Mutant("dipkernels/layers.py", "torch.promote_types(moved.dtype, torch.float32)", "moved.dtype", LAYERS),
+    Mutant("dipkernels/layers.py", "next(_NUMBERS) % MAX_LAYERS", "0 * next(_NUMBERS)", LAYERS),
+    Mutant("dipkernels/layers.py", "self._fill_stream()  # to_empty", "pass  # to_empty", LAYERS),
+    Mutant("dipkernels/seeds.py", "        if d != feature:\n", "        if True:\n", LAYERS),
+    Mutant("dipkernels/seeds.py", "signed(self._number * _GOLDEN)", "signed(_GOLDEN)", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/seeds.py", "_KEY, _ROW0, _MODE, _TAG = self._saved.pop()", "_KEY, _ROW0, _MODE, _TAG = self._saved[0]", LAYERS),
+    # ---- the method
+    Mutant("dipkernels/trajectories.py", "value.unflatten(0, (batch, m)).transpose(0, 1)", "value.unflatten(0, (m, batch))", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/trajectories.py", "return total / max(k, 1)", "return total", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/trajectories.py", "seeds.numbered_pass(number, count)", "seeds.numbered_pass(0, count)", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/trajectories.py", "count = min(chunk, max(k, 1) - first)", "count = chunk", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/objective.py", "log_variance.exp().sum() - beta * log_variance.sum() + total", "log_variance.exp().sum() + beta * log_variance.sum() + total", ("tests/test_objective.py",)),
+    Mutant("dipkernels/objective.py", "float32)).var(0)", "float32)).var(0, unbiased=False)", ("tests/test_objective.py",)),
+    Mutant("dipkernels/objective.py", "variance.sum(-1).mean() if", "variance.mean() if", ("tests/test_objective.py",)),
+    Mutant("dipkernels/objective.py", "torch.stack(losses).mean()", "torch.stack(losses).sum()", ("tests/test_objective.py",)),
+    # ---- Triton, interpreted
+    Mutant("triton_kernels/perturb.py", "total = tl.fma(du, z, total)", "total = tl.fma(-du, z, total)", INTERPRETED),
+    Mutant("triton_kernels/perturb.py", "inv_num_samples, row0 + row, group", "inv_num_samples, row, group", INTERPRETED, 1),
+    Mutant("triton_kernels/perturb.py", "scale = 0.5 * noise_scale(", "scale = noise_scale(", INTERPRETED),
+    Mutant("triton_kernels/perturb.py", "mask=(p < num_partials) & mask[None, :]", "mask=(p < num_partials - 1) & mask[None, :]", INTERPRETED),
+    Mutant("triton_kernels/noise.py", "for i in range(1, num_samples)", "for i in range(2, num_samples)", INTERPRETED),
+    Mutant("triton_kernels/noise.py", "s = _flip_sign(s * x, odd)", "s = _flip_sign(s * x, half)", INTERPRETED),
+    Mutant("triton_kernels/noise.py", "zero + ((row >> 32) & 0xFFFFFFFF)", "zero + ((row >> 33) & 0xFFFFFFFF)", INTERPRETED),
+    Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED),
+    # ---- CUDA, emulated
+    Mutant("csrc/cuda/perturb.cu", "static_cast<uint32_t>(p.first_group + group)", "static_cast<uint32_t>(group)", EMULATED, 1),
+    Mutant("csrc/cuda/perturb.cu", "row += n * step;", "row += step;", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "half > 0; half /= 2", "half > 1; half /= 2", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "last_word + s, group, row", "last_word, group, row", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "a.factor * 0.5 * sigma_at<C>", "a.factor * sigma_at<C>", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "inner -= a.inner, ++outer;", "inner -= a.inner;", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "      __syncthreads();\n      if (threadIdx.y < half)", "      if (threadIdx.y < half)", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "if (first <= t && t < last) partial[t] = mine[t];", "partial[t] = mine[t];", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "sum += static_cast<const C*>(p.partials)[i * a.features + col];", "sum = static_cast<const C*>(p.partials)[i * a.features + col];", EMULATED),
+]  # fmt: skip
+
+
+def mutated(text: str, mutant: Mutant) -> str:
+    places = [m.start() for m in re.finditer(re.escape(mutant.old), text)]
+    wanted = max(mutant.which, 1)
+    if len(places) < wanted or (mutant.which == 0 and len(places) != 1):
+        raise LookupError(f"expected the line {'once' if mutant.which == 0 else f'{wanted} times'}, found it {len(places)} times")
+    at = places[wanted - 1]
+    return text[:at] + mutant.new + text[at + len(mutant.old) :]
+
+
+class Copy:
+    """The tree, copied to a folder of its own and built there, without optimisation to speak of: -O1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for name in names:
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        (folder / "dipkernels" / "triton_kernels").symlink_to("../triton_kernels")
+        setup = folder / "setup.py"
+        setup.write_text(setup.read_text().replace("-O3 -fPIC", "-O1 -fPIC"))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "DIPKERNELS_CUDA": "0",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
+        }
+        where = self.python("-c", "import dipkernels; print(dipkernels.__file__)").stdout.strip()
+        assert Path(where).is_relative_to(folder), f"the tests would run on {where}"
+
+    def python(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [PYTHON, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
+
+    def build(self) -> str | None:
+        """Null, or the compiler's words."""
+        done = self.python("setup.py", "-q", "build_ext", "--inplace")
+        return None if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+    def test(self, names: Iterable[str], timeout: float) -> tuple[str, str]:
+        """("killed" | "survived" | "error", the first failing test or the reason); in a fork, which has torch already."""
+        output = self.folder / "output.txt"
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            os.chdir(self.folder)
+            os.environ.update(self.environment)
+            sys.path.insert(0, str(self.folder))
+            to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(to, 1), os.dup2(to, 2)
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *names])
+            sys.stdout.flush()
+            os._exit(int(code))
+        end = time.monotonic() + timeout
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "killed", f"no end within {timeout:.0f} s"
+            time.sleep(0.1)
+        if os.WIFSIGNALED(status):
+            return "killed", f"signal {os.WTERMSIG(status)}"
+        code, text = os.WEXITSTATUS(status), output.read_text(errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+        if code == 0:
+            return "survived", ""
+        return ("killed", failed.group(1)) if failed else ("error", text[-800:])
+
+
+def needs_build(path: str) -> bool:
+    return path.startswith("csrc/") and not path.startswith("csrc/cuda/")
+
+
+def digest(mutant: Mutant) -> str:
+    return hashlib.sha256("\0".join((mutant.path, mutant.old, mutant.new, str(mutant.which))).encode()).hexdigest()[:12]
+
+
+def save(state: dict) -> None:
+    STATE.parent.mkdir(exist_ok=True)
+    STATE.write_text(json.dumps(state, indent=1) + "\n")
+
+
+def report(state: dict) -> str:
+    rows = [(m, state[digest(m)]) for m in MUTANTS if digest(m) in state]
+    count = {kind: sum(row["status"] == kind for _, row in rows) for kind in ("killed", "survived", "error")}
+    commits = sorted({row["commit"] for _, row in rows})
+    lines = [
+        f"{len(rows)} of {len(MUTANTS)} mutants run (trees at {', '.join(commits)}): {count['killed']} killed, "
+        f"{count['survived']} survived, {count['error']} could not be run.",
+        "",
+    ]
+    areas: dict[str, list[str]] = {}
+    for mutant, row in rows:
+        areas.setdefault(mutant.path, []).append(row["status"])
+    lines += ["| file | mutants | killed |", "|---|---|---|"]
+    lines += [f"| {path} | {len(all_)} | {all_.count('killed')} |" for path, all_ in areas.items()]
+    for kind in ("survived", "error"):
+        for mutant, row in rows:
+            if row["status"] == kind:
+                lines += ["", f"{kind.capitalize()}: `{' '.join(mutant.name.split())}`"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
+    parser.add_argument("--only", default="", help="part of a file's or a mutant's name")
+    parser.add_argument("--again", action="store_true", help="also those that were killed before")
+    parser.add_argument("--folder", type=Path, help="an empty folder for the copy (a temporary one)")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one mutant's tests (600)")
+    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md and run nothing")
+    args = parser.parse_args()
+    state = json.loads(STATE.read_text()) if STATE.exists() else {}
+    if args.record:
+        record("mutants", report(state))
+        print(report(state))
+        return 0
+    wanted = [m for m in MUTANTS if args.only in m.name]
+    todo = [m for m in wanted if args.again or state.get(digest(m), {}).get("status") != "killed"]
+    start = time.monotonic()
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
+        copy = Copy(args.folder or Path(temporary))
+        problem = copy.build()
+        if problem:
+            raise SystemExit(f"the unchanged copy does not build:\n{problem}")
+        stale = False  # whether the library is still that of a mutant
+        for number, mutant in enumerate(todo):
+            if time.monotonic() - start > 60 * args.minutes:
+                print(f"{len(todo) - number} left for the next run")
+                break
+            path = copy.folder / mutant.path
+            before = path.read_text()
+            status, why = "survived", ""
+            try:
+                path.write_text(mutated(before, mutant))
+                if stale or needs_build(mutant.path):
+                    stale = needs_build(mutant.path)
+                    problem = copy.build()
+                    if problem:
+                        status, why = "error", f"does not build: {problem[-300:]}"
+                for name in mutant.tests:
+                    if status == "survived" and (copy.folder / name).exists():
+                        status, why = copy.test([name], args.timeout)
+            except LookupError as error:
+                status, why = "error", str(error)
+            finally:
+                path.write_text(before)
+            state[digest(mutant)] = {"name": mutant.name, "status": status, "why": why, "commit": commit}
+            save(state)
+            seconds = time.monotonic() - start
+            line = " ".join(mutant.name.split())
+            print(f"{status:9s} {line[:150]}  [{' '.join(why.split())[:90]}] {seconds:.0f} s", flush=True)
+        # What killed a mutant has to pass where nothing is broken.
+        if stale and copy.build():
+            raise SystemExit("the copy no longer builds")
+        killers = {row["why"] for row in state.values() if row["status"] == "killed" and "::" in row["why"]}
+        while killers:
+            status, why = copy.test(sorted(killers), 10 * args.timeout)
+            if status == "survived":
+                break
+            print(f"fails unbroken too: {why}")
+            if why not in killers:
+                raise SystemExit(f"the killing tests on the unbroken copy: {why}")
+            killers.discard(why)
+            for row in state.values():
+                if row["why"] == why:
+                    row.update(status="error", why=f"fails unbroken too: {why}")
+        save(state)
+    print(report(state))
+    known = [state.get(digest(m), {}).get("status") for m in wanted]
+    return 0 if all(status == "killed" for status in known) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
