@@ -132,12 +132,12 @@ class ResidualBlock(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 in its form for 32 x 32 images: a 3 x 3 stem, two blocks each of 64, 128, 256 and 512 channels."""
 
-    def __init__(self, classes: int = 10, width: int = 64) -> None:
+    def __init__(self, classes: int = 10, width: int = 64, stages: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         blocks, channels_in = [], width
-        for stage in range(4):
+        for stage in range(stages):
             channels = width << stage
             blocks.append(ResidualBlock(channels_in, channels, 1 if stage == 0 else 2))
             blocks.append(ResidualBlock(channels, channels, 1))
@@ -190,7 +190,7 @@ MODELS = {
         Network("MLP", lambda: mlp(16, 24, 10), (8, 16), 10),
         Network("ViT", lambda: ViT(8, 4, 16, 1, 2, 10), (2, 3, 8, 8), 10),
         Network("Llama-block", lambda: LlamaBlock(16, 4, 2, 24), (1, 8, 16)),
-        Network("ResNet-18", lambda: ResNet18(width=4), (2, 3, 16, 16), 10),
+        Network("ResNet-18", lambda: ResNet18(width=4, stages=1), (2, 3, 8, 8), 10),
     ],
 }
 
