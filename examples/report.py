@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -81,39 +82,68 @@ class Store:
     """Results by configuration in one JSON file, written after every run, so that an interrupted command goes on.
 
     A run is found again by its whole configuration: change a flag and it is made anew. `value(key, make)` keeps what
-    is not a run.
+    is not a run. Processes may share the file: each write takes in what the others have written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.content: dict = {"values": {}, "runs": []}
-        if path.exists():
-            self.content = json.loads(path.read_text(encoding="utf-8"))
-        self._index = {_key(run["config"]): run for run in self.content["runs"]}
+        self.values: dict = {}
+        self._runs: dict[str, dict] = {}
+        self._read()
+
+    @property
+    def runs(self) -> list[dict]:
+        return list(self._runs.values())
 
     def run(self, config: dict, make: Callable[[], dict]) -> dict:
         """The stored result of this configuration, or make()'s, stored."""
         key = _key(config)
-        if key not in self._index:
-            run = {"config": config, "environment": environment(), "result": make()}
-            self.content["runs"].append(run)
-            self._index[key] = run
+        if key not in self._runs:
+            self._read()
+        if key not in self._runs:
+            self._runs[key] = {"config": config, "environment": environment(), "result": make()}
             self.save()
-        return self._index[key]
+        return self._runs[key]
 
     def value(self, key: str, make: Callable[[], object]):
-        if key not in self.content["values"]:
-            self.content["values"][key] = make()
+        if key not in self.values:
+            self._read()
+        if key not in self.values:
+            self.values[key] = make()
             self.save()
-        return self.content["values"][key]
+        return self.values[key]
+
+    def _read(self) -> None:
+        if self.path.exists():
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            self.values = stored["values"] | self.values
+            self._runs = {_key(run["config"]): run for run in stored["runs"]} | self._runs
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        lines = ",\n".join(json.dumps(run) for run in self.content["runs"])
-        values = json.dumps(self.content["values"], indent=1)
-        part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
-        part.replace(self.path)
+        with _locked(self.path.with_suffix(".lock")):
+            self._read()
+            part = self.path.with_suffix(".part")
+            lines = ",\n".join(json.dumps(run) for _, run in sorted(self._runs.items()))
+            values = json.dumps(self.values, indent=1, sort_keys=True)
+            part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+            part.replace(self.path)
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """One process at a time inside; where the system has no flock, no lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _key(config: dict) -> str:
