@@ -1,4 +1,4 @@
-"""Many processes: shard the variances by one call, and check what the ranks must and must not share.  docs/cluster.md."""
+"""Many processes: shard the variances by one call; check what ranks must and must not share.  docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
             fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
         fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh, mp_policy=bf16)
 
-    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that are
-    float32 throughout need none of this. module: not sharded yet; variances that are sharded already stay as they are.
+    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that
+    are float32 throughout need none of this. module: not sharded yet; variances that are sharded already stay as they are.
     reshard_after_forward: gather the group a second time in backward; it is small, so by default it is not. fsdp: mesh,
     offload_policy, ... of torch.distributed.fsdp.fully_shard.
     Returns the module. Raises ValueError without DIP layers, or for an mp_policy of half precision.
@@ -46,7 +46,7 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
-    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, or mesh dimension, over which layers
+    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, such as mesh["tp"], over which layers
     are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then, in the
     fixed_noise context of a step if there is one, where it compares keys instead of generators.
     Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
@@ -76,7 +76,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         first = each["place"][0] if each["place"] else rank
         if each["noise"] != ranks[first]["noise"]:
             problems.append(
-                f"rank {rank} would draw other noise than rank {first}, with which it shares tensors: {_shown(each)}, {_shown(ranks[first])}"
+                f"rank {rank} would draw other noise than rank {first}, with which it shares tensors: "
+                f"{_shown(each)}, {_shown(ranks[first])}"
             )
     if problems:
         raise RuntimeError("check_ranks:\n  " + "\n  ".join(problems))
@@ -100,11 +101,15 @@ def _faults(model: nn.Module) -> list[str]:
         if around:
             policy = wrapped[max(around, key=len)]._get_fsdp_state()._mp_policy
             if policy.param_dtype in _HALF:
-                faults.append(f"{full_name}: FSDP would compute it in {policy.param_dtype}; call dip.shard_variances first")
+                faults.append(
+                    f"{full_name}: FSDP would compute it in {policy.param_dtype}; call dip.shard_variances first"
+                )
         elif is_dtensor(parameter):
             weight = getattr(layer, "weight", None)
             placements = weight.placements if is_dtensor(weight) else [None] * parameter.device_mesh.ndim
-            if not all(p.is_replicate() or (w is not None and w.is_shard(1)) for p, w in zip(parameter.placements, placements)):
+            if not all(
+                p.is_replicate() or (w is not None and w.is_shard(1)) for p, w in zip(parameter.placements, placements)
+            ):
                 faults.append(
                     f"{full_name}: expected it whole on every rank (Replicate), got {tuple(parameter.placements)} on "
                     f"{parameter.device_mesh}"
@@ -132,7 +137,9 @@ def _numbering(ranks: list[dict]) -> list[str]:
         # Pipeline stages hold different layers: only what both hold is compared.
         differ = [name for name, number in each["numbers"].items() if first.get(name, number) != number]
         if differ:
-            problems.append(f"rank {rank} numbers the layers {differ} differently from rank 0; call dip.number_layers on each")
+            problems.append(
+                f"rank {rank} numbers the layers {differ} differently from rank 0; call dip.number_layers on each"
+            )
     return problems
 
 

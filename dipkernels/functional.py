@@ -225,7 +225,8 @@ def _mean(x, weight, bias, sigma, seed, where, activation, dtype):
     if dtype is None and weight.dtype is not x.dtype:
         raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
-    run = _mean_pieces if torch._C._are_functorch_transforms_active() or not fused else _Mean.apply
+    opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
+    run = _Mean.apply if opaque and not torch._C._are_functorch_transforms_active() else _mean_pieces
     return run(x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
 
 
@@ -337,8 +338,8 @@ def perturb(
 ) -> Tensor:
     """u = x + sigma * z, differentiable in x and sigma to any order.
 
-    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features; a DTensor gets the noise of the whole tensor,
-    each rank that of its shard (seed must be one on all ranks; cut along an inner dimension it costs a call per entry).
+    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features; a DTensor gets the noise of the whole
+    tensor, each rank that of its shard (seed must be one on all ranks; cut along an inner dimension: a call per entry).
     sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode), or with log_variance=True
     ln(sigma^2), any value. seed: int64 [2] = (key,
     stream), on x's device. row0, col0, sample: as in `noise`. num_samples = S averages S draws: collapsed, one draw with

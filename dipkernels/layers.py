@@ -70,11 +70,11 @@ class Variance(nn.Module):
 
     @property
     def sigma(self) -> Tensor:
-        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded parameter the whole, a collective."""
+        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded one the whole, a collective."""
         return torch.exp(tensor_parallel.full(self.log_variance.detach()) / 2)
 
-    # The styles of torch.distributed.tensor.parallel partition every module inside a layer as if it were the layer itself: by
-    # what follows ColwiseParallel and RowwiseParallel leave log_variance whole on each rank.
+    # The styles of torch.distributed.tensor.parallel partition every module inside a layer as if it were the layer
+    # itself: by what follows ColwiseParallel and RowwiseParallel leave log_variance whole on each rank.
 
     @property
     def weight(self) -> Tensor:
@@ -178,7 +178,8 @@ class DIPLayer:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.stream.is_meta and local_metadata.get("assign_to_params_buffers", False):
             # Tensors take the place of those on meta; no state dict holds the stream.
-            arrived = [state_dict[prefix + name] for name in ("weight", "variance.log_variance") if prefix + name in state_dict]
+            names = (prefix + "weight", prefix + "variance.log_variance")
+            arrived = [state_dict[name] for name in names if name in state_dict]
             if arrived and not arrived[0].is_meta:
                 self.stream = torch.tensor([0, self.number], device=arrived[0].device)
 
@@ -483,8 +484,9 @@ def number_layers(model: nn.Module) -> nn.Module:
             shared[layer.share] = number
         layer.set_number(number)
     # A stream is the same on every rank; DDP would broadcast it before each forward pass.
-    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *(f"{name}.stream".lstrip(".") for name in layers)}
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    streams = (f"{name}.stream".lstrip(".") for name in layers)
+    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *streams})
     return model
 
 

@@ -23,7 +23,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
 
     model: a module with DIP layers; a variance that layers share counts once. alpha, beta: >= 0. With no pull from the
     data the optimum is lambda = beta / alpha.
-    Sharded parameters (FSDP2, DTensor) are summed over the ranks: each rank gets the whole penalty, so all must call it.
+    Sharded parameters (FSDP2, DTensor) are summed over the ranks: each gets the whole penalty, so all must call it.
     Returns a scalar, float32, differentiable. Raises ValueError without DIP layers or for a negative alpha or beta.
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """

@@ -184,8 +184,9 @@ def _watch_checkpoint(seed: Tensor) -> None:
         return
     what = "draws a seed" if _KEY is None else f"takes its noise from fixed_noise(key, row0) = {_TAG}"
     raise RuntimeError(
-        f"checkpoint: a block that is computed again in the backward pass {what}, which is not what its forward pass had, so that its "
-        "gradients would be wrong. Keep preserve_rng_state=True, or run forward and backward inside one fixed_noise(key)"
+        f"checkpoint: a block that is computed again in the backward pass {what}, which is not what its forward pass "
+        "had, so that its gradients would be wrong. Keep preserve_rng_state=True, or run forward and backward inside "
+        "one fixed_noise(key)"
     )
 
 
@@ -210,7 +211,7 @@ def _when_traced(device: str, shared: bool) -> None:
     _check_memory_budget()
 
 
-# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long, for who may never compile.
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long.
 _when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -219,8 +220,8 @@ def _check_memory_budget() -> None:
 
     if config.activation_memory_budget < 1:
         warnings.warn(
-            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in backward (as it "
-            "does torch.randn), which makes gradients wrong; run forward and backward inside fixed_noise(key)",
+            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in "
+            "backward (as it does torch.randn), which makes gradients wrong; run forward and backward inside fixed_noise(key)",
             stacklevel=2,
         )
 
@@ -249,8 +250,8 @@ def _compare_ranks(device: str, shared: bool) -> None:
     else:
         other = store.get(f"{place}/rank").decode() if store.check([f"{place}/rank"]) else "another"
         warnings.warn(
-            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold different examples should differ: "
-            "torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first example)",
+            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold different examples should "
+            "differ: torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first example)",
             stacklevel=2,
         )
 

@@ -1,6 +1,6 @@
 """P and Q on DTensors: each rank treats its shard with the noise of the whole tensor.  docs/cluster.md.
 
-`perturb` and `perturb_bwd` have the signatures of `ops` and call it on the local shard, at that shard's rows and columns. They
+`perturb` and `perturb_bwd` have the signatures of `ops` and call it on the local shard, at its rows and columns. They
 communicate nothing but dsigma, and sigma where its own layout differs from what x needs.
 """
 
@@ -57,7 +57,7 @@ def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _window(x) -> tuple[list[int], list[int]]:
-    """Offset and size of the local shard along each dimension: chunks as torch.chunk makes them, mesh dimension by dimension."""
+    """Offset and size of the local shard along each dimension: torch.chunk's, one mesh dimension after another."""
     offset, size = [0] * x.ndim, list(x.shape)
     for i, placement in enumerate(x.placements):
         if placement.is_shard():
@@ -76,7 +76,7 @@ def _blocks(x, dim: int) -> list[tuple[tuple[slice, ...], int]]:
     for d in reversed(rows):
         stride[d], first, count = count, first + offset[d] * count, count * x.shape[d]
     cut = max([d for d in rows if size[d] != x.shape[d]], default=0)
-    # [B, S, K] cut along S: each entry of the batch is a block. What is cut along its leading dimension only is one block.
+    # [B, S, K] cut along S: each entry of the batch is a block. Cut along the leading dimension only, all is one block.
     outer = [d for d in rows if d < cut]
     if all([size[d] == 1 for d in outer]):
         return [((), first)]
@@ -125,7 +125,9 @@ def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, l
     dim, rest = dim % du.ndim, (sample, num_samples, factor, log_variance)
     du = _with_linear_partials(du)
     shard, scale, col0 = du.to_local(), _sigma_of_shard(sigma, du, dim), col0 + _window(du)[0][dim]
-    parts = [ops.perturb_bwd(shard[index], scale, seed, dim, row0 + row, col0, *rest) for index, row in _blocks(du, dim)]
+    parts = [
+        ops.perturb_bwd(shard[index], scale, seed, dim, row0 + row, col0, *rest) for index, row in _blocks(du, dim)
+    ]
     dsigma = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     layout = [Shard(0) if p.is_shard(dim) else Partial() if p.is_shard() else p for p in du.placements]
     mesh, shape = du.device_mesh, (du.shape[dim],)
@@ -158,15 +160,16 @@ def new_zeros(h: Tensor, shape, dtype, like_dtensor: tuple | None) -> Tensor:
 
 
 def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """(x, seed) for the functions above: partial sums reduced, the seed a plain tensor. Raises for layouts that cannot be right.
+    """(x, seed) for the functions above: partial sums reduced, the seed a plain tensor.
 
-    The first time that a mesh is seen outside torch.compile its ranks compare seeds, a collective of 16 bytes a rank.
+    Raises TypeError, ValueError or RuntimeError for layouts and seeds that cannot be right, naming the rank. The first
+    time that a mesh is seen outside torch.compile its ranks compare seeds, a collective of 16 bytes a rank.
     """
     if not is_dtensor(x):
         raise TypeError(
-            f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on {sigma.device_mesh} while x is a plain "
-            "tensor; a log_variance is split over ranks by mistake, or its layer was called outside the forward of the module "
-            "that FSDP or tensor parallelism wrapped (dip.check_ranks names the layers)"
+            f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on {sigma.device_mesh} "
+            "while x is a plain tensor; a log_variance is split over ranks by mistake, or its layer was called outside "
+            "the forward of the module that FSDP or tensor parallelism wrapped (dip.check_ranks names the layers)"
         )
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim: expected a dimension of a tensor of {x.ndim}, got {dim}")
@@ -200,8 +203,8 @@ def _check_features(x, sigma: Tensor, dim: int) -> None:
         if split:
             ranks = math.prod(x.device_mesh.size(i) for i in split)
             why = (
-                f"; {_rank(x)} holds {x.to_local().shape[dim]} features of {ranks} ranks: a mesh that does not divide the features "
-                "needs DTensor.from_local with the whole shape"
+                f"; {_rank(x)} holds {x.to_local().shape[dim]} features, one of {ranks} ranks: a mesh that does not "
+                "divide the features needs DTensor.from_local with the whole shape"
             )
         raise ValueError(f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}{why}")
     if list(x.to_local().shape) != _window(x)[1]:
@@ -214,11 +217,16 @@ def _check_features(x, sigma: Tensor, dim: int) -> None:
 def _check_layout(x, sigma, dim: int) -> None:
     if sigma.device_mesh != x.device_mesh:
         raise ValueError(f"sigma: expected x's mesh {x.device_mesh}, got {sigma.device_mesh} on {_rank(x)}")
-    wrong = [i for i, p in enumerate(sigma.placements) if not p.is_replicate() and not (p.is_shard() and x.placements[i].is_shard(dim))]
+    wrong = [
+        i
+        for i, p in enumerate(sigma.placements)
+        if not p.is_replicate() and not (p.is_shard() and x.placements[i].is_shard(dim))
+    ]
     if wrong:
         raise ValueError(
-            f"sigma: expected a log_variance whole on every rank (Replicate), or split where x's features are, got placements "
-            f"{tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} (dip.check_ranks names the layers)"
+            "sigma: expected a log_variance whole on every rank (Replicate), or split where x's features are, got "
+            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} (dip.check_ranks names the "
+            "layers)"
         )
 
 
@@ -235,6 +243,6 @@ def check_agreement(seed: Tensor, mesh) -> None:
             ranks = distributed.get_process_group_ranks(group)
             got = ", ".join(f"rank {r}: {pair}" for r, pair in zip(ranks, pairs, strict=True))
             raise RuntimeError(
-                f"seed: expected the same (key, stream) on every rank that shares a tensor, got {got}; seed these ranks alike with "
-                "torch.manual_seed, or give fixed_noise the same key on each"
+                f"seed: expected the same (key, stream) on every rank that shares a tensor, got {got}; seed these "
+                "ranks alike with torch.manual_seed, or give fixed_noise the same key on each"
             )

@@ -28,12 +28,22 @@ class Ranks:
                 # The other ranks may wait for this one: take what they have to say, and end them.
                 answers += [_answer(p, 2) for p in self._pipes[rank + 1 :]]
                 self.stop()
-                raise AssertionError("\n".join(f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good))
+                raise AssertionError(
+                    "\n".join(f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good)
+                )
         return [value for _, value in answers]
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ranks_support", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "dipkernels"])
+        context.set_forkserver_preload(
+            [
+                "ranks_support",
+                "torch.distributed.fsdp",
+                "torch.distributed.tensor.parallel",
+                "torch._dynamo",
+                "dipkernels",
+            ]
+        )
         folder = tempfile.mkdtemp()
         for rank in range(self.world):
             ours, theirs = context.Pipe()

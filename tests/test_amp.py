@@ -49,7 +49,11 @@ def test_autocast_of_convolutions_and_projections(dtype, monkeypatch):
     seen = watch(monkeypatch)
     with torch.autocast("cpu", dtype):
         y = model(torch.randn(2, 4, 6, 6))
-    assert [(s, u) for _, s, u in seen] == [(torch.float32, torch.float32), (torch.float32, dtype), (torch.float32, dtype)]
+    assert [(s, u) for _, s, u in seen] == [
+        (torch.float32, torch.float32),
+        (torch.float32, dtype),
+        (torch.float32, dtype),
+    ]
     y.sum().backward()
     assert all(p.dtype is p.grad.dtype is torch.float32 for p in model.parameters())
 

@@ -54,7 +54,9 @@ def _forget():
 @pytest.fixture
 def block():
     torch.manual_seed(0)
-    return number_layers(nn.Sequential(DIPLinear(8, 16), nn.GELU(), nn.Dropout(0.1), DIPLinear(16, 8, keep="x"), nn.Tanh(), DIPInput(8)))
+    return number_layers(
+        nn.Sequential(DIPLinear(8, 16), nn.GELU(), nn.Dropout(0.1), DIPLinear(16, 8, keep="x"), nn.Tanh(), DIPInput(8))
+    )
 
 
 @pytest.fixture
@@ -100,7 +102,9 @@ def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_drawn_a_second_time_is_an_error(block, x, kind):
     y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
-    with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise"):
+    with pytest.raises(
+        RuntimeError, match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise"
+    ):
         y.sum().backward()
 
 
@@ -112,10 +116,13 @@ def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
             return checkpoint(block, x, preserve_rng_state=preserve, **KINDS[kind])
 
     # a selective policy's own table misses the draw before this package does
-    with pytest.raises(RuntimeError, match="checkpoint: .* draws a seed|randint.* not found in storage"):
+    with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed|randint.* not found in storage"):
         forward().sum().backward()
     for key, row0 in ((8, 4), (7, 0)):
-        with dip.fixed_noise(key, row0=row0), pytest.raises(RuntimeError, match=rf"fixed_noise\(key, row0\) = \({key}, {row0}\)"):
+        with (
+            dip.fixed_noise(key, row0=row0),
+            pytest.raises(RuntimeError, match=rf"fixed_noise\(key, row0\) = \({key}, {row0}\)"),
+        ):
             forward().sum().backward()
     y = forward()
     with dip.fixed_noise(7, row0=4):  # entered again: the same noise
@@ -133,7 +140,9 @@ def test_saved_seeds_need_no_rng_state(block, x):
 
 def test_checkpoint_sequential_and_several_forwards_before_a_backward(block, x):
     def run(x, segments):
-        outs = [checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x) for _ in range(3)]
+        outs = [
+            checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x) for _ in range(3)
+        ]
         return outs[2] + 2 * outs[0] - outs[1]
 
     want = gradients(block, x, lambda x: run(x, 0))
@@ -162,7 +171,9 @@ class Checkpointed(nn.Module):
         self.block, self.kwargs = block, kwargs
 
     def forward(self, x):
-        return checkpoint(self.block, x, use_reentrant=False, **self.kwargs) if self.kwargs is not None else self.block(x)
+        return (
+            checkpoint(self.block, x, use_reentrant=False, **self.kwargs) if self.kwargs is not None else self.block(x)
+        )
 
 
 def noise_agrees(block, run, x):
@@ -187,7 +198,9 @@ class SineTanh(nn.Module):
 def test_a_compiled_checkpoint_has_one_noise(preserve):
     torch._dynamo.reset()
     block, x = SineTanh(), torch.randn(4, 8, requires_grad=True)
-    compiled = torch.compile(Checkpointed(block, preserve_rng_state=preserve), backend="aot_eager_decomp_partition", fullgraph=True)
+    compiled = torch.compile(
+        Checkpointed(block, preserve_rng_state=preserve), backend="aot_eager_decomp_partition", fullgraph=True
+    )
     assert noise_agrees(block, compiled, x)
 
 

@@ -55,7 +55,11 @@ def loss_of(model, x, y):
 
 
 def gradients(model):
-    return {n.removeprefix("module."): tensor_parallel.full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        n.removeprefix("module."): tensor_parallel.full(p.grad)
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def assert_same(got, want, **tolerance):
@@ -94,7 +98,7 @@ def check_ddp(rank, world):
     for step in range(each):
         here = slice(first + step, first + step + 1)
         last = step == each - 1
-        with dip.fixed_noise(5, row0=first + step), (torch.enable_grad() if last else model.no_sync()):
+        with dip.fixed_noise(5, row0=first + step), torch.enable_grad() if last else model.no_sync():
             (F.mse_loss(model(x[here]), y[here]) / each).backward()
     assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
     # a step without noise, and the one after it
@@ -295,7 +299,9 @@ def check_meta_and_state(rank, world, folder):
     for number, layer in enumerate(m for m in model.modules() if isinstance(m, DIPLinear)):
         assert layer.stream.tolist() == [0, number]
         wanted = layer.variance.init_variance
-        torch.testing.assert_close(layer.variance.sigma.square(), torch.as_tensor(wanted).expand(layer.in_features), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            layer.variance.sigma.square(), torch.as_tensor(wanted).expand(layer.in_features), rtol=1e-5, atol=0
+        )
     # a full state dict into a sharded model on meta, and back
     with torch.device("meta"):
         model = shard(make_model())

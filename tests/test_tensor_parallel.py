@@ -46,7 +46,10 @@ class MLP(nn.Module):
 
 
 def gradients(model):
-    return {name: p.grad.full_tensor() if tensor_parallel.is_dtensor(p.grad) else p.grad for name, p in model.named_parameters()}
+    return {
+        name: p.grad.full_tensor() if tensor_parallel.is_dtensor(p.grad) else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 def assert_equal_training(plain, parallel, x, key=5, **tolerance):
@@ -93,7 +96,11 @@ def check_u(rank, world, shape_of_mesh=None):
     mesh = mesh_of(world, shape_of_mesh)
     cases = list(layouts(world))
     if mesh.ndim == 2:
-        cases = [((6, 5, 12), -1, [Shard(0), Shard(2)]), ((5, 7, 13), -1, [Shard(1), Shard(2)]), ((7, 13), -1, [Shard(0), Shard(0)])]
+        cases = [
+            ((6, 5, 12), -1, [Shard(0), Shard(2)]),
+            ((5, 7, 13), -1, [Shard(1), Shard(2)]),
+            ((7, 13), -1, [Shard(0), Shard(0)]),
+        ]
         cases += [((3, 9, 8), -1, [Shard(1), Shard(1)]), ((4, 6, 8), -1, [Replicate(), Shard(1)])]
     for shape, dim, placements in cases:
         x, g = torch.randn(shape), torch.randn(shape)
@@ -297,7 +304,9 @@ def check_two_dimensions(rank, world):
         dip.check_ranks(model, mesh["tp"])
         model(x[first : first + batch]).square().sum().backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), model.named_parameters(), strict=True):
-        torch.testing.assert_close(b.grad.full_tensor(), a.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            b.grad.full_tensor(), a.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.slow
@@ -348,7 +357,9 @@ def check_wrong_layouts(rank, world):
     model = parallel_mlp(MLP(), mesh)
     model.up.variance._parameters["log_variance"] = nn.Parameter(sharded)
     x = distribute_tensor(whole, mesh, [Replicate()])
-    local = DTensor.from_local(torch.randn(4, 7 + rank), mesh, [Shard(1)], run_check=False, shape=torch.Size((4, 15)), stride=(15, 1))
+    local = DTensor.from_local(
+        torch.randn(4, 7 + rank), mesh, [Shard(1)], run_check=False, shape=torch.Size((4, 15)), stride=(15, 1)
+    )
     return [
         raised(lambda: odd.down(torch.randn(4, 17 - rank))),
         raised(lambda: functional.perturb(x, sharded, SEED)),

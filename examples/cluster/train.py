@@ -4,9 +4,10 @@
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py examples/cluster/digits.json
     sbatch examples/cluster/train.sbatch                                                                 many nodes
 
-Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the process: the order of examples
-of (seed, epoch), the noise of (key + step, the example's place in the global batch). So a run that was killed and restarted,
-on the same number of processes, ends with the same weights; on another number, with the same up to rounding.
+Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the process: the order of
+examples of (seed, epoch), the noise of (key + step, the example's place in the global batch). So a run that was killed
+and restarted, on the same number of processes, ends with the same weights; on another number, with the same up to
+rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import dipkernels as dip
@@ -131,7 +137,9 @@ def train(config: dict, out: Path, device: torch.device, after_step: Callable[[i
             if step == start:
                 dip.check_ranks(model)
             outputs = dip.trajectories(model, x[mine], m=config["m"])
-            loss = dip.objective(outputs, y[mine], F.cross_entropy) + dip.penalty(model, config["alpha"], config["beta"])
+            loss = dip.objective(outputs, y[mine], F.cross_entropy) + dip.penalty(
+                model, config["alpha"], config["beta"]
+            )
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -146,7 +154,9 @@ def train(config: dict, out: Path, device: torch.device, after_step: Callable[[i
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(state, out / "final.pt")
-        print(json.dumps({"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}), flush=True)
+        print(
+            json.dumps({"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}), flush=True
+        )
     return state
 
 
@@ -159,7 +169,13 @@ def main() -> None:
     config = json.loads(arguments.config.read_text())
     if arguments.steps is not None:
         config["steps"] = arguments.steps
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "0",
+    }.items():
         os.environ.setdefault(name, value)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
