@@ -151,6 +151,12 @@ bool lay_out(PerturbArgs& a, int64_t dim, const std::vector<View>& views) {
   a.outer = a.inner = 1;
   for (int64_t d = 0; d < first.dim(); ++d)
     if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
+  if (first.numel() == 0) {  // its strides say nothing
+    for (const View& v : views) *v.operand = {const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"), 0, 1};
+    a.outer *= a.inner;
+    a.inner = 1;
+    return true;
+  }
   if (fit(as_rows)) {
     a.outer *= a.inner;
     a.inner = 1;
