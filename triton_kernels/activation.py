@@ -8,8 +8,7 @@ from .mixtures import MIXTURES
 from .perturb import column_sum
 from .tiles import EXACT, num_multiprocessors, on_device
 
-# Elements of a tile: eight for each thread of four warps.
-BLOCK_R, BLOCK_N = 8, 128
+BLOCK_N = 128
 
 
 @triton.jit
@@ -81,20 +80,19 @@ def _activation_kernel(
             densities = pdf / s
             half_curvature = 0.5 * pdf / s
         for i in tl.static_range(len(TERMS) // 2):
-            c: tl.constexpr = TERMS[2 * i]
-            p: tl.constexpr = TERMS[2 * i + 1]
-            beta = 1.0 / (1.0 + (c * c) * safe)
-            alpha = c * tl.sqrt(beta)
+            # c = TERMS[2 i] and p = TERMS[2 i + 1], never in a variable: that would be float32 for float64 data too.
+            beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * safe)
+            alpha = TERMS[2 * i] * tl.sqrt(beta)
             a = mu * alpha
             pdf, tail = _normal(a, dtype)
-            tails += p * tail
-            densities += p * alpha * pdf
+            tails += TERMS[2 * i + 1] * tail
+            densities += TERMS[2 * i + 1] * alpha * pdf
             if ACTIVATION == "tanh":
-                slope += (2.0 * p) * alpha * pdf
-                half_curvature -= p * alpha * alpha * a * pdf
+                slope += (2.0 * TERMS[2 * i + 1]) * alpha * pdf
+                half_curvature -= TERMS[2 * i + 1] * alpha * alpha * a * pdf
             else:
-                slope += p * a * beta * pdf
-                half_curvature += (0.5 * p) * alpha * pdf * (1.0 + beta * (1.0 - a * a))
+                slope += TERMS[2 * i + 1] * a * beta * pdf
+                half_curvature += (0.5 * TERMS[2 * i + 1]) * alpha * pdf * (1.0 + beta * (1.0 - a * a))
         if ACTIVATION == "tanh":
             y = tl.where(mu < 0.0, 2.0 * tails - 1.0, 1.0 - 2.0 * tails)
         else:
@@ -122,13 +120,20 @@ def _terms(activation: str, dtype: torch.dtype) -> tuple[float, ...]:
     return tuple(value for term in zip(*MIXTURES[activation][tier], strict=True) for value in term)
 
 
+def _rows(activation: str, dtype: torch.dtype) -> int:
+    """Rows of a tile, which are the elements of a thread: few enough that every term's values fit the registers."""
+    if dtype is torch.float64:
+        return 1
+    return 8 if len(_terms(activation, dtype)) <= 6 else 2
+
+
 def _launch(out, partial, mu, dy, v, activation, grid):
     n = mu.shape[-1]
     with on_device(mu):
         _activation_kernel[grid](
             out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
             GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
-            BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N, **EXACT,
+            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N, **EXACT,
         )  # fmt: skip
 
 
@@ -137,7 +142,7 @@ def activation(mu, v, activation):
     mu = mu.contiguous()
     y = torch.empty_like(mu)
     if y.numel():
-        rows = triton.cdiv(mu.numel() // mu.shape[-1], BLOCK_R)
+        rows = triton.cdiv(mu.numel() // mu.shape[-1], _rows(activation, mu.dtype))
         _launch(y, None, mu, None, v, activation, (triton.cdiv(mu.shape[-1], BLOCK_N), min(rows, 65535)))
     return y
 
@@ -149,7 +154,7 @@ def activation_bwd(dy, mu, v, activation):
     if dmu.numel() == 0:
         return dmu, torch.zeros_like(v)
     n = mu.shape[-1]
-    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, BLOCK_R)
+    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
     programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(mu.device), col_blocks))
     partial = torch.empty(programs, n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
     _launch(dmu, partial, mu, dy, v, activation, (col_blocks, programs))
