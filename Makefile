@@ -89,8 +89,8 @@ setup-locked:
 	$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements-dev.lock
 	touch $(VENV)/.deps
 
-lock:
-	$(PYTHON) scripts/lock.py
+lock: | $(VENV)/.deps
+	$(PY) scripts/lock.py
 
 docs: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt

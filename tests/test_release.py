@@ -1,0 +1,158 @@
+"""What a release promises: one version, pinned inputs, workflows that are Makefile targets, documents whose code runs, types."""
+
+import contextlib
+import inspect
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dipkernels as dip
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]
+
+
+def test_version_is_one_and_semantic():
+    version = dip.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version)
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    paper = citation["preferred-citation"]
+    assert "2506.04690" in paper["url"] and len(paper["authors"]) == 5 and "Distributional Input Projection" in paper["title"]
+
+
+# ---- workflows -------------------------------------------------------------------------------------------------------
+
+
+def steps(workflow):
+    for job in yaml.safe_load(workflow.read_text())["jobs"].values():
+        yield from job["steps"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_runs_targets_that_exist_and_actions_pinned_by_commit(workflow):
+    text = workflow.read_text()
+    called = set(re.findall(r"make ([a-z][\w-]*)", text)) | set(re.findall(r'target: "?([a-z][\w-]*)', text))
+    assert called and called <= TARGETS, called - TARGETS
+    used = [step["uses"] for step in steps(workflow) if "uses" in step]
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used), used
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+    assert "secrets." not in text and "password" not in text  # trusted publishing needs none
+
+
+def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
+    assert {name for name, job in jobs.items() if "id-token" in str(job.get("permissions"))} == {"publish"}
+    assert jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')") and jobs["publish"]["needs"] == "build"
+    uses = [step.get("uses", "").split("@")[0] for step in jobs["publish"]["steps"]]
+    assert uses.index("actions/attest-build-provenance") < uses.index("pypa/gh-action-pypi-publish")
+
+
+# ---- pinned inputs ---------------------------------------------------------------------------------------------------
+
+
+def requirements(name):
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def test_development_requirements_are_pinned_and_locked_by_hash():
+    wanted = {}
+    for line in requirements("requirements-dev.txt") + requirements("requirements-docs.txt"):
+        name, _, version = line.partition("==")
+        wanted[re.sub(r"\[.*\]", "", name).lower().replace("_", "-")] = version
+    lock = (ROOT / "requirements-dev.lock").read_text()
+    entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n\s+--hash=sha256:[0-9a-f]{64})+)", lock, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^[\w.-]+(?:\[.*\])?[=<>]=", lock, re.MULTILINE))  # none without a hash
+    locked = {name.lower(): version for name, version, _ in entries}
+    del wanted["torch"]  # which build of it is the machine's choice
+    assert wanted.keys() <= locked.keys(), wanted.keys() - locked.keys()
+    assert all(locked[name] == version for name, version in wanted.items() if version)
+
+
+def test_tools_have_one_version_in_pre_commit_and_requirements():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    wanted = set(requirements("requirements-dev.txt"))
+    assert set(re.findall(r"(?:ruff|clang-format)==[\d.]+", hooks)) <= wanted
+
+
+def test_dockerfile_installs_the_wheel_and_nothing_from_the_net():
+    text = (ROOT / "Dockerfile").read_text()
+    assert "--no-index --no-deps" in text and "smoke.py --expect cuda" in text
+    assert not re.search(r"\b(curl|wget|apt-get|git clone)\b", text)
+    assert re.search(r"^USER \d+", text, re.MULTILINE)
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_code_of_a_page_runs(page):
+    """The blocks of a page are one program, in the page's order."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    if "transformers" in "".join(blocks):
+        pytest.importorskip("transformers")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile("\n".join(blocks), str(page), "exec"), {})
+
+
+def test_site_lists_every_page_and_every_public_name():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    assert {page for page in pages if page not in navigation and not page.startswith("results/")} == set()
+    listed = set(re.findall(r"^::: dipkernels\.(?:\w+\.)?(\w+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert set(dip.__all__) - {"functional", "reference"} <= listed, set(dip.__all__) - listed
+
+
+@pytest.mark.slow
+def test_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert "init_variance" in (tmp_path / "api" / "index.html").read_text()
+
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+def public_functions():
+    for name in dip.__all__:
+        value = getattr(dip, name)
+        if inspect.isclass(value):
+            wanted = ("__init__", "__enter__", "__exit__")
+            members = {key: member for key, member in vars(value).items() if key in wanted or not key.startswith("_")}
+            yield from ((f"{name}.{key}", member) for key, member in members.items() if inspect.isfunction(member) and key != "forward")
+        elif inspect.ismodule(value):
+            if name != "reference":  # the oracle: signatures of the operations, and equations
+                own = {key: f for key, f in vars(value).items() if inspect.isfunction(f) and f.__module__ == value.__name__}
+                yield from ((f"{name}.{key}", f) for key, f in own.items() if not key.startswith("_"))
+        else:
+            yield name, value
+
+
+@pytest.mark.parametrize("name, function", [pytest.param(*item, id=item[0]) for item in public_functions()])
+def test_public_api_has_types(name, function):
+    signature = inspect.signature(function)
+    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    assert missing == [] and signature.return_annotation is not signature.empty
+
+
+@pytest.mark.slow
+def test_types_hold_here_and_for_strict_users():
+    if shutil.which("mypy") is None:
+        pytest.importorskip("mypy")
+    for arguments in ([], ["--strict", "--follow-imports=silent", "tests/typing_use.py"]):
+        done = subprocess.run([sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
