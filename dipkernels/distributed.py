@@ -24,7 +24,7 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
         fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh, mp_policy=bf16)
 
     FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that
-    are float32 throughout need none of this. module: not sharded yet; variances that are sharded already stay as they are.
+    are float32 throughout need none of this. module: not sharded yet; variances sharded already stay as they are.
     reshard_after_forward: gather the group a second time in backward; it is small, so by default it is not. fsdp: mesh,
     offload_policy, ... of torch.distributed.fsdp.fully_shard.
     Returns the module. Raises ValueError without DIP layers, or for an mp_policy of half precision.
@@ -46,8 +46,8 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
-    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, such as mesh["tp"], over which layers
-    are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then, in the
+    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, such as mesh["tp"], over which
+    layers are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then, in the
     fixed_noise context of a step if there is one, where it compares keys instead of generators.
     Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
     (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are

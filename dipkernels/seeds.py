@@ -151,16 +151,18 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     that device, in one call, as dropout's does.
     Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first.
     """
+    compiling = torch.compiler.is_compiling()
     if _KEY is None:
-        if torch.compiler.is_compiling():
+        if compiling:
             if not torch.compiler.is_exporting():
                 _when_traced(x.device.type, is_dtensor(x))
-        elif _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
+        elif _ranks_to_compare and torch.distributed.is_initialized():
             _compare_ranks(x.device.type, is_dtensor(x))
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     else:
         seed = _KEY.to(x.device) + (local(stream) if is_dtensor(stream) else stream)
-    if not torch.compiler.is_compiling():
+    # No checkpointed block's first forward runs with gradients on and no hook on saved tensors.
+    if not compiling and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
         _watch_checkpoint(seed)
     return seed
 
@@ -169,13 +171,13 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 _first_draws: dict[tuple[Any, ...], None] = {}  # of blocks that a backward pass may compute again, oldest first
 _MAX_DRAWS = 2**16
+_in_backward = torch._C._current_graph_task_id  # -1 outside a backward pass
+_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _watch_checkpoint(seed: Tensor) -> None:
-    if torch._C._current_graph_task_id() == -1:
-        # No checkpointed block runs its first forward with gradients on and no hook on saved tensors.
-        hooked = not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if hooked and _MODE is None and (mark := _mark_of(seed)) is not None:
+    if _in_backward() == -1:
+        if _MODE is None and (mark := _mark_of(seed)) is not None:
             if len(_first_draws) >= _MAX_DRAWS:
                 _first_draws.pop(next(iter(_first_draws)))
             _first_draws[mark] = None
@@ -206,7 +208,7 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
 
 def _when_traced(device: str, shared: bool) -> None:
     """Runs while torch.compile traces `draw`, which has it in no graph."""
-    if _ranks_to_compare and torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _ranks_to_compare and torch.distributed.is_initialized():
         _compare_ranks(device, shared)
     _check_memory_budget()
 
@@ -221,14 +223,15 @@ def _check_memory_budget() -> None:
     if config.activation_memory_budget < 1:
         warnings.warn(
             "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in "
-            "backward (as it does torch.randn), which makes gradients wrong; run forward and backward inside fixed_noise(key)",
+            "backward (as it does torch.randn), which makes gradients wrong; run forward and backward inside "
+            "fixed_noise(key)",
             stacklevel=2,
         )
 
 
 # ---- data parallel: ranks that would draw one noise for different examples -------------------------------------------
 
-_ranks_to_compare = True  # until this process drew for the first time as one of several
+_ranks_to_compare = torch.distributed.is_available()  # until this process drew for the first time as one of several
 
 
 def _compare_ranks(device: str, shared: bool) -> None:

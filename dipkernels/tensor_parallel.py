@@ -225,8 +225,8 @@ def _check_layout(x, sigma, dim: int) -> None:
     if wrong:
         raise ValueError(
             "sigma: expected a log_variance whole on every rank (Replicate), or split where x's features are, got "
-            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} (dip.check_ranks names the "
-            "layers)"
+            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} (dip.check_ranks names "
+            "the layers)"
         )
 
 

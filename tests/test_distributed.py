@@ -268,6 +268,18 @@ def check_penalty(rank, world):
         assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
 
 
+def check_summary(rank, world):
+    plain = make_model()
+    with torch.no_grad():
+        plain[0].up.log_variance.copy_(torch.linspace(-4, -1, 16))
+    model = shard(copy.deepcopy(plain))
+    assert list(dip.summary(model)) == list(dip.summary(plain))
+
+
+def test_summary_of_shards_is_that_of_the_whole(ranks):
+    ranks.run(check_summary)
+
+
 def test_penalty_over_shards_is_the_whole_penalty(ranks):
     ranks.run(check_penalty)
 
