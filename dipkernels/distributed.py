@@ -47,8 +47,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
     model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, such as mesh["tp"], over which
-    layers are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then, in the
-    fixed_noise context of a step if there is one, where it compares keys instead of generators.
+    layers are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then,
+    in the fixed_noise context of a step if there is one, where it compares keys instead of generators.
     Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
     (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are
     numbered differently; tensor-parallel ranks of different noise. Warns (UserWarning) where ranks that hold different
