@@ -22,18 +22,16 @@ from .layers import DIPLinear, dip_layers
 
 _ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
 # Keep columns columns: the same values in another shape.
-_SHAPES = set("view reshape flatten unflatten contiguous clone to float unsqueeze squeeze".split())
+_SHAPES = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "to", "float", "unsqueeze", "squeeze"}
 # Linear in one pre-activation, or in each of several layers', whose noises are independent: the mean goes through.
-_LINEAR = set(
-    "add sub rsub neg matmul mm bmm baddbmm addmm einsum linear conv1d conv2d cat stack mean sum chunk split getitem "
-    "transpose permute t T mT movedim expand repeat repeat_interleave index_select select narrow unbind roll pad "
-    "masked_fill where type_as detach avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split()
-)
+_LINEAR = {"add", "sub", "rsub", "neg", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d"}
+_LINEAR |= {"conv2d", "cat", "stack", "mean", "sum", "chunk", "split", "getitem", "transpose", "permute", "t", "T"}
+_LINEAR |= {"mT", "movedim", "expand", "repeat", "repeat_interleave", "index_select", "select", "narrow", "unbind", "roll"}
+_LINEAR |= {"pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
+_LINEAR |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 # Not linear: they read the mean, as in Algorithm 3.
-_READ_MEAN = set(
-    "softmax log_softmax layer_norm rms_norm batch_norm group_norm normalize scaled_dot_product_attention "
-    "multi_head_attention_forward cross_entropy argmax".split()
-)
+_READ_MEAN = {"softmax", "log_softmax", "layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
+_READ_MEAN |= {"scaled_dot_product_attention", "multi_head_attention_forward", "cross_entropy", "argmax"}
 _THROUGH = _LINEAR | _READ_MEAN
 
 
@@ -116,7 +114,8 @@ class _Expectations(TorchFunctionMode):
     def _error(normal: _Normal, what: str) -> ValueError:
         return ValueError(
             "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, tanh, sums, "
-            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes into {what}. Use method='sample'"
+            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes into {what}. "
+            "Use method='sample'"
         )
 
 

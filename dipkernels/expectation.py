@@ -1,4 +1,4 @@
-"""The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b, v_n = sum_k sigma_k^2 W_nk^2.  docs/maths.md, section 7.
+"""The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b.  docs/maths.md, section 7.
 
 One pass over mu after the product, and one in backward, which sums d/dv on its way.
 """

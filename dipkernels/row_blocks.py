@@ -1,7 +1,7 @@
-"""y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows, with the vendor's products.  docs/maths.md, section 4.
+"""y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section 4.
 
-The implementation of `linear` where no fused kernel runs. A block's noised rows and pre-activations live for one sample, so memory
-does not grow with the samples. Backward draws and multiplies again.
+The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised rows and
+pre-activations live for one sample, so memory does not grow with the samples. Backward draws and multiplies again.
 """
 
 from __future__ import annotations
@@ -74,8 +74,9 @@ def linear(
 def linear_bwd(
     dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D, dW = D^T x + G diag(sigma),
-    dsigma_k = sum_n W_nk G_nk. So a sample costs two products, one of them the repeated forward, and not three."""
+    """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
+    dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs two products, one of them the repeated
+    forward, and not three."""
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
     flat_dy = dy.reshape(-1, n)

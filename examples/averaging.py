@@ -1,10 +1,10 @@
-"""Where to average: over trajectories, inside each layer, or in closed form? Training and prediction on handwritten digits.
+"""Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
-    python examples/averaging.py            three seeds; writes out/averaging/{results.json,averaging.png,table.md}
+    python examples/averaging.py            three seeds; writes its results, table and plot into out/averaging
     python examples/averaging.py --quick    one seed, a few epochs: does it run?
 
-An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma = 0.1), 500 images for
-training and 400 for testing; sigma is fixed, so that only the estimator differs. Trainings:
+An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma = 0.1), 500 images
+for training and 400 for testing; sigma is fixed, so that only the estimator differs. Trainings:
 
     plain         no noise
     one draw      m = 1
@@ -12,13 +12,14 @@ training and 400 for testing; sigma is fixed, so that only the estimator differs
     layer means   every activation averaged over 4 draws inside its layer; linear layers draw with sigma / 2
     analytic      every activation replaced by its expectation; nothing is drawn
 
-at equal steps, and at equal time: everyone gets the processor time that trajectories took. Predictions of each network: plain
-(Algorithm 3), sampled (Algorithm 2, k = 16) and analytic. PGD attacks the plain forward pass.
+at equal steps, and at equal time: everyone gets the processor time that trajectories took. Predictions of each network:
+plain (Algorithm 3), sampled (Algorithm 2, k = 16) and analytic. PGD attacks the plain forward pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -135,7 +136,8 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, seed: int, pgd_steps: int) 
 
 
 def table(runs: list[dict], network: str, budget: str) -> str:
-    lines = [f"| {network}, {budget} | epochs | seconds | " + " | ".join(COLUMNS) + " |", "|---" * (3 + len(COLUMNS)) + "|"]
+    lines = [f"| {network}, {budget} | epochs | seconds | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for method in METHODS:
         own = [r for r in runs if (r["network"], r["budget"], r["method"]) == (network, budget, method)]
         cells = [f"{mean_std([r['epochs'] for r in own])[0]:.0f}", f"{mean_std([r['seconds'] for r in own])[0]:.1f}"]
@@ -144,14 +146,14 @@ def table(runs: list[dict], network: str, budget: str) -> str:
     return "\n".join(lines)
 
 
-def plot(runs: list[dict], path: Path) -> None:
+def plot(runs: list[dict], networks: list[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, network in zip(axes, NETWORKS, strict=True):
+    figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
         for i, method in enumerate(METHODS):
             own = [r for r in runs if (r["network"], r["budget"], r["method"]) == (network, "equal time", method)]
             means, stds = zip(*(mean_std([r["accuracy"][c] for r in own]) for c in COLUMNS), strict=True)
@@ -160,16 +162,30 @@ def plot(runs: list[dict], path: Path) -> None:
         axis.set_xticks(range(len(COLUMNS)), [c.replace(", ", "\n") for c in COLUMNS], fontsize=7)
         axis.set_title(f"{network}, equal time")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(fontsize=8)
+    axes[0, 0].set_ylabel("test accuracy, %")
+    axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def report(args: argparse.Namespace, runs: list[dict], start: float) -> str:
+    """Write results.json, table.md and averaging.png; returns the tables."""
+    networks = [n for n in NETWORKS if any(r["network"] == n for r in runs)]
+    tables = "\n\n".join(table(runs, n, budget) for n in networks for budget in ("equal steps", "equal time"))
+    args.out.mkdir(parents=True, exist_ok=True)
+    what = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "date": time.strftime("%Y-%m-%d")}
+    what |= {"S": S, "seconds": round(time.perf_counter() - start, 1), "runs": runs}
+    (args.out / "results.json").write_text(json.dumps(what, indent=1) + "\n")
+    (args.out / "table.md").write_text(tables + "\n")
+    plot(runs, networks, args.out / "averaging.png")
+    return tables
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor on the number of epochs (1)")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="MLP, ViT or both")
     parser.add_argument("--out", type=Path, default=Path("out/averaging"), help="folder for what it writes")
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
@@ -178,33 +194,27 @@ def main(arguments: list[str] | None = None) -> dict:
         parser.error("--seeds, --epochs: expected at least 1 and more than 0")
     torch.set_num_threads(1)  # processor time is then the time of the work
     start, runs = time.perf_counter(), []
-    with tqdm(total=2 * seeds * len(METHODS) * len(NETWORKS), dynamic_ncols=True) as bar:
-        for seed in range(seeds):
+    with tqdm(total=2 * seeds * len(METHODS) * len(args.networks), dynamic_ncols=True) as bar:
+        for network, seed in itertools.product(args.networks, range(seeds)):
             x_train, y_train, x_test, y_test = load(seed)
             x_test, y_test = x_test[:NUM_TEST], y_test[:NUM_TEST]
-            for network, (_, epochs) in NETWORKS.items():
-                epochs, seconds = max(1, round(factor * epochs)), None
-                for budget in ("equal steps", "equal time"):
-                    for method in sorted(METHODS, key=lambda name: name != "trajectories"):
-                        bar.set_description(f"seed {seed}, {network}, {budget}, {method}")
-                        limit = seconds if budget == "equal time" else None
-                        model, done, took = train(network, method, seed, x_train, y_train, epochs, limit)
-                        if method == "trajectories" and seconds is None:
-                            seconds = took
-                        accuracy = evaluate(model, x_test, y_test, seed, 3 if args.quick else 20)
-                        where = {"network": network, "budget": budget, "method": method, "seed": seed}
-                        runs.append({**where, "epochs": done, "seconds": took, "accuracy": accuracy})
-                        bar.update()
-    tables = "\n\n".join(table(runs, n, b) for n in NETWORKS for b in ("equal steps", "equal time"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "date": time.strftime("%Y-%m-%d")}
-    report = {**machine, "seeds": seeds, "S": S, "runs": runs, "seconds": round(time.perf_counter() - start, 1)}
-    (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "table.md").write_text(tables + "\n")
-    plot(runs, args.out / "averaging.png")
+            epochs, seconds = max(1, round(factor * NETWORKS[network][1])), None
+            for budget in ("equal steps", "equal time"):
+                for method in sorted(METHODS, key=lambda name: name != "trajectories"):
+                    bar.set_description(f"{network}, seed {seed}, {budget}, {method}")
+                    limit = seconds if budget == "equal time" else None
+                    model, done, took = train(network, method, seed, x_train, y_train, epochs, limit)
+                    if method == "trajectories" and seconds is None:
+                        seconds = took
+                    accuracy = evaluate(model, x_test, y_test, seed, 3 if args.quick else 20)
+                    where = {"network": network, "budget": budget, "method": method, "seed": seed}
+                    runs.append({**where, "epochs": done, "seconds": took, "accuracy": accuracy})
+                    bar.update()
+            report(args, runs, start)  # what is there so far
+    tables = report(args, runs, start)
     print(f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one processor\n\n{tables}")
-    print(f"\n{report['seconds']} s; wrote {', '.join(str(args.out / n) for n in ('results.json', 'table.md', 'averaging.png'))}")
-    return report
+    print(f"\nwrote {', '.join(str(args.out / name) for name in ('results.json', 'table.md', 'averaging.png'))}")
+    return runs
 
 
 if __name__ == "__main__":

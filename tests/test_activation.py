@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 from scipy.special import expit, ndtr
 
 from dipkernels import backends, functional, ops, reference
 from dipkernels.row_blocks import ACTIVATIONS
-from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 
 NAMES = list(ACTIVATIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

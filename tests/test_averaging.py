@@ -404,4 +404,4 @@ def test_analytic_prediction_refuses_bad_arguments():
         dip.predict(model, torch.randn(3, 8), method="analytic", k=4)
     with pytest.raises(ValueError, match="model: expected DIP layers"):
         dip.predict(mlp(nn.ReLU()), torch.randn(3, 8), method="analytic")
-    assert ops.ACTIVATIONS == tuple(ACTIVATIONS)
+    assert tuple(ACTIVATIONS) == ops.ACTIVATIONS

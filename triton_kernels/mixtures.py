@@ -1,6 +1,6 @@
 """The activations as mixtures of normal distribution functions; no kernel.  docs/maths.md, section 7.
 
-x S(x) for gelu, gelu_tanh and silu, S(x) for tanh, with S(x) = sum_k p_k Phi(c_k x) (tanh: sum_k p_k (2 Phi(c_k x) - 1)).
+x S(x) for gelu, gelu_tanh and silu with S(x) = sum_k p_k Phi(c_k x); for tanh sum_k p_k (2 Phi(c_k x) - 1).
 gelu is one term exactly, relu its limit c = infinity. The others were fitted for the least largest error over all x;
 BOUNDS are those errors, and tests/test_activation.py measures them. csrc/activation.h holds the same numbers.
 """
