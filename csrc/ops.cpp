@@ -105,12 +105,21 @@ int32_t code_of(DType type) {
   }
 }
 
+// The shim keeps torch's own words for stderr.
+void check_allocated(int32_t error, IntHeaderOnlyArrayRef sizes) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  std::string shape;
+  for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(false, "dipkernels: out of memory: no result of shape (", shape, ") could be allocated");
+}
+
 // Straight from the allocator's shim: the dispatcher would cost a small layer microseconds.
 Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, DType type) {
   AtenTensorHandle handle;
   const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle));
+  const auto rank = static_cast<int64_t>(sizes.size());
+  check_allocated(
+      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle), sizes);
   return Tensor(handle);
 }
 
@@ -125,8 +134,18 @@ Tensor empty_like(const Tensor& t, ScalarType type) {
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
       from(t), from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  check_allocated(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION), t.sizes());
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// torch::stable::new_empty, float32, that says what failed.
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& shape) {
+  try {
+    return torch::stable::new_empty(like, shape, std::optional<ScalarType>(ScalarType::Float));
+  } catch (const std::exception&) {
+    check_allocated(!AOTI_TORCH_SUCCESS, shape);
+    throw;
+  }
 }
 
 struct View {
@@ -259,7 +278,7 @@ void check_same_shape(const Tensor& du, const Tensor& x) {
 template <Launch kLaunch>
 Tensor noise(
     Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
-  Tensor z = torch::stable::new_empty(seed, shape, std::optional<ScalarType>(ScalarType::Float));
+  Tensor z = new_empty(seed, shape);
   PerturbArgs a = start(seed, z, {dim, row0, col0, sample, num_samples}, &dim);
   STD_TORCH_CHECK(lay_out(a, dim, {{&z, &a.u}}), "noise: no layout");  // a new tensor is contiguous, so there is one
   kLaunch(z, a);
