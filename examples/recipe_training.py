@@ -275,23 +275,43 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
         }
         part = path.with_suffix(".part")
-        torch.save(content, part)
-        part.replace(path)
+        try:
+            torch.save(content, part)
+            part.replace(path)
+        except BaseException as error:  # the last checkpoint stays, half a one does not
+            part.unlink(missing_ok=True)
+            if isinstance(error, (OSError, RuntimeError)):
+                raise OSError(f"{path}: could not be written, a full disk? What was there stays: {error}") from error
+            raise
+
+    def read(self, path: Path) -> dict:
+        expected = f"--resume: expected a checkpoint of this recipe in {path}"
+        try:
+            content = torch.load(path, map_location=self.worker.device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{expected}, got a file that cannot be read: {error}") from error
+        parts = {"settings", "step", "model", "optimizer", "schedule", "scaler"}
+        if not isinstance(content, dict) or not parts <= content.keys():
+            raise ValueError(f"{expected}, got something else: a damaged file, or another program's")
+        return content
 
     def load(self, path: Path) -> None:
-        content = torch.load(path, map_location=self.worker.device, weights_only=True)
+        content = self.read(path)
         differing = {
             k: (v, content["settings"].get(k)) for k, v in self.settings.items() if content["settings"].get(k) != v
         }
         if differing:
             told = ", ".join(f"{k} {now!r} against {then!r}" for k, (now, then) in differing.items())
             raise ValueError(f"--resume: expected the settings that {path} was made with, got {told}")
-        _, unexpected = self.raw.load_state_dict(content["model"], strict=False)
+        try:
+            _, unexpected = self.raw.load_state_dict(content["model"], strict=False)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.schedule.load_state_dict(content["schedule"])
+            self.scaler.load_state_dict(content["scaler"])
+        except Exception as error:
+            raise ValueError(f"--resume: expected this model's checkpoint in {path}, got another: {error!r}") from error
         if unexpected:
             raise ValueError(f"--resume: {path} holds parameters that the model lacks: {unexpected}")
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
-        self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
 
 
