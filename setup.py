@@ -66,7 +66,9 @@ def plan():
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
     if compiler is None:
         if cpu or cuda:
-            raise SystemExit("DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler (CXX, g++)")
+            raise SystemExit(
+                "DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler (CXX, g++)"
+            )
         say("no C++ compiler (CXX, g++): pure Python install; the slow reference path and Triton still run")
         return False, False, None, None
     if cuda and nvcc is None:
@@ -76,7 +78,9 @@ def plan():
         import torch
 
         cuda = nvcc is not None and torch.version.cuda is not None
-        say(f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides")
+        say(
+            f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides"
+        )
     else:
         say(f"CUDA kernels: {'yes' if cuda else 'no'} (DIPKERNELS_CUDA)")
     say(f"CPU kernels: {'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}")
@@ -102,10 +106,13 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     lines = [
-        f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 -fmad=false --expt-relaxed-constexpr -Xcompiler -fPIC"
-        f" -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {compiler} -shared $in -o $out -Wl,--version-script=exports.map {os.environ.get('LDFLAGS', '')} -L{torch_dir}/lib"
+        f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out"
+        "\n  depfile = $out.d\n  deps = gcc",
+        f"rule nvcc\n  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 -fmad=false"
+        f" --expt-relaxed-constexpr -Xcompiler -fPIC -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out"
+        "\n  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {compiler} -shared $in -o $out -Wl,--version-script=exports.map {os.environ.get('LDFLAGS', '')}"
+        f" -L{torch_dir}/lib"
         " -Wl,--as-needed -ltorch_cpu $libs",
     ]
     units = [("ops.cpp", "ops", f"-I{torch_dir}/include")]
@@ -113,8 +120,20 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):
             lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
-            units.append(("cpu/perturb.cpp", f"perturb_{name}", f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}"))
-            units.append(("cpu/activation.cpp", f"activation_{name}", f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}"))
+            units.append(
+                (
+                    "cpu/perturb.cpp",
+                    f"perturb_{name}",
+                    f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}",
+                )
+            )
+            units.append(
+                (
+                    "cpu/activation.cpp",
+                    f"activation_{name}",
+                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}",
+                )
+            )
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")

@@ -21,7 +21,11 @@ SYSTEM = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1
 LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 TORCH = "libtorch_cpu.so"
 STABLE_ABI = re.compile(r"(aoti_torch_|torch_)\w+")
-LINKER = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}  # weak, looked up and never needed
+LINKER = {
+    "_ITM_deregisterTMCloneTable",
+    "_ITM_registerTMCloneTable",
+    "__gmon_start__",
+}  # weak, looked up and never needed
 # The newest GLIBCXX and CXXABI of each manylinux tag, as auditwheel's policies have them; none below torch's own wheels.
 TAGS = {
     (2, 28): ((3, 4, 24), (1, 3, 11)),
@@ -88,7 +92,9 @@ def library_problems(library: Path) -> list[str]:
 # In the static CUDA runtime: where NVIDIA's multi-process service keeps its pipe.
 KNOWN_PATHS = {"/tmp/nvidia-mps"}
 PACKAGE = re.compile(r"dipkernels/(?:\w+\.py|py\.typed|_C\.so|triton_kernels/\w+\.py)")
-METADATA = re.compile(r"dipkernels-[\w.+]+\.dist-info/(?:METADATA|WHEEL|RECORD|top_level\.txt|licenses/[\w.]+|sboms/[\w.-]+)")
+METADATA = re.compile(
+    r"dipkernels-[\w.+]+\.dist-info/(?:METADATA|WHEEL|RECORD|top_level\.txt|licenses/[\w.]+|sboms/[\w.-]+)"
+)
 
 
 def wheel_problems(wheel: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """griffe extension for the API reference: the project's one-paragraph docstrings as lists of arguments."""
 
+import functools
 import re
 
 import griffe
@@ -13,6 +14,11 @@ def escaped(text):
     return "".join(part if i % 2 else re.sub(r"\*(?=\S)|(?<=\S)\*", r"\\*", part) for i, part in enumerate(parts))
 
 
+def item(name, found):
+    """One list item for the arguments that `found` names together."""
+    return "\n\n- " + re.sub(name, r"**\g<0>**", found.group(1)) + ": "
+
+
 def readable(text, names):
     """`text` with "name: ..." of each argument as an item, and Returns, Raises, Warns and Source as paragraphs."""
     blocks = []
@@ -24,7 +30,7 @@ def readable(text, names):
         if names:
             name = "(?:" + "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)) + ")"
             found = rf"(?:^|(?<=[.);])\s+|\n)({name}(?:(?:,| and) {name})*): "
-            block = re.sub(found, lambda m: "\n\n- " + re.sub(name, lambda n: f"**{n.group(0)}**", m.group(1)) + ": ", block)
+            block = re.sub(found, functools.partial(item, name), block)
         block = re.sub(rf"(?<=[.)])\s+({'|'.join(WORDS)})\b", r"\n\n\1", block)
         blocks.append(block.strip())
     return "\n\n".join(blocks)

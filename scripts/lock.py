@@ -20,7 +20,18 @@ def resolved(folder: Path) -> list[str]:
     """name==version of everything that pip would install."""
     report = folder / "report.json"
     files = [argument for name in ("dev", "docs") for argument in ("-r", str(ROOT / f"requirements-{name}.txt"))]
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", report, *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        report,
+        *files,
+    ]
     subprocess.run(command, check=True)
     found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     ours = [item for item in found if item["name"] != "torch" and not item["name"].startswith(("nvidia-", "cuda-"))]
@@ -31,10 +42,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         pins = Path(name) / "pins.in"
         pins.write_text("\n".join(resolved(Path(name))) + "\n")
-        command = ["uv", "pip", "compile", "--quiet", "--no-config", "--no-header", "--no-annotate", "--no-deps", "--generate-hashes"]
+        command = [
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-config",
+            "--no-header",
+            "--no-annotate",
+            "--no-deps",
+            "--generate-hashes",
+        ]
         version = ".".join(map(str, sys.version_info[:3]))
         lock = Path(name) / "lock"
-        subprocess.run([*command, "--python-version", version, "--output-file", lock, pins], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, "--python-version", version, "--output-file", lock, pins], check=True, stdout=subprocess.DEVNULL
+        )
         (ROOT / "requirements-dev.lock").write_text(HEADER + lock.read_text())
 
 

@@ -78,9 +78,13 @@ def link_flags(compiler, folder):
     folder.mkdir(parents=True, exist_ok=True)
 
     def where(name):
-        return subprocess.run([compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
 
-    machine = subprocess.run([compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout.split("-")[0]
+    machine = subprocess.run([compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout.split("-")[
+        0
+    ]
     for short, soname in {**LIBRARIES, "loader": LOADERS[machine]}.items():
         write_stand_in(compiler, folder, short, soname, symbols(where(soname)))
     (folder / "compat.c").write_text(COMPAT)

@@ -39,9 +39,15 @@ def check_installed(dip, expect):
     folder = Path(dip.__file__).parent
     check("installed, not a source tree", not (folder.parent / "setup.py").exists(), str(folder))
     library = backends.library()
-    check("the library loads, or was not asked for", library.loaded == (expect != "none"), library.error or library.path)
+    check(
+        "the library loads, or was not asked for", library.loaded == (expect != "none"), library.error or library.path
+    )
     check("CPU kernels", bool(library.cpu_capabilities) == (expect != "none"), " ".join(library.cpu_capabilities))
-    check("CUDA kernels", bool(library.cuda_archs) == (expect == "cuda"), f"{' '.join(library.cuda_archs)} by {library.cuda_toolkit}")
+    check(
+        "CUDA kernels",
+        bool(library.cuda_archs) == (expect == "cuda"),
+        f"{' '.join(library.cuda_archs)} by {library.cuda_toolkit}",
+    )
     backend = backends.choose("perturb", "cpu").backend
     check("what runs on the CPU", backend == ("reference" if expect == "none" else "cpu"), backend)
 
@@ -96,7 +102,10 @@ def check_triton():
 
 def check_import_time(limit):
     """In new processes, the least of five: what else the machine does only adds. The first one may write bytecode."""
-    runs = [subprocess.run([sys.executable, "-c", TIME_IMPORT], check=True, capture_output=True, text=True) for _ in range(6)]
+    runs = [
+        subprocess.run([sys.executable, "-c", TIME_IMPORT], check=True, capture_output=True, text=True)
+        for _ in range(6)
+    ]
     walls, processors = zip(*(map(float, run.stdout.split()) for run in runs[1:]))
     shown = f"{min(walls):.0f} ms (median {statistics.median(walls):.0f}; processor time {statistics.median(processors):.0f})"
     check(f"import takes under {limit:g} ms beyond torch", min(walls) < limit, shown)

@@ -63,7 +63,9 @@ def toolkit() -> str:
         raise SystemExit("--cuda 1: there is no nvcc (NVCC, PATH); --cuda 0 builds a wheel without CUDA kernels")
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+\.\d+)", text).group(1)
-    print(f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= {MIN_DRIVERS.get(release.split('.')[0], '?')}")
+    print(
+        f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= {MIN_DRIVERS.get(release.split('.')[0], '?')}"
+    )
     return release
 
 
@@ -72,7 +74,11 @@ def make_sdist(out: Path) -> Path:
     environment = {**os.environ, "DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", "SOURCE_DATE_EPOCH": commit_time()}
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "dipkernels"
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "site", "*.egg-info", "__pycache__", "*.so"))
+        shutil.copytree(
+            ROOT,
+            copy,
+            ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "site", "*.egg-info", "__pycache__", "*.so"),
+        )
         return backend("build_sdist", out, copy, environment)
 
 
@@ -100,7 +106,9 @@ def stand_in_for_torch(compiler: str, folder: Path) -> str:
     """Flags that name libtorch_cpu.so without having one of that machine: torch's symbols stay for the loader to find."""
     folder.mkdir(parents=True, exist_ok=True)
     needed = subprocess.run(["nm", "-D", "--defined-only", torch_library()], check=True, capture_output=True, text=True)
-    names = sorted({line.split()[-1] for line in needed.stdout.splitlines() if audit.STABLE_ABI.fullmatch(line.split()[-1])})
+    names = sorted(
+        {line.split()[-1] for line in needed.stdout.splitlines() if audit.STABLE_ABI.fullmatch(line.split()[-1])}
+    )
     offered = {name: ("TORCH", "FUNC", 0) for name in names}
     older_glibc.write_stand_in(compiler, folder, "torch_cpu", audit.TORCH, offered, versioned=False)
     return f"-L{folder}"
@@ -145,7 +153,9 @@ def main() -> int:
     start = time.perf_counter()
     wheel = make_wheel(sdist, arguments.out, bool(arguments.cpu), bool(arguments.cuda), arguments.machine)
     seconds = time.perf_counter() - start
-    print(f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB, built in {seconds:.0f} s on {os.cpu_count()} cores")
+    print(
+        f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB, built in {seconds:.0f} s on {os.cpu_count()} cores"
+    )
     return audit.main([str(wheel)])
 
 

@@ -27,7 +27,11 @@ def test_version_is_one_and_semantic():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     paper = citation["preferred-citation"]
-    assert "2506.04690" in paper["url"] and len(paper["authors"]) == 5 and "Distributional Input Projection" in paper["title"]
+    assert (
+        "2506.04690" in paper["url"]
+        and len(paper["authors"]) == 5
+        and "Distributional Input Projection" in paper["title"]
+    )
 
 
 # ---- workflows -------------------------------------------------------------------------------------------------------
@@ -52,7 +56,10 @@ def test_workflow_runs_targets_that_exist_and_actions_pinned_by_commit(workflow)
 def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
     assert {name for name, job in jobs.items() if "id-token" in str(job.get("permissions"))} == {"publish"}
-    assert jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')") and jobs["publish"]["needs"] == "build"
+    assert (
+        jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')")
+        and jobs["publish"]["needs"] == "build"
+    )
     uses = [step.get("uses", "").split("@")[0] for step in jobs["publish"]["steps"]]
     assert uses.index("actions/attest-build-provenance") < uses.index("pypa/gh-action-pypi-publish")
 
@@ -118,7 +125,10 @@ def test_site_lists_every_page_and_every_public_name():
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert "init_variance" in (tmp_path / "api" / "index.html").read_text()
@@ -133,10 +143,16 @@ def public_functions():
         if inspect.isclass(value):
             wanted = ("__init__", "__enter__", "__exit__")
             members = {key: member for key, member in vars(value).items() if key in wanted or not key.startswith("_")}
-            yield from ((f"{name}.{key}", member) for key, member in members.items() if inspect.isfunction(member) and key != "forward")
+            yield from (
+                (f"{name}.{key}", member)
+                for key, member in members.items()
+                if inspect.isfunction(member) and key != "forward"
+            )
         elif inspect.ismodule(value):
             if name != "reference":  # the oracle: signatures of the operations, and equations
-                own = {key: f for key, f in vars(value).items() if inspect.isfunction(f) and f.__module__ == value.__name__}
+                own = {
+                    key: f for key, f in vars(value).items() if inspect.isfunction(f) and f.__module__ == value.__name__
+                }
                 yield from ((f"{name}.{key}", f) for key, f in own.items() if not key.startswith("_"))
         else:
             yield name, value

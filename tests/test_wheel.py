@@ -99,10 +99,21 @@ print(json.dumps({"new": new, "cuda": cuda, "files": [f for _, _, files in os.wa
 def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
     environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     found = json.loads(done.stdout)
     # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds (scripts/smoke.py measures it).
-    heavy = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch._export", "triton", "transformers", "peft", "numpy.testing")
+    heavy = (
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.tensor",
+        "torch._export",
+        "triton",
+        "transformers",
+        "peft",
+        "numpy.testing",
+    )
     assert [name for name in found["new"] if name.startswith(heavy)] == []
     assert not found["cuda"] and found["files"] == []
 
@@ -150,7 +161,12 @@ def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
     fresh_library.setattr(torch, "__version__", "2.9.1+cpu")
     fresh_library.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
     error = backends.library().error
-    assert "found torch 2.9.1+cpu" in error and "needs torch >= 2.10" in error and "pip install" in error and "\n" not in error
+    assert (
+        "found torch 2.9.1+cpu" in error
+        and "needs torch >= 2.10" in error
+        and "pip install" in error
+        and "\n" not in error
+    )
 
 
 def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
@@ -159,7 +175,11 @@ def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
 
     fresh_library.setattr(torch.ops, "load_library", load)
     error = backends.library().error
-    assert error.startswith("undefined symbol: aoti_torch_new: found torch") and "--force-reinstall" in error and "\n" not in error
+    assert (
+        error.startswith("undefined symbol: aoti_torch_new: found torch")
+        and "--force-reinstall" in error
+        and "\n" not in error
+    )
 
 
 WHEEL_12 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "12.8")
@@ -212,7 +232,7 @@ def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs)
     plan = backends.choose("perturb", "cuda")
     assert plan.backend == runs and "sm_75" in plan.why
     old_gpu.setattr(backends, "_forced", "cuda")
-    with pytest.raises(RuntimeError, match="'cuda' was asked for.* GPU 0 is sm_75"):
+    with pytest.raises(RuntimeError, match=r"'cuda' was asked for.* GPU 0 is sm_75"):
         backends.choose("perturb", "cuda")
 
 
@@ -256,12 +276,18 @@ def build(out, *arguments):
 
 def smoke(wheel, folder, expect):
     """The smoke test on the wheel alone, in a folder of its own."""
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True
+    )
     code = (ROOT / "scripts" / "smoke.py").read_text()
     (folder.parent / "smoke.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(
-        [sys.executable, folder.parent / "smoke.py", "--expect", expect], cwd=folder.parent, env=environment, capture_output=True, text=True
+        [sys.executable, folder.parent / "smoke.py", "--expect", expect],
+        cwd=folder.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(folder) in done.stdout
@@ -282,7 +308,13 @@ def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
 def test_audit_of_a_wheel_finds_files_that_are_not_the_packages(tmp_path):
     wheel = tmp_path / "dipkernels-0.1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("dipkernels/__init__.py", "dipkernels/py.typed", "dipkernels/triton_kernels/noise.py", "triton_kernels/noise.py", "x.pth"):
+        for name in (
+            "dipkernels/__init__.py",
+            "dipkernels/py.typed",
+            "dipkernels/triton_kernels/noise.py",
+            "triton_kernels/noise.py",
+            "x.pth",
+        ):
             archive.writestr(name, "")
     assert audit.wheel_problems(wheel) == ["has the file triton_kernels/noise.py", "has the file x.pth"]
     assert audit.main([str(wheel)]) == 1

@@ -13,7 +13,9 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3, weight_decay=0.05, variance_lr=1e-2))
     for x, y in batches:
         out = dip.trajectories(model, x, m=4)
-        loss: Tensor = dip.objective(out, y, F.cross_entropy, model, alpha=1e-4, beta=1e-6) + dip.penalty(model, 1e-4, 1e-6)
+        loss: Tensor = dip.objective(out, y, F.cross_entropy, model, alpha=1e-4, beta=1e-6) + dip.penalty(
+            model, 1e-4, 1e-6
+        )
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         optimizer.step()
     with dip.fixed_noise(key=7, row0=0) as fixed, dip.noise_off():
@@ -24,10 +26,17 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
 
 
 def layers() -> list[nn.Module]:
-    linear = dip.DIPLinear(8, 4, bias=False, init_variance=0.1, num_samples=2, keep="x", device="cpu", dtype=torch.float32)
+    linear = dip.DIPLinear(
+        8, 4, bias=False, init_variance=0.1, num_samples=2, keep="x", device="cpu", dtype=torch.float32
+    )
     variance: Tensor = linear.log_variance
     print(variance)
-    return [linear, dip.DIPConv2d(3, 8, 3, padding=1), dip.DIPInput(8, dim=-1), dip.number_layers(nn.Sequential(linear))]
+    return [
+        linear,
+        dip.DIPConv2d(3, 8, 3, padding=1),
+        dip.DIPInput(8, dim=-1),
+        dip.number_layers(nn.Sequential(linear)),
+    ]
 
 
 def functions(x: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor) -> Tensor:
