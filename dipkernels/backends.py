@@ -250,6 +250,28 @@ def _runs_on(name: str, device: str) -> bool:
 _FUSED_BY_TRITON = ("linear", "activation")
 
 
+# Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing u first. By arithmetic:
+# neither bound has been measured yet; `make gpu-check` times both forms around them.
+FUSED_COLUMNS = 256  # N: up to two tiles of columns draw the noise at most twice, and u's 2 M K elements of traffic go
+FUSED_WORK = 2**25  # M N K = 32 x 1024 x 1024: the product takes microseconds, as every launch saved does
+
+
+def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | None:
+    """The plan of an affine layer that samples inside its GEMM, or None for P, the vendor's GEMM and Q.
+
+    m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's product is far ahead.
+    """
+    if dtype not in (torch.float16, torch.bfloat16) or _forced not in (None, "triton"):
+        return None
+    if (device == "cpu" and _forced is None) or not _runs_on("triton", device):
+        return None
+    if n <= FUSED_COLUMNS:
+        return Plan("triton", f"N = {n} <= {FUSED_COLUMNS}: one or two tiles of columns")
+    if m * n * k <= FUSED_WORK:
+        return Plan("triton", f"M N K = {m * n * k} <= {FUSED_WORK}: launches dominate")
+    return None
+
+
 def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 

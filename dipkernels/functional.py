@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import expectation, ops, tensor_parallel
-from .row_blocks import ACTIVATIONS
+from . import backends, expectation, ops, tensor_parallel
+from .row_blocks import ACTIVATIONS, act_of
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
@@ -217,7 +217,7 @@ def _mean_pieces(x, weight, bias, sigma, seed, where, activation, dtype):
     y = 0
     for s in range(sample, sample + num_samples):
         u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1, factor, log_variance), dtype)
-        y = y + ACTIVATIONS[activation](F.linear(u, weight, bias))
+        y = y + act_of(activation)(F.linear(u, weight, bias))
     return y / num_samples
 
 
@@ -405,10 +405,21 @@ def dip_linear(
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
+def _fuses(x, weight, dtype):
+    if x.device.type == "cpu" and backends._forced is None:  # the common case at once: no GPU, nothing to fuse
+        return False
+    m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    return weight.dim() == 2 and backends.fuses(x.device.type, dtype or x.dtype, m, *weight.shape) is not None
+
+
 def _affine(x, weight, bias, sigma, seed, where, keep, dtype):
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
+    elif keep != "u" and _fuses(x, weight, dtype):
+        _, row0, col0, sample, num_samples, factor, log_variance = where
+        where = (row0, col0, sample, num_samples, factor, log_variance)
+        return _mean(x, weight, bias, sigma, seed, where, "identity", dtype)
     elif (keep == "x" or (keep == "auto" and torch.compiler.is_compiling())) and not torch.compiler.is_exporting():
         if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
             return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)

@@ -162,7 +162,8 @@ def linear(
     x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
 ) -> Tensor:
     _check(x, sigma, seed, -1, row0, col0, sample, num_samples)
-    _check_activation(activation)
+    if activation != "identity":
+        _check_activation(activation)
     _check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
@@ -275,6 +276,8 @@ def _triton(op: str):
     stem = f"{__package__}.triton_kernels.{_STEMS.get(op, 'perturb')}"
 
     def run(*args):
+        if stem.endswith("linear"):
+            args = [None if a == "identity" else a for a in args] if "identity" in args[-2:] else args
         out = getattr(importlib.import_module(stem), op)(*args)
         if op == "linear_bwd" and out[2] is None:  # a schema has no optional results
             out = (*out[:2], out[1].new_zeros(out[1].shape[0]), out[3])

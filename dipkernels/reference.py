@@ -127,7 +127,11 @@ def _gelu_tanh(x):
     return x * s, s + x * ds, 2 * ds + x * ((1 - 2 * s) * d1 * ds + s * (1 - s) * d2)
 
 
-_ACTIVATIONS = {"relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "tanh": _tanh}
+def _identity(x):
+    return x, torch.ones_like(x), torch.zeros_like(x)
+
+
+_ACTIVATIONS = {"identity": _identity, "relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "tanh": _tanh}
 
 
 def _expectation(mu, v, activation):

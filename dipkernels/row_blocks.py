@@ -28,6 +28,7 @@ def _gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
 # What the layers apply, and dy * act'(h) in one pass.
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "silu": F.silu, "tanh": torch.tanh}
 _BACKWARDS = {
+    "identity": lambda dy, h: dy,
     "relu": lambda dy, h: _aten.threshold_backward(dy, h, 0),
     "gelu": _aten.gelu_backward,
     "gelu_tanh": _gelu_tanh_backward,
@@ -38,6 +39,11 @@ _IN_PLACE = {"relu": torch.relu_, "silu": lambda h: F.silu(h, inplace=True), "ta
 
 _CPU_ROWS = 2048  # of a block: fewer make smaller products, and more sums of [N, K] in backward
 _GPU_ROWS = 16384
+
+
+def act_of(activation: str):
+    """The function of an activation's name; "identity" is the affine layer's."""
+    return ACTIVATIONS.get(activation, lambda h: h)
 
 
 def _blocks(x: Tensor):
@@ -58,7 +64,7 @@ def linear(
     dtype = weight.dtype
     num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     y = torch.empty(num_rows, weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    act = _IN_PLACE.get(activation, ACTIVATIONS[activation])
+    act = _IN_PLACE.get(activation) or act_of(activation)
     for first, rows in _blocks(x):
         total = None
         for s in range(sample, sample + num_samples):

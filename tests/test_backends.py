@@ -120,3 +120,45 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         monkeypatch.undo()
         backends.library.cache_clear()
         assert backends.library().loaded
+
+
+def test_fuses_narrow_and_small_problems_alone(monkeypatch):
+    with_library(monkeypatch)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    half = torch.bfloat16
+    assert "tiles of columns" in backends.fuses("cuda", half, 65536, 256, 4096).why
+    assert "launches" in backends.fuses("cuda", half, 32, 1024, 1024).why
+    assert backends.fuses("cuda", half, 33, 1024, 1024) is None
+    assert backends.fuses("cuda", torch.float32, 32, 64, 64) is None
+    assert backends.fuses("cpu", half, 32, 64, 64) is None
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    assert backends.fuses("cuda", half, 32, 64, 64) is None
+
+
+FUSED = """
+import torch, dipkernels as dip
+from dipkernels import functional, ops
+calls = []
+linear = ops.linear
+ops.linear = lambda *arguments: calls.append(1) or linear(*arguments)
+seed, generator = torch.tensor([3, 4]), torch.Generator().manual_seed(0)
+tensors = [torch.randn(shape, generator=generator).half() for shape in ((19, 24), (20, 24), (20,), (19, 20))]
+log_variance = torch.randn(24, generator=generator) - 3
+def run(**options):
+    leaves = [t.clone().requires_grad_() for t in (*tensors[:3], log_variance)]
+    y = functional.dip_linear(*leaves, seed, log_variance=True, num_samples=2, **options)
+    return y, *torch.autograd.grad(y, leaves, tensors[3])
+with dip.backend("triton"):
+    fused = run()
+    assert calls == [1]
+    run(keep="u")
+    assert calls == [1]
+for ours, want in zip(fused, run(), strict=True):
+    torch.testing.assert_close(ours, want, rtol=2e-3, atol=2e-2)
+print("fused equals two-step")
+"""
+
+
+def test_fused_linear_equals_two_steps():
+    status, output = run_python(FUSED, TRITON_INTERPRET="1")
+    assert status == 0 and "fused equals two-step" in output, output
