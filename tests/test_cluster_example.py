@@ -96,3 +96,18 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
             assert "Sigkill" in text or "SIGKILL" in text or "-9" in text, text
     for name in finals[0]:
         assert torch.equal(finals[0][name], finals[1][name]), name
+
+
+@pytest.mark.slow
+def test_the_example_runs_without_torchrun(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(configuration() | {"steps": 4}))
+    command = [sys.executable, str(ROOT / "examples/cluster/train.py"), str(tmp_path / "config.json")]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300, env=without_ranks()
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/final.pt").exists()
+
+
+def without_ranks():
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -169,19 +169,12 @@ def main() -> None:
     config = json.loads(arguments.config.read_text())
     if arguments.steps is not None:
         config["steps"] = arguments.steps
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "0",
-    }.items():
-        os.environ.setdefault(name, value)
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if gpu else "gloo")
+    alone = {} if "RANK" in os.environ else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    distributed.init_process_group("nccl" if gpu else "gloo", **alone)
     train(config, arguments.out, device)
     distributed.destroy_process_group()
 
