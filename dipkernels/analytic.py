@@ -26,8 +26,8 @@ _SHAPES = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "to
 # Linear in one pre-activation, or in each of several layers', whose noises are independent: the mean goes through.
 _LINEAR = {"add", "sub", "rsub", "neg", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d"}
 _LINEAR |= {"conv2d", "cat", "stack", "mean", "sum", "chunk", "split", "getitem", "transpose", "permute", "t", "T"}
-_LINEAR |= {"mT", "movedim", "expand", "repeat", "repeat_interleave", "index_select", "select", "narrow", "unbind", "roll"}
-_LINEAR |= {"pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
+_LINEAR |= {"mT", "movedim", "expand", "repeat", "repeat_interleave", "index_select", "select", "narrow", "unbind"}
+_LINEAR |= {"roll", "pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
 _LINEAR |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 # Not linear: they read the mean, as in Algorithm 3.
 _READ_MEAN = {"softmax", "log_softmax", "layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}

@@ -1,6 +1,8 @@
 """dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what memory they take.  docs/maths.md, sections 4, 7."""
 
+import importlib
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -405,3 +407,14 @@ def test_analytic_prediction_refuses_bad_arguments():
     with pytest.raises(ValueError, match="model: expected DIP layers"):
         dip.predict(mlp(nn.ReLU()), torch.randn(3, 8), method="analytic")
     assert tuple(ACTIVATIONS) == ops.ACTIVATIONS
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    averaging = importlib.import_module("averaging")
+    runs = averaging.main(["--quick", "--out", str(tmp_path)])
+    assert len(runs) == 2 * 2 * len(averaging.METHODS) and "| analytic |" in capsys.readouterr().out
+    assert (tmp_path / "averaging.png").read_bytes().startswith(b"\x89PNG")
+    assert {"results.json", "table.md"} <= {path.name for path in tmp_path.iterdir()}
