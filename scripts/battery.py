@@ -4,9 +4,10 @@
     python scripts/battery.py --minutes 10       # what fits; every stream gets its share of the time
     python scripts/battery.py --record           # the same, and the figures go to docs/reliability.md
 
-Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the layer, in the sample, in the
-step (keys one apart) or in the row (2^32 apart): correlated draws fail there though each is good alone.
-dieharder calls a p-value below 1e-6 (or above 1 - 1e-6) FAILED and below 0.005 WEAK; of good words one test in a hundred is WEAK.
+Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the layer, in the
+sample, in the step (keys one apart) or in the row (2^32 apart): correlated draws fail there though each is good alone.
+dieharder calls a p-value below 1e-6 (or above 1 - 1e-6) FAILED and below 0.005 WEAK; of good words one test in a
+hundred is WEAK.
 """
 
 from __future__ import annotations
@@ -35,11 +36,14 @@ def build(folder: Path) -> Path:
     return program
 
 
-def run_test(program: Path, folder: Path, stream: str, number: int, seconds: float) -> tuple[list[tuple[str, float, str]], int] | None:
+def run_test(
+    program: Path, folder: Path, stream: str, number: int, seconds: float
+) -> tuple[list[tuple[str, float, str]], int] | None:
     """[(name, p, verdict)] and the bytes that went out; None where the time was up."""
     count = folder / "bytes"
     words = subprocess.Popen([str(program), stream, str(count)], stdout=subprocess.PIPE)
-    test = subprocess.Popen(["dieharder", "-g", "200", "-d", str(number)], stdin=words.stdout, stdout=subprocess.PIPE, text=True)
+    command = ["dieharder", "-g", "200", "-d", str(number)]
+    test = subprocess.Popen(command, stdin=words.stdout, stdout=subprocess.PIPE, text=True)
     words.stdout.close()
     try:
         text = test.communicate(timeout=seconds)[0]
@@ -70,7 +74,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         program = build(folder)
-        for index, stream in enumerate(STREAMS):
+        for stream in STREAMS:
             end = time.monotonic() + 60 * args.minutes / len(STREAMS)
             tests = verdicts = 0
             total, skipped = 0, []
@@ -87,10 +91,12 @@ def main() -> int:
                     if verdict != "PASSED":
                         (weak if verdict == "WEAK" else failed).append(f"{stream} {name}, p = {p:.6f}")
             rows.append((stream, tests, verdicts, total, len(skipped)))
-            print(f"{stream}: {tests} tests, {verdicts} p-values, {total / 2**30:.2f} GiB of words, {len(skipped)} tests past the time")
+            print(
+                f"{stream}: {verdicts} p-values, {total / 2**30:.2f} GiB of words, {len(skipped)} tests past the time"
+            )
     lines = [
-        f"dieharder {version.group(1) if version else ''}, {args.minutes:g} minutes: {sum(r[2] for r in rows)} p-values over "
-        f"{sum(r[3] for r in rows) / 2**30:.2f} GiB of words; {len(failed)} FAILED, {len(weak)} WEAK.",
+        f"dieharder {version.group(1) if version else ''}, {args.minutes:g} minutes: {sum(r[2] for r in rows)} p-values, "
+        f"{sum(r[3] for r in rows) / 2**30:.2f} GiB of words: {len(failed)} FAILED, {len(weak)} WEAK.",
         "",
         "| words of | tests | p-values | bytes | tests that did not fit |",
         "|---|---|---|---|---|",

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,8 @@ GUARDS = ("tests/test_guards.py",)
 EMULATED = ("tests/test_cuda_emulated.py",)
 INTERPRETED = ("tests/test_triton_interpreter.py",)
 LINEAR = ("tests/test_linear.py",)
-LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_properties.py")
+AVERAGED = ("tests/test_averaging.py",)
+LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
 
 
 class Mutant(NamedTuple):
@@ -51,6 +53,7 @@ class Mutant(NamedTuple):
     new: str
     tests: tuple[str, ...]
     which: int = 0
+    explained: str = ""  # why no test can tell
 
     @property
     def name(self) -> str:
@@ -118,14 +121,16 @@ MUTANTS = [
     Mutant("dipkernels/functional.py", "rows.t() @ u.reshape(-1, u.shape[-1])", "rows.t() @ x.reshape(-1, u.shape[-1])", LINEAR),
     Mutant("dipkernels/functional.py", "rows.sum(0).to(ctx.bias_dtype)", "rows.mean(0).to(ctx.bias_dtype)", LINEAR),
     Mutant("dipkernels/functional.py", "dsigma = dsigma * torch.exp(sigma / 2) / 2\n", "dsigma = dsigma * torch.exp(sigma / 2)\n", PERTURB),
-    Mutant("dipkernels/functional.py", "return dx.to(ctx.out_dtype or ctx.x_dtype)", "return dx.to(ctx.x_dtype)", PERTURB),
+    Mutant("dipkernels/functional.py", "return dx.to(ctx.out_dtype or ctx.x_dtype)", "return dx.to(ctx.x_dtype)", PERTURB,
+           explained="torch hands a jvp zeros, never None, for an input that does not move: the branch is not reached"),
     Mutant("dipkernels/functional.py", "_Perturb.apply(zeros, h, seed", "_Perturb.apply(zeros, -h, seed", PERTURB),
     Mutant("dipkernels/functional.py", "return _NoiseSumFunc.apply(dg, sigma, seed, ctx.where)", "return _NoiseSumFunc.apply(-dg, sigma, seed, ctx.where)", PERTURB),
     Mutant("dipkernels/functional.py", "return du, torch.zeros_like(ctx.saved_tensors[0])", "return du, None", LAYERS),
     Mutant("dipkernels/functional.py", "        _check_sigma(sigma)\n", "        pass\n", PERTURB),
-    Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", LINEAR),
-    Mutant("dipkernels/functional.py", "return y / num_samples", "return y", LINEAR),
-    Mutant("dipkernels/functional.py", "dx = du.to(x.dtype) if needs_dx else None", "dx = du if needs_dx else None", LINEAR),
+    Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", AVERAGED),
+    Mutant("dipkernels/functional.py", "return y / num_samples", "return y", AVERAGED),
+    Mutant("dipkernels/functional.py", "dx = du.to(x.dtype) if needs_dx else None", "dx = du if needs_dx else None", LINEAR,
+           explained="autograd casts a gradient to the type of its input"),
     # ---- checks and registration
     Mutant("dipkernels/ops.py", "    _check_seed(seed, x.device)", "    pass", PERTURB),
     Mutant("dipkernels/ops.py", "sample <= MAX_SAMPLES - num_samples", "sample <= MAX_SAMPLES", ("tests/test_noise.py", *PERTURB)),
@@ -175,7 +180,9 @@ def mutated(text: str, mutant: Mutant) -> str:
     places = [m.start() for m in re.finditer(re.escape(mutant.old), text)]
     wanted = max(mutant.which, 1)
     if len(places) < wanted or (mutant.which == 0 and len(places) != 1):
-        raise LookupError(f"expected the line {'once' if mutant.which == 0 else f'{wanted} times'}, found it {len(places)} times")
+        raise LookupError(
+            f"expected the line {'once' if mutant.which == 0 else f'{wanted} times'}, found it {len(places)} times"
+        )
     at = places[wanted - 1]
     return text[:at] + mutant.new + text[at + len(mutant.old) :]
 
@@ -186,7 +193,10 @@ class Copy:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.splitlines()
         for name in names:
             if (ROOT / name).is_file():
@@ -233,6 +243,7 @@ class Copy:
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(timeout), int(timeout) + 5))
             os.chdir(self.folder)
             os.environ.update(self.environment)
             sys.path.insert(0, str(self.folder))
@@ -241,7 +252,7 @@ class Copy:
             code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *names])
             sys.stdout.flush()
             os._exit(int(code))
-        end = time.monotonic() + timeout
+        end = time.monotonic() + 10 * timeout  # a machine may be busy: processor time tells a loop
         while True:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
@@ -290,7 +301,8 @@ def report(state: dict) -> str:
     for kind in ("survived", "error"):
         for mutant, row in rows:
             if row["status"] == kind:
-                lines += ["", f"{kind.capitalize()}: `{' '.join(mutant.name.split())}`"]
+                why = f" ({mutant.explained})" if mutant.explained else ""
+                lines += ["", f"{kind.capitalize()}: `{' '.join(mutant.name.split())}`{why}"]
     return "\n".join(lines)
 
 
@@ -300,8 +312,12 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a file's or a mutant's name")
     parser.add_argument("--again", action="store_true", help="also those that were killed before")
     parser.add_argument("--folder", type=Path, help="an empty folder for the copy (a temporary one)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds for one mutant's tests (600)")
-    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md and run nothing")
+    parser.add_argument(
+        "--timeout", type=float, default=300, help="seconds of processor time for one mutant's tests (300)"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures into docs/reliability.md and run nothing"
+    )
     args = parser.parse_args()
     state = json.loads(STATE.read_text()) if STATE.exists() else {}
     if args.record:
@@ -312,7 +328,9 @@ def main() -> int:
     todo = [m for m in wanted if args.again or state.get(digest(m), {}).get("status") != "killed"]
     todo.sort(key=lambda m: needs_build(m.path))  # what needs no compiler first
     start = time.monotonic()
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
         copy = Copy(args.folder or Path(temporary))
         problem = copy.build()
@@ -363,7 +381,7 @@ def main() -> int:
         save(state)
     print(report(state))
     known = [state.get(digest(m), {}).get("status") for m in wanted]
-    return 0 if all(status == "killed" for status in known) else 1
+    return 0 if all(status == "killed" or m.explained for m, status in zip(wanted, known, strict=True)) else 1
 
 
 if __name__ == "__main__":

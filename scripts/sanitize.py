@@ -42,17 +42,25 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     compiler = os.environ.get("CXX", "g++")
     x86 = is_x86(compiler)
     program = folder / f"sanitize_kernels_{kind}"
-    sources = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "scripts" / "sanitize_kernels.cpp"]
+    sources = [
+        *(ROOT / "csrc").rglob("*.h"),
+        *(ROOT / "csrc" / "cpu").glob("*.cpp"),
+        ROOT / "scripts" / "sanitize_kernels.cpp",
+    ]
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-g", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", *KINDS[kind]]
     flags += ["-DDIP_HAS_X86"] * x86
-    units = [(ROOT / "scripts" / "sanitize_kernels.cpp", "main", []), (ROOT / "csrc" / "cpu" / "dispatch.cpp", "dispatch", [])]
+    units = [
+        (ROOT / "scripts" / "sanitize_kernels.cpp", "main", []),
+        (ROOT / "csrc" / "cpu" / "dispatch.cpp", "dispatch", []),
+    ]
     for name, (lanes, extra) in CAPABILITIES.items():
         if name != "portable" and not x86:
             continue
-        units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, f"-DDIP_LANES={lanes}", f"-DDIP_PERTURB=perturb_{name}"]))
+        defines = [f"-DDIP_LANES={lanes}", f"-DDIP_PERTURB=perturb_{name}"]
+        units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
         defines = [f"-DDIP_ACTIVATION=activation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "activation.cpp", f"activation_{name}", [*extra, *defines]))
     running: list[tuple[str, subprocess.Popen]] = []
@@ -122,7 +130,11 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
     args = parser.parse_args()
     folder = ROOT / "build" / "sanitize"
-    what = {"guard": "guard pages", "address": "AddressSanitizer, UndefinedBehaviorSanitizer", "thread": "ThreadSanitizer"}
+    what = {
+        "guard": "guard pages",
+        "address": "AddressSanitizer, UndefinedBehaviorSanitizer",
+        "thread": "ThreadSanitizer",
+    }
     lines = ["| watched by | cases | found |", "|---|---|---|"]
     for kind, name in what.items():
         program = build(kind, folder)
@@ -135,7 +147,9 @@ def main() -> int:
     if not args.no_python:
         last = in_python()
         print(last)
-        lines.append(f"| AddressSanitizer, UndefinedBehaviorSanitizer, in Python: {', '.join(TESTS)} | {last} | nothing |")
+        lines.append(
+            f"| AddressSanitizer, UndefinedBehaviorSanitizer, in Python: {', '.join(TESTS)} | {last} | nothing |"
+        )
     if args.record:
         record("sanitize", f"Seed {args.seed}, {args.threads} threads.\n\n" + "\n".join(lines))
     return 0

@@ -1,0 +1,257 @@
+"""What goes wrong around the package leaves a clear error and nothing lost: memory, exceptions, Ctrl-C, disks, checkpoints.
+
+docs/reliability.md. A failed allocation inside a kernel: test_guards.py.
+"""
+
+import argparse
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dipkernels as dip
+from dipkernels import functional, seeds
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import recipe_training
+
+resource = pytest.importorskip("resource")
+SEED = torch.tensor([0x0123456789ABCDEF, 3])
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_out_of_memory_is_an_error_and_the_next_call_works():
+    """u does not fit: RuntimeError, whichever operation; afterwards all is as before."""
+    x = torch.ones(1, 8).expand(2**25, 8)  # 1 GiB of results from 32 bytes
+    sigma = torch.ones(8, requires_grad=True)
+    want = functional.perturb(x[:10], sigma, SEED).detach()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, hard))
+    try:
+        for call in (
+            lambda: functional.perturb(x, sigma, SEED),
+            lambda: functional.noise((2**25, 8), SEED),
+            lambda: functional.dip_linear(x, torch.ones(4, 8), None, sigma, SEED, keep="x"),
+        ):
+            with pytest.raises(RuntimeError, match=r"out of memory|allocate memory"):
+                call()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert torch.equal(functional.perturb(x[:10], sigma, SEED), want)
+
+
+# ---- exceptions --------------------------------------------------------------------------------------------------------
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        raise RuntimeError("on purpose")
+
+
+def test_an_exception_in_the_middle_of_backward_leaves_the_model_sound():
+    torch.manual_seed(0)
+    parts = [torch.nn.Linear(12, 12) for _ in range(2)]
+    model = dip.convert(torch.nn.Sequential(*parts))
+    x = torch.randn(5, 12)
+
+    def step():
+        model.zero_grad()
+        with dip.fixed_noise(4):
+            model(x).square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    want = step()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="on purpose"), dip.fixed_noise(4):
+        model[1](Fails.apply(model[0](x))).square().sum().backward()
+    assert model[1].weight.grad is not None and model[0].weight.grad is None, "it failed elsewhere"
+    assert all(torch.equal(a, b) for a, b in zip(step(), want, strict=True))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_a_context_restores_what_was_before(error):
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with dip.fixed_noise(1):
+        outer = seeds._KEY
+        for context in (dip.fixed_noise(2), dip.noise_off(), seeds.sampling_on(), seeds.numbered_pass(3)):
+            with pytest.raises(error), context:
+                raise error
+            assert seeds._KEY is outer and seeds._MODE is None and seeds._ROW0 == 0
+    assert seeds._KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
+def test_an_exception_in_predict_gives_each_module_its_mode_back():
+    class Breaks(torch.nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(), Breaks()))
+    model[1].eval()
+    with pytest.raises(KeyboardInterrupt):
+        dip.predict(model, torch.ones(2, 4), k=3)
+    assert [m.training for m in model] == [True, False, True] and seeds._MODE is None
+
+
+def test_a_failed_conversion_changes_nothing():
+    """Bad arguments are found before the first layer is touched."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    before = list(model.state_dict())
+    for bad in (-1.0, float("nan"), "much", torch.ones(3)):
+        with pytest.raises((ValueError, TypeError), match="init_variance"):
+            dip.convert(model, bad)
+        assert list(model.state_dict()) == before and all(type(m) is torch.nn.Linear for m in model)
+
+
+# ---- the examples' checkpoints: Ctrl-C, a full disk, what cannot be read -------------------------------------------------
+
+
+def trainer(out, resume=False, seed=0):
+    parser = argparse.ArgumentParser()
+    recipe_training.add_arguments(parser)
+    flags = [
+        "--data",
+        str(out),
+        "--out",
+        str(out),
+        "--precision",
+        "fp32",
+        "--batch",
+        "4",
+        "--save-every",
+        "2",
+        "--log-every",
+        "2",
+        "--epochs",
+        "2",
+    ]
+    args = parser.parse_args([*flags, "--lr", "0.01", "--seed", str(seed), *(["--resume"] if resume else [])])
+    torch.manual_seed(seed)
+    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)))
+    worker = recipe_training.Worker(0, 1, torch.device("cpu"))
+    return recipe_training.Trainer(model, worker, args, 24, {"seed": seed})
+
+
+def train(t, interrupt_at=None):
+    x, y = torch.randn(24, 64, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
+
+    def loss_of(model, indices):
+        if t.step == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        return torch.nn.functional.cross_entropy(model(x[indices]), y[indices])
+
+    return t.run(lambda indices: indices, loss_of)
+
+
+def files(out):
+    return sorted(path.name for path in out.iterdir())
+
+
+def test_ctrl_c_while_training_leaves_a_checkpoint_that_goes_on_to_the_same_end(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    train(trainer(whole))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer(parts), interrupt_at=7)
+    assert files(parts) == ["last.pt", "metrics.jsonl"]
+    assert torch.load(parts / "last.pt", weights_only=True)["step"] == 6
+    assert train(trainer(parts, resume=True))
+    a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_ctrl_c_while_saving_leaves_the_last_checkpoint_and_no_temporary_file(tmp_path, monkeypatch):
+    t = trainer(tmp_path)
+    t.save(tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def interrupted(content, path):
+        Path(path).write_bytes(b"half of it")
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        t.save(tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before and files(tmp_path) == ["last.pt"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_temporary_file(tmp_path):
+    t = trainer(tmp_path)
+    t.save(tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    assert len(before) > 20000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(OSError, match=r"last\.pt: could not be written, a full disk"):
+            t.save(tmp_path / "last.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "last.pt").read_bytes() == before and files(tmp_path) == ["last.pt"]
+    t.save(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another file", "a step is missing"])
+def test_a_corrupt_checkpoint_is_named_in_the_error(tmp_path, damage):
+    path = tmp_path / "last.pt"
+    t = trainer(tmp_path)
+    t.save(path)
+    content = path.read_bytes()
+    if damage == "another file":
+        torch.save([1, 2], path)
+    elif damage == "a step is missing":
+        torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "step"}, path)
+    else:
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b"", "garbage": bytes(range(256)) * 40}[damage]
+        )
+    kept = path.read_bytes()
+    with pytest.raises(ValueError, match=r"--resume: expected a checkpoint of this recipe in .*last.pt"):
+        trainer(tmp_path, resume=True)
+    assert path.read_bytes() == kept
+
+
+def test_flipped_bytes_of_a_checkpoint_load_or_are_refused(tmp_path):
+    """80 damaged copies: one of Python's errors that names the file, or a file whose damage is in numbers alone."""
+    t = trainer(tmp_path)
+    path = tmp_path / "last.pt"
+    t.save(path)
+    content, dice = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(80):
+        damaged = bytearray(content)
+        for _ in range(dice.randint(1, 8)):
+            damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            trainer(tmp_path, resume=True)
+        except ValueError as error:
+            assert "last.pt" in str(error)
+            refused += 1
+    assert refused > 5
+
+
+# ---- nothing silent: a step without noise ------------------------------------------------------------------------------
+
+
+def test_a_step_without_noise_gives_every_variance_a_gradient_of_zeros():
+    """None would stop DistributedDataParallel at the next step, and keep an optimiser's old momentum going."""
+    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)))
+    with dip.noise_off():
+        model(torch.randn(3, 6)).sum().backward()
+    for layer in model:
+        assert torch.equal(layer.log_variance.grad, torch.zeros(6)) and layer.weight.grad.abs().sum() > 0

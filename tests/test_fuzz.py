@@ -1,0 +1,163 @@
+"""Free arguments and untrusted text: Python exceptions, never a crash, and errors that name what was wrong.  docs/reliability.md.
+
+The calls run in a process of their own, so that a crash is a failure with the case's number and not the end of the tests.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+OPS = """
+import random, sys, torch
+from dipkernels import ops
+torch.set_num_threads(2)
+first, number = int(sys.argv[1]), int(sys.argv[2])
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8]
+INTS = [0, 1, 2, 3, 7, 8, -1, -2, 5, 40, 2**31 - 1, 2**32, 2**62, 2**63 - 1, -(2**63), 65535, 65536]
+HUGE = {"shape": [2**40, 2**62, 2**63 - 1, -1]}
+
+def tensor(dice, name):
+    if name == "seed" and dice.random() < 0.8:
+        t = torch.tensor([dice.getrandbits(63), dice.randint(-5, 5)])
+        return t if dice.random() < 0.9 else torch.stack((t, t), 1)[:, 0]
+    ndim = 1 if name in ("sigma", "v", "bias", "dv") and dice.random() < 0.9 else 2 if name == "weight" else dice.randint(0, 4)
+    shape = [dice.choice(SIDES) if dice.random() < 0.8 else dice.choice([0, 1, 2, 5, 9, 17]) for _ in range(ndim)]
+    dtype = dice.choice(DTYPES[:4]) if dice.random() < 0.9 else dice.choice(DTYPES)
+    dtype = torch.float32 if name in ("sigma", "v") and dice.random() < 0.8 else dtype
+    t = torch.zeros(shape, dtype=dtype)
+    if dtype.is_floating_point:
+        t.copy_(torch.rand(shape)).mul_(dice.choice([1, 1, -1, float("inf"), float("nan")]))
+    kind = dice.randint(0, 9)
+    if kind == 0 and t.dim():
+        t = t.transpose(0, -1)
+    elif kind == 1 and t.dim():
+        t = t[..., ::2]
+    elif kind == 2 and t.numel() and t.dim():
+        t = t[:1].expand(t.shape)
+    elif kind == 3 and dice.random() < 0.3:
+        t = t.to("meta")
+    elif kind == 4 and dice.random() < 0.3:
+        t = t.to_sparse() if t.dim() else t
+    return t
+
+def argument(dice, arg):
+    kind, name = str(arg.type), arg.name
+    if dice.random() < 0.02:
+        return dice.choice([None, "text", 1.5, [1], object(), torch.ones(2), True])
+    if kind == "Tensor" or kind == "Optional[Tensor]":
+        return None if kind[0] == "O" and dice.random() < 0.3 else tensor(dice, name)
+    if kind == "List[int]":
+        big = dice.random() < 0.1
+        return [dice.choice(HUGE["shape"] if big and dice.random() < 0.5 else SIDES) for _ in range(dice.randint(0, 4))]
+    if kind == "int" and name == "num_samples":
+        return dice.choice([1, 1, 1, 2, 3, 0, -1, 65537, 2**40])
+    if kind == "int":
+        return dice.choice([0, 0, -1, 1]) if name == "dim" and dice.random() < 0.8 else dice.choice(INTS)
+    if kind == "float":
+        return dice.choice([1.0, 0.5, -1.0, float("nan"), float("inf"), 1e300])
+    if kind == "bool":
+        return dice.random() < 0.5
+    if kind == "str":
+        return dice.choice(["relu", "gelu", "gelu_tanh", "silu", "tanh", "", "softmax", "relu\\0", "\\N{SNOWMAN}" * 50])
+    if kind == "Optional[int]":
+        return dice.choice([None, None, torch.float32, torch.bfloat16, torch.int32, 77])
+    raise AssertionError(f"{name}: a type the fuzzer does not know: {kind}")
+
+ran = refused = 0
+reasons = set()
+for number in range(first, first + number):
+    dice = random.Random(number)
+    SIDES = [dice.choice([0, 1, 2, 3, 5, 8, 9, 16, 33])] * 3 + [dice.choice([1, 4, 7])]
+    op = dice.choice(sorted(ops.SCHEMAS))
+    overload = getattr(torch.ops.dipkernels, op).default
+    arguments = [argument(dice, arg) for arg in overload._schema.arguments]
+    print(number, op, end=" ", flush=True)
+    by_checks = dice.random() < 0.5
+    try:
+        out = (getattr(ops, op) if by_checks else overload)(*arguments)
+        for t in out if isinstance(out, tuple) else (out,):
+            t.sum() if t.device.type == "cpu" else None
+        ran += 1
+    except Exception as error:
+        assert str(error), "an error without a word"
+        reasons.add(type(error).__name__)
+        refused += 1
+    print("ok")
+print(f"ran {ran} refused {refused} {sorted(reasons)}")
+"""
+
+
+def fuzz_operations(first, number):
+    done = subprocess.run(
+        [sys.executable, "-c", OPS, str(first), str(number)], cwd=ROOT, capture_output=True, text=True
+    )
+    last = done.stdout.strip().splitlines()[-1:]
+    assert done.returncode == 0, f"after {last}: status {done.returncode}\n{done.stderr[-3000:]}"
+    ran, refused = (int(n) for n in last[0].split()[1:4:2])
+    assert ran + refused == number and ran > number // 20 and refused > number // 4, last
+    return last
+
+
+def test_operations_take_any_arguments_without_a_crash():
+    fuzz_operations(0, 2000)
+
+
+@pytest.mark.slow
+def test_operations_take_any_arguments_without_a_crash_40000():
+    fuzz_operations(10_000, 40_000)
+
+
+# Each value in a fork that imports the package anew; torch is imported once.
+ENVIRONMENT = """
+import os, sys, warnings
+import torch
+VALUES = [b"", b"auto", b"cpu", b"portable", b"avx2", b"reference", b"CPU", b" cpu", b"cpu ", b"triton", b"cuda", b"exact", b"0", b"1", b"-1",
+          b"\\xff\\xfe", b"a" * 5000, b"%s%n", b"../../etc", "\\N{SNOWMAN}".encode(), b"None", b"auto\\n", b"portable,avx2"]
+for name in ("DIPKERNELS_BACKEND", "DIPKERNELS_CPU_CAPABILITY", "DIPKERNELS_CUDA_TIER", "DIPKERNELS_AUTOTUNE"):
+    for value in VALUES:
+        child = os.fork()
+        if child == 0:
+            os.environb[name.encode()] = value
+            status = 0
+            try:
+                warnings.simplefilter("ignore")
+                import dipkernels as dip
+                z = dip.functional.noise((3, 8), torch.tensor([1, 2]))
+                assert z.isfinite().all()
+            except (ValueError, RuntimeError) as error:
+                told = name in str(error) or "backend" in str(error)  # a backend that is missing here is named by name
+                status = 1 if told else 2
+            except BaseException as error:
+                print(name, value, repr(error)[:300], file=sys.stderr, flush=True)
+                status = 3
+            os._exit(status)
+        print(name, value[:20], os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+KNOWN = {
+    "DIPKERNELS_BACKEND": {"", "auto", "cpu", "reference"},
+    "DIPKERNELS_CPU_CAPABILITY": {"", "auto", "portable", "avx2"},
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_environment_variables_take_any_bytes():
+    """A known value runs, any other is refused with the variable's name; nothing crashes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPKERNELS")}
+    done = subprocess.run([sys.executable, "-c", ENVIRONMENT], cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
+    assert len(lines) == 4 * 23
+    for what, status in lines:
+        name, value = what.split(" ", 1)
+        value = eval(value).decode(errors="replace")
+        if name not in KNOWN:  # read where there is a GPU
+            assert status == "0", what
+        elif value in KNOWN[name]:
+            assert status in ("0", "1"), what  # 1: a machine without AVX2, or no compiled library
+        else:
+            assert status == "1", f"{what}: {status}, {done.stderr.decode()[-500:]}"

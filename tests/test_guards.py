@@ -1,0 +1,132 @@
+"""No kernel touches a byte outside its tensors: exact extents between guard pages, gaps that hold a pattern.  docs/reliability.md."""
+
+import ctypes
+import mmap
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dipkernels import ops
+from dipkernels.backends import library
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import sanitize  # noqa: E402
+
+SEED = torch.tensor([0x0123456789ABCDEF, 3])
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="session")
+def guarded():
+    return sanitize.build("guard", ROOT / "build" / "tests" / "guard")
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_stay_inside_their_buffers(guarded, threads):
+    """Values, edges and gaps of random cases, on every instruction set: a byte outside is a segmentation fault."""
+    assert "300 cases of perturb" in sanitize.run(guarded, 400, threads, threads)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+def test_kernels_report_a_failed_allocation(guarded, threads):
+    """Each allocation of a kernel fails in turn: "out of memory" comes back, whichever thread it was."""
+    assert "300 cases of perturb" in sanitize.run(guarded, 400, threads, threads, "fail")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["address", "thread"])
+def test_kernels_under_sanitizers(kind, tmp_path):
+    program = sanitize.build(kind, tmp_path)
+    for mode in ("run", "fail"):
+        assert "3000 cases of perturb" in sanitize.run(program, 4000, 7, 4, mode)
+
+
+# ---- the library, called from torch on tensors at the very edge of what may be read -----------------------------------------
+
+EDGES = """
+import ctypes, itertools, mmap, sys
+import torch
+from dipkernels import ops
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+def at_edge(t, end):
+    "t's values in memory whose last byte (or first) is the last (or first) that may be touched"
+    page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+    inside = -(-max(size, 1) // page) * page
+    base = libc.mmap(None, inside + 2 * page, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert libc.mprotect(base + page, inside, 3) == 0
+    start = base + page + (inside - size if end else 0)
+    out = torch.frombuffer((ctypes.c_char * size).from_address(start), dtype=t.dtype).view(t.shape)
+    return out.copy_(t)
+
+if sys.argv[1] == "overrun":
+    x = at_edge(torch.zeros(8), True)
+    ctypes.memset(x.data_ptr(), 0, 33)
+seed = torch.tensor([0x0123456789ABCDEF, 3])
+for dtype, (shape, dim), end, num_samples in itertools.product(
+    (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    [((3, 7), -1), ((5, 64), -1), ((2, 513), -1), ((1, 1), -1), ((2, 5, 3), 1), ((2, 9, 130), 1)],
+    (False, True), (1, 2),
+):
+    x, du = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+    sigma = torch.rand(shape[dim])
+    where = (dim, 5, 3, 0, num_samples, 1.0, False)
+    want = ops.perturb_replay(du, x, sigma, seed, *where, None)
+    got = ops.perturb_replay(at_edge(du, end), at_edge(x, end), at_edge(sigma, end), at_edge(seed, end), *where, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)), (dtype, shape)
+    assert torch.equal(ops.perturb(at_edge(x, end), at_edge(sigma, end), seed, *where, None), want[0])
+    assert torch.equal(ops.perturb_bwd(at_edge(du, end), at_edge(sigma, end), seed, *where), want[1])
+print("inside")
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS") or sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
+def test_operations_read_nothing_outside_their_tensors():
+    inside = subprocess.run([sys.executable, "-c", EDGES, "inside"], capture_output=True, text=True, cwd=ROOT)
+    assert inside.returncode == 0 and inside.stdout == "inside\n", inside.stderr[-3000:]
+    outside = subprocess.run([sys.executable, "-c", EDGES, "overrun"], capture_output=True, cwd=ROOT)
+    assert outside.returncode < 0, "the guard page does not guard"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("offset", [1, 3, 5])
+@pytest.mark.parametrize("shape, dim", [((6, 33), -1), ((6, 64), -1), ((2, 9, 20), 1)])
+def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, offset, dtype):
+    """A tensor that starts `offset` elements into its memory has the results of one that is aligned, and both margins keep their bytes."""
+    generator = torch.Generator().manual_seed(offset)
+    x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    sigma = torch.rand(shape[dim], generator=generator)
+    where = (dim, 7, 5, 0, 1, 1.0, False)
+    want = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+
+    def shifted(t):
+        memory = torch.full((t.numel() + 32,), torch.nan, dtype=t.dtype)
+        memory[offset : offset + t.numel()] = t.flatten()
+        return memory, memory[offset : offset + t.numel()].view(t.shape)
+
+    memory_x, x = shifted(x)
+    memory_du, du = shifted(du)
+    before = [t.view(torch.uint8).clone() for t in (memory_x, memory_du)]
+    got = ops.perturb_replay(du, x, shifted(sigma)[1], SEED, *where, None)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((memory_x, memory_du), before))
+
+
+def test_ctypes_addresses_are_those_of_tensors():
+    """What EDGES relies on: frombuffer of an address shares its memory."""
+    memory = (ctypes.c_char * 8)()
+    t = torch.frombuffer(memory, dtype=torch.float32)
+    t.fill_(1.0)
+    assert t.data_ptr() == ctypes.addressof(memory) and bytes(memory) == b"\x00\x00\x80?" * 2

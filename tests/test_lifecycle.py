@@ -1,0 +1,298 @@
+"""Threads, forks, workers, changing thread counts, shutdown, memory: the same numbers, no hang, nothing kept.  docs/reliability.md."""
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from lifecycle_support import Noised, network, one_step
+
+import dipkernels as dip
+from dipkernels import functional
+
+ROOT = Path(__file__).parent.parent
+SEED = torch.tensor([0x0123456789ABCDEF, 3])
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def in_threads(number, work):
+    """[work(i)] computed by `number` threads that start together."""
+    results, errors, start = [None] * number, [], threading.Barrier(number)
+
+    def run(i):
+        try:
+            start.wait(timeout=300)
+            results[i] = work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(number)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout=600)
+    assert not errors and not any(t.is_alive() for t in threads), errors
+    return results
+
+
+# ---- threads -----------------------------------------------------------------------------------------------------------
+
+
+def test_forward_and_backward_from_python_threads_are_those_of_one():
+    """Functions of tensors hold no state: six threads on one set of parameters get the gradients that each gets alone."""
+    x, weight = torch.randn(300, 70, dtype=torch.float64), torch.randn(20, 70, dtype=torch.float64)
+    sigma = torch.rand(70)
+
+    def work(i):
+        torch.set_num_threads(1 + i % 3)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, sigma)]
+        for _ in range(10):
+            y = functional.dip_linear(leaves[0], leaves[1], None, leaves[2], torch.tensor([i, 2]), keep="ux"[i % 2])
+            grads = torch.autograd.grad(y.square().sum(), leaves)
+        return [y.detach(), *grads]
+
+    alone = [work(i) for i in range(6)]
+    for got, want in zip(in_threads(6, work), alone, strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_one_model_serves_several_threads_under_a_fixed_key():
+    """fixed_noise is of the process, not of a thread: all threads inside get its noise."""
+    model, x = network(), torch.randn(50, 33)
+    with dip.fixed_noise(11):
+        want = model(x).detach()
+        assert all(torch.equal(y, want) for y in in_threads(4, lambda i: model(x).detach()))
+    assert not torch.equal(model(x), want)
+
+
+def test_a_drawn_pass_in_each_thread_has_noise_of_its_own():
+    model, x = network(), torch.randn(50, 33)
+    results = in_threads(4, lambda i: [model(x).detach() for _ in range(5)])
+    flat = [y for part in results for y in part]
+    assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
+
+
+def test_thread_count_may_change_between_forward_and_backward():
+    x, sigma = torch.randn(2000, 40), torch.rand(40)
+    results = []
+    for forward, backward in ((1, 1), (2, 1), (1, 3), (3, 2)):
+        leaf = sigma.clone().requires_grad_()
+        torch.set_num_threads(forward)
+        u = functional.perturb(x, leaf, SEED)
+        torch.set_num_threads(backward)
+        u.backward(x)
+        results.append((u.detach(), leaf.grad))
+    assert all(torch.equal(a, b) for got in results for a, b in zip(got, results[0], strict=True))
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------------
+
+FORKS = """
+import os, sys, torch
+sys.path.insert(0, "tests")
+import dipkernels as dip
+from dipkernels import functional
+from lifecycle_support import network, one_step
+
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+def noise(threads):
+    torch.set_num_threads(threads)
+    return functional.perturb(torch.zeros(3000, 40), torch.ones(40), torch.tensor([5, 1]))
+
+kept = []
+in_child(lambda: noise(2))                      # after import, before any use: with threads
+want = noise(2)                                 # the parent's threads start here
+def same():
+    assert torch.equal(noise(1), want)          # after use: torch's rule, one thread
+    model = network()
+    torch.manual_seed(1)
+    kept.append(one_step(model, torch.ones(4, 33)))
+in_child(same)
+assert torch.equal(noise(2), want)              # and the parent goes on
+print("done")
+"""
+
+SHUTDOWN = """
+import sys, threading, torch
+sys.path.insert(0, "tests")
+import dipkernels as dip
+from lifecycle_support import network, one_step
+model, x = network(), torch.randn(64, 33)
+stop = threading.Event()
+def until_told():
+    while not stop.is_set():
+        model(x)
+worker = threading.Thread(target=until_told)    # no daemon: those abort under plain torch too
+worker.start()
+torch.set_num_threads(2)
+one_step(model, x)
+threading.Timer(0.5, stop.set).start()          # the main thread is gone by then
+context = dip.fixed_noise(3)
+context.__enter__()                             # never left
+print("end")
+"""
+
+
+def run(script, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, **environment},
+    )
+    return done
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kernels_survive_a_fork():
+    done = run(FORKS, OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_interpreter_shuts_down_while_a_thread_runs():
+    """A thread inside kernels when the main one ends, and a context that was never left: exit status 0 and not a word."""
+    done = run(SHUTDOWN)
+    assert done.returncode == 0 and done.stdout == "end\n" and done.stderr == "", (done.returncode, done.stderr[-3000:])
+
+
+def check_loader(context):
+    torch.manual_seed(3)
+    loader = torch.utils.data.DataLoader(Noised(), batch_size=4, num_workers=2, multiprocessing_context=context)
+    fixed, drawn, workers = (
+        torch.cat(parts) if torch.is_tensor(parts[0]) else parts for parts in zip(*loader, strict=True)
+    )
+    assert torch.equal(fixed.flatten(0, 1), functional.noise((48, 16), torch.tensor([7, 1])))
+    assert len({tuple(row.tolist()) for row in drawn.flatten(0, 1)}) == 48, "two examples share their noise"
+    assert set(workers.tolist()) == {0, 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_dataloader_workers_draw_apart():
+    functional.noise((3000, 40), SEED)  # the parent has used its threads
+    check_loader("fork")
+
+
+@pytest.mark.slow
+def test_spawned_dataloader_workers_draw_apart():
+    check_loader("spawn")
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_stays_flat_over_many_steps():
+    """No object stays, and no memory to speak of; `make soak` takes longer and looks closer."""
+    torch.set_num_threads(1)
+    model, x = network(), torch.randn(16, 33)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+
+    def steps(number):
+        for i in range(number):
+            with dip.fixed_noise(i):
+                one_step(model, x)
+            one_step(model, x)
+            optimizer.step()
+            functional.perturb(x, torch.ones(33), SEED)
+
+    steps(100)
+    gc.collect()
+    before, objects = resident(), len(gc.get_objects())
+    steps(400)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 200
+    assert resident() - before < 4e6  # a leaked gradient of 1320 weights would be 4.2 MB
+
+
+# ---- noise is never shared by accident ---------------------------------------------------------------------------------------
+
+
+def correlation(a, b):
+    a, b = a.flatten().double(), b.flatten().double()
+    return abs(float((a * b).mean())) * a.numel() ** 0.5  # in standard deviations
+
+
+def test_layers_steps_ranks_samples_and_trajectories_never_share_noise():
+    """Streams that differ in one number are uncorrelated, also under a shift of rows or columns."""
+    shape = (64, 256)
+
+    def z(key=1, stream=0, **where):
+        return functional.noise(shape, torch.tensor([key, stream]), **where)
+
+    base = z()
+    others = {
+        "layer": z(stream=1), "far layer": z(stream=2**15), "step": z(key=2), "high bit of the key": z(key=1 - 2**63),
+        "sample": z(sample=1), "last sample": z(sample=2**16 - 1), "rank or trajectory": z(row0=64), "rows beyond 32 bits": z(row0=2**32),
+        "columns of the next shard": z(col0=256), "layer and sample swapped": z(stream=1, sample=1),
+    }  # fmt: skip
+    assert all(correlation(base, other) < 5 for other in others.values())
+    names = list(others)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert correlation(others[a], others[b]) < 5.5, (a, b)
+        for shift in (1, 2, 8):
+            assert correlation(base[shift:], others[a][:-shift]) < 5.5
+            assert correlation(base[:, shift:], others[a][:, :-shift]) < 5.5
+
+
+def test_layers_of_a_model_have_streams_of_their_own():
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(40)))
+    dip.convert(model)
+    layers = list(model)
+    assert len({layer.number for layer in layers}) == 40
+    with dip.fixed_noise(3):
+        seeds = [dip.seeds.draw(layer.stream, torch.ones(1, 16)) for layer in layers]
+    assert len({tuple(seed.tolist()) for seed in seeds}) == 40
+
+
+def test_drawn_seeds_never_repeat_within_the_birthday_bound():
+    """80 bits of a drawn seed matter: n passes of layers share one with probability below n^2 / 2^81, 2e-16 here."""
+    torch.manual_seed(0)
+    stream, x = torch.tensor([0, 0]), torch.ones(1)
+    n = 20_000
+    drawn = {(int(key), int(number) & 0xFFFF) for key, number in (dip.seeds.draw(stream, x).tolist() for _ in range(n))}
+    assert len(drawn) == n and n**2 / 2**81 < 2e-16
+    keys = torch.tensor([key for key, _ in drawn])
+    for bit in range(64):  # every bit of the key is in use
+        share = ((keys >> bit) & 1).double().mean().item()
+        assert abs(share - 0.5) < 5 * 0.5 / n**0.5, bit
+
+
+def test_ranks_seeded_apart_draw_apart_and_steps_too():
+    model, x = network(), torch.ones(6, 33)
+    seen = []
+    for rank in range(4):
+        torch.manual_seed(100 + rank)
+        seen += [model(x).detach() for _ in range(3)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+    assert all(len({tuple(row) for row in y.tolist()}) == 6 for y in seen), "two examples share their noise"
+    out = dip.trajectories(model, x, m=5).flatten(0, 1)
+    assert len({tuple(row) for row in out.tolist()}) == 30, "two trajectories share their noise"

@@ -1,0 +1,335 @@
+"""Random shapes, strides, types, origins, threads and instruction sets against the float64 reference, by hypothesis.
+
+500 cases of fixed seeds in `make test`, 20,000 in `make test-all`.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from dipkernels import backends, functional, ops, reference
+from dipkernels.backends import CAPABILITIES, cpu_capability, library
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
+Z_ERROR = 4e-6  # the contract's tolerance on z
+MOST = 1500  # elements of a case
+pytestmark = pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
+
+
+def cases(number):
+    """`number` cases of fixed seeds, the same on every machine."""
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+    fixed = settings(max_examples=number, deadline=None, database=None, suppress_health_check=checks)
+    return lambda test: seed(20261120)(fixed(test))
+
+
+def offered():
+    before = cpu_capability()
+    names = []
+    for name in CAPABILITIES:
+        try:
+            names.append(cpu_capability(name))
+        except RuntimeError:
+            continue
+    cpu_capability(before)
+    return names
+
+
+OFFERED = offered() if "portable" in library().cpu_capabilities else []
+
+
+@pytest.fixture(autouse=True, scope="module")
+def restore():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if OFFERED:
+        cpu_capability("auto")
+
+
+# ---- what a case is made of --------------------------------------------------------------------------------------------
+
+rows0 = st.one_of(st.integers(0, 9), st.sampled_from([2**32 - 5, 2**32 - 1, 2**33 + 7, 2**62]), st.integers(0, 2**62))
+columns0 = st.one_of(st.integers(0, 17), st.sampled_from([0, 8, 2**20 + 3, 2**35 - 4, 2**35 + 16]))
+keys = st.integers(-(2**63), 2**63 - 1)
+seeds = st.builds(lambda key, stream: torch.tensor([key, stream]), keys, st.integers(-3, 2**17) | keys)
+
+
+@st.composite
+def shapes(draw, least=1):
+    """1 to 4 dimensions, some empty or of one element, MOST elements at most, and the feature dimension."""
+    ndim = draw(st.integers(least, 4))
+    side = st.one_of(st.integers(1, 12), st.sampled_from([0, 1, 2, 8, 16, 17, 64, 129, 700]))
+    shape, left = [], MOST
+    for _ in range(ndim):
+        shape.append(min(draw(side), max(left, 1)))
+        left //= max(shape[-1], 1)
+    shape = draw(st.permutations(shape))
+    return tuple(shape), draw(st.integers(-ndim, ndim - 1))
+
+
+@st.composite
+def layouts(draw, values):
+    """`values` (contiguous) in other memory: any order of dimensions, gaps, steps, an offset, expanded dimensions, flips."""
+    kind = draw(st.sampled_from(["dense", "dense", "order", "gaps", "expand", "flip", "channels_last", "slice"]))
+    if kind == "dense" or values.numel() == 0:
+        return values
+    ndim = values.dim()
+    if kind == "channels_last" and ndim == 4:
+        return values.to(memory_format=torch.channels_last)
+    if kind == "flip":  # torch has no negative strides: a flip is a copy, of which the copy's flip is a view's worth
+        return values.flip(draw(st.integers(0, ndim - 1)))
+    if kind == "expand":
+        d = draw(st.integers(0, ndim - 1))
+        return values.narrow(d, 0, 1).expand(values.shape)
+    if kind == "slice":
+        d = draw(st.integers(0, ndim - 1))
+        wide = list(values.shape)
+        step, first = draw(st.integers(1, 3)), draw(st.integers(0, 3))
+        wide[d] = first + step * wide[d] + draw(st.integers(0, 2))
+        memory = torch.full(wide, math.nan, dtype=values.dtype)
+        view = memory.narrow(d, first, step * values.shape[d])
+        view = view[tuple(slice(None, None, step) if i == d else slice(None) for i in range(ndim))]
+        return view.copy_(values)
+    order = draw(st.permutations(range(ndim)))
+    strides, stride = [0] * ndim, 1 if kind == "order" else draw(st.integers(1, 2))
+    for d in reversed(order):
+        strides[d] = stride
+        stride = stride * values.shape[d] + (0 if kind == "order" else draw(st.integers(0, 3)))
+    offset = draw(st.integers(0, 5))
+    memory = torch.full(
+        (offset + 1 + sum((n - 1) * s for n, s in zip(values.shape, strides)),), math.nan, dtype=values.dtype
+    )
+    return memory.as_strided(values.shape, strides, offset).copy_(values)
+
+
+@st.composite
+def perturbs(draw):
+    shape, dim = draw(shapes())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype, du_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    du = torch.randn(shape, generator=generator, dtype=torch.float64).to(du_dtype)
+    log_variance = draw(st.booleans())
+    sigma = (
+        torch.rand(shape[dim], generator=generator, dtype=draw(st.sampled_from([torch.float32, torch.float64]))) + 0.1
+    )
+    sigma = sigma.square().log() if log_variance else sigma
+    num_samples = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    sample = draw(st.sampled_from([0, 1, 2**16 - num_samples]) | st.integers(0, 2**16 - num_samples))
+    where = (
+        dim,
+        draw(rows0),
+        draw(columns0),
+        sample,
+        num_samples,
+        draw(st.sampled_from([1.0, 0.5, 0.25**0.5, 3.0])),
+        log_variance,
+    )
+    out_dtype = draw(st.sampled_from([None, None, *DTYPES]))
+    machine = draw(st.sampled_from(OFFERED)), draw(st.integers(1, 3))
+    return draw(layouts(x)), draw(layouts(du)), draw(layouts(sigma)), draw(seeds), where, out_dtype, machine
+
+
+# ---- the properties ----------------------------------------------------------------------------------------------------
+
+
+def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
+    cpu_capability(machine[0])
+    torch.set_num_threads(machine[1])
+    dim, log_variance = where[0], where[-1]
+    u = ops.perturb(x, sigma, seed, *where, out_dtype)
+    exact = reference.perturb(x, sigma, seed, *where, torch.float64)
+    scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[5] if sigma.numel() else 0.0
+    tiny = 6e-8 if u.dtype is torch.float16 else 0.0
+    allowed = (
+        2 * (EPS[u.dtype] + EPS[torch.float32]) * (exact.abs() + 6 * scale * EPS[torch.float32])
+        + scale * Z_ERROR
+        + tiny
+    )
+    assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape and u.stride() == torch.empty_like(x).stride()
+    assert ((u.double() - exact).abs() <= allowed).all()
+    dsigma = ops.perturb_bwd(du, sigma, seed, *where)
+    exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
+    rows = du.numel() // max(1, du.shape[dim])
+    size = where[5] * (scale + 1) * (1 + (float(du.double().abs().max()) if du.numel() else 0.0))
+    assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
+    assert ((dsigma.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
+    again, replayed = ops.perturb_replay(du, x, sigma, seed, *where, out_dtype)
+    assert torch.equal(again, u)
+    # In the type of x where that is wider than du's.
+    assert ((replayed.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
+
+
+@cases(380)
+@given(perturbs())
+def test_perturb_matches_reference_whatever_comes(case):
+    check_perturb(*case)
+
+
+@pytest.mark.slow
+@cases(15_000)
+@given(perturbs())
+def test_perturb_matches_reference_whatever_comes_15000(case):
+    check_perturb(*case)
+
+
+def check_noise(shape_dim, where, seed, data, machine):
+    """z is the reference's, and the noise of a window is the window of the noise."""
+    (shape, dim), (row0, col0, sample, num_samples) = shape_dim, where
+    cpu_capability(machine[0])
+    torch.set_num_threads(machine[1])
+    z = functional.noise(shape, seed, dim=dim, row0=row0, col0=col0, sample=sample, num_samples=num_samples)
+    exact = reference.noise(seed, shape, dim, row0, col0, sample, num_samples)
+    assert z.is_contiguous() and z.dtype is torch.float32 and ((z - exact).abs() <= Z_ERROR + 1e-6).all()
+    if z.numel() == 0:
+        return
+    first = data.draw(st.integers(0, shape[dim] - 1))
+    last = data.draw(st.integers(first + 1, shape[dim]))
+    window = [n for d, n in enumerate(shape) if d != dim % len(shape)]
+    window.insert(dim % len(shape), last - first)
+    part = functional.noise(window, seed, dim=dim, row0=row0, col0=col0 + first, sample=sample, num_samples=num_samples)
+    assert torch.equal(part, z.narrow(dim, first, last - first))
+    if dim % len(shape) != 0:  # leading entries are rows
+        start = data.draw(st.integers(0, shape[0] - 1))
+        rows = z[0].numel() // shape[dim] * start
+        part = functional.noise((shape[0] - start, *shape[1:]), seed, dim=dim, row0=row0 + rows, col0=col0, sample=sample, num_samples=num_samples)  # fmt: skip
+        assert torch.equal(part, z[start:])
+
+
+windows = st.tuples(rows0, columns0, st.integers(0, 9), st.integers(1, 3))
+machines = st.tuples(st.sampled_from(OFFERED or ["portable"]), st.integers(1, 3))
+
+
+@cases(60)
+@given(shapes(), windows, seeds, st.data(), machines)
+def test_noise_of_a_window_is_the_window_whatever_comes(shape_dim, where, seed, data, machine):
+    check_noise(shape_dim, where, seed, data, machine)
+
+
+@pytest.mark.slow
+@cases(2_500)
+@given(shapes(), windows, seeds, st.data(), machines)
+def test_noise_of_a_window_is_the_window_whatever_comes_2500(shape_dim, where, seed, data, machine):
+    check_noise(shape_dim, where, seed, data, machine)
+
+
+@st.composite
+def linears(draw):
+    shape, _ = draw(shapes())
+    k, n = shape[-1], draw(st.integers(1, 20))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    log_variance = draw(st.booleans())
+    sigma = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1).float().double()
+    options = dict(row0=draw(rows0), col0=draw(columns0), sample=draw(st.integers(0, 9)), num_samples=draw(st.integers(1, 3)),
+                   collapsed=draw(st.booleans()), log_variance=log_variance, keep=draw(st.sampled_from(["auto", "u", "x"])))  # fmt: skip
+    bias = normal(n) if draw(st.booleans()) else None
+    x = draw(layouts(normal(*shape)))
+    return x, normal(n, k), bias, sigma.log() if log_variance else sigma, draw(seeds), normal(*shape[:-1], n), options
+
+
+def check_linear(x, weight, bias, sigma, seed, dy, options):
+    """y and every gradient in float64, against the same layer written out with the reference's noise."""
+    keep = {k: v for k, v in options.items() if k != "collapsed" and k != "keep" and k != "log_variance"}
+    num_samples = keep.pop("num_samples")
+    factor, count = (num_samples**-0.5, 1) if options["collapsed"] else (1.0, num_samples)
+    z = torch.stack([reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"] + s, 1).double() for s in range(count)]).mean(0)  # fmt: skip
+    results = []
+    for ours in (True, False):
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
+        lx, lw, lb, ls = leaves
+        if ours:
+            y = functional.dip_linear(lx, lw, lb, ls, seed, **options)
+        else:
+            s = torch.exp(ls / 2) if options["log_variance"] else ls
+            y = F.linear(lx + factor * s * z, lw, lb)
+        results.append([y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)])
+    size = 1e-5 * (1 + x.numel()) * (1 + weight.shape[0])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=size)
+
+
+@cases(60)
+@given(linears())
+def test_dip_linear_and_its_gradients_match_reference_whatever_comes(case):
+    check_linear(*case)
+
+
+@pytest.mark.slow
+@cases(2_500)
+@given(linears())
+def test_dip_linear_and_its_gradients_match_reference_whatever_comes_2500(case):
+    check_linear(*case)
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_tensors_of_no_dimension_are_refused(name):
+    """Zero dimensions have no feature dimension: a clear error, from every backend that runs here."""
+    if name in ("cuda", "triton"):
+        pytest.skip("needs a GPU")
+    with backends.backend(name):
+        with pytest.raises(ValueError, match="dim: expected a dimension of a tensor of 0"):
+            functional.perturb(torch.ones(()), torch.ones(1), torch.tensor([1, 2]))
+        with pytest.raises(ValueError, match="dim: expected a dimension of a tensor of 0"):
+            functional.noise((), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 2, 0, 1), (0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 0, 1, 5), (2, 0, 0, 3)])
+def test_empty_tensors_are_as_good_as_others(shape):
+    """Wherever the feature dimension is: an empty result, and sums of nothing."""
+    seed = torch.tensor([1, 2])
+    for dim in range(len(shape)):
+        assert functional.noise(shape, seed, dim=dim).shape == shape
+        for dtype in DTYPES:
+            x, sigma = torch.empty(shape, dtype=dtype), torch.ones(shape[dim], requires_grad=True)
+            u = functional.perturb(x, sigma, seed, dim=dim)
+            u.sum().backward()
+            assert u.shape == shape and torch.equal(sigma.grad, torch.zeros(shape[dim]))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
+def test_tangents_have_the_type_of_the_result(dtype):
+    """Forward mode, whichever of the inputs moves."""
+    x, sigma, seed = torch.randn(3, 9), torch.rand(9), torch.tensor([1, 2])
+    dx, dsigma = torch.randn(3, 9), torch.randn(9)
+
+    def of_x(x):
+        return functional.perturb(x, sigma, seed, dtype=dtype)
+
+    def of_sigma(sigma):
+        return functional.perturb(x, sigma, seed, dtype=dtype)
+
+    def of_both(x, sigma):
+        return functional.perturb(x, sigma, seed, dtype=dtype)
+
+    for run, inputs, tangents in (
+        (of_x, (x,), (dx,)),
+        (of_sigma, (sigma,), (dsigma,)),
+        (of_both, (x, sigma), (dx, dsigma)),
+    ):
+        u, du = torch.func.jvp(run, inputs, tangents)
+        assert u.dtype == du.dtype == (dtype or torch.float32) and u.shape == du.shape
+
+
+def test_noise_sums_have_derivatives_forward_over_reverse():
+    """d/dt of the gradient of sigma, along x: forward mode through the sum over rows."""
+    x, dx, seed = torch.randn(5, 9).double(), torch.randn(5, 9).double(), torch.tensor([1, 2])
+    sigma = torch.rand(9).double()
+
+    def gradient(x):
+        return torch.func.grad(lambda s: functional.perturb(x, s, seed).pow(3).sum())(sigma)
+
+    got = torch.func.jvp(gradient, (x,), (dx,))[1]
+    step = 1e-5
+    torch.testing.assert_close(
+        got, (gradient(x + step * dx) - gradient(x - step * dx)) / (2 * step), rtol=1e-6, atol=1e-6
+    )
