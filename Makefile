@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean \
+.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck
 
 setup: $(VENV)/.built
@@ -101,6 +101,19 @@ typecheck: setup
 	$(PY) -m mypy --strict --follow-imports=silent tests/typing_use.py
 
 C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# What docs/reliability.md reports; each takes a --record that writes its figures there.
+sanitize: setup
+	$(PY) scripts/sanitize.py
+
+battery: setup
+	$(PY) scripts/battery.py
+
+mutants: setup
+	$(PY) scripts/mutants.py
+
+soak: setup
+	OMP_NUM_THREADS=1 $(PY) scripts/soak.py
 
 lint: setup
 	$(PY) -m ruff check .
