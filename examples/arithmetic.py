@@ -35,7 +35,7 @@ METHODS = ("plain", "plain, equal time", "input noise", "fixed variance", "Gauss
 STAGES = ("scratch", "LoRA")
 DIM, DEPTH, BATCH = 128, 2, 64
 LEARNING_RATE = 3e-3  # of the models that the LoRA stage starts from
-STEPS = {"scratch": 200, "LoRA": 100}  # of 64 problems each
+STEPS = {"scratch": 120, "LoRA": 80}  # of 64 problems each
 LENGTHS = {"scratch": (2, 3, 4), "LoRA": (2, 3, 4, 5, 6)}
 OPERATORS = {"scratch": "+-", "LoRA": "+-*"}
 TESTED = {"scratch": (4, 6, 8, 10), "LoRA": (4, 6, 8, 10)}  # steps
@@ -262,7 +262,9 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         seconds = f"{statistics.fmean(r['train_cpu_seconds'] for r in runs):.0f}"
         rows.append([method, *cells, f"**{mean}**" if method == best else mean, whole, seconds])
     settings = study.stores[stage].values["chosen"]
-    chosen = "; ".join(f"{m} " + ", ".join(f"{k} {v:g}" for k, v in s.items()) for m, s in settings.items())
+    chosen = "; ".join(
+        f"{m} " + ", ".join(f"{k} {v:g}" for k, v in sorted(s.items())) for m, s in sorted(settings.items())
+    )
     runs = study.stores[stage].runs
     text = table(["method", *heads, "mean", "all steps right", "CPU s"], rows)
     return (
@@ -279,9 +281,10 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
 def search_table(study: Study) -> str:
     rows = []
     for stage in study.args.stages:
-        for method, trials in study.stores[stage].values["search"].items():
+        for method, trials in sorted(study.stores[stage].values["search"].items()):
             cells = [
-                ", ".join(f"{k} {v:g}" for k, v in setting.items()) + f": {score:.1f}" for score, setting in trials
+                ", ".join(f"{k} {v:g}" for k, v in sorted(setting.items())) + f": {score:.1f}"
+                for score, setting in trials
             ]
             rows.append([stage, method, "; ".join(cells)])
     return table(["stage", "method", "setting: mean exact match on validation problems"], rows)

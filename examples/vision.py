@@ -336,7 +336,7 @@ def main_table(study: Study) -> str:
             rows.append([training, *row])
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
     values = study.store.values
-    settings = "; ".join(f"{name} {_setting(setting)}" for name, setting in values["chosen"].items())
+    settings = "; ".join(f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items()))
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in bold. "
         f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods with noise; a DIP step "
@@ -346,7 +346,7 @@ def main_table(study: Study) -> str:
 
 
 def _setting(setting: dict) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(setting.items()))
 
 
 def _environments(study: Study) -> str:
@@ -382,7 +382,7 @@ def averages_table(studies: list[Study]) -> str:
 def search_table(studies: list[Study]) -> str:
     rows = []
     for study in studies:
-        for method, trials in study.store.values["search"].items():
+        for method, trials in sorted(study.store.values["search"].items()):
             best = max(score for score, _ in trials)
             cells = [
                 f"{_setting(s)}: {'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
