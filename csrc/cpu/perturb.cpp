@@ -273,7 +273,7 @@ const char* sum_rows(const Pass<C>& pass, ParallelFor parallel_for, double* part
   run_parallel(parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (rows.groups * block_rows)), [&](int64_t begin, int64_t end) {
     C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
     if (!acc) {
-      failed = true;
+      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
       return;
     }
     for (int64_t b = begin; b < end; ++b)
