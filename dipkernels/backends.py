@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -182,6 +183,25 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+triton_problems: dict[str, str] = {}  # operation: why Triton cannot compile it here
+
+
+def note_triton_problem(op: str, error: Exception) -> None:
+    """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or where Triton was asked for."""
+    # Triton's own errors, and what its passes and ptxas throw.
+    is_compilation = type(error).__name__ in (
+        "CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError", "OutOfResources",
+    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))  # fmt: skip
+    if not is_compilation:
+        raise error
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    problem = f"Triton {importlib.metadata.version('triton')} cannot compile {op}: {said}"
+    if _forced == "triton":
+        raise RuntimeError(f"{op}: backend 'triton' was asked for, and {problem}") from error
+    triton_problems[op] = problem
+    warnings.warn(f"dipkernels: {problem}; another backend runs instead", RuntimeWarning, stacklevel=2)
+
+
 _forced: str | None = None
 _listeners: list[Callable[[], None]] = []  # called when _forced changes: `ops` keeps a table of what was chosen
 
@@ -261,7 +281,7 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 
     m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's product is far ahead.
     """
-    if dtype not in (torch.float16, torch.bfloat16) or _forced not in (None, "triton"):
+    if dtype not in (torch.float16, torch.bfloat16) or _forced not in (None, "triton") or "linear" in triton_problems:
         return None
     if (device == "cpu" and _forced is None) or not _runs_on("triton", device):
         return None
@@ -286,14 +306,14 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         if _forced == "cuda" and op.startswith("activation"):
             raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
-    if device == "cuda" and op.startswith(_FUSED_BY_TRITON) and _runs_on("triton", device):
+    if device == "cuda" and op.startswith(_FUSED_BY_TRITON) and _runs_on("triton", device) and op not in triton_problems:
         return Plan("triton", "its passes are fused in Triton alone")
     if device == "cuda" and op.startswith("activation"):
-        return Plan("reference", "the CUDA library has no kernel of it, and Triton is missing")
+        return Plan("reference", triton_problems.get(op) or "the CUDA library has no kernel of it, and Triton is missing")
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")
-    if device == "cuda" and _runs_on("triton", device):
+    if device == "cuda" and _runs_on("triton", device) and op not in triton_problems:
         return Plan("triton", _cuda_problem or "the library has no CUDA kernels")
-    problem = _cuda_problem if device == "cuda" else None
+    problem = triton_problems.get(op) or (_cuda_problem if device == "cuda" else None)
     return Plan("reference", problem or library().error or f"no kernels for device {device!r}")

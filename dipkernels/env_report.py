@@ -88,6 +88,8 @@ def env_report() -> EnvReport:
         report[f"kernels on {device}"] = f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
     if torch.cuda.is_available():
         report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if backends.triton_problems:
+        report["triton problems"] = list(backends.triton_problems.values())
     report["threads"] = torch.get_num_threads()
     names = sorted(
         {name for name in os.environ if name.startswith("DIPKERNELS_")} | {n for n in _VARIABLES if n in os.environ}

@@ -275,13 +275,23 @@ _STEMS = {op: op.split("_")[0] for op in SCHEMAS if op.startswith(("linear", "ac
 def _triton(op: str):
     stem = f"{__package__}.triton_kernels.{_STEMS.get(op, 'perturb')}"
 
-    def run(*args):
+    def launch(*args):
         if stem.endswith("linear"):
             args = [None if a == "identity" else a for a in args] if "identity" in args[-2:] else args
         out = getattr(importlib.import_module(stem), op)(*args)
         if op == "linear_bwd" and out[2] is None:  # a schema has no optional results
             out = (*out[:2], out[1].new_zeros(out[1].shape[0]), out[3])
         return out
+
+    def run(*args):
+        if op not in backends.triton_problems:
+            try:
+                return launch(*args)
+            except Exception as error:
+                backends.note_triton_problem(op, error)
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        plan = backends.choose(op, device)  # no longer Triton
+        return getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default(*args)
 
     return run
 

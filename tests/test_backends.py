@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from dipkernels import backend, backends, functional
+from dipkernels import backend, backends, env_report, functional, ops
 from dipkernels.backends import Library, Plan, choose
 
 SEED = torch.tensor([1, 2])
@@ -162,3 +162,34 @@ print("fused equals two-step")
 def test_fused_linear_equals_two_steps():
     status, output = run_python(FUSED, TRITON_INTERPRET="1")
     assert status == 0 and "fused equals two-step" in output, output
+
+
+class PTXASError(Exception):
+    """Named as Triton's own: that is how a failed compilation is told apart from a caller's error."""
+
+
+def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkeypatch):
+    with_library(monkeypatch)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(backends, "triton_problems", {})
+    assert choose("linear", "cuda").backend == "triton"
+    with pytest.warns(RuntimeWarning, match=r"Triton \d.* cannot compile linear: no such instruction"):
+        backends.note_triton_problem("linear", PTXASError("no such instruction\nmore"))
+    assert choose("linear", "cuda").backend == "cuda"
+    assert backends.fuses("cuda", torch.float16, 32, 64, 64) is None
+    assert "cannot compile linear" in str(env_report()["triton problems"])
+    with pytest.raises(ValueError, match="an argument"):
+        backends.note_triton_problem("linear", ValueError("an argument"))
+    monkeypatch.setattr(backends, "_forced", "triton")
+    with pytest.raises(RuntimeError, match="'triton' was asked for, and Triton"):
+        backends.note_triton_problem("perturb", PTXASError("no such instruction"))
+
+
+def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
+    monkeypatch.setattr(backends, "triton_problems", {})
+    failing = ops._triton("noise")
+    monkeypatch.setattr(ops.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
+    with pytest.warns(RuntimeWarning, match="cannot compile noise"):
+        z = failing(SEED, (3, 8), -1, 0, 0, 0, 1)
+    assert torch.equal(z, functional.noise((3, 8), SEED))
+    assert torch.equal(failing(SEED, (3, 8), -1, 0, 0, 0, 1), z)
