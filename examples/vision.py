@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import vision_methods as methods
-from report import FOLDER, PAGE, Store, cell, environment_line, figure, mean_std, save_figure, table, write_section
+from results_page import FOLDER, PAGE, Store, cell, environment_line, figure, mean_std, save_figure, table, write_section
 from torch import Tensor, nn
 from tqdm import tqdm
 from vision_methods import METHODS, SEVERAL, TRAININGS
@@ -252,10 +252,10 @@ class Study:
     def needs(self, bar: tqdm | None) -> dict[tuple, dict]:
         """What DIP needs, on validation images: variance learning rate against alpha."""
         results = {}
-        rates, alphas = NEEDS if not self.quick else ((0.01,), (0.1,))
+        rates, alphas = NEEDS[self.arch] if not self.quick else ((0.01,), (0.1,))
         for rate in rates:
             for alpha in alphas:
-                changes = {"variance_lr": rate, "alpha": alpha, "sigma": NEEDS_SIGMA}
+                changes = {"variance_lr": rate, "alpha": alpha, "sigma": NEEDS_SIGMA[self.arch]}
                 config = self.config("DIP", self.chosen("DIP") | changes, seed=100, split="val")
                 results[rate, alpha] = self.result(config)
                 if bar is not None:
@@ -291,7 +291,11 @@ class Study:
         count = {
             "tune": tune,
             "main": len(self.trainings()) * len(METHODS) * len(self.seeds),
-            "needs": 0 if self.arch != "MLP" else 1 if self.quick else len(NEEDS[0]) * len(NEEDS[1]),
+            "needs": 0
+            if self.arch not in NEEDS
+            else 1
+            if self.quick
+            else len(NEEDS[self.arch][0]) * len(NEEDS[self.arch][1]),
             "ablations": (4 + len(ABLATIONS[self.arch][: 2 if self.quick else None]))
             * len(self.seeds[:ABLATION_SEEDS]),
         }
@@ -300,8 +304,8 @@ class Study:
 
 
 DEFAULTS = {"placement": "every layer", "beta_factor": 1.0, "lambda_s": 0.0}  # left out of a stored configuration
-NEEDS = ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0))
-NEEDS_SIGMA = 0.5
+NEEDS = {"MLP": ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0)), "ViT": ((0.01, 0.1), (0.1, 1.0, 10.0))}
+NEEDS_SIGMA = {"MLP": 0.5, "ViT": 0.3}
 ABLATIONS: dict[str, list[tuple[str, dict]]] = {
     "MLP": [
         *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.001, 0.01, 0.1, 1.0)),
@@ -392,18 +396,23 @@ def search_table(studies: list[Study]) -> str:
     return table(["network", "method", "setting: mean over the conditions on validation images"], rows)
 
 
-def needs_table(study: Study) -> str:
-    results = study.needs(None)
-    alphas = sorted({alpha for _, alpha in results})
-    rows = []
-    for rate in sorted({rate for rate, _ in results}):
-        cells = []
-        for alpha in alphas:
-            result = results[rate, alpha]
-            medians = "/".join(f"{quantiles[2]:.2f}" for quantiles in result["sigma"].values())
-            cells.append(f"{overall(result['scores']):.1f}, PGD {result['scores']['PGD']['0.1']:.0f} (sigma {medians})")
-        rows.append([f"{rate:g}", *cells])
-    return table(["variance_lr", *(f"alpha {alpha:g}" for alpha in alphas)], rows)
+def needs_table(studies: list[Study]) -> str:
+    tables = []
+    for study in studies:
+        results = study.needs(None)
+        alphas = sorted({alpha for _, alpha in results})
+        rows = []
+        for rate in sorted({rate for rate, _ in results}):
+            cells = []
+            for alpha in alphas:
+                result = results[rate, alpha]
+                sigma = "/".join(f"{quantiles[2]:.2f}" for quantiles in result["sigma"].values())
+                pgd = result["scores"]["PGD"]["0.1"]
+                cells.append(f"{overall(result['scores']):.1f}, PGD {pgd:.0f} (sigma {sigma})")
+            rows.append([f"{rate:g}", *cells])
+        head = f"{study.arch}, from sigma {NEEDS_SIGMA[study.arch]:g}: variance_lr"
+        tables.append(table([head, *(f"alpha {alpha:g}" for alpha in alphas)], rows))
+    return "\n\n".join(tables)
 
 
 def ablation_table(study: Study) -> str:
@@ -496,12 +505,11 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
     write_section(page, "vision-search", search_table(studies))
     write_section(page, "vision-k", k_table(studies))
     write_section(page, "vision-smoothness", smoothness_table(studies))
+    write_section(page, "vision-needs", needs_table([study for study in studies if study.arch in NEEDS]))
     plot_sigmas(studies, out / "vision_sigma.png")
     for study in studies:
         if ABLATIONS[study.arch]:
             write_section(page, f"vision-ablations-{study.arch.lower()}", ablation_table(study))
-        if study.arch == "MLP":
-            write_section(page, "vision-needs", needs_table(study))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -532,7 +540,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True) as bar:
         for study in studies:
             for part in PARTS[:-1]:
-                if part in args.parts and (part != "needs" or study.arch == "MLP"):
+                if part in args.parts and (part != "needs" or study.arch in NEEDS):
                     getattr(study, part)(bar)
     if "report" in args.parts:
         report(studies, args.page, args.out)

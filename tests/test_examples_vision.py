@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import report
+import results_page
 import vision
 import vision_methods
 import vision_setup
@@ -176,11 +176,11 @@ def test_batch_norm_is_settled_without_noise():
 def test_a_section_is_replaced_between_its_markers_only(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- begin a -->\nold\n<!-- end a -->\nbelow\n")
-    report.write_section(page, "a", "| new \\1 |")
-    report.write_section(page, "a", "| new \\1 |")
+    results_page.write_section(page, "a", "| new \\1 |")
+    results_page.write_section(page, "a", "| new \\1 |")
     assert page.read_text() == "above\n<!-- begin a -->\n| new \\1 |\n<!-- end a -->\nbelow\n"
     with pytest.raises(ValueError, match="begin b"):
-        report.write_section(page, "b", "text")
+        results_page.write_section(page, "b", "text")
 
 
 def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
@@ -190,9 +190,9 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
         made.append(1)
         return {"value": len(made)}
 
-    store = report.Store(tmp_path / "runs.json")
+    store = results_page.Store(tmp_path / "runs.json")
     assert store.run({"a": 1, "b": 2}, make)["result"] == {"value": 1}
-    again = report.Store(tmp_path / "runs.json")
+    again = results_page.Store(tmp_path / "runs.json")
     assert again.run({"b": 2, "a": 1}, make)["result"] == {"value": 1}
     assert again.run({"a": 1, "b": 3}, make)["result"] == {"value": 2}
     assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 2
@@ -200,19 +200,19 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
 
 
 def test_processes_that_share_a_store_lose_nothing(tmp_path):
-    one, two = report.Store(tmp_path / "runs.json"), report.Store(tmp_path / "runs.json")
+    one, two = results_page.Store(tmp_path / "runs.json"), results_page.Store(tmp_path / "runs.json")
     one.run({"a": 1}, lambda: {"by": "one"})
     two.value("v", lambda: 5)
     two.run({"a": 2}, lambda: {"by": "two"})
     one.run({"a": 3}, lambda: {"by": "one"})
     assert two.run({"a": 1}, lambda: {"by": "two"})["result"] == {"by": "one"}  # found, not made again
-    whole = report.Store(tmp_path / "runs.json")
+    whole = results_page.Store(tmp_path / "runs.json")
     assert [run["config"]["a"] for run in whole.runs] == [1, 2, 3]
     assert whole.values == {"v": 5}
 
 
 def test_the_published_page_has_every_section():
-    text = report.PAGE.read_text(encoding="utf-8")
+    text = results_page.PAGE.read_text(encoding="utf-8")
     names = ["averages", "search", "needs", "k", "smoothness", "ablations-mlp", "ablations-vit", "mlp", "resnet", "vit"]
     for name in names:
         assert text.count(f"<!-- begin vision-{name} -->") == text.count(f"<!-- end vision-{name} -->") == 1
