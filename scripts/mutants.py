@@ -44,7 +44,7 @@ EMULATED = ("tests/test_cuda_emulated.py",)
 INTERPRETED = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_perturb]",)
 INTERPRETED_LINEAR = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_linear]",)
 LINEAR = ("tests/test_linear.py",)
-AVERAGED = ("tests/test_averaging.py",)
+AVERAGED = ("tests/test_properties.py",)
 LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
 
 

@@ -333,3 +333,31 @@ def test_noise_sums_have_derivatives_forward_over_reverse():
     torch.testing.assert_close(
         got, (gradient(x + step * dx) - gradient(x - step * dx)) / (2 * step), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+def test_gradients_of_an_averaged_activation_are_the_same_with_and_without_a_graph(activation):
+    """Backward, backward under create_graph and torch.func compute three ways what one mean over samples defines."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight, dy = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((5, 9), (4, 9), (5, 4)))
+    sigma, seed = torch.rand(9, generator=generator, dtype=torch.float64), torch.tensor([1, 2])
+    act = functional.ACTIVATIONS[activation]
+
+    def averaged(x, weight, sigma):
+        options = dict(num_samples=3, sample=2, activation=activation, estimator="mean")
+        return functional.dip_linear(x, weight, None, sigma, seed, **options)
+
+    def explicit(x, weight, sigma):
+        z = [reference.noise(seed, x.shape, -1, 0, 0, s, 1).double() for s in (2, 3, 4)]
+        return sum(act(F.linear(x + sigma * part, weight)) for part in z) / 3
+
+    want = torch.func.vjp(explicit, x, weight, sigma)[1](dy)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, sigma)]
+    for create_graph in (False, True):
+        got = torch.autograd.grad(averaged(*leaves), leaves, dy, create_graph=create_graph)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    y, pull = torch.func.vjp(averaged, x, weight, sigma)
+    torch.testing.assert_close(y, explicit(x, weight, sigma), rtol=1e-5, atol=1e-5)
+    for a, b in zip(pull(dy), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
