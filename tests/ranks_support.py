@@ -54,6 +54,8 @@ class Ranks:
 
     def stop(self):
         for process in self._processes:
+            process.terminate()  # measured coverage is written on this signal
+            process.join(10)
             process.kill()
             process.join()
         self._processes, self._pipes = [], []
@@ -67,6 +69,10 @@ def _answer(pipe, seconds):
 
 
 def _serve(pipe, folder, rank, world):
+    if "COVERAGE_PROCESS_CONFIG" in os.environ or "COVERAGE_PROCESS_START" in os.environ:
+        import coverage
+
+        coverage.process_startup(force=True)  # a process of a fork server starts without it
     import torch
     from torch import distributed
 
