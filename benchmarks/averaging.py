@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--skip-mean", action="store_true")
     args = parser.parse_args()
     m, k, n = args.rows, 1024, 1024
-    print(f"{m} x {k} x {n}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{m} x {k} x {n}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
         weight = (torch.randn(n, k) / 32).to(dtype).requires_grad_()

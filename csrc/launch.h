@@ -24,12 +24,12 @@ struct PerturbArgs {
   int32_t sample, num_samples;     // the mean over samples sample .. sample + num_samples - 1
   const void* sigma;               // [features]; null: 1
   bool sigma_is_double;
-  bool log_variance;               // sigma holds ln(sigma^2)
-  double factor;                   // multiplies sigma
-  Operand x;                       // null data: zeros
-  Operand u;                       // written: x + factor * sigma * z
-  Operand du;                      // read where dsigma is written
-  void* dsigma;                    // [features], sigma's dtype, written
+  bool log_variance;  // sigma holds ln(sigma^2)
+  double factor;      // multiplies sigma
+  Operand x;          // null data: zeros
+  Operand u;          // written: x + factor * sigma * z
+  Operand du;         // read where dsigma is written
+  void* dsigma;       // [features], sigma's dtype, written
 };
 
 // Calls f(begin, end, context) over parts of [0, total), in parallel, none smaller than grain but the last.

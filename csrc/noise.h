@@ -25,9 +25,13 @@ struct ScalarLane {
   static DIP_HD U and_or(U a, U b, U c) { return (a & b) | c; }
   static DIP_HD U sub_u(U a, U b) { return a - b; }
   template <int kBits>
-  static DIP_HD U shift_left(U a) { return a << kBits; }
+  static DIP_HD U shift_left(U a) {
+    return a << kBits;
+  }
   template <int kBits>
-  static DIP_HD U shift_right(U a) { return a >> kBits; }
+  static DIP_HD U shift_right(U a) {
+    return a >> kBits;
+  }
   static DIP_HD F add(F a, F b) { return a + b; }
   static DIP_HD F sub(F a, F b) { return a - b; }
   static DIP_HD F mul(F a, F b) { return a * b; }
@@ -124,12 +128,9 @@ DIP_HD void standard_normal_pair(typename V::U w, typename V::F* even, typename 
 // Eight columns of one row from one counter: z[t] is column 8 * group + t.
 template <class V>
 DIP_HD void standard_normal_group(
-    typename V::U group,
-    typename V::U row_lo,
-    typename V::U row_hi,
+    typename V::U group, typename V::U row_lo, typename V::U row_hi,
     uint32_t stream_sample,  // (stream mod 2^16) * 2^16 + sample
-    PhiloxKey key,
-    typename V::F z[8]) {
+    PhiloxKey key, typename V::F z[8]) {
   typename V::Wide ctr[4] = {V::widen(group), V::widen(row_lo), V::widen(row_hi), V::widen(V::splat(stream_sample))};
   philox4x32_10<V>(ctr, key);
   DIP_UNROLL

@@ -1,4 +1,5 @@
-// The operations of dipkernels/ops.py through torch's stable ABI: checks, layouts, allocation, dispatch. The only file that sees torch.
+// The operations of dipkernels/ops.py through torch's stable ABI: checks, layouts, allocation, dispatch. The only file that sees
+// torch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -74,10 +75,8 @@ std::optional<int64_t> collapse(const Tensor& t, int64_t first, int64_t last, in
   int64_t stride = -1, next = 0;
   for (int64_t d = last - 1; d >= first; --d) {
     if (d == skip || sizes[d] == 1) continue;
-    if (stride < 0)
-      stride = strides[d];
-    else if (strides[d] != next)
-      return std::nullopt;
+    if (stride < 0) stride = strides[d];
+    else if (strides[d] != next) return std::nullopt;
     next = strides[d] * sizes[d];
   }
   return stride < 0 ? 0 : stride;
@@ -119,7 +118,8 @@ Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderO
   const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   const auto rank = static_cast<int64_t>(sizes.size());
   check_allocated(
-      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle), sizes);
+      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle),
+      sizes);
   return Tensor(handle);
 }
 
@@ -133,7 +133,8 @@ Tensor empty_like(const Tensor& t, ScalarType type) {
   if (t.is_contiguous()) return empty_strided(t, t.sizes(), t.strides(), dtype_of(type, "dtype"));
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
-      from(t), from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+      from(t),           from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(std::nullopt)};
   check_allocated(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION), t.sizes());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -171,7 +172,8 @@ bool lay_out(PerturbArgs& a, int64_t dim, const std::vector<View>& views) {
   for (int64_t d = 0; d < first.dim(); ++d)
     if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
   if (first.numel() == 0) {  // its strides say nothing
-    for (const View& v : views) *v.operand = {const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"), 0, 1};
+    for (const View& v : views)
+      *v.operand = {const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"), 0, 1};
     a.outer *= a.inner;
     a.inner = 1;
     return true;
@@ -209,7 +211,8 @@ std::atomic<int>& cuda_tier() {
   return tier;
 }
 
-// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this library.
+// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this
+// library.
 using FindStream = int32_t (*)(int32_t device, void** stream);
 FindStream find_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
@@ -493,11 +496,11 @@ DIP_EXPORT const char* dip_build_info() {
 #endif
          "\ncuda="
 #ifdef DIP_CUDA_ARCHS
-         DIP_CUDA_ARCHS
+      DIP_CUDA_ARCHS
 #endif
          "\ntoolkit="
 #ifdef DIP_CUDA_TOOLKIT
-         DIP_CUDA_TOOLKIT
+      DIP_CUDA_TOOLKIT
 #endif
          "\ncompiler=" __VERSION__;
 }

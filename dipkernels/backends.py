@@ -1,9 +1,9 @@
 """Which kernels run: `choose` is pure and printable; `backend` and DIPKERNELS_BACKEND override it.
 
-    cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or the machine)
-    cuda       the compiled library's CUDA kernels
-    triton     the Triton kernels
-    reference  plain PyTorch in float64: slow, runs everywhere
+cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or the machine)
+cuda       the compiled library's CUDA kernels
+triton     the Triton kernels
+reference  plain PyTorch in float64: slow, runs everywhere
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def library() -> Library:
     """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
-        return Library(error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0")
+        return Library(
+            error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0"
+        )
     path = str(found[0])
     if _release(torch.__version__) < MIN_TORCH:
         return Library(
@@ -114,7 +116,9 @@ def cpu_capability(name: str | None = None) -> str:
     current = functions.dip_cpu_capability()
     if current < 0:
         wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
-        raise RuntimeError(f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, got {wanted!r}")
+        raise RuntimeError(
+            f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, got {wanted!r}"
+        )
     return CAPABILITIES[current]
 
 
@@ -143,9 +147,7 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
         if gpu < archs[-1]:
             return f"{here} and newer: build for it with DIPKERNELS_CUDA_ARCHS={gpu[0]}{gpu[1]}"
         if driver < 1000 * major + 10 * minor:
-            return (
-                f"{here} and PTX, for which the driver must offer CUDA {major}.{minor} and offers {offered}: update the driver"
-            )
+            return f"{here} and PTX, for which the driver must offer CUDA {major}.{minor} and offers {offered}: update the driver"
     return None
 
 
@@ -168,7 +170,11 @@ def check_cuda() -> str | None:
         for listener in _listeners:
             listener()
         if problem:
-            warnings.warn(f"dipkernels: {choose('perturb', 'cuda').backend} runs on CUDA tensors: {problem}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"dipkernels: {choose('perturb', 'cuda').backend} runs on CUDA tensors: {problem}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return problem
 
 
@@ -302,14 +308,23 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
     if _forced is not None:
         if not _runs_on(_forced, device):
             why = f": {_cuda_problem}" if _forced == device == "cuda" and _cuda_problem else ""
-            raise RuntimeError(f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here{why}")
+            raise RuntimeError(
+                f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here{why}"
+            )
         if _forced == "cuda" and op.startswith("activation"):
             raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
-    if device == "cuda" and op.startswith(_FUSED_BY_TRITON) and _runs_on("triton", device) and op not in triton_problems:
+    if (
+        device == "cuda"
+        and op.startswith(_FUSED_BY_TRITON)
+        and _runs_on("triton", device)
+        and op not in triton_problems
+    ):
         return Plan("triton", "its passes are fused in Triton alone")
     if device == "cuda" and op.startswith("activation"):
-        return Plan("reference", triton_problems.get(op) or "the CUDA library has no kernel of it, and Triton is missing")
+        return Plan(
+            "reference", triton_problems.get(op) or "the CUDA library has no kernel of it, and Triton is missing"
+        )
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")

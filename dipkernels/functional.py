@@ -50,7 +50,12 @@ class _Perturb(Function):
     def backward(ctx, du):
         sigma, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSum.apply), None, None, None
+        return (
+            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSum.apply),
+            None,
+            None,
+            None,
+        )
 
 
 class _NoiseSum(Function):
@@ -95,7 +100,12 @@ class _PerturbFunc(Function):
     def backward(ctx, du):
         sigma, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc.apply), None, None, None
+        return (
+            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc.apply),
+            None,
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx, dx, dsigma, *_):
@@ -162,8 +172,10 @@ class _LinearReplay(Function):
         needs_dx, needs_dweight, needs_dbias, needs_dsigma = ctx.needs_input_grad[:4]
         du = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            dx, dsigma = (None, None) if du is None else _perturb_backward(
-                du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum.apply
+            dx, dsigma = (
+                (None, None)
+                if du is None
+                else _perturb_backward(du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum.apply)
             )
             u = _Perturb.apply(x, sigma, seed, ctx.where, ctx.out_dtype) if needs_dweight else None
         else:
@@ -420,9 +432,12 @@ def _affine(x, weight, bias, sigma, seed, where, keep, dtype):
         _, row0, col0, sample, num_samples, factor, log_variance = where
         where = (row0, col0, sample, num_samples, factor, log_variance)
         return _mean(x, weight, bias, sigma, seed, where, "identity", dtype)
-    elif (keep == "x" or (keep == "auto" and torch.compiler.is_compiling())) and not torch.compiler.is_exporting():
-        if not torch._C._are_functorch_transforms_active():  # a transform keeps what it likes
-            return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
+    elif (
+        (keep == "x" or (keep == "auto" and torch.compiler.is_compiling()))
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()  # a transform keeps what it likes
+    ):
+        return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)
 
 

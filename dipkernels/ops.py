@@ -20,7 +20,9 @@ from . import backends, reference, row_blocks
 
 _WHERE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
 _SCALE = "float factor, bool log_variance"
-_LINEAR = "Tensor weight, Tensor? bias, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, int sample, int num_samples"
+_LINEAR = (
+    "Tensor weight, Tensor? bias, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, int sample, int num_samples"
+)
 _LINEAR = f"{_LINEAR}, {_SCALE}"
 SCHEMAS = {
     "noise": f"(Tensor seed, SymInt[] shape, {_WHERE}) -> Tensor",

@@ -37,7 +37,9 @@ def words(seed: Tensor, rows: Tensor, groups: Tensor, sample: int) -> Tensor:
     return torch.stack(philox4x32(counter, (key & _MASK32, (key >> 32) & _MASK32)), dim=-1)
 
 
-def standard_normal(seed: Tensor, num_rows: int, num_cols: int, row0: int = 0, col0: int = 0, sample: int = 0) -> Tensor:
+def standard_normal(
+    seed: Tensor, num_rows: int, num_cols: int, row0: int = 0, col0: int = 0, sample: int = 0
+) -> Tensor:
     """z [num_rows, num_cols], float64.  docs/maths.md, section 3."""
     rows = torch.arange(num_rows, device=seed.device) + row0
     first, last = col0 // 8, -(-(col0 + num_cols) // 8)
@@ -50,7 +52,9 @@ def standard_normal(seed: Tensor, num_rows: int, num_cols: int, row0: int = 0, c
 
 def _mean_normal(seed, num_rows, num_cols, row0, col0, sample, num_samples):
     """zbar = mean over s of z(sample + s), float64 [num_rows, num_cols]"""
-    return sum(standard_normal(seed, num_rows, num_cols, row0, col0, sample + s) for s in range(num_samples)) / num_samples
+    return (
+        sum(standard_normal(seed, num_rows, num_cols, row0, col0, sample + s) for s in range(num_samples)) / num_samples
+    )
 
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
@@ -131,7 +135,14 @@ def _identity(x):
     return x, torch.ones_like(x), torch.zeros_like(x)
 
 
-_ACTIVATIONS = {"identity": _identity, "relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "tanh": _tanh}
+_ACTIVATIONS = {
+    "identity": _identity,
+    "relu": _relu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "tanh": _tanh,
+}
 
 
 def _expectation(mu, v, activation):
@@ -191,18 +202,14 @@ def _samples(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, fact
         yield z, u, u @ weight.double().t() + (0 if bias is None else bias.double())
 
 
-def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-):
+def linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype):
     """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     y = sum(_ACTIVATIONS[activation](h)[0] for _, _, h in _samples(x, weight, bias, sigma, seed, *where))
     return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
-):
+def linear_bwd(dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation):
     """(dx, dweight, dbias, dsigma) of `linear`"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     dx, dweight, dbias, dsigma = 0, 0, 0, 0

@@ -24,7 +24,18 @@ from pathlib import Path
 import arithmetic_setup as task
 import torch
 from peft import LoraConfig, get_peft_model
-from results_page import FOLDER, PAGE, Store, cell, environment_line, figure, mean_std, save_figure, table, write_section
+from results_page import (
+    FOLDER,
+    PAGE,
+    Store,
+    cell,
+    environment_line,
+    figure,
+    mean_std,
+    save_figure,
+    table,
+    write_section,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from vision_methods import GaussianDropout

@@ -22,7 +22,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import vision_methods as methods
-from results_page import FOLDER, PAGE, Store, cell, environment_line, figure, mean_std, save_figure, table, write_section
+from results_page import (
+    FOLDER,
+    PAGE,
+    Store,
+    cell,
+    environment_line,
+    figure,
+    mean_std,
+    save_figure,
+    table,
+    write_section,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from vision_methods import METHODS, SEVERAL, TRAININGS

@@ -34,7 +34,9 @@ def test_activation_and_its_gradients_match_reference(name, dtype, m, n):
     rounding = 4 * EPS[dtype] + 1e-6 * (dtype is not torch.float64)
     assert (y - want).abs().max() <= bound + rounding * (1 + mu.double().abs().max())
     assert (dmu - want_dmu).abs().max() <= (60 * bound + 4 * rounding) * (1 + dy.double().abs().max())
-    assert (dv - want_dv).abs().max() <= (1500 * bound + 4e-6) * m**0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
+    assert (dv - want_dv).abs().max() <= (
+        1500 * bound + 4e-6
+    ) * m**0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
 
 
 def test_activation_without_rows_or_columns():

@@ -42,7 +42,7 @@ def _words_kernel(out_ptr, seed_ptr, row0, group0, sample, R: tl.constexpr, G: t
     row = tl.cast(row0, tl.int64) + tl.arange(0, R)
     group = tl.cast(group0, tl.int64) + tl.arange(0, G)
     w0, w1, w2, w3 = noise_words(key, word3, row, group, ROWS_LAST)
-    if ROWS_LAST:
+    if ROWS_LAST:  # noqa: SIM108
         off = tl.arange(0, R)[None, :] * G + tl.arange(0, G)[:, None]
     else:
         off = tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]

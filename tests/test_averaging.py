@@ -209,6 +209,7 @@ def test_analytic_under_autocast_torch_func_and_compile():
     rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options))(x)
     torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
     for estimator, count in (("analytic", 1), ("mean", 3)):
+
         def step(x, sigma, estimator=estimator, count=count):
             return functional.dip_linear(x, weight, bias, sigma, SEED, activation="gelu", estimator=estimator,
                                          num_samples=count, log_variance=True)  # fmt: skip
@@ -241,7 +242,9 @@ def examples():
 def test_averaging_ops_pass_opcheck(namespace, index):
     name, arguments = list(examples())[index]
     overload = getattr(getattr(torch.ops, namespace), name).default
-    torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(
+        overload, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    )
 
 
 def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
@@ -277,7 +280,10 @@ def test_layer_means_what_the_function_means():
         got = layer(x)
     seed = torch.tensor([11, 0])
     options = {"log_variance": True, "activation": "silu", "row0": 4}
-    parts = [functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, seed, sample=s, **options) for s in range(3)]
+    parts = [
+        functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, seed, sample=s, **options)
+        for s in range(3)
+    ]
     torch.testing.assert_close(got, sum(parts) / 3)
     analytic = dip.DIPLinear(24, 12, activation="silu", estimator="analytic")
     state = torch.get_rng_state()
@@ -314,7 +320,9 @@ def mlp(activation):
     return nn.Sequential(nn.Linear(8, 32), activation, nn.Dropout(0.1), nn.Linear(32, 32), activation, nn.Linear(32, 4))
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()]
+)
 def test_analytic_prediction_is_each_layers_own_mean(activation):
     model = dip.convert(mlp(activation), init_variance=0.3)
     x = torch.randn(6, 8)
@@ -347,7 +355,9 @@ def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
     plain = dip.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3)
     x = torch.randn(5, 8)
     want = dip.predict(plain, x, method="analytic", average="logits")
-    inside = nn.Sequential(dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4), dip.DIPLinear(16, 3))
+    inside = nn.Sequential(
+        dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4), dip.DIPLinear(16, 3)
+    )
     for ours, theirs in zip(inside, (plain[0], plain[2]), strict=True):
         ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(dip.predict(inside, x, method="analytic", average="logits"), want)
@@ -373,7 +383,9 @@ def test_analytic_prediction_goes_through_transformer_blocks():
     gated = dip.convert(Gated(), init_variance=0.3)
     x = torch.randn(3, 8)
     outs = dip.predict(gated, x, k=4000, chunk=1000, average=None)
-    distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (outs.std(0) / 4000**0.5)
+    distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (
+        outs.std(0) / 4000**0.5
+    )
     assert distance.max() <= 4.5  # gate and up draw apart, so the mean of the product is the product of the means
 
 

@@ -67,7 +67,10 @@ def test_backend_rejects_what_is_missing(monkeypatch):
 def test_backend_that_cannot_run_on_a_device_raises(monkeypatch):
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with backend("triton"), pytest.raises(RuntimeError, match="'triton' was asked for, and it cannot run on device 'cpu'"):
+    with (
+        backend("triton"),
+        pytest.raises(RuntimeError, match="'triton' was asked for, and it cannot run on device 'cpu'"),
+    ):
         functional.noise((3, 8), SEED)
 
 

@@ -51,16 +51,20 @@ import warnings, torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import dipkernels as dip
-    assert dip.__file__.startswith(%r), dip.__file__
+    assert dip.__file__.startswith(FOLDER), dip.__file__
     layer = dip.DIPLinear(8, 4)
     for _ in range(3):
         layer(torch.ones(2, 8)).sum().backward()
 assert sum("reference path" in str(w.message) for w in caught) == 1, caught
 assert layer.log_variance.grad is not None
 print(dip.env_report())
-""" % str(tmp_path)
+""".replace("FOLDER", repr(str(tmp_path)))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "no compiled library" in done.stdout
@@ -71,7 +75,9 @@ def test_library_has_no_python_symbols_and_needs_torch_cpu_alone():
     needed = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
     names = {line.split("[")[1].rstrip("]") for line in needed.splitlines() if "NEEDED" in line}
     assert {name for name in names if "torch" in name or "cuda" in name or "python" in name} == {"libtorch_cpu.so"}
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
+    ).stdout
     assert not [line for line in symbols.splitlines() if line.split()[-1].startswith(("Py", "_Py"))]
 
 

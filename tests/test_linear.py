@@ -29,7 +29,9 @@ def run(x, weight, bias, dy, sigma, **options):
 
 @pytest.mark.parametrize("keep", ["u", "x"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m, k, n, lead", [(20, 24, 12, ()), (1, 1, 1, ()), (33, 129, 65, ()), (5, 40, 16, (2, 3)), (0, 8, 4, ())])
+@pytest.mark.parametrize(
+    "m, k, n, lead", [(20, 24, 12, ()), (1, 1, 1, ()), (33, 129, 65, ()), (5, 40, 16, (2, 3)), (0, 8, 4, ())]
+)
 def test_linear_matches_reference(m, k, n, lead, dtype, keep):
     """Output and gradients: at most twice the error of the same expression in plain PyTorch, + 1e-6."""
     x, weight, bias, dy, sigma = inputs(m, k, n, dtype, lead)
@@ -42,7 +44,9 @@ def test_linear_matches_reference(m, k, n, lead, dtype, keep):
         return [out, *torch.autograd.grad(out, leaves, dy.to(dtype))]
 
     exact, plain = expression(torch.float64, z), expression(dtype, z)
-    for name, ours, theirs, true in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *gradients), plain, exact, strict=True):
+    for name, ours, theirs, true in zip(
+        ("y", "dx", "dweight", "dbias", "dsigma"), (y, *gradients), plain, exact, strict=True
+    ):
         if not true.numel():
             continue
         largest = true.abs().max()
@@ -58,7 +62,16 @@ def test_linear_by_the_identity_returns_u(keep):
     assert torch.equal(y, functional.perturb(x, sigma, SEED))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(log_variance=True), dict(num_samples=3), dict(num_samples=3, collapsed=False), dict(row0=9, col0=4, sample=2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(log_variance=True),
+        dict(num_samples=3),
+        dict(num_samples=3, collapsed=False),
+        dict(row0=9, col0=4, sample=2),
+    ],
+)
 def test_linear_gives_the_same_whatever_it_keeps(options):
     x, weight, bias, dy, sigma = inputs(65, 40, 24)
     y, gradients = run(x, weight, bias, dy, sigma, keep="u", **options)
@@ -87,7 +100,9 @@ def test_linear_backward_gives_each_input_only_what_it_needs(needs, keep):
     x, weight, bias, dy, sigma = inputs()
     _, want = run(x, weight, bias, dy, sigma, keep=keep)
     names = ("x", "weight", "bias", "sigma")
-    leaves = {name: t.requires_grad_(name in needs.split()) for name, t in zip(names, (x, weight, bias, sigma), strict=True)}
+    leaves = {
+        name: t.requires_grad_(name in needs.split()) for name, t in zip(names, (x, weight, bias, sigma), strict=True)
+    }
     functional.dip_linear(*leaves.values(), SEED, keep=keep).backward(dy)
     for name, gradient in zip(names, want, strict=True):
         if name in needs.split():
@@ -106,7 +121,9 @@ def saved_bytes(run, parameters):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
-    return sum(size for pointer, size in kept.items() if pointer not in {p.untyped_storage().data_ptr() for p in parameters}), out
+    return sum(
+        size for pointer, size in kept.items() if pointer not in {p.untyped_storage().data_ptr() for p in parameters}
+    ), out
 
 
 def test_linear_keeps_for_backward_what_a_linear_keeps():
@@ -159,7 +176,10 @@ def test_linear_replays_in_backward(keep):
     sigma = sigma.requires_grad_()
     together = sum((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum() for s in seeds)
     (got,) = torch.autograd.grad(together, sigma)
-    apart = [torch.autograd.grad((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma)[0] for s in seeds]
+    apart = [
+        torch.autograd.grad((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma)[0]
+        for s in seeds
+    ]
     torch.testing.assert_close(got, sum(apart))
 
 
@@ -170,7 +190,9 @@ def test_linear_under_torch_func():
         return functional.dip_linear(x, weight, bias, sigma, SEED).square().sum()
 
     leaves = weight.clone().requires_grad_(), sigma.clone().requires_grad_()
-    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(weight, sigma), torch.autograd.grad(loss(*leaves), leaves))
+    torch.testing.assert_close(
+        torch.func.grad(loss, argnums=(0, 1))(weight, sigma), torch.autograd.grad(loss(*leaves), leaves)
+    )
     rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED))(x)
     torch.testing.assert_close(rows[3], functional.dip_linear(x[3], weight, bias, sigma, SEED))
 

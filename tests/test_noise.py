@@ -27,7 +27,11 @@ def philox_vectors():
 def noise_vectors():
     for row in read_vectors("noise.txt"):
         key, stream, sample, index, col = (int(v, 0) for v in row[:5])
-        yield torch.tensor([key, stream]), dict(sample=sample, row0=index, col0=col), torch.tensor([float(v) for v in row[5:]])
+        yield (
+            torch.tensor([key, stream]),
+            dict(sample=sample, row0=index, col0=col),
+            torch.tensor([float(v) for v in row[5:]]),
+        )
 
 
 @pytest.mark.parametrize("kind, lanes", LANES)
@@ -103,7 +107,9 @@ def test_noise_ignores_instruction_set_and_threads(capability, shape, dim):
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize("rows, cols", [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))])
+@pytest.mark.parametrize(
+    "rows, cols", [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))]
+)
 def test_noise_of_a_window_is_the_window_of_the_noise(name, rows, cols):
     with backend(name):
         whole = functional.noise((12, 24), SEED)
@@ -128,8 +134,10 @@ def test_noise_rows_go_beyond_32_bits():
 
 
 def test_noise_depends_on_every_part_of_its_seed():
-    draws = [functional.noise((4, 8), torch.tensor(seed), sample=s) for seed, s in [
-        ([1, 0], 0), ([2, 0], 0), ([1 + 2**32, 0], 0), ([1, 1], 0), ([1, 0], 1), ([-1, 0], 0)]]
+    draws = [
+        functional.noise((4, 8), torch.tensor(seed), sample=s)
+        for seed, s in [([1, 0], 0), ([2, 0], 0), ([1 + 2**32, 0], 0), ([1, 1], 0), ([1, 0], 1), ([-1, 0], 0)]
+    ]
     for a in range(len(draws)):
         for b in range(a):
             assert not torch.equal(draws[a], draws[b])
@@ -143,20 +151,25 @@ def test_noise_explicit_mean_is_the_mean_of_its_samples():
     assert torch.equal(mean, want)
 
 
-@pytest.mark.parametrize("bad, error", [
-    (dict(shape=(2, 8), seed=torch.tensor([1, 2, 3])), "seed: expected shape"),
-    (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
-    (dict(shape=(2, 8), dim=2), "dim: expected"),
-    (dict(shape=(2, 8), num_samples=0), "num_samples: expected"),
-    (dict(shape=(2, 8), sample=65536), "sample: expected"),
-    (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
-])
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (dict(shape=(2, 8), seed=torch.tensor([1, 2, 3])), "seed: expected shape"),
+        (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
+        (dict(shape=(2, 8), dim=2), "dim: expected"),
+        (dict(shape=(2, 8), num_samples=0), "num_samples: expected"),
+        (dict(shape=(2, 8), sample=65536), "sample: expected"),
+        (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
+    ],
+)
 def test_noise_rejects(bad, error):
     arguments = {"seed": SEED, **bad}
     with pytest.raises((ValueError, TypeError), match=error):
         functional.noise(**arguments)
     with pytest.raises((ValueError, TypeError, RuntimeError), match=error.split(":")[0]):  # the library by itself
-        where = {"dim": -1, "row0": 0, "col0": 0, "sample": 0, "num_samples": 1} | {k: v for k, v in arguments.items() if k not in ("seed", "shape")}
+        where = {"dim": -1, "row0": 0, "col0": 0, "sample": 0, "num_samples": 1} | {
+            k: v for k, v in arguments.items() if k not in ("seed", "shape")
+        }
         torch.ops.dipkernels.noise(arguments["seed"], arguments["shape"], *where.values())
 
 

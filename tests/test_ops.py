@@ -16,7 +16,13 @@ def examples():
     scale = (0.5, True)
     yield "noise", (SEED, [4, 9], *WHERE)
     yield "noise", (SEED, [2, 9, 3], 1, 0, 0, 2, 3)
-    for data, s, dim in ((x, sigma, -1), (x.t(), torch.rand(6), 1), (channels, small, 1), (x[:, 1:8], torch.rand(7), -1), (x.double(), sigma.double(), 1)):
+    for data, s, dim in (
+        (x, sigma, -1),
+        (x.t(), torch.rand(6), 1),
+        (channels, small, 1),
+        (x[:, 1:8], torch.rand(7), -1),
+        (x.double(), sigma.double(), 1),
+    ):
         where = (dim, *WHERE[1:])
         yield "perturb", (data, s, SEED, *where, *scale, None)
         yield "perturb", (data, s, SEED, *where, *scale, torch.bfloat16)
@@ -35,7 +41,10 @@ def test_ops_pass_opcheck(namespace, index):
 
 def test_ops_namespaces_have_one_schema():
     for name in ops.SCHEMAS:
-        texts = {str(getattr(getattr(torch.ops, n), name).default._schema).split("::")[1] for n in set(ops.NAMESPACES.values())}
+        texts = {
+            str(getattr(getattr(torch.ops, n), name).default._schema).split("::")[1]
+            for n in set(ops.NAMESPACES.values())
+        }
         assert len(texts) == 1
 
 

@@ -30,7 +30,12 @@ def check_u(u, x, sigma, where, out_dtype=None):
     exact = reference.perturb(x, sigma, SEED, *where, torch.float64)
     scale = 6.0 if where[-1] else sigma.abs().max().item() if sigma.numel() else 0.0
     # One rounding of the result, and of the float32 sum before it; z to its tolerance.
-    allowed = 2 * EPS[u.dtype] * exact.abs() + 2 * EPS[torch.float32] * exact.abs() + scale * Z_ERROR + 6e-8 * (u.dtype == torch.float16)
+    allowed = (
+        2 * EPS[u.dtype] * exact.abs()
+        + 2 * EPS[torch.float32] * exact.abs()
+        + scale * Z_ERROR
+        + 6e-8 * (u.dtype == torch.float16)
+    )
     assert ((u.double() - exact).abs() <= allowed).all()
     assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape
 
@@ -77,7 +82,9 @@ def test_perturb_rounds_once_to_the_asked_type(dtype, out_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, dim", [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)])
+@pytest.mark.parametrize(
+    "shape, dim", [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)]
+)
 def test_perturb_ignores_instruction_set_and_threads(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
     where = arguments(dim, col0=16, num_samples=2)
@@ -120,7 +127,18 @@ def strided(x):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape, dim", [((37, 64), -1), ((37, 64), 0), ((5, 33), -1), ((3, 4, 40), 1), ((2, 24, 5, 6), 1), ((2, 24, 5, 6), -1), ((50,), 0)])
+@pytest.mark.parametrize(
+    "shape, dim",
+    [
+        ((37, 64), -1),
+        ((37, 64), 0),
+        ((5, 33), -1),
+        ((3, 4, 40), 1),
+        ((2, 24, 5, 6), 1),
+        ((2, 24, 5, 6), -1),
+        ((50,), 0),
+    ],
+)
 def test_perturb_ignores_strides(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
     where = arguments(dim)
@@ -133,14 +151,18 @@ def test_perturb_ignores_strides(shape, dim, dtype):
         assert torch.equal(ops.perturb_replay(du, other, sigma, SEED, *where, None)[0], u)
     for other in strided(du):
         torch.testing.assert_close(ops.perturb_bwd(other, sigma, SEED, *where), dsigma, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ops.perturb_replay(other, x, sigma, SEED, *where, None)[1], dsigma, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            ops.perturb_replay(other, x, sigma, SEED, *where, None)[1], dsigma, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_perturb_takes_expanded_gradients():
     x, _, sigma = inputs((6, 20))
     ones = torch.ones(()).expand(6, 20)
     where = arguments()
-    torch.testing.assert_close(ops.perturb_bwd(ones, sigma, SEED, *where), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ops.perturb_bwd(ones, sigma, SEED, *where), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5
+    )
     x = x.requires_grad_()
     functional.perturb(x, sigma, SEED).sum().backward()
     assert torch.equal(x.grad, torch.ones(6, 20))
@@ -171,7 +193,10 @@ def test_perturb_passes_nan_and_infinity_through():
 def test_perturb_collapsed_and_explicit_means_have_one_law():
     x = torch.zeros(4000, 64)
     sigma = torch.ones(64)
-    for u in (functional.perturb(x, sigma, SEED, num_samples=16), functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False)):
+    for u in (
+        functional.perturb(x, sigma, SEED, num_samples=16),
+        functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False),
+    ):
         n = u.numel()
         assert abs(u.double().var().item() * 16 - 1) < 5 * (2 / n) ** 0.5
         assert abs(u.double().mean().item()) < 5 / (16 * n) ** 0.5
@@ -221,7 +246,7 @@ def test_perturb_replays_in_backward():
 
 
 def test_perturb_backward_is_deterministic():
-    x, du, sigma = inputs((3001, 130))
+    _, du, sigma = inputs((3001, 130))
     first = ops.perturb_bwd(du, sigma, SEED, *arguments())
     assert all(torch.equal(ops.perturb_bwd(du, sigma, SEED, *arguments()), first) for _ in range(3))
 

@@ -11,11 +11,26 @@ ROOT = Path(__file__).parent.parent
 STEMS = {
     "noise": ["csrc/noise.h", "triton_kernels/noise.py", "tests/test_noise.py"],
     "perturb": ["csrc/cpu/perturb.cpp", "csrc/cuda/perturb.cu", "triton_kernels/perturb.py", "tests/test_perturb.py"],
-    "linear": ["dipkernels/row_blocks.py", "triton_kernels/linear.py", "tests/test_linear.py", "tests/test_averaging.py"],
+    "linear": [
+        "dipkernels/row_blocks.py",
+        "triton_kernels/linear.py",
+        "tests/test_linear.py",
+        "tests/test_averaging.py",
+    ],
     "activation": ["csrc/cpu/activation.cpp", "triton_kernels/activation.py", "tests/test_activation.py"],
 }
 # A module may import the ones before it, never one after.
-ORDER = ["reference", "backends", "row_blocks", "ops", "tensor_parallel", "expectation", "functional", "seeds", "layers"]
+ORDER = [
+    "reference",
+    "backends",
+    "row_blocks",
+    "ops",
+    "tensor_parallel",
+    "expectation",
+    "functional",
+    "seeds",
+    "layers",
+]
 ORDER += ["distributed", "attention", "convert"]
 ORDER += ["analytic", "trajectories", "diagnostics", "objective", "env_report"]
 

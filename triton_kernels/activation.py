@@ -44,15 +44,18 @@ def _plain(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _activation_kernel(
-    y_ptr,        # [M, N] contiguous, written: y, or dmu if GRAD
+    y_ptr,  # [M, N] contiguous, written: y, or dmu if GRAD
     partial_ptr,  # [row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv
-    mu_ptr,       # [M, N] contiguous
-    dy_ptr,       # [M, N] contiguous, read if GRAD
-    v_ptr,        # [N] float32 or float64
-    M, N,
-    GRAD: tl.constexpr, ACTIVATION: tl.constexpr,
+    mu_ptr,  # [M, N] contiguous
+    dy_ptr,  # [M, N] contiguous, read if GRAD
+    v_ptr,  # [N] float32 or float64
+    M,
+    N,
+    GRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     TERMS: tl.constexpr,  # (c, p) of every term; none: relu
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     # where
     col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -57,12 +57,25 @@ def _slope(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _noised_tile(
-    x_ptr, sigma_ptr, key, word3, num_samples, inv_num_samples,
-    row,    # [R] int64: into x
+    x_ptr,
+    sigma_ptr,
+    key,
+    word3,
+    num_samples,
+    inv_num_samples,
+    row,  # [R] int64: into x
     first,  # scalar: first column of the tile, counted from the start of group0
-    M, K, x_stride_m, row0, group0, shift, factor,
+    M,
+    K,
+    x_stride_m,
+    row0,
+    group0,
+    shift,
+    factor,
     dtype: tl.constexpr,  # of u, the weight's
-    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """u = x + factor s z, rounded to the weight's type; zero outside of x"""
     col = first + tl.arange(0, BLOCK_K) - shift
@@ -89,24 +102,36 @@ def _tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _linear_fwd_kernel(
-    y_ptr,       # [M, N] contiguous, written: y, or d loss / dh if GRAD
-    x_ptr,       # [M, K], column stride 1
+    y_ptr,  # [M, N] contiguous, written: y, or d loss / dh if GRAD
+    x_ptr,  # [M, K], column stride 1
     weight_ptr,  # [N, K], column stride 1
-    bias_ptr,    # [N], read if HAS_BIAS
-    sigma_ptr,   # [K] float32
-    dy_ptr,      # [M, N] contiguous, read if GRAD
-    seed_ptr,    # [2] int64: key, stream
-    M, N, K,
-    x_stride_m, weight_stride_n,
-    row0, group0, shift,
-    sample, num_samples, inv_num_samples,
+    bias_ptr,  # [N], read if HAS_BIAS
+    sigma_ptr,  # [K] float32
+    dy_ptr,  # [M, N] contiguous, read if GRAD
+    seed_ptr,  # [2] int64: key, stream
+    M,
+    N,
+    K,
+    x_stride_m,
+    weight_stride_n,
+    row0,
+    group0,
+    shift,
+    sample,
+    num_samples,
+    inv_num_samples,
     factor: tl.float64,
-    LOG_VARIANCE: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     MEAN: tl.constexpr,  # num_samples > 1
     GRAD: tl.constexpr,  # one sample of the backward pass: dy * act'(h) * inv_num_samples
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     # where
     N, K, x_stride_m, weight_stride_n = N * VEC, K * VEC, x_stride_m * VEC, weight_stride_n * VEC
@@ -128,8 +153,25 @@ def _linear_fwd_kernel(
         h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in range(0, K + shift, BLOCK_K):
             u = _noised_tile(
-                x_ptr, sigma_ptr, key, (word3 + i).to(tl.uint32), num_samples, inv_num_samples, row, first,
-                M, K, x_stride_m, row0, group0, shift, factor, dtype, LOG_VARIANCE, MEAN and not PASSES, BLOCK_K,
+                x_ptr,
+                sigma_ptr,
+                key,
+                (word3 + i).to(tl.uint32),
+                num_samples,
+                inv_num_samples,
+                row,
+                first,
+                M,
+                K,
+                x_stride_m,
+                row0,
+                group0,
+                shift,
+                factor,
+                dtype,
+                LOG_VARIANCE,
+                MEAN and not PASSES,
+                BLOCK_K,
             )  # [BM, BK]
             col = first + tl.arange(0, BLOCK_K) - shift
             w = tl.load(
@@ -154,18 +196,29 @@ def _linear_fwd_kernel(
 
 @triton.jit
 def _linear_bwd_x_kernel(
-    dx_ptr,       # [M, K] contiguous, written
+    dx_ptr,  # [M, K] contiguous, written
     partial_ptr,  # [row blocks, K] float32, written: sums of dx * z over the rows of a block
-    dy_ptr,       # [M, N], column stride 1
-    weight_ptr,   # [N, K], column stride 1
-    seed_ptr,     # [2] int64: key, stream
-    M, N, K,
-    dy_stride_m, weight_stride_n,
-    row0, group0, shift,
-    sample, num_samples, inv_num_samples,
-    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr,  # [M, N], column stride 1
+    weight_ptr,  # [N, K], column stride 1
+    seed_ptr,  # [2] int64: key, stream
+    M,
+    N,
+    K,
+    dy_stride_m,
+    weight_stride_n,
+    row0,
+    group0,
+    shift,
+    sample,
+    num_samples,
+    inv_num_samples,
+    MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     # where
     N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
@@ -203,20 +256,32 @@ def _linear_bwd_x_kernel(
 @triton.jit
 def _linear_bwd_weight_kernel(
     dweight_ptr,  # [splits, N, K] contiguous, written: a sum over each split's rows
-    dy_ptr,       # [M, N], column stride 1
-    x_ptr,        # [M, K], column stride 1
-    sigma_ptr,    # [K] float32
-    seed_ptr,     # [2] int64: key, stream
-    M, N, K,
-    split_rows,   # rows of a split
-    dy_stride_m, x_stride_m,
-    row0, group0, shift,
-    sample, num_samples, inv_num_samples,
+    dy_ptr,  # [M, N], column stride 1
+    x_ptr,  # [M, K], column stride 1
+    sigma_ptr,  # [K] float32
+    seed_ptr,  # [2] int64: key, stream
+    M,
+    N,
+    K,
+    split_rows,  # rows of a split
+    dy_stride_m,
+    x_stride_m,
+    row0,
+    group0,
+    shift,
+    sample,
+    num_samples,
+    inv_num_samples,
     factor: tl.float64,
     DTYPE: tl.constexpr,  # of the product's operands: the weight's
-    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     # where
     N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
@@ -236,8 +301,25 @@ def _linear_bwd_weight_kernel(
             other=0.0,
         )  # [BM, BN]
         u = _noised_tile(
-            x_ptr, sigma_ptr, key, word3, num_samples, inv_num_samples, row, first,
-            M, K, x_stride_m, row0, group0, shift, factor, DTYPE, LOG_VARIANCE, MEAN, BLOCK_K,
+            x_ptr,
+            sigma_ptr,
+            key,
+            word3,
+            num_samples,
+            inv_num_samples,
+            row,
+            first,
+            M,
+            K,
+            x_stride_m,
+            row0,
+            group0,
+            shift,
+            factor,
+            DTYPE,
+            LOG_VARIANCE,
+            MEAN,
+            BLOCK_K,
         )  # [BM, BK]
         dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
     # store
@@ -262,9 +344,7 @@ def _tuned(kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps:
     """The kernel with its candidates; a tile's choice holds for every number of rows."""
     chosen = Blocks(block_m, block_n, block_k, num_warps, num_stages)
     configs = [
-        triton.Config(
-            {name: value for name, value in c.kwargs().items() if name.isupper()}, c.num_warps, c.num_stages
-        )
+        triton.Config({name: value for name, value in c.kwargs().items() if name.isupper()}, c.num_warps, c.num_stages)
         for c in candidates(chosen, op)
     ]
     return triton.autotune(configs, key=["N", "K"])(kernel)

@@ -78,10 +78,10 @@ def normal_pair(w):
 
 @triton.jit
 def noise_words(
-    key,     # int64 scalar
-    word3,   # uint32 scalar: (stream mod 2^16) * 2^16 + sample
-    row,     # [R] int64
-    group,   # [G] int: column // 8
+    key,  # int64 scalar
+    word3,  # uint32 scalar: (stream mod 2^16) * 2^16 + sample
+    row,  # [R] int64
+    group,  # [G] int: column // 8
     ROWS_LAST: tl.constexpr,  # orientation of the result: [R, G], or [G, R]
 ):
     """The four Philox words of every (row, group)."""
@@ -149,14 +149,28 @@ def mean_normal_tile(
 
 @triton.jit
 def _noise_kernel(
-    z_ptr,     # [rows, K], written
+    z_ptr,  # [rows, K], written
     seed_ptr,  # [2] int64: key, stream
-    num_row_blocks, num_outer, num_inner, outer_step, inner_step, K,  # Tiling.sizes
-    z_outer, z_inner, z_col,               # strides in elements
-    row0, group0, shift,                   # the first row; col0 // 8; col0 % 8
-    sample, num_samples, inv_num_samples,
+    num_row_blocks,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
+    K,  # Tiling.sizes
+    z_outer,
+    z_inner,
+    z_col,  # strides in elements
+    row0,
+    group0,
+    shift,  # the first row; col0 // 8; col0 % 8
+    sample,
+    num_samples,
+    inv_num_samples,
     MEAN: tl.constexpr,
-    ROWS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     key, word3 = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)

@@ -28,9 +28,9 @@ SUM_ELEMENTS = 2048
 @triton.jit
 def noise_scale(
     sigma_ptr,  # [K]: sigma, or ln(sigma^2) if LOG_VARIANCE
-    col,        # [BK]
-    mask,       # [BK]
-    factor,     # float64 scalar
+    col,  # [BK]
+    mask,  # [BK]
+    factor,  # float64 scalar
     LOG_VARIANCE: tl.constexpr,
     dtype: tl.constexpr,
 ):
@@ -43,18 +43,35 @@ def noise_scale(
 
 @triton.jit
 def _perturb_fwd_kernel(
-    u_ptr,      # [rows, K], written
-    x_ptr,      # [rows, K]
+    u_ptr,  # [rows, K], written
+    x_ptr,  # [rows, K]
     sigma_ptr,  # [K] float32 or float64
-    seed_ptr,   # [2] int64: key, stream
-    num_row_blocks, num_outer, num_inner, outer_step, inner_step, K,  # Tiling.sizes
-    u_outer, u_inner, u_col,  # strides in elements
-    x_outer, x_inner, x_col,
-    row0, group0, shift,      # the first row; col0 // 8; col0 % 8
-    sample, num_samples, inv_num_samples,
+    seed_ptr,  # [2] int64: key, stream
+    num_row_blocks,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
+    K,  # Tiling.sizes
+    u_outer,
+    u_inner,
+    u_col,  # strides in elements
+    x_outer,
+    x_inner,
+    x_col,
+    row0,
+    group0,
+    shift,  # the first row; col0 // 8; col0 % 8
+    sample,
+    num_samples,
+    inv_num_samples,
     factor: tl.float64,
-    LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr,
-    ROWS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # where
     key, word3 = load_seed(seed_ptr, sample)
@@ -80,20 +97,40 @@ def _perturb_fwd_kernel(
 @triton.jit
 def _perturb_bwd_kernel(
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
-    u_ptr,        # [rows, K], written if REPLAY
-    du_ptr,       # [rows, K]
-    x_ptr,        # [rows, K], read if REPLAY
-    sigma_ptr,    # [K] float32 or float64, read if REPLAY
-    seed_ptr,     # [2] int64: key, stream
-    num_row_blocks, num_outer, num_inner, outer_step, inner_step, K,
-    u_outer, u_inner, u_col,
-    du_outer, du_inner, du_col,
-    x_outer, x_inner, x_col,
-    row0, group0, shift,
-    sample, num_samples, inv_num_samples,
+    u_ptr,  # [rows, K], written if REPLAY
+    du_ptr,  # [rows, K]
+    x_ptr,  # [rows, K], read if REPLAY
+    sigma_ptr,  # [K] float32 or float64, read if REPLAY
+    seed_ptr,  # [2] int64: key, stream
+    num_row_blocks,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
+    K,
+    u_outer,
+    u_inner,
+    u_col,
+    du_outer,
+    du_inner,
+    du_col,
+    x_outer,
+    x_inner,
+    x_col,
+    row0,
+    group0,
+    shift,
+    sample,
+    num_samples,
+    inv_num_samples,
     factor: tl.float64,
-    REPLAY: tl.constexpr, LOG_VARIANCE: tl.constexpr, MEAN: tl.constexpr,
-    ROWS_LAST: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    REPLAY: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # where
     row_program = tl.program_id(1)
@@ -130,13 +167,15 @@ def _perturb_bwd_kernel(
 
 @triton.jit
 def _column_sum_kernel(
-    dsigma_ptr,   # [K] float32 or float64, written
+    dsigma_ptr,  # [K] float32 or float64, written
     partial_ptr,  # [P, K] float32 or float64
-    sigma_ptr,    # [K]: ln(sigma^2), read if LOG_VARIANCE
-    num_partials, K,
+    sigma_ptr,  # [K]: ln(sigma^2), read if LOG_VARIANCE
+    num_partials,
+    K,
     factor: tl.float64,
     LOG_VARIANCE: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     # where
     col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)

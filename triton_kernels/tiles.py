@@ -23,7 +23,10 @@ TILE_ELEMENTS = 4096
 @triton.jit
 def rows_at(
     row_block,  # scalar: index over (outer, blocks of inner)
-    num_outer, num_inner, outer_step, inner_step,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
     BLOCK_R: tl.constexpr,
 ):
     """outer (scalar), inner [BLOCK_R] and the row number [BLOCK_R] of a row block, int64"""
@@ -41,8 +44,8 @@ def rows_at(
 @triton.jit
 def columns_at(
     col_block,  # scalar
-    group0,     # scalar: col0 // 8
-    shift,      # scalar: col0 % 8; the first tile starts `shift` columns before the first column
+    group0,  # scalar: col0 // 8
+    shift,  # scalar: col0 % 8; the first tile starts `shift` columns before the first column
     BLOCK_K: tl.constexpr,
 ):
     """Philox groups [BLOCK_K / 8] and columns [BLOCK_K] of a column block, int64; a column may be negative"""

@@ -1,5 +1,6 @@
-// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md, section 7.
-// Compiled once per instruction set; DIP_ACTIVATION and DIP_VARIANCE name the entry points. Plain loops that compilers vectorise; no STL (perturb.cpp).
+// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md,
+// section 7. Compiled once per instruction set; DIP_ACTIVATION and DIP_VARIANCE name the entry points. Plain loops that compilers
+// vectorise; no STL (perturb.cpp).
 #include <cmath>
 #include <cstdlib>
 
@@ -157,8 +158,8 @@ Plain plain(int kind, double x) {
 
 template <class F>
 void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, const F& body) {
-  parallel_for(total, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
-               const_cast<F*>(&body));
+  parallel_for(
+      total, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); }, const_cast<F*>(&body));
 }
 
 template <class C, int kTerms, bool kOdd>
@@ -243,7 +244,8 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
       pass.any_plain |= v[j] == 0;
     }
     for (int t = 0; t < kTerms; ++t) {
-      const C c2 = static_cast<C>(mixture.c[t] * mixture.c[t]), c = static_cast<C>(mixture.c[t]), p = static_cast<C>(mixture.p[t]);
+      const C c2 = static_cast<C>(mixture.c[t] * mixture.c[t]), c = static_cast<C>(mixture.c[t]),
+              p = static_cast<C>(mixture.p[t]);
       pass.k.p[t] = p;
       for (int64_t j = 0; j < n; ++j) {
         C inverse = C(1) / fma_of(c2, v[j], C(1)), root = c * std::sqrt(inverse);
@@ -256,17 +258,13 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
         gamma[t * n + j] = v[j] == 0 ? C(0) : p * root;
       }
     }
-    if (a.dv)
-      pass.sum_rows(parallel_for, partials, blocks, block_rows);
-    else
-      pass.write_only(parallel_for);
+    if (a.dv) pass.sum_rows(parallel_for, partials, blocks, block_rows);
+    else pass.write_only(parallel_for);
     for (int64_t j = 0; a.dv && j < n; ++j) {
       double sum = 0;
       for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
-      if (a.v_is_double)
-        static_cast<double*>(a.dv)[j] = sum;
-      else
-        static_cast<float*>(a.dv)[j] = static_cast<float>(sum);
+      if (a.v_is_double) static_cast<double*>(a.dv)[j] = sum;
+      else static_cast<float*>(a.dv)[j] = static_cast<float>(sum);
     }
   }
   std::free(columns);
@@ -293,10 +291,8 @@ void variance_rows(const VarianceArgs& a, const C* s2, ParallelFor parallel_for)
         for (int j = 0; i + j < n; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
         for (int j = 0; j < 32; ++j) v += acc[j];
       }
-      if (a.is_double)
-        static_cast<double*>(a.v)[row] = v;
-      else
-        static_cast<float*>(a.v)[row] = static_cast<float>(v);
+      if (a.is_double) static_cast<double*>(a.v)[row] = v;
+      else static_cast<float*>(a.v)[row] = static_cast<float>(v);
     }
   });
 }
@@ -342,21 +338,19 @@ const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
   double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * k + 1), sizeof(double))) : nullptr;
   const char* error = !s2 || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
-    const auto sigma = [&](int64_t j) { return a.is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j]; };
+    const auto sigma = [&](int64_t j) {
+      return a.is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j];
+    };
     const auto square = [&](int64_t j) { return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j); };
     for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
-    if (a.dv)
-      variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
-    else
-      variance_rows(a, s2, parallel_for);
+    if (a.dv) variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
+    else variance_rows(a, s2, parallel_for);
     for (int64_t j = 0; a.dv && j < k; ++j) {
       double sum = 0;
       for (int64_t b = 0; b < blocks; ++b) sum += partials[b * k + j];
       sum *= a.log_variance ? square(j) : 2 * sigma(j);
-      if (a.is_double)
-        static_cast<double*>(a.dsigma)[j] = sum;
-      else
-        static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
+      if (a.is_double) static_cast<double*>(a.dsigma)[j] = sum;
+      else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
     }
   }
   std::free(s2);

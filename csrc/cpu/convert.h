@@ -53,8 +53,7 @@ inline void store_bfloat16(uint16_t* p, int n, const float* in) {
   alignas(64) uint16_t upper_words[32];
   for (int j = 0; j < 32; ++j) upper_words[j] = static_cast<uint16_t>(2 * j + 1);
   const __m512i upper = _mm512_load_si512(upper_words);
-  for (; i + 32 <= n; i += 32)
-    _mm512_storeu_si512(p + i, _mm512_permutex2var_epi16(round(in + i), upper, round(in + i + 16)));
+  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(p + i, _mm512_permutex2var_epi16(round(in + i), upper, round(in + i + 16)));
 #endif
   for (; i < n; ++i) p[i] = float_to_bfloat16(in[i]);
 }
@@ -140,8 +139,7 @@ DIP_HD void store_run(const Operand& a, int64_t offset, int n, const C* run) {
     }
     case DType::kBFloat16: {
       uint16_t* p = static_cast<uint16_t*>(a.data) + offset;
-      if constexpr (sizeof(C) == 4)
-        store_bfloat16(p, n, run);
+      if constexpr (sizeof(C) == 4) store_bfloat16(p, n, run);
       else
         for (int i = 0; i < n; ++i) p[i] = float_to_bfloat16(static_cast<float>(run[i]));
       return;

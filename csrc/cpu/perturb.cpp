@@ -10,7 +10,7 @@ namespace {
 
 using V = DIP_LANES;
 
-constexpr int kTileGroups = 64;         // Philox calls of one tile: the same on every instruction set, so that sums associate alike
+constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
 constexpr int64_t kChunk = 128;         // rows of a chunk of channels
 constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
@@ -33,8 +33,8 @@ struct Draw {
   int num_samples;
 };
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kChunk * t + i].
-// kMean apart, or the compiler keeps z in memory for the sake of a loop that one sample does not run.
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kChunk * t +
+// i]. kMean apart, or the compiler keeps z in memory for the sake of a loop that one sample does not run.
 template <bool kPlanar, bool kMean>
 inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
   for (int i = 0; i < count; i += V::kLanes) {
@@ -53,17 +53,14 @@ inline void normal_tile(const Counters& counters, const Draw& draw, int count, f
     }
     if constexpr (kPlanar)
       for (int t = 0; t < 8; ++t) V::store(out + kChunk * t + i, z[t]);
-    else
-      V::store_groups(out + 8 * i, z);
+    else V::store_groups(out + 8 * i, z);
   }
 }
 
 template <bool kPlanar>
 inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
-  if (draw.num_samples == 1)
-    normal_tile<kPlanar, false>(counters, draw, count, out);
-  else
-    normal_tile<kPlanar, true>(counters, draw, count, out);
+  if (draw.num_samples == 1) normal_tile<kPlanar, false>(counters, draw, count, out);
+  else normal_tile<kPlanar, true>(counters, draw, count, out);
 }
 
 // ---- a run: n elements that lie side by side -------------------------------------------------------------------------
@@ -169,10 +166,8 @@ struct Rows {
         C* at = acc ? acc + 8 * g : nullptr;
         const C* scale = pass.scale + 8 * g;
         const int64_t offset = 8 * item;
-        if (count == kTileGroups)
-          apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
-        else
-          apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
+        if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
+        else apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
         g += count;
         row += g / groups;
         g %= groups;
@@ -181,14 +176,8 @@ struct Rows {
           const int64_t here = smaller(count - done, groups - g);
           const int64_t col = larger(0, 8 * g - phase), col_end = smaller(k, 8 * (g + here) - phase);
           apply_run<C, false>(
-              a,
-              row * a.x.outer_stride + col,
-              row * a.u.outer_stride + col,
-              row * a.du.outer_stride + col,
-              pass.scale + col,
-              acc ? acc + col : nullptr,
-              z + 8 * done + (col + phase - 8 * g),
-              static_cast<int>(col_end - col));
+              a, row * a.x.outer_stride + col, row * a.u.outer_stride + col, row * a.du.outer_stride + col, pass.scale + col,
+              acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g), static_cast<int>(col_end - col));
           done += static_cast<int>(here);
           g += here;
           if (g == groups) g = 0, ++row;
@@ -244,7 +233,8 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
           apply_run<C, true>(
-              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kChunk * t + done : nullptr, z + kChunk * t + done, here);
+              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kChunk * t + done : nullptr, z + kChunk * t + done,
+              here);
           done += here;
           inner = 0;
           ++outer;
@@ -270,16 +260,17 @@ const char* sum_rows(const Pass<C>& pass, ParallelFor parallel_for, double* part
   const Rows<C> rows(pass);
   const int64_t m = pass.args->outer;
   bool failed = false;
-  run_parallel(parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (rows.groups * block_rows)), [&](int64_t begin, int64_t end) {
-    C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
-    if (!acc) {
-      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
-      return;
-    }
-    for (int64_t b = begin; b < end; ++b)
-      rows.walk(b * block_rows * rows.groups, smaller(m, (b + 1) * block_rows) * rows.groups, acc, partials + b * rows.k);
-    std::free(acc);
-  });
+  run_parallel(
+      parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (rows.groups * block_rows)), [&](int64_t begin, int64_t end) {
+        C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
+        if (!acc) {
+          __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
+          return;
+        }
+        for (int64_t b = begin; b < end; ++b)
+          rows.walk(b * block_rows * rows.groups, smaller(m, (b + 1) * block_rows) * rows.groups, acc, partials + b * rows.k);
+        std::free(acc);
+      });
   return failed ? "out of memory" : nullptr;
 }
 
@@ -338,28 +329,24 @@ const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const int64_t unit = a.inner == 1 ? 64 : kChunk;
   const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit), blocks = ceil_div(m, block_rows);
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
-  double* partials = a.dsigma ? static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks * k)), sizeof(double))) : nullptr;
+  double* partials =
+      a.dsigma ? static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks * k)), sizeof(double))) : nullptr;
   const char* error = !scale || (a.dsigma && !partials) ? "out of memory" : nullptr;
   if (!error) {
     for (int64_t j = 0; j < k; ++j) scale[j] = static_cast<C>(a.factor * sigma_at(a, j));
     for (int64_t j = 0; k && j < kTile; ++j) scale[k + j] = scale[j % k];
     const Pass<C> pass{&a, {philox_key(a.seed), stream_sample(a.seed, static_cast<uint32_t>(a.sample)), a.num_samples}, scale};
     if (m && k) {
-      if (!a.dsigma)
-        write_only(pass, parallel_for);
-      else if (a.inner == 1)
-        error = sum_rows(pass, parallel_for, partials, blocks, block_rows);
-      else
-        sum_channels(pass, parallel_for, partials, blocks, block_rows);
+      if (!a.dsigma) write_only(pass, parallel_for);
+      else if (a.inner == 1) error = sum_rows(pass, parallel_for, partials, blocks, block_rows);
+      else sum_channels(pass, parallel_for, partials, blocks, block_rows);
     }
     for (int64_t j = 0; a.dsigma && !error && j < k; ++j) {
       double sum = 0;
       for (int64_t b = 0; b < blocks; ++b) sum += partials[b * k + j];
       sum *= a.log_variance ? a.factor * 0.5 * sigma_at(a, j) : a.factor;
-      if (a.sigma_is_double)
-        static_cast<double*>(a.dsigma)[j] = sum;
-      else
-        static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
+      if (a.sigma_is_double) static_cast<double*>(a.dsigma)[j] = sum;
+      else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
     }
   }
   std::free(scale);

@@ -35,9 +35,13 @@ struct Avx512 {
   static DIP_HD U and_or(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0xEA); }
   static DIP_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   template <int kBits>
-  static DIP_HD U shift_left(U a) { return _mm512_slli_epi32(a, kBits); }
+  static DIP_HD U shift_left(U a) {
+    return _mm512_slli_epi32(a, kBits);
+  }
   template <int kBits>
-  static DIP_HD U shift_right(U a) { return _mm512_srli_epi32(a, kBits); }
+  static DIP_HD U shift_right(U a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
   static DIP_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
   static DIP_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static DIP_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -104,9 +108,13 @@ struct Avx2 {
   static DIP_HD U and_or(U a, U b, U c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
   static DIP_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
   template <int kBits>
-  static DIP_HD U shift_left(U a) { return _mm256_slli_epi32(a, kBits); }
+  static DIP_HD U shift_left(U a) {
+    return _mm256_slli_epi32(a, kBits);
+  }
   template <int kBits>
-  static DIP_HD U shift_right(U a) { return _mm256_srli_epi32(a, kBits); }
+  static DIP_HD U shift_right(U a) {
+    return _mm256_srli_epi32(a, kBits);
+  }
   static DIP_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
   static DIP_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static DIP_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
@@ -164,9 +172,13 @@ struct Twice {
   static DIP_HD U and_or(U x, U y, U z) { return {V::and_or(x.a, y.a, z.a), V::and_or(x.b, y.b, z.b)}; }
   static DIP_HD U sub_u(U x, U y) { return {V::sub_u(x.a, y.a), V::sub_u(x.b, y.b)}; }
   template <int kBits>
-  static DIP_HD U shift_left(U x) { return {V::template shift_left<kBits>(x.a), V::template shift_left<kBits>(x.b)}; }
+  static DIP_HD U shift_left(U x) {
+    return {V::template shift_left<kBits>(x.a), V::template shift_left<kBits>(x.b)};
+  }
   template <int kBits>
-  static DIP_HD U shift_right(U x) { return {V::template shift_right<kBits>(x.a), V::template shift_right<kBits>(x.b)}; }
+  static DIP_HD U shift_right(U x) {
+    return {V::template shift_right<kBits>(x.a), V::template shift_right<kBits>(x.b)};
+  }
   static DIP_HD F add(F x, F y) { return {V::add(x.a, y.a), V::add(x.b, y.b)}; }
   static DIP_HD F sub(F x, F y) { return {V::sub(x.a, y.a), V::sub(x.b, y.b)}; }
   static DIP_HD F mul(F x, F y) { return {V::mul(x.a, y.a), V::mul(x.b, y.b)}; }

@@ -99,7 +99,8 @@ DIP_DEVICE void load_round_keys(const RoundKeys& keys, int i, PhiloxKey pair[2])
 
 // z[i][t]: column 8 * group + t of row `row + i * step`, for N rows in lockstep. last_word: stream and sample.
 template <class Tier, int N>
-DIP_DEVICE void draw_groups(const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step, float z[N][8]) {
+DIP_DEVICE void draw_groups(
+    const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step, float z[N][8]) {
   uint64_t ctr[N][4];
   DIP_UNROLL
   for (int i = 0; i < N; ++i) {

@@ -9,9 +9,9 @@
 namespace dip {
 namespace {
 
-constexpr int kGroup = 8;         // columns of one Philox call
+constexpr int kGroup = 8;  // columns of one Philox call
 constexpr int kMaxDevices = 64;
-constexpr int kSumRows = 32;      // partial rows that one block of the second stage reads at a time
+constexpr int kSumRows = 32;  // partial rows that one block of the second stage reads at a time
 
 // A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
 template <bool kSum>
@@ -25,11 +25,11 @@ constexpr int kChannelResident = 384;
 
 struct Params {
   PerturbArgs args;
-  int64_t rows;         // outer * inner
-  int64_t groups;       // of one row; the first one's leading `phase` columns are outside
+  int64_t rows;    // outer * inner
+  int64_t groups;  // of one row; the first one's leading `phase` columns are outside
   int64_t first_group;
   int phase;
-  void* partials;       // [gridDim.y, features] of the compute type
+  void* partials;  // [gridDim.y, features] of the compute type
 };
 
 // ---- device functions ------------------------------------------------------------------------------------------------
@@ -68,7 +68,8 @@ DIP_DEVICE void share_round_keys(const PerturbArgs& a, RoundKeys* keys) {
 // The mean over the call's samples, for N rows; kOne: there is one.
 template <class Tier, bool kOne, int N>
 DIP_DEVICE void mean_groups(
-    const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step, float z[N][kGroup]) {
+    const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step,
+    float z[N][kGroup]) {
   draw_groups<Tier, N>(keys, last_word, group, row, step, z);
   if constexpr (!kOne) {
     static_assert(N == 1);
@@ -103,7 +104,7 @@ DIP_DEVICE R load_or_zero(const char* p, const Operand& a, int first, int last) 
 
 template <class Types, class Tier, bool kWrite, bool kSum>
 __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, kWrite && kSum> / kRowThreads<kSum>)
-perturb_rows_kernel(const Params p) {
+    perturb_rows_kernel(const Params p) {
   using C = typename Types::Compute;
   using X = typename Types::X;
   using U = typename Types::U;
@@ -114,7 +115,8 @@ perturb_rows_kernel(const Params p) {
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t col = kGroup * group - p.phase;
   const int first = col < 0 ? static_cast<int>(-col) : 0;
-  const int last = a.features - col < kGroup ? static_cast<int>(a.features - col) : kGroup;  // [first, last) of the group is inside
+  const int last =
+      a.features - col < kGroup ? static_cast<int>(a.features - col) : kGroup;  // [first, last) of the group is inside
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int64_t end = group < p.groups ? p.rows : 0;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
@@ -207,8 +209,7 @@ perturb_rows_kernel(const Params p) {
 // Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call still serves eight elements.
 
 template <class Types, class Tier, bool kWrite, bool kSum>
-__global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads)
-perturb_channels_kernel(const Params p) {
+__global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads) perturb_channels_kernel(const Params p) {
   using C = typename Types::Compute;
   using X = typename Types::X;
   using U = typename Types::U;
@@ -327,10 +328,8 @@ __global__ void __launch_bounds__(32 * kSumRows) column_sum_kernel(const SumPara
   for (int i = 1; i < kSumRows; ++i) sum += shared[i][threadIdx.x];
   sum *= a.log_variance ? a.factor * 0.5 * sigma_at<C>(a, col) : a.factor;
   // store
-  if (a.sigma_is_double)
-    static_cast<double*>(a.dsigma)[col] = sum;
-  else
-    static_cast<float*>(a.dsigma)[col] = static_cast<float>(sum);
+  if (a.sigma_is_double) static_cast<double*>(a.dsigma)[col] = sum;
+  else static_cast<float*>(a.dsigma)[col] = static_cast<float>(sum);
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------------
@@ -413,15 +412,19 @@ const char* describe(cudaError_t error) {
     cudaRuntimeGetVersion(&runtime);
     if (!driver) return "there is no NVIDIA driver here";
     std::snprintf(
-        message, sizeof(message), "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, or set DIPKERNELS_BACKEND=triton",
+        message, sizeof(message),
+        "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, or set "
+        "DIPKERNELS_BACKEND=triton",
         driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     std::snprintf(
-        message, sizeof(message), "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, and this one is %d.%d: set "
-        "DIPKERNELS_BACKEND=triton or reference", major, minor);
+        message, sizeof(message),
+        "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, and this one is %d.%d: set "
+        "DIPKERNELS_BACKEND=triton or reference",
+        major, minor);
   } else {
     std::snprintf(message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
   }
@@ -446,16 +449,13 @@ struct Call {
 template <class RowTypes, class ChannelTypes, class Tier, bool kWrite, bool kSum>
 const char* launch_pass(const Call& call) {
   const PerturbArgs& a = call.args;
-  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident<RowTypes::kAny, kWrite && kSum>)
+  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >)
                                  : make_plan(a, ChannelTypes::X::kElements, kChannelResident);
-  const Params params{
-      a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, static_cast<int>(a.col0 % kGroup), call.partials};
+  const Params params{a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, static_cast<int>(a.col0 % kGroup), call.partials};
   const char* error = nullptr;
   if (params.rows) {
-    if (a.inner == 1)
-      error = launch(&perturb_rows_kernel<RowTypes, Tier, kWrite, kSum>, plan, params, call.stream);
-    else
-      error = launch(&perturb_channels_kernel<ChannelTypes, Tier, kWrite, kSum>, plan, params, call.stream);
+    if (a.inner == 1) error = launch(&perturb_rows_kernel<RowTypes, Tier, kWrite, kSum>, plan, params, call.stream);
+    else error = launch(&perturb_channels_kernel<ChannelTypes, Tier, kWrite, kSum>, plan, params, call.stream);
   }
   if constexpr (kSum) {
     using C = typename RowTypes::Compute;
@@ -488,8 +488,9 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
-  constexpr int n = kPixels<XT, UT, kWrite && kSum>;
-  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1) return false;
+  constexpr int n = kPixels < XT, UT, kWrite && kSum > ;
+  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1)
+    return false;
   if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
   return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) && (!kSum || aligned(a.du, a, run));

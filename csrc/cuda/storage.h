@@ -55,11 +55,17 @@ DIP_DEVICE uint32_t pack(Float16, float low, float high) {
 }
 #else  // nvcc reads device code once more for the host, and compiles none of it
 template <class T>
-DIP_DEVICE float low_value(T, uint32_t) { return 0; }
+DIP_DEVICE float low_value(T, uint32_t) {
+  return 0;
+}
 template <class T>
-DIP_DEVICE float high_value(T, uint32_t) { return 0; }
+DIP_DEVICE float high_value(T, uint32_t) {
+  return 0;
+}
 template <class T>
-DIP_DEVICE uint32_t pack(T, float, float) { return 0; }
+DIP_DEVICE uint32_t pack(T, float, float) {
+  return 0;
+}
 #endif
 
 DIP_DEVICE float element(float a) { return a; }
@@ -165,7 +171,9 @@ struct AnyRun {
   static constexpr bool kMayBeAbsent = true;
   C values[N];
 
-  static DIP_HD int64_t bytes(DType type, int64_t n) { return n * (type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2); }
+  static DIP_HD int64_t bytes(DType type, int64_t n) {
+    return n * (type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2);
+  }
   template <class T>
   DIP_DEVICE void load_as(const char* p, int first, int last) {
     DIP_UNROLL
