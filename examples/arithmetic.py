@@ -27,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from results_page import (
     FOLDER,
     PAGE,
+    NotStored,
     Store,
     cell,
     environment_line,
@@ -34,7 +35,7 @@ from results_page import (
     mean_std,
     save_figure,
     table,
-    write_section,
+    write_table,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -243,7 +244,7 @@ class Study:
     def test(self, stage: str, method: str, bar: tqdm) -> list[dict]:
         settings = self.stores[stage].values.get("chosen")
         if settings is None:
-            raise SystemExit(f"--parts: no settings chosen yet for the stage {stage}; run the part tune first")
+            raise NotStored(f"--parts: no settings chosen yet for the stage {stage}; run the part tune first")
         setting = settings["plain"] | ({} if method.startswith("plain") else settings[method])
         return [self.run(self.config(stage, method, setting, seed, "test"), bar) for seed in self.seeds]
 
@@ -292,13 +293,13 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
 def search_table(study: Study) -> str:
     rows = []
     for stage in study.args.stages:
-        for method, trials in sorted(study.stores[stage].values["search"].items()):
+        for method, trials in sorted(study.stores[stage].values.get("search", {}).items()):
             cells = [
                 ", ".join(f"{k} {v:g}" for k, v in sorted(setting.items())) + f": {score:.1f}"
                 for score, setting in trials
             ]
             rows.append([stage, method, "; ".join(cells)])
-    return table(["stage", "method", "setting: mean exact match on validation problems"], rows)
+    return table(["stage", "method", "setting: mean exact match on validation problems"], rows) if rows else ""
 
 
 def plot(study: Study, path: Path, bar: tqdm) -> None:
@@ -328,11 +329,17 @@ def plot(study: Study, path: Path, bar: tqdm) -> None:
 
 
 def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
-    for stage in study.args.stages:
-        write_section(page, f"arithmetic-{stage.lower()}", main_table(study, stage, bar))
+    """Tables and figure from what is stored; nothing is trained, and what is missing is said."""
+    for store in study.stores.values():
+        store.makes = False
+    whole = [
+        write_table(page, f"arithmetic-{stage.lower()}", lambda stage=stage: main_table(study, stage, bar))
+        for stage in study.args.stages
+    ]
     if set(study.args.stages) == set(STAGES):
-        write_section(page, "arithmetic-search", search_table(study))
-        plot(study, out / "arithmetic.png", bar)
+        write_table(page, "arithmetic-search", lambda: search_table(study))
+        if all(whole):
+            plot(study, out / "arithmetic.png", bar)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -367,7 +374,10 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
         for part in ("tune", "main"):
             if part in args.parts:
-                getattr(study, part)(bar)
+                try:
+                    getattr(study, part)(bar)
+                except NotStored as error:
+                    raise SystemExit(str(error)) from None
     if "report" in args.parts:
         report(study, args.page, args.out, tqdm(disable=True))
         print(f"wrote {args.page} and {args.out}")

@@ -78,6 +78,23 @@ def write_section(page: Path, marker: str, text: str) -> None:
     page.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8")
 
 
+def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
+    """Write make()'s text into the section; where a run is missing, a line that says so. Returns whether it is whole."""
+    try:
+        text = make()
+    except NotStored:
+        text = ""
+    write_section(page, marker, text or NOT_RUN)
+    return bool(text)
+
+
+class NotStored(RuntimeError):
+    """A report wants a run that has not been made yet."""
+
+
+NOT_RUN = "*Not run yet; the command above goes on where it was stopped.*"
+
+
 class Store:
     """Results by configuration in one JSON file, written after every run, so that an interrupted command goes on.
 
@@ -88,6 +105,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.values: dict = {}
+        self.makes = True  # False: what is not stored raises NotStored
         self._runs: dict[str, dict] = {}
         self._read()
 
@@ -100,6 +118,8 @@ class Store:
         key = _key(config)
         if key not in self._runs:
             self._read()
+        if key not in self._runs and not self.makes:
+            raise NotStored(f"{self.path}: expected a run of {key}, found none")
         if key not in self._runs:
             self._runs[key] = {"config": config, "environment": environment(), "result": make()}
             self.save()
@@ -108,6 +128,8 @@ class Store:
     def value(self, key: str, make: Callable[[], object]):
         if key not in self.values:
             self._read()
+        if key not in self.values and not self.makes:
+            raise NotStored(f"{self.path}: expected a value of {key!r}, found none")
         if key not in self.values:
             self.values[key] = make()
             self.save()

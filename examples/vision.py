@@ -24,7 +24,9 @@ import torch.nn.functional as F
 import vision_methods as methods
 from results_page import (
     FOLDER,
+    NOT_RUN,
     PAGE,
+    NotStored,
     Store,
     cell,
     environment_line,
@@ -32,7 +34,7 @@ from results_page import (
     mean_std,
     save_figure,
     table,
-    write_section,
+    write_table,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -216,7 +218,7 @@ class Study:
         settings = self.store.values.get("chosen", {})
         name = "plain" if method.startswith("plain") else method
         if name not in settings:
-            raise SystemExit(f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first")
+            raise NotStored(f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first")
         return settings["plain"] | settings[name]
 
     def tune(self, bar: tqdm) -> None:
@@ -255,6 +257,17 @@ class Study:
     def trainings(self) -> list[str]:
         return self.args.trainings[:1] if self.quick else self.args.trainings
 
+    def complete_trainings(self) -> list[str]:
+        """Those of which every run is stored."""
+
+        def complete(training: str) -> bool:
+            try:
+                return all(self.test(method, None, training) for method in METHODS)
+            except NotStored:
+                return False
+
+        return [training for training in self.trainings() if complete(training)]
+
     def main(self, bar: tqdm) -> None:
         for training in self.trainings():
             for method in METHODS:
@@ -278,7 +291,8 @@ class Study:
         """One change at a time to the chosen DIP setting."""
         rows = [("DIP as chosen", self.test("DIP", bar, num_seeds=ABLATION_SEEDS))]
         rows += [
-            (f"baseline: {name}", self.test(name, bar)) for name in ("plain", "plain, equal time", "fixed variance")
+            (f"baseline: {name}", self.test(name, bar, num_seeds=ABLATION_SEEDS))
+            for name in ("plain", "plain, equal time", "fixed variance")
         ]
         for label, changes in ABLATIONS[self.arch][:2] if self.quick else ABLATIONS[self.arch]:
             rows.append((label, self.test("DIP", bar, num_seeds=ABLATION_SEEDS, **changes)))
@@ -341,22 +355,26 @@ def seconds(results: list[dict]) -> str:
 
 
 def main_table(study: Study) -> str:
-    rows = []
-    for training in study.trainings():
+    rows, trainings = [], study.complete_trainings()
+    for training in trainings:
         results = {method: study.test(method, None, training) for method in METHODS}
         best = max(METHODS, key=lambda method: statistics.fmean(overall(r["scores"]) for r in results[method]))
         for method in METHODS:
             row = scores_row(method, results[method], [seconds(results[method])])
             row[-2] = f"**{row[-2]}**" if method == best else row[-2]
             rows.append([training, *row])
+    if not rows:
+        return ""
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
     values = study.store.values
     settings = "; ".join(f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items()))
+    missing = [training for training in study.trainings() if training not in trainings]
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in bold. "
         f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods with noise; a DIP step "
         f"costs {study.time_ratio()} plain steps, which plain training at equal time gets in epochs.\n\n{text}\n\n"
-        f"{_environments(study)}"
+        + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
+        + _environments(study)
     )
 
 
@@ -374,7 +392,10 @@ def averages_table(studies: list[Study]) -> str:
     """The paper's summary: the average over the three ways of training."""
     heads = ["method"]
     columns = []
-    for study in studies:
+    whole = [study for study in studies if study.complete_trainings() == study.trainings()]
+    if not whole:
+        return ""
+    for study in whole:
         heads += [f"{study.arch}, clean", f"{study.arch}, all conditions"]
         for score in (lambda s: s["clean"]["0"], overall):
             columns.append(
@@ -397,20 +418,23 @@ def averages_table(studies: list[Study]) -> str:
 def search_table(studies: list[Study]) -> str:
     rows = []
     for study in studies:
-        for method, trials in sorted(study.store.values["search"].items()):
+        for method, trials in sorted(study.store.values.get("search", {}).items()):
             best = max(score for score, _ in trials)
             cells = [
                 f"{_setting(s)}: {'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
                 for score, s in trials
             ]
             rows.append([study.arch, method, "; ".join(cells)])
-    return table(["network", "method", "setting: mean over the conditions on validation images"], rows)
+    return table(["network", "method", "setting: mean over the conditions on validation images"], rows) if rows else ""
 
 
 def needs_table(studies: list[Study]) -> str:
     tables = []
     for study in studies:
-        results = study.needs(None)
+        try:
+            results = study.needs(None)
+        except NotStored:
+            continue
         alphas = sorted({alpha for _, alpha in results})
         rows = []
         for rate in sorted({rate for rate, _ in results}):
@@ -440,34 +464,41 @@ def ablation_table(study: Study) -> str:
 def k_table(studies: list[Study]) -> str:
     rows = []
     for study in studies:
+        if "clean" not in study.complete_trainings():
+            continue
         results = [r["k"] for r in study.test("DIP", None)]
         names = [name for name in results[0]["0"] if not name.endswith("time")]
+        heads = ["network", "prediction", *names, "time over Algorithm 3"]
         for k in results[0]:
             label = "Algorithm 3" if k == "0" else f"k = {k}"
             ratio = [r[k]["clean, time"] for r in results]
             rows.append([study.arch, label, *(cell([r[k][name] for r in results]) for name in names), cell(ratio)])
-    return table(["network", "prediction", *names, "time over Algorithm 3"], rows)
+    return table(heads, rows) if rows else ""
 
 
 def smoothness_table(studies: list[Study]) -> str:
     rows = []
     for study in studies:
-        for method, results in study.smoothness(None).items():
+        try:
+            measured = study.smoothness(None)
+        except NotStored:
+            continue
+        for method, results in measured.items():
             for k in ("0", str(SMOOTH_K)):
                 if k in results[0]:
                     name = "deterministic" if k == "0" else f"mean of {k} noisy passes"
                     cells = [cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]]
                     rows.append([study.arch, method, name, *cells])
-    return table(["network", "method", "predictor", *SMOOTH_HEADS], rows)
+    return table(["network", "method", "predictor", *SMOOTH_HEADS], rows) if rows else ""
 
 
 SMOOTH_HEADS = ("Lipschitz, logits", "Lipschitz, probabilities", "Hessian of the loss")
 
 
-def plot_curves(study: Study, path: Path) -> None:
+def plot_curves(study: Study, trainings: list[str], path: Path) -> None:
     kinds = ["FGSM", "PGD", *CORRUPTIONS]
-    fig, axes = figure(len(study.trainings()), len(kinds), 3 * len(kinds), 2.6 * len(study.trainings()), sharey=True)
-    for row, training in zip(axes, study.trainings()):
+    fig, axes = figure(len(trainings), len(kinds), 3 * len(kinds), 2.6 * len(trainings), sharey=True)
+    for row, training in zip(axes, trainings):
         for method in METHODS:
             scores = [r["scores"] for r in study.test(method, None, training)]
             for axis, kind in zip(row, kinds):
@@ -494,6 +525,9 @@ def plot_sigmas(studies: list[Study], path: Path) -> None:
     fig, axes = figure(len(trainings), len(studies), 4 * len(studies), 2.4 * len(trainings))
     for row, training in zip(axes, trainings):
         for axis, study in zip(row, studies):
+            if training not in study.complete_trainings():
+                axis.set_axis_off()
+                continue
             layers = study.test("DIP", None, training)[0]["sigma"]
             boxes = [
                 {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4], "label": name}
@@ -509,18 +543,21 @@ def plot_sigmas(studies: list[Study], path: Path) -> None:
 
 
 def report(studies: list[Study], page: Path, out: Path) -> None:
+    """Tables and figures from what is stored; nothing is trained, and what is missing is said."""
     for study in studies:
-        write_section(page, f"vision-{study.arch.lower()}", main_table(study))
-        plot_curves(study, out / f"vision_{study.arch.lower()}.png")
-    write_section(page, "vision-averages", averages_table(studies))
-    write_section(page, "vision-search", search_table(studies))
-    write_section(page, "vision-k", k_table(studies))
-    write_section(page, "vision-smoothness", smoothness_table(studies))
-    write_section(page, "vision-needs", needs_table([study for study in studies if study.arch in NEEDS]))
-    plot_sigmas(studies, out / "vision_sigma.png")
+        study.store.makes = study.smooth_store.makes = False
     for study in studies:
+        write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
+        if trainings := study.complete_trainings():
+            plot_curves(study, trainings, out / f"vision_{study.arch.lower()}.png")
         if ABLATIONS[study.arch]:
-            write_section(page, f"vision-ablations-{study.arch.lower()}", ablation_table(study))
+            write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
+    write_table(page, "vision-averages", lambda: averages_table(studies))
+    write_table(page, "vision-search", lambda: search_table(studies))
+    write_table(page, "vision-k", lambda: k_table(studies))
+    write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
+    write_table(page, "vision-needs", lambda: needs_table([study for study in studies if study.arch in NEEDS]))
+    plot_sigmas(studies, out / "vision_sigma.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -552,7 +589,10 @@ def main(arguments: list[str] | None = None) -> None:
         for study in studies:
             for part in PARTS[:-1]:
                 if part in args.parts and (part != "needs" or study.arch in NEEDS):
-                    getattr(study, part)(bar)
+                    try:
+                        getattr(study, part)(bar)
+                    except NotStored as error:
+                        raise SystemExit(str(error)) from None
     if "report" in args.parts:
         report(studies, args.page, args.out)
         print(f"wrote {args.page} and {args.out}")

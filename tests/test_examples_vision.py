@@ -195,6 +195,10 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
     again = results_page.Store(tmp_path / "runs.json")
     assert again.run({"b": 2, "a": 1}, make)["result"] == {"value": 1}
     assert again.run({"a": 1, "b": 3}, make)["result"] == {"value": 2}
+    again.makes = False
+    assert again.run({"a": 1, "b": 2}, make)["result"] == {"value": 1}
+    with pytest.raises(results_page.NotStored, match='"b": 4'):
+        again.run({"b": 4}, make)
     assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 2
     assert again.runs[0]["environment"]["torch"] == torch.__version__
 
@@ -236,6 +240,15 @@ def test_the_quick_run_writes_tables_figures_and_results(tmp_path, arch, monkeyp
     vision.main([*flags, "--parts", "report"])  # from what is stored: nothing is trained
     assert (tmp_path / f"vision_{arch.lower()}.json").read_bytes() == stored
     assert (tmp_path / "results.md").read_text() == text
+
+
+def test_a_report_trains_nothing_and_says_what_is_missing(tmp_path):
+    vision.main(["--quick", "--archs", "MLP", "--out", str(tmp_path), "--parts", "report"])
+    text = (tmp_path / "results.md").read_text()
+    for name in ("mlp", "averages", "search", "k", "smoothness", "needs", "ablations-mlp"):
+        section = text.split(f"<!-- begin vision-{name} -->")[1].split("<!-- end")[0]
+        assert section.strip() == results_page.NOT_RUN
+    assert not (tmp_path / "vision_mlp.json").exists()
 
 
 def test_a_report_without_a_search_says_what_to_run(tmp_path):
