@@ -7,7 +7,7 @@ FROM ${BASE}
 COPY dist/dipkernels-*-py3-none-manylinux_2_28_*.whl /opt/dipkernels/
 COPY scripts/smoke.py /opt/dipkernels/
 RUN python -m pip install --no-cache-dir --no-index --no-deps /opt/dipkernels/*.whl \
- && cd / && python /opt/dipkernels/smoke.py --expect cuda
+ && python /opt/dipkernels/smoke.py --expect cuda
 
 # Nobody in particular: clusters run containers under the user's own number. Triton compiles into a folder that any may write.
 ENV TRITON_CACHE_DIR=/var/tmp/triton

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak \
-	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck
+	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
 
@@ -119,6 +119,13 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(C_SOURCES)
+
+# The workflows by GitHub's schema and for security, and the Dockerfile; tests/test_release.py checks the targets that they call.
+lint-release: setup
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-release.txt
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github/workflows
+	$(VENV)/bin/hadolint Dockerfile
 
 format: setup
 	$(PY) -m ruff check --fix .

@@ -2,8 +2,8 @@
 
     make lock        # needs uv, which asks the index for hashes without downloading the files
 
-pip resolves requirements-dev.txt and requirements-docs.txt together; torch itself is left out, for which build of it (CPU, CUDA) is the
-machine's choice, and with it what only its CUDA build needs. For Python 3.11 and newer.
+pip resolves requirements-dev.txt, requirements-docs.txt and requirements-release.txt together; torch itself is left out, for which build
+of it (CPU, CUDA) is the machine's choice, and with it what only its CUDA build needs. For Python 3.11 and newer.
 """
 
 import json
@@ -13,13 +13,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-HEADER = "# Written by `make lock` from requirements-dev.txt and requirements-docs.txt. Install with --require-hashes --no-deps.\n"
+HEADER = "# Written by `make lock` from requirements-*.txt. Install with --require-hashes --no-deps.\n"
 
 
 def resolved(folder: Path) -> list[str]:
     """name==version of everything that pip would install."""
     report = folder / "report.json"
-    files = [argument for name in ("dev", "docs") for argument in ("-r", str(ROOT / f"requirements-{name}.txt"))]
+    files = [
+        argument for name in ("dev", "docs", "release") for argument in ("-r", str(ROOT / f"requirements-{name}.txt"))
+    ]
     command = [
         sys.executable,
         "-m",

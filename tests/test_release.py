@@ -74,7 +74,7 @@ def requirements(name):
 
 def test_development_requirements_are_pinned_and_locked_by_hash():
     wanted = {}
-    for line in requirements("requirements-dev.txt") + requirements("requirements-docs.txt"):
+    for line in [line for name in ("dev", "docs", "release") for line in requirements(f"requirements-{name}.txt")]:
         name, _, version = line.partition("==")
         wanted[re.sub(r"\[.*\]", "", name).lower().replace("_", "-")] = version
     lock = (ROOT / "requirements-dev.lock").read_text()
