@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -121,17 +122,30 @@ def test_site_lists_every_page_and_every_public_name():
     assert set(dip.__all__) - {"functional", "reference"} <= listed, set(dip.__all__) - listed
 
 
+@pytest.mark.parametrize(
+    "page", [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.stem
+)
+def test_lists_of_a_page_follow_an_empty_line(page):
+    """Without one the site shows a list as running text, although other viewers do not."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^(?![-*|\s]|\d+\.|<!--).+\n(?=(?:[-*]|\d+\.) )", text, re.MULTILINE) == []
+
+
 @pytest.mark.slow
 def test_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
         cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},  # as `make docs`: it is about mkdocs itself
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
     assert "init_variance" in (tmp_path / "api" / "index.html").read_text()
+    for page in tmp_path.rglob("index.html"):
+        named = re.findall(r'(?:src|href)="([^"#?:]+)["#?]', page.read_text())
+        assert [target for target in named if not (page.parent / target).exists()] == [], page
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
