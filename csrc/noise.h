@@ -17,11 +17,12 @@ struct ScalarLane {
   static DIP_HD Wide widen(U a) { return a; }
   static DIP_HD U narrow(Wide a) { return static_cast<U>(a); }
   static DIP_HD Wide high(Wide a) { return a >> 32; }
-  static DIP_HD Wide xor3(Wide a, Wide b, uint32_t c) { return a ^ b ^ c; }
+  static DIP_HD Wide xor2(Wide a, uint64_t c) { return a ^ c; }
+  static DIP_HD Wide xor3(Wide a, Wide b, uint64_t c) { return a ^ b ^ c; }
   static DIP_HD U splat(uint32_t a) { return a; }
   static DIP_HD F splat_f(float a) { return a; }
   static DIP_HD U and_(U a, U b) { return a & b; }
-  static DIP_HD U xor_(U a, U b) { return a ^ b; }
+  static DIP_HD U xor_and(U a, U b, U c) { return a ^ (b & c); }
   static DIP_HD U and_or(U a, U b, U c) { return (a & b) | c; }
   static DIP_HD U sub_u(U a, U b) { return a - b; }
   template <int kBits>
@@ -112,9 +113,9 @@ DIP_HD void cos_sin(typename V::U w, typename V::F r, typename V::F* even, typen
   s = V::mul(s, t);
   const U odd_quadrant = V::template shift_left<21>(w);  // bit 10, at the sign
   const U upper_half = V::template shift_left<20>(w);    // bit 11, at the sign
-  s = V::as_float(V::xor_(V::as_uint(s), V::and_(odd_quadrant, sign)));
-  const F r_sin = V::as_float(V::xor_(V::as_uint(r), V::and_(upper_half, sign)));
-  const F r_cos = V::as_float(V::xor_(V::as_uint(r_sin), V::and_(odd_quadrant, sign)));
+  s = V::as_float(V::xor_and(V::as_uint(s), odd_quadrant, sign));
+  const F r_sin = V::as_float(V::xor_and(V::as_uint(r), upper_half, sign));
+  const F r_cos = V::as_float(V::xor_and(V::as_uint(r_sin), odd_quadrant, sign));
   *even = V::mul(r_cos, V::sub(c, s));
   *odd = V::mul(r_sin, V::add(c, s));
 }
@@ -125,16 +126,29 @@ DIP_HD void standard_normal_pair(typename V::U w, typename V::F* even, typename 
   cos_sin<V>(w, radius<V>(w), even, odd);
 }
 
-// Eight columns of one row from one counter: z[t] is column 8 * group + t.
+// Eight columns of one row from the words of one counter: z[t] is column 8 * group + t.
 template <class V>
+DIP_HD void standard_normal_words(const typename V::Wide words[4], typename V::F z[8]) {
+  DIP_UNROLL
+  for (int t = 0; t < 4; ++t) standard_normal_pair<V>(V::narrow(words[t]), &z[2 * t], &z[2 * t + 1]);
+}
+
+template <class V, class Keys>
 DIP_HD void standard_normal_group(
     typename V::U group, typename V::U row_lo, typename V::U row_hi,
     uint32_t stream_sample,  // (stream mod 2^16) * 2^16 + sample
-    PhiloxKey key, typename V::F z[8]) {
+    const Keys& keys, typename V::F z[8]) {
   typename V::Wide ctr[4] = {V::widen(group), V::widen(row_lo), V::widen(row_hi), V::widen(V::splat(stream_sample))};
-  philox4x32_10<V>(ctr, key);
-  DIP_UNROLL
-  for (int t = 0; t < 4; ++t) standard_normal_pair<V>(V::narrow(ctr[t]), &z[2 * t], &z[2 * t + 1]);
+  philox4x32_10<V>(ctr, keys);
+  standard_normal_words<V>(ctr, z);
+}
+
+// The same where all groups belong to one row.
+template <class V>
+DIP_HD void standard_normal_group(typename V::U group, const PhiloxRow& row, const PhiloxKeys& keys, typename V::F z[8]) {
+  typename V::Wide ctr[4];
+  philox4x32_10<V>(group, row, keys, ctr);
+  standard_normal_words<V>(ctr, z);
 }
 
 DIP_HD PhiloxKey philox_key(const int64_t seed[2]) {

@@ -48,7 +48,7 @@ def check_dsigma(dsigma, du, sigma, where):
 
 
 # One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
-SHAPES = [((1, 1), -1), ((3, 8), -1), ((17, 129), -1), ((16, 128), -1), ((5, 1031), -1), ((200, 24), -1), ((2, 3, 40), -1),
+SHAPES = [((1, 1), -1), ((3, 8), -1), ((17, 129), -1), ((16, 128), -1), ((5, 1031), -1), ((3, 768), -1), ((200, 24), -1), ((2, 3, 40), -1),
           ((7,), -1), ((0, 8), -1), ((4, 0), -1), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((3, 24, 200), 1), ((9, 31), 0), ((4, 5, 6), 1)]  # fmt: skip
 WHERES = [dict(), dict(row0=2**33 + 7, col0=24, sample=2), dict(col0=3, num_samples=3, factor=0.5, log_variance=True)]
 
@@ -82,12 +82,14 @@ def test_perturb_rounds_once_to_the_asked_type(dtype, out_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_samples", [1, 2])
 @pytest.mark.parametrize(
-    "shape, dim", [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)]
+    "shape, dim",
+    [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((5, 768), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)],
 )
-def test_perturb_ignores_instruction_set_and_threads(shape, dim, dtype):
+def test_perturb_ignores_instruction_set_and_threads(shape, dim, num_samples, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
-    where = arguments(dim, col0=16, num_samples=2)
+    where = arguments(dim, row0=2**32 - 2, col0=16, num_samples=num_samples)
     want = None
     threads = torch.get_num_threads()
     try:
@@ -182,7 +184,7 @@ def test_perturb_of_a_window_is_the_window():
 
 
 def test_perturb_passes_nan_and_infinity_through():
-    x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0] * 4] * 3)
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0] * 4] * 65)
     sigma = torch.full((16,), 0.1)
     for dtype in DTYPES:
         u = functional.perturb(x.to(dtype), sigma, SEED)

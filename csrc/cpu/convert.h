@@ -42,18 +42,8 @@ inline uint16_t float_to_float16(float f) {
 inline void store_bfloat16(uint16_t* p, int n, const float* in) {
   int i = 0;
 #if defined(__AVX512BW__)
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7FFF), last = _mm512_set1_epi32(0x10000);
-  const __m512i nan = _mm512_set1_epi32(0x7FC00000);
-  const auto round = [&](const float* q) {
-    const __m512 f = _mm512_loadu_ps(q);
-    const __m512i bits = _mm512_castps_si512(f), up = _mm512_add_epi32(bits, half);
-    const __m512i rounded = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(bits, last), up, one);
-    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), nan);
-  };
-  alignas(64) uint16_t upper_words[32];
-  for (int j = 0; j < 32; ++j) upper_words[j] = static_cast<uint16_t>(2 * j + 1);
-  const __m512i upper = _mm512_load_si512(upper_words);
-  for (; i + 32 <= n; i += 32) _mm512_storeu_si512(p + i, _mm512_permutex2var_epi16(round(in + i), upper, round(in + i + 16)));
+  for (; i + 32 <= n; i += 32)
+    Avx512::store_pair(reinterpret_cast<BFloat16*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
 #endif
   for (; i < n; ++i) p[i] = float_to_bfloat16(in[i]);
 }

@@ -9,6 +9,7 @@ namespace dip {
 namespace {
 
 using V = DIP_LANES;
+using One = V::One;
 
 constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
@@ -28,7 +29,7 @@ struct Counters {
 };
 
 struct Draw {
-  PhiloxKey key;
+  PhiloxKeys keys;
   uint32_t first;  // stream and first sample
   int num_samples;
 };
@@ -41,11 +42,11 @@ inline void normal_tile(const Counters& counters, const Draw& draw, int count, f
     const auto load = [&](const uint32_t* p) { return kPlanar ? V::load(p + i) : V::load_interleaved(p + i); };
     const typename V::U group = load(counters.group), lo = load(counters.row_lo), hi = load(counters.row_hi);
     typename V::F z[8];
-    standard_normal_group<V>(group, lo, hi, draw.first, draw.key, z);
+    standard_normal_group<V>(group, lo, hi, draw.first, draw.keys, z);
     if constexpr (kMean) {
       for (int s = 1; s < draw.num_samples; ++s) {
         typename V::F next[8];
-        standard_normal_group<V>(group, lo, hi, draw.first + s, draw.key, next);
+        standard_normal_group<V>(group, lo, hi, draw.first + s, draw.keys, next);
         for (int t = 0; t < 8; ++t) z[t] = V::add(z[t], next[t]);
       }
       const typename V::F share = V::splat_f(1.0f / static_cast<float>(draw.num_samples));
@@ -53,7 +54,7 @@ inline void normal_tile(const Counters& counters, const Draw& draw, int count, f
     }
     if constexpr (kPlanar)
       for (int t = 0; t < 8; ++t) V::store(out + kChunk * t + i, z[t]);
-    else V::store_groups(out + 8 * i, z);
+    else V::in_order(z, [&](int j, One::F a, One::F b) { One::store_pair(out + 8 * i + j, a, b); });
   }
 }
 
@@ -105,6 +106,57 @@ DIP_HD void apply_run(
   }
 }
 
+// ---- a whole tile of one sample, used in the registers it was drawn in ------------------------------------------------
+// The arithmetic of the draw waits more than it works: loads, conversions and stores fit in between.
+
+template <class T, bool kWrite, bool kSum>
+struct Tile {
+  const T *x, *du;
+  T* u;
+  const float* scale;
+  float* acc;
+
+  DIP_HD void use(const V::F z[8], int first) const {
+    V::in_order(z, [&](int j, One::F a, One::F b) {
+      const int at = first + j, next = at + One::kLanes;
+      if constexpr (kSum) {
+        One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
+        One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
+      }
+      if constexpr (kWrite)
+        One::store_pair(
+            u + at, One::fma(One::load(scale + at), a, One::load(x + at)),
+            One::fma(One::load(scale + next), b, One::load(x + next)));
+    });
+  }
+
+  // Apart, and not inlined: in one function the compiler spills more.
+  __attribute__((noinline)) void run_rows(const Counters& counters, const Draw& draw) const {
+    for (int i = 0; i < kTileGroups; i += V::kLanes) {
+      typename V::F z[8];
+      standard_normal_group<V>(
+          V::load_interleaved(counters.group + i), V::load_interleaved(counters.row_lo + i),
+          V::load_interleaved(counters.row_hi + i), draw.first, draw.keys, z);
+      use(z, 8 * i);
+    }
+  }
+  __attribute__((noinline)) void run_row(const Counters& counters, const PhiloxRow& row, const PhiloxKeys& keys) const {
+    for (int i = 0; i < kTileGroups; i += V::kLanes) {
+      typename V::F z[8];
+      standard_normal_group<V>(V::load_interleaved(counters.group + i), row, keys, z);
+      use(z, 8 * i);
+    }
+  }
+
+  void run(const Counters& counters, const Draw& draw) const {
+    const uint32_t lo = counters.row_lo[0], hi = counters.row_hi[0];
+    const int last = kTileGroups - 1;
+    if (lo == counters.row_lo[last] && hi == counters.row_hi[last])
+      run_row(counters, PhiloxRow(static_cast<uint64_t>(hi) << 32 | lo, draw.first, draw.keys), draw.keys);
+    else run_rows(counters, draw);
+  }
+};
+
 // ---- rows: [M, K], columns side by side ------------------------------------------------------------------------------
 
 template <class C>
@@ -112,6 +164,7 @@ struct Rows {
   const Pass<C>& pass;
   int64_t k, phase, first_group, groups;  // groups of one row; the first one's leading `phase` columns are outside
   bool linear;                            // rows follow one another: a tile is one run, whatever K is
+  bool fused;                             // a whole tile stays in registers: run_tile
 
   explicit Rows(const Pass<C>& p) : pass(p) {
     const PerturbArgs& a = *p.args;
@@ -121,6 +174,28 @@ struct Rows {
     groups = ceil_div(phase + k, 8);
     const auto dense = [&](const Operand& o) { return !o.data || o.outer_stride == k; };
     linear = phase == 0 && k % 8 == 0 && dense(a.x) && dense(a.u) && dense(a.du);
+    const DType dtype = a.u.data ? a.u.dtype : a.du.dtype;
+    const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
+    fused = V::kLanes > 1 && sizeof(C) == 4 && linear && p.draw.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) &&
+            same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+  }
+
+  void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
+    if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
+      if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
+        run_tile_of<float>(counters, offset, scale, acc);
+      else run_tile_of<BFloat16>(counters, offset, scale, acc);
+    }
+  }
+
+  template <class T>
+  void run_tile_of(const Counters& counters, int64_t offset, const float* scale, float* acc) const {
+    const PerturbArgs& a = *pass.args;
+    const T *x = static_cast<const T*>(a.x.data) + offset, *du = static_cast<const T*>(a.du.data) + offset;
+    T* u = static_cast<T*>(a.u.data) + offset;
+    if (!acc) Tile<T, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
+    else if (!a.u.data) Tile<T, false, true>{x, du, u, scale, acc}.run(counters, pass.draw);
+    else Tile<T, true, true>{x, du, u, scale, acc}.run(counters, pass.draw);
   }
 
   // Counters of one tile, from group g of row `row` on.
@@ -161,12 +236,14 @@ struct Rows {
         prefetch_run<0>(a.du, 8 * item, 8 * count);
       }
       fill(counters, row, g);
-      normal_tile<false>(counters, pass.draw, count, z);
+      const bool in_registers = fused && count == kTileGroups;
+      if (!in_registers) normal_tile<false>(counters, pass.draw, count, z);
       if (linear) {
         C* at = acc ? acc + 8 * g : nullptr;
         const C* scale = pass.scale + 8 * g;
         const int64_t offset = 8 * item;
-        if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
+        if (in_registers) run_tile(counters, offset, scale, at);
+        else if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
         else apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
         g += count;
         row += g / groups;
@@ -185,7 +262,7 @@ struct Rows {
       }
       if (acc && (++tiles == flush_every || item + kTileGroups >= end)) {
         for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
-        for (int64_t j = 0; linear && j < kTile; ++j) sum[j % k] += acc[k + j];
+        for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1) sum[col] += acc[k + j];
         std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));
         tiles = 0;
       }
@@ -334,8 +411,9 @@ const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const char* error = !scale || (a.dsigma && !partials) ? "out of memory" : nullptr;
   if (!error) {
     for (int64_t j = 0; j < k; ++j) scale[j] = static_cast<C>(a.factor * sigma_at(a, j));
-    for (int64_t j = 0; k && j < kTile; ++j) scale[k + j] = scale[j % k];
-    const Pass<C> pass{&a, {philox_key(a.seed), stream_sample(a.seed, static_cast<uint32_t>(a.sample)), a.num_samples}, scale};
+    for (int64_t j = 0; k && j < kTile; ++j) scale[k + j] = scale[j];
+    const Pass<C> pass{
+        &a, {PhiloxKeys(philox_key(a.seed)), stream_sample(a.seed, static_cast<uint32_t>(a.sample)), a.num_samples}, scale};
     if (m && k) {
       if (!a.dsigma) write_only(pass, parallel_for);
       else if (a.inner == 1) error = sum_rows(pass, parallel_for, partials, blocks, block_rows);

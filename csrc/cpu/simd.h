@@ -9,6 +9,10 @@
 
 namespace dip {
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
 #if defined(__AVX512F__)
 struct Avx512 {
   static constexpr int kLanes = 16;
@@ -24,14 +28,18 @@ struct Avx512 {
     return {_mm512_mul_epu32(a.even, b), _mm512_mul_epu32(a.odd, b)};
   }
   static DIP_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
-  static DIP_HD Wide xor3(Wide a, Wide b, uint32_t c) {
-    const __m512i k = _mm512_set1_epi64(c);
+  static DIP_HD Wide xor2(Wide a, uint64_t c) {
+    const __m512i k = _mm512_set1_epi64(static_cast<int64_t>(c));
+    return {_mm512_xor_si512(a.even, k), _mm512_xor_si512(a.odd, k)};
+  }
+  static DIP_HD Wide xor3(Wide a, Wide b, uint64_t c) {
+    const __m512i k = _mm512_set1_epi64(static_cast<int64_t>(c));
     return {_mm512_ternarylogic_epi64(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, k, 0x96)};
   }
   static DIP_HD U splat(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm512_set1_ps(a); }
   static DIP_HD U and_(U a, U b) { return _mm512_and_si512(a, b); }
-  static DIP_HD U xor_(U a, U b) { return _mm512_xor_si512(a, b); }
+  static DIP_HD U xor_and(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0x78); }
   static DIP_HD U and_or(U a, U b, U c) { return _mm512_ternarylogic_epi32(a, b, c, 0xEA); }
   static DIP_HD U sub_u(U a, U b) { return _mm512_sub_epi32(a, b); }
   template <int kBits>
@@ -51,7 +59,7 @@ struct Avx512 {
   static DIP_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static DIP_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
 
-  // Lane i of the result is entry 4 * (i mod 4) + i div 4: what store_groups needs to write in order.
+  // Lane i of the result is entry 4 * (i mod 4) + i div 4: what in_order needs.
   static DIP_HD U load_interleaved(const uint32_t* p) {
     const U order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(p));
@@ -61,8 +69,8 @@ struct Avx512 {
 
   static DIP_HD F low_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
   static DIP_HD F high_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-  // z[t] holds column t of 16 groups in interleaved lanes; out[8 * group + t].
-  static DIP_HD void store_groups(float* out, const F z[8]) {
+  // z[t] holds column t of 16 groups in interleaved lanes; afterwards element 16 * t on, counted 8 * group + column.
+  static DIP_HD void in_order(F z[8]) {
     const F a0 = _mm512_unpacklo_ps(z[0], z[1]), a1 = _mm512_unpackhi_ps(z[0], z[1]);
     const F a2 = _mm512_unpacklo_ps(z[2], z[3]), a3 = _mm512_unpackhi_ps(z[2], z[3]);
     const F a4 = _mm512_unpacklo_ps(z[4], z[5]), a5 = _mm512_unpackhi_ps(z[4], z[5]);
@@ -72,12 +80,30 @@ struct Avx512 {
     const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-#pragma GCC unroll 4
+    DIP_UNROLL
     for (int q = 0; q < 4; ++q) {
       const __m512d l = _mm512_castps_pd(left[q]), r = _mm512_castps_pd(right[q]);
-      _mm512_storeu_pd(reinterpret_cast<double*>(out + 32 * q), _mm512_permutex2var_pd(l, first, r));
-      _mm512_storeu_pd(reinterpret_cast<double*>(out + 32 * q + 16), _mm512_permutex2var_pd(l, second, r));
+      z[2 * q] = _mm512_castpd_ps(_mm512_permutex2var_pd(l, first, r));
+      z[2 * q + 1] = _mm512_castpd_ps(_mm512_permutex2var_pd(l, second, r));
     }
+  }
+
+  static DIP_HD F load(const float* p) { return _mm512_loadu_ps(p); }
+  static DIP_HD F load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 16, b); }
+  static DIP_HD void store_pair(BFloat16* p, F a, F b) {
+    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_bfloat16(a), _mm512_load_si512(kUpper), round_to_bfloat16(b)));
+  }
+  // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
+  static DIP_HD U round_to_bfloat16(F f) {
+    const U bits = as_uint(f), up = _mm512_add_epi32(bits, splat(0x7FFF));
+    const U rounded = _mm512_mask_sub_epi32(up, _mm512_test_epi32_mask(bits, splat(0x10000)), up, _mm512_set1_epi32(-1));
+    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), splat(0x7FC00000));
   }
 };
 #endif
@@ -97,14 +123,18 @@ struct Avx2 {
     return {_mm256_mul_epu32(a.even, b), _mm256_mul_epu32(a.odd, b)};
   }
   static DIP_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
-  static DIP_HD Wide xor3(Wide a, Wide b, uint32_t c) {
-    const __m256i k = _mm256_set1_epi64x(c);
+  static DIP_HD Wide xor2(Wide a, uint64_t c) {
+    const __m256i k = _mm256_set1_epi64x(static_cast<int64_t>(c));
+    return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
+  }
+  static DIP_HD Wide xor3(Wide a, Wide b, uint64_t c) {
+    const __m256i k = _mm256_set1_epi64x(static_cast<int64_t>(c));
     return {_mm256_xor_si256(_mm256_xor_si256(a.even, b.even), k), _mm256_xor_si256(_mm256_xor_si256(a.odd, b.odd), k)};
   }
   static DIP_HD U splat(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm256_set1_ps(a); }
   static DIP_HD U and_(U a, U b) { return _mm256_and_si256(a, b); }
-  static DIP_HD U xor_(U a, U b) { return _mm256_xor_si256(a, b); }
+  static DIP_HD U xor_and(U a, U b, U c) { return _mm256_xor_si256(a, _mm256_and_si256(b, c)); }
   static DIP_HD U and_or(U a, U b, U c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
   static DIP_HD U sub_u(U a, U b) { return _mm256_sub_epi32(a, b); }
   template <int kBits>
@@ -130,19 +160,36 @@ struct Avx2 {
 
   static DIP_HD F low_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
   static DIP_HD F high_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
-  // z[t] holds column t of 8 groups; out[8 * group + t].
-  static DIP_HD void store_groups(float* out, const F z[8]) {
+  // z[t] holds column t of 8 groups; afterwards element 8 * t on, counted 8 * group + column.
+  static DIP_HD void in_order(F z[8]) {
     const F a0 = _mm256_unpacklo_ps(z[0], z[1]), a1 = _mm256_unpackhi_ps(z[0], z[1]);
     const F a2 = _mm256_unpacklo_ps(z[2], z[3]), a3 = _mm256_unpackhi_ps(z[2], z[3]);
     const F a4 = _mm256_unpacklo_ps(z[4], z[5]), a5 = _mm256_unpackhi_ps(z[4], z[5]);
     const F a6 = _mm256_unpacklo_ps(z[6], z[7]), a7 = _mm256_unpackhi_ps(z[6], z[7]);
     const F left[4] = {low_pairs(a0, a2), high_pairs(a0, a2), low_pairs(a1, a3), high_pairs(a1, a3)};
     const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
-#pragma GCC unroll 4
+    DIP_UNROLL
     for (int q = 0; q < 4; ++q) {
-      store(out + 8 * q, _mm256_permute2f128_ps(left[q], right[q], 0x20));
-      store(out + 32 + 8 * q, _mm256_permute2f128_ps(left[q], right[q], 0x31));
+      z[q] = _mm256_permute2f128_ps(left[q], right[q], 0x20);
+      z[4 + q] = _mm256_permute2f128_ps(left[q], right[q], 0x31);
     }
+  }
+
+  static DIP_HD F load(const float* p) { return _mm256_loadu_ps(p); }
+  static DIP_HD F load(const BFloat16* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 8, b); }
+  static DIP_HD void store_pair(BFloat16* p, F a, F b) {
+    const U packed = _mm256_packus_epi32(shift_right<16>(round_to_bfloat16(a)), shift_right<16>(round_to_bfloat16(b)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+  }
+  // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
+  static DIP_HD U round_to_bfloat16(F f) {
+    const U bits = as_uint(f), last = and_(shift_right<16>(bits), splat(1));
+    const U rounded = _mm256_add_epi32(_mm256_add_epi32(bits, splat(0x7FFF)), last);
+    return _mm256_blendv_epi8(rounded, splat(0x7FC00000), as_uint(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
   }
 };
 #endif
@@ -150,6 +197,7 @@ struct Avx2 {
 // Two vectors in lockstep: one chain of dependent operations fills the waiting of the other.
 template <class V>
 struct Twice {
+  using One = V;
   static constexpr int kLanes = 2 * V::kLanes;
   struct F {
     typename V::F a, b;
@@ -164,11 +212,12 @@ struct Twice {
   static DIP_HD U narrow(Wide x) { return {V::narrow(x.a), V::narrow(x.b)}; }
   static DIP_HD Wide multiply(Wide x, uint32_t m) { return {V::multiply(x.a, m), V::multiply(x.b, m)}; }
   static DIP_HD Wide high(Wide x) { return {V::high(x.a), V::high(x.b)}; }
-  static DIP_HD Wide xor3(Wide x, Wide y, uint32_t c) { return {V::xor3(x.a, y.a, c), V::xor3(x.b, y.b, c)}; }
+  static DIP_HD Wide xor2(Wide x, uint64_t c) { return {V::xor2(x.a, c), V::xor2(x.b, c)}; }
+  static DIP_HD Wide xor3(Wide x, Wide y, uint64_t c) { return {V::xor3(x.a, y.a, c), V::xor3(x.b, y.b, c)}; }
   static DIP_HD U splat(uint32_t x) { return {V::splat(x), V::splat(x)}; }
   static DIP_HD F splat_f(float x) { return {V::splat_f(x), V::splat_f(x)}; }
   static DIP_HD U and_(U x, U y) { return {V::and_(x.a, y.a), V::and_(x.b, y.b)}; }
-  static DIP_HD U xor_(U x, U y) { return {V::xor_(x.a, y.a), V::xor_(x.b, y.b)}; }
+  static DIP_HD U xor_and(U x, U y, U z) { return {V::xor_and(x.a, y.a, z.a), V::xor_and(x.b, y.b, z.b)}; }
   static DIP_HD U and_or(U x, U y, U z) { return {V::and_or(x.a, y.a, z.a), V::and_or(x.b, y.b, z.b)}; }
   static DIP_HD U sub_u(U x, U y) { return {V::sub_u(x.a, y.a), V::sub_u(x.b, y.b)}; }
   template <int kBits>
@@ -194,20 +243,31 @@ struct Twice {
     V::store(p, x.a);
     V::store(p + V::kLanes, x.b);
   }
-  static DIP_HD void store_groups(float* out, const F z[8]) {
+  // Calls f(i, x, y) for vectors of elements i on and i + V::kLanes on, counted 8 * group + column.
+  template <class G>
+  static DIP_HD void in_order(const F z[8], G&& f) {
     typename V::F first[8], second[8];
+    DIP_UNROLL
     for (int t = 0; t < 8; ++t) first[t] = z[t].a, second[t] = z[t].b;
-    V::store_groups(out, first);
-    V::store_groups(out + 8 * V::kLanes, second);
+    V::in_order(first);
+    DIP_UNROLL
+    for (int t = 0; t < 8; t += 2) f(V::kLanes * t, first[t], first[t + 1]);
+    V::in_order(second);
+    DIP_UNROLL
+    for (int t = 0; t < 8; t += 2) f(V::kLanes * (8 + t), second[t], second[t + 1]);
   }
 };
 
 struct Portable : ScalarLane {
+  using One = Portable;
   static DIP_HD U load(const uint32_t* p) { return *p; }
+  static DIP_HD F load(const float* p) { return *p; }
   static DIP_HD U load_interleaved(const uint32_t* p) { return *p; }
   static DIP_HD void store(float* p, F a) { *p = a; }
-  static DIP_HD void store_groups(float* out, const F z[8]) {
-    for (int t = 0; t < 8; ++t) out[t] = z[t];
+  static DIP_HD void store_pair(float* p, F a, F b) { p[0] = a, p[1] = b; }
+  template <class G>
+  static DIP_HD void in_order(const F z[8], G&& f) {
+    for (int t = 0; t < 8; t += 2) f(t, z[t], z[t + 1]);
   }
 };
 
