@@ -43,7 +43,7 @@ inline void store_bfloat16(uint16_t* p, int n, const float* in) {
   int i = 0;
 #if defined(__AVX512BW__)
   for (; i + 32 <= n; i += 32)
-    Avx512::store_pair(reinterpret_cast<BFloat16*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
+    Avx512::store_pair(reinterpret_cast<BFloat16Bits*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
 #endif
   for (; i < n; ++i) p[i] = float_to_bfloat16(in[i]);
 }

@@ -184,7 +184,7 @@ struct Rows {
     if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
       if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
         run_tile_of<float>(counters, offset, scale, acc);
-      else run_tile_of<BFloat16>(counters, offset, scale, acc);
+      else run_tile_of<BFloat16Bits>(counters, offset, scale, acc);
     }
   }
 

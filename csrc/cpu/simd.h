@@ -9,7 +9,7 @@
 
 namespace dip {
 
-struct BFloat16 {
+struct BFloat16Bits {
   uint16_t bits;
 };
 
@@ -89,12 +89,12 @@ struct Avx512 {
   }
 
   static DIP_HD F load(const float* p) { return _mm512_loadu_ps(p); }
-  static DIP_HD F load(const BFloat16* p) {
+  static DIP_HD F load(const BFloat16Bits* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 16, b); }
-  static DIP_HD void store_pair(BFloat16* p, F a, F b) {
+  static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
     alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_bfloat16(a), _mm512_load_si512(kUpper), round_to_bfloat16(b)));
@@ -176,12 +176,12 @@ struct Avx2 {
   }
 
   static DIP_HD F load(const float* p) { return _mm256_loadu_ps(p); }
-  static DIP_HD F load(const BFloat16* p) {
+  static DIP_HD F load(const BFloat16Bits* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 8, b); }
-  static DIP_HD void store_pair(BFloat16* p, F a, F b) {
+  static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
     const U packed = _mm256_packus_epi32(shift_right<16>(round_to_bfloat16(a)), shift_right<16>(round_to_bfloat16(b)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
