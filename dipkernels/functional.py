@@ -33,7 +33,7 @@ def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, n
         return dx, _on(du).perturb_bwd(du, sigma, seed, *where)
     # Under create_graph: the same value from differentiable pieces.
     *place, log_variance = where
-    dsigma = noise_sum(du, sigma, seed, (*place, False))
+    dsigma = noise_sum.apply(du, sigma, seed, (*place, False))
     return dx, dsigma * torch.exp(sigma / 2) / 2 if log_variance else dsigma
 
 
@@ -49,13 +49,13 @@ class _Perturb(Function):
     @staticmethod
     def backward(ctx, du):
         sigma, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (
-            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSum.apply),
-            None,
-            None,
-            None,
-        )
+        needs_dx, needs_dsigma, *_ = ctx.needs_input_grad
+        dx, dsigma = _perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum)
+        return dx, dsigma, None, None, None
+
+
+# What Function.apply comes to where no transform of torch.func is active: microseconds that a small layer feels.
+_apply_perturb = super(Function, _Perturb).apply
 
 
 class _NoiseSum(Function):
@@ -101,7 +101,7 @@ class _PerturbFunc(Function):
         sigma, seed = ctx.saved_tensors
         needs = ctx.needs_input_grad
         return (
-            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc.apply),
+            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc),
             None,
             None,
             None,
@@ -175,7 +175,7 @@ class _LinearReplay(Function):
             dx, dsigma = (
                 (None, None)
                 if du is None
-                else _perturb_backward(du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum.apply)
+                else _perturb_backward(du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum)
             )
             u = _Perturb.apply(x, sigma, seed, ctx.where, ctx.out_dtype) if needs_dweight else None
         else:
@@ -311,7 +311,9 @@ def _perturb(x, sigma, seed, where, dtype):
         return _perturb_exported(x, sigma, seed, where, dtype)
     if torch._C._are_functorch_transforms_active():
         return _PerturbFunc.apply(x, sigma, seed, where, dtype)
-    return _Perturb.apply(x, sigma, seed, where, dtype)
+    if torch.compiler.is_compiling():
+        return _Perturb.apply(x, sigma, seed, where, dtype)
+    return _apply_perturb(x, sigma, seed, where, dtype)
 
 
 def noise(
@@ -413,7 +415,7 @@ def dip_linear(
     if estimator == "mean" and activation is not None and num_samples > 1:
         real = (row0, col0, sample, num_samples, 1.0, log_variance)
         return _mean(x, weight, bias, sigma, seed, real, activation, dtype)
-    y = _affine(x, weight, bias, sigma, seed, where, keep, dtype)
+    y = affine(x, weight, bias, sigma, seed, where, keep, dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
@@ -424,7 +426,8 @@ def _fuses(x, weight, dtype):
     return weight.dim() == 2 and backends.fuses(x.device.type, dtype or x.dtype, m, *weight.shape) is not None
 
 
-def _affine(x, weight, bias, sigma, seed, where, keep, dtype):
+def affine(x, weight, bias, sigma, seed, where, keep, dtype):
+    """dip_linear before its activation, for arguments that were checked. dtype: of u and y, or None for x's."""
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")

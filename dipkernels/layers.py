@@ -253,6 +253,14 @@ class DIPLinear(DIPLayer, nn.Linear):
                 raise ValueError("estimator: expected 'sample' or 'analytic' where noise is shared, got 'mean'")
             u = noised(self, input, functional.autocast_dtype(input))
             return self._activated(F.linear(u, self.weight, self.bias))
+        if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
+            samples = self.num_samples
+            where = (-1, seeds.first_row(input), 0, 0, 1, 1.0 if samples == 1 else samples**-0.5, True)
+            seed, dtype = seeds.draw(self.stream, input), functional.autocast_dtype(input)
+            sigma = self._log_variance()
+            return self._activated(
+                functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
+            )
         return functional.dip_linear(
             input,
             self.weight,
