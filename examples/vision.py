@@ -316,11 +316,7 @@ class Study:
         count = {
             "tune": tune,
             "main": len(self.trainings()) * len(METHODS) * len(self.seeds),
-            "needs": 0
-            if self.arch not in NEEDS
-            else 1
-            if self.quick
-            else len(NEEDS[self.arch][0]) * len(NEEDS[self.arch][1]),
+            "needs": 1 if self.quick else len(NEEDS[self.arch][0]) * len(NEEDS[self.arch][1]),
             "ablations": (4 + len(ABLATIONS[self.arch][: 2 if self.quick else None]))
             * len(self.seeds[:ABLATION_SEEDS]),
         }
@@ -329,8 +325,13 @@ class Study:
 
 
 DEFAULTS = {"placement": "every layer", "beta_factor": 1.0, "lambda_s": 0.0}  # left out of a stored configuration
-NEEDS = {"MLP": ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0)), "ViT": ((0.01, 0.1), (0.1, 1.0, 10.0))}
-NEEDS_SIGMA = {"MLP": 0.5, "ViT": 0.3}
+# variance_lr (the learning rate of the weights, and 10 times it, the default), alpha
+NEEDS = {
+    "MLP": ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0)),
+    "ResNet": ((0.003, 0.03), (0.1, 1.0, 10.0)),
+    "ViT": ((0.01, 0.1), (0.1, 1.0, 10.0)),
+}
+NEEDS_SIGMA = {"MLP": 0.5, "ResNet": 0.3, "ViT": 0.3}
 ABLATIONS: dict[str, list[tuple[str, dict]]] = {
     "MLP": [
         *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.001, 0.01, 0.1, 1.0)),
@@ -338,8 +339,15 @@ ABLATIONS: dict[str, list[tuple[str, dict]]] = {
         *((f"lambda_s {weight}", {"lambda_s": weight}) for weight in (0.0, 0.001, 0.01, 0.1)),
         *((f"m {m}, lambda_s 0", {"m": m}) for m in (1, 2, 4, 8)),
     ],
-    "ResNet": [],
-    "ViT": [(f"noise at: {placement}", {"placement": placement}) for placement in PLACEMENTS],
+    "ResNet": [
+        *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.1, 1.0, 10.0)),
+        ("variance_lr 0.003", {"variance_lr": 0.003}),
+    ],
+    "ViT": [
+        *((f"noise at: {placement}", {"placement": placement}) for placement in PLACEMENTS),
+        *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.1, 1.0, 10.0)),
+        ("variance_lr 0.01", {"variance_lr": 0.01}),
+    ],
 }
 
 # ---- tables and figures ---------------------------------------------------------------------------------------------
@@ -428,6 +436,15 @@ def search_table(studies: list[Study]) -> str:
     return table(["network", "method", "setting: mean over the conditions on validation images"], rows) if rows else ""
 
 
+def median_sigmas(results: list[dict]) -> str:
+    """Medians over a layer's features, mean over the results: of the first noised layer; least to largest of the others."""
+    first, *others = (f"{statistics.fmean(r['sigma'][name][2] for r in results):.2f}" for name in results[0]["sigma"])
+    if not others:
+        return first
+    least, largest = min(others, key=float), max(others, key=float)
+    return f"{first}; {least}" + (f" to {largest}" if largest != least else "")
+
+
 def needs_table(studies: list[Study]) -> str:
     tables = []
     for study in studies:
@@ -441,7 +458,7 @@ def needs_table(studies: list[Study]) -> str:
             cells = []
             for alpha in alphas:
                 result = results[rate, alpha]
-                sigma = "/".join(f"{quantiles[2]:.2f}" for quantiles in result["sigma"].values())
+                sigma = median_sigmas([result])
                 pgd = result["scores"]["PGD"]["0.1"]
                 cells.append(f"{overall(result['scores']):.1f}, PGD {pgd:.0f} (sigma {sigma})")
             rows.append([f"{rate:g}", *cells])
@@ -453,12 +470,9 @@ def needs_table(studies: list[Study]) -> str:
 def ablation_table(study: Study) -> str:
     rows = []
     for label, results in study.ablations(None):
-        medians = "-"
-        if "sigma" in results[0]:
-            layers = results[0]["sigma"]
-            medians = "/".join(f"{statistics.fmean(r['sigma'][n][2] for r in results):.2f}" for n in layers)
+        medians = median_sigmas(results) if "sigma" in results[0] else "-"
         rows.append(scores_row(label, results, [medians, seconds(results)]))
-    return table(["change", *HEADS, "mean", "median sigma by layer", "CPU s"], rows)
+    return table(["change", *HEADS, "mean", "sigma: first layer; others", "CPU s"], rows)
 
 
 def k_table(studies: list[Study]) -> str:
@@ -477,19 +491,40 @@ def k_table(studies: list[Study]) -> str:
 
 
 def smoothness_table(studies: list[Study]) -> str:
-    rows = []
+    """The paper's claim beside plain and DIP, then every method."""
+    claims, rows = [], []
     for study in studies:
         try:
             measured = study.smoothness(None)
         except NotStored:
             continue
+        for measure in SMOOTH_HEADS if "DIP" in measured else ():
+            plain, *dips = (
+                [r[k][measure] for r in measured[method]]
+                for method, k in (("plain", "0"), ("DIP", "0"), ("DIP", str(SMOOTH_K)))
+            )
+            lower = ["yes" if statistics.fmean(values) < statistics.fmean(plain) else "no" for values in dips]
+            cells = [cell(values, 2) for values in (plain, *dips)]
+            claims.append([study.arch, measure, "lower", *cells, " / ".join(lower)])
         for method, results in measured.items():
             for k in ("0", str(SMOOTH_K)):
                 if k in results[0]:
                     name = "deterministic" if k == "0" else f"mean of {k} noisy passes"
                     cells = [cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]]
                     rows.append([study.arch, method, name, *cells])
-    return table(["network", "method", "predictor", *SMOOTH_HEADS], rows) if rows else ""
+    if not rows:
+        return ""
+    heads = [
+        "network",
+        "measure",
+        "claim",
+        "plain",
+        "DIP, deterministic",
+        f"DIP, mean of {SMOOTH_K}",
+        "lower than plain?",
+    ]
+    tables = [table(heads, claims)] if claims else []
+    return "\n\n".join([*tables, table(["network", "method", "predictor", *SMOOTH_HEADS], rows)])
 
 
 SMOOTH_HEADS = ("Lipschitz, logits", "Lipschitz, probabilities", "Hessian of the loss")
@@ -537,6 +572,7 @@ def plot_sigmas(studies: list[Study], path: Path) -> None:
             axis.axhline(study.chosen("DIP")["sigma"], linestyle=":", color="gray")
             axis.tick_params(axis="x", rotation=90, labelsize=6)
             axis.set_title(f"{study.arch}, trained {training}", fontsize=8)
+            axis.set_ylim(0, None)
     for row in axes:
         row[0].set_ylabel("learned sigma")
     save_figure(fig, path)
@@ -550,13 +586,12 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
         write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
         if trainings := study.complete_trainings():
             plot_curves(study, trainings, out / f"vision_{study.arch.lower()}.png")
-        if ABLATIONS[study.arch]:
-            write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
+        write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
     write_table(page, "vision-averages", lambda: averages_table(studies))
     write_table(page, "vision-search", lambda: search_table(studies))
     write_table(page, "vision-k", lambda: k_table(studies))
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
-    write_table(page, "vision-needs", lambda: needs_table([study for study in studies if study.arch in NEEDS]))
+    write_table(page, "vision-needs", lambda: needs_table(studies))
     plot_sigmas(studies, out / "vision_sigma.png")
 
 
@@ -588,7 +623,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tqdm(total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True) as bar:
         for study in studies:
             for part in PARTS[:-1]:
-                if part in args.parts and (part != "needs" or study.arch in NEEDS):
+                if part in args.parts:
                     try:
                         getattr(study, part)(bar)
                     except NotStored as error:

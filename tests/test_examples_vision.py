@@ -217,7 +217,8 @@ def test_processes_that_share_a_store_lose_nothing(tmp_path):
 
 def test_the_published_page_has_every_section():
     text = results_page.PAGE.read_text(encoding="utf-8")
-    names = ["averages", "search", "needs", "k", "smoothness", "ablations-mlp", "ablations-vit", "mlp", "resnet", "vit"]
+    names = ["averages", "search", "needs", "k", "smoothness", "mlp", "resnet", "vit"]
+    names += [f"ablations-{arch.lower()}" for arch in vision.ABLATIONS]
     for name in names:
         assert text.count(f"<!-- begin vision-{name} -->") == text.count(f"<!-- end vision-{name} -->") == 1
 
