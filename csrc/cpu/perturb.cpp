@@ -326,9 +326,20 @@ struct Channels {
 
 // ---- threads and the two-stage sum -----------------------------------------------------------------------------------
 
+// f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is done with one: a thread that
+// wakes late, or shares its core, keeps nobody waiting.
 template <class F>
 void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f) {
-  parallel_for(total, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+  struct Work {
+    F& f;
+    int64_t total, grain, next;
+  } work{f, total, grain, 0};
+  const auto take = [](int64_t, int64_t, void* context) {
+    Work& w = *static_cast<Work*>(context);
+    for (int64_t at; (at = __atomic_fetch_add(&w.next, w.grain, __ATOMIC_RELAXED)) < w.total;)
+      w.f(at, smaller(w.total, at + w.grain));
+  };
+  parallel_for(total, grain, take, &work);
 }
 
 // partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not depend on the threads.
