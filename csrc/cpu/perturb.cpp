@@ -211,6 +211,16 @@ struct Rows {
       }
       return;
     }
+    if (g == 0 && kTileGroups % groups == 0) {  // a narrow layer, where every tile begins a row
+      const int shift = __builtin_ctzll(static_cast<uint64_t>(groups));
+      for (int i = 0; i < kTileGroups; ++i) {
+        const uint64_t r = static_cast<uint64_t>(start) + (i >> shift);
+        c.group[i] = static_cast<uint32_t>(first_group + (i & (groups - 1)));
+        c.row_lo[i] = static_cast<uint32_t>(r);
+        c.row_hi[i] = static_cast<uint32_t>(r >> 32);
+      }
+      return;
+    }
     uint64_t r = static_cast<uint64_t>(start);
     for (int i = 0; i < kTileGroups; ++i) {
       c.group[i] = static_cast<uint32_t>(first_group + g);
