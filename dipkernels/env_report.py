@@ -58,6 +58,11 @@ def _library() -> dict[str, object]:
     return report
 
 
+def _kernels(op: str, device: str) -> object:
+    plan = _or_error(functools.partial(backends.choose, op, device))
+    return f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
+
+
 def env_report() -> EnvReport:
     """Versions, the compiled library and what it carries, each device's backend, threads, environment variables.
 
@@ -84,8 +89,10 @@ def env_report() -> EnvReport:
             continue
         if device == "cuda":
             _or_error(backends.check_cuda)
-        plan = _or_error(functools.partial(backends.choose, "perturb", device))
-        report[f"kernels on {device}"] = f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
+        report[f"kernels on {device}"] = kernels = _kernels("perturb", device)
+        for op in ("linear", "activation"):  # where they run elsewhere
+            if (others := _kernels(op, device)) != kernels:
+                report[f"{op} on {device}"] = others
     if torch.cuda.is_available():
         report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if backends.triton_problems:

@@ -171,6 +171,10 @@ def linear(
         raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
     return _run("linear", x.device.type)(
         x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
     )

@@ -3,6 +3,7 @@
 import runpy
 import sys
 
+import pytest
 import torch
 
 from dipkernels import backends
@@ -58,6 +59,22 @@ def test_a_gpu_is_reported(monkeypatch):
     report = env_report()
     assert report["CUDA devices"] == ["a GPU"]
     assert "(" in report["kernels on cuda"]
+
+
+@pytest.mark.parametrize(
+    "triton, runs", [(True, "triton (its passes"), (False, "reference (the CUDA library has no kernel")]
+)
+def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(backends, "library", lambda: backends.Library("_C.so", None, ("portable",), ("90",), "g++"))
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "portable")
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
+    report = env_report()
+    assert report["kernels on cuda"].startswith("cuda (") and report["activation on cuda"].startswith(runs)
+    assert "activation on cpu" not in report
+    monkeypatch.setattr(backends, "_forced", "cuda")
+    assert "has no kernel of it; use 'triton'" in env_report()["activation on cuda"]
 
 
 def test_python_m_prints_the_report(capsys):

@@ -55,6 +55,17 @@ def test_ops_meta_tensors_take_shapes_through():
     assert u.shape == x.shape and u.device.type == "meta" and u.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "sigma", "seed", "v"])
+def test_ops_name_what_is_on_another_device(name):
+    tensors = dict(weight=torch.randn(3, 4), bias=torch.randn(3), sigma=torch.rand(4), seed=SEED, v=torch.rand(4))
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"{name}: expected device cpu, as .*, got meta"):
+        if name == "v":
+            ops.activation(torch.randn(2, 4), tensors["v"], "gelu")
+        w, b, s, seed, _ = tensors.values()
+        ops.linear(torch.randn(2, 4), w, b, s, seed, 0, 0, 0, 2, 1.0, False, "gelu", None)
+
+
 @pytest.mark.parametrize("keep", ["auto", "u", "x"])
 def test_ops_compile_without_a_graph_break(keep):
     weight, bias = torch.randn(8, 20), torch.randn(8)
