@@ -52,20 +52,30 @@ def assert_close(got, want, eager, name):
 
 
 @pytest.mark.parametrize(
-    "lead, k, n, col0, num_samples, activation, dtype",
+    "lead, k, n, col0, num_samples, activation, dtype, log_variance",
     [
-        ((1,), 1, 1, 0, 1, None, torch.float32),  # the smallest
-        ((5,), 24, 10, 0, 1, None, torch.float32),  # rows aligned to eight elements
-        ((3, 7), 37, 19, 5, 2, None, torch.float32),  # nothing aligned, columns from inside a group, averaged noise
-        ((3, 7), 37, 19, 5, 2, "gelu", torch.float32),  # real samples
-        ((33,), 40, 72, 0, 1, None, torch.float16),  # more than one tile each way
-        ((17,), 21, 33, 3, 2, "silu", torch.float16),
-        ((4,), 16, 8, 0, 1, "relu", torch.float32),
-        ((4,), 16, 8, 0, 2, "tanh", torch.float32),
-        ((4,), 16, 8, 0, 2, "gelu_tanh", torch.float32),
+        ((1,), 1, 1, 0, 1, None, torch.float32, False),  # the smallest
+        ((5,), 24, 10, 0, 1, None, torch.float32, False),  # rows aligned to eight elements
+        ((5,), 24, 10, 0, 1, None, torch.float32, True),
+        (
+            (3, 7),
+            37,
+            19,
+            5,
+            2,
+            None,
+            torch.float32,
+            False,
+        ),  # nothing aligned, columns from inside a group, averaged noise
+        ((3, 7), 37, 19, 5, 2, None, torch.float32, True),
+        ((3, 7), 37, 19, 5, 2, "gelu", torch.float32, True),  # real samples
+        ((33,), 40, 72, 0, 1, None, torch.float16, True),  # more than one tile each way
+        ((17,), 21, 33, 3, 2, "silu", torch.float16, False),
+        ((4,), 16, 8, 0, 1, "relu", torch.float32, True),
+        ((4,), 16, 8, 0, 2, "tanh", torch.float32, False),
+        ((4,), 16, 8, 0, 2, "gelu_tanh", torch.float32, False),
     ],
 )
-@pytest.mark.parametrize("log_variance", [False, True])
 def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples, activation, dtype, log_variance):
     x, weight, bias, sigma, dy = make(lead, k, n, dtype)
     how = (2**32 - 2, col0, 1, num_samples, 0.5, log_variance)  # rows cross 2^32

@@ -118,25 +118,27 @@ def test_noise_of_a_window_is_the_window_of_the_noise(shape, dim, row0, col0):
 
 
 def test_noise_ignores_tile_shape(monkeypatch):
-    shape = (2, 17, 3)
-    want = {dim: noise.noise(make_seed(), shape, dim, 1, 2, 0, 2) for dim in (1, 2)}
+    shape = (2, 9, 3)  # the interpreter's time goes with the number of programs
+    want = {dim: noise.noise(make_seed(), shape, dim, 1, 2, 0, 1) for dim in (1, 2)}
     for block in [(1, 8), (2, 16), (32, 64)]:
         monkeypatch.setattr(tiles, "block_shape", lambda *sizes, block=block: block)
         for dim, z in want.items():
-            assert torch.equal(noise.noise(make_seed(), shape, dim, 1, 2, 0, 2), z)
+            assert torch.equal(noise.noise(make_seed(), shape, dim, 1, 2, 0, 1), z)
 
 
 def test_noise_equals_the_compiled_cpu_kernels():
     dipkernels = pytest.importorskip("dipkernels")
     if not hasattr(torch.ops.dipkernels, "noise") or not dipkernels.backends.library().loaded:
         pytest.skip("the compiled library is not built")
-    where = ((64, 1003), -1, 2**32 - 5, 3, 1, 1)
+    where = ((24, 1003), -1, 2**32 - 5, 3, 1, 1)
     assert torch.equal(noise.noise(make_seed(), *where), torch.ops.dipkernels.noise(make_seed(), *where))
 
 
 @pytest.mark.parametrize("shape, dim", SHAPES + EMPTY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-@pytest.mark.parametrize("log_variance, num_samples", [(False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    "dtype, log_variance, num_samples",
+    [(torch.float32, False, 1), (torch.float32, True, 2), (torch.float16, True, 1), (torch.float64, False, 1)],
+)
 def test_perturb_and_its_adjoint_match_reference(shape, dim, dtype, log_variance, num_samples):
     x, du, sigma = make(shape, dim, dtype)
     where = (sigma, make_seed(), dim, 2**32 - 3, 5, 1, num_samples, 0.5, log_variance)
@@ -193,7 +195,7 @@ def test_perturb_rounds_to_the_asked_type():
 
 def test_perturb_bwd_sums_many_row_blocks_in_a_fixed_order(monkeypatch):
     monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))  # 20 row blocks over 8 programs
-    _, du, sigma = make((39, 12), -1)
+    _, du, sigma = make((39, 8), -1)
     where = (sigma, make_seed(), -1, 0, 0, 0, 1, 1.0, False)
     first = perturb.perturb_bwd(du, *where)
     assert torch.equal(first, perturb.perturb_bwd(du, *where))
