@@ -276,10 +276,12 @@ def _runs_on(name: str, device: str) -> bool:
 _FUSED_BY_TRITON = ("linear", "activation")
 
 
-# Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing u first. By arithmetic:
-# neither bound has been measured yet; `make gpu-check` times both forms around them.
-FUSED_COLUMNS = 256  # N: up to two tiles of columns draw the noise at most twice, and u's 2 M K elements of traffic go
-FUSED_WORK = 2**25  # M N K = 32 x 1024 x 1024: the product takes microseconds, as every launch saved does
+# Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing u first. By the arithmetic of
+# docs/measured_gpu_expectation.md: neither bound has been measured yet; `make gpu-check` times both forms around them.
+FUSED_COLUMNS = (
+    128  # N: one tile of columns draws the noise once, and u's 2 M K elements of traffic go; two would draw it twice
+)
+FUSED_WORK = 2**25  # M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
 
 
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | None:
@@ -292,7 +294,7 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
     if (device == "cpu" and _forced is None) or not _runs_on("triton", device):
         return None
     if n <= FUSED_COLUMNS:
-        return Plan("triton", f"N = {n} <= {FUSED_COLUMNS}: one or two tiles of columns")
+        return Plan("triton", f"N = {n} <= {FUSED_COLUMNS}: one tile of columns")
     if m * n * k <= FUSED_WORK:
         return Plan("triton", f"M N K = {m * n * k} <= {FUSED_WORK}: launches dominate")
     return None

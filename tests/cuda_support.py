@@ -23,6 +23,9 @@ FLAGS = (
     "-fmad=false",
     "--expt-relaxed-constexpr",
 )
+_spec = importlib.util.spec_from_file_location("gpu_expectation", ROOT / "benchmarks" / "gpu_expectation.py")
+gpu_expectation = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_expectation)
 
 
 @functools.cache

@@ -129,7 +129,8 @@ def test_fuses_narrow_and_small_problems_alone(monkeypatch):
     with_library(monkeypatch)
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     half = torch.bfloat16
-    assert "tiles of columns" in backends.fuses("cuda", half, 65536, 256, 4096).why
+    assert "one tile of columns" in backends.fuses("cuda", half, 65536, 128, 4096).why
+    assert backends.fuses("cuda", half, 65536, 129, 4096) is None
     assert "launches" in backends.fuses("cuda", half, 32, 1024, 1024).why
     assert backends.fuses("cuda", half, 33, 1024, 1024) is None
     assert backends.fuses("cuda", torch.float32, 32, 64, 64) is None

@@ -35,19 +35,16 @@ def test_cuda_kernels_spill_nothing(kernels):
     assert not spilled
 
 
-# Two rows of eight columns a turn. `at most` is what was counted when this was written, plus two slots an element.
+# Two rows of eight columns a turn.
 @needs_disassembler
-@pytest.mark.parametrize("tier, mode, at_most", [
-    ("FastTier", "true, false", 21), ("ExactTier", "true, false", 34),
-    ("FastTier", "false, true", 20), ("ExactTier", "false, true", 33),
-    ("FastTier", "true, true", 24), ("ExactTier", "true, true", 37),
-])  # fmt: skip
-def test_cuda_rows_issue_slots(kernels, tier, mode, at_most):
-    loop = find(kernels, "perturb_rows_kernel", NARROW, f"{tier}, {mode}").loop
+@pytest.mark.parametrize("form, mode", [("P", "true, false"), ("Q", "false, true"), ("PQ", "true, true")])
+@pytest.mark.parametrize("tier", ["Fast", "Exact"])
+def test_cuda_rows_issue_slots(kernels, tier, form, mode):
+    loop = find(kernels, "perturb_rows_kernel", NARROW, f"{tier}Tier, {mode}").loop
     slots = sum(loop.values()) / 16
-    print(f"{tier} {mode}: {slots:.1f} issue slots per element")
-    # Too few slots, or other than twenty products per Philox call, would mean that the wrong loop was read.
-    assert 10 < slots <= at_most
+    print(f"{form} {tier}: {slots:.1f} issue slots per element")
+    # More would be slower than docs/measured_gpu_expectation.md says; many fewer mean that the wrong loop was read.
+    assert abs(slots - cuda_support.gpu_expectation.SLOTS[form, f"CUDA {tier.lower()}"]) <= 2
     assert loop["IMAD.WIDE.U32"] in range(36, 44)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_support
 import pytest
 import torch
 
@@ -40,6 +41,14 @@ def test_dry_run_passes_every_section(tmp_path):
     }  # fmt: skip
     assert record["machine"]["torch"] == torch.__version__ and record["machine"]["date"]
     assert "dip cpu" in path.with_suffix(".txt").read_text()
+
+
+def test_the_page_of_expectations_is_what_its_command_writes():
+    from dipkernels import backends
+
+    expectation = cuda_support.gpu_expectation
+    assert expectation.PAGE.read_text() == expectation.page()
+    assert expectation.TILE_N == backends.FUSED_COLUMNS
 
 
 def test_a_failing_section_is_recorded_and_the_others_run(gpu_check, monkeypatch):

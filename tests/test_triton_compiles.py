@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
 
+from cuda_support import gpu_expectation  # noqa: E402
 from triton_support import SHARED_MEMORY, compile_launch, load_kernels, recorded_launches  # noqa: E402
 
 noise, perturb, linear, blocks = load_kernels("noise", "perturb", "linear", "blocks")
@@ -52,7 +53,7 @@ def test_perturb_issue_slots_per_element(name, bound):
     check(compiled, 90)
     slots = slots_per_element(compiled, launch)
     print(f"{name}: {slots:.1f} issue slots per element, {compiled.registers} registers")
-    assert slots <= bound
+    assert slots <= bound and abs(slots - gpu_expectation.SLOTS[name, "Triton"]) <= 2
     opcodes = compiled.count()
     assert any(op.startswith("LDG") and op.endswith("128") for op in opcodes)  # 16-byte accesses
 

@@ -1,0 +1,145 @@
+"""What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes docs/measured_gpu_expectation.md.
+
+SLOTS are what two tests print: pytest -s -k slots tests/test_cuda_compile.py tests/test_triton_compiles.py.
+"""
+
+import argparse
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured_gpu_expectation.md"
+# An H200. Rates of copies and of matrix products as others measured them.
+ISSUES = 132 * 4 * 32 * 1.755e9  # instructions of one thread a second: multiprocessors x schedulers x lanes x clock
+BYTES, FLOPS = 4.3e12, 780e12  # a second, read plus written; bfloat16
+TILE_N = 128  # columns of a tile of the fused linear: triton_kernels/blocks.py, sm_90
+# Issue slots per element of the inner loop on sm_90, bfloat16, by pass and kernel: P, Q, and both in one pass.
+SLOTS = {
+    ("P", "CUDA fast"): 19.0, ("P", "CUDA exact"): 31.4, ("P", "Triton"): 32.7,
+    ("Q", "CUDA fast"): 18.0, ("Q", "CUDA exact"): 30.7, ("Q", "Triton"): 31.8,
+    ("PQ", "CUDA fast"): 21.6, ("PQ", "CUDA exact"): 34.1, ("PQ", "Triton"): 36.9,
+}  # fmt: skip
+KERNELS = ("CUDA fast", "CUDA exact", "Triton")
+TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and written
+NAMES = {"P": "P, u = x + sigma z", "Q": "Q, dsigma", "PQ": "P and Q in one pass"}
+
+
+def noise_pass(form: str, kernel: str) -> float:
+    """Seconds per element: memory or issue, whichever takes longer."""
+    return max(TRAFFIC[form] / BYTES, SLOTS[form, kernel] / ISSUES)
+
+
+def product(n: int, draws: float = 0.0) -> float:
+    """Seconds per element of x of a product with n columns that also draws noise `draws` slots long."""
+    return max(2 / BYTES, 2 * n / FLOPS, draws / ISSUES)
+
+
+def two_steps(n: int, kernel: str) -> tuple[float, float]:
+    """(forward, forward and backward) of P, the product, and Q, per element of x"""
+    forward = noise_pass("P", kernel) + product(n)
+    return forward, forward + 2 * product(n) + noise_pass("Q", kernel)
+
+
+def fused(n: int, tile_n: int = TILE_N) -> tuple[float, float]:
+    """The same with the noise drawn inside the products, again for every tile of columns; dsigma in the epilogue of dx."""
+    again = -(-n // tile_n) * SLOTS["P", "Triton"]
+    return product(n, again), 2 * product(n, again) + product(n, SLOTS["Q", "Triton"])
+
+
+def over_linear(m: int, k: int, n: int, kernel: str) -> float:
+    """Forward and backward of the layer over nn.Linear's."""
+    return 1 + m * k * (noise_pass("P", kernel) + noise_pass("Q", kernel)) / (6 * m * k * n / FLOPS)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def page() -> str:
+    size = 8192 * 8192
+    counted = table(
+        ["pass", *(f"{kernel}, slots" for kernel in KERNELS)],
+        [[NAMES[form], *(f"{SLOTS[form, kernel]:.1f}" for kernel in KERNELS)] for form in TRAFFIC],
+    )
+    passes = table(
+        ["pass", "memory", *(f"issue, {kernel}" for kernel in KERNELS), *(f"expected, {kernel}" for kernel in KERNELS)],
+        [
+            [form, f"{1e6 * size * TRAFFIC[form] / BYTES:.0f} us"]
+            + [f"{1e6 * size * SLOTS[form, kernel] / ISSUES:.0f} us" for kernel in KERNELS]
+            + [f"{1e6 * size * noise_pass(form, kernel):.0f} us" for kernel in KERNELS]
+            for form in TRAFFIC
+        ],
+    )
+    layers = table(
+        ["M x K x N", *KERNELS],
+        [
+            ["x".join(map(str, shape)), *(f"{over_linear(*shape, kernel):.2f}" for kernel in KERNELS)]
+            for shape in ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 2048), (8192, 4096, 1024))
+        ],
+    )
+    crossover = []
+    for n, tile_n in ((64, TILE_N), (128, TILE_N), (256, TILE_N), (512, TILE_N), (256, 256)):
+        ours = fused(n, tile_n)
+        over = [a / b for kernel in ("CUDA fast", "Triton") for a, b in zip(ours, two_steps(n, kernel))]
+        crossover.append([f"{n}", f"{tile_n}", *(f"{ratio:.2f}" for ratio in over)])
+    columns = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
+    return f"""# GPU: expectation, not measured
+
+Nothing on this page was timed. It is arithmetic from compiled code, written by `python benchmarks/gpu_expectation.py --docs`; what
+measures is `make gpu-check`.
+
+## The passes
+
+Issue slots per element: every instruction but NOP of the inner loop over its elements, sm_90, bfloat16, counted by
+tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two slots more or less. No kernel
+spills. Triton has the exact tier alone.
+
+{counted}
+
+An H200 issues 132 x 4 warp instructions a cycle; at 1.755 GHz one slot per element of an 8192 x 8192 matrix is
+{1e6 * size / ISSUES:.2f} us. Its copy bandwidth is taken as 4.3 TB/s. The larger of the two bounds is expected, for 8192 x 8192 in
+bfloat16:
+
+{passes}
+
+The fast tier's special functions (2 per element, at an eighth of the issue rate) alone take the time of 16 slots, below its 19:
+another one would bind.
+
+## The layer
+
+Forward and backward over nn.Linear at 780 TFLOP/s; launches and overlap left out:
+
+{layers}
+
+Small layers are bound by the number of kernels. nn.Linear has 4: a product, two products, and the sum for the bias. P, product and Q
+add the draw of the seed, P, and Q's two stages: 8. The fused form has 6: the draw of the seed, the forward product, dx with its
+partial sums, their sum, dweight, and the sum for the bias. If every kernel of 32x1024x1024 took as long, inside a CUDA graph, that
+would be 2.0 and 1.5 times nn.Linear; the aim, 1.3, is not reached by this count. Outside of a graph the host's time per launch
+decides; of that nothing is said here.
+
+## Sampling inside the product
+
+What `backends.fuses` rests on. Per element of x, with many rows, each kernel takes the longest of its memory traffic, its matrix product
+and its issue slots: the most that overlap can give. The fused form writes and reads no u, but draws again for every tile of columns,
+in the forward and in the weight's product. Time of the fused form over P, product and Q ("step" is forward and backward):
+
+{table(["N", "columns of a tile", *columns], crossover)}
+
+Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward, and in a step against
+Triton's own P and Q, while the CUDA kernels' fast tier is still ahead in a step; two tiles pay nowhere, but would as one
+tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves. S real samples
+behind an activation are always fused: otherwise each would pass through memory. `make gpu-check` times both forms on both sides of
+these bounds.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", action="store_true", help="write the page instead of printing it")
+    if parser.parse_args().docs:
+        PAGE.write_text(page())
+    else:
+        print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()
