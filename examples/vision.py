@@ -1,6 +1,6 @@
 """Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with ablations.
 
-    python examples/vision.py                    everything, about 20 minutes of one core; goes on where it was stopped
+    python examples/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
     python examples/vision.py --archs MLP        one network
     python examples/vision.py --parts report     tables and figures from the stored results
     python examples/vision.py --quick            does it run? into out/vision
