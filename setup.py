@@ -131,7 +131,8 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
                 (
                     "cpu/activation.cpp",
                     f"activation_{name}",
-                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}",
+                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}"
+                    f" -DDIP_RELU=relu_{name}",
                 )
             )
     objects = []

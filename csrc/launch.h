@@ -73,4 +73,16 @@ struct VarianceArgs {
 
 const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
 
+// relu of one sample: total += max(h, 0), and a bit of signs says h > 0; back: dh = dy where the bit is set, else 0, total += dh.
+struct ReluArgs {
+  int64_t size;
+  uint8_t bit;     // one of eight set
+  Operand h;       // [size] contiguous, read: h, or dy where dh is written
+  Operand dh;      // null: forward
+  void* total;     // [size], float64 for float64 h, else float32
+  uint8_t* signs;  // [size]: forward sets the bit where h is not <= 0, and leaves the others
+};
+
+const char* relu_cpu(const ReluArgs& args, ParallelFor parallel_for);
+
 }  // namespace dip

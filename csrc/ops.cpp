@@ -444,6 +444,43 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::s
   STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
   return {dmu, dv};
 }
+
+// ---- the mean behind relu: one sample's pass -----------------------------------------------------------------------------
+
+ReluArgs start_relu(const Tensor& total, const Tensor& signs, const Tensor& h, int64_t bit) {
+  const bool is_double = h.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(
+      total.numel() == h.numel() && total.is_contiguous() &&
+          total.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
+      "total: expected the size of h, contiguous, float32, or float64 for float64 h");
+  STD_TORCH_CHECK(
+      signs.numel() == h.numel() && signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte,
+      "signs: expected the size of h, contiguous, uint8");
+  STD_TORCH_CHECK(bit >= 0 && bit < 8, "bit: expected 0 to 7, got ", bit);
+  ReluArgs a{};
+  a.size = h.numel();
+  a.bit = static_cast<uint8_t>(1 << bit);
+  a.h = operand_of(h);
+  a.total = total.mutable_data_ptr();
+  a.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  return a;
+}
+
+void relu_add(Tensor total, Tensor signs, Tensor h, int64_t bit) {
+  h = torch::stable::contiguous(h);
+  const char* error = relu_cpu(start_relu(total, signs, h, bit), parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+}
+
+Tensor relu_add_bwd(Tensor total, Tensor signs, Tensor dy, int64_t bit) {
+  dy = torch::stable::contiguous(dy);
+  ReluArgs a = start_relu(total, signs, dy, bit);
+  Tensor dh = empty_like(dy, dy.scalar_type());
+  a.dh = operand_of(dh);
+  const char* error = relu_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  return dh;
+}
 #endif
 
 }  // namespace
@@ -460,6 +497,8 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
   m.impl("activation_bwd", TORCH_BOX(&dip::activation_bwd));
   m.impl("activation_variance", TORCH_BOX(&dip::activation_variance));
   m.impl("activation_variance_bwd", TORCH_BOX(&dip::activation_variance_bwd));
+  m.impl("relu_add", TORCH_BOX(&dip::relu_add));
+  m.impl("relu_add_bwd", TORCH_BOX(&dip::relu_add_bwd));
 }
 #endif
 

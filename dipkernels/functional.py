@@ -199,22 +199,30 @@ class _LinearReplay(Function):
 
 class _Mean(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, sigma, seed, where, activation, dtype):
-        ctx.save_for_backward(x, weight, bias, sigma, seed)
+    def forward(ctx, x, weight, bias, sigma, seed, where, activation, dtype, keep_samples):
         ctx.where, ctx.activation, ctx.dtype = where, activation, dtype
-        return ops.linear(x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, dtype)
+        arguments = (x, *_cast(dtype, weight, bias), sigma, seed, *where)
+        kept = None
+        if keep_samples:
+            y, kept = ops.linear_keep(*arguments, activation, dtype)
+        else:
+            y = ops.linear(*arguments, activation, dtype)
+        ctx.save_for_backward(x, weight, bias, sigma, seed, kept)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
+        *tensors, kept = ctx.saved_tensors
+        x, weight, bias, sigma, seed = tensors
         needs = ctx.needs_input_grad[:4]
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
             wanted = [t for t, need in zip(tensors, needs) if need]
             y = _mean_pieces(*tensors, ctx.where, ctx.activation, ctx.dtype)
             grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             return *(next(grads) if need else None for need in needs), *nothing
-        grads = ops.linear_bwd(dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
+        arguments = (dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
+        grads = ops.linear_bwd(*arguments) if kept is None else ops.linear_keep_bwd(*arguments, kept)
         grads = (grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs))
         return *grads, *nothing
 
@@ -233,13 +241,21 @@ def _mean_pieces(x, weight, bias, sigma, seed, where, activation, dtype):
     return y / num_samples
 
 
-def _mean(x, weight, bias, sigma, seed, where, activation, dtype):
+def _mean(x, weight, bias, sigma, seed, where, activation, dtype, keep):
     if dtype is None and weight.dtype is not x.dtype:
         raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
     opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
-    run = _Mean.apply if opaque and not torch._C._are_functorch_transforms_active() else _mean_pieces
-    return run(x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
+    arguments = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
+    if not opaque or torch._C._are_functorch_transforms_active():
+        return _mean_pieces(*arguments)
+    differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
+    # relu needs a bit of each sample: kept unless asked not to, while they take no more than one output.
+    small = activation == "relu" and where[3] <= 8 * (dtype or x.dtype).itemsize
+    can_keep = ops.can_keep(x.device.type)
+    if keep == "u" and not can_keep:
+        raise ValueError(f"keep: expected 'auto' or 'x' with estimator='mean' on {x.device.type}, got 'u'")
+    return _Mean.apply(*arguments, (keep == "u" or (keep == "auto" and small)) and differentiates and can_keep)
 
 
 class _Unused(Function):
@@ -390,7 +406,9 @@ def dip_linear(
     activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". estimator: where the mean over z is taken.
       "sample"    act of one draw; num_samples draws are averaged before the activation.
       "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
-                  in the memory of one. Backward draws and multiplies again (and keeps x). Without an activation as "sample".
+                  in the memory of one. Backward draws again; keep says whether it multiplies again as well: "x" yes; "u" no, on
+                  a CPU, for S outputs (for relu: S bits per output) kept beside x; "auto": only relu keeps, while its bits
+                  take no more than one output. Without an activation as "sample".
       "analytic"  E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance sum_k sigma_k^2 W_nk^2.
                   Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error: docs/maths.md, section 7.
     Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.
@@ -404,7 +422,7 @@ def dip_linear(
     dtype = autocast_dtype(x)
     where = _where(sigma, -1, row0, col0, sample, num_samples, collapsed, log_variance)
     if estimator != "sample":
-        if keep == "u" and not (estimator == "mean" and activation is None):
+        if keep == "u" and estimator == "analytic":
             raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
         if is_dtensor(x) or is_dtensor(weight):
             raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
@@ -414,7 +432,7 @@ def dip_linear(
         return _analytic(x, weight, bias, sigma, log_variance, activation)
     if estimator == "mean" and activation is not None and num_samples > 1:
         real = (row0, col0, sample, num_samples, 1.0, log_variance)
-        return _mean(x, weight, bias, sigma, seed, real, activation, dtype)
+        return _mean(x, weight, bias, sigma, seed, real, activation, dtype, keep)
     y = affine(x, weight, bias, sigma, seed, where, keep, dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
 
@@ -434,7 +452,7 @@ def affine(x, weight, bias, sigma, seed, where, keep, dtype):
     elif keep != "u" and _fuses(x, weight, dtype):
         _, row0, col0, sample, num_samples, factor, log_variance = where
         where = (row0, col0, sample, num_samples, factor, log_variance)
-        return _mean(x, weight, bias, sigma, seed, where, "identity", dtype)
+        return _mean(x, weight, bias, sigma, seed, where, "identity", dtype, "x")
     elif (
         (keep == "x" or (keep == "auto" and torch.compiler.is_compiling()))
         and not torch.compiler.is_exporting()

@@ -237,7 +237,7 @@ class DIPLinear(DIPLayer, nn.Linear):
             raise ValueError(f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}")
         if estimator == "analytic" and num_samples != 1:
             raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
-        if estimator != "sample" and keep == "u":
+        if estimator == "analytic" and keep == "u":
             raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
         self.activation, self.estimator = activation, estimator
 

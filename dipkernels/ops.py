@@ -33,12 +33,22 @@ SCHEMAS = {
     # The mean over samples of act(affine), and its derivatives dx, dweight, dbias ([N], also without a bias), dsigma.
     "linear": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> Tensor",
     "linear_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    # The same on a CPU, with what backward needs of each sample: relu's signs, uint8 [ceil(samples / 8), rows, N], a bit per
+    # sample that says h > 0, or for another activation the pre-activations [samples, rows, N].
+    "linear_keep": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> (Tensor, Tensor)",
+    "linear_keep_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation, Tensor kept)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     # E[act(mu + sqrt(v) z)] with v [N], and dy's product with d/dmu and, summed over rows, with d/dv.
     "activation": "(Tensor mu, Tensor v, str activation) -> Tensor",
     "activation_bwd": "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor)",
     # v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype, and (dweight, dsigma).
     "activation_variance": "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
     "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) -> (Tensor, Tensor)",
+}
+# One sample's pass of linear_keep behind relu and of its backward, in the compiled library alone: for row_blocks.
+_PASSES = {
+    "relu_add": "(Tensor(a!) total, Tensor(b!) signs, Tensor h, int bit) -> ()",
+    "relu_add_bwd": "(Tensor(a!) total, Tensor signs, Tensor dy, int bit) -> Tensor",
 }
 NAMESPACES = {
     "cpu": "dipkernels",
@@ -101,6 +111,7 @@ def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
 
 # What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
 _chosen: dict[tuple[str, str], Callable] = {}
+_keepers: set[str] = set()  # devices where linear_keep runs
 
 
 def _kernel(op: str, device: str) -> Callable:
@@ -125,6 +136,9 @@ def _choose_all() -> None:
                 _chosen[op, device] = _kernel(op, device)
             except RuntimeError as error:
                 _chosen[op, device] = _refusal(error)
+    _keepers.clear()
+    if backends._forced in (None, "cpu", "reference") and backends.choose("linear_keep", "cpu").backend != "triton":
+        _keepers.add("cpu")
 
 
 def noise(seed: Tensor, shape, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
@@ -160,12 +174,8 @@ def perturb_replay(
     )
 
 
-def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-) -> Tensor:
+def _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype) -> None:
     _check(x, sigma, seed, -1, row0, col0, sample, num_samples)
-    if activation != "identity":
-        _check_activation(activation)
     _check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
@@ -175,6 +185,14 @@ def linear(
         raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
+
+
+def linear(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+) -> Tensor:
+    if activation != "identity":
+        _check_activation(activation)
+    _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
     return _run("linear", x.device.type)(
         x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
     )
@@ -185,6 +203,29 @@ def linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _run("linear_bwd", x.device.type)(
         dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
+    )
+
+
+def can_keep(device: str) -> bool:
+    """Whether linear_keep runs there."""
+    return device in _keepers
+
+
+def linear_keep(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+) -> tuple[Tensor, Tensor]:
+    _check_activation(activation)
+    _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
+    return _run("linear_keep", x.device.type)(
+        x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+    )
+
+
+def linear_keep_bwd(
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _run("linear_keep_bwd", x.device.type)(
+        dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
     )
 
 
@@ -241,6 +282,16 @@ def _fake_linear_bwd(dy, x, weight, bias, sigma, *rest):
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma))
 
 
+def _fake_linear_keep(x, weight, *rest):
+    num_samples, activation = rest[-5], rest[-2]
+    shape = (x.numel() // x.shape[-1], weight.shape[0])
+    if activation == "relu":
+        kept = x.new_empty(((num_samples + 7) // 8, *shape), dtype=torch.uint8)
+    else:
+        kept = weight.new_empty((num_samples, *shape))
+    return _fake_linear(x, weight, *rest), kept
+
+
 def _fake_activation(mu, v, activation):
     return torch.empty_like(mu, memory_format=torch.contiguous_format)
 
@@ -264,6 +315,8 @@ _FAKES = {
     "perturb_replay": _fake_perturb_replay,
     "linear": _fake_linear,
     "linear_bwd": _fake_linear_bwd,
+    "linear_keep": _fake_linear_keep,
+    "linear_keep_bwd": _fake_linear_bwd,
     "activation": _fake_activation,
     "activation_bwd": _fake_activation_bwd,
     "activation_variance": _fake_activation_variance,
@@ -316,6 +369,9 @@ for _namespace in dict.fromkeys(NAMESPACES.values()):
         elif _namespace == "dipkernels_triton":
             _library.impl(_op, _triton(_op), "CUDA")
             _library.impl(_op, _triton(_op), "CPU")  # under TRITON_INTERPRET=1
+
+for _op, _schema in _PASSES.items():
+    _libraries[0].define(_op + _schema)
 
 _choose_all()
 backends._listeners.append(_choose_all)

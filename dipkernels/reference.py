@@ -209,6 +209,29 @@ def linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor
     return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def linear_keep(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+):
+    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else h of each sample"""
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
+    hs = [h for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
+    if activation != "relu":
+        return y, torch.stack(hs).to(weight.dtype)
+    signs = torch.zeros(-(-num_samples // 8), *hs[0].shape, dtype=torch.uint8, device=x.device)
+    for i, h in enumerate(hs):
+        signs[i // 8] |= (h > 0).to(torch.uint8) << i % 8
+    return y, signs
+
+
+def linear_keep_bwd(
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
+):
+    """As `linear_bwd`, which draws again"""
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    return linear_bwd(dy, x, weight, bias, sigma, seed, *where, activation)
+
+
 def linear_bwd(dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation):
     """(dx, dweight, dbias, dsigma) of `linear`"""
     where = (row0, col0, sample, num_samples, factor, log_variance)

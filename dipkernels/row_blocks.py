@@ -1,10 +1,13 @@
 """y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section 4.
 
 The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised rows and
-pre-activations live for one sample, so memory does not grow with the samples. Backward draws and multiplies again.
+pre-activations live for one sample, or for several where there are few rows, so memory does not grow with the samples.
+Backward draws again, and multiplies again what was not kept.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +40,7 @@ _BACKWARDS = {
 }
 _IN_PLACE = {"relu": torch.relu_, "silu": lambda h: F.silu(h, inplace=True), "tanh": torch.tanh_}
 
-_CPU_ROWS = 2048  # of a block: fewer make smaller products, and more sums of [N, K] in backward
+_CPU_ROWS = 2048  # of a block, times its samples: fewer make smaller products, and more sums of [N, K] in backward
 _GPU_ROWS = 16384
 
 
@@ -46,71 +49,158 @@ def act_of(activation: str):
     return ACTIVATIONS.get(activation, lambda h: h)
 
 
-def _blocks(x: Tensor):
-    """(first row, rows) over the flattened rows of x"""
+def _blocks(x: Tensor, num_samples: int):
+    """(first row, rows, ranges of samples that go through one product) over the flattened rows of x"""
     rows = x.reshape(-1, x.shape[-1])
     size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
     for first in range(0, rows.shape[0], size):
-        yield first, rows[first : first + size]
+        block = rows[first : first + size]
+        group = max(1, size // block.shape[0])
+        starts = range(0, num_samples, group)
+        yield first, block, [range(i, min(i + group, num_samples)) for i in starts]
+
+
+def _noised(rows, sigma, seed, row0, col0, samples, factor, log_variance, dtype) -> Tensor:
+    """rows + factor sigma z of each sample, one below the other: [samples * rows, K]"""
+    where = [(-1, row0, col0, sample, 1) for sample in samples]
+    us = [torch.ops.dipkernels.perturb(rows, sigma, seed, *w, factor, log_variance, dtype) for w in where]
+    return us[0] if len(us) == 1 else torch.cat(us)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias. On a CPU with AVX-512 straight by oneDNN: torch gives float32 to MKL, which is slower on an AMD machine,
+    and takes a longer way in bfloat16."""
+    if (
+        a.dtype in (torch.float32, torch.bfloat16)
+        and a.device.type == "cpu"
+        and _has_onednn()
+        and a.numel()
+        and b.numel()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return offered and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _mean(
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    row0,
+    col0,
+    sample,
+    num_samples,
+    factor,
+    log_variance,
+    activation,
+    out_dtype,
+    kept=None,
+) -> Tensor:
+    n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
+    num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
+    act = _IN_PLACE.get(activation) or act_of(activation)
+    for first, rows, groups in _blocks(x, num_samples):
+        block = slice(first, first + rows.shape[0])
+        total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
+        for group in groups:
+            samples = [sample + i for i in group]
+            u = _noised(rows, sigma, seed, row0 + first, col0, samples, factor, log_variance, dtype)
+            h = _product(u, weight, bias).view(len(group), -1, n)
+            if kept is not None and activation == "relu":
+                for i, part in zip(group, h, strict=True):
+                    torch.ops.dipkernels.relu_add(total, kept[i // 8, block], part, i % 8)
+                continue
+            if kept is not None:
+                kept[group.start : group.stop, block] = h
+            for part in act(h):
+                total.add_(part.to(wide))
+        y[block] = total.mul_(1 / num_samples)
+    return y.reshape(*x.shape[:-1], n)
+
+
 def linear(
     x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
 ) -> Tensor:
-    dtype = weight.dtype
-    num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    y = torch.empty(num_rows, weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
-    act = _IN_PLACE.get(activation) or act_of(activation)
-    for first, rows in _blocks(x):
-        total = None
-        for s in range(sample, sample + num_samples):
-            u = torch.ops.dipkernels.perturb(
-                rows, sigma, seed, -1, row0 + first, col0, s, 1, factor, log_variance, dtype
-            )
-            part = act(F.linear(u, weight, bias))
-            total = part.to(_accumulator(dtype)) if total is None else total.add_(part)
-        y[first : first + rows.shape[0]] = total.mul_(1 / num_samples)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype)
+
+
+def linear_keep(
+    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+) -> tuple[Tensor, Tensor]:
+    """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s, [S, rows, N]."""
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    shape = (x.numel() // x.shape[-1] if x.shape[-1] else 0, weight.shape[0])
+    if activation == "relu":
+        kept = torch.zeros(-(-num_samples // 8), *shape, dtype=torch.uint8, device=x.device)
+    else:
+        kept = torch.empty(num_samples, *shape, dtype=weight.dtype, device=x.device)
+    return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
-    dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs two products, one of them the repeated
-    forward, and not three."""
+    dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs one product, and one more where h_s is made
+    again because nothing was kept."""
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
     flat_dy = dy.reshape(-1, n)
-    noise_sum = torch.zeros(n, k, dtype=wide, device=x.device)  # G
-    dh_sum = torch.empty(flat_dy.shape, dtype=dtype, device=x.device)  # D
+    dx = torch.empty(flat_dy.shape[0], k, dtype=x.dtype, device=x.device)
+    dweight, noise_sum = torch.zeros(2, n, k, dtype=wide, device=x.device)  # noise_sum: G
     dbias = torch.zeros(n, dtype=wide, device=x.device)
-    for first, rows in _blocks(x):
-        block_dy = flat_dy[first : first + rows.shape[0]].to(dtype)
-        total = None
-        for s in range(sample, sample + num_samples):
-            where = (-1, row0 + first, col0, s, 1)
-            u = torch.ops.dipkernels.perturb(rows, sigma, seed, *where, factor, log_variance, dtype)
-            dh = _BACKWARDS[activation](block_dy, F.linear(u, weight, bias))
-            z = torch.ops.dipkernels.noise(seed, list(rows.shape), *where)
-            if dtype is wide:
-                noise_sum.addmm_(dh.t(), z.to(wide))
+    zero, one = x.new_zeros(1, k, dtype=dtype), torch.ones_like(sigma)
+    by_signs = kept is not None and activation == "relu"
+    for first, rows, groups in _blocks(x, num_samples):
+        block = slice(first, first + rows.shape[0])
+        block_dy = flat_dy[block].to(dtype)
+        if by_signs:  # by columns, as the product over rows reads them: turned once for all samples
+            block_dy, signs = block_dy.t().contiguous(), kept[:, block].transpose(1, 2).contiguous()
+        total = torch.zeros(block_dy.shape, dtype=wide, device=x.device)  # D, or its transpose by_signs
+        for group in groups:
+            where = (seed, row0 + first, col0, [sample + i for i in group])
+            if by_signs:
+                dhs = [torch.ops.dipkernels.relu_add_bwd(total, signs[i // 8], block_dy, i % 8) for i in group]
+                columns = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
             else:
-                noise_sum.add_(dh.t() @ z.to(dtype))
-            total = dh.to(wide) if total is None else total.add_(dh)
+                if kept is None:
+                    u = _noised(rows, sigma, *where, factor, log_variance, dtype)
+                    h = _product(u, weight, bias).view(len(group), -1, n)
+                else:
+                    h = kept[group.start : group.stop, block]
+                dh = _BACKWARDS[activation](block_dy.expand_as(h), h)
+                for part in dh:
+                    total.add_(part.to(wide))
+                columns = dh.reshape(-1, n).t()
+            z = _noised(zero.expand(rows.shape), one, *where, 1.0, False, dtype)
+            noise_sum.add_(_product(columns, z.t()))
         total.mul_(1 / num_samples)
-        dbias.add_(total.sum(0))
-        dh_sum[first : first + rows.shape[0]] = total
+        total = total if by_signs else total.t()
+        dbias.add_(total.sum(1))
+        columns = total.to(dtype)
+        dx[block] = _product(columns.t(), weight.t())
+        dweight.add_(_product(columns, rows.to(dtype).t()))
     scale = torch.exp(sigma / 2) if log_variance else sigma
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:
         dsigma = dsigma * scale / 2
-    flat_x = x.reshape(-1, k)
-    dweight = noise_sum.mul_(scale).add_(dh_sum.t() @ flat_x.to(dtype)).to(dtype)
-    dx = (dh_sum @ weight).to(x.dtype).reshape(x.shape)
-    return dx, dweight, dbias.to(dtype if bias is None else bias.dtype), dsigma
+    dweight.addcmul_(noise_sum, scale.to(wide))
+    dbias = dbias.to(dtype if bias is None else bias.dtype)
+    return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma
+
+
+linear_keep_bwd = linear_bwd

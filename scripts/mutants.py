@@ -45,6 +45,7 @@ INTERPRETED = ("tests/test_triton_interpreter.py::test_triton_under_the_interpre
 INTERPRETED_LINEAR = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_linear]",)
 LINEAR = ("tests/test_linear.py",)
 AVERAGED = ("tests/test_properties.py",)
+AVERAGING = ("tests/test_averaging.py",)
 LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
 
 
@@ -130,6 +131,12 @@ MUTANTS = [
     Mutant("dipkernels/functional.py", "        _check_sigma(sigma)\n", "        pass\n", PERTURB),
     Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", AVERAGED),
     Mutant("dipkernels/functional.py", "return y / num_samples", "return y", AVERAGED),
+    Mutant("dipkernels/functional.py", "where[3] <= 8 * (dtype or x.dtype).itemsize", "where[3] <= 8 * x.dtype.itemsize", AVERAGING),
+    Mutant("dipkernels/row_blocks.py", "kept[i // 8, block], part, i % 8)", "kept[0, block], part, i % 8)", AVERAGING),
+    Mutant("dipkernels/row_blocks.py", "dweight.addcmul_(noise_sum, scale.to(wide))", "dweight.add_(noise_sum)", AVERAGING),
+    Mutant("csrc/cpu/activation.cpp", "signs[i] | set[i]", "set[i]", AVERAGING),
+    Mutant("csrc/cpu/activation.cpp", "set[i] = h[i] <= 0 ? 0 : bit;", "set[i] = h[i] < 0 ? 0 : bit;", AVERAGING),
+    Mutant("csrc/cpu/activation.cpp", "dh[i] = signs[i] & bit ? h[i] : C(0);", "dh[i] = signs[i] ? h[i] : C(0);", AVERAGING),
     Mutant("dipkernels/functional.py", "dx = du.to(x.dtype) if needs_dx else None", "dx = du if needs_dx else None", LINEAR,
            explained="autograd casts a gradient to the type of its input"),
     # ---- checks and registration

@@ -400,22 +400,65 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
   }
 }
 
+// ---- relu of one sample: every element, and nothing beside it ---------------------------------------------------------------
+
+static void relu_case(int64_t number, Dice& dice) {
+  const DType kinds[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  const DType type = kinds[dice.between(0, 3)], wide = type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  ReluArgs a{};
+  a.size = dice.between(0, number % 16 == 7 ? 70000 : 1500);
+  a.bit = static_cast<uint8_t>(1 << dice.between(0, 7));
+  const bool backward = dice.coin();
+  const auto vector = [&](DType kind) {
+    return Operand{allocate(static_cast<size_t>(a.size * size_of(kind)), dice).data, kind, 0, 1};
+  };
+  a.h = vector(type);
+  if (backward) a.dh = vector(type);
+  const Operand total = vector(wide);
+  a.total = total.data;
+  a.signs = reinterpret_cast<uint8_t*>(allocate(static_cast<size_t>(a.size), dice).data);
+  std::vector<uint8_t> before(static_cast<size_t>(a.size));
+  for (int64_t i = 0; i < a.size; ++i) {
+    put(a.h, i, dice.between(0, 9) ? dice.real() : 0);
+    before[static_cast<size_t>(i)] = static_cast<uint8_t>(dice.next());
+  }
+  for (int capability = 0; capability < 3; ++capability) {
+    if (set_cpu_capability(capability)) continue;
+    for (int64_t i = 0; i < a.size; ++i) put(total, i, 1), a.signs[i] = before[static_cast<size_t>(i)];
+    if (const char* error = relu_cpu(a, parallel_for)) die(number, error);
+    for (int64_t i = 0; i < a.size; ++i) {
+      const double h = get(a.h, i);
+      const uint8_t was = before[static_cast<size_t>(i)];
+      const bool on = backward ? was & a.bit : h > 0;
+      char cell[8];
+      const Operand one{cell, wide, 0, 1};
+      put(one, 0, 1 + (on ? h : 0));
+      if (get(total, i) != get(one, 0)) die(number, "total is not 1 + relu(h), or 1 + dh", get(total, i), get(one, 0));
+      if (backward && get(a.dh, i) != (on ? h : 0)) die(number, "dh is not dy where the bit is set", get(a.dh, i), h);
+      if (a.signs[i] != (!backward && on ? was | a.bit : was)) die(number, "signs: another bit", a.signs[i], was);
+    }
+  }
+}
+
 int main(int argc, char** argv) {
   if (argc < 4) return 2;
   const int64_t cases = std::atoll(argv[1]);
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   num_threads = std::atoi(argv[3]);
   const bool fail = argc > 4 && !std::strcmp(argv[4], "fail");
-  int64_t perturbs = 0, activations = 0;
+  int64_t perturbs = 0, activations = 0, relus = 0;
   for (int64_t number = 0; number < cases; ++number) {
     Dice dice{seed * 1000003 + static_cast<uint64_t>(number)};
     set_cpu_capability(fail ? static_cast<int>(number % 3) : -1);
-    if (number % 4 == 3)
+    if (number % 8 == 7 && !fail)  // it allocates nothing
+      relu_case(number, dice), ++relus;
+    else if (number % 4 == 3)
       activation_case(number, dice, fail), ++activations;
     else
       perturb_case(number, dice, fail), ++perturbs;
     alive.clear();
   }
-  std::printf("%" PRId64 " cases of perturb, %" PRId64 " of activation and variance\n", perturbs, activations);
+  std::printf(
+      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of relu\n", perturbs, activations, relus);
   return 0;
 }

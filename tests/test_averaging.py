@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import dipkernels as dip
-from dipkernels import functional, ops, reference, row_blocks
+from dipkernels import backends, functional, ops, reference, row_blocks
 from dipkernels.row_blocks import ACTIVATIONS
 
 SEED = torch.tensor([91, 4])
@@ -87,6 +87,75 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_mean_that_keeps_its_samples_matches_reference(namespace, activation, monkeypatch):
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 14)  # blocks of two samples, of one, and signs of two bytes
+    for rows in (7, 23):
+        x, weight, bias, sigma, dy = (t.double() for t in inputs(rows, 9, 5))
+        how = (weight, bias, sigma, SEED, 2, 3, 1, 11, 0.5, True, activation)
+        y, kept = getattr(torch.ops, namespace).linear_keep(x, *how, None)
+        want, want_kept = reference.linear_keep(x, *how, None)
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, want_kept, rtol=1e-5, atol=1e-5)
+        assert kept.dtype is (torch.uint8 if activation == "relu" else torch.float64)
+        grads = getattr(torch.ops, namespace).linear_keep_bwd(dy, x, *how, kept)
+        for got, exact in zip(grads, reference.linear_bwd(dy, x, *how), strict=True):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("activation", NAMES)
+def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
+    tensors = inputs(40, 24, 12, dtype)
+    options = {"activation": activation, "estimator": "mean", "num_samples": 9}
+    multiplied, *others = (run(*tensors, **options, keep=keep) for keep in ("x", "u", "auto"))
+    for other in others:
+        assert torch.equal(other[0], multiplied[0])
+        for got, want in zip(other[1:], multiplied[1:], strict=True):
+            torch.testing.assert_close(got, want, rtol=16 * EPS.get(dtype, 2**-50), atol=16 * EPS.get(dtype, 2**-50))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("capability", backends.CAPABILITIES)
+def test_relu_of_a_sample_and_back(capability, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    before = backends.cpu_capability()
+    try:
+        backends.cpu_capability(capability)
+    except RuntimeError:
+        pytest.skip("not offered by this machine")
+    try:
+        for rows, columns in ((1, 1), (3, 700), (90, 1024)):
+            h = torch.randn(rows, columns).to(dtype)
+            h.view(-1)[::5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")]).to(dtype).repeat(
+                rows * columns)[: len(h.view(-1)[::5])]  # fmt: skip
+            total, signs = torch.ones(h.shape, dtype=wide), torch.full(h.shape, 2, dtype=torch.uint8)
+            torch.ops.dipkernels.relu_add(total, signs, h, 6)
+            assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h).to(wide)).nan_to_num(7))
+            assert torch.equal(signs, torch.where(h <= 0, 2, 66).to(torch.uint8))
+            dy = torch.randn(rows, columns).to(dtype)
+            dh = torch.ops.dipkernels.relu_add_bwd(total.fill_(1), signs, dy.t().contiguous().t(), 6)
+            assert torch.equal(dh, torch.where(h <= 0, 0, dy)) and torch.equal(total, 1 + dh.to(wide))
+    finally:
+        backends.cpu_capability(before)
+
+
+def test_relu_of_a_sample_stays_inside_its_buffers():
+    h, signs = torch.randn(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
+    for total, marks, bit, match in [
+        (torch.zeros(4, 5), signs, 0, "total: expected the size of h"),
+        (torch.zeros(4, 6).double(), signs, 0, "total: expected the size of h"),
+        (torch.zeros(6, 4).t(), signs, 0, "total: expected the size of h"),
+        (torch.zeros(4, 6), signs[:3], 0, "signs: expected the size of h"),
+        (torch.zeros(4, 6), signs.int(), 0, "signs: expected the size of h"),
+        (torch.zeros(4, 6), signs, 8, "bit: expected 0 to 7, got 8"),
+    ]:
+        for op in (torch.ops.dipkernels.relu_add, torch.ops.dipkernels.relu_add_bwd):
+            with pytest.raises(RuntimeError, match=match):
+                op(total, marks, h, bit)
+
+
 @pytest.mark.parametrize("activation", NAMES)
 def test_mean_gradcheck_and_gradgradcheck(activation):
     x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
@@ -140,11 +209,23 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
         for leaf in leaves:
             leaf.grad = None
 
-    kept = [saved_bytes(lambda count=count: functional.dip_linear(
-        *leaves, SEED, activation=activation, estimator="mean", num_samples=count))[0] for count in (3, 12)]  # fmt: skip
-    assert kept[0] == kept[1] <= sum(t.nbytes for t in leaves) + 16
-    peaks = [peak_bytes(lambda count=count: step(count)) for count in (3, 12)]
+    def kept(count, activation=activation, keep="auto", dtype=None):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            return saved_bytes(lambda: functional.dip_linear(
+                *leaves, SEED, activation=activation, estimator="mean", num_samples=count, keep=keep))[0]  # fmt: skip
+
+    inputs_alone = sum(t.nbytes for t in leaves) + SEED.nbytes
+    assert kept(5) == kept(33) == inputs_alone
+    peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 33)]
     assert 0 < peaks[1] <= 1.02 * peaks[0]
+    # relu: a bit of each sample, and no more than one output in all; keep="u": every sample's pre-activations.
+    outputs = dy.numel()
+    assert [kept(count, "relu") - inputs_alone for count in (3, 12, 32, 33)] == [outputs, 2 * outputs, 4 * outputs, 0]
+    assert [kept(c, "relu", dtype=torch.bfloat16) - inputs_alone for c in (16, 17)] == [2 * outputs, 0]
+    assert [kept(9, "relu", keep) - inputs_alone for keep in ("x", "u")] == [0, 2 * outputs]
+    assert [kept(9, "gelu", keep) - inputs_alone for keep in ("x", "u")] == [0, 9 * 4 * outputs]
+    with torch.no_grad():
+        assert kept(9, "relu") == 0
 
 
 # ---- "analytic" ------------------------------------------------------------------------------------------------------
@@ -226,10 +307,12 @@ def test_analytic_under_autocast_torch_func_and_compile():
 
 def examples():
     x, weight, bias, sigma, dy = inputs(6, 20, 5)
-    for b in (bias, None):
-        how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, "gelu")
+    for b, activation in ((bias, "gelu"), (None, "relu")):
+        how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, activation)
         yield "linear", (x, *how, torch.float16)
         yield "linear_bwd", (dy, x, *how)
+        yield "linear_keep", (x, *how, torch.float16)
+        yield "linear_keep_bwd", (dy, x, *how, reference.linear_keep(x, *how, None)[1])
     v = torch.rand(5)
     yield "activation", (dy, v, "tanh")
     yield "activation_bwd", (dy.t().contiguous().t(), dy, v, "relu")

@@ -1,6 +1,6 @@
 // y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md,
-// section 7. Compiled once per instruction set; DIP_ACTIVATION and DIP_VARIANCE name the entry points. Plain loops that compilers
-// vectorise; no STL (perturb.cpp).
+// section 7. Compiled once per instruction set; DIP_ACTIVATION, DIP_VARIANCE and DIP_RELU name the entry
+// points. Plain loops that compilers vectorise; no STL (perturb.cpp).
 #include <cmath>
 #include <cstdlib>
 
@@ -370,6 +370,33 @@ const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel
   }
 }
 
+// ---- relu of one sample, with the signs for backward -----------------------------------------------------------------------
+
+template <class C>
+void relu_runs(const ReluArgs& a, ParallelFor parallel_for) {
+  run_parallel(parallel_for, ceil_div(a.size, kRun), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      alignas(64) C buffer[kRun], target[kRun];
+      const int64_t first = run * kRun;
+      const int n = static_cast<int>(smaller(kRun, a.size - first)), bit = a.bit;
+      const C* __restrict h = load_run<C>(a.h, first, n, buffer);
+      C* __restrict total = static_cast<C*>(a.total) + first;
+      uint8_t* __restrict signs = a.signs + first;
+      if (!a.dh.data) {
+        for (int i = 0; i < n; ++i) total[i] += h[i] <= 0 ? C(0) : h[i];  // a NaN stays one
+        int set[kRun];  // of its own: a conditional byte beside a wider h is not vectorised
+        for (int i = 0; i < n; ++i) set[i] = h[i] <= 0 ? 0 : bit;
+        for (int i = 0; i < n; ++i) signs[i] = static_cast<uint8_t>(signs[i] | set[i]);
+        continue;
+      }
+      C* __restrict dh = run_target<C>(a.dh, first, target);
+      for (int i = 0; i < n; ++i) dh[i] = signs[i] & bit ? h[i] : C(0);
+      for (int i = 0; i < n; ++i) total[i] += dh[i];
+      store_run<C>(a.dh, first, n, dh);
+    }
+  });
+}
+
 }  // namespace
 
 const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
@@ -383,6 +410,12 @@ const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
 const char* DIP_VARIANCE(const VarianceArgs& a, ParallelFor parallel_for) {
   const bool is_double = a.weight.dtype == DType::kFloat64;
   return is_double ? variance<double>(a, parallel_for) : variance<float>(a, parallel_for);
+}
+
+const char* DIP_RELU(const ReluArgs& a, ParallelFor parallel_for) {
+  if (a.h.dtype == DType::kFloat64) relu_runs<double>(a, parallel_for);
+  else relu_runs<float>(a, parallel_for);
+  return nullptr;
 }
 
 }  // namespace dip
