@@ -1,75 +1,122 @@
-"""The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096] [--rounds 9]
+"""The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
 
-"analytic" over act(nn.Linear), and "mean" with S = 8 over eager's eight calls; forward + backward, interleaved, round
-by round, in one process: the median of the per-round ratios and its quartiles. Checks each result first.
+"analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user writes. Interleaved,
+round by round, in one process: the median of the per-round ratios and its quartiles, and the bytes kept for backward
+over those of act(DIPLinear) with one draw. Checks each result first.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import time
 
+import machine
+import report
 import torch
 import torch.nn.functional as F
+from timing import no_gc, quartiles, saved_bytes
 
 from dipkernels import functional
 from dipkernels.row_blocks import ACTIVATIONS
 
-SEED, S = torch.tensor([5, 1]), 8
+SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
+MEANS = (("relu", "auto"), ("gelu", "auto"), ("gelu", "u"), ("silu", "u"), ("tanh", "u"))
 
 
-def ratios(ours, theirs, rounds: int) -> str:
-    pairs = []
-    for _ in range(rounds + 1):
-        times = []
-        for run in (ours, theirs):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        pairs.append(times[0] / times[1])
-    low, median, high = statistics.quantiles(pairs[1:], n=4)
-    return f"{median:.2f}  ({low:.2f} .. {high:.2f})"
+def seconds(run, dy) -> tuple[float, float]:
+    """Of the forward pass, and of forward + backward."""
+    start = time.perf_counter()
+    y = run()
+    middle = time.perf_counter()
+    y.backward(dy)
+    return middle - start, time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--skip-mean", action="store_true")
-    args = parser.parse_args()
-    m, k, n = args.rows, 1024, 1024
-    print(
-        f"{m} x {k} x {n}, torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
-        weight = (torch.randn(n, k) / 32).to(dtype).requires_grad_()
-        bias = torch.randn(n).to(dtype).requires_grad_()
-        sigma = torch.full((k,), 0.1).requires_grad_()
-        tensors = (x, weight, bias, sigma)
+def compare(over, under, dy, rounds: int) -> list[str]:
+    """Time of `over` over that of `under`, forward and forward + backward: median [quartiles]."""
+    with no_gc():
+        pairs = [(seconds(over, dy), seconds(under, dy)) for _ in range(rounds + 1)][1:]
+    cells = []
+    for which in (0, 1):
+        low, median, high = quartiles([a[which] / b[which] for a, b in pairs])
+        cells.append(f"{median:.2f} [{low:.2f}, {high:.2f}]")
+    return cells
 
-        def eager(act, sigma=sigma, x=x, weight=weight, bias=bias, dtype=dtype):
-            draws = ((sigma * torch.randn(x.shape)).to(dtype) for _ in range(S))
-            return sum(act(F.linear(x + noise, weight, bias)) for noise in draws) / S
 
-        for name, act in ACTIVATIONS.items():
-            how = {"activation": name, "estimator": "analytic"}
+def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list, list]:
+    """Rows of the two tables."""
+    analytic_rows, mean_rows = [], []
+    for dtype in dtypes:
+        x, dy = torch.randn(m, K).to(dtype).requires_grad_(), torch.randn(m, N).to(dtype)
+        weight = (torch.randn(N, K) / 32).to(dtype).requires_grad_()
+        bias = torch.randn(N).to(dtype).requires_grad_()
+        sigma = torch.full((K,), 0.1).requires_grad_()
+        tensors, name = (x, weight, bias, sigma), str(dtype).removeprefix("torch.")
+
+        def eager(act, x=x, weight=weight, bias=bias, sigma=sigma, dtype=dtype):
+            total = 0
+            for _ in range(S):
+                total = total + act(F.linear(x + sigma.to(dtype) * torch.randn_like(x), weight, bias))
+            return total / S
+
+        for activation, act in () if skip == "analytic" else ACTIVATIONS.items():
+            how = {"activation": activation, "estimator": "analytic"}
             analytic = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
-            with torch.no_grad():  # noise of sigma 0.1 moves an activation by v f'' / 2 at most
-                assert (analytic() - act(F.linear(x, weight, bias))).abs().max() < 0.1
             plain = lambda: act(F.linear(x, weight, bias))  # noqa: B023, E731
-            cost = ratios(lambda: analytic().backward(dy), lambda: plain().backward(dy), args.rounds)  # noqa: B023
-            print(f"{str(dtype)[6:]:9} analytic {name:10} over act(nn.Linear): {cost}", flush=True)
-        for name in () if args.skip_mean else ("relu", "gelu"):
-            how = {"activation": name, "estimator": "mean", "num_samples": S}
+            with torch.no_grad():  # noise of sigma 0.1 moves an activation by v f'' / 2 at most
+                assert (analytic() - plain()).abs().max() < 0.1
+            analytic_rows.append([name, activation, *compare(analytic, plain, dy, rounds)])
+            print(*analytic_rows[-1], flush=True)
+        for activation, keep in () if skip == "mean" else MEANS:
+            act = ACTIVATIONS[activation]
+            how = {"activation": activation, "estimator": "mean", "num_samples": S, "keep": keep}
             mean = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
-            act = ACTIVATIONS[name]
+            one = lambda: act(functional.dip_linear(*tensors, SEED, keep="u"))  # noqa: B023, E731
+            loop = lambda: eager(act)  # noqa: B023, E731
             with torch.no_grad():
-                assert (mean() - eager(act)).abs().mean() < 0.1
-            cost = ratios(lambda: mean().backward(dy), lambda: eager(act).backward(dy), args.rounds)  # noqa: B023
-            print(f"{str(dtype)[6:]:9} mean S = {S} {name:7} over eager's {S} calls:  {cost}", flush=True)
+                assert (mean() - loop()).abs().mean() < 0.1
+            kept = [saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
+            row = [name, activation, keep, *compare(loop, mean, dy, rounds)]
+            mean_rows.append([*row, f"{kept[0] / kept[1]:.2f}", f"{kept[2] / kept[1]:.2f}"])
+            print(*mean_rows[-1], flush=True)
+    return analytic_rows, mean_rows
+
+
+def main(arguments: list[str] | None = None) -> tuple[list, list]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
+    parser.add_argument("--docs", action="store_true", help="write the tables of docs/measured.md")
+    args = parser.parse_args(arguments)
+    if args.rounds < 2:
+        parser.error("--rounds: expected at least 2")
+    if args.docs and (args.skip or args.rounds < 5):
+        parser.error("--docs: expected a full run of at least 5 rounds, whose figures mean something")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    found, start = machine.describe("cpu"), time.perf_counter()
+    rows = measure(args.rows, args.rounds, [getattr(torch, name) for name in args.dtypes], args.skip)
+    took = time.perf_counter() - start
+    text = "\n\n".join(
+        [
+            f"{args.rows} x {K} x {N}, sigma 0.1. {machine.sentence(found)}. `python benchmarks/averaging.py`, "
+            f"{args.rounds} rounds, {took:.0f} s.",
+            '"analytic": time over act(nn.Linear).',
+            report.table(["", "activation", "forward", "forward + backward"], rows[0]),
+            f'"mean" with S = {S}: time of the loop over {S} draws over its time, and bytes kept for backward over those of '
+            "act(DIPLinear) with one draw.",
+            report.table(
+                ["", "activation", "keep", "forward", "forward + backward", "bytes", "bytes of the loop"], rows[1]
+            ),
+        ]
+    )
+    print(text)
+    if args.docs:
+        report.fill(machine.ROOT / "docs" / "measured.md", "averaging", text)
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import dipkernels as dip
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import averaging  # noqa: E402
 import cost  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
@@ -139,7 +140,12 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         assert page.read_text() == "before\n<!-- a:begin -->\n\nnew\n\n<!-- a:end -->\nafter\n"
     with pytest.raises(ValueError, match=r"page\.md: expected one line '<!-- b:begin -->'"):
         report.fill(page, "b", "new")
-    for name, mark in (("measured", "overhead-cpu"), ("measured", "small-layer"), ("cost", "cost")):
+    for name, mark in (
+        ("measured", "overhead-cpu"),
+        ("measured", "small-layer"),
+        ("measured", "averaging"),
+        ("cost", "cost"),
+    ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
 
 
@@ -158,6 +164,16 @@ def test_profile_of_a_small_layer_runs(capsys):
     rows = profile_small_layer.main(["--quick", "--threads=1"])
     assert {row[1] for row in rows} == {"forward", "backward"}
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
+
+
+def test_averaging_is_timed(capsys):
+    analytic, mean = averaging.main(["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32"])
+    assert [row[1] for row in analytic] == ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+    # x, with relu's bits or eight h of gelu's, over x and h
+    assert [float(row[5]) for row in mean[:3]] == [0.63, 0.5, 4.5]
+    with pytest.raises(SystemExit):
+        averaging.main(["--rounds", "4", "--docs"])
+    assert "--docs: expected a full run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [overhead.main, cost.main])
