@@ -116,7 +116,17 @@ struct Tile {
   const float* scale;
   float* acc;
 
+  // Asks for the same part of the next tile, so that memory works while the draw does.
+  DIP_HD void prefetch_next(int first) const {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int at = first + kTile; at < first + kTile + 8 * V::kLanes; at += kLine) {
+      if constexpr (kWrite) __builtin_prefetch(x + at, 0), __builtin_prefetch(u + at, 1);
+      if constexpr (kSum) __builtin_prefetch(du + at, 0);
+    }
+  }
+
   DIP_HD void use(const V::F z[8], int first) const {
+    prefetch_next(first);
     V::in_order(z, [&](int j, One::F a, One::F b) {
       const int at = first + j, next = at + One::kLanes;
       if constexpr (kSum) {
@@ -240,7 +250,7 @@ struct Rows {
     int64_t row = begin / groups, g = begin % groups, tiles = 0;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      if (linear) {
+      if (linear && !fused) {
         prefetch_run<0>(a.x, 8 * item, 8 * count);
         prefetch_run<1>(a.u, 8 * item, 8 * count);
         prefetch_run<0>(a.du, 8 * item, 8 * count);
