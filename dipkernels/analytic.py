@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -38,7 +39,7 @@ _THROUGH = _LINEAR | _READ_MEAN
 class _Normal(NamedTuple):
     """What is known of a tensor: its values are means, v [N] the variances; None where they differ from row to row."""
 
-    tensor: weakref.ref
+    tensor: weakref.ref[Tensor]
     v: Tensor | None
     layer: str
 
@@ -54,11 +55,13 @@ class _Expectations(TorchFunctionMode):
         key = id(tensor)
         self._normals[key] = _Normal(weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer)
 
-    def _find(self, value) -> _Normal | None:
+    def _find(self, value: object) -> _Normal | None:
         normal = self._normals.get(id(value)) if isinstance(value, Tensor) else None
         return normal if normal is not None and normal.tensor() is value else None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         found = [n for leaf in pytree.tree_leaves((args, kwargs)) if (n := self._find(leaf)) is not None]
         if not found:
@@ -97,12 +100,15 @@ class _Expectations(TorchFunctionMode):
         self.mark(out, normal.v if kept else None, normal.layer)
         return out
 
-    def _activate(self, name: str, normal: _Normal, args, kwargs, func) -> Tensor:
+    def _activate(
+        self, name: str, normal: _Normal, args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]
+    ) -> Tensor:
         if normal.v is None:
             raise self._error(normal, f"{name}, and its variance is not one number for each output")
         approximate = kwargs.get("approximate", args[1] if name == "gelu" and len(args) > 1 else "none")
         kind = "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
         mu = normal.tensor()
+        assert mu is not None  # it is among args
         y = expectation.activation(mu, normal.v.to(mu.device), kind)
         in_place = getattr(func, "__name__", "").endswith("_") or kwargs.get("inplace") or True in args[1:]
         if not in_place:
@@ -125,17 +131,17 @@ def _variance(layer: DIPLinear) -> Tensor:
     return v / layer.num_samples if layer.estimator == "sample" else v
 
 
-def expected(model: nn.Module, *args, **kwargs):
+def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation (see above).
 
     model: in eval mode. Raises ValueError for an activation without a closed form here, and for one behind a
     convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows a DIP layer, the result is
     the plain network's.
     """
-    mode, handles = _Expectations(), []
+    mode = _Expectations()
 
-    def behind(name: str):
-        def hook(layer, inputs, output):
+    def behind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
             if not isinstance(layer, DIPLinear) or not isinstance(output, Tensor):
                 if isinstance(output, Tensor) and output is not inputs[0]:
                     mode.mark(output, None, name)
@@ -150,10 +156,10 @@ def expected(model: nn.Module, *args, **kwargs):
 
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: [handle.remove() for handle in handles])
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)  # it calls none of a block's layers
-        handles += [layer.register_forward_hook(behind(name)) for name, layer in dip_layers(model).items()]
+        for name, layer in dip_layers(model).items():
+            stack.callback(layer.register_forward_hook(behind(name)).remove)
         stack.enter_context(seeds.noise_off())
         stack.enter_context(mode)
         return model(*args, **kwargs)

@@ -47,6 +47,11 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     """
 
     plain_type = nn.MultiheadAttention
+    in_proj: _InProjection  # where query, key and value have one width
+    q_proj: _InProjection
+    k_proj: _InProjection
+    v_proj: _InProjection
+    out_proj: DIPOutProjection
 
     def __init__(self, *args: Any, init_variance: float = 0.01, num_samples: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -74,9 +79,9 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer is."""
         for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
             self._modules.pop(name, None)
-        self.__class__ = self.plain_type
+        self.__class__ = self.plain_type  # type: ignore[assignment]
 
-    def _parts(self) -> list[nn.Module]:
+    def _parts(self) -> list[DIPLayer]:
         return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
 
     def forward(
@@ -109,8 +114,9 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         )
 
     def _noised_forward(
-        self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-    ):
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         if is_causal and attn_mask is None:
             raise RuntimeError("attn_mask: expected the causal mask that is_causal=True promises, got None")
         batched = query.dim() == 3
@@ -139,7 +145,9 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         out = self.out_proj(joined if batched else joined[0])
         return out, (weights if batched or weights is None else weights[0])
 
-    def _check_shapes(self, query, key, value, key_padding_mask, attn_mask, batch_dim: int) -> None:
+    def _check_shapes(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batch_dim: int
+    ) -> None:  # fmt: skip
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
@@ -148,7 +156,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             raise ValueError(f"value: expected key's shape {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}")
         batch = query.shape[batch_dim] if query.dim() == 3 else 1
         length, source = (x.shape[-2 if batch_dim == 0 else 0] for x in (query, key))
-        masks = {
+        masks: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
             "attn_mask": (attn_mask, [(length, source), (batch * self.num_heads, length, source)]),
             "key_padding_mask": (key_padding_mask, [(batch, source) if query.dim() == 3 else (source,)]),
         }
@@ -182,10 +190,12 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     def _heads(self, y: Tensor, batch_dim: int) -> Tensor:
         """[N, L, E], or [L, N, E] where batch_dim is 1, as [N, H, L, D]."""
-        split = y.unflatten(-1, (self.num_heads, self.head_dim))
+        split: Tensor = y.unflatten(-1, (self.num_heads, self.head_dim))
         return split.permute(0, 2, 1, 3) if batch_dim == 0 else split.permute(1, 2, 0, 3)
 
-    def _mask(self, attn_mask, key_padding_mask, num_examples: int, dtype: torch.dtype) -> Tensor | None:
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_examples: int, dtype: torch.dtype
+    ) -> Tensor | None:
         """Both masks as one that is added to the scores, or None."""
         parts = []
         if attn_mask is not None:
@@ -198,7 +208,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """With bias_k and bias_v, and a zero, behind the keys and values, where the attention was made so."""
         added = int(self.bias_k is not None) + int(self.add_zero_attn)
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             shape = (len(k), self.num_heads, 1, self.head_dim)
             k, v = (
                 torch.cat([t, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape).to(t.dtype)], 2)

@@ -79,7 +79,7 @@ def library() -> Library:
             error=f"found torch {torch.__version__}, the compiled library needs torch >= 2.10: pip install 'torch>=2.10'",
         )
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
         functions = _c_functions(path)
     except (OSError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -181,7 +181,7 @@ def check_cuda() -> str | None:
 def watch_cuda() -> None:
     """Have `check_cuda` called when torch initialises CUDA: at import nothing may touch a GPU. `ops` calls this once."""
     if library().cuda_archs:
-        torch.cuda._lazy_call(check_cuda)  # type: ignore[no-untyped-call]
+        torch.cuda._lazy_call(check_cuda)
 
 
 @functools.cache

@@ -6,8 +6,9 @@ import contextlib
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from .layers import (
     twin_type,
 )
 
-_TWINS: dict[type[nn.Module], type[nn.Module]] = {
+_TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
     twin.plain_type: twin for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
 }
 _OUT_PROJECTION = DIPOutProjection.plain_type
@@ -118,7 +119,7 @@ def convert(
     for module in matched:
         _become_dip(module, init_variance, num_samples, keep)
     for group in groups:
-        share_noise(group)
+        share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
     if cannot:
         reported = [
@@ -149,9 +150,11 @@ def _matched(
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
     blocks = {name for module in names if _blocks(module, types) for name in names[module]}
     matched = [m for m in wanted if _counts_as(m) in types and m not in cannot and not _is_inside(names[m], blocks)]
-    spare = {m for wrapper in names if _keeps_original(wrapper) for m in wrapper.original_module.modules()}
+    spare = {
+        m for wrapper in names if _keeps_original(wrapper) for m in wrapper.get_submodule("original_module").modules()
+    }
     matched = [m for m in matched if m not in spare]
-    owners = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
+    owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
     owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
     return [m for m in matched if type(m) is not _OUT_PROJECTION or m in owners]
 
@@ -240,19 +243,19 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _twin(module: nn.Module) -> type[nn.Module]:
+def _twin(module: nn.Module) -> type[Any]:
     kind = type(module)
     if kind is _OUT_PROJECTION:
         return DIPOutProjection
-    if _is_lora(module):
-        return twin_type(kind, _TWINS[_counts_as(module)].feature_dim, f"DIPLora{kind.__name__}")
+    stands_for = _counts_as(module)
+    if _is_lora(module) and stands_for is not None:
+        return twin_type(kind, _TWINS[stands_for].feature_dim, f"DIPLora{kind.__name__}")
     return _TWINS.get(kind) or twin_type(kind)
 
 
-def _features(module: nn.Module) -> int:
-    if _is_conv1d(module):
-        return module.nx
-    return module.in_channels if hasattr(module, "in_channels") else module.in_features
+def _features(module: Any) -> int:
+    name = "nx" if _is_conv1d(module) else "in_channels" if hasattr(module, "in_channels") else "in_features"
+    return int(getattr(module, name))
 
 
 def _cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> dict[nn.Module, str]:
@@ -334,7 +337,7 @@ def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], canno
     return text
 
 
-def _become_dip(module: nn.Module, init_variance: float, num_samples: int, keep: str) -> None:
+def _become_dip(module: Any, init_variance: float, num_samples: int, keep: str) -> None:
     plain, twin = type(module), _twin(module)
     features = 0 if twin is DIPMultiheadAttention else _features(module)
     module.__class__ = twin
@@ -387,7 +390,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     streams = {f"{name}.stream".lstrip(".") for name in layers}
     others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in streams]
     if others:
-        model._ddp_params_and_buffers_to_ignore = others
+        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
         attention.to_plain_in_place()
     for layer in layers.values():
@@ -402,7 +405,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def _become_plain(module: nn.Module) -> None:
+def _become_plain(module: Any) -> None:
     del module.variance, module.stream, module.num_samples, module.keep, module.number
     module.__dict__.pop("share", None)
     module.__class__ = module.plain_type
@@ -413,7 +416,7 @@ def _become_plain(module: nn.Module) -> None:
 
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, variance_lr: float | None = None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own learning rate.
 
     model: any module. lr: > 0. weight_decay: >= 0, for parameters of two dimensions or more. variance_lr: of every
@@ -428,7 +431,7 @@ def param_groups(
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"name": "weights", "params": [], "lr": lr, "weight_decay": weight_decay},
         {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
         {"name": "variances", "params": [], "lr": 10 * lr if variance_lr is None else variance_lr, "weight_decay": 0.0},
@@ -493,7 +496,7 @@ class Row:
     number: int
 
 
-class Summary(list):
+class Summary(list[Row]):
     """A list of Row that prints as a table."""
 
     def __str__(self) -> str:
@@ -511,7 +514,7 @@ class Summary(list):
         return "\n".join(lines)
 
 
-def summary(model: nn.Module, batches: Iterable | None = None) -> Summary:
+def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     """One row for each DIP layer: features, sigma min / mean / max, share = mean over features of sigma_j / spread_j.
 
     model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
@@ -534,7 +537,7 @@ def summary(model: nn.Module, batches: Iterable | None = None) -> Summary:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable, ratio: float = 0.1, floor: float = 0.01) -> Summary:
+def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float = 0.1, floor: float = 0.01) -> Summary:
     """Set each variance from real activations: lambda_j = (ratio * standard deviation of input feature j)^2.
 
     model: any module with DIP layers; run in eval mode without noise, each module's mode is restored. batches: an
@@ -571,7 +574,9 @@ class _Moments:
     """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
 
     def add(self, x: Tensor, dim: int) -> None:
         rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
@@ -585,11 +590,12 @@ class _Moments:
         self.count = total
 
     def spread(self) -> Tensor:
+        assert isinstance(self.squares, Tensor)  # something was added
         return (self.squares / self.count).sqrt().cpu()
 
 
 @torch.no_grad()
-def measured_spreads(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
+def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
     layers = _need_layers(model)
     moments = {name: _Moments() for name in layers}
@@ -597,8 +603,14 @@ def measured_spreads(model: nn.Module, batches: Iterable) -> dict[str, Tensor]:
     for name, layer in layers.items():
         dim = layer.feature_dim
 
-        def observe(module, args, kwargs, moments=moments[name], dim=dim):
-            moments.add(args[0] if args else kwargs.get("input", kwargs.get("x")), dim)
+        def observe(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            moments: _Moments = moments[name],
+            dim: int = dim,
+        ) -> None:
+            moments.add(args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"], dim)
 
         handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     count = 0
@@ -637,7 +649,7 @@ def _run(model: nn.Module, batch: object) -> None:
 
 
 @contextlib.contextmanager
-def eval_mode(model: nn.Module):
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in eval mode inside; every module's own mode restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -648,7 +660,7 @@ def eval_mode(model: nn.Module):
             module.training = training
 
 
-def _eager(model: nn.Module):
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Hooks added after torch.compile are not seen by the compiled code."""
     compiled = any(
         type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None

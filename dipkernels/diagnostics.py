@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,13 @@ _TINY = 1e-30  # stands for a norm of zero in a division
 
 
 def predictor(
-    model: Callable, k: int = 0, *, average: str = "logits", key: int = 0, target: Callable | None = None
-) -> Callable:
+    model: Callable[..., Any],
+    k: int = 0,
+    *,
+    average: str = "logits",
+    key: int = 0,
+    target: Callable[[Tensor], Tensor] | None = None,
+) -> Callable[[Tensor], Tensor]:
     """f_k as a function of one tensor x [B, ...]: mean over s < k of f(x; noise s); for k = 0, f(x) without noise.
 
     model: a module, run in eval mode with each module's mode restored, or a callable. k: >= 0 passes, whose noise is
@@ -49,19 +54,22 @@ def predictor(
                     mean = tensor_output(model(x), average)
             else:
                 with seeds.fixed_noise(key):
-                    mean = sum(_one_pass(model, x, average, number) for number in range(k)) / k
+                    mean = _one_pass(model, x, average, 0)
+                    for number in range(1, k):
+                        mean = mean + _one_pass(model, x, average, number)
+                    mean = mean / k
         return mean if target is None else target(mean)
 
     return f
 
 
-def _one_pass(model: Callable, x: Tensor, average: str, number: int) -> Tensor:
+def _one_pass(model: Callable[..., Any], x: Tensor, average: str, number: int) -> Tensor:
     with seeds.sampling_on(), seeds.numbered_pass(number):
         return tensor_output(model(x), average)
 
 
 @contextlib.contextmanager
-def _evaluating(model: Callable):
+def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Eval mode, and attention by kernels that forward differentiation knows."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -77,7 +85,7 @@ def _evaluating(model: Callable):
 
 
 def lipschitz(
-    model: Callable,
+    model: Callable[..., Any],
     x: Tensor,
     *,
     k: int = 0,
@@ -99,7 +107,7 @@ def lipschitz(
     f = predictor(model, k, average=average, key=key)
     x = x.detach()
     with _frozen(model):
-        f_of_x, pull_back = torch.func.vjp(f, x)
+        f_of_x, pull_back, *_ = torch.func.vjp(f, x)
         _check_batch(f_of_x, x, average)
 
         def step(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +118,7 @@ def lipschitz(
 
 
 def smoothness(
-    model: Callable,
+    model: Callable[..., Any],
     x: Tensor,
     loss_fn: Callable[[Tensor], Tensor],
     *,
@@ -138,7 +146,8 @@ def smoothness(
     gradient = torch.func.grad(total)
 
     def times_hessian(v: Tensor) -> Tensor:
-        return torch.func.jvp(gradient, (x,), (v,))[1]
+        product: Tensor = torch.func.jvp(gradient, (x,), (v,))[1]
+        return product
 
     def step(v: Tensor) -> tuple[Tensor, Tensor]:
         # The norm rises to |top| even where two eigenvalues are of one size and opposite signs; v^T H v would not.
@@ -157,7 +166,9 @@ def smoothness(
         return _power_iteration(shifted_step, x, iterations, tolerance) - top
 
 
-def _power_iteration(step: Callable, x: Tensor, iterations: int, tolerance: float) -> Tensor:
+def _power_iteration(
+    step: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, iterations: int, tolerance: float
+) -> Tensor:
     """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have settled."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
@@ -173,7 +184,8 @@ def _power_iteration(step: Callable, x: Tensor, iterations: int, tolerance: floa
 
 
 def _norm(v: Tensor) -> Tensor:
-    return v.flatten(1).norm(dim=1)
+    norm: Tensor = v.flatten(1).norm(dim=1)
+    return norm
 
 
 def _like(per_example: Tensor, v: Tensor) -> Tensor:
@@ -203,7 +215,7 @@ def _check_batch(out: Tensor, x: Tensor, average: str) -> None:
 
 
 @contextlib.contextmanager
-def _frozen(model: Callable):
+def _frozen(model: Callable[..., Any]) -> Iterator[None]:
     """Parameters without gradients inside: nothing is kept for them."""
     parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
     for parameter in parameters:
@@ -253,7 +265,7 @@ class LayerNoise:
         return 10 * math.log10(self.ratio) if self.ratio > 0 else -math.inf
 
 
-class LayerNoises(list):
+class LayerNoises(list[LayerNoise]):
     """A list of LayerNoise that prints as a table."""
 
     def __str__(self) -> str:
@@ -265,7 +277,7 @@ class LayerNoises(list):
         return "\n".join(lines)
 
 
-def signal_to_noise(model: nn.Module, batches: Iterable) -> LayerNoises:
+def signal_to_noise(model: nn.Module, batches: Iterable[Any]) -> LayerNoises:
     """The signal-to-noise ratio at every DIP layer's input: sum_j Var[x_j] / sum_j (lambda_j / S).
 
     model: with DIP layers; run in eval mode without noise. batches: as `calibrate`'s. Var[x_j] is over all rows of the

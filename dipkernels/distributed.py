@@ -37,7 +37,7 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
     policy = fsdp.get("mp_policy")
     if policy is not None and policy.param_dtype in _HALF:
         raise ValueError(f"mp_policy: expected variances to stay float32, got param_dtype={policy.param_dtype}")
-    fresh = [m for m in variances if not isinstance(m, FSDPModule)]
+    fresh: list[nn.Module] = [m for m in variances if not isinstance(m, FSDPModule)]
     if fresh:
         fully_shard(fresh, reshard_after_forward=reshard_after_forward, **fsdp)
     return module
@@ -66,7 +66,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         "place": None if tensor_parallel is None else tuple(tensor_parallel.mesh.flatten().tolist()),
     }
     together = distributed.is_available() and distributed.is_initialized()
-    ranks: list = [mine]
+    ranks: list[Any] = [mine]
     if together:
         ranks = [None] * distributed.get_world_size()
         distributed.all_gather_object(ranks, mine)
@@ -87,7 +87,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
 def _faults(model: nn.Module) -> list[str]:
     from torch.distributed import is_available
 
-    faults = []
+    faults: list[str] = []
     if not is_available():
         return faults
     from torch.distributed.fsdp import FSDPModule
@@ -106,7 +106,7 @@ def _faults(model: nn.Module) -> list[str]:
                 )
         elif is_dtensor(parameter):
             weight = getattr(layer, "weight", None)
-            placements = weight.placements if is_dtensor(weight) else [None] * parameter.device_mesh.ndim
+            placements = weight.placements if is_dtensor(weight) else (None,) * parameter.device_mesh.ndim
             if not all(
                 p.is_replicate() or (w is not None and w.is_shard(1)) for p, w in zip(parameter.placements, placements)
             ):
@@ -117,7 +117,7 @@ def _faults(model: nn.Module) -> list[str]:
     return faults
 
 
-def _noise_now(device: torch.device) -> tuple:
+def _noise_now(device: torch.device) -> tuple[object, ...]:
     """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's state."""
     if seeds._KEY is not None:
         return "key", int(seeds._KEY[0]) % 2**64, seeds._ROW0
@@ -125,12 +125,12 @@ def _noise_now(device: torch.device) -> tuple:
     return "generator", hashlib.sha256(state.numpy().tobytes()).hexdigest()[:16]
 
 
-def _shown(each: dict) -> str:
+def _shown(each: dict[str, Any]) -> str:
     kind, *values = each["noise"]
     return f"fixed_noise(key, row0) = {tuple(values)}" if kind == "key" else f"generator state {values[0]}"
 
 
-def _numbering(ranks: list[dict]) -> list[str]:
+def _numbering(ranks: list[dict[str, Any]]) -> list[str]:
     first = ranks[0]["numbers"]
     problems = []
     for rank, each in enumerate(ranks):
@@ -143,8 +143,8 @@ def _numbering(ranks: list[dict]) -> list[str]:
     return problems
 
 
-def _warn_equal(ranks: list[dict]) -> None:
-    groups: dict[tuple, list[int]] = {}
+def _warn_equal(ranks: list[dict[str, Any]]) -> None:
+    groups: dict[tuple[object, ...], list[int]] = {}
     for rank, each in enumerate(ranks):
         if each["place"] is None or each["place"][0] == rank:
             groups.setdefault(each["noise"], []).append(rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,14 @@ class Variance(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
-class DIPLayer:
+# DIPLayer is mixed into modules, and is none itself.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class DIPLayer(_Mixin):
     """What the DIP layers share: the child `variance`, the buffer `stream` = (0, number), and when there is noise."""
 
     _KEEPS: tuple[str, ...] = ("auto",)

@@ -11,7 +11,8 @@ They are deterministic functions of tensors, seed included, without autograd: se
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -110,22 +111,39 @@ def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
 # ---- the operations ------------------------------------------------------------------------------------------------
 
 # What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
-_chosen: dict[tuple[str, str], Callable] = {}
+_chosen: dict[tuple[str, str], Callable[..., Any]] = {}
 _keepers: set[str] = set()  # devices where linear_keep runs
 
 
-def _kernel(op: str, device: str) -> Callable:
-    return getattr(getattr(torch.ops, NAMESPACES[backends.choose(op, device).backend]), op).default
+def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
+    return found
 
 
-def _refusal(error: RuntimeError) -> Callable:
-    def refuse(*args):
+def _kernel(op: str, device: str) -> Callable[..., Any]:
+    return _overload(op, backends.choose(op, device))
+
+
+def _refusal(error: RuntimeError) -> Callable[..., Any]:
+    def refuse(*args: object) -> None:
         raise RuntimeError(str(error))
 
     return refuse
 
 
-def _run(op: str, device: str) -> Callable:
+_One = Literal["noise", "perturb", "perturb_bwd", "linear", "activation", "activation_variance"]
+_Two = Literal["perturb_replay", "linear_keep", "activation_bwd", "activation_variance_bwd"]
+
+
+@overload
+def _run(op: _One, device: str) -> Callable[..., Tensor]: ...
+@overload
+def _run(op: _Two, device: str) -> Callable[..., tuple[Tensor, Tensor]]: ...
+@overload
+def _run(
+    op: Literal["linear_bwd", "linear_keep_bwd"], device: str
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]: ...
+def _run(op: str, device: str) -> Callable[..., Any]:
     return _chosen.get((op, device)) or _kernel(op, device)
 
 
@@ -141,13 +159,16 @@ def _choose_all() -> None:
         _keepers.add("cpu")
 
 
-def noise(seed: Tensor, shape, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
+def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
     _check_seed(seed, seed.device)
     _check_where(len(shape), dim, row0, col0, sample, num_samples)
     return _run("noise", seed.device.type)(seed, shape, dim, row0, col0, sample, num_samples)
 
 
-def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype) -> Tensor:
+def perturb(
+    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     _check(x, sigma, seed, dim, row0, col0, sample, num_samples)
     _check_out_dtype(out_dtype)
     return _run("perturb", x.device.type)(
@@ -155,7 +176,10 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_va
     )
 
 
-def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance) -> Tensor:
+def perturb_bwd(
+    du: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool,
+) -> Tensor:  # fmt: skip
     # Nothing to check: backward repeats what forward was given, and autograd gives du its shape.
     return _run("perturb_bwd", du.device.type)(
         du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance
@@ -163,8 +187,9 @@ def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, l
 
 
 def perturb_replay(
-    du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype
-) -> tuple[Tensor, Tensor]:
+    du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int,
+    factor: float, log_variance: bool, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if du.shape != x.shape:
         raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
     if du.dtype not in DTYPES:
@@ -174,7 +199,10 @@ def perturb_replay(
     )
 
 
-def _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype) -> None:
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, out_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     _check(x, sigma, seed, -1, row0, col0, sample, num_samples)
     _check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -188,8 +216,9 @@ def _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples,
 
 
 def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     if activation != "identity":
         _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
@@ -199,8 +228,9 @@ def linear(
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _run("linear_bwd", x.device.type)(
         dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
     )
@@ -212,8 +242,9 @@ def can_keep(device: str) -> bool:
 
 
 def linear_keep(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
     return _run("linear_keep", x.device.type)(
@@ -222,8 +253,9 @@ def linear_keep(
 
 
 def linear_keep_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _run("linear_keep_bwd", x.device.type)(
         dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
     )
@@ -257,32 +289,37 @@ def activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_varia
 # ---- fakes: shapes, dtypes and strides without data ----------------------------------------------------------------
 
 
-def _fake_noise(seed, shape, *where):
+def _fake_noise(seed: Tensor, shape: Sequence[int], *where: int) -> Tensor:
     return seed.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def _fake_perturb(
+    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x, dtype=out_dtype)
 
 
-def _fake_perturb_bwd(du, sigma, *rest):
+def _fake_perturb_bwd(du: Tensor, sigma: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(sigma, memory_format=torch.contiguous_format)
 
 
-def _fake_perturb_replay(du, x, sigma, seed, *rest):
+def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _fake_perturb(x, sigma, seed, *rest), _fake_perturb_bwd(du, sigma)
 
 
-def _fake_linear(x, weight, *rest):
+def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
-def _fake_linear_bwd(dy, x, weight, bias, sigma, *rest):
+def _fake_linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     like = weight.new_empty(weight.shape[:1]) if bias is None else bias
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma))
 
 
-def _fake_linear_keep(x, weight, *rest):
+def _fake_linear_keep(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     num_samples, activation = rest[-5], rest[-2]
     shape = (x.numel() // x.shape[-1], weight.shape[0])
     if activation == "relu":
@@ -292,23 +329,23 @@ def _fake_linear_keep(x, weight, *rest):
     return _fake_linear(x, weight, *rest), kept
 
 
-def _fake_activation(mu, v, activation):
+def _fake_activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return torch.empty_like(mu, memory_format=torch.contiguous_format)
 
 
-def _fake_activation_bwd(dy, mu, v, activation):
+def _fake_activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return _fake_activation(mu, v, activation), _fake_activation(v, v, activation)
 
 
-def _fake_activation_variance(weight, sigma, log_variance):
+def _fake_activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     return sigma.new_empty(weight.shape[:1])
 
 
-def _fake_activation_variance_bwd(dv, weight, sigma, log_variance):
+def _fake_activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "noise": _fake_noise,
     "perturb": _fake_perturb,
     "perturb_bwd": _fake_perturb_bwd,
@@ -331,18 +368,18 @@ _FAKES = {
 _STEMS = {op: op.split("_")[0] for op in SCHEMAS if op.startswith(("linear", "activation"))}
 
 
-def _triton(op: str):
+def _triton(op: str) -> Callable[..., Any]:
     stem = f"{__package__}.triton_kernels.{_STEMS.get(op, 'perturb')}"
 
-    def launch(*args):
-        if stem.endswith("linear"):
-            args = [None if a == "identity" else a for a in args] if "identity" in args[-2:] else args
+    def launch(*args: Any) -> Any:
+        if stem.endswith("linear") and "identity" in args[-2:]:
+            args = tuple(None if a == "identity" else a for a in args)
         out = getattr(importlib.import_module(stem), op)(*args)
         if op == "linear_bwd" and out[2] is None:  # a schema has no optional results
             out = (*out[:2], out[1].new_zeros(out[1].shape[0]), out[3])
         return out
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         if op not in backends.triton_problems:
             try:
                 return launch(*args)
@@ -350,7 +387,7 @@ def _triton(op: str):
                 backends.note_triton_problem(op, error)
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         plan = backends.choose(op, device)  # no longer Triton
-        return getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default(*args)
+        return _overload(op, plan)(*args)
 
     return run
 

@@ -6,6 +6,7 @@ Slow and simple on purpose. Tests and benchmarks compare against it, and it is t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,11 +51,13 @@ def standard_normal(
     return z.reshape(num_rows, 8 * (last - first))[:, col0 - 8 * first : col0 - 8 * first + num_cols]
 
 
-def _mean_normal(seed, num_rows, num_cols, row0, col0, sample, num_samples):
-    """zbar = mean over s of z(sample + s), float64 [num_rows, num_cols]"""
-    return (
-        sum(standard_normal(seed, num_rows, num_cols, row0, col0, sample + s) for s in range(num_samples)) / num_samples
-    )
+def _mean_normal(seed: Tensor, shape: Sequence[int], row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
+    """zbar = mean over s of z(sample + s), float64 [num_rows, num_cols] = shape"""
+    num_rows, num_cols = shape
+    total = torch.zeros(num_rows, num_cols, dtype=torch.float64, device=seed.device)
+    for s in range(sample, sample + num_samples):
+        total += standard_normal(seed, num_rows, num_cols, row0, col0, s)
+    return total / num_samples
 
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
@@ -73,29 +76,38 @@ def _sigma(sigma: Tensor, log_variance: bool) -> Tensor:
     return torch.exp(sigma.double() / 2) if log_variance else sigma.double()
 
 
-def noise(seed, shape, dim, row0, col0, sample, num_samples):
+def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
     """z[i, j], float32"""
     like = torch.empty(shape, dtype=torch.float32, device=seed.device)
     rows = _as_rows(like, dim)
-    return _from_rows(_mean_normal(seed, *rows.shape, row0, col0, sample, num_samples), like, dim, torch.float32)
+    return _from_rows(_mean_normal(seed, rows.shape, row0, col0, sample, num_samples), like, dim, torch.float32)
 
 
-def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def perturb(
+    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     """u[i, j] = x[i, j] + factor * sigma[j] * z[i, j]"""
     rows = _as_rows(x, dim)
-    z = _mean_normal(seed, *rows.shape, row0, col0, sample, num_samples)
+    z = _mean_normal(seed, rows.shape, row0, col0, sample, num_samples)
     return _from_rows(rows + factor * _sigma(sigma, log_variance) * z, x, dim, out_dtype or x.dtype)
 
 
-def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance):
+def perturb_bwd(
+    du: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool,
+) -> Tensor:  # fmt: skip
     """dsigma[j] = factor * sum_i du[i, j] * z[i, j];  times sigma[j] / 2 for the log-variance"""
     rows = _as_rows(du, dim)
-    z = _mean_normal(seed, *rows.shape, row0, col0, sample, num_samples)
+    z = _mean_normal(seed, rows.shape, row0, col0, sample, num_samples)
     dsigma = factor * (rows * z).sum(0)
     return (dsigma * _sigma(sigma, True) / 2 if log_variance else dsigma).to(sigma.dtype)
 
 
-def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def perturb_replay(
+    du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int,
+    factor: float, log_variance: bool, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(u, dsigma): `perturb` and `perturb_bwd` of one draw"""
     where = (dim, row0, col0, sample, num_samples, factor, log_variance)
     return perturb(x, sigma, seed, *where, out_dtype), perturb_bwd(du, sigma, seed, *where)
@@ -104,38 +116,41 @@ def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, num_samples, fac
 # ---- activations: (f, f', f'') ------------------------------------------------------------------------------------------
 
 
-def _relu(x):
+Derivatives = tuple[Tensor, Tensor, Tensor]
+
+
+def _relu(x: Tensor) -> Derivatives:
     return x.clamp(min=0), (x > 0).to(x.dtype), torch.zeros_like(x)
 
 
-def _gelu(x):
+def _gelu(x: Tensor) -> Derivatives:
     pdf, cdf = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(x)
     return x * cdf, cdf + x * pdf, (2 - x * x) * pdf
 
 
-def _silu(x):
+def _silu(x: Tensor) -> Derivatives:
     s = torch.sigmoid(x)
     ds = s * (1 - s)
     return x * s, s + x * ds, ds * (2 + x * (1 - 2 * s))
 
 
-def _tanh(x):
+def _tanh(x: Tensor) -> Derivatives:
     t = torch.tanh(x)
     return t, 1 - t * t, -2 * t * (1 - t * t)
 
 
-def _gelu_tanh(x):
+def _gelu_tanh(x: Tensor) -> Derivatives:
     c = 2 * math.sqrt(2 / math.pi)
     s, d1, d2 = torch.sigmoid(c * (x + 0.044715 * x**3)), c * (1 + 0.134145 * x * x), c * 0.26829 * x
     ds = s * (1 - s) * d1
     return x * s, s + x * ds, 2 * ds + x * ((1 - 2 * s) * d1 * ds + s * (1 - s) * d2)
 
 
-def _identity(x):
+def _identity(x: Tensor) -> Derivatives:
     return x, torch.ones_like(x), torch.zeros_like(x)
 
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Derivatives]] = {
     "identity": _identity,
     "relu": _relu,
     "gelu": _gelu,
@@ -145,16 +160,19 @@ _ACTIVATIONS = {
 }
 
 
-def _expectation(mu, v, activation):
+def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     """(E f, E f', E f'' / 2) at mu + sqrt(v) z, float64; the last two are d/dmu and d/dv.  docs/maths.md, section 7."""
     mu, v = mu.double(), v.double()
     f, s = _ACTIVATIONS[activation], torch.sqrt(v)
     if activation == "relu":
         safe = torch.where(s > 0, s, 1.0)
         pdf, cdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(mu / safe)
-        plain = f(mu)
-        smooth = (mu * cdf + s * pdf, cdf, pdf / (2 * safe))
-        return tuple(torch.where(s > 0, a, b) for a, b in zip(smooth, plain))
+        y, slope, curvature = f(mu)
+        return (
+            torch.where(s > 0, mu * cdf + s * pdf, y),
+            torch.where(s > 0, cdf, slope),
+            torch.where(s > 0, pdf / (2 * safe), curvature),
+        )
     # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of the step.
     step = min(0.25, 0.25 / max(1.0, float(s.max()))) if s.numel() else 0.25
     sums = [torch.zeros_like(mu + s) for _ in range(3)]
@@ -166,24 +184,24 @@ def _expectation(mu, v, activation):
     return sums[0], sums[1], sums[2] / 2
 
 
-def activation(mu, v, activation):
+def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """y[i, j] = E[act(mu[i, j] + sqrt(v[j]) z)]"""
     return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
-def activation_bwd(dy, mu, v, activation):
+def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """(dmu[i, j], dv[j]): dy times d/dmu, and the sum over i of dy times d/dv"""
     _, slope, half_curvature = _expectation(mu, v, activation)
     dv = (dy.double() * half_curvature).flatten(0, -2).sum(0) if mu.dim() > 1 else dy.double() * half_curvature
     return (dy.double() * slope).to(mu.dtype).contiguous(), dv.to(v.dtype)
 
 
-def activation_variance(weight, sigma, log_variance):
+def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v[n] = sum_k sigma[k]^2 W[n, k]^2"""
     return (weight.double().square() @ _sigma(sigma, log_variance).square()).to(sigma.dtype)
 
 
-def activation_variance_bwd(dv, weight, sigma, log_variance):
+def activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, Tensor]:
     """(dweight, dsigma) of `activation_variance`"""
     w, s = weight.double(), _sigma(sigma, log_variance)
     dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
@@ -193,25 +211,34 @@ def activation_variance_bwd(dv, weight, sigma, log_variance):
 # ---- the mean over samples behind an activation -----------------------------------------------------------------------------
 
 
-def _samples(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance):
+def _samples(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows flattened."""
     rows = _as_rows(x, -1)
     for s in range(sample, sample + num_samples):
-        z = standard_normal(seed, *rows.shape, row0, col0, s)
+        z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, s)
         u = rows + factor * _sigma(sigma, log_variance) * z
         yield z, u, u @ weight.double().t() + (0 if bias is None else bias.double())
 
 
-def linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype):
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
-    y = sum(_ACTIVATIONS[activation](h)[0] for _, _, h in _samples(x, weight, bias, sigma, seed, *where))
+    y = torch.zeros((), dtype=torch.float64, device=x.device)
+    for _, _, h in _samples(x, weight, bias, sigma, seed, *where):
+        y = y + _ACTIVATIONS[activation](h)[0]
     return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def linear_keep(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-):
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else h of each sample"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
@@ -225,17 +252,21 @@ def linear_keep(
 
 
 def linear_keep_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept
-):
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `linear_bwd`, which draws again"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     return linear_bwd(dy, x, weight, bias, sigma, seed, *where, activation)
 
 
-def linear_bwd(dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation):
+def linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dweight, dbias, dsigma) of `linear`"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
-    dx, dweight, dbias, dsigma = 0, 0, 0, 0
+    dx = dweight = dbias = dsigma = torch.zeros((), dtype=torch.float64, device=x.device)
     for z, u, h in _samples(x, weight, bias, sigma, seed, *where):
         dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
         du = dh @ weight.double()

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 
-_agreed: set = set()  # meshes whose ranks were seen to hold one seed
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+_agreed: set[DeviceMesh] = set()  # meshes whose ranks were seen to hold one seed
 
 
-def is_dtensor(x) -> bool:
+def is_dtensor(x: object) -> TypeIs[DTensor]:
     # By name: importing torch.distributed.tensor takes longer than importing this package.
     return type(x).__name__ == "DTensor"
 
@@ -32,14 +39,14 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if is_dtensor(x) else x
 
 
-def replicated(parameter):
+def replicated(parameter: nn.Parameter | None) -> nn.Parameter | None:
     """The parameter, or if it is a DTensor split over ranks, one of the whole on every rank."""
     if not is_dtensor(parameter) or all(p.is_replicate() for p in parameter.placements):
         return parameter
     from torch.distributed.tensor import Replicate
 
     whole = parameter.detach().redistribute(placements=[Replicate()] * parameter.device_mesh.ndim)
-    return torch.nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
@@ -56,19 +63,20 @@ def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
 # ---- where a shard lies --------------------------------------------------------------------------------------------
 
 
-def _window(x) -> tuple[list[int], list[int]]:
+def _window(x: DTensor) -> tuple[list[int], list[int]]:
     """Offset and size of the local shard along each dimension: torch.chunk's, one mesh dimension after another."""
     offset, size = [0] * x.ndim, list(x.shape)
     for i, placement in enumerate(x.placements):
         if placement.is_shard():
-            d, chunk = placement.dim, -(-size[placement.dim] // x.device_mesh.size(i))
+            d: int = placement.dim  # type: ignore[attr-defined]
+            chunk = -(-size[d] // x.device_mesh.size(i))
             first = min(chunk * x.device_mesh.get_local_rank(i), size[d])
             offset[d] += first
             size[d] = min(chunk, size[d] - first)
     return offset, size
 
 
-def _blocks(x, dim: int) -> list[tuple[tuple[slice, ...], int]]:
+def _blocks(x: DTensor, dim: int) -> list[tuple[tuple[slice, ...], int]]:
     """(index, first row) of the parts of the local shard whose rows follow one another in the whole tensor."""
     offset, size = _window(x)
     rows = [d for d in range(x.ndim) if d != dim]
@@ -89,7 +97,7 @@ def _blocks(x, dim: int) -> list[tuple[tuple[slice, ...], int]]:
     return blocks
 
 
-def _sigma_of_shard(sigma: Tensor, x, dim: int) -> Tensor:
+def _sigma_of_shard(sigma: Tensor, x: DTensor, dim: int) -> Tensor:
     """The entries of sigma [K] that belong to the local shard's features."""
     if is_dtensor(sigma):
         from torch.distributed.tensor import Replicate, Shard
@@ -103,7 +111,10 @@ def _sigma_of_shard(sigma: Tensor, x, dim: int) -> Tensor:
 # ---- the operations ------------------------------------------------------------------------------------------------
 
 
-def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def perturb(
+    x: DTensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool, out_dtype: torch.dtype | None,
+) -> DTensor:  # fmt: skip
     from torch.distributed.tensor import DTensor
 
     dim, shard, rest = dim % x.ndim, x.to_local(), (sample, num_samples, factor, log_variance, out_dtype)
@@ -118,7 +129,10 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_va
     return DTensor.from_local(u, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride)
 
 
-def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance):
+def perturb_bwd(
+    du: DTensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    log_variance: bool,
+) -> Tensor:  # fmt: skip
     """dsigma, laid out as sigma. du may be a sum still to be made over ranks (Partial): dsigma is linear in it."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -130,14 +144,14 @@ def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, l
     ]
     dsigma = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     layout = [Shard(0) if p.is_shard(dim) else Partial() if p.is_shard() else p for p in du.placements]
-    mesh, shape = du.device_mesh, (du.shape[dim],)
+    mesh, shape = du.device_mesh, torch.Size((du.shape[dim],))
     dsigma = DTensor.from_local(dsigma, mesh, layout, run_check=False, shape=shape, stride=(1,))
     if is_dtensor(sigma):
         return dsigma.redistribute(placements=sigma.placements)
     return dsigma.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
 
 
-def _with_linear_partials(x):
+def _with_linear_partials(x: DTensor) -> DTensor:
     """x with partial maxima and the like reduced; partial sums and means stay."""
     from torch.distributed.tensor import Partial, Replicate
 
@@ -145,7 +159,7 @@ def _with_linear_partials(x):
     return x.redistribute(placements=kept)
 
 
-def new_zeros(h: Tensor, shape, dtype, like_dtensor: tuple | None) -> Tensor:
+def new_zeros(h: Tensor, shape: Sequence[int], dtype: torch.dtype, like_dtensor: tuple[DeviceMesh] | None) -> Tensor:
     """Zeros on h's device; a replicated DTensor on like_dtensor = (mesh,) where that is given."""
     zeros = local(h).new_zeros(shape, dtype=dtype)
     if like_dtensor is None:
@@ -166,6 +180,7 @@ def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, T
     time that a mesh is seen outside torch.compile its ranks compare seeds, a collective of 16 bytes a rank.
     """
     if not is_dtensor(x):
+        assert is_dtensor(sigma)  # one of the two is, or this is not called
         raise TypeError(
             f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on {sigma.device_mesh} "
             "while x is a plain tensor; a log_variance is split over ranks by mistake, or its layer was called outside "
@@ -190,13 +205,13 @@ def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, T
     return x, seed
 
 
-def _rank(x) -> str:
+def _rank(x: DTensor) -> str:
     from torch.distributed import get_rank
 
     return f"rank {get_rank()} ({x.device_mesh.get_coordinate()} of its mesh)"
 
 
-def _check_features(x, sigma: Tensor, dim: int) -> None:
+def _check_features(x: DTensor, sigma: Tensor, dim: int) -> None:
     if sigma.shape != (x.shape[dim],):
         split = [i for i, p in enumerate(x.placements) if p.is_shard(dim)]
         why = ""
@@ -214,7 +229,7 @@ def _check_features(x, sigma: Tensor, dim: int) -> None:
         )
 
 
-def _check_layout(x, sigma, dim: int) -> None:
+def _check_layout(x: DTensor, sigma: DTensor, dim: int) -> None:
     if sigma.device_mesh != x.device_mesh:
         raise ValueError(f"sigma: expected x's mesh {x.device_mesh}, got {sigma.device_mesh} on {_rank(x)}")
     wrong = [
@@ -230,7 +245,7 @@ def _check_layout(x, sigma, dim: int) -> None:
         )
 
 
-def check_agreement(seed: Tensor, mesh) -> None:
+def check_agreement(seed: Tensor, mesh: DeviceMesh) -> None:
     """Raises RuntimeError unless every rank of the mesh holds the same seed. A collective."""
     from torch import distributed
 

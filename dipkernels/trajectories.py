@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.utils._pytree as pytree
@@ -40,6 +40,26 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
     return _folded(model, args, kwargs, m, in_dims)
 
 
+@overload
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: str = "probs",
+    chunk: int | None = None,
+    method: str = "sample",
+    **kwargs: Any,
+) -> Tensor: ...
+@overload
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: None,
+    chunk: int | None = None,
+    method: str = "sample",
+    **kwargs: Any,
+) -> Any: ...
 def predict(
     model: nn.Module,
     *args: Any,
@@ -48,7 +68,7 @@ def predict(
     chunk: int | None = None,
     method: str = "sample",
     **kwargs: Any,
-) -> Tensor:
+) -> Any:
     """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
 
     model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
@@ -80,7 +100,7 @@ def predict(
         raise ValueError(
             "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
         )
-    total, outputs = None, []
+    parts: list[Any] = []
     if method == "analytic":
         with torch.no_grad(), eval_mode(model):
             out = analytic.expected(model, *args, **kwargs)
@@ -94,16 +114,16 @@ def predict(
                 with seeds.sampling_on(), seeds.numbered_pass(number, count):
                     out = _passes(model, args, kwargs, count)
             if average is None:
-                outputs.append(out)
+                parts.append(out)
                 continue
             part = tensor_output(out, average).sum(0)
-            total = part if total is None else total.add_(part)
+            parts = [parts[0].add_(part)] if parts else [part]
     if average is None:
-        return _map_tensors(lambda name, *parts: torch.cat(parts), *outputs)
-    return total / max(k, 1)
+        return _map_tensors(lambda name, *chunks: torch.cat(chunks), *parts)
+    return parts[0] / max(k, 1)
 
 
-def _passes(model: Callable, args: tuple, kwargs: dict, count: int):
+def _passes(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Any:
     if count == 1:
         return _map_tensors(_add_leading, model(*args, **kwargs))
     return _folded(model, args, kwargs, count, 0)
@@ -113,7 +133,7 @@ def _add_leading(name: str, value: Tensor) -> Tensor:
     return value[None]
 
 
-def tensor_output(out, average: str) -> Tensor:
+def tensor_output(out: Any, average: str) -> Tensor:
     """The output, or its `logits`, at least float32; for average "probs" its softmax over the last dimension."""
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
@@ -121,11 +141,11 @@ def tensor_output(out, average: str) -> Tensor:
         raise TypeError(
             f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
         )
-    out = out.to(torch.promote_types(out.dtype, torch.float32))
-    return out.softmax(-1) if average == "probs" else out
+    values: Tensor = out.to(torch.promote_types(out.dtype, torch.float32))
+    return values.softmax(-1) if average == "probs" else values
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -139,18 +159,19 @@ def _check_count(name: str, value: int, least: int) -> None:
 # ---- folding m into the batch --------------------------------------------------------------------------------------
 
 
-def _folded(model: Callable, args: tuple, kwargs: dict, m: int, in_dims):
+def _folded(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], m: int, in_dims: Any) -> Any:
     arg_dims, kwarg_dims = _dims_of(in_dims, args, kwargs)
     fold = _Fold(m)
     folded_args = [fold(value, dims, f"args[{i}]") for i, (value, dims) in enumerate(zip(args, arg_dims, strict=True))]
     folded_kwargs = {name: fold(value, kwarg_dims[name], name) for name, value in kwargs.items()}
-    if fold.batch is None:
+    batch = fold.batch
+    if batch is None:
         raise ValueError("args: expected a tensor [B, ...] to repeat, found none (in_dims=None passes one as it is)")
     out = model(*folded_args, **folded_kwargs)
-    return _map_tensors(lambda name, value: _unfolded(name, value, fold.batch, m), out)
+    return _map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
 
 
-def _dims_of(in_dims, args: tuple, kwargs: dict) -> tuple[list, dict]:
+def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """in_dims of every argument, positional and named."""
     if isinstance(in_dims, (tuple, list)):
         if len(in_dims) != len(args):
@@ -170,9 +191,10 @@ class _Fold:
     """Repeats tensors m times along their first dimension; remembers B and who set it."""
 
     def __init__(self, m: int) -> None:
-        self.m, self.batch, self.first = m, None, ""
+        self.m, self.first = m, ""
+        self.batch: int | None = None
 
-    def __call__(self, value, dims, name: str):
+    def __call__(self, value: Any, dims: Any, name: str) -> Any:
         pairs, spec = pytree.tree_flatten_with_path(value)
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
@@ -185,7 +207,7 @@ class _Fold:
         ]
         return pytree.tree_unflatten(leaves, spec)
 
-    def _leaf(self, leaf, dim, name: str):
+    def _leaf(self, leaf: Any, dim: Any, name: str) -> Any:
         if dim is None or not isinstance(leaf, Tensor):
             return leaf
         if isinstance(dim, bool) or dim != 0:
@@ -215,13 +237,14 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
         raise ValueError(
             f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape {tuple(value.shape)}"
         )
-    return value.unflatten(0, (batch, m)).transpose(0, 1)
+    by_example: Tensor = value.unflatten(0, (batch, m))
+    return by_example.transpose(0, 1)
 
 
 # ---- outputs: pytrees, and dataclasses and mappings that are none ----------------------------------------------------
 
 
-def _map_tensors(fn: Callable, *outs, name: str = "output"):
+def _map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
     """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are the first one's."""
     first = outs[0]
     if isinstance(first, Tensor):

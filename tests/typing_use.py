@@ -16,7 +16,7 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
         loss: Tensor = dip.objective(out, y, F.cross_entropy, model, alpha=1e-4, beta=1e-6) + dip.penalty(
             model, 1e-4, 1e-6
         )
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+        loss.backward()
         optimizer.step()
     with dip.fixed_noise(key=7, row0=0) as fixed, dip.noise_off():
         print(fixed, dip.summary(model), dip.env_report())
