@@ -6,6 +6,7 @@ One pass over mu after the product, and one in backward, which sums d/dv on its 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,13 @@ from .triton_kernels.mixtures import MIXTURES
 
 class _Variance(Function):
     @staticmethod
-    def forward(ctx, weight, sigma, log_variance):
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
         ctx.save_for_backward(weight, sigma)
         ctx.log_variance = log_variance
         return ops.activation_variance(weight, sigma, log_variance)
 
     @staticmethod
-    def backward(ctx, dv):
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         weight, sigma = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return *ops.activation_variance_bwd(dv, weight, sigma, ctx.log_variance), None
@@ -45,18 +46,19 @@ def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
         sigma = sigma.double()
     if torch._C._are_functorch_transforms_active():
         return _variance_pieces(weight, sigma, log_variance)
-    return _Variance.apply(weight, sigma, log_variance)
+    v: Tensor = _Variance.apply(weight, sigma, log_variance)
+    return v
 
 
 class _Activation(Function):
     @staticmethod
-    def forward(ctx, mu, v, activation):
+    def forward(ctx: Any, mu: Tensor, v: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(mu, v)
         ctx.activation = activation
         return ops.activation(mu, v, activation)
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mu, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces
             wanted = [t for t, needs in zip((mu, v), ctx.needs_input_grad) if needs]
@@ -74,7 +76,7 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         terms = [(torch.rsqrt(v), 1.0)]
     else:
         terms = [(c * torch.rsqrt(1 + c * c * v), p) for c, p in zip(*MIXTURES[activation][2])]
-    y = 0
+    y: Any = 0
     for alpha, p in terms:
         a = mu * alpha
         cdf = torch.special.ndtr(a)
@@ -88,4 +90,5 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     if torch._C._are_functorch_transforms_active():
         return _pieces(mu, v, activation)
-    return _Activation.apply(mu, v, activation)
+    y: Tensor = _Activation.apply(mu, v, activation)
+    return y

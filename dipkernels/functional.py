@@ -5,25 +5,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from . import backends, expectation, ops, tensor_parallel
-from .row_blocks import ACTIVATIONS, act_of
+from .row_blocks import ACTIVATIONS as ACTIVATIONS
+from .row_blocks import act_of
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
-# `where` below is (dim, row0, col0, sample, num_samples, factor, log_variance), as in ops.
+
+# (dim, row0, col0, sample, num_samples, factor, log_variance), as in ops
+Where = tuple[int, int, int, int, int, float, bool]
+Grads = tuple[Tensor | None, ...]
 
 
-def _on(x):
+def _on(x: Tensor) -> Any:
     """Where the kernels of x are: ops, or for a DTensor the functions of the same name that call it on the shard."""
     return tensor_parallel if is_dtensor(x) else ops
 
 
-def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, noise_sum):
+def _perturb_backward(
+    du: Tensor, x_dtype: torch.dtype, sigma: Tensor, seed: Tensor, where: Where, needs_dx: bool, needs_dsigma: bool,
+    noise_sum: type[Function],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     dx = None
     if needs_dx:
         dx = du if du.dtype is x_dtype else du.to(x_dtype)
@@ -33,7 +43,7 @@ def _perturb_backward(du, x_dtype, sigma, seed, where, needs_dx, needs_dsigma, n
         return dx, _on(du).perturb_bwd(du, sigma, seed, *where)
     # Under create_graph: the same value from differentiable pieces.
     *place, log_variance = where
-    dsigma = noise_sum.apply(du, sigma, seed, (*place, False))
+    dsigma: Tensor = noise_sum.apply(du, sigma, seed, (*place, False))
     return dx, dsigma * torch.exp(sigma / 2) / 2 if log_variance else dsigma
 
 
@@ -41,13 +51,16 @@ class _Perturb(Function):
     """P: u = x + factor * sigma * z."""
 
     @staticmethod
-    def forward(ctx, x, sigma, seed, where, out_dtype):
+    def forward(
+        ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, where: Where, out_dtype: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(sigma, seed)
         ctx.where, ctx.x_dtype = where, x.dtype
-        return _on(x).perturb(x, sigma, seed, *where, out_dtype)
+        u: Tensor = _on(x).perturb(x, sigma, seed, *where, out_dtype)
+        return u
 
     @staticmethod
-    def backward(ctx, du):
+    def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
         needs_dx, needs_dsigma, *_ = ctx.needs_input_grad
         dx, dsigma = _perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum)
@@ -55,21 +68,22 @@ class _Perturb(Function):
 
 
 # What Function.apply comes to where no transform of torch.func is active: microseconds that a small layer feels.
-_apply_perturb = super(Function, _Perturb).apply
+_apply_perturb: Callable[..., Tensor] = super(Function, _Perturb).apply
 
 
 class _NoiseSum(Function):
     """Q: factor * sum over rows of g * z, of sigma's dtype. `sigma` gives that dtype; it has no gradient."""
 
     @staticmethod
-    def forward(ctx, g, sigma, seed, where):
+    def forward(ctx: Any, g: Tensor, sigma: Tensor, seed: Tensor, where: Where) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.where, ctx.g_shape, ctx.g_dtype = where, g.shape, g.dtype
         ctx.g_mesh = (g.device_mesh,) if is_dtensor(g) else None
-        return _on(g).perturb_bwd(g, sigma, seed, *where)
+        dsigma: Tensor = _on(g).perturb_bwd(g, sigma, seed, *where)
+        return dsigma
 
     @staticmethod
-    def backward(ctx, h):
+    def backward(ctx: Any, h: Tensor) -> Grads:
         (seed,) = ctx.saved_tensors
         zeros = tensor_parallel.new_zeros(h, ctx.g_shape, ctx.g_dtype, ctx.g_mesh)
         return _Perturb.apply(zeros, h, seed, ctx.where, None), None, None, None
@@ -78,7 +92,7 @@ class _NoiseSum(Function):
 # ---- the same two for torch.func: a jvp or a vmap rule on the classes above would break torch.compile ---------------
 
 
-def _slices(info, in_dims, tensors):
+def _slices(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed and so its noise."""
     for i in range(info.batch_size):
         yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
@@ -86,32 +100,29 @@ def _slices(info, in_dims, tensors):
 
 class _PerturbFunc(Function):
     @staticmethod
-    def forward(x, sigma, seed, where, out_dtype):
+    def forward(x: Tensor, sigma: Tensor, seed: Tensor, where: Where, out_dtype: torch.dtype | None) -> Tensor:
         return ops.perturb(x, sigma, seed, *where, out_dtype)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, sigma, seed, ctx.where, ctx.out_dtype = inputs
         ctx.save_for_backward(sigma, seed)
         ctx.save_for_forward(sigma, seed)
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
 
     @staticmethod
-    def backward(ctx, du):
+    def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        return (
-            *_perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, *needs[:2], _NoiseSumFunc),
-            None,
-            None,
-            None,
-        )
+        needs_dx, needs_dsigma, *_ = ctx.needs_input_grad
+        grads = _perturb_backward(du, ctx.x_dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSumFunc)
+        return *grads, None, None, None
 
     @staticmethod
-    def jvp(ctx, dx, dsigma, *_):
+    def jvp(ctx: Any, dx: Tensor | None, dsigma: Tensor | None, *_: Any) -> Any:
         sigma, seed = ctx.saved_tensors
         *place, log_variance = ctx.where
         if dsigma is None:
+            assert dx is not None  # one of the two is
             return dx.to(ctx.out_dtype or ctx.x_dtype)
         if log_variance:
             dsigma = dsigma * torch.exp(sigma / 2) / 2
@@ -120,36 +131,41 @@ class _PerturbFunc(Function):
         return _PerturbFunc.apply(dx, dsigma, seed, (*place, False), ctx.out_dtype)
 
     @staticmethod
-    def vmap(info, in_dims, x, sigma, seed, where, out_dtype):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, sigma: Tensor, seed: Tensor, where: Where,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, int]:  # fmt: skip
         calls = _slices(info, in_dims[:3], (x, sigma, seed))
         return torch.stack([_PerturbFunc.apply(*tensors, where, out_dtype) for tensors in calls]), 0
 
 
 class _NoiseSumFunc(Function):
     @staticmethod
-    def forward(g, sigma, seed, where):
+    def forward(g: Tensor, sigma: Tensor, seed: Tensor, where: Where) -> Tensor:
         return ops.perturb_bwd(g, sigma, seed, *where)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         g, sigma, seed, ctx.where = inputs
         ctx.save_for_backward(sigma, seed)
         ctx.save_for_forward(sigma, seed)
         ctx.g_shape, ctx.g_dtype = g.shape, g.dtype
 
     @staticmethod
-    def backward(ctx, h):
+    def backward(ctx: Any, h: Tensor) -> Grads:
         _, seed = ctx.saved_tensors
         zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
         return _PerturbFunc.apply(zeros, h, seed, ctx.where, None), None, None, None
 
     @staticmethod
-    def jvp(ctx, dg, *_):
+    def jvp(ctx: Any, dg: Tensor, *_: Any) -> Any:
         sigma, seed = ctx.saved_tensors
         return _NoiseSumFunc.apply(dg, sigma, seed, ctx.where)
 
     @staticmethod
-    def vmap(info, in_dims, g, sigma, seed, where):
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], g: Tensor, sigma: Tensor, seed: Tensor, where: Where
+    ) -> tuple[Tensor, int]:
         calls = _slices(info, in_dims[:3], (g, sigma, seed))
         return torch.stack([_NoiseSumFunc.apply(*tensors, where) for tensors in calls]), 0
 
@@ -159,7 +175,10 @@ class _NoiseSumFunc(Function):
 
 class _LinearReplay(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, sigma, seed, where, out_dtype):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Where,
+        out_dtype: torch.dtype | None,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, sigma, seed)
         ctx.where, ctx.out_dtype = where, out_dtype or x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -167,26 +186,30 @@ class _LinearReplay(Function):
         return F.linear(u, weight.to(u.dtype), None if bias is None else bias.to(u.dtype))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Grads:
         x, weight, sigma, seed = ctx.saved_tensors
+        where: Where = ctx.where
         needs_dx, needs_dweight, needs_dbias, needs_dsigma = ctx.needs_input_grad[:4]
-        du = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
+        dx: Any
+        dsigma: Any
+        u: Any
+        du: Any = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces
             dx, dsigma = (
                 (None, None)
                 if du is None
-                else _perturb_backward(du, x.dtype, sigma, seed, ctx.where, needs_dx, needs_dsigma, _NoiseSum)
+                else _perturb_backward(du, x.dtype, sigma, seed, where, needs_dx, needs_dsigma, _NoiseSum)
             )
-            u = _Perturb.apply(x, sigma, seed, ctx.where, ctx.out_dtype) if needs_dweight else None
+            u = _Perturb.apply(x, sigma, seed, where, ctx.out_dtype) if needs_dweight else None
         else:
             dx = du.to(x.dtype) if needs_dx else None
             u = dsigma = None
             if needs_dweight and needs_dsigma:
-                u, dsigma = ops.perturb_replay(du, x, sigma, seed, *ctx.where, ctx.out_dtype)
+                u, dsigma = ops.perturb_replay(du, x, sigma, seed, *where, ctx.out_dtype)
             elif needs_dweight:
-                u = ops.perturb(x, sigma, seed, *ctx.where, ctx.out_dtype)
+                u = ops.perturb(x, sigma, seed, *where, ctx.out_dtype)
             elif needs_dsigma:
-                dsigma = ops.perturb_bwd(du, sigma, seed, *ctx.where)
+                dsigma = ops.perturb_bwd(du, sigma, seed, *where)
         rows = dy.reshape(-1, dy.shape[-1])
         dweight = (rows.t() @ u.reshape(-1, u.shape[-1])).to(weight.dtype) if needs_dweight else None
         dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
@@ -194,59 +217,72 @@ class _LinearReplay(Function):
 
 
 # ---- the mean over samples behind an activation: docs/maths.md, section 4 ----------------------------------------------
-# `where` here is (row0, col0, sample, num_samples, factor, log_variance), as in ops.linear.
+
+# (row0, col0, sample, num_samples, factor, log_variance), as in ops.linear
+Place = tuple[int, int, int, int, float, bool]
 
 
 class _Mean(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, sigma, seed, where, activation, dtype, keep_samples):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Place, activation: str,
+        dtype: torch.dtype, keep_samples: bool,
+    ) -> Tensor:  # fmt: skip
         ctx.where, ctx.activation, ctx.dtype = where, activation, dtype
-        arguments = (x, *_cast(dtype, weight, bias), sigma, seed, *where)
+        arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, dtype)
         kept = None
         if keep_samples:
-            y, kept = ops.linear_keep(*arguments, activation, dtype)
+            y, kept = ops.linear_keep(*arguments)
         else:
-            y = ops.linear(*arguments, activation, dtype)
+            y = ops.linear(*arguments)
         ctx.save_for_backward(x, weight, bias, sigma, seed, kept)
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> Grads:
         *tensors, kept = ctx.saved_tensors
         x, weight, bias, sigma, seed = tensors
         needs = ctx.needs_input_grad[:4]
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
             wanted = [t for t, need in zip(tensors, needs) if need]
-            y = _mean_pieces(*tensors, ctx.where, ctx.activation, ctx.dtype)
-            grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(grads) if need else None for need in needs), *nothing
-        arguments = (dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
-        grads = ops.linear_bwd(*arguments) if kept is None else ops.linear_keep_bwd(*arguments, kept)
+            y = _mean_pieces(x, weight, bias, sigma, seed, ctx.where, ctx.activation, ctx.dtype)
+            pieces = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+            return *(next(pieces) if need else None for need in needs), *nothing
+        arguments: Any = (dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
+        if kept is not None:
+            arguments = (*arguments, kept)
+        grads: Any = ops.linear_bwd(*arguments) if kept is None else ops.linear_keep_bwd(*arguments)
         grads = (grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs))
         return *grads, *nothing
 
 
-def _cast(dtype, *tensors):
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> Iterator[Any]:
     return (None if t is None else t.to(dtype) for t in tensors)
 
 
-def _mean_pieces(x, weight, bias, sigma, seed, where, activation, dtype):
+def _mean_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Place, activation: str, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     row0, col0, sample, num_samples, factor, log_variance = where
     weight, bias = _cast(dtype, weight, bias)
-    y = 0
+    y: Any = 0
     for s in range(sample, sample + num_samples):
         u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1, factor, log_variance), dtype)
         y = y + act_of(activation)(F.linear(u, weight, bias))
-    return y / num_samples
+    mean: Tensor = y / num_samples
+    return mean
 
 
-def _mean(x, weight, bias, sigma, seed, where, activation, dtype, keep):
+def _mean(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Place, activation: str,
+    dtype: torch.dtype | None, keep: str,
+) -> Tensor:  # fmt: skip
     if dtype is None and weight.dtype is not x.dtype:
         raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
     opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
-    arguments = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
+    arguments: Any = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
     if not opaque or torch._C._are_functorch_transforms_active():
         return _mean_pieces(*arguments)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
@@ -255,19 +291,20 @@ def _mean(x, weight, bias, sigma, seed, where, activation, dtype, keep):
     can_keep = ops.can_keep(x.device.type)
     if keep == "u" and not can_keep:
         raise ValueError(f"keep: expected 'auto' or 'x' with estimator='mean' on {x.device.type}, got 'u'")
-    return _Mean.apply(*arguments, (keep == "u" or (keep == "auto" and small)) and differentiates and can_keep)
+    y: Tensor = _Mean.apply(*arguments, (keep == "u" or (keep == "auto" and small)) and differentiates and can_keep)
+    return y
 
 
 class _Unused(Function):
     """x itself; sigma gets a gradient of zeros."""
 
     @staticmethod
-    def forward(ctx, x, sigma):
+    def forward(ctx: Any, x: Tensor, sigma: Tensor) -> Tensor:
         ctx.save_for_backward(sigma)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, du):
+    def backward(ctx: Any, du: Tensor) -> Grads:
         return du, torch.zeros_like(ctx.saved_tensors[0])
 
 
@@ -288,7 +325,8 @@ def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
     """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
     if not (torch.is_grad_enabled() and sigma.requires_grad) or torch._C._are_functorch_transforms_active():
         return x
-    return _Unused.apply(x, sigma)
+    same: Tensor = _Unused.apply(x, sigma)
+    return same
 
 
 def _check_sigma(sigma: Tensor) -> None:
@@ -301,7 +339,9 @@ def _check_sigma(sigma: Tensor) -> None:
         raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
 
 
-def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance):
+def _where(
+    sigma: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, collapsed: bool, log_variance: bool
+) -> Where:
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
     if not log_variance:
@@ -311,7 +351,7 @@ def _where(sigma, dim, row0, col0, sample, num_samples, collapsed, log_variance)
     return dim, row0, col0, sample, num_samples, 1.0, log_variance
 
 
-def _perturb_exported(x, sigma, seed, where, dtype):
+def _perturb_exported(x: Tensor, sigma: Tensor, seed: Tensor, where: Where, dtype: torch.dtype | None) -> Tensor:
     # torch.export loses the derivative of an autograd.Function, in silence: P of operations that have their own.
     *place, factor, log_variance = where
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -320,15 +360,18 @@ def _perturb_exported(x, sigma, seed, where, dtype):
     return (x.to(wide) + s.view([-1 if d == place[0] % x.ndim else 1 for d in range(x.ndim)]) * z).to(dtype or x.dtype)
 
 
-def _perturb(x, sigma, seed, where, dtype):
+def _perturb(x: Tensor, sigma: Tensor, seed: Tensor, where: Where, dtype: torch.dtype | None) -> Tensor:
+    u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = tensor_parallel.prepare(x, sigma, seed, where[0])
     elif torch.compiler.is_exporting() and torch.is_grad_enabled():
         return _perturb_exported(x, sigma, seed, where, dtype)
     if torch._C._are_functorch_transforms_active():
-        return _PerturbFunc.apply(x, sigma, seed, where, dtype)
+        u = _PerturbFunc.apply(x, sigma, seed, where, dtype)
+        return u
     if torch.compiler.is_compiling():
-        return _Perturb.apply(x, sigma, seed, where, dtype)
+        u = _Perturb.apply(x, sigma, seed, where, dtype)
+        return u
     return _apply_perturb(x, sigma, seed, where, dtype)
 
 
@@ -437,32 +480,38 @@ def dip_linear(
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
-def _fuses(x, weight, dtype):
+def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
     if x.device.type == "cpu" and backends._forced is None:  # the common case at once: no GPU, nothing to fuse
         return False
     m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     return weight.dim() == 2 and backends.fuses(x.device.type, dtype or x.dtype, m, *weight.shape) is not None
 
 
-def affine(x, weight, bias, sigma, seed, where, keep, dtype):
+def affine(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Where, keep: str,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     """dip_linear before its activation, for arguments that were checked. dtype: of u and y, or None for x's."""
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
     elif keep != "u" and _fuses(x, weight, dtype):
         _, row0, col0, sample, num_samples, factor, log_variance = where
-        where = (row0, col0, sample, num_samples, factor, log_variance)
-        return _mean(x, weight, bias, sigma, seed, where, "identity", dtype, "x")
+        place = (row0, col0, sample, num_samples, factor, log_variance)
+        return _mean(x, weight, bias, sigma, seed, place, "identity", dtype, "x")
     elif (
         (keep == "x" or (keep == "auto" and torch.compiler.is_compiling()))
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()  # a transform keeps what it likes
     ):
-        return _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
+        y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
+        return y
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)
 
 
-def _analytic(x, weight, bias, sigma, log_variance, activation):
+def _analytic(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str | None
+) -> Tensor:
     if sigma.shape != x.shape[-1:]:
         raise ValueError(f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}")
     if activation is None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ class Variance(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.log_variance.numel()}, init_variance={_short(self.init_variance)}"
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
             narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize and t.dtype.itemsize >= 4
@@ -98,9 +99,12 @@ class Variance(nn.Module):
                 t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
             )
 
-        return super()._apply(keep_precision, recurse)
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
         key = prefix + "log_variance"
         if key in state_dict:
             # With assign=True the tensor itself would become the parameter, half precision and all.
@@ -127,10 +131,13 @@ class DIPLayer(_Mixin):
     """What the DIP layers share: the child `variance`, the buffer `stream` = (0, number), and when there is noise."""
 
     _KEEPS: tuple[str, ...] = ("auto",)
-    feature_dim = -1  # of the input
+    feature_dim: int = -1  # of the input
+    stream: Tensor
     share: Share | None = None  # with the layers that read the same input, if asked for: share_noise
 
-    def _set_up(self, num_features: int, init_variance: float | Tensor, num_samples: int, keep: str, device) -> None:
+    def _set_up(
+        self, num_features: int, init_variance: float | Tensor, num_samples: int, keep: str, device: Any
+    ) -> None:
         if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples <= 65536:
             raise ValueError(f"num_samples: expected an integer from 1 to 65536, got {num_samples!r}")
         if keep not in self._KEEPS:
@@ -150,8 +157,9 @@ class DIPLayer(_Mixin):
         """What calling `variance` gives, without the microseconds of a call that no hook wants."""
         variance = self._modules.get("variance") or self.variance
         if type(variance) is Variance and not (variance._forward_pre_hooks or variance._forward_hooks):
-            return variance._parameters["log_variance"]
-        return variance()
+            return variance._parameters["log_variance"]  # type: ignore[return-value]
+        gathered: Tensor = variance()
+        return gathered
 
     def noisy(self) -> bool:
         """Whether a forward pass now would draw noise."""
@@ -176,12 +184,14 @@ class DIPLayer(_Mixin):
         stream = tensor_parallel.local(self.stream)
         stream.copy_(torch.tensor([0, self.number], device=stream.device))
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._fill_stream()  # to_empty leaves a buffer's contents undefined
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.stream.is_meta and local_metadata.get("assign_to_params_buffers", False):
             # Tensors take the place of those on meta; no state dict holds the stream.
@@ -293,6 +303,8 @@ class DIPLinear(DIPLayer, nn.Linear):
 
 
 class _DIPConv(DIPLayer):
+    in_channels: int
+    weight: Tensor
     _KEEPS = ("auto", "u")
 
     def __init__(
@@ -303,8 +315,10 @@ class _DIPConv(DIPLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.noisy():
-            return super().forward(self.without_noise(input))
-        return super().forward(noised(self, input, functional.autocast_dtype(input)))
+            y: Tensor = super().forward(self.without_noise(input))
+        else:
+            y = super().forward(noised(self, input, functional.autocast_dtype(input)))
+        return y
 
 
 class DIPConv1d(_DIPConv, nn.Conv1d):
@@ -356,7 +370,7 @@ class DIPInput(DIPLayer, nn.Module):
         self._set_up(num_features, init_variance, num_samples, keep, device)
 
     @property
-    def feature_dim(self) -> int:
+    def feature_dim(self) -> int:  # type: ignore[override]
         return self.dim
 
     def forward(self, input: Tensor) -> Tensor:
@@ -376,14 +390,14 @@ class DIPInput(DIPLayer, nn.Module):
 class _Twin(DIPLayer):
     """Before a class whose forward takes the input first: that forward on x + sigma * z."""
 
-    def forward(self, x: Tensor, *args, **kwargs):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.noisy():
             return super().forward(self.without_noise(x), *args, **kwargs)
         return super().forward(noised(self, x, functional.autocast_dtype(x)), *args, **kwargs)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class was made at run time, so a pickle names the plain one.
-        return _new_twin, (self.plain_type, self.feature_dim), self.__getstate__()
+        return _new_twin, (self.plain_type, self.feature_dim), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 _MADE: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
@@ -414,7 +428,7 @@ class Share:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self._entry: tuple | None = None  # (x, what u depends on beside x, the key, layers served, u)
+        self._entry: tuple[Any, ...] | None = None  # (x, what u depends on beside x, the key, layers served, u)
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -427,7 +441,7 @@ class Share:
         self._entry = None if len(served) == self.num_layers else (x, place, seeds._KEY, served, u)
         return u
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {"num_layers": self.num_layers, "_entry": None}
 
 
@@ -492,7 +506,8 @@ def number_layers(model: nn.Module) -> nn.Module:
     layers = dip_layers(model)
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
-    numbers, shared = itertools.count(), {}
+    numbers = itertools.count()
+    shared: dict[Share | None, int] = {}
     for layer in layers.values():
         number = next(numbers) if layer.share not in shared else shared[layer.share]
         if layer.share is not None:
@@ -501,7 +516,7 @@ def number_layers(model: nn.Module) -> nn.Module:
     # A stream is the same on every rank; DDP would broadcast it before each forward pass.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     streams = (f"{name}.stream".lstrip(".") for name in layers)
-    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *streams})
+    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *streams})  # type: ignore[assignment]
     return model
 
 

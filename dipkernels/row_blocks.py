@@ -8,6 +8,7 @@ Backward draws again, and multiplies again what was not kept.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +22,24 @@ def _gelu_tanh(h: Tensor) -> Tensor:
 
 
 def _tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    return _aten.tanh_backward(dy, torch.tanh(h))
+    dh: Tensor = _aten.tanh_backward(dy, torch.tanh(h))
+    return dh
 
 
 def _gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    return _aten.gelu_backward(dy, h, approximate="tanh")
+    dh: Tensor = _aten.gelu_backward(dy, h, approximate="tanh")
+    return dh
 
 
 # What the layers apply, and dy * act'(h) in one pass.
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "silu": F.silu, "tanh": torch.tanh}
-_BACKWARDS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda dy, h: dy,
     "relu": lambda dy, h: _aten.threshold_backward(dy, h, 0),
     "gelu": _aten.gelu_backward,
@@ -38,18 +47,22 @@ _BACKWARDS = {
     "silu": _aten.silu_backward,
     "tanh": _tanh_backward,
 }
-_IN_PLACE = {"relu": torch.relu_, "silu": lambda h: F.silu(h, inplace=True), "tanh": torch.tanh_}
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "silu": lambda h: F.silu(h, inplace=True),
+    "tanh": torch.tanh_,
+}
 
 _CPU_ROWS = 2048  # of a block, times its samples: fewer make smaller products, and more sums of [N, K] in backward
 _GPU_ROWS = 16384
 
 
-def act_of(activation: str):
+def act_of(activation: str) -> Callable[[Tensor], Tensor]:
     """The function of an activation's name; "identity" is the affine layer's."""
     return ACTIVATIONS.get(activation, lambda h: h)
 
 
-def _blocks(x: Tensor, num_samples: int):
+def _blocks(x: Tensor, num_samples: int) -> Iterator[tuple[int, Tensor, list[range]]]:
     """(first row, rows, ranges of samples that go through one product) over the flattened rows of x"""
     rows = x.reshape(-1, x.shape[-1])
     size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
@@ -60,10 +73,13 @@ def _blocks(x: Tensor, num_samples: int):
         yield first, block, [range(i, min(i + group, num_samples)) for i in starts]
 
 
-def _noised(rows, sigma, seed, row0, col0, samples, factor, log_variance, dtype) -> Tensor:
+def _noised(
+    rows: Tensor, sigma: Tensor, seed: Tensor, row0: int, col0: int, samples: list[int], factor: float, log_variance: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """rows + factor sigma z of each sample, one below the other: [samples * rows, K]"""
     where = [(-1, row0, col0, sample, 1) for sample in samples]
-    us = [torch.ops.dipkernels.perturb(rows, sigma, seed, *w, factor, log_variance, dtype) for w in where]
+    us: list[Tensor] = [torch.ops.dipkernels.perturb(rows, sigma, seed, *w, factor, log_variance, dtype) for w in where]
     return us[0] if len(us) == 1 else torch.cat(us)
 
 
@@ -81,7 +97,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         and a.numel()
         and b.numel()
     ):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return y
     return F.linear(a, b, bias)
 
 
@@ -92,21 +109,10 @@ def _has_onednn() -> bool:
 
 
 def _mean(
-    x,
-    weight,
-    bias,
-    sigma,
-    seed,
-    row0,
-    col0,
-    sample,
-    num_samples,
-    factor,
-    log_variance,
-    activation,
-    out_dtype,
-    kept=None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+    kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
@@ -131,15 +137,17 @@ def _mean(
 
 
 def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     where = (row0, col0, sample, num_samples, factor, log_variance)
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype)
 
 
 def linear_keep(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s, [S, rows, N]."""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     shape = (x.numel() // x.shape[-1] if x.shape[-1] else 0, weight.shape[0])
@@ -151,8 +159,9 @@ def linear_keep(
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, kept=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
     dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs one product, and one more where h_s is made
     again because nothing was kept."""
@@ -167,7 +176,9 @@ def linear_bwd(
     for first, rows, groups in _blocks(x, num_samples):
         block = slice(first, first + rows.shape[0])
         block_dy = flat_dy[block].to(dtype)
-        if by_signs:  # by columns, as the product over rows reads them: turned once for all samples
+        if (
+            kept is not None and by_signs
+        ):  # by columns, as the product over rows reads them: turned once for all samples
             block_dy, signs = block_dy.t().contiguous(), kept[:, block].transpose(1, 2).contiguous()
         total = torch.zeros(block_dy.shape, dtype=wide, device=x.device)  # D, or its transpose by_signs
         for group in groups:

@@ -179,6 +179,13 @@ def test_public_api_has_types(name, function):
     assert missing == [] and signature.return_annotation is not signature.empty
 
 
+def test_mypy_is_strict_for_the_whole_package():
+    """What `make typecheck` and the slow test below run: no module is left out."""
+    section = (ROOT / "pyproject.toml").read_text().split("[tool.mypy]")[1]
+    assert "strict = true" in section and 'packages = ["dipkernels"]' in section
+    assert "ignore_errors" not in section and "follow_imports" not in section and "overrides" not in section
+
+
 @pytest.mark.slow
 def test_types_hold_here_and_for_strict_users():
     if shutil.which("mypy") is None:
