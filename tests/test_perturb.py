@@ -170,6 +170,21 @@ def test_perturb_takes_expanded_gradients():
     assert torch.equal(x.grad, torch.ones(6, 20))
 
 
+@pytest.mark.parametrize("expanded", [0, 1, 2, 3])
+@pytest.mark.parametrize("dim", range(4))
+def test_perturb_takes_expanded_inputs(dim, expanded):
+    x, du, sigma = inputs((3, 4, 5, 6), dim)
+    x, du = (t.narrow(expanded, 0, 1).expand(3, 4, 5, 6) for t in (x, du))
+    where = arguments(dim)
+    u = ops.perturb(x.contiguous(), sigma, SEED, *where, None)
+    assert torch.equal(ops.perturb(x, sigma, SEED, *where, None), u)
+    dsigma = ops.perturb_bwd(du, sigma, SEED, *where)
+    torch.testing.assert_close(dsigma, ops.perturb_bwd(du.contiguous(), sigma, SEED, *where), rtol=1e-5, atol=1e-5)
+    replayed = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    assert torch.equal(replayed[0], u)
+    torch.testing.assert_close(replayed[1], dsigma, rtol=1e-5, atol=1e-5)
+
+
 def test_perturb_takes_a_strided_sigma():
     x, _, sigma = inputs((6, 20))
     wide = torch.stack((sigma, torch.full_like(sigma, math.nan)), dim=1)[:, 0]
