@@ -51,9 +51,11 @@ void check_seed(const Tensor& seed) {
 
 int64_t check_where(int64_t ndim, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
   STD_TORCH_CHECK(-ndim <= dim && dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", dim);
-  STD_TORCH_CHECK(row0 >= 0 && col0 >= 0, "row0, col0: expected at least 0, got ", row0, ", ", col0);
+  // ops.py stops at 2^62, from where row_blocks.py counts on.
+  const auto fits = [](int64_t origin) { return origin >= 0 && origin <= 3 * (int64_t{1} << 61); };
+  STD_TORCH_CHECK(fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
   STD_TORCH_CHECK(num_samples >= 1 && num_samples <= 65536, "num_samples: expected 1 to 65536, got ", num_samples);
-  STD_TORCH_CHECK(sample >= 0 && sample + num_samples <= 65536, "sample: expected sample + num_samples <= 65536, got ", sample);
+  STD_TORCH_CHECK(sample >= 0 && sample <= 65536 - num_samples, "sample: expected sample + num_samples <= 65536, got ", sample);
   return dim < 0 ? dim + ndim : dim;
 }
 

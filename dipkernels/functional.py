@@ -388,7 +388,7 @@ def noise(
     """The standard normal draw z of the noise contract (docs/maths.md, section 3); its mean over samples where num_samples > 1.
 
     shape: of the result, any number of dimensions >= 1. seed: int64 [2] = (key, stream). dim: the feature dimension.
-    row0, col0: origin, so that noise(window) is the window of the noise: row = row0 + the flattened index over the other
+    row0, col0: origin, at most 2^62, so that noise(window) is the window of the noise: row = row0 + the flattened index over the other
     dimensions, column = col0 + the index along dim. sample: first sample, sample + num_samples <= 65536.
     Returns float32 on seed's device. Raises ValueError or TypeError for arguments outside these.
     """

@@ -60,6 +60,7 @@ NAMESPACES = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh")
 MAX_SAMPLES = 2**16
+MAX_ORIGIN = 2**62  # of row0 and col0: with the rows of any tensor added it is still an int64
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -77,8 +78,8 @@ def _check_seed(seed: Tensor, device: torch.device) -> None:
 def _check_where(ndim: int, dim: int, row0: int, col0: int, sample: int, num_samples: int) -> None:
     if not -ndim <= dim < ndim:
         raise ValueError(f"dim: expected a dimension of a tensor of {ndim}, got {dim}")
-    if row0 < 0 or col0 < 0:
-        raise ValueError(f"row0, col0: expected at least 0, got {row0}, {col0}")
+    if not (0 <= row0 <= MAX_ORIGIN and 0 <= col0 <= MAX_ORIGIN):
+        raise ValueError(f"row0, col0: expected 0 to 2^62, got {row0}, {col0}")
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {num_samples}")
     if not 0 <= sample <= MAX_SAMPLES - num_samples:

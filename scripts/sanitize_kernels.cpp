@@ -188,8 +188,8 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
 
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
-  const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7};
-  a.row0 = starts[dice.between(0, 3)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
+  const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7, int64_t{1} << 62};
+  a.row0 = starts[dice.between(0, 4)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
   a.num_samples = dice.coin() ? 1 : static_cast<int32_t>(dice.between(1, 3)), a.sample = static_cast<int32_t>(dice.between(0, 9));
   a.factor = dice.coin() ? 1.0 : 0.5;
   a.log_variance = mode && dice.coin(), a.sigma_is_double = mode && dice.coin();

@@ -160,6 +160,9 @@ def test_noise_explicit_mean_is_the_mean_of_its_samples():
         (dict(shape=(2, 8), num_samples=0), "num_samples: expected"),
         (dict(shape=(2, 8), sample=65536), "sample: expected"),
         (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
+        (dict(shape=(2, 8), row0=2**63 - 1), "row0, col0: expected 0 to 2"),
+        (dict(shape=(2, 8), col0=2**63 - 1), "row0, col0: expected 0 to 2"),
+        (dict(shape=(2, 8), sample=2**63 - 1), "sample: expected"),
     ],
 )
 def test_noise_rejects(bad, error):

@@ -349,6 +349,8 @@ BAD = [
     (dict(num_samples=2**17, collapsed=False), "num_samples: expected"),
     (dict(sample=-1), "sample: expected"),
     (dict(col0=-8), "row0, col0: expected"),
+    (dict(row0=2**62 + 1), r"row0, col0: expected 0 to 2\^62"),
+    (dict(col0=2**80), r"row0, col0: expected 0 to 2\^62"),
     (dict(dtype=torch.int32), "dtype: expected"),
 ]
 
@@ -363,7 +365,8 @@ def test_perturb_rejects(bad, error):
 @pytest.mark.parametrize("bad", [
     dict(sigma=torch.ones(1, 8)), dict(sigma=torch.ones(7)), dict(sigma=torch.ones(8, dtype=torch.float16)), dict(seed=torch.zeros(2)),
     dict(seed=torch.zeros(3, dtype=torch.int64)), dict(seed=torch.zeros(4, dtype=torch.int64)[::2]), dict(x=torch.ones(4, 8, dtype=torch.int32)),
-    dict(dim=2), dict(num_samples=0), dict(sample=65536), dict(row0=-1), dict(out_dtype=torch.int32)])  # fmt: skip
+    dict(dim=2), dict(num_samples=0), dict(sample=65536), dict(row0=-1), dict(row0=2**63 - 1),
+    dict(col0=2**63 - 1), dict(sample=2**63 - 1), dict(out_dtype=torch.int32)])  # fmt: skip
 def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
     good = dict(x=torch.ones(4, 8), sigma=torch.ones(8), seed=SEED, dim=-1, row0=0, col0=0, sample=0, num_samples=1, factor=1.0, log_variance=False, out_dtype=None)  # fmt: skip
     with pytest.raises(RuntimeError, match="expected"):

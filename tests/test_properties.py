@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+import dipkernels as dip
 from dipkernels import backends, functional, ops, reference
 from dipkernels.backends import CAPABILITIES, cpu_capability, library
 
@@ -281,6 +282,28 @@ def test_tensors_of_no_dimension_are_refused(name):
             functional.perturb(torch.ones(()), torch.ones(1), torch.tensor([1, 2]))
         with pytest.raises(ValueError, match="dim: expected a dimension of a tensor of 0"):
             functional.noise((), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
+    """2^62 itself is the last: whatever rows come after it are numbered without overflow."""
+    seed, far = torch.tensor([1, 2]), 2**62
+    x, sigma = torch.zeros(3, 9, 5), torch.ones(9)
+    exact = reference.noise(seed, x.shape, 1, far, far, 0, 1)
+    with backends.backend(name):
+        assert (functional.noise(x.shape, seed, dim=1, row0=far, col0=far) - exact).abs().max() < 1e-5
+        for bad in (dict(row0=far + 1), dict(col0=2**63 - 1), dict(row0=2**63 - 1), dict(row0=2**70)):
+            for call in (
+                lambda bad=bad: functional.noise(x.shape, seed, dim=1, **bad),
+                lambda bad=bad: functional.perturb(x, sigma, seed, dim=1, **bad),
+                lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, keep="x", **bad),
+                lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, num_samples=2, activation="relu", estimator="mean", **bad),
+            ):  # fmt: skip
+                with pytest.raises(ValueError, match=r"row0, col0: expected 0 to 2\^62"):
+                    call()
+        layer = dip.DIPLinear(9, 4)
+        with dip.fixed_noise(1, row0=2**61), pytest.raises(ValueError, match="row0, col0: expected"):
+            layer(torch.zeros(2, 3, 9))  # three rows an entry
 
 
 @pytest.mark.parametrize("shape", [(0,), (1, 2, 0, 1), (0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 0, 1, 5), (2, 0, 0, 3)])
