@@ -124,6 +124,12 @@ def test_contexts_work_as_decorators_and_when_entered_again():
         return layer(x) if depth == 0 else run(depth - 1)
 
     assert torch.equal(run(), run(2))
+    twice = fixed_noise(5)
+    with twice, fixed_noise(6):
+        between = state()
+        with twice:
+            pass
+        assert state() == between
     sampling = sampling_on()
     with sampling, sampling:
         assert not torch.backends.mha.get_fastpath_enabled()
