@@ -231,6 +231,8 @@ def main(arguments: list[str] | None = None) -> dict:
     epochs = args.epochs if args.epochs is not None else 3 if args.quick else 200
     if seeds < 1 or epochs < 1:
         parser.error("--seeds and --epochs: expected at least 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {args.out}")
 
     start = time.perf_counter()
     results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}

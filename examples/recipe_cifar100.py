@@ -14,6 +14,7 @@ and under FGSM, by the deterministic forward (Algorithm 3) and, with --k, by k p
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,12 @@ def build(args: argparse.Namespace) -> Classifier:
     if args.pretrained:
         if not args.pretrained.is_dir():
             raise FileNotFoundError(f"--pretrained: expected a local folder, got {args.pretrained}")
-        vit = ViTForImageClassification.from_pretrained(
-            args.pretrained, num_labels=CLASSES, ignore_mismatched_sizes=True, local_files_only=True
-        )
+        try:
+            vit = ViTForImageClassification.from_pretrained(
+                args.pretrained, num_labels=CLASSES, ignore_mismatched_sizes=True, local_files_only=True
+            )
+        except Exception as error:
+            raise ValueError(f"--pretrained: expected a ViT checkpoint in {args.pretrained}, got {error!r}") from error
         return Classifier(vit)
     width, blocks, heads = SIZES[args.size]
     config = ViTConfig(
@@ -138,6 +142,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)")
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
+    for name in ("image_size", "patch_size", "blocks"):
+        if (value := getattr(args, name)) is not None and not 1 <= value <= 4096:
+            parser.error(f"--{name.replace('_', '-')}: expected 1 to 4096, got {value}")
+    if args.image_size % args.patch_size:
+        parser.error(f"--patch-size: expected a divisor of --image-size {args.image_size}, got {args.patch_size}")
+    for name in ("noise", "eps", "k"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name}: expected a finite number >= 0, got {getattr(args, name)}")
     if args.k and args.method not in ("fixed", "dip"):
         parser.error(f"--k: expected with --method fixed or dip, got --method {args.method}")
 

@@ -45,11 +45,15 @@ def load(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"--data: expected {path.name} in {path.parent}, found none")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
         if not text.strip():
             continue
-        line = json.loads(text)
-        if not isinstance(line, dict) or not {"question", "answer"} <= set(line) or "####" not in line["answer"]:
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["question"], str) and isinstance(line["answer"], str) and "####" in line["answer"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            whole = False
+        if not whole:
             raise ValueError(f"--data: expected a question and an answer with '####' in line {number} of {path}")
         lines.append(line)
     if not lines:
@@ -129,19 +133,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in backward")
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
+    for name in ("rank", "lora_alpha", "length", "new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
     if not args.model.is_dir():
         parser.error(f"--model: expected a local folder, got {args.model}")
 
     with workers(args.device) as worker:
         examples, test = load(args.data / "train.jsonl"), load(args.data / "test.jsonl")
-        tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+        torch.manual_seed(args.seed)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+            base = AutoModelForCausalLM.from_pretrained(
+                args.model, local_files_only=True, dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"]
+            )
+        except Exception as error:
+            raise ValueError(f"--model: expected a causal language model in {args.model}, got {error!r}") from error
         if tokenizer.eos_token_id is None:
             raise ValueError(f"--model: expected a tokenizer with an end of text, {args.model} has none")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        torch.manual_seed(args.seed)
-        base = AutoModelForCausalLM.from_pretrained(
-            args.model, local_files_only=True, dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"]
-        )
         targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
         model = get_peft_model(
             base, LoraConfig(r=args.rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")

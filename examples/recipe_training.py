@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ import dipkernels as dip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = ("plain", "input", "fixed", "dip")
+RATES = ("lr", "variance_lr", "weight_decay", "clip", "warmup")
+STRENGTHS = ("init_sigma", "calibrate", "alpha", "beta", "lambda_s")
+MAX_SEED = 2**27  # a step's own seed is this times 2^36: see Trainer.run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of matrix products; weights' masters float32 (bf16)")
-    add("--device", help="cuda, cpu (cuda where there is one)")
+    add("--device", choices=("cuda", "cpu"), help="cuda, cpu (cuda where there is one)")
     add("--seed", type=int, default=0, help="of data order, initial weights and noise (0)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (10)")
@@ -61,6 +65,18 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    for name in (*RATES, *STRENGTHS):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            parser.error(f"--{name.replace('_', '-')}: expected a finite number >= 0, got {value}")
+    if args.warmup > 1:
+        parser.error(f"--warmup: expected a share of the steps, 0 to 1, got {args.warmup}")
+    if args.method in ("fixed", "dip") and not 1e-15 < args.init_sigma < 1e15:
+        parser.error(f"--init-sigma: expected 1e-15 to 1e15 with --method {args.method}, got {args.init_sigma}")
+    if not 0 <= args.seed < MAX_SEED:
+        parser.error(f"--seed: expected 0 to {MAX_SEED - 1}, got {args.seed}")
+    if args.stop_after is not None and args.stop_after < 1:
+        parser.error(f"--stop-after: expected at least 1, got {args.stop_after}")
     if args.batch % args.accumulate:
         parser.error(f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}")
     if args.lambda_s > 0 and args.m < 2:
@@ -69,6 +85,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--alpha, --beta, --variance-lr: expected with --method dip only, got --method {args.method}")
     if not args.data.is_dir():
         parser.error(f"--data: expected a folder, got {args.data}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {args.out}")
     if args.resume and not (args.out / "last.pt").exists():
         parser.error(f"--resume: expected {args.out / 'last.pt'}, found none")
 
@@ -260,23 +278,24 @@ class Trainer:
 
     # ---- checkpoints: what learns, and where its optimiser stands ----
 
-    def save(self, path: Path) -> None:
-        if not self.worker.is_first:
-            return
+    def content(self) -> dict:
         learning = {name for name, p in self.raw.named_parameters() if p.requires_grad}
         buffers = {name for name, _ in self.raw.named_buffers()}
-        state = {k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers}
-        content = {
+        return {
             "settings": self.settings,
             "step": self.step,
-            "model": state,
+            "model": {k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+
+    def save(self, path: Path) -> None:
+        if not self.worker.is_first:
+            return
         part = path.with_suffix(".part")
         try:
-            torch.save(content, part)
+            torch.save(self.content(), part)
             part.replace(path)
         except BaseException as error:  # the last checkpoint stays, half a one does not
             part.unlink(missing_ok=True)
@@ -290,29 +309,77 @@ class Trainer:
             content = torch.load(path, map_location=self.worker.device, weights_only=True)
         except Exception as error:
             raise ValueError(f"{expected}, got a file that cannot be read: {error}") from error
-        parts = {"settings", "step", "model", "optimizer", "schedule", "scaler"}
-        if not isinstance(content, dict) or not parts <= content.keys():
+        whole = isinstance(content, dict) and content.keys() == self.content().keys()
+        if not whole or not isinstance(content["settings"], dict):
             raise ValueError(f"{expected}, got something else: a damaged file, or another program's")
         return content
 
     def load(self, path: Path) -> None:
         content = self.read(path)
-        differing = {
-            k: (v, content["settings"].get(k)) for k, v in self.settings.items() if content["settings"].get(k) != v
-        }
+        then = content["settings"]
+        differing = [k for k, v in self.settings.items() if _difference(v, then.get(k))]
         if differing:
-            told = ", ".join(f"{k} {now!r} against {then!r}" for k, (now, then) in differing.items())
+            told = ", ".join(f"{k} {self.settings[k]!r} against {_kind(then.get(k))}" for k in differing)
             raise ValueError(f"--resume: expected the settings that {path} was made with, got {told}")
-        try:
-            _, unexpected = self.raw.load_state_dict(content["model"], strict=False)
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.schedule.load_state_dict(content["schedule"])
-            self.scaler.load_state_dict(content["scaler"])
-        except Exception as error:
-            raise ValueError(f"--resume: expected this model's checkpoint in {path}, got another: {error!r}") from error
-        if unexpected:
-            raise ValueError(f"--resume: {path} holds parameters that the model lacks: {unexpected}")
+        differs = self.difference(content)
+        if differs:
+            raise ValueError(
+                f"--resume: expected this model's checkpoint in {path}, got another, or a damaged one: {differs}"
+            )
+        self.raw.load_state_dict(content["model"], strict=False)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.schedule.load_state_dict(content["schedule"])
+        self.scaler.load_state_dict(content["scaler"])
         self.step = content["step"]
+
+    def difference(self, content: dict) -> str | None:
+        """Where the content is not built as this trainer's own, before anything of it is taken over; None where it is."""
+        own = self.content()
+        optimizer = content["optimizer"]
+        state = optimizer.get("state") if isinstance(optimizer, dict) else None
+        if isinstance(state, dict):  # of the parameters that had a gradient; ours is empty before the first step
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            own["optimizer"]["state"] = {
+                i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+                for i, p in enumerate(parameters)
+                if i in state
+            }
+        differs = _difference(own, content)
+        if differs is None and not 0 <= content["step"] <= self.num_steps:
+            differs = f"step: expected 0 to {self.num_steps}, got {content['step']}"
+        return differs
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"keys {list(value)}"[:200] if isinstance(value, dict) else f"{value!r}"[:200]
+
+
+# Of a checkpoint's numbers, those that a step moves; the others follow from the flags.
+MOVING = {"step", "lr", "_last_lr", "last_epoch", "_step_count", "_get_lr_called_within_step", "scale"}
+MOVING |= {"_growth_tracker"}
+
+
+def _difference(own: object, other: object, where: str = "", moves: bool = False) -> str | None:
+    """The first place where two nests of dicts, lists, tensors and numbers are not of one run; None where there is none."""
+    pairs = []
+    if isinstance(own, Tensor):
+        alike = isinstance(other, Tensor) and (own.dtype, own.shape) == (other.dtype, other.shape)
+        alike = alike and other.layout is torch.strided
+    elif type(own) is not type(other):
+        alike = False
+    elif isinstance(own, dict):
+        alike = own.keys() == other.keys()
+        pairs = [(own[k], other.get(k), f"{where}.{k}".lstrip("."), k in MOVING) for k in own]
+    elif isinstance(own, (list, tuple)):
+        alike = len(own) == len(other)
+        pairs = [(a, b, f"{where}[{i}]", moves) for i, (a, b) in enumerate(zip(own, other))]
+    else:
+        alike = abs(other) < 2**53 if moves else own == other
+    if not alike:
+        return f"{where}: expected {_kind(own)}, got {_kind(other)}"
+    return next((found for pair in pairs if (found := _difference(*pair))), None)
 
 
 def write_results(worker: Worker, args: argparse.Namespace, results: dict) -> None:

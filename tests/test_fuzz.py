@@ -114,10 +114,12 @@ def test_operations_take_any_arguments_without_a_crash_40000():
 
 # Each value in a fork that imports the package anew; torch is imported once.
 ENVIRONMENT = """
-import os, sys, warnings
+import os, random, sys, warnings
 import torch
+dice = random.Random(int(sys.argv[1]))
 VALUES = [b"", b"auto", b"cpu", b"portable", b"avx2", b"reference", b"CPU", b" cpu", b"cpu ", b"triton", b"cuda", b"exact", b"0", b"1", b"-1",
           b"\\xff\\xfe", b"a" * 5000, b"%s%n", b"../../etc", "\\N{SNOWMAN}".encode(), b"None", b"auto\\n", b"portable,avx2"]
+VALUES += [bytes(dice.randint(1, 255) for _ in range(dice.choice([1, 3, 40, 4000]))) for _ in range(int(sys.argv[2]))]
 for name in ("DIPKERNELS_BACKEND", "DIPKERNELS_CPU_CAPABILITY", "DIPKERNELS_CUDA_TIER", "DIPKERNELS_AUTOTUNE"):
     for value in VALUES if name.endswith(("BACKEND", "CAPABILITY")) else VALUES[15:18]:  # the others are read on a GPU
         child = os.fork()
@@ -145,13 +147,17 @@ KNOWN = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_environment_variables_take_any_bytes():
+@pytest.mark.parametrize(
+    ("first", "number"), [(0, 5), pytest.param(1, 200, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_environment_variables_take_any_bytes(first, number):
     """A known value runs, any other is refused with the variable's name; nothing crashes."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPKERNELS")}
-    done = subprocess.run([sys.executable, "-c", ENVIRONMENT], cwd=ROOT, capture_output=True, env=environment)
+    command = [sys.executable, "-c", ENVIRONMENT, str(first), str(number)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.rsplit(" ", 1) for line in done.stdout.decode().splitlines()]
-    assert len(lines) == 2 * 23 + 2 * 3
+    assert len(lines) == 2 * (23 + number) + 2 * 3
     for what, status in lines:
         name, value = what.split(" ", 1)
         value = eval(value).decode(errors="replace")

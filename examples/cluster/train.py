@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -33,7 +34,49 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import dipkernels as dip
 
-NUM_TEST = 297
+NUM_TEST, NUM_TRAIN = 297, 1500
+
+
+# ---- the configuration ---------------------------------------------------------------------------------------------
+
+# Each number's type, its least and its largest value.
+MODEL = {"width": (int, 1, 2**16), "depth": (int, 1, 2**10), "heads": (int, 1, 2**10)}
+CONFIG = {
+    "init_variance": (float, 1e-30, 1e30),
+    "bfloat16": (bool, False, True),
+    "batch": (int, 1, NUM_TRAIN),
+    "steps": (int, 0, 2**40),
+    "m": (int, 1, 2**16),
+    "lr": (float, 0, 1e30),
+    "weight_decay": (float, 0, 1e30),
+    "variance_lr": (float, 0, 1e30),
+    "alpha": (float, 0, 1e30),
+    "beta": (float, 0, 1e30),
+    "seed": (int, 0, 2**62),
+    "key": (int, -(2**63), 2**63),
+    "save_every": (int, 1, 2**40),
+    "print_every": (int, 1, 2**40),
+}
+
+
+def check_config(config: dict) -> dict:
+    """The configuration itself. Raises ValueError naming the first entry that is missing, unknown or out of its range."""
+    _check_entries(config, "config", {**CONFIG, "model": None})
+    _check_entries(config["model"], "model", MODEL)
+    if config["model"]["width"] % config["model"]["heads"]:
+        raise ValueError(f"width: expected a multiple of heads, got {config['model']}")
+    return config
+
+
+def _check_entries(entries: object, name: str, expected: dict) -> None:
+    if not isinstance(entries, dict) or entries.keys() != expected.keys():
+        got = sorted(entries) if isinstance(entries, dict) else type(entries).__name__
+        raise ValueError(f"{name}: expected the entries {sorted(expected)}, got {got}")
+    for entry, (kind, least, most) in ((k, v) for k, v in expected.items() if v):
+        value = entries[entry]
+        typed = type(value) is kind or (kind is float and type(value) is int)
+        if not (typed and least <= value <= most):
+            raise ValueError(f"{entry}: expected {kind.__name__} from {least} to {most}, got {value!r}")
 
 
 class Block(nn.Module):
@@ -105,13 +148,25 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Pat
 
 
 def resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    """The step to go on from: 0, or that of the last whole checkpoint, whatever number of processes wrote it."""
+    """The step to go on from: 0, or that of the last whole checkpoint, whatever number of processes wrote it.
+
+    Raises ValueError where `latest` or the checkpoint that it names cannot be read, or is another model's.
+    """
     if not (out / "latest").exists():
         return 0
-    step = int((out / "latest").read_text())
+    latest = (out / "latest").read_bytes()
+    if not latest.isdigit() or not (out / f"step-{int(latest[:20])}").is_dir():
+        raise ValueError(f"--out: expected the step of a checkpoint in {out / 'latest'}, got {latest[:40]!r}")
+    step = int(latest)
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(out / f"step-{step}"))
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    folder = out / f"step-{step}"
+    try:
+        dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(
+            f"--out: expected this model's checkpoint in {folder}, got another, or a damaged one: {error!r}"
+        ) from error
     return step
 
 
@@ -121,6 +176,7 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int
 def train(config: dict, out: Path, device: torch.device, after_step: Callable[[int], None] = lambda step: None) -> dict:
     """Train from the last checkpoint in `out` to the end. Returns the whole state dict on rank 0, {} elsewhere."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
+    check_config(config)
     if config["batch"] % world:
         raise ValueError(f"batch: expected a multiple of the {world} processes, got {config['batch']}")
     each = config["batch"] // world
@@ -166,9 +222,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/cluster"))
     parser.add_argument("--steps", type=int, help="instead of the configuration's")
     arguments = parser.parse_args()
-    config = json.loads(arguments.config.read_text())
-    if arguments.steps is not None:
-        config["steps"] = arguments.steps
+    try:
+        config = json.loads(arguments.config.read_text(encoding="utf-8"))
+        if arguments.steps is not None and isinstance(config, dict):
+            config["steps"] = arguments.steps
+        check_config(config)
+    except (OSError, ValueError, RecursionError) as error:
+        parser.error(f"{arguments.config}: {error}")
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
