@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak \
+.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
@@ -111,6 +111,9 @@ battery: setup
 
 mutants: setup
 	$(PY) scripts/mutants.py
+
+long-tests: setup
+	OMP_NUM_THREADS=1 $(PY) scripts/long_tests.py
 
 soak: setup
 	OMP_NUM_THREADS=1 $(PY) scripts/soak.py

@@ -142,6 +142,8 @@ MUTANTS = [
     # ---- checks and registration
     Mutant("dipkernels/ops.py", "    _check_seed(seed, x.device)", "    pass", PERTURB),
     Mutant("dipkernels/ops.py", "sample <= MAX_SAMPLES - num_samples", "sample <= MAX_SAMPLES", ("tests/test_noise.py", *PERTURB)),
+    Mutant("dipkernels/ops.py", "0 <= row0 <= MAX_ORIGIN and", "0 <= row0 and", PERTURB),
+    Mutant("csrc/ops.cpp", "origin >= 0 && origin <= 3 * (int64_t{1} << 61)", "origin >= 0", PERTURB),
     Mutant("dipkernels/ops.py", "new_empty(shape, dtype=torch.float32)", "new_empty(shape, dtype=torch.float64)", ("tests/test_ops.py",)),
     Mutant("dipkernels/ops.py", "return torch.empty_like(x, dtype=out_dtype)", "return torch.empty_like(x)", ("tests/test_ops.py",)),
     # ---- layers and seeds

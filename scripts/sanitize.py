@@ -29,7 +29,13 @@ KINDS = {
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDIP_SANITIZED"],
     "thread": ["-O1", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
-TESTS = ("tests/test_perturb.py", "tests/test_noise.py", "tests/test_ops.py")
+TESTS = (
+    "tests/test_perturb.py",
+    "tests/test_noise.py",
+    "tests/test_ops.py",
+    "tests/test_properties.py",
+    "tests/test_fuzz.py::test_operations_take_any_arguments_without_a_crash",
+)
 
 
 def is_x86(compiler: str) -> bool:
@@ -98,8 +104,11 @@ def in_python() -> str:
     """The kernels' tests in Python on a library built with the sanitizers; the last line of pytest."""
     from mutants import Copy
 
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    ubsan = subprocess.run(["g++", "-print-file-name=libubsan.so"], capture_output=True, text=True).stdout.strip()
+    # The runtime looks for the library's exceptions when it starts, and Python itself has none.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan", "libubsan", "libstdc++")
+    ]
     with tempfile.TemporaryDirectory(prefix="sanitize") as folder:
         copy = Copy(Path(folder))
         setup = copy.folder / "setup.py"
@@ -110,7 +119,7 @@ def in_python() -> str:
         if problem:
             raise RuntimeError(problem)
         copy.environment.update(
-            LD_PRELOAD=f"{Path(runtime).resolve()}:{Path(ubsan).resolve()}",
+            LD_PRELOAD=":".join(str(Path(library).resolve()) for library in libraries),
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0",
             PYTHONMALLOC="malloc",
         )

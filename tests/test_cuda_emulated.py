@@ -233,6 +233,13 @@ def test_cuda_threads_stride_over_rows(emulator, tier, shape):
         check(emulator, tier, **take(mode, x, u, du), sigma=sigma, multiprocessors=1)
 
 
+# More partial rows than the 32 that a block of the second stage reads at a time.
+@pytest.mark.parametrize("shape", [(300, 264), (80, 24, 130)], ids=["rows", "channels"])
+def test_cuda_sums_many_partial_rows(emulator, shape):
+    _, _, du, sigma = tensors(*shape)
+    check(emulator, "fast", du=du, sigma=sigma, multiprocessors=132)
+
+
 @pytest.mark.skipif("portable" not in backends.library().cpu_capabilities, reason="the compiled library is not built")
 @pytest.mark.parametrize("shape", [(33, 40), (5, 23), (3, 16, 12)])
 def test_cuda_exact_tier_is_the_cpu_to_the_bit(emulator, shape):

@@ -133,6 +133,25 @@ assert torch.equal(noise(2), want)              # and the parent goes on
 print("done")
 """
 
+OMP = """
+import hashlib, os, torch
+from dipkernels import functional
+
+def digest():
+    x, sigma = torch.linspace(-1, 1, 200_000).view(5000, 40), torch.linspace(0.1, 1, 40).requires_grad_()
+    u = functional.perturb(x, sigma, torch.tensor([5, 1]))
+    u.backward(x)
+    return hashlib.sha256(u.detach().numpy().tobytes() + sigma.grad.numpy().tobytes()).hexdigest()
+
+print(torch.get_num_threads(), digest())
+for value in ("1", "5", "nonsense"):            # read at start by OpenMP, and never again
+    os.environ["OMP_NUM_THREADS"] = value
+    print(torch.get_num_threads(), digest())
+for threads in (4, 1, 2):                       # what does change the number
+    torch.set_num_threads(threads)
+    print(torch.get_num_threads(), digest())
+"""
+
 SHUTDOWN = """
 import sys, threading, torch
 sys.path.insert(0, "tests")
@@ -170,6 +189,17 @@ def run(script, **environment):
 def test_kernels_survive_a_fork():
     done = run(FORKS, OMP_NUM_THREADS="2")
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_omp_num_threads_at_the_start_and_at_run_time_changes_no_bit():
+    digests = set()
+    for number in ("1", "2"):
+        done = run(OMP, OMP_NUM_THREADS=number)
+        assert done.returncode == 0, done.stderr[-3000:]
+        threads, found = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+        assert len(set(threads[:4])) == 1 and threads[4:] == ("4", "1", "2")
+        digests |= set(found)
+    assert len(digests) == 1
 
 
 def test_interpreter_shuts_down_while_a_thread_runs():
