@@ -38,7 +38,7 @@ STATE = ROOT / "out" / "mutants.json"
 PYTHON = sys.executable
 
 PERTURB = ("tests/test_perturb.py", "tests/test_properties.py")
-NOISE = ("tests/test_perturb.py", "tests/test_noise.py")
+NOISE = ("tests/test_noise.py", "tests/test_perturb.py")
 GUARDS = ("tests/test_guards.py",)
 EMULATED = ("tests/test_cuda_emulated.py",)
 INTERPRETED = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_perturb]",)
@@ -88,7 +88,7 @@ MUTANTS = [
     Mutant("csrc/cpu/perturb.cpp", "first_group = a.col0 / 8;", "first_group = 0;", PERTURB, 1),
     Mutant("csrc/cpu/perturb.cpp", "= pass.args->row0 + row;", "= row;", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "c.row_hi[i] = static_cast<uint32_t>(r >> 32);", "c.row_hi[i] = 0;", PERTURB),
-    Mutant("csrc/cpu/perturb.cpp", "(next ? r1 : r0) >> 32", "r0 >> 32", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "(next ? r1 : r0) >> 32", "r0 >> 32", NOISE),
     Mutant("csrc/cpu/perturb.cpp", "next = g + i >= groups", "next = g + i > groups", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "sum[j % k] += acc[k + j]", "sum[j % k] += 0 * acc[k + j]", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));", ";", PERTURB),

@@ -128,11 +128,12 @@ def test_noise_numbers_rows_in_the_order_of_the_other_dimensions(name):
         assert torch.equal(channels.permute(0, 2, 3, 1).flatten(0, 2), flat)
 
 
-def test_noise_rows_go_beyond_32_bits():
-    whole = functional.noise((4, 8), SEED, row0=2**32 - 2)
-    assert torch.equal(whole[2:], functional.noise((2, 8), SEED, row0=2**32))
-    assert not torch.equal(whole[2:], functional.noise((2, 8), SEED, row0=0))
-    assert (whole.double() - reference.standard_normal(SEED, 4, 8, 2**32 - 2)).abs().max() < 4e-6
+@pytest.mark.parametrize("k", [8, 520])  # 520: a tile ends inside the next row
+def test_noise_rows_go_beyond_32_bits(k):
+    whole = functional.noise((4, k), SEED, row0=2**32 - 2)
+    assert torch.equal(whole[2:], functional.noise((2, k), SEED, row0=2**32))
+    assert not torch.equal(whole[2:], functional.noise((2, k), SEED, row0=0))
+    assert (whole.double() - reference.standard_normal(SEED, 4, k, 2**32 - 2)).abs().max() < 4e-6
 
 
 def test_noise_depends_on_every_part_of_its_seed():
