@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant("csrc/cpu/convert.h", "f != f ? 0x7FC0 :", "false ? 0x7FC0 :", ("tests/test_noise.py", *PERTURB)),
     # ---- the seam to torch
     Mutant("csrc/ops.cpp", "next = strides[d] * sizes[d];", "next = strides[d];", PERTURB),
-    Mutant("csrc/ops.cpp", "!inner || *inner > 1", "!inner || *inner > 2", PERTURB),
+    Mutant("csrc/ops.cpp", "!outer || inner != 1", "!outer || inner > 1", PERTURB),
     Mutant("csrc/ops.cpp", "if (t.size(dim) != 1 && t.stride(dim) != 1) return", "if (t.size(dim) != 1 && t.stride(dim) > 2) return", PERTURB),
     Mutant("csrc/ops.cpp", "    d == skip || sizes[d] == 1) continue;".strip(), "d == skip) continue;", PERTURB),
     Mutant("csrc/ops.cpp", "return torch::stable::copy_(u, dense_u);", "return u;", PERTURB),
@@ -144,7 +144,7 @@ MUTANTS = [
     Mutant("dipkernels/functional.py", "return du, torch.zeros_like(ctx.saved_tensors[0])", "return du, None", LAYERS),
     Mutant("dipkernels/functional.py", "        _check_sigma(sigma)\n", "        pass\n", PERTURB),
     Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", AVERAGED),
-    Mutant("dipkernels/functional.py", "return y / num_samples", "return y", AVERAGED),
+    Mutant("dipkernels/functional.py", "mean: Tensor = y / num_samples", "mean: Tensor = y", AVERAGED),
     Mutant("dipkernels/functional.py", "where[3] <= 8 * (dtype or x.dtype).itemsize", "where[3] <= 8 * x.dtype.itemsize", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "kept[i // 8, block], part, i % 8)", "kept[0, block], part, i % 8)", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "dweight.addcmul_(noise_sum, scale.to(wide))", "dweight.add_(noise_sum)", AVERAGING),
@@ -170,8 +170,8 @@ MUTANTS = [
     Mutant("dipkernels/seeds.py", "signed(self._number * _GOLDEN)", "signed(_GOLDEN)", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/seeds.py", "_KEY, _ROW0, _MODE, _TAG = self._saved.pop()", "_KEY, _ROW0, _MODE, _TAG = self._saved[0]", LAYERS),
     # ---- the method
-    Mutant("dipkernels/trajectories.py", "value.unflatten(0, (batch, m)).transpose(0, 1)", "value.unflatten(0, (m, batch))", ("tests/test_trajectories.py",)),
-    Mutant("dipkernels/trajectories.py", "return total / max(k, 1)", "return total", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/trajectories.py", "return by_example.transpose(0, 1)", "return value.unflatten(0, (m, batch))", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/trajectories.py", "return parts[0] / max(k, 1)", "return parts[0]", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/trajectories.py", "seeds.numbered_pass(number, count)", "seeds.numbered_pass(0, count)", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/trajectories.py", "count = min(chunk, max(k, 1) - first)", "count = chunk", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/objective.py", "log_variance.exp().sum() - beta * log_variance.sum() + total", "log_variance.exp().sum() + beta * log_variance.sum() + total", ("tests/test_objective.py",)),
