@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import backends, expectation, ops, tensor_parallel
 from .row_blocks import ACTIVATIONS as ACTIVATIONS
-from .row_blocks import act_of
+from .row_blocks import act_of, flat_rows
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
@@ -210,8 +210,8 @@ class _LinearReplay(Function):
                 u = ops.perturb(x, sigma, seed, *where, ctx.out_dtype)
             elif needs_dsigma:
                 dsigma = ops.perturb_bwd(du, sigma, seed, *where)
-        rows = dy.reshape(-1, dy.shape[-1])
-        dweight = (rows.t() @ u.reshape(-1, u.shape[-1])).to(weight.dtype) if needs_dweight else None
+        rows = flat_rows(dy)
+        dweight = (rows.t() @ flat_rows(u)).to(weight.dtype) if needs_dweight else None
         dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
         return dx, dweight, dbias, dsigma, None, None, None
 

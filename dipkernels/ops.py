@@ -322,7 +322,7 @@ def _fake_linear_bwd(
 
 def _fake_linear_keep(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     num_samples, activation = rest[-5], rest[-2]
-    shape = (x.numel() // x.shape[-1], weight.shape[0])
+    shape = (x.shape[:-1].numel(), weight.shape[0])
     if activation == "relu":
         kept = x.new_empty(((num_samples + 7) // 8, *shape), dtype=torch.uint8)
     else:

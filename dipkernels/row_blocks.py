@@ -62,9 +62,14 @@ def act_of(activation: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS.get(activation, lambda h: h)
 
 
+def flat_rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K], whatever is empty."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
 def _blocks(x: Tensor, num_samples: int) -> Iterator[tuple[int, Tensor, list[range]]]:
     """(first row, rows, ranges of samples that go through one product) over the flattened rows of x"""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = flat_rows(x)
     size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
     for first in range(0, rows.shape[0], size):
         block = rows[first : first + size]
@@ -114,7 +119,7 @@ def _mean(
     kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
-    num_rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    num_rows = flat_rows(x).shape[0]
     y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
     act = _IN_PLACE.get(activation) or act_of(activation)
     for first, rows, groups in _blocks(x, num_samples):
@@ -123,7 +128,7 @@ def _mean(
         for group in groups:
             samples = [sample + i for i in group]
             u = _noised(rows, sigma, seed, row0 + first, col0, samples, factor, log_variance, dtype)
-            h = _product(u, weight, bias).view(len(group), -1, n)
+            h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
             if kept is not None and activation == "relu":
                 for i, part in zip(group, h, strict=True):
                     torch.ops.dipkernels.relu_add(total, kept[i // 8, block], part, i % 8)
@@ -150,7 +155,7 @@ def linear_keep(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s, [S, rows, N]."""
     where = (row0, col0, sample, num_samples, factor, log_variance)
-    shape = (x.numel() // x.shape[-1] if x.shape[-1] else 0, weight.shape[0])
+    shape = (x.shape[:-1].numel(), weight.shape[0])
     if activation == "relu":
         kept = torch.zeros(-(-num_samples // 8), *shape, dtype=torch.uint8, device=x.device)
     else:
@@ -167,7 +172,7 @@ def linear_bwd(
     again because nothing was kept."""
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
-    flat_dy = dy.reshape(-1, n)
+    flat_dy = flat_rows(dy)
     dx = torch.empty(flat_dy.shape[0], k, dtype=x.dtype, device=x.device)
     dweight, noise_sum = torch.zeros(2, n, k, dtype=wide, device=x.device)  # noise_sum: G
     dbias = torch.zeros(n, dtype=wide, device=x.device)
@@ -189,13 +194,13 @@ def linear_bwd(
             else:
                 if kept is None:
                     u = _noised(rows, sigma, *where, factor, log_variance, dtype)
-                    h = _product(u, weight, bias).view(len(group), -1, n)
+                    h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
                 else:
                     h = kept[group.start : group.stop, block]
                 dh = _BACKWARDS[activation](block_dy.expand_as(h), h)
                 for part in dh:
                     total.add_(part.to(wide))
-                columns = dh.reshape(-1, n).t()
+                columns = flat_rows(dh).t()
             z = _noised(zero.expand(rows.shape), one, *where, 1.0, False, dtype)
             noise_sum.add_(_product(columns, z.t()))
         total.mul_(1 / num_samples)

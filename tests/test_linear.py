@@ -205,3 +205,18 @@ def test_linear_rejects(bad, error):
     good = dict(x=x, weight=weight, bias=bias, sigma=sigma, seed=SEED)
     with pytest.raises((ValueError, TypeError), match=error):
         functional.dip_linear(**{**good, **bad})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape, n", [((3, 0), 4), ((3, 5), 0), ((0, 5), 4), ((0, 0), 0), ((2, 0, 5), 3), ((0,), 4)])
+def test_linear_takes_empty_tensors(shape, n, dtype):
+    x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (n, shape[-1]), (n,)))
+    leaves = [x, weight, bias, torch.ones(shape[-1], requires_grad=True)]
+    means = [
+        dict(estimator="mean", num_samples=3, activation=a, keep=k) for a in ("relu", "gelu") for k in ("auto", "u")
+    ]
+    for options in (dict(), dict(keep="x"), *means, dict(estimator="analytic", activation="gelu")):
+        y = functional.dip_linear(*leaves, SEED, **options)
+        assert y.shape == (*shape[:-1], n) and not y.isnan().any()
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        assert all(g.shape == t.shape and not g.isnan().any() for g, t in zip(grads, leaves, strict=True))
