@@ -56,7 +56,9 @@ def restore():
 # ---- what a case is made of --------------------------------------------------------------------------------------------
 
 LAST_ROW0 = 2**62 - 2**20  # the last row that the operations take, less the rows of any case
-rows0 = st.one_of(st.integers(0, 9), st.sampled_from([2**32 - 5, 2**32 - 1, 2**33 + 7, LAST_ROW0]), st.integers(0, LAST_ROW0))
+rows0 = st.one_of(
+    st.integers(0, 9), st.sampled_from([2**32 - 5, 2**32 - 1, 2**33 + 7, LAST_ROW0]), st.integers(0, LAST_ROW0)
+)
 columns0 = st.one_of(st.integers(0, 17), st.sampled_from([0, 8, 2**20 + 3, 2**35 - 4, 2**35 + 16]))
 keys = st.integers(-(2**63), 2**63 - 1)
 seeds = st.builds(lambda key, stream: torch.tensor([key, stream]), keys, st.integers(-3, 2**17) | keys)
