@@ -69,6 +69,8 @@ def flat_rows(x: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, num_samples: int) -> Iterator[tuple[int, Tensor, list[range]]]:
     """(first row, rows, ranges of samples that go through one product) over the flattened rows of x"""
+    if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of ops
+        raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     rows = flat_rows(x)
     size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
     for first in range(0, rows.shape[0], size):
