@@ -1,5 +1,6 @@
 """One command that proves and measures the GPU side: python benchmarks/gpu_check.py, no network, under ten minutes.
 
+Needs torch for CUDA, nvcc, and from Python setuptools, ninja, numpy and pytest; no installation of this package: the source tree is used.
 Builds the library for the GPU at hand, runs tests/gpu, then times kernels, layers and a transformer block, and writes
 benchmarks/results/<gpu>-<date>.json, .png and .txt. Every section has a time limit; one that fails is recorded as
 failed, the others still run, and the exit code is 1. --dry-run takes the same code through tiny shapes on the CPU.

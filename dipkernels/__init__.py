@@ -2,6 +2,11 @@
 
 __version__ = "0.1.0"
 
+import os.path as _path
+
+if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree, where that folder lies beside this one
+    __path__.append(_path.dirname(__path__[0]))
+
 from . import diagnostics, functional, reference
 from .attention import DIPMultiheadAttention
 from .backends import backend

@@ -70,6 +70,27 @@ print(dip.env_report())
     assert "no compiled library" in done.stdout
 
 
+SOURCE_TREE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]  # as if never installed
+import dipkernels, dipkernels.triton_kernels.mixtures as mixtures
+print(dipkernels.__file__, mixtures.__file__)
+"""
+
+
+def test_the_source_tree_works_where_it_was_never_installed(tmp_path):
+    """As `make gpu-check` runs it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SOURCE_TREE],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        str(ROOT / "dipkernels" / "__init__.py"),
+        str(ROOT / "triton_kernels" / "mixtures.py"),
+    ]
+
+
 def test_library_has_no_python_symbols_and_needs_torch_cpu_alone():
     library = ROOT / "dipkernels" / "_C.so"
     needed = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
