@@ -69,8 +69,9 @@ def test_perturb_matches_reference(shape, dim, options, dtype):
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_perturb_rounds_once_to_the_asked_type(dtype, out_dtype):
-    x, du, sigma = inputs((33, 70), dtype=dtype)
+@pytest.mark.parametrize("shape", [(33, 70), (40, 64)])
+def test_perturb_rounds_once_to_the_asked_type(shape, dtype, out_dtype):
+    x, du, sigma = inputs(shape, dtype=dtype)
     where = arguments()
     u = ops.perturb(x, sigma, SEED, *where, out_dtype)
     check_u(u, x, sigma, where, out_dtype)
@@ -79,6 +80,24 @@ def test_perturb_rounds_once_to_the_asked_type(dtype, out_dtype):
     mixed, dsigma = ops.perturb_replay(du.to(out_dtype), x, sigma, SEED, *where, out_dtype)
     assert torch.equal(mixed, u)
     check_dsigma(dsigma, du.to(out_dtype), sigma, where)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_perturb_rounds_ties_to_even(capability):
+    """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of either kind."""
+    if capability not in library().cpu_capabilities:
+        pytest.skip(f"the library carries no {capability}")
+    x, _, sigma = inputs((1024, 1024), dtype=torch.bfloat16)
+    where = arguments()
+    try:
+        cpu_capability(capability)
+        wide, u = (ops.perturb(x, sigma, SEED, *where, dtype) for dtype in (torch.float32, None))
+    finally:
+        cpu_capability("auto")
+    bits = wide.view(torch.int32)
+    for last in (0, 1):
+        assert ((bits & 0x1FFFF) == 0x8000 + last * 0x10000).sum() > 2
+    assert torch.equal(u, wide.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,6 +84,7 @@ def test_bad_keys_and_rows_are_named(key, row0, error, name):
     [
         (DIPLinear(12, 5), (6, 12)),
         (DIPLinear(12, 5), (6, 3, 12)),  # three rows for each entry
+        (DIPLinear(12, 5, activation="relu", estimator="mean", num_samples=2), (6, 3, 12)),
         (DIPConv2d(12, 5, 3), (6, 12, 4, 7)),  # 28 rows for each entry
     ],
 )
