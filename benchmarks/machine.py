@@ -27,11 +27,15 @@ def _git(*arguments: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor's name, with the family and model that tell its generation: a virtual machine often names none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+    except OSError:
+        lines = []
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in first:
         return platform.processor() or platform.machine()
+    return f"{first['model name']} (family {first.get('cpu family', '?')}, model {first.get('model', '?')})"
 
 
 def _version(package: str) -> str | None:
