@@ -1,6 +1,7 @@
 """A vision transformer with DIP layers, trained with FSDP2 on any number of processes; resumable.  docs/cluster.md.
 
     python examples/cluster/train.py examples/cluster/digits.json --out out/cluster                     one process
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                       for restarts: docs/cluster.md
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py examples/cluster/digits.json
     sbatch examples/cluster/train.sbatch                                                                 many nodes
 
