@@ -169,20 +169,23 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 # ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
 
-_first_draws: dict[tuple[Any, ...], None] = {}  # of blocks that a backward pass may compute again, oldest first
-_MAX_DRAWS = 2**16
+# Of blocks that a backward pass may compute again: the newest, and those before, dropped when the newest are as many.
+_first_draws: set[tuple[Any, ...]] = set()
+_earlier_draws: set[tuple[Any, ...]] = set()
+_MAX_DRAWS = 2**16  # of both
 _in_backward = torch._C._current_graph_task_id  # -1 outside a backward pass
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _watch_checkpoint(seed: Tensor) -> None:
+    global _first_draws, _earlier_draws
     if _in_backward() == -1:
         if _MODE is None and (mark := _mark_of(seed)) is not None:
-            if len(_first_draws) >= _MAX_DRAWS:
-                _first_draws.pop(next(iter(_first_draws)))
-            _first_draws[mark] = None
+            if len(_first_draws) >= _MAX_DRAWS // 2:
+                _first_draws, _earlier_draws = set(), _first_draws
+            _first_draws.add(mark)
         return
-    if not _first_draws or (mark := _mark_of(seed)) is None or mark in _first_draws:
+    if not _first_draws or (mark := _mark_of(seed)) is None or mark in _first_draws or mark in _earlier_draws:
         return
     what = "draws a seed" if _KEY is None else f"takes its noise from fixed_noise(key, row0) = {_TAG}"
     raise RuntimeError(

@@ -46,9 +46,9 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _forget():
-    seeds._first_draws.clear()
+    for marks in (seeds._first_draws, seeds._earlier_draws):
+        marks.clear()
     yield
-    seeds._first_draws.clear()
 
 
 @pytest.fixture
@@ -156,10 +156,17 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
     with torch.no_grad():
         dip.predict(block, x, k=3, average="logits")
     assert not seeds._first_draws
-    monkeypatch.setattr(seeds, "_MAX_DRAWS", 5)
-    for _ in range(3):
+    monkeypatch.setattr(seeds, "_MAX_DRAWS", 8)
+    for i in range(20):
         checkpoint(block, x, use_reentrant=False).sum().backward()
-    assert len(seeds._first_draws) == 5
+        assert len(seeds._first_draws) + len(seeds._earlier_draws) <= 8
+    assert len(seeds._earlier_draws) == 4
+
+
+def test_draws_of_earlier_blocks_are_still_known(block, x, monkeypatch):
+    monkeypatch.setattr(seeds, "_MAX_DRAWS", 2 * len(dip.summary(block)))
+    checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False).sum().backward()
+    assert seeds._first_draws and seeds._earlier_draws
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------

@@ -76,15 +76,6 @@ struct Pass {
 DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// Asks for the lines of a run before the draw that will take longer than their way here.
-template <int kWrite>
-DIP_HD void prefetch_run(const Operand& a, int64_t offset, int n) {
-  if (!a.data) return;
-  const int size = a.dtype == DType::kFloat64 ? 8 : a.dtype == DType::kFloat32 ? 4 : 2;
-  const char* p = static_cast<const char*>(a.data) + offset * size;
-  for (int i = 0; i < n * size; i += 64) __builtin_prefetch(p + i, kWrite);
-}
-
 // kChannel: one sigma for the whole run.
 template <class C, bool kChannel>
 DIP_HD void apply_run(
