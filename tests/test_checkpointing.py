@@ -157,7 +157,7 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
         dip.predict(block, x, k=3, average="logits")
     assert not seeds._first_draws
     monkeypatch.setattr(seeds, "_MAX_DRAWS", 8)
-    for i in range(20):
+    for _ in range(20):
         checkpoint(block, x, use_reentrant=False).sum().backward()
         assert len(seeds._first_draws) + len(seeds._earlier_draws) <= 8
     assert len(seeds._earlier_draws) == 4

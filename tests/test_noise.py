@@ -91,14 +91,18 @@ def test_noise_law_has_the_stated_moments():
     assert abs(np.sqrt(r2.max()) * c.max() - 5.396) < 1e-3
 
 
-@pytest.mark.parametrize("kind, dtype", [("portable", torch.bfloat16), ("native", torch.bfloat16), ("portable", torch.float16)])
+@pytest.mark.parametrize(
+    "kind, dtype", [("portable", torch.bfloat16), ("native", torch.bfloat16), ("portable", torch.float16)]
+)
 def test_storage_types_round_as_torch_rounds(kind, dtype):
     """Every value of the type, the ties between neighbours, both sides of the ties, infinities, NaNs of many payloads."""
     narrow = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
     bits = narrow.view(torch.int32)
     half = 2**15 if dtype is torch.bfloat16 else 2**12
     words = torch.cat([bits + step for step in (-1, 0, 1, half - 1, half, half + 1)])
-    words = torch.cat([words, torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -(2**23) + 1, 0x477FEFFF, 0x477FF000], dtype=torch.int32)])
+    words = torch.cat(
+        [words, torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -(2**23) + 1, 0x477FEFFF, 0x477FF000], dtype=torch.int32)]
+    )
     values = words.view(torch.float32)
     got, back = getattr(header_module(kind), str(dtype).removeprefix("torch."))(values.numpy())
     got, want = torch.from_numpy(got).view(dtype), values.to(dtype)
