@@ -96,9 +96,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias. On a CPU with AVX-512 straight by oneDNN: torch gives float32 to MKL, which is slower on an AMD machine,
-    and takes a longer way in bfloat16."""
+    and takes a longer way in bfloat16, except for columns, which this one would copy."""
     if (
-        a.dtype in (torch.float32, torch.bfloat16)
+        (a.dtype is torch.float32 or (a.dtype is torch.bfloat16 and a.is_contiguous()))
         and a.device.type == "cpu"
         and _has_onednn()
         and a.numel()
