@@ -20,7 +20,7 @@ from dipkernels import functional
 from dipkernels.row_blocks import ACTIVATIONS
 
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
-MEANS = (("relu", "auto"), ("gelu", "auto"), ("gelu", "u"), ("silu", "u"), ("tanh", "u"))
+MEANS = (("relu", "auto"), ("gelu", "auto"), ("gelu_tanh", "auto"), ("silu", "auto"), ("tanh", "auto"), ("gelu", "u"))
 
 
 def seconds(run, dy) -> tuple[float, float]:

@@ -226,14 +226,16 @@ class _Mean(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Place, activation: str,
-        dtype: torch.dtype, keep_samples: bool,
+        dtype: torch.dtype, num_kept: int,
     ) -> Tensor:  # fmt: skip
         ctx.where, ctx.activation, ctx.dtype = where, activation, dtype
-        arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, dtype)
+        arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation)
         kept = None
-        if keep_samples:
+        if num_kept:
+            arguments = (*arguments, num_kept, dtype)
             y, kept = ops.linear_keep(*arguments)
         else:
+            arguments = (*arguments, dtype)
             y = ops.linear(*arguments)
         ctx.save_for_backward(x, weight, bias, sigma, seed, kept)
         return y
@@ -286,13 +288,21 @@ def _mean(
     if not opaque or torch._C._are_functorch_transforms_active():
         return _mean_pieces(*arguments)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
-    # relu needs a bit of each sample: kept unless asked not to, while they take no more than one output.
-    small = activation == "relu" and where[3] <= 8 * (dtype or x.dtype).itemsize
     can_keep = ops.can_keep(x.device.type)
     if keep == "u" and not can_keep:
         raise ValueError(f"keep: expected 'auto' or 'x' with estimator='mean' on {x.device.type}, got 'u'")
-    y: Tensor = _Mean.apply(*arguments, (keep == "u" or (keep == "auto" and small)) and differentiates and can_keep)
+    num_kept = _num_kept(keep, activation, where[3], dtype or x.dtype) if differentiates and can_keep else 0
+    y: Tensor = _Mean.apply(*arguments, num_kept)
     return y
+
+
+def _num_kept(keep: str, activation: str, num_samples: int, dtype: torch.dtype) -> int:
+    """Samples of which backward finds act' at hand; "auto": those that fit into one output, as one draw would keep."""
+    if keep == "auto":
+        if activation == "relu":  # a bit of each sample, of all or none
+            return num_samples if num_samples <= 8 * dtype.itemsize else 0
+        return 1
+    return num_samples if keep == "u" else 0
 
 
 class _Unused(Function):
@@ -450,8 +460,8 @@ def dip_linear(
       "sample"    act of one draw; num_samples draws are averaged before the activation.
       "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
                   in the memory of one. Backward draws again; keep says whether it multiplies again as well: "x" yes; "u" no, on
-                  a CPU, for S outputs (for relu: S bits per output) kept beside x; "auto": only relu keeps, while its bits
-                  take no more than one output. Without an activation as "sample".
+                  a CPU, for S outputs (for relu: S bits per output) kept beside x; "auto": on a CPU not for the samples whose
+                  outputs (relu: bits, of all or none) take no more than one output. Without an activation as "sample".
       "analytic"  E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance sum_k sigma_k^2 W_nk^2.
                   Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error: docs/maths.md, section 7.
     Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.

@@ -34,9 +34,9 @@ SCHEMAS = {
     # The mean over samples of act(affine), and its derivatives dx, dweight, dbias ([N], also without a bias), dsigma.
     "linear": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> Tensor",
     "linear_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    # The same on a CPU, with what backward needs of each sample: relu's signs, uint8 [ceil(samples / 8), rows, N], a bit per
-    # sample that says h > 0, or for another activation the pre-activations [samples, rows, N].
-    "linear_keep": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> (Tensor, Tensor)",
+    # The same on a CPU, with what backward needs of a sample: relu's signs, uint8 [ceil(samples / 8), rows, N], a bit per
+    # sample that says h > 0, or for another activation the pre-activations of the first num_kept samples, [num_kept, rows, N].
+    "linear_keep": f"(Tensor x, {_LINEAR}, str activation, int num_kept, ScalarType? out_dtype) -> (Tensor, Tensor)",
     "linear_keep_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation, Tensor kept)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # E[act(mu + sqrt(v) z)] with v [N], and dy's product with d/dmu and, summed over rows, with d/dv.
@@ -244,12 +244,25 @@ def can_keep(device: str) -> bool:
 
 def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+    num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
     return _run("linear_keep", x.device.type)(
-        x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
+        x,
+        weight,
+        bias,
+        sigma,
+        seed,
+        row0,
+        col0,
+        sample,
+        num_samples,
+        factor,
+        log_variance,
+        activation,
+        num_kept,
+        out_dtype,
     )
 
 
@@ -321,12 +334,12 @@ def _fake_linear_bwd(
 
 
 def _fake_linear_keep(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    num_samples, activation = rest[-5], rest[-2]
+    num_samples, activation, num_kept = rest[-6], rest[-3], rest[-2]
     shape = (x.shape[:-1].numel(), weight.shape[0])
     if activation == "relu":
         kept = x.new_empty(((num_samples + 7) // 8, *shape), dtype=torch.uint8)
     else:
-        kept = weight.new_empty((num_samples, *shape))
+        kept = weight.new_empty((num_kept, *shape))
     return _fake_linear(x, weight, *rest), kept
 
 

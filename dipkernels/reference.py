@@ -237,14 +237,14 @@ def linear(
 
 def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+    num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else h of each sample"""
+    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else h of num_kept samples"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
     hs = [h for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
     if activation != "relu":
-        return y, torch.stack(hs).to(weight.dtype)
+        return y, torch.stack(hs)[:num_kept].to(weight.dtype)
     signs = torch.zeros(-(-num_samples // 8), *hs[0].shape, dtype=torch.uint8, device=x.device)
     for i, h in enumerate(hs):
         signs[i // 8] |= (h > 0).to(torch.uint8) << i % 8

@@ -67,8 +67,9 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
-def _blocks(x: Tensor, num_samples: int) -> Iterator[tuple[int, Tensor, list[range]]]:
-    """(first row, rows, ranges of samples that go through one product) over the flattened rows of x"""
+def _blocks(x: Tensor, num_samples: int, num_kept: int) -> Iterator[tuple[int, Tensor, list[range]]]:
+    """(first row, rows, ranges of samples that go through one product) over the flattened rows of x; the first num_kept
+    samples and the others share no range"""
     if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of ops
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     rows = flat_rows(x)
@@ -76,8 +77,8 @@ def _blocks(x: Tensor, num_samples: int) -> Iterator[tuple[int, Tensor, list[ran
     for first in range(0, rows.shape[0], size):
         block = rows[first : first + size]
         group = max(1, size // block.shape[0])
-        starts = range(0, num_samples, group)
-        yield first, block, [range(i, min(i + group, num_samples)) for i in starts]
+        parts = (range(num_kept), range(num_kept, num_samples))
+        yield first, block, [part[i : i + group] for part in parts for i in range(0, len(part), group)]
 
 
 def _noised(
@@ -124,18 +125,20 @@ def _mean(
     num_rows = flat_rows(x).shape[0]
     y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
     act = _IN_PLACE.get(activation) or act_of(activation)
-    for first, rows, groups in _blocks(x, num_samples):
+    by_signs = kept is not None and activation == "relu"
+    num_kept = 0 if kept is None or by_signs else kept.shape[0]
+    for first, rows, groups in _blocks(x, num_samples, num_kept):
         block = slice(first, first + rows.shape[0])
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
         for group in groups:
             samples = [sample + i for i in group]
             u = _noised(rows, sigma, seed, row0 + first, col0, samples, factor, log_variance, dtype)
             h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-            if kept is not None and activation == "relu":
+            if kept is not None and by_signs:
                 for i, part in zip(group, h, strict=True):
                     torch.ops.dipkernels.relu_add(total, kept[i // 8, block], part, i % 8)
                 continue
-            if kept is not None:
+            if kept is not None and group.start < num_kept:
                 kept[group.start : group.stop, block] = h
             for part in act(h):
                 total.add_(part.to(wide))
@@ -153,15 +156,18 @@ def linear(
 
 def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
+    num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s, [S, rows, N]."""
+    """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s of the first num_kept
+    samples, [num_kept, rows, N]."""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     shape = (x.shape[:-1].numel(), weight.shape[0])
     if activation == "relu":
         kept = torch.zeros(-(-num_samples // 8), *shape, dtype=torch.uint8, device=x.device)
     else:
-        kept = torch.empty(num_samples, *shape, dtype=weight.dtype, device=x.device)
+        if not 0 <= num_kept <= num_samples:
+            raise ValueError(f"num_kept: expected 0 to num_samples = {num_samples}, got {num_kept}")
+        kept = torch.empty(num_kept, *shape, dtype=weight.dtype, device=x.device)
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
 
@@ -171,7 +177,7 @@ def linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
     dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs one product, and one more where h_s is made
-    again because nothing was kept."""
+    again where it was not kept."""
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
     flat_dy = flat_rows(dy)
@@ -180,7 +186,8 @@ def linear_bwd(
     dbias = torch.zeros(n, dtype=wide, device=x.device)
     zero, one = x.new_zeros(1, k, dtype=dtype), torch.ones_like(sigma)
     by_signs = kept is not None and activation == "relu"
-    for first, rows, groups in _blocks(x, num_samples):
+    num_kept = 0 if kept is None or by_signs else kept.shape[0]
+    for first, rows, groups in _blocks(x, num_samples, num_kept):
         block = slice(first, first + rows.shape[0])
         block_dy = flat_dy[block].to(dtype)
         if (
@@ -194,11 +201,11 @@ def linear_bwd(
                 dhs = [torch.ops.dipkernels.relu_add_bwd(total, signs[i // 8], block_dy, i % 8) for i in group]
                 columns = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
             else:
-                if kept is None:
+                if kept is not None and group.start < num_kept:
+                    h = kept[group.start : group.stop, block]
+                else:
                     u = _noised(rows, sigma, *where, factor, log_variance, dtype)
                     h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-                else:
-                    h = kept[group.start : group.stop, block]
                 dh = _BACKWARDS[activation](block_dy.expand_as(h), h)
                 for part in dh:
                     total.add_(part.to(wide))

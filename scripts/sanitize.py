@@ -123,7 +123,9 @@ def in_python() -> str:
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
             PYTHONMALLOC="malloc",
         )
-        done = copy.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "--durations-min=1e9", *TESTS, timeout=3600)
+        done = copy.python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "--durations-min=1e9", *TESTS, timeout=3600
+        )
     last = (done.stdout.strip().splitlines() or [""])[-1].strip("= ")
     if done.returncode:
         raise RuntimeError(f"{done.stdout[-8000:]}\n{done.stderr[-5000:]}")
