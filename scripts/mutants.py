@@ -99,6 +99,7 @@ MUTANTS = [
     Mutant("csrc/cpu/perturb.cpp", "One::load(scale + next), b", "One::load(scale + at), b", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "p.draw.num_samples == 1 && (a.x", "(a.x", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "same(a.x) &&", "true &&", PERTURB),
+    Mutant("csrc/cpu/perturb.cpp", "stream_pair(u + at, here, beside)", "stream_pair(u + at, here, here)", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "smaller(w.total, at + w.grain)", "at + w.grain", ("tests/test_guards.py", "tests/test_perturb.py"),
            explained="each part ends at its tensor's end by itself; the clamp spares it empty rounds"),
     Mutant("csrc/cpu/perturb.cpp", "(next ? r1 : r0) >> 32", "r0 >> 32", NOISE),

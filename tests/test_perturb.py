@@ -83,6 +83,21 @@ def test_perturb_rounds_once_to_the_asked_type(shape, dtype, out_dtype):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_perturb_of_a_large_tensor_is_that_of_its_parts(capability):
+    """From 16 MiB of float32 on, u is written past the caches."""
+    if capability not in library().cpu_capabilities:
+        pytest.skip(f"the library carries no {capability}")
+    x, _, sigma = inputs((4102, 1032))
+    try:
+        cpu_capability(capability)
+        u = ops.perturb(x, sigma, SEED, *arguments(row0=5), None)
+        parts = [ops.perturb(x[i : i + 600], sigma, SEED, *arguments(row0=5 + i), None) for i in range(0, 4102, 600)]
+    finally:
+        cpu_capability("auto")
+    assert torch.equal(u, torch.cat(parts))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_perturb_rounds_ties_to_even(capability):
     """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of either kind."""
     if capability not in library().cpu_capabilities:

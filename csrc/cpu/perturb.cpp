@@ -14,6 +14,10 @@ using One = V::One;
 constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
 constexpr int64_t kChunk = 128;         // rows of a chunk of channels
+#ifndef DIP_STREAM_BYTES  // the sanitizers' small tensors reach it too
+#define DIP_STREAM_BYTES (1 << 24)
+#endif
+constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
 constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
 constexpr int64_t kGrainTiles = 32;     // 16384 elements: about the cost of waking a thread
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0 && kChunk % V::kLanes == 0, "a tile is whole vectors");
@@ -100,7 +104,7 @@ DIP_HD void apply_run(
 // ---- a whole tile of one sample, used in the registers it was drawn in ------------------------------------------------
 // The arithmetic of the draw waits more than it works: loads, conversions and stores fit in between.
 
-template <class T, bool kWrite, bool kSum>
+template <class T, bool kWrite, bool kSum, bool kStream = false>
 struct Tile {
   const T *x, *du;
   T* u;
@@ -111,7 +115,8 @@ struct Tile {
   DIP_HD void prefetch_next(int first) const {
     constexpr int kLine = 64 / sizeof(T);
     for (int at = first + kTile; at < first + kTile + 8 * V::kLanes; at += kLine) {
-      if constexpr (kWrite) __builtin_prefetch(x + at, 0), __builtin_prefetch(u + at, 1);
+      if constexpr (kWrite) __builtin_prefetch(x + at, 0);
+      if constexpr (kWrite && !kStream) __builtin_prefetch(u + at, 1);
       if constexpr (kSum) __builtin_prefetch(du + at, 0);
     }
   }
@@ -124,10 +129,12 @@ struct Tile {
         One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
         One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
       }
-      if constexpr (kWrite)
-        One::store_pair(
-            u + at, One::fma(One::load(scale + at), a, One::load(x + at)),
-            One::fma(One::load(scale + next), b, One::load(x + next)));
+      if constexpr (kWrite) {
+        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at));
+        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next));
+        if constexpr (kStream) One::stream_pair(u + at, here, beside);
+        else One::store_pair(u + at, here, beside);
+      }
     });
   }
 
@@ -166,6 +173,7 @@ struct Rows {
   int64_t k, phase, first_group, groups;  // groups of one row; the first one's leading `phase` columns are outside
   bool linear;                            // rows follow one another: a tile is one run, whatever K is
   bool fused;                             // a whole tile stays in registers: run_tile
+  bool streams;                           // u is larger than a cache, and written past it
 
   explicit Rows(const Pass<C>& p) : pass(p) {
     const PerturbArgs& a = *p.args;
@@ -179,6 +187,7 @@ struct Rows {
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
     fused = V::kLanes > 1 && sizeof(C) == 4 && linear && p.draw.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) &&
             same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    streams = fused && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
   }
 
   void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
@@ -194,7 +203,8 @@ struct Rows {
     const PerturbArgs& a = *pass.args;
     const T *x = static_cast<const T*>(a.x.data) + offset, *du = static_cast<const T*>(a.du.data) + offset;
     T* u = static_cast<T*>(a.u.data) + offset;
-    if (!acc) Tile<T, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
+    if (!acc && streams && sizeof(T) == 4) Tile<T, true, false, sizeof(T) == 4>{x, du, u, scale, acc}.run(counters, pass.draw);
+    else if (!acc) Tile<T, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
     else if (!a.u.data) Tile<T, false, true>{x, du, u, scale, acc}.run(counters, pass.draw);
     else Tile<T, true, true>{x, du, u, scale, acc}.run(counters, pass.draw);
   }
@@ -278,6 +288,7 @@ struct Rows {
         tiles = 0;
       }
     }
+    if (streams) One::end_stream();
   }
 };
 
