@@ -24,8 +24,8 @@ DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, 
 
 // ---- the normal distribution -----------------------------------------------------------------------------------------
 
-// phi(a) and Phi(-|a|); a is brought into the range where neither, nor their products with usual variances, is a subnormal number:
-// arithmetic on those takes a processor a hundred cycles.
+// phi(a) and Phi(-|a|); a is brought into the range where neither, nor their products with usual variances, is a subnormal
+// number: arithmetic on those takes a processor a hundred cycles.
 DIP_HD void normal(float& a, float* density, float* tail) {
   a = a > 12.5f ? 12.5f : a;
   a = a < -12.5f ? -12.5f : a;

@@ -14,12 +14,12 @@ using One = V::One;
 constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
 constexpr int64_t kChunk = 128;         // rows of a chunk of channels
-#ifndef DIP_STREAM_BYTES  // the sanitizers' small tensors reach it too
+#ifndef DIP_STREAM_BYTES                // the sanitizers' small tensors reach it too
 #define DIP_STREAM_BYTES (1 << 24)
 #endif
 constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
-constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
-constexpr int64_t kGrainTiles = 32;     // 16384 elements: about the cost of waking a thread
+constexpr int64_t kMaxBlocks = 32;                  // row blocks of the two-stage sum
+constexpr int64_t kGrainTiles = 32;                 // 16384 elements: about the cost of waking a thread
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0 && kChunk % V::kLanes == 0, "a tile is whole vectors");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -187,7 +187,8 @@ struct Rows {
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
     fused = V::kLanes > 1 && sizeof(C) == 4 && linear && p.draw.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) &&
             same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = fused && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    streams =
+        fused && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
   }
 
   void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
