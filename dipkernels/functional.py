@@ -229,14 +229,9 @@ class _Mean(Function):
         dtype: torch.dtype, num_kept: int,
     ) -> Tensor:  # fmt: skip
         ctx.where, ctx.activation, ctx.dtype = where, activation, dtype
-        arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation)
-        kept = None
-        if num_kept:
-            arguments = (*arguments, num_kept, dtype)
-            y, kept = ops.linear_keep(*arguments)
-        else:
-            arguments = (*arguments, dtype)
-            y = ops.linear(*arguments)
+        last = (num_kept, dtype) if num_kept else (dtype,)
+        arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, *last)
+        y, kept = ops.linear_keep(*arguments) if num_kept else (ops.linear(*arguments), None)
         ctx.save_for_backward(x, weight, bias, sigma, seed, kept)
         return y
 

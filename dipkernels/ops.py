@@ -248,22 +248,11 @@ def linear_keep(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
-    return _run("linear_keep", x.device.type)(
-        x,
-        weight,
-        bias,
-        sigma,
-        seed,
-        row0,
-        col0,
-        sample,
-        num_samples,
-        factor,
-        log_variance,
-        activation,
-        num_kept,
-        out_dtype,
-    )
+    least = num_samples if activation == "relu" else 0  # the signs of all samples
+    if not least <= num_kept <= num_samples:
+        raise ValueError(f"num_kept: expected {least} to num_samples = {num_samples}, got {num_kept}")
+    where = (row0, col0, sample, num_samples, factor, log_variance)
+    return _run("linear_keep", x.device.type)(x, weight, bias, sigma, seed, *where, activation, num_kept, out_dtype)
 
 
 def linear_keep_bwd(

@@ -70,8 +70,11 @@ def flat_rows(x: Tensor) -> Tensor:
 def _blocks(x: Tensor, num_samples: int, num_kept: int) -> Iterator[tuple[int, Tensor, list[range]]]:
     """(first row, rows, ranges of samples that go through one product) over the flattened rows of x; the first num_kept
     samples and the others share no range"""
-    if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of ops
+    # Whoever calls the operation itself passes no check of ops.
+    if not 1 <= num_samples <= 2**16:
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
+    if num_kept > num_samples:
+        raise ValueError(f"num_kept: expected 0 to num_samples = {num_samples}, got {num_kept}")
     rows = flat_rows(x)
     size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
     for first in range(0, rows.shape[0], size):
@@ -79,6 +82,11 @@ def _blocks(x: Tensor, num_samples: int, num_kept: int) -> Iterator[tuple[int, T
         group = max(1, size // block.shape[0])
         parts = (range(num_kept), range(num_kept, num_samples))
         yield first, block, [part[i : i + group] for part in parts for i in range(0, len(part), group)]
+
+
+def _num_kept(kept: Tensor | None, activation: str) -> int:
+    """Samples whose pre-activations are in `kept`; relu's signs are none."""
+    return 0 if kept is None or activation == "relu" else kept.shape[0]
 
 
 def _noised(
@@ -125,8 +133,7 @@ def _mean(
     num_rows = flat_rows(x).shape[0]
     y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
     act = _IN_PLACE.get(activation) or act_of(activation)
-    by_signs = kept is not None and activation == "relu"
-    num_kept = 0 if kept is None or by_signs else kept.shape[0]
+    num_kept = _num_kept(kept, activation)
     for first, rows, groups in _blocks(x, num_samples, num_kept):
         block = slice(first, first + rows.shape[0])
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
@@ -134,7 +141,7 @@ def _mean(
             samples = [sample + i for i in group]
             u = _noised(rows, sigma, seed, row0 + first, col0, samples, factor, log_variance, dtype)
             h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-            if kept is not None and by_signs:
+            if kept is not None and activation == "relu":
                 for i, part in zip(group, h, strict=True):
                     torch.ops.dipkernels.relu_add(total, kept[i // 8, block], part, i % 8)
                 continue
@@ -165,8 +172,6 @@ def linear_keep(
     if activation == "relu":
         kept = torch.zeros(-(-num_samples // 8), *shape, dtype=torch.uint8, device=x.device)
     else:
-        if not 0 <= num_kept <= num_samples:
-            raise ValueError(f"num_kept: expected 0 to num_samples = {num_samples}, got {num_kept}")
         kept = torch.empty(num_kept, *shape, dtype=weight.dtype, device=x.device)
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
@@ -186,7 +191,7 @@ def linear_bwd(
     dbias = torch.zeros(n, dtype=wide, device=x.device)
     zero, one = x.new_zeros(1, k, dtype=dtype), torch.ones_like(sigma)
     by_signs = kept is not None and activation == "relu"
-    num_kept = 0 if kept is None or by_signs else kept.shape[0]
+    num_kept = _num_kept(kept, activation)
     for first, rows, groups in _blocks(x, num_samples, num_kept):
         block = slice(first, first + rows.shape[0])
         block_dy = flat_dy[block].to(dtype)

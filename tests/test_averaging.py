@@ -106,6 +106,16 @@ def test_mean_that_keeps_its_samples_matches_reference(namespace, activation, mo
             torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation, num_kept", [("gelu", -1), ("gelu", 4), ("relu", 2), ("relu", 4)])
+def test_number_of_kept_samples_is_checked(activation, num_kept):
+    x, weight, bias, sigma, dy = inputs(6, 9, 5)
+    how = (weight, bias, sigma, SEED, 0, 0, 0, 3, 1.0, False, activation)
+    with pytest.raises(ValueError, match=f"num_kept: expected [03] to num_samples = 3, got {num_kept}"):
+        ops.linear_keep(x, *how, num_kept, None)
+    with pytest.raises(ValueError, match="num_kept: expected 0 to num_samples = 3, got 4"):
+        torch.ops.dipkernels.linear_keep_bwd(dy, x, *how[:-1], "gelu", torch.zeros(4, 6, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("activation", NAMES)
 def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
@@ -314,8 +324,9 @@ def examples():
         how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, activation)
         yield "linear", (x, *how, torch.float16)
         yield "linear_bwd", (dy, x, *how)
-        yield "linear_keep", (x, *how, 1, torch.float16)
-        yield "linear_keep_bwd", (dy, x, *how, reference.linear_keep(x, *how, 1, None)[1])
+        num_kept = 2 if activation == "relu" else 1
+        yield "linear_keep", (x, *how, num_kept, torch.float16)
+        yield "linear_keep_bwd", (dy, x, *how, reference.linear_keep(x, *how, num_kept, None)[1])
     v = torch.rand(5)
     yield "activation", (dy, v, "tanh")
     yield "activation_bwd", (dy.t().contiguous().t(), dy, v, "relu")

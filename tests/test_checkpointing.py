@@ -45,10 +45,9 @@ KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def _forget():
-    for marks in (seeds._first_draws, seeds._earlier_draws):
-        marks.clear()
-    yield
+def _forget(monkeypatch):
+    monkeypatch.setattr(seeds, "_first_draws", set())
+    monkeypatch.setattr(seeds, "_earlier_draws", set())
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ using One = V::One;
 constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
 constexpr int64_t kChunk = 128;         // rows of a chunk of channels
-#ifndef DIP_STREAM_BYTES                // the sanitizers' small tensors reach it too
-#define DIP_STREAM_BYTES (1 << 24)
+constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
+constexpr int64_t kGrainTiles = 32;     // 16384 elements: about the cost of waking a thread
+#ifndef DIP_STREAM_BYTES
+#define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
 #endif
 constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
-constexpr int64_t kMaxBlocks = 32;                  // row blocks of the two-stage sum
-constexpr int64_t kGrainTiles = 32;                 // 16384 elements: about the cost of waking a thread
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0 && kChunk % V::kLanes == 0, "a tile is whole vectors");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -104,7 +104,7 @@ DIP_HD void apply_run(
 // ---- a whole tile of one sample, used in the registers it was drawn in ------------------------------------------------
 // The arithmetic of the draw waits more than it works: loads, conversions and stores fit in between.
 
-template <class T, bool kWrite, bool kSum, bool kStream = false>
+template <class T, bool kWrite, bool kSum, bool kStream>
 struct Tile {
   const T *x, *du;
   T* u;
@@ -187,27 +187,27 @@ struct Rows {
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
     fused = V::kLanes > 1 && sizeof(C) == 4 && linear && p.draw.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) &&
             same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams =
-        fused && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    streams = fused && a.u.data && !a.dsigma && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes &&
+              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
   }
 
   void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
     if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
-      if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
-        run_tile_of<float>(counters, offset, scale, acc);
-      else run_tile_of<BFloat16Bits>(counters, offset, scale, acc);
+      if (streams) run_tile_of<float, true>(counters, offset, scale, acc);
+      else if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
+        run_tile_of<float, false>(counters, offset, scale, acc);
+      else run_tile_of<BFloat16Bits, false>(counters, offset, scale, acc);
     }
   }
 
-  template <class T>
+  template <class T, bool kStream>
   void run_tile_of(const Counters& counters, int64_t offset, const float* scale, float* acc) const {
     const PerturbArgs& a = *pass.args;
     const T *x = static_cast<const T*>(a.x.data) + offset, *du = static_cast<const T*>(a.du.data) + offset;
     T* u = static_cast<T*>(a.u.data) + offset;
-    if (!acc && streams && sizeof(T) == 4) Tile<T, true, false, sizeof(T) == 4>{x, du, u, scale, acc}.run(counters, pass.draw);
-    else if (!acc) Tile<T, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
-    else if (!a.u.data) Tile<T, false, true>{x, du, u, scale, acc}.run(counters, pass.draw);
-    else Tile<T, true, true>{x, du, u, scale, acc}.run(counters, pass.draw);
+    if (!acc) Tile<T, true, false, kStream>{x, du, u, scale, acc}.run(counters, pass.draw);
+    else if (!a.u.data) Tile<T, false, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
+    else Tile<T, true, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
   }
 
   // Counters of one tile, from group g of row `row` on.

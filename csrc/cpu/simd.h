@@ -94,14 +94,14 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 16, b); }
-  // Past the caches, to p aligned to a vector; other threads may read it after end_stream.
-  static DIP_HD void stream_pair(float* p, F a, F b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b); }
-  static DIP_HD void end_stream() { _mm_sfence(); }
   static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
     alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_bfloat16(a), _mm512_load_si512(kUpper), round_to_bfloat16(b)));
   }
+  // Past the caches, to p aligned to a vector; other threads may read it after end_stream.
+  static DIP_HD void stream_pair(float* p, F a, F b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b); }
+  static DIP_HD void end_stream() { _mm_sfence(); }
   // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
   static DIP_HD U round_to_bfloat16(F f) {
     const U bits = as_uint(f), up = _mm512_add_epi32(bits, splat(0x7FFF));
@@ -184,12 +184,12 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 8, b); }
-  static DIP_HD void stream_pair(float* p, F a, F b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + 8, b); }
-  static DIP_HD void end_stream() { _mm_sfence(); }
   static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
     const U packed = _mm256_packus_epi32(shift_right<16>(round_to_bfloat16(a)), shift_right<16>(round_to_bfloat16(b)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
+  static DIP_HD void stream_pair(float* p, F a, F b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + 8, b); }
+  static DIP_HD void end_stream() { _mm_sfence(); }
   // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
   static DIP_HD U round_to_bfloat16(F f) {
     const U bits = as_uint(f), last = and_(shift_right<16>(bits), splat(1));
