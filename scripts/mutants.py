@@ -148,7 +148,7 @@ MUTANTS = [
     Mutant("dipkernels/functional.py", "        _check_sigma(sigma)\n", "        pass\n", PERTURB),
     Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", AVERAGED),
     Mutant("dipkernels/functional.py", "mean: Tensor = y / num_samples", "mean: Tensor = y", AVERAGED),
-    Mutant("dipkernels/functional.py", "where[3] <= 8 * (dtype or x.dtype).itemsize", "where[3] <= 8 * x.dtype.itemsize", AVERAGING),
+    Mutant("dipkernels/functional.py", "_num_kept(keep, activation, where[3], dtype or x.dtype)", "_num_kept(keep, activation, where[3], x.dtype)", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "kept[i // 8, block], part, i % 8)", "kept[0, block], part, i % 8)", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "dweight.addcmul_(noise_sum, scale.to(wide))", "dweight.add_(noise_sum)", AVERAGING),
     Mutant("csrc/cpu/activation.cpp", "signs[i] | set[i]", "set[i]", AVERAGING),
