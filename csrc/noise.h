@@ -126,31 +126,6 @@ DIP_HD void standard_normal_pair(typename V::U w, typename V::F* even, typename 
   cos_sin<V>(w, radius<V>(w), even, odd);
 }
 
-// Eight columns of one row from the words of one counter: z[t] is column 8 * group + t.
-template <class V>
-DIP_HD void standard_normal_words(const typename V::Wide words[4], typename V::F z[8]) {
-  DIP_UNROLL
-  for (int t = 0; t < 4; ++t) standard_normal_pair<V>(V::narrow(words[t]), &z[2 * t], &z[2 * t + 1]);
-}
-
-template <class V, class Keys>
-DIP_HD void standard_normal_group(
-    typename V::U group, typename V::U row_lo, typename V::U row_hi,
-    uint32_t stream_sample,  // (stream mod 2^16) * 2^16 + sample
-    const Keys& keys, typename V::F z[8]) {
-  typename V::Wide ctr[4] = {V::widen(group), V::widen(row_lo), V::widen(row_hi), V::widen(V::splat(stream_sample))};
-  philox4x32_10<V>(ctr, keys);
-  standard_normal_words<V>(ctr, z);
-}
-
-// The same where all groups belong to one row.
-template <class V>
-DIP_HD void standard_normal_group(typename V::U group, const PhiloxRow& row, const PhiloxKeys& keys, typename V::F z[8]) {
-  typename V::Wide ctr[4];
-  philox4x32_10<V>(group, row, keys, ctr);
-  standard_normal_words<V>(ctr, z);
-}
-
 DIP_HD PhiloxKey philox_key(const int64_t seed[2]) {
   const uint64_t key = static_cast<uint64_t>(seed[0]);
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};

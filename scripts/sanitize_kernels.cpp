@@ -283,8 +283,10 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
         const uint64_t r = static_cast<uint64_t>(a.row0 + row);
         for (int i = 0; i < a.num_samples; ++i) {
           float next[8];
-          standard_normal_group<ScalarLane>(static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
-                                            stream_sample(a.seed, static_cast<uint32_t>(a.sample + i)), philox_key(a.seed), next);
+          uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
+                               stream_sample(a.seed, static_cast<uint32_t>(a.sample + i))};
+          philox4x32_10<ScalarLane>(words, philox_key(a.seed));
+          for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &next[2 * t], &next[2 * t + 1]);
           for (int t = 0; t < 8; ++t) z[t] = i ? z[t] + next[t] : next[t];
         }
         if (a.num_samples > 1)

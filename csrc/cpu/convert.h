@@ -8,7 +8,7 @@
 namespace dip {
 namespace {
 
-constexpr int kRun = 512;
+constexpr int kRun = 1024;
 
 DIP_HD float bfloat16_to_float(uint16_t h) { return ScalarLane::as_float(static_cast<uint32_t>(h) << 16); }
 

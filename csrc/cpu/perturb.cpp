@@ -11,16 +11,15 @@ namespace {
 using V = DIP_LANES;
 using One = V::One;
 
-constexpr int kTileGroups = 64;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
+constexpr int kTileGroups = 128;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
-constexpr int64_t kChunk = 128;         // rows of a chunk of channels
 constexpr int64_t kMaxBlocks = 32;      // row blocks of the two-stage sum
-constexpr int64_t kGrainTiles = 32;     // 16384 elements: about the cost of waking a thread
+constexpr int64_t kGrainTiles = 16;     // 16384 elements: about the cost of waking a thread
 #ifndef DIP_STREAM_BYTES
 #define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
 #endif
 constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
-static_assert(kTile == kRun && kTileGroups % V::kLanes == 0 && kChunk % V::kLanes == 0, "a tile is whole vectors");
+static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole vectors");
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -38,34 +37,86 @@ struct Draw {
   int num_samples;
 };
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kChunk * t +
-// i]. kMean apart, or the compiler keeps z in memory for the sake of a loop that one sample does not run.
-template <bool kPlanar, bool kMean>
-inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
-  for (int i = 0; i < count; i += V::kLanes) {
-    const auto load = [&](const uint32_t* p) { return kPlanar ? V::load(p + i) : V::load_interleaved(p + i); };
-    const typename V::U group = load(counters.group), lo = load(counters.row_lo), hi = load(counters.row_hi);
-    typename V::F z[8];
-    standard_normal_group<V>(group, lo, hi, draw.first, draw.keys, z);
-    if constexpr (kMean) {
-      for (int s = 1; s < draw.num_samples; ++s) {
-        typename V::F next[8];
-        standard_normal_group<V>(group, lo, hi, draw.first + s, draw.keys, next);
-        for (int t = 0; t < 8; ++t) z[t] = V::add(z[t], next[t]);
-      }
-      const typename V::F share = V::splat_f(1.0f / static_cast<float>(draw.num_samples));
-      for (int t = 0; t < 8; ++t) z[t] = V::mul(z[t], share);
-    }
-    if constexpr (kPlanar)
-      for (int t = 0; t < 8; ++t) V::store(out + kChunk * t + i, z[t]);
-    else V::in_order(z, [&](int j, One::F a, One::F b) { One::store_pair(out + 8 * i + j, a, b); });
-  }
+// Word t of counter i: in groups at words[4 * i + t], up to the order of V::store_words; planar at words[kTileGroups * t + i].
+template <bool kPlanar>
+DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
+  typename V::U w[4];
+  DIP_UNROLL
+  for (int t = 0; t < 4; ++t) w[t] = V::narrow(ctr[t]);
+  if constexpr (kPlanar)
+    for (int t = 0; t < 4; ++t) V::store(words + kTileGroups * t + i, w[t]);
+  else V::store_words(words + 4 * i, w);
 }
 
 template <bool kPlanar>
-inline void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
-  if (draw.num_samples == 1) normal_tile<kPlanar, false>(counters, draw, count, out);
-  else normal_tile<kPlanar, true>(counters, draw, count, out);
+void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sample, int count, uint32_t* words) {
+  const int last = kTileGroups - 1;
+  if (!kPlanar && c.row_lo[0] == c.row_lo[last] && c.row_hi[0] == c.row_hi[last]) {
+    const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], stream_sample, keys);
+    for (int i = 0; i < count; i += V::kLanes) {
+      typename V::Wide ctr[4];
+      philox4x32_10<V>(V::load_counters(c.group + i), row, keys, ctr);
+      store_words<kPlanar>(ctr, i, words);
+    }
+    return;
+  }
+  const auto load = [&](const uint32_t* p) { return V::widen(kPlanar ? V::load(p) : V::load_counters(p)); };
+  for (int i = 0; i < count; i += V::kLanes) {
+    typename V::Wide ctr[4] = {load(c.group + i), load(c.row_lo + i), load(c.row_hi + i), V::widen(V::splat(stream_sample))};
+    philox4x32_10<V>(ctr, keys);
+    store_words<kPlanar>(ctr, i, words);
+  }
+}
+
+// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long chain of dependent instructions per
+// vector, and too few such chains fit into what a core looks ahead.
+struct Polar {
+  alignas(64) uint32_t words[4 * kTileGroups];  // in the order of store_words
+  alignas(64) float radii[4 * kTileGroups];
+};
+
+template <bool kPlanar>
+void draw_polar(const Counters& counters, const Draw& draw, int sample, int count, Polar* out) {
+  draw_words<kPlanar>(counters, draw.keys, draw.first + static_cast<uint32_t>(sample), count, out->words);
+  const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
+  for (int t = 0; t < rows; ++t)
+    for (int i = kTileGroups * t; i < kTileGroups * t + width; i += V::kLanes)
+      V::store(out->radii + i, radius<V>(V::load(out->words + i)));
+}
+
+template <bool kPlanar>
+void normal_sample(const Counters& counters, const Draw& draw, int sample, int count, float* out) {
+  Polar polar;
+  draw_polar<kPlanar>(counters, draw, sample, count, &polar);
+  const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
+  for (int t = 0; t < rows; ++t)
+    for (int i = 0; i < width; i += V::kLanes) {
+      typename V::F even, odd;
+      cos_sin<V>(V::load(polar.words + kTileGroups * t + i), V::load(polar.radii + kTileGroups * t + i), &even, &odd);
+      if constexpr (kPlanar) {
+        V::store(out + kTileGroups * 2 * t + i, even);
+        V::store(out + kTileGroups * (2 * t + 1) + i, odd);
+      } else {
+        V::zip(even, odd, [&](int j, One::F a, One::F b) { One::store_pair(out + 2 * i + j, a, b); });
+      }
+    }
+}
+
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t + i].
+template <bool kPlanar>
+void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
+  normal_sample<kPlanar>(counters, draw, 0, count, out);
+  if (draw.num_samples == 1) return;
+  alignas(64) float next[kTile];
+  const float share = 1.0f / static_cast<float>(draw.num_samples);
+  const int rows = kPlanar ? 8 : 1, width = kPlanar ? count : 8 * count;
+  for (int s = 1; s < draw.num_samples; ++s) {
+    normal_sample<kPlanar>(counters, draw, s, count, next);
+    for (int t = 0; t < rows; ++t)
+      for (int i = 0; i < width; ++i) out[kTileGroups * t + i] += next[kTileGroups * t + i];
+  }
+  for (int t = 0; t < rows; ++t)
+    for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
 }
 
 // ---- a run: n elements that lie side by side -------------------------------------------------------------------------
@@ -101,30 +152,16 @@ DIP_HD void apply_run(
   }
 }
 
-// ---- a whole tile of one sample, used in the registers it was drawn in ------------------------------------------------
-// The arithmetic of the draw waits more than it works: loads, conversions and stores fit in between.
+// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// Loads, conversions and stores fit in between.
 
 template <class T, bool kWrite, bool kSum, bool kStream>
-struct Tile {
-  const T *x, *du;
-  T* u;
-  const float* scale;
-  float* acc;
-
-  // Asks for the same part of the next tile, so that memory works while the draw does.
-  DIP_HD void prefetch_next(int first) const {
-    constexpr int kLine = 64 / sizeof(T);
-    for (int at = first + kTile; at < first + kTile + 8 * V::kLanes; at += kLine) {
-      if constexpr (kWrite) __builtin_prefetch(x + at, 0);
-      if constexpr (kWrite && !kStream) __builtin_prefetch(u + at, 1);
-      if constexpr (kSum) __builtin_prefetch(du + at, 0);
-    }
-  }
-
-  DIP_HD void use(const V::F z[8], int first) const {
-    prefetch_next(first);
-    V::in_order(z, [&](int j, One::F a, One::F b) {
-      const int at = first + j, next = at + One::kLanes;
+void use_tile(const Polar& polar, const T* x, const T* du, T* u, const float* scale, float* acc) {
+  for (int i = 0; i < 4 * kTileGroups; i += V::kLanes) {
+    typename V::F even, odd;
+    cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+    V::zip(even, odd, [&](int j, One::F a, One::F b) {
+      const int at = 2 * i + j, next = at + One::kLanes;
       if constexpr (kSum) {
         One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
         One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
@@ -137,33 +174,7 @@ struct Tile {
       }
     });
   }
-
-  // Apart, and not inlined: in one function the compiler spills more.
-  __attribute__((noinline)) void run_rows(const Counters& counters, const Draw& draw) const {
-    for (int i = 0; i < kTileGroups; i += V::kLanes) {
-      typename V::F z[8];
-      standard_normal_group<V>(
-          V::load_interleaved(counters.group + i), V::load_interleaved(counters.row_lo + i),
-          V::load_interleaved(counters.row_hi + i), draw.first, draw.keys, z);
-      use(z, 8 * i);
-    }
-  }
-  __attribute__((noinline)) void run_row(const Counters& counters, const PhiloxRow& row, const PhiloxKeys& keys) const {
-    for (int i = 0; i < kTileGroups; i += V::kLanes) {
-      typename V::F z[8];
-      standard_normal_group<V>(V::load_interleaved(counters.group + i), row, keys, z);
-      use(z, 8 * i);
-    }
-  }
-
-  void run(const Counters& counters, const Draw& draw) const {
-    const uint32_t lo = counters.row_lo[0], hi = counters.row_hi[0];
-    const int last = kTileGroups - 1;
-    if (lo == counters.row_lo[last] && hi == counters.row_hi[last])
-      run_row(counters, PhiloxRow(static_cast<uint64_t>(hi) << 32 | lo, draw.first, draw.keys), draw.keys);
-    else run_rows(counters, draw);
-  }
-};
+}
 
 // ---- rows: [M, K], columns side by side ------------------------------------------------------------------------------
 
@@ -193,49 +204,54 @@ struct Rows {
 
   void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
     if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
-      if (streams) run_tile_of<float, true>(counters, offset, scale, acc);
+      Polar polar;
+      draw_polar<false>(counters, pass.draw, 0, kTileGroups, &polar);
+      if (streams) run_tile_of<float, true>(polar, offset, scale, acc);
       else if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
-        run_tile_of<float, false>(counters, offset, scale, acc);
-      else run_tile_of<BFloat16Bits, false>(counters, offset, scale, acc);
+        run_tile_of<float, false>(polar, offset, scale, acc);
+      else run_tile_of<BFloat16Bits, false>(polar, offset, scale, acc);
     }
   }
 
   template <class T, bool kStream>
-  void run_tile_of(const Counters& counters, int64_t offset, const float* scale, float* acc) const {
+  void run_tile_of(const Polar& polar, int64_t offset, const float* scale, float* acc) const {
     const PerturbArgs& a = *pass.args;
     const T *x = static_cast<const T*>(a.x.data) + offset, *du = static_cast<const T*>(a.du.data) + offset;
     T* u = static_cast<T*>(a.u.data) + offset;
-    if (!acc) Tile<T, true, false, kStream>{x, du, u, scale, acc}.run(counters, pass.draw);
-    else if (!a.u.data) Tile<T, false, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
-    else Tile<T, true, true, false>{x, du, u, scale, acc}.run(counters, pass.draw);
+    if (!acc) use_tile<T, true, false, kStream>(polar, x, du, u, scale, acc);
+    else if (!a.u.data) use_tile<T, false, true, false>(polar, x, du, u, scale, acc);
+    else use_tile<T, true, true, false>(polar, x, du, u, scale, acc);
   }
 
   // Counters of one tile, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g) const {
-    const int64_t start = pass.args->row0 + row;
+    const uint64_t r0 = static_cast<uint64_t>(pass.args->row0 + row), r1 = r0 + 1;
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32), first = static_cast<uint32_t>(first_group);
     if (groups >= kTileGroups) {
-      const uint64_t r0 = static_cast<uint64_t>(start), r1 = r0 + 1;
+      const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
+      const uint32_t here = first + static_cast<uint32_t>(g), there = here - static_cast<uint32_t>(groups);
+      const int left = static_cast<int>(smaller(kTileGroups, groups - g));
       for (int i = 0; i < kTileGroups; ++i) {
-        const bool next = g + i >= groups;
-        c.group[i] = static_cast<uint32_t>(first_group + g + i - (next ? groups : 0));
-        c.row_lo[i] = static_cast<uint32_t>(next ? r1 : r0);
-        c.row_hi[i] = static_cast<uint32_t>((next ? r1 : r0) >> 32);
+        c.group[i] = (i < left ? here : there) + static_cast<uint32_t>(i);
+        c.row_lo[i] = i < left ? lo : next_lo;
+        c.row_hi[i] = i < left ? hi : next_hi;
       }
       return;
     }
     if (g == 0 && kTileGroups % groups == 0) {  // a narrow layer, where every tile begins a row
-      const int shift = __builtin_ctzll(static_cast<uint64_t>(groups));
-      for (int i = 0; i < kTileGroups; ++i) {
-        const uint64_t r = static_cast<uint64_t>(start) + (i >> shift);
-        c.group[i] = static_cast<uint32_t>(first_group + (i & (groups - 1)));
-        c.row_lo[i] = static_cast<uint32_t>(r);
-        c.row_hi[i] = static_cast<uint32_t>(r >> 32);
+      const uint32_t shift = static_cast<uint32_t>(__builtin_ctzll(static_cast<uint64_t>(groups)));
+      const uint32_t mask = static_cast<uint32_t>(groups - 1);
+      for (uint32_t i = 0; i < kTileGroups; ++i) {
+        const uint32_t at = lo + (i >> shift);
+        c.group[i] = first + (i & mask);
+        c.row_lo[i] = at;
+        c.row_hi[i] = hi + (at < lo);  // the carry
       }
       return;
     }
-    uint64_t r = static_cast<uint64_t>(start);
+    uint64_t r = r0;
     for (int i = 0; i < kTileGroups; ++i) {
-      c.group[i] = static_cast<uint32_t>(first_group + g);
+      c.group[i] = first + static_cast<uint32_t>(g);
       c.row_lo[i] = static_cast<uint32_t>(r);
       c.row_hi[i] = static_cast<uint32_t>(r >> 32);
       if (++g == groups) g = 0, ++r;
@@ -249,12 +265,13 @@ struct Rows {
     Counters counters;
     // In float32 an entry of acc takes 32 terms; then they go to double.
     const int64_t flush_every = larger(32, groups * 32 / kTileGroups);
+    const int64_t tile_rows = kTileGroups / groups, tile_groups = kTileGroups % groups;
     int64_t row = begin / groups, g = begin % groups, tiles = 0;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
-      if (linear && !fused) {
+      if (linear) {
         prefetch_run<0>(a.x, 8 * item, 8 * count);
-        prefetch_run<1>(a.u, 8 * item, 8 * count);
+        if (!streams) prefetch_run<1>(a.u, 8 * item, 8 * count);
         prefetch_run<0>(a.du, 8 * item, 8 * count);
       }
       fill(counters, row, g);
@@ -267,9 +284,9 @@ struct Rows {
         if (in_registers) run_tile(counters, offset, scale, at);
         else if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
         else apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
-        g += count;
-        row += g / groups;
-        g %= groups;
+        row += tile_rows;
+        g += tile_groups;
+        if (g >= groups) g -= groups, ++row;
       } else {
         for (int done = 0; done < count;) {
           const int64_t here = smaller(count - done, groups - g);
@@ -311,20 +328,18 @@ struct Channels {
   // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
   void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
     const PerturbArgs& a = *pass.args;
-    alignas(64) float z[8 * kChunk];
-    alignas(64) C acc[8 * kChunk] = {};
+    alignas(64) float z[kTile];
+    alignas(64) C acc[kTile] = {};
     Counters counters;
     for (int i = 0; i < kTileGroups; ++i) counters.group[i] = static_cast<uint32_t>(first_group + g);
-    for (int64_t row = begin; row < end; row += kChunk) {
-      const int n = static_cast<int>(smaller(kChunk, end - row));
-      for (int part = 0; part < n; part += kTileGroups) {
-        for (int i = 0; i < kTileGroups; ++i) {
-          const uint64_t r = static_cast<uint64_t>(a.row0 + row + part + i);
-          counters.row_lo[i] = static_cast<uint32_t>(r);
-          counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
-        }
-        normal_tile<true>(counters, pass.draw, static_cast<int>(smaller(kTileGroups, n - part)), z + part);
+    for (int64_t row = begin; row < end; row += kTileGroups) {
+      const int n = static_cast<int>(smaller(kTileGroups, end - row));
+      for (int i = 0; i < kTileGroups; ++i) {
+        const uint64_t r = static_cast<uint64_t>(a.row0 + row + i);
+        counters.row_lo[i] = static_cast<uint32_t>(r);
+        counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
       }
+      normal_tile<true>(counters, pass.draw, n, z);
       for (int t = 0; t < 8; ++t) {
         const int64_t channel = 8 * g + t - phase;
         if (channel < 0 || channel >= a.features) continue;
@@ -333,7 +348,7 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
           apply_run<C, true>(
-              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kChunk * t + done : nullptr, z + kChunk * t + done,
+              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr, z + kTileGroups * t + done,
               here);
           done += here;
           inner = 0;
@@ -343,7 +358,7 @@ struct Channels {
     }
     if (sum)
       for (int t = 0; t < 8; ++t)
-        for (int i = 0; i < kChunk; ++i) sum[t] += acc[kChunk * t + i];
+        for (int i = 0; i < kTileGroups; ++i) sum[t] += acc[kTileGroups * t + i];
   }
 };
 
@@ -414,11 +429,11 @@ void write_only(const Pass<C>& pass, ParallelFor parallel_for) {
     return;
   }
   const Channels<C> channels(pass);
-  const int64_t chunks = ceil_div(channels.rows, kChunk);
-  run_parallel(parallel_for, chunks * channels.groups, kGrainTiles / 2, [&](int64_t begin, int64_t end) {
+  const int64_t chunks = ceil_div(channels.rows, kTileGroups);
+  run_parallel(parallel_for, chunks * channels.groups, kGrainTiles, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i / channels.groups * kChunk;
-      channels.walk(i % channels.groups, row, smaller(channels.rows, row + kChunk), nullptr);
+      const int64_t row = i / channels.groups * kTileGroups;
+      channels.walk(i % channels.groups, row, smaller(channels.rows, row + kTileGroups), nullptr);
     }
   });
 }
@@ -437,7 +452,7 @@ double sigma_at(const PerturbArgs& a, int64_t j) {
 template <class C>
 const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const int64_t k = a.features, m = a.outer * a.inner;
-  const int64_t unit = a.inner == 1 ? 64 : kChunk;
+  const int64_t unit = a.inner == 1 ? 64 : kTileGroups;
   const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit), blocks = ceil_div(m, block_rows);
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
   double* partials =

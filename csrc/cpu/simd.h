@@ -59,34 +59,27 @@ struct Avx512 {
   static DIP_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static DIP_HD F sqrt(F a) { return _mm512_sqrt_ps(a); }
 
-  // Lane i of the result is entry 4 * (i mod 4) + i div 4: what in_order needs.
-  static DIP_HD U load_interleaved(const uint32_t* p) {
-    const U order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  // In the lanes that store_words needs.
+  static DIP_HD U load_counters(const uint32_t* p) {
+    const U order = _mm512_setr_epi32(0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15);
     return _mm512_permutexvar_epi32(order, _mm512_loadu_si512(p));
   }
   static DIP_HD U load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static DIP_HD void store(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
   static DIP_HD void store(float* p, F a) { _mm512_storeu_ps(p, a); }
 
-  static DIP_HD F low_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-  static DIP_HD F high_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
-  // z[t] holds column t of 16 groups in interleaved lanes; afterwards element 16 * t on, counted 8 * group + column.
-  static DIP_HD void in_order(F z[8]) {
-    const F a0 = _mm512_unpacklo_ps(z[0], z[1]), a1 = _mm512_unpackhi_ps(z[0], z[1]);
-    const F a2 = _mm512_unpacklo_ps(z[2], z[3]), a3 = _mm512_unpackhi_ps(z[2], z[3]);
-    const F a4 = _mm512_unpacklo_ps(z[4], z[5]), a5 = _mm512_unpackhi_ps(z[4], z[5]);
-    const F a6 = _mm512_unpacklo_ps(z[6], z[7]), a7 = _mm512_unpackhi_ps(z[6], z[7]);
-    // Block b of left[q] is columns 0-3 of group 4q + b, of right[q] columns 4-7.
-    const F left[4] = {low_pairs(a0, a2), high_pairs(a0, a2), low_pairs(a1, a3), high_pairs(a1, a3)};
-    const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    DIP_UNROLL
-    for (int q = 0; q < 4; ++q) {
-      const __m512d l = _mm512_castps_pd(left[q]), r = _mm512_castps_pd(right[q]);
-      z[2 * q] = _mm512_castpd_ps(_mm512_permutex2var_pd(l, first, r));
-      z[2 * q + 1] = _mm512_castpd_ps(_mm512_permutex2var_pd(l, second, r));
-    }
+  // w[t]: word t of 16 counters. Vector q of the 64 words at p has those of counters 4 * q on, in the lanes that zip needs.
+  static DIP_HD void store_words(uint32_t* p, const U w[4]) {
+    const U low[2] = {_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpacklo_epi32(w[2], w[3])};
+    const U high[2] = {_mm512_unpackhi_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[2], w[3])};
+    const U first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    store(p, _mm512_permutex2var_epi64(low[0], first, low[1]));
+    store(p + 16, _mm512_permutex2var_epi64(low[0], second, low[1]));
+    store(p + 32, _mm512_permutex2var_epi64(high[0], first, high[1]));
+    store(p + 48, _mm512_permutex2var_epi64(high[0], second, high[1]));
   }
+  // The columns of such a vector, *a before *b.
+  static DIP_HD void zip(F even, F odd, F* a, F* b) { *a = _mm512_unpacklo_ps(even, odd), *b = _mm512_unpackhi_ps(even, odd); }
 
   static DIP_HD F load(const float* p) { return _mm512_loadu_ps(p); }
   static DIP_HD F load(const BFloat16Bits* p) {
@@ -158,25 +151,21 @@ struct Avx2 {
   static DIP_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
 
   static DIP_HD U load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static DIP_HD U load_interleaved(const uint32_t* p) { return load(p); }  // natural order suits 8 lanes
+  static DIP_HD U load_counters(const uint32_t* p) { return load(p); }
+  static DIP_HD void store(uint32_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
   static DIP_HD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
 
-  static DIP_HD F low_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
-  static DIP_HD F high_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
-  // z[t] holds column t of 8 groups; afterwards element 8 * t on, counted 8 * group + column.
-  static DIP_HD void in_order(F z[8]) {
-    const F a0 = _mm256_unpacklo_ps(z[0], z[1]), a1 = _mm256_unpackhi_ps(z[0], z[1]);
-    const F a2 = _mm256_unpacklo_ps(z[2], z[3]), a3 = _mm256_unpackhi_ps(z[2], z[3]);
-    const F a4 = _mm256_unpacklo_ps(z[4], z[5]), a5 = _mm256_unpackhi_ps(z[4], z[5]);
-    const F a6 = _mm256_unpacklo_ps(z[6], z[7]), a7 = _mm256_unpackhi_ps(z[6], z[7]);
-    const F left[4] = {low_pairs(a0, a2), high_pairs(a0, a2), low_pairs(a1, a3), high_pairs(a1, a3)};
-    const F right[4] = {low_pairs(a4, a6), high_pairs(a4, a6), low_pairs(a5, a7), high_pairs(a5, a7)};
-    DIP_UNROLL
-    for (int q = 0; q < 4; ++q) {
-      z[q] = _mm256_permute2f128_ps(left[q], right[q], 0x20);
-      z[4 + q] = _mm256_permute2f128_ps(left[q], right[q], 0x31);
-    }
+  // w[t]: word t of 8 counters. Vector q of the 32 words at p has those of counters 2 * q on, in the lanes that zip needs.
+  static DIP_HD void store_words(uint32_t* p, const U w[4]) {
+    const U low[2] = {_mm256_unpacklo_epi32(w[0], w[1]), _mm256_unpacklo_epi32(w[2], w[3])};
+    const U high[2] = {_mm256_unpackhi_epi32(w[0], w[1]), _mm256_unpackhi_epi32(w[2], w[3])};
+    store(p, _mm256_permute2x128_si256(low[0], low[1], 0x20));
+    store(p + 8, _mm256_permute2x128_si256(high[0], high[1], 0x20));
+    store(p + 16, _mm256_permute2x128_si256(low[0], low[1], 0x31));
+    store(p + 24, _mm256_permute2x128_si256(high[0], high[1], 0x31));
   }
+  // The columns of such a vector, *a before *b.
+  static DIP_HD void zip(F even, F odd, F* a, F* b) { *a = _mm256_unpacklo_ps(even, odd), *b = _mm256_unpackhi_ps(even, odd); }
 
   static DIP_HD F load(const float* p) { return _mm256_loadu_ps(p); }
   static DIP_HD F load(const BFloat16Bits* p) {
@@ -243,23 +232,23 @@ struct Twice {
   static DIP_HD F sqrt(F x) { return {V::sqrt(x.a), V::sqrt(x.b)}; }
 
   static DIP_HD U load(const uint32_t* p) { return {V::load(p), V::load(p + V::kLanes)}; }
-  static DIP_HD U load_interleaved(const uint32_t* p) { return {V::load_interleaved(p), V::load_interleaved(p + V::kLanes)}; }
-  static DIP_HD void store(float* p, F x) {
-    V::store(p, x.a);
-    V::store(p + V::kLanes, x.b);
+  static DIP_HD F load(const float* p) { return {V::load(p), V::load(p + V::kLanes)}; }
+  static DIP_HD U load_counters(const uint32_t* p) { return {V::load_counters(p), V::load_counters(p + V::kLanes)}; }
+  static DIP_HD void store(uint32_t* p, U x) { V::store(p, x.a), V::store(p + V::kLanes, x.b); }
+  static DIP_HD void store(float* p, F x) { V::store(p, x.a), V::store(p + V::kLanes, x.b); }
+  static DIP_HD void store_words(uint32_t* p, const U w[4]) {
+    const typename V::U first[4] = {w[0].a, w[1].a, w[2].a, w[3].a}, second[4] = {w[0].b, w[1].b, w[2].b, w[3].b};
+    V::store_words(p, first);
+    V::store_words(p + 4 * V::kLanes, second);
   }
-  // Calls f(i, x, y) for vectors of elements i on and i + V::kLanes on, counted 8 * group + column.
+  // Calls f(i, x, y) for the vectors of columns i on and i + V::kLanes on, of those that belong to these words.
   template <class G>
-  static DIP_HD void in_order(const F z[8], G&& f) {
-    typename V::F first[8], second[8];
-    DIP_UNROLL
-    for (int t = 0; t < 8; ++t) first[t] = z[t].a, second[t] = z[t].b;
-    V::in_order(first);
-    DIP_UNROLL
-    for (int t = 0; t < 8; t += 2) f(V::kLanes * t, first[t], first[t + 1]);
-    V::in_order(second);
-    DIP_UNROLL
-    for (int t = 0; t < 8; t += 2) f(V::kLanes * (8 + t), second[t], second[t + 1]);
+  static DIP_HD void zip(F even, F odd, G&& f) {
+    typename V::F x, y;
+    V::zip(even.a, odd.a, &x, &y);
+    f(0, x, y);
+    V::zip(even.b, odd.b, &x, &y);
+    f(2 * V::kLanes, x, y);
   }
 };
 
@@ -267,15 +256,19 @@ struct Portable : ScalarLane {
   using One = Portable;
   static DIP_HD U load(const uint32_t* p) { return *p; }
   static DIP_HD F load(const float* p) { return *p; }
-  static DIP_HD U load_interleaved(const uint32_t* p) { return *p; }
+  static DIP_HD U load_counters(const uint32_t* p) { return *p; }
+  static DIP_HD void store(uint32_t* p, U a) { *p = a; }
   static DIP_HD void store(float* p, F a) { *p = a; }
+  static DIP_HD void store_words(uint32_t* p, const U w[4]) {
+    for (int t = 0; t < 4; ++t) p[t] = w[t];
+  }
+  template <class G>
+  static DIP_HD void zip(F even, F odd, G&& f) {
+    f(0, even, odd);
+  }
   static DIP_HD void store_pair(float* p, F a, F b) { p[0] = a, p[1] = b; }
   static DIP_HD void stream_pair(float* p, F a, F b) { store_pair(p, a, b); }
   static DIP_HD void end_stream() {}
-  template <class G>
-  static DIP_HD void in_order(const F z[8], G&& f) {
-    for (int t = 0; t < 8; t += 2) f(t, z[t], z[t + 1]);
-  }
 };
 
 }  // namespace dip
