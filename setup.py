@@ -131,10 +131,10 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
                 (
                     "cpu/activation.cpp",
                     f"activation_{name}",
-                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}"
-                    f" -DDIP_RELU=relu_{name}",
+                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}",
                 )
             )
+            units.append(("cpu/samples.cpp", f"samples_{name}", f"{CAPABILITIES[name]} -DDIP_SAMPLES=samples_{name}"))
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")

@@ -73,16 +73,20 @@ struct VarianceArgs {
 
 const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
 
-// relu of one sample: total += max(h, 0), and a bit of signs says h > 0; back: dh = dy where the bit is set, else 0, total += dh.
-struct ReluArgs {
-  int64_t size;
+// total += sum over s of act(h_s), [size] each; back: dh_s = dy act'(h_s), total += their sum. All contiguous.
+struct SamplesArgs {
+  int64_t size, samples;
+  int kind;              // Activation of activation.h
+  Operand h;             // [samples, size], not float64
+  Operand dy;            // [size], read where dh is written
+  Operand dh;            // [samples, size]; null: forward
+  void* total;           // [size], float32, or float64 beside signs
+  bool total_is_double;  // where h, dy and dh are
+  // Not null: relu of one sample, of which forward sets `bit` where h is not <= 0, and leaves the others, and backward reads no h.
+  uint8_t* signs;  // [size]
   uint8_t bit;     // one of eight set
-  Operand h;       // [size] contiguous, read: h, or dy where dh is written
-  Operand dh;      // null: forward
-  void* total;     // [size], float64 for float64 h, else float32
-  uint8_t* signs;  // [size]: forward sets the bit where h is not <= 0, and leaves the others
 };
 
-const char* relu_cpu(const ReluArgs& args, ParallelFor parallel_for);
+const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for);
 
 }  // namespace dip

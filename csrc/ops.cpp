@@ -447,40 +447,80 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::s
   return {dmu, dv};
 }
 
-// ---- the mean behind relu: one sample's pass -----------------------------------------------------------------------------
+// ---- the mean behind an activation: samples summed -------------------------------------------------------------------------
 
-ReluArgs start_relu(const Tensor& total, const Tensor& signs, const Tensor& h, int64_t bit) {
-  const bool is_double = h.scalar_type() == ScalarType::Double;
+SamplesArgs start_samples(const Tensor& total, const Tensor& like, const char* name) {
+  const bool is_double = like.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(
-      total.numel() == h.numel() && total.is_contiguous() &&
-          total.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-      "total: expected the size of h, contiguous, float32, or float64 for float64 h");
-  STD_TORCH_CHECK(
-      signs.numel() == h.numel() && signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte,
-      "signs: expected the size of h, contiguous, uint8");
-  STD_TORCH_CHECK(bit >= 0 && bit < 8, "bit: expected 0 to 7, got ", bit);
-  ReluArgs a{};
-  a.size = h.numel();
-  a.bit = static_cast<uint8_t>(1 << bit);
-  a.h = operand_of(h);
+      total.is_contiguous() && total.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
+      "total: expected contiguous, float32, or float64 for float64 ", name);
+  SamplesArgs a{};
+  a.size = total.numel();
+  a.samples = 1;
   a.total = total.mutable_data_ptr();
+  a.total_is_double = is_double;
+  return a;
+}
+
+void run_samples(const SamplesArgs& a) {
+  const char* error = samples_cpu(a, parallel_for);
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+}
+
+SamplesArgs start_activations(const Tensor& total, const Tensor& h, const std::string& activation) {
+  STD_TORCH_CHECK(h.scalar_type() != ScalarType::Double, "h: expected float32, float16 or bfloat16, got float64");
+  SamplesArgs a = start_samples(total, h, "h");
+  a.kind = activation_named(activation);
+  a.samples = a.size ? h.numel() / a.size : 0;
+  STD_TORCH_CHECK(h.numel() == a.samples * a.size, "total: expected the size of a sample of h, got ", a.size, " for ", h.numel());
+  a.h = operand_of(h);
+  return a;
+}
+
+void act_add(Tensor total, Tensor h, std::string activation) {
+  h = torch::stable::contiguous(h);
+  run_samples(start_activations(total, h, activation));
+}
+
+Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation) {
+  h = torch::stable::contiguous(h);
+  dy = torch::stable::contiguous(dy);
+  SamplesArgs a = start_activations(total, h, activation);
+  STD_TORCH_CHECK(
+      dy.numel() == a.size && dy.scalar_type() == h.scalar_type(), "dy: expected the size of total and the dtype of h");
+  Tensor dh = empty_like(h, h.scalar_type());
+  a.dy = operand_of(dy);
+  a.dh = operand_of(dh);
+  run_samples(a);
+  return dh;
+}
+
+SamplesArgs start_signs(const Tensor& total, const Tensor& signs, const Tensor& like, const char* name, int64_t bit) {
+  SamplesArgs a = start_samples(total, like, name);
+  STD_TORCH_CHECK(total.numel() == like.numel(), "total: expected the size of ", name, ", got ", total.numel(), " for ", like.numel());
+  STD_TORCH_CHECK(
+      signs.numel() == like.numel() && signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte,
+      "signs: expected the size of ", name, ", contiguous, uint8");
+  STD_TORCH_CHECK(bit >= 0 && bit < 8, "bit: expected 0 to 7, got ", bit);
   a.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
+  a.bit = static_cast<uint8_t>(1 << bit);
   return a;
 }
 
 void relu_add(Tensor total, Tensor signs, Tensor h, int64_t bit) {
   h = torch::stable::contiguous(h);
-  const char* error = relu_cpu(start_relu(total, signs, h, bit), parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  SamplesArgs a = start_signs(total, signs, h, "h", bit);
+  a.h = operand_of(h);
+  if (a.size) run_samples(a);
 }
 
 Tensor relu_add_bwd(Tensor total, Tensor signs, Tensor dy, int64_t bit) {
   dy = torch::stable::contiguous(dy);
-  ReluArgs a = start_relu(total, signs, dy, bit);
+  SamplesArgs a = start_signs(total, signs, dy, "dy", bit);
   Tensor dh = empty_like(dy, dy.scalar_type());
+  a.dy = operand_of(dy);
   a.dh = operand_of(dh);
-  const char* error = relu_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  if (a.size) run_samples(a);
   return dh;
 }
 #endif
@@ -499,6 +539,8 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
   m.impl("activation_bwd", TORCH_BOX(&dip::activation_bwd));
   m.impl("activation_variance", TORCH_BOX(&dip::activation_variance));
   m.impl("activation_variance_bwd", TORCH_BOX(&dip::activation_variance_bwd));
+  m.impl("act_add", TORCH_BOX(&dip::act_add));
+  m.impl("act_add_bwd", TORCH_BOX(&dip::act_add_bwd));
   m.impl("relu_add", TORCH_BOX(&dip::relu_add));
   m.impl("relu_add_bwd", TORCH_BOX(&dip::relu_add_bwd));
 }

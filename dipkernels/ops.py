@@ -46,8 +46,12 @@ SCHEMAS = {
     "activation_variance": "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
     "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) -> (Tensor, Tensor)",
 }
-# One sample's pass of linear_keep behind relu and of its backward, in the compiled library alone: for row_blocks.
+# Passes of linear behind an activation and of its backward, in the compiled library alone: for row_blocks.
 _PASSES = {
+    # total += the sum over samples of act(h), h [samples, *total.shape]; back, dh = dy act'(h), and total += its sum.
+    "act_add": "(Tensor(a!) total, Tensor h, str activation) -> ()",
+    "act_add_bwd": "(Tensor(a!) total, Tensor h, Tensor dy, str activation) -> Tensor",
+    # relu of one sample, with the signs for backward.
     "relu_add": "(Tensor(a!) total, Tensor(b!) signs, Tensor h, int bit) -> ()",
     "relu_add_bwd": "(Tensor(a!) total, Tensor signs, Tensor dy, int bit) -> Tensor",
 }

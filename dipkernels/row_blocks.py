@@ -47,12 +47,6 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": _aten.silu_backward,
     "tanh": _tanh_backward,
 }
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "silu": lambda h: F.silu(h, inplace=True),
-    "tanh": torch.tanh_,
-}
-
 _CPU_ROWS = 2048  # of a block, times its samples: fewer make smaller products, and more sums of [N, K] in backward
 _GPU_ROWS = 16384
 
@@ -124,6 +118,35 @@ def _has_onednn() -> bool:
     return offered and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+def _act_add(total: Tensor, h: Tensor, activation: str) -> None:
+    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]"""
+    if _has_passes(h, activation):
+        torch.ops.dipkernels.act_add(total, h, activation)
+    else:
+        for part in act_of(activation)(h):
+            total.add_(part.to(total.dtype))
+
+
+def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str) -> Tensor:
+    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples"""
+    if _has_passes(h, activation):
+        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation)
+        return fused
+    dh = _BACKWARDS[activation](dy.expand_as(h), h)
+    for part in dh:
+        total.add_(part.to(total.dtype))
+    return dh
+
+
+def _has_passes(h: Tensor, activation: str) -> bool:
+    return h.device.type == "cpu" and h.dtype is not torch.float64 and activation != "identity" and _has_library()
+
+
+@functools.cache
+def _has_library() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("dipkernels::act_add", "CPU")
+
+
 def _mean(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
@@ -132,7 +155,6 @@ def _mean(
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     num_rows = flat_rows(x).shape[0]
     y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
-    act = _IN_PLACE.get(activation) or act_of(activation)
     num_kept = _num_kept(kept, activation)
     for first, rows, groups in _blocks(x, num_samples, num_kept):
         block = slice(first, first + rows.shape[0])
@@ -147,8 +169,7 @@ def _mean(
                 continue
             if kept is not None and group.start < num_kept:
                 kept[group.start : group.stop, block] = h
-            for part in act(h):
-                total.add_(part.to(wide))
+            _act_add(total, h, activation)
         y[block] = total.mul_(1 / num_samples)
     return y.reshape(*x.shape[:-1], n)
 
@@ -211,10 +232,7 @@ def linear_bwd(
                 else:
                     u = _noised(rows, sigma, *where, factor, log_variance, dtype)
                     h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-                dh = _BACKWARDS[activation](block_dy.expand_as(h), h)
-                for part in dh:
-                    total.add_(part.to(wide))
-                columns = flat_rows(dh).t()
+                columns = flat_rows(_act_add_bwd(total, h, block_dy, activation)).t()
             z = _noised(zero.expand(rows.shape), one, *where, 1.0, False, dtype)
             noise_sum.add_(_product(columns, z.t()))
         total.mul_(1 / num_samples)

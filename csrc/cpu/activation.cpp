@@ -1,11 +1,12 @@
 // y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md,
-// section 7. Compiled once per instruction set; DIP_ACTIVATION, DIP_VARIANCE and DIP_RELU name the entry
-// points. Plain loops that compilers vectorise; no STL (perturb.cpp).
+// section 7. Compiled once per instruction set; DIP_ACTIVATION and DIP_VARIANCE name the entry points. Plain loops that compilers
+// vectorise; no STL (perturb.cpp).
 #include <cmath>
 #include <cstdlib>
 
 #include "../activation.h"
 #include "convert.h"
+#include "vector_math.h"
 
 namespace dip {
 namespace {
@@ -18,43 +19,6 @@ static_assert(kColumns <= kRun, "a row of a tile is one run");
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
-
-// ---- the normal distribution -----------------------------------------------------------------------------------------
-
-// phi(a) and Phi(-|a|); a is brought into the range where neither, nor their products with usual variances, is a subnormal
-// number: arithmetic on those takes a processor a hundred cycles.
-DIP_HD void normal(float& a, float* density, float* tail) {
-  a = a > 12.5f ? 12.5f : a;
-  a = a < -12.5f ? -12.5f : a;
-  const float x = __builtin_fabsf(a);
-  const float t = x * x * -0.72134752044448170f;  // phi(a) = 2^t / sqrt(2 pi)
-  const float shifted = t + 12582912.0f;          // the integer nearest to t, in the low bits
-  const float f = t - (shifted - 12582912.0f);
-  float e = fma_of(f, 0.0005296452488186387f, 0.003859971572640952f);
-  e = fma_of(e, f, 0.022144143759068344f);
-  e = fma_of(e, f, 0.09583439458007795f);
-  e = fma_of(e, f, 0.27652563169478506f);
-  e = fma_of(e, f, 0.3989423089303472f);
-  *density = ScalarLane::as_float(ScalarLane::as_uint(e) + (ScalarLane::as_uint(shifted) << 23));
-  // The ratio Phi(-x) / phi(x) by a polynomial in 1 / (1 + 0.28 x), fitted for the least error of (1 + x) Phi(-x): 1.5e-8.
-  const float r = 1.0f / fma_of(x, 0.28f, 1.0f);
-  float q = fma_of(r, -0.26708350881075804f, 0.9849908563345496f);
-  q = fma_of(q, r, -0.6067879639947539f);
-  q = fma_of(q, r, 0.6844901636210934f);
-  q = fma_of(q, r, 0.16494403532913238f);
-  q = fma_of(q, r, 0.2927605180310524f);
-  *tail = *density * (q * r);
-}
-
-DIP_HD void normal(double& a, double* density, double* tail) {
-  a = a > 40.0 ? 40.0 : a;
-  a = a < -40.0 ? -40.0 : a;
-  *density = 0.39894228040143267794 * std::exp(-0.5 * a * a);
-  *tail = 0.5 * std::erfc(0.70710678118654752440 * std::fabs(a));
-}
 
 // ---- one run of columns ----------------------------------------------------------------------------------------------
 
@@ -382,33 +346,6 @@ const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel
   }
 }
 
-// ---- relu of one sample, with the signs for backward -----------------------------------------------------------------------
-
-template <class C>
-void relu_runs(const ReluArgs& a, ParallelFor parallel_for) {
-  run_parallel(parallel_for, ceil_div(a.size, kRun), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
-      alignas(64) C buffer[kRun], target[kRun];
-      const int64_t first = run * kRun;
-      const int n = static_cast<int>(smaller(kRun, a.size - first)), bit = a.bit;
-      const C* __restrict h = load_run<C>(a.h, first, n, buffer);
-      C* __restrict total = static_cast<C*>(a.total) + first;
-      uint8_t* __restrict signs = a.signs + first;
-      if (!a.dh.data) {
-        for (int i = 0; i < n; ++i) total[i] += h[i] <= 0 ? C(0) : h[i];  // a NaN stays one
-        int set[kRun];  // of its own: a conditional byte beside a wider h is not vectorised
-        for (int i = 0; i < n; ++i) set[i] = h[i] <= 0 ? 0 : bit;
-        for (int i = 0; i < n; ++i) signs[i] = static_cast<uint8_t>(signs[i] | set[i]);
-        continue;
-      }
-      C* __restrict dh = run_target<C>(a.dh, first, target);
-      for (int i = 0; i < n; ++i) dh[i] = signs[i] & bit ? h[i] : C(0);
-      for (int i = 0; i < n; ++i) total[i] += dh[i];
-      store_run<C>(a.dh, first, n, dh);
-    }
-  });
-}
-
 }  // namespace
 
 const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
@@ -422,12 +359,6 @@ const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
 const char* DIP_VARIANCE(const VarianceArgs& a, ParallelFor parallel_for) {
   const bool is_double = a.weight.dtype == DType::kFloat64;
   return is_double ? variance<double>(a, parallel_for) : variance<float>(a, parallel_for);
-}
-
-const char* DIP_RELU(const ReluArgs& a, ParallelFor parallel_for) {
-  if (a.h.dtype == DType::kFloat64) relu_runs<double>(a, parallel_for);
-  else relu_runs<float>(a, parallel_for);
-  return nullptr;
 }
 
 }  // namespace dip

@@ -11,16 +11,16 @@ namespace dip {
 const char* perturb_portable(const PerturbArgs&, ParallelFor);
 const char* activation_portable(const ActivationArgs&, ParallelFor);
 const char* variance_portable(const VarianceArgs&, ParallelFor);
-const char* relu_portable(const ReluArgs&, ParallelFor);
+const char* samples_portable(const SamplesArgs&, ParallelFor);
 #ifdef DIP_HAS_X86
 const char* perturb_avx2(const PerturbArgs&, ParallelFor);
 const char* perturb_avx512(const PerturbArgs&, ParallelFor);
 const char* activation_avx2(const ActivationArgs&, ParallelFor);
 const char* variance_avx2(const VarianceArgs&, ParallelFor);
-const char* relu_avx2(const ReluArgs&, ParallelFor);
+const char* samples_avx2(const SamplesArgs&, ParallelFor);
 const char* activation_avx512(const ActivationArgs&, ParallelFor);
 const char* variance_avx512(const VarianceArgs&, ParallelFor);
-const char* relu_avx512(const ReluArgs&, ParallelFor);
+const char* samples_avx512(const SamplesArgs&, ParallelFor);
 #endif
 
 namespace {
@@ -103,13 +103,13 @@ const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) {
   }
 }
 
-const char* relu_cpu(const ReluArgs& args, ParallelFor parallel_for) {
+const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) {
   switch (cpu_capability()) {
 #ifdef DIP_HAS_X86
-    case 2: return relu_avx512(args, parallel_for);
-    case 1: return relu_avx2(args, parallel_for);
+    case 2: return samples_avx512(args, parallel_for);
+    case 1: return samples_avx2(args, parallel_for);
 #endif
-    case 0: return relu_portable(args, parallel_for);
+    case 0: return samples_portable(args, parallel_for);
     default: return kUnknownCapability;
   }
 }

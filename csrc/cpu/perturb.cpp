@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "convert.h"
+#include "vector_math.h"
 
 namespace dip {
 namespace {
@@ -127,9 +128,6 @@ struct Pass {
   Draw draw;
   const C* scale;  // [features + kTile]: factor * sigma, continued periodically
 };
-
-DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 // kChannel: one sigma for the whole run.
 template <class C, bool kChannel>
