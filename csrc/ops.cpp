@@ -511,7 +511,7 @@ void relu_add(Tensor total, Tensor signs, Tensor h, int64_t bit) {
   h = torch::stable::contiguous(h);
   SamplesArgs a = start_signs(total, signs, h, "h", bit);
   a.h = operand_of(h);
-  if (a.size) run_samples(a);
+  run_samples(a);
 }
 
 Tensor relu_add_bwd(Tensor total, Tensor signs, Tensor dy, int64_t bit) {
@@ -520,7 +520,7 @@ Tensor relu_add_bwd(Tensor total, Tensor signs, Tensor dy, int64_t bit) {
   Tensor dh = empty_like(dy, dy.scalar_type());
   a.dy = operand_of(dy);
   a.dh = operand_of(dh);
-  if (a.size) run_samples(a);
+  run_samples(a);
   return dh;
 }
 #endif

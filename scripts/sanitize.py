@@ -67,8 +67,10 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
             continue
         defines = [f"-DDIP_LANES={lanes}", f"-DDIP_PERTURB=perturb_{name}", "-DDIP_STREAM_BYTES=4096"]
         units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
-        defines = [f"-DDIP_ACTIVATION=activation_{name}", f"-DDIP_VARIANCE=variance_{name}", f"-DDIP_RELU=relu_{name}"]
+        defines = [f"-DDIP_ACTIVATION=activation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "activation.cpp", f"activation_{name}", [*extra, *defines]))
+        defines = [f"-DDIP_SAMPLES=samples_{name}"]
+        units.append((ROOT / "csrc" / "cpu" / "samples.cpp", f"samples_{name}", [*extra, *defines]))
     running: list[tuple[str, subprocess.Popen]] = []
     objects = []
     for source, name, extra in units:

@@ -402,42 +402,69 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
   }
 }
 
-// ---- relu of one sample: every element, and nothing beside it ---------------------------------------------------------------
+// ---- samples behind an activation: every element, and nothing beside it ---------------------------------------------------------
 
-static void relu_case(int64_t number, Dice& dice) {
-  const DType kinds[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
-  const DType type = kinds[dice.between(0, 3)], wide = type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  ReluArgs a{};
+// The activation's value, or its slope.
+static double act(int kind, double x, bool slope) {
+  const double c = 1.5957691216057308, inner = c * (x + 0.044715 * x * x * x);
+  const double s = 1 / (1 + std::exp(kind == kGeluTanhActivation ? -inner : -x)), t = std::tanh(x);
+  const double cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
+  switch (kind) {
+    case kReluActivation: return x > 0 ? (slope ? 1 : x) : 0;
+    case kGeluActivation: return slope ? cdf + x * 0.39894228040143267794 * std::exp(-0.5 * x * x) : x * cdf;
+    case kGeluTanhActivation: return slope ? s + x * s * (1 - s) * c * (1 + 0.134145 * x * x) : x * s;
+    case kSiluActivation: return slope ? s * (1 + x * (1 - s)) : x * s;
+    default: return slope ? 1 - t * t : t;
+  }
+}
+
+static void samples_case(int64_t number, Dice& dice) {
+  const DType kinds[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64};
+  const bool by_signs = dice.coin(), backward = dice.coin();
+  const DType type = kinds[dice.between(0, by_signs ? 3 : 2)], wide = type == DType::kFloat64 ? type : DType::kFloat32;
+  SamplesArgs a{};
   a.size = dice.between(0, number % 16 == 7 ? 70000 : 1500);
+  a.samples = by_signs ? 1 : dice.between(0, 3);
+  a.kind = by_signs ? 0 : static_cast<int>(dice.between(0, kNumActivations - 1));
   a.bit = static_cast<uint8_t>(1 << dice.between(0, 7));
-  const bool backward = dice.coin();
-  const auto vector = [&](DType kind) {
-    return Operand{allocate(static_cast<size_t>(a.size * size_of(kind)), dice).data, kind, 0, 1};
+  a.total_is_double = type == DType::kFloat64;
+  const auto vector = [&](DType kind, int64_t size) {
+    return Operand{allocate(static_cast<size_t>(size * size_of(kind)), dice).data, kind, 0, 1};
   };
-  a.h = vector(type);
-  if (backward) a.dh = vector(type);
-  const Operand total = vector(wide);
+  a.h = vector(type, a.samples * a.size);
+  if (backward) a.dy = vector(type, a.size), a.dh = vector(type, a.samples * a.size);
+  const Operand total = vector(wide, a.size);
   a.total = total.data;
-  a.signs = reinterpret_cast<uint8_t*>(allocate(static_cast<size_t>(a.size), dice).data);
+  if (by_signs) a.signs = reinterpret_cast<uint8_t*>(allocate(static_cast<size_t>(a.size), dice).data);
   std::vector<uint8_t> before(static_cast<size_t>(a.size));
+  for (int64_t i = 0; i < a.samples * a.size; ++i) put(a.h, i, dice.between(0, 9) ? dice.real() : 0);
   for (int64_t i = 0; i < a.size; ++i) {
-    put(a.h, i, dice.between(0, 9) ? dice.real() : 0);
+    if (backward) put(a.dy, i, dice.real());
     before[static_cast<size_t>(i)] = static_cast<uint8_t>(dice.next());
   }
+  const double fine = 4e-6, rounding = type == DType::kBFloat16 ? 0.004 : type == DType::kFloat16 ? 0.0005 : fine;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
-    for (int64_t i = 0; i < a.size; ++i) put(total, i, 1), a.signs[i] = before[static_cast<size_t>(i)];
-    if (const char* error = relu_cpu(a, parallel_for)) die(number, error);
+    for (int64_t i = 0; i < a.size; ++i) put(total, i, 1);
+    for (int64_t i = 0; by_signs && i < a.size; ++i) a.signs[i] = before[static_cast<size_t>(i)];
+    if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
     for (int64_t i = 0; i < a.size; ++i) {
-      const double h = get(a.h, i);
       const uint8_t was = before[static_cast<size_t>(i)];
-      const bool on = backward ? was & a.bit : h > 0;
-      char cell[8];
-      const Operand one{cell, wide, 0, 1};
-      put(one, 0, 1 + (on ? h : 0));
-      if (get(total, i) != get(one, 0)) die(number, "total is not 1 + relu(h), or 1 + dh", get(total, i), get(one, 0));
-      if (backward && get(a.dh, i) != (on ? h : 0)) die(number, "dh is not dy where the bit is set", get(a.dh, i), h);
-      if (a.signs[i] != (!backward && on ? was | a.bit : was)) die(number, "signs: another bit", a.signs[i], was);
+      double sum = 1, size = 1;
+      for (int64_t s = 0; s < a.samples; ++s) {
+        const int64_t at = s * a.size + i;
+        const double h = get(a.h, at), dy = backward ? get(a.dy, i) : 1;
+        const double want = by_signs && backward ? (was & a.bit ? dy : 0) : dy * act(a.kind, h, backward);
+        sum += want, size += std::fabs(want) + std::fabs(dy);
+        if (!backward) continue;
+        const double got = get(a.dh, at);
+        if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(dy) + 1e-7))
+          die(number, "dh is not dy times the slope", got, want);
+      }
+      const double got = get(total, i);
+      if (!(std::fabs(got - sum) <= (by_signs ? 1e-6 : fine) * size)) die(number, "total is not 1 + the sum", got, sum);
+      if (by_signs && a.signs[i] != (!backward && get(a.h, i) > 0 ? was | a.bit : was))
+        die(number, "signs: another bit", a.signs[i], was);
     }
   }
 }
@@ -448,12 +475,12 @@ int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   num_threads = std::atoi(argv[3]);
   const bool fail = argc > 4 && !std::strcmp(argv[4], "fail");
-  int64_t perturbs = 0, activations = 0, relus = 0;
+  int64_t perturbs = 0, activations = 0, samples = 0;
   for (int64_t number = 0; number < cases; ++number) {
     Dice dice{seed * 1000003 + static_cast<uint64_t>(number)};
     set_cpu_capability(fail ? static_cast<int>(number % 3) : -1);
     if (number % 8 == 7 && !fail)  // it allocates nothing
-      relu_case(number, dice), ++relus;
+      samples_case(number, dice), ++samples;
     else if (number % 4 == 3)
       activation_case(number, dice, fail), ++activations;
     else
@@ -461,6 +488,6 @@ int main(int argc, char** argv) {
     alive.clear();
   }
   std::printf(
-      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of relu\n", perturbs, activations, relus);
+      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of samples\n", perturbs, activations, samples);
   return 0;
 }

@@ -154,19 +154,71 @@ def test_relu_of_a_sample_and_back(capability, dtype):
         backends.cpu_capability(before)
 
 
-def test_relu_of_a_sample_stays_inside_its_buffers():
-    h, signs = torch.randn(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
+@pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", backends.CAPABILITIES)
+def test_samples_behind_an_activation_and_back(capability, dtype, activation):
+    ops, eps = torch.ops.dipkernels, EPS.get(dtype, 1e-7)
+    before = backends.cpu_capability()
+    try:
+        backends.cpu_capability(capability)
+    except RuntimeError:
+        pytest.skip("not offered by this machine")
+    try:
+        for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (2, 90, 1024)):
+            h = (torch.randn(samples, rows, columns) * 4).to(dtype)
+            exact = h.double().requires_grad_()
+            values = ACTIVATIONS[activation](exact)
+            total = torch.ones(rows, columns)
+            ops.act_add(total, h, activation)
+            torch.testing.assert_close(total.double(), 1 + values.sum(0), rtol=2e-6, atol=4e-6)
+            dy = torch.randn(rows, columns).to(dtype)
+            (want,) = torch.autograd.grad(values, exact, dy.double().expand_as(exact))
+            dh = ops.act_add_bwd(total.fill_(1), h, dy.t().contiguous().t(), activation)
+            torch.testing.assert_close(dh.double(), want, rtol=2 * eps, atol=2e-6)
+            torch.testing.assert_close(total.double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
+    finally:
+        backends.cpu_capability(before)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_samples_far_out_and_not_numbers(activation):
+    h = torch.tensor([1e-30, -1e-30, 60.0, -60.0, 300.0, -300.0, 3e4, -3e4, 1e38, -1e38, float("inf"), float("nan")])
+    total = torch.zeros_like(h)
+    torch.ops.dipkernels.act_add(total, h, activation)
+    torch.testing.assert_close(total, ACTIVATIONS[activation](h.double()).float(), rtol=1e-6, atol=1e-24, equal_nan=True)
+    torch.ops.dipkernels.act_add(total.zero_(), torch.full_like(h, float("-inf")), activation)
+    torch.testing.assert_close(total, ACTIVATIONS[activation](torch.full_like(h, float("-inf"))), equal_nan=True)
+
+
+def test_passes_over_samples_stay_inside_their_buffers():
+    ops, h, signs = torch.ops.dipkernels, torch.randn(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
     for total, marks, bit, match in [
-        (torch.zeros(4, 5), signs, 0, "total: expected the size of h"),
-        (torch.zeros(4, 6).double(), signs, 0, "total: expected the size of h"),
-        (torch.zeros(6, 4).t(), signs, 0, "total: expected the size of h"),
-        (torch.zeros(4, 6), signs[:3], 0, "signs: expected the size of h"),
-        (torch.zeros(4, 6), signs.int(), 0, "signs: expected the size of h"),
+        (torch.zeros(4, 5), signs, 0, "total: expected the size of (h|dy), got 20 for 24"),
+        (torch.zeros(4, 6).double(), signs, 0, "total: expected contiguous, float32"),
+        (torch.zeros(6, 4).t(), signs, 0, "total: expected contiguous"),
+        (torch.zeros(4, 6), signs[:3], 0, "signs: expected the size of"),
+        (torch.zeros(4, 6), signs.int(), 0, "signs: expected the size of"),
         (torch.zeros(4, 6), signs, 8, "bit: expected 0 to 7, got 8"),
     ]:
-        for op in (torch.ops.dipkernels.relu_add, torch.ops.dipkernels.relu_add_bwd):
+        for op in (ops.relu_add, ops.relu_add_bwd):
             with pytest.raises(RuntimeError, match=match):
                 op(total, marks, h, bit)
+    for total, dy, name, match in [
+        (torch.zeros(4, 5), h, "gelu", "total: expected the size of a sample of h, got 20 for 24"),
+        (torch.zeros(4, 6).double(), h, "gelu", "total: expected contiguous, float32"),
+        (torch.zeros(6, 4).t(), h, "gelu", "total: expected contiguous"),
+        (torch.zeros(4, 6), h, "elu", "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu"),
+        (torch.zeros(4, 6), h[:3], "gelu", "dy: expected the size of total"),
+        (torch.zeros(4, 6), h.half(), "gelu", "dy: expected the size of total and the dtype of h"),
+    ]:
+        with pytest.raises(RuntimeError, match=match):
+            ops.act_add_bwd(total, h, dy, name)
+        if "dy" not in match:
+            with pytest.raises(RuntimeError, match=match):
+                ops.act_add(total, h, name)
+    with pytest.raises(RuntimeError, match="h: expected float32, float16 or bfloat16, got float64"):
+        ops.act_add(torch.zeros(4, 6).double(), h.double(), "gelu")
 
 
 @pytest.mark.parametrize("activation", NAMES)

@@ -20,11 +20,13 @@ DIP_HD float act(float x) {
     return kSlope ? fma_of(a, density, cdf) : x * cdf;
   } else if constexpr (kKind == kGeluTanhActivation) {
     constexpr float c = 1.5957691216057308f;  // 2 sqrt(2 / pi)
-    const float x2 = x * x, s = logistic(x * fma_of(x2, 0.044715f * c, c));
-    return kSlope ? fma_of(x * (1.0f - s), s * fma_of(x2, 0.134145f * c, c), s) : x * s;
+    float rest;
+    const float x2 = x * x, s = logistic(x * fma_of(x2, 0.044715f * c, c), &rest);
+    return kSlope ? fma_of(x * rest, s * fma_of(x2, 0.134145f * c, c), s) : x * s;
   } else if constexpr (kKind == kSiluActivation) {
-    const float s = logistic(x);
-    return kSlope ? s * fma_of(x, 1.0f - s, 1.0f) : x * s;
+    float rest;
+    const float s = logistic(x, &rest);
+    return kSlope ? s * fma_of(x, rest, 1.0f) : x * s;
   } else {
     const float t = hyperbolic_tangent(x);
     return kSlope ? fma_of(-t, t, 1.0f) : t;

@@ -56,13 +56,14 @@ DIP_HD void exp_parts(float x, float* power, float* rest) {
   *power = ScalarLane::as_float((ScalarLane::as_uint(shifted) << 23) + 0x3F800000u);
 }
 
-// 1 / (1 + e^-x); 0 where that is no normal number.
-DIP_HD float logistic(float x) {
+// 1 / (1 + e^-x), 0 where that is no normal number, and what it lacks of 1.
+DIP_HD float logistic(float x, float* complement) {
   float minus = -x, power, rest;
   minus = minus > 87.0f ? 87.0f : minus;
   minus = minus < -87.0f ? -87.0f : minus;
   exp_parts(minus, &power, &rest);
-  const float s = 1.0f / (1.0f + fma_of(power, rest, power));
+  const float e = fma_of(power, rest, power), s = 1.0f / (1.0f + e);
+  *complement = e * s;
   return x < -87.0f ? 0.0f : s;
 }
 
