@@ -467,7 +467,7 @@ void run_samples(const SamplesArgs& a) {
   STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
 }
 
-SamplesArgs start_activations(const Tensor& total, const Tensor& h, const std::string& activation) {
+SamplesArgs start_act(const Tensor& total, const Tensor& h, const std::string& activation) {
   STD_TORCH_CHECK(h.scalar_type() != ScalarType::Double, "h: expected float32, float16 or bfloat16, got float64");
   SamplesArgs a = start_samples(total, h, "h");
   a.kind = activation_named(activation);
@@ -479,13 +479,13 @@ SamplesArgs start_activations(const Tensor& total, const Tensor& h, const std::s
 
 void act_add(Tensor total, Tensor h, std::string activation) {
   h = torch::stable::contiguous(h);
-  run_samples(start_activations(total, h, activation));
+  run_samples(start_act(total, h, activation));
 }
 
 Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation) {
   h = torch::stable::contiguous(h);
   dy = torch::stable::contiguous(dy);
-  SamplesArgs a = start_activations(total, h, activation);
+  SamplesArgs a = start_act(total, h, activation);
   STD_TORCH_CHECK(
       dy.numel() == a.size && dy.scalar_type() == h.scalar_type(), "dy: expected the size of total and the dtype of h");
   Tensor dh = empty_like(h, h.scalar_type());
