@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak long-tests \
@@ -38,7 +39,7 @@ out/.peers: | setup
 	touch $@
 
 bench: setup out/.peers
-	$(PY) -m pytest benchmarks -q --benchmark-json=out/bench.json --benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds
+	$(IN_PLACE) $(PY) -m pytest benchmarks -q --benchmark-json=out/bench.json --benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds
 	$(PY) benchmarks/overhead.py
 
 overhead: setup out/.peers

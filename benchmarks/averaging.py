@@ -120,4 +120,5 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
 
 
 if __name__ == "__main__":
+    machine.restart_in_place()
     main()

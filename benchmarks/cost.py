@@ -392,4 +392,5 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
+    machine.restart_in_place()
     main()

@@ -182,4 +182,5 @@ def main(arguments: list[str] | None = None) -> list[list]:
 
 
 if __name__ == "__main__":
+    machine.restart_in_place()
     main()

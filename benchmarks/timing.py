@@ -189,9 +189,12 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for _ in range(5):  # now and then the profiler returns nothing
+        with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        if events:
+            break
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()

@@ -186,7 +186,9 @@ def test_samples_far_out_and_not_numbers(activation):
     h = torch.tensor([1e-30, -1e-30, 60.0, -60.0, 300.0, -300.0, 3e4, -3e4, 1e38, -1e38, float("inf"), float("nan")])
     total = torch.zeros_like(h)
     torch.ops.dipkernels.act_add(total, h, activation)
-    torch.testing.assert_close(total, ACTIVATIONS[activation](h.double()).float(), rtol=1e-6, atol=1e-24, equal_nan=True)
+    torch.testing.assert_close(
+        total, ACTIVATIONS[activation](h.double()).float(), rtol=1e-6, atol=1e-24, equal_nan=True
+    )
     torch.ops.dipkernels.act_add(total.zero_(), torch.full_like(h, float("-inf")), activation)
     torch.testing.assert_close(total, ACTIVATIONS[activation](torch.full_like(h, float("-inf"))), equal_nan=True)
 

@@ -1,6 +1,8 @@
 """The benchmarks run, check what they time, list what is missing, write what they say. No figure is judged."""
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,31 @@ def test_interleaving_gives_ratios_within_rounds(monkeypatch):
     )
     assert (timed["double"]["rounds"], timed["slow"]["rounds"]) == (9, 3)
     assert timed["broken"]["error"].startswith("ZeroDivisionError")
+
+
+def test_memory_stays_in_place(tmp_path):
+    """A program that restarts gets the same memory for every tensor, without a page fault; one that may not restart does not."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import resource, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import torch, machine\n"
+        "machine.restart_in_place()\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "places = set()\n"
+        "for _ in range(6):\n"
+        "    before, tensor = faults(), torch.empty(64 << 20, dtype=torch.uint8).fill_(1)\n"
+        "    places.add(tensor.data_ptr())\n"
+        "    del tensor\n"
+        "print(sys.argv[1], len(places), faults() - before)\n"
+    )
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("not glibc's allocator")
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    run = lambda env: subprocess.run(  # noqa: E731
+        [sys.executable, script, "argument"], capture_output=True, text=True, check=True, env=env
+    ).stdout.split()
+    assert run(environment) == ["argument", "1", "0"]
+    assert int(run(environment | {"GLIBC_TUNABLES": ""})[2]) > 0
 
 
 def test_memory_counts_what_a_call_holds():
