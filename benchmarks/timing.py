@@ -74,14 +74,17 @@ def interleave(
     budget_s: float = 8.0,
     rounds: tuple[int, int] = (7, 60),
     at_least_s: float = 2e-3,
+    untimed_s: float = 2e-2,
     always: tuple[str, ...] = ("dip",),
     seldom: int = 4,
 ) -> dict[str, dict]:
     """Of each variant: median seconds, and median and quartiles of its ratio and difference to `base` within a round.
 
     calls: what to time, by name. budget_s: stop after this long, but within `rounds` = (fewest, most). at_least_s: a
-    variant runs as often within a round as fills this time. Variants slower than 1.5 times the base, unless in
-    `always`, take part in every `seldom`-th round only. One that raises is returned as {"error": ...}.
+    variant runs as often within a round as fills this time. untimed_s: a call shorter than this comes after an untimed
+    one, or what runs once a round would find the caches full of another variant's data, and what runs often would not.
+    Variants slower than 1.5 times the base, unless in `always`, take part in every `seldom`-th round only. One that
+    raises is returned as {"error": ...}.
     """
     results: dict[str, dict] = {}
     counts: dict[str, int] = {}
@@ -108,6 +111,8 @@ def interleave(
             order = [name for name in counts if name in frequent or round_idx % seldom == 0]
             shuffle(order)
             for name in order:
+                if once[name] < untimed_s:
+                    calls[name]()
                 taken[name][round_idx] = seconds(calls[name], counts[name], device)
     for name, by_round in taken.items():
         ratios = quartiles([t / taken[base][i] for i, t in by_round.items()])

@@ -82,7 +82,8 @@ struct SamplesArgs {
   Operand dh;            // [samples, size]; null: forward
   void* total;           // [size], float32, or float64 beside signs
   bool total_is_double;  // where h, dy and dh are
-  // Not null: relu of one sample, of which forward sets `bit` where h is not <= 0, and leaves the others, and backward reads no h.
+  // Not null: relu of one sample, of which forward sets `bit` where h is not <= 0, and leaves the others, and backward reads no
+  // h.
   uint8_t* signs;  // [size]
   uint8_t bit;     // one of eight set
 };

@@ -497,7 +497,8 @@ Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation) {
 
 SamplesArgs start_signs(const Tensor& total, const Tensor& signs, const Tensor& like, const char* name, int64_t bit) {
   SamplesArgs a = start_samples(total, like, name);
-  STD_TORCH_CHECK(total.numel() == like.numel(), "total: expected the size of ", name, ", got ", total.numel(), " for ", like.numel());
+  STD_TORCH_CHECK(
+      total.numel() == like.numel(), "total: expected the size of ", name, ", got ", total.numel(), " for ", like.numel());
   STD_TORCH_CHECK(
       signs.numel() == like.numel() && signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte,
       "signs: expected the size of ", name, ", contiguous, uint8");

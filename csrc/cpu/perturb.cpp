@@ -69,8 +69,8 @@ void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sampl
   }
 }
 
-// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long chain of dependent instructions per
-// vector, and too few such chains fit into what a core looks ahead.
+// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long chain of dependent instructions
+// per vector, and too few such chains fit into what a core looks ahead.
 struct Polar {
   alignas(64) uint32_t words[4 * kTileGroups];  // in the order of store_words
   alignas(64) float radii[4 * kTileGroups];
@@ -103,7 +103,8 @@ void normal_sample(const Counters& counters, const Draw& draw, int sample, int c
     }
 }
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t + i].
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
+// + i].
 template <bool kPlanar>
 void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
   normal_sample<kPlanar>(counters, draw, 0, count, out);
@@ -183,6 +184,7 @@ struct Rows {
   bool linear;                            // rows follow one another: a tile is one run, whatever K is
   bool fused;                             // a whole tile stays in registers: run_tile
   bool streams;                           // u is larger than a cache, and written past it
+  bool prefetches_u;
 
   explicit Rows(const Pass<C>& p) : pass(p) {
     const PerturbArgs& a = *p.args;
@@ -198,6 +200,7 @@ struct Rows {
             same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = fused && a.u.data && !a.dsigma && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes &&
               reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    prefetches_u = !streams && !(fused && dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
   }
 
   void run_tile(const Counters& counters, int64_t offset, const C* scale, C* acc) const {
@@ -224,7 +227,8 @@ struct Rows {
   // Counters of one tile, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g) const {
     const uint64_t r0 = static_cast<uint64_t>(pass.args->row0 + row), r1 = r0 + 1;
-    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32), first = static_cast<uint32_t>(first_group);
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
+                   first = static_cast<uint32_t>(first_group);
     if (groups >= kTileGroups) {
       const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
       const uint32_t here = first + static_cast<uint32_t>(g), there = here - static_cast<uint32_t>(groups);
@@ -269,7 +273,7 @@ struct Rows {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
       if (linear) {
         prefetch_run<0>(a.x, 8 * item, 8 * count);
-        if (!streams) prefetch_run<1>(a.u, 8 * item, 8 * count);
+        if (prefetches_u) prefetch_run<1>(a.u, 8 * item, 8 * count);
         prefetch_run<0>(a.du, 8 * item, 8 * count);
       }
       fill(counters, row, g);
@@ -346,8 +350,8 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
           apply_run<C, true>(
-              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr, z + kTileGroups * t + done,
-              here);
+              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr,
+              z + kTileGroups * t + done, here);
           done += here;
           inner = 0;
           ++outer;

@@ -90,15 +90,19 @@ struct Avx512 {
   static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
     alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                         33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(round_to_bfloat16(a), _mm512_load_si512(kUpper), round_to_bfloat16(b)));
+    U x = round_number(a), y = round_number(b);
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0)) x = keep_nan(a, x), y = keep_nan(b, y);
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(kUpper), y));
   }
   // Past the caches, to p aligned to a vector; other threads may read it after end_stream.
   static DIP_HD void stream_pair(float* p, F a, F b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b); }
   static DIP_HD void end_stream() { _mm_sfence(); }
-  // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
-  static DIP_HD U round_to_bfloat16(F f) {
+  // In the upper half of each lane: to nearest, ties to even.
+  static DIP_HD U round_number(F f) {
     const U bits = as_uint(f), up = _mm512_add_epi32(bits, splat(0x7FFF));
-    const U rounded = _mm512_mask_sub_epi32(up, _mm512_test_epi32_mask(bits, splat(0x10000)), up, _mm512_set1_epi32(-1));
+    return _mm512_mask_sub_epi32(up, _mm512_test_epi32_mask(bits, splat(0x10000)), up, _mm512_set1_epi32(-1));
+  }
+  static DIP_HD U keep_nan(F f, U rounded) {  // the canonical one
     return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), splat(0x7FC00000));
   }
 };
