@@ -129,56 +129,50 @@ def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
             torch.testing.assert_close(got, want, rtol=16 * EPS.get(dtype, 2**-50), atol=64 * EPS.get(dtype, 2**-50))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("capability", backends.CAPABILITIES)
-def test_relu_of_a_sample_and_back(capability, dtype):
-    wide = torch.promote_types(dtype, torch.float32)
+@pytest.fixture(params=backends.CAPABILITIES)
+def capability(request):
+    """An instruction set, in use."""
     before = backends.cpu_capability()
     try:
-        backends.cpu_capability(capability)
+        backends.cpu_capability(request.param)
     except RuntimeError:
         pytest.skip("not offered by this machine")
-    try:
-        for rows, columns in ((1, 1), (3, 700), (90, 1024)):
-            h = torch.randn(rows, columns).to(dtype)
-            h.view(-1)[::5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")]).to(dtype).repeat(
-                rows * columns)[: len(h.view(-1)[::5])]  # fmt: skip
-            total, signs = torch.ones(h.shape, dtype=wide), torch.full(h.shape, 2, dtype=torch.uint8)
-            torch.ops.dipkernels.relu_add(total, signs, h, 6)
-            assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h).to(wide)).nan_to_num(7))
-            assert torch.equal(signs, torch.where(h <= 0, 2, 66).to(torch.uint8))
-            dy = torch.randn(rows, columns).to(dtype)
-            dh = torch.ops.dipkernels.relu_add_bwd(total.fill_(1), signs, dy.t().contiguous().t(), 6)
-            assert torch.equal(dh, torch.where(h <= 0, 0, dy)) and torch.equal(total, 1 + dh.to(wide))
-    finally:
-        backends.cpu_capability(before)
+    yield request.param
+    backends.cpu_capability(before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_relu_of_a_sample_and_back(capability, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    for rows, columns in ((1, 1), (3, 700), (90, 1024)):
+        h = torch.randn(rows, columns).to(dtype)
+        h.view(-1)[::5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")]).to(dtype).repeat(
+            rows * columns)[: len(h.view(-1)[::5])]  # fmt: skip
+        total, signs = torch.ones(h.shape, dtype=wide), torch.full(h.shape, 2, dtype=torch.uint8)
+        torch.ops.dipkernels.relu_add(total, signs, h, 6)
+        assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h).to(wide)).nan_to_num(7))
+        assert torch.equal(signs, torch.where(h <= 0, 2, 66).to(torch.uint8))
+        dy = torch.randn(rows, columns).to(dtype)
+        dh = torch.ops.dipkernels.relu_add_bwd(total.fill_(1), signs, dy.t().contiguous().t(), 6)
+        assert torch.equal(dh, torch.where(h <= 0, 0, dy)) and torch.equal(total, 1 + dh.to(wide))
 
 
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("capability", backends.CAPABILITIES)
 def test_samples_behind_an_activation_and_back(capability, dtype, activation):
     ops, eps = torch.ops.dipkernels, EPS.get(dtype, 1e-7)
-    before = backends.cpu_capability()
-    try:
-        backends.cpu_capability(capability)
-    except RuntimeError:
-        pytest.skip("not offered by this machine")
-    try:
-        for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (2, 90, 1024)):
-            h = (torch.randn(samples, rows, columns) * 4).to(dtype)
-            exact = h.double().requires_grad_()
-            values = ACTIVATIONS[activation](exact)
-            total = torch.ones(rows, columns)
-            ops.act_add(total, h, activation)
-            torch.testing.assert_close(total.double(), 1 + values.sum(0), rtol=2e-6, atol=4e-6)
-            dy = torch.randn(rows, columns).to(dtype)
-            (want,) = torch.autograd.grad(values, exact, dy.double().expand_as(exact))
-            dh = ops.act_add_bwd(total.fill_(1), h, dy.t().contiguous().t(), activation)
-            torch.testing.assert_close(dh.double(), want, rtol=2 * eps, atol=2e-6)
-            torch.testing.assert_close(total.double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
-    finally:
-        backends.cpu_capability(before)
+    for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (2, 90, 1024)):
+        h = (torch.randn(samples, rows, columns) * 4).to(dtype)
+        exact = h.double().requires_grad_()
+        values = ACTIVATIONS[activation](exact)
+        total = torch.ones(rows, columns)
+        ops.act_add(total, h, activation)
+        torch.testing.assert_close(total.double(), 1 + values.sum(0), rtol=2e-6, atol=4e-6)
+        dy = torch.randn(rows, columns).to(dtype)
+        (want,) = torch.autograd.grad(values, exact, dy.double().expand_as(exact))
+        dh = ops.act_add_bwd(total.fill_(1), h, dy.t().contiguous().t(), activation)
+        torch.testing.assert_close(dh.double(), want, rtol=2 * eps, atol=2e-6)
+        torch.testing.assert_close(total.double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("activation", NAMES)
