@@ -176,6 +176,28 @@ def test_samples_behind_an_activation_and_back(capability, dtype, activation):
 
 
 @pytest.mark.parametrize("activation", NAMES)
+def test_samples_ignore_instruction_set_and_threads(activation):
+    h, dy = torch.randn(2, 90, 1000) * 6, torch.randn(90, 1000)
+    before, threads, results = backends.cpu_capability(), torch.get_num_threads(), []
+    try:
+        for name in backends.library().cpu_capabilities:
+            try:
+                backends.cpu_capability(name)
+            except RuntimeError:  # not offered by this machine
+                continue
+            for n in (1, 3):
+                torch.set_num_threads(n)
+                total, back = torch.zeros(2, 90, 1000)
+                torch.ops.dipkernels.act_add(total, h, activation)
+                dh = torch.ops.dipkernels.act_add_bwd(back, h, dy, activation)
+                results.append(torch.stack([total, back, *dh]))
+    finally:
+        backends.cpu_capability(before)
+        torch.set_num_threads(threads)
+    assert len(results) > 2 and all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("activation", NAMES)
 def test_samples_far_out_and_not_numbers(activation):
     far, infinity, nan = (60.0, 300.0, 3e4, 1e38), float("inf"), float("nan")
     h = torch.tensor([1e-30, -1e-30, 3e-5, -3e-5, *far, *(-x for x in far), infinity, nan])
