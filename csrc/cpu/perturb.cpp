@@ -341,11 +341,20 @@ struct Channels {
         counters.row_lo[i] = static_cast<uint32_t>(r);
         counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
       }
+      const int64_t image = row / a.inner, pixel = row % a.inner;
+      const int first_run = static_cast<int>(smaller(n, a.inner - pixel));
+      const int from = static_cast<int>(larger(0, phase - 8 * g)), to = static_cast<int>(smaller(8, a.features + phase - 8 * g));
+      // Planes far apart: a processor's own prefetching does not follow, and waits longest for what is to be written.
+      for (int t = from; t < to; ++t) {
+        const auto at = [&](const Operand& o) { return image * o.outer_stride + (8 * g + t - phase) * o.feature_stride + pixel; };
+        prefetch_run<0>(a.x, at(a.x), first_run);
+        prefetch_run<1>(a.u, at(a.u), first_run);
+        prefetch_run<0>(a.du, at(a.du), first_run);
+      }
       normal_tile<true>(counters, pass.draw, n, z);
-      for (int t = 0; t < 8; ++t) {
+      for (int t = from; t < to; ++t) {
         const int64_t channel = 8 * g + t - phase;
-        if (channel < 0 || channel >= a.features) continue;
-        int64_t outer = row / a.inner, inner = row % a.inner;
+        int64_t outer = image, inner = pixel;
         for (int done = 0; done < n;) {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
