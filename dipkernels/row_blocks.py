@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import backends
+
 _aten = torch.ops.aten
 
 
@@ -139,12 +141,8 @@ def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str) -> Tenso
 
 
 def _has_passes(h: Tensor, activation: str) -> bool:
-    return h.device.type == "cpu" and h.dtype is not torch.float64 and activation != "identity" and _has_library()
-
-
-@functools.cache
-def _has_library() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("dipkernels::act_add", "CPU")
+    compiled = h.device.type == "cpu" and bool(backends.library().cpu_capabilities)
+    return compiled and h.dtype is not torch.float64 and activation != "identity"
 
 
 def _mean(

@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant("csrc/cpu/perturb.cpp", "p.draw.num_samples == 1 && (a.x", "(a.x", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "same(a.x) &&", "true &&", PERTURB),
     Mutant("csrc/cpu/perturb.cpp", "stream_pair(u + at, here, beside)", "stream_pair(u + at, here, here)", PERTURB),
-    Mutant("csrc/cpu/perturb.cpp", "smaller(w.total, at + w.grain)", "at + w.grain", ("tests/test_guards.py", "tests/test_perturb.py"),
+    Mutant("csrc/cpu/parallel.h", "smaller(w.total, at + w.grain)", "at + w.grain", ("tests/test_guards.py", "tests/test_perturb.py"),
            explained="each part ends at its tensor's end by itself; the clamp spares it empty rounds"),
     Mutant("csrc/cpu/perturb.cpp", "i < left ? hi : next_hi", "hi", NOISE),
     Mutant("csrc/cpu/perturb.cpp", "smaller(kTileGroups, groups - g));\n      for", "smaller(kTileGroups, groups - g + 1));\n      for", PERTURB),

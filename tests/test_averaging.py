@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from capability_support import OFFERED
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -87,6 +88,19 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", NAMES)
+def test_mean_by_row_blocks_does_without_the_library(activation, monkeypatch):
+    x, weight, bias, sigma, dy = inputs()
+    how = (weight, bias, sigma, SEED, 2, 3, 1, 4, 0.5, True, activation)
+    compiled = (torch.ops.dipkernels.linear(x, *how, None), *torch.ops.dipkernels.linear_bwd(dy, x, *how))
+    monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
+    for name in ("act_add", "act_add_bwd"):
+        monkeypatch.setattr(torch.ops.dipkernels, name, None)
+    plain = (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
+    for got, want in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_mean_that_keeps_its_samples_matches_reference(namespace, activation, monkeypatch):
@@ -129,18 +143,6 @@ def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
             torch.testing.assert_close(got, want, rtol=16 * EPS.get(dtype, 2**-50), atol=64 * EPS.get(dtype, 2**-50))
 
 
-@pytest.fixture(params=backends.CAPABILITIES)
-def capability(request):
-    """An instruction set, in use."""
-    before = backends.cpu_capability()
-    try:
-        backends.cpu_capability(request.param)
-    except RuntimeError:
-        pytest.skip("not offered by this machine")
-    yield request.param
-    backends.cpu_capability(before)
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_relu_of_a_sample_and_back(capability, dtype):
     wide = torch.promote_types(dtype, torch.float32)
@@ -180,11 +182,8 @@ def test_samples_ignore_instruction_set_and_threads(activation):
     h, dy = torch.randn(2, 90, 1000) * 6, torch.randn(90, 1000)
     before, threads, results = backends.cpu_capability(), torch.get_num_threads(), []
     try:
-        for name in backends.library().cpu_capabilities:
-            try:
-                backends.cpu_capability(name)
-            except RuntimeError:  # not offered by this machine
-                continue
+        for name in OFFERED:
+            backends.cpu_capability(name)
             for n in (1, 3):
                 torch.set_num_threads(n)
                 total, back = torch.zeros(2, 90, 1000)

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,29 @@ def test_interleaving_gives_ratios_within_rounds(monkeypatch):
     assert timed["broken"]["error"].startswith("ZeroDivisionError")
 
 
+def test_a_short_call_follows_an_untimed_one(monkeypatch):
+    """Calls that no clock sees: three at the start, and of a short variant one more before each turn."""
+    calls, timed = {"short": 0, "long": 0}, {"short": 0, "long": 0}
+
+    def call(name):
+        calls[name] += 1
+
+    def seconds(call, times, device):
+        name = call.__name__
+        timed[name] += times
+        for _ in range(times):
+            call()
+        return {"short": 1e-3, "long": 1.0}[name]
+
+    variants = {name: lambda name=name: call(name) for name in calls}
+    for name, variant in variants.items():
+        variant.__name__ = name
+    monkeypatch.setattr(timing, "seconds", seconds)
+    timing.interleave(variants, "short", torch.device("cpu"), budget_s=0, rounds=(5, 5), always=("long",))
+    assert calls["short"] - timed["short"] == 3 + 5
+    assert calls["long"] - timed["long"] == 3
+
+
 def test_memory_stays_in_place(tmp_path):
     """A program that restarts gets the same memory for every tensor, without a page fault; one that may not restart does not."""
     script = tmp_path / "script.py"
@@ -136,10 +160,11 @@ def test_memory_stays_in_place(tmp_path):
         "machine.restart_in_place()\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "places = set()\n"
-        "for _ in range(6):\n"
-        "    before, tensor = faults(), torch.empty(64 << 20, dtype=torch.uint8).fill_(1)\n"
-        "    places.add(tensor.data_ptr())\n"
-        "    del tensor\n"
+        "for _ in range(12):\n"
+        "    before, seed = faults(), torch.randint(9, (2,))\n"
+        "    tensors = [torch.empty(size << 20, dtype=torch.uint8).fill_(1) for size in (8, 8, 64)]\n"
+        "    places.add(tuple(tensor.data_ptr() for tensor in tensors))\n"
+        "    del tensors\n"
         "print(sys.argv[1], len(places), faults() - before)\n"
     )
     if platform.libc_ver()[0] != "glibc":
@@ -157,6 +182,23 @@ def test_memory_counts_what_a_call_holds():
     assert timing.saved_bytes(lambda: (x * 2).exp(), [x]) == 4000
     assert timing.saved_bytes(lambda: x * x, [x]) == 0
     assert timing.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 12000
+
+
+def test_peak_is_asked_for_again_where_the_profiler_returns_nothing(monkeypatch):
+    from torch import profiler
+
+    real, asked = profiler.profile, []
+
+    class Empty(real):
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            asked.append(self)
+            if len(asked) == 1:
+                self.profiler.kineto_results = types.SimpleNamespace(events=lambda: [])
+
+    monkeypatch.setattr(profiler, "profile", Empty)
+    assert timing.peak_bytes(lambda: torch.ones(1000), torch.device("cpu")) == 4000
+    assert len(asked) == 2
 
 
 def test_documents_are_filled_between_their_marks(tmp_path):

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from capability_support import OFFERED
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backend, functional, ops, reference
-from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels.backends import cpu_capability
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -82,33 +83,19 @@ def test_perturb_rounds_once_to_the_asked_type(shape, dtype, out_dtype):
     check_dsigma(dsigma, du.to(out_dtype), sigma, where)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_perturb_of_a_large_tensor_is_that_of_its_parts(capability):
     """From 16 MiB of float32 on, u is written past the caches."""
-    if capability not in library().cpu_capabilities:
-        pytest.skip(f"the library carries no {capability}")
     x, _, sigma = inputs((4102, 1032))
-    try:
-        cpu_capability(capability)
-        u = ops.perturb(x, sigma, SEED, *arguments(row0=5), None)
-        parts = [ops.perturb(x[i : i + 600], sigma, SEED, *arguments(row0=5 + i), None) for i in range(0, 4102, 600)]
-    finally:
-        cpu_capability("auto")
+    u = ops.perturb(x, sigma, SEED, *arguments(row0=5), None)
+    parts = [ops.perturb(x[i : i + 600], sigma, SEED, *arguments(row0=5 + i), None) for i in range(0, 4102, 600)]
     assert torch.equal(u, torch.cat(parts))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_perturb_rounds_ties_to_even(capability):
     """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of either kind."""
-    if capability not in library().cpu_capabilities:
-        pytest.skip(f"the library carries no {capability}")
     x, _, sigma = inputs((1024, 1024), dtype=torch.bfloat16)
     where = arguments()
-    try:
-        cpu_capability(capability)
-        wide, u = (ops.perturb(x, sigma, SEED, *where, dtype) for dtype in (torch.float32, None))
-    finally:
-        cpu_capability("auto")
+    wide, u = (ops.perturb(x, sigma, SEED, *where, dtype) for dtype in (torch.float32, None))
     bits = wide.view(torch.int32)
     for last in (0, 1):
         assert ((bits & 0x1FFFF) == 0x8000 + last * 0x10000).sum() > 2
@@ -127,18 +114,13 @@ def test_perturb_ignores_instruction_set_and_threads(shape, dim, num_samples, dt
     want = None
     threads = torch.get_num_threads()
     try:
-        for capability in CAPABILITIES:
-            if capability not in library().cpu_capabilities:
-                continue
-            try:
-                cpu_capability(capability)
-            except RuntimeError:
-                continue
+        for name in OFFERED:
+            cpu_capability(name)
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
                 got = (ops.perturb(x, sigma, SEED, *where, None), *ops.perturb_replay(du, x, sigma, SEED, *where, None))
                 want = want or got
-                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (capability, n)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (name, n)
     finally:
         cpu_capability("auto")
         torch.set_num_threads(threads)

@@ -8,12 +8,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from capability_support import OFFERED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import dipkernels as dip
 from dipkernels import backends, functional, ops, reference
-from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels.backends import cpu_capability, library
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
@@ -27,21 +28,6 @@ def cases(number):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     fixed = settings(max_examples=number, deadline=None, database=None, suppress_health_check=checks)
     return lambda test: seed(20261120)(fixed(test))
-
-
-def offered():
-    before = cpu_capability()
-    names = []
-    for name in CAPABILITIES:
-        try:
-            names.append(cpu_capability(name))
-        except RuntimeError:
-            continue
-    cpu_capability(before)
-    return names
-
-
-OFFERED = offered() if "portable" in library().cpu_capabilities else []
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,6 +6,7 @@
 
 #include "../activation.h"
 #include "convert.h"
+#include "parallel.h"
 #include "vector_math.h"
 
 namespace dip {
@@ -15,10 +16,6 @@ constexpr int kColumns = 256;       // of a tile: its coefficients stay in the f
 constexpr int64_t kRows = 64;       // of a tile, and of a sum in the compute type
 constexpr int64_t kMaxBlocks = 32;  // row blocks of the two-stage sum
 static_assert(kColumns <= kRun, "a row of a tile is one run");
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- one run of columns ----------------------------------------------------------------------------------------------
 
@@ -120,12 +117,6 @@ Plain plain(int kind, double x) {
 }
 
 // ---- the passes ------------------------------------------------------------------------------------------------------
-
-template <class F>
-void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, const F& body) {
-  parallel_for(
-      total, grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); }, const_cast<F*>(&body));
-}
 
 template <class C, int kTerms, bool kOdd>
 struct Pass {

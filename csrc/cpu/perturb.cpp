@@ -4,6 +4,7 @@
 #include <cstdlib>
 
 #include "convert.h"
+#include "parallel.h"
 #include "vector_math.h"
 
 namespace dip {
@@ -21,10 +22,6 @@ constexpr int64_t kGrainTiles = 16;     // 16384 elements: about the cost of wak
 #endif
 constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole vectors");
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- the draw ------------------------------------------------------------------------------------------------------
 
@@ -373,23 +370,7 @@ struct Channels {
   }
 };
 
-// ---- threads and the two-stage sum -----------------------------------------------------------------------------------
-
-// f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is done with one: a thread that
-// wakes late, or shares its core, keeps nobody waiting.
-template <class F>
-void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f) {
-  struct Work {
-    F& f;
-    int64_t total, grain, next;
-  } work{f, total, grain, 0};
-  const auto take = [](int64_t, int64_t, void* context) {
-    Work& w = *static_cast<Work*>(context);
-    for (int64_t at; (at = __atomic_fetch_add(&w.next, w.grain, __ATOMIC_RELAXED)) < w.total;)
-      w.f(at, smaller(w.total, at + w.grain));
-  };
-  parallel_for(total, grain, take, &work);
-}
+// ---- the two-stage sum -----------------------------------------------------------------------------------------------
 
 // partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not depend on the threads.
 template <class C>

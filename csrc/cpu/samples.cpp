@@ -3,6 +3,7 @@
 // (perturb.cpp).
 #include "../activation.h"
 #include "convert.h"
+#include "parallel.h"
 #include "vector_math.h"
 
 namespace dip {
@@ -34,26 +35,18 @@ DIP_HD float act(float x) {
   }
 }
 
-// Runs in parallel: body(first, n).
+// body(first, n) for every run of [0, size).
 template <class F>
-void run_parallel(ParallelFor parallel_for, int64_t size, const F& body) {
-  struct Work {
-    const F& body;
-    int64_t size;
-  } work{body, size};
-  const auto take = [](int64_t begin, int64_t end, void* context) {
-    const Work& w = *static_cast<const Work*>(context);
-    for (int64_t run = begin; run < end; ++run) {
-      const int64_t first = run * kRun, left = w.size - first;
-      w.body(first, static_cast<int>(left < kRun ? left : kRun));
-    }
-  };
-  parallel_for((size + kRun - 1) / kRun, 16, take, &work);
+void for_each_run(ParallelFor parallel_for, int64_t size, F&& body) {
+  run_parallel(parallel_for, ceil_div(size, kRun), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kRun; first < smaller(size, end * kRun); first += kRun)
+      body(first, static_cast<int>(smaller(kRun, size - first)));
+  });
 }
 
 template <int kKind>
 void sum(const SamplesArgs& a, ParallelFor parallel_for) {
-  run_parallel(parallel_for, a.size, [&](int64_t first, int n) {
+  for_each_run(parallel_for, a.size, [&](int64_t first, int n) {
     alignas(64) float buffer[kRun], gradient[kRun], target[kRun];
     float* __restrict total = static_cast<float*>(a.total) + first;
     for (int64_t s = 0; s < a.samples; ++s) {
@@ -77,7 +70,7 @@ void sum(const SamplesArgs& a, ParallelFor parallel_for) {
 // relu of one sample by signs: a bit says h > 0, and backward needs no more.
 template <class C>
 void sum_by_signs(const SamplesArgs& a, ParallelFor parallel_for) {
-  run_parallel(parallel_for, a.size, [&](int64_t first, int n) {
+  for_each_run(parallel_for, a.size, [&](int64_t first, int n) {
     alignas(64) C buffer[kRun], target[kRun];
     const int bit = a.bit;
     C* __restrict total = static_cast<C*>(a.total) + first;

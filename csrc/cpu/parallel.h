@@ -1,0 +1,29 @@
+// Whole numbers, and work for threads.  No STL (perturb.cpp).
+#pragma once
+#include "../launch.h"
+
+namespace dip {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is done with one: a thread that
+// wakes late, or shares its core, keeps nobody waiting.
+template <class F>
+void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f) {
+  struct Work {
+    F& f;
+    int64_t total, grain, next;
+  } work{f, total, grain, 0};
+  const auto take = [](int64_t, int64_t, void* context) {
+    Work& w = *static_cast<Work*>(context);
+    for (int64_t at; (at = __atomic_fetch_add(&w.next, w.grain, __ATOMIC_RELAXED)) < w.total;)
+      w.f(at, smaller(w.total, at + w.grain));
+  };
+  parallel_for(total, grain, take, &work);
+}
+
+}  // namespace
+}  // namespace dip
