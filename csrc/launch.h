@@ -28,6 +28,7 @@ struct PerturbArgs {
   double factor;      // multiplies sigma
   Operand x;          // null data: zeros
   Operand u;          // written: x + factor * sigma * z
+  Operand z;          // written: z, where the layout is rows and dsigma is null
   Operand du;         // read where dsigma is written
   void* dsigma;       // [features], sigma's dtype, written
 };
@@ -35,7 +36,7 @@ struct PerturbArgs {
 // Calls f(begin, end, context) over parts of [0, total), in parallel, none smaller than grain but the last.
 using ParallelFor = void (*)(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
 
-// u where u.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
+// u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
 const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 
 // The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of perturb_cuda_scratch(args) bytes.
@@ -73,20 +74,45 @@ struct VarianceArgs {
 
 const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
 
-// total += sum over s of act(h_s), [size] each; back: dh_s = dy act'(h_s), total += their sum. All contiguous.
-struct SamplesArgs {
-  int64_t size, samples;
-  int kind;              // Activation of activation.h
-  Operand h;             // [samples, size], not float64
-  Operand dy;            // [size], read where dh is written
-  Operand dh;            // [samples, size]; null: forward
-  void* total;           // [size], float32, or float64 beside signs
-  bool total_is_double;  // where h, dy and dh are
-  // Not null: relu of one sample, of which forward sets `bit` where h is not <= 0, and leaves the others, and backward reads no
-  // h.
-  uint8_t* signs;  // [size]
-  uint8_t bit;     // one of eight set
+// A tensor [samples, outer, inner]; inner elements lie side by side, the other strides are in elements.
+struct Samples {
+  void* data = nullptr;  // null: absent
+  DType dtype = DType::kFloat32;
+  int64_t sample_stride = 0;
+  int64_t outer_stride = 0;
 };
+
+// What backward needs of a sample: act'(h).
+enum class SlopeForm : int {
+  kNone,
+  kBits,    // relu: bit i mod 8 of byte i div 8 says that h_i is not <= 0; forward finds zeros there
+  kCodes,   // a byte: kSlopeSteps act' + kSlopeZero, rounded; kSlopeNan for a NaN
+  kValues,  // of h's type
+};
+
+// Exact at 0 and at 1, where an activation is saturated; no act' lies outside [-0.13, 1.13].
+constexpr int kSlopeSteps = 200, kSlopeZero = 26, kSlopeNan = 255;
+
+// total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor total, where it is wanted.
+// Rows of samples forward, their columns back: there a row of dy and of the slopes is what is inner elsewhere, [.., inner,
+// outer].
+struct SamplesArgs {
+  int64_t outer, inner, samples;
+  int kind;      // Activation of activation.h, or kIdentity
+  Samples h;     // not float64; back, of the samples alone whose slopes are not at hand
+  Operand bias;  // back: [outer], added to h; null: 0
+  Operand dy;    // back
+  Samples dh;    // null: forward
+  float* total;  // [outer, inner], contiguous
+  Operand out;   // [outer, inner], inner elements side by side; null: not wanted
+  float factor;
+  SlopeForm form;
+  Samples slopes;      // forward writes them, back reads them
+  int64_t first;       // that of sample 0
+  int64_t num_slopes;  // samples from `first` on that have slopes, at most `samples`
+};
+
+constexpr int kIdentity = -1;
 
 const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for);
 

@@ -447,18 +447,85 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::s
   return {dmu, dv};
 }
 
-// ---- the mean behind an activation: samples summed -------------------------------------------------------------------------
+// ---- the mean behind an activation ---------------------------------------------------------------------------------------
 
-SamplesArgs start_samples(const Tensor& total, const Tensor& like, const char* name) {
-  const bool is_double = like.scalar_type() == ScalarType::Double;
+// Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on, into what is given.
+void draw_samples(
+    std::optional<Tensor> u, std::optional<Tensor> z, Tensor x, Tensor sigma, Tensor seed, int64_t row0, int64_t col0,
+    int64_t sample, double factor, bool log_variance) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected shape (rows, K), contiguous");
+  STD_TORCH_CHECK(u || z, "u, z: expected one of them at least");
+  const int64_t samples = (u ? *u : *z).size(0), size = x.numel();
+  const auto check = [&](const std::optional<Tensor>& t, const char* name) {
+    if (!t) return;
+    check_same(*t, name, x);
+    STD_TORCH_CHECK(
+        t->dim() == 3 && t->size(0) == samples && t->size(1) == x.size(0) && t->size(2) == x.size(1) && t->is_contiguous(), name,
+        ": expected shape (samples, rows, K), contiguous");
+  };
+  check(u, "u");
+  check(z, "z");
+  int64_t dim = -1;
+  for (int64_t s = 0; s < samples; ++s) {
+    PerturbArgs a = start(seed, x, {-1, row0, col0, sample + s, 1}, &dim);
+    const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+    a.outer = x.size(0);
+    a.features = x.size(1);
+    a.inner = 1;
+    const auto part = [&](const Tensor& t, int64_t first) {
+      Operand o{const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), a.features, 1};
+      o.data = static_cast<char*>(o.data) + first * t.element_size();
+      return o;
+    };
+    if (u) a.x = part(x, 0), a.u = part(*u, s * size);
+    if (z) a.z = part(*z, s * size);
+    launch_cpu(x, a);
+  }
+}
+
+// t as [samples, a, b], whatever its strides but the last.
+Samples samples_of(const Tensor& t, const char* name, int64_t a, int64_t b, DType dtype) {
   STD_TORCH_CHECK(
-      total.is_contiguous() && total.scalar_type() == (is_double ? ScalarType::Double : ScalarType::Float),
-      "total: expected contiguous, float32, or float64 for float64 ", name);
+      t.dim() == 3 && t.size(1) == a && t.size(2) == b && (t.stride(2) == 1 || b <= 1 || t.numel() == 0), name,
+      ": expected shape (samples, ", a, ", ", b, ") and elements side by side");
+  return {const_cast<void*>(t.const_data_ptr()), dtype, t.stride(0), t.stride(1)};
+}
+
+Operand matrix_of(const Tensor& t, const char* name, int64_t a, int64_t b) {
+  STD_TORCH_CHECK(
+      t.dim() == 2 && t.size(0) == a && t.size(1) == b && (t.stride(1) == 1 || b <= 1), name, ": expected shape (", a, ", ", b,
+      ") and elements side by side");
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), name), t.stride(0), 1};
+}
+
+SamplesArgs start_samples(
+    const Tensor& total, const Tensor& h, const std::string& activation, const std::optional<Tensor>& slopes, int64_t first,
+    int64_t samples, bool is_back, const std::optional<Tensor>& out, double factor) {
+  STD_TORCH_CHECK(
+      total.dim() == 2 && total.is_contiguous() && total.scalar_type() == ScalarType::Float,
+      "total: expected shape (outer, inner), contiguous, float32");
+  STD_TORCH_CHECK(h.scalar_type() != ScalarType::Double, "h: expected float32, float16 or bfloat16, got float64");
   SamplesArgs a{};
-  a.size = total.numel();
-  a.samples = 1;
-  a.total = total.mutable_data_ptr();
-  a.total_is_double = is_double;
+  a.outer = total.size(0);
+  a.inner = total.size(1);
+  a.samples = samples;
+  a.kind = activation == "identity" ? kIdentity : activation_named(activation);
+  a.h = samples_of(h, "h", a.outer, a.inner, dtype_of(h.scalar_type(), "h"));
+  a.total = static_cast<float*>(total.mutable_data_ptr());
+  a.factor = static_cast<float>(factor);
+  if (out) a.out = matrix_of(*out, "out", a.outer, a.inner);
+  if (!slopes) return a;
+  const bool is_byte = slopes->scalar_type() == ScalarType::Byte, bits = a.kind == kReluActivation;
+  STD_TORCH_CHECK(
+      is_byte || (!bits && slopes->scalar_type() == h.scalar_type()), "slopes: expected uint8, or h's dtype but for relu");
+  STD_TORCH_CHECK(first >= 0 && first <= 65536, "first: expected 0 to 65536, got ", first);
+  const DType dtype = is_byte ? DType::kFloat32 : a.h.dtype;  // of bytes it says nothing
+  a.slopes =
+      is_back ? samples_of(*slopes, "slopes", a.inner, a.outer, dtype) : samples_of(*slopes, "slopes", a.outer, a.inner, dtype);
+  a.form = bits ? SlopeForm::kBits : is_byte ? SlopeForm::kCodes : SlopeForm::kValues;
+  a.first = first;
+  const int64_t held = slopes->size(0) * (bits ? 8 : 1) - first;
+  a.num_slopes = held < 0 ? 0 : held < samples ? held : samples;
   return a;
 }
 
@@ -467,60 +534,38 @@ void run_samples(const SamplesArgs& a) {
   STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
 }
 
-SamplesArgs start_act(const Tensor& total, const Tensor& h, const std::string& activation) {
-  STD_TORCH_CHECK(h.scalar_type() != ScalarType::Double, "h: expected float32, float16 or bfloat16, got float64");
-  SamplesArgs a = start_samples(total, h, "h");
-  a.kind = activation_named(activation);
-  a.samples = a.size ? h.numel() / a.size : 0;
-  STD_TORCH_CHECK(h.numel() == a.samples * a.size, "total: expected the size of a sample of h, got ", a.size, " for ", h.numel());
-  a.h = operand_of(h);
-  return a;
-}
-
-void act_add(Tensor total, Tensor h, std::string activation) {
-  h = torch::stable::contiguous(h);
-  run_samples(start_act(total, h, activation));
-}
-
-Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation) {
-  h = torch::stable::contiguous(h);
-  dy = torch::stable::contiguous(dy);
-  SamplesArgs a = start_act(total, h, activation);
-  STD_TORCH_CHECK(
-      dy.numel() == a.size && dy.scalar_type() == h.scalar_type(), "dy: expected the size of total and the dtype of h");
-  Tensor dh = empty_like(h, h.scalar_type());
-  a.dy = operand_of(dy);
-  a.dh = operand_of(dh);
-  run_samples(a);
-  return dh;
-}
-
-SamplesArgs start_signs(const Tensor& total, const Tensor& signs, const Tensor& like, const char* name, int64_t bit) {
-  SamplesArgs a = start_samples(total, like, name);
-  STD_TORCH_CHECK(
-      total.numel() == like.numel(), "total: expected the size of ", name, ", got ", total.numel(), " for ", like.numel());
-  STD_TORCH_CHECK(
-      signs.numel() == like.numel() && signs.is_contiguous() && signs.scalar_type() == ScalarType::Byte,
-      "signs: expected the size of ", name, ", contiguous, uint8");
-  STD_TORCH_CHECK(bit >= 0 && bit < 8, "bit: expected 0 to 7, got ", bit);
-  a.signs = static_cast<uint8_t*>(signs.mutable_data_ptr());
-  a.bit = static_cast<uint8_t>(1 << bit);
-  return a;
-}
-
-void relu_add(Tensor total, Tensor signs, Tensor h, int64_t bit) {
-  h = torch::stable::contiguous(h);
-  SamplesArgs a = start_signs(total, signs, h, "h", bit);
-  a.h = operand_of(h);
+void act_add(
+    Tensor total, Tensor h, std::string activation, std::optional<Tensor> slopes, int64_t first, std::optional<Tensor> out,
+    double factor) {
+  SamplesArgs a = start_samples(total, h, activation, slopes, first, h.size(0), false, out, factor);
+  const auto dense = [&](bool absent, int64_t stride) { return absent || stride == a.inner; };
+  if (dense(!a.h.data, a.h.outer_stride) && dense(!a.slopes.data, a.slopes.outer_stride) &&
+      dense(!a.out.data, a.out.outer_stride)) {
+    a.inner *= a.outer;  // rows that follow one another are one
+    a.outer = 1;
+  }
   run_samples(a);
 }
 
-Tensor relu_add_bwd(Tensor total, Tensor signs, Tensor dy, int64_t bit) {
-  dy = torch::stable::contiguous(dy);
-  SamplesArgs a = start_signs(total, signs, dy, "dy", bit);
-  Tensor dh = empty_like(dy, dy.scalar_type());
-  a.dy = operand_of(dy);
-  a.dh = operand_of(dh);
+Tensor act_add_bwd(
+    Tensor total, Tensor h, std::optional<Tensor> bias, Tensor dy, std::string activation, std::optional<Tensor> slopes,
+    int64_t first, int64_t samples, std::optional<Tensor> out, double factor) {
+  STD_TORCH_CHECK(samples >= 1 && samples <= 65536, "num_samples: expected 1 to 65536, got ", samples);
+  SamplesArgs a = start_samples(total, h, activation, slopes, first, samples, true, out, factor);
+  STD_TORCH_CHECK(
+      h.size(0) == samples - a.num_slopes, "h: expected the ", samples - a.num_slopes, " samples without slopes, got ",
+      h.size(0));
+  STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy: expected h's dtype");
+  a.dy = matrix_of(dy, "dy", a.inner, a.outer);
+  if (bias) {
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == a.outer && bias->is_contiguous() && bias->scalar_type() != ScalarType::Double,
+        "bias: expected shape (", a.outer, ",), contiguous, float32, float16 or bfloat16");
+    a.bias = operand_of(*bias);
+  }
+  const std::array<int64_t, 3> sizes{a.outer, samples, a.inner}, strides{samples * a.inner, a.inner, 1};
+  Tensor dh = empty_strided(h, {sizes.data(), 3}, {strides.data(), 3}, a.h.dtype);
+  a.dh = {dh.mutable_data_ptr(), a.h.dtype, a.inner, samples * a.inner};
   run_samples(a);
   return dh;
 }
@@ -542,8 +587,7 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
   m.impl("activation_variance_bwd", TORCH_BOX(&dip::activation_variance_bwd));
   m.impl("act_add", TORCH_BOX(&dip::act_add));
   m.impl("act_add_bwd", TORCH_BOX(&dip::act_add_bwd));
-  m.impl("relu_add", TORCH_BOX(&dip::relu_add));
-  m.impl("relu_add_bwd", TORCH_BOX(&dip::relu_add_bwd));
+  m.impl("draw_samples", TORCH_BOX(&dip::draw_samples));
 }
 #endif
 

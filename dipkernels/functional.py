@@ -296,7 +296,7 @@ def _num_kept(keep: str, activation: str, num_samples: int, dtype: torch.dtype) 
     if keep == "auto":
         if activation == "relu":  # a bit of each sample, of all or none
             return num_samples if num_samples <= 8 * dtype.itemsize else 0
-        return 1
+        return min(num_samples, 2 if dtype is torch.bfloat16 else 1)  # row_blocks.slopes_form
     return num_samples if keep == "u" else 0
 
 

@@ -34,8 +34,8 @@ SCHEMAS = {
     # The mean over samples of act(affine), and its derivatives dx, dweight, dbias ([N], also without a bias), dsigma.
     "linear": f"(Tensor x, {_LINEAR}, str activation, ScalarType? out_dtype) -> Tensor",
     "linear_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    # The same on a CPU, with what backward needs of a sample: relu's signs, uint8 [ceil(samples / 8), rows, N], a bit per
-    # sample that says h > 0, or for another activation the pre-activations of the first num_kept samples, [num_kept, rows, N].
+    # The same on a CPU, with what backward needs of the first num_kept samples: act'(h), [num_kept, rows, N], in bfloat16 as
+    # a byte, round(200 act') + 26; behind relu of all of them a bit, uint8 [ceil(samples / 8), rows, N].
     "linear_keep": f"(Tensor x, {_LINEAR}, str activation, int num_kept, ScalarType? out_dtype) -> (Tensor, Tensor)",
     "linear_keep_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation, Tensor kept)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -46,14 +46,19 @@ SCHEMAS = {
     "activation_variance": "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
     "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) -> (Tensor, Tensor)",
 }
-# Passes of linear behind an activation and of its backward, in the compiled library alone: for row_blocks.
+# Passes of linear behind an activation and of its backward, in the compiled library on a CPU alone: for row_blocks.
 _PASSES = {
-    # total += the sum over samples of act(h), h [samples, *total.shape]; back, dh = dy act'(h), and total += its sum.
-    "act_add": "(Tensor(a!) total, Tensor h, str activation) -> ()",
-    "act_add_bwd": "(Tensor(a!) total, Tensor h, Tensor dy, str activation) -> Tensor",
-    # relu of one sample, with the signs for backward.
-    "relu_add": "(Tensor(a!) total, Tensor(b!) signs, Tensor h, int bit) -> ()",
-    "relu_add_bwd": "(Tensor(a!) total, Tensor signs, Tensor dy, int bit) -> Tensor",
+    # u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.
+    "draw_samples": "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0,"
+    f" int sample, {_SCALE}) -> ()",
+    # total [A, B] += the sum over samples of act(h), h [samples, A, B]; slopes: as `kept` of linear_keep, [:, A, B], written
+    # for those samples, the first of which is number `first`. Then out [A, B] = factor total, where it is wanted.
+    "act_add": "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? slopes, int first, Tensor(c!)? out, float factor)"
+    " -> ()",
+    # Back: dh = dy act'(h + bias[:, None]) as [A, samples, B], total += its sum; h: of the samples whose slopes are not given;
+    # dy [B, A] and slopes [:, B, A] are transposed on the way.
+    "act_add_bwd": "(Tensor(a!) total, Tensor h, Tensor? bias, Tensor dy, str activation, Tensor? slopes, int first,"
+    " int num_samples, Tensor(b!)? out, float factor) -> Tensor",
 }
 NAMESPACES = {
     "cpu": "dipkernels",
@@ -328,11 +333,8 @@ def _fake_linear_bwd(
 
 def _fake_linear_keep(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     num_samples, activation, num_kept = rest[-6], rest[-3], rest[-2]
-    shape = (x.shape[:-1].numel(), weight.shape[0])
-    if activation == "relu":
-        kept = x.new_empty(((num_samples + 7) // 8, *shape), dtype=torch.uint8)
-    else:
-        kept = weight.new_empty((num_kept, *shape))
+    first, dtype = row_blocks.slopes_form(activation, weight.dtype, num_samples, num_kept)
+    kept = x.new_empty((first, x.shape[:-1].numel(), weight.shape[0]), dtype=dtype)
     return _fake_linear(x, weight, *rest), kept
 
 

@@ -239,15 +239,17 @@ def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else h of num_kept samples"""
+    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else act'(h) of num_kept
+    samples, in bfloat16 as round(200 act'(h)) + 26"""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
-    hs = [h for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
+    slopes = [_ACTIVATIONS[activation](h)[1] for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
     if activation != "relu":
-        return y, torch.stack(hs)[:num_kept].to(weight.dtype)
-    signs = torch.zeros(-(-num_samples // 8), *hs[0].shape, dtype=torch.uint8, device=x.device)
-    for i, h in enumerate(hs):
-        signs[i // 8] |= (h > 0).to(torch.uint8) << i % 8
+        kept = torch.stack(slopes)[:num_kept]
+        return y, (kept * 200 + 26).round().to(torch.uint8) if weight.dtype is torch.bfloat16 else kept.to(weight.dtype)
+    signs = torch.zeros(-(-num_samples // 8), *slopes[0].shape, dtype=torch.uint8, device=x.device)
+    for i, slope in enumerate(slopes):
+        signs[i // 8] |= (slope > 0).to(torch.uint8) << i % 8
     return y, signs
 
 

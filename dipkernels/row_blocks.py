@@ -1,14 +1,14 @@
 """y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section 4.
 
 The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised rows and
-pre-activations live for one sample, or for several where there are few rows, so memory does not grow with the samples.
-Backward draws again, and multiplies again what was not kept.
+pre-activations live for a few samples at a time, so memory does not grow with the samples. Backward draws again, and
+multiplies again where it was not kept what it needs of a sample: act'(h).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,13 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": _aten.silu_backward,
     "tanh": _tanh_backward,
 }
-_CPU_ROWS = 2048  # of a block, times its samples: fewer make smaller products, and more sums of [N, K] in backward
+# Of one product, rows times samples: fewer make it smaller, and more sums of [N, K] in backward.
+_CPU_ROWS = 2048
 _GPU_ROWS = 16384
+_ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
+_CPU_GROUP = 8  # samples of one product, where there are that many: one pass sums them
+# act' in a byte, exact at 0 and at 1: csrc/launch.h
+_SLOPE_STEPS, _SLOPE_ZERO, _SLOPE_NAN = 200, 26, 255
 
 
 def act_of(activation: str) -> Callable[[Tensor], Tensor]:
@@ -63,36 +68,72 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
-def _blocks(x: Tensor, num_samples: int, num_kept: int) -> Iterator[tuple[int, Tensor, list[range]]]:
-    """(first row, rows, ranges of samples that go through one product) over the flattened rows of x; the first num_kept
-    samples and the others share no range"""
+def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[range]]:
+    """Ranges of the rows x [M, K], and those of samples that go through one product."""
+    rows, group = (_CPU_ROWS, _CPU_GROUP) if x.device.type == "cpu" else (_GPU_ROWS, 1)
+    size = max(rows, min(x.shape[0], _ELEMENTS // max(1, n, x.shape[1])))
+    group = min(num_samples, max(group, size // max(1, x.shape[0])))
+    step = max(1, size // group)
+    groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
+    return [slice(i, min(i + step, x.shape[0])) for i in range(0, x.shape[0], step)], groups
+
+
+def _shifted(samples: range, first: int) -> range:
+    return range(first + samples.start, first + samples.stop)
+
+
+def slopes_form(activation: str, dtype: torch.dtype, num_samples: int, num_kept: int) -> tuple[int, torch.dtype]:
+    """Of what is kept of act'(h): its first dimension and dtype.  Relu: a bit of each sample; another activation in
+    bfloat16, whose own rounding is as coarse: a byte of each kept one; else a number of the weight's type."""
+    if activation == "relu":
+        return (num_samples + 7) // 8, torch.uint8
+    return num_kept, torch.uint8 if dtype is torch.bfloat16 else dtype
+
+
+def _num_kept(kept: Tensor | None, activation: str, num_samples: int) -> int:
+    """Samples of which backward finds act' at hand, the first ones."""
+    if kept is None:
+        return 0
+    return num_samples if activation == "relu" else kept.shape[0]
+
+
+def _check_samples(num_samples: int, num_kept: int) -> None:
     # Whoever calls the operation itself passes no check of ops.
     if not 1 <= num_samples <= 2**16:
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     if num_kept > num_samples:
         raise ValueError(f"num_kept: expected 0 to num_samples = {num_samples}, got {num_kept}")
-    rows = flat_rows(x)
-    size = _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
-    for first in range(0, rows.shape[0], size):
-        block = rows[first : first + size]
-        group = max(1, size // block.shape[0])
-        parts = (range(num_kept), range(num_kept, num_samples))
-        yield first, block, [part[i : i + group] for part in parts for i in range(0, len(part), group)]
 
 
-def _num_kept(kept: Tensor | None, activation: str) -> int:
-    """Samples whose pre-activations are in `kept`; relu's signs are none."""
-    return 0 if kept is None or activation == "relu" else kept.shape[0]
+# sigma, seed, first row and column, factor, log_variance
+_Draw = tuple[Tensor, Tensor, int, int, float, bool]
 
 
-def _noised(
-    rows: Tensor, sigma: Tensor, seed: Tensor, row0: int, col0: int, samples: list[int], factor: float, log_variance: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """rows + factor sigma z of each sample, one below the other: [samples * rows, K]"""
-    where = [(-1, row0, col0, sample, 1) for sample in samples]
-    us: list[Tensor] = [torch.ops.dipkernels.perturb(rows, sigma, seed, *w, factor, log_variance, dtype) for w in where]
-    return us[0] if len(us) == 1 else torch.cat(us)
+def _draws(
+    rows: Tensor, how: _Draw, samples: range, num_given: int, dtype: torch.dtype, with_z: bool
+) -> tuple[Tensor, Tensor]:
+    """u_s = rows + factor sigma z_s of all samples but the first num_given, and z_s of all, [samples, rows, K] each."""
+    sigma, seed, row0, col0, *scale = how
+    others = samples[num_given:]
+    if rows.device.type == "cpu" and backends.library().cpu_capabilities:
+        u = rows.new_empty(len(others), *rows.shape, dtype=dtype)
+        z = rows.new_empty(len(samples) if with_z else 0, *rows.shape, dtype=dtype)
+        for part, to_u, to_z in ((samples[:num_given], None, z[:num_given]), (others, u, z[num_given:])):
+            if len(part):
+                to = (to_u, to_z if with_z else None)
+                torch.ops.dipkernels.draw_samples(*to, rows, sigma, seed, row0, col0, part.start, *scale)
+        return u, z
+
+    def draw(x: Tensor, sigma: Tensor, samples: range, *scale: float) -> Tensor:
+        draws = [torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, *scale, dtype) for s in samples]
+        return _stack(draws, 0) if draws else rows.new_empty(0, *rows.shape, dtype=dtype)
+
+    zero, one = rows.new_zeros(()).expand_as(rows), torch.ones_like(sigma)
+    return draw(rows, sigma, others, *scale), draw(zero, one, samples if with_z else samples[:0], 1.0, False)
+
+
+def _stack(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0].unsqueeze(dim) if len(tensors) == 1 else torch.stack(tensors, dim)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -100,49 +141,90 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias. On a CPU with AVX-512 straight by oneDNN: torch gives float32 to MKL, which is slower on an AMD machine,
-    and takes a longer way in bfloat16, except for columns, which this one would copy."""
-    if (
-        (a.dtype is torch.float32 or (a.dtype is torch.bfloat16 and a.is_contiguous()))
-        and a.device.type == "cpu"
-        and _has_onednn()
-        and a.numel()
-        and b.numel()
-    ):
+    """a b^T + bias. In float32 on a CPU with AVX-512 straight by oneDNN: torch gives it to MKL, which is slower on an AMD
+    machine."""
+    if b.is_mkldnn or (a.dtype is torch.float32 and _has_onednn(a) and a.numel() and b.numel()):
         y: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
         return y
     return F.linear(a, b, bias)
 
 
+def _packed(weight: Tensor, rows: int) -> Tensor:
+    """For _product, in the order in which a product of so many rows reads it: else every product brings it there."""
+    offered = weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn(weight)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows) if offered and weight.numel() else weight
+
+
+def _has_onednn(t: Tensor) -> bool:
+    return t.device.type == "cpu" and _offers_onednn()
+
+
 @functools.cache
-def _has_onednn() -> bool:
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _offers_onednn() -> bool:
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    offered = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
     return offered and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _act_add(total: Tensor, h: Tensor, activation: str) -> None:
-    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]"""
-    if _has_passes(h, activation):
-        torch.ops.dipkernels.act_add(total, h, activation)
-    else:
-        for part in act_of(activation)(h):
-            total.add_(part.to(total.dtype))
+def _has_passes(h: Tensor) -> bool:
+    return h.device.type == "cpu" and bool(backends.library().cpu_capabilities) and h.dtype is not torch.float64
 
 
-def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str) -> Tensor:
-    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples"""
-    if _has_passes(h, activation):
-        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation)
+def _act_add(
+    total: Tensor, h: Tensor, activation: str, slopes: Tensor | None = None, first: int = 0, out: Tensor | None = None,
+    factor: float = 1.0,
+) -> None:  # fmt: skip
+    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]; what backward needs of them into slopes;
+    factor total into out."""
+    if _has_passes(h):
+        torch.ops.dipkernels.act_add(total, h, activation, slopes, first, out, factor)
+        return
+    for i, part in enumerate(h, first):
+        total.add_(act_of(activation)(part))
+        if slopes is None:
+            continue
+        if activation == "relu":
+            slopes[i // 8] |= (~(part <= 0)).to(torch.uint8) << i % 8
+        elif i < slopes.shape[0]:
+            slope = _BACKWARDS[activation](torch.ones_like(part), part)
+            slopes[i] = slope if slopes.is_floating_point() else _encode_slopes(slope)
+    if out is not None:
+        torch.mul(total, factor, out=out)
+
+
+def _encode_slopes(slope: Tensor) -> Tensor:
+    """act' as a byte."""
+    return (slope.float() * _SLOPE_STEPS + _SLOPE_ZERO).round().nan_to_num(_SLOPE_NAN).to(torch.uint8)
+
+
+def _decode_slopes(code: Tensor) -> Tensor:
+    return torch.where(code == _SLOPE_NAN, torch.nan, (code.float() - _SLOPE_ZERO) / _SLOPE_STEPS)
+
+
+def _act_add_bwd(
+    total: Tensor, h: Tensor, bias: Tensor | None, dy: Tensor, activation: str, slopes: Tensor | None, first: int,
+    num_samples: int, out: Tensor | None, factor: float,
+) -> Tensor:  # fmt: skip
+    """dh = dy act'(h + bias), [N, samples, rows], of dy [rows, N]; total [N, rows] += its sum over samples, factor total into
+    out.  slopes [:, rows, N] has act' of the first samples, and h [others, N, rows] is that of the others."""
+    how = (activation, slopes, first, num_samples, out, factor)
+    if _has_passes(h):
+        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, bias, dy, *how)
         return fused
-    dh = _BACKWARDS[activation](dy.expand_as(h), h)
-    for part in dh:
-        total.add_(part.to(total.dtype))
-    return dh
-
-
-def _has_passes(h: Tensor, activation: str) -> bool:
-    compiled = h.device.type == "cpu" and bool(backends.library().cpu_capabilities)
-    return compiled and h.dtype is not torch.float64 and activation != "identity"
+    dy, num_given, dhs = dy.t(), num_samples - h.shape[0], []
+    for i in range(num_samples):
+        if i >= num_given or slopes is None:
+            part = h[i - num_given] if bias is None else h[i - num_given] + bias[:, None]
+            dhs.append(_BACKWARDS[activation](dy, part))
+        elif activation == "relu":
+            dhs.append(torch.where((slopes[(first + i) // 8].t() >> (first + i) % 8 & 1).bool(), dy, 0))
+        else:
+            slope = slopes[first + i].t()
+            dhs.append(dy * (slope if slope.is_floating_point() else _decode_slopes(slope)).to(dy.dtype))
+        total.add_(dhs[-1])
+    if out is not None:
+        torch.mul(total, factor, out=out)
+    return _stack(dhs, 1)
 
 
 def _mean(
@@ -150,25 +232,21 @@ def _mean(
     num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
     kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    _check_samples(num_samples, _num_kept(kept, activation, num_samples))
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
-    num_rows = flat_rows(x).shape[0]
-    y = torch.empty(num_rows, n, dtype=out_dtype or x.dtype, device=x.device)
-    num_kept = _num_kept(kept, activation)
-    for first, rows, groups in _blocks(x, num_samples, num_kept):
-        block = slice(first, first + rows.shape[0])
+    flat = flat_rows(x).contiguous()
+    y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
+    blocks, groups = _blocks(flat, n, num_samples)
+    packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if blocks else weight
+    for block in blocks:
+        rows, how = flat[block], (sigma, seed, row0 + block.start, col0, factor, log_variance)
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
         for group in groups:
-            samples = [sample + i for i in group]
-            u = _noised(rows, sigma, seed, row0 + first, col0, samples, factor, log_variance, dtype)
-            h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-            if kept is not None and activation == "relu":
-                for i, part in zip(group, h, strict=True):
-                    torch.ops.dipkernels.relu_add(total, kept[i // 8, block], part, i % 8)
-                continue
-            if kept is not None and group.start < num_kept:
-                kept[group.start : group.stop, block] = h
-            _act_add(total, h, activation)
-        y[block] = total.mul_(1 / num_samples)
+            u, _ = _draws(rows, how, _shifted(group, sample), 0, dtype, with_z=False)
+            h = _product(u.flatten(0, 1), packed, bias).view(len(group), rows.shape[0], n)
+            slopes, out = None if kept is None else kept[:, block], y[block] if group is groups[-1] else None
+            _act_add(total, h, activation, slopes, group.start, out, 1 / num_samples)
+            del u, h  # before the next ones
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -184,14 +262,10 @@ def linear_keep(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): of relu a bit per sample, uint8 [ceil(S / 8), rows, N]; of another activation h_s of the first num_kept
-    samples, [num_kept, rows, N]."""
+    """(y, kept): kept is act' of the first num_kept samples in slopes_form, [:, rows, N]."""
     where = (row0, col0, sample, num_samples, factor, log_variance)
-    shape = (x.shape[:-1].numel(), weight.shape[0])
-    if activation == "relu":
-        kept = torch.zeros(-(-num_samples // 8), *shape, dtype=torch.uint8, device=x.device)
-    else:
-        kept = torch.empty(num_kept, *shape, dtype=weight.dtype, device=x.device)
+    first, dtype = slopes_form(activation, weight.dtype, num_samples, num_kept)
+    kept = torch.zeros(first, x.shape[:-1].numel(), weight.shape[0], dtype=dtype, device=x.device)
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
 
@@ -201,51 +275,43 @@ def linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
     dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs one product, and one more where h_s is made
-    again where it was not kept."""
+    again because act'(h_s) was not kept. All of it by columns, dh^T [N, rows], as the products over rows read it."""
+    num_kept = _num_kept(kept, activation, num_samples)
+    _check_samples(num_samples, num_kept)
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
-    flat_dy = flat_rows(dy)
-    dx = torch.empty(flat_dy.shape[0], k, dtype=x.dtype, device=x.device)
-    dweight, noise_sum = torch.zeros(2, n, k, dtype=wide, device=x.device)  # noise_sum: G
+    flat, flat_dy = flat_rows(x).contiguous(), flat_rows(dy)
+    noise_sum = torch.zeros(n, k, dtype=wide, device=x.device)  # G
     dbias = torch.zeros(n, dtype=wide, device=x.device)
-    zero, one = x.new_zeros(1, k, dtype=dtype), torch.ones_like(sigma)
-    by_signs = kept is not None and activation == "relu"
-    num_kept = _num_kept(kept, activation)
-    for first, rows, groups in _blocks(x, num_samples, num_kept):
-        block = slice(first, first + rows.shape[0])
+    sums = torch.empty(n, flat.shape[0], dtype=dtype, device=x.device)  # D^T
+    blocks, groups = _blocks(flat, n, num_samples)
+    for block in blocks:
+        rows, how = flat[block], (sigma, seed, row0 + block.start, col0, factor, log_variance)
         block_dy = flat_dy[block].to(dtype)
-        if (
-            kept is not None and by_signs
-        ):  # by columns, as the product over rows reads them: turned once for all samples
-            block_dy, signs = block_dy.t().contiguous(), kept[:, block].transpose(1, 2).contiguous()
-        total = torch.zeros(block_dy.shape, dtype=wide, device=x.device)  # D, or its transpose by_signs
+        block_dy = block_dy.contiguous() if _has_passes(block_dy) else block_dy.t().contiguous().t()
+        slopes = None if kept is None else kept[:, block]
+        total = torch.zeros(n, rows.shape[0], dtype=wide, device=x.device)
         for group in groups:
-            where = (seed, row0 + first, col0, [sample + i for i in group])
-            if by_signs:
-                dhs = [torch.ops.dipkernels.relu_add_bwd(total, signs[i // 8], block_dy, i % 8) for i in group]
-                columns = dhs[0] if len(dhs) == 1 else torch.cat(dhs, 1)
-            else:
-                if kept is not None and group.start < num_kept:
-                    h = kept[group.start : group.stop, block]
-                else:
-                    u = _noised(rows, sigma, *where, factor, log_variance, dtype)
-                    h = _product(u, weight, bias).view(len(group), rows.shape[0], n)
-                columns = flat_rows(_act_add_bwd(total, h, block_dy, activation)).t()
-            z = _noised(zero.expand(rows.shape), one, *where, 1.0, False, dtype)
-            noise_sum.add_(_product(columns, z.t()))
-        total.mul_(1 / num_samples)
-        total = total if by_signs else total.t()
+            given = min(max(num_kept - group.start, 0), len(group))
+            u, z = _draws(rows, how, _shifted(group, sample), given, dtype, with_z=True)
+            h = _product(weight, u.flatten(0, 1)).view(n, len(group) - given, rows.shape[0]).transpose(0, 1)
+            out = sums[:, block] if group is groups[-1] else None
+            last = (activation, slopes, group.start, len(group), out, 1 / num_samples)
+            dh = _act_add_bwd(total, h, bias, block_dy, *last)
+            _act_add(noise_sum, _product(dh.flatten(1), z.flatten(0, 1).t())[None], "identity")
+            del u, z, h, dh  # before the next ones
         dbias.add_(total.sum(1))
-        columns = total.to(dtype)
-        dx[block] = _product(columns.t(), weight.t())
-        dweight.add_(_product(columns, rows.to(dtype).t()))
+    dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    for some in (slice(i, i + _CPU_ROWS) for i in range(0, flat.shape[0], _CPU_ROWS)):  # a product may copy columns
+        dx[some] = _product(sums[:, some].t(), weight.t())
+    dweight = _product(sums, flat.to(dtype).t()).to(wide)
     scale = torch.exp(sigma / 2) if log_variance else sigma
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:
         dsigma = dsigma * scale / 2
     dweight.addcmul_(noise_sum, scale.to(wide))
-    dbias = dbias.to(dtype if bias is None else bias.dtype)
+    dbias = dbias.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
     return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma
 
 

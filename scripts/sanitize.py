@@ -34,8 +34,7 @@ TESTS = (
     "tests/test_noise.py",
     "tests/test_ops.py",
     "tests/test_properties.py",
-    "tests/test_averaging.py::test_relu_of_a_sample_and_back",
-    "tests/test_averaging.py::test_samples_behind_an_activation_and_back",
+    "tests/test_samples.py",
     "tests/test_averaging.py::test_mean_equals_explicit_calls",
     "tests/test_fuzz.py::test_operations_take_any_arguments_without_a_crash",
 )

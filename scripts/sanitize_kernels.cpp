@@ -209,7 +209,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     a.sigma = sigma.data;
   }
   int64_t n = 0;
-  Buffer *u = nullptr, *dsigma = nullptr;
+  Buffer *u = nullptr, *z_out = nullptr, *dsigma = nullptr;
   if (mode == 1 || mode == 3) {
     a.x = operand(s, kinds[dice.between(0, 3)], dice, &n);
     a.x.data = allocate(static_cast<size_t>(n * size_of(a.x.dtype)), dice).data;
@@ -219,6 +219,12 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     a.u = operand(s, mode ? kinds[dice.between(0, 3)] : DType::kFloat32, dice, &n);
     u = &allocate(static_cast<size_t>(n * size_of(a.u.dtype)), dice);
     a.u.data = u->data;
+  }
+  if (mode <= 1 && s.inner == 1 && dice.coin()) {  // beside u, or alone
+    a.z = operand(s, dice.coin() ? a.u.dtype : kinds[dice.between(0, 3)], dice, &n);
+    z_out = &allocate(static_cast<size_t>(n * size_of(a.z.dtype)), dice);
+    a.z.data = z_out->data;
+    if (dice.coin()) a.u = Operand{}, a.x = Operand{}, u = nullptr;
   }
   if (mode >= 2) {
     a.du = operand(s, kinds[dice.between(0, 3)], dice, &n);
@@ -243,22 +249,25 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   }
 
   // ---- on every instruction set and several thread counts: the same bits
-  std::vector<char> first_u, first_dsigma;
+  std::vector<char> first_u, first_z, first_dsigma;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
     for (const int threads : {1, num_threads}) {
       const int before = num_threads;
       num_threads = threads;
       if (u) std::memset(u->data, 0xA5, u->bytes);
+      if (z_out) std::memset(z_out->data, 0xA5, z_out->bytes);
       if (dsigma) std::memset(dsigma->data, 0xA5, dsigma->bytes);
       const char* error = perturb_cpu(a, parallel_for);
       num_threads = before;
       if (error) die(number, error);
-      if (first_u.empty() && first_dsigma.empty()) {
+      if (first_u.empty() && first_z.empty() && first_dsigma.empty()) {
         if (u) first_u.assign(u->data, u->data + u->bytes);
+        if (z_out) first_z.assign(z_out->data, z_out->data + z_out->bytes);
         if (dsigma) first_dsigma.assign(dsigma->data, dsigma->data + dsigma->bytes);
       }
       if (u && u->bytes && std::memcmp(u->data, first_u.data(), u->bytes)) die(number, "u differs by instruction set or threads", capability, threads);
+      if (z_out && z_out->bytes && std::memcmp(z_out->data, first_z.data(), z_out->bytes)) die(number, "z differs by instruction set or threads", capability, threads);
       if (dsigma && dsigma->bytes && std::memcmp(dsigma->data, first_dsigma.data(), dsigma->bytes))
         die(number, "dsigma differs by instruction set or threads", capability, threads);
     }
@@ -272,7 +281,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     const float v = static_cast<const float*>(a.sigma)[j];
     return a.log_variance ? std::exp(0.5f * v) : v;
   };
-  std::vector<char> touched(u ? u->bytes : 0, 0);
+  std::vector<char> touched(u ? u->bytes : 0, 0), touched_z(z_out ? z_out->bytes : 0, 0);
   std::vector<double> sum(static_cast<size_t>(s.features), 0), bulk(static_cast<size_t>(s.features), 0);
   for (int64_t row = 0; row < rows; ++row) {
     float z[8];
@@ -306,6 +315,14 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
         if (!(got == want)) die(number, "u is not x + factor * sigma * z", got, want);
         std::memset(touched.data() + where * size_of(a.u.dtype), 1, static_cast<size_t>(size_of(a.u.dtype)));
       }
+      if (z_out) {
+        const int64_t where = at(a.z, s, row, j);
+        char cell[8];
+        const Operand one{cell, a.z.dtype, 0, 1};
+        put(one, 0, draw);
+        if (!(get(a.z, where) == get(one, 0))) die(number, "z is not the draw", get(a.z, where), get(one, 0));
+        std::memset(touched_z.data() + where * size_of(a.z.dtype), 1, static_cast<size_t>(size_of(a.z.dtype)));
+      }
       if (dsigma) {
         const double g = get(a.du, at(a.du, s, row, j));
         sum[static_cast<size_t>(j)] += g * draw, bulk[static_cast<size_t>(j)] += std::fabs(g * draw);
@@ -314,6 +331,8 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   }
   for (size_t i = 0; i < touched.size(); ++i)
     if (!touched[i] && u->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows was written");
+  for (size_t i = 0; i < touched_z.size(); ++i)
+    if (!touched_z[i] && z_out->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows of z was written");
   for (int64_t j = 0; dsigma && j < s.features; ++j) {
     const double slope = a.log_variance ? a.factor * 0.5 * sigma_of(j) : a.factor, want = slope * sum[static_cast<size_t>(j)];
     const double got = a.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
@@ -410,6 +429,7 @@ static double act(int kind, double x, bool slope) {
   const double s = 1 / (1 + std::exp(kind == kGeluTanhActivation ? -inner : -x)), t = std::tanh(x);
   const double cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
   switch (kind) {
+    case kIdentity: return slope ? 1 : x;
     case kReluActivation: return x > 0 ? (slope ? 1 : x) : 0;
     case kGeluActivation: return slope ? cdf + x * 0.39894228040143267794 * std::exp(-0.5 * x * x) : x * cdf;
     case kGeluTanhActivation: return slope ? s + x * s * (1 - s) * c * (1 + 0.134145 * x * x) : x * s;
@@ -418,54 +438,118 @@ static double act(int kind, double x, bool slope) {
   }
 }
 
+// A tensor [samples, a, b] with gaps, and which of its bytes a kernel may write.
+struct Cube {
+  Samples t;
+  Buffer* buffer;
+  int size;
+  std::vector<char> touched;
+
+  Cube(DType type, int bytes, int64_t samples, int64_t a, int64_t b, Dice& dice) : size(bytes) {
+    const int64_t pad = dice.coin() ? 0 : dice.between(0, 5), gap = dice.coin() ? 0 : dice.between(0, 7);
+    t.dtype = type;
+    if (dice.coin()) t.outer_stride = b + pad, t.sample_stride = a * t.outer_stride + gap;
+    else t.sample_stride = b + pad, t.outer_stride = samples * t.sample_stride + gap;
+    const int64_t n = samples && a && b ? at(samples - 1, a - 1, b - 1) + 1 : 0;
+    buffer = &allocate(static_cast<size_t>(n * size), dice);
+    t.data = buffer->data;
+    touched.assign(buffer->bytes, 0);
+  }
+  int64_t at(int64_t s, int64_t i, int64_t j) const { return s * t.sample_stride + i * t.outer_stride + j; }
+  Operand values() const { return {t.data, t.dtype, 0, 1}; }
+  double number(int64_t s, int64_t i, int64_t j) const { return get(values(), at(s, i, j)); }
+  uint8_t& byte(int64_t s, int64_t i, int64_t j) const { return static_cast<uint8_t*>(t.data)[at(s, i, j)]; }
+  void touch(int64_t s, int64_t i, int64_t j) { std::memset(touched.data() + at(s, i, j) * size, 1, static_cast<size_t>(size)); }
+  void check_gaps(int64_t number) const {
+    for (size_t i = 0; i < touched.size(); ++i)
+      if (!touched[i] && buffer->data[i] != static_cast<char>(0xA5)) die(number, "a gap was written");
+  }
+};
+
 static void samples_case(int64_t number, Dice& dice) {
   const DType kinds[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64};
-  const bool by_signs = dice.coin(), backward = dice.coin();
-  const DType type = kinds[dice.between(0, by_signs ? 3 : 2)], wide = type == DType::kFloat64 ? type : DType::kFloat32;
+  const bool backward = dice.coin();
+  const DType type = kinds[dice.between(0, 2)];
   SamplesArgs a{};
-  a.size = dice.between(0, number % 16 == 7 ? 70000 : 1500);
-  a.samples = by_signs ? 1 : dice.between(0, 3);
-  a.kind = by_signs ? 0 : static_cast<int>(dice.between(0, kNumActivations - 1));
-  a.bit = static_cast<uint8_t>(1 << dice.between(0, 7));
-  a.total_is_double = type == DType::kFloat64;
-  const auto vector = [&](DType kind, int64_t size) {
-    return Operand{allocate(static_cast<size_t>(size * size_of(kind)), dice).data, kind, 0, 1};
-  };
-  a.h = vector(type, a.samples * a.size);
-  if (backward) a.dy = vector(type, a.size), a.dh = vector(type, a.samples * a.size);
-  const Operand total = vector(wide, a.size);
-  a.total = total.data;
-  if (by_signs) a.signs = reinterpret_cast<uint8_t*>(allocate(static_cast<size_t>(a.size), dice).data);
-  std::vector<uint8_t> before(static_cast<size_t>(a.size));
-  for (int64_t i = 0; i < a.samples * a.size; ++i) put(a.h, i, dice.between(0, 9) ? dice.real() : 0);
-  for (int64_t i = 0; i < a.size; ++i) {
-    if (backward) put(a.dy, i, dice.real());
-    before[static_cast<size_t>(i)] = static_cast<uint8_t>(dice.next());
+  a.outer = dice.between(0, number % 16 == 7 ? 300 : 40), a.inner = dice.between(0, number % 32 == 15 ? 1100 : 70);
+  a.samples = dice.between(backward, 9), a.kind = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
+  a.factor = 0.25f, a.first = dice.between(0, 10);
+  const bool is_relu = a.kind == kReluActivation;
+  a.form = dice.coin() ? SlopeForm::kNone : is_relu ? SlopeForm::kBits : dice.coin() ? SlopeForm::kCodes : SlopeForm::kValues;
+  a.num_slopes = a.form == SlopeForm::kNone ? 0 : dice.between(0, a.samples);
+  const int64_t last = a.first + a.num_slopes, others = a.samples - (backward ? a.num_slopes : 0);
+  const bool bits = a.form == SlopeForm::kBits, by_bytes = a.form != SlopeForm::kValues;
+
+  Cube h(type, size_of(type), others, a.outer, a.inner, dice), dh(type, size_of(type), a.samples, a.outer, a.inner, dice);
+  Cube slopes(type, by_bytes ? 1 : size_of(type), bits ? (last + 7) / 8 : last, backward ? a.inner : a.outer,
+              backward ? a.outer : a.inner, dice);
+  Cube dy(type, size_of(type), 1, a.inner, a.outer, dice);
+  const DType out_type = kinds[dice.between(0, 3)], bias_type = kinds[dice.between(0, 2)];
+  Cube out(out_type, size_of(out_type), 1, a.outer, a.inner, dice), bias(bias_type, size_of(bias_type), 1, 1, a.outer, dice);
+  const bool with_out = dice.coin(), with_bias = backward && dice.coin();
+  a.h = h.t, a.slopes = slopes.t;
+  if (with_out) a.out = {out.t.data, out_type, out.t.outer_stride, 1};
+  if (with_bias) a.bias = bias.values();
+  if (backward) a.dh = dh.t, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
+  const Operand total{allocate(static_cast<size_t>(4 * a.outer * a.inner), dice).data, DType::kFloat32, 0, 1};
+  a.total = static_cast<float*>(total.data);
+
+  for (int64_t i = 0; i < a.outer; ++i) {
+    put(bias.values(), i, dice.real());
+    for (int64_t j = 0; j < a.inner; ++j) {
+      put(dy.values(), dy.at(0, j, i), dice.real());
+      for (int64_t s = 0; s < others; ++s) put(h.values(), h.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
+      for (int64_t s = 0; s < (bits ? (last + 7) / 8 : last) && a.form != SlopeForm::kNone; ++s) {
+        const int64_t row = backward ? j : i, column = backward ? i : j;
+        if (!by_bytes) put(slopes.values(), slopes.at(s, row, column), dice.real());
+        else slopes.byte(s, row, column) = !backward && bits ? 0 : static_cast<uint8_t>(dice.between(0, 254));
+        slopes.touch(s, row, column);
+      }
+    }
   }
   const double fine = 4e-6, rounding = type == DType::kBFloat16 ? 0.004 : type == DType::kFloat16 ? 0.0005 : fine;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
-    for (int64_t i = 0; i < a.size; ++i) put(total, i, 1);
-    for (int64_t i = 0; by_signs && i < a.size; ++i) a.signs[i] = before[static_cast<size_t>(i)];
+    for (int64_t i = 0; i < a.outer * a.inner; ++i) put(total, i, 1);
+    if (!backward && bits)
+      for (int64_t i = 0; i < a.outer; ++i)
+        for (int64_t j = 0; j < a.inner; ++j)
+          for (int64_t s = 0; s < (last + 7) / 8; ++s) slopes.byte(s, i, j) = 0;
     if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
-    for (int64_t i = 0; i < a.size; ++i) {
-      const uint8_t was = before[static_cast<size_t>(i)];
-      double sum = 1, size = 1;
-      for (int64_t s = 0; s < a.samples; ++s) {
-        const int64_t at = s * a.size + i;
-        const double h = get(a.h, at), dy = backward ? get(a.dy, i) : 1;
-        const double want = by_signs && backward ? (was & a.bit ? dy : 0) : dy * act(a.kind, h, backward);
-        sum += want, size += std::fabs(want) + std::fabs(dy);
-        if (!backward) continue;
-        const double got = get(a.dh, at);
-        if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(dy) + 1e-7))
-          die(number, "dh is not dy times the slope", got, want);
+    for (int64_t i = 0; i < a.outer; ++i)
+      for (int64_t j = 0; j < a.inner; ++j) {
+        double sum = 1, size = 1;
+        for (int64_t s = 0; s < a.samples; ++s) {
+          const int64_t n = a.first + s, row = backward ? j : i, column = backward ? i : j;
+          const bool given = s < a.num_slopes;
+          double kept = 0;
+          if (given && bits) kept = slopes.byte(n / 8, row, column) >> n % 8 & 1;
+          else if (given) kept = by_bytes ? (slopes.byte(n, row, column) - kSlopeZero) / double{kSlopeSteps} : slopes.number(n, row, column);
+          double want;
+          if (backward) {
+            const double g = dy.number(0, j, i);
+            want = g * (given ? kept : act(a.kind, h.number(s - a.num_slopes, i, j) + (with_bias ? get(bias.values(), i) : 0), true));
+            const double got = dh.number(s, i, j);
+            dh.touch(s, i, j);
+            size += std::fabs(g);
+            if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(g) + 1e-7))
+              die(number, "dh is not dy times the slope", got, want);
+          } else {
+            const double x = h.number(s, i, j), slope = act(a.kind, x, true);
+            want = act(a.kind, x, false);
+            size += 1;
+            if (given && !(std::fabs(kept - slope) <= (bits ? 0 : by_bytes ? 0.50001 / kSlopeSteps : rounding + fine)))
+              die(number, "the slope that was kept is not act'", kept, slope);
+          }
+          sum += want, size += std::fabs(want);
+        }
+        const double got = get(total, i * a.inner + j);
+        if (!(std::fabs(got - sum) <= fine * size)) die(number, "total is not 1 + the sum", got, sum);
+        if (!with_out) continue;
+        out.touch(0, i, j);
+        if (!(std::fabs(out.number(0, i, j) - 0.25 * got) <= 0.004 * std::fabs(got) + 1e-7)) die(number, "out is not factor total");
       }
-      const double got = get(total, i);
-      if (!(std::fabs(got - sum) <= (by_signs ? 1e-6 : fine) * size)) die(number, "total is not 1 + the sum", got, sum);
-      if (by_signs && a.signs[i] != (!backward && get(a.h, i) > 0 ? was | a.bit : was))
-        die(number, "signs: another bit", a.signs[i], was);
-    }
+    dh.check_gaps(number), out.check_gaps(number), slopes.check_gaps(number);
   }
 }
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from capability_support import OFFERED
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -88,17 +87,28 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", NAMES)
-def test_mean_by_row_blocks_does_without_the_library(activation, monkeypatch):
-    x, weight, bias, sigma, dy = inputs()
-    how = (weight, bias, sigma, SEED, 2, 3, 1, 4, 0.5, True, activation)
-    compiled = (torch.ops.dipkernels.linear(x, *how, None), *torch.ops.dipkernels.linear_bwd(dy, x, *how))
+@pytest.mark.parametrize("activation", [*NAMES, "identity"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):
+    x, weight, bias, sigma, dy = inputs(dtype=dtype)
+    how = (weight, bias, sigma, SEED, 2, 3, 1, 10, 0.5, True, activation)
+
+    def results():
+        yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
+        for num_kept in (10,) if activation == "relu" else () if activation == "identity" else (1, 9):
+            y, kept = row_blocks.linear_keep(x, *how, num_kept, None)
+            yield from (y, *row_blocks.linear_keep_bwd(dy, x, *how, kept))
+            yield kept.float() / 200 if activation != "relu" and kept.dtype is torch.uint8 else kept
+
+    compiled = list(results())
     monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
-    for name in ("act_add", "act_add_bwd"):
+    for name in ("act_add", "act_add_bwd", "draw_samples"):
         monkeypatch.setattr(torch.ops.dipkernels, name, None)
-    plain = (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
-    for got, want in zip(plain, compiled, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    for got, want in zip(results(), compiled, strict=True):
+        if dtype is torch.float32:
+            torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+        else:  # PyTorch rounds act(h) and act'(h) to bfloat16
+            assert (got.float() - want.float()).norm() <= 0.01 * want.float().norm()
 
 
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
@@ -120,6 +130,27 @@ def test_mean_that_keeps_its_samples_matches_reference(namespace, activation, mo
             torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", NAMES)
+def test_mean_keeps_slopes_in_bytes_as_exact_as_a_loop_in_bfloat16(activation):
+    """A byte instead of act'(h) made again adds little to the gradients' error, which stays below the loop's but for dsigma."""
+    x, weight, bias, sigma, dy = inputs(300, 64, 48, torch.bfloat16)
+    wide = [t.double() for t in (x, weight, bias, sigma)]
+    how = (SEED, 0, 0, 0, 8, 1.0, False, activation)
+    exact = reference.linear_bwd(dy.double(), *wide, *how)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
+    loop = sum(
+        ACTIVATIONS[activation](F.linear(functional.perturb(x, sigma, SEED, sample=s), weight, bias)) for s in range(8)
+    )
+    errors = []
+    for y in (loop / 8, *(functional.dip_linear(*leaves, SEED, activation=activation, estimator="mean", num_samples=8,
+                                                keep=keep) for keep in ("x", "auto", "u"))):  # fmt: skip
+        grads = torch.autograd.grad(y, leaves, dy)
+        errors.append([(g.double() - e).norm() / e.norm() for g, e in zip(grads, exact, strict=True)])
+    for i, (by_loop, again, *by_bytes) in enumerate(zip(*errors, strict=True)):
+        assert max(by_bytes) <= 1.1 * again + 2**-10
+        assert max(by_bytes) <= 2 * by_loop if i == 3 else max(by_bytes) <= by_loop
+
+
 @pytest.mark.parametrize("activation, num_kept", [("gelu", -1), ("gelu", 4), ("relu", 2), ("relu", 4)])
 def test_number_of_kept_samples_is_checked(activation, num_kept):
     x, weight, bias, sigma, dy = inputs(6, 9, 5)
@@ -139,103 +170,11 @@ def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
     for other in others:
         assert torch.equal(other[0], multiplied[0])
         for got, want in zip(other[1:], multiplied[1:], strict=True):
-            # sums of 9 x 40 products, made in groups of samples that differ with what is kept
-            torch.testing.assert_close(got, want, rtol=16 * EPS.get(dtype, 2**-50), atol=64 * EPS.get(dtype, 2**-50))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_relu_of_a_sample_and_back(capability, dtype):
-    wide = torch.promote_types(dtype, torch.float32)
-    for rows, columns in ((1, 1), (3, 700), (90, 1024)):
-        h = torch.randn(rows, columns).to(dtype)
-        h.view(-1)[::5] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan")]).to(dtype).repeat(
-            rows * columns)[: len(h.view(-1)[::5])]  # fmt: skip
-        total, signs = torch.ones(h.shape, dtype=wide), torch.full(h.shape, 2, dtype=torch.uint8)
-        torch.ops.dipkernels.relu_add(total, signs, h, 6)
-        assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h).to(wide)).nan_to_num(7))
-        assert torch.equal(signs, torch.where(h <= 0, 2, 66).to(torch.uint8))
-        dy = torch.randn(rows, columns).to(dtype)
-        dh = torch.ops.dipkernels.relu_add_bwd(total.fill_(1), signs, dy.t().contiguous().t(), 6)
-        assert torch.equal(dh, torch.where(h <= 0, 0, dy)) and torch.equal(total, 1 + dh.to(wide))
-
-
-@pytest.mark.parametrize("activation", NAMES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_samples_behind_an_activation_and_back(capability, dtype, activation):
-    ops, eps = torch.ops.dipkernels, EPS.get(dtype, 1e-7)
-    for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (2, 90, 1024)):
-        h = (torch.randn(samples, rows, columns) * 4).to(dtype)
-        exact = h.double().requires_grad_()
-        values = ACTIVATIONS[activation](exact)
-        total = torch.ones(rows, columns)
-        ops.act_add(total, h, activation)
-        torch.testing.assert_close(total.double(), 1 + values.sum(0), rtol=2e-6, atol=4e-6)
-        dy = torch.randn(rows, columns).to(dtype)
-        (want,) = torch.autograd.grad(values, exact, dy.double().expand_as(exact))
-        dh = ops.act_add_bwd(total.fill_(1), h, dy.t().contiguous().t(), activation)
-        torch.testing.assert_close(dh.double(), want, rtol=2 * eps, atol=2e-6)
-        torch.testing.assert_close(total.double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("activation", NAMES)
-def test_samples_ignore_instruction_set_and_threads(activation):
-    h, dy = torch.randn(2, 90, 1000) * 6, torch.randn(90, 1000)
-    before, threads, results = backends.cpu_capability(), torch.get_num_threads(), []
-    try:
-        for name in OFFERED:
-            backends.cpu_capability(name)
-            for n in (1, 3):
-                torch.set_num_threads(n)
-                total, back = torch.zeros(2, 90, 1000)
-                torch.ops.dipkernels.act_add(total, h, activation)
-                dh = torch.ops.dipkernels.act_add_bwd(back, h, dy, activation)
-                results.append(torch.stack([total, back, *dh]))
-    finally:
-        backends.cpu_capability(before)
-        torch.set_num_threads(threads)
-    assert len(results) > 2 and all(torch.equal(result, results[0]) for result in results)
-
-
-@pytest.mark.parametrize("activation", NAMES)
-def test_samples_far_out_and_not_numbers(activation):
-    far, infinity, nan = (60.0, 300.0, 3e4, 1e38), float("inf"), float("nan")
-    h = torch.tensor([1e-30, -1e-30, 3e-5, -3e-5, *far, *(-x for x in far), infinity, nan])
-    total = torch.zeros_like(h)
-    torch.ops.dipkernels.act_add(total, h, activation)
-    want = ACTIVATIONS[activation](h.double()).float()
-    torch.testing.assert_close(total, want, rtol=2e-6, atol=0, equal_nan=True)
-    torch.ops.dipkernels.act_add(total.zero_(), torch.full_like(h, float("-inf")), activation)
-    torch.testing.assert_close(total, ACTIVATIONS[activation](torch.full_like(h, float("-inf"))), equal_nan=True)
-
-
-def test_passes_over_samples_stay_inside_their_buffers():
-    ops, h, signs = torch.ops.dipkernels, torch.randn(4, 6), torch.zeros(4, 6, dtype=torch.uint8)
-    for total, marks, bit, match in [
-        (torch.zeros(4, 5), signs, 0, "total: expected the size of (h|dy), got 20 for 24"),
-        (torch.zeros(4, 6).double(), signs, 0, "total: expected contiguous, float32"),
-        (torch.zeros(6, 4).t(), signs, 0, "total: expected contiguous"),
-        (torch.zeros(4, 6), signs[:3], 0, "signs: expected the size of"),
-        (torch.zeros(4, 6), signs.int(), 0, "signs: expected the size of"),
-        (torch.zeros(4, 6), signs, 8, "bit: expected 0 to 7, got 8"),
-    ]:
-        for op in (ops.relu_add, ops.relu_add_bwd):
-            with pytest.raises(RuntimeError, match=match):
-                op(total, marks, h, bit)
-    for total, dy, name, match in [
-        (torch.zeros(4, 5), h, "gelu", "total: expected the size of a sample of h, got 20 for 24"),
-        (torch.zeros(4, 6).double(), h, "gelu", "total: expected contiguous, float32"),
-        (torch.zeros(6, 4).t(), h, "gelu", "total: expected contiguous"),
-        (torch.zeros(4, 6), h, "elu", "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu"),
-        (torch.zeros(4, 6), h[:3], "gelu", "dy: expected the size of total"),
-        (torch.zeros(4, 6), h.half(), "gelu", "dy: expected the size of total and the dtype of h"),
-    ]:
-        with pytest.raises(RuntimeError, match=match):
-            ops.act_add_bwd(total, h, dy, name)
-        if "dy" not in match:
-            with pytest.raises(RuntimeError, match=match):
-                ops.act_add(total, h, name)
-    with pytest.raises(RuntimeError, match="h: expected float32, float16 or bfloat16, got float64"):
-        ops.act_add(torch.zeros(4, 6).double(), h.double(), "gelu")
+            # sums of 9 x 40 products of an h made again, rounded otherwise; behind relu its sign may be another one
+            eps = EPS.get(dtype, 2**-50)
+            assert (got - want).norm() <= (32 if activation == "relu" else 8) * eps * want.norm()
+            if activation != "relu":
+                torch.testing.assert_close(got, want, rtol=16 * eps, atol=64 * eps)
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -298,14 +237,16 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
 
     inputs_alone = sum(t.nbytes for t in leaves) + SEED.nbytes
     outputs = dy.numel()
-    assert kept(5) == kept(33) == inputs_alone + 4 * outputs  # as one draw: its input, and one pre-activation
-    peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 33)]
+    assert kept(5) == kept(33) == inputs_alone + 4 * outputs  # as one draw: its input, and as much as a pre-activation
+    assert kept(5, dtype=torch.bfloat16) == inputs_alone + 2 * outputs
+    peaks = [peak_bytes(lambda count=count: step(count)) for count in (16, 33)]  # several products each
     assert 0 < peaks[1] <= 1.02 * peaks[0]
-    # relu: a bit of each sample, and no more than one output in all; keep="u": every sample's pre-activations.
+    # relu: a bit of each sample, and no more than one output in all; keep="u": every sample's act', in bfloat16 a byte.
     assert [kept(count, "relu") - inputs_alone for count in (3, 12, 32, 33)] == [outputs, 2 * outputs, 4 * outputs, 0]
     assert [kept(c, "relu", dtype=torch.bfloat16) - inputs_alone for c in (16, 17)] == [2 * outputs, 0]
     assert [kept(9, "relu", keep) - inputs_alone for keep in ("x", "u")] == [0, 2 * outputs]
     assert [kept(9, "gelu", keep) - inputs_alone for keep in ("x", "u")] == [0, 9 * 4 * outputs]
+    assert kept(9, "gelu", "u", torch.bfloat16) - inputs_alone == 9 * outputs
     with torch.no_grad():
         assert kept(9, "relu") == 0
 

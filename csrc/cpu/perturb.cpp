@@ -130,7 +130,8 @@ struct Pass {
 // kChannel: one sigma for the whole run.
 template <class C, bool kChannel>
 DIP_HD void apply_run(
-    const PerturbArgs& a, int64_t x_at, int64_t u_at, int64_t du_at, const C* scale, C* acc, const float* z, int n) {
+    const PerturbArgs& a, int64_t x_at, int64_t u_at, int64_t z_at, int64_t du_at, const C* scale, C* acc, const float* z,
+    int n) {
   alignas(64) C buffer[kRun], target[kRun];
   if (a.u.data) {
     C* u = run_target<C>(a.u, u_at, target);
@@ -142,6 +143,11 @@ DIP_HD void apply_run(
     }
     store_run<C>(a.u, u_at, n, u);
   }
+  if (a.z.data) {
+    C* to = run_target<C>(a.z, z_at, target);
+    for (int i = 0; i < n; ++i) to[i] = static_cast<C>(z[i]);
+    store_run<C>(a.z, z_at, n, to);
+  }
   if (acc) {
     const C* du = load_run<C>(a.du, du_at, n, buffer);
     for (int i = 0; i < n; ++i) acc[i] = fma_of(du[i], static_cast<C>(z[i]), acc[i]);
@@ -151,8 +157,8 @@ DIP_HD void apply_run(
 // ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
 // Loads, conversions and stores fit in between.
 
-template <class T, bool kWrite, bool kSum, bool kStream>
-void use_tile(const Polar& polar, const T* x, const T* du, T* u, const float* scale, float* acc) {
+template <class T, bool kWrite, bool kSum, bool kNoise, bool kStream>
+void use_tile(const Polar& polar, const T* x, const T* du, T* u, T* z, const float* scale, float* acc) {
   for (int i = 0; i < 4 * kTileGroups; i += V::kLanes) {
     typename V::F even, odd;
     cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
@@ -168,6 +174,7 @@ void use_tile(const Polar& polar, const T* x, const T* du, T* u, const float* sc
         if constexpr (kStream) One::stream_pair(u + at, here, beside);
         else One::store_pair(u + at, here, beside);
       }
+      if constexpr (kNoise) One::store_pair(z + at, a, b);
     });
   }
 }
@@ -182,6 +189,7 @@ struct Rows {
   bool fused;                             // a whole tile stays in registers: run_tile
   bool streams;                           // u is larger than a cache, and written past it
   bool prefetches_u;
+  DType dtype;  // of what a fused tile reads and writes
 
   explicit Rows(const Pass<C>& p) : pass(p) {
     const PerturbArgs& a = *p.args;
@@ -190,12 +198,12 @@ struct Rows {
     first_group = a.col0 / 8;
     groups = ceil_div(phase + k, 8);
     const auto dense = [&](const Operand& o) { return !o.data || o.outer_stride == k; };
-    linear = phase == 0 && k % 8 == 0 && dense(a.x) && dense(a.u) && dense(a.du);
-    const DType dtype = a.u.data ? a.u.dtype : a.du.dtype;
+    linear = phase == 0 && k % 8 == 0 && dense(a.x) && dense(a.u) && dense(a.z) && dense(a.du);
+    dtype = a.u.data ? a.u.dtype : a.z.data ? a.z.dtype : a.du.dtype;
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
     fused = V::kLanes > 1 && sizeof(C) == 4 && linear && p.draw.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) &&
-            same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = fused && a.u.data && !a.dsigma && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes &&
+            same(a.z) && same(a.du) && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    streams = fused && a.u.data && !a.z.data && !a.dsigma && dtype == DType::kFloat32 && a.outer * k * 4 >= kStreamBytes &&
               reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
     prefetches_u = !streams && !(fused && dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
   }
@@ -205,8 +213,7 @@ struct Rows {
       Polar polar;
       draw_polar<false>(counters, pass.draw, 0, kTileGroups, &polar);
       if (streams) run_tile_of<float, true>(polar, offset, scale, acc);
-      else if ((pass.args->u.data ? pass.args->u : pass.args->du).dtype == DType::kFloat32)
-        run_tile_of<float, false>(polar, offset, scale, acc);
+      else if (dtype == DType::kFloat32) run_tile_of<float, false>(polar, offset, scale, acc);
       else run_tile_of<BFloat16Bits, false>(polar, offset, scale, acc);
     }
   }
@@ -215,10 +222,12 @@ struct Rows {
   void run_tile_of(const Polar& polar, int64_t offset, const float* scale, float* acc) const {
     const PerturbArgs& a = *pass.args;
     const T *x = static_cast<const T*>(a.x.data) + offset, *du = static_cast<const T*>(a.du.data) + offset;
-    T* u = static_cast<T*>(a.u.data) + offset;
-    if (!acc) use_tile<T, true, false, kStream>(polar, x, du, u, scale, acc);
-    else if (!a.u.data) use_tile<T, false, true, false>(polar, x, du, u, scale, acc);
-    else use_tile<T, true, true, false>(polar, x, du, u, scale, acc);
+    T *u = static_cast<T*>(a.u.data) + offset, *z = static_cast<T*>(a.z.data) + offset;
+    if (!acc && !a.z.data) use_tile<T, true, false, false, kStream>(polar, x, du, u, z, scale, acc);
+    else if (!acc && !a.u.data) use_tile<T, false, false, true, false>(polar, x, du, u, z, scale, acc);
+    else if (!acc) use_tile<T, true, false, true, false>(polar, x, du, u, z, scale, acc);
+    else if (!a.u.data) use_tile<T, false, true, false, false>(polar, x, du, u, z, scale, acc);
+    else use_tile<T, true, true, false, false>(polar, x, du, u, z, scale, acc);
   }
 
   // Counters of one tile, from group g of row `row` on.
@@ -281,8 +290,8 @@ struct Rows {
         const C* scale = pass.scale + 8 * g;
         const int64_t offset = 8 * item;
         if (in_registers) run_tile(counters, offset, scale, at);
-        else if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, scale, at, z, kTile);
-        else apply_run<C, false>(a, offset, offset, offset, scale, at, z, 8 * count);
+        else if (count == kTileGroups) apply_run<C, false>(a, offset, offset, offset, offset, scale, at, z, kTile);
+        else apply_run<C, false>(a, offset, offset, offset, offset, scale, at, z, 8 * count);
         row += tile_rows;
         g += tile_groups;
         if (g >= groups) g -= groups, ++row;
@@ -291,8 +300,9 @@ struct Rows {
           const int64_t here = smaller(count - done, groups - g);
           const int64_t col = larger(0, 8 * g - phase), col_end = smaller(k, 8 * (g + here) - phase);
           apply_run<C, false>(
-              a, row * a.x.outer_stride + col, row * a.u.outer_stride + col, row * a.du.outer_stride + col, pass.scale + col,
-              acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g), static_cast<int>(col_end - col));
+              a, row * a.x.outer_stride + col, row * a.u.outer_stride + col, row * a.z.outer_stride + col,
+              row * a.du.outer_stride + col, pass.scale + col, acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g),
+              static_cast<int>(col_end - col));
           done += static_cast<int>(here);
           g += here;
           if (g == groups) g = 0, ++row;
@@ -356,7 +366,7 @@ struct Channels {
           const int here = static_cast<int>(smaller(n - done, a.inner - inner));
           const auto at = [&](const Operand& o) { return outer * o.outer_stride + channel * o.feature_stride + inner; };
           apply_run<C, true>(
-              a, at(a.x), at(a.u), at(a.du), pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr,
+              a, at(a.x), at(a.u), 0, at(a.du), pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr,
               z + kTileGroups * t + done, here);
           done += here;
           inner = 0;
