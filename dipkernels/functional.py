@@ -455,8 +455,9 @@ def dip_linear(
       "sample"    act of one draw; num_samples draws are averaged before the activation.
       "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
                   in the memory of one. Backward draws again; keep says whether it multiplies again as well: "x" yes; "u" no, on
-                  a CPU, for S outputs (for relu: S bits per output) kept beside x; "auto": on a CPU not for the samples whose
-                  outputs (relu: bits, of all or none) take no more than one output. Without an activation as "sample".
+                  a CPU, for act'(h_s) kept beside x: S numbers per output, in bfloat16 S bytes, for relu S bits; "auto": on a
+                  CPU not for the samples whose act' (relu: of all or none) takes no more than one output. Without an
+                  activation as "sample".
       "analytic"  E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance sum_k sigma_k^2 W_nk^2.
                   Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error: docs/maths.md, section 7.
     Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.

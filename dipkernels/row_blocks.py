@@ -234,12 +234,12 @@ def _mean(
 ) -> Tensor:  # fmt: skip
     _check_samples(num_samples, _num_kept(kept, activation, num_samples))
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
-    flat = flat_rows(x).contiguous()
+    flat = flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
     blocks, groups = _blocks(flat, n, num_samples)
     packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if blocks else weight
     for block in blocks:
-        rows, how = flat[block], (sigma, seed, row0 + block.start, col0, factor, log_variance)
+        rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
         for group in groups:
             u, _ = _draws(rows, how, _shifted(group, sample), 0, dtype, with_z=False)
@@ -280,13 +280,13 @@ def linear_bwd(
     _check_samples(num_samples, num_kept)
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
     n, k = weight.shape
-    flat, flat_dy = flat_rows(x).contiguous(), flat_rows(dy)
+    flat, flat_dy = flat_rows(x), flat_rows(dy)
     noise_sum = torch.zeros(n, k, dtype=wide, device=x.device)  # G
     dbias = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(n, flat.shape[0], dtype=dtype, device=x.device)  # D^T
     blocks, groups = _blocks(flat, n, num_samples)
     for block in blocks:
-        rows, how = flat[block], (sigma, seed, row0 + block.start, col0, factor, log_variance)
+        rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
         block_dy = flat_dy[block].to(dtype)
         block_dy = block_dy.contiguous() if _has_passes(block_dy) else block_dy.t().contiguous().t()
         slopes = None if kept is None else kept[:, block]

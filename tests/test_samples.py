@@ -41,11 +41,11 @@ def exact(h, dy, activation):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("x_dtype", [torch.float32, None])
-def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype):
+@pytest.mark.parametrize("x_dtype, z_dtype", [(torch.float32, None), (None, None), (None, torch.float32)])
+def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
     for rows, columns, col0 in ((1, 1, 0), (13, 136, 8), (300, 64, 0), (9, 37, 3)):
         x, sigma = torch.randn(rows, columns).to(x_dtype or dtype), torch.rand(columns)
-        u, z = torch.empty(2, 3, rows, columns, dtype=dtype)
+        u, z = (torch.empty(3, rows, columns, dtype=of) for of in (dtype, z_dtype or dtype))
         alone = torch.empty_like(u), torch.empty_like(z)
         how = (x, sigma, SEED, 2**32 - 4, col0, 6, 0.5, True)
         OPS.draw_samples(u, z, *how)
@@ -54,7 +54,7 @@ def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype):
         for s in range(3):
             where = (-1, 2**32 - 4, col0, 6 + s, 1)
             assert torch.equal(u[s], OPS.perturb(x, sigma, SEED, *where, 0.5, True, dtype))
-            assert torch.equal(z[s], OPS.noise(SEED, x.shape, *where).to(dtype))
+            assert torch.equal(z[s], OPS.noise(SEED, x.shape, *where).to(z.dtype))
         assert torch.equal(u, alone[0]) and torch.equal(z, alone[1])
 
 
