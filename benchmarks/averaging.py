@@ -1,8 +1,8 @@
 """The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
 
 "analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user writes. Interleaved,
-round by round, in one process: the median of the per-round ratios and its quartiles, and the bytes kept for backward
-over those of act(DIPLinear) with one draw. Checks each result first.
+round by round, in one process: the median of the per-round ratios and its quartiles, and the bytes kept for backward and
+the most that tensors take at once, over those of act(DIPLinear) with one draw. Checks each result first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import machine
 import report
 import torch
 import torch.nn.functional as F
-from timing import no_gc, quartiles, saved_bytes
+from timing import no_gc, peak_bytes, quartiles, saved_bytes
 
 from dipkernels import functional
 from dipkernels.row_blocks import ACTIVATIONS
@@ -41,6 +41,17 @@ def compare(over, under, dy, rounds: int) -> list[str]:
         low, median, high = quartiles([a[which] / b[which] for a, b in pairs])
         cells.append(f"{median:.2f} [{low:.2f}, {high:.2f}]")
     return cells
+
+
+def peak(run, dy, leaves) -> int:
+    """Of forward + backward, gradients of the leaves included."""
+
+    def step() -> None:
+        run().backward(dy)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return peak_bytes(step, dy.device)
 
 
 def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list, list]:
@@ -76,8 +87,9 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
             with torch.no_grad():
                 assert (mean() - loop()).abs().mean() < 0.1
             kept = [saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
+            peaks = [peak(run, dy, tensors) for run in (mean, one, loop)]
             row = [name, activation, keep, *compare(loop, mean, dy, rounds)]
-            mean_rows.append([*row, f"{kept[0] / kept[1]:.2f}", f"{kept[2] / kept[1]:.2f}"])
+            mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
     return analytic_rows, mean_rows
 
@@ -106,10 +118,21 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
             f"{args.rounds} rounds, {took:.0f} s.",
             '"analytic": time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
-            f'"mean" with S = {S}: time of the loop over {S} draws over its time, and bytes kept for backward over those of '
-            "act(DIPLinear) with one draw.",
+            f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept for backward and at the '
+            "peak, over those of act(DIPLinear) with one draw.",
             report.table(
-                ["", "activation", "keep", "forward", "forward + backward", "bytes", "bytes of the loop"], rows[1]
+                [
+                    "",
+                    "activation",
+                    "keep",
+                    "forward",
+                    "forward + backward",
+                    "bytes",
+                    "of the loop",
+                    "peak",
+                    "of the loop",
+                ],
+                rows[1],
             ),
         ]
     )

@@ -50,7 +50,7 @@ _BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tanh": _tanh_backward,
 }
 # Of one product, rows times samples: fewer make it smaller, and more sums of [N, K] in backward.
-_CPU_ROWS = 2048
+_CPU_ROWS = 1024
 _GPU_ROWS = 16384
 _ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 _CPU_GROUP = 8  # samples of one product, where there are that many: one pass sums them
@@ -76,10 +76,6 @@ def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[rang
     step = max(1, size // group)
     groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
     return [slice(i, min(i + step, x.shape[0])) for i in range(0, x.shape[0], step)], groups
-
-
-def _shifted(samples: range, first: int) -> range:
-    return range(first + samples.start, first + samples.stop)
 
 
 def slopes_form(activation: str, dtype: torch.dtype, num_samples: int, num_kept: int) -> tuple[int, torch.dtype]:
@@ -237,12 +233,13 @@ def _mean(
     flat = flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
     blocks, groups = _blocks(flat, n, num_samples)
+    samples = range(sample, sample + num_samples)
     packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if blocks else weight
     for block in blocks:
         rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
         for group in groups:
-            u, _ = _draws(rows, how, _shifted(group, sample), 0, dtype, with_z=False)
+            u, _ = _draws(rows, how, samples[group.start : group.stop], 0, dtype, with_z=False)
             h = _product(u.flatten(0, 1), packed, bias).view(len(group), rows.shape[0], n)
             slopes, out = None if kept is None else kept[:, block], y[block] if group is groups[-1] else None
             _act_add(total, h, activation, slopes, group.start, out, 1 / num_samples)
@@ -269,49 +266,61 @@ def linear_keep(
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
 
-def linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """With dh_s = dy act'(h_s) / S, D = sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
-    dW = D^T x + G diag(sigma), dsigma_k = sum_n W_nk G_nk. So a sample costs one product, and one more where h_s is made
-    again because act'(h_s) was not kept. All of it by columns, dh^T [N, rows], as the products over rows read it."""
+def _sample_sums(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, how: _Draw, samples: range, activation: str, kept: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """With dh_s = dy act'(h_s): D^T [N, M] of D = 1/S sum_s dh_s, its sum over rows [N], and G = sum_s dh_s^T z_s [N, K].
+    By columns, dh^T [N, rows], as the products over rows read it."""
+    sigma, seed, row0, col0, *scale = how
+    n, dtype, wide, num_samples = weight.shape[0], weight.dtype, _accumulator(weight.dtype), len(samples)
     num_kept = _num_kept(kept, activation, num_samples)
     _check_samples(num_samples, num_kept)
-    dtype, wide = weight.dtype, _accumulator(weight.dtype)
-    n, k = weight.shape
-    flat, flat_dy = flat_rows(x), flat_rows(dy)
-    noise_sum = torch.zeros(n, k, dtype=wide, device=x.device)  # G
-    dbias = torch.zeros(n, dtype=wide, device=x.device)
-    sums = torch.empty(n, flat.shape[0], dtype=dtype, device=x.device)  # D^T
-    blocks, groups = _blocks(flat, n, num_samples)
+    noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)
+    row_sum = torch.zeros(n, dtype=wide, device=x.device)
+    sums = torch.empty(n, x.shape[0], dtype=dtype, device=x.device)
+    blocks, groups = _blocks(x, n, num_samples)
     for block in blocks:
-        rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
-        block_dy = flat_dy[block].to(dtype)
+        rows, block_how = x[block].contiguous(), (sigma, seed, row0 + block.start, col0, *scale)
+        block_dy = dy[block].to(dtype)
         block_dy = block_dy.contiguous() if _has_passes(block_dy) else block_dy.t().contiguous().t()
         slopes = None if kept is None else kept[:, block]
         total = torch.zeros(n, rows.shape[0], dtype=wide, device=x.device)
         for group in groups:
             given = min(max(num_kept - group.start, 0), len(group))
-            u, z = _draws(rows, how, _shifted(group, sample), given, dtype, with_z=True)
+            part = samples[group.start : group.stop]
+            u, z = _draws(rows, block_how, part, given, dtype, with_z=True)
             h = _product(weight, u.flatten(0, 1)).view(n, len(group) - given, rows.shape[0]).transpose(0, 1)
-            out = sums[:, block] if group is groups[-1] else None
-            last = (activation, slopes, group.start, len(group), out, 1 / num_samples)
-            dh = _act_add_bwd(total, h, bias, block_dy, *last)
+            last = (group.start, len(group), sums[:, block] if group is groups[-1] else None, 1 / num_samples)
+            dh = _act_add_bwd(total, h, bias, block_dy, activation, slopes, *last)
             _act_add(noise_sum, _product(dh.flatten(1), z.flatten(0, 1).t())[None], "identity")
             del u, z, h, dh  # before the next ones
-        dbias.add_(total.sum(1))
+        row_sum.add_(total.sum(1))
+    return sums, row_sum.mul_(1 / num_samples), noise_sum
+
+
+def linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx = D W, dbias = sum D, dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk, with the D and G of
+    _sample_sums. So a sample costs one product, and one more where h_s is made again because act'(h_s) was not kept."""
+    dtype, wide = weight.dtype, _accumulator(weight.dtype)
+    flat, how = flat_rows(x), (sigma, seed, row0, col0, factor, log_variance)
+    samples = range(sample, sample + num_samples)
+    sums, row_sum, noise_sum = _sample_sums(flat_rows(dy), flat, weight, bias, how, samples, activation, kept)
     dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
     for some in (slice(i, i + _CPU_ROWS) for i in range(0, flat.shape[0], _CPU_ROWS)):  # a product may copy columns
         dx[some] = _product(sums[:, some].t(), weight.t())
-    dweight = _product(sums, flat.to(dtype).t()).to(wide)
+    dweight = _product(sums, flat.to(dtype).t())
+    del sums
+    dweight = dweight.to(wide)
     scale = torch.exp(sigma / 2) if log_variance else sigma
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:
         dsigma = dsigma * scale / 2
     dweight.addcmul_(noise_sum, scale.to(wide))
-    dbias = dbias.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
+    dbias = row_sum.to(dtype if bias is None else bias.dtype)
     return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma
 
 

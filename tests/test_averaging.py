@@ -241,6 +241,11 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
     assert kept(5, dtype=torch.bfloat16) == inputs_alone + 2 * outputs
     peaks = [peak_bytes(lambda count=count: step(count)) for count in (16, 33)]  # several products each
     assert 0 < peaks[1] <= 1.02 * peaks[0]
+    small, leaves[0], dy = (leaves[0], dy), x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
+    one = peak_bytes(lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy))
+    leaves[0].grad = None
+    assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS  # u, z, h and dh of a block
+    leaves[0], dy = small
     # relu: a bit of each sample, and no more than one output in all; keep="u": every sample's act', in bfloat16 a byte.
     assert [kept(count, "relu") - inputs_alone for count in (3, 12, 32, 33)] == [outputs, 2 * outputs, 4 * outputs, 0]
     assert [kept(c, "relu", dtype=torch.bfloat16) - inputs_alone for c in (16, 17)] == [2 * outputs, 0]
