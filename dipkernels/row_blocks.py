@@ -68,10 +68,14 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
+def _rows(x: Tensor) -> int:
+    return _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
+
+
 def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
-    rows, group = (_CPU_ROWS, _CPU_GROUP) if x.device.type == "cpu" else (_GPU_ROWS, 1)
-    size = max(rows, min(x.shape[0], _ELEMENTS // max(1, n, x.shape[1])))
+    group = _CPU_GROUP if x.device.type == "cpu" else 1
+    size = max(_rows(x), min(x.shape[0], _ELEMENTS // max(1, n, x.shape[1])))
     group = min(num_samples, max(group, size // max(1, x.shape[0])))
     step = max(1, size // group)
     groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
@@ -309,7 +313,7 @@ def linear_bwd(
     samples = range(sample, sample + num_samples)
     sums, row_sum, noise_sum = _sample_sums(flat_rows(dy), flat, weight, bias, how, samples, activation, kept)
     dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    for some in (slice(i, i + _CPU_ROWS) for i in range(0, flat.shape[0], _CPU_ROWS)):  # a product may copy columns
+    for some in (slice(i, i + _rows(x)) for i in range(0, flat.shape[0], _rows(x))):  # a product may copy columns
         dx[some] = _product(sums[:, some].t(), weight.t())
     dweight = _product(sums, flat.to(dtype).t())
     del sums
