@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -460,6 +461,64 @@ def layers(check: Check) -> dict:
         rows[-1]["memory"] = memory
         if check.left() < 15:
             return {"rows": rows, "cut_short": True}
+    return {"rows": rows}
+
+
+class Averaged(nn.Module):
+    """The mean over `samples` draws of act(layer(x)), one call after another."""
+
+    def __init__(self, layer: nn.Module, activation: str, samples: int = 1):
+        super().__init__()
+        self.layer, self.activation, self.samples = layer, activation, samples
+
+    def forward(self, x):
+        from dipkernels.row_blocks import ACTIVATIONS
+
+        act = ACTIVATIONS[self.activation]
+        total = act(self.layer(x))
+        for _ in range(self.samples - 1):
+            total = total + act(self.layer(x))
+        return total / self.samples if self.samples > 1 else total
+
+
+@section(60)
+def averaging(check: Check) -> dict:
+    """Behind an activation: the exact mean over act(nn.Linear), and eight real samples in one pass over eight calls."""
+    import dipkernels as dip
+
+    samples, rows = 2 if check.dry else 8, []
+    for m, k, n in [(16, 24, 16)] if check.dry else [(8192, 4096, 4096), (4096, 1024, 1024)]:
+        options = {"device": check.device, "dtype": torch.float32 if check.dry else torch.bfloat16}
+        xs = [torch.randn(m, k, **options, requires_grad=True) for _ in range(2)]
+        dy, plain = torch.randn(m, n, **options), nn.Linear(k, n, **options)
+        for activation in ("relu", "gelu", "silu"):
+            make = {"activation": activation, "init_variance": 0.01, **options}
+            modules = {
+                "act(linear)": Averaged(plain, activation),
+                "analytic": dip.DIPLinear(k, n, estimator="analytic", **make),
+                f"{samples} calls": Averaged(Eager(plain), activation, samples),
+                f"mean of {samples}": dip.DIPLinear(k, n, estimator="mean", num_samples=samples, **make),
+            }
+            names = list(modules)
+            with (
+                torch.no_grad()
+            ):  # the same weights: the expectation is near the mean, and both are near the plain layer
+                for name in (names[1], names[3]):
+                    modules[name].weight.copy_(plain.weight)
+                    modules[name].bias.copy_(plain.bias)
+                    off = (modules[name](xs[0]) - modules[names[0]](xs[0])).float().abs().mean()
+                    if not off < 0.2:
+                        raise AssertionError(f"{name} behind {activation} is off by {off.item():.3f} on average")
+            runs = {name: _forward_and_step(module, xs, dy) for name, module in modules.items()}
+            for what, base in itertools.product(("forward", "step"), (names[0], names[2])):
+                pair = names[:2] if base == names[0] else names[2:]
+                timed = summarize(interleaved(check, {name: runs[name][what] for name in pair}, 0.7), base)
+                for name in pair:
+                    if what == "step" and "seconds" in timed[name]:
+                        timed[name]["peak_bytes"] = _peak_bytes(check, runs[name][what])
+                rows.append({"form": activation, "what": what, "m": m, "k": k, "n": n, "variants": timed})
+            if check.left() < 8:
+                return {"rows": rows, "cut_short": True}
     return {"rows": rows}
 
 

@@ -56,10 +56,36 @@ def test_activation_sums_the_same_whatever_the_number_of_programs(monkeypatch):
 
 
 @pytest.mark.parametrize("log_variance", [False, True])
-def test_activation_variance_matches_reference(log_variance):
-    weight, sigma, dv = torch.randn(5, 7), torch.rand(7), torch.randn(5)
-    got = (activation.activation_variance(weight, sigma, log_variance),
-           *activation.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
-    want = (reference.activation_variance(weight, sigma, log_variance),
-            *reference.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, want, strict=True))
+@pytest.mark.parametrize(
+    "weight_dtype, sigma_dtype",
+    [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_activation_variance_matches_reference(weight_dtype, sigma_dtype, log_variance):
+    for n, k in ((5, 7), (70, 530), (1, 1)):  # past one tile each way
+        weight, sigma = torch.randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
+        dv = torch.randn(n, dtype=sigma_dtype)
+        for w in (weight, weight.t().contiguous().t()):
+            got = (activation.activation_variance(w, sigma, log_variance),
+                   *activation.activation_variance_bwd(dv, w, sigma, log_variance))  # fmt: skip
+            want = (reference.activation_variance(weight, sigma, log_variance),
+                    *reference.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
+            tolerance = 2e-3 if weight_dtype is torch.float16 else 1e-4 if sigma_dtype is torch.float32 else 1e-10
+            for a, b in zip(got, want, strict=True):
+                assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_activation_variance_without_rows_or_columns():
+    for n, k in ((0, 4), (4, 0)):
+        weight, sigma = torch.zeros(n, k), torch.ones(k)
+        assert torch.equal(activation.activation_variance(weight, sigma, False), torch.zeros(n))
+        dweight, dsigma = activation.activation_variance_bwd(torch.ones(n), weight, sigma, False)
+        assert dweight.shape == weight.shape and torch.equal(dsigma, torch.zeros(k))
+
+
+def test_activation_variance_sums_the_same_whatever_the_number_of_programs(monkeypatch):
+    weight, sigma, dv = torch.randn(300, 20), torch.rand(20), torch.randn(300)
+    results = []
+    for count in (4, 4, 1):
+        monkeypatch.setattr(activation, "num_multiprocessors", lambda device, count=count: count)
+        results.append(activation.activation_variance_bwd(dv, weight, sigma, False)[1])
+    assert torch.equal(results[0], results[1]) and torch.allclose(results[0], results[2], rtol=1e-5, atol=1e-5)

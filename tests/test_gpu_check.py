@@ -37,7 +37,7 @@ def test_dry_run_passes_every_section(tmp_path):
     record = json.loads(path.read_text())
     assert {name: result["status"] for name, result in record["sections"].items()} == {
         "build": "skipped", "tests": "ok", "sanitizer": "ok", "copy_bandwidth": "ok",
-        "perturb": "ok", "layers": "ok", "graph": "ok", "crossover": "ok", "block": "ok",
+        "perturb": "ok", "layers": "ok", "averaging": "ok", "graph": "ok", "crossover": "ok", "block": "ok",
     }  # fmt: skip
     assert record["machine"]["torch"] == torch.__version__ and record["machine"]["date"]
     assert "dip cpu" in path.with_suffix(".txt").read_text()

@@ -27,3 +27,21 @@ def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
     assert [launch[0].__name__ for launch in launches] == ["_activation_kernel"] * 2 + ["_column_sum_kernel"]
     for launch in launches:
         check(compile_launch(launch, arch), arch)
+
+
+@pytest.mark.parametrize("dtype, arch", slow_unless([(torch.bfloat16, 90), (torch.float64, 80)], DTYPES, ARCHS))
+def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
+    monkeypatch.setattr(activation, "num_multiprocessors", lambda device: 132)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for n, k in ((4096, 1024), (1000, 1009)):
+        weight, sigma = meta(n, k, dtype=dtype), meta(k, dtype=wide)
+        with recorded_launches(activation, perturb) as launches:
+            activation.activation_variance(weight, sigma, True)
+            activation.activation_variance_bwd(meta(n, dtype=wide), weight, sigma, False)
+        names = ["_variance_kernel", "_variance_bwd_kernel", "_column_sum_kernel"]
+        assert [launch[0].__name__ for launch in launches] == names
+        for launch in launches:
+            compiled = compile_launch(launch, arch)
+            check(compiled, arch)
+            if k % 16 == 0:
+                assert any(op.startswith("LDG") and op.endswith(("128", "64")) for op in compiled.count())

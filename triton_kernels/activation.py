@@ -1,4 +1,4 @@
-"""triton_kernels/activation.py: y = E[act(mu + sqrt(v) z)], dmu, and dv summed over rows.  docs/maths.md, section 7."""
+"""triton_kernels/activation.py: y = E[act(mu + sqrt(v) z)], v = W^2 s^2, and back, each in one pass.  docs/maths.md, section 7."""
 
 import torch
 import triton
@@ -166,18 +166,122 @@ def activation_bwd(dy, mu, v, activation):
     return dmu, column_sum(torch.empty(n, dtype=v.dtype, device=v.device), partial)
 
 
-def _squares(sigma, log_variance):
-    return torch.exp(sigma) if log_variance else sigma.square()
+# ---- the variance v, and back -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _square(
+    sigma_ptr,  # [K]: sigma, or ln(sigma^2) if LOG_VARIANCE
+    col,  # [BK]
+    mask,  # [BK]
+    LOG_VARIANCE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """(s^2, its derivative by sigma, which is s^2 again if LOG_VARIANCE), [BK] each"""
+    sigma = tl.load(sigma_ptr + col, mask=mask, other=0.0).to(dtype)
+    if LOG_VARIANCE:
+        square = tl.exp(sigma)
+        return square, square
+    else:
+        return sigma * sigma, 2.0 * sigma
+
+
+@triton.jit
+def _variance_kernel(
+    v_ptr,  # [N] float32 or float64, written
+    weight_ptr,  # [N, K] contiguous
+    sigma_ptr,  # [K], of v's type
+    N,
+    K,
+    LOG_VARIANCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dtype: tl.constexpr = v_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_N, BLOCK_K], dtype)
+    for first in range(0, K, BLOCK_K):
+        col = first + tl.arange(0, BLOCK_K)
+        mask = (row < N)[:, None] & (col < K)[None, :]
+        # load
+        weight = tl.load(weight_ptr + (row * K)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
+        square, _ = _square(sigma_ptr, col, col < K, LOG_VARIANCE, dtype)
+        # compute
+        total += weight * weight * square[None, :]
+    # store
+    tl.store(v_ptr + row, tl.sum(total, axis=1), mask=row < N)
+
+
+@triton.jit
+def _variance_bwd_kernel(
+    dweight_ptr,  # [N, K] contiguous, written
+    partial_ptr,  # [row programs, K], of sigma's type, written: sums of dv * dv/dsigma
+    dv_ptr,  # [N], of sigma's type
+    weight_ptr,  # [N, K] contiguous
+    sigma_ptr,  # [K]
+    N,
+    K,
+    LOG_VARIANCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    col_mask = col < K
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    square, slope = _square(sigma_ptr, col, col_mask, LOG_VARIANCE, dtype)
+    total = tl.zeros([BLOCK_N, BLOCK_K], dtype)
+    for block in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
+        row = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (row < N)[:, None] & col_mask[None, :]
+        at = (row * K)[:, None] + col[None, :]
+        # load
+        weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(dtype)
+        dv = tl.load(dv_ptr + row, mask=row < N, other=0.0)
+        # compute
+        scaled = weight * dv[:, None]
+        total += scaled * weight
+        # store
+        tl.store(dweight_ptr + at, (2.0 * scaled * square[None, :]).to(dweight_ptr.dtype.element_ty), mask=mask)
+    out = tl.cast(tl.program_id(1), tl.int64) * K + col
+    tl.store(partial_ptr + out, slope * tl.sum(total, axis=0), mask=col_mask)
+
+
+def _weight_tile(sigma, n, k):
+    """(BLOCK_N, BLOCK_K)"""
+    block_k = min(triton.next_power_of_2(k), 256)
+    return min(triton.next_power_of_2(n), (1024 if sigma.dtype is torch.float64 else 2048) // block_k), block_k
 
 
 def activation_variance(weight, sigma, log_variance):
-    """v [N] = sum over k of s_k^2 W_nk^2: a matrix and a vector, which PyTorch multiplies well."""
-    return torch.mv(weight.to(sigma.dtype).square(), _squares(sigma, log_variance))
+    """v [N] = sum over k of s_k^2 W_nk^2."""
+    weight, sigma, (n, k) = weight.contiguous(), sigma.contiguous(), weight.shape
+    v = torch.empty(n, dtype=sigma.dtype, device=sigma.device)
+    if weight.numel() == 0:
+        return v.zero_()
+    block_k = min(triton.next_power_of_2(k), 512)
+    block_n = 4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1  # rows enough for every multiprocessor
+    with on_device(weight):
+        _variance_kernel[(triton.cdiv(n, block_n),)](
+            v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k, **EXACT
+        )
+    return v
 
 
 def activation_variance_bwd(dv, weight, sigma, log_variance):
-    """(dweight, dsigma) of `activation_variance`"""
-    wide, squares = weight.to(sigma.dtype), _squares(sigma, log_variance)
-    scaled = wide * dv[:, None]
-    dsigma = (scaled * wide).sum(0) * (squares if log_variance else 2 * sigma)
-    return (scaled * (2 * squares)).to(weight.dtype), dsigma
+    """(dweight, dsigma) of `activation_variance`, in one pass and a fixed order."""
+    weight, sigma, dv, (n, k) = weight.contiguous(), sigma.contiguous(), dv.contiguous(), weight.shape
+    dweight, dsigma = torch.empty_like(weight), torch.empty_like(sigma)
+    if weight.numel() == 0:
+        return dweight, dsigma.zero_()
+    block_n, block_k = _weight_tile(sigma, n, k)
+    col_blocks, row_blocks = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
+    programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(weight.device), col_blocks))
+    partial = torch.empty(programs, k, dtype=sigma.dtype, device=sigma.device)
+    with on_device(weight):
+        _variance_bwd_kernel[(col_blocks, programs)](
+            dweight, partial, dv, weight, sigma, n, k,
+            LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k, **EXACT,
+        )  # fmt: skip
+    return dweight, column_sum(dsigma, partial)
