@@ -150,7 +150,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _packed(weight: Tensor, rows: int) -> Tensor:
-    """For _product, in the order in which a product of so many rows reads it: else every product brings it there."""
+    """For several calls of _product, in the order in which one of so many rows reads it: else each brings it there."""
     offered = weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn(weight)
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows) if offered and weight.numel() else weight
 
@@ -238,7 +238,7 @@ def _mean(
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
     blocks, groups = _blocks(flat, n, num_samples)
     samples = range(sample, sample + num_samples)
-    packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if blocks else weight
+    packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if len(blocks) * len(groups) > 3 else weight
     for block in blocks:
         rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)

@@ -87,6 +87,16 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
+    tensors, options = inputs(41, 24, 12, dtype), {"activation": "tanh", "estimator": "mean", "num_samples": 10}
+    whole = run(*tensors, **options)
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 32)  # so many that the weight is packed for all
+    monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
+    for got, want in zip(run(*tensors, **options), whole, strict=True):
+        assert (got.double() - want.double()).norm() <= 8 * EPS[dtype] * want.double().norm()
+
+
 @pytest.mark.parametrize("activation", [*NAMES, "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):
