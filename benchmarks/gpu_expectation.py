@@ -17,6 +17,10 @@ SLOTS = {
     ("Q", "CUDA fast"): 18.0, ("Q", "CUDA exact"): 30.7, ("Q", "Triton"): 31.8,
     ("PQ", "CUDA fast"): 21.6, ("PQ", "CUDA exact"): 34.1, ("PQ", "Triton"): 36.9,
 }  # fmt: skip
+# The same of Triton's expectation of an activation, forward and backward; tanh's backward is no more than this.
+EXPECTATION_SLOTS = {
+    "relu": (20.5, 24.9), "gelu": (22.5, 31.5), "gelu_tanh": (41.5, 54.8), "silu": (51.8, 70.5), "tanh": (48.2, 32.4),
+}  # fmt: skip
 KERNELS = ("CUDA fast", "CUDA exact", "Triton")
 TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and written
 NAMES = {"P": "P, u = x + sigma z", "Q": "Q, dsigma", "PQ": "P and Q in one pass"}
@@ -47,6 +51,17 @@ def fused(n: int, tile_n: int = TILE_N) -> tuple[float, float]:
 def over_linear(m: int, k: int, n: int, kernel: str) -> float:
     """Forward and backward of the layer over nn.Linear's."""
     return 1 + m * k * (noise_pass("P", kernel) + noise_pass("Q", kernel)) / (6 * m * k * n / FLOPS)
+
+
+def analytic_over_plain(m: int, k: int, n: int, activation: str) -> float:
+    """Forward and backward of the exact mean over act(nn.Linear)'s, whose own passes take the time of memory."""
+    products, traffic = 6 * m * k * n / FLOPS, (4, 6)  # bytes: mu and y; mu, dy and dmu
+    plain = m * n * sum(traffic) / BYTES
+    ours = m * n * sum(max(b / BYTES, slots / ISSUES) for b, slots in zip(traffic, EXPECTATION_SLOTS[activation]))
+    weights = (
+        n * k * (2 + 4 + 6) / BYTES
+    )  # the variance, its gradients, and autograd's sum of the weight's two gradients
+    return (products + ours + weights) / (products + plain)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -81,6 +96,18 @@ def page() -> str:
         ours = fused(n, tile_n)
         over = [a / b for kernel in ("CUDA fast", "Triton") for a, b in zip(ours, two_steps(n, kernel))]
         crossover.append([f"{n}", f"{tile_n}", *(f"{ratio:.2f}" for ratio in over)])
+    shapes = ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024))
+    means = table(
+        ["activation", "forward, slots", "backward, slots", *("x".join(map(str, shape)) for shape in shapes)],
+        [
+            [
+                name,
+                *(f"{slots:.1f}" for slots in both),
+                *(f"{analytic_over_plain(*shape, name):.2f}" for shape in shapes),
+            ]
+            for name, both in EXPECTATION_SLOTS.items()
+        ],
+    )
     columns = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
     return f"""# GPU: expectation, not measured
 
@@ -129,6 +156,14 @@ Triton's own P and Q, while the CUDA kernels' fast tier is still ahead in a step
 tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves. S real samples
 behind an activation are always fused: otherwise each would pass through memory. `make gpu-check` times both forms on both sides of
 these bounds.
+
+## The exact mean
+
+estimator="analytic" in bfloat16: slots of Triton's two passes, counted by tests/test_triton_activation.py, and forward and backward
+over act(nn.Linear), M x K x N, launches and overlap left out. The passes over the weight are counted: the variance, its gradients,
+and the sum of the weight's two gradients. The aim is 1.10.
+
+{means}
 """
 
 

@@ -7,6 +7,7 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
 
+from cuda_support import gpu_expectation  # noqa: E402
 from test_triton_compiles import check, meta, slow_unless  # noqa: E402
 from triton_support import compile_launch, load_kernels, recorded_launches  # noqa: E402
 
@@ -45,3 +46,18 @@ def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
             check(compiled, arch)
             if k % 16 == 0:
                 assert any(op.startswith("LDG") and op.endswith(("128", "64")) for op in compiled.count())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activation_issue_slots_per_element(name, monkeypatch):
+    """Of the longest loop, sm_90, bfloat16: what docs/measured_gpu_expectation.md counts with."""
+    monkeypatch.setattr(activation, "num_multiprocessors", lambda device: 132)
+    mu, v = meta(8192, 4096, dtype=torch.bfloat16), meta(4096)
+    with recorded_launches(activation, perturb) as launches:
+        activation.activation(mu, v, name)
+        activation.activation_bwd(mu, mu, v, name)
+    for launch, expected in zip(launches[:2], gpu_expectation.EXPECTATION_SLOTS[name], strict=True):
+        compiled, sizes = compile_launch(launch, 90), launch[2]
+        check(compiled, 90)
+        slots = sum(compiled.count().values()) * 32 * compiled.num_warps / (sizes["BLOCK_R"] * sizes["BLOCK_N"])
+        assert abs(slots - expected) <= 2

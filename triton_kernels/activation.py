@@ -6,28 +6,44 @@ import triton.language as tl
 
 from .mixtures import MIXTURES
 from .perturb import column_sum
-from .tiles import EXACT, num_multiprocessors, on_device
+from .tiles import num_multiprocessors, on_device
 
 BLOCK_N = 128
 
 
+# By b = a sqrt(log2(e) / 2) = 0.849... a, so that phi(a) = 0.3989... 2^(-b^2).
 @triton.jit
-def _normal(a, dtype: tl.constexpr):
-    """(phi(a), Phi(-|a|))"""
-    pdf = 0.3989422804014327 * tl.exp(-0.5 * a * a)
-    return pdf.to(dtype), (0.5 - 0.5 * tl.erf(tl.abs(a) * 0.7071067811865476)).to(dtype)
+def _normal(b, NARROW: tl.constexpr):
+    """(2^(-b^2), Phi(-|a|)); NARROW: the latter to 2.1e-6, for 16-bit data"""
+    if b.dtype == tl.float64:
+        return tl.exp(-0.6931471805599453 * b * b), 0.5 - 0.5 * tl.erf(tl.abs(b) * 0.8325546111576977)
+    else:
+        power = tl.exp2(-b * b)
+        # Phi(-|a|) over 2^(-b^2) is r q(r), r = 1 / (1 + g |b|): polynomials of the least error of (1 + |a|) Phi(-|a|), the
+        # long one that of csrc/cpu/vector_math.h times 0.3989. A root is one instruction, a quotient several.
+        if NARROW:
+            root = tl.rsqrt(0.5062863096816541 * tl.abs(b) + 1.0)
+            r = root * root
+            q = -0.1198459684717369 * r + 0.3525664471002274
+            q = q * r + 0.08196376029586246
+            q = q * r + 0.185313635671265
+        else:
+            root = tl.rsqrt(0.3296748063043329 * tl.abs(b) + 1.0)
+            r = root * root
+            q = -0.10655090406258 * r + 0.3929544984006652
+            q = q * r - 0.2420733740762095
+            q = q * r + 0.2730720667873488
+            q = q * r + 0.06580314959281855
+            q = q * r + 0.1167945486748128
+        return power, power * (q * r)
 
 
 @triton.jit
 def _plain(x, ACTIVATION: tl.constexpr):
-    """(act(x), act'(x), act''(x) / 2)"""
+    """(act(x), act'(x), act''(x) / 2); gelu needs none: its expectation is one for v = 0 too"""
     if ACTIVATION == "relu":
         slope = tl.where(x > 0.0, 1.0, 0.0)
         return x * slope, slope, x * 0.0
-    elif ACTIVATION == "gelu":
-        pdf, tail = _normal(x, x.dtype)
-        cdf = tl.where(x < 0.0, tail, 1.0 - tail)
-        return x * cdf, cdf + x * pdf, (1.0 - 0.5 * x * x) * pdf
     elif ACTIVATION == "tanh":
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
@@ -40,6 +56,13 @@ def _plain(x, ACTIVATION: tl.constexpr):
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
         return x * s, s + x * ds, ds + 0.5 * x * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+
+
+@triton.jit
+def _tile(block, M, N, col, col_mask, BLOCK_R: tl.constexpr):
+    """Offsets and mask of a block of rows, [BLOCK_R, BLOCK_N] each"""
+    row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    return (row * N)[:, None] + col[None, :], (row < M)[:, None] & col_mask[None, :]
 
 
 @triton.jit
@@ -61,55 +84,70 @@ def _activation_kernel(
     col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = col < N
     dtype: tl.constexpr = tl.float64 if mu_ptr.dtype.element_ty == tl.float64 else tl.float32
-    v = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)[None, :]
+    NARROW: tl.constexpr = mu_ptr.dtype.element_ty.primitive_bitwidth == 16
+    v_of = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)
+    v = v_of[None, :]
     positive = v > 0.0
     safe = tl.where(positive, v, 1.0)
+    deviation = tl.sqrt(safe)
+    inverse = 1.0 / deviation
     total = tl.zeros([BLOCK_R, BLOCK_N], dtype)
     for block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
-        row = tl.cast(block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask = (row < M)[:, None] & col_mask[None, :]
-        at = (row * N)[:, None] + col[None, :]
+        at, mask = _tile(block, M, N, col, col_mask, BLOCK_R)
         # load
         mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
         # compute
         # With T = sum p Phi(-|a|) and sum p = 1 small terms are added to what is exact, however the p cancel.
         tails = mu * 0.0
-        densities = mu * 0.0
+        spread = mu * 0.0  # v sum p alpha phi
         slope = mu * 0.0
         half_curvature = mu * 0.0
         if ACTIVATION == "relu":
-            s = tl.sqrt(safe)
-            pdf, tails = _normal(mu / s, dtype)
-            densities = pdf / s
-            half_curvature = 0.5 * pdf / s
+            power, tails = _normal(mu * (inverse * 0.8493218002880191), NARROW)
+            spread = (deviation * 0.3989422804014327) * power
+            half_curvature = (0.5 * inverse * 0.3989422804014327) * power
         for i in tl.static_range(len(TERMS) // 2):
             # c = TERMS[2 i] and p = TERMS[2 i + 1], never in a variable: that would be float32 for float64 data too.
-            beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * safe)
+            # What depends on v alone is computed once, before the loop over rows.
+            variance = v if ACTIVATION == "gelu" else safe
+            beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
             alpha = TERMS[2 * i] * tl.sqrt(beta)
-            a = mu * alpha
-            pdf, tail = _normal(a, dtype)
+            b = mu * (alpha * 0.8493218002880191)
+            power, tail = _normal(b, NARROW)
             tails += TERMS[2 * i + 1] * tail
-            densities += TERMS[2 * i + 1] * alpha * pdf
+            spread += (TERMS[2 * i + 1] * 0.3989422804014327 * alpha * variance) * power
             if ACTIVATION == "tanh":
-                slope += (2.0 * TERMS[2 * i + 1]) * alpha * pdf
-                half_curvature -= TERMS[2 * i + 1] * alpha * alpha * a * pdf
+                slope += (2.0 * TERMS[2 * i + 1] * 0.3989422804014327 * alpha) * power
+                half_curvature -= (TERMS[2 * i + 1] * 0.4697186393498257 * alpha * alpha) * (b * power)
             else:
-                slope += TERMS[2 * i + 1] * a * beta * pdf
-                half_curvature += (0.5 * TERMS[2 * i + 1]) * alpha * pdf * (1.0 + beta * (1.0 - a * a))
+                slope += (TERMS[2 * i + 1] * 0.4697186393498257 * beta) * (b * power)
+                bent = (1.0 + beta) - (1.3862943611198906 * beta) * (b * b)
+                half_curvature += (0.5 * TERMS[2 * i + 1] * 0.3989422804014327 * alpha) * (power * bent)
         if ACTIVATION == "tanh":
             y = tl.where(mu < 0.0, 2.0 * tails - 1.0, 1.0 - 2.0 * tails)
         else:
-            y = tl.maximum(mu, 0.0) - tl.abs(mu) * tails + safe * densities
+            y = tl.maximum(mu, 0.0) - tl.abs(mu) * tails + spread
             slope += tl.where(mu < 0.0, tails, 1.0 - tails)
-        value, first, second = _plain(mu, ACTIVATION)
         # store
         if GRAD:
             dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
-            total += dy * tl.where(positive, half_curvature, second)
-            y = dy * tl.where(positive, slope, first)
-        else:
-            y = tl.where(positive, y, value)
+            total += dy * half_curvature
+            y = dy * slope
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if ACTIVATION != "gelu":  # noqa: SIM102
+        # Rarely, and known only when it runs: over what was stored, so that it costs the others nothing.
+        if tl.min(v_of) <= 0.0:
+            plain_total = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+            for block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
+                at, mask = _tile(block, M, N, col, col_mask & (v_of <= 0.0), BLOCK_R)
+                mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
+                y, slope, half_curvature = _plain(mu, ACTIVATION)
+                if GRAD:
+                    dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
+                    plain_total += dy * half_curvature
+                    y = dy * slope
+                tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+            total = tl.where(positive, total, plain_total)
     if GRAD:
         out = tl.cast(tl.program_id(1), tl.int64) * N + col
         tl.store(partial_ptr + out, tl.sum(total, axis=0), mask=col_mask)
@@ -138,7 +176,7 @@ def _launch(out, partial, mu, dy, v, activation, grid):
         _activation_kernel[grid](
             out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
             GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
-            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N, **EXACT,
+            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N,
         )  # fmt: skip
 
 
@@ -264,7 +302,7 @@ def activation_variance(weight, sigma, log_variance):
     block_n = 4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1  # rows enough for every multiprocessor
     with on_device(weight):
         _variance_kernel[(triton.cdiv(n, block_n),)](
-            v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k, **EXACT
+            v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k
         )
     return v
 
@@ -282,6 +320,6 @@ def activation_variance_bwd(dv, weight, sigma, log_variance):
     with on_device(weight):
         _variance_bwd_kernel[(col_blocks, programs)](
             dweight, partial, dv, weight, sigma, n, k,
-            LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k, **EXACT,
+            LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k,
         )  # fmt: skip
     return dweight, column_sum(dsigma, partial)
