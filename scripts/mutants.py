@@ -43,6 +43,9 @@ GUARDS = ("tests/test_guards.py",)
 EMULATED = ("tests/test_cuda_emulated.py",)
 INTERPRETED = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_perturb]",)
 INTERPRETED_LINEAR = ("tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_linear]",)
+INTERPRETED_ACTIVATION = (
+    "tests/test_triton_interpreter.py::test_triton_under_the_interpreter[interpreted_activation]",
+)
 LINEAR = ("tests/test_linear.py",)
 AVERAGED = ("tests/test_properties.py",)
 AVERAGING = ("tests/test_averaging.py",)
@@ -221,11 +224,11 @@ MUTANTS = [
     Mutant("triton_kernels/noise.py", "for i in range(1, num_samples)", "for i in range(2, num_samples)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "s = _flip_sign(s * x, odd)", "s = _flip_sign(s * x, half)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "zero + ((row >> 32) & 0xFFFFFFFF)", "zero + ((row >> 33) & 0xFFFFFFFF)", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "return power, power * (q * r)", "return power, power * q", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "col_mask & (v_of <= 0.0)", "col_mask", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "total = tl.where(positive, total, plain_total)", "pass", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "2.0 * scaled * square", "scaled * square", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "slope * tl.sum(total, axis=0)", "tl.sum(total, axis=0)", INTERPRETED),
+    Mutant("triton_kernels/activation.py", "return power, power * (q * r)", "return power, power * q", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "col_mask & (v_of <= 0.0)", "col_mask", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "total = tl.where(positive, total, plain_total)", "pass", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "2.0 * scaled * square", "scaled * square", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "slope * tl.sum(total, axis=0)", "tl.sum(total, axis=0)", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED_LINEAR),
     # ---- CUDA, emulated
     Mutant("csrc/cuda/perturb.cu", "static_cast<uint32_t>(p.first_group + group)", "static_cast<uint32_t>(group)", EMULATED, 1),

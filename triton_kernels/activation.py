@@ -172,11 +172,13 @@ def _rows(activation: str, dtype: torch.dtype) -> int:
 
 def _launch(out, partial, mu, dy, v, activation, grid):
     n = mu.shape[-1]
+    # In float64 the compiler would rather spill than take what registers there are.
+    options = {"maxnreg": 255} if mu.dtype is torch.float64 else {}
     with on_device(mu):
         _activation_kernel[grid](
             out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
             GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
-            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N,
+            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N, **options,
         )  # fmt: skip
 
 
