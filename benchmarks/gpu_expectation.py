@@ -64,6 +64,14 @@ def analytic_over_plain(m: int, k: int, n: int, activation: str) -> float:
     return (products + ours + weights) / (products + plain)
 
 
+def sample_behind_activation(n: int, k: int) -> tuple[float, float, float]:
+    """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with randn_like."""
+    draws, of_output = -(-n // TILE_N) * SLOTS["P", "Triton"], n / k / BYTES  # a byte per element of the output
+    blocks = noise_pass("P", "CUDA fast") + product(n) + (4 + 10) * of_output  # act; the sum in float32
+    calls = 12 / BYTES + product(n) + (4 + 6) * of_output  # randn, *, +; act; the sum
+    return product(n, draws), blocks, calls
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -106,6 +114,14 @@ def page() -> str:
                 *(f"{analytic_over_plain(*shape, name):.2f}" for shape in shapes),
             ]
             for name, both in EXPECTATION_SLOTS.items()
+        ],
+    )
+    samples = table(
+        ["N", "K", "fused", "row blocks", "calls written out"],
+        [
+            [str(n), str(k), *(f"{1e12 * seconds:.1f}" for seconds in sample_behind_activation(n, k))]
+            for k in (1024, 4096)
+            for n in (128, 256, 512, 1024, 4096)
         ],
     )
     columns = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
@@ -153,9 +169,19 @@ in the forward and in the weight's product. Time of the fused form over P, produ
 
 Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward, and in a step against
 Triton's own P and Q, while the CUDA kernels' fast tier is still ahead in a step; two tiles pay nowhere, but would as one
-tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves. S real samples
-behind an activation are always fused: otherwise each would pass through memory. `make gpu-check` times both forms on both sides of
-these bounds.
+tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves. `make gpu-check`
+times both forms on both sides of these bounds.
+
+## Real samples behind an activation
+
+estimator="mean" in bfloat16: picoseconds per element of x of one sample's forward. Fused, nothing of a sample passes through memory,
+but each tile of columns draws its noise; by row blocks (dipkernels/row_blocks.py) the draw, the vendor's product, the activation and
+the sum are passes of their own; the calls written out draw with randn_like and keep what backward needs:
+
+{samples}
+
+Hence `FUSED_MEAN_COLUMNS`, above which the blocks run where the CUDA library is built. There the product dominates, and averaging costs
+about what the calls cost, in the memory of one.
 
 ## The exact mean
 

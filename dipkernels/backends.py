@@ -282,6 +282,9 @@ FUSED_COLUMNS = (
     128  # N: one tile of columns draws the noise once, and u's 2 M K elements of traffic go; two would draw it twice
 )
 FUSED_WORK = 2**25  # M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
+# N of the mean over samples behind an activation: each tile of columns draws again, and beyond, that takes longer than a
+# sample's way through memory.
+FUSED_MEAN_COLUMNS = 512
 
 
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | None:
@@ -303,6 +306,7 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
+    dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and linear_bwd on a GPU.
     Raises RuntimeError where a forced backend cannot run there.
     """
     if device == "meta":
@@ -316,6 +320,10 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         if _forced == "cuda" and op.startswith("activation"):
             raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
+    if device == "cuda" and op in ("linear", "linear_bwd") and shape and _runs_on("cuda", device):
+        m, n, k = shape
+        if m * n * k > FUSED_WORK and (dtype is torch.float32 or n > FUSED_MEAN_COLUMNS):
+            return Plan("cuda", f"{dtype}, N = {n}: the vendor's products, sample by sample")
     if (
         device == "cuda"
         and op.startswith(_FUSED_BY_TRITON)

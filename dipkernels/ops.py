@@ -141,7 +141,7 @@ def _refusal(error: RuntimeError) -> Callable[..., Any]:
     return refuse
 
 
-_One = Literal["noise", "perturb", "perturb_bwd", "linear", "activation", "activation_variance"]
+_One = Literal["noise", "perturb", "perturb_bwd", "activation", "activation_variance"]
 _Two = Literal["perturb_replay", "linear_keep", "activation_bwd", "activation_variance_bwd"]
 
 
@@ -150,9 +150,7 @@ def _run(op: _One, device: str) -> Callable[..., Tensor]: ...
 @overload
 def _run(op: _Two, device: str) -> Callable[..., tuple[Tensor, Tensor]]: ...
 @overload
-def _run(
-    op: Literal["linear_bwd", "linear_keep_bwd"], device: str
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]: ...
+def _run(op: Literal["linear_keep_bwd"], device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]: ...
 def _run(op: str, device: str) -> Callable[..., Any]:
     return _chosen.get((op, device)) or _kernel(op, device)
 
@@ -167,6 +165,13 @@ def _choose_all() -> None:
     _keepers.clear()
     if backends._forced in (None, "cpu", "reference") and backends.choose("linear_keep", "cpu").backend != "triton":
         _keepers.add("cpu")
+
+
+def _linear_kernel(op: str, x: Tensor, weight: Tensor) -> Callable[..., Any]:
+    if x.device.type != "cuda":
+        return _chosen.get((op, x.device.type)) or _kernel(op, x.device.type)
+    rows = x.shape[:-1].numel()
+    return _overload(op, backends.choose(op, "cuda", weight.dtype, (rows, *weight.shape)))
 
 
 def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
@@ -232,18 +237,20 @@ def linear(
     if activation != "identity":
         _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
-    return _run("linear", x.device.type)(
+    y: Tensor = _linear_kernel("linear", x, weight)(
         x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
     )
+    return y
 
 
 def linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _run("linear_bwd", x.device.type)(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _linear_kernel("linear_bwd", x, weight)(
         dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
     )
+    return grads
 
 
 def can_keep(device: str) -> bool:

@@ -128,7 +128,7 @@ def _draws(
         draws = [torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, *scale, dtype) for s in samples]
         return _stack(draws, 0) if draws else rows.new_empty(0, *rows.shape, dtype=dtype)
 
-    zero, one = rows.new_zeros(()).expand_as(rows), torch.ones_like(sigma)
+    zero, one = rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma)
     return draw(rows, sigma, others, *scale), draw(zero, one, samples if with_z else samples[:0], 1.0, False)
 
 
@@ -206,7 +206,8 @@ def _act_add_bwd(
     num_samples: int, out: Tensor | None, factor: float,
 ) -> Tensor:  # fmt: skip
     """dh = dy act'(h + bias), [N, samples, rows], of dy [rows, N]; total [N, rows] += its sum over samples, factor total into
-    out.  slopes [:, rows, N] has act' of the first samples, and h [others, N, rows] is that of the others."""
+    out.  slopes [:, rows, N] has act' of the first samples, and h [others, N, rows] is that of the others.  A bias is for the
+    compiled pass: a product by columns has none."""
     how = (activation, slopes, first, num_samples, out, factor)
     if _has_passes(h):
         fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, bias, dy, *how)
@@ -214,8 +215,7 @@ def _act_add_bwd(
     dy, num_given, dhs = dy.t(), num_samples - h.shape[0], []
     for i in range(num_samples):
         if i >= num_given or slopes is None:
-            part = h[i - num_given] if bias is None else h[i - num_given] + bias[:, None]
-            dhs.append(_BACKWARDS[activation](dy, part))
+            dhs.append(_BACKWARDS[activation](dy, h[i - num_given]))
         elif activation == "relu":
             dhs.append(torch.where((slopes[(first + i) // 8].t() >> (first + i) % 8 & 1).bool(), dy, 0))
         else:
@@ -274,7 +274,7 @@ def _sample_sums(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, how: _Draw, samples: range, activation: str, kept: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With dh_s = dy act'(h_s): D^T [N, M] of D = 1/S sum_s dh_s, its sum over rows [N], and G = sum_s dh_s^T z_s [N, K].
-    By columns, dh^T [N, rows], as the products over rows read it."""
+    The compiled passes work by columns, dh^T [N, rows], as a CPU's products over rows read it fastest; the others by rows."""
     sigma, seed, row0, col0, *scale = how
     n, dtype, wide, num_samples = weight.shape[0], weight.dtype, _accumulator(weight.dtype), len(samples)
     num_kept = _num_kept(kept, activation, num_samples)
@@ -283,19 +283,23 @@ def _sample_sums(
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(n, x.shape[0], dtype=dtype, device=x.device)
     blocks, groups = _blocks(x, n, num_samples)
+    by_columns = _has_passes(weight)
     for block in blocks:
         rows, block_how = x[block].contiguous(), (sigma, seed, row0 + block.start, col0, *scale)
-        block_dy = dy[block].to(dtype)
-        block_dy = block_dy.contiguous() if _has_passes(block_dy) else block_dy.t().contiguous().t()
+        block_dy = dy[block].to(dtype).contiguous()
         slopes = None if kept is None else kept[:, block]
-        total = torch.zeros(n, rows.shape[0], dtype=wide, device=x.device)
+        total = torch.zeros((n, len(rows)) if by_columns else (len(rows), n), dtype=wide, device=x.device)
+        total = total if by_columns else total.t()
         for group in groups:
             given = min(max(num_kept - group.start, 0), len(group))
             part = samples[group.start : group.stop]
             u, z = _draws(rows, block_how, part, given, dtype, with_z=True)
-            h = _product(weight, u.flatten(0, 1)).view(n, len(group) - given, rows.shape[0]).transpose(0, 1)
+            if by_columns:
+                h = _product(weight, u.flatten(0, 1)).view(n, len(u), len(rows)).transpose(0, 1)
+            else:
+                h = _product(u.flatten(0, 1), weight, bias).view(len(u), len(rows), n).transpose(1, 2)
             last = (group.start, len(group), sums[:, block] if group is groups[-1] else None, 1 / num_samples)
-            dh = _act_add_bwd(total, h, bias, block_dy, activation, slopes, *last)
+            dh = _act_add_bwd(total, h, bias if by_columns else None, block_dy, activation, slopes, *last)
             _act_add(noise_sum, _product(dh.flatten(1), z.flatten(0, 1).t())[None], "identity")
             del u, z, h, dh  # before the next ones
         row_sum.add_(total.sum(1))

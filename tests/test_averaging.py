@@ -112,6 +112,9 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 
     compiled = list(results())
     monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
+    monkeypatch.setattr(row_blocks, "_CPU_GROUP", 1)  # a sample after another, as on a GPU
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 40)
+    monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for name in ("act_add", "act_add_bwd", "draw_samples"):
         monkeypatch.setattr(torch.ops.dipkernels, name, None)
     for got, want in zip(results(), compiled, strict=True):

@@ -197,3 +197,15 @@ def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
         z = failing(SEED, (3, 8), -1, 0, 0, 0, 1)
     assert torch.equal(z, functional.noise((3, 8), SEED))
     assert torch.equal(failing(SEED, (3, 8), -1, 0, 0, 0, 1), z)
+
+
+def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
+    monkeypatch.setattr(backends, "_runs_on", lambda name, device: True)
+    wide, narrow, small = (4096, 1024, 1024), (4096, 512, 1024), (8, 4096, 1024)
+    for op in ("linear", "linear_bwd"):
+        how = {shape: choose(op, "cuda", torch.bfloat16, shape).backend for shape in (wide, narrow, small)}
+        assert how == {wide: "cuda", narrow: "triton", small: "triton"}
+        assert choose(op, "cuda", torch.float32, narrow).backend == "cuda"
+        assert choose(op, "cuda").backend == "triton"
+    monkeypatch.setattr(backends, "_runs_on", lambda name, device: name != "cuda")  # no library: Triton's at any width
+    assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"

@@ -51,12 +51,14 @@ def in_pytorch(tensors, sigma, dy, seed, where, activation, dtype):
 
 
 @pytest.mark.parametrize("shape, dtype, activation, num_samples", CASES)
-def test_fused_linear_and_its_gradients_match_reference(shape, dtype, activation, num_samples):
+@pytest.mark.parametrize("namespace", ["dipkernels_triton", "dipkernels"])  # fused, and by row blocks
+def test_fused_linear_and_its_gradients_match_reference(namespace, shape, dtype, activation, num_samples):
     """At most twice the error of the same expression in PyTorch at that dtype; z may add its 4e-6."""
+    kernels = getattr(torch.ops, namespace)
     tensors, sigma, dy, seed = make(*shape, dtype)
     where = (2**32 - 2, 3 if shape[1] % 8 else 0, 1, num_samples, 0.5, True)
-    got = [ops.linear(*tensors, sigma, seed, *where, activation, None)]
-    got += ops.linear_bwd(dy, *tensors, sigma, seed, *where, activation)
+    got = [kernels.linear(*tensors, sigma, seed, *where, activation, None)]
+    got += kernels.linear_bwd(dy, *tensors, sigma, seed, *where, activation)
     want, eager = (in_pytorch(tensors, sigma, dy, seed, where, activation, d) for d in (torch.float64, dtype))
     for name, ours, exact, theirs in zip(("y", "dx", "dweight", "dbias", "dsigma"), got, want, eager, strict=True):
         assert ours.dtype is (sigma.dtype if name == "dsigma" else dtype) and ours.shape == exact.shape
@@ -64,7 +66,7 @@ def test_fused_linear_and_its_gradients_match_reference(shape, dtype, activation
         scale = max(1.0, exact.abs().max().item())
         rounding = torch.finfo(ours.dtype).eps * scale
         assert error <= 2 * allowed + rounding + 1e-5 * scale, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}"
-    repeated = ops.linear_bwd(dy, *tensors, sigma, seed, *where, activation)
+    repeated = kernels.linear_bwd(dy, *tensors, sigma, seed, *where, activation)
     assert all(torch.equal(a, b) for a, b in zip(got[1:], repeated, strict=True))  # no atomics
 
 
@@ -81,6 +83,7 @@ def test_expectations_and_their_gradients_match_reference(name, turn):
     mu, dy = (3 * torch.randn(2, *shape, generator=generator)).to(DEVICE, dtype)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     v = (4 * torch.rand(shape[1], generator=generator, dtype=torch.float64) ** 3).to(DEVICE, wide)
+    v[shape[1] // 2] = 0
     y, (dmu, dv) = ops.activation(mu, v, name), ops.activation_bwd(dy, mu, v, name)
     want = reference.activation(mu.double(), v.double(), name)
     want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
@@ -91,3 +94,23 @@ def test_expectations_and_their_gradients_match_reference(name, turn):
     assert (dmu - want_dmu).abs().max() <= (60 * bound + 4 * rounding) * (1 + dy.double().abs().max())
     allowed = (1500 * bound + 4e-6) * shape[0] ** 0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
     assert (dv - want_dv).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("log_variance", [False, True])
+def test_variances_and_their_gradients_match_reference(dtype, log_variance):
+    n, k = (4096, 1009) if ON_GPU else (9, 40)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    weight, sigma, dv = (
+        torch.randn(n, k).to(DEVICE, dtype),
+        torch.rand(k).to(DEVICE, wide),
+        torch.randn(n).to(DEVICE, wide),
+    )
+    got = [ops.activation_variance(weight, sigma, log_variance)]
+    got += ops.activation_variance_bwd(dv, weight, sigma, log_variance)
+    want = [reference.activation_variance(weight, sigma, log_variance)]
+    want += reference.activation_variance_bwd(dv, weight, sigma, log_variance)
+    for ours, exact in zip(got, want, strict=True):
+        assert ours.dtype is exact.dtype
+        allowed = (2 * torch.finfo(ours.dtype).eps + 1e-6 * (dtype is not torch.float64)) * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed
