@@ -452,7 +452,7 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::s
 // Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on, into what is given.
 void draw_samples(
     std::optional<Tensor> u, std::optional<Tensor> z, Tensor x, Tensor sigma, Tensor seed, int64_t row0, int64_t col0,
-    int64_t sample, double factor, bool log_variance) {
+    int64_t sample, double factor) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected shape (rows, K), contiguous");
   STD_TORCH_CHECK(u || z, "u, z: expected one of them at least");
   const int64_t samples = (u ? *u : *z).size(0), size = x.numel();
@@ -466,21 +466,41 @@ void draw_samples(
   check(u, "u");
   check(z, "z");
   int64_t dim = -1;
-  for (int64_t s = 0; s < samples; ++s) {
-    PerturbArgs a = start(seed, x, {-1, row0, col0, sample + s, 1}, &dim);
-    const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
-    a.outer = x.size(0);
-    a.features = x.size(1);
-    a.inner = 1;
-    const auto part = [&](const Tensor& t, int64_t first) {
-      Operand o{const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), a.features, 1};
-      o.data = static_cast<char*>(o.data) + first * t.element_size();
-      return o;
-    };
-    if (u) a.x = part(x, 0), a.u = part(*u, s * size);
-    if (z) a.z = part(*z, s * size);
-    launch_cpu(x, a);
+  PerturbArgs first = start(seed, x, {-1, row0, col0, sample, samples}, &dim);
+  const Tensor keep = set_sigma(first, sigma, x, dim, factor, false);
+  first.num_samples = 1;
+  first.outer = x.size(0);
+  first.features = x.size(1);
+  first.inner = 1;
+  const auto operand = [&](const Tensor& t) {
+    return Operand{const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), first.features, 1};
+  };
+  if (u) first.x = operand(x), first.u = operand(*u);
+  if (z) first.z = operand(*z);
+  struct Job {
+    const PerturbArgs& first;
+    int64_t size, bytes_u, bytes_z;
+    ParallelFor inside;
+    const char* error;
+  } job{first,        size,   u ? static_cast<int64_t>(u->element_size()) : 0, z ? static_cast<int64_t>(z->element_size()) : 0,
+        parallel_for, nullptr};
+  const auto draw = [](int64_t begin, int64_t end, void* context) {
+    Job& j = *static_cast<Job*>(context);
+    for (int64_t s = begin; s < end; ++s) {
+      PerturbArgs a = j.first;
+      a.sample += static_cast<int32_t>(s);
+      if (a.u.data) a.u.data = static_cast<char*>(a.u.data) + s * j.size * j.bytes_u;
+      if (a.z.data) a.z.data = static_cast<char*>(a.z.data) + s * j.size * j.bytes_z;
+      if (const char* error = perturb_cpu(a, j.inside)) __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
+    }
+  };
+  if (samples < 2) {
+    draw(0, samples, &job);
+  } else {  // a thread for a sample: handing out parts of each would take as long as a small one
+    job.inside = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*), void* context) { f(0, total, context); };
+    parallel_for(samples, 1, draw, &job);
   }
+  STD_TORCH_CHECK(job.error == nullptr, "dipkernels: ", job.error);
 }
 
 // t as [samples, a, b], whatever its strides but the last.

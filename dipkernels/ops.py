@@ -50,7 +50,7 @@ SCHEMAS = {
 _PASSES = {
     # u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.
     "draw_samples": "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0,"
-    f" int sample, {_SCALE}) -> ()",
+    " int sample, float factor) -> ()",
     # total [A, B] += the sum over samples of act(h), h [samples, A, B]; slopes: as `kept` of linear_keep, [:, A, B], written
     # for those samples, the first of which is number `first`. Then out [A, B] = factor total, where it is wanted.
     "act_add": "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? slopes, int first, Tensor(c!)? out, float factor)"

@@ -105,15 +105,19 @@ def _check_samples(num_samples: int, num_kept: int) -> None:
         raise ValueError(f"num_kept: expected 0 to num_samples = {num_samples}, got {num_kept}")
 
 
-# sigma, seed, first row and column, factor, log_variance
-_Draw = tuple[Tensor, Tensor, int, int, float, bool]
+# sigma as a standard deviation, which is computed once for all draws, seed, first row and column, factor
+_Draw = tuple[Tensor, Tensor, int, int, float]
+
+
+def _standard_deviation(sigma: Tensor, log_variance: bool) -> Tensor:
+    return torch.exp(sigma / 2) if log_variance else sigma
 
 
 def _draws(
     rows: Tensor, how: _Draw, samples: range, num_given: int, dtype: torch.dtype, with_z: bool
 ) -> tuple[Tensor, Tensor]:
     """u_s = rows + factor sigma z_s of all samples but the first num_given, and z_s of all, [samples, rows, K] each."""
-    sigma, seed, row0, col0, *scale = how
+    sigma, seed, row0, col0, factor = how
     others = samples[num_given:]
     if rows.device.type == "cpu" and backends.library().cpu_capabilities:
         u = rows.new_empty(len(others), *rows.shape, dtype=dtype)
@@ -121,15 +125,17 @@ def _draws(
         for part, to_u, to_z in ((samples[:num_given], None, z[:num_given]), (others, u, z[num_given:])):
             if len(part):
                 to = (to_u, to_z if with_z else None)
-                torch.ops.dipkernels.draw_samples(*to, rows, sigma, seed, row0, col0, part.start, *scale)
+                torch.ops.dipkernels.draw_samples(*to, rows, sigma, seed, row0, col0, part.start, factor)
         return u, z
 
-    def draw(x: Tensor, sigma: Tensor, samples: range, *scale: float) -> Tensor:
-        draws = [torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, *scale, dtype) for s in samples]
+    def draw(x: Tensor, sigma: Tensor, samples: range, factor: float) -> Tensor:
+        draws = [
+            torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, factor, False, dtype) for s in samples
+        ]
         return _stack(draws, 0) if draws else rows.new_empty(0, *rows.shape, dtype=dtype)
 
     zero, one = rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma)
-    return draw(rows, sigma, others, *scale), draw(zero, one, samples if with_z else samples[:0], 1.0, False)
+    return draw(rows, sigma, others, factor), draw(zero, one, samples if with_z else samples[:0], 1.0)
 
 
 def _stack(tensors: list[Tensor], dim: int) -> Tensor:
@@ -237,10 +243,10 @@ def _mean(
     flat = flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
     blocks, groups = _blocks(flat, n, num_samples)
-    samples = range(sample, sample + num_samples)
+    samples, scale = range(sample, sample + num_samples), _standard_deviation(sigma, log_variance)
     packed = _packed(weight, len(groups[0]) * len(flat[blocks[0]])) if len(blocks) * len(groups) > 3 else weight
     for block in blocks:
-        rows, how = flat[block].contiguous(), (sigma, seed, row0 + block.start, col0, factor, log_variance)
+        rows, how = flat[block].contiguous(), (scale, seed, row0 + block.start, col0, factor)
         total = torch.zeros(rows.shape[0], n, dtype=wide, device=x.device)
         for group in groups:
             u, _ = _draws(rows, how, samples[group.start : group.stop], 0, dtype, with_z=False)
@@ -275,7 +281,7 @@ def _sample_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With dh_s = dy act'(h_s): D^T [N, M] of D = 1/S sum_s dh_s, its sum over rows [N], and G = sum_s dh_s^T z_s [N, K].
     The compiled passes work by columns, dh^T [N, rows], as a CPU's products over rows read it fastest; the others by rows."""
-    sigma, seed, row0, col0, *scale = how
+    scale, seed, row0, col0, factor = how
     n, dtype, wide, num_samples = weight.shape[0], weight.dtype, _accumulator(weight.dtype), len(samples)
     num_kept = _num_kept(kept, activation, num_samples)
     _check_samples(num_samples, num_kept)
@@ -285,7 +291,7 @@ def _sample_sums(
     blocks, groups = _blocks(x, n, num_samples)
     by_columns = _has_passes(weight)
     for block in blocks:
-        rows, block_how = x[block].contiguous(), (sigma, seed, row0 + block.start, col0, *scale)
+        rows, block_how = x[block].contiguous(), (scale, seed, row0 + block.start, col0, factor)
         block_dy = dy[block].to(dtype).contiguous()
         slopes = None if kept is None else kept[:, block]
         total = torch.zeros((n, len(rows)) if by_columns else (len(rows), n), dtype=wide, device=x.device)
@@ -313,16 +319,18 @@ def linear_bwd(
     """dx = D W, dbias = sum D, dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk, with the D and G of
     _sample_sums. So a sample costs one product, and one more where h_s is made again because act'(h_s) was not kept."""
     dtype, wide = weight.dtype, _accumulator(weight.dtype)
-    flat, how = flat_rows(x), (sigma, seed, row0, col0, factor, log_variance)
+    flat, scale = flat_rows(x), _standard_deviation(sigma, log_variance)
     samples = range(sample, sample + num_samples)
-    sums, row_sum, noise_sum = _sample_sums(flat_rows(dy), flat, weight, bias, how, samples, activation, kept)
+    sums, row_sum, noise_sum = _sample_sums(
+        flat_rows(dy), flat, weight, bias, (scale, seed, row0, col0, factor), samples, activation, kept
+    )
     dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    for some in (slice(i, i + _rows(x)) for i in range(0, flat.shape[0], _rows(x))):  # a product may copy columns
+    step = _rows(x) if dtype is torch.float32 else max(1, flat.shape[0])  # in float32 a product copies columns
+    for some in (slice(i, i + step) for i in range(0, flat.shape[0], step)):
         dx[some] = _product(sums[:, some].t(), weight.t())
     dweight = _product(sums, flat.to(dtype).t())
     del sums
     dweight = dweight.to(wide)
-    scale = torch.exp(sigma / 2) if log_variance else sigma
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:

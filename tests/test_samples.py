@@ -47,13 +47,13 @@ def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
         x, sigma = torch.randn(rows, columns).to(x_dtype or dtype), torch.rand(columns)
         u, z = (torch.empty(3, rows, columns, dtype=of) for of in (dtype, z_dtype or dtype))
         alone = torch.empty_like(u), torch.empty_like(z)
-        how = (x, sigma, SEED, 2**32 - 4, col0, 6, 0.5, True)
+        how = (x, sigma, SEED, 2**32 - 4, col0, 6, 0.5)
         OPS.draw_samples(u, z, *how)
         OPS.draw_samples(alone[0], None, *how)
         OPS.draw_samples(None, alone[1], *how)
         for s in range(3):
             where = (-1, 2**32 - 4, col0, 6 + s, 1)
-            assert torch.equal(u[s], OPS.perturb(x, sigma, SEED, *where, 0.5, True, dtype))
+            assert torch.equal(u[s], OPS.perturb(x, sigma, SEED, *where, 0.5, False, dtype))
             assert torch.equal(z[s], OPS.noise(SEED, x.shape, *where).to(z.dtype))
         assert torch.equal(u, alone[0]) and torch.equal(z, alone[1])
 
@@ -224,7 +224,7 @@ def test_draws_of_samples_stay_inside_their_buffers():
         ((u, None), x[0], "x: expected shape .rows, K., contiguous"),
     ]:
         with pytest.raises(RuntimeError, match=match):
-            OPS.draw_samples(*to, rows, sigma, SEED, 0, 0, 0, 1.0, False)
+            OPS.draw_samples(*to, rows, sigma, SEED, 0, 0, 0, 1.0)
     for changed, match in [
         ({"sigma": sigma[:5]}, "sigma: expected shape"),
         ({"seed": SEED.int()}, "seed: expected dtype int64"),
@@ -232,4 +232,4 @@ def test_draws_of_samples_stay_inside_their_buffers():
     ]:
         how = {"sigma": sigma, "seed": SEED, "sample": 0, **changed}
         with pytest.raises(RuntimeError, match=match):
-            OPS.draw_samples(u, None, x, how["sigma"], how["seed"], 0, 0, how["sample"], 1.0, False)
+            OPS.draw_samples(u, None, x, how["sigma"], how["seed"], 0, 0, how["sample"], 1.0)
