@@ -324,10 +324,12 @@ def linear_bwd(
     sums, row_sum, noise_sum = _sample_sums(
         flat_rows(dy), flat, weight, bias, (scale, seed, row0, col0, factor), samples, activation, kept
     )
-    dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-    step = _rows(x) if dtype is torch.float32 else max(1, flat.shape[0])  # in float32 a product copies columns
-    for some in (slice(i, i + step) for i in range(0, flat.shape[0], step)):
-        dx[some] = _product(sums[:, some].t(), weight.t())
+    if dtype is torch.float32:  # where the product copies columns: some at a time
+        dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        for i in range(0, flat.shape[0], _rows(x)):
+            dx[i : i + _rows(x)] = _product(sums[:, i : i + _rows(x)].t(), weight.t())
+    else:
+        dx = _product(sums.t(), weight.t()).to(x.dtype)
     dweight = _product(sums, flat.to(dtype).t())
     del sums
     dweight = dweight.to(wide)
