@@ -272,7 +272,8 @@ def linear_keep(
     """(y, kept): kept is act' of the first num_kept samples in slopes_form, [:, rows, N]."""
     where = (row0, col0, sample, num_samples, factor, log_variance)
     first, dtype = slopes_form(activation, weight.dtype, num_samples, num_kept)
-    kept = torch.zeros(first, x.shape[:-1].numel(), weight.shape[0], dtype=dtype, device=x.device)
+    make = torch.zeros if activation == "relu" else torch.empty  # bits are added to what is there
+    kept = make(first, x.shape[:-1].numel(), weight.shape[0], dtype=dtype, device=x.device)
     return _mean(x, weight, bias, sigma, seed, *where, activation, out_dtype, kept), kept
 
 
