@@ -303,6 +303,11 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
     return None
 
 
+def is_wide(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether a mean behind an activation, weight [n, k] of this dtype, is for row blocks where CUDA kernels draw."""
+    return m * n * k > FUSED_WORK and (dtype is torch.float32 or n > FUSED_MEAN_COLUMNS)
+
+
 def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
@@ -320,9 +325,9 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         if _forced == "cuda" and op.startswith("activation"):
             raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
-    if device == "cuda" and op in ("linear", "linear_bwd") and shape and _runs_on("cuda", device):
+    if device == "cuda" and op in ("linear", "linear_bwd") and dtype and shape and _runs_on("cuda", device):
         m, n, k = shape
-        if m * n * k > FUSED_WORK and (dtype is torch.float32 or n > FUSED_MEAN_COLUMNS):
+        if is_wide(dtype, m, n, k):
             return Plan("cuda", f"{dtype}, N = {n}: the vendor's products, sample by sample")
     if (
         device == "cuda"

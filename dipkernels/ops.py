@@ -130,7 +130,12 @@ def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
     return found
 
 
+_WIDE = "cuda, wide"  # in place of a device: a shape that is backends.is_wide
+
+
 def _kernel(op: str, device: str) -> Callable[..., Any]:
+    if device == _WIDE:
+        return _overload(op, backends.choose(op, "cuda", torch.float32, (2**12, 2**12, 2**12)))
     return _overload(op, backends.choose(op, device))
 
 
@@ -150,6 +155,8 @@ def _run(op: _One, device: str) -> Callable[..., Tensor]: ...
 @overload
 def _run(op: _Two, device: str) -> Callable[..., tuple[Tensor, Tensor]]: ...
 @overload
+def _run(op: Literal["linear", "linear_bwd"], device: str) -> Callable[..., Any]: ...
+@overload
 def _run(op: Literal["linear_keep_bwd"], device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]: ...
 def _run(op: str, device: str) -> Callable[..., Any]:
     return _chosen.get((op, device)) or _kernel(op, device)
@@ -157,7 +164,7 @@ def _run(op: str, device: str) -> Callable[..., Any]:
 
 def _choose_all() -> None:
     for op in SCHEMAS:
-        for device in ("cpu", "cuda", "meta"):
+        for device in ("cpu", "cuda", "meta", _WIDE):
             try:
                 _chosen[op, device] = _kernel(op, device)
             except RuntimeError as error:
@@ -167,11 +174,12 @@ def _choose_all() -> None:
         _keepers.add("cpu")
 
 
-def _linear_kernel(op: str, x: Tensor, weight: Tensor) -> Callable[..., Any]:
-    if x.device.type != "cuda":
-        return _chosen.get((op, x.device.type)) or _kernel(op, x.device.type)
-    rows = x.shape[:-1].numel()
-    return _overload(op, backends.choose(op, "cuda", weight.dtype, (rows, *weight.shape)))
+def _linear_kernel(op: Literal["linear", "linear_bwd"], device: str, x: Tensor, weight: Tensor) -> Callable[..., Any]:
+    """device: x's type."""
+    if device == "cuda" and weight.numel():
+        m = x.numel() // weight.shape[1]
+        device = _WIDE if backends.is_wide(weight.dtype, m, *weight.shape) else device
+    return _run(op, device)
 
 
 def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
@@ -237,7 +245,7 @@ def linear(
     if activation != "identity":
         _check_activation(activation)
     _check_linear(x, weight, bias, sigma, seed, row0, col0, sample, num_samples, out_dtype)
-    y: Tensor = _linear_kernel("linear", x, weight)(
+    y: Tensor = _linear_kernel("linear", x.device.type, x, weight)(
         x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype
     )
     return y
@@ -247,7 +255,7 @@ def linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _linear_kernel("linear_bwd", x, weight)(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _linear_kernel("linear_bwd", x.device.type, x, weight)(
         dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation
     )
     return grads

@@ -209,3 +209,16 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
         assert choose(op, "cuda").backend == "triton"
     monkeypatch.setattr(backends, "_runs_on", lambda name, device: name != "cuda")  # no library: Triton's at any width
     assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"
+
+
+def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):
+    found = {shape: lambda: None for shape in ("narrow", "wide")}
+    monkeypatch.setitem(ops._chosen, ("linear", "cuda"), found["narrow"])
+    monkeypatch.setitem(ops._chosen, ("linear", ops._WIDE), found["wide"])
+    for n, want in ((512, "narrow"), (1024, "wide")):
+        x, weight = torch.ones(64, 2048, dtype=torch.bfloat16), torch.ones(n, 2048, dtype=torch.bfloat16)
+
+        def step(x, weight, want=want):
+            return x + (ops._linear_kernel("linear", "cuda", x, weight) is found[want])
+
+        assert torch.compile(step, fullgraph=True, backend="eager")(x, weight).eq(2).all()
