@@ -500,9 +500,8 @@ def averaging(check: Check) -> dict:
                 f"mean of {samples}": dip.DIPLinear(k, n, estimator="mean", num_samples=samples, **make),
             }
             names = list(modules)
-            with (
-                torch.no_grad()
-            ):  # the same weights: the expectation is near the mean, and both are near the plain layer
+            # With the same weights the expectation is near the mean, and both are near the plain layer.
+            with torch.no_grad():
                 for name in (names[1], names[3]):
                     modules[name].weight.copy_(plain.weight)
                     modules[name].bias.copy_(plain.bias)

@@ -58,9 +58,8 @@ def analytic_over_plain(m: int, k: int, n: int, activation: str) -> float:
     products, traffic = 6 * m * k * n / FLOPS, (4, 6)  # bytes: mu and y; mu, dy and dmu
     plain = m * n * sum(traffic) / BYTES
     ours = m * n * sum(max(b / BYTES, slots / ISSUES) for b, slots in zip(traffic, EXPECTATION_SLOTS[activation]))
-    weights = (
-        n * k * (2 + 4 + 6) / BYTES
-    )  # the variance, its gradients, and autograd's sum of the weight's two gradients
+    # The variance, its gradients, and autograd's sum of the weight's two gradients.
+    weights = n * k * (2 + 4 + 6) / BYTES
     return (products + ours + weights) / (products + plain)
 
 

@@ -43,6 +43,9 @@ DType dtype_of(ScalarType type, const char* name) {
   }
 }
 
+// What a kernel returned: null, or what went wrong.
+void check_done(const char* error) { STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error); }
+
 void check_seed(const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected dtype int64");
   STD_TORCH_CHECK(seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
@@ -195,10 +198,7 @@ void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void
 }
 
 #ifdef DIP_HAS_CPU
-void launch_cpu(const Tensor&, const PerturbArgs& a) {
-  const char* error = perturb_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
-}
+void launch_cpu(const Tensor&, const PerturbArgs& a) { check_done(perturb_cpu(a, parallel_for)); }
 #endif
 
 #ifdef DIP_CUDA_ARCHS
@@ -236,8 +236,7 @@ void launch_cuda(const Tensor& x, const PerturbArgs& a) {
   if (const int64_t bytes = perturb_cuda_scratch(a)) {
     partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
   }
-  const char* error = perturb_cuda(a, tier == 1, partials ? partials->mutable_data_ptr() : nullptr, stream);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  check_done(perturb_cuda(a, tier == 1, partials ? partials->mutable_data_ptr() : nullptr, stream));
 }
 #endif
 
@@ -382,8 +381,7 @@ Tensor activation(Tensor mu, Tensor v, std::string activation) {
   Tensor y = empty_like(mu, mu.scalar_type());
   a.mu = operand_of(mu);
   a.y = operand_of(y);
-  const char* error = activation_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  check_done(activation_cpu(a, parallel_for));
   return y;
 }
 
@@ -407,8 +405,7 @@ Tensor activation_variance(Tensor weight, Tensor sigma, bool log_variance) {
   VarianceArgs a = start_variance(weight, sigma, log_variance);
   Tensor v = empty_vector(sigma, weight.size(0));
   a.v = v.mutable_data_ptr();
-  const char* error = variance_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  check_done(variance_cpu(a, parallel_for));
   return v;
 }
 
@@ -425,8 +422,7 @@ std::tuple<Tensor, Tensor> activation_variance_bwd(Tensor dv, Tensor weight, Ten
   a.dv = dv.const_data_ptr();
   a.dweight = operand_of(dweight);
   a.dsigma = dsigma.mutable_data_ptr();
-  const char* error = variance_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  check_done(variance_cpu(a, parallel_for));
   return {dweight, dsigma};
 }
 
@@ -442,8 +438,7 @@ std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::s
   a.dy = operand_of(dy);
   a.dmu = operand_of(dmu);
   a.dv = dv.mutable_data_ptr();
-  const char* error = activation_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+  check_done(activation_cpu(a, parallel_for));
   return {dmu, dv};
 }
 
@@ -500,7 +495,7 @@ void draw_samples(
     job.inside = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*), void* context) { f(0, total, context); };
     parallel_for(samples, 1, draw, &job);
   }
-  STD_TORCH_CHECK(job.error == nullptr, "dipkernels: ", job.error);
+  check_done(job.error);
 }
 
 // t as [samples, a, b], whatever its strides but the last.
@@ -549,10 +544,7 @@ SamplesArgs start_samples(
   return a;
 }
 
-void run_samples(const SamplesArgs& a) {
-  const char* error = samples_cpu(a, parallel_for);
-  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
-}
+void run_samples(const SamplesArgs& a) { check_done(samples_cpu(a, parallel_for)); }
 
 void act_add(
     Tensor total, Tensor h, std::string activation, std::optional<Tensor> slopes, int64_t first, std::optional<Tensor> out,

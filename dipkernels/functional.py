@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import backends, expectation, ops, tensor_parallel
 from .row_blocks import ACTIVATIONS as ACTIVATIONS
-from .row_blocks import act_of, flat_rows
+from .row_blocks import act_of, flat_rows, slopes_form
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
@@ -296,7 +296,8 @@ def _num_kept(keep: str, activation: str, num_samples: int, dtype: torch.dtype) 
     if keep == "auto":
         if activation == "relu":  # a bit of each sample, of all or none
             return num_samples if num_samples <= 8 * dtype.itemsize else 0
-        return min(num_samples, 2 if dtype is torch.bfloat16 else 1)  # row_blocks.slopes_form
+        _, kept = slopes_form(activation, dtype, num_samples, 1)
+        return min(num_samples, dtype.itemsize // kept.itemsize)
     return num_samples if keep == "u" else 0
 
 

@@ -212,8 +212,8 @@ def _act_add_bwd(
     num_samples: int, out: Tensor | None, factor: float,
 ) -> Tensor:  # fmt: skip
     """dh = dy act'(h + bias), [N, samples, rows], of dy [rows, N]; total [N, rows] += its sum over samples, factor total into
-    out.  slopes [:, rows, N] has act' of the first samples, and h [others, N, rows] is that of the others.  A bias is for the
-    compiled pass: a product by columns has none."""
+    out.  slopes [:, rows, N] has act' of the first samples, and h [others, N, rows] is that of the others.  bias [N]: of a
+    product by columns, which adds none."""
     how = (activation, slopes, first, num_samples, out, factor)
     if _has_passes(h):
         fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, bias, dy, *how)
@@ -221,7 +221,8 @@ def _act_add_bwd(
     dy, num_given, dhs = dy.t(), num_samples - h.shape[0], []
     for i in range(num_samples):
         if i >= num_given or slopes is None:
-            dhs.append(_BACKWARDS[activation](dy, h[i - num_given]))
+            part = h[i - num_given] if bias is None else h[i - num_given] + bias[:, None]
+            dhs.append(_BACKWARDS[activation](dy, part))
         elif activation == "relu":
             dhs.append(torch.where((slopes[(first + i) // 8].t() >> (first + i) % 8 & 1).bool(), dy, 0))
         else:

@@ -157,7 +157,7 @@ MUTANTS = [
     Mutant("dipkernels/functional.py", "u = _perturb(x, sigma, seed, (-1, row0, col0, s, 1,", "u = _perturb(x, sigma, seed, (-1, row0, col0, sample, 1,", AVERAGED),
     Mutant("dipkernels/functional.py", "mean: Tensor = y / num_samples", "mean: Tensor = y", AVERAGED),
     Mutant("dipkernels/functional.py", "_num_kept(keep, activation, where[3], dtype or x.dtype)", "_num_kept(keep, activation, where[3], x.dtype)", AVERAGING),
-    Mutant("dipkernels/functional.py", "2 if dtype is torch.bfloat16 else 1", "1", AVERAGING),
+    Mutant("dipkernels/functional.py", "dtype.itemsize // kept.itemsize", "1", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "samples[group.start : group.stop], 0,", "samples[: len(group)], 0,", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "part = samples[group.start : group.stop]", "part = samples[: len(group)]", AVERAGING),
     Mutant("dipkernels/row_blocks.py", "max(num_kept - group.start, 0)", "num_kept", AVERAGING),

@@ -61,8 +61,6 @@ struct Dice {
 
 // ---- buffers -------------------------------------------------------------------------------------------------------------
 
-static int size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
-
 // `bytes` long; its last byte, or its first, lies at the edge of what may be touched.
 struct Buffer {
   char* data = nullptr;

@@ -186,7 +186,7 @@ def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
             # sums of 9 x 40 products of an h made again, rounded otherwise; behind relu its sign may be another one
             eps = EPS.get(dtype, 2**-50)
             assert (got - want).norm() <= (32 if activation == "relu" else 8) * eps * want.norm()
-            if activation != "relu":
+            if activation != "relu" or dtype is not torch.bfloat16:
                 torch.testing.assert_close(got, want, rtol=16 * eps, atol=64 * eps)
 
 
@@ -252,8 +252,9 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
     outputs = dy.numel()
     assert kept(5) == kept(33) == inputs_alone + 4 * outputs  # as one draw: its input, and as much as a pre-activation
     assert kept(5, dtype=torch.bfloat16) == inputs_alone + 2 * outputs
-    peaks = [peak_bytes(lambda count=count: step(count)) for count in (16, 33)]  # several products each
-    assert 0 < peaks[1] <= 1.02 * peaks[0]
+    peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
+    assert 0 < peaks[2] <= 1.02 * peaks[1]  # several products each
+    assert peaks[2] <= 1.06 * peaks[0]  # one product, of which a fifth is not made again
     small, leaves[0], dy = (leaves[0], dy), x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
     one = peak_bytes(lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy))
     leaves[0].grad = None

@@ -69,11 +69,13 @@ inline void store_float16(uint16_t* p, int n, const float* in) {
 #endif
 }
 
+constexpr int size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+
 // Asks for the lines of a run before other work that takes longer than their way here; kWrite: to be written.
 template <int kWrite>
 DIP_HD void prefetch_run(const Operand& a, int64_t offset, int n) {
   if (!a.data) return;
-  const int size = a.dtype == DType::kFloat64 ? 8 : a.dtype == DType::kFloat32 ? 4 : 2;
+  const int size = size_of(a.dtype);
   const char* p = static_cast<const char*>(a.data) + offset * size;
   for (int i = 0; i < n * size; i += 64) __builtin_prefetch(p + i, kWrite);
 }

@@ -169,8 +169,6 @@ void transpose(const void* from, int64_t stride, int lines, int n, void* tile) {
     for (int l = j < whole_n ? whole_lines : 0; l < lines; ++l) to[l * kLine + j] = rows[j * stride + l];
 }
 
-int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }  // no other comes here
-
 // The lines from that of `run` on of t, whose element (inner, outer) lies `stride` apart from the next inner one.
 void transpose_lines(const Operand& t, int64_t offset, int64_t stride, const Run& run, int lines, void* tile) {
   const int64_t at = offset + run.inner * stride + run.outer;
