@@ -54,7 +54,7 @@ struct ActivationArgs {
   Operand mu;
   Operand y;        // written where dv is null
   Operand dy, dmu;  // read, written where dv is set
-  void* dv;         // [features], v's dtype, written: the sum over rows
+  void *dv, *sum;   // [features], v's dtype, written: sums over rows, the latter of dmu
 };
 
 const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for);
@@ -68,6 +68,7 @@ struct VarianceArgs {
   bool is_double;     // sigma, v, dv and dsigma are float64, else float32
   void* v;            // [rows], written where dv is null
   const void* dv;     // [rows]
+  Operand given;      // where dv is set: added to dweight; null: 0
   Operand dweight;    // written where dv is set
   void* dsigma;       // [features], written where dv is set
 };

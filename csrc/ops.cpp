@@ -273,10 +273,10 @@ Tensor set_sigma(PerturbArgs& a, const Tensor& sigma, const Tensor& x, int64_t d
   return dense;
 }
 
-void check_same_shape(const Tensor& du, const Tensor& x) {
-  bool same = du.dim() == x.dim();
-  for (int64_t d = 0; same && d < x.dim(); ++d) same = du.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, "du: expected the shape of x");
+void check_same_shape(const Tensor& a, const char* name, const Tensor& x, const char* like) {
+  bool same = a.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = a.size(d) == x.size(d);
+  STD_TORCH_CHECK(same, name, ": expected the shape of ", like);
 }
 
 template <Launch kLaunch>
@@ -330,7 +330,7 @@ std::tuple<Tensor, Tensor> perturb_replay(
     Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
     double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
   check_same(du, "du", x);
-  check_same_shape(du, x);
+  check_same_shape(du, "du", x, "x");
   PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
   const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
@@ -409,7 +409,8 @@ Tensor activation_variance(Tensor weight, Tensor sigma, bool log_variance) {
   return v;
 }
 
-std::tuple<Tensor, Tensor> activation_variance_bwd(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) {
+std::tuple<Tensor, Tensor> activation_variance_bwd(
+    Tensor dv, Tensor weight, Tensor sigma, bool log_variance, std::optional<Tensor> given) {
   weight = torch::stable::contiguous(weight);
   sigma = torch::stable::contiguous(sigma);
   dv = torch::stable::contiguous(dv);
@@ -420,26 +421,33 @@ std::tuple<Tensor, Tensor> activation_variance_bwd(Tensor dv, Tensor weight, Ten
       "dv: expected shape (N,) and sigma's dtype");
   Tensor dweight = empty_like(weight, weight.scalar_type()), dsigma = empty_vector(sigma, sigma.size(0));
   a.dv = dv.const_data_ptr();
+  if (given) {
+    check_same(*given, "given", weight);
+    check_same_shape(*given, "given", weight, "weight");
+    given = torch::stable::contiguous(*given);
+    a.given = operand_of(*given);
+  }
   a.dweight = operand_of(dweight);
   a.dsigma = dsigma.mutable_data_ptr();
   check_done(variance_cpu(a, parallel_for));
   return {dweight, dsigma};
 }
 
-std::tuple<Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> activation_bwd(Tensor dy, Tensor mu, Tensor v, std::string activation) {
   check_same(dy, "dy", mu);
   dy = torch::stable::contiguous(dy);
   mu = torch::stable::contiguous(mu);
   v = torch::stable::contiguous(v);
   ActivationArgs a = start_activation(mu, v, activation);
-  check_same_shape(dy, mu);
-  Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0));
+  check_same_shape(dy, "dy", mu, "mu");
+  Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0)), sum = empty_vector(v, v.size(0));
   a.mu = operand_of(mu);
   a.dy = operand_of(dy);
   a.dmu = operand_of(dmu);
   a.dv = dv.mutable_data_ptr();
+  a.sum = sum.mutable_data_ptr();
   check_done(activation_cpu(a, parallel_for));
-  return {dmu, dv};
+  return {dmu, dv, sum};
 }
 
 // ---- the mean behind an activation ---------------------------------------------------------------------------------------

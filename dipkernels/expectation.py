@@ -1,53 +1,53 @@
 """The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b.  docs/maths.md, section 7.
 
-One pass over mu after the product, and one in backward, which sums d/dv on its way.
+One pass over mu after the product, and one in backward, which sums d/dv and the bias's gradient on its way.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
-from .row_blocks import ACTIVATIONS
+from .row_blocks import ACTIVATIONS, flat_rows
 from .triton_kernels.mixtures import MIXTURES
-
-
-class _Variance(Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
-        ctx.save_for_backward(weight, sigma)
-        ctx.log_variance = log_variance
-        return ops.activation_variance(weight, sigma, log_variance)
-
-    @staticmethod
-    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        weight, sigma = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *ops.activation_variance_bwd(dv, weight, sigma, ctx.log_variance), None
-        needs = ctx.needs_input_grad[:2]  # under create_graph: differentiable pieces
-        wanted = [t for t, need in zip((weight, sigma), needs) if need]
-        v = _variance_pieces(weight, sigma, ctx.log_variance)
-        grads = iter(torch.autograd.grad(v, wanted, dv, create_graph=True))
-        return *(next(grads) if need else None for need in needs), None
 
 
 def _variance_pieces(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     return torch.mv(weight.to(sigma.dtype).square(), torch.exp(sigma) if log_variance else sigma.square())
 
 
+def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
+    return sigma.double() if weight.dtype is torch.float64 and sigma.dtype is torch.float32 else sigma
+
+
+def needs_pieces() -> bool:
+    """Under torch.func's transforms, and torch.export, which loses the derivative of an autograd.Function in silence."""
+    exports = torch.compiler.is_exporting() and torch.is_grad_enabled()
+    return exports or torch._C._are_functorch_transforms_active()
+
+
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same for every row."""
-    if weight.dtype is torch.float64 and sigma.dtype is torch.float32:
-        sigma = sigma.double()
-    if torch._C._are_functorch_transforms_active():
+    sigma = _as_wide_as(weight, sigma)
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return _variance_pieces(weight, sigma, log_variance)
-    v: Tensor = _Variance.apply(weight, sigma, log_variance)
-    return v
+    return ops.activation_variance(weight, sigma, log_variance)
+
+
+def gradients(
+    y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """Those of differentiable pieces, under create_graph."""
+    wanted = [t for t, need in zip(tensors, needs) if t is not None and need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return (next(grads) if need else None for _, need in zip(tensors, needs))
 
 
 class _Activation(Function):
@@ -60,11 +60,9 @@ class _Activation(Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mu, v = ctx.saved_tensors
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            wanted = [t for t, needs in zip((mu, v), ctx.needs_input_grad) if needs]
-            grads = iter(torch.autograd.grad(_pieces(mu, v, ctx.activation), wanted, dy, create_graph=True))
-            return *(next(grads) if needs else None for needs in ctx.needs_input_grad[:2]), None
-        dmu, dv = ops.activation_bwd(dy, mu, v, ctx.activation)
+        if torch.is_grad_enabled():
+            return *gradients(_pieces(mu, v, ctx.activation), (mu, v), dy, ctx.needs_input_grad), None
+        dmu, dv, _ = ops.activation_bwd(dy, mu, v, ctx.activation)
         return dmu, dv, None
 
 
@@ -88,7 +86,60 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
 
 def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    if torch._C._are_functorch_transforms_active():
+    if needs_pieces():
         return _pieces(mu, v, activation)
     y: Tensor = _Activation.apply(mu, v, activation)
+    return y
+
+
+class _Linear(Function):
+    """The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv, and the variance's
+    part of the weight's is added to the product's where it is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+    ) -> Tensor:
+        mu = _affine(x, weight, bias)
+        v = ops.activation_variance(weight, sigma, log_variance)
+        ctx.save_for_backward(x, weight, bias, sigma, mu, v)
+        ctx.how = log_variance, activation
+        return ops.activation(mu, v, activation)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, mu, v = ctx.saved_tensors
+        x, weight, bias, sigma = tensors
+        log_variance, activation = ctx.how
+        needs_dx, needs_dweight, needs_dbias, needs_dsigma = needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return *gradients(_linear_pieces(*tensors, *ctx.how), tensors, dy, needs), None, None
+        dmu, dv, sums = ops.activation_bwd(dy, mu, v, activation)
+        dx = dmu @ weight.to(dmu.dtype) if needs_dx else None
+        dweight = flat_rows(dmu).t() @ flat_rows(x) if needs_dweight else None
+        dsigma = None
+        if needs_dweight or needs_dsigma:
+            dweight, dsigma = ops.activation_variance_bwd(dv, weight, sigma, log_variance, dweight)
+        dbias = sums.to(bias.dtype) if needs_dbias else None
+        return dx, dweight, dbias, dsigma, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _linear_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+) -> Tensor:
+    return _pieces(_affine(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+) -> Tensor:
+    """The layer and its activation, in x's dtype."""
+    arguments = (x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)
+    if needs_pieces():
+        return _linear_pieces(*arguments)
+    y: Tensor = _Linear.apply(*arguments)
     return y

@@ -242,10 +242,8 @@ class _Mean(Function):
         needs = ctx.needs_input_grad[:4]
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
-            wanted = [t for t, need in zip(tensors, needs) if need]
             y = _mean_pieces(x, weight, bias, sigma, seed, ctx.where, ctx.activation, ctx.dtype)
-            pieces = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            return *(next(pieces) if need else None for need in needs), *nothing
+            return *expectation.gradients(y, tensors, dy, needs), *nothing
         arguments: Any = (dy, x, *_cast(ctx.dtype, weight, bias), sigma, seed, *ctx.where, ctx.activation)
         if kept is not None:
             arguments = (*arguments, kept)
@@ -275,8 +273,7 @@ def _mean(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, where: Place, activation: str,
     dtype: torch.dtype | None, keep: str,
 ) -> Tensor:  # fmt: skip
-    if dtype is None and weight.dtype is not x.dtype:
-        raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
+    _check_weight(x, weight, dtype)
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
     opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
     arguments: Any = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
@@ -329,7 +326,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
     """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
-    if not (torch.is_grad_enabled() and sigma.requires_grad) or torch._C._are_functorch_transforms_active():
+    if not (torch.is_grad_enabled() and sigma.requires_grad) or expectation.needs_pieces():
         return x
     same: Tensor = _Unused.apply(x, sigma)
     return same
@@ -479,12 +476,17 @@ def dip_linear(
     if estimator == "analytic":
         if num_samples != 1:
             raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
-        return _analytic(x, weight, bias, sigma, log_variance, activation)
+        return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
     if estimator == "mean" and activation is not None and num_samples > 1:
         real = (row0, col0, sample, num_samples, 1.0, log_variance)
         return _mean(x, weight, bias, sigma, seed, real, activation, dtype, keep)
     y = affine(x, weight, bias, sigma, seed, where, keep, dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def _check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype is None and weight.dtype is not x.dtype:
+        raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
 
 
 def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
@@ -517,14 +519,15 @@ def affine(
 
 
 def _analytic(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str | None,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
     if sigma.shape != x.shape[-1:]:
         raise ValueError(f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}")
     if activation is None:
         return F.linear(without_noise(x, sigma), weight, bias)
-    mu = F.linear(x, weight, bias)
-    return expectation.activation(mu, expectation.variance(weight, sigma, log_variance), activation)
+    _check_weight(x, weight, dtype)
+    return expectation.linear(x.to(dtype or x.dtype), weight, bias, sigma, log_variance, activation)
 
 
 def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:

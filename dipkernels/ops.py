@@ -39,12 +39,13 @@ SCHEMAS = {
     "linear_keep": f"(Tensor x, {_LINEAR}, str activation, int num_kept, ScalarType? out_dtype) -> (Tensor, Tensor)",
     "linear_keep_bwd": f"(Tensor dy, Tensor x, {_LINEAR}, str activation, Tensor kept)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    # E[act(mu + sqrt(v) z)] with v [N], and dy's product with d/dmu and, summed over rows, with d/dv.
+    # E[act(mu + sqrt(v) z)] with v [N]; back: dmu = dy d/dmu, and of v's dtype the sums over rows of dy d/dv and of dmu.
     "activation": "(Tensor mu, Tensor v, str activation) -> Tensor",
-    "activation_bwd": "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor)",
-    # v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype, and (dweight, dsigma).
+    "activation_bwd": "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
+    # v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype; back: (given + dweight, dsigma).
     "activation_variance": "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
-    "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance) -> (Tensor, Tensor)",
+    "activation_variance_bwd": "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given)"
+    " -> (Tensor, Tensor)",
 }
 # Passes of linear behind an activation and of its backward, in the compiled library on a CPU alone: for row_blocks.
 _PASSES = {
@@ -147,13 +148,15 @@ def _refusal(error: RuntimeError) -> Callable[..., Any]:
 
 
 _One = Literal["noise", "perturb", "perturb_bwd", "activation", "activation_variance"]
-_Two = Literal["perturb_replay", "linear_keep", "activation_bwd", "activation_variance_bwd"]
+_Two = Literal["perturb_replay", "linear_keep", "activation_variance_bwd"]
 
 
 @overload
 def _run(op: _One, device: str) -> Callable[..., Tensor]: ...
 @overload
 def _run(op: _Two, device: str) -> Callable[..., tuple[Tensor, Tensor]]: ...
+@overload
+def _run(op: Literal["activation_bwd"], device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]: ...
 @overload
 def _run(op: Literal["linear", "linear_bwd"], device: str) -> Callable[..., Any]: ...
 @overload
@@ -301,7 +304,7 @@ def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return _run("activation", mu.device.type)(mu, v, activation)
 
 
-def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     return _run("activation_bwd", mu.device.type)(dy, mu, v, activation)
 
 
@@ -309,8 +312,10 @@ def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Te
     return _run("activation_variance", weight.device.type)(weight, sigma, log_variance)
 
 
-def activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, Tensor]:
-    return _run("activation_variance_bwd", weight.device.type)(dv, weight, sigma, log_variance)
+def activation_variance_bwd(
+    dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _run("activation_variance_bwd", weight.device.type)(dv, weight, sigma, log_variance, given)
 
 
 # ---- fakes: shapes, dtypes and strides without data ----------------------------------------------------------------
@@ -357,15 +362,15 @@ def _fake_activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return torch.empty_like(mu, memory_format=torch.contiguous_format)
 
 
-def _fake_activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return _fake_activation(mu, v, activation), _fake_activation(v, v, activation)
+def _fake_activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, ...]:
+    return tuple(_fake_activation(like, v, activation) for like in (mu, v, v))
 
 
 def _fake_activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     return sigma.new_empty(weight.shape[:1])
 
 
-def _fake_activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, ...]:
+def _fake_activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
 
 

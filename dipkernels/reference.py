@@ -189,11 +189,12 @@ def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
-def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(dmu[i, j], dv[j]): dy times d/dmu, and the sum over i of dy times d/dv"""
+def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(dmu[i, j], dv[j], sum[j]): dy times d/dmu, and the sums over i of dy times d/dv and of dmu"""
     _, slope, half_curvature = _expectation(mu, v, activation)
-    dv = (dy.double() * half_curvature).flatten(0, -2).sum(0) if mu.dim() > 1 else dy.double() * half_curvature
-    return (dy.double() * slope).to(mu.dtype).contiguous(), dv.to(v.dtype)
+    dmu, dv = dy.double() * slope, dy.double() * half_curvature
+    sums = [(t.flatten(0, -2).sum(0) if mu.dim() > 1 else t).to(v.dtype, copy=True) for t in (dv, dmu)]
+    return dmu.to(mu.dtype, copy=True).contiguous(), sums[0], sums[1]
 
 
 def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
@@ -201,10 +202,14 @@ def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Te
     return (weight.double().square() @ _sigma(sigma, log_variance).square()).to(sigma.dtype)
 
 
-def activation_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool) -> tuple[Tensor, Tensor]:
-    """(dweight, dsigma) of `activation_variance`"""
+def activation_variance_bwd(
+    dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(given + dweight, dsigma) of `activation_variance`"""
     w, s = weight.double(), _sigma(sigma, log_variance)
     dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
+    if given is not None:
+        dweight = dweight + given
     return dweight.to(weight.dtype), (dsquare * (s.square() if log_variance else 2 * s)).to(sigma.dtype)
 
 

@@ -49,6 +49,7 @@ INTERPRETED_ACTIVATION = (
 LINEAR = ("tests/test_linear.py",)
 AVERAGED = ("tests/test_properties.py",)
 AVERAGING = ("tests/test_averaging.py",)
+ACTIVATION = ("tests/test_activation.py",)
 SAMPLES = ("tests/test_samples.py",)
 LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
 
@@ -187,6 +188,22 @@ MUTANTS = [
     Mutant("csrc/cpu/perturb.cpp", "One::store_pair(z + at, a, b)", "One::store_pair(z + at, b, a)", SAMPLES),
     Mutant("csrc/ops.cpp", "a.sample += static_cast<int32_t>(s)", "a.sample += 0", SAMPLES),
     Mutant("csrc/ops.cpp", "s * j.size * j.bytes_z", "s * j.size * j.bytes_u", SAMPLES),
+    Mutant("csrc/cpu/activation.cpp", "sum[i] += dmu[i];", ";", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "sum[j] += part[j]", "sum[j] = part[j]", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "dv[j] += dv_part[j]", "dv[j] = dv_part[j]", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "dw[j] += given[j]", "dw[j] = given[j]", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "sum_blocks(partials + blocks * n", "sum_blocks(partials", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "sum *= factor(j);", "", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "slope += x < 0 ? tails : C(1) - tails", "slope += C(1) - tails", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "if (k.v[first + i] != 0) continue;", "continue;", ACTIVATION),
+    Mutant("csrc/cpu/activation.cpp", "pass.any_plain |= v[j] == 0", "pass.any_plain = v[j] == 0", ACTIVATION),
+    Mutant("csrc/ops.cpp", "    check_same_shape(*given, \"given\", weight, \"weight\");", "", ACTIVATION),
+    Mutant("dipkernels/expectation.py", "if needs_dweight or needs_dsigma:", "if needs_dweight:", AVERAGING),
+    Mutant("dipkernels/expectation.py", "dmu @ weight.to(dmu.dtype)", "dmu @ weight", AVERAGING),
+    Mutant("dipkernels/expectation.py", "sums.to(bias.dtype)", "dv.to(bias.dtype)", AVERAGING),
+    Mutant("dipkernels/expectation.py", "log_variance, dweight)", "log_variance, None)", AVERAGING),
+    Mutant("dipkernels/expectation.py", "return exports or torch._C", "return torch._C", ("tests/test_compile.py",)),
+    Mutant("dipkernels/functional.py", "expectation.linear(x.to(dtype or x.dtype)", "expectation.linear(x", AVERAGING),
     Mutant("csrc/cpu/vector_math.h", "-1.42860677e-6f", "1.42860677e-6f", SAMPLES),
     Mutant("csrc/cpu/vector_math.h", "fma_of(power, rest, power - 1.0f)", "fma_of(power, rest, power) - 1.0f", SAMPLES),
     Mutant("csrc/cpu/vector_math.h", "return x < -87.0f ? 0.0f : s;", "return s;", SAMPLES),
@@ -227,7 +244,10 @@ MUTANTS = [
     Mutant("triton_kernels/noise.py", "zero + ((row >> 32) & 0xFFFFFFFF)", "zero + ((row >> 33) & 0xFFFFFFFF)", INTERPRETED),
     Mutant("triton_kernels/activation.py", "return power, power * (q * r)", "return power, power * q", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "col_mask & (v_of <= 0.0)", "col_mask", INTERPRETED_ACTIVATION),
-    Mutant("triton_kernels/activation.py", "total = tl.where(positive, total, plain_total)", "pass", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "total_dv = tl.where(positive, total_dv, plain_dv)", "pass", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "total_dmu = tl.where(positive, total_dmu, plain_dmu)", "pass", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "out += tl.cast(tl.num_programs(1), tl.int64) * N", "pass", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "dweight += tl.load(given_ptr + at", "dweight = tl.load(given_ptr + at", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "2.0 * scaled * square", "scaled * square", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "slope * tl.sum(total, axis=0)", "tl.sum(total, axis=0)", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED_LINEAR),

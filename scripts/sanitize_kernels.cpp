@@ -365,6 +365,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
     v.weight = matrix(true), v.sigma = vector(k, true);
     if (backward) {
       v.dv = vector(rows, true);
+      if (dice.coin()) v.given = matrix(true);
       v.dweight = matrix(false), written.push_back(alive.back().get());
       v.dsigma = vector(k, false), written.push_back(alive.back().get());
     } else {
@@ -377,6 +378,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
       a.dy = matrix(true);
       a.dmu = matrix(false), written.push_back(alive.back().get());
       a.dv = vector(k, false), written.push_back(alive.back().get());
+      a.sum = vector(k, false), written.push_back(alive.back().get());
     } else {
       a.y = matrix(false), written.push_back(alive.back().get());
     }
@@ -411,7 +413,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
         if (written[i]->bytes && std::memcmp(written[i]->data, first[i].data(), written[i]->bytes)) die(number, "a result depends on the threads");
     }
     for (size_t i = 0; i < written.size(); ++i) {
-      const bool is_vector = variance ? !backward || i == 1 : backward && i == 1;
+      const bool is_vector = variance ? !backward || i == 1 : backward && i >= 1;
       const Operand o{written[i]->data, is_vector ? (is_double ? DType::kFloat64 : DType::kFloat32) : type, 0, 1};
       for (size_t e = 0; e < written[i]->bytes / static_cast<size_t>(size_of(o.dtype)); ++e)
         if (!std::isfinite(get(o, static_cast<int64_t>(e)))) die(number, "an element was not written, or is not finite");

@@ -26,10 +26,10 @@ def make(m, n, dtype):
 @pytest.mark.parametrize("m, n", [(9, 130)])  # past one tile each way
 def test_activation_and_its_gradients_match_reference(name, dtype, m, n):
     mu, dy, v = make(m, n, dtype)
-    y, (dmu, dv) = activation.activation(mu, v, name), activation.activation_bwd(dy, mu, v, name)
+    y, (dmu, dv, total) = activation.activation(mu, v, name), activation.activation_bwd(dy, mu, v, name)
     want = reference.activation(mu.double(), v.double(), name)
-    want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
-    assert y.dtype == dmu.dtype == dtype and dv.dtype == v.dtype
+    want_dmu, want_dv, want_total = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+    assert y.dtype == dmu.dtype == dtype and dv.dtype == total.dtype == v.dtype
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]]
     rounding = 4 * EPS[dtype] + 1e-6 * (dtype is not torch.float64)
     assert (y - want).abs().max() <= bound + rounding * (1 + mu.double().abs().max())
@@ -37,13 +37,15 @@ def test_activation_and_its_gradients_match_reference(name, dtype, m, n):
     assert (dv - want_dv).abs().max() <= (
         1500 * bound + 4e-6
     ) * m**0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
+    assert (total - want_total).abs().max() <= m * (60 * bound + 1e-6) * dy.double().abs().max()
 
 
 def test_activation_without_rows_or_columns():
     for m, n in ((0, 4), (4, 0)):
         mu, v = torch.zeros(m, n), torch.ones(n)
-        dmu, dv = activation.activation_bwd(mu, mu, v, "relu")
-        assert activation.activation(mu, v, "relu").shape == dmu.shape == mu.shape and not dv.any()
+        dmu, *sums = activation.activation_bwd(mu, mu, v, "relu")
+        assert activation.activation(mu, v, "relu").shape == dmu.shape == mu.shape
+        assert all(torch.equal(total, torch.zeros(n)) for total in sums)
 
 
 def test_activation_sums_the_same_whatever_the_number_of_programs(monkeypatch):
@@ -51,7 +53,7 @@ def test_activation_sums_the_same_whatever_the_number_of_programs(monkeypatch):
     results = []
     for count in (4, 4, 1):
         monkeypatch.setattr(activation, "num_multiprocessors", lambda device, count=count: count)
-        results.append(activation.activation_bwd(dy, mu, v, "gelu")[1])
+        results.append(torch.cat(activation.activation_bwd(dy, mu, v, "gelu")[1:]))
     assert torch.equal(results[0], results[1]) and torch.allclose(results[0], results[2], rtol=1e-5, atol=1e-5)
 
 
@@ -64,11 +66,11 @@ def test_activation_variance_matches_reference(weight_dtype, sigma_dtype, log_va
     for n, k in ((5, 7), (70, 530), (1, 1)):  # past one tile each way
         weight, sigma = torch.randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
         dv = torch.randn(n, dtype=sigma_dtype)
-        for w in (weight, weight.t().contiguous().t()):
+        for w, given in ((weight, None), (weight.t().contiguous().t(), torch.randn(k, n).half().t())):
             got = (activation.activation_variance(w, sigma, log_variance),
-                   *activation.activation_variance_bwd(dv, w, sigma, log_variance))  # fmt: skip
+                   *activation.activation_variance_bwd(dv, w, sigma, log_variance, given))  # fmt: skip
             want = (reference.activation_variance(weight, sigma, log_variance),
-                    *reference.activation_variance_bwd(dv, weight, sigma, log_variance))  # fmt: skip
+                    *reference.activation_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
             tolerance = 2e-3 if weight_dtype is torch.float16 else 1e-4 if sigma_dtype is torch.float32 else 1e-10
             for a, b in zip(got, want, strict=True):
                 assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)
@@ -78,7 +80,7 @@ def test_activation_variance_without_rows_or_columns():
     for n, k in ((0, 4), (4, 0)):
         weight, sigma = torch.zeros(n, k), torch.ones(k)
         assert torch.equal(activation.activation_variance(weight, sigma, False), torch.zeros(n))
-        dweight, dsigma = activation.activation_variance_bwd(torch.ones(n), weight, sigma, False)
+        dweight, dsigma = activation.activation_variance_bwd(torch.ones(n), weight, sigma, False, None)
         assert dweight.shape == weight.shape and torch.equal(dsigma, torch.zeros(k))
 
 
@@ -87,5 +89,5 @@ def test_activation_variance_sums_the_same_whatever_the_number_of_programs(monke
     results = []
     for count in (4, 4, 1):
         monkeypatch.setattr(activation, "num_multiprocessors", lambda device, count=count: count)
-        results.append(activation.activation_variance_bwd(dv, weight, sigma, False)[1])
+        results.append(activation.activation_variance_bwd(dv, weight, sigma, False, None)[1])
     assert torch.equal(results[0], results[1]) and torch.allclose(results[0], results[2], rtol=1e-5, atol=1e-5)

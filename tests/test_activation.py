@@ -71,16 +71,18 @@ def test_activation_matches_monte_carlo(activation):
 
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m, n, lead", [(1, 1, ()), (65, 257, ()), (3, 40, (2, 5)), (0, 8, ()), (4, 0, ())])
+@pytest.mark.parametrize(
+    "m, n, lead", [(1, 1, ()), (65, 257, ()), (2100, 3, ()), (3, 40, (2, 5)), (0, 8, ()), (4, 0, ())]
+)
 def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activation):
     """The mixture's bound, a rounding of the result and, for sums over rows, what float32 adds up to."""
     mu, v, dy = inputs(m, n, dtype, lead)
-    y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
-    assert y.dtype == dmu.dtype == dtype and dv.dtype == v.dtype and y.shape == dmu.shape == mu.shape
+    y, (dmu, dv, total) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
+    assert y.dtype == dmu.dtype == dtype and dv.dtype == total.dtype == v.dtype and y.shape == dmu.shape == mu.shape
     want = reference.activation(mu.double(), v.double(), activation)
-    want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), activation)
+    want_dmu, want_dv, _ = reference.activation_bwd(dy.double(), mu.double(), v.double(), activation)
     if not mu.numel():
-        assert not dv.any()
+        assert not dv.any() and not total.any()
         return
     bound = BOUNDS.get(activation, (0, 0, 0))[TIER[dtype]]
     size, error = dy.double().abs(), lambda got, wanted: (got.double() - wanted).abs()
@@ -90,6 +92,8 @@ def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activat
     # A fit of least error oscillates: its slope is some ten times, its curvature some hundred times further off.
     assert (error(dmu, want_dmu) <= (40 * bound + rounding + 2 * inner) * size).all()
     assert (error(dv, want_dv) <= (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()).all()
+    rows = dmu.double().reshape(-1, n)  # of what was not rounded yet
+    assert (error(total, rows.sum(0)) <= (2 * EPS[dtype] + inner) * (rows.abs().sum(0) + 1e-6)).all()
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -100,11 +104,13 @@ def test_activation_without_variance_is_the_activation(activation):
         leaf = mu.double().requires_grad_()  # PyTorch's own in 16 bits is further from the truth
         plain = ACTIVATIONS[activation](leaf)
         (dplain,) = torch.autograd.grad(plain, leaf, dy.double())
-        y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
+        y, (dmu, dv, total) = ops.activation(mu, v, activation), ops.activation_bwd(dy, mu, v, activation)
         for ours, theirs in ((y, plain), (dmu, dplain)):
             ours, theirs = ours[:, ::2].double(), theirs.detach()[:, ::2]
             torch.testing.assert_close(ours, theirs, rtol=4 * EPS[dtype], atol=max(1e-13, 1e-3 * EPS[dtype]))
         assert dv.isfinite().all()
+        want = dplain.sum(0)[::2]
+        torch.testing.assert_close(total[::2].double(), want, rtol=1e-5, atol=max(1e-13, 20 * EPS[v.dtype]))
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -112,7 +118,7 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
     mu = torch.tensor([-1e30, -1e4, -20.0, -1e-20, 0.0, 1e-20, 20.0, 1e4, 1e30])
     for variance in (1e-38, 1e-20, 1e-8, 1.0, 1e8):
         v = torch.full((len(mu),), variance)
-        y, (dmu, dv) = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
+        y, (dmu, dv, _) = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
         assert y.isfinite().all() and dmu.isfinite().all() and dv.isfinite().all()
         if variance <= 1e-8:
             torch.testing.assert_close(y, ACTIVATIONS[activation](mu), rtol=1e-6, atol=1e-4)
@@ -124,7 +130,7 @@ def test_activation_hardly_makes_subnormal_numbers(variance, activation):
     """Each costs a CPU a hundred cycles: relu behind sigma = 0.1 would take three times as long."""
     mu = torch.linspace(-30, 30, 4001)[:, None]
     v = torch.tensor([variance])
-    y, (dmu, _) = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
+    y, (dmu, *_) = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
     for found in (y, dmu):
         assert ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).double().mean() < 0.01
 
@@ -172,13 +178,21 @@ def test_activation_variance_and_its_gradients_match_reference(dtype, log_varian
         sigma, dv = torch.rand(k, generator=generator) + 0.1, torch.randn(n, generator=generator)
         if dtype is torch.float64:
             sigma, dv = sigma.double(), dv.double()
-        v = ops.activation_variance(weight, sigma, log_variance)
-        got = (v, *ops.activation_variance_bwd(dv, weight, sigma, log_variance))
         wide = (weight.double(), sigma.double(), log_variance)
-        want = (reference.activation_variance(*wide), *reference.activation_variance_bwd(dv.double(), *wide))
-        for ours, theirs, like in zip(got, want, (sigma, weight, sigma), strict=True):
-            assert ours.dtype == like.dtype
-            assert (ours.double() - theirs).abs().max() <= 8 * EPS[ours.dtype] * theirs.abs().max() * math.sqrt(n + k)
+        for given in (
+            None,
+            torch.randn(n, k, generator=generator),
+            torch.randn(k, n, generator=generator).bfloat16().t(),
+        ):
+            v = ops.activation_variance(weight, sigma, log_variance)
+            got = (v, *ops.activation_variance_bwd(dv, weight, sigma, log_variance, given))
+            added = None if given is None else given.double()
+            want = (reference.activation_variance(*wide), *reference.activation_variance_bwd(dv.double(), *wide, added))
+            for ours, theirs, like in zip(got, want, (sigma, weight, sigma), strict=True):
+                assert ours.dtype == like.dtype
+                assert (ours.double() - theirs).abs().max() <= 8 * EPS[ours.dtype] * theirs.abs().max() * math.sqrt(
+                    n + k
+                )
 
 
 # ---- the mixtures ----------------------------------------------------------------------------------------------------
@@ -218,3 +232,17 @@ def test_activation_names_what_is_wrong(change, error, match):
     arguments = {"mu": torch.ones(2, 8), "v": torch.ones(8), "activation": "relu", **change}
     with pytest.raises(error, match=match):
         functional.activation(**arguments)
+
+
+def test_compiled_gradients_stay_inside_their_buffers():
+    """Called without the checks of ops."""
+    mu, v, weight, sigma = torch.ones(2, 8), torch.ones(8), torch.ones(8, 5), torch.ones(5)
+    for op, arguments, match in [
+        ("activation_bwd", (mu[:1], mu, v, "relu"), "dy: expected the shape of mu"),
+        ("activation_bwd", (mu, mu, v[:3], "relu"), "v: expected shape"),
+        ("activation_variance_bwd", (v[:3], weight, sigma, False, None), "dv: expected shape"),
+        ("activation_variance_bwd", (v, weight, sigma[:3], False, None), "sigma: expected shape"),
+        ("activation_variance_bwd", (v, weight, sigma, False, weight[:3]), "given: expected the shape of weight"),
+    ]:
+        with pytest.raises(RuntimeError, match=match):
+            getattr(torch.ops.dipkernels, op)(*arguments)

@@ -293,10 +293,10 @@ def test_analytic_gradients_match_reference(activation, dtype, log_variance):
     got = run(x, weight, bias, sigma, dy, activation=activation, estimator="analytic", log_variance=log_variance)
     x, weight, bias, sigma, dy = (t.double() for t in (x, weight, bias, sigma, dy))
     mu, v = F.linear(x, weight, bias), reference.activation_variance(weight, sigma, log_variance)
-    dmu, dv = reference.activation_bwd(dy, mu, v, activation)
-    dweight, dsigma = reference.activation_variance_bwd(dv, weight, sigma, log_variance)
-    dweight = dweight + dmu.flatten(0, 1).t() @ x.flatten(0, 1)
-    want = (reference.activation(mu, v, activation), dmu @ weight, dweight, dmu.flatten(0, 1).sum(0), dsigma)
+    dmu, dv, dbias = reference.activation_bwd(dy, mu, v, activation)
+    dweight = dmu.flatten(0, 1).t() @ x.flatten(0, 1)
+    dweight, dsigma = reference.activation_variance_bwd(dv, weight, sigma, log_variance, dweight)
+    want = (reference.activation(mu, v, activation), dmu @ weight, dweight, dbias, dsigma)
     eps = EPS.get(dtype, 2**-24)
     for ours, theirs in zip(got, want, strict=True):
         # PyTorch's own layer rounds mu and every sum to the data's type; the mixture for 16 bits adds its bound.
@@ -321,6 +321,51 @@ def test_analytic_without_noise_or_activation_is_the_plain_layer():
         torch.testing.assert_close(y, ACTIVATIONS[activation](plain), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("names", ["x", "w", "b", "s", "xs", "wb", "ws", "xwb", "xws", ""])
+def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(names):
+    x, weight, bias, sigma, dy = inputs()
+    for b in (bias, None):
+        every = [t if t is None else t.clone().requires_grad_() for t in (x, weight, b, sigma)]
+        some = [t if t is None else t.clone().requires_grad_(n in names) for n, t in zip("xwbs", (x, weight, b, sigma))]
+        ys = [functional.dip_linear(*t, SEED, activation="silu", estimator="analytic") for t in (every, some)]
+        assert torch.equal(*ys) and ys[1].requires_grad == bool(set(names) - set("b" if b is None else ""))
+        ys[0].backward(dy)
+        if ys[1].requires_grad:
+            ys[1].backward(dy)
+        for name, full, part in zip("xwbs", every, some, strict=True):
+            if part is not None:
+                assert torch.equal(part.grad, full.grad) if name in names else part.grad is None
+
+
+@pytest.mark.parametrize("lead", [None, (), (2, 3), (0,)])
+def test_analytic_takes_a_row_and_leading_dimensions(lead):
+    x, weight, bias, sigma, dy = inputs(4, 24, 12, lead=lead or ())
+    x, dy = (x[0], dy[0]) if lead is None else (x, dy)
+    y, dx, *grads = run(x, weight, bias, sigma, dy, activation="gelu", estimator="analytic")
+    assert y.shape == dy.shape and dx.shape == x.shape
+    flat = run(x.reshape(-1, 24), weight, bias, sigma, dy.reshape(-1, 12), activation="gelu", estimator="analytic")
+    for ours, theirs in zip((y.reshape(-1, 12), dx.reshape(-1, 24), *grads), flat, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_analytic_keeps_no_more_than_the_plain_layer():
+    """x and mu, as act(nn.Linear), and v; under autocast the narrow x."""
+    x, weight, bias, sigma, _ = (t.requires_grad_() for t in inputs(64, 40, 24))
+    for dtype, size in ((None, 4), (torch.bfloat16, 2)):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            analytic = lambda: functional.dip_linear(  # noqa: E731
+                x, weight, bias, sigma, SEED, activation="gelu", estimator="analytic"
+            )
+            held = sum(t.nbytes for t in (weight, bias, sigma))
+            assert saved_bytes(analytic)[0] == held + size * 64 * (40 + 24) + 4 * 24
+
+
+def test_analytic_refuses_a_weight_of_another_type():
+    x, weight, bias, sigma, _ = inputs()
+    with pytest.raises(TypeError, match=r"weight: expected dtype torch\.bfloat16, as x"):
+        functional.dip_linear(x.bfloat16(), weight, bias, sigma, SEED, activation="relu", estimator="analytic")
+
+
 def test_analytic_under_autocast_torch_func_and_compile():
     x, weight, bias, sigma, _ = inputs()
     options = {"activation": "gelu", "estimator": "analytic"}
@@ -329,15 +374,24 @@ def test_analytic_under_autocast_torch_func_and_compile():
         low = functional.dip_linear(x, weight, bias, sigma, SEED, **options)
     assert low.dtype is torch.bfloat16
     torch.testing.assert_close(low.float(), want, rtol=0.03, atol=0.03)
+    grads = []
+    for enabled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = functional.dip_linear(*leaves, SEED, **options)
+        grads.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
+    for ours, theirs in zip(*reversed(grads), strict=True):
+        assert ours.dtype is torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03 * theirs.abs().max().item())
     rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options))(x)
     torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
     for estimator, count in (("analytic", 1), ("mean", 3)):
 
-        def step(x, sigma, estimator=estimator, count=count):
-            return functional.dip_linear(x, weight, bias, sigma, SEED, activation="gelu", estimator=estimator,
+        def step(*leaves, estimator=estimator, count=count):
+            return functional.dip_linear(*leaves, SEED, activation="gelu", estimator=estimator,
                                          num_samples=count, log_variance=True)  # fmt: skip
 
-        leaves = [x.clone().requires_grad_(), sigma.clone().requires_grad_()]
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
         outs = [run(*leaves) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
         grads = [torch.autograd.grad(out.sum(), leaves) for out in outs]
         torch.testing.assert_close(outs[0], outs[1])
@@ -360,7 +414,8 @@ def examples():
     yield "activation", (dy, v, "tanh")
     yield "activation_bwd", (dy.t().contiguous().t(), dy, v, "relu")
     yield "activation_variance", (weight, sigma, True)
-    yield "activation_variance_bwd", (v, weight, sigma, False)
+    yield "activation_variance_bwd", (v, weight, sigma, False, None)
+    yield "activation_variance_bwd", (v, weight, sigma, True, weight.bfloat16())
 
 
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])

@@ -68,7 +68,7 @@ def _tile(block, M, N, col, col_mask, BLOCK_R: tl.constexpr):
 @triton.jit
 def _activation_kernel(
     y_ptr,  # [M, N] contiguous, written: y, or dmu if GRAD
-    partial_ptr,  # [row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv
+    partial_ptr,  # [2, row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv and of dmu
     mu_ptr,  # [M, N] contiguous
     dy_ptr,  # [M, N] contiguous, read if GRAD
     v_ptr,  # [N] float32 or float64
@@ -91,7 +91,8 @@ def _activation_kernel(
     safe = tl.where(positive, v, 1.0)
     deviation = tl.sqrt(safe)
     inverse = 1.0 / deviation
-    total = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+    total_dv = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+    total_dmu = tl.zeros([BLOCK_R, BLOCK_N], dtype)
     for block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
         at, mask = _tile(block, M, N, col, col_mask, BLOCK_R)
         # load
@@ -131,26 +132,32 @@ def _activation_kernel(
         # store
         if GRAD:
             dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
-            total += dy * half_curvature
             y = dy * slope
+            total_dv += dy * half_curvature
+            total_dmu += y
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if ACTIVATION != "gelu":  # noqa: SIM102
         # Rarely, and known only when it runs: over what was stored, so that it costs the others nothing.
         if tl.min(v_of) <= 0.0:
-            plain_total = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+            plain_dv = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+            plain_dmu = tl.zeros([BLOCK_R, BLOCK_N], dtype)
             for block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
                 at, mask = _tile(block, M, N, col, col_mask & (v_of <= 0.0), BLOCK_R)
                 mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
                 y, slope, half_curvature = _plain(mu, ACTIVATION)
                 if GRAD:
                     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
-                    plain_total += dy * half_curvature
                     y = dy * slope
+                    plain_dv += dy * half_curvature
+                    plain_dmu += y
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-            total = tl.where(positive, total, plain_total)
+            total_dv = tl.where(positive, total_dv, plain_dv)
+            total_dmu = tl.where(positive, total_dmu, plain_dmu)
     if GRAD:
         out = tl.cast(tl.program_id(1), tl.int64) * N + col
-        tl.store(partial_ptr + out, tl.sum(total, axis=0), mask=col_mask)
+        tl.store(partial_ptr + out, tl.sum(total_dv, axis=0), mask=col_mask)
+        out += tl.cast(tl.num_programs(1), tl.int64) * N
+        tl.store(partial_ptr + out, tl.sum(total_dmu, axis=0), mask=col_mask)
 
 
 def _terms(activation: str, dtype: torch.dtype) -> tuple[float, ...]:
@@ -193,17 +200,18 @@ def activation(mu, v, activation):
 
 
 def activation_bwd(dy, mu, v, activation):
-    """(dmu, dv [N]): dy times d/dmu, and the sum over rows of dy times d/dv, in one pass and a fixed order."""
+    """(dmu, dv [N], sum [N]): dy times d/dmu, and the sums over rows of dy times d/dv and of dmu, in one pass and a fixed order."""
     mu, dy = mu.contiguous(), dy.contiguous()
     dmu = torch.empty_like(mu)
     if dmu.numel() == 0:
-        return dmu, torch.zeros_like(v)
+        return dmu, torch.zeros_like(v), torch.zeros_like(v)
     n = mu.shape[-1]
     col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
     programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(mu.device), col_blocks))
-    partial = torch.empty(programs, n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
+    partial = torch.empty(2, programs, n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
     _launch(dmu, partial, mu, dy, v, activation, (col_blocks, programs))
-    return dmu, column_sum(torch.empty(n, dtype=v.dtype, device=v.device), partial)
+    dv, total = (column_sum(torch.empty(n, dtype=v.dtype, device=v.device), part) for part in partial)
+    return dmu, dv, total
 
 
 # ---- the variance v, and back -------------------------------------------------------------------------------------------
@@ -256,6 +264,7 @@ def _variance_kernel(
 @triton.jit
 def _variance_bwd_kernel(
     dweight_ptr,  # [N, K] contiguous, written
+    given_ptr,  # [N, K] contiguous, added to dweight, or None
     partial_ptr,  # [row programs, K], of sigma's type, written: sums of dv * dv/dsigma
     dv_ptr,  # [N], of sigma's type
     weight_ptr,  # [N, K] contiguous
@@ -282,8 +291,11 @@ def _variance_bwd_kernel(
         # compute
         scaled = weight * dv[:, None]
         total += scaled * weight
+        dweight = 2.0 * scaled * square[None, :]
+        if given_ptr is not None:
+            dweight += tl.load(given_ptr + at, mask=mask, other=0.0).to(dtype)
         # store
-        tl.store(dweight_ptr + at, (2.0 * scaled * square[None, :]).to(dweight_ptr.dtype.element_ty), mask=mask)
+        tl.store(dweight_ptr + at, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
     out = tl.cast(tl.program_id(1), tl.int64) * K + col
     tl.store(partial_ptr + out, slope * tl.sum(total, axis=0), mask=col_mask)
 
@@ -309,8 +321,9 @@ def activation_variance(weight, sigma, log_variance):
     return v
 
 
-def activation_variance_bwd(dv, weight, sigma, log_variance):
-    """(dweight, dsigma) of `activation_variance`, in one pass and a fixed order."""
+def activation_variance_bwd(dv, weight, sigma, log_variance, given):
+    """(given + dweight, dsigma) of `activation_variance`, in one pass and a fixed order."""
+    given = None if given is None else given.contiguous()
     weight, sigma, dv, (n, k) = weight.contiguous(), sigma.contiguous(), dv.contiguous(), weight.shape
     dweight, dsigma = torch.empty_like(weight), torch.empty_like(sigma)
     if weight.numel() == 0:
@@ -321,7 +334,7 @@ def activation_variance_bwd(dv, weight, sigma, log_variance):
     partial = torch.empty(programs, k, dtype=sigma.dtype, device=sigma.device)
     with on_device(weight):
         _variance_bwd_kernel[(col_blocks, programs)](
-            dweight, partial, dv, weight, sigma, n, k,
+            dweight, given, partial, dv, weight, sigma, n, k,
             LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k,
         )  # fmt: skip
     return dweight, column_sum(dsigma, partial)

@@ -76,14 +76,14 @@ DIP_HD void sum_slopes(const Coefficients<C>& k, int64_t at, C mu, C& tails, C& 
 template <class C, int kTerms, bool kOdd>
 DIP_HD void backward_run(
     const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
-    C* __restrict acc) {
+    C* __restrict dv) {
   for (int i = 0; i < n; ++i) {
     const C x = mu[i];
     C tails = 0, slope = 0, half_curvature = 0;
     sum_slopes<C, kTerms, kOdd>(k, first + i, x, tails, slope, half_curvature);
     if constexpr (!kOdd) slope += x < 0 ? tails : C(1) - tails;
     dmu[i] = dy[i] * slope;
-    acc[i] = fma_of(dy[i], half_curvature, acc[i]);
+    dv[i] = fma_of(dy[i], half_curvature, dv[i]);
   }
 }
 
@@ -143,7 +143,8 @@ struct Pass {
     store_run<C>(args.y, at, n, y);
   }
 
-  void backward(int64_t row, int64_t first, int n, C* acc) const {
+  // Adds to the columns' sums of d/dv and of dmu.
+  void backward(int64_t row, int64_t first, int n, C* __restrict dv, C* __restrict sum) const {
     alignas(64) C buffer[kRun], gradient[kRun], target[kRun];
     const int64_t at = row * args.features + first;
     prefetch_row<1>(args.dmu, row + 1, first, n);
@@ -151,14 +152,15 @@ struct Pass {
     prefetch_row<0>(args.dy, row + 2, first, n);
     const C* mu = load_run<C>(args.mu, at, n, buffer);
     const C* dy = load_run<C>(args.dy, at, n, gradient);
-    C* dmu = run_target<C>(args.dmu, at, target);
-    backward_run<C, kTerms, kOdd>(k, first, n, mu, dy, dmu, acc);
+    C* __restrict dmu = run_target<C>(args.dmu, at, target);
+    backward_run<C, kTerms, kOdd>(k, first, n, mu, dy, dmu, dv);
     for (int i = 0; any_plain && i < n; ++i) {
-      if (k.v[first + i] != 0) continue;  // there gamma is 0, so acc has nothing of it yet
+      if (k.v[first + i] != 0) continue;  // there gamma is 0, so dv has nothing of it yet
       const Plain f = plain(args.kind, mu[i]);
       dmu[i] = dy[i] * static_cast<C>(f.slope);
-      acc[i] += dy[i] * static_cast<C>(f.half_curvature);
+      dv[i] += dy[i] * static_cast<C>(f.half_curvature);
     }
+    for (int i = 0; i < n; ++i) sum[i] += dmu[i];
     store_run<C>(args.dmu, at, n, dmu);
   }
 
@@ -173,23 +175,35 @@ struct Pass {
     });
   }
 
-  // partials: [blocks, features]; each is a sum over its rows in their order, whatever runs it.
+  // partials: [2, blocks, features], of d/dv and of dmu; each is a sum over its rows in their order, whatever runs it.
   void sum_rows(ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) const {
     const int64_t tiles = ceil_div(args.features, kColumns);
     run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % tiles * kColumns, block = i / tiles;
         const int n = static_cast<int>(smaller(kColumns, args.features - first));
-        double* sums = partials + block * args.features + first;
+        double *dv = partials + block * args.features + first, *sum = dv + blocks * args.features;
         for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, args.rows); row += kRows) {
-          alignas(64) C acc[kColumns] = {};
-          for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) backward(r, first, n, acc);
-          for (int j = 0; j < n; ++j) sums[j] += acc[j];
+          alignas(64) C dv_part[kColumns] = {}, part[kColumns] = {};
+          for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) backward(r, first, n, dv_part, part);
+          for (int j = 0; j < n; ++j) dv[j] += dv_part[j], sum[j] += part[j];
         }
       }
     });
   }
 };
+
+// to[j] = factor(j) * the sum of partials [blocks, n] over the blocks, n numbers
+template <class F>
+void sum_blocks(const double* partials, int64_t blocks, int64_t n, bool is_double, void* to, F&& factor) {
+  for (int64_t j = 0; j < n; ++j) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
+    sum *= factor(j);
+    if (is_double) static_cast<double*>(to)[j] = sum;
+    else static_cast<float*>(to)[j] = static_cast<float>(sum);
+  }
+}
 
 double variance_at(const ActivationArgs& a, int64_t j) {
   return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
@@ -201,7 +215,7 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
   const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
   const int64_t blocks = ceil_div(a.rows, block_rows);
   C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>((3 * kTerms + 1) * n + 1)));
-  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * n + 1), sizeof(double))) : nullptr;
+  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(2 * blocks * n + 1), sizeof(double))) : nullptr;
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
     C *alpha = columns, *beta = alpha + kTerms * n, *gamma = beta + kTerms * n, *v = gamma + kTerms * n;
@@ -225,13 +239,13 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
         gamma[t * n + j] = v[j] == 0 ? C(0) : p * root;
       }
     }
-    if (a.dv) pass.sum_rows(parallel_for, partials, blocks, block_rows);
-    else pass.write_only(parallel_for);
-    for (int64_t j = 0; a.dv && j < n; ++j) {
-      double sum = 0;
-      for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
-      if (a.v_is_double) static_cast<double*>(a.dv)[j] = sum;
-      else static_cast<float*>(a.dv)[j] = static_cast<float>(sum);
+    if (a.dv) {
+      pass.sum_rows(parallel_for, partials, blocks, block_rows);
+      const auto one = [](int64_t) { return 1.0; };
+      sum_blocks(partials, blocks, n, a.v_is_double, a.dv, one);
+      sum_blocks(partials + blocks * n, blocks, n, a.v_is_double, a.sum, one);
+    } else {
+      pass.write_only(parallel_for);
     }
   }
   std::free(columns);
@@ -264,7 +278,7 @@ void variance_rows(const VarianceArgs& a, const C* s2, ParallelFor parallel_for)
   });
 }
 
-// dW = 2 dv s^2 W, and partials [blocks, features] of sum over rows of dv W^2.
+// dW = what is given + 2 dv s^2 W, and partials [blocks, features] of sum over rows of dv W^2.
 template <class C>
 void variance_slopes(
     const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) {
@@ -277,7 +291,7 @@ void variance_slopes(
       for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, a.rows); row += kRows) {
         alignas(64) C acc[kColumns] = {};
         for (int64_t r = row; r < smaller(row + kRows, a.rows); ++r) {
-          alignas(64) C buffer[kRun], target[kRun];
+          alignas(64) C buffer[kRun], more[kRun], target[kRun];
           const int64_t at = r * a.features + first;
           const C dv = static_cast<C>(a.is_double ? static_cast<const double*>(a.dv)[r] : static_cast<const float*>(a.dv)[r]);
           const C* __restrict w = load_run<C>(a.weight, at, n, buffer);
@@ -287,6 +301,10 @@ void variance_slopes(
             const C scaled = dv * w[j];
             dw[j] = (scaled + scaled) * s[j];
             acc[j] = fma_of(scaled, w[j], acc[j]);
+          }
+          if (a.given.data) {
+            const C* __restrict given = load_run<C>(a.given, at, n, more);
+            for (int j = 0; j < n; ++j) dw[j] += given[j];
           }
           store_run<C>(a.dweight, at, n, dw);
         }
@@ -310,14 +328,12 @@ const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
     };
     const auto square = [&](int64_t j) { return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j); };
     for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
-    if (a.dv) variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
-    else variance_rows(a, s2, parallel_for);
-    for (int64_t j = 0; a.dv && j < k; ++j) {
-      double sum = 0;
-      for (int64_t b = 0; b < blocks; ++b) sum += partials[b * k + j];
-      sum *= a.log_variance ? square(j) : 2 * sigma(j);
-      if (a.is_double) static_cast<double*>(a.dsigma)[j] = sum;
-      else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
+    if (a.dv) {
+      variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
+      const auto slope = [&](int64_t j) { return a.log_variance ? square(j) : 2.0 * sigma(j); };
+      sum_blocks(partials, blocks, k, a.is_double, a.dsigma, slope);
+    } else {
+      variance_rows(a, s2, parallel_for);
     }
   }
   std::free(s2);

@@ -84,16 +84,18 @@ def test_expectations_and_their_gradients_match_reference(name, turn):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     v = (4 * torch.rand(shape[1], generator=generator, dtype=torch.float64) ** 3).to(DEVICE, wide)
     v[shape[1] // 2] = 0
-    y, (dmu, dv) = ops.activation(mu, v, name), ops.activation_bwd(dy, mu, v, name)
+    y, (dmu, dv, total) = ops.activation(mu, v, name), ops.activation_bwd(dy, mu, v, name)
     want = reference.activation(mu.double(), v.double(), name)
-    want_dmu, want_dv = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
-    assert y.dtype is dmu.dtype is dtype and dv.dtype is wide
+    want_dmu, want_dv, want_total = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+    assert y.dtype is dmu.dtype is dtype and dv.dtype is total.dtype is wide
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIERS[dtype]]
     rounding = 4 * torch.finfo(dtype).eps + 1e-6 * (dtype is not torch.float64)
     assert (y - want).abs().max() <= bound + rounding * (1 + mu.double().abs().max())
     assert (dmu - want_dmu).abs().max() <= (60 * bound + 4 * rounding) * (1 + dy.double().abs().max())
     allowed = (1500 * bound + 4e-6) * shape[0] ** 0.5 * dy.double().abs().max() + 1e-6 * want_dv.abs().max()
     assert (dv - want_dv).abs().max() <= allowed
+    allowed = shape[0] * (60 * bound + 1e-6) * dy.double().abs().max() + 1e-6 * want_total.abs().max()
+    assert (total - want_total).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -107,9 +109,10 @@ def test_variances_and_their_gradients_match_reference(dtype, log_variance):
         torch.randn(n).to(DEVICE, wide),
     )
     got = [ops.activation_variance(weight, sigma, log_variance)]
-    got += ops.activation_variance_bwd(dv, weight, sigma, log_variance)
     want = [reference.activation_variance(weight, sigma, log_variance)]
-    want += reference.activation_variance_bwd(dv, weight, sigma, log_variance)
+    for given in (None, torch.randn(n, k).to(DEVICE, dtype)):
+        got += ops.activation_variance_bwd(dv, weight, sigma, log_variance, given)
+        want += reference.activation_variance_bwd(dv, weight, sigma, log_variance, given)
     for ours, exact in zip(got, want, strict=True):
         assert ours.dtype is exact.dtype
         allowed = (2 * torch.finfo(ours.dtype).eps + 1e-6 * (dtype is not torch.float64)) * exact.abs().max()
