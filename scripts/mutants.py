@@ -242,7 +242,7 @@ MUTANTS = [
     Mutant("triton_kernels/noise.py", "for i in range(1, num_samples)", "for i in range(2, num_samples)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "s = _flip_sign(s * x, odd)", "s = _flip_sign(s * x, half)", INTERPRETED),
     Mutant("triton_kernels/noise.py", "zero + ((row >> 32) & 0xFFFFFFFF)", "zero + ((row >> 33) & 0xFFFFFFFF)", INTERPRETED),
-    Mutant("triton_kernels/activation.py", "return power, power * (q * r)", "return power, power * q", INTERPRETED_ACTIVATION),
+    Mutant("triton_kernels/activation.py", "return tl.exp2(-b * b), q * r", "return tl.exp2(-b * b), q", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "col_mask & (v_of <= 0.0)", "col_mask", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "total_dv = tl.where(positive, total_dv, plain_dv)", "pass", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "total_dmu = tl.where(positive, total_dmu, plain_dmu)", "pass", INTERPRETED_ACTIVATION),

@@ -125,6 +125,23 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
 
 
 @pytest.mark.parametrize("activation", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_of_infinities_and_nans(activation, dtype):
+    infinity = float("inf")
+    mu = torch.tensor([-infinity, infinity]).to(dtype)[:, None]
+    nan = torch.full_like(mu, float("nan"))
+    for variance in (0.0, 1e-8, 1.0):
+        v = torch.full((1,), variance, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+        if variance or activation in ("relu", "tanh"):  # torch's own gelu and silu make NaNs of some infinities
+            y, sums = ops.activation(mu, v, activation), ops.activation_bwd(torch.ones_like(mu), mu, v, activation)
+            limits = (-1, 1) if activation == "tanh" else (0, infinity)
+            assert abs(y[0] - limits[0]) <= 1e-12 and y[1] == limits[1]
+            assert all(t.isfinite().all() for t in sums) and abs(sums[0][0]) <= 1e-12
+        results = ops.activation(nan, v, activation), ops.activation_bwd(torch.ones_like(mu), nan, v, activation)[0]
+        assert results[0].isnan().all() and (activation == "relu" or results[1].isnan().all())
+
+
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("variance", [1e-4, 1e-2, 1.0])
 def test_activation_hardly_makes_subnormal_numbers(variance, activation):
     """Each costs a CPU a hundred cycles: relu behind sigma = 0.1 would take three times as long."""

@@ -11,39 +11,40 @@ from .tiles import num_multiprocessors, on_device
 BLOCK_N = 128
 
 
-# By b = a sqrt(log2(e) / 2) = 0.849... a, so that phi(a) = 0.3989... 2^(-b^2).
+# By b = |a| sqrt(log2(e) / 2) = 0.849... |a|, so that phi(a) = 0.3989... 2^(-b^2).
 @triton.jit
-def _normal(b, NARROW: tl.constexpr):
-    """(2^(-b^2), Phi(-|a|)); NARROW: the latter to 2.1e-6, for 16-bit data"""
+def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
+    """(2^(-b^2), P Phi(-|a|) over it), b >= 0; NARROW: Phi to 2.1e-6, for 16-bit data"""
     if b.dtype == tl.float64:
-        return tl.exp(-0.6931471805599453 * b * b), 0.5 - 0.5 * tl.erf(tl.abs(b) * 0.8325546111576977)
+        b = tl.minimum(b, 25.0)  # the power is no subnormal number
+        power = tl.exp(-0.6931471805599453 * b * b)
+        return power, P * (0.5 - 0.5 * tl.erf(b * 0.8325546111576977)) / power
     else:
-        power = tl.exp2(-b * b)
-        # Phi(-|a|) over 2^(-b^2) is r q(r), r = 1 / (1 + g |b|): polynomials of the least error of (1 + |a|) Phi(-|a|), the
-        # long one that of csrc/cpu/vector_math.h times 0.3989. A root is one instruction, a quotient several.
+        # r q(r), r = 1 / (1 + g b): polynomials of the least error of (1 + |a|) Phi(-|a|), the long one that of
+        # csrc/cpu/vector_math.h times 0.3989. A root is one instruction, a quotient several.
         if NARROW:
-            root = tl.rsqrt(0.5062863096816541 * tl.abs(b) + 1.0)
+            root = tl.rsqrt(0.5062863096816541 * b + 1.0)
             r = root * root
-            q = -0.1198459684717369 * r + 0.3525664471002274
-            q = q * r + 0.08196376029586246
-            q = q * r + 0.185313635671265
+            q = (P * -0.1198459684717369) * r + P * 0.3525664471002274
+            q = q * r + P * 0.08196376029586246
+            q = q * r + P * 0.185313635671265
         else:
-            root = tl.rsqrt(0.3296748063043329 * tl.abs(b) + 1.0)
+            root = tl.rsqrt(0.3296748063043329 * b + 1.0)
             r = root * root
-            q = -0.10655090406258 * r + 0.3929544984006652
-            q = q * r - 0.2420733740762095
-            q = q * r + 0.2730720667873488
-            q = q * r + 0.06580314959281855
-            q = q * r + 0.1167945486748128
-        return power, power * (q * r)
+            q = (P * -0.10655090406258) * r + P * 0.3929544984006652
+            q = q * r - P * 0.2420733740762095
+            q = q * r + P * 0.2730720667873488
+            q = q * r + P * 0.06580314959281855
+            q = q * r + P * 0.1167945486748128
+        return tl.exp2(-b * b), q * r
 
 
 @triton.jit
 def _plain(x, ACTIVATION: tl.constexpr):
     """(act(x), act'(x), act''(x) / 2); gelu needs none: its expectation is one for v = 0 too"""
     if ACTIVATION == "relu":
-        slope = tl.where(x > 0.0, 1.0, 0.0)
-        return x * slope, slope, x * 0.0
+        slope = tl.where(x <= 0.0, 0.0, 1.0)  # a NaN stays one
+        return tl.where(x <= 0.0, 0.0, x), slope, slope * 0.0
     elif ACTIVATION == "tanh":
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
@@ -98,14 +99,16 @@ def _activation_kernel(
         # load
         mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
         # compute
-        # With T = sum p Phi(-|a|) and sum p = 1 small terms are added to what is exact, however the p cancel.
-        tails = mu * 0.0
-        spread = mu * 0.0  # v sum p alpha phi
-        slope = mu * 0.0
-        half_curvature = mu * 0.0
+        # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + v sum p alpha phi, tanh's is sign(mu) (1 - 2 T), and
+        # slopes are alike: small terms, each a multiple of its power, are added to what is exact, however the p cancel.
+        size = tl.minimum(tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL)  # its square is finite
+        small = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+        small_slope = tl.zeros([BLOCK_R, BLOCK_N], dtype)
+        half_curvature = tl.zeros([BLOCK_R, BLOCK_N], dtype)
         if ACTIVATION == "relu":
-            power, tails = _normal(mu * (inverse * 0.8493218002880191), NARROW)
-            spread = (deviation * 0.3989422804014327) * power
+            power, ratio = _normal(size * (inverse * 0.8493218002880191), 1.0, NARROW)
+            small = power * (deviation * 0.3989422804014327 - size * ratio)
+            small_slope = -power * ratio
             half_curvature = (0.5 * inverse * 0.3989422804014327) * power
         for i in tl.static_range(len(TERMS) // 2):
             # c = TERMS[2 i] and p = TERMS[2 i + 1], never in a variable: that would be float32 for float64 data too.
@@ -113,22 +116,25 @@ def _activation_kernel(
             variance = v if ACTIVATION == "gelu" else safe
             beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
             alpha = TERMS[2 * i] * tl.sqrt(beta)
-            b = mu * (alpha * 0.8493218002880191)
-            power, tail = _normal(b, NARROW)
-            tails += TERMS[2 * i + 1] * tail
-            spread += (TERMS[2 * i + 1] * 0.3989422804014327 * alpha * variance) * power
+            density = TERMS[2 * i + 1] * 0.3989422804014327 * alpha
+            b = size * (alpha * 0.8493218002880191)
+            power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
             if ACTIVATION == "tanh":
-                slope += (2.0 * TERMS[2 * i + 1] * 0.3989422804014327 * alpha) * power
-                half_curvature -= (TERMS[2 * i + 1] * 0.4697186393498257 * alpha * alpha) * (b * power)
+                small += power * ratio
+                small_slope += (2.0 * density) * power
+                half_curvature += (1.1774100225154747 * alpha * density) * (b * power)
             else:
-                slope += (TERMS[2 * i + 1] * 0.4697186393498257 * beta) * (b * power)
-                bent = (1.0 + beta) - (1.3862943611198906 * beta) * (b * b)
-                half_curvature += (0.5 * TERMS[2 * i + 1] * 0.3989422804014327 * alpha) * (power * bent)
+                small += power * (density * variance - size * ratio)
+                small_slope += power * ((1.1774100225154747 * TERMS[2 * i + 1] * 0.3989422804014327 * beta) * b - ratio)
+                bent = 0.5 * density * (1.0 + beta) - (0.6931471805599453 * density * beta) * (b * b)
+                half_curvature += power * bent
         if ACTIVATION == "tanh":
-            y = tl.where(mu < 0.0, 2.0 * tails - 1.0, 1.0 - 2.0 * tails)
+            y = tl.where(mu < 0.0, 2.0 * small - 1.0, 1.0 - 2.0 * small)
+            slope = small_slope
+            half_curvature = tl.where(mu < 0.0, half_curvature, -half_curvature)
         else:
-            y = tl.maximum(mu, 0.0) - tl.abs(mu) * tails + spread
-            slope += tl.where(mu < 0.0, tails, 1.0 - tails)
+            y = tl.maximum(mu, 0.0) + small
+            slope = tl.where(mu < 0.0, -small_slope, 1.0 + small_slope)
         # store
         if GRAD:
             dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
@@ -177,15 +183,21 @@ def _rows(activation: str, dtype: torch.dtype) -> int:
     return 4 if activation == "gelu_tanh" else 8  # its plain form, for v = 0, is the longest
 
 
+def _grid(mu, activation):
+    """Blocks of columns, and programs that share the rows of one: few, as each first computes what depends on v alone."""
+    n = mu.shape[-1]
+    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
+    return col_blocks, min(row_blocks, triton.cdiv(4 * num_multiprocessors(mu.device), col_blocks))
+
+
 def _launch(out, partial, mu, dy, v, activation, grid):
     n = mu.shape[-1]
-    # In float64 the compiler would rather spill than take what registers there are.
-    options = {"maxnreg": 255} if mu.dtype is torch.float64 else {}
     with on_device(mu):
         _activation_kernel[grid](
             out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
             GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
-            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N, **options,
+            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N,
+            maxnreg=255,  # else the compiler would now and then rather spill than take what there are
         )  # fmt: skip
 
 
@@ -194,8 +206,7 @@ def activation(mu, v, activation):
     mu = mu.contiguous()
     y = torch.empty_like(mu)
     if y.numel():
-        rows = triton.cdiv(mu.numel() // mu.shape[-1], _rows(activation, mu.dtype))
-        _launch(y, None, mu, None, v, activation, (triton.cdiv(mu.shape[-1], BLOCK_N), min(rows, 65535)))
+        _launch(y, None, mu, None, v, activation, _grid(mu, activation))
     return y
 
 
@@ -205,11 +216,9 @@ def activation_bwd(dy, mu, v, activation):
     dmu = torch.empty_like(mu)
     if dmu.numel() == 0:
         return dmu, torch.zeros_like(v), torch.zeros_like(v)
-    n = mu.shape[-1]
-    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
-    programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(mu.device), col_blocks))
-    partial = torch.empty(2, programs, n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
-    _launch(dmu, partial, mu, dy, v, activation, (col_blocks, programs))
+    n, grid = mu.shape[-1], _grid(mu, activation)
+    partial = torch.empty(2, grid[1], n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
+    _launch(dmu, partial, mu, dy, v, activation, grid)
     dv, total = (column_sum(torch.empty(n, dtype=v.dtype, device=v.device), part) for part in partial)
     return dmu, dv, total
 

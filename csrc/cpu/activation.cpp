@@ -48,7 +48,9 @@ DIP_HD void forward_run(const Coefficients<C>& k, int64_t first, int n, const C*
       const C size = C(1) - C(2) * tails;
       y[i] = x < 0 ? -size : size;
     } else {
-      y[i] = fma_of(x < 0 ? x : -x, tails, fma_of(k.v[first + i], densities, x > 0 ? x : C(0)));
+      C size = std::fabs(x);
+      size = size > C(1e15) ? C(1e15) : size;  // of an infinity no NaN; a NaN stays one
+      y[i] = fma_of(-size, tails, fma_of(k.v[first + i], densities, x > 0 ? x : C(0)));
     }
   }
 }
@@ -95,7 +97,7 @@ struct Plain {
 
 Plain plain(int kind, double x) {
   switch (kind) {
-    case kReluActivation: return {x > 0 ? x : 0 * x, x > 0 ? 1.0 : 0.0, 0.0};
+    case kReluActivation: return {x <= 0 ? 0.0 : x, x <= 0 ? 0.0 : 1.0, 0.0};
     case kGeluActivation: {
       const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x), cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
       return {x * cdf, cdf + x * density, 0.5 * density * (2 - x * x)};
