@@ -73,7 +73,7 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         terms = [(torch.rsqrt(v), 1.0)]
     else:
-        terms = [(c * torch.rsqrt(1 + c * c * v), p) for c, p in zip(*MIXTURES[activation][2])]
+        terms = [(c * torch.rsqrt(1 + c * c * v), p) for c, p in zip(*MIXTURES[activation][2][:2])]
     y: Any = 0
     for alpha, p in terms:
         a = mu * alpha

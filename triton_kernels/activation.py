@@ -1,5 +1,7 @@
 """triton_kernels/activation.py: y = E[act(mu + sqrt(v) z)], v = W^2 s^2, and back, each in one pass.  docs/maths.md, section 7."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,79 @@ def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
             q = q * r + P * 0.06580314959281855
             q = q * r + P * 0.1167945486748128
         return tl.exp2(-b * b), q * r
+
+
+# With a = alpha mu, t = a^2 and phi its density, of a column: polynomials in t, the tuples of their coefficients.
+@triton.jit
+def _values(beta, SERIES: tl.constexpr, FIRST: tl.constexpr, M: tl.constexpr, ODD: tl.constexpr):
+    """P of E[sum_j d_j (c x)^2j phi(c x)] = phi P(t), or with ODD of a phi P(t), by _series"""
+    coefficients = ()
+    power = beta if ODD else tl.sqrt(beta)
+    for degree in tl.static_range(M):
+        total = beta * 0.0
+        for i in tl.static_range(M - degree):  # in powers of 1 - beta = c^2 v beta, from the highest on
+            total = total * (1.0 - beta) + SERIES[FIRST + degree * M - degree * (degree - 1) // 2 + i]
+        coefficients = coefficients + (power * total,)
+        power = power * beta
+    return coefficients
+
+
+@triton.jit
+def _bell_rule(of, N: tl.constexpr, factor):
+    """d/dmu of phi of(t), over a phi; factor: alpha"""
+    coefficients = ()
+    for i in tl.static_range(N):
+        total = factor * 0.0
+        if i + 1 < len(of):
+            total += (2.0 * (i + 1)) * of[i + 1]
+        if i < len(of):
+            total -= of[i]
+        coefficients = coefficients + (factor * total,)
+    return coefficients
+
+
+@triton.jit
+def _product_rule(of, N: tl.constexpr, factor, MORE: tl.constexpr):
+    """d/dmu of a phi of(t), and MORE alpha phi, over phi; factor: alpha"""
+    coefficients = ()
+    for i in tl.static_range(N):
+        total = factor * 0.0
+        if i < len(of):
+            total += (2.0 * i + 1.0) * of[i]
+        if i > 0:
+            total -= of[i - 1]
+        else:
+            total += MORE
+        coefficients = coefficients + (factor * total,)
+    return coefficients
+
+
+@triton.jit
+def _plus(of, constant):
+    """A polynomial and a constant; () is 0"""
+    coefficients = (constant,)
+    if len(of) > 0:
+        coefficients = (of[0] + constant,)
+    for i in tl.static_range(1, len(of)):
+        coefficients = coefficients + (of[i],)
+    return coefficients
+
+
+@triton.jit
+def _polynomial(of, t):
+    y = of[len(of) - 1]
+    for i in tl.static_range(1, len(of)):
+        y = y * t + of[len(of) - 1 - i]
+    return y
+
+
+@triton.jit
+def _in_b(of, SCALE: tl.constexpr):
+    """The coefficients in b^2 = t / (2 ln 2), times SCALE"""
+    coefficients = ()
+    for i in tl.static_range(len(of)):
+        coefficients = coefficients + (of[i] * (SCALE * 1.3862943611198906**i),)
+    return coefficients
 
 
 @triton.jit
@@ -78,6 +153,8 @@ def _activation_kernel(
     GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TERMS: tl.constexpr,  # (c, p) of every term; none: relu
+    SERIES: tl.constexpr,  # of every term, M_SERIES (M_SERIES + 1) / 2 numbers: _series
+    M_SERIES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -99,7 +176,7 @@ def _activation_kernel(
         # load
         mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
         # compute
-        # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + v sum p alpha phi, tanh's is sign(mu) (1 - 2 T), and
+        # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + sum phi P, tanh's is sign(mu) (1 - 2 T) + sum a phi P, and
         # slopes are alike: small terms, each a multiple of its power, are added to what is exact, however the p cancel.
         size = tl.minimum(tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL)  # its square is finite
         small = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -116,22 +193,32 @@ def _activation_kernel(
             variance = v if ACTIVATION == "gelu" else safe
             beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
             alpha = TERMS[2 * i] * tl.sqrt(beta)
-            density = TERMS[2 * i + 1] * 0.3989422804014327 * alpha
             b = size * (alpha * 0.8493218002880191)
-            power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
+            if M_SERIES > 0:  # powers of it are finite, and its power of two is 0 or next to it
+                b = tl.minimum(b, 16.0, propagate_nan=tl.PropagateNan.ALL)
+            values = _values(beta, SERIES, i * (M_SERIES * (M_SERIES + 1) // 2), M_SERIES, ACTIVATION == "tanh")
             if ACTIVATION == "tanh":
+                power, ratio = _normal(b, 2.0 * TERMS[2 * i + 1], NARROW)
                 small += power * ratio
-                small_slope += (2.0 * density) * power
-                half_curvature += (1.1774100225154747 * alpha * density) * (b * power)
+                if M_SERIES > 0:
+                    small -= (b * power) * _polynomial(_in_b(values, 0.4697186393498257), b * b)
+                slopes = _product_rule(values, M_SERIES + 1, alpha, 2.0 * TERMS[2 * i + 1])
+                curvatures = _bell_rule(slopes, M_SERIES + 1, 0.5 * alpha)
+                small_slope += power * _polynomial(_in_b(slopes, 0.3989422804014327), b * b)
+                half_curvature += (b * power) * _polynomial(_in_b(curvatures, 0.4697186393498257), b * b)
             else:
-                small += power * (density * variance - size * ratio)
-                small_slope += power * ((1.1774100225154747 * TERMS[2 * i + 1] * 0.3989422804014327 * beta) * b - ratio)
-                bent = 0.5 * density * (1.0 + beta) - (0.6931471805599453 * density * beta) * (b * b)
-                half_curvature += power * bent
+                power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
+                slopes = _bell_rule(values, M_SERIES if M_SERIES > 0 else 1, alpha)
+                slopes = _plus(slopes, TERMS[2 * i + 1] * beta)
+                values = _plus(values, TERMS[2 * i + 1] * variance * alpha)
+                curvatures = _product_rule(slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1])
+                small += power * (_polynomial(_in_b(values, 0.3989422804014327), b * b) - size * ratio)
+                small_slope += power * (b * _polynomial(_in_b(slopes, 0.4697186393498257), b * b) - ratio)
+                half_curvature += power * _polynomial(_in_b(curvatures, 0.3989422804014327), b * b)
         if ACTIVATION == "tanh":
-            y = tl.where(mu < 0.0, 2.0 * small - 1.0, 1.0 - 2.0 * small)
+            y = tl.where(mu < 0.0, small - 1.0, 1.0 - small)
             slope = small_slope
-            half_curvature = tl.where(mu < 0.0, half_curvature, -half_curvature)
+            half_curvature = tl.where(mu < 0.0, -half_curvature, half_curvature)
         else:
             y = tl.maximum(mu, 0.0) + small
             slope = tl.where(mu < 0.0, -small_slope, 1.0 + small_slope)
@@ -166,21 +253,31 @@ def _activation_kernel(
         tl.store(partial_ptr + out, tl.sum(total_dmu, axis=0), mask=col_mask)
 
 
-def _terms(activation: str, dtype: torch.dtype) -> tuple[float, ...]:
-    """c_1, p_1, c_2, p_2, ... for data of that type"""
+def _mixture(activation: str, dtype: torch.dtype):
+    """(c, p, d) for data of that type"""
     if activation == "relu":
-        return ()
-    tier = 2 if dtype is torch.float64 else 1 if dtype is torch.float32 else 0
-    return tuple(value for term in zip(*MIXTURES[activation][tier], strict=True) for value in term)
+        return (), (), ()
+    return MIXTURES[activation][2 if dtype is torch.float64 else 1 if dtype is torch.float32 else 0]
+
+
+def _series(d: tuple[float, ...], odd: bool) -> list[float]:
+    """E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i): for l = 0 .. m - 1, d_j times that of n = 2 j (+ 1), i = j - l,
+    j = m - 1 .. l"""
+    numbers = []
+    for last in range(len(d)):
+        for j in range(len(d) - 1, last - 1, -1):
+            n, i = 2 * j + odd, j - last
+            numbers.append(d[j] * math.factorial(n) / (math.factorial(n - 2 * i) * math.factorial(i) * 2**i))
+    return numbers
 
 
 def _rows(activation: str, dtype: torch.dtype) -> int:
     """Rows of a tile, which are the elements of a thread: few enough that every term's values fit the registers."""
     if dtype is torch.float64:
         return 1
-    if len(_terms(activation, dtype)) > 6:
+    if len(_mixture(activation, dtype)[0]) > 1:
         return 2
-    return 4 if activation == "gelu_tanh" else 8  # its plain form, for v = 0, is the longest
+    return 8
 
 
 def _grid(mu, activation):
@@ -191,11 +288,12 @@ def _grid(mu, activation):
 
 
 def _launch(out, partial, mu, dy, v, activation, grid):
-    n = mu.shape[-1]
+    n, (c, p, d) = mu.shape[-1], _mixture(activation, mu.dtype)
     with on_device(mu):
         _activation_kernel[grid](
             out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
-            GRAD=dy is not None, ACTIVATION=activation, TERMS=_terms(activation, mu.dtype),
+            GRAD=dy is not None, ACTIVATION=activation, TERMS=tuple(x for term in zip(c, p, strict=True) for x in term),
+            SERIES=tuple(x for term in d for x in _series(term, activation == "tanh")), M_SERIES=len(d[0]) if d else 0,
             BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N,
             maxnreg=255,  # else the compiler would now and then rather spill than take what there are
         )  # fmt: skip

@@ -19,75 +19,132 @@ static_assert(kColumns <= kRun, "a row of a tile is one run");
 
 // ---- one run of columns ----------------------------------------------------------------------------------------------
 
-// Of the columns, for each term t at [t * stride + column]: alpha = c / sqrt(1 + c^2 v), gamma = p alpha, beta = 1 / (1 + c^2 v).
+// What is known of a column, for each term: alpha, and with a = alpha mu the coefficients of polynomials in a^2: P's forward,
+// those of the slope and of the curvature back. m: the mixture's d. kOdd: tanh, with a sign and without a term mu Phi.
+template <int m, bool kOdd>
+struct Numbers {
+  static constexpr int kValues = kOdd || m ? m : 1, kSlopes = kOdd ? m + 1 : kValues, kCurvatures = kValues + 1;
+  static constexpr int kValue = 1, kSlope = kValue + kValues, kCurvature = kSlope + kSlopes, kAll = kCurvature + kCurvatures;
+};
+
+// Number i of a term lies at [i * kStride + column of the tile]: not a multiple of 4096 bytes apart, of which a cache holds few.
+constexpr int kStride = kColumns + 16;
+
 template <class C>
 struct Coefficients {
-  const C *alpha, *beta, *gamma, *v;
-  int64_t stride;
+  const C* columns;  // [tiles, terms, numbers, kStride]
   C p[10];
 };
 
-// With T = sum of p Phi(-|a|), a = alpha mu, and sum of p = 1: tanh (kOdd) is sign(mu) (1 - 2 T), the others
-// max(mu, 0) - |mu| T + v sum of gamma phi(a). Small terms are added to what is exact, however the p cancel.
-template <class C, int kTerms, bool kOdd, int t = 0>
-DIP_HD void sum_terms(const Coefficients<C>& k, int64_t at, C mu, C& tails, C& densities) {
-  C a = mu * k.alpha[t * k.stride + at], density, tail;
-  normal(a, &density, &tail);
-  tails = fma_of(k.p[t], tail, tails);
-  if constexpr (!kOdd) densities = fma_of(k.gamma[t * k.stride + at], density, densities);
-  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, kOdd, t + 1>(k, at, mu, tails, densities);
+// Recursive, as loops around a loop that is to be vectorised are not always unrolled.
+template <class C, int n>
+DIP_HD C polynomial(const C* coefficients, C t) {
+  if constexpr (n == 1) return coefficients[0];
+  else return fma_of(polynomial<C, n - 1>(coefficients + kStride, t), t, coefficients[0]);
 }
 
-template <class C, int kTerms, bool kOdd>
-DIP_HD void forward_run(const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, C* __restrict y) {
+// With T = sum of p Phi(-|a|) and sum of p = 1: tanh is sign(mu) (1 - 2 T) + sum of a phi(a) P, the others
+// max(mu, 0) - |mu| T + sum of phi(a) P. Small terms are added to what is exact, however the p cancel.
+template <class C, int kTerms, int m, bool kOdd, int t = 0>
+DIP_HD void sum_terms(const C* p, const C* column, C mu, C& tails, C& rest) {
+  using N = Numbers<m, kOdd>;
+  C a = mu * column[0], density, tail;
+  normal(a, &density, &tail);
+  tails = fma_of(p[t], tail, tails);
+  if constexpr (N::kValues > 0) {
+    const C value = polynomial<C, N::kValues>(column + N::kValue * kStride, a * a);
+    rest = fma_of(kOdd ? a * density : density, value, rest);
+  }
+  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, rest);
+}
+
+template <class C, int kTerms, int m, bool kOdd>
+DIP_HD void forward_run(const C* p, const C* __restrict columns, int n, const C* __restrict mu, C* __restrict y) {
   for (int i = 0; i < n; ++i) {
     const C x = mu[i];
-    C tails = 0, densities = 0;
-    sum_terms<C, kTerms, kOdd>(k, first + i, x, tails, densities);
+    C tails = 0, rest = 0;
+    sum_terms<C, kTerms, m, kOdd>(p, columns + i, x, tails, rest);
     if constexpr (kOdd) {
       const C size = C(1) - C(2) * tails;
-      y[i] = x < 0 ? -size : size;
+      y[i] = (x < 0 ? -size : size) + rest;
     } else {
       C size = std::fabs(x);
       size = size > C(1e15) ? C(1e15) : size;  // of an infinity no NaN; a NaN stays one
-      y[i] = fma_of(-size, tails, fma_of(k.v[first + i], densities, x > 0 ? x : C(0)));
+      y[i] = fma_of(-size, tails, rest + (x > 0 ? x : C(0)));
     }
   }
 }
 
 // d/dmu, and d/dv = half of the second derivative in mu.
-template <class C, int kTerms, bool kOdd, int t = 0>
-DIP_HD void sum_slopes(const Coefficients<C>& k, int64_t at, C mu, C& tails, C& dmu, C& dv) {
-  const int64_t column = t * k.stride + at;
-  const C alpha = k.alpha[column], gamma = k.gamma[column];
-  C a = mu * alpha, density, tail;
+template <class C, int kTerms, int m, bool kOdd, int t = 0>
+DIP_HD void sum_slopes(const C* p, const C* column, C mu, C& tails, C& dmu, C& dv) {
+  using N = Numbers<m, kOdd>;
+  C a = mu * column[0], density, tail;
   normal(a, &density, &tail);
-  const C slope = gamma * density;
-  if constexpr (kOdd) {
-    dmu += slope + slope;
-    dv = fma_of(-alpha * a, slope, dv);
-  } else {
-    const C beta = k.beta[column];
-    tails = fma_of(k.p[t], tail, tails);
-    dmu = fma_of(k.p[t] * beta * a, density, dmu);
-    dv = fma_of(C(0.5) * slope, fma_of(beta, fma_of(-a, a, C(1)), C(1)), dv);
-  }
-  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, kOdd, t + 1>(k, at, mu, tails, dmu, dv);
+  const C slope = polynomial<C, N::kSlopes>(column + N::kSlope * kStride, a * a);
+  const C curvature = polynomial<C, N::kCurvatures>(column + N::kCurvature * kStride, a * a);
+  const C odd = a * density;
+  dmu = fma_of(kOdd ? density : odd, slope, dmu);
+  dv = fma_of(kOdd ? odd : density, curvature, dv);
+  if constexpr (!kOdd) tails = fma_of(p[t], tail, tails);
+  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, dmu, dv);
 }
 
-template <class C, int kTerms, bool kOdd>
+template <class C, int kTerms, int m, bool kOdd>
 DIP_HD void backward_run(
-    const Coefficients<C>& k, int64_t first, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
+    const C* p, const C* __restrict columns, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
     C* __restrict dv) {
   for (int i = 0; i < n; ++i) {
     const C x = mu[i];
     C tails = 0, slope = 0, half_curvature = 0;
-    sum_slopes<C, kTerms, kOdd>(k, first + i, x, tails, slope, half_curvature);
+    sum_slopes<C, kTerms, m, kOdd>(p, columns + i, x, tails, slope, half_curvature);
     if constexpr (!kOdd) slope += x < 0 ? tails : C(1) - tails;
     dmu[i] = dy[i] * slope;
     dv[i] = fma_of(dy[i], half_curvature, dv[i]);
   }
 }
+
+// The coefficients of one term for a column of variance v; relu is the limit c = infinity.  docs/maths.md, section 7.
+template <int m, bool kOdd>
+struct Term {
+  using N = Numbers<m, kOdd>;
+  double alpha, value[N::kValues + 2] = {}, slope[N::kSlopes + 2] = {}, curvature[N::kCurvatures] = {};
+
+  Term(double c, double p, const double* d, double v, bool is_relu) {
+    const double beta = is_relu ? 0 : 1 / (1 + c * c * v);
+    alpha = is_relu ? 1 / std::sqrt(v < 1e-30 ? 1e-30 : v) : c * std::sqrt(beta);
+    double power = kOdd ? beta : std::sqrt(beta);
+    for (int l = 0; l < m; ++l, power *= beta) {
+      // E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i)
+      for (int j = l; j < m; ++j) {
+        const int n = 2 * j + (kOdd ? 1 : 0);
+        double weight = d[j];
+        for (int i = 1; i <= j - l; ++i) weight *= (1 - beta) * (n - 2 * i + 2) * (n - 2 * i + 1) / (2 * i);
+        value[l] += power * weight;
+      }
+    }
+    if (kOdd) {
+      product_rule(value, slope, N::kSlopes, alpha, 2 * p);
+      bell_rule(slope, curvature, N::kCurvatures, alpha / 2);
+    } else {
+      bell_rule(value, slope, N::kSlopes, alpha);
+      slope[0] += p * beta;
+      value[0] += p * v * alpha;
+      product_rule(slope, curvature, N::kCurvatures, alpha / 2, p);
+    }
+    if (v == 0)
+      for (double& h : curvature) h = 0;  // the plain activation has its own
+  }
+
+  // phi(a) from(t), t = a^2, by mu: a phi(a) to(t)
+  static void bell_rule(const double* from, double* to, int n, double factor) {
+    for (int l = 0; l < n; ++l) to[l] = factor * (2 * (l + 1) * from[l + 1] - from[l]);
+  }
+  // a phi(a) from(t) by mu, and more phi(a): phi(a) to(t)
+  static void product_rule(const double* from, double* to, int n, double factor, double more) {
+    for (int l = 0; l < n; ++l) to[l] = factor * ((2 * l + 1) * from[l] - (l ? from[l - 1] : 0) + (l ? 0 : more));
+  }
+};
 
 // ---- columns without variance: the activation itself -----------------------------------------------------------------
 
@@ -118,13 +175,19 @@ Plain plain(int kind, double x) {
   }
 }
 
+double variance_at(const ActivationArgs& a, int64_t j) {
+  return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
+}
+
 // ---- the passes ------------------------------------------------------------------------------------------------------
 
-template <class C, int kTerms, bool kOdd>
+template <class C, int kTerms, int m, bool kOdd>
 struct Pass {
   const ActivationArgs& args;
   Coefficients<C> k;
   bool any_plain;
+
+  const C* tile(int64_t first) const { return k.columns + first / kColumns * kTerms * Numbers<m, kOdd>::kAll * kStride; }
 
   // The processor's own prefetching does not follow short runs a row apart.
   template <int kWrite>
@@ -139,9 +202,9 @@ struct Pass {
     prefetch_row<0>(args.mu, row + 2, first, n);
     const C* mu = load_run<C>(args.mu, at, n, buffer);
     C* y = run_target<C>(args.y, at, target);
-    forward_run<C, kTerms, kOdd>(k, first, n, mu, y);
+    forward_run<C, kTerms, m, kOdd>(k.p, tile(first), n, mu, y);
     for (int i = 0; any_plain && i < n; ++i)
-      if (k.v[first + i] == 0) y[i] = static_cast<C>(plain(args.kind, mu[i]).value);
+      if (variance_at(args, first + i) == 0) y[i] = static_cast<C>(plain(args.kind, mu[i]).value);
     store_run<C>(args.y, at, n, y);
   }
 
@@ -155,9 +218,9 @@ struct Pass {
     const C* mu = load_run<C>(args.mu, at, n, buffer);
     const C* dy = load_run<C>(args.dy, at, n, gradient);
     C* __restrict dmu = run_target<C>(args.dmu, at, target);
-    backward_run<C, kTerms, kOdd>(k, first, n, mu, dy, dmu, dv);
+    backward_run<C, kTerms, m, kOdd>(k.p, tile(first), n, mu, dy, dmu, dv);
     for (int i = 0; any_plain && i < n; ++i) {
-      if (k.v[first + i] != 0) continue;  // there gamma is 0, so dv has nothing of it yet
+      if (variance_at(args, first + i) != 0) continue;  // there the curvature is 0, so dv has nothing of it yet
       const Plain f = plain(args.kind, mu[i]);
       dmu[i] = dy[i] * static_cast<C>(f.slope);
       dv[i] += dy[i] * static_cast<C>(f.half_curvature);
@@ -207,40 +270,33 @@ void sum_blocks(const double* partials, int64_t blocks, int64_t n, bool is_doubl
   }
 }
 
-double variance_at(const ActivationArgs& a, int64_t j) {
-  return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
-}
-
-template <class C, int kTerms, bool kOdd>
+template <class C, int kTerms, int m, bool kOdd>
 const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor parallel_for) {
-  const int64_t n = a.features;
+  using N = Numbers<m, kOdd>;
+  const int64_t n = a.features, tiles = ceil_div(n, kColumns);
   const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
   const int64_t blocks = ceil_div(a.rows, block_rows);
-  C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>((3 * kTerms + 1) * n + 1)));
+  C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(tiles * kTerms * N::kAll * kStride + 1)));
   double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(2 * blocks * n + 1), sizeof(double))) : nullptr;
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
-    C *alpha = columns, *beta = alpha + kTerms * n, *gamma = beta + kTerms * n, *v = gamma + kTerms * n;
-    Pass<C, kTerms, kOdd> pass{a, {alpha, beta, gamma, v, n, {}}, false};
+    Pass<C, kTerms, m, kOdd> pass{a, {columns, {}}, false};
     for (int64_t j = 0; j < n; ++j) {
-      v[j] = static_cast<C>(variance_at(a, j));
-      pass.any_plain |= v[j] == 0;
-    }
-    for (int t = 0; t < kTerms; ++t) {
-      const C c2 = static_cast<C>(mixture.c[t] * mixture.c[t]), c = static_cast<C>(mixture.c[t]),
-              p = static_cast<C>(mixture.p[t]);
-      pass.k.p[t] = p;
-      for (int64_t j = 0; j < n; ++j) {
-        C inverse = C(1) / fma_of(c2, v[j], C(1)), root = c * std::sqrt(inverse);
-        if (a.kind == kReluActivation) {
-          inverse = 0;
-          root = C(1) / std::sqrt(v[j] < C(1e-30) ? C(1e-30) : v[j]);
-        }
-        alpha[t * n + j] = root;
-        beta[t * n + j] = inverse;
-        gamma[t * n + j] = v[j] == 0 ? C(0) : p * root;
+      const double v = variance_at(a, j);
+      pass.any_plain |= v == 0;
+      for (int t = 0; t < kTerms; ++t) {
+        const Term<m, kOdd> term(mixture.c[t], mixture.p[t], mixture.d[t], v, a.kind == kReluActivation);
+        C* column = columns + (j / kColumns * kTerms + t) * N::kAll * kStride + j % kColumns;
+        const auto put = [&](int first, const double* from, int size) {
+          for (int i = 0; i < size; ++i) column[(first + i) * kStride] = static_cast<C>(from[i]);
+        };
+        put(0, &term.alpha, 1);
+        put(N::kValue, term.value, N::kValues);
+        put(N::kSlope, term.slope, N::kSlopes);
+        put(N::kCurvature, term.curvature, N::kCurvatures);
       }
     }
+    for (int t = 0; t < kTerms; ++t) pass.k.p[t] = static_cast<C>(mixture.p[t]);
     if (a.dv) {
       pass.sum_rows(parallel_for, partials, blocks, block_rows);
       const auto one = [](int64_t) { return 1.0; };
@@ -343,14 +399,15 @@ const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
   return error;
 }
 
-template <class C, int kGeluTanhTerms, int kLogisticTerms>
-const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel_for) {
+template <class C, int tier>
+const char* choose_terms(const ActivationArgs& a, ParallelFor parallel_for) {
+  constexpr const Mixture &gelu_tanh = kGeluTanh[tier], &silu = kSilu[tier], &tanh = kTanh[tier];
   switch (a.kind) {
     case kReluActivation:
-    case kGeluActivation: return run<C, 1, false>(a, kGelu[tier], parallel_for);
-    case kGeluTanhActivation: return run<C, kGeluTanhTerms, false>(a, kGeluTanh[tier], parallel_for);
-    case kSiluActivation: return run<C, kLogisticTerms, false>(a, kSilu[tier], parallel_for);
-    case kTanhActivation: return run<C, kLogisticTerms, true>(a, kTanh[tier], parallel_for);
+    case kGeluActivation: return run<C, 1, 0, false>(a, kGelu[tier], parallel_for);
+    case kGeluTanhActivation: return run<C, gelu_tanh.terms, gelu_tanh.m, false>(a, gelu_tanh, parallel_for);
+    case kSiluActivation: return run<C, silu.terms, silu.m, false>(a, silu, parallel_for);
+    case kTanhActivation: return run<C, tanh.terms, tanh.m, true>(a, tanh, parallel_for);
     default: return "activation: unknown";
   }
 }
@@ -359,9 +416,9 @@ const char* choose_terms(const ActivationArgs& a, int tier, ParallelFor parallel
 
 const char* DIP_ACTIVATION(const ActivationArgs& a, ParallelFor parallel_for) {
   switch (a.mu.dtype) {
-    case DType::kFloat64: return choose_terms<double, kGeluTanh[2].terms, kSilu[2].terms>(a, 2, parallel_for);
-    case DType::kFloat32: return choose_terms<float, kGeluTanh[1].terms, kSilu[1].terms>(a, 1, parallel_for);
-    default: return choose_terms<float, kGeluTanh[0].terms, kSilu[0].terms>(a, 0, parallel_for);
+    case DType::kFloat64: return choose_terms<double, 2>(a, parallel_for);
+    case DType::kFloat32: return choose_terms<float, 1>(a, parallel_for);
+    default: return choose_terms<float, 0>(a, parallel_for);
   }
 }
 
