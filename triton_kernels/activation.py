@@ -18,7 +18,7 @@ BLOCK_N = 128
 def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
     """(2^(-b^2), P Phi(-|a|) over it), b >= 0; NARROW: Phi to 2.1e-6, for 16-bit data"""
     if b.dtype == tl.float64:
-        b = tl.minimum(b, 25.0)  # the power is no subnormal number
+        b = tl.minimum(b, 25.0, propagate_nan=tl.PropagateNan.ALL)  # the power is no subnormal number
         power = tl.exp(-0.6931471805599453 * b * b)
         return power, P * (0.5 - 0.5 * tl.erf(b * 0.8325546111576977)) / power
     else:

@@ -98,6 +98,18 @@ def test_expectations_and_their_gradients_match_reference(name, turn):
     assert (total - want_total).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_expectations_of_infinities_and_nans(name):
+    infinity = float("inf")
+    for dtype in (*DTYPES, torch.float64):
+        mu = torch.tensor([-infinity, infinity, float("nan")]).to(DEVICE, dtype)
+        v = torch.ones(3, dtype=torch.float64 if dtype is torch.float64 else torch.float32, device=DEVICE)
+        y, (dmu, dv, total) = ops.activation(mu, v, name), ops.activation_bwd(torch.ones_like(mu), mu, v, name)
+        low, high = (-1, 1) if name == "tanh" else (0, infinity)
+        assert abs(y[0] - low) <= 1e-30 and y[1] == high
+        assert all(t[:2].isfinite().all() and t[2].isnan() for t in (dmu, dv, total)) and y[2].isnan()
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("log_variance", [False, True])
 def test_variances_and_their_gradients_match_reference(dtype, log_variance):
