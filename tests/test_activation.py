@@ -1,5 +1,6 @@
 """activation: y = E[act(mu + sqrt(v) z)] and its derivatives, against quadrature, Monte Carlo and the limits.  docs/maths.md, section 7."""
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -230,6 +231,21 @@ def test_mixtures_keep_their_bounds(activation):
             density = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
             value += density * sum((e * a ** (2 * n + odd) for n, e in enumerate(powers)), torch.zeros_like(a))
         assert (value - want).abs().max() <= bound + 1e-13
+
+
+@pytest.mark.parametrize(
+    "activation, tier", [("silu", 0), ("tanh", 0), ("gelu_tanh", 0), ("gelu_tanh", 1), ("silu", 1), ("tanh", 1)]
+)
+def test_mixtures_are_what_their_command_fits(activation, tier):
+    spec = importlib.util.spec_from_file_location(
+        "fit_mixtures", Path(__file__).parents[1] / "scripts" / "fit_mixtures.py"
+    )
+    fit_mixtures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fit_mixtures)
+    c, _, d = MIXTURES[activation][tier]
+    error, found, _, _ = fit_mixtures.fit(activation, len(c), len(d[0]))
+    assert error == pytest.approx(BOUNDS[activation][tier], rel=0.05)
+    assert sorted(found) == pytest.approx(sorted(c), rel=1e-3)
 
 
 def test_mixtures_are_the_same_numbers_in_cpp():
