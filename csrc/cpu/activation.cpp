@@ -104,24 +104,37 @@ DIP_HD void backward_run(
   }
 }
 
+// What of a term's P does not depend on v: of its coefficient l, the factor of (1 - beta)^i.
+template <int m, bool kOdd>
+struct Series {
+  double factors[m + 1][m + 1] = {};
+
+  explicit Series(const double* d) {
+    // E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i)
+    for (int j = 0; j < m; ++j) {
+      const int n = 2 * j + (kOdd ? 1 : 0);
+      double factor = d[j];
+      for (int i = 0; i <= j; ++i) {
+        factors[j - i][i] = factor;
+        factor *= (n - 2 * i) * (n - 2 * i - 1) / (2.0 * (i + 1));
+      }
+    }
+  }
+};
+
 // The coefficients of one term for a column of variance v; relu is the limit c = infinity.  docs/maths.md, section 7.
 template <int m, bool kOdd>
 struct Term {
   using N = Numbers<m, kOdd>;
   double alpha, value[N::kValues + 2] = {}, slope[N::kSlopes + 2] = {}, curvature[N::kCurvatures] = {};
 
-  Term(double c, double p, const double* d, double v, bool is_relu) {
+  Term(double c, double p, const Series<m, kOdd>& series, double v, bool is_relu) {
     const double beta = is_relu ? 0 : 1 / (1 + c * c * v);
     alpha = is_relu ? 1 / std::sqrt(v < 1e-30 ? 1e-30 : v) : c * std::sqrt(beta);
     double power = kOdd ? beta : std::sqrt(beta);
     for (int l = 0; l < m; ++l, power *= beta) {
-      // E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i)
-      for (int j = l; j < m; ++j) {
-        const int n = 2 * j + (kOdd ? 1 : 0);
-        double weight = d[j];
-        for (int i = 1; i <= j - l; ++i) weight *= (1 - beta) * (n - 2 * i + 2) * (n - 2 * i + 1) / (2 * i);
-        value[l] += power * weight;
-      }
+      for (int i = m - 1 - l; i >= 0; --i) value[l] = value[l] * (1 - beta) + series.factors[l][i];
+      value[l] *= power;
     }
     if (kOdd) {
       product_rule(value, slope, N::kSlopes, alpha, 2 * p);
@@ -281,11 +294,13 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
     Pass<C, kTerms, m, kOdd> pass{a, {columns, {}}, false};
-    for (int64_t j = 0; j < n; ++j) {
-      const double v = variance_at(a, j);
-      pass.any_plain |= v == 0;
-      for (int t = 0; t < kTerms; ++t) {
-        const Term<m, kOdd> term(mixture.c[t], mixture.p[t], mixture.d[t], v, a.kind == kReluActivation);
+    for (int t = 0; t < kTerms; ++t) {
+      pass.k.p[t] = static_cast<C>(mixture.p[t]);
+      const Series<m, kOdd> series(mixture.d[t]);
+      for (int64_t j = 0; j < n; ++j) {
+        const double v = variance_at(a, j);
+        pass.any_plain |= v == 0;
+        const Term<m, kOdd> term(mixture.c[t], mixture.p[t], series, v, a.kind == kReluActivation);
         C* column = columns + (j / kColumns * kTerms + t) * N::kAll * kStride + j % kColumns;
         const auto put = [&](int first, const double* from, int size) {
           for (int i = 0; i < size; ++i) column[(first + i) * kStride] = static_cast<C>(from[i]);
@@ -296,7 +311,6 @@ const char* run(const ActivationArgs& a, const Mixture& mixture, ParallelFor par
         put(N::kCurvature, term.curvature, N::kCurvatures);
       }
     }
-    for (int t = 0; t < kTerms; ++t) pass.k.p[t] = static_cast<C>(mixture.p[t]);
     if (a.dv) {
       pass.sum_rows(parallel_for, partials, blocks, block_rows);
       const auto one = [](int64_t) { return 1.0; };
