@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 from . import ops
-from .row_blocks import ACTIVATIONS, flat_rows
+from .row_blocks import ACTIVATIONS, flat_rows, linear_as
 from .triton_kernels.mixtures import MIXTURES
 
 
@@ -100,7 +99,7 @@ class _Linear(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
     ) -> Tensor:
-        mu = _affine(x, weight, bias)
+        mu = linear_as(x, weight, bias)
         v = ops.activation_variance(weight, sigma, log_variance)
         ctx.save_for_backward(x, weight, bias, sigma, mu, v)
         ctx.how = log_variance, activation
@@ -124,14 +123,10 @@ class _Linear(Function):
         return dx, dweight, dbias, dsigma, None, None
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
 def _linear_pieces(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
 ) -> Tensor:
-    return _pieces(_affine(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation)
+    return _pieces(linear_as(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation)
 
 
 def linear(

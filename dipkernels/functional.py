@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from . import backends, expectation, ops, tensor_parallel
 from .row_blocks import ACTIVATIONS as ACTIVATIONS
-from .row_blocks import act_of, flat_rows, slopes_form
+from .row_blocks import act_of, flat_rows, linear_as, slopes_form
 from .tensor_parallel import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
@@ -183,7 +183,7 @@ class _LinearReplay(Function):
         ctx.where, ctx.out_dtype = where, out_dtype or x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         u = ops.perturb(x, sigma, seed, *where, out_dtype)
-        return F.linear(u, weight.to(u.dtype), None if bias is None else bias.to(u.dtype))
+        return linear_as(u, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:

@@ -68,6 +68,11 @@ def flat_rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
+def linear_as(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in x's dtype"""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _rows(x: Tensor) -> int:
     return _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
 
