@@ -170,6 +170,14 @@ class _NoiseSumFunc(Function):
         return torch.stack([_NoiseSumFunc.apply(*tensors, where) for tensors in calls]), 0
 
 
+def _no_view(y: Tensor) -> Tensor:
+    """y, which a Function made, as no view: what follows may then work in place (nn.ReLU(inplace=True))."""
+    if not (torch.compiler.is_compiling() or y._is_view()):
+        return y
+    same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return same
+
+
 # ---- keep="x": backward makes u again instead of keeping it.  docs/maths.md, section 2 -------------------------------
 
 
@@ -183,7 +191,7 @@ class _LinearReplay(Function):
         ctx.where, ctx.out_dtype = where, out_dtype or x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         u = ops.perturb(x, sigma, seed, *where, out_dtype)
-        return linear_as(u, weight, bias)
+        return _no_view(linear_as(u, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:
@@ -233,7 +241,7 @@ class _Mean(Function):
         arguments: Any = (x, *_cast(dtype, weight, bias), sigma, seed, *where, activation, *last)
         y, kept = ops.linear_keep(*arguments) if num_kept else (ops.linear(*arguments), None)
         ctx.save_for_backward(x, weight, bias, sigma, seed, kept)
-        return y
+        return _no_view(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:
