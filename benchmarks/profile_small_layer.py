@@ -78,7 +78,7 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
     return {
         "(nothing)": ("", lambda: None, None),
         "layer and dip_linear in Python": ("forward", layer_without_kernels, "(nothing)"),
-        "draw: seeds.draw, one torch.randint": ("forward", lambda: seeds.draw(layer.stream, plain_x), "(nothing)"),
+        "draw: seeds.draw, one torch.randint": ("forward", lambda: seeds.draw(layer._stream, plain_x), "(nothing)"),
         "op P: dispatcher and kernel": (
             "forward", lambda: raw_p(plain_x, sigma, seed, *where, None), "(nothing)",
         ),

@@ -20,7 +20,7 @@ from .convert import (
     to_plain,
     variances,
 )
-from .distributed import check_ranks, shard_variances
+from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
 from .objective import objective, penalty
@@ -48,6 +48,7 @@ __all__ = [
     "noise_off",
     "number_layers",
     "objective",
+    "parallelize_module",
     "param_groups",
     "penalty",
     "predict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import functional, seeds
-from .layers import DIPInput, DIPLayer, DIPLinear, noised
+from .layers import DIPInput, DIPLayer, DIPLinear, ddp_waits, device_of_variance, noised
 
 
 class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
@@ -53,13 +54,31 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     v_proj: _InProjection
     out_proj: DIPOutProjection
 
-    def __init__(self, *args: Any, init_variance: float = 0.01, num_samples: int = 1, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_up(init_variance, num_samples)
+    def __init__(  # all by name: torch.nn.utils.skip_init looks for device
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float = 0.01,
+        num_samples: int = 1,
+    ) -> None:
+        places = (dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *places)
+        self._set_up(init_variance, num_samples, device)
         self.out_proj.__class__ = DIPOutProjection
-        self.out_proj._set_up(self.embed_dim, init_variance, num_samples, "auto", self.out_proj.weight.device)
+        own = device_of_variance(self.out_proj.weight, device)
+        self.out_proj._set_up(self.embed_dim, init_variance, num_samples, "auto", own)
 
-    def _set_up(self, init_variance: float, num_samples: int) -> None:
+    def _set_up(self, init_variance: float, num_samples: int, device: torch.device | str | None = None) -> None:
         if self._qkv_same_embed_dim:
             widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
         else:
@@ -69,7 +88,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
                 "v_proj": (self.vdim, self.v_proj_weight),
             }
         made = {
-            name: _InProjection(width, -1, init_variance, num_samples, device=weight.device)
+            name: _InProjection(width, -1, init_variance, num_samples, device=device_of_variance(weight, device))
             for name, (width, weight) in widths.items()
         }
         for name, layer in made.items():
@@ -83,6 +102,15 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     def _parts(self) -> list[DIPLayer]:
         return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        name = "in_proj_weight" if self._qkv_same_embed_dim else "q_proj_weight"
+        empty = getattr(self, name).is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and empty and not getattr(self, name).is_meta:
+            for part in self._parts():
+                part.variance.start_anew()
+        return self
 
     def forward(
         self,
@@ -99,6 +127,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does noise_off in training.
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
         if not (watched or any(part.noisy() or (part.training and seeds._MODE == "off") for part in parts)):
+            if ddp_waits():
+                query, key, value = self._with_unused_variances(query, key, value)
             return super().forward(
                 query,
                 key,
@@ -112,6 +142,13 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return self._noised_forward(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
+
+    def _with_unused_variances(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same tensors, one where they were one, through which every variance gets a gradient of zeros."""
+        same = query
+        for part in self._parts():
+            same = functional.without_noise(same, part._log_variance())
+        return same, same if key is query else key, same if value is query else value
 
     def _noised_forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,

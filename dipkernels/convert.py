@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import seeds, tensor_parallel
 from .attention import DIPMultiheadAttention, DIPOutProjection
+from .distributed import replicate_variance
 from .layers import (
     MAX_LAYERS,
     DIPConv1d,
@@ -25,6 +26,7 @@ from .layers import (
     DIPLinear,
     Variance,
     check_init_variance,
+    device_of_variance,
     dip_layers,
     number_layers,
     share_noise,
@@ -313,7 +315,17 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if _counts_as(module) is None:
         base = next(t.__name__ for t in types if isinstance(module, t))
         return f"a subclass of nn.{base}, whose forward may be its own"
-    if "forward" in vars(module):
+    if "forward" in vars(module) and hasattr(module, "_hf_hook"):
+        return (
+            "accelerate dispatched it, and its hook calls the plain forward: convert before dispatching, or "
+            "accelerate.hooks.remove_hook_from_submodules(model), convert, and accelerate.dispatch_model again"
+        )
+    if _forward_replaced(module) and getattr(module, "_is_hooked", False):
+        return (
+            "a tp_plan of transformers replaced its forward: load the model without one, convert, then "
+            "dip.parallelize_module(model, mesh, plan)"
+        )
+    if _forward_replaced(module):
         return "its forward was replaced on the object, so that a DIP layer's would not run"
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
@@ -322,6 +334,12 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
         return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
     return None
+
+
+def _forward_replaced(module: nn.Module) -> bool:
+    """Whether the object has a forward of its own, and not its class's, as accelerate leaves behind."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], cannot: dict[nn.Module, str]) -> str:
@@ -341,12 +359,14 @@ def _become_dip(module: Any, init_variance: float, num_samples: int, keep: str) 
     plain, twin = type(module), _twin(module)
     features = 0 if twin is DIPMultiheadAttention else _features(module)
     module.__class__ = twin
+    module.__dict__.pop("forward", None)  # the plain class's
     try:
         if twin is DIPMultiheadAttention:
             module._set_up(init_variance, num_samples)
             return
         keep = keep if isinstance(module, DIPLinear) else "auto"
-        module._set_up(features, init_variance, num_samples, keep, module.weight.device)
+        device = device_of_variance(module.weight, None)
+        module._set_up(features, init_variance, num_samples, keep, device)
     except Exception:
         module.__class__ = plain
         raise
@@ -356,6 +376,8 @@ def _become_dip(module: Any, init_variance: float, num_samples: int, keep: str) 
         module.variance.requires_grad_(True)
         _become_plain(module.base_layer)
     module.variance.train(module.training)
+    if tensor_parallel.is_dtensor(module.weight):  # the plain layer was parallelised already
+        replicate_variance(module.variance, module.weight.device_mesh)
 
 
 # ---- to_plain ------------------------------------------------------------------------------------------------------
@@ -387,10 +409,6 @@ def to_plain(model: nn.Module) -> nn.Module:
             f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
             "give it a module of its own behind the layer"
         )
-    streams = {f"{name}.stream".lstrip(".") for name in layers}
-    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in streams]
-    if others:
-        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
         attention.to_plain_in_place()
     for layer in layers.values():
@@ -406,8 +424,9 @@ def to_plain(model: nn.Module) -> nn.Module:
 
 
 def _become_plain(module: Any) -> None:
-    del module.variance, module.stream, module.num_samples, module.keep, module.number
-    module.__dict__.pop("share", None)
+    del module.variance, module.num_samples, module.keep
+    for name in ("share", "_number", "_stream", "_counted_in"):
+        module.__dict__.pop(name, None)
     module.__class__ = module.plain_type
 
 
@@ -454,7 +473,7 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     """
     _need_layers(model)
     return {
-        f"{name}.log_variance": tensor_parallel.full(m.log_variance.detach()).cpu().clone()
+        f"{name}.log_variance": m.detached().cpu().clone()
         for name, m in model.named_modules()
         if isinstance(m, Variance)
     }
@@ -468,15 +487,17 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     another shape.
     """
     _need_layers(model)
-    own = {f"{name}.log_variance": m.log_variance for name, m in model.named_modules() if isinstance(m, Variance)}
+    own = {f"{name}.log_variance": m for name, m in model.named_modules() if isinstance(m, Variance)}
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:
         raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
-    other = {n: (tuple(state[n].shape), tuple(p.shape)) for n, p in own.items() if state[n].shape != p.shape}
+    shapes = {n: (tuple(state[n].shape), tuple(m.log_variance.shape)) for n, m in own.items()}
+    other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
         raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
-    for name, parameter in own.items():
-        parameter.copy_(tensor_parallel.laid_out_as(state[name], parameter))
+    _check_settable({name: m for name, m in own.items()})
+    for name, m in own.items():
+        _set_named(name, m, state[name])
 
 
 # ---- summary and calibrate -----------------------------------------------------------------------------------------
@@ -552,6 +573,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float = 0.1, floo
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
     layers = _need_layers(model)
+    _check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
     spreads = measured_spreads(model, batches)
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [name or "(root)" for name, level in levels.items() if not level > 0]
@@ -559,8 +581,22 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float = 0.1, floo
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     for name, layer in layers.items():
         sigma = ratio * spreads[name].clamp(min=floor * levels[name].item())
-        layer.variance.log_variance.copy_(2 * sigma.log())
+        _set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, 2 * sigma.log())
     return summary(model)
+
+
+def _check_settable(variances: Mapping[str, Variance]) -> None:
+    reasons = {name: reason for name, m in variances.items() if (reason := m.cannot_set()) is not None}
+    if reasons:
+        listed = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
+        raise ValueError(f"model: expected variances that can be set, got {listed}")
+
+
+def _set_named(name: str, variance: Variance, values: Tensor) -> None:
+    try:
+        variance.set_log_variance(values)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _need_layers(model: nn.Module) -> dict[str, DIPLayer]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import seeds
-from .layers import Variance, dip_layers
+from .layers import Variance, dip_layers, warn_of_equal_numbers
 from .tensor_parallel import is_dtensor
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -43,6 +43,40 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
     return module
 
 
+def parallelize_module(module: nn.Module, device_mesh: Any, parallelize_plan: Any = None, **options: Any) -> nn.Module:
+    """torch.distributed.tensor.parallel.parallelize_module for a converted model: variances stay whole on every rank.
+
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        dip.parallelize_module(model, mesh["tp"], plan)
+
+    The styles are torch's own; they cut every parameter that they find inside a layer, so the variances are taken out
+    meanwhile. module, device_mesh, parallelize_plan, options: torch's, the mesh always given.
+    Returns what torch's function returns. Raises what it raises.
+    """
+    from torch.distributed.tensor.parallel import parallelize_module as torchs
+
+    owners = [layer for layer in dip_layers(module).values() if "variance" in layer._modules]
+    variances = [layer._modules.pop("variance") for layer in owners]
+    try:
+        parallel = torchs(module, device_mesh, parallelize_plan, **options)
+    finally:
+        for layer, variance in zip(owners, variances):
+            layer._modules["variance"] = variance
+    for layer, variance in zip(owners, variances):
+        of_weights = [p.device_mesh for p in layer.parameters() if is_dtensor(p)]
+        if isinstance(variance, Variance) and (of_weights or getattr(layer, "_distribute_module_applied", False)):
+            replicate_variance(variance, (of_weights or [device_mesh])[0])
+    return parallel
+
+
+def replicate_variance(variance: Variance, mesh: Any) -> None:
+    """Its tensors as DTensors that are whole on every rank of the mesh. A collective."""
+    from torch.distributed.tensor import distribute_module
+
+    if not any(is_dtensor(t) for t in variance._tensors().values()):
+        distribute_module(variance, mesh)
+
+
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
@@ -59,6 +93,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     layers = dip_layers(model)
     if not layers:
         raise ValueError("model: expected DIP layers, found none; convert it first")
+    warn_of_equal_numbers(model)
     mine = {
         "faults": _faults(model),
         "numbers": {name: layer.number for name, layer in layers.items()},

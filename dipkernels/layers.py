@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import uuid
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional, seeds, tensor_parallel
+from . import decay, functional, seeds, tensor_parallel
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -42,82 +46,201 @@ class Variance(nn.Module):
 
     num_features: K. init_variance: a number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
     `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
-    bfloat16 an optimiser's small steps would round away. A state dict without it leaves it at its initial value.
+    bfloat16 an optimiser's small steps would round away. A state dict without it leaves it as it is; where it is on the
+    meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded.
     A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
     Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
     this project's.
     """
 
+    log_variance: nn.Parameter
+
     def __init__(
         self, num_features: int, init_variance: float | Tensor = 0.01, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
+        self.num_features = num_features
         self.init_variance = check_init_variance(init_variance, num_features)
-        self.log_variance = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        self.register_parameter("log_variance", None)
+        # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has to hold this one.
+        self._parameters["log_variance"] = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        self._from_meta = self.log_variance.is_meta  # until it has values
         self.spread: Tensor | None = None  # [K] standard deviation of the input, once measured: calibrate, summary
         self.reset_parameters()
+        decay.watch(self)
 
-    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        decay.watch(self)  # a copy does not come from __init__
+
+    # ---- values
+
     def reset_parameters(self) -> None:
         """log_variance = ln(init_variance)."""
-        if isinstance(self.init_variance, Tensor):
-            self.log_variance.copy_(tensor_parallel.laid_out_as(self.init_variance.log(), self.log_variance))
+        if "log_variance" in self._parameters:
+            self._fill(self._tensors())
         else:
-            self.log_variance.fill_(math.log(self.init_variance))
+            self.set_log_variance(self._initial())
+
+    def start_anew(self) -> None:
+        """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation lets it be set."""
+        if self.cannot_set() is None:
+            self.reset_parameters()
+
+    def set_log_variance(self, values: Tensor) -> None:
+        """log_variance = values [K], the same on every rank; through the right_inverse of a parametrisation.
+
+        Raises ValueError saying why where that cannot be.
+        """
+        reason = self.cannot_set()
+        if reason is not None:
+            raise ValueError(f"log_variance: expected one that can be set, got one {reason}")
+        with torch.no_grad():
+            if "log_variance" in self._parameters:
+                self.log_variance.copy_(tensor_parallel.laid_out_as(values, self.log_variance))
+                return
+            before, values = self.log_variance.detach().clone(), values.to(self.log_variance)
+            self.log_variance = values  # type: ignore[assignment]  # what parametrize makes of an assignment
+            if not torch.allclose(self.log_variance, values, rtol=1e-3, atol=1e-3):
+                self.log_variance = before  # type: ignore[assignment]
+                raise ValueError("log_variance: expected values that its parametrisation can take, got others")
+
+    def cannot_set(self) -> str | None:
+        """Why log_variance cannot be set, as the end of a sentence; None where it can."""
+        if self.log_variance.is_meta:
+            return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
+        if "log_variance" in self._parameters:
+            return None
+        if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
+            return "that a hook computes (pruning, weight_norm): remove that first"
+        steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
+        one_way = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
+        return f"parametrised by {', '.join(one_way)} without a right_inverse: give it one" if one_way else None
+
+    def widen(self) -> None:
+        """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype. Warns."""
+        parameter = self.log_variance
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if parameter.dtype.itemsize >= 4 or distributed:  # FSDP's mixed precision has an error that names it
+            return
+        warnings.warn(
+            f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round away; it is float32 "
+            "again, with the values rounded. Cast by model.to(dtype), which leaves it as it is",
+            stacklevel=4,
+        )
+        parameter.data = parameter.data.float()
+        parameter.grad = None if parameter.grad is None else parameter.grad.float()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Its own parameters and buffers."""
+        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+
+    def _initial(self) -> Tensor:
+        """ln(init_variance), [K], on the CPU."""
+        if isinstance(self.init_variance, Tensor):
+            return self.init_variance.log()
+        return torch.full((self.num_features,), math.log(self.init_variance), dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            if isinstance(self.init_variance, Tensor):
+                tensor.copy_(tensor_parallel.laid_out_as(self.init_variance.log(), tensor))
+            else:
+                tensor.fill_(math.log(self.init_variance))
 
     def forward(self) -> Tensor:
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for it.
         return self.log_variance if type(self) is Variance else self.log_variance.clone()
 
+    def detached(self) -> Tensor:
+        """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a collective."""
+        # accelerate's offload has it on meta, but for the time of a call.
+        value = self() if self.log_variance.is_meta and "forward" in self.__dict__ else self.log_variance
+        return tensor_parallel.full(value.detach())
+
     @property
     def sigma(self) -> Tensor:
         """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded one the whole, a collective."""
-        return torch.exp(tensor_parallel.full(self.log_variance.detach()) / 2)
-
-    # The styles of torch.distributed.tensor.parallel partition every module inside a layer as if it were the layer
-    # itself: by what follows ColwiseParallel and RowwiseParallel leave log_variance whole on each rank.
-
-    @property
-    def weight(self) -> Tensor:
-        return self.log_variance.detach()[None]
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight":
-            return
-        before = self._parameters.get(name)
-        arrived = before is not None and not tensor_parallel.is_dtensor(before)
-        super().register_parameter(name, tensor_parallel.replicated(param) if arrived else param)
+        return torch.exp(self.detached() / 2)
 
     def extra_repr(self) -> str:
-        return f"{self.log_variance.numel()}, init_variance={_short(self.init_variance)}"
+        return f"{self.num_features}, init_variance={_short(self.init_variance)}"
+
+    # ---- moves and loads
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before, computed = self._tensors(), False
+        empty = [name for name, t in before.items() if t.is_meta]
+
         def keep_precision(t: Tensor) -> Tensor:
-            moved = fn(t)
+            nonlocal computed
+            try:
+                moved = fn(t)
+            except NotImplementedError:  # no data to copy: these values are known all the same
+                if tensor_parallel.is_dtensor(t) or not any(t is before[name] for name in empty):
+                    raise
+                t, computed = self._initial(), True
+                moved = fn(t)
             narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize and t.dtype.itemsize >= 4
             return (
                 t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
             )
 
-        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        after = self._tensors()
+        if empty and not any(after[name].is_meta for name in empty):
+            self._from_meta = False
+            if not computed:  # by to_empty, which leaves all of them undefined
+                self._fill(after)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        key = prefix + "log_variance"
-        if key in state_dict:
-            # With assign=True the tensor itself would become the parameter, half precision and all.
-            if isinstance(state_dict[key], Tensor) and state_dict[key].dtype.itemsize < 4:
-                state_dict[key] = state_dict[key].float()
-        elif local_metadata.get("assign_to_params_buffers", False) and self.log_variance.is_meta:
-            sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
-            fresh = Variance(self.log_variance.numel(), self.init_variance, getattr(sibling, "device", None))
-            state_dict[key] = fresh.log_variance.detach()
-        else:
-            self.reset_parameters()
-            return
+        absent, assigns = set(), local_metadata.get("assign_to_params_buffers", False)
+        for name, tensor in self._tensors().items():
+            key = prefix + name
+            value = state_dict.get(key)
+            # torch's set_model_state_dict fills in the model's own tensor for what is missing: nothing, on meta.
+            if key in state_dict and not (assigns and tensor.is_meta and getattr(value, "is_meta", False)):
+                # With assign=True the tensor itself would become the parameter, half precision and all.
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
+                    state_dict[key] = value.float()
+            elif assigns and tensor.is_meta:
+                sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
+                values = self._initial().to(getattr(sibling, "device", "cpu"))
+                state_dict[key] = tensor_parallel.laid_out_as(values, tensor, values.device)
+            else:
+                absent.add(key)
+        below = self.state_dict(prefix=prefix, keep_vars=True) if self._modules else {}
+        for key, value in below.items():  # a parametrisation's tensors: they stay as they are too
+            if key not in state_dict and key not in absent:
+                state_dict[key] = value.detach()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        missing[:] = [key for key in missing if key not in absent]
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Always true; transformers asks after loading, and what its checkpoint lacked is then undefined memory."""
+        tensors = self._tensors()
+        if self._from_meta and not any(t.is_meta for t in tensors.values()):
+            loaded = (name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False))
+            self._fill({name: tensors[name] for name in tensors.keys() - set(loaded)})
+            self._from_meta = False
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self._from_meta = False
+
+
+def device_of_variance(weight: Tensor, device: torch.device | str | None) -> torch.device:
+    """The weight's; beside a weight without data, where it was asked for, so that it has values all the same."""
+    if not weight.is_meta:
+        return weight.device
+    return torch.get_default_device() if device is None else torch.device(device)
 
 
 # DIPLayer is mixed into modules, and is none itself.
@@ -128,11 +251,13 @@ else:
 
 
 class DIPLayer(_Mixin):
-    """What the DIP layers share: the child `variance`, the buffer `stream` = (0, number), and when there is noise."""
+    """What the DIP layers share: the child `variance`, the number of its stream, and when there is noise."""
 
     _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
-    stream: Tensor
+    _number: int
+    _counted_in: str  # which count of layers gave the number: a call of number_layers, or "" for the process's
+    _stream: Tensor
     share: Share | None = None  # with the layers that read the same input, if asked for: share_noise
 
     def _set_up(
@@ -143,10 +268,8 @@ class DIPLayer(_Mixin):
         if keep not in self._KEEPS:
             raise ValueError(f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}")
         self.num_samples, self.keep = num_samples, keep
-        self.number = next(_NUMBERS) % MAX_LAYERS
         self.variance = Variance(num_features, init_variance, device)
-        stream = torch.tensor([0, self.number], device=device)
-        self.register_buffer("stream", stream, persistent=False)
+        self.number = next(_NUMBERS) % MAX_LAYERS
 
     @property
     def log_variance(self) -> nn.Parameter:
@@ -156,49 +279,113 @@ class DIPLayer(_Mixin):
     def _log_variance(self) -> Tensor:
         """What calling `variance` gives, without the microseconds of a call that no hook wants."""
         variance = self._modules.get("variance") or self.variance
-        if type(variance) is Variance and not (variance._forward_pre_hooks or variance._forward_hooks):
-            return variance._parameters["log_variance"]  # type: ignore[return-value]
-        gathered: Tensor = variance()
-        return gathered
+        if type(variance) is Variance and not (torch.compiler.is_compiling() or _is_hooked(variance)):
+            parameter = variance._parameters.get("log_variance")
+            if parameter is not None:  # nn.DataParallel's replicas have tensors in place of parameters
+                if parameter.dtype is not torch.float32:
+                    variance.widen()
+                return parameter
+        try:
+            gathered: Tensor = variance()
+        except KeyError as error:
+            raise RuntimeError(
+                f"variance: expected its offloaded values to be at hand, got none for {error}; a checkpoint of the "
+                "plain model was dispatched with offload. Load it, convert, then dispatch the converted model"
+            ) from error
+        # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that names it.
+        return gathered.float() if "forward" in variance.__dict__ and gathered.dtype.itemsize < 4 else gathered
 
     def noisy(self) -> bool:
         """Whether a forward pass now would draw noise."""
         return self.training if seeds._MODE is None else seeds._MODE == "on"
 
-    def set_number(self, number: int) -> None:
-        """Set the stream that fixed_noise gives this layer, 0 <= number < 65536."""
-        self.number = number
-        self._fill_stream()
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name != "variance.log_variance":  # from a tensor-parallel style, which comes to the child by itself
-            super().register_parameter(name, param)
-
     def without_noise(self, input: Tensor) -> Tensor:
-        """The input; under noise_off log_variance is then used all the same, with a gradient of zeros."""
-        if seeds._MODE == "off" and self.training:
+        """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for gradients of 0."""
+        if (seeds._MODE == "off" and self.training) or ddp_waits():
             return functional.without_noise(input, self._log_variance())
         return input
 
-    def _fill_stream(self) -> None:
-        stream = tensor_parallel.local(self.stream)
-        stream.copy_(torch.tensor([0, self.number], device=stream.device))
+    def copied_without_noise(self, input: Tensor) -> Tensor:
+        """The same for what others may change in place, which autograd refuses for the view made there."""
+        same = self.without_noise(input)
+        return same if same is input else same.clone()
+
+    # ---- the number, and what is computed from it
+
+    @property
+    def number(self) -> int:
+        """The stream that fixed_noise gives this layer, 0 <= number < 65536."""
+        return self._number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self.set_number(number)
+
+    def set_number(self, number: int, model: str = "") -> None:
+        """Set the stream that fixed_noise gives this layer, 0 <= number < 65536. model: what it was counted in."""
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_LAYERS:
+            raise ValueError(f"number: expected an integer from 0 to {MAX_LAYERS - 1}, got {number!r}")
+        self.__dict__["_number"], self.__dict__["_counted_in"] = number, model
+        self._keep_stream()
+
+    @property
+    def stream(self) -> Tensor:
+        """int64 [2] = (0, number), made afresh on the variance's device."""
+        return torch.tensor([0, self._number], device=self.variance.log_variance.device)
+
+    def _keep_stream(self) -> None:
+        # No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
+        device = self.variance.log_variance.device
+        self.__dict__["_stream"] = torch.tensor([0, self._number], device="cpu" if device.type == "meta" else device)
+
+    def _stream_on(self, device: torch.device) -> Tensor:
+        """`stream` on this device, without a copy from the host."""
+        kept: Tensor = self._stream
+        if kept.device == device:
+            return kept
+        if torch.compiler.is_compiling():  # the number itself would compile each layer anew
+            return kept.to(device)
+        return torch.arange(2, device=device) * self._number
+
+    def _seed(self, x: Tensor) -> Tensor:
+        """The seed of one forward pass on x."""
+        if seeds._KEY is None:
+            return seeds.draw(self._stream, x)
+        if not torch.compiler.is_compiling():
+            seeds.note_number(self._number, self._counted_in)
+        return seeds.draw(self._stream_on(x.device), x)
+
+    # ---- moves
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._keep_stream()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight = getattr(self, "weight", None)
+        empty = isinstance(weight, Tensor) and weight.is_meta  # now: what follows may change the tensor itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._fill_stream()  # to_empty leaves a buffer's contents undefined
+        if recurse and empty and not self.weight.is_meta and "variance" in self._modules:
+            self.variance.start_anew()
+        self._keep_stream()
         return self
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if self.stream.is_meta and local_metadata.get("assign_to_params_buffers", False):
-            # Tensors take the place of those on meta; no state dict holds the stream.
-            names = (prefix + "weight", prefix + "variance.log_variance")
-            arrived = [state_dict[name] for name in names if name in state_dict]
-            if arrived and not arrived[0].is_meta:
-                self.stream = torch.tensor([0, self.number], device=arrived[0].device)
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance inside."""
+        if "variance" in self._modules and (name.startswith("variance.") or self._is_cut(name, param)):
+            raise ValueError(
+                f"{type(self).__name__}: expected tensor parallelism by dip.parallelize_module(model, mesh, plan), "
+                "which takes the same plan and keeps log_variance whole, got a style of torch's own; or parallelise "
+                "the plain model, then convert it"
+            )
+        super().register_parameter(name, param)
+
+    def _is_cut(self, name: str, param: nn.Parameter | None) -> bool:
+        """Whether a DTensor split over ranks takes the place of a plain parameter."""
+        before = self.__dict__["_parameters"].get(name)
+        if before is None or tensor_parallel.is_dtensor(before) or not tensor_parallel.is_dtensor(param):
+            return False
+        return any(p.is_shard() for p in param.placements)
 
     def reset_parameters(self) -> None:
         plain = getattr(super(), "reset_parameters", None)
@@ -247,7 +434,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         estimator: str = "sample",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_up(in_features, init_variance, num_samples, keep, self.weight.device)
+        self._set_up(in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device))
         if activation is not None and activation not in functional.ACTIVATIONS:
             raise ValueError(f"activation: expected None or one of {tuple(functional.ACTIVATIONS)}, got {activation!r}")
         if estimator not in functional.ESTIMATORS:
@@ -273,7 +460,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
             samples = self.num_samples
             where = (-1, seeds.first_row(input), 0, 0, 1, 1.0 if samples == 1 else samples**-0.5, True)
-            seed, dtype = seeds.draw(self.stream, input), functional.autocast_dtype(input)
+            seed, dtype = self._seed(input), functional.autocast_dtype(input)
             sigma = self._log_variance()
             return self._activated(
                 functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
@@ -282,8 +469,8 @@ class DIPLinear(DIPLayer, nn.Linear):
             input,
             self.weight,
             self.bias,
-            self._log_variance(),
-            self.stream if self.estimator == "analytic" else seeds.draw(self.stream, input),
+            _beside(input, self),
+            self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input),
             row0=seeds.first_row(input),
             num_samples=self.num_samples,
             log_variance=True,
@@ -307,11 +494,27 @@ class _DIPConv(DIPLayer):
     weight: Tensor
     _KEEPS = ("auto", "u")
 
-    def __init__(
-        self, *args: Any, init_variance: float | Tensor = 0.01, num_samples: int = 1, keep: str = "auto", **kwargs: Any
+    def __init__(  # all by name: torch.nn.utils.skip_init looks for device
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        keep: str = "auto",
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self._set_up(self.in_channels, init_variance, num_samples, keep, self.weight.device)
+        places = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(*places, device, dtype)
+        self._set_up(in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device))
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.noisy():
@@ -374,7 +577,9 @@ class DIPInput(DIPLayer, nn.Module):
         return self.dim
 
     def forward(self, input: Tensor) -> Tensor:
-        return noised(self, input) if self.noisy() else self.without_noise(input)
+        if self.noisy():
+            return noised(self, input)
+        return self.copied_without_noise(input)
 
     def reset_parameters(self) -> None:
         """Refill the variance."""
@@ -392,7 +597,7 @@ class _Twin(DIPLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.noisy():
-            return super().forward(self.without_noise(x), *args, **kwargs)
+            return super().forward(self.copied_without_noise(x), *args, **kwargs)
         return super().forward(noised(self, x, functional.autocast_dtype(x)), *args, **kwargs)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -423,26 +628,44 @@ class Share:
     """One u for the layers that read one tensor: the first to be called draws it, the others take it.
 
     A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when every layer has had
-    it.
+    it, or when x is gone: a layer that is skipped (an expert, an early exit) keeps neither alive.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self._entry: tuple[Any, ...] | None = None  # (x, what u depends on beside x, the key, layers served, u)
+        # By device, for nn.DataParallel's replicas share this object: (x, what u depends on beside x, the key, layers
+        # served, u); x by a weak reference, but in a graph that torch.compile makes.
+        self._entries: dict[Any, tuple[Any, ...]] = {}
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        compiling = torch.compiler.is_compiling()
+        version = None if compiling or x.is_inference() else x._version
         place = (version, dtype, torch.is_grad_enabled(), seeds._ROW0)
-        entry = self._entry
-        if entry is None or entry[0] is not x or entry[1] != place or entry[2] is not seeds._KEY or layer in entry[3]:
+        device = "compiled" if compiling else x.device
+        entry = self._entries.get(device)
+        same = entry is not None and (entry[0] if compiling else entry[0]()) is x
+        if not same or entry[1] != place or entry[2] is not seeds._KEY or layer in entry[3]:  # type: ignore[index]
             served, u = (layer,), _fresh(layer, x, dtype)
         else:
-            served, u = (*entry[3], layer), entry[4]
-        self._entry = None if len(served) == self.num_layers else (x, place, seeds._KEY, served, u)
+            served, u = (*entry[3], layer), entry[4]  # type: ignore[index]
+        if len(served) == self.num_layers:
+            self._entries.pop(device, None)
+        else:
+            held = x if compiling else weakref.ref(x, self._forget(device))
+            self._entries[device] = (held, place, seeds._KEY, served, u)
         return u
 
+    def _forget(self, device: object) -> Callable[[weakref.ref[Tensor]], None]:
+        entries = self._entries
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            if device in entries and entries[device][0] is dead:
+                del entries[device]
+
+        return forget
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"num_layers": self.num_layers, "_entry": None}
+        return {"num_layers": self.num_layers, "_entries": {}}
 
 
 def share_noise(layers: list[DIPLayer]) -> None:
@@ -476,8 +699,8 @@ def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
     dim = layer.feature_dim
     return functional.perturb(
         x,
-        layer._log_variance(),
-        seeds.draw(layer.stream, x),
+        _beside(x, layer),
+        layer._seed(x),
         dim=dim,
         row0=seeds.first_row(x, dim),
         sample=sample,
@@ -485,6 +708,34 @@ def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
         log_variance=True,
         dtype=dtype,
     )
+
+
+def _beside(x: Tensor, layer: DIPLayer) -> Tensor:
+    """The layer's log_variance; for nn.DataParallel's replica of a layer that shares the first one's, on x's device."""
+    log_variance = layer._log_variance()
+    elsewhere = layer.share is not None and getattr(layer, "_is_replica", False)
+    return log_variance.to(x.device) if elsewhere else log_variance
+
+
+# ---- where a variance may be used without a call, and where it must be used at all -----------------------------------
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether nn.Module.__call__ would do more than call the class's forward."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()
+    )
+
+
+def ddp_waits() -> bool:
+    """Whether DDP runs this forward pass: it stops at the next one where a parameter got no gradient."""
+    return torch.is_grad_enabled() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
 
 
 # ---- the layers of a model -------------------------------------------------------------------------------------------
@@ -499,25 +750,38 @@ def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i under fixed_noise.
 
     model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
-    on what was built before it, and a model of deep-copied layers for its layers to differ. Adding a layer renumbers
-    those after it. Layers that share one draw have one number.
+    on what was built before it, and so does one joined from models that were converted apart or from deep-copied
+    layers, for its layers to differ; such a model warns under fixed_noise. Adding a layer renumbers those after it.
+    Layers that share one draw have one number.
     Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
     """
     layers = dip_layers(model)
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
-    numbers = itertools.count()
+    numbers, counted_in = itertools.count(), uuid.uuid4().hex
     shared: dict[Share | None, int] = {}
     for layer in layers.values():
         number = next(numbers) if layer.share not in shared else shared[layer.share]
         if layer.share is not None:
             shared[layer.share] = number
-        layer.set_number(number)
-    # A stream is the same on every rank; DDP would broadcast it before each forward pass.
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    streams = (f"{name}.stream".lstrip(".") for name in layers)
-    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *streams})  # type: ignore[assignment]
+        layer.set_number(number, counted_in)
     return model
+
+
+def warn_of_equal_numbers(model: nn.Module) -> None:
+    """Warn under fixed_noise where layers of the model have one number, and so one noise, without sharing it."""
+    if seeds._KEY is None or torch.compiler.is_compiling():
+        return
+    owners: dict[int, tuple[str, Share | None]] = {}
+    for name, layer in dip_layers(model).items():
+        first, share = owners.setdefault(layer.number, (name, layer.share))
+        if first != name and (share is None or share is not layer.share):
+            warnings.warn(
+                f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), so that fixed_noise "
+                "gives them one noise; call dip.number_layers(model) on the whole model",
+                stacklevel=3,
+            )
+            return
 
 
 def _short(init_variance: float | Tensor) -> str:

@@ -29,9 +29,9 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     """
     _check_weight("alpha", alpha)
     _check_weight("beta", beta)
-    unique = {
-        id(module.log_variance): module.log_variance for module in model.modules() if isinstance(module, Variance)
-    }
+    # Read once: a parametrised module computes another tensor each time.
+    parts = [module.log_variance for module in model.modules() if isinstance(module, Variance)]
+    unique = {id(part): part for part in parts}
     if not unique:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     sharded = [part for part in unique.values() if is_dtensor(part)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .tensor_parallel import is_dtensor, local
+from .tensor_parallel import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -80,6 +80,8 @@ class fixed_noise(_State):
     def _set(self) -> None:
         global _KEY, _ROW0, _TAG
         _KEY, _ROW0, _TAG = self._key, self._row0, self._tag
+        if not torch.compiler.is_compiling():
+            _counted_in.clear()
 
 
 class noise_off(_State):
@@ -144,6 +146,25 @@ def _key_tensor(key: int | Tensor) -> Tensor:
     return torch.tensor([signed(number), 0], device=device or "cpu")
 
 
+# Which count each number came from, in this fixed_noise context, and the pairs of counts that a warning has named.
+_counted_in: dict[int, str] = {}
+_named: set[frozenset[str]] = set()
+
+
+def note_number(number: int, counted_in: str) -> None:
+    """Warn, once, where layers that were numbered apart draw the noise of one number under one key."""
+    other = _counted_in.setdefault(number, counted_in)
+    if other == counted_in or (pair := frozenset((other, counted_in))) in _named:
+        return
+    _named.add(pair)
+    warnings.warn(
+        f"dipkernels: layers of two models that were converted apart have one number ({number}) and draw under one "
+        "fixed_noise key, so that their noise is the same. If they are parts of one model, call dip.number_layers(model) "
+        "on the whole; if not, and their noise should differ, give each model a key of its own",
+        stacklevel=2,
+    )
+
+
 def draw(stream: Tensor, x: Tensor) -> Tensor:
     """The seed of one forward pass, int64 [2]: (key, number) under fixed_noise, otherwise two random integers.
 
@@ -160,7 +181,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
             _compare_ranks(x.device.type, is_dtensor(x))
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
     else:
-        seed = _KEY.to(x.device) + (local(stream) if is_dtensor(stream) else stream)
+        seed = _KEY.to(x.device) + stream
     # No checkpointed block's first forward runs with gradients on and no hook on saved tensors.
     if not compiling and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
         _watch_checkpoint(seed)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 
@@ -39,23 +39,13 @@ def full(x: Tensor) -> Tensor:
     return x.full_tensor() if is_dtensor(x) else x
 
 
-def replicated(parameter: nn.Parameter | None) -> nn.Parameter | None:
-    """The parameter, or if it is a DTensor split over ranks, one of the whole on every rank."""
-    if not is_dtensor(parameter) or all(p.is_replicate() for p in parameter.placements):
-        return parameter
-    from torch.distributed.tensor import Replicate
-
-    whole = parameter.detach().redistribute(placements=[Replicate()] * parameter.device_mesh.ndim)
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
-
-
-def laid_out_as(values: Tensor, like: Tensor) -> Tensor:
-    """values, the same on every rank, with the layout of `like`."""
+def laid_out_as(values: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
+    """values, the same on every rank, with the layout of `like`, and on its device unless another is named."""
     if not is_dtensor(like):
         return values
     from torch.distributed.tensor import DTensor, Replicate
 
-    mesh, values = like.device_mesh, values.to(like.device)
+    mesh, values = like.device_mesh, values.to(device or like.device)
     whole = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=like.placements)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import analytic, seeds
 from .convert import eval_mode
-from .layers import dip_layers
+from .layers import dip_layers, warn_of_equal_numbers
 
 
 def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any) -> Any:
@@ -37,6 +37,8 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
             "model: expected training mode, got eval mode, where the m trajectories would be equal; "
             "call model.train(), or use dip.predict(model, ..., k=m)"
         )
+    if isinstance(model, nn.Module):
+        warn_of_equal_numbers(model)
     return _folded(model, args, kwargs, m, in_dims)
 
 
@@ -100,6 +102,7 @@ def predict(
         raise ValueError(
             "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
         )
+    warn_of_equal_numbers(model)
     parts: list[Any] = []
     if method == "analytic":
         with torch.no_grad(), eval_mode(model):

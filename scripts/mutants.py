@@ -52,6 +52,7 @@ AVERAGING = ("tests/test_averaging.py",)
 ACTIVATION = ("tests/test_activation.py",)
 SAMPLES = ("tests/test_samples.py",)
 LAYERS = ("tests/test_layers.py", "tests/test_seeds.py", "tests/test_faults.py")
+USER_CODE = ("tests/test_user_code_variance.py",)
 
 
 class Mutant(NamedTuple):
@@ -229,7 +230,10 @@ MUTANTS = [
     Mutant("dipkernels/layers.py", "return self.training if seeds._MODE is None", "return True if seeds._MODE is None", LAYERS),
     Mutant("dipkernels/layers.py", "torch.promote_types(moved.dtype, torch.float32)", "moved.dtype", LAYERS),
     Mutant("dipkernels/layers.py", "next(_NUMBERS) % MAX_LAYERS", "0 * next(_NUMBERS)", LAYERS),
-    Mutant("dipkernels/layers.py", "self._fill_stream()  # to_empty", "pass  # to_empty", LAYERS),
+    Mutant("dipkernels/layers.py", "            self.variance.start_anew()", "            pass", USER_CODE),
+    Mutant("dipkernels/layers.py", "                self._fill(after)\n", "                pass\n", USER_CODE),
+    Mutant("dipkernels/layers.py", "missing[:] = [key for key in missing", "[key for key in missing", LAYERS),
+    Mutant("dipkernels/decay.py", "if p.requires_grad}", "}", USER_CODE),
     Mutant("dipkernels/seeds.py", "        if d != feature:\n", "        if True:\n", LAYERS),
     Mutant("dipkernels/seeds.py", "signed(self._number * _GOLDEN)", "signed(_GOLDEN)", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/seeds.py", "_KEY, _ROW0, _MODE, _TAG = self._saved.pop()", "_KEY, _ROW0, _MODE, _TAG = self._saved[0]", LAYERS),

@@ -97,8 +97,11 @@ def test_a_root_linear_is_converted_in_place():
 
 
 def test_variances_land_on_the_weights_device_in_float32():
-    model = convert(Net().to("meta", torch.bfloat16))
+    with torch.device("meta"):
+        model = convert(Net().to(torch.bfloat16))
     assert all(layer.log_variance.is_meta for layer in dip_layers(model).values())
+    model = convert(Net().to("meta", torch.bfloat16))  # they have values where nobody asked for none
+    assert not any(layer.log_variance.is_meta for layer in dip_layers(model).values())
     assert all(layer.log_variance.dtype is torch.float32 for layer in dip_layers(model).values())
 
 

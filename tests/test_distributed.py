@@ -334,6 +334,96 @@ def check_meta_and_state(rank, world, folder):
     return {n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}
 
 
+def check_conversion_of_a_meta_model(rank, world, inside):
+    """Outside torch.device("meta") the variances have values, the weights none; inside neither has."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    for name, p in plain.named_parameters():
+        p.data.fill_(len(name))
+    for whole, strict in ((True, False), (True, True), (False, False)):
+        full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+            model = dip.convert(model, 0.25) if inside else model
+        model = shard(model if inside else dip.convert(model, 0.25))
+        if whole:
+            set_model_state_dict(model, plain.state_dict() if rank == 0 else {}, options=full)
+        else:
+            model.to_empty(device="cpu")
+        for m in model.modules():
+            if isinstance(m, dip.Variance):
+                torch.testing.assert_close(m.sigma, torch.full((m.num_features,), 0.5))
+        if whole:
+            assert all((tensor_parallel.full(model[i].weight) == 8.0).all() for i in (0, 2))
+            model(torch.randn(3, 6)).sum().backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_sharded_meta_model_gets_its_variances(ranks, inside):
+    ranks.run(check_conversion_of_a_meta_model, inside)
+
+
+def check_partial_load(rank, world):
+    model = make_model()
+    for m in model.modules():
+        if isinstance(m, dip.Variance):
+            m.log_variance.data.fill_(-1.0)
+    shard(model)
+    own = {name: tensor_parallel.full(p.detach()).clone() for name, p in model.named_parameters()}
+    first = next(name for name in own if name.endswith("weight"))
+    model.load_state_dict({first: model.state_dict()[first]}, strict=False)
+    now = {name: tensor_parallel.full(p.detach()) for name, p in model.named_parameters()}
+    assert_same(now, own, rtol=0, atol=0)
+
+
+def test_a_load_into_shards_leaves_what_it_does_not_name(ranks):
+    ranks.run(check_partial_load)
+
+
+def check_eval_backbone(rank, world, kind):
+    from torch.distributed._composable.replicate import replicate
+    from torch.nn.parallel import DistributedDataParallel
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.ModuleDict({
+                "fc": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, batch_first=True),
+                "conv": nn.Conv1d(8, 8, 1), "input": dip.DIPInput(8),
+            })  # fmt: skip
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            b = self.backbone
+            x = b["input"](b["fc"](x))
+            x = x + b["attention"](x, x, x)[0]
+            return self.head(b["conv"](x.transpose(1, 2)).transpose(1, 2))
+
+    torch.manual_seed(rank)
+    plain = dip.convert(Net())
+    plain.backbone.eval()
+    model = replicate(copy.deepcopy(plain)) if kind == "replicate" else DistributedDataParallel(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 8)
+    for _ in range(3):  # the second step is where DDP stops
+        y = model(x)
+        y.square().sum().backward()
+    inner = model if kind == "replicate" else model.module
+    grads = {name: p.grad for name, p in inner.named_parameters() if name.endswith("log_variance")}
+    assert all(g is not None for g in grads.values())
+    assert {name for name, g in grads.items() if g.any()} == {"head.variance.log_variance"}
+    with torch.no_grad():
+        model(x)
+    apart = plain(x)  # without DDP nothing is added
+    apart.square().sum().backward()
+    assert plain.backbone["fc"].log_variance.grad is None
+
+
+@pytest.mark.parametrize("kind", ["ddp", "replicate"])
+def test_ddp_trains_on_with_a_backbone_in_eval_mode(ranks, kind):
+    ranks.run(check_eval_backbone, kind)
+
+
 def check_load(rank, world, folder, want):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

@@ -124,14 +124,15 @@ def test_log_variance_is_float32_under_a_bfloat16_default():
     assert layer.log_variance.dtype is torch.float32
 
 
-def test_a_plain_checkpoint_loads_strictly_and_leaves_the_initial_variance():
+def test_a_plain_checkpoint_loads_strictly_and_leaves_the_variances():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
     model = nn.Sequential(DIPLinear(4, 4, init_variance=0.5), DIPConv2d(4, 4, 1, init_variance=0.25))
     with torch.no_grad():
         model[0].log_variance.fill_(3.0)
     model.load_state_dict(plain.state_dict(), strict=True)
     assert torch.equal(model[0].weight, plain[0].weight)
-    assert model[0].log_variance[0].item() == pytest.approx(math.log(0.5))
+    assert model[0].log_variance[0].item() == 3.0
+    assert model[1].log_variance[0].item() == pytest.approx(math.log(0.25))
     assert set(model.state_dict()) - set(plain.state_dict()) == {"0.variance.log_variance", "1.variance.log_variance"}
 
 

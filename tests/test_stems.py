@@ -29,6 +29,7 @@ ORDER = [
     "expectation",
     "functional",
     "seeds",
+    "decay",
     "layers",
 ]
 ORDER += ["distributed", "attention", "convert"]

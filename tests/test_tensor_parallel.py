@@ -171,18 +171,17 @@ def parallel_mlp(model, mesh, sequence=False):
         PrepareModuleInput,
         RowwiseParallel,
         SequenceParallel,
-        parallelize_module,
     )
 
     if not sequence:
-        return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return dip.parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     plan = {
         "": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
         "norm": SequenceParallel(),
         "up": ColwiseParallel(input_layouts=Shard(1)),
         "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
     }
-    return parallelize_module(model, mesh, plan)
+    return dip.parallelize_module(model, mesh, plan)
 
 
 def check_styles(rank, world, sequence):
@@ -207,7 +206,7 @@ def check_styles(rank, world, sequence):
     with dip.noise_off():  # a step without noise goes on
         tensor_parallel.full(model(x)).sum().backward()
     again = number_layers(parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64))
-    assert again.up.log_variance.dtype is torch.float64 and again.down.stream.to_local().tolist() == [0, 1]
+    assert again.up.log_variance.dtype is torch.float64 and again.down.stream.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -224,11 +223,11 @@ def test_stock_styles_work_unchanged_on_four(four_ranks, sequence):
 def check_sequence_sharded_layer(rank, world):
     """DIP layers that see [B, S, K] cut along S, and images cut along H."""
     from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+    from torch.distributed.tensor.parallel import SequenceParallel
 
     mesh = mesh_of(world)
     plain = number_layers(nn.Sequential(DIPInput(8, init_variance=0.5), DIPLinear(8, 8)))
-    model = parallelize_module(copy.deepcopy(plain), mesh, {"0": SequenceParallel(), "1": SequenceParallel()})
+    model = dip.parallelize_module(copy.deepcopy(plain), mesh, {"0": SequenceParallel(), "1": SequenceParallel()})
     x = torch.randn(3, 4, 8)
 
     def whole(shard_of_s):
@@ -382,6 +381,101 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
         assert "rank 1: up.variance.log_variance: expected it whole" in by_name
         assert "x: expected a shard of shape" in shard
         assert "keep: expected" in keep
+
+
+def check_stock_styles_are_refused(rank, world):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    mesh = mesh_of(world)
+    styles = [ColwiseParallel(), RowwiseParallel(), SequenceParallel()]
+    return [raised(lambda style=style: parallelize_module(MLP(), mesh, {"up": style})) for style in styles]
+
+
+def test_torchs_own_call_is_refused_with_the_name_of_ours(ranks):
+    for messages in ranks.run(check_stock_styles_are_refused):
+        assert all(
+            "ValueError: DIPLinear: expected tensor parallelism by dip.parallelize_module" in m for m in messages
+        )
+
+
+def check_conversion_of_a_parallel_model(rank, world):
+    """The plain model by torch's own call, then converted: as parallelising the converted one."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x):
+            return self.down(F.gelu(self.up(x)))
+
+    torch.manual_seed(1)
+    model = Plain()
+    plain = dip.convert(copy.deepcopy(model), 0.2)
+    model = parallelize_module(model, mesh_of(world), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    dip.convert(model, 0.2)
+    assert all(p.is_replicate() for layer in (model.up, model.down) for p in layer.log_variance.placements)
+    assert_equal_training(plain, model, torch.randn(3, 4, 16))
+
+
+def test_a_parallel_model_may_be_converted(ranks):
+    ranks.run(check_conversion_of_a_parallel_model)
+
+
+def check_llama(rank, world):
+    import transformers
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(1)
+    plain = dip.convert(transformers.LlamaForCausalLM(config), 0.1).train()
+    model, block = copy.deepcopy(plain), "model.layers.*."
+    plan = {f"{block}self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"{block}mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {f"{block}self_attn.o_proj": RowwiseParallel(), f"{block}mlp.down_proj": RowwiseParallel()}
+    dip.parallelize_module(model, mesh_of(world), plan)
+    ids, logits = torch.arange(6).reshape(2, 3), []
+    for each in (plain, model):
+        with dip.fixed_noise(3):
+            logits.append(each(ids).logits)
+        logits[-1].square().sum().backward()
+    torch.testing.assert_close(*logits)
+    want, got = gradients(plain), gradients(model)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+def test_a_llama_is_parallelised_by_a_plan_of_patterns(ranks):
+    pytest.importorskip("transformers")
+    ranks.run(check_llama)
+
+
+def check_parallel_variances(rank, world):
+    """Loads, loops and frozen ones behind parallelize_module; layers outside the plan stay as they were."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    model = MLP()
+    model.up.variance.requires_grad_(False)
+    names = list(model.state_dict())
+    dip.parallelize_module(model, mesh_of(world), {"up": ColwiseParallel()})
+    assert list(model.state_dict()) == names
+    assert not model.up.log_variance.requires_grad and model.down.log_variance.requires_grad
+    assert not tensor_parallel.is_dtensor(model.down.log_variance) and not tensor_parallel.is_dtensor(model.down.weight)
+    before = tensor_parallel.full(model.up.log_variance.detach()).clone()
+    model.load_state_dict({"norm.weight": torch.ones(16)}, strict=False)
+    assert torch.equal(tensor_parallel.full(model.up.log_variance.detach()), before)
+    assert not hasattr(model.up.variance, "weight")
+    failing = {"up": ColwiseParallel(), "norm": ColwiseParallel()}  # torch refuses a norm
+    again = MLP()
+    message = raised(lambda: dip.parallelize_module(again, mesh_of(world), failing))
+    assert "NotImplementedError" in message and isinstance(again.down.variance, dip.Variance)
+
+
+def test_parallel_variances_are_whole_and_nothing_else_is_touched(ranks):
+    ranks.run(check_parallel_variances)
 
 
 def check_compiled(rank, world):

@@ -1,0 +1,294 @@
+"""Loads and offload by transformers, accelerate and PEFT: a variance is trained, computed or refused, never left over."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.layers import Variance, dip_layers
+
+accelerate = pytest.importorskip("accelerate")
+safetensors = pytest.importorskip("safetensors.torch")
+transformers = pytest.importorskip("transformers")
+START = math.log(0.01)
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def variances(model):
+    return [m for m in model.modules() if isinstance(m, Variance)]
+
+
+def trained(model, value=-3.0):
+    with torch.no_grad():
+        for variance in variances(model):
+            variance.log_variance.fill_(value)
+    return model
+
+
+def noise(model, *args, key=5):
+    with dip.fixed_noise(key):
+        return model.train()(*args)
+
+
+def spoil():
+    """Leave memory that is freed full of 77, so that what is not initialised shows."""
+    held = [torch.full((n,), 77.0) for n in (4, 8, 8, 16) for _ in range(300)]
+    held += [torch.full((2,), 77) for _ in range(300)]
+    del held
+
+
+# ---- transformers: from_pretrained -----------------------------------------------------------------------------------
+
+
+class ToyConfig(transformers.PretrainedConfig):
+    model_type = "toy-dip"
+
+    def __init__(self, noisy=True, how="convert", **kwargs):
+        self.noisy, self.how = noisy, how
+        super().__init__(**kwargs)
+
+
+class Toy(transformers.PreTrainedModel):
+    config_class = ToyConfig
+    base_model_prefix = "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(10, 8)
+        if config.noisy and config.how == "by hand":
+            self.layers = nn.Sequential(dip.DIPLinear(8, 8), nn.ReLU(), dip.DIPLinear(8, 8))
+            self.attention = dip.DIPMultiheadAttention(8, 2, batch_first=True)
+        else:
+            self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        if config.noisy and config.how == "convert":
+            dip.convert(self)
+        elif config.noisy:
+            dip.number_layers(self)
+        self.post_init()
+
+    def _init_weights(self, module):
+        """A user's own, which knows nothing of variances."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, ids):
+        x = self.layers(self.embed(ids))
+        return self.attention(x, x, x)[0]
+
+
+IDS = torch.arange(6).reshape(2, 3)
+HOWS = ["convert", "by hand"]
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_from_pretrained_gives_back_what_was_saved(tmp_path, how):
+    model = trained(Toy(ToyConfig(how=how)))
+    model.save_pretrained(tmp_path)
+    spoil()
+    again, report = Toy.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all((v.log_variance == -3).all() and v.log_variance.requires_grad for v in variances(again))
+    assert [layer.stream.tolist() for layer in dip_layers(again).values()] == [[0, i] for i in range(4)]
+    assert torch.equal(noise(again, IDS), noise(model, IDS))
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_pretrained_of_a_plain_checkpoint_starts_from_the_initial_variance(tmp_path, how, dtype):
+    plain = Toy(ToyConfig(noisy=False))
+    plain.save_pretrained(tmp_path)
+    spoil()
+    model = Toy.from_pretrained(tmp_path, config=ToyConfig(how=how), dtype=dtype)
+    assert all((v.log_variance == torch.tensor(START)).all() for v in variances(model))
+    assert all(v.log_variance.dtype is torch.float32 for v in variances(model))
+    assert torch.equal(model.layers[0].weight, plain.layers[0].weight.to(dtype))
+    assert [layer.number for layer in dip_layers(model).values()] == [0, 1, 2, 3]
+    y = noise(model, IDS)
+    y.sum().backward()
+    assert all(v.log_variance.grad is not None for v in variances(model))
+
+
+def test_a_checkpoint_that_holds_some_of_the_variances_gives_those(tmp_path):
+    model = trained(Toy(ToyConfig()))
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("layers.2.variance")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    spoil()
+    again = Toy.from_pretrained(tmp_path)
+    assert (again.layers[2].log_variance == torch.tensor(START)).all()
+    rest = [v for v in variances(again) if v is not again.layers[2].variance]
+    assert len(rest) == 3 and all((v.log_variance == -3).all() for v in rest)
+
+
+def test_a_model_of_transformers_that_is_made_leaves_what_its_class_set():
+    class Set(Toy):
+        def __init__(self, config):
+            super().__init__(config)
+            trained(self)
+            self.post_init()
+
+    assert all((v.log_variance == -3).all() for v in variances(Set(ToyConfig())))
+    model = trained(Toy(ToyConfig()))
+    model.init_weights()
+    model.initialize_weights()
+    assert all((v.log_variance == -3).all() for v in variances(model))
+
+
+def test_the_trainer_is_told_that_it_decays_variances(tmp_path):
+    model = dip.convert(transformers.BertForSequenceClassification(
+        transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
+    ))  # fmt: skip
+    data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": 0}] * 4
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2, weight_decay=0.1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
+    with pytest.warns(UserWarning, match="param_groups"):
+        transformers.Trainer(model, args, train_dataset=data).train()
+
+
+def test_a_head_that_transformers_resizes_is_plain_again():
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, tie_word_embeddings=False)
+    model = dip.convert(transformers.GPT2LMHeadModel(config))
+    assert isinstance(model.lm_head, dip.DIPLinear)
+    model.resize_token_embeddings(24)
+    assert type(model.lm_head) is nn.Linear
+    dip.convert(model)
+    assert isinstance(model.lm_head, dip.DIPLinear)
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_file_leaves_the_variances_that_it_does_not_name(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["0", "2"], r=2)
+    peft.get_peft_model(net(), config).save_pretrained(tmp_path)
+    model = trained(dip.convert(peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0", "2"], r=2))))
+    model.load_adapter(tmp_path, "second")
+    assert len(variances(model)) == 2 and all((v.log_variance == -3).all() for v in variances(model))
+    model.set_adapter("second")
+    model.train()(torch.randn(3, 4)).sum().backward()
+    assert all(v.log_variance.grad.any() for v in variances(model))
+
+
+# ---- accelerate: offload, dispatch, empty models ---------------------------------------------------------------------
+
+MAPS = [{"": "cpu"}, {"0": "cpu", "1": "cpu", "2": "cpu"}, {"0": "cpu", "1": "cpu", "2": "disk"}]
+
+
+def dispatched(model, folder, how):
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
+    return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch"])
+def test_an_offloaded_model_draws_its_noise(tmp_path, how):
+    model, x = trained(dip.convert(net())), torch.randn(3, 4)
+    expected, plain = noise(model, x), model.eval()(x)
+    sigma = [(row.sigma_mean, row.number) for row in dip.summary(model)]
+    state = dip.variances(model)
+    dispatched(model, tmp_path, how)
+    assert any(v.log_variance.is_meta for v in variances(model))
+    assert torch.equal(noise(model, x), expected) and torch.equal(model.eval()(x), plain)
+    assert dip.predict(model, x, k=2).isfinite().all()
+    with dip.noise_off():
+        assert torch.equal(model.train()(x), plain)
+    assert [(row.sigma_mean, row.number) for row in dip.summary(model)] == sigma
+    assert all(torch.equal(value, state[name]) for name, value in dip.variances(model).items())
+    for call in (lambda: dip.calibrate(model, [x]), lambda: dip.load_variances(model, state)):
+        with pytest.raises(ValueError, match="before the model is dispatched"):
+            call()
+
+
+@pytest.mark.parametrize("device_map", MAPS)
+def test_an_empty_model_takes_a_whole_checkpoint(tmp_path, device_map):
+    model, x = trained(dip.convert(net())), torch.randn(3, 4)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        again = dip.convert(net())
+    accelerate.load_checkpoint_and_dispatch(
+        again, str(tmp_path / "model.safetensors"), device_map=device_map, offload_folder=str(tmp_path)
+    )
+    assert torch.equal(noise(again, x), noise(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_that_accelerate_casts_gives_variances_in_float32(tmp_path, dtype):
+    model, x = trained(dip.convert(net())), torch.randn(3, 4, dtype=dtype)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for device_map in MAPS:
+        with accelerate.init_empty_weights():
+            again = dip.convert(net())
+        accelerate.load_checkpoint_and_dispatch(
+            again, str(tmp_path / "model.safetensors"), device_map, dtype=dtype, offload_folder=str(tmp_path / "disk")
+        )
+        assert noise(again, x).isfinite().all() and again.train()(x).dtype is dtype
+
+
+def test_layers_that_share_noise_are_offloaded(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x)
+
+    model, x = dip.convert(Two(), share=[("q", "k")]), torch.randn(3, 4)
+    expected = noise(model, x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(noise(model, x), expected)
+
+
+@pytest.mark.parametrize("made", ["inside", "with buffers", "afterwards", "by hand"])
+@pytest.mark.parametrize("device_map", MAPS[:2])
+def test_an_empty_model_takes_a_plain_checkpoint(tmp_path, device_map, made):
+    plain, x = net(), torch.randn(3, 4)
+    safetensors.save_file(plain.state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights(include_buffers=made == "with buffers"):
+        if made == "by hand":
+            model = dip.number_layers(nn.Sequential(dip.DIPLinear(4, 8), nn.ReLU(), dip.DIPLinear(8, 2)))
+        else:
+            model = net() if made == "afterwards" else dip.convert(net())
+    if made == "afterwards":
+        dip.convert(model)
+    spoil()
+    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map=device_map)
+    assert all((v.log_variance == torch.tensor(START)).all() for v in variances(model))
+    same = net()
+    same.load_state_dict(plain.state_dict())
+    assert torch.equal(noise(model, x), noise(dip.convert(same), x))
+
+
+def test_a_plain_checkpoint_on_disk_without_variances_is_refused_with_the_way_out(tmp_path):
+    safetensors.save_file(net().state_dict(), tmp_path / "model.safetensors")
+    with accelerate.init_empty_weights():
+        model = dip.convert(net())
+    accelerate.load_checkpoint_and_dispatch(
+        model, str(tmp_path / "model.safetensors"), device_map=MAPS[2], offload_folder=str(tmp_path)
+    )
+    with pytest.raises(RuntimeError, match="Load it, convert, then dispatch"):
+        noise(model, torch.randn(3, 4))
+
+
+def test_conversion_after_dispatch_is_refused_and_the_way_out_works(tmp_path):
+    model, x = net(), torch.randn(3, 4)
+    device_map = {"0": "cpu", "1": "cpu", "2": "disk"}
+    accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="convert before dispatching") as refused:
+        dip.convert(model)
+    assert "remove_hook_from_submodules" in str(refused.value)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    dip.convert(model)
+    expected = noise(model, x)
+    accelerate.dispatch_model(model, model.hf_device_map, main_device="cpu", offload_dir=str(tmp_path / "again"))
+    assert torch.equal(noise(model, x), expected)

@@ -1,0 +1,672 @@
+"""What other people's loops, loads and wrappers do to a variance: nothing that they do not name.  docs/models.md."""
+
+import contextlib
+import copy
+import inspect
+import math
+import pickle
+import sys
+import warnings
+import weakref
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import dipkernels as dip
+from dipkernels import decay, layers
+from dipkernels.layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, dip_layers, number_layers
+
+
+def make(init_variance=0.01):
+    return dip.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), init_variance)
+
+
+def plain_state():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).state_dict()
+
+
+def trained(model, value=-1.0):
+    """The model, its variances as if trained."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Variance):
+                module.log_variance.fill_(value)
+    return model
+
+
+def values(model):
+    return torch.cat([m.log_variance.detach() for m in model.modules() if isinstance(m, Variance)])
+
+
+def noise(model, x, key=3):
+    with dip.fixed_noise(key):
+        return model(x)
+
+
+# ---- loops over modules ----------------------------------------------------------------------------------------------
+
+
+def initialise(m):
+    if hasattr(m, "weight") and m.weight.dim() > 1:
+        nn.init.xavier_uniform_(m.weight.data)
+
+
+def clamp(m):
+    if hasattr(m, "weight"):
+        m.weight.data.clamp_(-0.01, 0.01)
+
+
+def zero_by_type(m):
+    if isinstance(m, (nn.Linear, nn.Conv2d)):
+        nn.init.zeros_(m.weight)
+        nn.init.zeros_(m.bias)
+
+
+def halve(m):
+    for name in ("weight", "bias"):
+        if getattr(m, name, None) is not None:
+            getattr(m, name).data.mul_(0.5)
+
+
+def cast(m):
+    if hasattr(m, "weight"):
+        m.half()
+
+
+@pytest.mark.parametrize("loop", [initialise, clamp, zero_by_type, halve, cast])
+def test_loops_over_modules_leave_variances_alone(loop):
+    model = make(0.04)
+    model.apply(loop)
+    assert torch.equal(values(model), torch.full((14,), math.log(0.04)))
+    for module in model.modules():
+        loop(module)
+    assert torch.equal(values(model), torch.full((14,), math.log(0.04))) and values(model).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_past_the_module_is_undone_and_said(dtype):
+    model, x = make(), torch.randn(3, 6)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    with pytest.warns(UserWarning, match="a log_variance was cast to"):
+        y = model(x.to(dtype))
+    assert values(model).dtype is torch.float32
+    y.sum().backward()
+    assert all(m.log_variance.grad.dtype is torch.float32 for m in model.modules() if isinstance(m, Variance))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x.to(dtype)), model.double()(x.double())
+
+
+def test_no_module_shows_what_is_no_weight_as_a_weight():
+    attention = dip.DIPMultiheadAttention(8, 2)
+    model = nn.ModuleList([make(), DIPConv2d(3, 4, 1), DIPInput(5), attention])
+    plain = {id(p) for name, p in model.named_parameters() if not name.endswith("log_variance")}
+    for module in model.modules():
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None:
+                assert id(getattr(module, name)) in plain
+
+
+def test_global_pruning_and_norms_of_weights_leave_variances_alone():
+    model = trained(make())
+    parts = [(m, "weight") for m in model.modules() if hasattr(m, "weight")]
+    assert len(parts) == 2
+    prune.global_unstructured(parts, pruning_method=prune.L1Unstructured, amount=0.5)
+    assert (values(model) == -1).all() and (model[0].weight == 0).any()
+    for wrap in (nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm):
+        model = trained(make())
+        for module in list(model.modules()):
+            if hasattr(module, "weight"):
+                wrap(module)
+        assert (values(model) == -1).all()
+        x = torch.randn(3, 6)
+        y = noise(model.train(), x)
+        y.sum().backward()
+        assert all(m.log_variance.grad.any() for m in model.modules() if isinstance(m, Variance))
+        assert not torch.equal(y, model.eval()(x))
+
+
+def test_frozen_variances_stay_frozen():
+    model = make()
+    for module in model.modules():
+        if isinstance(module, Variance):
+            module.requires_grad_(False)
+    model.load_state_dict(make().state_dict())
+    model.load_state_dict(plain_state())
+    model.load_state_dict(plain_state(), assign=True)
+    model.to(torch.float64).half().float()
+    copied = copy.deepcopy(model)
+    dip.number_layers(copied)
+    dip.calibrate(copied, [torch.randn(8, 6)])
+    dip.load_variances(copied, dip.variances(copied))
+    for each in (model, copied):
+        assert not any(m.log_variance.requires_grad for m in each.modules() if isinstance(m, Variance))
+        with dip.noise_off():
+            each(torch.randn(3, 6)).sum().backward()
+        each(torch.randn(3, 6)).sum().backward()
+        assert all(m.log_variance.grad is None for m in each.modules() if isinstance(m, Variance))
+        assert [g["name"] for g in dip.param_groups(each, 1e-3)] == ["weights", "biases"]
+
+
+# ---- loads -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_load_leaves_what_it_does_not_name(assign):
+    model = trained(make())
+    result = model.load_state_dict(plain_state(), strict=True, assign=assign)
+    assert (values(model) == -1).all() and not result.missing_keys
+    head = {"2.weight": torch.zeros(4, 8), "2.variance.log_variance": torch.full((8,), 0.5)}
+    before = model[0].log_variance
+    model.load_state_dict(head, strict=False, assign=assign)
+    assert (model[0].log_variance == -1).all() and (model[2].log_variance == 0.5).all()
+    assert model[0].log_variance is before
+
+
+def test_an_entry_that_a_later_release_adds_is_left_as_it_is_too():
+    class Wider(Variance):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("log_prior", self._initial())
+
+    model = nn.ModuleDict({"variance": Wider(3, 0.25)})
+    old = {"variance.log_variance": torch.full((3,), -2.0)}
+    assert not model.load_state_dict(old, strict=True).missing_keys
+    assert (model["variance"].log_prior == math.log(0.25)).all() and (model["variance"].log_variance == -2).all()
+    with torch.device("meta"):
+        model = nn.ModuleDict({"variance": Wider(3, 0.25)})
+    model.load_state_dict({**old, "weight": torch.ones(1)}, strict=False, assign=True)
+    assert (model["variance"].log_prior == math.log(0.25)).all() and (model["variance"].log_variance == -2).all()
+    with torch.device("meta"):
+        model = nn.ModuleDict({"variance": Wider(3, 0.25)})
+    assert (model.to_empty(device="cpu")["variance"].log_prior == math.log(0.25)).all()
+
+
+def spoil(size=6, count=300):
+    """Leave memory that is freed full of 77, so that what is not initialised shows."""
+    held = [torch.full((n,), 77.0) for n in (size, 8) for _ in range(count)]
+    del held
+
+
+def net():
+    return nn.Sequential(nn.Linear(6, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(8, 3, 1))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["convert-on-meta", "convert-afterwards"])
+def test_a_meta_model_gets_its_variances_whichever_way_it_is_filled(inside):
+    plain, expected = net(), torch.full((6 + 8 + 8 + 8,), math.log(0.3))
+
+    def empty():
+        with torch.device("meta"):
+            model = net()
+            if inside:
+                dip.convert(model, 0.3)
+        return model if inside else dip.convert(model, 0.3)
+
+    assigned = empty()
+    assigned.load_state_dict(plain.state_dict(), assign=True)
+    spoil()
+    emptied = empty().to_empty(device="cpu")
+    spoil()
+    emptied.load_state_dict(plain.state_dict())
+    for model in (assigned, emptied):
+        assert torch.equal(values(model), expected)
+        assert [layer.number for layer in dip_layers(model).values()] == [0, 1, 2, 3]
+        for layer in dip_layers(model).values():
+            assert layer.stream.tolist() == layer._stream.tolist() == [0, layer.number]
+
+
+def test_only_what_has_no_data_is_made_by_a_move():
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(NotImplementedError):
+        model.to("cpu")  # the weights
+    model = make(0.5)
+    for name in ("0", "2"):
+        model.get_submodule(name).variance.to("meta")
+    model.to("cpu")
+    assert torch.equal(values(model), torch.full((14,), math.log(0.5)))
+    for name in ("0", "2"):
+        model.get_submodule(name).variance.to("meta")
+    assert values(model.half().to("cpu")).dtype is torch.float32
+
+
+CLASSES = [
+    (DIPLinear, (4, 3)),
+    (DIPConv1d, (4, 3, 1)),
+    (DIPConv2d, (4, 3, 1)),
+    (DIPConv3d, (4, 3, 1)),
+    (DIPInput, (4,)),
+    (Variance, (4,)),
+    (dip.DIPMultiheadAttention, (4, 2)),
+]
+
+
+@pytest.mark.parametrize(("kind", "args"), CLASSES, ids=[kind.__name__ for kind, _ in CLASSES])
+def test_skip_init_takes_every_class(kind, args):
+    spoil(4)
+    layer = nn.utils.skip_init(kind, *args, init_variance=0.3)
+    assert torch.equal(values(layer), torch.full_like(values(layer), math.log(0.3)))
+    assert not any(p.is_meta for p in layer.parameters())
+
+
+@pytest.mark.parametrize(("kind", "args"), CLASSES[1:4], ids=[kind.__name__ for kind, _ in CLASSES[1:4]])
+def test_convolutions_take_the_plain_ones_arguments(kind, args):
+    plain = [p for p in inspect.signature(kind.plain_type).parameters.values()]
+    own = list(inspect.signature(kind).parameters.values())
+    assert [(p.name, p.default) for p in own[: len(plain)]] == [(p.name, p.default) for p in plain]
+
+
+def test_attention_takes_the_plain_ones_arguments():
+    plain = [p for p in inspect.signature(nn.MultiheadAttention).parameters.values()]
+    own = list(inspect.signature(dip.DIPMultiheadAttention).parameters.values())
+    assert [(p.name, p.default) for p in own[: len(plain)]] == [(p.name, p.default) for p in plain]
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_buffer_holds_a_stream_and_averages_keep_them():
+    model = make()
+    assert not list(model.buffers())
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for step in range(3):
+        trained(model, -float(step))
+        average.update_parameters(model)
+    assert [layer.stream.tolist() for layer in dip_layers(average).values()] == [[0, 0], [0, 1]]
+    x = torch.randn(2, 6)
+    same = copy.deepcopy(model)
+    same.load_state_dict(average.module.state_dict())
+    assert torch.equal(noise(average, x), noise(same, x))
+
+
+def test_what_is_done_to_a_stream_from_outside_changes_no_noise():
+    model, x = make(), torch.randn(2, 6)
+    expected = noise(model, x)
+    for layer in dip_layers(model).values():
+        layer.stream.fill_(99)
+    for buffer in model.buffers():
+        buffer.fill_(99)
+    assert torch.equal(noise(model, x), expected)
+    assert torch.equal(noise(copy.deepcopy(model), x), expected)
+    assert torch.equal(noise(pickle.loads(pickle.dumps(model)), x), expected)
+    model[0].number = 7
+    assert model[0].stream.tolist() == [0, 7]
+    assert not torch.equal(noise(model, x), expected)
+    number_layers(model)
+    assert torch.equal(noise(model, x), expected)
+    for bad in (-1, 2**16, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"^number: expected"):
+            model[0].number = bad
+
+
+def test_models_joined_after_conversion_say_that_they_share_streams():
+    dip.seeds._named.clear()
+    a, b, x = make(), make(), torch.randn(2, 6)
+    joined = nn.ModuleList([a, b])
+    with pytest.warns(UserWarning, match="number_layers"), dip.fixed_noise(1):
+        a(x), b(x)
+    with pytest.warns(UserWarning, match=r"'0.0' and '1.0' have one number \(0\)"), dip.fixed_noise(1):
+        dip.check_ranks(joined)
+    deep = nn.Sequential(DIPLinear(6, 6))
+    deep.append(copy.deepcopy(deep[0]))
+    with pytest.warns(UserWarning, match="have one number"), dip.fixed_noise(1):
+        dip.trajectories(deep, x, m=2)
+    with pytest.warns(UserWarning, match="have one number"), dip.fixed_noise(1):
+        dip.predict(deep, x, k=2)
+    number_layers(joined), number_layers(deep)
+    with warnings.catch_warnings(), dip.fixed_noise(1):
+        warnings.simplefilter("error")
+        a(x), b(x), dip.check_ranks(joined)
+    with warnings.catch_warnings(), dip.fixed_noise(1):
+        warnings.simplefilter("error")
+        dip.predict(deep, x, k=2)
+    with warnings.catch_warnings():  # each its own context, or one model and its copy: nothing to say
+        warnings.simplefilter("error")
+        one, other = make(), make()
+        noise(one, x), noise(other, x)
+        with dip.fixed_noise(1):
+            one(x), copy.deepcopy(one)(x)
+
+
+def test_a_block_that_is_compiled_by_itself_compiles_once_for_all_layers():
+    blocks = dip.convert(nn.Sequential(*[nn.Sequential(nn.Linear(6, 6)) for _ in range(10)]))
+    x = torch.randn(2, 6, requires_grad=True)
+    expected = noise(blocks, x)
+    torch._dynamo.reset()
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), dip.fixed_noise(3):
+        torch.testing.assert_close(blocks(x), expected)
+
+
+# ---- replicas: nn.DataParallel ---------------------------------------------------------------------------------------
+
+
+def replicas(model, count=2):
+    """What nn.DataParallel's replicate makes, with copies on the CPU in place of its broadcast."""
+
+    def copies(tensors, devices, detach=False):
+        return [[t.detach().clone() if detach else t.clone() for t in tensors] for _ in devices]
+
+    module = sys.modules["torch.nn.parallel.replicate"]
+    with (
+        mock.patch.object(module, "_broadcast_coalesced_reshape", copies),
+        mock.patch.object(module, "_get_device_index", lambda device, *_: device),
+    ):
+        return module.replicate(model, list(range(count)))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.conv = nn.Conv1d(6, 6, 1)
+
+    def forward(self, x):
+        u = self.attention(self.q(x), self.k(x), x)[0]
+        return self.conv(u.transpose(1, 2))
+
+
+@pytest.mark.parametrize("share", [(), [("q", "k")]])
+@pytest.mark.parametrize("mode", ["train", "eval", "noise_off"])
+def test_replicas_run_and_every_variance_gets_its_gradient(share, mode):
+    model = dip.convert(Attending(), share=share)
+    x = torch.randn(2, 3, 6)
+    model.train(mode != "eval")
+    with dip.noise_off() if mode == "noise_off" else dip.fixed_noise(3):
+        y = [replica(x) for replica in replicas(model)]
+        assert torch.equal(y[0], model(x)) and torch.equal(y[0], y[1])
+    if mode == "train":
+        (y[0] + y[1]).square().sum().backward()
+        assert all(m.log_variance.grad.any() for m in model.modules() if isinstance(m, Variance))
+
+
+@pytest.mark.parametrize("estimator", ["sample", "mean", "analytic"])
+def test_replicas_of_every_estimator_run(estimator):
+    model = DIPLinear(6, 3, activation="gelu", estimator=estimator, num_samples=2 if estimator == "mean" else 1)
+    model.variance.requires_grad_(False)
+    x = torch.randn(4, 6)
+    with dip.fixed_noise(1):
+        for replica in replicas(model):
+            assert torch.equal(replica(x), model(x))
+        with torch.no_grad():
+            for replica in replicas(model):
+                assert torch.equal(replica(x), model(x))
+
+
+def test_layers_of_replicas_that_share_draw_once_for_each_replica(monkeypatch):
+    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    drawn, fresh = [], layers._fresh
+    monkeypatch.setattr(layers, "_fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest))
+    a, b = replicas(model)
+    x = torch.randn(2, 3, 6)
+    a(x), b(x.clone())
+    assert drawn == [a.q, b.q]
+
+
+# ---- sharing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_layer_that_is_skipped_keeps_neither_input_nor_noise_alive():
+    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    x = torch.randn(2, 3, 6)
+    y = model.q(x)  # k is never called on it
+    (entry,) = model.q.share._entries.values()
+    u, seen = weakref.ref(entry[4]), weakref.ref(x)
+    del entry, x, y
+    assert seen() is None and u() is None and not model.q.share._entries
+    with torch.no_grad():  # nothing but the entry holds u between the calls
+        x = torch.randn(2, 3, 6)
+        q, k = nn.functional.linear, []
+        with mock.patch.object(F, "linear", lambda u, *rest: k.append(u) or q(u, *rest)):
+            model.q(x), model.k(x)
+        assert k[0] is k[1]
+
+
+# ---- hooks on the child ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["forward", "pre-hook", "hook", "global", "replaced"])
+def test_what_is_hooked_to_a_variance_is_called(how):
+    layer, called = DIPLinear(4, 3), []
+    variance, inside, handle = layer.variance, Variance.forward, None
+    if how == "forward":
+        variance.forward = lambda: called.append(1) or inside(variance)
+    elif how == "pre-hook":
+        handle = variance.register_forward_pre_hook(lambda *_: called.append(1))
+    elif how == "hook":
+        handle = variance.register_forward_hook(lambda *_: called.append(1))
+    elif how == "global":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_: called.append(1) if module is variance else None
+        )
+    else:
+        layer.variance = type("Other", (Variance,), {"forward": lambda self: called.append(1) or self.log_variance})(4)
+    layer(torch.randn(2, 4)).sum().backward()
+    if handle is not None:
+        handle.remove()
+    assert called == [1] and layer.log_variance.grad.any()
+
+
+# ---- weight decay ----------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop]
+
+
+def step(optimizer, model, times=1):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(times):
+            model(torch.randn(3, 6)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(w.message) for w in said if "param_groups" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_first_step_that_decays_a_variance_says_so_once(kind):
+    model = make()
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1)
+    said = step(optimizer, model, 3)
+    assert len(said) == 1 and f"{kind.__name__} decays the log_variance of 2 DIP layer(s)" in said[0]
+    assert step(optimizer, model) == []
+    copied = copy.deepcopy(model)  # a copy does not come from __init__
+    assert len(step(kind(copied.parameters(), lr=1e-3, weight_decay=0.1), copied)) == 1
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_what_does_not_decay_a_variance_says_nothing(kind):
+    model = make()
+    assert step(kind(dip.param_groups(model, 1e-3, 0.1)), model) == []
+    assert step(kind(model.parameters(), lr=1e-3, weight_decay=0.0), model) == []
+    plain = nn.Linear(6, 4)
+    assert step(kind(plain.parameters(), lr=1e-3, weight_decay=0.1), plain) == []
+    for module in model.modules():
+        if isinstance(module, Variance):
+            module.requires_grad_(False)
+    assert step(kind(model.parameters(), lr=1e-3, weight_decay=0.1), model) == []
+
+
+def test_a_group_that_is_added_or_changed_later_is_looked_at():
+    model = make()
+    groups = dip.param_groups(model, 1e-3, 0.1)
+    optimizer = torch.optim.AdamW(groups[:2])
+    assert step(optimizer, model) == []
+    optimizer.add_param_group({"params": groups[2]["params"], "weight_decay": 0.0})
+    assert step(optimizer, model) == []
+    optimizer.param_groups[2]["weight_decay"] = 0.1
+    assert len(step(optimizer, model, 2)) == 1
+
+
+def test_looking_for_decay_costs_a_comparison_and_keeps_nothing_alive():
+    model = make()
+    optimizer = torch.optim.SGD(dip.param_groups(model, 1e-3, 0.1))
+    step(optimizer, model)
+    with mock.patch.object(decay, "_variances", None):  # which would be read to look again
+        step(optimizer, model, 3)
+    seen = [weakref.ref(model[0].variance), weakref.ref(optimizer)]
+    del model, optimizer
+    import gc
+
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+
+
+# ---- parametrised variances ------------------------------------------------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """Can be set to what lies inside."""
+
+    def forward(self, log_variance):
+        return log_variance.clamp(-12.0, 0.0)
+
+    def right_inverse(self, log_variance):
+        return log_variance
+
+
+class OneWay(nn.Module):
+    def forward(self, log_variance):
+        return log_variance.clamp(-12.0, 0.0)
+
+
+def parametrised(step):
+    model = make()
+    for module in list(model.modules()):
+        if isinstance(module, Variance):
+            parametrize.register_parametrization(module, "log_variance", step())
+    return model
+
+
+def test_a_parametrised_variance_is_calibrated_loaded_summed_and_reset_through_it():
+    torch.manual_seed(0)
+    model, same, batches = parametrised(Clamped), make(), [torch.randn(50, 6)]
+    same.load_state_dict({name.replace("parametrizations.log_variance.original", "log_variance"): value
+                          for name, value in model.state_dict().items()})  # fmt: skip
+    rows, want = dip.calibrate(model, batches, 0.2), dip.calibrate(same, batches, 0.2)
+    for row, other in zip(rows, want, strict=True):
+        assert row.sigma_mean == pytest.approx(other.sigma_mean) and row.share == pytest.approx(other.share)
+    state = {name: torch.full_like(value, -2.5) for name, value in dip.variances(model).items()}
+    dip.load_variances(model, state)
+    assert all((m.log_variance == -2.5).all() for m in model.modules() if isinstance(m, Variance))
+    assert all((value == -2.5).all() for value in dip.variances(model).values())
+    dip.load_variances(same, state)
+    torch.testing.assert_close(dip.penalty(model, 0.3, 0.1), dip.penalty(same, 0.3, 0.1))
+    torch.testing.assert_close(noise(model, batches[0]), noise(same, batches[0]))
+    model[0].reset_parameters()
+    torch.testing.assert_close(model[0].log_variance, torch.full((6,), math.log(0.01)))
+    model.half()
+    assert all(m.log_variance.dtype is torch.float32 for m in model.modules() if isinstance(m, Variance))
+    assert dip.param_groups(model.float(), 1e-3)[2]["name"] == "variances"
+    model(batches[0]).sum().backward()
+    originals = [p for name, p in model.named_parameters() if name.endswith("original")]
+    assert len(originals) == 2 and all(p.grad.any() for p in originals)
+
+
+def test_a_parametrised_variance_that_cannot_be_set_is_refused_by_name():
+    model, batches = parametrised(OneWay), [torch.randn(9, 6)]
+    before = values(model)
+    for call in (
+        lambda: dip.calibrate(model, batches),
+        lambda: dip.load_variances(model, dip.variances(make())),
+    ):
+        with pytest.raises(
+            ValueError, match=r"0\.variance\.log_variance is parametrised by OneWay without a right_inv"
+        ):
+            call()
+    model = parametrised(Clamped)
+    with pytest.raises(ValueError, match=r"0\.variance\.log_variance: .*its parametrisation can take"):
+        dip.load_variances(model, {name: torch.full_like(v, 3.0) for name, v in dip.variances(model).items()})
+    assert torch.equal(values(model), before)
+    pruned = make()
+    prune.l1_unstructured(pruned[0].variance, "log_variance", 2)
+    with pytest.raises(ValueError, match=r"0\.variance\.log_variance is that a hook|0.variance.log_variance is"):
+        dip.calibrate(pruned, batches)
+
+
+def test_a_plain_checkpoint_and_a_part_load_beside_a_parametrised_variance():
+    model = parametrised(Clamped)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Variance):
+                module.log_variance = torch.full((module.num_features,), -3.0)
+    model.load_state_dict(plain_state(), strict=True)
+    model.load_state_dict({"2.bias": torch.zeros(4)}, strict=False)
+    assert (values(model) == -3).all()
+
+
+# ---- neighbours that work in place -----------------------------------------------------------------------------------
+
+SHAPES = {"linear": (5, 6), "linear-3d": (2, 5, 6), "linear-1d": (6,), "input": (5, 6), "conv": (2, 6, 4, 4)}
+
+
+def in_place_net(kind, keep, estimator):
+    after = nn.ReLU(inplace=True)
+    if kind == "conv":
+        layer = DIPConv2d(6, 6, 1)
+    elif kind == "input":
+        layer = DIPInput(6)
+    else:
+        activation = None if estimator == "sample" else "gelu"
+        samples = 2 if estimator == "mean" else 1
+        layer = DIPLinear(6, 6, keep=keep, estimator=estimator, activation=activation, num_samples=samples)
+    first = nn.Conv2d(6, 6, 1) if kind == "conv" else nn.Linear(6, 6)
+    # In eval mode a DIPInput is nn.Identity, and nobody may change one tensor in place twice.
+    before = nn.Identity() if kind == "input" else nn.ReLU(inplace=True)
+    return nn.Sequential(first, before, layer, after, nn.Dropout(0.0, inplace=True))
+
+
+@pytest.mark.parametrize("mode", ["train", "fixed", "eval", "noise_off", "sampling"])
+@pytest.mark.parametrize(
+    ("kind", "keep", "estimator"),
+    [
+        *[(kind, "auto", "sample") for kind in SHAPES],
+        *[(kind, "x", "sample") for kind in ("linear", "linear-3d", "linear-1d")],
+        *[(kind, "auto", estimator) for kind in ("linear", "linear-3d") for estimator in ("mean", "analytic")],
+    ],
+)
+def test_neighbours_may_work_in_place(kind, keep, estimator, mode):
+    model, x = in_place_net(kind, keep, estimator), torch.randn(SHAPES[kind])
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        if isinstance(module, (nn.ReLU, nn.Dropout)):
+            module.inplace = False
+    contexts = {"noise_off": dip.noise_off(), "sampling": dip.seeds.sampling_on()}
+    grads = []
+    for each in (model, apart):
+        each.train(mode != "eval" and mode != "sampling")
+        with contexts.get(mode, dip.fixed_noise(4)), dip.fixed_noise(4):
+            y = each(x)
+            y.square().sum().backward()
+        grads.append([y.detach(), *[p.grad for p in each.parameters()]])
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("kind", "keep"), [("linear", "auto"), ("linear-3d", "auto"), ("linear-1d", "x")])
+def test_neighbours_of_compiled_layers_may_work_in_place(kind, keep):
+    model, x = in_place_net(kind, keep, "sample"), torch.randn(SHAPES[kind])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for context in (dip.noise_off(), contextlib.nullcontext()):
+        with context, dip.fixed_noise(4):
+            y, expected = compiled(x), model(x)
+            torch.testing.assert_close(y, expected)
+            y.sum().backward()
+
+
+def test_an_input_projection_without_noise_gives_its_variance_a_gradient_of_zeros():
+    layer, x = DIPInput(6), torch.randn(3, 6)
+    with dip.noise_off():
+        u = layer(x)
+        u.add_(1).relu_().sum().backward()
+    assert torch.equal(u.detach(), (x + 1).relu()) and not layer.log_variance.grad.any()
