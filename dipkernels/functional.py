@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import backends, expectation, ops, tensor_parallel
+from . import backends, expectation, ops, tensor_parallel, worlds
 from .row_blocks import ACTIVATIONS as ACTIVATIONS
 from .row_blocks import act_of, flat_rows, linear_as, slopes_form
-from .tensor_parallel import is_dtensor
+from .worlds import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
 
@@ -275,9 +275,8 @@ def _mean(
 ) -> Tensor:  # fmt: skip
     _check_weight(x, weight, dtype)
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
-    opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
     arguments: Any = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
-    if not opaque or torch._C._are_functorch_transforms_active():
+    if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
     can_keep = ops.can_keep(x.device.type)
@@ -326,7 +325,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
     """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
-    if not (torch.is_grad_enabled() and sigma.requires_grad) or expectation.needs_pieces():
+    if not (torch.is_grad_enabled() and sigma.requires_grad) or worlds.wants_pieces():
         return x
     same: Tensor = _Unused.apply(x, sigma)
     return same
@@ -334,9 +333,8 @@ def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
 
 def _check_sigma(sigma: Tensor) -> None:
     # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
-    if sigma.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if is_dtensor(sigma):  # a rank alone cannot say it for all
+    # Of a DTensor a rank alone cannot say it for all.
+    if sigma.device.type != "cpu" or not worlds.has_values(sigma):
         return
     if not bool((sigma >= 0).all()):
         raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
@@ -367,12 +365,12 @@ def _perturb(x: Tensor, sigma: Tensor, seed: Tensor, where: Where, dtype: torch.
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = tensor_parallel.prepare(x, sigma, seed, where[0])
-    elif torch.compiler.is_exporting() and torch.is_grad_enabled():
+    elif worlds.exporting() and torch.is_grad_enabled():
         return _perturb_exported(x, sigma, seed, where, dtype)
-    if torch._C._are_functorch_transforms_active():
+    if worlds.transforming():
         u = _PerturbFunc.apply(x, sigma, seed, where, dtype)
         return u
-    if torch.compiler.is_compiling():
+    if worlds.tracing():
         u = _Perturb.apply(x, sigma, seed, where, dtype)
         return u
     return _apply_perturb(x, sigma, seed, where, dtype)
@@ -493,7 +491,7 @@ def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
     if x.device.type == "cpu" and backends._forced is None:  # the common case at once: no GPU, nothing to fuse
         return False
     m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    return weight.dim() == 2 and backends.fuses(x.device.type, dtype or x.dtype, m, *weight.shape) is not None
+    return weight.dim() == 2 and ops.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
 
 
 def affine(
@@ -509,9 +507,9 @@ def affine(
         place = (row0, col0, sample, num_samples, factor, log_variance)
         return _mean(x, weight, bias, sigma, seed, place, "identity", dtype, "x")
     elif (
-        (keep == "x" or (keep == "auto" and torch.compiler.is_compiling()))
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()  # a transform keeps what it likes
+        (keep == "x" or (keep == "auto" and worlds.tracing()))
+        and not worlds.exporting()
+        and not worlds.transforming()  # a transform keeps what it likes
     ):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
         return y

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, seeds, tensor_parallel
+from . import functional, seeds, tensor_parallel, worlds
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -431,7 +431,7 @@ class Share:
         self._entry: tuple[Any, ...] | None = None  # (x, what u depends on beside x, the key, layers served, u)
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        version = None if worlds.tracing() or x.is_inference() else x._version
         place = (version, dtype, torch.is_grad_enabled(), seeds._ROW0)
         entry = self._entry
         if entry is None or entry[0] is not x or entry[1] != place or entry[2] is not seeds._KEY or layer in entry[3]:
