@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -222,7 +223,7 @@ def note_triton_problem(op: str, error: Exception) -> None:
 
 _forced: str | None = None
 _by_variable = False  # whether DIPKERNELS_BACKEND forced it
-_bad_variable: str | None = None  # what is wrong with DIPKERNELS_BACKEND; the first call says it
+_bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
 _listeners: list[Callable[[], None]] = []  # called when a choice may change: `ops` keeps a table of what was chosen
 
 
@@ -237,18 +238,19 @@ def _check_name(name: str, source: str) -> str | None:
     return None if name == "auto" else name
 
 
-def _force(name: str | None, by_variable: bool = False, bad_variable: str | None = None) -> None:
-    global _forced, _by_variable, _bad_variable
-    _forced, _by_variable, _bad_variable = name, by_variable, bad_variable
+def _force(name: str | None, by_variable: bool = False) -> None:
+    global _forced, _by_variable
+    _forced, _by_variable = name, by_variable
     _tell_listeners()
 
 
-def _force_by_variable(value: str) -> None:
-    """What DIPKERNELS_BACKEND says; empty as unset."""
+def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> Any:
+    """What check(value, name) makes of a variable at import; empty as unset. A bad value is kept for the first call."""
     try:
-        _force(_check_name(value or "auto", "DIPKERNELS_BACKEND"), by_variable=True)
+        return check(os.environ.get(name) or otherwise, name)
     except ValueError as error:
-        _force(None, bad_variable=str(error))
+        _bad_variables[name] = str(error)
+        return check(otherwise, name)
 
 
 class backend:
@@ -262,10 +264,11 @@ class backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._previous = _forced, _by_variable, _bad_variable
+        self._previous = _forced, _by_variable
         wanted = _check_name(name, "backend")
         if wanted is not None and (missing := _missing(wanted)):
             raise RuntimeError(f"backend: {name!r} was asked for, but {missing}")
+        _bad_variables.pop("DIPKERNELS_BACKEND", None)
         _force(wanted)
 
     def __enter__(self) -> backend:
@@ -275,7 +278,43 @@ class backend:
         _force(*self._previous)
 
 
-_force_by_variable(os.environ.get("DIPKERNELS_BACKEND", ""))
+class compiled_keep:
+    """Set what keep="auto" means under torch.compile, for what follows or, as a context, for a block.
+
+    It is read while torch.compile traces, so that a change compiles anew. Not per thread.
+
+    Args:
+        keep: "x" or "u" (functional.dip_linear).
+
+    Raises:
+        ValueError: for another value.
+    """
+
+    def __init__(self, keep: str) -> None:
+        self._previous = _compiled_keep
+        self._set(_check_keep(keep, "keep"))
+
+    def _set(self, keep: str) -> None:
+        global _compiled_keep
+        _compiled_keep = keep
+        if _bad_variables.pop("DIPKERNELS_COMPILED_KEEP", None):
+            _tell_listeners()
+
+    def __enter__(self) -> compiled_keep:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(self._previous)
+
+
+def _check_keep(keep: str, source: str) -> str:
+    if keep not in ("x", "u"):
+        raise ValueError(f"{source}: expected 'x' or 'u', got {keep!r}")
+    return keep
+
+
+_force(_variable("DIPKERNELS_BACKEND", _check_name, "auto"), by_variable=True)
+_compiled_keep: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x")
 
 
 def warn_reference(plan: Plan) -> None:
@@ -286,7 +325,7 @@ def warn_reference(plan: Plan) -> None:
 
 def warn_reference_here() -> None:
     """The same for what runs on a CPU. `ops` does so when it is imported: once."""
-    if _forced is None and _bad_variable is None:
+    if _forced is None and not _bad_variables:
         warn_reference(choose("perturb", "cpu"))
 
 
@@ -358,7 +397,7 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 
 def can_fuse(device: str) -> bool:
     """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter where it is forced."""
-    if _bad_variable or _forced not in (None, "triton") or "linear" in triton_problems:
+    if _bad_variables or _forced not in (None, "triton") or "linear" in triton_problems:
         return False
     return (device != "cpu" or _forced == "triton") and _runs_on("triton", device)
 
@@ -377,10 +416,10 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
     dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and linear_bwd on a GPU.
-    Raises RuntimeError where a forced backend cannot run there, ValueError where DIPKERNELS_BACKEND names none.
+    Raises RuntimeError where a forced backend cannot run there, ValueError where a variable has a value that is none of its own.
     """
-    if _bad_variable:
-        raise ValueError(_bad_variable)
+    if _bad_variables:
+        raise ValueError("; ".join(_bad_variables.values()))
     if device == "meta":
         return Plan("cpu", "shapes only")
     if _forced is not None:

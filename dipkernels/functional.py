@@ -173,6 +173,15 @@ class _NoiseSumFunc(Function):
 # ---- keep="x": backward makes u again instead of keeping it.  docs/maths.md, section 2 -------------------------------
 
 
+def _replays(keep: str) -> bool:
+    """Whether backward makes u again in this world."""
+    if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
+        return False
+    if keep == "auto" and worlds.tracing():
+        return backends._compiled_keep == "x"
+    return keep == "x"
+
+
 class _LinearReplay(Function):
     @staticmethod
     def forward(
@@ -445,8 +454,8 @@ def dip_linear(
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. sigma, seed, row0, col0, sample, num_samples, collapsed, log_variance: as in
     `perturb`. keep: what backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
-    the pass that sums dsigma: for layers that share an input, and under torch.compile), or "auto": "x" under torch.compile,
-    else "u". Under autocast u is rounded once, straight to the autocast type.
+    the pass that sums dsigma: for layers that share an input), or "auto": "u", and under torch.compile what
+    `backends.compiled_keep` says, "x" by default. Under autocast u is rounded once, straight to the autocast type.
     activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". estimator: where the mean over z is taken.
       "sample"    act of one draw; num_samples draws are averaged before the activation.
       "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
@@ -506,11 +515,7 @@ def affine(
         _, row0, col0, sample, num_samples, factor, log_variance = where
         place = (row0, col0, sample, num_samples, factor, log_variance)
         return _mean(x, weight, bias, sigma, seed, place, "identity", dtype, "x")
-    elif (
-        (keep == "x" or (keep == "auto" and worlds.tracing()))
-        and not worlds.exporting()
-        and not worlds.transforming()  # a transform keeps what it likes
-    ):
+    elif keep != "u" and _replays(keep):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
         return y
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-# Inside what torch.compile traces, torch 2.11 says True to torch.compiler.is_exporting(), whoever traces. The flag
+# Inside what torch.compile traces, torch 2.10 and 2.11 say True to torch.compiler.is_exporting(), whoever traces. The flag
 # behind it, which torch.export sets while it runs, is right in each release.
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 

@@ -43,6 +43,7 @@ def environment(torch: str, python: str) -> Path:
     if not inside.exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
     wanted = [line.split("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines()]
+    wanted = ["setuptools" if line.startswith("setuptools==") else line for line in wanted]  # torch 2.11 caps it
     others = [line for line in wanted if line and not re.match(r"(torch|triton)==", line)]
     # Both in one call: alone, the second would bring the newest torch along.
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]

@@ -190,3 +190,60 @@ def test_a_compiled_layer_keeps_no_noise_for_backward(dtype):
         layer, (x,) = make(name, dtype)
         plain = x.numel() * x.element_size() if name == "conv" else 0
         assert compiled(layer, x).saved[0] <= plain + 64, name
+
+
+# ---- what keep="auto" keeps under torch.compile: docs/maths.md, section 2 -----------------------------------------------
+
+
+class Readers(nn.Module):
+    """DIP layers that read what `before` makes of the input."""
+
+    def __init__(self, before, number):
+        super().__init__()
+        self.before, self.layers = before, nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number))
+
+    def forward(self, x):
+        h = self.before(x)
+        return sum(layer(h) for layer in self.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_keep_decides_between_x_and_u_by_these_bytes(dtype):
+    x = torch.randn(128, 64, dtype=dtype)
+    one = x.numel() * x.element_size()
+    for before, number, by_x, by_u in [
+        (nn.Linear(64, 64), 1, one, one),  # u takes x's place
+        (nn.Tanh(), 1, one, 2 * one),  # whose own backward keeps x
+        (nn.Linear(64, 64), 3, one, 3 * one),  # each reader has a u of its own
+    ]:
+        model = Readers(before.requires_grad_(), number).to(dtype)
+        for keep, wanted, backward in (("x", by_x, "perturb_replay"), ("u", by_u, "perturb_bwd")):
+            with backends.compiled_keep(keep):
+                graphs = compiled(model, x.requires_grad_())
+            assert wanted <= graphs.saved[0] <= wanted + 128 * number, (before, number, keep)
+            calls = [op for op in graphs.backward[0] if "dipkernels" in op]
+            assert calls == [f"dipkernels.{backward}.default"] * number
+
+
+def test_compiled_keep_changes_no_number_and_compiles_anew():
+    layer, count = dip.DIPLinear(24, 12), []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        count.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled_layer, results = torch.compile(layer, backend=backend, fullgraph=True), {}
+    for keep in ("x", "u", "x"):
+        x = torch.randn(9, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with backends.compiled_keep(keep), dip.fixed_noise(5):
+            y = compiled_layer(x)
+        results[keep] = (y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters())))
+    assert len(count) == 2
+    assert torch.equal(results["x"][0], results["u"][0])
+    for by_x, by_u in zip(results["x"], results["u"], strict=True):
+        torch.testing.assert_close(by_x, by_u, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"keep: expected 'x' or 'u', got 'both'"):
+        backends.compiled_keep("both")
+    assert backends._compiled_keep == "x"
