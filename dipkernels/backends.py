@@ -365,7 +365,8 @@ def _runs_on(name: str, device: str) -> bool:
 
 
 def _way_out() -> str:
-    return "unset DIPKERNELS_BACKEND, or dipkernels.backend('auto')" if _by_variable else "dipkernels.backend('auto')"
+    call = "call dipkernels.backend('auto')"
+    return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
 # The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an activation's expectation.
@@ -426,8 +427,8 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         asked = f"backend {_forced!r} was asked for" + (" by DIPKERNELS_BACKEND" if _by_variable else "")
         if not _runs_on(_forced, device):
             raise RuntimeError(
-                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(_forced, device)}; {_way_out()} "
-                "chooses for each device again"
+                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(_forced, device)}; "
+                f"{_way_out()} to have each device choose its own"
             )
         if _forced == "cuda" and op.startswith("activation"):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
