@@ -5,7 +5,7 @@
     make compat TORCH=2.11.0 COMPAT_PYTHON=python3.12   # under another Python
 
 The package is this checkout and its library the one that `make setup` built, by another torch: one library serves all.
-The last line is the row for the table. An environment takes about 6 GB; `make clean` removes all of them.
+The last line is the row for the table: all, quick, or some where pytest was told more. An environment takes about 6 GB; `make clean` removes all of them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> int:
     if not report.exists():
         return done.returncode or 1
     versions = subprocess.run([inside, "-c", _VERSIONS], check=True, capture_output=True, text=True).stdout.split()
-    what = "quick" if args.quick else "all"
+    what = "some" if args.rest else "quick" if args.quick else "all"
     print("|", " | ".join([*versions, what, *map(str, counts(report).values())]), "|")
     return done.returncode
 
