@@ -5,7 +5,8 @@
     make compat TORCH=2.11.0 COMPAT_PYTHON=python3.12   # under another Python
 
 The package is this checkout and its library the one that `make setup` built, by another torch: one library serves all.
-The last line is the row for the table: all, quick, or some where pytest was told more. An environment takes about 6 GB; `make clean` removes all of them.
+The last line is the row for the table: all, quick, or some where pytest was told more. An environment takes about 6 GB;
+`make clean` removes all of them.
 """
 
 from __future__ import annotations
