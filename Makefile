@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak long-tests \
+.PHONY: setup test test-all compat demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
@@ -24,6 +24,12 @@ test: setup
 
 test-all: setup
 	$(PY) -m pytest -m "slow or not slow"
+
+# The suite under another torch, in .compat/<TORCH>: make compat TORCH=2.11.0 [QUICK=1] [COMPAT_PYTHON=python3.12]
+COMPAT_PYTHON ?= $(PYTHON)
+compat: setup
+	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
+	$(PY) scripts/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
 
 demo: setup
 	$(PY) examples/digits.py
@@ -137,4 +143,4 @@ format: setup
 	$(VENV)/bin/clang-format -i $(C_SOURCES)
 
 clean:
-	rm -rf build dist out site *.egg-info dipkernels/_C*.so
+	rm -rf build dist out site .compat *.egg-info dipkernels/_C*.so

@@ -1,5 +1,7 @@
 """Which kernels run: `choose` is pure and printable; `backend` and DIPKERNELS_BACKEND override it.
 
+What is forced and cannot run, here or at all, says so at the first call that needs it; an import raises nothing.
+
 cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or the machine)
 cuda       the compiled library's CUDA kernels
 triton     the Triton kernels
@@ -19,6 +21,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +91,14 @@ def library() -> Library:
             error=f"{reason}: found torch {torch.__version__} on {platform.machine()}, the compiled library needs an unmodified "
             "torch >= 2.10 and the machine it was built for: pip install --force-reinstall --no-deps dipkernels",
         )
-    info = dict(line.split("=", 1) for line in functions.dip_build_info().decode().splitlines())
+    said = functions.dip_build_info().decode(errors="replace")
+    info = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    if missing := {"cpu", "cuda", "compiler"} - info.keys():
+        return Library(
+            path=path,
+            error=f"the library does not say its {', '.join(sorted(missing))}: it was built from another release of "
+            "dipkernels: build it again, or pip install --force-reinstall --no-deps dipkernels",
+        )
     return Library(
         path=path,
         cpu_capabilities=tuple(info["cpu"].split()),
@@ -167,8 +177,7 @@ def check_cuda() -> str | None:
     problem = _cuda_problem_of(library(), driver, gpus) if gpus else None
     if problem != _cuda_problem:
         _cuda_problem = problem
-        for listener in _listeners:
-            listener()
+        _tell_listeners()
         if problem:
             warnings.warn(
                 f"dipkernels: {choose('perturb', 'cuda').backend} runs on CUDA tensors: {problem}",
@@ -184,9 +193,12 @@ def watch_cuda() -> None:
         torch.cuda._lazy_call(check_cuda)
 
 
-@functools.cache
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 triton_problems: dict[str, str] = {}  # operation: why Triton cannot compile it here
@@ -205,11 +217,19 @@ def note_triton_problem(op: str, error: Exception) -> None:
     if _forced == "triton":
         raise RuntimeError(f"{op}: backend 'triton' was asked for, and {problem}") from error
     triton_problems[op] = problem
+    _tell_listeners()
     warnings.warn(f"dipkernels: {problem}; another backend runs instead", RuntimeWarning, stacklevel=2)
 
 
 _forced: str | None = None
-_listeners: list[Callable[[], None]] = []  # called when _forced changes: `ops` keeps a table of what was chosen
+_by_variable = False  # whether DIPKERNELS_BACKEND forced it
+_bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
+_listeners: list[Callable[[], None]] = []  # called when a choice may change: `ops` keeps a table of what was chosen
+
+
+def _tell_listeners() -> None:
+    for listener in _listeners:
+        listener()
 
 
 def _check_name(name: str, source: str) -> str | None:
@@ -218,11 +238,19 @@ def _check_name(name: str, source: str) -> str | None:
     return None if name == "auto" else name
 
 
-def _force(name: str | None) -> None:
-    global _forced
-    _forced = name
-    for listener in _listeners:
-        listener()
+def _force(name: str | None, by_variable: bool = False) -> None:
+    global _forced, _by_variable
+    _forced, _by_variable = name, by_variable
+    _tell_listeners()
+
+
+def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> Any:
+    """What check(value, name) makes of a variable at import; empty as unset. A bad value is kept for the first call."""
+    try:
+        return check(os.environ.get(name) or otherwise, name)
+    except ValueError as error:
+        _bad_variables[name] = str(error)
+        return check(otherwise, name)
 
 
 class backend:
@@ -236,40 +264,109 @@ class backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._previous = _forced
+        self._previous = _forced, _by_variable
         wanted = _check_name(name, "backend")
-        if wanted in ("cpu", "cuda") and not library().loaded:
-            raise RuntimeError(f"backend: {name!r} was asked for, but {library().error}")
-        if wanted == "cuda" and not library().cuda_archs:
-            raise RuntimeError("backend: 'cuda' was asked for, but the library was built without CUDA kernels")
-        if wanted == "triton" and not has_triton():
-            raise RuntimeError("backend: 'triton' was asked for, but the package triton is not installed")
+        if wanted is not None and (missing := _missing(wanted)):
+            raise RuntimeError(f"backend: {name!r} was asked for, but {missing}")
+        _bad_variables.pop("DIPKERNELS_BACKEND", None)
         _force(wanted)
 
     def __enter__(self) -> backend:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _force(self._previous)
+        _force(*self._previous)
 
 
-_force(_check_name(os.environ.get("DIPKERNELS_BACKEND", "auto"), "DIPKERNELS_BACKEND"))
+class compiled_keep:
+    """Set what keep="auto" means under torch.compile, for what follows or, as a context, for a block.
+
+    It is read while torch.compile traces, so that a change compiles anew. Not per thread.
+
+    Args:
+        keep: "x" or "u" (functional.dip_linear).
+
+    Raises:
+        ValueError: for another value.
+    """
+
+    def __init__(self, keep: str) -> None:
+        self._previous = _compiled_keep
+        self._set(_check_keep(keep, "keep"))
+
+    def _set(self, keep: str) -> None:
+        global _compiled_keep
+        _compiled_keep = keep
+        if _bad_variables.pop("DIPKERNELS_COMPILED_KEEP", None):
+            _tell_listeners()
+
+    def __enter__(self) -> compiled_keep:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(self._previous)
+
+
+def _check_keep(keep: str, source: str) -> str:
+    if keep not in ("x", "u"):
+        raise ValueError(f"{source}: expected 'x' or 'u', got {keep!r}")
+    return keep
+
+
+_force(_variable("DIPKERNELS_BACKEND", _check_name, "auto"), by_variable=True)
+_compiled_keep: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x")
 
 
 def warn_reference(plan: Plan) -> None:
-    """Say that a slow path was chosen, unless it was asked for. `ops` does so when it is imported: once."""
+    """Say that a slow path was chosen, unless it was asked for."""
     if plan.backend == "reference" and plan.why != "asked for":
         warnings.warn(f"dipkernels: the slow reference path runs: {plan.why}", RuntimeWarning, stacklevel=2)
 
 
-def _runs_on(name: str, device: str) -> bool:
-    if name == "cpu":
-        return device == "cpu" and "portable" in library().cpu_capabilities
-    if name == "cuda":
-        return device == "cuda" and bool(library().cuda_archs) and _cuda_problem is None
+def warn_reference_here() -> None:
+    """The same for what runs on a CPU. `ops` does so when it is imported: once."""
+    if _forced is None and not _bad_variables:
+        warn_reference(choose("perturb", "cpu"))
+
+
+def _missing(name: str) -> str | None:
+    """What this installation lacks for a backend on any device; None where it is complete."""
     if name == "triton":
-        return has_triton() and (device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"))
-    return True
+        return None if has_triton() else "the package triton is not installed: pip install triton"
+    if name == "reference":
+        return None
+    if not library().loaded:
+        return library().error or "there is no compiled library"
+    if name == "cuda":
+        return (
+            None
+            if library().cuda_archs
+            else "the library was built without CUDA kernels: DIPKERNELS_CUDA=1 builds them"
+        )
+    carried = "portable" in library().cpu_capabilities
+    return None if carried else "the library was built without CPU kernels: DIPKERNELS_CPU=1 builds them"
+
+
+def _obstacle(name: str, device: str) -> str | None:
+    """Why a backend cannot run on a device here, in words; None where it can."""
+    if missing := _missing(name):
+        return missing
+    if name == "cpu":
+        return None if device == "cpu" else "it runs on CPU tensors"
+    if name == "cuda":
+        return _cuda_problem if device == "cuda" else "it runs on CUDA tensors"
+    if name == "triton" and device != "cuda" and not (device == "cpu" and _INTERPRETS):
+        return "it runs on CUDA tensors, and on CPU tensors by its interpreter (TRITON_INTERPRET=1 at import)"
+    return None
+
+
+def _runs_on(name: str, device: str) -> bool:
+    return _obstacle(name, device) is None
+
+
+def _way_out() -> str:
+    call = "call dipkernels.backend('auto')"
+    return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
 # The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an activation's expectation.
@@ -292,15 +389,23 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 
     m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's product is far ahead.
     """
-    if dtype not in (torch.float16, torch.bfloat16) or _forced not in (None, "triton") or "linear" in triton_problems:
-        return None
-    if (device == "cpu" and _forced is None) or not _runs_on("triton", device):
+    if not can_fuse(device) or not is_narrow(dtype, m, n, k):
         return None
     if n <= FUSED_COLUMNS:
         return Plan("triton", f"N = {n} <= {FUSED_COLUMNS}: one tile of columns")
-    if m * n * k <= FUSED_WORK:
-        return Plan("triton", f"M N K = {m * n * k} <= {FUSED_WORK}: launches dominate")
-    return None
+    return Plan("triton", f"M N K = {m * n * k} <= {FUSED_WORK}: launches dominate")
+
+
+def can_fuse(device: str) -> bool:
+    """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter where it is forced."""
+    if _bad_variables or _forced not in (None, "triton") or "linear" in triton_problems:
+        return False
+    return (device != "cpu" or _forced == "triton") and _runs_on("triton", device)
+
+
+def is_narrow(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether an affine layer of these sizes is for that, where it may."""
+    return dtype in (torch.float16, torch.bfloat16) and (n <= FUSED_COLUMNS or m * n * k <= FUSED_WORK)
 
 
 def is_wide(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
@@ -312,18 +417,21 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
     dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and linear_bwd on a GPU.
-    Raises RuntimeError where a forced backend cannot run there.
+    Raises RuntimeError where a forced backend cannot run there, ValueError where a variable has a value that is none of its own.
     """
+    if _bad_variables:
+        raise ValueError("; ".join(_bad_variables.values()))
     if device == "meta":
         return Plan("cpu", "shapes only")
     if _forced is not None:
+        asked = f"backend {_forced!r} was asked for" + (" by DIPKERNELS_BACKEND" if _by_variable else "")
         if not _runs_on(_forced, device):
-            why = f": {_cuda_problem}" if _forced == device == "cuda" and _cuda_problem else ""
             raise RuntimeError(
-                f"{op}: backend {_forced!r} was asked for, and it cannot run on device {device!r} here{why}"
+                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(_forced, device)}; "
+                f"{_way_out()} to have each device choose its own"
             )
         if _forced == "cuda" and op.startswith("activation"):
-            raise RuntimeError(f"{op}: backend 'cuda' was asked for, and it has no kernel of it; use 'triton'")
+            raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
         return Plan(_forced, "asked for")
     if device == "cuda" and op in ("linear", "linear_bwd") and dtype and shape and _runs_on("cuda", device):
         m, n, k = shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,8 @@ import torch
 
 from . import backends
 
+# What the library's and Triton's own code reads, at the first call on a GPU; backends reads the others.
+_VALUES = {"DIPKERNELS_CUDA_TIER": ("fast", "exact"), "DIPKERNELS_AUTOTUNE": ("0", "1")}
 _VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -58,6 +61,26 @@ def _library() -> dict[str, object]:
     return report
 
 
+def _bad_variables() -> list[str]:
+    """What is wrong with the values of this package's variables."""
+    problems = list(backends._bad_variables.values())
+    for name, values in _VALUES.items():
+        if (value := os.environ.get(name)) and value not in values:
+            problems.append(f"{name}: expected one of {values}, got {value!r}")
+    return problems
+
+
+def _triton() -> str:
+    """Its version, and why it does not load where it is installed and does not."""
+    version = _version("triton")
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        if version != "not installed":
+            return f"{version}, which does not load: {type(error).__name__}: {error}"
+    return version
+
+
 def _kernels(op: str, device: str) -> object:
     plan = _or_error(functools.partial(backends.choose, op, device))
     return f"{plan.backend} ({plan.why})" if isinstance(plan, backends.Plan) else plan
@@ -76,7 +99,7 @@ def env_report() -> EnvReport:
             "dipkernels": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": _or_error(lambda: _version("triton")),
+            "triton": _or_error(_triton),
             "platform": f"{platform.system()} {platform.machine()}",
         }
     )
@@ -95,6 +118,8 @@ def env_report() -> EnvReport:
                 report[f"{op} on {device}"] = others
     if torch.cuda.is_available():
         report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if problems := _bad_variables():
+        report["bad variables"] = problems
     if backends.triton_problems:
         report["triton problems"] = list(backends.triton_problems.values())
     report["threads"] = torch.get_num_threads()

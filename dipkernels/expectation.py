@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
+from . import ops, worlds
 from .row_blocks import ACTIVATIONS, flat_rows, linear_as
 from .triton_kernels.mixtures import MIXTURES
 
@@ -26,16 +26,10 @@ def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
     return sigma.double() if weight.dtype is torch.float64 and sigma.dtype is torch.float32 else sigma
 
 
-def needs_pieces() -> bool:
-    """Under torch.func's transforms, and torch.export, which loses the derivative of an autograd.Function in silence."""
-    exports = torch.compiler.is_exporting() and torch.is_grad_enabled()
-    return exports or torch._C._are_functorch_transforms_active()
-
-
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same for every row."""
     sigma = _as_wide_as(weight, sigma)
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() or worlds.transforming():
         return _variance_pieces(weight, sigma, log_variance)
     return ops.activation_variance(weight, sigma, log_variance)
 
@@ -85,7 +79,7 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
 
 def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    if needs_pieces():
+    if worlds.wants_pieces():
         return _pieces(mu, v, activation)
     y: Tensor = _Activation.apply(mu, v, activation)
     return y
@@ -134,7 +128,7 @@ def linear(
 ) -> Tensor:
     """The layer and its activation, in x's dtype."""
     arguments = (x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)
-    if needs_pieces():
+    if worlds.wants_pieces():
         return _linear_pieces(*arguments)
     y: Tensor = _Linear.apply(*arguments)
     return y

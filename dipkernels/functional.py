@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import backends, expectation, ops, tensor_parallel
+from . import backends, expectation, ops, tensor_parallel, worlds
 from .row_blocks import ACTIVATIONS as ACTIVATIONS
 from .row_blocks import act_of, flat_rows, linear_as, slopes_form
-from .tensor_parallel import is_dtensor
+from .worlds import is_dtensor
 
 # ---- P and Q: one pass each, and each other's adjoint.  docs/maths.md, section 1 -------------------------------------
 
@@ -181,6 +181,15 @@ def _no_view(y: Tensor) -> Tensor:
 # ---- keep="x": backward makes u again instead of keeping it.  docs/maths.md, section 2 -------------------------------
 
 
+def _replays(keep: str) -> bool:
+    """Whether backward makes u again in this world."""
+    if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
+        return False
+    if keep == "auto" and worlds.tracing():
+        return backends._compiled_keep == "x"
+    return keep == "x"
+
+
 class _LinearReplay(Function):
     @staticmethod
     def forward(
@@ -283,9 +292,8 @@ def _mean(
 ) -> Tensor:  # fmt: skip
     _check_weight(x, weight, dtype)
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
-    opaque = fused and not is_dtensor(x) and not torch.compiler.is_exporting()
     arguments: Any = (x, weight, bias, sigma, seed, where, activation, dtype or x.dtype)
-    if not opaque or torch._C._are_functorch_transforms_active():
+    if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])
     can_keep = ops.can_keep(x.device.type)
@@ -334,7 +342,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
     """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
-    if not (torch.is_grad_enabled() and sigma.requires_grad) or expectation.needs_pieces():
+    if not (torch.is_grad_enabled() and sigma.requires_grad) or worlds.wants_pieces():
         return x
     same: Tensor = _Unused.apply(x, sigma)
     return same
@@ -342,9 +350,8 @@ def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
 
 def _check_sigma(sigma: Tensor) -> None:
     # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
-    if sigma.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    if is_dtensor(sigma):  # a rank alone cannot say it for all
+    # Of a DTensor a rank alone cannot say it for all.
+    if sigma.device.type != "cpu" or not worlds.has_values(sigma):
         return
     if not bool((sigma >= 0).all()):
         raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
@@ -375,12 +382,12 @@ def _perturb(x: Tensor, sigma: Tensor, seed: Tensor, where: Where, dtype: torch.
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = tensor_parallel.prepare(x, sigma, seed, where[0])
-    elif torch.compiler.is_exporting() and torch.is_grad_enabled():
+    elif worlds.exporting() and torch.is_grad_enabled():
         return _perturb_exported(x, sigma, seed, where, dtype)
-    if torch._C._are_functorch_transforms_active():
+    if worlds.transforming():
         u = _PerturbFunc.apply(x, sigma, seed, where, dtype)
         return u
-    if torch.compiler.is_compiling():
+    if worlds.tracing():
         u = _Perturb.apply(x, sigma, seed, where, dtype)
         return u
     return _apply_perturb(x, sigma, seed, where, dtype)
@@ -455,8 +462,8 @@ def dip_linear(
 
     x: [..., K]. weight: [N, K]. bias: [N] or None. sigma, seed, row0, col0, sample, num_samples, collapsed, log_variance: as in
     `perturb`. keep: what backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
-    the pass that sums dsigma: for layers that share an input, and under torch.compile), or "auto": "x" under torch.compile,
-    else "u". Under autocast u is rounded once, straight to the autocast type.
+    the pass that sums dsigma: for layers that share an input), or "auto": "u", and under torch.compile what
+    `backends.compiled_keep` says, "x" by default. Under autocast u is rounded once, straight to the autocast type.
     activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". estimator: where the mean over z is taken.
       "sample"    act of one draw; num_samples draws are averaged before the activation.
       "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
@@ -501,7 +508,7 @@ def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
     if x.device.type == "cpu" and backends._forced is None:  # the common case at once: no GPU, nothing to fuse
         return False
     m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
-    return weight.dim() == 2 and backends.fuses(x.device.type, dtype or x.dtype, m, *weight.shape) is not None
+    return weight.dim() == 2 and ops.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
 
 
 def affine(
@@ -516,11 +523,7 @@ def affine(
         _, row0, col0, sample, num_samples, factor, log_variance = where
         place = (row0, col0, sample, num_samples, factor, log_variance)
         return _mean(x, weight, bias, sigma, seed, place, "identity", dtype, "x")
-    elif (
-        (keep == "x" or (keep == "auto" and torch.compiler.is_compiling()))
-        and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()  # a transform keeps what it likes
-    ):
+    elif keep != "u" and _replays(keep):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, where, dtype)
         return y
     return F.linear(_perturb(x, sigma, seed, where, dtype), weight, bias)

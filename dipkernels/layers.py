@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import decay, functional, seeds, tensor_parallel
+from . import decay, functional, seeds, tensor_parallel, worlds
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -638,7 +638,7 @@ class Share:
         self._entries: dict[Any, tuple[Any, ...]] = {}
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        compiling = torch.compiler.is_compiling()
+        compiling = worlds.tracing()
         version = None if compiling or x.is_inference() else x._version
         place = (version, dtype, torch.is_grad_enabled(), seeds._ROW0)
         device = "compiled" if compiling else x.device

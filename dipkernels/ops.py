@@ -124,6 +124,7 @@ def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
 # What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
 _chosen: dict[tuple[str, str], Callable[..., Any]] = {}
 _keepers: set[str] = set()  # devices where linear_keep runs
+_fusers: set[str] = set()  # devices where an affine layer may sample inside its GEMM
 
 
 def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
@@ -131,7 +132,8 @@ def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
     return found
 
 
-_WIDE = "cuda, wide"  # in place of a device: a shape that is backends.is_wide
+# In place of a device: a shape that is backends.is_wide, and any device without kernels of its own.
+_WIDE, _OTHER = "cuda, wide", "other"
 
 
 def _kernel(op: str, device: str) -> Callable[..., Any]:
@@ -140,11 +142,17 @@ def _kernel(op: str, device: str) -> Callable[..., Any]:
     return _overload(op, backends.choose(op, device))
 
 
-def _refusal(error: RuntimeError) -> Callable[..., Any]:
+def _refusal(op: str, device: str, error: Exception) -> Callable[..., Any]:
+    """What cannot run raises when it is called: an import, and `backend`, raise nothing for it."""
+
     def refuse(*args: object) -> None:
-        raise RuntimeError(str(error))
+        raise type(error)(str(error).replace(repr(_OTHER), repr(_device_of(args))))
 
     return refuse
+
+
+def _device_of(args: Sequence[object]) -> str:
+    return next(a for a in args if isinstance(a, Tensor)).device.type
 
 
 _One = Literal["noise", "perturb", "perturb_bwd", "activation", "activation_variance"]
@@ -162,19 +170,21 @@ def _run(op: Literal["linear", "linear_bwd"], device: str) -> Callable[..., Any]
 @overload
 def _run(op: Literal["linear_keep_bwd"], device: str) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]: ...
 def _run(op: str, device: str) -> Callable[..., Any]:
-    return _chosen.get((op, device)) or _kernel(op, device)
+    return _chosen.get((op, device)) or _chosen[op, _OTHER]
 
 
 def _choose_all() -> None:
     for op in SCHEMAS:
-        for device in ("cpu", "cuda", "meta", _WIDE):
+        for device in ("cpu", "cuda", "meta", _WIDE, _OTHER):
             try:
                 _chosen[op, device] = _kernel(op, device)
-            except RuntimeError as error:
-                _chosen[op, device] = _refusal(error)
+            except (RuntimeError, ValueError) as error:
+                _chosen[op, device] = _refusal(op, device, error)
     _keepers.clear()
-    if backends._forced in (None, "cpu", "reference") and backends.choose("linear_keep", "cpu").backend != "triton":
+    if backends._forced in (None, "cpu", "reference"):
         _keepers.add("cpu")
+    _fusers.clear()
+    _fusers.update(device for device in ("cpu", "cuda") if backends.can_fuse(device))
 
 
 def _linear_kernel(op: Literal["linear", "linear_bwd"], device: str, x: Tensor, weight: Tensor) -> Callable[..., Any]:
@@ -267,6 +277,11 @@ def linear_bwd(
 def can_keep(device: str) -> bool:
     """Whether linear_keep runs there."""
     return device in _keepers
+
+
+def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether an affine layer of these sizes samples inside its GEMM: backends.fuses as a look-up."""
+    return device in _fusers and backends.is_narrow(dtype, m, n, k)
 
 
 def linear_keep(
@@ -414,8 +429,7 @@ def _triton(op: str) -> Callable[..., Any]:
                 return launch(*args)
             except Exception as error:
                 backends.note_triton_problem(op, error)
-        device = next(a for a in args if isinstance(a, Tensor)).device.type
-        plan = backends.choose(op, device)  # no longer Triton
+        plan = backends.choose(op, _device_of(args))  # no longer Triton
         return _overload(op, plan)(*args)
 
     return run
@@ -442,4 +456,4 @@ for _op, _schema in _PASSES.items():
 _choose_all()
 backends._listeners.append(_choose_all)
 backends.watch_cuda()
-backends.warn_reference(backends.choose("perturb", "cpu"))
+backends.warn_reference_here()

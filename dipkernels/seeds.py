@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .tensor_parallel import is_dtensor
+from . import worlds
+from .worlds import is_dtensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -172,10 +173,10 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     that device, in one call, as dropout's does.
     Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first.
     """
-    compiling = torch.compiler.is_compiling()
+    tracing = worlds.tracing()
     if _KEY is None:
-        if compiling:
-            if not torch.compiler.is_exporting():
+        if tracing:
+            if not worlds.exporting():
                 _when_traced(x.device.type, is_dtensor(x))
         elif _ranks_to_compare and torch.distributed.is_initialized():
             _compare_ranks(x.device.type, is_dtensor(x))
@@ -183,7 +184,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     else:
         seed = _KEY.to(x.device) + stream
     # No checkpointed block's first forward runs with gradients on and no hook on saved tensors.
-    if not compiling and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
+    if not tracing and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
         _watch_checkpoint(seed)
     return seed
 
@@ -220,7 +221,7 @@ def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
     """What tells one draw from another without stopping a GPU; None where nothing does."""
     if _KEY is not None:
         return _TAG
-    if type(seed) is not Tensor or torch._C._are_functorch_transforms_active():
+    if type(seed) is not Tensor or worlds.transforming():
         return None
     if seed.device.type == "cpu":
         return tuple(seed.tolist())

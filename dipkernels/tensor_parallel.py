@@ -14,19 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, worlds
+from .worlds import is_dtensor as is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
 _agreed: set[DeviceMesh] = set()  # meshes whose ranks were seen to hold one seed
-
-
-def is_dtensor(x: object) -> TypeIs[DTensor]:
-    # By name: importing torch.distributed.tensor takes longer than importing this package.
-    return type(x).__name__ == "DTensor"
 
 
 def local(x: Tensor) -> Tensor:
@@ -189,7 +184,7 @@ def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, T
     if is_dtensor(sigma):
         _check_layout(x, sigma, dim)
     seed = local(seed)
-    if not torch.compiler.is_compiling() and x.device_mesh not in _agreed:
+    if not worlds.tracing() and x.device_mesh not in _agreed:
         check_agreement(seed, x.device_mesh)
         _agreed.add(x.device_mesh)
     return x, seed

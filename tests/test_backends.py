@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def run_python(code, **environment):
 
 @pytest.mark.parametrize("variable, value, code, expected", [
     ("DIPKERNELS_BACKEND", "reference", "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)", "asked for"),
-    ("DIPKERNELS_BACKEND", "quick", "import dipkernels", "DIPKERNELS_BACKEND: expected one of"),
+    ("DIPKERNELS_BACKEND", "quick", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_BACKEND: expected one of"),
+    ("DIPKERNELS_COMPILED_KEEP", "u", "import dipkernels.backends as b; print(b._compiled_keep * 3)", "uuu"),
+    ("DIPKERNELS_COMPILED_KEEP", "both", "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u'"),
     ("DIPKERNELS_CPU_CAPABILITY", "portable", "import dipkernels.backends as b; print(b.cpu_capability())", "portable"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels.backends as b; b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
@@ -99,6 +102,77 @@ def run_python(code, **environment):
 def test_environment_decides_and_errors_name_the_variable(variable, value, code, expected):
     status, output = run_python(code, **{variable: value})
     assert expected in output and (status != 0) == ("expected" in expected)
+
+
+# ---- a forced backend that cannot run: the import is quiet, the first call is clear -------------------------------------
+
+# What a process imports dipkernels into: the installation lacks it, whatever this one has.
+WITHOUT = {
+    "library": "import dipkernels.backends as b; b.library = lambda: b.Library(error='it was not built')",
+    "cpu": "import dipkernels.backends as b; b.library = lambda: b.Library(path='_C.so', cuda_archs=('90',))",
+    "cuda": "import dipkernels.backends as b; b.library = lambda: b.Library(path='_C.so', cpu_capabilities=('portable',))",
+    "triton": "import dipkernels.backends as b; b.has_triton = lambda: False",
+    "nothing": "pass",
+}
+FORCED_CALL = """
+import sys, types, importlib, importlib.util, warnings
+warnings.simplefilter("error")
+import torch
+# `backends` alone first, changed, and then the package that asks it.
+root = importlib.util.find_spec("dipkernels").submodule_search_locations[0]
+package = types.ModuleType("dipkernels")
+package.__path__, package.__package__ = [root, root.rsplit("/", 1)[0]], "dipkernels"
+sys.modules["dipkernels"] = package
+{without}
+spec = importlib.util.spec_from_file_location("dipkernels", root + "/__init__.py", submodule_search_locations=package.__path__)
+module = importlib.util.module_from_spec(spec)
+sys.modules["dipkernels"] = module
+spec.loader.exec_module(module)
+print("imported")
+report = str(module.env_report())
+print(report)
+print("reported")
+try:
+    module.DIPLinear(2, 2)(torch.ones(3, 2))
+except (RuntimeError, ValueError) as error:
+    print("refused:", error)
+with module.backend("reference"):
+    print(module.DIPLinear(2, 2)(torch.ones(3, 2)).shape)
+module.backend("auto")
+print("auto:", sys.modules["dipkernels.backends"].choose("perturb", "cpu").why)
+"""
+
+
+@pytest.mark.parametrize("forced, without, says", [
+    ("triton", "nothing", "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors"),
+    ("triton", "triton", "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the package triton is not installed"),
+    ("cuda", "cpu", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors"),
+    ("cuda", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CUDA"),
+    ("cuda", "library", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built"),
+    ("cpu", "library", "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built"),
+    ("cpu", "cpu", "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CPU"),
+    ("quick", "nothing", "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'"),
+])  # fmt: skip
+def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(forced, without, says):
+    code = FORCED_CALL.format(without=WITHOUT[without])
+    status, output = run_python(code, DIPKERNELS_BACKEND=forced, TRITON_INTERPRET="")
+    assert status == 0, output
+    assert "imported" in output and "reported" in output
+    (refusal,) = (line for line in output.splitlines() if line.startswith("refused:"))
+    assert says in refusal
+    if forced != "quick":
+        assert "unset DIPKERNELS_BACKEND, or call dipkernels.backend('auto'), to have" in refusal
+    kernels = next(line for line in output.splitlines() if line.startswith("kernels on cpu"))
+    assert says in kernels  # the report names it too
+    assert "torch.Size([3, 2])" in output and "auto:" in output
+
+
+def test_a_refusal_names_the_device_that_has_no_kernels():
+    with backend("cpu"), pytest.raises(RuntimeError, match="cannot run on device 'xpu' here: it runs on CPU tensors"):
+        choose("perturb", "xpu")
+    refusal = ops._refusal("noise", ops._OTHER, RuntimeError(f"noise: not on {ops._OTHER!r}"))
+    with pytest.raises(RuntimeError, match="noise: not on 'cpu'"):
+        refusal(SEED)
 
 
 def test_cpu_capability_rejects():
@@ -119,6 +193,12 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         assert "was not built" in backends.library().error
         with pytest.raises(RuntimeError, match="was not built"):
             backends.cpu_capability()
+        (tmp_path / "_C.so").write_text("")
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+        build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
+        monkeypatch.setattr(backends, "_c_functions", lambda path: build_info)
+        backends.library.cache_clear()
+        assert "does not say its compiler, cuda: it was built from another release" in backends.library().error
     finally:
         monkeypatch.undo()
         backends.library.cache_clear()

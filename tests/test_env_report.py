@@ -1,6 +1,8 @@
 """env_report: complete, printable, and never the thing that fails."""
 
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -75,6 +77,29 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     assert "activation on cpu" not in report
     monkeypatch.setattr(backends, "_forced", "cuda")
     assert "has no kernel of it; use 'triton'" in env_report()["activation on cuda"]
+
+
+@pytest.mark.parametrize("variable, value, says", [
+    ("DIPKERNELS_BACKEND", "quick", "DIPKERNELS_BACKEND: expected one of"),
+    ("DIPKERNELS_BACKEND", b"\xff\xfe", r"got '\udcff\udcfe'"),
+    ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
+    ("DIPKERNELS_COMPILED_KEEP", "both", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u', got 'both'"),
+    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
+    ("DIPKERNELS_CUDA_TIER", "quick", "DIPKERNELS_CUDA_TIER: expected one of ('fast', 'exact'), got 'quick'"),
+    ("DIPKERNELS_AUTOTUNE", "yes", "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'"),
+    ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),
+])  # fmt: skip
+def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPKERNELS")}
+    if variable == "PYTHONPATH":
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+        value = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
+    environment[variable] = os.fsdecode(value) if isinstance(value, bytes) else value
+    command = [sys.executable, "-m", "dipkernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout and "environment" in done.stdout
 
 
 def test_python_m_prints_the_report(capsys):

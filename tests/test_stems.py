@@ -21,6 +21,7 @@ STEMS = {
 }
 # A module may import the ones before it, never one after.
 ORDER = [
+    "worlds",
     "reference",
     "backends",
     "row_blocks",

@@ -350,8 +350,15 @@ def _tuned(kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps:
     return triton.autotune(configs, key=["N", "K"])(kernel)
 
 
+def _autotunes() -> bool:
+    value = os.environ.get("DIPKERNELS_AUTOTUNE") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"DIPKERNELS_AUTOTUNE: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
 def _launch(kernel, op: str, grid, chosen: Blocks, *args, **constants) -> None:
-    if os.environ.get("DIPKERNELS_AUTOTUNE") == "1" and not triton.knobs.runtime.interpret:
+    if _autotunes() and not triton.knobs.runtime.interpret:
         c = chosen
         kernel = _tuned(kernel, op, c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.num_warps, c.num_stages)
     else:

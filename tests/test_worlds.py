@@ -1,0 +1,249 @@
+"""The world of a call is told right, and no layer breaks or bends a graph in any of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from graph_support import GPU_MODE, compiled, module_on_gpu, no_workaround_of_dynamo, on_gpu
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import dipkernels as dip
+from dipkernels import backends, functional, ops, worlds
+
+SOURCES = sorted((Path(dip.__file__).parent).glob("*.py"))
+DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
+# name: (layer, shape of its input)
+LAYERS = {
+    "wide": (lambda: dip.DIPLinear(256, 512), (64, 256)),
+    "narrow": (lambda: dip.DIPLinear(256, 64), (64, 256)),
+    "mean": (lambda: dip.DIPLinear(32, 16, activation="gelu", estimator="mean", num_samples=4), (8, 32)),
+    "relu mean": (lambda: dip.DIPLinear(32, 16, activation="relu", estimator="mean", num_samples=4), (8, 32)),
+    "exact": (lambda: dip.DIPLinear(32, 16, activation="tanh", estimator="analytic"), (8, 32)),
+    "keep x": (lambda: dip.DIPLinear(32, 16, keep="x"), (8, 32)),
+    "keep u": (lambda: dip.DIPLinear(32, 16, keep="u"), (8, 32)),
+    "conv": (lambda: dip.DIPConv2d(3, 4, 3), (2, 3, 8, 8)),
+    "input": (lambda: dip.DIPInput(8), (4, 8)),
+    "attention": (lambda: dip.DIPMultiheadAttention(16, 2, batch_first=True), (2, 4, 16)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def triton_on_cpu(monkeypatch):
+    """The choices of a GPU with Triton, made for CPU tensors; nothing of it is run."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "_INTERPRETS", True, raising=False)
+    with backends.backend("triton"):
+        yield
+    monkeypatch.undo()
+    ops._choose_all()
+
+
+def make(name, dtype=torch.float32):
+    layer, shape = LAYERS[name][0]().to(dtype), LAYERS[name][1]
+    inputs = 3 if name == "attention" else 1
+    return layer, [torch.randn(shape).to(dtype).requires_grad_() for _ in range(inputs)]
+
+
+# ---- which world -----------------------------------------------------------------------------------------------------
+
+
+class Asks(nn.Module):
+    """Adds a number that names the worlds of its call."""
+
+    def forward(self, x):
+        said = (worlds.tracing(), worlds.compiling(), worlds.exporting(), worlds.transforming(), worlds.wants_pieces())
+        return x + sum(2**i * answer for i, answer in enumerate(said))
+
+
+TRACING, COMPILING, EXPORTING, TRANSFORMING, PIECES = (2**i for i in range(5))
+
+
+def test_each_world_is_told_from_the_others():
+    asks, x = Asks(), torch.zeros(3)
+    answers = {
+        "eager": asks(x),
+        "compile": torch.compile(asks, backend="eager", fullgraph=True)(x),
+        "compile under no_grad": torch.no_grad()(torch.compile(asks, backend="aot_eager", fullgraph=True))(x),
+        "vmap": torch.vmap(asks)(x),
+        "compile of vmap": torch.compile(torch.vmap(asks), backend="eager", fullgraph=True)(x),
+        "make_fx": make_fx(asks)(x)(x),
+    }
+    for strict in (False, True):
+        answers[f"export, strict={strict}"] = torch.export.export(asks, (x,), strict=strict).module()(x)
+        with torch.no_grad():
+            program = torch.export.export(asks, (x,), strict=strict)
+        answers[f"export under no_grad, strict={strict}"] = program.module()(x)
+    exported = TRACING + EXPORTING
+    assert {name: int(answer[0]) for name, answer in answers.items()} == {
+        "eager": 0,
+        "compile": TRACING + COMPILING,
+        "compile under no_grad": TRACING + COMPILING,
+        "vmap": TRANSFORMING + PIECES,
+        "compile of vmap": TRACING + COMPILING + TRANSFORMING + PIECES,
+        "make_fx": 0,
+        "export, strict=False": exported + PIECES,
+        "export under no_grad, strict=False": exported,
+        "export, strict=True": exported + PIECES,
+        "export under no_grad, strict=True": exported,
+    }
+    assert not worlds.exporting() and not worlds.tracing()
+
+
+def test_no_other_module_asks_torch_for_its_world():
+    asked = re.compile(
+        r"is_exporting|is_compiling|is_dynamo_compiling|_are_functorch_transforms_active|_get_dispatch_mode"
+    )
+    found = [path.name for path in SOURCES if asked.search(path.read_text())]
+    assert found == ["worlds.py"]
+
+
+def test_sigma_is_checked_where_it_has_values_and_nowhere_else():
+    x, seed = torch.randn(3, 8), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match="sigma: expected values >= 0"):
+        functional.perturb(x, -torch.ones(8), seed)
+
+    def run(x, sigma):
+        return functional.perturb(x, sigma, seed)
+
+    graph = make_fx(run)(x, torch.ones(8))
+    assert torch.equal(graph(x, torch.ones(8)), run(x, torch.ones(8)))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert run(torch.randn(3, 8), torch.ones(8)).shape == (3, 8)
+
+
+# ---- one whole graph -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_training_layer_is_one_graph_of_its_own_passes(name, dtype):
+    layer, inputs = make(name, dtype)
+    graphs = compiled(layer, *inputs)
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    check_passes(name, graphs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_so_it_is_with_the_choices_of_a_gpu(name, dtype, triton_on_cpu):
+    layer, inputs = make(name, dtype)
+    graphs = compiled(layer, *inputs)
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    narrow = dtype is not torch.float32 and name != "keep u" and isinstance(layer, nn.Linear)
+    check_passes(name, graphs, "dipkernels_triton", fused=narrow)
+
+
+def check_passes(name, graphs, namespace="dipkernels", fused=False):
+    """P forward, Q backward (or both of a mean), and none of the pieces that torch.export is given."""
+    forward, backward = set(graphs.forward[0]), set(graphs.backward[0])
+    assert not any("noise" in op for op in forward | backward), (forward, backward)
+    passes = {
+        "mean": ({"linear", "linear_keep"}, {"linear_bwd", "linear_keep_bwd"}),
+        "relu mean": ({"linear", "linear_keep"}, {"linear_bwd", "linear_keep_bwd"}),
+        "exact": ({"activation"}, {"activation_bwd"}),
+    }
+    plain = ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
+    for ran, wanted in zip((forward, backward), passes.get(name, plain)):
+        assert ran & {f"{namespace}.{op}.default" for op in wanted}, (ran, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_on_a_gpu_is_one_graph(name, dtype):
+    layer, inputs = make(name, dtype)
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    with GPU_MODE, torch.no_grad(), no_workaround_of_dynamo():
+        layer, inputs = module_on_gpu(layer), [on_gpu(x) for x in inputs]
+        torch.compile(layer, backend=backend, fullgraph=True)(*inputs)
+    assert len(graphs) == 1
+    assert any("dipkernels" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_a_device_without_kernels_of_its_own_is_a_look_up(monkeypatch):
+    """Such as xpu: a traced choice would read the library's folder."""
+    chosen = {key: value for key, value in ops._chosen.items() if key[1] != "cpu"}
+    monkeypatch.setattr(ops, "_chosen", chosen)
+    layer, inputs = make("input")
+    graphs = compiled(layer, *inputs)
+    assert "dipkernels_reference.perturb.default" in graphs.forward[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compiled_layer_keeps_no_noise_for_backward(dtype):
+    """Beside its inputs: a seed, and of a convolution the input that the plain one keeps, in its own type."""
+    for name in ("wide", "input", "conv"):
+        layer, (x,) = make(name, dtype)
+        plain = x.numel() * x.element_size() if name == "conv" else 0
+        assert compiled(layer, x).saved[0] <= plain + 64, name
+
+
+# ---- what keep="auto" keeps under torch.compile: docs/maths.md, section 2 -----------------------------------------------
+
+
+class Readers(nn.Module):
+    """DIP layers that read what `before` makes of the input."""
+
+    def __init__(self, before, number):
+        super().__init__()
+        self.before, self.layers = before, nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number))
+
+    def forward(self, x):
+        h = self.before(x)
+        return sum(layer(h) for layer in self.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_keep_decides_between_x_and_u_by_these_bytes(dtype):
+    x = torch.randn(128, 64, dtype=dtype)
+    one = x.numel() * x.element_size()
+    for before, number, by_x, by_u in [
+        (nn.Linear(64, 64), 1, one, one),  # u takes x's place
+        (nn.Tanh(), 1, one, 2 * one),  # whose own backward keeps x
+        (nn.Linear(64, 64), 3, one, 3 * one),  # each reader has a u of its own
+    ]:
+        model = Readers(before.requires_grad_(), number).to(dtype)
+        for keep, wanted, backward in (("x", by_x, "perturb_replay"), ("u", by_u, "perturb_bwd")):
+            with backends.compiled_keep(keep):
+                graphs = compiled(model, x.requires_grad_())
+            assert wanted <= graphs.saved[0] <= wanted + 128 * number, (before, number, keep)
+            calls = [op for op in graphs.backward[0] if "dipkernels" in op]
+            assert calls == [f"dipkernels.{backward}.default"] * number
+
+
+def test_compiled_keep_changes_no_number_and_compiles_anew():
+    layer, count = dip.DIPLinear(24, 12), []
+
+    def backend(graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        count.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled_layer, results = torch.compile(layer, backend=backend, fullgraph=True), {}
+    for keep in ("x", "u", "x"):
+        x = torch.randn(9, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with backends.compiled_keep(keep), dip.fixed_noise(5):
+            y = compiled_layer(x)
+        results[keep] = (y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters())))
+    assert len(count) == 2
+    assert torch.equal(results["x"][0], results["u"][0])
+    for by_x, by_u in zip(results["x"], results["u"], strict=True):
+        torch.testing.assert_close(by_x, by_u, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"keep: expected 'x' or 'u', got 'both'"):
+        backends.compiled_keep("both")
+    assert backends._compiled_keep == "x"
