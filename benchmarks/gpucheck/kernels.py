@@ -8,15 +8,16 @@ import itertools
 import os
 from collections.abc import Callable
 
+import gpu_expectation
 import peers
 import timing
 import torch
 import torch.nn.functional as F
-from gpucheck.child import Check, Rows
 from machine import copy_rate, matmul_rate
 from torch import Tensor, nn
 
 from dipkernels import backends, ops, reference
+from gpucheck.child import Check, Rows
 
 PLACE = (1, 0, 0, 0, 1, 1.0, False)  # dim, row0, col0, sample, num_samples, factor, log_variance
 KEY = 12345
@@ -144,10 +145,12 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
             lambda x, du, target: x + narrow * torch.randn_like(x), check.device
         )
     timed = timing.interleave(variants, "copy", check.device, budget_s=0.6, always=tuple(variants), **rounds(check))
-    if given.beyond_cache:
-        for name in kinds(check):
-            if "ratio" in timed[name]:
-                timed[name]["share_of_copy"] = TRAFFIC[form] / 2 / timed[name]["ratio"]
+    for kind in kinds(check):
+        if given.beyond_cache and "ratio" in timed[kind]:
+            timed[kind]["share_of_copy"] = TRAFFIC[form] / 2 / timed[kind]["ratio"]
+        if dtype is torch.bfloat16:
+            name = check.machine.get("gpu", "")
+            timed[kind]["expected_s"] = gpu_expectation.pass_seconds(name, form, kind, m * k)
     row = {"form": form, "dtype": str(dtype), "m": m, "k": k}
     return row | {"sets": given.count, "beyond_cache": given.beyond_cache, "variants": per_call(timed, given.count)}
 

@@ -9,12 +9,12 @@ import networks
 import peers
 import timing
 import torch
-from gpucheck.child import Check, Rows
-from gpucheck.kernels import half, kernels, kinds, rounds
 from torch import Tensor, nn
 
 import dipkernels as dip
 from dipkernels.row_blocks import ACTIVATIONS
+from gpucheck.child import Check, Rows
+from gpucheck.kernels import half, kernels, kinds, rounds
 
 
 def prepare(check: Check) -> None:

@@ -20,6 +20,8 @@ def _variant(name: str, entry: dict) -> str:
         text += f"   x {entry['ratio']:.3f} [{low:.3f}, {high:.3f}]"
     if "share_of_copy" in entry:
         text += f"   {entry['share_of_copy']:.0%} of the copy's rate"
+    if entry.get("expected_s"):
+        text += f"   expected {entry['expected_s'] * 1e6:.0f} us"
     if entry.get("peak_bytes") is not None:
         text += f"   peak {entry['peak_bytes'] / 2**20:.0f} MiB"
     return text
