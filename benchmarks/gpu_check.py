@@ -26,18 +26,19 @@ from gpucheck import driver, report
 from gpucheck.driver import Section
 from gpucheck.record import Record
 
-MACHINE = Section("machine", 30, "gpucheck.tools:machine")
+MACHINE = Section("machine", 20, "gpucheck.tools:machine")
 SECTIONS = (
     Section("build", 60, "gpucheck.tools:build"),
-    Section("tests", 75, "gpucheck.tools:tests"),
+    Section("tests", 70, "gpucheck.tools:tests"),
     Section("copy", 15, "gpucheck.kernels:copy"),
     Section("perturb", 35, "gpucheck.kernels:perturb"),
     Section("graph", 20, "gpucheck.kernels:graph"),
     Section("block", 45, "gpucheck.layers:block"),
-    Section("layers", 65, "gpucheck.layers:layers"),
+    Section("layers", 60, "gpucheck.layers:layers"),
     Section("averaging", 30, "gpucheck.layers:averaging"),
     Section("crossover", 25, "gpucheck.kernels:crossover"),
-    Section("sanitizer", 75, "gpucheck.sanitizer:sanitizer"),
+    Section("switches", 40, "gpucheck.switches:switches"),
+    Section("sanitizer", 60, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
 NAMES = tuple(section.name for section in SECTIONS)
@@ -55,18 +56,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="rehearse on the CPU with small shapes: measures nothing")
-    add("--out", type=Path, default=driver.ROOT / "benchmarks" / "results", metavar="DIR", help="folder of the results")
+    add("--out", type=Path, metavar="DIR", help="folder of the results: benchmarks/results, and out for a rehearsal")
     add("--only", type=names, default=list(NAMES), metavar="A,B", help="run these sections alone")
     add("--skip", type=names, default=[], metavar="A,B", help="leave these sections out")
     add("--within", type=float, default=WITHIN_S, metavar="S", help="seconds for all sections together (%(default)s)")
     return parser.parse_args(arguments)
 
 
+def folder(options: argparse.Namespace) -> Path:
+    default = "out" if options.dry_run else "benchmarks/results"
+    return (options.out or driver.ROOT / default).resolve()
+
+
 def start(options: argparse.Namespace) -> Record:
     """The record, on disk, of what is to come."""
     now = datetime.datetime.now(datetime.timezone.utc)
     kind = "rehearsal" if options.dry_run else "gpu-check"
-    path = options.out.resolve() / f"{kind}-{now.strftime('%Y%m%d-%H%M%S')}.json"
+    path = folder(options) / f"{kind}-{now.strftime('%Y%m%d-%H%M%S')}.json"
     data = {"rehearsal": options.dry_run, "ended": False, "machine": {}, "sections": {}}
     if options.dry_run:
         data["warning"] = "A rehearsal on a CPU with small shapes. No figure in this file is evidence of anything."
@@ -94,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the section's processes end
     if options.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Triton's kernels run too, in its interpreter, where it is installed.
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     record = start(options)
     # A cache of its own: the compilers are part of what is proven.
     caches = tempfile.mkdtemp(prefix="dipkernels-gpu-check-")

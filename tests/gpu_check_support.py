@@ -36,7 +36,12 @@ def one_row_dies(check):
     return [("one", lambda: {}), ("two", lambda: os.kill(os.getpid(), signal.SIGSEGV)), ("three", lambda: {})]
 
 
-def loses_the_device(check):
+def loses_the_device_in_a_variant(check):
+    """The timing catches the error; the device is lost all the same."""
+    return loses_the_device(check, lambda: {"variants": {"torn": {"error": "as broken as it gets"}}})
+
+
+def loses_the_device(check, fail=_raise):
     """A torch whose device answers no more once a row has failed, as after an illegal access."""
     lost = []
 
@@ -52,7 +57,7 @@ def loses_the_device(check):
     sys.modules["torch"].cuda = Cuda
     return [
         ("one", lambda: {"process": os.getpid()}),
-        ("two", lambda: lost.append(1) or _raise()),
+        ("two", lambda: lost.append(1) or fail()),
         ("three", lambda: Cuda.synchronize() or {"process": os.getpid()}),
     ]
 

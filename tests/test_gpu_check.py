@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.py without a GPU: its rehearsal, and that no failure costs more than itself."""
 
+import importlib
 import json
 import os
 import random
@@ -21,8 +22,8 @@ PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
-from gpucheck import child, driver, kernels, report, sanitizer, tools  # noqa: E402
-from gpucheck.record import Record  # noqa: E402
+from gpucheck import child, driver, kernels, layers, report, sanitizer, tools  # noqa: E402
+from gpucheck.record import Record, row_errors, status  # noqa: E402
 
 TOOL = """#!/bin/sh
 # compute-sanitizer as it behaves: runs the command, and exits with 9 where it has found something.
@@ -85,10 +86,11 @@ def test_a_row_costs_itself_alone(record, section, word):
     assert found["status"] == "failed" and report.verdict(record.data)[0] == 1
 
 
-def test_a_lost_device_costs_one_row(record):
+@pytest.mark.parametrize("section", ["loses_the_device", "loses_the_device_in_a_variant"])
+def test_a_lost_device_costs_one_row(record, section):
     """The rows behind it run in a new process."""
-    rows = run(record, "loses_the_device")["loses_the_device"]["rows"]
-    assert "as broken" in rows[1]["error"] and rows[2]["process"] != rows[0]["process"]
+    rows = run(record, section)[section]["rows"]
+    assert "as broken" in row_errors(rows[1])[0] and rows[2]["process"] != rows[0]["process"]
 
 
 def test_a_variant_that_fails_fails_its_section(record):
@@ -232,12 +234,37 @@ def passed(done, record, skipped=()):
 
 
 def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
-    done, record, path = rehearse(tmp_path, "--skip", "tests,sanitizer")
-    passed(done, record, ("tests", "sanitizer"))
+    done, record, path = rehearse(tmp_path, "--only", "copy,perturb")
+    passed(done, record, set(gpu_check.NAMES) - {"copy", "perturb"})
     assert path.name.startswith("rehearsal-") and record["machine"]["torch"] == torch.__version__
     text = path.with_suffix(".txt").read_text()
-    assert text.startswith("A REHEARSAL") and "dip cpu" in text
-    assert "left out, as asked: tests, sanitizer" in done.stdout and "the rehearsal passed" in done.stdout
+    assert text.startswith("A REHEARSAL") and "P float32 64x24" in text and "cpu" in text
+    assert "left out, as asked: build, tests, graph" in done.stdout and "the rehearsal passed" in done.stdout
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["graph", "block", "layers", "averaging", "crossover", "switches"])
+def test_every_timed_section_runs(record, monkeypatch, name):
+    """In this process; with Triton and in processes of their own: the whole rehearsal."""
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    (section,) = [s for s in gpu_check.SECTIONS if s.name == name]
+    check = child.Check(record, name, time.monotonic() + 100)
+    module, _, function = section.target.partition(":")
+    assert child.run(check, getattr(importlib.import_module(module), function)) == 0
+    entry = record.section(name)
+    assert entry["rows"] and status(entry) == "ok", entry
+    assert all("variants" in row for row in entry["rows"])
+
+
+def test_shapes_start_with_nothing_compiled(check, monkeypatch):
+    """Else a later shape meets the limit of recompilations; and meeting it is an error, not eager mode in silence."""
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    for n in (24, 40):
+        layers.layer_row(check, "forward", 32, 16, n)
+    assert len(resets) == 2 and torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.slow
@@ -245,6 +272,12 @@ def test_the_whole_rehearsal_passes(tmp_path, tool):
     tool(found=9)
     (tmp_path / "out").mkdir()
     passed(*rehearse(tmp_path / "out")[:2])
+
+
+def test_no_stored_result_is_a_rehearsal():
+    assert gpu_check.parse([]).out is None and gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert not path.name.startswith("rehearsal") and not json.loads(path.read_text()).get("rehearsal"), path
 
 
 @pytest.mark.parametrize("arguments", [["--only", "copy,nothing"], ["--skip", "nothing"]])

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpucheck.record import NO_TIME, Record
+from gpucheck.record import NO_TIME, Record, row_errors
 
 START_AGAIN = 75  # exit code: a row left the device unusable for this process
 LEAST_S = 2.0  # a row is not begun with less time than this
@@ -109,7 +109,7 @@ def run(check: Check, function: Callable[[Check], Rows]) -> int:
         except Exception as error:
             row = describe(error)
         check.add(name, {**row, "elapsed_s": round(time.monotonic() - begin, 3)})
-        if "error" in row and device_is_lost():
+        if row_errors(row) and device_is_lost():
             return START_AGAIN
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 from collections.abc import Callable
 
 import gpu_expectation
@@ -29,14 +28,16 @@ def rounds(check: Check) -> dict:
 
 
 def half(check: Check) -> torch.dtype:
-    return torch.float32 if check.rehearsal else torch.bfloat16
+    return torch.float32 if check.rehearsal else torch.bfloat16  # Triton's interpreter has no bfloat16
 
 
 def kinds(check: Check) -> tuple[str, ...]:
     """The backends that run on the device, the CUDA kernels' tiers apart."""
+    triton = ("triton",) if backends._runs_on("triton", check.device.type) else ()
     if check.rehearsal:
-        return ("cpu",) if "portable" in backends.library().cpu_capabilities else ("reference",)
-    return ("cuda-fast", "cuda-exact", *(("triton",) if backends.has_triton() else ()))
+        compiled = "portable" in backends.library().cpu_capabilities
+        return ("cpu" if compiled else "reference", *triton)
+    return ("cuda-fast", "cuda-exact", *triton)
 
 
 @contextlib.contextmanager
@@ -160,7 +161,7 @@ def perturb(check: Check) -> Rows:
     shapes = [(8192, 8192), (8192, 4096), (4096, 1024), (65536, 64), (32, 1024)]
     shapes = [(64, 24)] if check.rehearsal else shapes
     rows: Rows = []
-    for dtype, (m, k), form in itertools.product((torch.bfloat16, torch.float32), shapes, TRAFFIC):
+    for dtype, (m, k), form in itertools.product(dict.fromkeys((half(check), torch.float32)), shapes, TRAFFIC):
         name = f"{form} {str(dtype).removeprefix('torch.')} {m}x{k}"
         rows.append((name, functools.partial(perturb_row, check, form, dtype, m, k)))
     return rows
@@ -206,7 +207,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
         return linear(x, weight, bias, sigma, key, *PLACE[1:])
 
     calls = {"two-step": (kinds(check)[0], two_step)}
-    if not check.rehearsal or os.environ.get("TRITON_INTERPRET") == "1":
+    if "triton" in kinds(check):
         calls["fused"] = ("triton", fused)
     variants, results = {}, {}
     for name, (kind, call) in calls.items():
