@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -30,14 +31,14 @@ MACHINE = Section("machine", 20, "gpucheck.tools:machine")
 SECTIONS = (
     Section("build", 60, "gpucheck.tools:build"),
     Section("tests", 70, "gpucheck.tools:tests"),
-    Section("copy", 15, "gpucheck.kernels:copy"),
+    Section("copy", 10, "gpucheck.kernels:copy"),
     Section("perturb", 35, "gpucheck.kernels:perturb"),
-    Section("graph", 20, "gpucheck.kernels:graph"),
+    Section("graph", 15, "gpucheck.kernels:graph"),
     Section("block", 45, "gpucheck.layers:block"),
-    Section("layers", 60, "gpucheck.layers:layers"),
+    Section("layers", 75, "gpucheck.layers:layers"),
     Section("averaging", 30, "gpucheck.layers:averaging"),
     Section("crossover", 25, "gpucheck.kernels:crossover"),
-    Section("switches", 40, "gpucheck.switches:switches"),
+    Section("switches", 35, "gpucheck.switches:switches"),
     Section("sanitizer", 60, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
@@ -84,12 +85,18 @@ def start(options: argparse.Namespace) -> Record:
     return record
 
 
+def chosen(options: argparse.Namespace) -> list[Section]:
+    """The sections that were asked for. Few of them share the time of all."""
+    found = [s for s in SECTIONS if s.name in options.only and s.name not in options.skip]
+    more = max(1.0, options.within / max(sum(s.limit_s for s in found), 1.0))
+    return [replace(s, limit_s=more * s.limit_s) for s in found]
+
+
 def run(record: Record, options: argparse.Namespace) -> None:
     def write_text() -> None:
         record.path.with_suffix(".txt").write_text(report.text(record.data))
 
-    chosen = [s for s in SECTIONS if s.name in options.only and s.name not in options.skip]
-    driver.run(chosen, record, options.within, write_text)
+    driver.run(chosen(options), record, options.within, write_text)
     driver.run([PLOT], record, PLOT.limit_s, write_text)
     record.data["ended"] = True
     record.save()

@@ -140,6 +140,19 @@ def test_a_section_may_use_what_the_ones_before_left(record):
     assert found["fine"]["limit_s"] == 20.0 and 20.0 < found["missing"]["limit_s"] <= 40.0
 
 
+def test_few_sections_share_the_time_of_all():
+    (alone,) = gpu_check.chosen(gpu_check.parse(["--only", "layers"]))
+    assert alone.limit_s == pytest.approx(480)
+    limits = [s.limit_s for s in gpu_check.chosen(gpu_check.parse(["--within", "100"]))]
+    assert limits == [s.limit_s for s in gpu_check.SECTIONS]
+
+
+def test_the_page_names_every_section_and_its_limit():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| (\w+) \|.*\| (\d+) s \|$", page, re.MULTILINE)
+    assert rows == [(s.name, str(s.limit_s)) for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)]
+
+
 def test_the_sections_fit_their_time():
     assert sum(s.limit_s for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)) <= 480
     assert gpu_check.WITHIN_S + gpu_check.MACHINE.limit_s + gpu_check.PLOT.limit_s < 570
