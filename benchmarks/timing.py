@@ -59,7 +59,7 @@ class Within:
 
 def rotate(call: Callable[..., object], *inputs: Sequence) -> Callable[[], object]:
     """call(one of each), the next ones every time: of enough of them none is in a cache when its turn comes."""
-    turns = itertools.cycle(zip(*inputs, strict=True))
+    turns = itertools.cycle(list(zip(*inputs, strict=True)))
     return lambda: call(*next(turns))
 
 

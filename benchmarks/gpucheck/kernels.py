@@ -33,7 +33,8 @@ def half(check: Check) -> torch.dtype:
 
 def kinds(check: Check) -> tuple[str, ...]:
     """The backends that run on the device, the CUDA kernels' tiers apart."""
-    triton = ("triton",) if backends._runs_on("triton", check.device.type) else ()
+    runs = backends._runs_on("triton", check.device.type) and not check.machine.get("interpreter_problem")
+    triton = ("triton",) if runs else ()
     if check.rehearsal:
         compiled = "portable" in backends.library().cpu_capabilities
         return ("cpu" if compiled else "reference", *triton)

@@ -72,6 +72,8 @@ def verdict(data: dict) -> tuple[int, list[str]]:
         lines.append(f"NOT REACHED {name}: {', '.join(not_reached(data['sections'][name]))} ({NO_TIME})")
     for name in (*by_status.get("running", []), *by_status.get("waiting", [])):
         lines.append(f"NOT REACHED {name}: the run ended before")
+    if problem := data["machine"].get("interpreter_problem"):
+        lines.append(f"not rehearsed: Triton's kernels: {problem}")
     if left_out := by_status.get("skipped"):
         lines.append(f"left out, as asked: {', '.join(left_out)}")
     if "failed" in by_status:

@@ -43,6 +43,22 @@ def _driver() -> str | None:
     return run_tool(query).splitlines()[0] if shutil.which("nvidia-smi") else None
 
 
+def interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run here: that of Triton 3.6 does not under NumPy 2.4 or newer. A GPU needs none."""
+    import torch
+
+    from dipkernels import backends, ops
+
+    if not backends.has_triton():
+        return "Triton is not installed"
+    try:
+        with backends.backend("triton"):
+            ops.noise(torch.tensor([1, 2]), (3, 8), 1, 0, 0, 0, 1)
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def describe_machine(check: Check) -> dict:
     import machine
     import torch
@@ -50,6 +66,8 @@ def describe_machine(check: Check) -> dict:
     found = machine.describe(check.device)
     del found["backend"]  # of the library before it is built
     found |= {"nvcc": _tool_version("nvcc"), "compute_sanitizer": _tool_version("compute-sanitizer")}
+    if check.rehearsal:
+        found["interpreter_problem"] = interpreter_problem()
     if check.device.type == "cuda":
         properties = torch.cuda.get_device_properties(check.device)
         found |= {
