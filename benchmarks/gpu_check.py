@@ -27,19 +27,19 @@ from gpucheck import driver, report
 from gpucheck.driver import Section
 from gpucheck.record import Record
 
-MACHINE = Section("machine", 20, "gpucheck.tools:machine")
+MACHINE = Section("machine", 45, "gpucheck.tools:machine")
 SECTIONS = (
-    Section("build", 60, "gpucheck.tools:build"),
+    Section("build", 55, "gpucheck.tools:build"),
     Section("tests", 70, "gpucheck.tools:tests"),
     Section("copy", 10, "gpucheck.kernels:copy"),
     Section("perturb", 35, "gpucheck.kernels:perturb"),
     Section("graph", 15, "gpucheck.kernels:graph"),
     Section("block", 45, "gpucheck.layers:block"),
-    Section("layers", 75, "gpucheck.layers:layers"),
-    Section("averaging", 30, "gpucheck.layers:averaging"),
+    Section("layers", 70, "gpucheck.layers:layers"),
+    Section("averaging", 25, "gpucheck.layers:averaging"),
     Section("crossover", 25, "gpucheck.kernels:crossover"),
     Section("switches", 35, "gpucheck.switches:switches"),
-    Section("sanitizer", 60, "gpucheck.sanitizer:sanitizer"),
+    Section("sanitizer", 50, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
 NAMES = tuple(section.name for section in SECTIONS)
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         driver.run([MACHINE], record, MACHINE.limit_s)
         if record.data["sections"]["machine"]["status"] != "ok":
-            print(f"gpu_check: {record.data['sections']['machine'].get('error')}; {record.path}", file=sys.stderr)
+            print("\n".join(report.verdict(record.data)[1]), f"gpu_check: {record.path}", sep="\n", file=sys.stderr)
             return 2
         run(record, options)
     finally:

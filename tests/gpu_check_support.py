@@ -73,6 +73,10 @@ def hangs(check):
     return [("one", lambda: {}), ("two", forever), ("three", lambda: {})]
 
 
+def hangs_at_once(check):
+    hangs(check)[1][1]()
+
+
 def slow(check):
     return [(f"row {i}", lambda: time.sleep(0.5) or {}) for i in range(100)]
 

@@ -66,6 +66,14 @@ def alive(mark: str) -> list[str]:
     return [line for line in lines if mark in line]
 
 
+def children_of(pid: int) -> set[int]:
+    """All that it has started, and what those have."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    parents = {int(child): int(parent) for child, parent in map(str.split, lines)}
+    found = {child for child, parent in parents.items() if parent == pid}
+    return found.union(*(children_of(child) for child in found))
+
+
 # ---- a failure costs itself ------------------------------------------------------------------------------------------
 
 
@@ -150,7 +158,7 @@ def test_few_sections_share_the_time_of_all():
 def test_the_page_names_every_section_and_its_limit():
     page = (ROOT / "docs" / "gpu.md").read_text()
     rows = re.findall(r"^\| (\w+) \|.*\| (\d+) s \|$", page, re.MULTILINE)
-    assert rows == [(s.name, str(s.limit_s)) for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)]
+    assert rows == [(s.name, f"{s.limit_s:g}") for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)]
 
 
 def test_the_sections_fit_their_time():
@@ -198,6 +206,22 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path, seed):
         if row != "ok, 0 s":
             assert any(r["name"] == row and "value" in r for r in sections[section]["rows"]), (section, row)
     assert not alive(str(path))
+
+
+def test_a_killed_run_takes_everything_with_it(tmp_path):
+    """A child of a section in a session of its own too, though nobody is left to end it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-c", DRIVER.replace('"counting"', '"hangs_at_once"'), str(tmp_path / "run.json")]
+    process = subprocess.Popen(command, env=environment)
+    until = time.monotonic() + 30
+    while len(left := children_of(process.pid)) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(left) == 3
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ holds are not run again, so that the driver can start a section anew behind a ro
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from gpucheck.record import NO_TIME, Record, row_errors
 
+MARK = "DIPKERNELS_GPU_CHECK"  # in the environment of all that a section starts
 START_AGAIN = 75  # exit code: a row left the device unusable for this process
 LEAST_S = 2.0  # a row is not begun with less time than this
 
@@ -114,10 +116,27 @@ def run(check: Check, function: Callable[[Check], Rows]) -> int:
     return 0
 
 
+def marked(mark: str) -> list[int]:
+    """The processes, alive, whose environment holds the mark."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def _end_with_the_driver() -> None:
     """Nothing is ever sent: the pipe closes when the driver has died, and then the section's processes go too."""
     while os.read(0, 1):
         pass
+    kill([pid for pid in marked(os.environ[MARK]) if pid != os.getpid()])
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 

@@ -18,11 +18,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpucheck.child import START_AGAIN
+from gpucheck.child import MARK, START_AGAIN, kill, marked
 from gpucheck.record import NO_TIME, Record, status
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MARK = "DIPKERNELS_GPU_CHECK"  # in the environment of all that a section starts
 ROOM_S = 3.0  # between the time at which a section should stop and the one at which it is stopped
 
 
@@ -35,16 +34,6 @@ class Section:
     target: str
 
 
-def marked(mark: str) -> list[int]:
-    """The processes, alive, whose environment holds the mark."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
-
-
 def end_all(process: subprocess.Popen, mark: str) -> None:
     """Kill the group, then whatever left the group but still carries the mark, until nothing does."""
     with contextlib.suppress(ProcessLookupError):
@@ -52,9 +41,7 @@ def end_all(process: subprocess.Popen, mark: str) -> None:
     process.wait()
     until = time.monotonic() + 10
     while (left := marked(mark)) and time.monotonic() < until:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        kill(left)
         time.sleep(0.05)
 
 

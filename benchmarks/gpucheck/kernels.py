@@ -33,12 +33,12 @@ def half(check: Check) -> torch.dtype:
 
 def kinds(check: Check) -> tuple[str, ...]:
     """The backends that run on the device, the CUDA kernels' tiers apart."""
-    runs = backends._runs_on("triton", check.device.type) and not check.machine.get("interpreter_problem")
-    triton = ("triton",) if runs else ()
+    device = check.device.type
+    interpreted = check.rehearsal and check.machine.get("interpreter_problem")
+    triton = ("triton",) if backends._runs_on("triton", device) and not interpreted else ()
     if check.rehearsal:
-        compiled = "portable" in backends.library().cpu_capabilities
-        return ("cpu" if compiled else "reference", *triton)
-    return ("cuda-fast", "cuda-exact", *triton)
+        return ("cpu" if backends._runs_on("cpu", device) else "reference", *triton)
+    return (*(("cuda-fast", "cuda-exact") if backends._runs_on("cuda", device) else ()), *triton)
 
 
 @contextlib.contextmanager

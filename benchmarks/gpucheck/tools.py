@@ -102,9 +102,22 @@ def _compile(check: Check) -> dict:
     return {"said": said[-1500:]}
 
 
+CHOICE = """
+import torch
+from dipkernels import backends
+torch.cuda.is_available() and torch.cuda.init()
+print("chosen:", backends.choose("perturb", "cuda" if torch.cuda.is_available() else "cpu"))
+"""
+
+
 def _report(check: Check) -> dict:
-    """python -m dipkernels: which kernels run."""
-    return {"said": run_tool([sys.executable, "-m", "dipkernels"])[-4000:]}
+    """python -m dipkernels, and that the kernels just built are those that run."""
+    said = run_tool([sys.executable, "-m", "dipkernels"])
+    said += run_tool([sys.executable, "-c", CHOICE])
+    row = {"said": said[-4000:]}
+    if not check.rehearsal and "chosen: Plan(backend='cuda'" not in said:
+        row["error"] = f"expected CUDA kernels to be chosen on a GPU, got {said.splitlines()[-1]}"
+    return row
 
 
 def _compile_watched(check: Check) -> dict:
