@@ -402,7 +402,8 @@ def watched(check, planted=False):
 
 def test_a_sanitizer_that_is_missing_or_blind_is_no_pass(check, tool, monkeypatch, tmp_path):
     tool(found=9)
-    assert watched(check) == {"found": "nothing"} and watched(check, planted=True) == {"found": "the planted error"}
+    assert watched(check) == {"found": "nothing", "said": "done\n"}
+    assert watched(check, planted=True) == {"found": "the planted error"}
     tool(found=0)
     assert "expected the planted error to be found" in watched(check, planted=True)["error"]
     assert "expected no finding and all calls" in sanitizer.expect_clean(0, "stopped early", "done")["error"]

@@ -225,6 +225,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
 
 
 def crossover(check: Check) -> Rows:
-    shapes = [(m, k, n) for m in (4096, 256, 16) for k in (4096, 1024) for n in (128, 256, 64, 512, 1024)]
+    sizes = [(m, k) for m in (4096, 256) for k in (4096, 1024)] + [(16, 1024)]
+    shapes = [(m, k, n) for m, k in sizes for n in (128, 256, 64, 512, 1024)]
     shapes = [(8, 16, 16)] if check.rehearsal else shapes
     return [(f"{m}x{k}x{n}", functools.partial(crossover_row, check, m, k, n)) for m, k, n in shapes]

@@ -181,7 +181,7 @@ def averaging_row(check: Check, activation: str, what: str, m: int, k: int, n: i
     names = list(runs)
     for first, second in (names[:2], names[2:]):
         pair = {first: runs[first], second: runs[second]}
-        timed |= timing.interleave(pair, first, check.device, budget_s=0.5, always=(second,), **rounds(check))
+        timed |= timing.interleave(pair, first, check.device, budget_s=0.35, always=(second,), **rounds(check))
     if what == "step":
         for name, call in runs.items():
             timed[name]["peak_bytes"] = peak(call, check.device)

@@ -43,7 +43,8 @@ def activation(device: torch.device) -> None:
 def main(device: torch.device, overrun: bool) -> None:
     kinds = ["cuda"] if device.type == "cuda" else ["cpu"]
     triton = backends.has_triton() and device.type == "cuda"
-    for kind in [*kinds, *(["triton"] if triton else [])]:
+    kinds += ["triton"] * triton
+    for kind in kinds:
         with backends.backend(kind):
             for shape in ((33, 40), (5, 23), (2, 24, 8), (2, 13, 7)):
                 for dtype in (torch.bfloat16, torch.float32):
@@ -54,7 +55,7 @@ def main(device: torch.device, overrun: bool) -> None:
             activation(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print("once: done")
+    print("once: done with", *kinds)
 
 
 if __name__ == "__main__":

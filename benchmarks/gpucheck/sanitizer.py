@@ -54,7 +54,7 @@ def run(command: list[str], **environment: str) -> tuple[int, str]:
 def expect_clean(code: int, said: str, last_words: str) -> dict:
     if code or last_words not in said:
         return {"error": f"expected no finding and all calls, got exit code {code}\n{said[-6000:]}"}
-    return {"found": "nothing"}
+    return {"found": "nothing", "said": said[-500:]}
 
 
 def expect_found(code: int, said: str, wanted: int) -> dict:
