@@ -359,6 +359,21 @@ def test_wrong_kernels_are_not_timed(check, monkeypatch):
         kernels.perturb_row(check, "P", torch.float32, 64, 24)
 
 
+def test_a_wrong_layer_is_not_timed(check, monkeypatch):
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    right = layers.peers.check_linear
+
+    def wrong(name, *arguments):
+        right(name, *arguments)
+        if name == "dip":
+            raise AssertionError("y is off")
+
+    monkeypatch.setattr(layers.peers, "check_linear", wrong)
+    variants = layers.layer_row(check, "step", 48, 16, 24)["variants"]
+    assert variants.pop("dip") == {"error": "AssertionError: y is off"}
+    assert not any(name.startswith("dip ") for name in variants) and "seconds" in variants["linear"]
+
+
 def test_a_share_of_the_copy_is_of_its_bytes_in_the_same_rounds(check, monkeypatch):
     """Q reads half of what a copy moves: as fast as the copy it has half of its rate."""
     timed = {"copy": {"seconds": 2.0, "ratio": 1.0}, "cpu": {"seconds": 2.0, "ratio": 1.0}}

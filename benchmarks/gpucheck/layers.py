@@ -68,18 +68,21 @@ def layer_row(check: Check, what: str, m: int, k: int, n: int) -> dict:
     given = shape(check, m, k, n)
     variants: dict = {}
     for name in given.modules:
+        if name in given.failed:
+            continue
         if name == "dip":
             for kind in kinds(check):
                 context = functools.partial(kernels, kind)
                 variants[f"dip {kind}"] = timing.Within(context, given.call(name, what))
-        elif name not in given.failed:
+        else:
             variants[name] = given.call(name, what)
     timed = timing.interleave(variants, "linear", check.device, budget_s=1.5, always=tuple(variants), **rounds(check))
     flops = 2 * m * n * k * (1 if what == "forward" else 3)
     timed["linear"]["flop_per_s"] = flops / timed["linear"]["seconds"]
     row = {"what": what, "m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": timed | given.failed}
     if what == "step":
-        row["memory"] = {name: memory(check, given, name) for name in ("linear", "eager", "dip")}
+        right = [name for name in ("linear", "eager", "dip") if name not in given.failed]
+        row["memory"] = {name: memory(check, given, name) for name in right}
     return row
 
 
