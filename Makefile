@@ -34,9 +34,9 @@ compat: setup
 demo: setup
 	$(PY) examples/digits.py
 
-# With the Python at hand, which must have a CUDA build of torch: nothing is downloaded.
+# With the Python at hand, which must have a CUDA build of torch: nothing is downloaded. ARGS="--skip sanitizer", --dry-run, ...
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 # bayesian-torch is one more peer; without it, it is listed as missing.
 out/.peers: | setup

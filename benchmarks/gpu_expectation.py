@@ -4,12 +4,27 @@ SLOTS are what two tests print: pytest -s -k slots tests/test_cuda_compile.py te
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "measured_gpu_expectation.md"
-# An H200. Rates of copies and of matrix products as others measured them.
-ISSUES = 132 * 4 * 32 * 1.755e9  # instructions of one thread a second: multiprocessors x schedulers x lanes x clock
-BYTES, FLOPS = 4.3e12, 780e12  # a second, read plus written; bfloat16
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of copies and of bfloat16 products as others measured them; nothing here was."""
+
+    bytes: float  # a second, read plus written
+    flops: float  # a second
+
+    @property
+    def issues(self) -> float:
+        """Instructions of one thread a second: multiprocessors x schedulers x lanes x clock."""
+        return MULTIPROCESSORS * 4 * 32 * CLOCK
+
+
+MULTIPROCESSORS, CLOCK = 132, 1.755e9
+GPUS = {"H100": Gpu(3.0e12, 798e12), "H200": Gpu(4.3e12, 780e12)}
 TILE_N = 128  # columns of a tile of the fused linear: triton_kernels/blocks.py, sm_90
 # Issue slots per element of the inner loop on sm_90, bfloat16, by pass and kernel: P, Q, and both in one pass.
 SLOTS = {
@@ -26,48 +41,59 @@ TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and writ
 NAMES = {"P": "P, u = x + sigma z", "Q": "Q, dsigma", "PQ": "P and Q in one pass"}
 
 
-def noise_pass(form: str, kernel: str) -> float:
+def noise_pass(gpu: Gpu, form: str, kernel: str) -> float:
     """Seconds per element: memory or issue, whichever takes longer."""
-    return max(TRAFFIC[form] / BYTES, SLOTS[form, kernel] / ISSUES)
+    return max(TRAFFIC[form] / gpu.bytes, SLOTS[form, kernel] / gpu.issues)
 
 
-def product(n: int, draws: float = 0.0) -> float:
+def pass_seconds(name: str, form: str, kind: str, elements: int) -> float | None:
+    """Of P, Q or both in bfloat16 by "cuda-fast", ..., on the GPU of this name; None where nothing is expected of it."""
+    gpu = next((gpu for short, gpu in GPUS.items() if short in name), None)
+    kernel = {"cuda-fast": "CUDA fast", "cuda-exact": "CUDA exact", "triton": "Triton"}.get(kind)
+    return elements * noise_pass(gpu, form, kernel) if gpu and kernel else None
+
+
+def product(gpu: Gpu, n: int, draws: float = 0.0) -> float:
     """Seconds per element of x of a product with n columns that also draws noise `draws` slots long."""
-    return max(2 / BYTES, 2 * n / FLOPS, draws / ISSUES)
+    return max(2 / gpu.bytes, 2 * n / gpu.flops, draws / gpu.issues)
 
 
-def two_steps(n: int, kernel: str) -> tuple[float, float]:
+def two_steps(gpu: Gpu, n: int, kernel: str) -> tuple[float, float]:
     """(forward, forward and backward) of P, the product, and Q, per element of x"""
-    forward = noise_pass("P", kernel) + product(n)
-    return forward, forward + 2 * product(n) + noise_pass("Q", kernel)
+    forward = noise_pass(gpu, "P", kernel) + product(gpu, n)
+    return forward, forward + 2 * product(gpu, n) + noise_pass(gpu, "Q", kernel)
 
 
-def fused(n: int, tile_n: int = TILE_N) -> tuple[float, float]:
+def fused(gpu: Gpu, n: int, tile_n: int = TILE_N) -> tuple[float, float]:
     """The same with the noise drawn inside the products, again for every tile of columns; dsigma in the epilogue of dx."""
     again = -(-n // tile_n) * SLOTS["P", "Triton"]
-    return product(n, again), 2 * product(n, again) + product(n, SLOTS["Q", "Triton"])
+    step = 2 * product(gpu, n, again) + product(gpu, n, SLOTS["Q", "Triton"])
+    return product(gpu, n, again), step
 
 
-def over_linear(m: int, k: int, n: int, kernel: str) -> float:
+def over_linear(gpu: Gpu, m: int, k: int, n: int, kernel: str) -> float:
     """Forward and backward of the layer over nn.Linear's."""
-    return 1 + m * k * (noise_pass("P", kernel) + noise_pass("Q", kernel)) / (6 * m * k * n / FLOPS)
+    passes = noise_pass(gpu, "P", kernel) + noise_pass(gpu, "Q", kernel)
+    return 1 + m * k * passes / (6 * m * k * n / gpu.flops)
 
 
-def analytic_over_plain(m: int, k: int, n: int, activation: str) -> float:
+def analytic_over_plain(gpu: Gpu, m: int, k: int, n: int, activation: str) -> float:
     """Forward and backward of the exact mean over act(nn.Linear)'s, whose own passes take the time of memory."""
-    products, traffic = 6 * m * k * n / FLOPS, (4, 6)  # bytes: mu and y; mu, dy and dmu
-    plain = m * n * (sum(traffic) + 2) / BYTES  # the bias's gradient reads dmu again; ours sums it on the way
-    ours = m * n * sum(max(b / BYTES, slots / ISSUES) for b, slots in zip(traffic, EXPECTATION_SLOTS[activation]))
-    weights = n * k * (2 + 6) / BYTES  # the variance; its gradient, added to the product's
+    products, traffic = 6 * m * k * n / gpu.flops, (4, 6)  # bytes: mu and y; mu, dy and dmu
+    plain = m * n * (sum(traffic) + 2) / gpu.bytes  # the bias's gradient reads dmu again; ours sums it on the way
+    passes = zip(traffic, EXPECTATION_SLOTS[activation], strict=True)
+    ours = m * n * sum(max(b / gpu.bytes, slots / gpu.issues) for b, slots in passes)
+    weights = n * k * (2 + 6) / gpu.bytes  # the variance; its gradient, added to the product's
     return (products + ours + weights) / (products + plain)
 
 
-def sample_behind_activation(n: int, k: int) -> tuple[float, float, float]:
+def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, float]:
     """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with randn_like."""
-    draws, of_output = -(-n // TILE_N) * SLOTS["P", "Triton"], n / k / BYTES  # a byte per element of the output
-    blocks = noise_pass("P", "CUDA fast") + product(n) + (4 + 10) * of_output  # act; the sum in float32
-    calls = 12 / BYTES + product(n) + (4 + 6) * of_output  # randn, *, +; act; the sum
-    return product(n, draws), blocks, calls
+    draws = -(-n // TILE_N) * SLOTS["P", "Triton"]
+    of_output = n / k / gpu.bytes  # a byte per element of the output
+    blocks = noise_pass(gpu, "P", "CUDA fast") + product(gpu, n) + (4 + 10) * of_output  # act; the sum in float32
+    calls = 12 / gpu.bytes + product(gpu, n) + (4 + 6) * of_output  # randn, *, +; act; the sum
+    return product(gpu, n, draws), blocks, calls
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -75,54 +101,77 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+SIZE = 8192 * 8192
+LAYERS = ((8192, 8192, 8192), (8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 2048), (8192, 4096, 1024))
+MEANS = ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024))
+
+
+def name_of(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def us(seconds_each: float) -> str:
+    return f"{1e6 * SIZE * seconds_each:.0f} us"
+
+
+def passes_table() -> str:
+    heads = [f"{what}, {kernel}" for what in ("issue", "expected") for kernel in KERNELS]
+    rows = []
+    for name, gpu in GPUS.items():
+        for form, traffic in TRAFFIC.items():
+            issue = [us(SLOTS[form, kernel] / gpu.issues) for kernel in KERNELS]
+            expected = [us(noise_pass(gpu, form, kernel)) for kernel in KERNELS]
+            rows.append([name, form, us(traffic / gpu.bytes), *issue, *expected])
+    return table(["GPU", "pass", "memory", *heads], rows)
+
+
+def layers_table() -> str:
+    rows = [
+        [name, name_of(shape), *(f"{over_linear(gpu, *shape, kernel):.3f}" for kernel in KERNELS)]
+        for name, gpu in GPUS.items()
+        for shape in LAYERS
+    ]
+    return table(["GPU", "M x K x N", *KERNELS], rows)
+
+
+def crossover_table() -> str:
+    heads = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
+    rows = []
+    for name, gpu in GPUS.items():
+        for n, tile_n in ((64, TILE_N), (128, TILE_N), (256, TILE_N), (512, TILE_N), (256, 256)):
+            ours = fused(gpu, n, tile_n)
+            both = [two_steps(gpu, n, kernel) for kernel in ("CUDA fast", "Triton")]
+            over = [f"{a / b:.2f}" for theirs in both for a, b in zip(ours, theirs, strict=True)]
+            rows.append([name, str(n), str(tile_n), *over])
+    return table(["GPU", "N", "columns of a tile", *heads], rows)
+
+
+def samples_table() -> str:
+    rows = [
+        [name, str(n), str(k), *(f"{1e12 * t:.1f}" for t in sample_behind_activation(gpu, n, k))]
+        for name, gpu in GPUS.items()
+        for k in (1024, 4096)
+        for n in (128, 256, 512, 1024, 4096)
+    ]
+    return table(["GPU", "N", "K", "fused", "row blocks", "calls written out"], rows)
+
+
+def means_table() -> str:
+    rows = [
+        [name, activation, *(f"{slots:.1f}" for slots in both)]
+        + [f"{analytic_over_plain(gpu, *shape, activation):.2f}" for shape in MEANS]
+        for name, gpu in GPUS.items()
+        for activation, both in EXPECTATION_SLOTS.items()
+    ]
+    return table(["GPU", "activation", "forward, slots", "backward, slots", *map(name_of, MEANS)], rows)
+
+
 def page() -> str:
-    size = 8192 * 8192
     counted = table(
         ["pass", *(f"{kernel}, slots" for kernel in KERNELS)],
         [[NAMES[form], *(f"{SLOTS[form, kernel]:.1f}" for kernel in KERNELS)] for form in TRAFFIC],
     )
-    passes = table(
-        ["pass", "memory", *(f"issue, {kernel}" for kernel in KERNELS), *(f"expected, {kernel}" for kernel in KERNELS)],
-        [
-            [form, f"{1e6 * size * TRAFFIC[form] / BYTES:.0f} us"]
-            + [f"{1e6 * size * SLOTS[form, kernel] / ISSUES:.0f} us" for kernel in KERNELS]
-            + [f"{1e6 * size * noise_pass(form, kernel):.0f} us" for kernel in KERNELS]
-            for form in TRAFFIC
-        ],
-    )
-    layers = table(
-        ["M x K x N", *KERNELS],
-        [
-            ["x".join(map(str, shape)), *(f"{over_linear(*shape, kernel):.2f}" for kernel in KERNELS)]
-            for shape in ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 2048), (8192, 4096, 1024))
-        ],
-    )
-    crossover = []
-    for n, tile_n in ((64, TILE_N), (128, TILE_N), (256, TILE_N), (512, TILE_N), (256, 256)):
-        ours = fused(n, tile_n)
-        over = [a / b for kernel in ("CUDA fast", "Triton") for a, b in zip(ours, two_steps(n, kernel))]
-        crossover.append([f"{n}", f"{tile_n}", *(f"{ratio:.2f}" for ratio in over)])
-    shapes = ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024))
-    means = table(
-        ["activation", "forward, slots", "backward, slots", *("x".join(map(str, shape)) for shape in shapes)],
-        [
-            [
-                name,
-                *(f"{slots:.1f}" for slots in both),
-                *(f"{analytic_over_plain(*shape, name):.2f}" for shape in shapes),
-            ]
-            for name, both in EXPECTATION_SLOTS.items()
-        ],
-    )
-    samples = table(
-        ["N", "K", "fused", "row blocks", "calls written out"],
-        [
-            [str(n), str(k), *(f"{1e12 * seconds:.1f}" for seconds in sample_behind_activation(n, k))]
-            for k in (1024, 4096)
-            for n in (128, 256, 512, 1024, 4096)
-        ],
-    )
-    columns = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
+    h100, h200 = GPUS["H100"], GPUS["H200"]
     return f"""# GPU: expectation, not measured
 
 Nothing on this page was timed. It is arithmetic from compiled code, written by `python benchmarks/gpu_expectation.py --docs`; what
@@ -136,20 +185,22 @@ spills. Triton has the exact tier alone.
 
 {counted}
 
-An H200 issues 132 x 4 warp instructions a cycle; at 1.755 GHz one slot per element of an 8192 x 8192 matrix is
-{1e6 * size / ISSUES:.2f} us. Its copy bandwidth is taken as 4.3 TB/s. The larger of the two bounds is expected, for 8192 x 8192 in
-bfloat16:
+Both GPUs issue {MULTIPROCESSORS} x 4 warp instructions a cycle; at {CLOCK / 1e9} GHz one slot per element of an 8192 x 8192 matrix is
+{1e6 * SIZE / h100.issues:.2f} us. Copy bandwidth is taken as {h100.bytes / 1e12} TB/s (H100) and {h200.bytes / 1e12} TB/s (H200). The
+larger of the two bounds is expected, for 8192 x 8192 in bfloat16. On an H100 memory bounds P in every tier; on an H200 the exact tier
+is bound by issue:
 
-{passes}
+{passes_table()}
 
 The fast tier's special functions (2 per element, at an eighth of the issue rate) alone take the time of 16 slots, below its 19:
 another one would bind.
 
 ## The layer
 
-Forward and backward over nn.Linear at 780 TFLOP/s; launches and overlap left out:
+Forward and backward over nn.Linear at {h100.flops / 1e12:.0f} (H100) and {h200.flops / 1e12:.0f} (H200) TFLOP/s; launches and
+overlap left out:
 
-{layers}
+{layers_table()}
 
 Small layers are bound by the number of kernels. nn.Linear has 4: a product, two products, and the sum for the bias. P, product and Q
 add the draw of the seed, P, and Q's two stages: 8. The fused form has 6: the draw of the seed, the forward product, dx with its
@@ -163,12 +214,12 @@ What `backends.fuses` rests on. Per element of x, with many rows, each kernel ta
 and its issue slots: the most that overlap can give. The fused form writes and reads no u, but draws again for every tile of columns,
 in the forward and in the weight's product. Time of the fused form over P, product and Q ("step" is forward and backward):
 
-{table(["N", "columns of a tile", *columns], crossover)}
+{crossover_table()}
 
 Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward, and in a step against
-Triton's own P and Q, while the CUDA kernels' fast tier is still ahead in a step; two tiles pay nowhere, but would as one
-tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves. `make gpu-check`
-times both forms on both sides of these bounds.
+Triton's own P and Q; against the CUDA kernels' fast tier a step gains on an H100 and loses on an H200. Two tiles pay nowhere, but
+would as one tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves.
+`make gpu-check` times both forms on both sides of these bounds.
 
 ## Real samples behind an activation
 
@@ -176,7 +227,7 @@ estimator="mean" in bfloat16: picoseconds per element of x of one sample's forwa
 but each tile of columns draws its noise; by row blocks (dipkernels/row_blocks.py) the draw, the vendor's product, the activation and
 the sum are passes of their own; the calls written out draw with randn_like and keep what backward needs:
 
-{samples}
+{samples_table()}
 
 Hence `FUSED_MEAN_COLUMNS`, above which the blocks run where the CUDA library is built. There the product dominates, and averaging costs
 about what the calls cost, in the memory of one.
@@ -188,7 +239,7 @@ over act(nn.Linear), M x K x N; launches, overlap and what a program does before
 weight, for the variance and its gradient (added to the product's on the way), and, of the plain layer alone, the bias's gradient,
 which ours sums in the pass over dy. The special functions, two an element, take the time of 16 slots. The aim is 1.10.
 
-{means}
+{means_table()}
 """
 
 

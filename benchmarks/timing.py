@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,60 @@ def no_gc():
             gc.enable()
 
 
+@dataclass(frozen=True)
+class Within:
+    """A call inside a context, such as one backend; `seconds` enters it once, outside of the time that it takes."""
+
+    context: Callable[[], contextlib.AbstractContextManager]
+    call: Callable[[], object]
+
+    def __call__(self) -> object:
+        with self.context():
+            return self.call()
+
+
+def rotate(call: Callable[..., object], *inputs: Sequence) -> Callable[[], object]:
+    """call(one of each), the next ones every time: of enough of them none is in a cache when its turn comes."""
+    turns = itertools.cycle(list(zip(*inputs, strict=True)))
+    return lambda: call(*next(turns))
+
+
+def sets_beyond_cache(bytes_each: int, device: torch.device, most: int = 64) -> int:
+    """How many sets of inputs exceed a GPU's L2 cache together, three times over; at least 2."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 1
+    return max(2, min(most, -(-3 * cache // max(bytes_each, 1))))
+
+
+def captured(call: Callable[..., object], *inputs: Sequence, device: torch.device) -> Callable[[], object]:
+    """All of call(one of each) in a row, on a GPU as one CUDA graph: the device's time, without that of launches.
+
+    The results lie apart, so that writing one finds no other one's memory in a cache.
+    """
+    sets = list(zip(*inputs, strict=True))
+    if device.type != "cuda":
+        return lambda: [call(*one) for one in sets]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for one in sets[:2] * 2:
+            call(*one)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call(*one) for one in sets]
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
+
+
 def seconds(call: Callable[[], object], times: int, device: torch.device) -> float:
     """Of one call, over `times` calls in a row."""
+    if isinstance(call, Within):
+        with call.context():
+            return seconds(call.call, times, device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -1,5 +1,6 @@
 """The benchmarks run, check what they time, list what is missing, write what they say. No figure is judged."""
 
+import contextlib
 import json
 import os
 import platform
@@ -175,6 +176,53 @@ def test_memory_stays_in_place(tmp_path):
     ).stdout.split()
     assert run(environment) == ["argument", "1", "0"]
     assert int(run(environment | {"GLIBC_TUNABLES": ""})[2]) > 0
+
+
+def test_a_call_within_a_context_is_timed_inside_it_and_enters_it_once():
+    entered, ran = [], []
+
+    @contextlib.contextmanager
+    def context():
+        entered.append(1)
+        yield
+
+    timing.seconds(timing.Within(context, lambda: ran.append(1)), 5, torch.device("cpu"))
+    assert len(entered) == 1 and len(ran) == 5
+
+
+def test_inputs_take_turns():
+    seen = []
+    call = timing.rotate(lambda a, b: seen.append((a, b)), [1, 2], [3, 4])
+    for _ in range(3):
+        call()
+    assert seen == [(1, 3), (2, 4), (1, 3)]
+    with pytest.raises(ValueError, match="shorter"):
+        timing.rotate(print, [1, 2], [3])()
+
+
+def test_a_graph_holds_a_call_for_each_input_and_keeps_every_result(monkeypatch):
+    """On a stand-in for torch.cuda: warm first, then one capture of all; replaying launches nothing else."""
+    log = []
+    cuda = types.SimpleNamespace(
+        Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: log.append("wait")),
+        current_stream=lambda: types.SimpleNamespace(wait_stream=lambda other: log.append("wait")),
+        stream=lambda side: contextlib.nullcontext(),
+        CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: log.append("replay")),
+        graph=lambda graph: contextlib.nullcontext(log.append("capture")),
+    )
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    call = timing.captured(lambda x: log.append(x) or [x], [1, 2, 3], device=torch.device("cuda"))
+    assert log == ["wait", 1, 2, 1, 2, "wait", "capture", 1, 2, 3]
+    del log[:]
+    assert call() == [[1], [2], [3]] and log == ["replay"]
+
+
+def test_enough_inputs_exceed_the_cache(monkeypatch):
+    device = torch.device("cuda")
+    properties = types.SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    sets = {size: timing.sets_beyond_cache(size << 20, device) for size in (1, 8, 128)}
+    assert sets == {1: 64, 8: 19, 128: 2}  # 1 MiB: as many as are allowed, which do not
 
 
 def test_memory_counts_what_a_call_holds():

@@ -1,46 +1,444 @@
-"""benchmarks/gpu_check.py, as far as it runs without a GPU: its code on the CPU, and what it does with a failure."""
+"""benchmarks/gpu_check.py without a GPU: its rehearsal, and that no failure costs more than itself."""
 
-import importlib.util
+import importlib
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import cuda_support
+import gpu_check_support as support
 import pytest
 import torch
 
-PROGRAM = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.py"
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_check  # noqa: E402
+from gpucheck import child, driver, kernels, layers, report, sanitizer, tools  # noqa: E402
+from gpucheck.record import Record, row_errors, status  # noqa: E402
+
+TOOL = """#!/bin/sh
+# compute-sanitizer as it behaves: runs the command, and exits with 9 where it has found something.
+case "$*" in --version) echo 1.0; exit 0;; *overrun|*race|*uninitialised) exit {found};; esac
+shift 6; exec "$@"
+"""
+
+
+@pytest.fixture(autouse=True)
+def support_on_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(support.__file__).parent))
 
 
 @pytest.fixture
-def gpu_check():
-    spec = importlib.util.spec_from_file_location("gpu_check", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_check"]
+def record(tmp_path):
+    return Record(tmp_path / "run.json", {"rehearsal": True, "machine": {}, "sections": {}})
 
 
-def test_dry_run_passes_every_section(tmp_path):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--dry-run", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """A compute-sanitizer on the path that finds what is planted, or, for found=0, does not."""
+
+    def install(found):
+        (tmp_path / "compute-sanitizer").write_text(TOOL.format(found=found))
+        (tmp_path / "compute-sanitizer").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+def run(record, *names, limit_s=30.0, within_s=60.0):
+    """Sections of gpu_check_support, and what the file then says of them."""
+    sections = [driver.Section(name, limit_s, f"gpu_check_support:{name}") for name in names]
+    driver.run(sections, record, within_s)
+    return json.loads(record.path.read_text())["sections"]
+
+
+def alive(mark: str) -> list[str]:
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if mark in line]
+
+
+def children_of(pid: int) -> set[int]:
+    """All that it has started, and what those have."""
+    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    parents = {int(child): int(parent) for child, parent in map(str.split, lines)}
+    found = {child for child, parent in parents.items() if parent == pid}
+    return found.union(*(children_of(child) for child in found))
+
+
+# ---- a failure costs itself ------------------------------------------------------------------------------------------
+
+
+def test_a_section_that_raises_costs_itself_alone(record):
+    found = run(record, "raises", "fine")
+    assert found["raises"]["status"] == "failed" and "no rows at all" in found["raises"]["error"]
+    assert found["fine"]["status"] == "ok" and [row["value"] for row in found["fine"]["rows"]] == [1, 2]
+    code, lines = report.verdict(record.data)
+    assert code == 1 and lines == ["FAILED raises: ValueError: no rows at all"]
+    assert "no rows at all" in report.text(record.data)
+
+
+@pytest.mark.parametrize("section, word", [("one_row_raises", "as broken"), ("one_row_dies", "signal 11")])
+def test_a_row_costs_itself_alone(record, section, word):
+    found = run(record, section)[section]
+    assert [row["name"] for row in found["rows"]] == ["one", "two", "three"]
+    assert ["error" in row for row in found["rows"]] == [False, True, False] and word in found["rows"][1]["error"]
+    assert found["status"] == "failed" and report.verdict(record.data)[0] == 1
+
+
+@pytest.mark.parametrize("section", ["loses_the_device", "loses_the_device_in_a_variant"])
+def test_a_lost_device_costs_one_row(record, section):
+    """The rows behind it run in a new process."""
+    rows = run(record, section)[section]["rows"]
+    assert "as broken" in row_errors(rows[1])[0] and rows[2]["process"] != rows[0]["process"]
+
+
+def test_a_variant_that_fails_fails_its_section(record):
+    found = run(record, "half_a_row")
+    assert found["half_a_row"]["status"] == "failed"
+    assert report.verdict(record.data)[1] == ["FAILED half_a_row: one: torn: torn apart"]
+
+
+def test_a_missing_tool_is_never_a_pass(record):
+    assert run(record, "missing", "fine")["missing"]["status"] == "missing"
+    assert report.verdict(record.data) == (3, ["NOT PROVEN missing: the tool is not installed"])
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hung_section_is_ended_with_all_its_processes_and_named(record, monkeypatch):
+    monkeypatch.setattr(driver, "ROOM_S", 0.5)
+    end_all, seen = driver.end_all, []
+
+    def spy(process, mark):
+        before = driver.marked(mark)
+        end_all(process, mark)
+        seen.append((len(before), driver.marked(mark)))
+
+    monkeypatch.setattr(driver, "end_all", spy)
+    found = run(record, "hangs", "fine", limit_s=8.0)
+    assert seen[0] == (3, [])  # the section and its children, the one in a session of its own too
+    assert found["hangs"]["timed_out"] and "its limit" in found["hangs"]["rows"][1]["error"]
+    assert found["fine"]["status"] == "ok"
+    code, lines = report.verdict(record.data)
+    assert code == 1 and lines[0].startswith("FAILED hangs: two: hangs: ended after")
+    assert "not reached: three" in report.text(record.data)
+
+
+def test_the_deadline_names_what_was_not_reached(record, monkeypatch):
+    monkeypatch.setattr(driver, "ROOM_S", 0.5)
+    found = run(record, "slow", "fine", within_s=child.LEAST_S + 6)
+    assert found["slow"]["status"] == "cut short" and found["slow"]["rows"][0].keys() >= {"elapsed_s"}
+    assert found["slow"]["rows"][-1] == {"name": "row 99", "rehearsal": True, "skipped": "no time was left"}
+    code, lines = report.verdict(record.data)
+    assert code == 3 and "row 99 (no time was left)" in lines[0]
+
+
+def test_a_section_may_use_what_the_ones_before_left(record):
+    found = run(record, "fine", "missing", limit_s=20.0)
+    assert found["fine"]["limit_s"] == 20.0 and 20.0 < found["missing"]["limit_s"] <= 40.0
+
+
+def test_few_sections_share_the_time_of_all():
+    (alone,) = gpu_check.chosen(gpu_check.parse(["--only", "layers"]))
+    assert alone.limit_s == pytest.approx(480)
+    limits = [s.limit_s for s in gpu_check.chosen(gpu_check.parse(["--within", "100"]))]
+    assert limits == [s.limit_s for s in gpu_check.SECTIONS]
+
+
+def test_the_page_names_every_section_and_its_limit():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| (\w+) \|.*\| (\d+) s \|$", page, re.MULTILINE)
+    assert rows == [(s.name, f"{s.limit_s:g}") for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)]
+
+
+def test_the_sections_fit_their_time():
+    assert sum(s.limit_s for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)) <= 480
+    assert gpu_check.WITHIN_S + gpu_check.MACHINE.limit_s + gpu_check.PLOT.limit_s < 570
+    order = "build tests copy perturb graph block layers averaging crossover"
+    assert list(gpu_check.NAMES)[:9] == order.split() and gpu_check.NAMES[-1] == "sanitizer"
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys; from pathlib import Path
+from gpucheck import driver; from gpucheck.record import Record
+record = Record(Path(sys.argv[1]), {"rehearsal": True, "machine": {}, "sections": {}})
+driver.run([driver.Section(n, 60, "gpu_check_support:" + n) for n in ("fine", "counting")], record, 60)
+"""
+
+
+def kill_after(command, rows, rest_s, environment):
+    """Start it, kill it with SIGKILL a moment after so many rows. Returns all of the rows that it has named."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if len(said) > rows:
+            break
+    time.sleep(rest_s)
+    process.kill()
+    said += process.stdout.readlines()  # ends when every process that holds the pipe has gone
+    process.wait()
+    return re.findall(r"^(\w+): (.+)$", "".join(said), re.MULTILINE)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_killed_run_keeps_every_finished_row(tmp_path, seed):
+    """SIGKILL at a random moment. Rows are named when they are on disk, so every name must be in the file."""
+    dice = random.Random(seed)
+    path = tmp_path / "run.json"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-c", DRIVER, str(path)]
+    named = kill_after(command, dice.randrange(400), dice.random() * 0.05, environment)
+    sections = json.loads(path.read_text())["sections"]
+    for section, row in named:
+        if not row.startswith("ok, "):
+            assert any(r["name"] == row and "value" in r for r in sections[section]["rows"]), (section, row)
+    assert not alive(str(path))
+
+
+def test_a_killed_run_takes_everything_with_it(tmp_path):
+    """A child of a section in a session of its own too, though nobody is left to end it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-c", DRIVER.replace('"counting"', '"hangs_at_once"'), str(tmp_path / "run.json")]
+    process = subprocess.Popen(command, env=environment)
+    until = time.monotonic() + 30
+    while len(left := children_of(process.pid)) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(left) == 3
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_rehearsal_keeps_every_finished_row(tmp_path, seed):
+    dice = random.Random(seed)
+    only = "copy,perturb,graph,averaging"
+    command = [sys.executable, str(PROGRAM), "--dry-run", "--only", only, "--out", str(tmp_path)]
+    named = kill_after(command, dice.randrange(12), dice.random(), os.environ)
     (path,) = tmp_path.glob("*.json")
     record = json.loads(path.read_text())
-    assert {name: result["status"] for name, result in record["sections"].items()} == {
-        "build": "skipped", "tests": "ok", "sanitizer": "ok", "copy_bandwidth": "ok",
-        "perturb": "ok", "layers": "ok", "averaging": "ok", "graph": "ok", "crossover": "ok", "block": "ok",
-    }  # fmt: skip
-    assert record["machine"]["torch"] == torch.__version__ and record["machine"]["date"]
-    assert "dip cpu" in path.with_suffix(".txt").read_text()
+    for section, row in named:
+        if not row.startswith("ok, "):
+            assert any(r["name"] == row for r in record["sections"][section]["rows"]), (section, row)
+    assert record["rehearsal"] and not record["ended"] and not alive(str(path))
+
+
+def test_sigterm_ends_the_section_too(tmp_path):
+    command = [sys.executable, str(PROGRAM), "--dry-run", "--only", "copy", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("*.json")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    (path,) = tmp_path.glob("*.json")
+    assert not json.loads(path.read_text())["ended"] and not alive(str(path))
+
+
+# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def rehearse(out, *options):
+    command = [sys.executable, str(PROGRAM), "--dry-run", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (path,) = out.glob("*.json")
+    return done, json.loads(path.read_text()), path
+
+
+def passed(done, record, skipped=()):
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    for name, section in record["sections"].items():
+        assert section["status"] == ("skipped" if name in skipped else "ok"), (name, section)
+        assert all(row["rehearsal"] for row in section["rows"]), name
+    assert record["rehearsal"] and "No figure" in record["warning"] and record["ended"]
+
+
+def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
+    done, record, path = rehearse(tmp_path, "--only", "copy,perturb")
+    passed(done, record, set(gpu_check.NAMES) - {"copy", "perturb"})
+    assert path.name.startswith("rehearsal-") and record["machine"]["torch"] == torch.__version__
+    text = path.with_suffix(".txt").read_text()
+    assert text.startswith("A REHEARSAL") and "P float32 64x24" in text and "cpu" in text
+    assert "left out, as asked: build, tests, graph" in done.stdout and "the rehearsal passed" in done.stdout
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["graph", "block", "layers", "averaging", "crossover", "switches"])
+def test_every_timed_section_runs(record, monkeypatch, name):
+    """In this process; with Triton and in processes of their own: the whole rehearsal."""
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    (section,) = [s for s in gpu_check.SECTIONS if s.name == name]
+    check = child.Check(record, name, time.monotonic() + 100)
+    module, _, function = section.target.partition(":")
+    assert child.run(check, getattr(importlib.import_module(module), function)) == 0
+    entry = record.section(name)
+    assert entry["rows"] and status(entry) == "ok", entry
+    assert all("variants" in row for row in entry["rows"])
+
+
+def test_shapes_start_with_nothing_compiled(check, monkeypatch):
+    """Else a later shape meets the limit of recompilations; and meeting it is an error, not eager mode in silence."""
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    for n in (24, 40):
+        layers.layer_row(check, "forward", 32, 16, n)
+    assert len(resets) == 2 and torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+@pytest.mark.slow
+def test_the_whole_rehearsal_passes(tmp_path, tool):
+    tool(found=9)
+    (tmp_path / "out").mkdir()
+    passed(*rehearse(tmp_path / "out")[:2])
+
+
+@pytest.mark.parametrize("section, code", [("one_row_raises", 1), ("missing", 3)])
+def test_the_exit_code_and_the_last_lines_say_what_is_wrong(tmp_path, monkeypatch, capsys, section, code):
+    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # main sets them, for its children
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    quick = driver.Section("machine", 30, "gpu_check_support:fine")
+    monkeypatch.setattr(gpu_check, "MACHINE", quick)
+    monkeypatch.setattr(gpu_check, "SECTIONS", (driver.Section("copy", 30, f"gpu_check_support:{section}"),))
+    monkeypatch.setattr(gpu_check, "NAMES", ("copy",))
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == code
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith(("FAILED copy: two: ValueError", "NOT PROVEN copy: the tool")[code // 3])
+    assert last.startswith(f"gpu_check: the rehearsal {('FAILED', 'is not whole')[code // 3]}; {tmp_path}")
+
+
+def test_no_stored_result_is_a_rehearsal():
+    assert gpu_check.parse([]).out is None and gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert not path.name.startswith("rehearsal") and not json.loads(path.read_text()).get("rehearsal"), path
+
+
+@pytest.mark.parametrize("arguments", [["--only", "copy,nothing"], ["--skip", "nothing"]])
+def test_an_unknown_section_is_refused(arguments):
+    done = subprocess.run([sys.executable, str(PROGRAM), "--dry-run", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected names out of build, tests" in done.stderr and "got nothing" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run([sys.executable, str(PROGRAM), "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+# ---- what the sections prove -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def check(record):
+    return child.Check(record, "tests", time.monotonic() + 100)
+
+
+def test_wrong_kernels_are_not_timed(check, monkeypatch):
+    right = kernels.ops.perturb
+    monkeypatch.setattr(kernels.ops, "perturb", lambda *arguments: right(*arguments) + 0.01)
+    with pytest.raises(AssertionError, match="perturb: expected u within"):
+        kernels.perturb_row(check, "P", torch.float32, 64, 24)
+
+
+def test_a_wrong_layer_is_not_timed(check, monkeypatch):
+    monkeypatch.setattr(layers.peers, "compile_backend", "eager")
+    right = layers.peers.check_linear
+
+    def wrong(name, *arguments):
+        right(name, *arguments)
+        if name == "dip":
+            raise AssertionError("y is off")
+
+    monkeypatch.setattr(layers.peers, "check_linear", wrong)
+    variants = layers.layer_row(check, "step", 48, 16, 24)["variants"]
+    assert variants.pop("dip") == {"error": "AssertionError: y is off"}
+    assert not any(name.startswith("dip ") for name in variants) and "seconds" in variants["linear"]
+
+
+def test_a_share_of_the_copy_is_of_its_bytes_in_the_same_rounds(check, monkeypatch):
+    """Q reads half of what a copy moves: as fast as the copy it has half of its rate."""
+    timed = {"copy": {"seconds": 2.0, "ratio": 1.0}, "cpu": {"seconds": 2.0, "ratio": 1.0}}
+    monkeypatch.setattr(kernels.timing, "interleave", lambda *a, **k: json.loads(json.dumps(timed)))
+    monkeypatch.setattr(kernels, "kinds", lambda check: ("cpu",))
+    for form, share in (("P", 1.0), ("Q", 0.5), ("PQ", 1.5)):
+        variants = kernels.perturb_row(check, form, torch.float32, 64, 24)["variants"]
+        assert variants["cpu"]["share_of_copy"] == share and variants["cpu"]["seconds"] == 1.0  # of two sets
+        assert "share_of_copy" not in variants["copy"]
+
+
+TESTS = """
+import os, pytest
+@pytest.mark.parametrize("i", range(6))
+def test_passes(i): pass
+def test_skips(): pytest.skip("no reason")
+def test_fails(): assert 1 == 2
+def test_dies(): os._exit(3)
+"""
+
+
+def test_tests_run_in_parts_and_each_is_accounted_for(check):
+    """In turn: the first part dies at its end, the second one has a failure."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        Path(folder, "test_some.py").write_text(TESTS)
+        assert child.run(check, lambda check: tools.tests(check, os.path.relpath(folder, ROOT))) == 0
+    rows = {row["name"]: row for row in check.record.section("tests")["rows"]}
+    assert rows["part 1 of 2"]["error"].startswith("pytest ended with 3")
+    assert rows["part 2 of 2"]["outcomes"] == {"passed": 3, "failure": 1}
+    assert "assert 1 == 2" in rows["part 2 of 2"]["error"]
+    assert rows["all"]["error"] == "expected 9 results, got 4"
+
+
+def test_results_are_read_with_the_reasons_of_skips(tmp_path):
+    case = '<testcase classname="a" name="b">{}</testcase>'
+    inside = case.format("") + case.format('<skipped message="no GPU"/>') + case.format("<failure>why</failure>")
+    (tmp_path / "r.xml").write_text(f"<testsuite>{inside}</testsuite>")
+    outcomes, failures, reasons = tools.read_results(tmp_path / "r.xml")
+    assert outcomes == {"passed": 1, "skipped": 1, "failure": 1}
+    assert failures == ["a::b\nwhy"] and reasons == ["a::b: no GPU"]
+
+
+def test_skipped_tests_prove_nothing_on_a_gpu(check):
+    check.record.section("tests")["rows"] = [{"name": "part 1 of 1", "outcomes": {"skipped": 3}}]
+    assert "error" not in tools._all_passed(check, 3)
+    check.record.data["rehearsal"] = False
+    assert "expected passing tests" in tools._all_passed(check, 3)["error"]
+    assert "expected 4 results, got 3" in tools._all_passed(check, 4)["error"]
+
+
+def watched(check, planted=False):
+    """`true` stands for a program that sees everything through."""
+    return sanitizer.watched(check, "memcheck", ["echo", "done", *["overrun"] * planted], planted, "done")
+
+
+def test_a_sanitizer_that_is_missing_or_blind_is_no_pass(check, tool, monkeypatch, tmp_path):
+    tool(found=9)
+    assert watched(check) == {"found": "nothing", "said": "done\n"}
+    assert watched(check, planted=True) == {"found": "the planted error"}
+    tool(found=0)
+    assert "expected the planted error to be found" in watched(check, planted=True)["error"]
+    assert "expected no finding and all calls" in sanitizer.expect_clean(0, "stopped early", "done")["error"]
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert "not installed" in watched(check)["missing"]
 
 
 def test_the_page_of_expectations_is_what_its_command_writes():
@@ -49,35 +447,6 @@ def test_the_page_of_expectations_is_what_its_command_writes():
     expectation = cuda_support.gpu_expectation
     assert expectation.PAGE.read_text() == expectation.page()
     assert expectation.TILE_N == backends.FUSED_COLUMNS
-
-
-def test_a_failing_section_is_recorded_and_the_others_run(gpu_check, monkeypatch):
-    def broken(check):
-        raise RuntimeError("as broken as it gets")
-
-    def half_broken(check):
-        variants = {"fine": lambda i: None, "torn": broken}
-        return {"variants": gpu_check.summarize(gpu_check.interleaved(check, variants, 0.1), "fine")}
-
-    monkeypatch.setattr(gpu_check, "SECTIONS", [("a", 5, broken), ("b", 5, half_broken), ("c", 5, lambda check: {})])
-    record = gpu_check.run(gpu_check.Check(True, torch.device("cpu")))
-    assert [result["status"] for result in record["sections"].values()] == ["failed", "failed", "ok"]
-    assert "as broken" in record["sections"]["a"]["error"] and "torn" in record["sections"]["b"]["error"]
-    assert "as broken" in gpu_check.summary(record)
-
-
-def test_a_check_fails_where_the_kernels_are_wrong(gpu_check, monkeypatch):
-    from dipkernels import ops
-
-    right = ops.perturb
-    monkeypatch.setattr(ops, "perturb", lambda *arguments: right(*arguments) + 0.01)
-    check = gpu_check.Check(True, torch.device("cpu"))
-    check.section_ends = check.started + 60
-    with pytest.raises(AssertionError, match="perturb is off"):
-        gpu_check.perturb(check)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
-def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    # Bound by memory on an H100, by nothing known on another GPU.
+    assert expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda-exact", 2**26) == 2**28 / 3.0e12
+    assert expectation.pass_seconds("NVIDIA A100", "P", "cuda-exact", 2**26) is None

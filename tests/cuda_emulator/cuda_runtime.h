@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <set>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -54,6 +55,7 @@ enum class Order { kForward, kBackward, kShuffled };
 inline Order order = Order::kForward;
 inline int multiprocessors = 3;
 inline int launches = 0;
+inline std::set<const void*> launched;  // the kernels among them
 
 struct Fiber {
   ucontext_t context;
@@ -236,6 +238,26 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) {
   return emulator::next_error;
 }
 
+// Memory is the host's: the address sanitizer knows its extent.
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
+  if (bytes) std::memset(memory, byte, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
 template <class P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
   if (emulator::next_error != cudaSuccess) return emulator::next_error;
@@ -249,6 +271,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** ar
   emulator::body_argument = &launch;
   blockDim = block, gridDim = grid;
   ++emulator::launches;
+  emulator::launched.insert(reinterpret_cast<const void*>(kernel));
   const unsigned blocks = grid.x * grid.y;
   for (unsigned i = 0; i < blocks; ++i) {
     const unsigned b = emulator::order == emulator::Order::kForward ? i : blocks - 1 - i;

@@ -1,0 +1,62 @@
+"""Every kernel that torch reaches, once, for compute-sanitizer: python -m gpucheck.once DEVICE [overrun]
+
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: each tensor then has memory of its own, and an access past its end is seen.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from dipkernels import backends, ops
+
+PLACE = (1, 0, 0, 0, 1, 1.0, False)
+
+
+def perturb(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, overrun: bool = False) -> None:
+    seed = torch.tensor([1, 2], device=device)
+    x, sigma = torch.randn(shape, device=device).to(dtype), torch.ones(shape[1], device=device)
+    if overrun:
+        sigma.untyped_storage().resize_(sigma.nbytes - 4)
+    ops.perturb(x, sigma, seed, *PLACE, None)
+    ops.perturb_bwd(x, sigma, seed, *PLACE)
+    ops.perturb_replay(x, x, sigma, seed, *PLACE, None)
+
+
+def linear(device: torch.device) -> None:
+    m, k, n = 33, 40, 24
+    options = {"device": device, "dtype": torch.float16}
+    x, weight, bias, dy = (torch.randn(*s, **options) for s in ((m, k), (n, k), (n,), (m, n)))
+    seed, sigma = torch.tensor([1, 2], device=device), torch.ones(k, device=device)
+    kernels, place = torch.ops.dipkernels_triton, (0, 0, 0, 2, 1.0, False)
+    kernels.linear(x, weight, bias, sigma, seed, *place, "relu", None)
+    kernels.linear_bwd(dy, x, weight, bias, sigma, seed, *place, "relu")
+
+
+def activation(device: torch.device) -> None:
+    mu, v = torch.randn(33, 40, device=device), torch.ones(40, device=device)
+    ops.activation(mu, v, "gelu")
+    ops.activation_bwd(mu, mu, v, "gelu")
+
+
+def main(device: torch.device, overrun: bool) -> None:
+    kinds = ["cuda"] if device.type == "cuda" else ["cpu"]
+    triton = backends.has_triton() and device.type == "cuda"
+    kinds += ["triton"] * triton
+    for kind in kinds:
+        with backends.backend(kind):
+            for shape in ((33, 40), (5, 23), (2, 24, 8), (2, 13, 7)):
+                for dtype in (torch.bfloat16, torch.float32):
+                    perturb(device, shape, dtype, overrun)
+    if triton:
+        with backends.backend("triton"):
+            linear(device)
+            activation(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print("once: done with", *kinds)
+
+
+if __name__ == "__main__":
+    main(torch.device(sys.argv[1]), sys.argv[2:] == ["overrun"])

@@ -1,0 +1,107 @@
+"""compute-sanitizer over every CUDA kernel, and proof that it sees: each tool also has to find a planted error.
+
+The program without torch, scripts/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
+under torch, Triton's kernels among it, does so without torch's caching allocator, whose segments hide an overrun.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from gpucheck.child import Check, Rows
+from gpucheck.driver import ROOT
+
+PROGRAM = ROOT / "build" / "sanitize_cuda"
+ERROR_CODE = 9  # of compute-sanitizer where it has found something; the program's own codes are others
+PLANTED = {"memcheck": "overrun", "racecheck": "race", "initcheck": "uninitialised"}
+CALLS = "sanitize_cuda: "  # the program's last words, with the number of calls
+CACHE_OFF = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+OBJECTS = "build/temp*/ninja/cuda_*.o"
+
+
+def program(rehearsal: bool) -> Path:
+    return PROGRAM.with_name("sanitize_cuda_emulated") if rehearsal else PROGRAM
+
+
+def compile_command(rehearsal: bool, capability: str = "") -> list[str]:
+    """The program with the objects that the library was linked from; in a rehearsal the kernels on the emulator."""
+    out = ["-o", str(program(rehearsal))]
+    if rehearsal:
+        folder = ROOT / "tests" / "cuda_emulator"
+        flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DDIP_EMULATOR"]
+        return ["g++", *flags, f"-I{folder}", str(folder / "run_sanitize.cpp"), *out]
+    objects = sorted(ROOT.glob(OBJECTS), key=lambda path: path.stat().st_mtime)
+    if not objects:
+        raise RuntimeError(f"sanitizer: expected the library's CUDA objects, {OBJECTS}, and found none: build it first")
+    newest = sorted(objects[-1].parent.glob("cuda_*.o"))
+    nvcc = [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O2", f"-arch=sm_{capability}"]
+    return [*nvcc, str(ROOT / "scripts" / "sanitize_cuda.cu"), *map(str, newest), *out]
+
+
+def run(command: list[str], **environment: str) -> tuple[int, str]:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+def expect_clean(code: int, said: str, last_words: str) -> dict:
+    if code or last_words not in said:
+        return {"error": f"expected no finding and all calls, got exit code {code}\n{said[-6000:]}"}
+    return {"found": "nothing", "said": said[-500:]}
+
+
+def expect_found(code: int, said: str, wanted: int) -> dict:
+    """A planted error that goes unseen means that the clean runs prove nothing."""
+    if code != wanted:
+        return {"error": f"expected the planted error to be found, exit code {wanted}, got {code}\n{said[-3000:]}"}
+    return {"found": "the planted error"}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def guards(check: Check, planted: str | None) -> dict:
+    """Without any tool: patterns around every tensor, which show what is written outside."""
+    code, said = run([str(program(check.rehearsal)), "guards", *([planted] if planted else [])])
+    if planted:
+        return expect_found(code if "written outside of the tensor" in said else 0, said, 1)
+    return expect_clean(code, said, CALLS)
+
+
+def watched(check: Check, tool: str, command: list[str], planted: bool, last_words: str, **environment: str) -> dict:
+    """The command under one of compute-sanitizer's tools."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return {"missing": "compute-sanitizer is not installed: it comes with the CUDA toolkit"}
+    options = ["--tool", tool, "--error-exitcode", str(ERROR_CODE), "--print-limit", "20"]
+    code, said = run([sanitizer, *options, *command], **environment)
+    return expect_found(code, said, ERROR_CODE) if planted else expect_clean(code, said, last_words)
+
+
+def sanitizer(check: Check) -> Rows:
+    if not program(check.rehearsal).exists():
+        raise RuntimeError(f"sanitizer: expected {program(check.rehearsal)}, which the section build makes")
+    rows: Rows = [
+        ("guards", lambda: guards(check, None)),
+        ("guards, overrun planted", lambda: guards(check, "overrun")),
+    ]
+    own = [str(program(check.rehearsal)), "exact"]
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        rows.append((tool, functools.partial(watched, check, tool, own, False, CALLS)))
+        if plant := PLANTED.get(tool):
+            call = functools.partial(watched, check, tool, [*own, plant], True, CALLS)
+            rows.append((f"{tool}, {plant} planted", call))
+    device = "cpu" if check.rehearsal else "cuda"
+    torch_part = [sys.executable, "-m", "gpucheck.once", device]
+    for name, extra in (("memcheck of torch and Triton", []), ("memcheck of torch, overrun planted", ["overrun"])):
+        command = [*torch_part, *extra]
+        call = functools.partial(watched, check, "memcheck", command, bool(extra), "once: done", **CACHE_OFF)
+        rows.append((name, call))
+    return rows

@@ -1,0 +1,76 @@
+"""Choices inside the kernels, each setting timed against today's form in the same rounds, so that a run decides.
+
+To add one: a function that gives a context for each setting, today's form first, and its line in SWITCHES.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peers
+import timing
+import torch
+from torch import nn
+
+from gpucheck.child import Check, Rows
+from gpucheck.kernels import half, kernels, kinds, per_call, rounds
+from gpucheck.layers import prepare
+
+# By name, a context in which the kernels run in that setting.
+Settings = dict[str, Callable[[], contextlib.AbstractContextManager]]
+
+
+@dataclass(frozen=True)
+class Switch:
+    name: str
+    settings: Callable[[Check], Settings]
+
+
+def tiers(check: Check) -> Settings:
+    """The fast normals, today's default, and the exact ones; in a rehearsal whatever runs on a CPU."""
+    found = [kind for kind in kinds(check) if kind != "triton"]
+    return {kind: functools.partial(kernels, kind) for kind in found}
+
+
+SWITCHES = (Switch("tier", tiers),)
+
+
+def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -> dict:
+    """The training step over nn.Linear and over today's form, called from Python or replayed as a CUDA graph."""
+    prepare(check)
+    options = {"device": check.device, "dtype": half(check)}
+    plain = nn.Linear(k, n, **options)
+    dy = torch.randn(m, n, **options)
+    count = timing.sets_beyond_cache(2 * m * k, check.device, most=4)
+    xs = [torch.randn(m, k, **options, requires_grad=True) for _ in range(count)]
+
+    def step_of(module: nn.Module) -> Callable[[], object]:
+        steps = [timing.training_step(module, x, dy) for x in xs]
+        if how == "graph":
+            return timing.captured(lambda step: step(), steps, device=check.device)
+        return timing.rotate(lambda step: step(), steps)
+
+    layer = peers.build("dip", plain)
+    variants: dict = {"linear": step_of(peers.build("linear", plain))}
+    settings = switch.settings(check)
+    for name, context in settings.items():
+        with context():  # a graph keeps what it was captured with
+            call = step_of(layer)
+        variants[name] = timing.Within(context, call)
+    today = next(iter(settings))
+    timed = timing.interleave(variants, today, check.device, budget_s=1.2, always=tuple(variants), **rounds(check))
+    timed = per_call(timed, count) if how == "graph" else timed
+    return {"switch": switch.name, "what": f"step, {how}", "m": m, "k": k, "n": n, "base": today, "variants": timed}
+
+
+def switches(check: Check) -> Rows:
+    shapes = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
+    shapes = [(32, 16, 24)] if check.rehearsal else shapes
+    return [
+        (f"{switch.name} {how} {m}x{k}x{n}", functools.partial(switch_row, check, switch, how, m, k, n))
+        for switch, (m, k, n), how in itertools.product(SWITCHES, shapes, ("calls", "graph"))
+    ]
