@@ -124,14 +124,17 @@ def _plain(x, ACTIVATION: tl.constexpr):
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
     else:
-        d0, d1, d2 = x, x * 0.0 + 1.0, x * 0.0
+        # Beyond 1000 the slope is 0 or 1 to the bit; its factors stay finite, for infinity times 0 is no number.
+        near = tl.clamp(x, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)
+        d0, d1, d2 = near, near * 0.0 + 1.0, near * 0.0
         if ACTIVATION == "gelu_tanh":
-            d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            d1 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-            d2 = 1.5957691216057308 * 0.26829 * x
+            d0 = 1.5957691216057308 * (near + 0.044715 * near * near * near)
+            d1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+            d2 = 1.5957691216057308 * 0.26829 * near
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
-        return x * s, s + x * ds, ds + 0.5 * x * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+        y = tl.where(x < 0.0, near, x) * s
+        return y, s + near * ds, ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
 
 
 @triton.jit
@@ -165,8 +168,10 @@ def _activation_kernel(
     NARROW: tl.constexpr = mu_ptr.dtype.element_ty.primitive_bitwidth == 16
     v_of = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)
     v = v_of[None, :]
-    positive = v > 0.0
-    safe = tl.where(positive, v, 1.0)
+    zero = v <= 0.0  # not of a NaN, which stays one
+    # A root takes subnormal numbers for 0, and their reciprocal for infinity: the least normal one stands in for them.
+    least = tl.maximum(v, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+    safe = tl.where(zero, 1.0, least)
     deviation = tl.sqrt(safe)
     inverse = 1.0 / deviation
     total_dv = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -192,7 +197,8 @@ def _activation_kernel(
             # What depends on v alone is computed once, before the loop over rows.
             variance = v if ACTIVATION == "gelu" else safe
             beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
-            alpha = TERMS[2 * i] * tl.sqrt(beta)
+            # Not c sqrt(beta): behind a huge variance beta is subnormal, then 0, and v alpha would be 0 with it.
+            alpha = 1.0 / tl.sqrt(variance + 1.0 / (TERMS[2 * i] * TERMS[2 * i]))
             b = size * (alpha * 0.8493218002880191)
             if M_SERIES > 0:  # powers of it are finite, and its power of two is 0 or next to it
                 b = tl.minimum(b, 16.0, propagate_nan=tl.PropagateNan.ALL)
@@ -244,8 +250,8 @@ def _activation_kernel(
                     plain_dv += dy * half_curvature
                     plain_dmu += y
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-            total_dv = tl.where(positive, total_dv, plain_dv)
-            total_dmu = tl.where(positive, total_dmu, plain_dmu)
+            total_dv = tl.where(zero, plain_dv, total_dv)
+            total_dmu = tl.where(zero, plain_dmu, total_dmu)
     if GRAD:
         out = tl.cast(tl.program_id(1), tl.int64) * N + col
         tl.store(partial_ptr + out, tl.sum(total_dv, axis=0), mask=col_mask)
