@@ -71,7 +71,7 @@ def rounded(exact, bits, lowest, how="rn"):
     unit = Fraction(2) ** max(exponent - bits + 1, lowest)
     steps = exact / unit
     whole = {"rn": round, "rz": math.trunc, "rm": math.floor, "rp": math.ceil}[how](steps)
-    return float(whole * unit)
+    return math.copysign(float(whole * unit), exact)  # of what became 0 the sign stays
 
 
 FORMATS = {"f32": (24, -149, 2.0**128), "f64": (53, -1074, INF), "f16": (11, -24, 65520.0), "bf16": (8, -133, INF)}

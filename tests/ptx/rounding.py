@@ -52,14 +52,15 @@ def to_f32(high, low, how="rn"):
 
 
 def _zero_down(result, a, b):
-    """Rounding down, a sum of opposite numbers is -0."""
-    return np.where((result == 0) & (np.signbit(a) != np.signbit(b)), -np.abs(result), result)
+    """Rounding down, a sum of opposite numbers is -0; a, b: the terms, in float64."""
+    return np.where((a + b == 0) & (np.signbit(a) != np.signbit(b)), -np.abs(result), result)
 
 
 def add32(a, b, how="rn"):
     if how == "rn":
         return a + b
-    result = to_f32(*two_sum(np.asarray(a, f64), np.asarray(b, f64)), how)
+    a, b = np.asarray(a, f64), np.asarray(b, f64)
+    result = to_f32(*two_sum(a, b), how)
     return _zero_down(result, a, b) if how == "rm" else result
 
 
