@@ -124,17 +124,17 @@ def _plain(x, ACTIVATION: tl.constexpr):
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
     else:
-        # Beyond 1000 the slope is 0 or 1 to the bit; its factors stay finite, for infinity times 0 is no number.
-        near = tl.clamp(x, -1000.0, 1000.0, propagate_nan=tl.PropagateNan.ALL)
-        d0, d1, d2 = near, near * 0.0 + 1.0, near * 0.0
+        # Beyond 1000 s is 0 or 1 to the bit, and what it multiplies stays finite: infinity times 0 is no number.
+        above = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+        near = tl.minimum(above, 1000.0, propagate_nan=tl.PropagateNan.ALL)
+        d0, d1, d2 = x, near * 0.0 + 1.0, near * 0.0
         if ACTIVATION == "gelu_tanh":
-            d0 = 1.5957691216057308 * (near + 0.044715 * near * near * near)
+            d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             d1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
             d2 = 1.5957691216057308 * 0.26829 * near
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
-        y = tl.where(x < 0.0, near, x) * s
-        return y, s + near * ds, ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+        return above * s, s + near * ds, ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
 
 
 @triton.jit
