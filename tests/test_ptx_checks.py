@@ -78,6 +78,19 @@ def test_generic_addresses_reach_shared_memory():
     assert run("cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;").tolist() == [7] * 64
 
 
+def test_variables_of_a_module_outlive_a_launch():
+    text = (
+        ".visible .global .align 4 .b8 counters[64]; .entry k() { .reg .b64 %a; .reg .b32 %r; mov.u64 %a, counters; "
+        "cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; red.global.add.u32 [counters+12], 2; ret; }"
+    )
+    module = Module(text)
+    for _ in range(2):
+        module.kernels["k"].run((2,), (3,), b"", Memory())
+    assert module.variables.view(np.uint32)[:5].tolist() == [0, 0, 12, 24, 0]
+    with pytest.raises(PTXError, match="outside of the module's variables"):
+        Module(text.replace("[%a+8]", "[%a+64]")).kernels["k"].run((1,), (1,), b"", Memory())
+
+
 # ---- warps and blocks
 
 
@@ -232,6 +245,7 @@ def test_the_last_block_sums_what_the_others_left():
         ("ld.global.v2.u32 {%r6, %r7}, [%rd3];", "misaligned"),
         ("ld.global.u32 %r6, [%rd2];", "no memory"),
         ("atom.global.add.u32 %r6, [%rd3+4], 1;", "byte 256 of tensor 0"),
+        ("cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; ld.global.u32 %r6, [%rd5];", "an address of shared memory"),
         ("ld.local.u32 %r6, [depot+16];", "outside of 16 of local memory"),
         ("st.global.u32 [%rd1], %r1;", "different values"),
         ("st.shared.u32 [%r3], %r1;", "different values"),

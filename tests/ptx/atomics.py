@@ -44,6 +44,8 @@ class Atomics:
         space, address = self.resolve(space, address)
         if space == "global":
             memory, place = self.memory.process, self.memory.locate(address, size, True)
+        elif space == "variable":
+            memory, place = self.kernel.variables, self.place_in_variables(address, size)
         elif space == "shared":
             memory, place = self.shared, self.place_in_shared(address, size, where)
             self.note_atomic(place, size, where)

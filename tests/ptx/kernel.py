@@ -15,8 +15,9 @@ class Module:
     """The kernels of a PTX text, each compiled when it is first run."""
 
     def __init__(self, text: str):
-        dynamic, kernels = split_module(text)
-        self.kernels = {name: Kernel(name, *rest, dynamic) for name, *rest in kernels}
+        outside, kernels = split_module(text)
+        self.variables = np.zeros(max(outside.variable_bytes, 16), u8)  # they outlive a launch
+        self.kernels = {name: Kernel(name, *rest, outside, self.variables) for name, *rest in kernels}
 
 
 class Kernel:
@@ -24,12 +25,13 @@ class Kernel:
 
     Attributes:
         parameters: (name, offset, bytes) of each.
-        body: Its text; a copy with another body is a mutant.
+        text: Its body as text; a copy with another one is a mutant.
         count: Instructions of all threads in the last run.
     """
 
-    def __init__(self, name, parameters, directives, body, dynamic):
-        self.name, self.text, self._rest = name, body, (parameters, directives, dynamic)
+    def __init__(self, name, parameters, directives, body, outside, variables):
+        self.name, self.text, self.variables = name, body, variables
+        self._written = parameters, directives, outside
         self.parameters = read_parameters(parameters)
         self.param_bytes = sum(self.parameters[-1][1:]) if self.parameters else 0
         self.max_threads = most_threads(directives)
@@ -41,13 +43,13 @@ class Kernel:
         self.count = 0
 
     def with_body(self, text: str) -> Kernel:
-        parameters, directives, dynamic = self._rest
-        return Kernel(self.name, parameters, directives, text, dynamic)
+        parameters, directives, outside = self._written
+        return Kernel(self.name, parameters, directives, text, outside, self.variables)
 
     def parse(self) -> None:
         """Once; the blocks become functions when they are first run."""
         if self.body is None:
-            self.body = Body(self.text, self._rest[2], self.parameters)
+            self.body = Body(self.text, self._written[2], self.parameters)
             self.meet = self.body.meeting_points()
             self.shared_bytes, self.local_bytes = self.body.shared_bytes, self.body.local_bytes
             self.shared_unit = self.body.least_shared_access()

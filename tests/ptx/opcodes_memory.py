@@ -2,8 +2,7 @@
 
 import re
 
-from .kinds import PTXError, u64, width_of
-from .run import WINDOWS
+from .kinds import WINDOWS, PTXError, u64, width_of
 
 _SPACES = ("global", "shared", "param", "local")
 # What says how soon others see an access, or how it is cached: no matter here.
@@ -46,7 +45,7 @@ class MemoryOpcodes:
     def op_cvta(self, parts, o):
         space = next(s for s in _SPACES if s in parts)
         value = self.operand(o[1], parts[-1])
-        if space in WINDOWS:
+        if space in ("shared", "local"):
             window = self.constant(u64(WINDOWS[space]))
             value = f"{value} {'-' if 'to' in parts else '+'} {window}"
         self.assign(o[0], value, parts[-1])

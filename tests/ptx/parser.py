@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .kinds import PTXError, width_of
+from .kinds import WINDOWS, PTXError, width_of
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(")
 _LABEL = re.compile(r"^([\w$]+):\s*")
@@ -16,6 +16,9 @@ _PARAMETER = re.compile(
 )
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
 _DYNAMIC = re.compile(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\s*\[\s*\]")
+_MODULE_VARIABLE = re.compile(
+    r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?"
+)
 _LAUNCH_BOUND = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 LEAVES = ("bra", "ret", "exit")
 
@@ -57,7 +60,7 @@ def _closing(text: str, start: int, opening: str, closing: str) -> int:
 
 
 def split_module(text: str):
-    """(names of dynamic shared memory, (name, parameters, directives, body) of every kernel)"""
+    """(what the kernels share, (name, parameters, directives, body) of every kernel)"""
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
     text = re.sub(
         r'//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*|\.pragma\s+"[^"]*"\s*;', "", text, flags=re.M
@@ -71,7 +74,25 @@ def split_module(text: str):
         kernels.append((match[1], text[match.end() : close], text[close + 1 : start], text[start + 1 : end]))
         outside += text[position : match.start()]
         position = end + 1
-    return _DYNAMIC.findall(outside + text[position:]), kernels
+    return Outside(outside + text[position:]), kernels
+
+
+class Outside:
+    """Between the kernels: the names of dynamic shared memory, and variables of the module, which begin as zeros.
+
+    A variable with an initial value is left out: who reads it meets an unknown name.
+    """
+
+    def __init__(self, text: str):
+        self.dynamic = _DYNAMIC.findall(text)
+        self.variables: dict[str, int] = {}  # offsets
+        end = 0
+        for align, kind, name, count, value in _MODULE_VARIABLE.findall(text):
+            if not value:
+                end = -(-end // int(align or 16)) * int(align or 16)
+                self.variables[name] = end
+                end += width_of(kind) * int(count or 1)
+        self.variable_bytes = end
 
 
 def read_parameters(text: str) -> list[tuple[str, int, int]]:
@@ -97,8 +118,10 @@ def most_threads(directives: str) -> int | None:
 class Body:
     """The blocks of a kernel; block number len(blocks) is its end."""
 
-    def __init__(self, text: str, dynamic: list[str], parameters):
+    def __init__(self, text: str, outside: Outside, parameters):
         self.symbols = {name: (offset, "param") for name, offset, _ in parameters}
+        window = WINDOWS["variable"]
+        self.symbols |= {name: (window + offset, "global") for name, offset in outside.variables.items()}
         self.registers: dict[str, tuple[int, int]] = {}  # name: (index, bytes; 0: predicate)
         self.shared_bytes = self.local_bytes = 0
         self.blocks, labels = [Block()], {}
@@ -121,9 +144,9 @@ class Body:
         self._link(labels)
         # Dynamic shared memory follows the static one, at a multiple of 128: kernels may count on more than its
         # declared alignment.
-        if dynamic:
+        if outside.dynamic:
             self.shared_bytes = -(-self.shared_bytes // 128) * 128
-            self.symbols.update((name, (self.shared_bytes, "shared")) for name in dynamic)
+            self.symbols.update((name, (self.shared_bytes, "shared")) for name in outside.dynamic)
 
     def _take_labels(self, text: str, labels: dict[str, int]) -> str:
         """Without its labels and the braces of scopes"""

@@ -4,14 +4,11 @@ import numpy as np
 
 from .approximations import approximate
 from .atomics import Atomics
-from .kinds import WARP, PTXError, i32, i64, u8, u32, u64
+from .kinds import WARP, WINDOWS, PTXError, i32, i64, u8, u32, u64
 from .matrices import Matrices
 from .memory import words_of
 from .shared import SharedMemory
 from .warps import Warps
-
-# Generic addresses of memory that is not global begin here; Memory's segments lie far below.
-WINDOWS = {"shared": 1 << 61, "local": 1 << 62}
 
 
 class Run(Warps, SharedMemory, Atomics, Matrices):
@@ -70,15 +67,18 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
     # ---- loads and stores
 
     def resolve(self, space, address):
-        """(the space that generic addresses lie in, the addresses in it)"""
-        if space != "generic":
+        """(the memory that addresses lie in, where in it); of generic and global addresses their upper bits tell"""
+        if space not in ("generic", "global"):
             return space, address
         for name, window in WINDOWS.items():
             inside = (address & u64(window)) != 0
-            if inside.all() and len(address):
-                return name, address - u64(window)
-            if inside.any():
-                raise PTXError("generic addresses of several kinds of memory by one instruction")
+            if not inside.any():
+                continue
+            if not inside.all():
+                raise PTXError("addresses of several kinds of memory by one instruction")
+            if space == "global" and name != "variable":
+                raise PTXError(f"access of global memory at an address of {name} memory")
+            return name, address - u64(window)
         return "global", address
 
     def _words(self, space, address, size, total, where, write):
@@ -86,11 +86,19 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
         space, address = self.resolve(space, address.astype(u64))
         if space == "global":
             place, memory = self.memory.locate(address, total, write), self.memory.process
+        elif space == "variable":
+            place, memory = self.place_in_variables(address, total), self.kernel.variables
         elif space == "local":
             place, memory = self._place_in_local(address, total, where), self.local
         else:
             place, memory = self.place_in_shared(address, total, where), self.shared
         return space, place, words_of(memory, size)
+
+    def place_in_variables(self, address, size):
+        address = address.astype(i64)
+        if np.any((address & (size - 1)) | (address + size > len(self.kernel.variables))):
+            raise PTXError(f"access of {size} bytes outside of the module's variables, or misaligned")
+        return address
 
     def _place_in_local(self, address, size, where):
         address = address.astype(i64)
