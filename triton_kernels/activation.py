@@ -115,6 +115,13 @@ def _in_b(of, SCALE: tl.constexpr):
 
 
 @triton.jit
+def within(x, bound: tl.constexpr):
+    """x, or the end of [-bound, bound]; a NaN stays one. tl.clamp does not compile for float64 on sm_90."""
+    x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _plain(x, ACTIVATION: tl.constexpr):
     """(act(x), act'(x), act''(x) / 2); gelu needs none: its expectation is one for v = 0 too"""
     if ACTIVATION == "relu":
@@ -124,9 +131,11 @@ def _plain(x, ACTIVATION: tl.constexpr):
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
     else:
-        # Beyond 1000 s is 0 or 1 to the bit, and what it multiplies stays finite: infinity times 0 is no number.
+        # What a 0 multiplies stays finite: infinity times 0 is no number. Beyond FAR slopes are 0 or 1, and a quotient that is
+        # 1 but for its last bits is not blown up by x.
+        FAR: tl.constexpr = 1000.0 if x.dtype == tl.float64 else 6.0 if ACTIVATION == "gelu_tanh" else 20.0
         above = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
-        near = tl.minimum(above, 1000.0, propagate_nan=tl.PropagateNan.ALL)
+        near = within(x, FAR)
         d0, d1, d2 = x, near * 0.0 + 1.0, near * 0.0
         if ACTIVATION == "gelu_tanh":
             d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
@@ -216,7 +225,7 @@ def _activation_kernel(
                 power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
                 slopes = _bell_rule(values, M_SERIES if M_SERIES > 0 else 1, alpha)
                 slopes = _plus(slopes, TERMS[2 * i + 1] * beta)
-                values = _plus(values, TERMS[2 * i + 1] * variance * alpha)
+                values = _plus(values, TERMS[2 * i + 1] * alpha * variance)  # in an order that stays finite
                 curvatures = _product_rule(slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1])
                 small += power * (_polynomial(_in_b(values, 0.3989422804014327), b * b) - size * ratio)
                 small_slope += power * (b * _polynomial(_in_b(slopes, 0.4697186393498257), b * b) - ratio)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import within
 from .blocks import Blocks, blocks, candidates, splits
 from .noise import load_seed, mean_normal_tile, sampling
 from .perturb import column_sum, noise_scale
@@ -44,10 +45,11 @@ def _slope(h, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
-        h = tl.clamp(h, -100.0, 100.0, propagate_nan=tl.PropagateNan.ALL)  # 0 or 1 beyond; no overflow times 0
+        h = within(h, 6.0)  # 0 or 1 beyond: _plain in activation.py
         t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
         slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
     elif ACTIVATION == "silu":
+        h = within(h, 20.0)
         s = tl.sigmoid(h)
         slope = s * (1.0 + h * (1.0 - s))
     else:
