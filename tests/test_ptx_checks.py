@@ -56,9 +56,13 @@ def test_moves_take_words_apart():
     assert run(body + "add.u32 %r8, %r9, %r10;" + STORE).tolist() == [i << 16 | i for i in range(64)]
 
 
-@pytest.mark.parametrize("load", ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32", "ldu.global.u32"])
+@pytest.mark.parametrize(
+    "load", ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32", "ldu.global.u32"]
+)
 def test_loads_and_stores(load):
-    assert run(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", start=1).tolist() == [0x01010101 + i for i in range(64)]
+    assert run(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", start=1).tolist() == [
+        0x01010101 + i for i in range(64)
+    ]
     signed = "ld.global.s8 %r8, [%rd3]; st.global.u32 [%rd3], %r8;"
     assert run(signed, start=0x80).tolist() == [0xFFFFFF80] * 64
     vector = "and.b32 %r7, %r1, 60; mul.wide.u32 %rd5, %r7, 4; add.u64 %rd5, %rd1, %rd5; ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%rd5];"
@@ -75,7 +79,9 @@ def test_local_memory_is_each_threads_own():
 def test_generic_addresses_reach_shared_memory():
     body = "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; st.u32 [%rd5], %r1; cvta.to.shared.u64 %rd6, %rd5;"
     assert run(f"{body} ld.shared.u32 %r8, [%rd6]; {STORE}").tolist() == THREAD.tolist()
-    assert run("cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;").tolist() == [7] * 64
+    assert (
+        run("cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;").tolist() == [7] * 64
+    )
 
 
 def test_variables_of_a_module_outlive_a_launch():
@@ -136,12 +142,19 @@ def test_votes_and_matches():
     body = "shr.u32 %r7, %r1, 5; @%p2 mov.u32 %r7, 9; match.all.sync.b32 %r8|%p3, %r7, -1; @%p3 sub.u32 %r8, %r8, 1;"
     assert run(body + STORE).tolist() == [0] * 32 + [0xFFFFFFFE] * 32
     body = "mov.u32 %r8, 0; @%p2 bra A; activemask.b32 %r8; A: "
-    assert run(body + STORE).tolist() == [0 if i == 5 else (0xFFFFFFFF ^ 32 if i < 32 else 0xFFFFFFFF) for i in range(64)]
+    assert run(body + STORE).tolist() == [
+        0 if i == 5 else (0xFFFFFFFF ^ 32 if i < 32 else 0xFFFFFFFF) for i in range(64)
+    ]
 
 
 @pytest.mark.parametrize(
     "how, kind, function",
-    [("add", "u32", sum), ("min", "s32", min), ("max", "u32", max), ("or", "b32", lambda v: int(np.bitwise_or.reduce(v)))],
+    [
+        ("add", "u32", sum),
+        ("min", "s32", min),
+        ("max", "u32", max),
+        ("or", "b32", lambda v: int(np.bitwise_or.reduce(v))),
+    ],
 )
 def test_reductions_of_a_warp(how, kind, function):
     want = [function(list(range(32)))] * 32 + [function(list(range(32, 64)))] * 32

@@ -25,7 +25,10 @@ SEED = torch.tensor([0x0123456789ABCDEF, 5])
 TIERS = ("fast", "exact")
 F32, F64, F16, BF16 = DTYPES
 # (architecture, which errors approximate instructions make: docs/reliability.md)
-CONFIGS = [(80, 1), *(pytest.param((arch, errors), marks=pytest.mark.slow) for arch, errors in ((90, 2), (120, 3), (80, 0)))]
+CONFIGS = [
+    (80, 1),
+    *(pytest.param((arch, errors), marks=pytest.mark.slow) for arch, errors in ((90, 2), (120, 3), (80, 0))),
+]
 
 
 @functools.cache
@@ -209,7 +212,9 @@ def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, tier, shape
     x[0, 0], x[0, 1], x[1, 0], x[1, 1] = float("nan"), float("inf"), -float("inf"), 1e-40
     subnormal = torch.full((shape[1],), 1e-40)
     got = run(library, tier, x=x, u=u, sigma=subnormal)[0]
-    assert torch.equal(got[0, 0].isnan(), x[0, 0].isnan()) and torch.equal(got[1], x[1].where(x[1].abs() > 1e-30, got[1]))
+    assert torch.equal(got[0, 0].isnan(), x[0, 0].isnan()) and torch.equal(
+        got[1], x[1].where(x[1].abs() > 1e-30, got[1])
+    )
     assert ((got - x).abs()[x.isfinite()] <= 6e-40).all() and (got != 0).any()
     huge = torch.full((shape[1],), 1e38)
     got = run(library, tier, x=torch.zeros_like(x), u=u, sigma=huge)[0]

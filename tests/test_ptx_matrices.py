@@ -10,7 +10,9 @@ LANE = np.arange(32)
 def halves(shape, kind):
     """Random numbers that 16 bits hold, as float64 and as bits"""
     values = np.random.default_rng(0).integers(-64, 64, shape).astype(np.float32) / 8
-    bits = values.astype(np.float16).view(np.uint16) if kind == "f16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    bits = (
+        values.astype(np.float16).view(np.uint16) if kind == "f16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+    )
     return values.astype(float), bits
 
 
@@ -43,7 +45,9 @@ def names(first, count):
 
 def fragments(matrix, pairs):
     """Words of two neighbours, [lanes, registers]; pairs: (row, column) of each register's first element, by lane"""
-    return np.stack([matrix[row, col].astype(np.uint32) | matrix[row, col + 1].astype(np.uint32) << 16 for row, col in pairs], 1)
+    return np.stack(
+        [matrix[row, col].astype(np.uint32) | matrix[row, col + 1].astype(np.uint32) << 16 for row, col in pairs], 1
+    )
 
 
 GROUP, WITHIN = LANE // 4, LANE % 4
@@ -100,7 +104,10 @@ def test_matrices_go_to_registers_and_back(trans):
     )
     run(copy + load + registers(4, 0, "%q1", "st") + store, [matrices, words, back], shared=1024)
     of = matrices.transpose(0, 2, 1) if trans else matrices
-    want = [of[i][GROUP, 2 * WITHIN].astype(np.uint32) | of[i][GROUP, 2 * WITHIN + 1].astype(np.uint32) << 16 for i in range(4)]
+    want = [
+        of[i][GROUP, 2 * WITHIN].astype(np.uint32) | of[i][GROUP, 2 * WITHIN + 1].astype(np.uint32) << 16
+        for i in range(4)
+    ]
     assert (words == np.stack(want, 1)).all()
     assert (back.view(np.uint16).reshape(4, 8, 8) == matrices).all()
 
@@ -126,7 +133,9 @@ def wgmma(kind, *, in_registers, fence="bar.sync 0;", wait="wgmma.wait_group.syn
     left = names(0, 4) if in_registers else "%d2"
     transposed = "0" if in_registers else "0, 0"
     product = (
-        registers(4, 0, "%q1", "ld") + zeros + f"mov.b64 %d2, {describe(0)}; mov.b64 %d3, {describe(2048)}; setp.eq.u32 %p3, %i, %i; "
+        registers(4, 0, "%q1", "ld")
+        + zeros
+        + f"mov.b64 %d2, {describe(0)}; mov.b64 %d3, {describe(2048)}; setp.eq.u32 %p3, %i, %i; "
         "wgmma.fence.sync.aligned; "
         f"wgmma.mma_async.sync.aligned.m64n8k16.f32.{kind}.{kind} {names(8, 4)}, {left}, %d3, %p3, 1, 1, {transposed}; "
         f"wgmma.commit_group.sync.aligned; {after} {wait} "
@@ -150,4 +159,8 @@ def test_wgmma_of_memory_that_is_not_ready_is_refused():
     with pytest.raises(PTXError, match="a wgmma still reads"):
         wgmma("f16", in_registers=False, after="st.shared.b32 [s], 1;", wait="")
     with pytest.raises(PTXError, match="race"):
-        wgmma("f16", in_registers=False, wait="wgmma.wait_group.sync.aligned 0; setp.eq.u32 %p1, %i, 9; @%p1 st.shared.b32 [s], 1;")
+        wgmma(
+            "f16",
+            in_registers=False,
+            wait="wgmma.wait_group.sync.aligned 0; setp.eq.u32 %p1, %i, 9; @%p1 st.shared.b32 [s], 1;",
+        )

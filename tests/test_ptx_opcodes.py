@@ -93,7 +93,7 @@ def as_floats(array, kind):
 
 def operands(kind, count, n=1024):
     """Numbers of every size that the type holds, many of them close to halfway cases and some subnormal"""
-    bits, lowest, _ = FORMATS[kind]
+    bits = FORMATS[kind][0]
     spread = {"f32": 30, "f64": 40, "f16": 6, "bf16": 20}[kind]
     r = rng()
     result = []
@@ -119,9 +119,7 @@ def check(got, want, kind):
 
 def signed_zeros(exact, values, how, opposite):
     """IEEE 754's sign of an exact zero: down it is -0 where the terms are opposite"""
-    return [
-        v if x else (-0.0 if how == "rm" else 0.0) if mixed else v for x, v, mixed in zip(exact, values, opposite)
-    ]
+    return [v if x else (-0.0 if how == "rm" else 0.0) if mixed else v for x, v, mixed in zip(exact, values, opposite)]
 
 
 # ---- sums and products
@@ -224,9 +222,7 @@ def test_quotients_and_roots_round_once(kind, how):
     pairs = [(kind, as_bits(v, kind)) for v in (a, b)]
     ratios = [rounded(Fraction(x) / Fraction(y), bits, lowest, how) for x, y in zip(a, b)]
     check(evaluate(f"div.{how}.{kind}", kind, *pairs), ratios, kind)
-    check(
-        evaluate(f"rcp.{how}.{kind}", kind, pairs[1]), [rounded(1 / Fraction(y), bits, lowest, how) for y in b], kind
-    )
+    check(evaluate(f"rcp.{how}.{kind}", kind, pairs[1]), [rounded(1 / Fraction(y), bits, lowest, how) for y in b], kind)
     roots = evaluate(f"sqrt.{how}.{kind}", kind, (kind, as_bits(abs(a), kind)))
     for x, root in zip(as_floats(as_bits(abs(a), kind), kind), roots):
         beside = [Fraction(float(np.nextafter(root, type(root)(to)))) for to in (0, INF)]
@@ -239,7 +235,9 @@ def test_quotients_and_roots_round_once(kind, how):
             assert r**2 <= x < beside[1] ** 2
 
 
-SPECIAL = np.array([0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, 1.2e-38, 0.5, 2.0, -2.5, 7.25, 1e-30] * 4, np.float32)
+SPECIAL = np.array(
+    [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, 1.2e-38, 0.5, 2.0, -2.5, 7.25, 1e-30] * 4, np.float32
+)
 APPROXIMATE = {
     "ex2": np.exp2,
     "lg2": np.log2,
@@ -448,7 +446,7 @@ def test_conversions_between_floats():
         for v, g in zip(a[finite], got[finite]):
             want = rounded(Fraction(float(v)), 11, -24, how)
             if abs(want) > 65504:
-                want = math.copysign(INF if how == "rn" or (how == "rp") == (v > 0) and how != "rz" else 65504, v)
+                want = math.copysign(INF if how == "rn" or ((how == "rp") == (v > 0) and how != "rz") else 65504, v)
             assert float(g) == want
     for how in ("rn", "rz"):
         got = as_floats(evaluate(f"cvt.{how}.bf16.f32", "bf16", pair), "bf16")

@@ -18,9 +18,7 @@ from triton_support import load_kernels, load_reference  # noqa: E402
 
 from dipkernels import backends, ops  # noqa: E402
 
-MODULES = noise, perturb, linear, activation, tiles = load_kernels(
-    "noise", "perturb", "linear", "activation", "tiles"
-)
+MODULES = noise, perturb, linear, activation, tiles = load_kernels("noise", "perturb", "linear", "activation", "tiles")
 (mixtures,) = load_kernels("mixtures")
 reference = load_reference()
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
@@ -201,7 +199,9 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("gelu_tanh", 80)]))
+@pytest.mark.parametrize(
+    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("gelu_tanh", 80)])
+)
 def test_compiled_linear_far_out_and_not_numbers(name, arch):
     """x W^T is FAR: with W one column, sigma 0 and the bias nothing, what is behind the activation is x itself."""
     torch.set_float32_matmul_precision("highest")
@@ -224,7 +224,8 @@ def test_compiled_linear_far_out_and_not_numbers(name, arch):
 # ---- the exact mean behind an activation
 
 MEANS = quick_of(
-    list(itertools.product(NAMES, [BF16, F32, F64], CONFIGS)), [("relu", BF16, 80), ("tanh", F32, 80), ("gelu", F32, 90)]
+    list(itertools.product(NAMES, [BF16, F32, F64], CONFIGS)),
+    [("relu", BF16, 80), ("tanh", F32, 80), ("gelu", F32, 90)],
 )
 
 
@@ -250,7 +251,9 @@ VARIANCES = [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e37, 8.6e37, 2e38, 3.2e38]
 
 
 @pytest.mark.parametrize("errors", [0, 1])
-@pytest.mark.parametrize("name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("silu", 80), ("gelu_tanh", 80)]))
+@pytest.mark.parametrize(
+    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("silu", 80), ("gelu_tanh", 80)])
+)
 def test_compiled_activation_of_any_variance(name, arch, errors):
     """Subnormal ones, whose root a GPU takes for 0, ordinary and huge ones, whose reciprocal is subnormal."""
     mu = torch.tensor([-1e30, -1e20, -2.0, -1e-20, -1e-40, 0.0, 1e-40, 1e-20, 2.0, 1e20, 1e30])
@@ -282,7 +285,10 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     assert ((dmu.double() - slope)[far].abs() <= 1e-5).all()
 
 
-@pytest.mark.parametrize("name, dtype, arch", quick_of(list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)), [("relu", F32, 80), ("silu", F32, 80)]))
+@pytest.mark.parametrize(
+    "name, dtype, arch",
+    quick_of(list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)), [("relu", F32, 80), ("silu", F32, 80)]),
+)
 def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
     wide = F64 if dtype is F64 else F32
     mu = torch.tensor([-INF, INF, NAN, 1.0]).to(dtype)[:, None].expand(-1, 4).contiguous()

@@ -16,9 +16,7 @@ _PARAMETER = re.compile(
 )
 _VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
 _DYNAMIC = re.compile(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\s*\[\s*\]")
-_MODULE_VARIABLE = re.compile(
-    r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?"
-)
+_MODULE_VARIABLE = re.compile(r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?")
 _LAUNCH_BOUND = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 LEAVES = ("bra", "ret", "exit")
 
@@ -62,9 +60,7 @@ def _closing(text: str, start: int, opening: str, closing: str) -> int:
 def split_module(text: str):
     """(what the kernels share, (name, parameters, directives, body) of every kernel)"""
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
-    text = re.sub(
-        r'//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*|\.pragma\s+"[^"]*"\s*;', "", text, flags=re.M
-    )
+    text = re.sub(r'//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*|\.pragma\s+"[^"]*"\s*;', "", text, flags=re.M)
     text = re.sub(r"\.section\s[^{]*\{[^}]*\}", "", text)
     kernels, outside, position = [], "", 0
     while match := _ENTRY.search(text, position):

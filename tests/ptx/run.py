@@ -103,7 +103,9 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
     def _place_in_local(self, address, size, where):
         address = address.astype(i64)
         if np.any((address & (size - 1)) | (address < 0) | (address + size > self.kernel.local_bytes)):
-            raise PTXError(f"access of {size} bytes outside of {self.kernel.local_bytes} of local memory, or misaligned")
+            raise PTXError(
+                f"access of {size} bytes outside of {self.kernel.local_bytes} of local memory, or misaligned"
+            )
         threads = np.arange(self.T) if where is None else where
         return address + threads * self.local_size
 
