@@ -189,10 +189,7 @@ class BitOpcodes:
             a, b = f"bf16_to_f32({a})", f"bf16_to_f32({b})"
         if "ftz" in parts:
             a, b = f"ftz({a})", f"ftz({b})"
-        if kind in FLOATS:
-            test = self._float_test(how, a, b)
-        else:
-            test = f"({a} {_COMPARE[how]} {b})"
+        test = self._float_test(how, a, b) if kind in FLOATS else f"({a} {_COMPARE[how]} {b})"
         results = [test, f"~{test}"]
         if combine:
             other = self.operand(o[3].lstrip("!"), "pred")

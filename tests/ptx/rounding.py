@@ -164,11 +164,9 @@ def bf16_to_f32(bits):
 def f32_to_bf16(a, how="rn"):
     a = np.asarray(a, f32)
     bits = a.view(u32)
-    if how == "rz":
-        rounded = (bits >> u32(16)).astype(u16)
-    else:
-        rounded = ((bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16)).astype(u16)
-    return np.where(np.isnan(a), u16(0x7FFF), rounded)
+    if how == "rn":
+        bits = bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))
+    return np.where(np.isnan(a), u16(0x7FFF), (bits >> u32(16)).astype(u16))
 
 
 def sum16(kind, a, b, c, how="rn"):
