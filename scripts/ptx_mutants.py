@@ -19,6 +19,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -320,9 +321,10 @@ def main() -> int:
     parser.add_argument("--cuda", type=int, default=2, help="faults in each CUDA kernel (2)")
     parser.add_argument("--triton", type=int, default=4, help="faults in each Triton kernel as a case compiles it (4)")
     parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long; the report says so")
     parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
     args = parser.parse_args()
-    results = []
+    results, start, stopped = [], time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="ptx_mutants") as folder:
         runs = [of_cuda(args.cuda, args.seed, args.only, Path(folder))] if args.cuda else []
         runs += [of_triton(args.triton, args.seed, args.only)] if args.triton else []
@@ -330,7 +332,10 @@ def main() -> int:
             results.append((group, fault, how))
             if how != FOUND:
                 print(f"not found: {fault.place}: {fault.text}: {how}", flush=True)
-    text = report(results, args.seed)
+            if time.monotonic() - start > 60 * args.minutes:
+                stopped = f" Stopped after {args.minutes:g} minutes, at {group}."
+                break
+    text = f"At most {args.cuda} in each CUDA kernel, {args.triton} in each Triton kernel.{stopped} {report(results, args.seed)}"
     print(text)
     if args.record:
         record("ptx mutants", text)
