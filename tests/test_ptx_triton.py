@@ -173,10 +173,10 @@ def test_compiled_linear_and_its_gradients_match_reference(case, dtype, x_dtype,
     eps = 2e-6 if precision == "highest" else 2.0**-10 if dtype is F32 else EPS[dtype]
     for name, a, b in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *got), want, strict=True):
         assert a.isfinite().all(), name
-        error = (a.double() - b).abs()
-        if act == "relu":  # next to 0 rounding may take an entry to the other side: the step of its slope
-            error = error.flatten().sort().values[: -max(1, error.numel() // 50)]
-        assert error.max() <= 12 * eps * (b.std().item() + 1e-3), name
+        if act == "relu":  # next to 0 rounding takes an entry to the other side, whose slope is another
+            assert (a.double() - b).norm() <= 40 * eps * b.norm(), name
+        else:
+            assert (a.double() - b).abs().max() <= 12 * eps * (b.std().item() + 1e-3), name
 
 
 @pytest.mark.parametrize("arch", [80, slow(90)])
