@@ -235,7 +235,7 @@ def cuda_group(name: str) -> str:
 def triton_cases() -> Iterator[tuple[str, int, Callable]]:
     """(name, architecture, test) that together reach every kernel"""
     bf16, f32 = torch.bfloat16, torch.float32
-    for case in ("many rows", "nchw odd", "mean odd"):
+    for case in ("many rows", "odd", "nchw odd", "mean"):
         yield f"perturb {case}", 80, lambda case=case: triton.test_compiled_perturb_matches_reference(case, f32, 80)
     linear = triton.test_compiled_linear_and_its_gradients_match_reference
     yield "linear", 90, lambda: linear("square", bf16, bf16, "high", 90)
