@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all compat demo bench overhead cost gpu-check lint format clean sanitize battery mutants soak long-tests \
+.PHONY: setup test test-all compat demo bench overhead cost gpu-check lint format clean sanitize battery mutants ptx-mutants soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
@@ -118,6 +118,9 @@ battery: setup
 
 mutants: setup
 	$(PY) scripts/mutants.py
+
+ptx-mutants: setup
+	$(PY) scripts/ptx_mutants.py
 
 long-tests: setup
 	OMP_NUM_THREADS=1 $(PY) scripts/long_tests.py

@@ -165,13 +165,13 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     mu, v = mu.double(), v.double()
     f, s = _ACTIVATIONS[activation], torch.sqrt(v)
     if activation == "relu":
-        safe = torch.where(s > 0, s, 1.0)
+        safe = torch.where(s == 0, 1.0, s)
         pdf, cdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(mu / safe)
         y, slope, curvature = f(mu)
         return (
-            torch.where(s > 0, mu * cdf + s * pdf, y),
-            torch.where(s > 0, cdf, slope),
-            torch.where(s > 0, pdf / (2 * safe), curvature),
+            torch.where(s == 0, y, mu * cdf + s * pdf),
+            torch.where(s == 0, slope, cdf),
+            torch.where(s == 0, curvature, pdf / (2 * safe)),
         )
     # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of the step.
     step = min(0.25, 0.25 / max(1.0, float(s.max()))) if s.numel() else 0.25

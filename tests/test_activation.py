@@ -127,6 +127,17 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
 
 
 @pytest.mark.parametrize("activation", NAMES)
+def test_activation_of_a_variance_that_is_no_number_is_none(activation):
+    mu, v = torch.randn(3, 2), torch.tensor([float("nan"), 1.0])
+    for module in (ops, reference):
+        y, (dmu, dv, total) = module.activation(mu, v, activation), module.activation_bwd(mu, mu, v, activation)
+        for t in (y[:, 0], dmu[:, 0], dv[0], total[0]):
+            assert t.isnan().all()
+        for t in (y[:, 1], dmu[:, 1], dv[1], total[1]):
+            assert t.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation_of_infinities_and_nans(activation, dtype):
     infinity = float("inf")

@@ -115,6 +115,13 @@ def _in_b(of, SCALE: tl.constexpr):
 
 
 @triton.jit
+def within(x, bound: tl.constexpr):
+    """x, or the end of [-bound, bound]; a NaN stays one. tl.clamp does not compile for float64 on sm_90."""
+    x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _plain(x, ACTIVATION: tl.constexpr):
     """(act(x), act'(x), act''(x) / 2); gelu needs none: its expectation is one for v = 0 too"""
     if ACTIVATION == "relu":
@@ -124,14 +131,19 @@ def _plain(x, ACTIVATION: tl.constexpr):
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
     else:
-        d0, d1, d2 = x, x * 0.0 + 1.0, x * 0.0
+        # What a 0 multiplies stays finite: infinity times 0 is no number. Beyond FAR slopes are 0 or 1, and a quotient that is
+        # 1 but for its last bits is not blown up by x.
+        FAR: tl.constexpr = 1000.0 if x.dtype == tl.float64 else 6.0 if ACTIVATION == "gelu_tanh" else 20.0
+        above = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
+        near = within(x, FAR)
+        d0, d1, d2 = x, near * 0.0 + 1.0, near * 0.0
         if ACTIVATION == "gelu_tanh":
             d0 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-            d1 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-            d2 = 1.5957691216057308 * 0.26829 * x
+            d1 = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+            d2 = 1.5957691216057308 * 0.26829 * near
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
-        return x * s, s + x * ds, ds + 0.5 * x * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+        return above * s, s + near * ds, ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
 
 
 @triton.jit
@@ -165,8 +177,10 @@ def _activation_kernel(
     NARROW: tl.constexpr = mu_ptr.dtype.element_ty.primitive_bitwidth == 16
     v_of = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)
     v = v_of[None, :]
-    positive = v > 0.0
-    safe = tl.where(positive, v, 1.0)
+    zero = v <= 0.0  # not of a NaN, which stays one
+    # A root takes subnormal numbers for 0, and their reciprocal for infinity: the least normal one stands in for them.
+    least = tl.maximum(v, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+    safe = tl.where(zero, 1.0, least)
     deviation = tl.sqrt(safe)
     inverse = 1.0 / deviation
     total_dv = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -192,7 +206,8 @@ def _activation_kernel(
             # What depends on v alone is computed once, before the loop over rows.
             variance = v if ACTIVATION == "gelu" else safe
             beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
-            alpha = TERMS[2 * i] * tl.sqrt(beta)
+            # Not c sqrt(beta): behind a huge variance beta is subnormal, then 0, and v alpha would be 0 with it.
+            alpha = 1.0 / tl.sqrt(variance + 1.0 / (TERMS[2 * i] * TERMS[2 * i]))
             b = size * (alpha * 0.8493218002880191)
             if M_SERIES > 0:  # powers of it are finite, and its power of two is 0 or next to it
                 b = tl.minimum(b, 16.0, propagate_nan=tl.PropagateNan.ALL)
@@ -210,7 +225,7 @@ def _activation_kernel(
                 power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
                 slopes = _bell_rule(values, M_SERIES if M_SERIES > 0 else 1, alpha)
                 slopes = _plus(slopes, TERMS[2 * i + 1] * beta)
-                values = _plus(values, TERMS[2 * i + 1] * variance * alpha)
+                values = _plus(values, TERMS[2 * i + 1] * alpha * variance)  # in an order that stays finite
                 curvatures = _product_rule(slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1])
                 small += power * (_polynomial(_in_b(values, 0.3989422804014327), b * b) - size * ratio)
                 small_slope += power * (b * _polynomial(_in_b(slopes, 0.4697186393498257), b * b) - ratio)
@@ -244,8 +259,8 @@ def _activation_kernel(
                     plain_dv += dy * half_curvature
                     plain_dmu += y
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-            total_dv = tl.where(positive, total_dv, plain_dv)
-            total_dmu = tl.where(positive, total_dmu, plain_dmu)
+            total_dv = tl.where(zero, plain_dv, total_dv)
+            total_dmu = tl.where(zero, plain_dmu, total_dmu)
     if GRAD:
         out = tl.cast(tl.program_id(1), tl.int64) * N + col
         tl.store(partial_ptr + out, tl.sum(total_dv, axis=0), mask=col_mask)

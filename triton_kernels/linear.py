@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activation import within
 from .blocks import Blocks, blocks, candidates, splits
 from .noise import load_seed, mean_normal_tile, sampling
 from .perturb import column_sum, noise_scale
@@ -24,7 +25,7 @@ def _tanh(h):
 @triton.jit
 def _activate(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
-        h = tl.maximum(h, 0.0)
+        h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -40,13 +41,15 @@ def _activate(h, ACTIVATION: tl.constexpr):
 def _slope(h, ACTIVATION: tl.constexpr):
     """d act / dh"""
     if ACTIVATION == "relu":
-        slope = tl.where(h > 0.0, 1.0, 0.0)
+        slope = tl.where(h <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
+        h = within(h, 6.0)  # 0 or 1 beyond: _plain in activation.py
         t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
         slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
     elif ACTIVATION == "silu":
+        h = within(h, 20.0)
         s = tl.sigmoid(h)
         slope = s * (1.0 + h * (1.0 - s))
     else:

@@ -1,0 +1,98 @@
+// The part of the CUDA runtime that the compiled host code of csrc/cuda/*.cu calls, for tests/ptx_cuda_support.py: a launch goes
+// to a callback instead of a GPU.
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "launch.h"
+
+namespace {
+struct Size {
+  unsigned x, y, z;
+};
+using Launch = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments, size_t shared);
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> known;
+  return known;
+}
+Launch on_launch = nullptr;
+int multiprocessors = 3, next_error = 0;
+
+int launch(const void* function, Size grid, Size block, void** arguments, size_t shared) {
+  const auto found = kernels().find(function);
+  if (found == kernels().end() || !on_launch) return 98;  // cudaErrorInvalidDeviceFunction
+  const unsigned g[] = {grid.x, grid.y, grid.z}, b[] = {block.x, block.y, block.z};
+  return on_launch(found->second.c_str(), g, b, arguments, shared);
+}
+}  // namespace
+
+extern "C" {
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle;
+  return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+  kernels()[host] = name;
+}
+int __cudaGetKernel(const void** kernel, const void* function) {
+  *kernel = function;
+  return 0;
+}
+unsigned __cudaPopCallConfiguration(void*, void*, size_t*, void*) { return 1; }
+int cudaLaunchKernel(const void* f, Size grid, Size block, void** arguments, size_t shared, void*) {
+  return launch(f, grid, block, arguments, shared);
+}
+int __cudaLaunchKernel(const void* f, Size grid, Size block, void** arguments, size_t shared, void*) {
+  return launch(f, grid, block, arguments, shared);
+}
+int cudaGetLastError() { return 0; }
+int cudaGetDevice(int* device) {
+  *device = 0;
+  return 0;
+}
+int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  // cudaDevAttrMultiProcessorCount; capability 7.7 is none that exists
+  *value = attribute == 16 ? multiprocessors : 7;
+  return 0;
+}
+int cudaDriverGetVersion(int* version) {
+  *version = 12040;
+  return 0;
+}
+int cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
+  return 0;
+}
+int cudaFuncGetAttributes(void*, const void*) { return next_error; }
+const char* cudaGetErrorName(int) { return "cudaErrorStub"; }
+const char* cudaGetErrorString(int) { return "a launch was refused"; }
+int cudaStreamIsCapturing(void*, int* status) {
+  *status = 0;
+  return 0;
+}
+int cudaStreamGetId(void*, unsigned long long* id) {
+  *id = 1;
+  return 0;
+}
+
+// For Python.
+void stub_on_launch(Launch callback) { on_launch = callback; }
+// The launcher asks once for the number of multiprocessors and keeps the answer.
+const char* stub_perturb(const dip::PerturbArgs* a, int exact, void* partials, int count) {
+  multiprocessors = count;
+  return dip::perturb_cuda(*a, exact != 0, partials, nullptr);
+}
+int64_t stub_scratch(const dip::PerturbArgs* a, int count) {
+  multiprocessors = count;
+  return dip::perturb_cuda_scratch(*a);
+}
+// What cuda_problem says where the runtime answers with `error`
+const char* stub_problem(int error) {
+  next_error = error;
+  return dip::cuda_problem();
+}
+}

@@ -1,0 +1,172 @@
+"""csrc/cuda/perturb.cu as nvcc compiles it, host and device: its own launcher runs, and what it launches goes to tests/ptx."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import ptx
+import torch
+from cuda_support import FLAGS, ROOT, SOURCE, find_tool
+
+HERE = Path(__file__).resolve().parent
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in csrc/launch.h
+
+
+class Operand(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int),
+        ("outer_stride", ctypes.c_int64),
+        ("feature_stride", ctypes.c_int64),
+    )
+
+
+class PerturbArgs(ctypes.Structure):
+    """That of csrc/launch.h"""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outer", "features", "inner")),
+        ("seed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row0", "col0")),
+        *((name, ctypes.c_int32) for name in ("sample", "num_samples")),
+        ("sigma", ctypes.c_void_p),
+        *((name, ctypes.c_bool) for name in ("sigma_is_double", "log_variance")),
+        ("factor", ctypes.c_double),
+        *((name, Operand) for name in ("x", "u", "z", "du")),
+        ("dsigma", ctypes.c_void_p),
+    )
+
+
+_POINTERS = (ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
+LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *_POINTERS, ctypes.c_size_t)
+
+
+def build(folder: Path, arch: int, source: Path = SOURCE) -> None:
+    """Compiles for one architecture; the PTX and a library without a CUDA runtime end up in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    nvcc, flags = find_tool("nvcc"), [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")]
+    flags = [f"-Xcompiler={flag}" if flag == "-fPIC" else flag for flag in flags]
+    target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
+    run = lambda *command: subprocess.run([str(part) for part in command], check=True)  # noqa: E731
+    run(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", folder / "perturb.o")
+    include = f"-I{ROOT / 'csrc'}"
+    run("g++", "-std=c++17", "-O1", "-fPIC", "-c", include, HERE / "ptx_cuda_runtime.cpp", "-o", folder / "stub.o")
+    library = folder / "perturb.so"
+    run("g++", "-shared", folder / "perturb.o", folder / "stub.o", "-o", library, "-Wl,-z,defs")
+
+
+def span(t: torch.Tensor) -> torch.Tensor:
+    """The memory that t covers, gaps included, as one dimension"""
+    if not t.numel():
+        return t.flatten()
+    return torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n),), (1,))
+
+
+class Library:
+    """The launcher and its kernels.
+
+    Attributes:
+        options: Of ptx.Kernel.run.
+        launches: (kernel, grid, block) of each launch.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.module = ptx.Module((folder / "perturb.ptx").read_text())
+        self.libraries: dict[int, ctypes.CDLL] = {}
+        self.options: dict = {}
+        self.launches: list[tuple[str, tuple, tuple]] = []
+
+    def load(self, multiprocessors: int) -> ctypes.CDLL:
+        """The launcher asks once for the number of multiprocessors, so each number gets a copy of the library."""
+        if multiprocessors not in self.libraries:
+            path = self.folder / f"perturb_{multiprocessors}_{os.getpid()}.so"
+            shutil.copyfile(self.folder / "perturb.so", path)
+            library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
+            library.stub_perturb.restype = library.stub_problem.restype = ctypes.c_char_p
+            arguments = [ctypes.POINTER(PerturbArgs), ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+            library.stub_perturb.argtypes = arguments
+            library.stub_scratch.restype = ctypes.c_int64
+            self.libraries[multiprocessors] = library
+        return self.libraries[multiprocessors]
+
+    def call(self, arguments: PerturbArgs, exact: bool, memory: ptx.Memory, multiprocessors: int = 3) -> None:
+        """perturb_cuda(arguments); pointers are addresses of `memory`."""
+        library, error = self.load(multiprocessors), []
+        scratch = library.stub_scratch(ctypes.byref(arguments), multiprocessors)
+        partials = memory.add(np.full(scratch, 0xFF, np.uint8))
+
+        @LAUNCH
+        def launch(name, grid, block, parameters, shared):
+            try:
+                kernel = self.module.kernels[name.decode()]
+                sizes = [size for _, _, size in kernel.parameters]
+                assert len(sizes) == 1
+                data = ctypes.string_at(parameters[0], sizes[0])
+                self.launches.append((name.decode(), tuple(grid[:3]), tuple(block[:3])))
+                kernel.run(tuple(grid[:3]), tuple(block[:3]), data, memory, shared, **self.options)
+                return 0
+            except BaseException as e:  # no exception crosses C
+                error.append(e)
+                return 999
+
+        library.stub_on_launch(launch)
+        message = library.stub_perturb(ctypes.byref(arguments), int(exact), partials, multiprocessors)
+        if error:
+            raise error[0]
+        if message:
+            raise RuntimeError(message.decode())
+        if memory.arena is not None:
+            memory.copy_back()
+
+    def perturb(
+        self, tier, *, x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
+        log_variance=False, multiprocessors=3, misalign=(0, 0, 0),
+    ):  # fmt: skip
+        """(u, dsigma), each None where not asked for.
+
+        Args:
+            tier: exact or fast.
+            u: [M, K] is the rows layout, [B, C, inner] the channels one; gives the output's dtype, shape and strides. Outputs
+                start as NaN, and gaps between rows must stay so.
+            misalign: Elements by which x, u and du begin beyond a boundary.
+        """
+        like = next(t for t in (u, du) if t is not None)
+        a, memory = PerturbArgs(), ptx.Memory()
+        a.outer, a.features, a.inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
+        a.row0, a.col0, a.sample, a.num_samples = row0, col0, sample, num_samples
+        a.factor, a.log_variance = factor, log_variance
+        a.seed = memory.add(seed.numpy(), writable=False)
+        written = dsigma = None
+        if sigma is not None:
+            a.sigma = memory.add(sigma.contiguous().numpy(), writable=False)
+            a.sigma_is_double = sigma.dtype is torch.float64
+        for name, t, shift in zip(("x", "u", "du"), (x, u, du), misalign, strict=True):
+            if t is None:
+                continue
+            raw = span(t).contiguous().view(torch.uint8).numpy().copy()
+            if name == "u":
+                raw[:] = 0xFF
+                written = raw
+            address = memory.add(raw, shift * t.element_size(), writable=name == "u")
+            setattr(a, name, Operand(address, DTYPES.index(t.dtype), t.stride(0), t.stride(1)))
+        if du is not None:
+            dsigma = torch.full_like(sigma.contiguous(), float("nan"))
+            a.dsigma = memory.add(dsigma.numpy())
+        self.call(a, tier == "exact", memory, multiprocessors)
+        return None if u is None else _without_gaps(written, u), dsigma
+
+
+def _without_gaps(written: np.ndarray, u: torch.Tensor) -> torch.Tensor:
+    if not u.numel():
+        return u
+    memory = torch.from_numpy(written).view(u.dtype)
+    gaps = torch.ones(memory.shape, dtype=torch.bool)
+    torch.as_strided(gaps, u.shape, u.stride()).fill_(False)
+    assert memory[gaps].isnan().all(), "an element between two rows was written"
+    return torch.as_strided(memory, u.shape, u.stride())

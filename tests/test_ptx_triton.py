@@ -1,0 +1,375 @@
+"""Triton's kernels as its compiler made them, executed by tests/ptx against the float64 reference, without a GPU.
+
+The launchers are the real ones. What an approximate instruction returns is as far off as the PTX manual allows, and memory
+that a kernel has to write starts as NaN.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
+
+from ptx_triton_support import bytes_at, compiled  # noqa: E402, F401
+from triton_support import load_kernels, load_reference  # noqa: E402
+
+from dipkernels import backends, ops  # noqa: E402
+
+MODULES = noise, perturb, linear, activation, tiles = load_kernels("noise", "perturb", "linear", "activation", "tiles")
+(mixtures,) = load_kernels("mixtures")
+reference = load_reference()
+SEED = torch.tensor([0x0123456789ABCDEF, 5])
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+EPS = {F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8, F64: 2.0**-53}
+INF, NAN = float("inf"), float("nan")
+TIER = {F16: 0, BF16: 0, F32: 1, F64: 2}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def quick_of(every, quick):
+    return [values if values in quick else slow(*values) for values in every]
+
+
+@pytest.fixture(autouse=True)
+def nan_in_new_memory():
+    before, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.set_float32_matmul_precision(precision)
+
+
+def on_gpu(arch, errors, **options):
+    return compiled(*MODULES, arch=arch, errors=errors, **options)
+
+
+def randn(*shape, dtype=F32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+CONFIGS = {80: 1, 90: 2}  # architecture: which errors
+
+# ---- noise and perturb
+
+CASES = {
+    "rows": ((19, 40), -1, 0, 1),
+    "many rows": ((300, 264), -1, 0, 1),
+    "odd": ((19, 41), -1, 3, 1),
+    "one": ((1, 1), -1, 0, 1),
+    "wide": ((5, 1000), -1, 0, 1),
+    "nchw": ((2, 16, 7, 5), 1, 0, 1),
+    "nchw odd": ((3, 21, 5, 5), 1, 11, 1),
+    "mean": ((19, 40), -1, 8, 3),
+    "mean odd": ((19, 41), -1, 3, 3),
+}
+PERTURBS = quick_of(
+    list(itertools.product(CASES, [BF16, F16, F32, F64], CONFIGS)),
+    [("rows", BF16, 80), ("mean odd", F32, 80), ("nchw odd", F16, 80)],
+)
+
+
+@pytest.mark.parametrize("case, dtype, arch", PERTURBS)
+def test_compiled_perturb_matches_reference(case, dtype, arch):
+    shape, dim, col0, samples = CASES[case]
+    x, du = randn(*shape, dtype=dtype), randn(*shape[::-1]).reshape(shape).to(dtype)
+    sigma = torch.rand(shape[dim], dtype=F64 if dtype is F64 else F32) + 0.1
+    where = (sigma, SEED, dim, 2**32 - 7, col0, 2, samples, 0.5, False)
+    with on_gpu(arch, CONFIGS[arch]):
+        u, dsigma = perturb.perturb(x, *where, None), perturb.perturb_bwd(du, *where)
+        both = perturb.perturb_replay(du, x, *where, None)
+        z = noise.noise(SEED, shape, dim, 2**32 - 7, col0, 2, samples)
+    assert torch.equal(both[0], u)
+    want = reference.perturb(x.double(), *where, F64)
+    want_sum = reference.perturb_bwd(du.double(), sigma.double(), *where[1:])
+    assert ((u.double() - want).abs() - EPS[dtype] * want.abs()).max() <= 4e-6
+    for total in (dsigma, both[1]):
+        assert (total.double() - want_sum).abs().max() <= 3e-5 * (u.numel() / shape[dim]) ** 0.5
+    if "portable" not in backends.library().cpu_capabilities:
+        return
+    # The exact tier: the bits of the CPU's kernels.
+    with backends.backend("cpu"):
+        assert torch.equal(z, ops.noise(SEED, shape, dim, 2**32 - 7, col0, 2, samples))
+        assert dtype is F64 or torch.equal(u, ops.perturb(x, *where, None))
+
+
+def strided():
+    base = randn(2, 10, 24, 6)
+    yield "transposed", base[0, :, :, 0].t(), -1
+    yield "channels_last", base.to(memory_format=torch.channels_last), 1
+    yield "sliced columns", base[:, :, 3:20, 0], -1
+    yield "expanded rows", base[0, :1, :, 2].expand(7, 24), -1
+    yield "cropped image", base[:, :, 2:5, 1:4], 1
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
+@pytest.mark.parametrize(
+    "name", ["transposed", *map(slow, ("channels_last", "sliced columns", "expanded rows", "cropped image"))]
+)
+def test_compiled_perturb_takes_any_strides(name, arch):
+    x, dim = next((x, dim) for known, x, dim in strided() if known == name)
+    where = (torch.rand(x.shape[dim]) + 0.1, SEED, dim, 9, 0, 0, 1, 1.0, False)
+    with on_gpu(arch, CONFIGS[arch]):
+        u = perturb.perturb(x, *where, None)
+        both = perturb.perturb_replay(x.contiguous(), x, *where, None)
+    assert ((u.double() - reference.perturb(x, *where, F64)).abs() <= 5e-6 * (1 + x.abs())).all()
+    assert torch.equal(both[0], u)
+    torch.testing.assert_close(both[1], reference.perturb_bwd(x, *where), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
+def test_compiled_perturb_passes_on_what_is_no_ordinary_number(arch):
+    x, du = randn(6, 8), randn(6, 8)
+    x[0, 0], x[0, 1], x[1, 0], x[1, 1] = NAN, INF, -INF, 1e-40
+    where = (SEED, -1, 0, 0, 0, 1, 1.0)
+    with on_gpu(arch, CONFIGS[arch]):
+        subnormal = torch.full((8,), 1e-40)
+        u = perturb.perturb(x, subnormal, *where, False, None)
+        assert u[0, 0].isnan() and u[0, 1] == INF and u[1, 0] == -INF and u[1, 1] != 0
+        assert ((u - x).abs()[x.isfinite()] <= 6e-40).all()
+        logs = torch.tensor([-1e4, -200.0, -170.0, 0.0, 170.0, 200.0, INF, -INF])
+        u = perturb.perturb(torch.zeros(6, 8), logs, *where, True, None)
+        z = noise.noise(SEED, (6, 8), -1, 0, 0, 0, 1)
+        du[0, 0], du[0, 1] = NAN, INF
+        sums = perturb.perturb_bwd(du, subnormal, *where, False)
+    assert not u.isnan().any() and (u[:, [0, 7]] == 0).all() and u[:, [5, 6]].isinf().all()
+    want = torch.exp(logs[1:5].double() / 2) * z[:, 1:5].double()
+    # exp takes subnormal results for 0: at most 1.2e-38 off, times z.
+    torch.testing.assert_close(u[:, 1:5].double(), want, rtol=2e-5, atol=7e-38)
+    assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
+
+
+# ---- linear
+
+LINEARS = {  # m, k, n, col0, samples, activation
+    "square": (128, 128, 128, 0, 1, None),
+    "deep": (64, 520, 64, 0, 1, None),
+    "tall": (300, 40, 72, 0, 1, None),
+    "odd": (37, 41, 29, 3, 1, None),
+    "odd deep": (70, 301, 45, 5, 1, None),
+    "mean noise": (64, 96, 64, 0, 4, None),
+    "relu": (33, 40, 50, 0, 2, "relu"),
+    "gelu": (64, 64, 64, 0, 2, "gelu"),
+    "gelu_tanh odd": (33, 41, 50, 2, 1, "gelu_tanh"),
+    "silu": (40, 96, 64, 0, 1, "silu"),
+    "tanh": (17, 24, 16, 0, 2, "tanh"),
+}
+PRECISIONS = [(BF16, BF16, "high"), (F16, F16, "high"), (BF16, F32, "high"), (F32, F32, "high"), (F32, F32, "highest")]
+LINEAR_CASES = quick_of(
+    [(case, *precision, arch) for case, precision, arch in itertools.product(LINEARS, PRECISIONS, CONFIGS)],
+    [("square", BF16, BF16, "high", 90), ("odd", F16, F16, "high", 80), ("relu", BF16, F32, "high", 80)],
+)
+
+
+@pytest.mark.parametrize("case, dtype, x_dtype, precision, arch", LINEAR_CASES)
+def test_compiled_linear_and_its_gradients_match_reference(case, dtype, x_dtype, precision, arch):
+    m, k, n, col0, samples, act = LINEARS[case]
+    torch.set_float32_matmul_precision(precision)
+    x, weight = randn(m, k, dtype=x_dtype), (randn(n, k) / k**0.5).to(dtype)
+    bias, dy, sigma = randn(n).to(dtype), randn(m, n).to(dtype), torch.rand(k) + 0.1
+    how = (2**32 - 5, col0, 1, samples, 0.5, False)
+    with on_gpu(arch, CONFIGS[arch]):
+        y = linear.linear(x, weight, bias, sigma, SEED, *how, act)
+        got = linear.linear_bwd(dy, x, weight, bias, sigma, SEED, *how, act)
+    wide = [t.double() for t in (x, weight, bias, sigma)]
+    want = reference.linear_bwd(dy.double(), *wide, SEED, *how, act or "identity")
+    want = (reference.linear(*wide, SEED, *how, act or "identity", F64), *want)
+    # A product of operands rounded to eps errs, entry by entry, by about eps sqrt(depth) of the entries' spread.
+    eps = 2e-6 if precision == "highest" else 2.0**-10 if dtype is F32 else EPS[dtype]
+    for name, a, b in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *got), want, strict=True):
+        assert a.isfinite().all(), name
+        if act == "relu":  # next to 0 rounding takes an entry to the other side, whose slope is another
+            assert (a.double() - b).norm() <= 40 * eps * b.norm(), name
+        else:
+            assert (a.double() - b).abs().max() <= 12 * eps * (b.std().item() + 1e-3), name
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
+def test_compiled_linear_of_the_identity_is_perturb(arch):
+    x, sigma, how = randn(20, 24), torch.rand(24), (5, 3, 0, 1, 1.0, False)
+    torch.set_float32_matmul_precision("highest")
+    with on_gpu(arch, CONFIGS[arch]):
+        u = perturb.perturb(x, sigma, SEED, -1, *how, None)
+        assert torch.equal(linear.linear(x, torch.eye(24), None, sigma, SEED, *how), u)
+
+
+FAR = [-INF, -1e38, -1e30, -1e20, -1e4, -1e-40, 0.0, 1e-40, 1e4, 1e20, 1e30, 1e38, INF, NAN]
+NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+PLAIN = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda h: torch.nn.functional.gelu(h, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+@pytest.mark.parametrize(
+    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("gelu_tanh", 80)])
+)
+def test_compiled_linear_far_out_and_not_numbers(name, arch):
+    """x W^T is FAR: with W one column, sigma 0 and the bias nothing, what is behind the activation is x itself."""
+    torch.set_float32_matmul_precision("highest")
+    x, one, zero = torch.tensor(FAR)[:, None], torch.ones(1, 1), torch.zeros(1)
+    how = (0, 0, 0, 1, 1.0, False)
+    with on_gpu(arch, CONFIGS[arch]):
+        y = linear.linear(x, one, None, zero, SEED, *how, name)
+        dx = linear.linear_bwd(torch.ones_like(x), x, one, None, zero, SEED, *how, name)[0]
+    leaf = x.double().requires_grad_()
+    want = PLAIN[name](leaf)
+    (slope,) = torch.autograd.grad(want, leaf, torch.ones_like(want))
+    slope = torch.where(slope.isnan(), (leaf > 0).double(), slope)  # of numbers whose square even float64 does not hold
+    ordinary = x.isfinite()
+    torch.testing.assert_close(y[ordinary].double(), want[ordinary].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx[ordinary].double(), slope[ordinary], rtol=1e-5, atol=2e-5)
+    assert y[-1].isnan() and (name in ("relu",) or dx[-1].isnan())
+    assert abs(y[-2] - 1) <= 1e-6 if name == "tanh" else y[-2] == INF
+
+
+# ---- the exact mean behind an activation
+
+MEANS = quick_of(
+    list(itertools.product(NAMES, [BF16, F32, F64], CONFIGS)),
+    [("relu", BF16, 80), ("tanh", F32, 80), ("gelu", F32, 90)],
+)
+
+
+@pytest.mark.parametrize("name, dtype, arch", MEANS)
+def test_compiled_activation_matches_reference(name, dtype, arch):
+    mu, dy = (3 * randn(37, 200)).to(dtype), randn(200, 37).reshape(37, 200).to(dtype)
+    v = (4 * torch.rand(200) ** 3).to(F64 if dtype is F64 else F32)
+    v[100] = 0
+    with on_gpu(arch, CONFIGS[arch]):
+        y, (dmu, dv, total) = activation.activation(mu, v, name), activation.activation_bwd(dy, mu, v, name)
+    want = reference.activation(mu.double(), v.double(), name)
+    want_dmu, want_dv, want_total = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+    bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]] + (2.1e-6 if dtype is BF16 else 3e-7)
+    size, rounding = 1 + mu.double().abs(), EPS[dtype] if dtype is not F64 else 0
+    assert ((y - want).abs() <= bound * size + rounding * want.abs() + 1e-6).all()
+    assert ((dmu - want_dmu).abs() <= (40 * bound + 2e-6 + rounding) * (1 + dy.double().abs())).all()
+    keep = v > 1e-3  # the curvature of relu and its like grows as 1 / sqrt(v)
+    assert ((dv - want_dv).abs() <= (600 * bound + 1e-4) * 37)[keep].all()
+    assert ((total - want_total).abs() <= 37 * (60 * bound + 4e-6)).all()
+
+
+VARIANCES = [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e37, 8.6e37, 2e38, 3.2e38]
+
+
+@pytest.mark.parametrize("errors", [0, 1])
+@pytest.mark.parametrize(
+    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("silu", 80), ("gelu_tanh", 80)])
+)
+def test_compiled_activation_of_any_variance(name, arch, errors):
+    """Subnormal ones, whose root a GPU takes for 0, ordinary and huge ones, whose reciprocal is subnormal."""
+    mu = torch.tensor([-1e30, -1e20, -2.0, -1e-20, -1e-40, 0.0, 1e-40, 1e-20, 2.0, 1e20, 1e30])
+    v = torch.tensor(VARIANCES)
+    grid = mu[:, None].expand(-1, len(v)).contiguous()
+    with on_gpu(arch, errors):
+        y = activation.activation(grid, v, name)
+        dmu, dv, total = activation.activation_bwd(torch.ones_like(grid), grid, v, name)
+    assert all(t.isfinite().all() for t in (y, dmu, dv, total))
+    deviation = v.double().sqrt()
+    near = grid.double().abs() <= 2
+    if name == "tanh":
+        assert (y.abs() <= 1 + 1e-6).all() and (y[near].abs()[(v > 1e30).expand_as(grid)[near]] <= 1e-6).all()
+    else:
+        # Behind a huge variance each is relu: E = deviation phi(0) next to mu = 0.
+        huge = near & (v > 1e30)
+        want = (deviation * 0.3989422804014327).expand_as(grid)[huge]
+        assert ((y[huge].double() / want - 1).abs() <= 1e-5).all()
+        assert ((dmu[huge] - 0.5).abs() <= 1e-5).all()
+    # Behind hardly any it is the activation.
+    little = v < 1e-20
+    plain = PLAIN[name](grid.double())
+    bound = mixtures.BOUNDS.get(name, (0, 0, 0))[1] + 1e-6
+    inside = little & (grid.double().abs() <= 2)
+    assert ((y.double() - plain)[inside].abs() <= bound).all()
+    far = (grid.double().abs() > 1e10) & (v < 1e10)
+    torch.testing.assert_close(y.double()[far], plain[far], rtol=1e-6, atol=1e-6)
+    slope = (grid > 0).double() * (name != "tanh")
+    assert ((dmu.double() - slope)[far].abs() <= 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "name, dtype, arch",
+    quick_of(list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)), [("relu", F32, 80), ("silu", F32, 80)]),
+)
+def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
+    wide = F64 if dtype is F64 else F32
+    mu = torch.tensor([-INF, INF, NAN, 1.0]).to(dtype)[:, None].expand(-1, 4).contiguous()
+    v = torch.tensor([0.0, 1e-8, 1.0, NAN], dtype=wide)
+    dy = torch.ones_like(mu)
+    with on_gpu(arch, CONFIGS[arch]):
+        y = activation.activation(mu, v, name)
+        dmu, dv, _ = activation.activation_bwd(dy, mu, v, name)
+    low = -1 if name == "tanh" else 0
+    assert (y[0, :3] - low).abs().max() <= 1e-6
+    assert ((y[1, :3] - 1).abs() <= 1e-6).all() if name == "tanh" else (y[1, :3] == INF).all()
+    assert (dmu[0, :3].abs() <= 1e-5).all() and ((dmu[1, :3] - float(name != "tanh")).abs() <= 1e-5).all()
+    assert y[2, :3].isnan().all() and y[3, :3].isfinite().all()
+    # A variance that is no number makes none.
+    assert y[:, 3].isnan().all() and dmu[:, 3].isnan().all() and dv[3].isnan()
+
+
+@pytest.mark.parametrize("arch", [80, slow(90)])
+@pytest.mark.parametrize("weight_dtype, sigma_dtype", [(BF16, F32), slow(F32, F32), slow(F64, F64)])
+@pytest.mark.parametrize("log_variance", [True, slow(False)])
+def test_compiled_activation_variance_matches_reference(weight_dtype, sigma_dtype, log_variance, arch):
+    for n, k in ((5, 7), (70, 264)):
+        weight, sigma = randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
+        dv, given = torch.randn(n, dtype=sigma_dtype), randn(k, n).t().to(weight_dtype)
+        with on_gpu(arch, CONFIGS[arch]):
+            got = (activation.activation_variance(weight, sigma, log_variance),
+                   *activation.activation_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+        want = (reference.activation_variance(weight, sigma, log_variance),
+                *reference.activation_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+        tolerance = 1e-2 if weight_dtype is BF16 else 1e-4 if sigma_dtype is F32 else 1e-10
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)
+
+
+# ---- what ptxas may do, and tensors beyond 2^31 elements
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rows", "nchw odd", "mean"])
+def test_compiled_perturb_keeps_its_bits_where_products_and_sums_may_be_fused(case):
+    shape, dim, col0, samples = CASES[case]
+    x, sigma = randn(*shape), torch.rand(shape[dim]) + 0.1
+    where = (sigma, SEED, dim, 2**32 - 7, col0, 2, samples, 0.5, False)
+    results = []
+    for contract in (False, True):
+        with on_gpu(80, 1, contract=contract):
+            results.append(perturb.perturb(x, *where, None))
+    assert torch.equal(*results)
+
+
+def last(grid):
+    """The last column of blocks, and of it those that may meet the last rows"""
+    grid = (*grid, 1, 1)[:3]
+    return [(grid[0] - 1, y, grid[2] - 1) for y in range(max(0, grid[1] - 4), grid[1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(70001, 40000), (70001, 40001), (3, 1000, 800000)])
+def test_compiled_perturb_beyond_two_to_the_31_elements(shape):
+    """The last blocks of the launch that a GPU would get, on memory that is only reserved."""
+    torch.use_deterministic_algorithms(False)  # else torch.empty would fill it
+    k, inner = shape[1], shape[2] if len(shape) == 3 else 1
+    x, sigma = torch.empty(shape, dtype=BF16), torch.ones(k)
+    with on_gpu(80, 1, multiprocessors=132, ctas=last) as launches:
+        u = perturb.perturb(x, sigma, SEED, 1, 0, 0, 0, 1, 1.0, False, None)
+    assert len(launches) == 1
+    first = k - k % 256 if k % 256 and inner == 1 else k - 8
+    written = u[:, first:].ne(0).any(1).nonzero()
+    assert written[-1][0] == shape[0] - 1
+    for at in written[-3:].tolist():
+        row = at[0] * inner + (at[1] if inner > 1 else 0)
+        got = u[at[0], first:] if inner == 1 else u[at[0], first:, at[1]]
+        want = reference.standard_normal(SEED, 1, k - first, row, first)[0]
+        assert ((got.double() - want).abs() - 2.0**-8 * want.abs()).max() <= 4e-6
