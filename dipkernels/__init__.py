@@ -23,7 +23,7 @@ from .convert import (
 from .distributed import check_ranks, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
-from .objective import objective, penalty
+from .objective import kl_penalty, objective, penalty
 from .seeds import fixed_noise, noise_off
 from .trajectories import predict, trajectories
 
@@ -44,6 +44,7 @@ __all__ = [
     "env_report",
     "fixed_noise",
     "functional",
+    "kl_penalty",
     "load_variances",
     "noise_off",
     "number_layers",

@@ -43,6 +43,8 @@ class Variance(nn.Module):
     num_features: K. init_variance: a number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
     `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
     bfloat16 an optimiser's small steps would round away. A state dict without it leaves it at its initial value.
+    The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
+    init_variance until `calibrate` sets it.
     A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
     Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
     this project's.
@@ -54,16 +56,19 @@ class Variance(nn.Module):
         super().__init__()
         self.init_variance = check_init_variance(init_variance, num_features)
         self.log_variance = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", torch.empty(num_features, dtype=torch.float32, device=device))
         self.spread: Tensor | None = None  # [K] standard deviation of the input, once measured: calibrate, summary
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """log_variance = ln(init_variance)."""
-        if isinstance(self.init_variance, Tensor):
-            self.log_variance.copy_(tensor_parallel.laid_out_as(self.init_variance.log(), self.log_variance))
-        else:
-            self.log_variance.fill_(math.log(self.init_variance))
+        """log_variance = log_prior = ln(init_variance)."""
+        for values in (self.log_variance, self.log_prior):
+            if isinstance(self.init_variance, Tensor):
+                values.copy_(tensor_parallel.laid_out_as(self.init_variance.log(), values))
+            else:
+                values.fill_(math.log(self.init_variance))
 
     def forward(self) -> Tensor:
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for it.
@@ -105,18 +110,22 @@ class Variance(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
         unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        key = prefix + "log_variance"
-        if key in state_dict:
-            # With assign=True the tensor itself would become the parameter, half precision and all.
-            if isinstance(state_dict[key], Tensor) and state_dict[key].dtype.itemsize < 4:
-                state_dict[key] = state_dict[key].float()
-        elif local_metadata.get("assign_to_params_buffers", False) and self.log_variance.is_meta:
-            sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
-            fresh = Variance(self.log_variance.numel(), self.init_variance, getattr(sibling, "device", None))
-            state_dict[key] = fresh.log_variance.detach()
-        else:
-            self.reset_parameters()
-            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name, own in (("log_variance", self.log_variance), ("log_prior", self.log_prior)):
+            key = prefix + name
+            if key in state_dict:
+                # With assign=True the tensor itself would become the parameter, half precision and all.
+                if isinstance(state_dict[key], Tensor) and state_dict[key].dtype.itemsize < 4:
+                    state_dict[key] = state_dict[key].float()
+            elif assign and own.is_meta:
+                sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
+                fresh = Variance(own.numel(), self.init_variance, getattr(sibling, "device", None))
+                state_dict[key] = getattr(fresh, name).detach()
+            elif name == "log_variance":
+                self.reset_parameters()
+                return
+            else:  # variances of a release without priors
+                state_dict[key] = own
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
 
