@@ -27,6 +27,7 @@ from .layers import (
     check_init_variance,
     dip_layers,
     number_layers,
+    own_buffers,
     share_noise,
     twin_type,
 )
@@ -387,8 +388,8 @@ def to_plain(model: nn.Module) -> nn.Module:
             f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
             "give it a module of its own behind the layer"
         )
-    streams = {f"{name}.stream".lstrip(".") for name in layers}
-    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in streams]
+    buffers = own_buffers(layers)
+    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in buffers]
     if others:
         model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
@@ -447,36 +448,42 @@ def param_groups(
 
 
 def variances(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every log_variance, by its name in the model's state dict: what an adapter checkpoint leaves out.
+    """A copy of every log_variance and its prior, by their names in the model's state dict: what an adapter checkpoint
+    leaves out.
 
     model: any module with DIP layers. A variance that layers share appears once, under the first one's name.
     Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers.
     """
-    _need_layers(model)
-    return {
-        f"{name}.log_variance": tensor_parallel.full(m.log_variance.detach()).cpu().clone()
-        for name, m in model.named_modules()
-        if isinstance(m, Variance)
-    }
+    return {name: tensor_parallel.full(t.detach()).cpu().clone() for name, t in _own_variances(model).items()}
 
 
 @torch.no_grad()
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every log_variance to what `variances` gave; nothing is changed unless names and shapes all agree.
+    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
 
-    model: with the same DIP layers. state: name -> [K]. Raises ValueError naming what is missing, unknown, or of
-    another shape.
+    model: with the same DIP layers. state: name -> [K]; a prior that it lacks, as one of an older release does, stays.
+    Raises ValueError naming what is missing, unknown, or of another shape.
     """
-    _need_layers(model)
-    own = {f"{name}.log_variance": m.log_variance for name, m in model.named_modules() if isinstance(m, Variance)}
-    missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
+    own = _own_variances(model)
+    missing = [n for n in own if n not in state and n.endswith(".log_variance")]
+    unknown = [n for n in state if n not in own]
     if missing or unknown:
         raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
-    other = {n: (tuple(state[n].shape), tuple(p.shape)) for n, p in own.items() if state[n].shape != p.shape}
+    other = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in state.items() if t.shape != own[n].shape}
     if other:
         raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
-    for name, parameter in own.items():
-        parameter.copy_(tensor_parallel.laid_out_as(state[name], parameter))
+    for name, values in state.items():
+        own[name].copy_(tensor_parallel.laid_out_as(values, own[name]))
+
+
+def _own_variances(model: nn.Module) -> dict[str, Tensor]:
+    _need_layers(model)
+    return {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in model.named_modules()
+        if isinstance(module, Variance)
+        for part in ("log_variance", "log_prior")
+    }
 
 
 # ---- summary and calibrate -----------------------------------------------------------------------------------------

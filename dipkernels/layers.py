@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
@@ -522,11 +522,14 @@ def number_layers(model: nn.Module) -> nn.Module:
         if layer.share is not None:
             shared[layer.share] = number
         layer.set_number(number)
-    # A stream is the same on every rank; DDP would broadcast it before each forward pass.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    streams = (f"{name}.stream".lstrip(".") for name in layers)
-    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *streams})  # type: ignore[assignment]
+    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own_buffers(layers)})  # type: ignore[assignment]
     return model
+
+
+def own_buffers(layers: Iterable[str]) -> set[str]:
+    """The buffers of layers of these names: the same on every rank, and DDP would broadcast them before each pass."""
+    return {f"{name}.{own}".lstrip(".") for name in layers for own in ("stream", "variance.log_prior")}
 
 
 def _short(init_variance: float | Tensor) -> str:

@@ -255,12 +255,17 @@ def test_a_checkpoint_with_other_shapes_is_named():
 def test_variances_come_back_as_they_were():
     model = convert(Net())
     saved = variances(model)
-    assert list(saved) == [n for n in model.state_dict() if n.endswith("log_variance")]
+    assert list(saved) == [n for n in model.state_dict() if n.endswith(("log_variance", "log_prior"))]
     with torch.no_grad():
         model.head.log_variance.add_(1)
+        model.head.variance.log_prior.sub_(1)
     assert not torch.equal(model.head.log_variance, saved["head.variance.log_variance"])
     load_variances(model.double(), saved)
     assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
+    assert torch.equal(model.head.variance.log_prior.float(), saved["head.variance.log_prior"])
+    model.head.variance.log_prior.fill_(-9.0)
+    load_variances(model, {n: t for n, t in saved.items() if n.endswith("log_variance")})  # of an older release
+    assert bool((model.head.variance.log_prior == -9.0).all())
 
 
 def test_more_layers_than_streams_are_refused(monkeypatch):
