@@ -10,6 +10,7 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree,
 from . import diagnostics, functional, reference
 from .attention import DIPMultiheadAttention
 from .backends import backend
+from .certify import Certificate, certify
 from .convert import (
     DIPConversionWarning,
     calibrate,
@@ -28,6 +29,7 @@ from .seeds import fixed_noise, noise_off
 from .trajectories import predict, trajectories
 
 __all__ = [
+    "Certificate",
     "DIPConv1d",
     "DIPConv2d",
     "DIPConv3d",
@@ -38,6 +40,7 @@ __all__ = [
     "Variance",
     "backend",
     "calibrate",
+    "certify",
     "check_ranks",
     "convert",
     "diagnostics",

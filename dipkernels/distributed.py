@@ -51,7 +51,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     in the fixed_noise context of a step if there is one, where it compares keys instead of generators.
     Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
     (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are
-    numbered differently or have different priors; tensor-parallel ranks of different noise. Warns (UserWarning) where ranks that hold different
+    numbered differently or have different priors; tensor-parallel ranks of different noise.
+    Warns (UserWarning) where ranks that hold different
     examples would draw the same noise. Without a process group only the model is looked at.
     """
     from torch import distributed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .layers import Variance
 from .tensor_parallel import full, is_dtensor, laid_out_as
 
-KL = 0.3  # the default weight: studies/defaults
+KL = 0.2  # the default weight: studies/defaults.py
 
 
 def _check_weight(name: str, value: float) -> None:
@@ -124,7 +124,7 @@ def objective(
         target: what loss_fn takes beside [B, ...].
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: for the terms on its variances; without it there are none.
-        kl: >= 0. By default 0.3 with a model, 0 without one or beside alpha; 0 lets the loss alone move the variances.
+        kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone move the variances.
         alpha: >= 0.
         beta: >= 0, and only beside an alpha > 0.
         lambda_s: >= 0; m >= 2 where it is > 0.

@@ -8,6 +8,7 @@ trained network a lot.
 from __future__ import annotations
 
 import gzip
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -71,7 +72,7 @@ def _data(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _tensors(x: np.ndarray, y: np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     target = torch.as_tensor(y)
     target = target.float()[:, None] if target.is_floating_point() else target.long()
-    return torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32) / scale, target
+    return torch.tensor(x, dtype=torch.float32) / scale, target
 
 
 def _sklearn(name: str, scale: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -164,7 +165,7 @@ def _friedman() -> tuple[Tensor, Tensor]:
 def mlp(*sizes: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-2], sizes[1:-1]):
+        for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
