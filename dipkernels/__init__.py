@@ -27,6 +27,7 @@ from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Varian
 from .objective import kl_penalty, objective, penalty
 from .seeds import fixed_noise, noise_off
 from .trajectories import predict, trajectories
+from .tune import Tuned, tune
 
 __all__ = [
     "Certificate",
@@ -37,6 +38,7 @@ __all__ = [
     "DIPInput",
     "DIPLinear",
     "DIPMultiheadAttention",
+    "Tuned",
     "Variance",
     "backend",
     "calibrate",
@@ -60,5 +62,6 @@ __all__ = [
     "summary",
     "to_plain",
     "trajectories",
+    "tune",
     "variances",
 ]
