@@ -11,6 +11,7 @@ lot. Stopped, it goes on where it was. About three hours on two cores.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 from pathlib import Path
@@ -20,6 +21,9 @@ import parts
 from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
 from training import evaluate, kept, train
+
+from dipkernels.convert import calibrate
+from dipkernels.objective import KL
 
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -42,6 +46,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"optimiser": "SGD", "lr": 0.05}}
 WITH_SGD = ("plain", "default", "fixed 1")
 SCORES = ("clean", "pgd", "noise")
+# A part is of these defaults: with others it is another part.
+DEFAULTS = {"kl": KL, "ratio": inspect.signature(calibrate).parameters["ratio"].default}
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +60,7 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
+            "defaults": DEFAULTS,
             "task": task,
             "method": method,
             "training": name,
@@ -107,12 +114,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
     parser.add_argument("--quick", action="store_true", help="two small tasks, one seed, few methods")
     args = parser.parse_args(arguments)
     if args.quick:
         args.tasks, args.methods, args.seeds = ["iris", "diabetes"], ["plain", "default", "fixed 1"], 1
     methods = list(dict.fromkeys(["plain", *args.methods]))
-    rows = summarise(parts.run(part, keys(args.tasks, methods, args.seeds), args.out, args.workers))
+    rows = summarise(parts.run(part, keys(args.tasks, methods, args.seeds), args.out, args.workers, args.stored))
     text = table(rows, methods)
     (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "table.md").write_text(text + "\n")

@@ -29,6 +29,8 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model)
     options = {name: method[name] for name in ("ratio", "per") if name in method}
     dip.calibrate(model, [x], **options)
+    for name, values in method.get("variances", {}).items():
+        dip_layers(model)[name].log_variance.data.copy_(values)
     if method.get("fixed"):
         for layer in dip_layers(model).values():
             layer.log_variance.requires_grad_(False)
