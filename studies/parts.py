@@ -12,8 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 
-def run(part: Callable[[dict[str, Any]], dict[str, Any]], keys: Iterable[dict[str, Any]], out: Path,
-        workers: int = 1) -> list[dict[str, Any]]:  # fmt: skip
+def run(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    keys: Iterable[dict[str, Any]],
+    out: Path,
+    workers: int = 1,
+    stored: bool = False,
+) -> list[dict[str, Any]]:
     """part(key) for every key, or what an earlier run left under out/parts; in the keys' order.
 
     Args:
