@@ -1,6 +1,6 @@
 """Where the defaults of calibrate, objective and param_groups come from: a bench of seventeen small tasks.
 
-    python studies/defaults.py              writes out/studies/defaults/{summary.json,table.md}
+    python studies/defaults.py              writes out/studies/defaults/{summary.json,table.md,ratio.png}
     python studies/defaults.py --quick      two small tasks, one seed: does it run?
 
 Each method trains the same weights on the same batches as plain training does, and all is scored
@@ -25,12 +25,11 @@ from training import evaluate, kept, train
 from dipkernels.convert import calibrate
 from dipkernels.objective import KL
 
+FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "default": {},
-    "fixed 0.3": {"ratio": 0.3, "fixed": True},
-    "fixed 0.6": {"ratio": 0.6, "fixed": True},
-    "fixed 1": {"ratio": 1.0, "fixed": True},
+    **{f"fixed {ratio:g}": {"ratio": ratio, "fixed": True} for ratio in FIXED},
     "kl 0": {"kl": 0.0},
     "kl 0.1": {"kl": 0.1},
     "kl 0.3": {"kl": 0.3},
@@ -57,7 +56,7 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return evaluate(task, data, model, seed) | {"kept": kept(model)}
 
 
-def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any]]:
+def keys(tasks: list[str], methods: list[str], trainings: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
             "defaults": DEFAULTS,
@@ -66,10 +65,10 @@ def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any
             "training": name,
             "seed": seed,
             "options": METHODS[method],
-            "settings": settings,
+            "settings": SETTINGS[name],
         }
         for task in tasks
-        for name, settings in SETTINGS.items()
+        for name in trainings
         for method in methods
         if name == "AdamW" or method in WITH_SGD
         for seed in range(seeds)
@@ -107,11 +106,34 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 
 
+def plot(rows: dict[str, Any], path: Path) -> None:
+    """Clean, attacked and noisy score against the ratio of a fixed sigma; dashed: the recipe, dotted: plain training."""
+    from matplotlib.figure import Figure
+
+    cases = {case: m for case, m in rows.items() if {"default", *(f"fixed {r:g}" for r in FIXED)} <= set(m)}
+    if not cases:
+        return
+    figure = Figure(figsize=(4 * len(cases), 3.6), layout="constrained")
+    for axis, (case, methods) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items(), strict=True):
+        for score, color in zip(SCORES, ("tab:blue", "tab:red", "tab:green"), strict=True):
+            axis.plot(FIXED, [methods[f"fixed {r:g}"][score]["mean"] for r in FIXED], "o-", color=color, label=score)
+            axis.axhline(methods["default"][score]["mean"], color=color, linestyle="--", linewidth=1)
+            axis.axhline(methods["plain"][score]["mean"], color=color, linestyle=":", linewidth=1)
+        axis.set(xscale="log", xlabel="fixed sigma / spread of the input", title=case)
+        axis.set_xticks(FIXED, [f"{r:g}" for r in FIXED])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("score, %")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/defaults"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
@@ -120,10 +142,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.quick:
         args.tasks, args.methods, args.seeds = ["iris", "diabetes"], ["plain", "default", "fixed 1"], 1
     methods = list(dict.fromkeys(["plain", *args.methods]))
-    rows = summarise(parts.run(part, keys(args.tasks, methods, args.seeds), args.out, args.workers, args.stored))
+    asked = keys(args.tasks, methods, args.trainings, args.seeds)
+    rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
     text = table(rows, methods)
     (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "table.md").write_text(text + "\n")
+    plot(rows, args.out / "ratio.png")
     print(text)
     print(
         f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}/summary.json"

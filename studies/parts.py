@@ -46,7 +46,7 @@ def run(
                     bar.update()
         else:
             for file, key in missing.items():
-                bar.set_description(" ".join(str(value) for value in list(key.values())[:3]))
+                bar.set_description(" ".join(value for value in key.values() if isinstance(value, str)))
                 _write(file, {**key, **part(key)})
                 bar.update()
     return [json.loads(file.read_text()) for file in files]
