@@ -25,7 +25,7 @@ def _variances(model: nn.Module) -> list[Variance]:
     unique = {id(m.log_variance): m for m in model.modules() if isinstance(m, Variance)}
     if not unique:
         raise ValueError("model: expected DIP layers, found none; convert it first")
-    return list(unique.values())
+    return [variance for variance in unique.values() if variance.log_variance.numel() > 0]
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
@@ -50,16 +50,15 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     variances = _variances(model)
     sharded = [v for v in variances if is_dtensor(v.log_variance)]
     whole = [v for v in variances if not is_dtensor(v.log_variance)]
-    total: Any = sum(full(_divergence(v).sum() / v.log_variance.numel()) for v in sharded)
+    terms: list[Tensor] = [full(_divergence(v).sum() / v.log_variance.numel()) for v in sharded]
     if whole:
         # All layers in one go: a few operations instead of a few for each layer.
-        device = whole[0].log_variance.device
+        device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        sizes = torch.tensor([v.log_variance.numel() for v in whole], device=device)
-        divergence = (ratio.expm1() - ratio) / 2
-        total = total + (divergence / sizes.repeat_interleave(sizes)).sum()
-    return kl * total  # type: ignore[no-any-return]
+        parts = ((ratio.expm1() - ratio) / 2).split(sizes)
+        terms.append(torch.stack([part.mean() for part in parts]).sum())
+    return kl * sum(terms, torch.zeros(()))
 
 
 def _divergence(variance: Variance) -> Tensor:

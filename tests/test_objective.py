@@ -72,6 +72,16 @@ def test_alpha_and_beta_are_the_paper_form_of_the_divergence():
     torch.testing.assert_close(layer.log_variance.grad, wanted)
 
 
+def test_kl_penalty_compiles_in_one_graph_and_a_layer_without_features_adds_nothing():
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 0.25)
+    model[0].variance.log_prior.zero_()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: kl_penalty(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), kl_penalty(model))
+    torch.testing.assert_close(kl_penalty(nn.ModuleList([*model, DIPInput(0)])), kl_penalty(model))
+    assert kl_penalty(DIPInput(0)).item() == 0.0
+
+
 def test_the_default_weight_needs_a_model_and_no_alpha():
     model = convert(nn.Linear(4, 3), 0.25)
     model.variance.log_prior.fill_(0.0)
