@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all compat demo bench overhead cost gpu-check lint format clean sanitize battery mutants ptx-mutants soak long-tests \
+.PHONY: setup test test-all compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
@@ -53,6 +53,12 @@ overhead: setup out/.peers
 
 cost: setup
 	$(PY) benchmarks/cost.py
+
+# Hours; stopped, each goes on where it was. studies/README.md says what they need.
+studies: setup
+	$(PY) studies/defaults.py
+	$(PY) studies/features.py
+	$(PY) studies/attacks.py
 
 # The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
 wheel: | $(VENV)/.deps

@@ -10,6 +10,7 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree,
 from . import diagnostics, functional, reference
 from .attention import DIPMultiheadAttention
 from .backends import backend
+from .certify import Certificate, certify
 from .convert import (
     DIPConversionWarning,
     calibrate,
@@ -23,11 +24,13 @@ from .convert import (
 from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
-from .objective import objective, penalty
+from .objective import kl_penalty, objective, penalty
 from .seeds import fixed_noise, noise_off
 from .trajectories import predict, trajectories
+from .tune import Tuned, tune
 
 __all__ = [
+    "Certificate",
     "DIPConv1d",
     "DIPConv2d",
     "DIPConv3d",
@@ -35,15 +38,18 @@ __all__ = [
     "DIPInput",
     "DIPLinear",
     "DIPMultiheadAttention",
+    "Tuned",
     "Variance",
     "backend",
     "calibrate",
+    "certify",
     "check_ranks",
     "convert",
     "diagnostics",
     "env_report",
     "fixed_noise",
     "functional",
+    "kl_penalty",
     "load_variances",
     "noise_off",
     "number_layers",
@@ -57,5 +63,6 @@ __all__ = [
     "summary",
     "to_plain",
     "trajectories",
+    "tune",
     "variances",
 ]

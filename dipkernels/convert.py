@@ -29,6 +29,7 @@ from .layers import (
     device_of_variance,
     dip_layers,
     number_layers,
+    own_buffers,
     share_noise,
     twin_type,
 )
@@ -409,6 +410,10 @@ def to_plain(model: nn.Module) -> nn.Module:
             f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
             "give it a module of its own behind the layer"
         )
+    buffers = own_buffers(layers)
+    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in buffers]
+    if others:
+        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
         attention.to_plain_in_place()
     for layer in layers.values():
@@ -466,38 +471,48 @@ def param_groups(
 
 
 def variances(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every log_variance, by its name in the model's state dict: what an adapter checkpoint leaves out.
+    """A copy of every log_variance and its prior, by their names in the model's state dict: what an adapter checkpoint
+    leaves out.
 
     model: any module with DIP layers. A variance that layers share appears once, under the first one's name.
     Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers.
     """
+    own = {name: m for name, m in model.named_modules() if isinstance(m, Variance)}
     _need_layers(model)
-    return {
-        f"{name}.log_variance": m.detached().cpu().clone()
-        for name, m in model.named_modules()
-        if isinstance(m, Variance)
-    }
+    found = {f"{name}.log_variance": m.detached() for name, m in own.items()}
+    found |= {f"{name}.log_prior": tensor_parallel.full(m.log_prior) for name, m in own.items()}
+    return {name: values.cpu().clone() for name, values in found.items()}
 
 
 @torch.no_grad()
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every log_variance to what `variances` gave; nothing is changed unless names and shapes all agree.
+    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
 
-    model: with the same DIP layers. state: name -> [K]. Raises ValueError naming what is missing, unknown, or of
-    another shape.
+    model: with the same DIP layers. state: name -> [K]; a prior that it lacks, as one of an older release does, stays.
+    Raises ValueError naming what is missing, unknown, or of another shape.
     """
     _need_layers(model)
-    own = {f"{name}.log_variance": m for name, m in model.named_modules() if isinstance(m, Variance)}
-    missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
+    own = {
+        f"{name}.{part}": m
+        for name, m in model.named_modules()
+        if isinstance(m, Variance)
+        for part in ("log_variance", "log_prior")
+    }
+    missing = [n for n in own if n not in state and n.endswith(".log_variance")]
+    unknown = [n for n in state if n not in own]
     if missing or unknown:
         raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
-    shapes = {n: (tuple(state[n].shape), tuple(m.log_variance.shape)) for n, m in own.items()}
+    shapes = {n: (tuple(values.shape), (own[n].num_features,)) for n, values in state.items()}
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
         raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
-    _check_settable({name: m for name, m in own.items()})
-    for name, m in own.items():
-        _set_named(name, m, state[name])
+    _check_settable({n: m for n, m in own.items() if n.endswith(".log_variance")})
+    for name, values in state.items():
+        if name.endswith(".log_variance"):
+            _set_named(name, own[name], values)
+        else:
+            prior = own[name].log_prior
+            prior.copy_(tensor_parallel.laid_out_as(values, prior))
 
 
 # ---- summary and calibrate -----------------------------------------------------------------------------------------
@@ -505,7 +520,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One DIP layer: sigma (not variance) over its features; share = mean of sigma / the input's spread, or None."""
+    """One DIP layer: sigma (not variance) over its features; ratio = median of sigma / the input's spread, or None."""
 
     name: str
     type: str
@@ -513,7 +528,7 @@ class Row:
     sigma_min: float
     sigma_mean: float
     sigma_max: float
-    share: float | None
+    ratio: float | None
     number: int
 
 
@@ -524,23 +539,23 @@ class Summary(list[Row]):
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
         lines = [
             f"{'layer':{width}}  {'type':9}  {'number':>6}  {'features':>8}  "
-            f"{'sigma min':>9}  {'mean':>9}  {'max':>9}  {'share':>7}"
+            f"{'sigma min':>9}  {'mean':>9}  {'max':>9}  {'ratio':>7}"
         ]
         for row in self:
-            share = "-" if row.share is None else f"{row.share:.1%}"
+            ratio = "-" if row.ratio is None else f"{row.ratio:.3g}"
             lines.append(
                 f"{row.name or '(root)':{width}}  {row.type:9}  {row.number:6}  {row.features:8}  "
-                f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {share:>7}"
+                f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {ratio:>7}"
             )
         return "\n".join(lines)
 
 
 def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
-    """One row for each DIP layer: features, sigma min / mean / max, share = mean over features of sigma_j / spread_j.
+    """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of sigma_j / spread_j.
 
     model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
-    layer's input features; without it the share uses the spread measured last, and is None where there is none.
-    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the share.
+    layer's input features; without it the ratio uses the spread measured last, and is None where there is none.
+    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the ratio.
     Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, and as `calibrate`.
     """
     layers = _need_layers(model)
@@ -548,30 +563,49 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
         measured_spreads(model, batches)
     rows = Summary()
     for name, layer in layers.items():
-        sigma, spread, share = layer.variance.sigma.double().cpu(), layer.variance.spread, None
+        sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
         if spread is not None:
             varies = spread > 0.01 * spread.square().mean().sqrt()
-            share = (sigma / spread)[varies].mean().item() if bool(varies.any()) else None
+            # The median: a few features that hardly vary would rule a mean.
+            ratio = (sigma / spread)[varies].median().item() if bool(varies.any()) else None
         low, mean, high = (f(sigma).item() for f in (torch.min, torch.mean, torch.max)) if len(sigma) else (0.0,) * 3
-        rows.append(Row(name, type(layer).__name__, len(sigma), low, mean, high, share, layer.number))
+        rows.append(Row(name, type(layer).__name__, len(sigma), low, mean, high, ratio, layer.number))
     return rows
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float = 0.1, floor: float = 0.01) -> Summary:
-    """Set each variance from real activations: lambda_j = (ratio * standard deviation of input feature j)^2.
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], ratio: float = 1.0, *, per: str = "layer", floor: float = 0.01
+) -> Summary:
+    """Set each variance, and the prior of the objective's KL term, from the spread of real activations.
 
-    model: any module with DIP layers; run in eval mode without noise, each module's mode is restored. batches: an
-    iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is the input; on the
-    model's device. ratio: > 0, sigma over spread. floor: > 0; a feature that hardly varies (a blank pixel) counts as
-    having a spread of floor times the root mean square spread of its layer.
-    Returns the `summary`. Raises ValueError for bad values, no batches, a DIP layer that no batch reached, an input
-    that is constant or not finite (naming the layer). Source: this project's choice; the paper does not state how
-    lambda starts.
+    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one for all of them.
+    per="feature": sigma_j = ratio * the spread (standard deviation) of feature j itself; features that hardly vary then
+    get hardly any noise, and attacks use them (docs/guides/variance.md).
+
+    Args:
+        model: with DIP layers; run in eval mode without noise, each module's mode is restored.
+        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is
+            the input; on the model's device.
+        ratio: > 0, sigma over spread.
+        per: "layer" or "feature".
+        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a spread of floor
+            times the root mean square spread of its layer.
+
+    Returns:
+        The `summary`.
+
+    Raises:
+        ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is constant or not
+            finite (naming the layer).
+
+    Source: this project's choice; the paper does not state how lambda starts.
     """
     for name, value in (("ratio", ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    if per not in ("layer", "feature"):
+        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
     layers = _need_layers(model)
     _check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
     spreads = measured_spreads(model, batches)
@@ -580,8 +614,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], ratio: float = 0.1, floo
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     for name, layer in layers.items():
-        sigma = ratio * spreads[name].clamp(min=floor * levels[name].item())
-        _set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, 2 * sigma.log())
+        spread, level = spreads[name], levels[name]
+        spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
+        log_variance, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
+        _set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)
+        prior.copy_(tensor_parallel.laid_out_as(log_variance, prior))
     return summary(model)
 
 

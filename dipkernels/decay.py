@@ -6,9 +6,10 @@ import warnings
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from . import worlds
 
 _variances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -25,7 +26,7 @@ def watch(variance: nn.Module) -> None:
 
 def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Look through an optimiser once, and again when its groups have changed."""
-    if torch.compiler.is_compiling():
+    if worlds.tracing():
         return
     groups = optimizer.param_groups
     seen = tuple((len(group["params"]), _decays(group)) for group in groups)

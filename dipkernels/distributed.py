@@ -11,7 +11,7 @@ from torch import nn
 
 from . import seeds
 from .layers import Variance, dip_layers, warn_of_equal_numbers
-from .tensor_parallel import is_dtensor
+from .tensor_parallel import is_dtensor, local
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -85,7 +85,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     in the fixed_noise context of a step if there is one, where it compares keys instead of generators.
     Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
     (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are
-    numbered differently; tensor-parallel ranks of different noise. Warns (UserWarning) where ranks that hold different
+    numbered differently or have different priors; tensor-parallel ranks of different noise.
+    Warns (UserWarning) where ranks that hold different
     examples would draw the same noise. Without a process group only the model is looked at.
     """
     from torch import distributed
@@ -97,6 +98,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     mine = {
         "faults": _faults(model),
         "numbers": {name: layer.number for name, layer in layers.items()},
+        "priors": {name: _digest(layer.variance.log_prior) for name, layer in layers.items()},
         "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
         "place": None if tensor_parallel is None else tuple(tensor_parallel.mesh.flatten().tolist()),
     }
@@ -107,6 +109,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         distributed.all_gather_object(ranks, mine)
     problems = [f"rank {r}: {fault}" for r, each in enumerate(ranks) for fault in each["faults"]]
     problems += _numbering(ranks)
+    problems += _priors(ranks)
     for rank, each in enumerate(ranks):
         first = each["place"][0] if each["place"] else rank
         if each["noise"] != ranks[first]["noise"]:
@@ -157,7 +160,11 @@ def _noise_now(device: torch.device) -> tuple[object, ...]:
     if seeds._KEY is not None:
         return "key", int(seeds._KEY[0]) % 2**64, seeds._ROW0
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return "generator", hashlib.sha256(state.numpy().tobytes()).hexdigest()[:16]
+    return "generator", _digest(state)
+
+
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(local(values).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _shown(each: dict[str, Any]) -> str:
@@ -174,6 +181,18 @@ def _numbering(ranks: list[dict[str, Any]]) -> list[str]:
         if differ:
             problems.append(
                 f"rank {rank} numbers the layers {differ} differently from rank 0; call dip.number_layers on each"
+            )
+    return problems
+
+
+def _priors(ranks: list[dict[str, Any]]) -> list[str]:
+    first = ranks[0]["priors"]
+    problems = []
+    for rank, each in enumerate(ranks):
+        differ = [name for name, digest in each["priors"].items() if first.get(name, digest) != digest]
+        if differ:
+            problems.append(
+                f"rank {rank} has other priors than rank 0 at {differ}; calibrate every rank on the same batches"
             )
     return problems
 

@@ -172,7 +172,7 @@ class _NoiseSumFunc(Function):
 
 def _no_view(y: Tensor) -> Tensor:
     """y, which a Function made, as no view: what follows may then work in place (nn.ReLU(inplace=True))."""
-    if not (torch.compiler.is_compiling() or y._is_view()):
+    if not (worlds.tracing() or y._is_view()):
         return y
     same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
     return same

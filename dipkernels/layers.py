@@ -7,7 +7,7 @@ import math
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
@@ -48,6 +48,8 @@ class Variance(nn.Module):
     `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
     bfloat16 an optimiser's small steps would round away. A state dict without it leaves it as it is; where it is on the
     meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded.
+    The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
+    init_variance until `calibrate` sets it.
     A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
     Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
     this project's.
@@ -64,6 +66,9 @@ class Variance(nn.Module):
         self.register_parameter("log_variance", None)
         # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has to hold this one.
         self._parameters["log_variance"] = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", None)  # the same for include_buffers
+        self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
         self._from_meta = self.log_variance.is_meta  # until it has values
         self.spread: Tensor | None = None  # [K] standard deviation of the input, once measured: calibrate, summary
         self.reset_parameters()
@@ -76,10 +81,11 @@ class Variance(nn.Module):
     # ---- values
 
     def reset_parameters(self) -> None:
-        """log_variance = ln(init_variance)."""
+        """log_variance = log_prior = ln(init_variance)."""
         if "log_variance" in self._parameters:
             self._fill(self._tensors())
         else:
+            self._fill({"log_prior": self.log_prior})
             self.set_log_variance(self._initial())
 
     def start_anew(self) -> None:
@@ -279,7 +285,7 @@ class DIPLayer(_Mixin):
     def _log_variance(self) -> Tensor:
         """What calling `variance` gives, without the microseconds of a call that no hook wants."""
         variance = self._modules.get("variance") or self.variance
-        if type(variance) is Variance and not (torch.compiler.is_compiling() or _is_hooked(variance)):
+        if type(variance) is Variance and not (worlds.tracing() or _is_hooked(variance)):
             parameter = variance._parameters.get("log_variance")
             if parameter is not None:  # nn.DataParallel's replicas have tensors in place of parameters
                 if parameter.dtype is not torch.float32:
@@ -343,7 +349,7 @@ class DIPLayer(_Mixin):
         kept: Tensor = self._stream
         if kept.device == device:
             return kept
-        if torch.compiler.is_compiling():  # the number itself would compile each layer anew
+        if worlds.tracing():  # the number itself would compile each layer anew
             return kept.to(device)
         return torch.arange(2, device=device) * self._number
 
@@ -351,7 +357,7 @@ class DIPLayer(_Mixin):
         """The seed of one forward pass on x."""
         if seeds._KEY is None:
             return seeds.draw(self._stream, x)
-        if not torch.compiler.is_compiling():
+        if not worlds.tracing():
             seeds.note_number(self._number, self._counted_in)
         return seeds.draw(self._stream_on(x.device), x)
 
@@ -765,12 +771,19 @@ def number_layers(model: nn.Module) -> nn.Module:
         if layer.share is not None:
             shared[layer.share] = number
         layer.set_number(number, counted_in)
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own_buffers(layers)})  # type: ignore[assignment]
     return model
+
+
+def own_buffers(layers: Iterable[str]) -> set[str]:
+    """The buffers of layers of these names: the same on every rank, and DDP would broadcast them before each pass."""
+    return {f"{name}.variance.log_prior".lstrip(".") for name in layers}
 
 
 def warn_of_equal_numbers(model: nn.Module) -> None:
     """Warn under fixed_noise where layers of the model have one number, and so one noise, without sharing it."""
-    if seeds._KEY is None or torch.compiler.is_compiling():
+    if seeds._KEY is None or worlds.tracing():
         return
     owners: dict[int, tuple[str, Share | None]] = {}
     for name, layer in dip_layers(model).items():

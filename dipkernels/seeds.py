@@ -81,7 +81,7 @@ class fixed_noise(_State):
     def _set(self) -> None:
         global _KEY, _ROW0, _TAG
         _KEY, _ROW0, _TAG = self._key, self._row0, self._tag
-        if not torch.compiler.is_compiling():
+        if not worlds.tracing():
             _counted_in.clear()
 
 

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--method", choices=METHODS, default="dip", help="plain; noise at the input only; fixed variance; dip (dip)")
     add("--init-sigma", type=float, default=0.1, help="sigma that every variance starts from (0.1)")
-    add("--calibrate", type=float, help="instead: sigma as this share of each input's spread, from one batch")
+    add("--calibrate", type=float, help="instead: sigma as this ratio to each layer's input spread, from one batch")
     add("--m", type=int, default=1, help="trajectories per example (1)")
     add("--alpha", type=float, default=0.0, help="weight of the sum of the variances (0)")
     add("--beta", type=float, default=0.0, help="weight of the sum of their logarithms (0)")

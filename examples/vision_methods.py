@@ -86,9 +86,8 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, config: dict) -> Tensor:
     if config["method"] != "DIP":
         return dip.objective(out, y, F.cross_entropy)
     alpha, spread = config["alpha"], config["sigma"] ** 2 * config.get("beta_factor", 1.0)
-    return dip.objective(
-        out, y, F.cross_entropy, model, alpha=alpha, beta=alpha * spread, lambda_s=config.get("lambda_s", 0.0)
-    )
+    terms = {"alpha": alpha, "beta": alpha * spread, "lambda_s": config.get("lambda_s", 0.0)}
+    return dip.objective(out, y, F.cross_entropy, model, kl=0.0, **terms)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: dict) -> None:

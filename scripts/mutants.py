@@ -242,6 +242,7 @@ MUTANTS = [
     Mutant("dipkernels/trajectories.py", "return parts[0] / max(k, 1)", "return parts[0]", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/trajectories.py", "seeds.numbered_pass(number, count)", "seeds.numbered_pass(0, count)", ("tests/test_trajectories.py",)),
     Mutant("dipkernels/trajectories.py", "count = min(chunk, max(k, 1) - first)", "count = chunk", ("tests/test_trajectories.py",)),
+    Mutant("dipkernels/objective.py", "part.mean() for part in parts", "part.sum() for part in parts", ("tests/test_objective.py",)),
     Mutant("dipkernels/objective.py", "log_variance.exp().sum() - beta * log_variance.sum() + total", "log_variance.exp().sum() + beta * log_variance.sum() + total", ("tests/test_objective.py",)),
     Mutant("dipkernels/objective.py", "float32)).var(0)", "float32)).var(0, unbiased=False)", ("tests/test_objective.py",)),
     Mutant("dipkernels/objective.py", "variance.sum(-1).mean() if", "variance.mean() if", ("tests/test_objective.py",)),

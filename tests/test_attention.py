@@ -209,7 +209,7 @@ def test_plain_parameters_keep_their_names_and_a_plain_checkpoint_loads():
         attention = DIPMultiheadAttention(E, H, init_variance=0.25, num_samples=2, **form)
         attention.load_state_dict(state)
         added = set(attention.state_dict()) - set(state)
-        assert all(name.endswith("variance.log_variance") for name in added)
+        assert all(name.rpartition(".")[2] in ("log_variance", "log_prior") for name in added)
         assert set(state) <= set(attention.state_dict())
         assert all(layer.num_samples == 2 for layer in dip_layers(attention).values())
         assert list(dip.to_plain(attention).state_dict()) == list(state)
@@ -326,8 +326,8 @@ def test_an_encoder_is_noised_in_training_under_predict_and_sampling_on():
                 other.training = other is layer
             assert not torch.equal(model(x), base), name
     model.train()
-    rows = dip.calibrate(model, [x])
-    assert all(row.share == pytest.approx(0.1, rel=1e-3) for row in rows)
+    rows = dip.calibrate(model, [x], ratio=0.1, per="feature")
+    assert all(row.ratio == pytest.approx(0.1, rel=1e-3) for row in rows)
 
 
 def test_a_whole_transformer_converts_and_comes_back():

@@ -258,12 +258,17 @@ def test_a_checkpoint_with_other_shapes_is_named():
 def test_variances_come_back_as_they_were():
     model = convert(Net())
     saved = variances(model)
-    assert list(saved) == [n for n in model.state_dict() if n.endswith("log_variance")]
+    assert list(saved) == [n for n in model.state_dict() if n.endswith(("log_variance", "log_prior"))]
     with torch.no_grad():
         model.head.log_variance.add_(1)
+        model.head.variance.log_prior.sub_(1)
     assert not torch.equal(model.head.log_variance, saved["head.variance.log_variance"])
     load_variances(model.double(), saved)
     assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
+    assert torch.equal(model.head.variance.log_prior.float(), saved["head.variance.log_prior"])
+    model.head.variance.log_prior.fill_(-9.0)
+    load_variances(model, {n: t for n, t in saved.items() if n.endswith("log_variance")})  # of an older release
+    assert bool((model.head.variance.log_prior == -9.0).all())
 
 
 def test_more_layers_than_streams_are_refused(monkeypatch):
@@ -458,13 +463,26 @@ def test_calibrate_sets_sigma_to_ratio_times_the_spread():
     scale = torch.tensor([1.0, 10.0, 0.1, 3.0, 1.0])
     # offsets far from zero, uneven batches: a naive E[x^2] - E[x]^2 in float32 would lose this
     x = 1000 + torch.randn(101, 5) * scale
-    rows = calibrate(model, x.split(17), ratio=0.2)
+    rows = calibrate(model, x.split(17), ratio=0.2, per="feature")
     torch.testing.assert_close(
         model[0].variance.sigma.double(), 0.2 * x.double().std(0, correction=0), rtol=1e-5, atol=0
     )
     hidden = model.eval()[0](x).detach().double().std(0, correction=0)
     torch.testing.assert_close(model[1].variance.sigma.double(), 0.2 * hidden, rtol=1e-4, atol=0)
-    assert rows[0].share == pytest.approx(0.2, rel=1e-4)
+    assert rows[0].ratio == pytest.approx(0.2, rel=1e-4)
+
+
+def test_calibrate_gives_a_layer_one_sigma_from_its_root_mean_square_spread_and_the_same_prior():
+    model = convert(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2)))
+    x = torch.randn(101, 5) * torch.tensor([1.0, 10.0, 0.1, 3.0, 0.0])
+    rows = calibrate(model, x.split(17), ratio=0.5)
+    spread = x.double().std(0, correction=0)
+    sigma = 0.5 * spread.square().mean().sqrt()
+    torch.testing.assert_close(model[0].variance.sigma.double(), sigma.expand(5), rtol=1e-5, atol=0)
+    for layer in model:
+        assert torch.equal(layer.variance.log_prior, layer.log_variance)
+    # the median over the features that vary: of the ratios 0.5 rms / (0.1, 1, 3, 10) the lower middle one
+    assert rows[0].ratio == pytest.approx((sigma / spread[3]).item(), rel=1e-5)
 
 
 def test_calibrate_measures_channels_and_chosen_dimensions():
@@ -475,7 +493,7 @@ def test_calibrate_measures_channels_and_chosen_dimensions():
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(3)[..., None, None])
     x = torch.randn(8, 3, 4, 5) * torch.tensor([1.0, 2, 3])[:, None, None]
-    calibrate(model, [x], ratio=1.0)
+    calibrate(model, [x], ratio=1.0, per="feature")
     torch.testing.assert_close(model[0].variance.sigma, x.std((0, 2, 3), correction=0))
     torch.testing.assert_close(model[1].variance.sigma, x.std((0, 1, 3), correction=0))
 
@@ -484,10 +502,10 @@ def test_a_feature_that_never_varies_gets_the_floor():
     model = convert(nn.Linear(3, 2))
     x = torch.randn(100, 3)
     x[:, 1] = 4.0
-    rows = calibrate(model, [x], ratio=0.1, floor=0.05)
+    rows = calibrate(model, [x], ratio=0.1, per="feature", floor=0.05)
     rms = x.double().std(0, correction=0).square().mean().sqrt().item()
     assert model.variance.sigma[1].item() == pytest.approx(0.1 * 0.05 * rms)
-    assert rows[0].share == pytest.approx(0.1)  # the blank feature is left out of it
+    assert rows[0].ratio == pytest.approx(0.1)  # the blank feature is left out of it
 
 
 def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
@@ -521,7 +539,7 @@ def test_calibrate_sees_through_torch_compile():
     x = torch.randn(10, 4)
     with noise_off():
         model.eval()(x)
-    calibrate(model, [x], ratio=1.0)
+    calibrate(model, [x], ratio=1.0, per="feature")
     torch.testing.assert_close(dip_layers(model)["_orig_mod.0"].variance.sigma, x.std(0, correction=0))
 
 
@@ -535,6 +553,7 @@ def test_calibrate_sees_through_torch_compile():
         ([torch.zeros(0, 4)], {}, r"none reached \['0', '1'\]"),
         ([torch.randn(5, 4)], {"ratio": 0}, "^ratio: "),
         ([torch.randn(5, 4)], {"floor": -1}, "^floor: "),
+        ([torch.randn(5, 4)], {"per": "model"}, "^per: expected 'layer' or 'feature', got 'model'"),
     ],
 )
 def test_calibrate_names_bad_input_and_leaves_the_variances(batches, options, message):
@@ -568,14 +587,13 @@ def test_summary_prints_a_table():
     model = convert(Net(), 0.04)
     rows = summary(model)
     assert isinstance(rows, Summary)
-    assert rows[0].share is None
+    assert rows[0].ratio is None
     measured = summary(model, [X])
-    assert measured[0].share == pytest.approx(0.2 / X.std(correction=0).item(), rel=1e-4)
-    assert summary(model)[0].share == measured[0].share
+    assert measured[0].ratio == pytest.approx(0.2 / X.std(correction=0).item(), rel=1e-4)
+    assert summary(model)[0].ratio == measured[0].ratio
     lines = str(measured).splitlines()
     assert len(lines) == 5
-    assert all(word in lines[0] for word in ("layer", "sigma min", "share"))
-    assert "%" in lines[1]
+    assert all(word in lines[0] for word in ("layer", "sigma min", "ratio"))
     assert str(summary(convert(nn.Linear(2, 2)))).splitlines()[1].startswith("(root)")
 
 

@@ -34,18 +34,25 @@ def test_the_quick_run_writes_its_table_plot_and_results(tmp_path, capsys):
 
 
 def test_variants_start_from_the_same_weights_and_only_dip_learns_its_variance():
-    models = {variant: digits.build(variant, seed=1) for variant in digits.VARIANTS}
+    x = digits.load(1)[0]
+    models = {variant: digits.build(variant, 1, x) for variant in digits.VARIANTS}
     for model in models.values():
         assert model[0].weight.equal(models["plain"][0].weight)
     assert not models["fixed sigma"][0].log_variance.requires_grad
     assert models["dip"][0].log_variance.requires_grad
+    assert models["dip"][0].log_variance.equal(models["fixed sigma"][0].log_variance)
+    assert [type(m).__name__ for m in models["input noise"] if hasattr(m, "weight")] == [
+        "DIPLinear",
+        "Linear",
+        "Linear",
+    ]
 
 
 def test_pgd_stays_in_its_ball_and_hurts():
     x_train, _, x_test, y_test = digits.load(0)
     assert len(x_train) == digits.NUM_TRAIN
     assert len(x_train) + len(x_test) == 1797
-    model = digits.build("plain", 0).eval()
+    model = digits.build("plain", 0, x_train).eval()
     attacked = digits.pgd(model, x_test, y_test, 0.1, steps=5)
     assert (attacked - x_test).abs().max() <= 0.1 + 1e-6
     assert attacked.min() >= 0

@@ -11,7 +11,7 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels import seeds, tensor_parallel
-from dipkernels.layers import DIPLinear, number_layers
+from dipkernels.layers import DIPInput, DIPLinear, number_layers
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -268,6 +268,42 @@ def check_penalty(rank, world):
         assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
 
 
+def check_kl(rank, world):
+    def with_priors():
+        model = make_model()
+        for m in model.modules():
+            if isinstance(m, dip.Variance):
+                m.log_prior.copy_(torch.linspace(-4, -1, m.log_prior.numel()))
+        return model
+
+    plain = with_priors()
+    want = dip.kl_penalty(plain, 0.3)
+    want.backward()
+    model = shard(with_priors())
+    total = dip.kl_penalty(model, 0.3)
+    total.backward()
+    assert want > 0 and not tensor_parallel.is_dtensor(total)
+    torch.testing.assert_close(total, want)
+    got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
+    assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
+    layer = DIPInput(4, init_variance=0.5)  # a style of tensor parallelism may have made the prior a DTensor too
+    layer.variance.log_variance = nn.Parameter(layer.log_variance.detach() + 1)
+    expected = dip.kl_penalty(layer)
+    whole = tensor_parallel.laid_out_as(layer.variance.log_prior, _replicated(world))
+    layer.variance.log_prior = whole
+    torch.testing.assert_close(dip.kl_penalty(layer), expected)
+
+
+def _replicated(world):
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    return distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (world,)), [Replicate()])
+
+
+def test_kl_over_shards_is_the_whole_kl(ranks):
+    ranks.run(check_kl)
+
+
 def check_summary(rank, world):
     plain = make_model()
     with torch.no_grad():
@@ -492,6 +528,8 @@ def check_faults(rank, world):
     fully_shard(model, mp_policy=half)
     renumbered = make_model()
     renumbered[1].up.set_number(2 + 7 * rank)
+    calibrated = make_model()
+    dip.calibrate(calibrated, [(1 + rank) * batch()[0]])
     messages = []
     for call in (
         lambda: dip.check_ranks(model),
@@ -499,6 +537,7 @@ def check_faults(rank, world):
         lambda: dip.shard_variances(nn.Linear(2, 2)),
         lambda: dip.shard_variances(make_model(), mp_policy=half),
         lambda: dip.check_ranks(renumbered),
+        lambda: dip.check_ranks(calibrated),
         lambda: shard(make_model(), apart=False)[0].up.forward(torch.randn(3, 16)),
     ):
         try:
@@ -511,13 +550,14 @@ def check_faults(rank, world):
 
 def test_faults_are_named_with_layers_and_ranks(ranks):
     for messages in ranks.run(check_faults):
-        policy, at_op, empty, helper, numbers, outside = messages
+        policy, at_op, empty, helper, numbers, priors, outside = messages
         assert "rank 1: 0.up.variance.log_variance: FSDP would compute it in torch.bfloat16" in policy
         assert "2.variance.log_variance" in policy
         assert "sigma: expected torch.float32" in at_op
         assert "module: expected DIP layers" in empty
         assert "mp_policy: expected" in helper
         assert "rank 1 numbers the layers ['1.up'] differently" in numbers
+        assert "rank 1 has other priors than rank 0 at ['0.up'," in priors and "same batches" in priors
         assert "outside the forward" in outside
 
 

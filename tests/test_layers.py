@@ -133,7 +133,26 @@ def test_a_plain_checkpoint_loads_strictly_and_leaves_the_variances():
     assert torch.equal(model[0].weight, plain[0].weight)
     assert model[0].log_variance[0].item() == 3.0
     assert model[1].log_variance[0].item() == pytest.approx(math.log(0.25))
-    assert set(model.state_dict()) - set(plain.state_dict()) == {"0.variance.log_variance", "1.variance.log_variance"}
+    assert set(model.state_dict()) - set(plain.state_dict()) == {
+        f"{i}.variance.{name}" for i in (0, 1) for name in ("log_variance", "log_prior")
+    }
+
+
+def test_the_prior_is_kept_in_float32_and_loads_with_or_without_an_entry():
+    layer = DIPLinear(4, 4, init_variance=0.5)
+    assert torch.equal(layer.variance.log_prior, layer.log_variance)
+    layer.variance.log_prior.fill_(-1.25)
+    state = layer.bfloat16().state_dict()
+    assert state["variance.log_prior"].dtype is torch.float32
+    again = DIPLinear(4, 4)
+    again.load_state_dict(state)
+    assert torch.equal(again.variance.log_prior, torch.full((4,), -1.25))
+    del state["variance.log_prior"]  # variances of a release without priors
+    other = DIPLinear(4, 4, init_variance=0.3)
+    other.load_state_dict(state)
+    assert torch.equal(other.variance.log_prior, torch.full((4,), 0.3).log())
+    layer.variance.reset_parameters()
+    assert torch.equal(layer.variance.log_prior, torch.full((4,), 0.5).log())
 
 
 def test_a_wrong_shape_and_a_missing_weight_are_errors():
@@ -149,11 +168,12 @@ def test_loading_by_assignment_keeps_float32():
     state = {name: value.bfloat16() for name, value in source.state_dict().items()}
     layer.load_state_dict(state, assign=True)
     assert layer.weight.dtype is torch.bfloat16
-    assert layer.log_variance.dtype is torch.float32
+    assert layer.log_variance.dtype is layer.variance.log_prior.dtype is torch.float32
     with torch.device("meta"):
         empty = DIPLinear(4, 4, init_variance=0.3)
     empty.load_state_dict(nn.Linear(4, 4).state_dict(), assign=True)
     assert torch.equal(empty.log_variance, source.log_variance)
+    assert torch.equal(empty.variance.log_prior, source.variance.log_prior)
 
 
 @pytest.mark.parametrize(("make", "shape"), CASES)

@@ -823,5 +823,5 @@ def test_convolutions_of_every_rank_have_a_variance_per_channel(rank, options, b
         u = x + 0.5 * dip.functional.noise(tuple(x.shape), torch.tensor([1, 0]), dim=-rank - 1)
     torch.testing.assert_close(y, plain(u), rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.eval()(x), plain(x))
-    assert dip.summary(dip.convert(nn.Sequential(copy.deepcopy(plain))), [x])[0].share is not None
+    assert dip.summary(dip.convert(nn.Sequential(copy.deepcopy(plain))), [x])[0].ratio is not None
     assert isinstance(layer, DIPConv2d) == (rank == 2)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dipkernels.convert import convert
 from dipkernels.layers import DIPInput, DIPLinear
-from dipkernels.objective import objective, penalty
+from dipkernels.objective import KL, kl_penalty, objective, penalty
 
 OUT = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1])
@@ -35,10 +35,69 @@ def test_penalty_alone_is_least_at_beta_over_alpha():
     torch.testing.assert_close(layer.variance.sigma.square(), torch.full((5,), 0.075), rtol=5e-3, atol=0)
 
 
+def test_kl_penalty_is_the_divergence_summed_over_layers_and_averaged_over_features():
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 0.25)
+    assert kl_penalty(model).item() == 0.0
+    expected = 0.0
+    for layer, gamma in zip(model, (0.04, 0.09)):
+        layer.variance.log_prior.fill_(math.log(gamma))
+        with torch.no_grad():
+            layer.log_variance.normal_()
+        pair = [torch.distributions.Normal(0.0, s) for s in (layer.variance.sigma, gamma**0.5)]
+        expected += torch.distributions.kl_divergence(*pair).mean()
+    value = kl_penalty(model, 0.7)
+    assert value.dtype is torch.float32
+    torch.testing.assert_close(value, 0.7 * expected)
+
+
+def test_kl_penalty_is_least_at_the_prior():
+    layer = DIPInput(5, init_variance=3.0)
+    layer.variance.log_prior.copy_(torch.linspace(-3, 1, 5))
+    optimizer = torch.optim.Adam([layer.log_variance], lr=0.1)
+    for _ in range(500):
+        optimizer.zero_grad()
+        kl_penalty(layer).backward()
+        optimizer.step()
+    torch.testing.assert_close(layer.log_variance.detach(), layer.variance.log_prior, rtol=0, atol=1e-3)
+
+
+def test_alpha_and_beta_are_the_paper_form_of_the_divergence():
+    """alpha = w / (2 gamma), beta = w / 2: the gradient of a KL summed over features with weight w."""
+    layer, gamma, w = DIPInput(6, init_variance=0.3), 0.04, 0.5
+    layer.variance.log_prior.fill_(math.log(gamma))
+    kl_penalty(layer, w * 6).backward()
+    wanted = layer.log_variance.grad.clone()
+    layer.zero_grad()
+    penalty(layer, w / (2 * gamma), w / 2).backward()
+    torch.testing.assert_close(layer.log_variance.grad, wanted)
+
+
+def test_kl_penalty_compiles_in_one_graph_and_a_layer_without_features_adds_nothing():
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 0.25)
+    model[0].variance.log_prior.zero_()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: kl_penalty(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), kl_penalty(model))
+    torch.testing.assert_close(kl_penalty(nn.ModuleList([*model, DIPInput(0)])), kl_penalty(model))
+    assert kl_penalty(DIPInput(0)).item() == 0.0
+
+
+def test_the_default_weight_needs_a_model_and_no_alpha():
+    model = convert(nn.Linear(4, 3), 0.25)
+    model.variance.log_prior.fill_(0.0)
+    alone = objective(OUT, Y, F.cross_entropy)
+    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model), alone + KL * kl_penalty(model, 1.0))
+    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model, kl=0.0), alone)
+    form = objective(OUT, Y, F.cross_entropy, model, alpha=0.1, beta=0.2)
+    torch.testing.assert_close(form, alone + penalty(model, 0.1, 0.2))
+
+
 def test_a_shared_variance_counts_once():
     a, b = DIPLinear(4, 4), DIPLinear(4, 4)
+    a.variance.log_prior.fill_(0.0)
     b.variance = a.variance
     assert penalty(nn.ModuleList([a, b]), 1.0, 1.0) == penalty(a, 1.0, 1.0)
+    assert kl_penalty(nn.ModuleList([a, b])) == kl_penalty(a) > 0
     b.variance = DIPLinear(4, 4).variance
     b.variance.log_variance = a.variance.log_variance
     assert penalty(nn.ModuleList([a, b, a]), 1.0, 1.0) == penalty(a, 1.0, 1.0)
@@ -69,7 +128,10 @@ def test_the_variance_over_trajectories_is_unbiased():
 def test_gradients_reach_the_variances_through_every_term():
     model = convert(nn.Linear(6, 3), 0.25)
     x = torch.randn(5, 6)
-    for weights in ({}, {"alpha": 1.0}, {"beta": 1.0}, {"lambda_s": 1.0}):
+    model.variance.log_prior.fill_(-2.0)
+    objective(torch.zeros(2, 5, 3), Y, F.cross_entropy, model).backward()  # the KL term alone
+    assert bool(model.log_variance.grad.all())
+    for weights in ({}, {"kl": 0.0}, {"alpha": 1.0}, {"alpha": 1.0, "beta": 1.0}, {"lambda_s": 1.0}):
         model.zero_grad()
         objective(torch.stack([model(x), model(x)]), Y, F.cross_entropy, model, **weights).backward()
         assert bool(model.log_variance.grad.any())
@@ -83,10 +145,22 @@ def test_gradients_reach_the_variances_through_every_term():
         (lambda: penalty(DIPInput(2), 1, float("nan")), ValueError, "^beta: "),
         (lambda: objective(OUT, Y, F.cross_entropy, alpha=1.0), ValueError, "^model: expected the model"),
         (
-            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2), beta=1.0),
+            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2), alpha=1.0),
             ValueError,
             "^model: expected DIP layers",
         ),
+        (lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2)), ValueError, "^model: expected DIP layers"),
+        (lambda: objective(OUT, Y, F.cross_entropy, kl=0.1), ValueError, "^model: expected the model"),
+        (lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), kl=-1.0), ValueError, "^kl: "),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), kl=0.1, alpha=1.0),
+            ValueError,
+            "^kl: expected none beside alpha",
+        ),
+        (lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), beta=1.0), ValueError, "^alpha: expected > 0 beside"),
+        (lambda: penalty(DIPInput(2), 0.0, 1.0), ValueError, "^alpha: expected > 0 beside beta"),
+        (lambda: kl_penalty(nn.Linear(2, 2)), ValueError, "^model: expected DIP layers"),
+        (lambda: kl_penalty(DIPInput(2), float("inf")), ValueError, "^kl: "),
         (lambda: objective(OUT, Y, F.cross_entropy, lambda_s=-1.0), ValueError, "^lambda_s: "),
         (
             lambda: objective(OUT[:1], Y, F.cross_entropy, lambda_s=1.0),

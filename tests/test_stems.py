@@ -34,7 +34,7 @@ ORDER = [
     "layers",
 ]
 ORDER += ["distributed", "attention", "convert"]
-ORDER += ["analytic", "trajectories", "diagnostics", "objective", "env_report"]
+ORDER += ["analytic", "trajectories", "diagnostics", "certify", "objective", "tune", "env_report"]
 
 
 @pytest.mark.parametrize("stem", STEMS)

@@ -9,19 +9,20 @@ import dipkernels as dip
 
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     dip.convert(model, init_variance=0.01, exclude=["head"])
-    dip.calibrate(model, [x for x, _ in batches], ratio=0.1)
+    dip.calibrate(model, [x for x, _ in batches], ratio=0.5, per="layer")
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3, weight_decay=0.05, variance_lr=1e-2))
     for x, y in batches:
         out = dip.trajectories(model, x, m=4)
-        loss: Tensor = dip.objective(out, y, F.cross_entropy, model, alpha=1e-4, beta=1e-6) + dip.penalty(
-            model, 1e-4, 1e-6
-        )
+        loss: Tensor = dip.objective(out, y, F.cross_entropy, model)
+        loss = loss + dip.kl_penalty(model, 0.1) + dip.penalty(model, 1e-4, 1e-6)
         loss.backward()
         optimizer.step()
     with dip.fixed_noise(key=7, row0=0) as fixed, dip.noise_off():
         print(fixed, dip.summary(model), dip.env_report())
     probabilities: Tensor = dip.predict(model.eval(), batches[0][0], k=16, average="probs")
     print(probabilities)
+    found: dip.Certificate = dip.certify(model, batches[0][0], k=100)
+    print(found.radius, found.accuracy(batches[0][1], 0.1))
     return dip.to_plain(model)
 
 

@@ -1,0 +1,160 @@
+"""Choose ratio and kl on validation data: successive halving within a stated budget."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RATIOS = (0.3, 0.6, 1.0, 1.5)
+WEIGHTS = (0.1, 0.2, 1.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run: its settings, what it might spend, and its two scores on validation data."""
+
+    ratio: float
+    kl: float
+    budget: int
+    clean: float
+    robust: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `tune` found: the settings to use and every trial; prints as a table."""
+
+    ratio: float
+    kl: float
+    trials: tuple[Trial, ...]
+    tolerance: float
+
+    def __str__(self) -> str:
+        lines = [f"{'ratio':>6}  {'kl':>6}  {'budget':>7}  {'clean':>8}  {'robust':>8}"]
+        for t in self.trials:
+            chosen = "  <- chosen" if t is self.best else ""
+            lines.append(f"{t.ratio:6g}  {t.kl:6g}  {t.budget:7d}  {t.clean:8.4g}  {t.robust:8.4g}{chosen}")
+        return "\n".join(lines)
+
+    @property
+    def best(self) -> Trial:
+        """The chosen trial, at the largest budget."""
+        return ranked([t for t in self.trials if t.budget == self.trials[-1].budget], self.tolerance)[0]
+
+    def plot(self, path: str | Path) -> None:
+        """Robust against clean score, one point for each trial, larger for a larger budget. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4.5), layout="constrained")
+        axis = figure.subplots()
+        largest = max(t.budget for t in self.trials)
+        sizes = [20 + 80 * t.budget / largest for t in self.trials]
+        shown = axis.scatter(
+            [t.clean for t in self.trials], [t.robust for t in self.trials], sizes, [t.ratio for t in self.trials]
+        )
+        figure.colorbar(shown, label="ratio")
+        for t in self.trials:
+            if t.budget == largest:
+                axis.annotate(f"kl {t.kl:g}", (t.clean, t.robust), (4, 4), textcoords="offset points", fontsize=8)
+        axis.scatter([self.best.clean], [self.best.robust], 200, facecolors="none", edgecolors="red", label="chosen")
+        axis.set(xlabel="clean score on validation data", ylabel="robust score on validation data")
+        axis.grid(alpha=0.3)
+        axis.legend()
+        figure.savefig(path, dpi=120)
+
+
+def tune(
+    run: Callable[[float, float, int], Mapping[str, float]],
+    budget: int,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    kls: Sequence[float] = WEIGHTS,
+    tolerance: float = 0.01,
+    progress: bool = True,
+) -> Tuned:
+    """Pick calibrate's ratio and objective's kl: all pairs for a short run, the better half for twice as long, and so on.
+
+    A pair is better if its clean score is within `tolerance` of the best one's and its robust score is higher; pairs
+    that cost more clean score come after, the cleanest first.
+
+    Args:
+        run: run(ratio, kl, budget) trains a fresh model for that many units, say epochs, and returns the mapping
+            {"clean": ..., "robust": ...}, both higher for better, on validation data (accuracy as it is, and under
+            an attack or noise). The same seed for all pairs compares them best.
+        budget: units in all; at least one for each pair and round.
+        ratios: of `calibrate`, > 0.
+        kls: of `objective`, >= 0.
+        tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of accuracies in 0 .. 1).
+        progress: show a progress bar if tqdm is installed.
+
+    Returns:
+        A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the trade.
+
+    Raises:
+        ValueError: for bad values, a budget too small, or scores that are missing or not finite.
+    """
+    pairs = list(itertools.product(ratios, kls))
+    if not pairs or not all(math.isfinite(r) and r > 0 and math.isfinite(w) and w >= 0 for r, w in pairs):
+        raise ValueError(f"ratios, kls: expected numbers > 0 and >= 0, got {list(ratios)} and {list(kls)}")
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
+    rounds = plan(len(pairs), budget)
+    trials: list[Trial] = []
+    with _bar(sum(count * units for count, units in rounds), progress) as advance:
+        for count, units in rounds:
+            now = []
+            for ratio, kl in pairs[:count]:
+                now.append(Trial(ratio, kl, units, **_scores(run(ratio, kl, units))))
+                advance(units)
+            trials += now
+            pairs = [(t.ratio, t.kl) for t in ranked(now, tolerance)]
+    (ratio, kl) = pairs[0]
+    return Tuned(ratio, kl, tuple(trials), tolerance)
+
+
+def plan(pairs: int, budget: int) -> list[tuple[int, int]]:
+    """(pairs, units for each) of every round: half the pairs and twice the units from one to the next."""
+    counts = [pairs]
+    while counts[-1] > 2:
+        counts.append(-(-counts[-1] // 2))
+    cost = sum(count * 2**i for i, count in enumerate(counts))
+    if budget < cost:
+        raise ValueError(f"budget: expected at least {cost} units for {pairs} pairs, got {budget}")
+    return [(count, budget // cost * 2**i) for i, count in enumerate(counts)]
+
+
+def ranked(trials: Sequence[Trial], tolerance: float) -> list[Trial]:
+    """Best first."""
+    floor = max(t.clean for t in trials) - tolerance
+    fine = sorted((t for t in trials if t.clean >= floor), key=lambda t: -t.robust)
+    return fine + sorted((t for t in trials if t.clean < floor), key=lambda t: -t.clean)
+
+
+def _scores(result: Mapping[str, float]) -> dict[str, float]:
+    try:
+        scores = {name: float(result[name]) for name in ("clean", "robust")}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'run: expected a mapping {{"clean": ..., "robust": ...}}, got {result!r}') from None
+    if not all(math.isfinite(value) for value in scores.values()):
+        raise ValueError(f"run: expected finite scores, got {scores}")
+    return scores
+
+
+def _bar(total: int, progress: bool) -> contextlib.AbstractContextManager[Callable[[int], Any]]:
+    if progress:
+        with contextlib.suppress(ImportError):
+            from tqdm.auto import tqdm
+
+            return _updates(tqdm(total=total, desc="tune", dynamic_ncols=True))
+    return contextlib.nullcontext(lambda units: None)
+
+
+@contextlib.contextmanager
+def _updates(bar: Any) -> Any:
+    with bar:
+        yield bar.update

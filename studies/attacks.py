@@ -1,0 +1,202 @@
+"""Attacks that count: AutoAttack, PGD with restarts, attacks through the noise, and certified accuracy.
+
+    python studies/attacks.py           writes out/studies/attacks/{summary.json,table.md,attacks.png}
+    python studies/attacks.py --quick   digits, one seed, few steps: does it run?
+
+All but the last two columns attack the deterministic forward. k = 8 is the prediction of eight
+noisy passes, attacked by PGD on the loss averaged over fresh draws in every step (expectation over
+the noise). Certified: noise at the input alone, `dip.certify`; what it says of an L2 ball of
+radius r holds for any attack. Needs torchattacks (pip install --no-deps torchattacks): AutoAttack
+is its APGD-CE, APGD-T, FAB-T and Square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import parts
+import torch
+import torch.nn.functional as F
+from tables import interval, markdown, signed, verdict
+from tasks import TASKS, split
+from torch import Tensor, nn
+from training import train
+
+import dipkernels as dip
+
+CASES = {"digits MLP": (0.05, 0.1, 0.15), "fashion MLP": (0.025, 0.05, 0.1)}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "default": {},
+    "fixed 1": {"ratio": 1.0, "fixed": True},
+    "input fixed 1": {"ratio": 1.0, "fixed": True, "where": "input"},
+}
+RADII = (0.1, 0.25, 0.5, 1.0)  # L2
+EXAMPLES = 300
+
+
+def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x).argmax(-1) == y
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, draws: int = 0) -> Tensor:
+    """One start; with draws > 0 the gradient is the mean over that many noisy passes, fresh in every step."""
+    adversarial = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        if draws:
+            with noisy(model):
+                out = dip.trajectories(model, adversarial, m=draws)
+            loss = F.nll_loss(out.softmax(-1).mean(0).log(), y)
+        else:
+            loss = F.cross_entropy(model(adversarial), y)
+        (grad,) = torch.autograd.grad(loss, adversarial)
+        moved = adversarial.detach() + 2.5 * eps / steps * grad.sign()
+        adversarial = torch.minimum(torch.maximum(moved, x - eps), x + eps).clamp(0, 1)
+    return adversarial.detach()
+
+
+@contextlib.contextmanager
+def noisy(model: nn.Module) -> Iterator[None]:
+    """Training mode, in which the noise is on; the bench's networks have no dropout or BatchNorm."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+def auto_attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -> Tensor:
+    import torchattacks
+
+    side = int(x.shape[1] ** 0.5)  # it wants images
+
+    class Images(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return model(images.flatten(1))
+
+    attack = torchattacks.AutoAttack(Images().eval(), eps=eps, n_classes=10, seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return attack(x.unflatten(1, (1, side, side)), y).flatten(1)
+
+
+def part(key: dict[str, Any]) -> dict[str, Any]:
+    task, seed, quick = TASKS[key["task"]], key["seed"], key["quick"]
+    data = split(task, seed)
+    model = train(task, data, seed, key["options"], {"epochs": 3} if quick else {})
+    count = 50 if quick else EXAMPLES
+    x, y = data.x_test[:count], data.y_test[:count]
+    middle = key["strengths"][len(key["strengths"]) // 2]
+    steps, restarts = (5, 2) if quick else (50, 5)
+    result: dict[str, Any] = {"clean": 100 * correct(model, x, y).double().mean().item()}
+    torch.manual_seed(2000 + seed)
+    for eps in key["strengths"]:
+        safe = correct(model, x, y)
+        for _ in range(restarts):
+            safe &= correct(model, pgd(model, x, y, eps, steps), y)
+        result[f"PGD-50 x 5, {eps}"] = 100 * safe.double().mean().item()
+        if eps == middle and not quick:
+            safe &= correct(model, auto_attack(model, x, y, eps, seed), y)
+            result[f"AutoAttack, {eps}"] = 100 * safe.double().mean().item()
+    if key["options"] is not None:
+        hit = pgd(model, x, y, middle, steps if quick else 20, draws=8)
+        for name, inputs in (("k = 8, clean", x), (f"k = 8, PGD through noise, {middle}", hit)):
+            guess = dip.predict(model, inputs, k=8).argmax(-1)
+            result[name] = 100 * (guess == y).double().mean().item()
+    if (key["options"] or {}).get("where") == "input":
+        with dip.fixed_noise(key=seed):
+            found = dip.certify(model, x, k=100 if quick else 1000)
+        for radius in RADII:
+            result[f"certified, L2 {radius}"] = 100 * found.accuracy(y, radius)
+    return result
+
+
+def study(task: str, out: Path, seeds: int, quick: bool, workers: int) -> dict[str, Any]:
+    keys = [
+        {"task": task, "method": m, "seed": s, "options": o, "strengths": CASES[task], "quick": quick}
+        for m, o in METHODS.items()
+        for s in range(seeds)
+    ]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for result in parts.run(part, keys, out, workers):
+        runs.setdefault(result["method"], []).append(result)
+    rows: dict[str, Any] = {}
+    for method, each in runs.items():
+        rows[method] = {}
+        for score in (name for name in each[0] if name not in keys[0]):
+            values = [run[score] for run in each]
+            row: dict[str, Any] = {"mean": statistics.fmean(values)}
+            if score in runs["plain"][0]:
+                difference = [v - run[score] for v, run in zip(values, runs["plain"], strict=True)]
+                mean, half = interval(difference)
+                row |= {"minus_plain": mean, "half_width": half, "verdict": verdict(difference)}
+                row["text"] = signed(difference)
+            rows[method][score] = row
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    tables = []
+    for task, rows in results.items():
+        scores = list(dict.fromkeys(score for row in rows.values() for score in row))
+        lines = []
+        for score in scores:
+            cells = []
+            for method, row in rows.items():
+                cell = row.get(score)
+                text = "-" if cell is None else f"{cell['mean']:.1f}"
+                cells.append(text + (f" ({cell['text']})" if cell and "text" in cell and method != "plain" else ""))
+            lines.append([score, *cells])
+        tables.append(f"{task}\n\n" + markdown(["", *rows], lines))
+    return "\n\n".join(tables)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
+    for axis, (task, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        for i, (method, row) in enumerate(rows.items()):
+            for kind, style in (("PGD-50 x 5", "o-"), ("AutoAttack", "x")):
+                shown = {0.0: row["clean"]["mean"]} if kind != "AutoAttack" else {}
+                shown |= {float(n.split(", ")[1]): v["mean"] for n, v in row.items() if n.startswith(kind)}
+                if shown:
+                    axis.plot(list(shown), list(shown.values()), style, color=f"C{i}",
+                              label=f"{method}, {kind}")  # fmt: skip
+        axis.set(title=task, xlabel="strength, L-infinity", ylabel="accuracy, %")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/studies/attacks"))
+    parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--quick", action="store_true", help="digits, one seed, few steps")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.tasks, args.seeds = ["digits MLP"], 1
+    results = {task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks}
+    text = table(results)
+    (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "table.md").write_text(text + "\n")
+    plot(results, args.out / "attacks.png")
+    print(text)
+    print(f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

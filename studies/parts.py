@@ -1,0 +1,69 @@
+"""Parts of a study: each result is one JSON file, so that a stopped study goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def run(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    keys: Iterable[dict[str, Any]],
+    out: Path,
+    workers: int = 1,
+    stored: bool = False,
+) -> list[dict[str, Any]]:
+    """part(key) for every key, or what an earlier run left under out/parts; in the keys' order.
+
+    Args:
+        part: a module-level function; its result must be JSON.
+        keys: JSON too: what a part depends on.
+        out: the study's folder.
+        workers: processes, each with one thread.
+        stored: run nothing; give what is there.
+
+    Returns:
+        {**key, **part(key)} for every key.
+    """
+    keys = list(keys)
+    files = [out / "parts" / f"{_name(key)}.json" for key in keys]
+    if stored:
+        return [json.loads(file.read_text()) for file in files if file.exists()]
+    missing = {file: key for file, key in zip(files, keys, strict=True) if not file.exists()}
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="part", dynamic_ncols=True) as bar:
+        if workers > 1 and len(missing) > 1:
+            with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
+                jobs = {pool.submit(part, key): (file, key) for file, key in missing.items()}
+                for job, (file, key) in jobs.items():
+                    _write(file, {**key, **job.result()})
+                    bar.update()
+        else:
+            for file, key in missing.items():
+                bar.set_description(" ".join(value for value in key.values() if isinstance(value, str)))
+                _write(file, {**key, **part(key)})
+                bar.update()
+    return [json.loads(file.read_text()) for file in files]
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = file.with_suffix(".tmp")
+    part.write_text(json.dumps(value) + "\n")
+    part.replace(file)

@@ -1,0 +1,39 @@
+"""Paired comparisons: the mean difference over seeds with its interval, "undecided" where that holds zero."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+# Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is near enough.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of the 95 % interval of paired differences; infinite for fewer than two."""
+    mean, n = statistics.fmean(differences), len(differences)
+    if n < 2:
+        return mean, math.inf
+    t = _T[n - 2] if n - 2 < len(_T) else 1.96
+    return mean, t * statistics.stdev(differences) / math.sqrt(n)
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """ "better", "worse" or "undecided": whether the interval lies above, below or around zero."""
+    mean, half = interval(differences)
+    return "better" if mean - half > 0 else "worse" if mean + half < 0 else "undecided"
+
+
+def signed(differences: Sequence[float]) -> str:
+    """+1.2 ± 0.8, with a mark where undecided."""
+    mean, half = interval(differences)
+    mark = " ?" if verdict(differences) == "undecided" else ""
+    return f"{mean:+.1f} ± {half:.1f}{mark}" if math.isfinite(half) else f"{mean:+.1f}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+             for row in (head, ["-" * w for w in widths], *rows)]  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""The bench behind the defaults: small tasks of many kinds, each with its network, epochs and strengths.
+
+Every task is split by the seed. Images are in 0 .. 1, tables are standardised by their training
+part. `eps` (PGD, L-infinity) and `noise` (sigma at the input) are strengths that hurt a plainly
+trained network a lot.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+
+@dataclass(frozen=True)
+class Task:
+    """load() gives x [N, ...] and y [N]; the first `train` of a permutation are for training."""
+
+    load: Callable[[], tuple[Tensor, Tensor]]
+    net: Callable[[], nn.Module]
+    train: int
+    epochs: int
+    batch: int
+    eps: float
+    noise: float
+    image: bool = False
+    regression: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+MAX_TEST = 1500
+
+
+def split(task: Task, seed: int) -> Split:
+    x, y = _data(task.load)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order[: task.train], order[task.train : task.train + MAX_TEST]
+    x_train, x_test, y_train, y_test = x[train], x[test], y[train], y[test]
+    if not task.image:
+        mean, std = x_train.mean(0), x_train.std(0).clamp(min=1e-6)
+        x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+    if task.regression:
+        mean, std = y_train.mean(0), y_train.std(0)
+        y_train, y_test = (y_train - mean) / std, (y_test - mean) / std
+    return Split(x_train, y_train, x_test, y_test)
+
+
+@cache
+def _data(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return load()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(x: np.ndarray, y: np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    target = torch.as_tensor(y)
+    target = target.float()[:, None] if target.is_floating_point() else target.long()
+    return torch.tensor(x, dtype=torch.float32) / scale, target
+
+
+def _sklearn(name: str, scale: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
+    def load() -> tuple[Tensor, Tensor]:
+        import sklearn.datasets
+
+        return _tensors(*getattr(sklearn.datasets, name)(return_X_y=True), scale=scale)
+
+    return load
+
+
+def _digit_images() -> tuple[Tensor, Tensor]:
+    x, y = DIGITS()
+    return x.unflatten(1, (1, 8, 8)), y
+
+
+def _fashion() -> tuple[Tensor, Tensor]:
+    def read(name: str, header: int) -> np.ndarray:
+        with gzip.open(FASHION / name) as file:
+            return np.frombuffer(file.read(), np.uint8, offset=header)
+
+    x = read("train-images-idx3-ubyte.gz", 16).reshape(-1, 784)[:6000]
+    return _tensors(x, read("train-labels-idx1-ubyte.gz", 8)[:6000].astype(np.int64), 255.0)
+
+
+def _fashion_images() -> tuple[Tensor, Tensor]:
+    x, y = _data(_fashion)
+    return x.unflatten(1, (1, 28, 28)), y
+
+
+def _mnist1d() -> tuple[Tensor, Tensor]:
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    data = make_dataset(get_dataset_args())
+    return _tensors(np.concatenate([data["x"], data["x_test"]]), np.concatenate([data["y"], data["y_test"]]))
+
+
+def _classification(**options: float) -> Callable[[], tuple[Tensor, Tensor]]:
+    def load() -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import make_classification
+
+        return _tensors(*make_classification(n_samples=3000, random_state=0, **options))
+
+    return load
+
+
+def _moons() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import make_moons
+
+    return _tensors(*make_moons(3000, noise=0.15, random_state=0))
+
+
+def _quantiles() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import make_gaussian_quantiles
+
+    return _tensors(*make_gaussian_quantiles(n_samples=4000, n_features=8, n_classes=3, random_state=0))
+
+
+def _cover() -> tuple[Tensor, Tensor]:
+    """Like covertype: ten numbers, of which some depend on others, and two one-hot factors."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((4000, 5))
+    numbers = hidden @ rng.standard_normal((5, 10)) + 0.3 * rng.standard_normal((4000, 10))
+    area, soil = rng.integers(0, 4, 4000), rng.integers(0, 16, 4000)
+    score = np.tanh(hidden @ rng.standard_normal((5, 24))) @ rng.standard_normal((24, 5))
+    score += 1.5 * rng.standard_normal((4, 5))[area] + 1.5 * rng.standard_normal((16, 5))[soil]
+    return _tensors(np.concatenate([numbers, np.eye(4)[area], np.eye(16)[soil]], 1), score.argmax(1))
+
+
+def _topics() -> tuple[Tensor, Tensor]:
+    """Like embeddings of texts: documents of eight topics, their words' vectors averaged."""
+    rng = np.random.default_rng(0)
+    words = rng.standard_normal((2000, 64)) * rng.gamma(1.0, 1.0, (1, 64))
+    topics = rng.dirichlet(np.full(2000, 0.02), 8)
+    label = rng.integers(0, 8, 3000)
+    mixed = [0.4 * topics[y] + 0.6 * topics.mean(0) for y in range(8)]
+    x = np.stack([rng.multinomial(60, mixed[y] / mixed[y].sum()) @ words / 60 for y in label])
+    return _tensors(x, label)
+
+
+def _friedman() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import make_friedman1
+
+    return _tensors(*make_friedman1(3000, n_features=10, noise=1.0, random_state=0))
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+def mlp(*sizes: int) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
+
+    return make
+
+
+def cnn(side: int, stride: int) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        left = side // stride // stride
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride, 1), nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(32 * left * left, 64), nn.ReLU(), nn.Linear(64, 10),
+        )  # fmt: skip
+
+    return make
+
+
+class ViT(nn.Module):
+    """Patches of 2 x 2 of an 8 x 8 image, two blocks of width 48."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 48, 2, 2)
+        self.place = nn.Parameter(0.02 * torch.randn(16, 48))
+        block = nn.TransformerEncoderLayer(48, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2) + self.place
+        return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+DIGITS = _sklearn("load_digits", 16.0)
+TASKS = {
+    "digits MLP": Task(DIGITS, mlp(64, 256, 256, 10), 500, 100, 100, 0.1, 0.5, image=True),
+    "digits CNN": Task(_digit_images, cnn(8, 1), 500, 50, 50, 0.1, 0.4, image=True),
+    "digits ViT": Task(_digit_images, ViT, 500, 60, 50, 0.1, 0.4, image=True),
+    "fashion MLP": Task(_fashion, mlp(784, 256, 256, 10), 1000, 50, 100, 0.05, 0.5, image=True),
+    "fashion CNN": Task(_fashion_images, cnn(28, 2), 1000, 50, 50, 0.05, 0.3, image=True),
+    "mnist1d": Task(_mnist1d, mlp(40, 128, 128, 10), 2000, 60, 100, 0.1, 0.4),
+    "breast_cancer": Task(_sklearn("load_breast_cancer"), mlp(30, 64, 64, 2), 300, 100, 50, 0.4, 1.5),
+    "wine": Task(_sklearn("load_wine"), mlp(13, 64, 64, 3), 90, 100, 30, 0.6, 1.5),
+    "iris": Task(_sklearn("load_iris"), mlp(4, 32, 32, 3), 75, 150, 25, 0.3, 0.5),
+    "classes 20": Task(
+        _classification(n_features=20, n_informative=8, n_redundant=6, n_classes=4, class_sep=1.5),
+        mlp(20, 128, 128, 4), 600, 60, 50, 0.3, 1.0,
+    ),
+    "classes 60": Task(
+        _classification(n_features=60, n_informative=6, n_redundant=0, n_classes=3, class_sep=1.5),
+        mlp(60, 128, 128, 3), 600, 60, 50, 0.2, 1.0,
+    ),
+    "moons": Task(_moons, mlp(2, 64, 64, 2), 300, 100, 50, 0.2, 0.4),
+    "quantiles": Task(_quantiles, mlp(8, 64, 64, 3), 1000, 80, 50, 0.1, 0.3),
+    "cover": Task(_cover, mlp(30, 128, 128, 5), 1500, 50, 100, 0.2, 0.5),
+    "topics": Task(_topics, mlp(64, 128, 128, 8), 600, 60, 50, 0.3, 1.0),
+    "diabetes": Task(_sklearn("load_diabetes"), mlp(10, 64, 64, 1), 250, 100, 50, 0.3, 1.0, regression=True),
+    "friedman": Task(_friedman, mlp(10, 64, 64, 1), 500, 100, 50, 0.1, 0.3, regression=True),
+}  # fmt: skip

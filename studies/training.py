@@ -1,0 +1,119 @@
+"""Train one network of the bench by a method and score it: clean, under PGD, under input noise; all on the plain forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tasks import Split, Task
+from torch import Tensor, nn
+
+import dipkernels as dip
+from dipkernels.layers import dip_layers
+
+M = 4
+
+
+def loss_of(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
+    return F.mse_loss if task.regression else F.cross_entropy
+
+
+def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
+    """Give the model the method's noise. An empty method is the recipe as it stands, all by default."""
+    if method.get("where") == "input":
+        first = next(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+        dip.convert(model, filter=lambda module, name: name == first)
+    else:
+        dip.convert(model)
+    options = {name: method[name] for name in ("ratio", "per") if name in method}
+    dip.calibrate(model, [x], **options)
+    for name, values in method.get("variances", {}).items():
+        dip_layers(model)[name].log_variance.data.copy_(values)
+    if method.get("fixed"):
+        for layer in dip_layers(model).values():
+            layer.log_variance.requires_grad_(False)
+    return model
+
+
+def optimiser(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    lr, name = settings.get("lr", 1e-3), settings.get("optimiser", "AdamW")
+    rate = settings.get("variance_rate")
+    learns = rate is not None and bool(dip_layers(model))
+    groups = dip.param_groups(model, lr=lr, weight_decay=0.01, variance_lr=rate * lr if learns else None)
+    return torch.optim.SGD(groups, momentum=0.9) if name == "SGD" else torch.optim.AdamW(groups)
+
+
+def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, settings: dict[str, Any]) -> nn.Module:
+    """method None is plain training; weights, batches and steps are the same for every method of a seed."""
+    torch.manual_seed(seed)
+    model, loss_fn = task.net(), loss_of(task)
+    if method is not None:
+        prepare(model, data.x[:512], method)
+    kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
+    optimizer = optimiser(model, {**settings, **(method or {})})
+    order = torch.Generator().manual_seed(1000 + seed)
+    torch.manual_seed(1000 + seed)
+    for _ in range(settings.get("epochs", task.epochs)):
+        model.train()
+        for batch in torch.randperm(len(data.x), generator=order).split(task.batch):
+            x, y = data.x[batch], data.y[batch]
+            if method is None:
+                out, more = model(x)[None], {}
+            else:
+                out, more = dip.trajectories(model, x, m=M), {"model": model, **kl}
+            loss = dip.objective(out, y, loss_fn, **more)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score(task: Task, data: Split, model: nn.Module, x: Tensor) -> float:
+    """Accuracy in %, or for a regression 100 times the share of variance explained."""
+    with torch.no_grad():
+        out = model(x)
+    if task.regression:
+        spread = (data.y_test - data.y.mean()).square().mean()
+        return 100 * (1 - (out - data.y_test).square().mean() / spread).item()
+    return 100 * (out.argmax(-1) == data.y_test).float().mean().item()
+
+
+def pgd(task: Task, data: Split, model: nn.Module, seed: int, steps: int = 10) -> Tensor:
+    """L-infinity of radius task.eps on the test inputs, from a random start; images stay in 0 .. 1."""
+    x, y, eps, loss_fn = data.x_test, data.y_test, task.eps, loss_of(task)
+
+    def allowed(moved: Tensor) -> Tensor:
+        moved = torch.minimum(torch.maximum(moved, x - eps), x + eps)
+        return moved.clamp(0, 1) if task.image else moved
+
+    start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
+    adversarial = allowed(x + eps * (2 * start - 1))
+    for _ in range(steps):
+        adversarial.requires_grad_(True)
+        (grad,) = torch.autograd.grad(loss_fn(model(adversarial), y), adversarial)
+        adversarial = allowed(adversarial.detach() + eps / 4 * grad.sign())
+    return adversarial
+
+
+def evaluate(task: Task, data: Split, model: nn.Module, seed: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(seed)
+    noisy = [data.x_test + task.noise * torch.randn(data.x_test.shape, generator=generator) for _ in range(3)]
+    with torch.no_grad():
+        nll = loss_of(task)(model(data.x_test), data.y_test).item()
+    return {
+        "clean": score(task, data, model, data.x_test),
+        "pgd": score(task, data, model, pgd(task, data, model, seed)),
+        "noise": sum(score(task, data, model, x) for x in noisy) / len(noisy),
+        "nll": nll,
+    }
+
+
+def kept(model: nn.Module) -> list[float]:
+    """Of each layer sigma over the prior's, geometric mean over features: 1 is the start."""
+    layers = [layer.variance for layer in dip_layers(model).values()]
+    return [((v.log_variance - v.log_prior).mean() / 2).exp().item() for v in layers]

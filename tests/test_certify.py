@@ -1,0 +1,108 @@
+"""certify: the bound is Clopper and Pearson's, the radius is that of a linear classifier, inner noise is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.certify import lower_bound
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (1, 10), (7, 10), (10, 10), (990, 1000), (50_000, 100_000)])
+def test_the_lower_bound_is_the_quantile_of_a_beta(hits, trials):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.beta.ppf(1e-3, hits, trials - hits + 1) if hits else 0.0
+    assert lower_bound(hits, trials, 0.999) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_lower_bound_holds_as_often_as_it_says():
+    hits = torch.distributions.Binomial(50, torch.tensor(0.8)).sample((20_000,)).int()
+    over = [n for n in range(51) if lower_bound(n, 50, 0.9) > 0.8]
+    missed = torch.isin(hits, torch.tensor(over, dtype=torch.int32)).double().mean().item()
+    assert 0 < missed <= 0.105
+
+
+def linear(sigma=0.5):
+    """Two classes, split at x_0 = 0: the smoothed classifier's true radius is |x_0|."""
+    model = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0, 0], [-1.0, 0, 0]]))
+    return dip.convert(model, init_variance=sigma**2)
+
+
+def test_the_radius_of_a_linear_classifier_is_its_distance_from_below():
+    x = torch.tensor([[0.3, 5, 0], [-0.6, 0, 1], [0.0, 1, 1]])
+    with dip.fixed_noise(3):
+        got = dip.certify(linear(), x, k=20_000, chunk=1000)
+    assert got.classes.tolist() == [0, 1, -1]
+    assert got.sigma == 0.5
+    for radius, true in zip(got.radius.tolist(), (0.3, 0.6, 0.0)):
+        assert 0.9 * true <= radius <= true
+    assert got.accuracy(torch.tensor([0, 1, 0]), 0.25) == pytest.approx(2 / 3)
+    assert got.accuracy(torch.tensor([0, 1, 0]), 0.5) == pytest.approx(1 / 3)
+    assert got.accuracy(torch.tensor([1, 1, 0]), 0.0) == pytest.approx(1 / 3)
+
+
+def test_the_draws_replay_and_modes_and_bounds_stay():
+    model, x = nn.Sequential(dip.DIPInput(4, init_variance=0.04), nn.Linear(4, 3)), torch.randn(5, 4)
+    model.train()
+    results = []
+    for _ in range(2):
+        with dip.fixed_noise(9):
+            results.append(dip.certify(model, x, k=100))
+    assert torch.equal(results[0].radius, results[1].radius)
+    assert all(m.training for m in model.modules())
+    # all passes agree: the largest radius that k passes can show
+    sure = dip.certify(linear(0.01), torch.tensor([[9.0, 0, 0]]), k=1000, confidence=0.99)
+    p = 0.01 ** (1 / 1000)
+    assert sure.radius.item() == pytest.approx(0.01 * torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item())
+
+
+def test_images_are_noised_at_every_pixel_alike():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
+    dip.convert(model, filter=lambda module, name: name == "0")
+    assert dip.certify(model, torch.rand(2, 1, 8, 8), k=10, k0=4).classes.shape == (2,)
+
+
+def spread():
+    model = linear()
+    with torch.no_grad():
+        model.log_variance[1] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (lambda: nn.Linear(3, 2), {}, "^model: expected noise at its input alone.*got 0"),
+        (lambda: dip.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))), {}, "certifies nothing"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), dip.DIPLinear(3, 2)),
+            {},
+            "^model: expected its DIP layer '1' to read x",
+        ),
+        (spread, {}, "^model: expected one sigma"),
+        (lambda: dip.DIPLinear(3, 2, num_samples=2), {}, "^model: expected num_samples=1"),
+        (linear, {"k": 0}, "^k: "),
+        (linear, {"k0": 1.5}, "^k0: "),
+        (linear, {"confidence": 1.0}, "^confidence: "),
+    ],
+)
+def test_what_certifies_nothing_is_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        dip.certify(model(), torch.randn(2, 3), **options)
+
+
+def test_a_smoothed_classifier_is_not_moved_within_its_radius():
+    torch.manual_seed(0)
+    model = nn.Sequential(dip.DIPInput(2, init_variance=0.25), nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(6, 2)
+    found = dip.certify(model, x, k=4000, chunk=500)
+    for angle in torch.linspace(0, 2 * math.pi, 9)[:-1]:
+        step = torch.stack([angle.cos(), angle.sin()])
+        moved = x + 0.98 * found.radius[:, None].float() * step
+        votes = dip.predict(model, moved, k=4000, average=None, chunk=500).argmax(-1)
+        winner = votes.mode(0).values
+        assert bool(((winner == found.classes) | (found.classes < 0)).all())

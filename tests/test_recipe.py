@@ -1,0 +1,82 @@
+"""The recommended recipe, all by default: convert, calibrate, objective and param_groups help without a setting."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+
+datasets = pytest.importorskip("sklearn.datasets")
+EPS, NOISE = 0.1, 0.5
+
+
+def digits(seed):
+    data = datasets.load_digits()
+    x, y = torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    return x[order[:500]], y[order[:500]], x[order[500:]], y[order[500:]]
+
+
+def trained(x, y, seed, recipe, epochs=80):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    if recipe:
+        dip.convert(model)
+        dip.calibrate(model, x.split(100))
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(100):
+            if recipe:
+                out = dip.trajectories(model, x[batch], m=4)
+                loss = dip.objective(out, y[batch], F.cross_entropy, model)
+            else:
+                loss = F.cross_entropy(model(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+def scores(model, x, y):
+    adversarial = x.clone()
+    for _ in range(10):
+        adversarial.requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adversarial), y), adversarial)
+        moved = adversarial.detach() + EPS / 4 * grad.sign()
+        adversarial = torch.minimum(torch.maximum(moved, x - EPS), x + EPS).clamp(0, 1)
+    noisy = x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hits = [(model(each).argmax(-1) == y).float().mean().item() for each in (x, adversarial, noisy)]
+    return 100 * torch.tensor(hits)
+
+
+def test_three_lines_help_by_default():
+    gains = []
+    for seed in range(2):
+        x, y, x_test, y_test = digits(seed)
+        plain, recipe = (scores(trained(x, y, seed, r), x_test, y_test) for r in (False, True))
+        gains.append(recipe - plain)
+    clean, pgd, noise = torch.stack(gains).mean(0).tolist()
+    assert clean > -1 and pgd > 10 and noise > 5, (clean, pgd, noise)
+
+
+def test_variances_that_cost_the_fit_shrink_and_others_stay():
+    """What one ratio cannot do: the likelihood pulls noise down where it hurts, the prior holds it where it does not."""
+    torch.manual_seed(0)
+    x = torch.randn(600, 8)
+    y = (x[:, 0] * x[:, 1] > 0).long()  # needs two features sharply; the other six say nothing
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    dip.convert(model)
+    dip.calibrate(model, [x])
+    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
+    for _ in range(60):
+        for batch in torch.randperm(len(x)).split(60):
+            out = dip.trajectories(model, x[batch], m=4)
+            loss = dip.objective(out, y[batch], F.cross_entropy, model)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    kept = (model[0].log_variance - model[0].variance.log_prior).detach().div(2).exp()
+    assert kept[:2].max() < 0.6 and kept[2:].min() > 0.8, kept

@@ -1,0 +1,102 @@
+"""tune: successive halving spends what it was given and picks the robust pair among those that stay clean."""
+
+import builtins
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.tune import plan
+
+
+def made_up(ratio, kl, budget):
+    """Noise helps robustness and, beyond ratio 0.6, costs clean accuracy; kl 0.2 is the best of the weights."""
+    return {"clean": 0.9 - max(0.0, ratio - 0.6) * 0.1, "robust": 0.5 + 0.2 * ratio - abs(kl - 0.2) / 10}
+
+
+def test_the_most_robust_pair_that_stays_clean_is_chosen():
+    found = dip.tune(made_up, 100, progress=False)
+    assert (found.ratio, found.kl) == (0.6, 0.2)
+    assert (found.best.ratio, found.best.kl) == (0.6, 0.2)
+    loose = dip.tune(made_up, 100, tolerance=0.2, progress=False)
+    assert (loose.ratio, loose.kl) == (1.5, 0.2)
+    chosen = [line for line in str(found).splitlines() if "chosen" in line]
+    assert len(chosen) == 1 and chosen[0].split()[:2] == ["0.6", "0.2"]
+
+
+def test_each_round_halves_the_pairs_and_doubles_what_they_get():
+    spent = []
+
+    def run(ratio, kl, budget):
+        spent.append(budget)
+        return made_up(ratio, kl, budget)
+
+    found = dip.tune(run, 220, progress=False)
+    assert 200 < sum(spent) <= 220
+    assert plan(12, 220) == [(12, 4), (6, 8), (3, 16), (2, 32)]
+    assert spent == [4] * 12 + [8] * 6 + [16] * 3 + [32] * 2
+    assert [t.budget for t in found.trials] == spent
+    assert plan(1, 7) == [(1, 7)]
+
+
+def test_it_tunes_a_network_on_validation_data():
+    torch.manual_seed(0)
+    x = torch.randn(240, 6)
+    y = (x[:, 0] + 0.3 * torch.randn(240) > 0).long()
+
+    def run(ratio, kl, epochs):
+        torch.manual_seed(1)
+        model = dip.convert(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)))
+        dip.calibrate(model, [x[:120]], ratio=ratio)
+        optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2))
+        for _ in range(epochs):
+            loss = dip.objective(dip.trajectories(model, x[:120], m=2), y[:120], F.cross_entropy, model, kl=kl)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            scores = [(model(v).argmax(-1) == y[120:]).double().mean() for v in (x[120:], x[120:] + 0.5)]
+        return {"clean": scores[0], "robust": scores[1]}
+
+    found = dip.tune(run, 40, ratios=(0.3, 1.0), kls=(0.2, 1.0), progress=False)
+    assert found.ratio in (0.3, 1.0) and found.kl in (0.2, 1.0) and found.best.clean > 0.7
+
+
+def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tqdm")
+    found = dip.tune(made_up, 100)
+    assert "tune" in capsys.readouterr().err
+    found.plot(tmp_path / "trade.png")
+    assert (tmp_path / "trade.png").stat().st_size > 5000
+    real = builtins.__import__
+
+    def without_tqdm(name, *args, **kwargs):
+        if name.startswith("tqdm"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    assert dip.tune(made_up, 100).ratio == 0.6
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "message"),
+    [
+        (made_up, {"budget": 10}, "^budget: expected at least 52 units for 12 pairs, got 10"),
+        (made_up, {"budget": 100, "ratios": []}, "^ratios, kls: "),
+        (made_up, {"budget": 100, "ratios": [0]}, "^ratios, kls: "),
+        (made_up, {"budget": 100, "kls": [-1]}, "^ratios, kls: "),
+        (made_up, {"budget": 100, "tolerance": -1}, "^tolerance: "),
+        (lambda *a: {"clean": 1}, {"budget": 100}, "^run: expected a mapping"),
+        (lambda *a: 0.5, {"budget": 100}, "^run: expected a mapping"),
+        (lambda *a: {"clean": 1, "robust": float("nan")}, {"budget": 100}, "^run: expected finite scores"),
+    ],
+)
+def test_bad_input_is_named(run, options, message):
+    with pytest.raises(ValueError, match=message):
+        dip.tune(run, progress=False, **options)
