@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import functional, seeds
+from . import functional, seeds, tracing
 from .layers import DIPInput, DIPLayer, DIPLinear, noised
 
 
@@ -95,6 +95,11 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
+            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+            weights = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **masks, **weights)
+            return proxy
         parts = self._parts()
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does noise_off in training.
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)

@@ -538,3 +538,7 @@ def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     docs/maths.md, section 7, whatever mu and v. Returns y in mu's shape and dtype. Raises ValueError or TypeError naming the argument.
     """
     return expectation.activation(mu, v, activation)
+
+
+for _name in ("noise", "perturb", "dip_linear", "activation"):
+    torch.fx.wrap(_name)  # one call in a graph that torch.fx traces

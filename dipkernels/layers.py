@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, seeds, tensor_parallel
+from . import functional, seeds, tensor_parallel, tracing
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -165,6 +165,9 @@ class DIPLayer(_Mixin):
         """Whether a forward pass now would draw noise."""
         return self.training if seeds._MODE is None else seeds._MODE == "on"
 
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module of a model
+        tracing.refuse_script(self)
+
     def set_number(self, number: int) -> None:
         """Set the stream that fixed_noise gives this layer, 0 <= number < 65536."""
         self.number = number
@@ -263,6 +266,8 @@ class DIPLinear(DIPLayer, nn.Linear):
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
         if not self.noisy():
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
@@ -314,6 +319,8 @@ class _DIPConv(DIPLayer):
         self._set_up(self.in_channels, init_variance, num_samples, keep, self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
         else:
@@ -374,6 +381,8 @@ class DIPInput(DIPLayer, nn.Module):
         return self.dim
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
         return noised(self, input) if self.noisy() else self.without_noise(input)
 
     def reset_parameters(self) -> None:
@@ -391,6 +400,8 @@ class _Twin(DIPLayer):
     """Before a class whose forward takes the input first: that forward on x + sigma * z."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(x) is not Tensor and isinstance(x, tracing.Proxy):
+            return tracing.record(self, x, *args, **kwargs)
         if not self.noisy():
             return super().forward(self.without_noise(x), *args, **kwargs)
         return super().forward(noised(self, x, functional.autocast_dtype(x)), *args, **kwargs)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import tracing
 from .tensor_parallel import is_dtensor, local
 
 if TYPE_CHECKING:
@@ -149,9 +150,12 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
     stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of
     that device, in one call, as dropout's does.
-    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first.
+    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first, and
+    under torch.jit.trace and torch.onnx.export.
     """
     compiling = torch.compiler.is_compiling()
+    if torch.compiler.is_exporting() if compiling else torch._C._get_tracing_state() is not None:
+        tracing.refuse_noise_in_trace()
     if _KEY is None:
         if compiling:
             if not torch.compiler.is_exporting():

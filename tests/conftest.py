@@ -1,7 +1,50 @@
+"""What every test gets: seeded generators, and an order that can be shuffled.
+
+DIPKERNELS_TEST_SEED=N seeds torch, NumPy and random before each test, 0 by default.
+DIPKERNELS_TEST_ORDER=N shuffles the files and the tests within each file.
+"""
+
+import os
+import random
+
+import numpy as np
 import pytest
+import torch
 from capability_support import OFFERED
 
 from dipkernels.backends import CAPABILITIES, cpu_capability
+
+SEED = int(os.environ.get("DIPKERNELS_TEST_SEED", "0"))
+ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
+
+
+def seed_all():
+    torch.manual_seed(SEED)
+    np.random.seed(SEED % 2**32)
+    random.seed(SEED)
+
+
+seed_all()  # parameters of tests may be drawn at import
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed_all()
+
+
+def pytest_report_header():
+    return f"DIPKERNELS_TEST_SEED={SEED} DIPKERNELS_TEST_ORDER={'as written' if ORDER is None else ORDER}"
+
+
+def pytest_collection_modifyitems(items):
+    if ORDER is None:
+        return
+    shuffler = random.Random(int(ORDER))
+    files = list(dict.fromkeys(item.path for item in items))
+    shuffler.shuffle(files)
+    place = {path: i for i, path in enumerate(files)}
+    draws = {item.nodeid: shuffler.random() for item in items}
+    items.sort(key=lambda item: (place[item.path], draws[item.nodeid]))
 
 
 @pytest.fixture(params=CAPABILITIES)

@@ -28,6 +28,7 @@ ORDER = [
     "tensor_parallel",
     "expectation",
     "functional",
+    "tracing",
     "seeds",
     "layers",
 ]
