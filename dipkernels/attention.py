@@ -23,6 +23,8 @@ class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
 class _InProjection(DIPInput):
     """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1 key, 2 value."""
 
+    shown_as = "in-projection of DIPMultiheadAttention"
+
     def forward(self, input: Tensor, sample: int = 0) -> Tensor:
         if not self.noisy():
             return self.without_noise(input)

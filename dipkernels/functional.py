@@ -319,7 +319,7 @@ ESTIMATORS = ("sample", "mean", "analytic")
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that a matrix product on x would be given by autocast, or None where autocast leaves x alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     return None
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, seeds, tensor_parallel, tracing
+from . import functional, inputs, seeds, tensor_parallel, tracing
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -280,22 +280,31 @@ class DIPLinear(DIPLayer, nn.Linear):
             where = (-1, seeds.first_row(input), 0, 0, 1, 1.0 if samples == 1 else samples**-0.5, True)
             seed, dtype = seeds.draw(self.stream, input), functional.autocast_dtype(input)
             sigma = self._log_variance()
-            return self._activated(
-                functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
+            try:
+                y = functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
+            except inputs.FAILURES:
+                inputs.explain(self, input)
+                raise
+            return self._activated(y)
+        seed = self.stream if self.estimator == "analytic" else seeds.draw(self.stream, input)
+        sigma = self._log_variance()
+        try:
+            return functional.dip_linear(
+                input,
+                self.weight,
+                self.bias,
+                sigma,
+                seed,
+                row0=seeds.first_row(input),
+                num_samples=self.num_samples,
+                log_variance=True,
+                keep=self.keep,
+                activation=self.activation,
+                estimator=self.estimator,
             )
-        return functional.dip_linear(
-            input,
-            self.weight,
-            self.bias,
-            self._log_variance(),
-            self.stream if self.estimator == "analytic" else seeds.draw(self.stream, input),
-            row0=seeds.first_row(input),
-            num_samples=self.num_samples,
-            log_variance=True,
-            keep=self.keep,
-            activation=self.activation,
-            estimator=self.estimator,
-        )
+        except inputs.FAILURES:
+            inputs.explain(self, input)
+            raise
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else functional.ACTIVATIONS[self.activation](y)
@@ -485,17 +494,22 @@ def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
 
 def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     dim = layer.feature_dim
-    return functional.perturb(
-        x,
-        layer._log_variance(),
-        seeds.draw(layer.stream, x),
-        dim=dim,
-        row0=seeds.first_row(x, dim),
-        sample=sample,
-        num_samples=layer.num_samples,
-        log_variance=True,
-        dtype=dtype,
-    )
+    sigma, seed = layer._log_variance(), seeds.draw(layer.stream, x)
+    try:
+        return functional.perturb(
+            x,
+            sigma,
+            seed,
+            dim=dim,
+            row0=seeds.first_row(x, dim),
+            sample=sample,
+            num_samples=layer.num_samples,
+            log_variance=True,
+            dtype=dtype,
+        )
+    except inputs.FAILURES:
+        inputs.explain(layer, x)
+        raise
 
 
 # ---- the layers of a model -------------------------------------------------------------------------------------------

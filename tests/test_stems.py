@@ -30,6 +30,7 @@ ORDER = [
     "functional",
     "tracing",
     "seeds",
+    "inputs",
     "layers",
 ]
 ORDER += ["distributed", "attention", "convert"]
