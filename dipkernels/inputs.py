@@ -15,19 +15,20 @@ _BATCHED = {-1: "[..., {}]", -2: "[N, {0}, L] or [{0}, L]", -3: "[N, {0}, H, W] 
 _BATCHED[-4] = "[N, {0}, D, H, W] or [{0}, D, H, W]"
 
 
-def explain(layer: Any, x: Tensor) -> None:
+def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     """Raise what is wrong with the input of a noised layer; return where it is not the input.
 
     Args:
         layer: The DIP layer that was called with x and failed.
         x: Its input.
+        sigma: What its variance gave, ln(sigma^2).
 
     Raises:
-        TypeError: If x is sparse, nested or of a type that has no noise.
+        TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half precision.
         ValueError: If x has another number of features, or another device, than the layer's variance.
     """
     name = f"{getattr(layer, 'shown_as', type(layer).__name__)}({layer.extra_repr()})"
-    dim, log_variance = layer.feature_dim, layer.log_variance
+    dim, features = layer.feature_dim, sigma.numel()
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         way_out = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
@@ -38,12 +39,14 @@ def explain(layer: Any, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}")
-    features = log_variance.numel()
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         axis = "" if dim in _BATCHED else f" along dimension {dim}"
         shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"
         raise ValueError(f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}")
-    if x.device != log_variance.device:
-        raise ValueError(
-            f"{name}: expected an input on {log_variance.device}, where its variance is, got one on {x.device}"
+    if x.device != sigma.device:
+        raise ValueError(f"{name}: expected an input on {sigma.device}, where its variance is, got one on {x.device}")
+    if sigma.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of mixed precision "
+            "(dipkernels.shard_variances, for FSDP)"
         )

@@ -283,7 +283,7 @@ class DIPLinear(DIPLayer, nn.Linear):
             try:
                 y = functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
             except inputs.FAILURES:
-                inputs.explain(self, input)
+                inputs.explain(self, input, sigma)
                 raise
             return self._activated(y)
         seed = self.stream if self.estimator == "analytic" else seeds.draw(self.stream, input)
@@ -303,7 +303,7 @@ class DIPLinear(DIPLayer, nn.Linear):
                 estimator=self.estimator,
             )
         except inputs.FAILURES:
-            inputs.explain(self, input)
+            inputs.explain(self, input, sigma)
             raise
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -508,7 +508,7 @@ def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
             dtype=dtype,
         )
     except inputs.FAILURES:
-        inputs.explain(layer, x)
+        inputs.explain(layer, x, sigma)
         raise
 
 

@@ -110,7 +110,7 @@ def test_attention_names_itself():
     attention, x = dip.DIPMultiheadAttention(4, 2), torch.ones(3, 2, 4)
     refused(lambda x: attention(x, x, x), x.to_sparse(), TypeError, "^in-projection of DIPMultiheadAttention.*dense")
     x = x.long()
-    with pytest.raises(TypeError, match="^in-projection of DIPMultiheadAttention.*got torch.int64"):
+    with pytest.raises(TypeError, match=r"^in-projection of DIPMultiheadAttention.*got torch\.int64"):
         attention(x, x, x)
 
 
@@ -124,7 +124,14 @@ def test_a_weight_of_another_type_is_what_the_plain_layer_says():
     assert messages[0] == messages[1]
 
 
-def test_a_failure_that_is_not_the_inputs_stays_itself(monkeypatch):
+def test_a_variance_in_half_precision_is_named():
+    layer = dip.DIPLinear(4, 2)
+    layer.variance.register_forward_hook(lambda module, args, log_variance: log_variance.bfloat16())
+    with pytest.raises(TypeError, match=r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP"):
+        layer(torch.ones(3, 4))
+
+
+def test_a_failure_that_is_not_the_inputs_stays_itself():
     layer = dip.DIPLinear(4, 2)
     layer.weight = nn.Parameter(torch.ones(2, 5))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
