@@ -4,8 +4,10 @@ DIPKERNELS_TEST_SEED=N seeds torch, NumPy and random before each test, 0 by defa
 DIPKERNELS_TEST_ORDER=N shuffles the files and the tests within each file.
 """
 
+import getpass
 import os
 import random
+import tempfile
 
 import numpy as np
 import pytest
@@ -16,6 +18,11 @@ from dipkernels.backends import CAPABILITIES, cpu_capability
 
 SEED = int(os.environ.get("DIPKERNELS_TEST_SEED", "0"))
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
+
+
+# torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the code differs.
+_CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 
 
 def seed_all():
