@@ -30,6 +30,8 @@ import audit
 import older_glibc
 
 ROOT = Path(__file__).parent.parent
+NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", ".coverage*", "build", "dist", "out", "site", "*.egg-info")
+NOT_SOURCE += ("__pycache__", "*.so", "shared")
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
 MIN_DRIVERS = {"12": "525", "13": "580"}
 
@@ -77,7 +79,7 @@ def make_sdist(out: Path) -> Path:
         shutil.copytree(
             ROOT,
             copy,
-            ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "site", "*.egg-info", "__pycache__", "*.so"),
+            ignore=shutil.ignore_patterns(*NOT_SOURCE),
         )
         return backend("build_sdist", out, copy, environment)
 

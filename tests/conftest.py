@@ -9,14 +9,14 @@ import os
 import random
 import tempfile
 
-import numpy as np
 import pytest
 import torch
 from capability_support import OFFERED
+from seeding import SEED, seeded  # noqa: F401
 
 from dipkernels.backends import CAPABILITIES, cpu_capability
 
-SEED = int(os.environ.get("DIPKERNELS_TEST_SEED", "0"))
+FIRST = ("test_triton_interpreter.py",)  # the longest: with several workers nothing is to wait for them at the end
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
 
 
@@ -25,25 +25,12 @@ _CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capa
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 
 
-def seed_all():
-    torch.manual_seed(SEED)
-    np.random.seed(SEED % 2**32)
-    random.seed(SEED)
-
-
-seed_all()  # parameters of tests may be drawn at import
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    seed_all()
-
-
 def pytest_report_header():
     return f"DIPKERNELS_TEST_SEED={SEED} DIPKERNELS_TEST_ORDER={'as written' if ORDER is None else ORDER}"
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if ORDER is None:
         return
     shuffler = random.Random(int(ORDER))

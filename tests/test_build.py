@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_build_under_an_old_setuptools_says_so(tmp_path):
     (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
     status, output = setup_py("--version", PYTHONPATH=str(tmp_path))
     assert status != 0 and "setuptools >= 77 is needed, got 65.5.0" in output
+
+
+# ---- the sdist -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sdist_is_the_whole_source(tmp_path):
+    """So that every target of its Makefile runs, and its tests."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout here to compare with")
+    command = [sys.executable, "scripts/wheel.py", "--sdist-only", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - packed == set()
+    assert not [name for name in packed if name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name]
 
 
 # ---- a checkout in any folder ----------------------------------------------------------------------------------------
