@@ -16,6 +16,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def stand_in_for_torch(compiler: str, folder: Path) -> str:
     )
     offered = {name: ("TORCH", "FUNC", 0) for name in names}
     older_glibc.write_stand_in(compiler, folder, "torch_cpu", audit.TORCH, offered, versioned=False)
-    return f"-L{folder}"
+    return f"-L{shlex.quote(str(folder))}"
 
 
 def torch_library() -> Path:
