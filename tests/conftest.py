@@ -16,7 +16,8 @@ from seeding import SEED, seeded  # noqa: F401
 
 from dipkernels.backends import CAPABILITIES, cpu_capability
 
-FIRST = ("test_triton_interpreter.py",)  # the longest: with several workers nothing is to wait for them at the end
+# The longest: with several workers nothing is to wait for them at the end.
+FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_cuda_emulated.py")
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
 
 
