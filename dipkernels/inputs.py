@@ -38,7 +38,8 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         )
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}")
+        way_out = "; noise is real: leave complex layers out, convert(exclude=...)" if x.is_complex() else ""
+        raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         axis = "" if dim in _BATCHED else f" along dimension {dim}"
         shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"

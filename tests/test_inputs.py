@@ -144,8 +144,7 @@ def test_compiled_layers_say_the_same():
     refused(compiled, torch.ones(3, 7), ValueError, r"^DIPLinear\(.*\[\.\.\., 4\], got \(3, 7\)")
 
 
-def test_complex_layers_are_not_converted():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
-    with pytest.warns(dip.DIPConversionWarning, match="complex"):
-        dip.convert(model)
-    assert list(dip_layers(model)) == ["0"]
+def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
+    layer, x = dip.convert(nn.Linear(4, 4, dtype=torch.complex64)), torch.ones(3, 4, dtype=torch.complex64)
+    assert "convert(exclude=...)" in refused(layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real")
+    assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
