@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import DTYPES
+from .tensor_parallel import is_dtensor
 
 # The types that ops raises, and torch for a layout or a device that an operation has no kernel for.
 FAILURES = (TypeError, ValueError, RuntimeError)
@@ -27,6 +28,8 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half precision.
         ValueError: If x has another number of features, or another device, than the layer's variance.
     """
+    if is_dtensor(x) or is_dtensor(sigma):  # tensor_parallel names the ranks and layouts too
+        return
     name = f"{getattr(layer, 'shown_as', type(layer).__name__)}({layer.extra_repr()})"
     dim, features = layer.feature_dim, sigma.numel()
     if x.is_nested or x.layout is not torch.strided:
