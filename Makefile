@@ -19,11 +19,15 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+# Workers of pytest, each with one thread; a file's tests stay together, and start in the order written.
+JOBS ?= 2
+PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
+
 test: setup
-	$(PY) -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=95
+	$(PARALLEL) --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 test-all: setup
-	$(PY) -m pytest -m "slow or not slow"
+	$(PARALLEL) -m "slow or not slow"
 
 # The suite under another torch, in .compat/<TORCH>: make compat TORCH=2.11.0 [QUICK=1] [COMPAT_PYTHON=python3.12]
 COMPAT_PYTHON ?= $(PYTHON)
@@ -86,7 +90,7 @@ wheel-check:
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 numpy
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL)
 	cp scripts/smoke.py build/clean/smoke.py
-	cd / && $(abspath build/clean)/bin/python $(abspath build/clean/smoke.py) --expect $(EXPECT) --import-ms 60
+	root=$$PWD && cd / && "$$root/build/clean/bin/python" "$$root/build/clean/smoke.py" --expect $(EXPECT) --import-ms 60
 
 # What building the wheel needs, and no more.
 setup-build:

@@ -8,11 +8,16 @@ DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC, LDFLAGS. A CXX for another machine c
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(f"setuptools >= 77 is needed, got {setuptools.__version__}: pip install 'setuptools>=77'")
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -59,6 +64,20 @@ def wanted(name):
     return None if value == "" else value == "1"
 
 
+def find_torch():
+    """torch, whose headers the build reads, or what to do where there is none."""
+    steps = "pip install 'torch>=2.10' 'setuptools>=77' ninja && pip install --no-build-isolation ."
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit(
+            f"torch is needed to build dipkernels, for its headers, and an isolated build sees none: {steps}"
+        ) from None
+    if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
+        raise SystemExit(f"torch >= 2.10 is needed to build dipkernels, got {torch.__version__}: {steps}")
+    return torch
+
+
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -75,8 +94,7 @@ def plan():
         raise SystemExit("DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH)")
     cpu = cpu is not False
     if cuda is None:
-        import torch
-
+        torch = find_torch()
         cuda = nvcc is not None and torch.version.cuda is not None
         say(
             f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides"
@@ -91,8 +109,18 @@ def capabilities(compiler):
     return list(CAPABILITIES) if machine(compiler) == "x86_64" else ["portable"]
 
 
-def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
-    """The whole build as text."""
+def quoted(text):
+    """One word of a shell command inside a ninja file."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def ninja_file(cpu, cuda, compiler, nvcc):
+    """The whole build as text.
+
+    The folder that it lies in has links: source (this checkout), package (where the library goes), torch and cuda. Every
+    path is one through them, so that a checkout may lie anywhere: a space, a $ or a colon would mean something to
+    ninja, to the shell or to nvcc.
+    """
     archs = os.environ.get("DIPKERNELS_CUDA_ARCHS", CUDA_ARCHS).split()
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and machine(compiler) == "x86_64")
@@ -101,21 +129,21 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
         defines.append("'-DDIP_CUDA_TOOLKIT=\"" + toolkit(nvcc) + "\"'")
     # No contraction: every fused multiply-add of the noise contract is written out.
     # Error messages carry file names: relative ones, so that a library says nothing of where it was built.
-    prefix = f"-ffile-prefix-map={ROOT.resolve()}/= -ffile-prefix-map={torch_dir}/="
+    prefix = "-ffile-prefix-map=source/= -ffile-prefix-map=torch/="
     flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math {prefix}"
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    ldflags = os.environ.get("LDFLAGS", "").replace("$", "$$")
     lines = [
-        f"rule cxx\n  command = {compiler} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out"
+        f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out"
         "\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {nvcc} -ccbin {compiler} -MMD -MF $out.d -std=c++17 -O3 -fmad=false"
+        f"rule nvcc\n  command = {quoted(nvcc)} -ccbin {quoted(compiler)} -MMD -MF $out.d -std=c++17 -O3 -fmad=false"
         f" --expt-relaxed-constexpr -Xcompiler -fPIC -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out"
         "\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {compiler} -shared $in -o $out -Wl,--version-script=exports.map {os.environ.get('LDFLAGS', '')}"
-        f" -L{torch_dir}/lib"
-        " -Wl,--as-needed -ltorch_cpu $libs",
+        f"rule link\n  command = {quoted(compiler)} -shared $in -o $out -Wl,--version-script=exports.map {ldflags}"
+        " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
-    units = [("ops.cpp", "ops", f"-I{torch_dir}/include")]
+    units = [("ops.cpp", "ops", "-Itorch/include")]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):
@@ -138,15 +166,14 @@ def ninja_file(cpu, cuda, compiler, nvcc, torch_dir, out):
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: cxx {ROOT.resolve()}/csrc/{source}\n  flags = {extra}")
+        lines.append(f"build {name}.o: cxx source/csrc/{source}\n  flags = {extra}")
     libs = ""
     if cuda:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             objects.append(f"cuda_{source.stem}.o")
-            lines.append(f"build cuda_{source.stem}.o: nvcc {source.resolve()}")
-        home = toolkit_folder(nvcc)
-        libs = f"-L{home}/lib64 -L{home}/lib -lcudart_static -lrt -ldl -lpthread"
-    lines.append(f"build {out}: link {' '.join(objects)}\n  libs = {libs}")
+            lines.append(f"build cuda_{source.stem}.o: nvcc source/csrc/cuda/{source.name}")
+        libs = "-Lcuda/lib64 -Lcuda/lib -lcudart_static -lrt -ldl -lpthread"
+    lines.append(f"build package/_C.so: link {' '.join(objects)}\n  libs = {libs}")
     return "\n".join(lines) + "\n"
 
 
@@ -166,19 +193,20 @@ class NinjaBuild(build_ext):
         return str(Path(*name.split("."))) + ".so"  # no Python version in it: the library has no Python symbols
 
     def build_extension(self, ext):
-        try:
-            import torch
-        except ImportError:
-            raise SystemExit(
-                "torch is needed to build dipkernels, for its headers: install torch >= 2.10, then pip install --no-build-isolation"
-            ) from None
+        torch = find_torch()
         cpu, cuda, compiler, nvcc = PLAN
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "exports.map").write_text("{ global: dip_*; local: *; };\n")
-        (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc, Path(torch.__file__).parent, out))
+        links = {"source": ROOT.resolve(), "package": out.parent, "torch": Path(torch.__file__).resolve().parent}
+        if cuda:
+            links["cuda"] = toolkit_folder(nvcc)
+        for name, target in links.items():
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target, target_is_directory=True)
+        (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from . import functional, seeds
+from . import functional, seeds, tracing
 from .layers import DIPInput, DIPLayer, DIPLinear, ddp_waits, device_of_variance, noised
 
 
@@ -23,6 +23,8 @@ class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
 
 class _InProjection(DIPInput):
     """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1 key, 2 value."""
+
+    shown_as = "in-projection of DIPMultiheadAttention"
 
     def forward(self, input: Tensor, sample: int = 0) -> Tensor:
         if not self.noisy():
@@ -123,6 +125,11 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
+            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+            weights = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **masks, **weights)
+            return proxy
         parts = self._parts()
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does noise_off in training.
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)

@@ -17,6 +17,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,13 +68,21 @@ def _c_functions(path: str) -> ctypes.CDLL:
     return functions
 
 
+def _how_to_build() -> str:
+    root = Path(__file__).resolve().parent.parent
+    if (root / "setup.py").exists():
+        return f"pip install --no-build-isolation --no-deps -e {shlex.quote(str(root))}"
+    return "pip install --no-build-isolation --no-deps --force-reinstall . in the folder of the source"
+
+
 @functools.cache
 def library() -> Library:
     """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
         return Library(
-            error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0"
+            error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0. "
+            f"To build it, with g++ and ninja at hand: {_how_to_build()}"
         )
     path = str(found[0])
     if _release(torch.__version__) < MIN_TORCH:

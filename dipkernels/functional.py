@@ -335,7 +335,7 @@ ESTIMATORS = ("sample", "mean", "analytic")
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that a matrix product on x would be given by autocast, or None where autocast leaves x alone."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)
     return None
 
@@ -549,3 +549,7 @@ def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     docs/maths.md, section 7, whatever mu and v. Returns y in mu's shape and dtype. Raises ValueError or TypeError naming the argument.
     """
     return expectation.activation(mu, v, activation)
+
+
+for _name in ("noise", "perturb", "dip_linear", "activation"):
+    torch.fx.wrap(_name)  # one call in a graph that torch.fx traces

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import decay, functional, seeds, tensor_parallel, worlds
+from . import decay, functional, inputs, seeds, tensor_parallel, tracing, worlds
 
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
@@ -305,6 +305,9 @@ class DIPLayer(_Mixin):
         """Whether a forward pass now would draw noise."""
         return self.training if seeds._MODE is None else seeds._MODE == "on"
 
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module of a model
+        tracing.refuse_script(self)
+
     def without_noise(self, input: Tensor) -> Tensor:
         """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for gradients of 0."""
         if (seeds._MODE == "off" and self.training) or ddp_waits():
@@ -456,6 +459,8 @@ class DIPLinear(DIPLayer, nn.Linear):
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
         if not self.noisy():
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
@@ -468,22 +473,31 @@ class DIPLinear(DIPLayer, nn.Linear):
             where = (-1, seeds.first_row(input), 0, 0, 1, 1.0 if samples == 1 else samples**-0.5, True)
             seed, dtype = self._seed(input), functional.autocast_dtype(input)
             sigma = self._log_variance()
-            return self._activated(
-                functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
+            try:
+                y = functional.affine(input, self.weight, self.bias, sigma, seed, where, self.keep, dtype)
+            except inputs.FAILURES:
+                inputs.explain(self, input, sigma)
+                raise
+            return self._activated(y)
+        seed = self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input)
+        sigma = _beside(input, self)
+        try:
+            return functional.dip_linear(
+                input,
+                self.weight,
+                self.bias,
+                sigma,
+                seed,
+                row0=seeds.first_row(input),
+                num_samples=self.num_samples,
+                log_variance=True,
+                keep=self.keep,
+                activation=self.activation,
+                estimator=self.estimator,
             )
-        return functional.dip_linear(
-            input,
-            self.weight,
-            self.bias,
-            _beside(input, self),
-            self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input),
-            row0=seeds.first_row(input),
-            num_samples=self.num_samples,
-            log_variance=True,
-            keep=self.keep,
-            activation=self.activation,
-            estimator=self.estimator,
-        )
+        except inputs.FAILURES:
+            inputs.explain(self, input, sigma)
+            raise
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else functional.ACTIVATIONS[self.activation](y)
@@ -523,6 +537,8 @@ class _DIPConv(DIPLayer):
         self._set_up(in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device))
 
     def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
         else:
@@ -583,9 +599,9 @@ class DIPInput(DIPLayer, nn.Module):
         return self.dim
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.noisy():
-            return noised(self, input)
-        return self.copied_without_noise(input)
+        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
+            return tracing.record(self, input)
+        return noised(self, input) if self.noisy() else self.copied_without_noise(input)
 
     def reset_parameters(self) -> None:
         """Refill the variance."""
@@ -602,6 +618,8 @@ class _Twin(DIPLayer):
     """Before a class whose forward takes the input first: that forward on x + sigma * z."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if type(x) is not Tensor and isinstance(x, tracing.Proxy):
+            return tracing.record(self, x, *args, **kwargs)
         if not self.noisy():
             return super().forward(self.copied_without_noise(x), *args, **kwargs)
         return super().forward(noised(self, x, functional.autocast_dtype(x)), *args, **kwargs)
@@ -703,17 +721,22 @@ def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
 
 def _fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     dim = layer.feature_dim
-    return functional.perturb(
-        x,
-        _beside(x, layer),
-        layer._seed(x),
-        dim=dim,
-        row0=seeds.first_row(x, dim),
-        sample=sample,
-        num_samples=layer.num_samples,
-        log_variance=True,
-        dtype=dtype,
-    )
+    sigma, seed = _beside(x, layer), layer._seed(x)
+    try:
+        return functional.perturb(
+            x,
+            sigma,
+            seed,
+            dim=dim,
+            row0=seeds.first_row(x, dim),
+            sample=sample,
+            num_samples=layer.num_samples,
+            log_variance=True,
+            dtype=dtype,
+        )
+    except inputs.FAILURES:
+        inputs.explain(layer, x, sigma)
+        raise
 
 
 def _beside(x: Tensor, layer: DIPLayer) -> Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import worlds
+from . import tracing, worlds
 from .worlds import is_dtensor
 
 if TYPE_CHECKING:
@@ -171,11 +171,14 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
     stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of
     that device, in one call, as dropout's does.
-    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first.
+    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first, and
+    under torch.jit.trace and torch.onnx.export.
     """
-    tracing = worlds.tracing()
+    traced = worlds.tracing()
+    if worlds.exporting() if traced else torch._C._get_tracing_state() is not None:
+        tracing.refuse_noise_in_trace()
     if _KEY is None:
-        if tracing:
+        if traced:
             if not worlds.exporting():
                 _when_traced(x.device.type, is_dtensor(x))
         elif _ranks_to_compare and torch.distributed.is_initialized():
@@ -184,7 +187,7 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
     else:
         seed = _KEY.to(x.device) + stream
     # No checkpointed block's first forward runs with gradients on and no hook on saved tensors.
-    if not tracing and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
+    if not traced and (_in_backward() != -1 or not torch.is_grad_enabled() or _saved_hooks(False) is not None):
         _watch_checkpoint(seed)
     return seed
 

@@ -9,6 +9,7 @@ libstdc++.a. In a container of that age this is not needed.
 """
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -90,10 +91,12 @@ def link_flags(compiler, folder):
     (folder / "compat.c").write_text(COMPAT)
     compat = folder / "compat.o"
     subprocess.run([compiler, "-x", "c", "-fPIC", "-c", folder / "compat.c", "-o", compat], check=True)
+    archives = where("libstdc++.a"), where("libc_nonshared.a")
     # Before glibc 2.34 dlopen, threads and timers lay in libraries of their own: name them, whatever this system thinks.
+    compat, folder, *archives = (shlex.quote(str(path)) for path in (compat, folder, *archives))
     return (
         f"{compat} -L{folder} -Wl,--no-as-needed -ldl -lpthread -lrt -Wl,--as-needed -lstdc++ -lm -lc -lgcc_s -lloader "
-        f"{where('libstdc++.a')} {where('libc_nonshared.a')} -lgcc -Wl,-z,defs"
+        f"{' '.join(archives)} -lgcc -Wl,-z,defs"
     )
 
 

@@ -16,6 +16,7 @@ import argparse
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ import audit
 import older_glibc
 
 ROOT = Path(__file__).parent.parent
+NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", ".coverage*", "build", "dist", "out", "site", "*.egg-info")
+NOT_SOURCE += ("__pycache__", "*.so", "shared")
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
 MIN_DRIVERS = {"12": "525", "13": "580"}
 
@@ -77,7 +80,7 @@ def make_sdist(out: Path) -> Path:
         shutil.copytree(
             ROOT,
             copy,
-            ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "site", "*.egg-info", "__pycache__", "*.so"),
+            ignore=shutil.ignore_patterns(*NOT_SOURCE),
         )
         return backend("build_sdist", out, copy, environment)
 
@@ -111,7 +114,7 @@ def stand_in_for_torch(compiler: str, folder: Path) -> str:
     )
     offered = {name: ("TORCH", "FUNC", 0) for name in names}
     older_glibc.write_stand_in(compiler, folder, "torch_cpu", audit.TORCH, offered, versioned=False)
-    return f"-L{folder}"
+    return f"-L{shlex.quote(str(folder))}"
 
 
 def torch_library() -> Path:

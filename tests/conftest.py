@@ -1,7 +1,45 @@
+"""What every test gets: seeded generators, and an order that can be shuffled.
+
+DIPKERNELS_TEST_SEED=N seeds torch, NumPy and random before each test, 0 by default.
+DIPKERNELS_TEST_ORDER=N shuffles the files and the tests within each file.
+"""
+
+import getpass
+import os
+import random
+import tempfile
+
 import pytest
+import torch
 from capability_support import OFFERED
+from seeding import SEED, seeded  # noqa: F401
 
 from dipkernels.backends import CAPABILITIES, cpu_capability
+
+# The longest: with several workers nothing is to wait for them at the end.
+FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_cuda_emulated.py")
+ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
+
+
+# torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the code differs.
+_CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
+
+
+def pytest_report_header():
+    return f"DIPKERNELS_TEST_SEED={SEED} DIPKERNELS_TEST_ORDER={'as written' if ORDER is None else ORDER}"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in FIRST)
+    if ORDER is None:
+        return
+    shuffler = random.Random(int(ORDER))
+    files = list(dict.fromkeys(item.path for item in items))
+    shuffler.shuffle(files)
+    place = {path: i for i, path in enumerate(files)}
+    draws = {item.nodeid: shuffler.random() for item in items}
+    items.sort(key=lambda item: (place[item.path], draws[item.nodeid]))
 
 
 @pytest.fixture(params=CAPABILITIES)

@@ -112,7 +112,7 @@ def test_bfloat16_weights_keep_float32_variances_through_training():
     moved = (model[0].log_variance - before).abs()
     assert model[0].log_variance.dtype is torch.float32
     # three steps of at most 1e-4, where bfloat16 has steps of 3e-2 (at -4.6): all would have been lost
-    assert moved.median() > 5e-5 and moved.max() < 4e-4
+    assert bool((moved > 0).all()) and 5e-5 < moved.max() < 4e-4
 
 
 def test_a_double_input_stays_double_under_autocast(dtype):

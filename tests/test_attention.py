@@ -319,7 +319,7 @@ def test_an_encoder_is_noised_in_training_under_predict_and_sampling_on():
         with sampling_on():
             assert not torch.equal(model(x, src_key_padding_mask=padding)[keep], base[keep])
         passes = dip.predict(model, x, src_key_padding_mask=padding, k=3, average=None)
-        assert len({tensor[keep].sum().item() for tensor in passes}) == 3
+        assert not any(torch.equal(a[keep], b[keep]) for i, a in enumerate(passes) for b in passes[:i])
         for name, layer in dip_layers(model).items():
             model.train()
             for other in dip_layers(model).values():
@@ -349,7 +349,7 @@ def test_a_whole_transformer_converts_and_comes_back():
             assert not torch.equal(model(source, target, tgt_mask=mask, tgt_is_causal=True), base), name
     model.train()
     out = dip.trajectories(model, source, target, m=2, in_dims={"tgt_mask": None}, tgt_mask=mask)
-    out.square().mean().backward()
+    (out * torch.randn_like(out)).sum().backward()  # a norm comes last: the sum of its outputs, or squares, is constant
     assert all(layer.log_variance.grad.any() for layer in dip_layers(model).values())
     dip.to_plain(model)
     assert list(model.state_dict()) == list(plain.state_dict())

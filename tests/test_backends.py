@@ -85,7 +85,7 @@ def test_reference_path_says_so(monkeypatch):
 
 def run_python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stdout + done.stderr
 

@@ -1,8 +1,10 @@
 """The build: what it says, what it honours, and that a machine without a compiler still gets a package that works."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,106 @@ def test_build_says_what_it_builds_and_why(environment, expected):
     assert status == 0 and all(text in output for text in expected)
 
 
+@pytest.fixture
+def without_torch(tmp_path):
+    """A folder for PYTHONPATH that stands for an environment without torch."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    return {"PYTHONPATH": str(tmp_path), "DIPKERNELS_CPU": ""}
+
+
+@pytest.mark.parametrize("arguments, cuda", [
+    (["egg_info"], ""),  # what pip asks first
+    (["build_ext"], "0"),
+])  # fmt: skip
+def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, arguments, cuda):
+    folders = (
+        ["--egg-base", tmp_path] if arguments == ["egg_info"] else ["--build-lib", tmp_path, "--build-temp", tmp_path]
+    )
+    status, output = setup_py(*arguments, *folders, DIPKERNELS_CUDA=cuda, **without_torch)
+    assert status != 0 and "Traceback" not in output
+    assert "torch is needed" in output and "pip install --no-build-isolation ." in output and "ninja" in output
+
+
+def test_build_under_an_old_torch_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+    status, output = setup_py("--version", PYTHONPATH=str(tmp_path), DIPKERNELS_CUDA="")
+    assert status != 0 and "torch >= 2.10 is needed to build dipkernels, got 2.9.1+cpu" in output
+
+
+def test_build_under_an_old_setuptools_says_so(tmp_path):
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
+    status, output = setup_py("--version", PYTHONPATH=str(tmp_path))
+    assert status != 0 and "setuptools >= 77 is needed, got 65.5.0" in output
+
+
+# ---- the sdist -------------------------------------------------------------------------------------------------------
+
+
+def test_the_sdist_is_the_whole_source(tmp_path):
+    """So that every target of its Makefile runs, and its tests."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout here to compare with")
+    command = [sys.executable, "scripts/wheel.py", "--sdist-only", "--out", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - packed == set()
+    assert not [name for name in packed if name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name]
+
+
+# ---- a checkout in any folder ----------------------------------------------------------------------------------------
+
+ODD = "a b$HOME:c'd\"e#(f)&"  # means something to ninja, the shell, make and the depfiles
+COMPILER = """#!/bin/sh
+# Stands for g++: finds what it is to read, and writes what it is to write.
+[ "$1" = -dumpmachine ] && { echo x86_64-linux-gnu; exit 0; }
+for word; do
+  case "$before" in -o) out=$word ;; -c) [ -f "$word" ] || { echo "no $word" >&2; exit 1; } ;; esac
+  case "$word" in -I*) [ -d "${word#-I}" ] || { echo "no ${word#-I}" >&2; exit 1; } ;; esac
+  case "$word" in -L*) [ -d "${word#-L}" ] || { echo "no ${word#-L}" >&2; exit 1; } ;; esac
+  before=$word
+done
+echo made > "$out"
+"""
+
+
+@pytest.fixture
+def odd_checkout(tmp_path):
+    """The sources in a folder whose name needs quoting everywhere."""
+    folder = tmp_path / ODD
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("csrc", "dipkernels", "triton_kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build_in(folder, **environment):
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", **environment}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    done = build_in(odd_checkout, CXX=str(compiler))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (odd_checkout / "dipkernels" / "_C.so").read_text() == "made\n"
+
+
+@pytest.mark.slow
+def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
+    done = build_in(odd_checkout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    code = "import dipkernels as dip; print(dip.backends.library().path, dip.backends.library().error, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=odd_checkout, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(odd_checkout / "dipkernels" / "_C.so"), "None"]
+
+
 def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", tmp_path, ROOT],
@@ -55,7 +157,8 @@ with warnings.catch_warnings(record=True) as caught:
     layer = dip.DIPLinear(8, 4)
     for _ in range(3):
         layer(torch.ones(2, 8)).sum().backward()
-assert sum("reference path" in str(w.message) for w in caught) == 1, caught
+said = [str(w.message) for w in caught if "reference path" in str(w.message)]
+assert len(said) == 1 and "pip install --no-build-isolation --no-deps --force-reinstall ." in said[0], caught
 assert layer.log_variance.grad is not None
 print(dip.env_report())
 """.replace("FOLDER", repr(str(tmp_path)))

@@ -553,7 +553,7 @@ def test_faults_are_named_with_layers_and_ranks(ranks):
         policy, at_op, empty, helper, numbers, priors, outside = messages
         assert "rank 1: 0.up.variance.log_variance: FSDP would compute it in torch.bfloat16" in policy
         assert "2.variance.log_variance" in policy
-        assert "sigma: expected torch.float32" in at_op
+        assert "expected its variance in torch.float32, got torch.bfloat16" in at_op
         assert "module: expected DIP layers" in empty
         assert "mp_policy: expected" in helper
         assert "rank 1 numbers the layers ['1.up'] differently" in numbers

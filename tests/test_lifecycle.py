@@ -260,11 +260,16 @@ def memory_stays_flat_over_many_steps():
 
     steps(100)
     gc.collect()
-    before, objects = resident(), len(gc.get_objects())
-    steps(400)
-    gc.collect()
-    assert len(gc.get_objects()) - objects < 200
-    assert resident() - before < 4e6  # a leaked gradient of 1320 weights would be 4.2 MB
+    grown = []
+    for _ in range(3):  # a leak grows each time; what an allocator takes from the system comes once
+        before, objects = resident(), len(gc.get_objects())
+        steps(400)
+        gc.collect()
+        assert len(gc.get_objects()) - objects < 200
+        grown.append(resident() - before)
+        if grown[-1] < 3.5e6:  # a leaked gradient of 1320 weights would be 4.2 MB
+            return
+    raise AssertionError(f"bytes more after each 400 steps: {grown}")
 
 
 # ---- noise is never shared by accident ---------------------------------------------------------------------------------------

@@ -29,8 +29,10 @@ ORDER = [
     "tensor_parallel",
     "expectation",
     "functional",
+    "tracing",
     "seeds",
     "decay",
+    "inputs",
     "layers",
 ]
 ORDER += ["distributed", "attention", "convert"]

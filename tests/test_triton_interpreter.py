@@ -12,16 +12,46 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-FILES = [*sorted(HERE.glob("interpreted_*.py")), HERE / "gpu" / "test_gpu_triton.py"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_triton_under_the_interpreter(path):
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--noconftest", str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(HERE.parent)},
-        cwd=path.parent,
+def run(path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "seeding", "-c", os.devnull]
+    paths = os.pathsep.join((str(HERE.parent), str(HERE)))
+    # NumPy's products are small here: threads would only wait for each other.
+    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--noconftest", str(HERE / path)],
+        env={**os.environ, **environment},
+        cwd=(HERE / path).parent,
         capture_output=True,
         text=True,
     )
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+# A class each, so that `pytest --dist loadscope` runs them beside each other.
+
+
+class TestPerturb:
+    def test_under_the_interpreter(self):
+        run("interpreted_perturb.py")
+
+
+class TestLinear:
+    def test_under_the_interpreter(self):
+        run("interpreted_linear.py")
+
+
+class TestActivation:
+    def test_under_the_interpreter(self):
+        run("interpreted_activation.py")
+
+
+class TestWhatAGpuRuns:
+    def test_under_the_interpreter(self):
+        run("gpu/test_gpu_triton.py")
+
+
+def test_no_file_is_left_out():
+    text = Path(__file__).read_text()
+    assert all(f'run("{path.name}")' in text for path in HERE.glob("interpreted_*.py"))

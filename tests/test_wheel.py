@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -74,7 +75,7 @@ def test_stand_ins_link_for_an_older_glibc(tmp_path):
     source = "#include <dlfcn.h>\n#include <math.h>\ndouble dip_f(double x) { return dlopen(0, 1) ? exp(x) : 0; }"
     new = compiled(tmp_path, source, "-lm")
     assert audit.newest(new, "GLIBC") >= (2, 34)  # dlopen moved into libc
-    old = compiled(tmp_path, source, *older_glibc.link_flags("gcc", tmp_path / "stand-ins").split())
+    old = compiled(tmp_path, source, *shlex.split(older_glibc.link_flags("gcc", tmp_path / "stand ins")))
     assert audit.newest(old, "GLIBC") <= (2, 28)
     assert audit.honest_tag(old) == f"manylinux_2_28_{platform.machine()}"
     done = subprocess.run(

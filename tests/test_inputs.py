@@ -1,0 +1,150 @@
+"""An input that a noised layer cannot take is refused in the layer's words, never in those of its kernels."""
+
+import pytest
+import torch
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.layers import dip_layers, share_noise, twin_type
+
+
+class Shifted(nn.Module):
+    """A class of another package."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, times=1):
+        return times * x + self.weight
+
+
+def twin():
+    layer = twin_type(Shifted)()
+    layer._set_up(4, 0.01, 1, "auto", "cpu")
+    return layer
+
+
+def sharing():
+    layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+    dip.convert(layers)
+    share_noise(list(dip_layers(layers).values()))
+    return layers[1]
+
+
+# A maker, the class that the message names, an input that fits, and what the message says of its shape.
+LAYERS = [
+    pytest.param(lambda: dip.DIPLinear(4, 2), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear"),
+    pytest.param(lambda: dip.DIPLinear(4, 2, keep="x"), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-keep-x"),
+    pytest.param(lambda: dip.DIPLinear(4, 2, num_samples=2, activation="relu", estimator="mean"), "DIPLinear", (3, 4),
+                 r"\[\.\.\., 4\]", id="linear-mean"),
+    pytest.param(lambda: dip.DIPLinear(4, 2, activation="relu", estimator="analytic"), "DIPLinear", (3, 4),
+                 r"\[\.\.\., 4\]", id="linear-analytic"),
+    pytest.param(sharing, "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-sharing"),
+    pytest.param(lambda: dip.DIPConv1d(4, 2, 1), "DIPConv1d", (2, 4, 5), r"\[N, 4, L\] or \[4, L\]", id="conv1d"),
+    pytest.param(lambda: dip.DIPConv2d(4, 2, 1), "DIPConv2d", (2, 4, 5, 5), r"\[N, 4, H, W\] or", id="conv2d"),
+    pytest.param(lambda: dip.DIPConv3d(4, 2, 1), "DIPConv3d", (2, 4, 5, 5, 5), r"\[N, 4, D, H, W\] or", id="conv3d"),
+    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), "4 features along dimension 1", id="input"),
+    pytest.param(twin, "DIPShifted", (3, 4), r"\[\.\.\., 4\]", id="twin"),
+]  # fmt: skip
+DRAWING = [case for case in LAYERS if case.id != "linear-analytic"]  # of that torch's product says what it takes
+
+
+def refused(layer, x, error, text):
+    """The message, which speaks of the input alone."""
+    with pytest.raises(error, match=text) as caught:
+        layer(x)
+    message = str(caught.value)
+    assert "sigma" not in message and "seed" not in message and "dipkernels::" not in message
+    return message
+
+
+@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
+def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, shape, expected):
+    layer, dim = make(), make().feature_dim
+    assert layer(torch.ones(shape)).isfinite().all()
+    wrong = list(shape)
+    wrong[dim] = 7
+    message = refused(layer, torch.ones(wrong), ValueError, rf"^{name}\(.*expected an input of shape .*{expected}")
+    assert str(tuple(wrong)) in message
+    refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("make, name, shape, expected", DRAWING)
+def test_a_type_without_noise_is_named(make, name, shape, expected, dtype):
+    refused(make(), torch.ones(shape).to(dtype), TypeError, rf"^{name}\(.*torch\.float32.*got {dtype}")
+
+
+def unusual(x):
+    rows = [x[0], x[0]]
+    yield "x.to_dense()", x.to_sparse()
+    yield "to_padded_tensor", torch.nested.nested_tensor(rows, layout=torch.jagged)
+    yield "to_padded_tensor", torch.nested.nested_tensor(rows)
+    if x.dim() == 2:
+        yield "x.to_dense()", x.to_sparse_csr()
+        yield "x.to_dense()", x.to_sparse_csc()
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse|nested).*:UserWarning")
+@pytest.mark.parametrize("make, name, shape, expected", DRAWING)
+def test_sparse_and_nested_tensors_are_refused_with_the_way_out(make, name, shape, expected):
+    layer = make()
+    for way_out, x in unusual(torch.ones(shape)):
+        message = refused(layer, x, TypeError, rf"^{name}\(.*expected a dense tensor")
+        assert way_out in message and "eval mode" in message
+
+
+@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
+def test_a_tensor_on_another_device_is_named(make, name, shape, expected):
+    x = torch.ones(shape, device="meta")
+    refused(make(), x, ValueError, rf"^{name}\(.*on cpu, where its variance is, got one on meta")
+
+
+def test_layers_on_the_meta_device_train():
+    layers = nn.Sequential(dip.DIPLinear(4, 4), nn.Unflatten(-1, (4, 1)), dip.DIPConv1d(4, 2, 1)).to("meta")
+    assert layers(torch.ones(3, 4, device="meta")).shape == (3, 2, 1)
+
+
+def test_attention_names_itself():
+    attention, x = dip.DIPMultiheadAttention(4, 2), torch.ones(3, 2, 4)
+    refused(lambda x: attention(x, x, x), x.to_sparse(), TypeError, "^in-projection of DIPMultiheadAttention.*dense")
+    x = x.long()
+    with pytest.raises(TypeError, match=r"^in-projection of DIPMultiheadAttention.*got torch\.int64"):
+        attention(x, x, x)
+
+
+def test_a_weight_of_another_type_is_what_the_plain_layer_says():
+    layer, plain = dip.DIPLinear(4, 2), nn.Linear(4, 2)
+    messages = []
+    for module in (layer, plain):
+        with pytest.raises(RuntimeError) as caught:
+            module(torch.ones(3, 4, dtype=torch.bfloat16))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_variance_in_half_precision_is_named():
+    layer = dip.DIPLinear(4, 2)
+    layer.variance.register_forward_hook(lambda module, args, log_variance: log_variance.bfloat16())
+    with pytest.raises(TypeError, match=r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP"):
+        layer(torch.ones(3, 4))
+
+
+def test_a_failure_that_is_not_the_inputs_stays_itself():
+    layer = dip.DIPLinear(4, 2)
+    layer.weight = nn.Parameter(torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        layer(torch.ones(3, 4))
+
+
+def test_compiled_layers_say_the_same():
+    torch._dynamo.reset()
+    compiled = torch.compile(dip.DIPLinear(4, 2), backend="eager")
+    refused(compiled, torch.ones(3, 7), ValueError, r"^DIPLinear\(.*\[\.\.\., 4\], got \(3, 7\)")
+
+
+def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
+    layer, x = dip.convert(nn.Linear(4, 4, dtype=torch.complex64)), torch.ones(3, 4, dtype=torch.complex64)
+    assert "convert(exclude=...)" in refused(layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real")
+    assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
