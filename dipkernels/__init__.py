@@ -10,6 +10,7 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree,
 from . import diagnostics, functional, reference
 from .attention import DIPMultiheadAttention
 from .backends import backend
+from .check import check
 from .convert import (
     DIPConversionWarning,
     calibrate,
@@ -24,7 +25,7 @@ from .distributed import check_ranks, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
 from .objective import objective, penalty
-from .seeds import fixed_noise, noise_off
+from .seeds import fixed_noise, noise_off, sampling_on
 from .trajectories import predict, trajectories
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Variance",
     "backend",
     "calibrate",
+    "check",
     "check_ranks",
     "convert",
     "diagnostics",
@@ -52,6 +54,7 @@ __all__ = [
     "penalty",
     "predict",
     "reference",
+    "sampling_on",
     "shard_variances",
     "summary",
     "to_plain",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import seeds, tensor_parallel
 from .attention import DIPMultiheadAttention, in_projections
+from .check import require_finite
 from .convertible import (
     OUT_PROJECTION,
     TWINS,
@@ -44,7 +45,7 @@ from .layers import (
     share_noise,
     twin_type,
 )
-from .probe import eager, eval_mode, forget, input_of, probed, remember, run_batch
+from .probe import eager, eval_mode, forget, input_of, plain_names, probed, remember, run_batch, without_wrappers
 
 
 class DIPConversionWarning(UserWarning):
@@ -462,13 +463,15 @@ def param_groups(
 def variances(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every log_variance, by its name in the model's state dict: what an adapter checkpoint leaves out.
 
-    model: any module with DIP layers. A variance that layers share appears once, under the first one's name.
-    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers.
+    model: any module with DIP layers; of one that torch.compile, DDP or the like has wrapped, the names are the plain
+    model's. A variance that layers share appears once, under the first one's name.
+    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers, or
+    where a variance is NaN or infinite.
     """
-    _need_layers(model)
+    require_finite(_need_layers(model))
     return {
         f"{name}.log_variance": tensor_parallel.full(m.log_variance.detach()).cpu().clone()
-        for name, m in model.named_modules()
+        for name, m in plain_names(model).items()
         if isinstance(m, Variance)
     }
 
@@ -477,17 +480,21 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set every log_variance to what `variances` gave; nothing is changed unless names and shapes all agree.
 
-    model: with the same DIP layers. state: name -> [K]. Raises ValueError naming what is missing, unknown, or of
-    another shape.
+    model: with the same DIP layers, wrapped (torch.compile, DDP) or not. state: name -> [K], finite. Raises ValueError
+    naming what is missing, unknown, of another shape or not finite.
     """
     _need_layers(model)
-    own = {f"{name}.log_variance": m.log_variance for name, m in model.named_modules() if isinstance(m, Variance)}
+    own = {f"{name}.log_variance": m.log_variance for name, m in plain_names(model).items() if isinstance(m, Variance)}
+    state = {without_wrappers(name, own): values for name, values in state.items()}
     missing, unknown = [n for n in own if n not in state], [n for n in state if n not in own]
     if missing or unknown:
         raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
     other = {n: (tuple(state[n].shape), tuple(p.shape)) for n, p in own.items() if state[n].shape != p.shape}
     if other:
         raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
+    broken = [n for n in own if not bool(state[n].isfinite().all())]
+    if broken:
+        raise ValueError(f"state: expected finite variances, got NaN or infinity in {broken}")
     for name, parameter in own.items():
         parameter.copy_(tensor_parallel.laid_out_as(state[name], parameter))
 
@@ -533,9 +540,11 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
     layer's input features; without it the share uses the spread measured last, and is None where there is none.
     Features whose spread is below a hundredth of the layer's root mean square spread are left out of the share.
-    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, and as `calibrate`.
+    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, for a variance that is
+    NaN or infinite, and as `calibrate`.
     """
     layers = _need_layers(model)
+    require_finite(layers)
     if batches is not None:
         measured_spreads(model, batches)
     rows = Summary()

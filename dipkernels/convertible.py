@@ -174,10 +174,9 @@ def _adapter_reason(module: nn.Module) -> str | None:
         return "an adapter over a layer whose noise is shared: convert after PEFT, with share"
     if counts_as(module) is not None or not own_matrices(base) or "Embedding" in type(base).__name__:
         return None  # a norm or a whole block, whose layers are converted by themselves
-    return (
-        f"an adapter over {type(base).__name__}, whose input convert does not know: put a DIPInput before the whole "
-        "of it, or give its name in before=[...]"
-    )
+    if isinstance(base, nn.MultiheadAttention):
+        return "an adapter over nn.MultiheadAttention, whose three inputs it reads: put a DIPInput before each"
+    return f"an adapter over {type(base).__name__}, whose input convert does not know: give its name in before=[...]"
 
 
 def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None:
@@ -222,7 +221,9 @@ def no_twin(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return "a DIP layer already"
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) or (
+        is_adapter(module) and isinstance(base_layer(module), nn.MultiheadAttention)
+    ):
         return "it takes three inputs, which convert noises by itself (types)"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: convert the model before scripting it"

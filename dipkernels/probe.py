@@ -167,3 +167,37 @@ def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     for name, module in model.named_modules():
         for layer in vars(module).get(_CONVERTED, ()):
             yield module, name, layer
+
+
+# ---- names without wrappers ----------------------------------------------------------------------------------------
+
+_INNER = {  # the child by which a wrapper holds the model
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
+    plain = {"": ""}
+    kinds: dict[str, str] = {}
+    modules = {}
+    for name, module in model.named_modules():
+        if name:
+            parent, _, own = name.rpartition(".")
+            dropped = _INNER.get(kinds[parent]) == own
+            plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
+        kinds[name] = type(module).__name__
+        modules[plain[name]] = module
+    return modules
+
+
+def without_wrappers(name: str, known: Mapping[str, object]) -> str:
+    """A name from a wrapped model's state dict as the plain model has it."""
+    inner = set(_INNER.values()) - {"module"}
+    name = ".".join(part for part in name.split(".") if part not in inner)
+    return name.removeprefix("module.") if name not in known and name.removeprefix("module.") in known else name

@@ -31,7 +31,7 @@ ORDER = [
     "seeds",
     "layers",
 ]
-ORDER += ["distributed", "attention", "convert"]
+ORDER += ["distributed", "attention", "convertible", "probe", "check", "convert"]
 ORDER += ["analytic", "trajectories", "diagnostics", "objective", "env_report"]
 
 
