@@ -178,9 +178,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: tuple[Any, ...]) -> None:
         called[layer].append(layer.noisy())
 
-    variances = {
-        name: [p for p in layer.variance.parameters() if p.requires_grad] for name, layer in layers.items()
-    }
+    variances = {name: [p for p in layer.variance.parameters() if p.requires_grad] for name, layer in layers.items()}
     wanted = list({id(p): p for each in variances.values() for p in each}.values())
     handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
     try:
@@ -229,17 +227,20 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
     """The ids of the parameters that the loss, or where there is none any output, depends on."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    outs = [t for t in _tensors(loss if isinstance(loss, Tensor) else out) if t.requires_grad]
-    if not outs or not wanted:
-        return set()
-    total = torch.stack([(t.abs() if t.is_complex() else t).sum().double().cpu() for t in outs]).sum()
-    try:
-        grads = torch.autograd.grad(total, wanted, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        return {id(p) for p in wanted}  # such checkpoints have no autograd.grad: not looked at
-    return {id(p) for p, g in zip(wanted, grads, strict=True) if g is not None}
+    nodes: list[Any] = [t.grad_fn for t in _tensors(loss if isinstance(loss, Tensor) else out)]
+    seen: set[Any] = set()
+    found: set[int] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in node.name():  # a reentrant checkpoint, whose inside is in no graph yet
+            return {id(p) for p in wanted}
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [before for before, _ in node.next_functions]
+    return found
 
 
 def _tensors(out: Any) -> list[Tensor]:

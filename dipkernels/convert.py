@@ -149,9 +149,7 @@ def convert(
 
 
 def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]) -> None:
-    lines = [
-        f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in reasons.items()
-    ]
+    lines = [f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in reasons.items()]
     lines += [f"  {which}: {reason}" for which, reason in holders.items()]
     if lines:
         text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
@@ -224,7 +222,9 @@ def _variances_by_name(
                 check_init_variance(values[module], features_of(module))
     unused = [pattern for pattern in init_variance if pattern not in used]
     if unused:
-        raise ValueError(f"init_variance: expected patterns that match a layer to convert, got {unused} that match none")
+        raise ValueError(
+            f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
+        )
     return values
 
 

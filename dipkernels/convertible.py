@@ -244,7 +244,7 @@ _HARMLESS = ("dtype", "device", "shape", "ndim", "data", "grad", "requires_grad"
 _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_past(kind: type[nn.Module]) -> frozenset[str]:
     """The children that this class's own code never calls or hands on, and whose weight it reads.
 

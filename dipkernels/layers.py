@@ -397,10 +397,7 @@ class _Twin(DIPLayer):
         if not args and self.input_name not in kwargs:
             raise TypeError(f"{type(self).__name__}: expected its input first, got none")
         x = args[0] if args else kwargs[self.input_name]
-        if self.noisy():
-            u = noised(self, x, functional.autocast_dtype(x))
-        else:
-            u = self.without_noise(x)
+        u = noised(self, x, functional.autocast_dtype(x)) if self.noisy() else self.without_noise(x)
         if args:
             return super().forward(u, *args[1:], **kwargs)
         return super().forward(**{**kwargs, self.input_name: u})

@@ -30,7 +30,8 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
     tensor nor a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0
     counts folded entries. BatchNorm in training mode sees all B * m rows at once.
     Raises ValueError for a module without DIP layers, an input whose first size is not B or an output whose first size
-    is not B * m, naming it, and RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv 2506.04690, Algorithm 1.
+    is not B * m, naming it, and RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv
+    2506.04690, Algorithm 1.
     """
     _check_count("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and seeds._MODE != "on":
