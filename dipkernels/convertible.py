@@ -345,8 +345,8 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
 
 def _is_quiet(module: nn.Module) -> bool:
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
-    name = type(module).__name__
-    return plain or "Embed" in name or "Norm" in name or is_adapter(module)
+    name, package = type(module).__name__, type(module).__module__
+    return plain or "Embed" in name or "Norm" in name or package.startswith("peft.")
 
 
 def _patterns(every_name: list[str]) -> list[str]:

@@ -153,8 +153,15 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
 
 
 def remember(model: nn.Module) -> None:
-    """Leave the names of its DIP layers with the model, by which `check` finds those that were replaced."""
-    model.__dict__[_CONVERTED] = tuple(dip_layers(model))
+    """Leave the names of its DIP layers with the model and with their parents, by which `check` misses the replaced."""
+    layers = tuple(dip_layers(model))
+    inside: dict[str, list[str]] = {}
+    for name in layers:
+        parent, _, own = name.rpartition(".")
+        inside.setdefault(parent, []).append(own)
+    for parent, children in inside.items():
+        model.get_submodule(parent).__dict__[_CONVERTED] = tuple(children)
+    model.__dict__[_CONVERTED] = layers
 
 
 def forget(model: nn.Module) -> None:

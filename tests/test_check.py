@@ -143,7 +143,7 @@ def test_gradients_tell_a_weight_that_was_read_from_a_layer_that_was_not_called(
     assert {n: "was not called" in why for n, why in faults(half).items()} == {"unused": True, "dropped": True}
     half.unused.eval()
     assert "eval mode" in faults(half)["unused"]
-    with pytest.raises(ValueError, match="(?s)unused.*dropped"):
+    with pytest.raises(ValueError, match=r"(?s)unused.*dropped"):
         dip.check(half)
 
 
