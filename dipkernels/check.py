@@ -136,12 +136,12 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
     for name, layer in layers.items():
         variance = [p for p in layer.variance.parameters() if p.requires_grad]
         weight = getattr(layer, "weight", None)
-        learns = isinstance(weight, Tensor) and weight.is_leaf and weight.grad is not None
+        slope = weight.grad if isinstance(weight, Tensor) and weight.is_leaf else None
         if not variance:
             continue
         if all(p.grad is None for p in variance):
-            faults[name] = "its variance got no gradient: " + _why_none(layer, learns)
-        elif learns and _nonzero(weight.grad) and _nonzero(weight) and not any(_nonzero(p.grad) for p in variance):
+            faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
+        elif _nonzero(slope) and _nonzero(weight) and not any(_nonzero(p.grad) for p in variance):
             faults[name] = (
                 "its variance got a gradient of zeros and its weight did not: it ran without noise (noise_off, or an "
                 "eval mode inside the step)"

@@ -141,9 +141,8 @@ def convert(
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
     remember(model)
-    if filter is not None:
-        asked = {**asked, **{m: 0 for m in names if m not in wanted}}
-    quiet = {*matched, *asked, *excluded, *reasons}
+    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    quiet = {*matched, *asked, *excluded, *reasons, *filtered}
     _warn(names, reasons, unnoised(names, quiet, block_names(names, types)))
     return model
 
@@ -169,14 +168,12 @@ def _passes(
         return False
 
 
-def _asked_before(
-    names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]
-) -> dict[nn.Module, int | None]:
-    """The modules that `before` names, each with its feature dimension; None for the one that convert knows."""
+def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
+    """The modules that `before` names, each with its feature dimension."""
     if isinstance(before, str):
         before = (before,)
     dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before, -1)
-    asked: dict[nn.Module, int | None] = {}
+    asked: dict[nn.Module, int] = {}
     for pattern, dim in dims.items():
         if not isinstance(dim, int) or isinstance(dim, bool):
             raise ValueError(f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}")

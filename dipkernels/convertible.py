@@ -21,13 +21,6 @@ TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttent
 }
 OUT_PROJECTION = DIPOutProjection.plain_type
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# torchao's linear layers for training: subclasses of nn.Linear whose forward takes the input alone.
-_TORCHAO = (
-    "Float8Linear",
-    "FakeQuantizedLinear",
-    "Int8DynActInt4WeightQATLinear",
-    "Int4WeightOnlyQATLinear",
-)
 # Where quantised layers and weights are defined: parts of the names of their Python modules.
 _QUANTISED = ("quantiz", "quanto", ".qat", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "eetq", "finegrained_fp8")
 # What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no twin.
@@ -48,8 +41,8 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
         return nn.Linear
     if is_adapter(module):
         return _stands_for(base_layer(module)) if first_parameter(kind) else None
-    if kind.__name__ in _TORCHAO and kind.__module__.startswith("torchao."):
-        return nn.Linear
+    if isinstance(module, nn.Linear) and kind.__module__.startswith("torchao."):
+        return nn.Linear  # for training in float8 or with fake quantisation: their forward takes the input alone
     return None
 
 
@@ -201,7 +194,7 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
         return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
     if nn.utils.parametrize.is_parametrized(module):
-        return "parametrised: its weight is computed, so convert it after remove_parametrizations"
+        return "parametrised: its weight is computed, so parametrise after converting, or give its name in before=[...]"
     if counts_as(module) is None:
         base = next(t.__name__ for t in types if isinstance(module, t))
         return f"a subclass of nn.{base}, whose forward may be its own: before=[...] puts noise at its input"
@@ -245,7 +238,7 @@ _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
 
 
 @functools.cache
-def read_past(kind: type[nn.Module]) -> frozenset[str]:
+def read_past(kind: Any) -> frozenset[str]:
     """The children that this class's own code never calls or hands on, and whose weight it reads.
 
     Found in the bytecode of its methods: `F.linear(x, self.qkv.weight)` where no method mentions `self.qkv` otherwise.
