@@ -140,9 +140,10 @@ def cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]
             continue
         for name in every_name:
             parent, _, own = name.rpartition(".")
-            if name and own in read_past(type(by_name[parent])):
+            kind: Any = type(by_name[parent])
+            if name and own in read_past(kind):
                 reasons[module] = (
-                    f"{type(by_name[parent]).__name__} reads its weight without calling it: before=[{parent!r}] "
+                    f"{kind.__name__} reads its weight without calling it: before=[{parent!r}] "
                     "puts noise at the input of the whole"
                 )
     blocks = block_names(names, types)
