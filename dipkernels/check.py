@@ -130,7 +130,7 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
     if all(p.grad is None for p in model.parameters()):
         raise ValueError(
             "model: expected gradients to look at, got none: call check(model) after backward() and before "
-            "zero_grad(), or check(model, batch)"
+            "zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), check(model, batch)"
         )
     faults = {}
     for name, layer in layers.items():
