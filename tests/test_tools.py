@@ -294,15 +294,27 @@ def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
 
 
 @pytest.mark.slow
-def test_opacus_refuses_or_trains_privately():
+def test_opacus_refuses_dip_layers_and_takes_fixed_noise_before_plain_ones():
+    """Its per-example gradients need a layer's own input, which is not what a DIP layer multiplies."""
     opacus = pytest.importorskip("opacus")
-    model = dip.convert(mlp())
-    optimizer = torch.optim.SGD(dip.param_groups(model, 0.1), 0.1)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
-    with pytest.raises(NotImplementedError, match=r"Opacus.*DIPLinear|DIPLinear"):
-        opacus.PrivacyEngine().make_private(
+
+    def step(model):
+        optimizer = torch.optim.SGD(dip.param_groups(model, 0.1), 0.1)
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
+        model, optimizer, data = opacus.PrivacyEngine().make_private(
             module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
         )
+        x, y = next(iter(data))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        step(dip.convert(mlp()))
+    model = mlp()
+    model.insert(0, dip.DIPInput(64).requires_grad_(False))
+    before = model[1].weight.detach().clone()
+    step(model)
+    assert not torch.equal(model[1].weight, before)
 
 
 @pytest.fixture
