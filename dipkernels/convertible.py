@@ -187,7 +187,9 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
         return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
     if of_a_kind and kind is not OUT_PROJECTION and _is_quantised(kind) and counts_as(module) is None:
-        return "quantised: convert the model before quantising it, or give its name in before=[...]"
+        return (
+            "quantised: give its name in before=[...] to noise its input; a converted model is quantised after to_plain"
+        )
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -328,10 +330,11 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
         if share < _LEAST_SHARE and not any("weight" in each for each in matrices):
             continue
         patterns = _patterns([names[m][0] for m in modules])
-        own = ", ".join(dict.fromkeys(name for each in matrices for name in each))
+        own = list(dict.fromkeys(name for each in matrices for name in each))
+        shown = ", ".join(own[:4]) + ", ..." * (len(own) > 4)
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
-            f"{share:.1%} of the model's matrix weights are its own Parameters ({own}), which get no noise: "
+            f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which get no noise: "
             f"before={patterns} with batches=[...] puts noise at its input"
         )
     return lines

@@ -267,7 +267,7 @@ def test_what_is_no_weight_is_not_named():
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.called, self.handed, self.looked = (nn.Linear(8, 8) for _ in range(4))
+        self.qkv, self.inner, self.called, self.handed, self.looked = (nn.Linear(8, 8) for _ in range(5))
         nn.init.zeros_(self.qkv.weight)
 
     def step(self, layer, x):
@@ -275,6 +275,7 @@ class Reads(nn.Module):
 
     def forward(self, x):
         x = F.linear(x, self.qkv.weight, self.qkv.bias)
+        x = (lambda x: F.linear(x, self.inner.weight))(x)
         x = self.called(x.to(self.called.weight.dtype)) + F.linear(x, self.called.weight)
         x = self.step(self.handed, x) + self.handed.weight.sum()
         return self.looked(x) if self.looked.weight.shape[0] else x
@@ -288,7 +289,7 @@ class Inherits(Reads):
 def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
     with pytest.warns(dip.DIPConversionWarning, match=rf"qkv \(Linear\): {kind.__name__} reads its weight") as caught:
         model = dip.convert(nn.Sequential(kind()))
-    assert "1 module(s)" in str(caught[0].message)
+    assert "2 module(s)" in str(caught[0].message) and "0.inner (Linear)" in str(caught[0].message)
     assert [n.rpartition(".")[2] for n in dip_layers(model)] == ["called", "handed", "looked"]
     assert dip.check(model, X).ok
 
