@@ -212,3 +212,53 @@ def test_adapters_of_bare_parameters_are_named_and_can_be_noised_by_name():
     layer = the_adapter(model)
     dip.convert(model, 0.25, before=["*.experts"], batches=[torch.randn(3, 32)], exclude=["*.base_layer"])
     assert isinstance(layer, DIPLayer) and is_whole(layer.eval(), torch.randn(8, 32))
+
+
+# ---- prompts and whole models ------------------------------------------------------------------------------------------
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+    )
+
+
+PROMPTS = {
+    "PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "PREFIX_TUNING": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+    "P_TUNING": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+    "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_prompts_leave_every_layer_noised_their_own_encoders_too(kind):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)]
+    model = converted(peft.get_peft_model(llama(), config(task_type="CAUSAL_LM", **PROMPTS[kind])))
+    ids = torch.randint(32, (2, 6))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    report = dip.check(model, batch)
+    assert report.ok and report.checked == 8 + {"PREFIX_TUNING": 2, "P_TUNING": 3}.get(kind, 0)
+
+
+def test_xlora_which_replaces_forwards_is_named(tmp_path):
+    for name in ("0", "1"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        peft.get_peft_model(llama(), config).save_pretrained(tmp_path / name)
+    adapters = {name: str(tmp_path / name) for name in ("0", "1")}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters)
+    model = peft.get_peft_model(llama(), config)
+    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"):
+        dip.convert(model)
+    assert not any("q_proj" in name for name in dip_layers(model))
+
+
+def test_a_head_kept_whole_and_trained_tokens_are_noised_once():
+    options = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [1, 2]}}
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    model, ids = converted(peft.get_peft_model(llama(), config)), torch.randint(32, (2, 6))
+    report = dip.check(model, {"input_ids": ids, "labels": ids})
+    assert report.ok and report.checked == 8
