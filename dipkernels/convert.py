@@ -343,6 +343,7 @@ def _become_dip(
     if features is None and twin is not DIPMultiheadAttention:
         features = features_of(module)
     module.__class__ = twin
+    module.__dict__.pop("forward", None)  # the plain class's
     try:
         if twin is DIPMultiheadAttention:
             module._set_up(init_variance, num_samples)

@@ -201,15 +201,30 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if counts_as(module) is None:
         base = next(t.__name__ for t in types if isinstance(module, t))
         return f"a subclass of nn.{base}, whose forward may be its own: before=[...] puts noise at its input"
-    if "forward" in vars(module):
-        return "its forward was replaced on the object, so that a DIP layer's would not run"
+    if replaced := _forward_replaced(module):
+        return replaced
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
         return f"its weight is sparse ({weight.layout})"
+    if isinstance(weight, Tensor) and weight.is_complex():
+        return f"its weight is complex ({weight.dtype}), and noise is real"
     data = getattr(weight, "data", None)
     if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
         return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
     return None
+
+
+def _forward_replaced(module: nn.Module) -> str | None:
+    """Why the forward of the class would not run; None where the object has that one, as accelerate leaves behind."""
+    if "forward" in vars(module) and hasattr(module, "_hf_hook"):
+        return (
+            "accelerate dispatched it, and its hook calls the plain forward: convert before dispatching, or "
+            "accelerate.hooks.remove_hook_from_submodules(model), convert, and accelerate.dispatch_model again"
+        )
+    own = vars(module).get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return None
+    return "its forward was replaced on the object, so that a DIP layer's would not run"
 
 
 def no_twin(module: nn.Module) -> str | None:
@@ -223,8 +238,8 @@ def no_twin(module: nn.Module) -> str | None:
         return "it takes three inputs, which convert noises by itself (types)"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: convert the model before scripting it"
-    if "forward" in vars(module):
-        return "its forward was replaced on the object, so that a twin's would not run"
+    if replaced := _forward_replaced(module):
+        return replaced
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
     taken = [name for name in _OWN_NAMES if hasattr(module, name)]

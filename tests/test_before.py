@@ -191,6 +191,30 @@ def test_bad_requests_are_named_and_change_nothing(model, options, message):
     assert list(model.state_dict()) == list(state)
 
 
+def dispatched(model):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.hooks.add_hook_to_module(model.experts, accelerate.hooks.ModelHook())
+    return model
+
+
+def replaced(model):
+    model.experts.forward = lambda *args: args[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(dispatched, "accelerate dispatched it"), (replaced, "was replaced on")]
+)
+def test_noise_before_a_module_whose_forward_is_not_its_classs_is_refused(change, message):
+    with pytest.raises(ValueError, match=f"before: .*'experts'.*{message}"):
+        dip.convert(change(Block()), before=["experts"], batches=[X])
+    # what accelerate leaves behind is the class's own
+    model = Block()
+    model.experts.forward = model.experts.forward
+    dip.convert(model, 0.25, before=["experts", "router"], batches=[X])
+    assert not torch.equal(model(X), model(X))
+
+
 # ---- what holds weights and is no layer ------------------------------------------------------------------------------
 
 
