@@ -29,7 +29,7 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
     Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a
     tensor nor a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0
     counts folded entries. BatchNorm in training mode sees all B * m rows at once.
-    Raises ValueError for a module without DIP layers, an input whose first size is not B or an output whose first size
+    Raises ValueError for a module without DIP layers where m > 1, an input whose first size is not B or an output whose first size
     is not B * m, naming it, and RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv
     2506.04690, Algorithm 1.
     """
@@ -39,7 +39,7 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
             "model: expected training mode, got eval mode, where the m trajectories would be equal; "
             "call model.train(), or use dip.predict(model, ..., k=m)"
         )
-    if isinstance(model, nn.Module) and not dip_layers(model):
+    if m > 1 and isinstance(model, nn.Module) and not dip_layers(model):
         raise ValueError(
             "model: expected DIP layers, found none: its m trajectories would be equal; convert it first, or pass a "
             "function that draws noise of its own"
