@@ -5,7 +5,8 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants soak long-tests \
+.PHONY: setup test test-all test-tools compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
+	soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
 setup: $(VENV)/.built
@@ -34,6 +35,14 @@ COMPAT_PYTHON ?= $(PYTHON)
 compat: setup
 	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
 	$(PY) scripts/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+
+# Other people's tools, installed on top of the pinned torch.
+$(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-tools.txt
+	touch $@
+
+test-tools: setup $(VENV)/.tools
+	$(PY) -m pytest -m "slow or not slow" tests/test_tools.py tests/test_adapters.py tests/test_models.py
 
 demo: setup
 	$(PY) examples/digits.py

@@ -78,7 +78,7 @@ def bench_trajectories(name, m, device, case, build, timed):
     if name == peers.PLAIN:
         call = lambda: model(x.repeat_interleave(m, 0)).square().mean().backward()  # noqa: E731
     else:
-        call = lambda: dip.trajectories(model, x, m=m).square().mean().backward()  # noqa: E731
+        call = lambda: dip.trajectories(model.__call__, x, m=m).square().mean().backward()  # noqa: E731
 
     def step():
         model.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from . import diagnostics, functional, reference
 from .attention import DIPMultiheadAttention
 from .backends import backend
 from .certify import Certificate, certify
+from .check import check
 from .convert import (
     DIPConversionWarning,
     calibrate,
@@ -25,7 +26,7 @@ from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
 from .objective import kl_penalty, objective, penalty
-from .seeds import fixed_noise, noise_off
+from .seeds import fixed_noise, noise_off, sampling_on
 from .trajectories import predict, trajectories
 from .tune import Tuned, tune
 
@@ -43,6 +44,7 @@ __all__ = [
     "backend",
     "calibrate",
     "certify",
+    "check",
     "check_ranks",
     "convert",
     "diagnostics",
@@ -59,6 +61,7 @@ __all__ = [
     "penalty",
     "predict",
     "reference",
+    "sampling_on",
     "shard_variances",
     "summary",
     "to_plain",

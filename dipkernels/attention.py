@@ -80,7 +80,13 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         own = device_of_variance(self.out_proj.weight, device)
         self.out_proj._set_up(self.embed_dim, init_variance, num_samples, "auto", own)
 
-    def _set_up(self, init_variance: float, num_samples: int, device: torch.device | str | None = None) -> None:
+    def _set_up(
+        self,
+        init_variance: float | dict[str, Any],
+        num_samples: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """init_variance: of every in-projection, or of each by its name."""
         if self._qkv_same_embed_dim:
             widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
         else:
@@ -90,7 +96,13 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
                 "v_proj": (self.vdim, self.v_proj_weight),
             }
         made = {
-            name: _InProjection(width, -1, init_variance, num_samples, device=device_of_variance(weight, device))
+            name: _InProjection(
+                width,
+                -1,
+                init_variance[name] if isinstance(init_variance, dict) else init_variance,
+                num_samples,
+                device=device_of_variance(weight, device),
+            )
             for name, (width, weight) in widths.items()
         }
         for name, layer in made.items():
@@ -261,6 +273,11 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v, F.pad(mask, (0, added)) if mask is not None and added else mask
+
+
+def in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    """The names of the noised inputs that the DIP twin of this attention has."""
+    return ("in_proj",) if attention._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
 
 
 def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:

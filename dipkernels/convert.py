@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from . import seeds, tensor_parallel
-from .attention import DIPMultiheadAttention, DIPOutProjection
+from .attention import DIPMultiheadAttention, in_projections
+from .check import require_finite
+from .convertible import (
+    OUT_PROJECTION,
+    TWINS,
+    around,
+    base_layer,
+    block_names,
+    cannot,
+    counts_as,
+    features_of,
+    is_adapter,
+    is_candidate,
+    is_inside,
+    keeps_original,
+    no_twin,
+    own_matrices,
+    twin_of,
+    unnoised,
+)
 from .distributed import replicate_variance
 from .layers import (
     MAX_LAYERS,
-    DIPConv1d,
-    DIPConv2d,
-    DIPConv3d,
     DIPInput,
     DIPLayer,
     DIPLinear,
@@ -33,24 +48,7 @@ from .layers import (
     share_noise,
     twin_type,
 )
-
-_TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
-    twin.plain_type: twin for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
-}
-_OUT_PROJECTION = DIPOutProjection.plain_type
-# PEFT's LoRA classes whose forward takes one input first, and what they stand for; the rest is named in a warning.
-_LORA = {
-    "Linear": nn.Linear,
-    "Linear4bit": nn.Linear,
-    "Linear8bitLt": nn.Linear,
-    "Conv1d": nn.Conv1d,
-    "Conv2d": nn.Conv2d,
-    "Conv3d": nn.Conv3d,
-}
-
-
-# Where quantised layers and weights are defined: parts of the names of their Python modules.
-_QUANTISED = ("quantiz", "quanto", ".qat", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "eetq", "finegrained_fp8")
+from .probe import eager, eval_mode, forget, input_of, plain_names, probed, remember, run_batch, without_wrappers
 
 
 class DIPConversionWarning(UserWarning):
@@ -62,75 +60,172 @@ class DIPConversionWarning(UserWarning):
 
 def convert(
     model: nn.Module,
-    init_variance: float = 0.01,
+    init_variance: float | Mapping[str, float | Tensor] = 0.01,
     *,
-    types: Sequence[type[nn.Module]] = tuple(_TWINS),
+    types: Sequence[type[nn.Module]] = tuple(TWINS),
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
     share: Sequence[Sequence[str]] = (),
+    before: Sequence[str] | Mapping[str, int] = (),
+    batches: Iterable[Any] | None = None,
     num_samples: int = 1,
     keep: str = "auto",
 ) -> nn.Module:
     """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
 
-    model: any module, itself a layer or not. Its modules keep their identity, hooks and Parameter objects, and shared
-    ones stay shared: a layer's class changes, and it gains a child `variance`, float32, on its weight's device.
-    init_variance: sigma^2 to start from, > 0. types: some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.MultiheadAttention; only modules of exactly these types. transformers' Conv1D counts as nn.Linear, and so does
-    PEFT's LoRA layer of one, noised at the input of the whole, so that base layer and adapter read the same u.
-    filter: called as filter(module, name), true for a layer to convert. exclude: name patterns (fnmatch: "head",
-    "*.down_proj", "blocks.0*"); a layer is left out when its name or that of a module around it matches. An attention's
-    out_proj is a layer of its own in both; it is converted only with its attention.
-    share: groups of name patterns, such as [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]: layers of one
-    parent that match (by their own name or the full one) share one variance, one draw and one u while they are handed
-    the same tensor; a layer handed another one draws for itself.
-    num_samples, keep: as DIPLinear's; keep applies to linear layers.
-    Returns the model, its DIP layers numbered 0, 1, ... An optimiser made before conversion does not know the
-    variances: make it afterwards, from `param_groups`, or give it that list's group "variances" by add_param_group.
-    Converting again adds what is not a DIP layer yet. On PEFT over a converted model it moves each variance to the LoRA
-    layer around it.
-    Warns (DIPConversionWarning) once, naming every module that it cannot honour: subclasses of these types, quantised,
-    parametrised, lazy, sparse and scripted ones, a replaced `forward`, LoRA on attention or on bare parameters.
-    Raises ValueError when nothing matched, when an exclude or share pattern matches no module, or for bad values;
-    RuntimeError for a model that FSDP or DDP has wrapped: variances added after that would not be synchronised.
-    Source: arXiv 2506.04690; which layers carry noise inside a transformer is not stated there, so `filter` and
-    `exclude` choose.
+    A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and Parameters, and
+    shared ones stay shared. Name patterns are fnmatch's: "head", "*.down_proj", "blocks.0*".
+
+    Args:
+        model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet; on PEFT over a
+            converted model it moves each variance to the adapter around it.
+        init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor [features], where the
+            first pattern that matches a layer's name holds. An attention's layers are NAME.in_proj (or q_proj, k_proj,
+            v_proj) and NAME.out_proj.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; modules of exactly these.
+            transformers' Conv1D and torchao's float8 and QAT layers count as nn.Linear; an adapter of PEFT counts as
+            the layer inside it and is noised at the input of the whole.
+        filter: filter(module, name), true for a layer to convert.
+        exclude: Patterns; a layer is left out where its name, or that of a module around it, matches.
+        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent that match, by their
+            own name or the full one, share one variance, one draw and one u while they are handed the same tensor.
+        before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
+            dimension} where it is not the last: each becomes the twin of its own class, whose forward takes the input
+            first.
+        batches: For `before`: as `calibrate`'s. They are run in eval mode, without noise, to learn the features.
+        num_samples: As DIPLinear's.
+        keep: As DIPLinear's; of linear layers.
+
+    Returns:
+        The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the variances: make it
+        from `param_groups`, or give it that list's group "variances".
+
+    Raises:
+        ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be put before, or a
+            value is bad. The model is as it was.
+        RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be synchronised.
+
+    Warns:
+        DIPConversionWarning: Once, naming every module that stays without noise though it looks like a layer or holds
+            weights of its own, and why.
+
+    Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
     types = tuple(types)
-    if not types or not all(t in _TWINS for t in types):
-        raise ValueError(f"types: expected some of {[t.__name__ for t in _TWINS]}, got {types!r}")
-    init_variance = float(check_init_variance(init_variance, 1))
+    if not types or not all(t in TWINS for t in types):
+        raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
+    asked = _asked_before(names, before)
     wanted = {
         module: every_name[0]
         for module, every_name in names.items()
-        if module not in excluded
-        and (filter is None or not _is_candidate(module, types) or filter(module, every_name[0]))
+        if module not in excluded and (filter is None or _passes(filter, module, every_name[0], types))
     }
-    cannot = {module: reason for module, reason in _cannot(names, types).items() if module in wanted}
-    matched = _matched(names, wanted, cannot, types)
-    if not matched:
-        raise ValueError(_nothing_matched(model, types, cannot))
-    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in matched)
+    reasons = {m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked}
+    matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
+    if not matched and not asked:
+        raise ValueError(_nothing_matched(model, types, reasons))
+    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])
     if count + len(dip_layers(model)) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
     groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
+    variance_of = _variances_by_name(init_variance, {m: names[m][0] for m in [*matched, *asked]})
+    projections = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
+    twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
     for module in matched:
-        _become_dip(module, init_variance, num_samples, keep)
+        _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
+    for module, (twin, features) in twins.items():
+        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
-    if cannot:
-        reported = [
-            f"  {wanted[m] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in cannot.items()
-        ]
-        text = f"convert: {len(reported)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
-        warnings.warn(text + "\n".join(reported), DIPConversionWarning, stacklevel=2)
+    remember(model)
+    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    quiet = {*matched, *asked, *excluded, *reasons, *filtered}
+    _warn(names, reasons, unnoised(names, quiet, block_names(names, types)))
     return model
+
+
+def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]) -> None:
+    lines = [f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in reasons.items()]
+    lines += [f"  {which}: {reason}" for which, reason in holders.items()]
+    if lines:
+        text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
+        warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
+
+
+def _passes(
+    filter: Callable[[nn.Module, str], bool], module: nn.Module, name: str, types: tuple[type[nn.Module], ...]
+) -> bool:
+    if is_candidate(module, types):
+        return filter(module, name)
+    if not own_matrices(module):
+        return True
+    try:
+        return filter(module, name)
+    except AttributeError:  # a filter written for layers asks what this module has not
+        return False
+
+
+def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
+    """The modules that `before` names, each with its feature dimension."""
+    if isinstance(before, str):
+        before = (before,)
+    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before, -1)
+    asked: dict[nn.Module, int] = {}
+    for pattern, dim in dims.items():
+        if not isinstance(dim, int) or isinstance(dim, bool):
+            raise ValueError(f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}")
+        hits = [m for m, every_name in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)]
+        if not hits:
+            raise ValueError(f"before: expected patterns that match a module's name, got {pattern!r} that matches none")
+        for module in hits:
+            reason = no_twin(module)
+            if reason is not None:
+                raise ValueError(
+                    f"before: expected modules that noise can be put before, got {names[module][0]!r} "
+                    f"({type(module).__name__}): {reason}"
+                )
+            asked.setdefault(module, dim)
+    return asked
+
+
+def _variances_by_name(
+    init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
+) -> dict[nn.Module, Any]:
+    """The initial variance of each module to convert; of an attention, one for each of its layers by name."""
+    if not isinstance(init_variance, Mapping):
+        value = float(check_init_variance(init_variance, 1))
+        return dict.fromkeys(modules, value)
+    used = set()
+
+    def value_of(name: str) -> Any:
+        for pattern, value in init_variance.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                used.add(pattern)
+                return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
+        raise ValueError(
+            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; end with '*'"
+        )
+
+    values: dict[nn.Module, Any] = {}
+    for module, name in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            values[module] = {part: value_of(f"{name}.{part}".lstrip(".")) for part in in_projections(module)}
+        else:
+            values[module] = value_of(name)
+            if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
+                check_init_variance(values[module], features_of(module))
+    unused = [pattern for pattern in init_variance if pattern not in used]
+    if unused:
+        raise ValueError(
+            f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
+        )
+    return values
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -147,19 +242,19 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _matched(
     names: dict[nn.Module, list[str]],
     wanted: dict[nn.Module, str],
-    cannot: dict[nn.Module, str],
+    reasons: dict[nn.Module, str],
     types: tuple[type[nn.Module], ...],
 ) -> list[nn.Module]:
     """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
-    blocks = {name for module in names if _blocks(module, types) for name in names[module]}
-    matched = [m for m in wanted if _counts_as(m) in types and m not in cannot and not _is_inside(names[m], blocks)]
+    blocks = block_names(names, types)
+    matched = [m for m in wanted if counts_as(m) in types and m not in reasons and not is_inside(names[m], blocks)]
     spare = {
-        m for wrapper in names if _keeps_original(wrapper) for m in wrapper.get_submodule("original_module").modules()
+        m for wrapper in names if keeps_original(wrapper) for m in wrapper.get_submodule("original_module").modules()
     }
     matched = [m for m in matched if m not in spare]
     owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
     owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
-    return [m for m in matched if type(m) is not _OUT_PROJECTION or m in owners]
+    return [m for m in matched if type(m) is not OUT_PROJECTION or m in owners]
 
 
 def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
@@ -184,7 +279,7 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
                 if module in taken:
                     raise ValueError(f"share: expected each layer in one group, got {matched[module]!r} in two")
                 taken[module] = group
-            features = {matched[m]: (_features(m), _twin(m).feature_dim) for m in group}
+            features = {matched[m]: (features_of(m), twin_of(m).feature_dim) for m in group}
             if len(set(features.values())) > 1:
                 raise ValueError(f"share: expected layers of one number of input features, got {features}")
             groups.append(group)
@@ -206,7 +301,7 @@ def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[
     used, excluded = set(), set()
     for module, every_name in names.items():
         for name in every_name:
-            hits = {p for p in patterns for a in _around(name)[1:] if fnmatch.fnmatchcase(a, p)}
+            hits = {p for p in patterns for a in around(name)[1:] if fnmatch.fnmatchcase(a, p)}
             used |= hits
             if hits:
                 excluded.add(module)
@@ -216,149 +311,40 @@ def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[
     return excluded
 
 
-def _is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
-        return False
-    return isinstance(module, types) or _counts_as(module) in types
-
-
-def _counts_as(module: nn.Module) -> type[nn.Module] | None:
-    """The one of `types` under which this module is converted, or None."""
-    kind = type(module)
-    if kind in _TWINS:
-        return kind
-    if kind is _OUT_PROJECTION:
-        return nn.MultiheadAttention
-    if _is_conv1d(module):
-        return nn.Linear
-    if _is_lora(module) and kind.__module__.startswith("peft."):
-        return _LORA.get(kind.__name__)
-    return None
-
-
-def _keeps_original(module: nn.Module) -> bool:
-    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not called."""
-    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith("peft.")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, a linear layer whose weight is transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _twin(module: nn.Module) -> type[Any]:
-    kind = type(module)
-    if kind is _OUT_PROJECTION:
-        return DIPOutProjection
-    stands_for = _counts_as(module)
-    if _is_lora(module) and stands_for is not None:
-        return twin_type(kind, _TWINS[stands_for].feature_dim, f"DIPLora{kind.__name__}")
-    return _TWINS.get(kind) or twin_type(kind)
-
-
-def _features(module: Any) -> int:
-    name = "nx" if _is_conv1d(module) else "in_channels" if hasattr(module, "in_channels") else "in_features"
-    return int(getattr(module, name))
-
-
-def _cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> dict[nn.Module, str]:
-    """The modules that would look converted and draw no noise, or the wrong noise, each with the reason."""
-    cannot = {module: reason for module in names if (reason := _reason(module, types))}
-    blocks = {name for m in names if _blocks(m, types) for name in names[m]}
-    return {m: reason for m, reason in cannot.items() if not _is_inside(names[m], blocks)}
-
-
-def _blocks(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
-    """Whether no layer inside may be converted by itself."""
-    if isinstance(module, torch.jit.ScriptModule) or _is_lora(module):
-        return True
-    return isinstance(module, nn.MultiheadAttention) and nn.MultiheadAttention in types and bool(_reason(module, types))
-
-
-def _is_lora(module: nn.Module) -> bool:
-    return hasattr(module, "lora_A") and hasattr(module, "base_layer")
-
-
-def _is_inside(every_name: list[str], blocks: set[str]) -> bool:
-    return any(around in blocks for name in every_name if name for around in _around(name)[:-1])
-
-
-def _around(name: str) -> list[str]:
-    """The names of the modules from the root's (empty) to this one: a.b gives "", "a", "a.b"."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
-
-
-def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None:
-    kind = type(module)
-    if isinstance(module, DIPLayer):
-        return None
-    if isinstance(module, torch.jit.ScriptModule):
-        return "scripted: convert the model before scripting it"
-    if _is_lora(module):
-        if getattr(module.base_layer, "share", None) is not None:
-            return "a LoRA layer over one whose noise is shared: convert after PEFT, with share"
-        if "Embedding" in kind.__name__ or _counts_as(module) is not None:
-            return None
-        return "a LoRA layer of a kind whose input convert does not know: put a DIPInput before the whole of it"
-    of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
-    where = f"{kind.__module__}.{kind.__name__}".lower()
-    if of_a_kind and kind is not _OUT_PROJECTION and any(part in where for part in (*_QUANTISED, "quantlinear")):
-        return "quantised: convert the model before quantising it"
-    if not _is_candidate(module, types) and not (kind is _OUT_PROJECTION and nn.Linear in types):
-        return None
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "lazy: run one batch through the model, then convert"
-    if kind is _OUT_PROJECTION and nn.MultiheadAttention not in types:
-        return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "parametrised: its weight is computed, so convert it after remove_parametrizations"
-    if _counts_as(module) is None:
-        base = next(t.__name__ for t in types if isinstance(module, t))
-        return f"a subclass of nn.{base}, whose forward may be its own"
-    if "forward" in vars(module) and hasattr(module, "_hf_hook"):
-        return (
-            "accelerate dispatched it, and its hook calls the plain forward: convert before dispatching, or "
-            "accelerate.hooks.remove_hook_from_submodules(model), convert, and accelerate.dispatch_model again"
-        )
-    if _forward_replaced(module) and getattr(module, "_is_hooked", False):
-        return (
-            "a tp_plan of transformers replaced its forward: load the model without one, convert, then "
-            "dip.parallelize_module(model, mesh, plan)"
-        )
-    if _forward_replaced(module):
-        return "its forward was replaced on the object, so that a DIP layer's would not run"
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.layout is not torch.strided:
-        return f"its weight is sparse ({weight.layout})"
-    data = getattr(weight, "data", None)
-    if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
-        return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
-    return None
-
-
-def _forward_replaced(module: nn.Module) -> bool:
-    """Whether the object has a forward of its own, and not its class's, as accelerate leaves behind."""
-    own = vars(module).get("forward")
-    return own is not None and getattr(own, "__func__", None) is not type(module).forward
-
-
-def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], cannot: dict[nn.Module, str]) -> str:
+def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], reasons: dict[nn.Module, str]) -> str:
     wanted = " or ".join(f"nn.{t.__name__}" for t in types)
     text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
     already = len(dip_layers(model))
     if already:
         text += f"; {already} layer(s) are DIP layers already"
-    if cannot:
-        text += f"; {len(cannot)} module(s) cannot be converted: " + ", ".join(
-            f"{type(m).__name__} ({reason})" for m, reason in list(cannot.items())[:5]
+    if reasons:
+        text += f"; {len(reasons)} module(s) cannot be converted: " + ", ".join(
+            f"{type(m).__name__} ({reason})" for m, reason in list(reasons.items())[:5]
         )
     return text
 
 
-def _become_dip(module: Any, init_variance: float, num_samples: int, keep: str) -> None:
-    plain, twin = type(module), _twin(module)
-    features = 0 if twin is DIPMultiheadAttention else _features(module)
+def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> type[Any]:
+    """The class of a module that has the projection before it, with what can go wrong found out."""
+    check_init_variance(init_variance, features)
+    plain = type(module)
+    if plain in TWINS and dim == TWINS[plain].feature_dim:
+        return TWINS[plain]
+    twin = twin_type(plain, dim)
+    try:
+        module.__class__ = twin
+        module.__class__ = plain
+    except TypeError as error:
+        raise ValueError(f"before: expected modules whose class can change, got a {plain.__name__}: {error}") from None
+    return twin
+
+
+def _become_dip(
+    module: Any, twin: type[Any], init_variance: Any, num_samples: int, keep: str, features: int | None = None
+) -> None:
+    plain = type(module)
+    if features is None and twin is not DIPMultiheadAttention:
+        features = features_of(module)
     module.__class__ = twin
     module.__dict__.pop("forward", None)  # the plain class's
     try:
@@ -366,19 +352,26 @@ def _become_dip(module: Any, init_variance: float, num_samples: int, keep: str) 
             module._set_up(init_variance, num_samples)
             return
         keep = keep if isinstance(module, DIPLinear) else "auto"
-        device = device_of_variance(module.weight, None)
-        module._set_up(features, init_variance, num_samples, keep, device)
+        module._set_up(features, init_variance, num_samples, keep, _device(module))
     except Exception:
         module.__class__ = plain
         raise
-    if _is_lora(module) and isinstance(module.base_layer, DIPLayer):
+    if is_adapter(module) and isinstance(base_layer(module), DIPLayer):
         # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and adapter both read.
-        module.variance, module.num_samples = module.base_layer.variance, module.base_layer.num_samples
+        base: Any = base_layer(module)
+        module.variance, module.num_samples = base.variance, base.num_samples
         module.variance.requires_grad_(True)
-        _become_plain(module.base_layer)
+        _become_plain(base)
     module.variance.train(module.training)
-    if tensor_parallel.is_dtensor(module.weight):  # the plain layer was parallelised already
+    if tensor_parallel.is_dtensor(getattr(module, "weight", None)):  # the plain layer was parallelised already
         replicate_variance(module.variance, module.weight.device_mesh)
+
+
+def _device(module: nn.Module) -> torch.device:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return device_of_variance(weight, None)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 # ---- to_plain ------------------------------------------------------------------------------------------------------
@@ -419,6 +412,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         if not isinstance(layer, DIPInput):
             _become_plain(layer)
+    forget(model)
     if isinstance(model, DIPInput):
         return nn.Identity()
     for parent in list(model.modules()):
@@ -474,11 +468,13 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every log_variance and its prior, by their names in the model's state dict: what an adapter checkpoint
     leaves out.
 
-    model: any module with DIP layers. A variance that layers share appears once, under the first one's name.
-    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers.
+    model: any module with DIP layers; of one that torch.compile, DDP or the like has wrapped, the names are the plain
+    model's. A variance that layers share appears once, under the first one's name.
+    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers, or
+    where a variance is NaN or infinite.
     """
-    own = {name: m for name, m in model.named_modules() if isinstance(m, Variance)}
-    _need_layers(model)
+    require_finite(_need_layers(model))
+    own = {name: m for name, m in plain_names(model).items() if isinstance(m, Variance)}
     found = {f"{name}.log_variance": m.detached() for name, m in own.items()}
     found |= {f"{name}.log_prior": tensor_parallel.full(m.log_prior) for name, m in own.items()}
     return {name: values.cpu().clone() for name, values in found.items()}
@@ -488,16 +484,18 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
 
-    model: with the same DIP layers. state: name -> [K]; a prior that it lacks, as one of an older release does, stays.
-    Raises ValueError naming what is missing, unknown, or of another shape.
+    model: with the same DIP layers, wrapped (torch.compile, DDP) or not. state: name -> [K], finite; a prior that it
+    lacks, as one of an older release does, stays. Raises ValueError naming what is missing, unknown, of another shape or
+    not finite.
     """
     _need_layers(model)
     own = {
         f"{name}.{part}": m
-        for name, m in model.named_modules()
+        for name, m in plain_names(model).items()
         if isinstance(m, Variance)
         for part in ("log_variance", "log_prior")
     }
+    state = {without_wrappers(name, own): values for name, values in state.items()}
     missing = [n for n in own if n not in state and n.endswith(".log_variance")]
     unknown = [n for n in state if n not in own]
     if missing or unknown:
@@ -506,6 +504,9 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
         raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
+    broken = [n for n, values in state.items() if not bool(values.isfinite().all())]
+    if broken:
+        raise ValueError(f"state: expected finite variances, got NaN or infinity in {broken}")
     _check_settable({n: m for n, m in own.items() if n.endswith(".log_variance")})
     for name, values in state.items():
         if name.endswith(".log_variance"):
@@ -556,9 +557,11 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
     layer's input features; without it the ratio uses the spread measured last, and is None where there is none.
     Features whose spread is below a hundredth of the layer's root mean square spread are left out of the ratio.
-    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, and as `calibrate`.
+    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, for a variance that is
+    NaN or infinite, and as `calibrate`.
     """
     layers = _need_layers(model)
+    require_finite(layers)
     if batches is not None:
         measured_spreads(model, batches)
     rows = Summary()
@@ -683,15 +686,15 @@ def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tens
             moments: _Moments = moments[name],
             dim: int = dim,
         ) -> None:
-            moments.add(args[0] if args else kwargs["input"] if "input" in kwargs else kwargs["x"], dim)
+            moments.add(input_of(module, args, kwargs), dim)
 
         handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     count = 0
     try:
         # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
-        with eval_mode(model), seeds.sampling_on(), seeds.noise_off(), _eager(model):
+        with eval_mode(model), seeds.sampling_on(), seeds.noise_off(), eager(model):
             for batch in batches:
-                _run(model, batch)
+                run_batch(model, batch)
                 count += 1
     finally:
         for handle in handles:
@@ -708,35 +711,3 @@ def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tens
     for name, layer in layers.items():
         layer.variance.spread = spreads[name]
     return spreads
-
-
-def _run(model: nn.Module, batch: object) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (list, tuple)):
-        if not batch:
-            raise ValueError("batches: expected a list or tuple whose first element is the input, got an empty one")
-        model(batch[0])
-    else:
-        model(batch)
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside; every module's own mode restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Hooks added after torch.compile are not seen by the compiled code."""
-    compiled = any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
-    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import seeds
-from .convert import eval_mode, measured_spreads
+from .convert import measured_spreads
 from .layers import dip_layers
-from .trajectories import predict, tensor_output
+from .probe import eval_mode
+from .trajectories import check_average, predict, tensor_output
 
 _TINY = 1e-30  # stands for a norm of zero in a division
 
@@ -29,6 +30,7 @@ def predictor(
     k: int = 0,
     *,
     average: str = "logits",
+    dim: int | None = None,
     key: int = 0,
     target: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
@@ -36,14 +38,13 @@ def predictor(
 
     model: a module, run in eval mode with each module's mode restored, or a callable. k: >= 0 passes, whose noise is
     that of fixed_noise(key) in pass s, the same at every call. average: "logits" (the outputs) or "probs" (their
-    softmax over the last dimension); an output that is no tensor must have one as `logits`. target: applied to each
+    softmax over dim, as in `predict`); an output that is no tensor must have one as `logits`. target: applied to each
     mean, such as a loss.
     Returns a function that torch.func can differentiate. Raises ValueError or TypeError naming the argument.
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 0:
         raise ValueError(f"k: expected an integer >= 0, got {k!r}")
-    if average not in ("logits", "probs"):
-        raise ValueError(f"average: expected 'logits' or 'probs', got {average!r}")
+    check_average(average, dim, ("probs", "sigmoid", "logits"))
     if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):
         raise ValueError("model: expected DIP layers, found none: its k passes would be equal; convert it first")
 
@@ -51,21 +52,21 @@ def predictor(
         with _evaluating(model):
             if k == 0:
                 with seeds.noise_off():
-                    mean = tensor_output(model(x), average)
+                    mean = tensor_output(model(x), average, dim)
             else:
                 with seeds.fixed_noise(key):
-                    mean = _one_pass(model, x, average, 0)
+                    mean = _one_pass(model, x, average, dim, 0)
                     for number in range(1, k):
-                        mean = mean + _one_pass(model, x, average, number)
+                        mean = mean + _one_pass(model, x, average, dim, number)
                     mean = mean / k
         return mean if target is None else target(mean)
 
     return f
 
 
-def _one_pass(model: Callable[..., Any], x: Tensor, average: str, number: int) -> Tensor:
+def _one_pass(model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int) -> Tensor:
     with seeds.sampling_on(), seeds.numbered_pass(number):
-        return tensor_output(model(x), average)
+        return tensor_output(model(x), average, dim)
 
 
 @contextlib.contextmanager
@@ -90,6 +91,7 @@ def lipschitz(
     *,
     k: int = 0,
     average: str = "logits",
+    dim: int | None = None,
     key: int = 0,
     iterations: int = 100,
     tolerance: float = 1e-4,
@@ -97,14 +99,14 @@ def lipschitz(
     """The local Lipschitz constant of f_k at every example: the largest singular value of its Jacobian d f_k / d x.
 
     model: a module or callable that treats its examples apart, [B, ...] -> [B, ...]. x: [B, ...], floating. k, average,
-    key: as `predictor`'s. iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
+    dim, key: as `predictor`'s. iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
     reverse differentiation; ends when no value changed by more than tolerance, relative. The value is a lower bound
     that rises to the constant.
     Returns [B], of x's type. Raises ValueError naming the argument. Source: arXiv 2506.04690 claims a lower one for the
     noised predictor.
     """
     _check(x, iterations, tolerance)
-    f = predictor(model, k, average=average, key=key)
+    f = predictor(model, k, average=average, dim=dim, key=key)
     x = x.detach()
     with _frozen(model):
         f_of_x, pull_back, *_ = torch.func.vjp(f, x)
@@ -124,6 +126,7 @@ def smoothness(
     *,
     k: int = 0,
     average: str = "logits",
+    dim: int | None = None,
     key: int = 0,
     which: str = "magnitude",
     iterations: int = 100,
@@ -131,7 +134,7 @@ def smoothness(
 ) -> Tensor:
     """The local smoothness of the loss of f_k at every example: the top eigenvalue of its Hessian in the input.
 
-    model, x, k, average, key: as `lipschitz`'s. loss_fn: of f_k's output [B, ...], a loss for each example, [B], or
+    model, x, k, average, dim, key: as `lipschitz`'s. loss_fn: of f_k's output [B, ...], a loss for each example, [B], or
     their sum; such as lambda out: F.cross_entropy(out, y, reduction="none"). which: "magnitude", the largest
     |eigenvalue|, which is the Lipschitz constant of the gradient, or "largest", the largest with its sign. iterations,
     tolerance: of power iteration, v -> H v by forward differentiation of the gradient; "largest" needs a second one, on
@@ -142,7 +145,7 @@ def smoothness(
     if which not in ("magnitude", "largest"):
         raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
     x = x.detach()
-    total = predictor(model, k, average=average, key=key, target=lambda out: _loss_sum(loss_fn(out), len(x)))
+    total = predictor(model, k, average=average, dim=dim, key=key, target=lambda out: _loss_sum(loss_fn(out), len(x)))
     gradient = torch.func.grad(total)
 
     def times_hessian(v: Tensor) -> Tensor:
@@ -231,21 +234,26 @@ def _frozen(model: Callable[..., Any]) -> Iterator[None]:
 
 
 def output_variance(
-    model: nn.Module, *args: Any, k: int = 16, average: str = "logits", chunk: int = 1, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    k: int = 16,
+    average: str = "logits",
+    chunk: int = 1,
+    dim: int | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """The variance of every output over k noisy passes, Var_s[f(x; noise s)], unbiased.
 
-    model, args, kwargs, chunk: as `predict`'s. k: >= 2. average: of which the variance is taken, "logits" (the outputs)
-    or "probs" (their softmax over the last dimension).
+    model, args, kwargs, chunk: as `predict`'s. k: >= 2. average: of which the variance is taken, "logits" (the outputs),
+    "probs" (their softmax over dim) or "sigmoid", as in `predict`.
     Returns a tensor of the output's shape, at least float32. Raises ValueError or TypeError naming the argument.
     Source: arXiv 2506.04690, the constraint Var[f(x)].
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 2:
         raise ValueError(f"k: expected an integer >= 2, for a variance, got {k!r}")
-    if average not in ("logits", "probs"):
-        raise ValueError(f"average: expected 'logits' or 'probs', got {average!r}")
+    check_average(average, dim, ("probs", "sigmoid", "logits"))
     out = predict(model, *args, k=k, average=None, chunk=chunk, **kwargs)
-    return tensor_output(out, average).var(0)
+    return tensor_output(out, average, dim, stacked=1).var(0)
 
 
 @dataclass(frozen=True)

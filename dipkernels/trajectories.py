@@ -12,8 +12,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from . import analytic, seeds
-from .convert import eval_mode
+from .check import require_finite
 from .layers import dip_layers, warn_of_equal_numbers
+from .probe import eval_mode
 
 
 def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any) -> Any:
@@ -28,8 +29,9 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
     Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a
     tensor nor a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0
     counts folded entries. BatchNorm in training mode sees all B * m rows at once.
-    Raises ValueError for an input whose first size is not B or an output whose first size is not B * m, naming it, and
-    RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv 2506.04690, Algorithm 1.
+    Raises ValueError for a module without DIP layers where m > 1, an input whose first size is not B or an output whose first size
+    is not B * m, naming it, and RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv
+    2506.04690, Algorithm 1.
     """
     _check_count("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and seeds._MODE != "on":
@@ -39,6 +41,11 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
         )
     if isinstance(model, nn.Module):
         warn_of_equal_numbers(model)
+        if m > 1 and not dip_layers(model):
+            raise ValueError(
+                "model: expected DIP layers, found none: its m trajectories would be equal; convert it first, or pass a "
+                "function that draws noise of its own"
+            )
     return _folded(model, args, kwargs, m, in_dims)
 
 
@@ -50,6 +57,7 @@ def predict(
     average: str = "probs",
     chunk: int | None = None,
     method: str = "sample",
+    dim: int | None = None,
     **kwargs: Any,
 ) -> Tensor: ...
 @overload
@@ -60,6 +68,7 @@ def predict(
     average: None,
     chunk: int | None = None,
     method: str = "sample",
+    dim: int | None = None,
     **kwargs: Any,
 ) -> Any: ...
 def predict(
@@ -69,14 +78,17 @@ def predict(
     average: str | None = "probs",
     chunk: int | None = None,
     method: str = "sample",
+    dim: int | None = None,
     **kwargs: Any,
 ) -> Any:
     """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
 
     model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
     restored. args, kwargs: the model's; no gradients are kept. k: >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
-    average: "probs" (mean of the softmax over the last dimension, float32), "logits" (mean of the outputs, at least
-    float32), or None (all outputs). chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory
+    average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the sigmoid, for one logit
+    or several labels), "logits" (mean of the outputs, at least float32), or None (all outputs). dim: of the classes, for
+    "probs": the last one by default where the output is [B, K] or [B, T, K], and to be given where it has more
+    dimensions, such as 1 for a map [B, K, H, W]. chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory
     grows with chunk, not with k. The output must be a tensor [B, ...], or have one as `logits`; with average=None any
     pytree, whose leaves that are not tensors are those of the first pass.
     Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for
@@ -96,18 +108,20 @@ def predict(
     k, chunk = 16 if k is None else k, 1 if chunk is None else chunk
     _check_count("k", k, 0)
     _check_count("chunk", chunk, 1)
-    if average not in ("probs", "logits", None):
-        raise ValueError(f"average: expected 'probs', 'logits' or None, got {average!r}")
-    if k > 0 and not dip_layers(model):
+    check_average(average, dim)
+    layers = dip_layers(model)
+    if k > 0 and not layers:
         raise ValueError(
             "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
         )
     warn_of_equal_numbers(model)
+    if k > 0:
+        require_finite(layers)
     parts: list[Any] = []
     if method == "analytic":
         with torch.no_grad(), eval_mode(model):
             out = analytic.expected(model, *args, **kwargs)
-        return _map_tensors(_add_leading, out) if average is None else tensor_output(out, average)
+        return _map_tensors(_add_leading, out) if average is None else tensor_output(out, average, dim)
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)
@@ -119,7 +133,7 @@ def predict(
             if average is None:
                 parts.append(out)
                 continue
-            part = tensor_output(out, average).sum(0)
+            part = tensor_output(out, average, dim, stacked=1).sum(0)
             parts = [parts[0].add_(part)] if parts else [part]
     if average is None:
         return _map_tensors(lambda name, *chunks: torch.cat(chunks), *parts)
@@ -136,8 +150,22 @@ def _add_leading(name: str, value: Tensor) -> Tensor:
     return value[None]
 
 
-def tensor_output(out: Any, average: str) -> Tensor:
-    """The output, or its `logits`, at least float32; for average "probs" its softmax over the last dimension."""
+_AVERAGES = ("probs", "sigmoid", "logits", None)
+
+
+def check_average(average: str | None, dim: int | None, known: tuple[str | None, ...] = _AVERAGES) -> None:
+    """Raise ValueError for an unknown `average`, or a `dim` without a softmax to take over it."""
+    if average not in known:
+        raise ValueError(f"average: expected one of {known}, got {average!r}")
+    if dim is not None and average != "probs":
+        raise ValueError(f"dim: expected None with average={average!r}, which has no softmax, got {dim!r}")
+
+
+def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int = 0) -> Tensor:
+    """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid for "sigmoid".
+
+    stacked: the number of dimensions in front of the model's own, which dim does not count.
+    """
     if not isinstance(out, Tensor):
         out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
@@ -145,7 +173,30 @@ def tensor_output(out: Any, average: str) -> Tensor:
             f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
         )
     values: Tensor = out.to(torch.promote_types(out.dtype, torch.float32))
-    return values.softmax(-1) if average == "probs" else values
+    if average == "sigmoid":
+        return values.sigmoid()
+    if average == "probs":
+        return values.softmax(_class_dim(tuple(values.shape[stacked:]), dim) + stacked)
+    return values
+
+
+def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
+    """The dimension of the classes of an output [B, ...]; ValueError where a softmax would say nothing."""
+    ndim = len(shape)
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or not -ndim < dim < ndim or dim == 0):
+        raise ValueError(f"dim: expected a dimension of the output {shape} behind the batch's, got {dim!r}")
+    if dim is None and ndim > 3:
+        raise ValueError(
+            f"dim: expected the dimension of the classes for an output of shape {shape}, got None; dim=1 for a map "
+            "[B, K, H, W], dim=-1 where the classes come last"
+        )
+    found = -1 if dim is None else dim
+    if ndim < 2 or shape[found] == 1:
+        raise ValueError(
+            f"average: expected 'sigmoid' (one logit) or 'logits' for an output of shape {shape}, got 'probs', whose "
+            "softmax over one class is 1"
+        )
+    return found % ndim
 
 
 def _kind(value: object) -> str:

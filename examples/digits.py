@@ -133,7 +133,7 @@ def stepper(model: nn.Module, m: int, x: Tensor, y: Tensor):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        out = dip.trajectories(model, x, m=m)
+        out = dip.trajectories(model.__call__, x, m=m)  # a function: EagerNoiseLinear is no DIP layer
         loss = dip.objective(out, y, F.cross_entropy)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -82,7 +82,7 @@ def perturbed(model: nn.Module, x: Tensor, y: Tensor, training: str) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, config: dict) -> Tensor:
-    out = dip.trajectories(model, x, m=config["m"])
+    out = dip.trajectories(model.__call__, x, m=config["m"])  # a function: baselines have no DIP layers
     if config["method"] != "DIP":
         return dip.objective(out, y, F.cross_entropy)
     alpha, spread = config["alpha"], config["sigma"] ** 2 * config.get("beta_factor", 1.0)

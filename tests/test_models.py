@@ -397,10 +397,73 @@ class SwinLike(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v))
 
 
-def test_a_layer_whose_weight_is_read_without_calling_it_is_found_by_a_batch():
-    model = dip.convert(SwinLike())
-    with pytest.raises(ValueError, match=r"none reached \['qkv'\]"):
-        dip.summary(model, [torch.randn(2, 4, 8)])
+def test_a_layer_whose_weight_is_read_without_calling_it_is_named_and_left_alone():
+    with pytest.warns(dip.DIPConversionWarning, match=r"qkv \(Linear\): SwinLike reads its weight"):
+        model = dip.convert(SwinLike())
+    assert list(dip_layers(model)) == ["proj"]
+    assert dip.check(model, torch.randn(2, 4, 8)).ok
+
+
+class BeitLike(SwinLike):
+    """timm's Beit calls qkv where it has no bias of its own, and reads its weight otherwise: a batch tells."""
+
+    def forward(self, x):
+        return super().forward(x) if self.training else self.qkv(x)
+
+
+def test_a_layer_that_is_read_and_called_is_found_by_a_batch():
+    model = dip.convert(BeitLike())
+    with pytest.raises(ValueError, match=r"qkv: it was not called"):
+        dip.check(model, torch.randn(2, 4, 8))
+
+
+SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+MIXTURES = {  # class, what its config needs, its modules that hold weights of their own
+    "Mixtral": ({"num_local_experts": 4}, ["*.experts", "*.gate"]),
+    "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 16}, ["*.experts", "*.gate"]),
+    "GptOss": ({"num_local_experts": 4, "head_dim": 8}, ["*.experts", "*.router"]),
+    "DeepseekV3": (
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 0,
+         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8},
+        ["*.experts", "*.gate"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_stacked_experts_are_named_and_noised_by_name(name):
+    options, modules = MIXTURES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(
+        **SIZES, num_hidden_layers=1, num_key_value_heads=4 if "q_lora_rank" in options else 2,
+        num_experts_per_tok=2, **options,
+    )  # fmt: skip
+    plain = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="):
+        dip.convert(copy.deepcopy(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        model = dip.convert(copy.deepcopy(plain), 0.04, before=modules, batches=[{"input_ids": IDS}])
+    assert any(n.endswith("experts") for n in dip_layers(model))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(IDS).logits, plain(IDS).logits)
+    model.train()
+    batch = {"input_ids": IDS, "labels": IDS}
+    assert dip.check(model, batch).ok
+    model(**batch).loss.backward()
+    assert dip.check(model).ok
+    dip.calibrate(model, [IDS])
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_state_space_models_layers_that_are_only_read_are_named():
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)conv1d \(Conv1d\): MambaMixer reads.*dt_proj \(Linear\)"):
+        dip.convert(model)
+    assert dip.check(model, {"input_ids": IDS, "labels": IDS}).ok
 
 
 class Conv2dSame(nn.Conv2d):
@@ -574,7 +637,7 @@ def test_lora_on_embeddings_is_left_alone_and_on_attention_named():
     assert [n.rpartition(".")[2] for n in dip_layers(embedding)] == ["1"]
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     attention = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attn"]))
-    with pytest.warns(dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): a LoRA layer"):
+    with pytest.warns(dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): an adapter over nn.Multi"):
         dip.convert(attention)
     assert [n.rpartition(".")[2] for n in dip_layers(attention)] == ["head"]
 

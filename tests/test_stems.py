@@ -35,7 +35,7 @@ ORDER = [
     "inputs",
     "layers",
 ]
-ORDER += ["distributed", "attention", "convert"]
+ORDER += ["distributed", "attention", "convertible", "probe", "check", "convert"]
 ORDER += ["analytic", "trajectories", "diagnostics", "certify", "objective", "tune", "env_report"]
 
 

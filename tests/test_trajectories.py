@@ -1,6 +1,7 @@
 """trajectories and predict: independent noise per trajectory, any structure in and out, and clear errors."""
 
 import dataclasses
+import math
 from collections import UserDict
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dipkernels as dip
 from dipkernels.convert import convert
 from dipkernels.layers import DIPInput, DIPLinear
 from dipkernels.seeds import fixed_noise, noise_off, sampling_on
@@ -258,7 +260,7 @@ def test_predict_stacks_any_structure():
         ({"k": -1}, ValueError, "^k: "),
         ({"k": 1.5}, TypeError, "^k: "),
         ({"chunk": 0}, ValueError, "^chunk: "),
-        ({"average": "mean"}, ValueError, "^average: expected 'probs', 'logits' or None, got 'mean'"),
+        ({"average": "mean"}, ValueError, "^average: expected one of .*, got 'mean'"),
     ],
 )
 def test_predict_names_bad_arguments(options, error, message):
@@ -284,3 +286,78 @@ def test_half_precision_is_averaged_in_float32():
     out = predict(model, X.bfloat16(), k=2)
     assert out.dtype is torch.float32
     torch.testing.assert_close(out.sum(-1), torch.ones(5))
+
+
+# ---- what outputs mean -------------------------------------------------------------------------------------------------
+
+
+class Outputs(nn.Module):
+    """A linear layer whose output has a chosen shape [B, *shape]."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.layer, self.shape = nn.Linear(4, math.prod(shape)), shape
+
+    def forward(self, x):
+        return self.layer(x).view(-1, *self.shape)
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1,), {}, r"average: expected 'sigmoid' .*\(5, 1\), got 'probs'"),
+        ((), {}, r"average: expected 'sigmoid' .*\(5,\), got 'probs'"),
+        ((3, 1), {}, "average: expected 'sigmoid'"),
+        ((3, 2, 2), {}, r"dim: expected the dimension of the classes .*\(5, 3, 2, 2\), got None"),
+        ((1, 2, 2), {"dim": 1}, "average: expected 'sigmoid'"),
+        ((3,), {"dim": 0}, "dim: expected a dimension .* behind the batch's, got 0"),
+        ((3,), {"dim": -2}, "dim: expected a dimension"),
+        ((3,), {"dim": 2}, "dim: expected a dimension"),
+        ((3,), {"dim": True}, "dim: expected a dimension"),
+        ((3,), {"dim": 1, "average": "logits"}, "dim: expected None with average='logits'"),
+    ],
+)
+def test_predict_refuses_a_softmax_that_says_nothing(shape, options, message, k):
+    model, x = dip.convert(Outputs(*shape)), torch.randn(5, 4)
+    with pytest.raises(ValueError, match=message):
+        dip.predict(model, x, k=k, **options)
+    if "average" not in options:
+        with pytest.raises(ValueError, match=message):
+            dip.diagnostics.predictor(model, k, average="probs", **options)(x)
+        with pytest.raises(ValueError, match=message):
+            dip.diagnostics.output_variance(model, x, k=2, average="probs", **options)
+
+
+def test_predict_averages_over_the_dimension_of_the_classes_or_takes_sigmoids():
+    x = torch.randn(5, 4)
+    for shape, dim in (((3, 2, 2), 1), ((3, 2, 2), -3), ((2, 3), None), ((2, 3), 1), ((2, 2, 3), -1)):
+        model = dip.convert(Outputs(*shape))
+        for chunk in (1, 2):
+            probs = dip.predict(model, x, k=2, dim=dim, chunk=chunk)
+            summed = probs.sum(-1 if dim is None else dim)
+            assert probs.shape == (5, *shape)
+            torch.testing.assert_close(summed, torch.ones_like(summed))
+        one = dip.predict(model, x, k=0, dim=dim)
+        torch.testing.assert_close(one, model.eval()(x).softmax(-1 if dim is None else dim))
+        assert torch.equal(dip.diagnostics.predictor(model, 0, average="probs", dim=dim)(x), one)
+    model = dip.convert(Outputs(1))
+    with dip.fixed_noise(3):
+        outs = dip.predict(model, x, k=4, average=None)
+        mean = dip.predict(model, x, k=4, average="sigmoid")
+    torch.testing.assert_close(mean, outs.sigmoid().mean(0))
+    assert dip.diagnostics.output_variance(model, x, k=3, average="sigmoid").shape == (5, 1)
+
+
+def test_trajectories_of_a_model_without_noise_are_refused():
+    plain, x = Outputs(3), torch.randn(5, 4)
+    with pytest.raises(ValueError, match="model: expected DIP layers, found none"):
+        dip.trajectories(plain, x, m=2)
+    assert dip.trajectories(plain, x, m=1).shape == (1, 5, 3)  # one pass of a plain model is what it says
+    assert dip.trajectories(lambda x: plain(x), x, m=2).shape == (2, 5, 3)
+
+
+def test_sampling_on_is_public():
+    model, x = dip.convert(Outputs(3)).eval(), torch.randn(5, 4)
+    with dip.sampling_on():
+        assert not torch.equal(model(x), model(x))

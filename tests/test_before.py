@@ -1,0 +1,395 @@
+"""convert(before=...): noise before any module; what holds weights and is no layer; variances by name."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.layers import dip_layers
+
+
+class Experts(nn.Module):
+    """Stacked weights, as transformers holds a mixture of experts; its input may come by keyword."""
+
+    def __init__(self, features=8, number=3):
+        super().__init__()
+        self.up, self.down = (
+            nn.Parameter(torch.randn(number, 16, features)),
+            nn.Parameter(torch.randn(number, features, 16)),
+        )
+
+    def forward(self, hidden_states, index, scale=1.0):
+        up = torch.einsum("nf,nhf->nh", hidden_states, self.up[index])
+        return scale * torch.einsum("nh,nfh->nf", up.relu(), self.down[index])
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight).argmax(-1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts, self.norm = Router(), Experts(), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.norm(x + self.experts(hidden_states=x, index=self.router(x), scale=0.5))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(8, 4)
+        self.positions = nn.Parameter(torch.randn(1, 6, 8))  # no matrix that multiplies anything
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+ALL = {"before": ["*.experts", "*.router"], "batches": [X]}
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        yield
+
+
+def test_noise_before_a_module_is_that_module_on_the_noised_input():
+    torch.manual_seed(0)
+    plain = Net()
+    model = dip.convert(copy.deepcopy(plain), 0.25, **ALL)
+    assert list(dip_layers(model)) == [
+        *(f"blocks.{i}.{part}" for i in (0, 1) for part in ("router", "experts")),
+        "head",
+    ]
+    layer, index = model.blocks[1].experts, torch.tensor([0, 1, 2, 0, 1, 2])
+    u = X + 0.5 * dip.functional.noise((6, 8), torch.tensor([7, layer.number]))
+    for call in (lambda m, x: m(x, index, scale=2.0), lambda m, x: m(index=index, hidden_states=x, scale=2.0)):
+        with dip.fixed_noise(7):
+            torch.testing.assert_close(call(layer, X), call(plain.blocks[1].experts, u))
+    with pytest.raises(TypeError, match="its input first"):
+        layer(index=index)
+    model.eval()
+    assert torch.equal(model(X), plain.eval()(X))
+    model.train()(X).sum().backward()
+    routers = ["blocks.0.router", "blocks.1.router"]  # through whose argmax no gradient comes
+    assert list(dip.check(model, strict=False).faults) == list(dip.check(model, X, strict=False).faults) == routers
+
+
+def test_everything_that_takes_dip_layers_takes_these():
+    torch.manual_seed(0)
+    plain = Net()
+    model = dip.convert(copy.deepcopy(plain), **ALL)
+    plain_state = plain.state_dict()
+    assert [row.features for row in dip.summary(model)] == [8] * 5
+    dip.calibrate(model, [X], ratio=0.2)
+    assert dip.summary(model)[1].share == pytest.approx(0.2, rel=1e-3)
+    assert len(dip.param_groups(model, 1e-3)[-1]["params"]) == 5
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again.load_state_dict(model.state_dict())
+        with dip.fixed_noise(1):
+            assert torch.equal(again(X), model(X))
+    model.load_state_dict(plain_state, strict=True)
+    assert dip.predict(model, X, k=2).shape == (6, 4)
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert list(model.state_dict()) == list(plain_state)
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in plain.modules()]
+
+
+def test_the_probe_changes_nothing_and_takes_what_calibrate_takes():
+    for batches in ([X], [(X, None)], [{"x": X}], X):
+        model = Net()
+        model.blocks[0].eval()
+        before = copy.deepcopy(model.state_dict())
+        modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+        dip.convert(model, before=["*.experts"], exclude=["*.router"], batches=batches)
+        assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [m.training for m in model.modules() if not isinstance(m, dip.Variance)] == modes
+        assert not model.blocks[0].experts._forward_pre_hooks
+
+
+def test_a_dimension_may_be_given_and_layers_that_convert_knows_asked_for():
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), nn.Linear(4 * 25, 2))
+    x = torch.randn(2, 3, 4, 4)
+    model = dip.convert(copy.deepcopy(net), before={"0": -3, "2": -1}, batches=[x])
+    assert [(row.type, row.features) for row in dip.summary(model)] == [("DIPConvTranspose2d", 3), ("DIPLinear", 100)]
+    lstm = dip.convert(
+        nn.ModuleDict({"rnn": nn.LSTM(5, 7, batch_first=True)})["rnn"], before=[""], batches=[torch.randn(2, 3, 5)]
+    )
+    assert lstm.log_variance.shape == (5,)
+    lstm(torch.randn(2, 3, 5))[0].sum().backward()
+    assert bool(lstm.log_variance.grad.any())
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.off, self.ids, self.list = Router(), Router(), nn.Embedding(9, 8), nn.ModuleList([nn.Linear(8, 8)])
+        self.taken = Router()
+        self.taken.keep = 3
+
+    def forward(self, x):
+        self.a(self.ids(torch.zeros(3, dtype=torch.long)))
+        return self.list[0](self.taken(x).float()[:, None].expand(-1, 8)) + self.a(x)[:, None]
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.any, self.head = nn.ReLU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.any(x)) + self.any(x[:, :4]).sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (Net(), {"before": ["*.exprets"], "batches": [X]}, r"before: .*'\*\.exprets' that matches none"),
+        (Net(), {"before": ["*.experts"]}, "^batches: expected a batch"),
+        (Net(), {"before": ["*.experts"], "batches": []}, "^batches: expected at least one"),
+        (Net(), {"batches": [X]}, "^batches: expected None"),
+        (Net(), {"before": {"*.experts": 2}, "batches": [X]}, r"before: expected a dimension .*\(6, 8\), got 2"),
+        (Net(), {"before": {"*.experts": "last"}, "batches": [X]}, "before: expected a feature dimension"),
+        (Net(), {"before": ["blocks"], "batches": [X]}, "before: .*'blocks' .*: its forward takes no first argument"),
+        (Twice(), {"before": ["off"], "batches": [X]}, r"before: .*none reached \['off'\]"),
+        (Twice(), {"before": ["ids"], "batches": [X]}, r"before: expected a floating tensor .*'ids', got torch.int64"),
+        (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['keep'\] of its own"),
+        (Wide(), {"before": ["any"], "batches": [X]}, "before: expected one number of features.*8 and 4"),
+        (nn.MultiheadAttention(8, 2), {"before": [""], "batches": [X]}, "before: .*three inputs"),
+        (dip.DIPLinear(8, 8), {"before": [""], "batches": [X]}, "before: .*a DIP layer already"),
+        (Net(), {"init_variance": {"blocks.*": 0.1}, **ALL}, "init_variance: .*none that matches 'head'"),
+        (Net(), {"init_variance": {"*": 0.1, "x": 0.2}, **ALL}, r"init_variance: .*\['x'\] that match none"),
+        (Net(), {"init_variance": {"head": torch.ones(3), "*": 0.2}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
+        (Net(), {"init_variance": {"*.experts": torch.ones(3), "*": 1}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
+        (Net(), {"init_variance": {"*": -1}, **ALL}, "^init_variance: "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::dipkernels.DIPConversionWarning")
+def test_bad_requests_are_named_and_change_nothing(model, options, message):
+    kinds, state = [type(m) for m in model.modules()], model.state_dict()
+    with pytest.raises(ValueError, match=message):
+        dip.convert(model, **options)
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == list(state)
+
+
+def dispatched(model):
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.hooks.add_hook_to_module(model.experts, accelerate.hooks.ModelHook())
+    return model
+
+
+def replaced(model):
+    model.experts.forward = lambda *args: args[0]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(dispatched, "accelerate dispatched it"), (replaced, "was replaced on")]
+)
+def test_noise_before_a_module_whose_forward_is_not_its_classs_is_refused(change, message):
+    with pytest.raises(ValueError, match=f"before: .*'experts'.*{message}"):
+        dip.convert(change(Block()), before=["experts"], batches=[X])
+    # what accelerate leaves behind is the class's own
+    model = Block()
+    model.experts.forward = model.experts.forward
+    dip.convert(model, 0.25, before=["experts", "router"], batches=[X])
+    assert not torch.equal(model(X), model(X))
+
+
+# ---- what holds weights and is no layer ------------------------------------------------------------------------------
+
+
+class PygLinear(nn.Module):
+    """torch_geometric's: weight and bias of its own, no subclass of nn.Linear."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(fan_out, fan_in)), nn.Parameter(torch.zeros(fan_out))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(2)])
+
+    def forward(self, x):
+        return x @ self.experts[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            Net,
+            r"(?s)2 module\(s\).*blocks\.\*\.router \(Router, 2 of them\): \d.*blocks\.\*\.experts \(Experts, 2 of them\): 9\d\.\d%",
+        ),
+        (
+            lambda: nn.ModuleDict({"gnn": PygLinear(8, 4), "head": nn.Linear(4, 4)}),
+            r"gnn \(PygLinear\): 66\.7%.*\(weight\)",
+        ),
+        (
+            lambda: nn.ModuleDict({"moe": Listed(), "head": nn.Linear(8, 8)}),
+            r"moe \(Listed\): 66\.7%.*experts\.0, experts\.1",
+        ),
+        (lambda: nn.ModuleDict({"rnn": nn.GRU(8, 8), "head": nn.Linear(8, 8)}), r"rnn \(GRU\)"),
+        (lambda: nn.ModuleDict({"two": nn.Bilinear(8, 8, 8), "head": nn.Linear(8, 8)}), r"two \(Bilinear\)"),
+        (
+            lambda: nn.ModuleDict({"up": nn.ConvTranspose1d(8, 8, 3), "head": nn.Linear(8, 8)}),
+            r"up \(ConvTranspose1d\)",
+        ),
+    ],
+)
+def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
+    with pytest.warns(dip.DIPConversionWarning, match=message) as caught:
+        dip.convert(make())
+    assert len(caught) == 1
+    dip.convert(make(), filter=lambda module, name: isinstance(module, nn.Linear))  # a filter says which
+    dip.convert(make(), filter=lambda module, name: module.in_features > 0)
+
+
+def test_what_is_no_weight_is_not_named():
+    class Quiet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 9, 8))
+            self.scale, self.table = nn.Parameter(torch.ones(8, 1, 1)), nn.Parameter(torch.randn(7, 3))
+            self.words, self.norm, self.head = nn.Embedding(99, 8), nn.LayerNorm([4, 8]), nn.Linear(8, 999)
+            self.lazy = nn.LazyConvTranspose2d(3, 3)
+
+    dip.convert(Quiet())
+    with pytest.raises(ValueError, match="let through"):
+        dip.convert(nn.Sequential(Experts()))
+    # types that were left out on purpose are not named
+    dip.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), types=(nn.Linear,))
+
+
+# ---- weights that are read past their layer --------------------------------------------------------------------------
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.inner, self.called, self.handed, self.looked = (nn.Linear(8, 8) for _ in range(5))
+        nn.init.zeros_(self.qkv.weight)
+
+    def step(self, layer, x):
+        return layer(x)
+
+    def forward(self, x):
+        x = F.linear(x, self.qkv.weight, self.qkv.bias)
+        x = (lambda x: F.linear(x, self.inner.weight))(x)
+        x = self.called(x.to(self.called.weight.dtype)) + F.linear(x, self.called.weight)
+        x = self.step(self.handed, x) + self.handed.weight.sum()
+        return self.looked(x) if self.looked.weight.shape[0] else x
+
+
+class Inherits(Reads):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Reads, Inherits])
+def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
+    with pytest.warns(dip.DIPConversionWarning, match=rf"qkv \(Linear\): {kind.__name__} reads its weight") as caught:
+        model = dip.convert(nn.Sequential(kind()))
+    assert "2 module(s)" in str(caught[0].message) and "0.inner (Linear)" in str(caught[0].message)
+    assert [n.rpartition(".")[2] for n in dip_layers(model)] == ["called", "handed", "looked"]
+    assert dip.check(model, X).ok
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch before 2.13")
+def test_torchs_fused_loss_is_named_and_can_be_noised_as_a_whole():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.loss = nn.Linear(8, 8), nn.LinearCrossEntropyLoss(8, 4)
+
+        def forward(self, x, y):
+            return self.loss(self.body(x), y)
+
+    y = torch.arange(6) % 4
+    with pytest.warns(dip.DIPConversionWarning, match=r"loss\.linear \(Linear\): LinearCrossEntropyLoss reads"):
+        assert dip.check(dip.convert(Model()), (X, y)).checked == 1
+    model = Model()
+    with pytest.warns(dip.DIPConversionWarning):
+        dip.convert(model)
+    dip.convert(model, before=["loss"], exclude=["loss.linear"], batches=[{"x": X, "y": y}])
+    assert dip.check(model, (X, y)).checked == 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.AdaptiveLogSoftmaxWithLoss(8, 20, [4, 9]),
+        lambda: nn.TransformerDecoderLayer(8, 2, 16, batch_first=True),
+    ],
+)
+def test_torchs_own_modules_call_what_is_converted(make):
+    model = dip.convert(make())
+    y = torch.tensor([0, 5, 10, 15, 1, 19])
+    batch = (X, y) if isinstance(model, nn.AdaptiveLogSoftmaxWithLoss) else (X[None], X[None])
+    assert dip.check(model, batch).ok
+
+
+# ---- variances by name -----------------------------------------------------------------------------------------------
+
+
+def test_the_first_pattern_that_matches_a_layers_name_sets_its_variance():
+    model = dip.convert(Net(), {"blocks.0.*": 0.04, "*.router": 0.09, "head": torch.arange(1.0, 9.0), "*": 0.01}, **ALL)
+    sigmas = [layer.variance.sigma for layer in dip_layers(model).values()]
+    assert [s[0].item() for s in sigmas] == pytest.approx([0.2, 0.2, 0.3, 0.1, 1.0])
+    torch.testing.assert_close(sigmas[-1].square(), torch.arange(1.0, 9.0))
+    model.head.reset_parameters()
+    torch.testing.assert_close(model.head.variance.sigma.square(), torch.arange(1.0, 9.0))
+    encoder = dip.convert(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), {"*.in_proj": 0.04, "*.out_proj": 0.25, "*": 0.01}
+    )
+    assert {row.name: row.sigma_mean for row in dip.summary(encoder)} == pytest.approx(
+        {"self_attn.in_proj": 0.2, "self_attn.out_proj": 0.5, "linear1": 0.1, "linear2": 0.1}
+    )
+    cross = dip.convert(nn.MultiheadAttention(8, 2, kdim=4), {"q_proj": 0.04, "*": 0.01})
+    assert [row.sigma_mean for row in dip.summary(cross)] == pytest.approx([0.1, 0.2, 0.1, 0.1])
+
+
+# ---- variances of wrapped models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, torch.optim.swa_utils.AveragedModel]
+)
+def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
+    plain, wrapped = (
+        dip.convert(nn.Sequential(nn.Linear(8, 8)), 0.25),
+        wrap(dip.convert(nn.Sequential(nn.Linear(8, 8)))),
+    )
+    assert list(dip.variances(wrapped)) == ["0.variance.log_variance"]
+    dip.load_variances(wrapped, dip.variances(plain))
+    assert torch.equal(
+        dip.variances(wrapped)["0.variance.log_variance"], dip.variances(plain)["0.variance.log_variance"]
+    )
+    older = {n: t for n, t in wrapped.state_dict().items() if n.endswith("log_variance")}  # with the wrapper's name
+    assert list(older) != ["0.variance.log_variance"]
+    dip.load_variances(plain, older)
+    inner = nn.Sequential(torch.compile(dip.convert(nn.Linear(8, 8)), backend="eager"))
+    dip.load_variances(inner, dip.variances(plain))

@@ -1,0 +1,239 @@
+"""check: every way in which a converted layer draws nothing is named, and the check changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.layers import DIPLinear, dip_layers
+
+
+class Fused(nn.Module):
+    """A head whose weight is read in training and that is called in eval mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4, bias=False)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, y=None):
+        h = self.drop(self.norm(self.body(x)))
+        if self.training and y is not None:
+            return F.cross_entropy(F.linear(h, self.head.weight), y)
+        return self.head(h)
+
+
+class Half(nn.Module):
+    """One layer is called, one is not, and what one returns is thrown away."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.dropped = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        self.dropped(x)
+        return {"logits": self.used(x), "hidden": self.dropped(x).detach()}
+
+
+X, Y = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+
+
+def faults(*args):
+    return dip.check(*args, strict=False).faults
+
+
+# ---- a batch of its own ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y], {"x": X, "y": Y}])
+def test_a_head_that_training_reads_past_is_named_by_a_batch(batch):
+    model = dip.convert(Fused())
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 DIP layer.*head: it was not called"):
+        dip.check(model, batch)
+    assert list(faults(model, batch)) == ["head"]
+    assert not faults(model, X)  # without labels the head is called
+
+
+def test_a_layer_that_nothing_calls_and_one_whose_output_is_lost_are_named():
+    found = faults(dip.convert(Half()), (X, Y))  # forward takes one argument: the labels stay behind
+    assert list(found) == ["unused", "dropped"]
+    assert "not called" in found["unused"] and "does not reach" in found["dropped"]
+
+
+def test_layers_in_eval_mode_and_under_noise_off_are_named():
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    model[0].eval()
+    assert faults(model, X) == {"0": "it was called and drew nothing: it is in eval mode"}
+    assert not model[0].training and model[1].training
+    with dip.noise_off():
+        assert list(faults(model, X)) == ["0", "1"]
+    assert not faults(model.eval(), X)  # a model in eval mode is checked in training mode
+    assert not model.training
+
+
+def test_a_check_by_a_batch_changes_nothing():
+    model = dip.convert(Fused())
+    model(X, Y).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    values = {n: g.clone() for n, g in grads.items() if g is not None}
+    buffers = dict(model.named_buffers())
+    state = torch.get_rng_state()
+    dip.check(model, (X, Y), strict=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is grads[n] for n, p in model.named_parameters())
+    assert all(torch.equal(grads[n], value) for n, value in values.items())
+    assert all(dict(model.named_buffers())[n] is b for n, b in buffers.items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    # and where the model itself fails
+    with pytest.raises((RuntimeError, ValueError)):
+        dip.check(model, X[:, :7])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_attention_and_shared_layers_pass():
+    encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert dip.check(encoder, torch.randn(2, 3, 8)).ok
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.q(x) * self.k(x)
+
+    report = dip.check(dip.convert(Block(), share=[("q", "k")]), X)
+    assert report.ok and report.checked == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_is_checked_inside(wrap):
+    assert [n.rpartition(".")[2] for n in faults(wrap(dip.convert(Fused())), (X, Y))] == ["head"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_pass(reentrant):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x.clone().requires_grad_()
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=reentrant)
+
+    assert dip.check(dip.convert(Block()), X).ok
+
+
+# ---- the gradients that are there ------------------------------------------------------------------------------------
+
+
+def test_gradients_tell_a_weight_that_was_read_from_a_layer_that_was_not_called():
+    model = dip.convert(Fused())
+    model(X, Y).backward()
+    assert "read without calling" in faults(model)["head"]
+    half = dip.convert(Half())
+    half(X)["logits"].sum().backward()
+    assert {n: "was not called" in why for n, why in faults(half).items()} == {"unused": True, "dropped": True}
+    half.unused.eval()
+    assert "eval mode" in faults(half)["unused"]
+    with pytest.raises(ValueError, match=r"(?s)unused.*dropped"):
+        dip.check(half)
+
+
+def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    with dip.noise_off():
+        model(X).square().sum().backward()
+    assert "noise_off" in faults(model)["0"] and len(faults(model)) == 2
+    model.zero_grad()
+    nn.init.zeros_(model[1].weight)  # a start at zero, as of residual branches, has such gradients rightly
+    model(X).sum().backward()
+    assert not faults(model)
+
+
+def test_frozen_variances_are_listed_and_no_fault():
+    model = dip.convert(Fused())
+    for module in model.modules():
+        if isinstance(module, dip.Variance):
+            module.requires_grad_(False)
+    model(X, Y).backward()
+    report = dip.check(model)
+    assert report.ok and report.frozen == ["body", "head"]
+    assert "require no gradient" in str(report)
+
+
+def test_no_gradients_no_layers_and_no_finite_variance_are_said():
+    model = dip.convert(Fused())
+    with pytest.raises(ValueError, match="after backward"):
+        dip.check(model)
+    with pytest.raises(ValueError, match="found none"):
+        dip.check(Fused())
+    with pytest.raises(ValueError, match="an empty one"):
+        dip.check(model, ())
+    with torch.no_grad():
+        model.head.log_variance[1] = float("nan")
+    for call in (
+        lambda: dip.check(model, X),
+        lambda: dip.summary(model),
+        lambda: dip.predict(model, X, k=2),
+        lambda: dip.variances(model),
+    ):
+        with pytest.raises(ValueError, match=r"NaN or infinity in log_variance of \['head'\]"):
+            call()
+    dip.calibrate(model, [X])  # mends it
+    state = dip.variances(model)
+    state["head.variance.log_variance"][0] = float("inf")
+    with pytest.raises(ValueError, match=r"^state: .*NaN or infinity in \['head\."):
+        dip.load_variances(model, state)
+
+
+# ---- replaced after conversion ---------------------------------------------------------------------------------------
+
+
+def test_layers_that_were_replaced_after_conversion_are_named():
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 4)))
+    model[2] = nn.Linear(8, 10)  # a new head
+    assert "by a torch.nn.modules.linear.Linear without noise" in faults(model, X)["2"]
+    model[1] = nn.Identity()
+    assert "gone" in faults(model, X)["1.0"]
+    around = nn.ModuleDict({"net": model})
+    assert list(faults(around["net"], X)) == ["1.0", "2"]
+    model(X).sum().backward()
+    assert list(faults(around)) == ["net.1.0", "net.2"]
+    dip.convert(model)
+    assert not faults(model, X)
+    # nothing is left: still a report, not "convert it first"
+    model[0], model[2] = nn.Linear(8, 8), nn.Linear(8, 4)
+    assert len(faults(model, X)) == 2
+
+
+def test_what_convert_remembers_survives_copies_and_goes_with_to_plain():
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8)))
+    again = copy.deepcopy(model)
+    again[0] = nn.Linear(8, 8)
+    assert list(faults(again, X)) == ["0"]
+    assert dip.to_plain(model) is model
+    with pytest.raises(ValueError, match="found none"):
+        dip.check(model, X)
+    assert isinstance(dip_layers(dip.convert(model))["0"], DIPLinear)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_sharded_model_is_checked_by_its_gradients_alone():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = dip.convert(Fused())
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match="FSDP has not sharded"):
+            dip.check(model, (X, Y))
+        model(X, Y).backward()
+        assert list(faults(model)) == ["head"]
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,355 @@
+"""The tools that people train with, for real: what holds, what is refused, what `check` finds.  docs/models.md."""
+
+import copy
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.layers import DIPLayer, dip_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(32) % 4
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def is_whole(layer, x):
+    u = dip.functional.perturb(x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True)
+    with torch.no_grad():
+        with dip.noise_off():
+            want = layer(u)
+        with dip.fixed_noise(2):
+            return torch.allclose(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+# ---- torch -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_average_of_the_weights_averages_the_variances_and_keeps_the_streams():
+    model = dip.convert(mlp())
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    ema.update_parameters(model)  # the first one copies
+    before = dip.variances(ema)
+    with torch.no_grad():
+        for layer in dip_layers(model).values():
+            layer.log_variance.add_(1.0)
+    ema.update_parameters(model)
+    assert all(torch.allclose(v, before[n] + 0.5) for n, v in dip.variances(ema).items())
+    with dip.fixed_noise(1), dip.sampling_on():
+        first = ema(X)
+        dip.load_variances(model, dip.variances(ema))
+        assert torch.equal(model(X), first)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_weight_and_spectral_norm_go_on_after_conversion_or_take_noise_by_name(norm):
+    after = dip.convert(mlp())
+    norm(after[0])
+    assert dip.check(after, X).ok and isinstance(after[0], DIPLayer)
+    before = mlp()
+    norm(before[0])
+    if hasattr(before[0], "parametrizations"):
+        with pytest.warns(dip.DIPConversionWarning, match=r"0 \(ParametrizedLinear\): parametrised"):
+            dip.convert(copy.deepcopy(before))
+        dip.convert(before, before=["0"], batches=[X])
+    else:
+        dip.convert(before)
+    before(X).sum().backward()
+    assert dip.check(before).ok and dip.check(before).checked == 2
+
+
+def test_an_exported_model_is_the_plain_one():
+    model = dip.convert(mlp()).eval()
+    assert torch.equal(torch.export.export(model, (X,)).module()(X), model(X))
+
+
+@pytest.mark.slow
+def test_onnx_takes_the_model_in_eval_mode():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = dip.convert(mlp()).eval()
+    program = torch.onnx.export(model, (X,), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    (out,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), model(X), rtol=1e-4, atol=1e-5)
+
+
+# ---- torchao -----------------------------------------------------------------------------------------------------------
+
+
+def qat(step):
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
+    from torchao.quantization.qat import QATConfig
+
+    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
+    return QATConfig(config, step=step)
+
+
+@pytest.mark.slow
+def test_weight_only_quantisation_after_conversion_keeps_noise_and_variances():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = dip.convert(mlp())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert isinstance(model[0], DIPLayer) and is_whole(model[0], X)
+    F.cross_entropy(model(X), Y).backward()  # the variances train, the weights do not
+    assert dip.check(model).ok
+    assert dip.predict(model, X, k=2).shape == (32, 4)
+    plain = mlp()
+    quantization.quantize_(plain, quantization.Int8WeightOnlyConfig())
+    assert torch.equal(plain(X), dip.to_plain(model)(X))
+    # the other way round is refused, in words that hold
+    with pytest.raises(ValueError, match=r"quantised: .*convert the model before quantising it"):
+        dip.convert(plain)
+
+
+@pytest.mark.slow
+def test_integer_arithmetic_after_conversion_has_no_gradient_and_check_says_so():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = dip.convert(mlp())
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    F.cross_entropy(model(X), Y).backward()
+    assert "0" in dip.check(model, strict=False).faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["qat", "float8"])
+def test_training_in_lower_precision_goes_before_conversion_and_check_finds_the_other_order(tool):
+    pytest.importorskip("torchao")
+    from torchao.float8 import convert_to_float8_training
+    from torchao.quantization import quantize_
+
+    def prepare(model):
+        return quantize_(model, qat("prepare")) if tool == "qat" else convert_to_float8_training(model)
+
+    swapped = dip.convert(mlp())
+    prepare(swapped)
+    found = dip.check(swapped, X, strict=False).faults
+    assert list(found) == ["0", "2"] and "was replaced since it was converted, by a torchao" in found["0"]
+    dip.convert(swapped)
+    assert dip.check(swapped, X).ok
+    model = mlp()
+    prepare(model)
+    plain = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        dip.convert(model, 0.25)
+    assert is_whole(model[0], X)
+    F.cross_entropy(model(X), Y).backward()
+    assert dip.check(model).ok and model[0].weight.grad is not None
+    assert torch.equal(model.eval()(X), plain.eval()(X))
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    if tool == "qat":
+        quantize_(model, qat("convert"))
+        assert model(X).shape == (32, 4)
+
+
+# ---- trainers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_lightning_trains_checks_saves_and_loads(tmp_path):
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net, self.report = dip.convert(mlp()), None
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def on_after_backward(self):
+            self.report = self.report or dip.check(self)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(dip.param_groups(self, 1e-3, weight_decay=0.1))
+
+    module = Module()
+    before = dip.variances(module)
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8))
+    assert module.report.ok and module.report.checked == 2
+    after = dip.variances(module)
+    assert not any(torch.equal(after[n], v) for n, v in before.items())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Module.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert all(torch.equal(after[n], v) for n, v in dip.variances(loaded).items())
+
+
+@pytest.mark.slow
+def test_accelerate_prepares_trains_and_saves(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = dip.convert(mlp())
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
+    model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(dip.param_groups(model, 1e-3)), data)
+    before = dip.variances(model)
+    for x, y in data:
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        assert dip.check(model).ok
+        optimizer.step()
+    trained = dip.variances(model)
+    assert not any(torch.equal(trained[n], v) for n, v in before.items())
+    accelerator.save_state(tmp_path)
+    dip.load_variances(model, before)
+    accelerator.load_state(tmp_path)
+    assert all(torch.equal(trained[n], v) for n, v in dip.variances(model).items())
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+    )
+
+
+def texts():
+    datasets = pytest.importorskip("datasets")
+    ids = torch.randint(3, 32, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def checking():
+    """A callback that checks the model at each optimiser step, and keeps the report."""
+    import transformers
+
+    class Check(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **options):
+            self.report = dip.check(model, strict=False)
+
+    return Check()
+
+
+QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.slow
+def test_transformers_trainer_trains_checks_and_resumes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    arguments = transformers.TrainingArguments(tmp_path, max_steps=2, save_steps=1, learning_rate=1e-2, **QUIET)
+
+    def trainer(model, callbacks=()):
+        optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2))
+        return transformers.Trainer(
+            model, arguments, train_dataset=texts(), callbacks=list(callbacks), optimizers=(optimizer, None)
+        )
+
+    model, check = dip.convert(llama()), checking()
+    before = dip.variances(model)
+    trainer(model, [check]).train()
+    assert check.report.ok and check.report.checked == 8
+    after = dip.variances(model)
+    assert not any(torch.equal(after[n], v) for n, v in before.items())
+    again = trainer(dip.convert(llama()))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(after[n], v) for n, v in dip.variances(again.model).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
+    trl = pytest.importorskip("trl")
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    model, check = llama(), checking()
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        dip.convert(model, filter=lambda module, name: hasattr(module, "lora_A"))
+    else:
+        dip.convert(model)
+    config = trl.SFTConfig(tmp_path, max_steps=1, save_strategy="no", bf16=False, **QUIET)
+    trl.SFTTrainer(model, args=config, train_dataset=texts(), processing_class=tokenizer, callbacks=[check]).train()
+    if adapter:
+        assert check.report.ok and check.report.checked == 1
+    else:
+        assert list(check.report.faults) == ["lm_head"]
+        assert "read without calling" in check.report.faults["lm_head"]
+
+
+@pytest.mark.slow
+def test_opacus_refuses_dip_layers_and_takes_fixed_noise_before_plain_ones():
+    """Its per-example gradients need a layer's own input, which is not what a DIP layer multiplies."""
+    opacus = pytest.importorskip("opacus")
+
+    def step(model):
+        optimizer = torch.optim.SGD(dip.param_groups(model, 0.1), 0.1)
+        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
+        model, optimizer, data = opacus.PrivacyEngine().make_private(
+            module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
+        )
+        x, y = next(iter(data))
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        step(dip.convert(mlp()))
+    model = mlp()
+    model.insert(0, dip.DIPInput(64).requires_grad_(False))
+    before = model[1].weight.detach().clone()
+    step(model)
+    assert not torch.equal(model[1].weight, before)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_the_variances(one_rank):
+    """Not in requirements-tools.txt: it is built against the torch at hand, pip install --no-build-isolation."""
+    deepspeed = pytest.importorskip("deepspeed")
+    deepspeed.init_distributed("gloo")
+    for stage in (0, 1, 2):  # of one process group, which DeepSpeed keeps
+        model = dip.convert(mlp())
+        zero = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(dip.param_groups(model, 1e-2)),
+            config={"train_batch_size": 32, **zero},
+        )
+        before = dip.variances(model)
+        for _ in range(2):
+            engine.backward(F.cross_entropy(engine(X), Y))
+            if stage == 0:
+                assert dip.check(model).ok
+            else:  # ZeRO keeps the gradients to itself
+                with pytest.raises(ValueError, match="expected gradients to look at"):
+                    dip.check(model)
+            engine.step()
+        assert not any(torch.equal(v, before[n]) for n, v in dip.variances(model).items())
+        assert dip.check(model, X).ok
