@@ -15,6 +15,13 @@ from dipkernels.backends import Library, Plan, choose
 SEED = torch.tensor([1, 2])
 
 
+@pytest.fixture(autouse=True)
+def _choices():
+    """What a test chose for another installation is forgotten."""
+    yield
+    ops._choose_all()
+
+
 def with_library(monkeypatch, **fields):
     found = Library(**{"path": "library.so", "cpu_capabilities": ("portable",), "cuda_archs": ("90",), **fields})
     monkeypatch.setattr(backends, "library", lambda: found)
