@@ -251,7 +251,7 @@ def test_cuda_sums_many_partial_rows(emulator, shape):
 
 P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 # (M, K) and (B, C, inner): one element; one column of blocks; several, of which the last is part; many rows; images
-FORM_SHAPES = [(1, 1), (301, 8), (70, 264), (13, 31), (90, 3, 50), (9, 24, 20), (5, 130, 6)]
+FORM_SHAPES = [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -283,7 +283,7 @@ def test_cuda_walks_start_where_the_form_says(emulator, shape, last):
         assert found == [4 * (at + pixels if at else 0) for at in starts], mode
 
 
-@pytest.mark.parametrize("forms", range(2, 8))
+@pytest.mark.parametrize("forms", [SUMS_FROM_END, ONE_LAUNCH, 7])
 @pytest.mark.parametrize("shape", [*FORM_SHAPES, (0, 8), (4, 0), (0, 8, 4), (3, 520)])
 def test_cuda_sums_in_every_form_match_reference(emulator, shape, forms):
     x, u, du, sigma = tensors(*shape)
@@ -293,29 +293,27 @@ def test_cuda_sums_in_every_form_match_reference(emulator, shape, forms):
     check(emulator, "fast", du=du.double(), sigma=sigma.double(), col0=5, forms=forms)
 
 
-# Grids of several rows of blocks: the order in which they arrive is forward, backward and shuffled.
-@pytest.mark.parametrize("mode", ["Q", "PQ"])
-@pytest.mark.parametrize("shape", [(301, 8), (300, 264), (90, 3, 50), (9, 24, 200)])
-@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+# Grids of several rows of blocks, which arrive forward, backward and shuffled.
+@pytest.mark.parametrize(
+    "shape, mode, dtype",
+    [((301, 8), "Q", BF16), ((300, 70), "PQ", F32), ((3, 16, 100), "Q", F64)],
+)
 def test_cuda_sum_in_one_launch_ignores_which_block_is_last(emulator, shape, mode, dtype):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
 
     def sums(launches, **kwargs):
-        given = take(mode, x, u, du)
-        _, dsigma = run(
-            emulator, "fast", **given, sigma=sigma, forms=ONE_LAUNCH, multiprocessors=20, said=(said := []), **kwargs
-        )
+        said = []
+        given = {**take(mode, x, u, du), "sigma": sigma, "forms": ONE_LAUNCH, "multiprocessors": 8}
+        _, dsigma = run(emulator, "fast", **given, said=said, **kwargs)
         assert said[0] == launches
         return dsigma
 
     want = sums(2, capture=2)  # no tickets: a second launch adds the same partials up
-    for order in (FORWARD, BACKWARD, *range(SHUFFLED, SHUFFLED + 4)):
+    for order in (FORWARD, BACKWARD, SHUFFLED, SHUFFLED + 1):
         assert torch.equal(sums(1, order=order), want)
-    assert torch.equal(sums(1, capture=1), want)
-    # Blocks of four streams' launches, interleaved; run_perturb.cpp compares their results.
-    for order in range(SHUFFLED, SHUFFLED + 4):
-        assert torch.equal(sums(4, order=order, streams=4), want)
-    assert torch.equal(sums(4, order=SHUFFLED, streams=4, capture=1), want)
+    # Blocks of three streams' launches, interleaved; run_perturb.cpp compares their results.
+    for capture in (0, 1):
+        assert torch.equal(sums(3, order=SHUFFLED + 2, streams=3, capture=capture), want)
 
 
 def test_cuda_sum_of_one_row_of_blocks_takes_one_launch(emulator):
