@@ -40,16 +40,13 @@ struct Params {
 DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
 DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 
-// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop.
-DIP_DEVICE int64_t keep(int64_t value) {
+// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop; where
+// registers are short, it may.
+template <bool kHold = true, class T>
+DIP_DEVICE T keep(T value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(value));
-#endif
-  return value;
-}
-DIP_DEVICE uint32_t keep(uint32_t value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
+  if constexpr (kHold && sizeof(T) == 8) asm volatile("" : "+l"(value));
+  else if constexpr (kHold) asm volatile("" : "+r"(value));
 #endif
   return value;
 }
@@ -174,9 +171,9 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   char* x_at = place<X>(a.x, row * a.x.outer_stride + col);
   char* u_at = place<U>(a.u, row * a.u.outer_stride + col);
   char* du_at = place<Du>(a.du, row * a.du.outer_stride + col);
-  const int64_t x_step = keep(X::bytes(a.x.dtype, step * a.x.outer_stride));
-  const int64_t u_step = keep(U::bytes(a.u.dtype, step * a.u.outer_stride));
-  const int64_t du_step = keep(Du::bytes(a.du.dtype, step * a.du.outer_stride));
+  const int64_t x_step = keep<!Types::kAny>(X::bytes(a.x.dtype, step * a.x.outer_stride));
+  const int64_t u_step = keep<!Types::kAny>(U::bytes(a.u.dtype, step * a.u.outer_stride));
+  const int64_t du_step = keep<!Types::kAny>(Du::bytes(a.du.dtype, step * a.du.outer_stride));
   if (!is_used) row = kNowhere;
 
   // n rows, `step` apart
