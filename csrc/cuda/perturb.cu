@@ -117,10 +117,10 @@ DIP_DEVICE void store_sum(const PerturbArgs& a, int64_t j, double sum) {
 }
 
 // dsigma of columns [first, first + width) from their partials: `threads / width` lanes take the rows of partials in turn, then
-// their sums are added in order. Every thread of the block calls this.
-template <class C, int kThreads>
-DIP_DEVICE void add_partials(const PerturbArgs& a, const void* partials, int num_partials, int64_t first, int width) {
-  __shared__ double shared[kThreads];
+// their sums are added in order. Every thread of the block calls this; shared: a number for each.
+template <class C>
+DIP_DEVICE void add_partials(
+    const PerturbArgs& a, const void* partials, int num_partials, int64_t first, int width, double* shared) {
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int lanes = static_cast<int>(blockDim.x * blockDim.y) / width, lane = thread / width;
   const int64_t col = first + thread % width;
@@ -243,9 +243,11 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
       for (int t = 0; t < kGroup; ++t)
         if (inside(start + t, a.features)) partial[t] = mine[t];
     }
-    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y)) {
+    __shared__ double lane_sums[kRowThreads<kSum>];
+    __shared__ bool is_last;
+    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
       const int width = static_cast<int>(kGroup * blockDim.x);
-      add_partials<C, kRowThreads<kSum>>(a, p.partials, static_cast<int>(gridDim.y), kGroup * strip - p.phase, width);
+      add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), kGroup * strip - p.phase, width, lane_sums);
     }
   }
 }
@@ -347,10 +349,12 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
       for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
       if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
     }
-    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y)) {
+    __shared__ double lane_sums[kChannelThreads];
+    __shared__ bool is_last;
+    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
       const int width = static_cast<int>(kGroup * blockDim.y);
       const int64_t start = static_cast<int64_t>(blockIdx.x) * width - p.phase;
-      add_partials<C, kChannelThreads>(a, p.partials, static_cast<int>(gridDim.y), start, width);
+      add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), start, width, lane_sums);
     }
   }
 }
@@ -365,7 +369,8 @@ struct SumParams {
 
 template <class C>
 __global__ void __launch_bounds__(32 * kSumLanes) column_sum_kernel(const SumParams p) {
-  add_partials<C, 32 * kSumLanes>(p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32);
+  __shared__ double lane_sums[32 * kSumLanes];
+  add_partials<C>(p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32, lane_sums);
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------------

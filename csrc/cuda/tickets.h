@@ -36,13 +36,12 @@ DIP_DEVICE unsigned count_up(unsigned* ticket, unsigned last) {
 
 // Whether this is the last of the launch's `blocks` blocks to count on `ticket`; then it sees what the others wrote before.
 // Every thread of the block calls this: the barriers extend thread 0's release and acquire to all of them.
-DIP_DEVICE bool is_last_block(unsigned* ticket, unsigned blocks) {
-  __shared__ bool last;
+DIP_DEVICE bool is_last_block(unsigned* ticket, unsigned blocks, bool* shared) {
   __syncthreads();
   if (blocks == 1) return true;
-  if (threadIdx.x == 0 && threadIdx.y == 0) last = count_up(ticket, blocks - 1) == blocks - 1;
+  if (threadIdx.x == 0 && threadIdx.y == 0) *shared = count_up(ticket, blocks - 1) == blocks - 1;
   __syncthreads();
-  return last;
+  return *shared;
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------------
