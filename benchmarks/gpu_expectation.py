@@ -208,6 +208,18 @@ partial sums, their sum, dweight, and the sum for the bias. If every kernel of 3
 would be 2.0 and 1.5 times nn.Linear; the aim, 1.3, is not reached by this count. Outside of a graph the host's time per launch
 decides; of that nothing is said here.
 
+Q's second stage goes where the last block of each column of the grid adds the partial sums up (`one_launch` of csrc/launch.h: 7 kernels,
+1.75): a ticket's round trip and at most 25 loads a thread in its stead. It waits to be measured, but a grid of one row of blocks, whose
+block waits for no other, always ends so. The draw of the seed stays a kernel of its own. Inside a graph, where kernels count, the
+generator's offset lies on the device, so that torch must draw; under torch.compile the seed is a tensor of the traced graph. There is
+left eager mode. At 4096x1024x1024 the products of a step take 32 us; with some 20 calls a step the host is behind as soon as a call takes
+it 2 us, and one call of those would go, against an operation that writes its seed, with rules for autograd, torch.func, checkpoints and
+every other reader of the seed. Seeds as integers on the host, an argument of P and Q alike, would do without that tensor and that draw.
+
+Rows from the end: a kernel finds in L2 what the one before wrote last, up to 30 MB of an H100's 50, read from the first row on it finds
+nothing where the whole is larger. P's u is the same bits and its loop as long, so it walks so; Q's sums are added in another order, so
+they wait to be measured.
+
 ## Sampling inside the product
 
 What `backends.fuses` rests on. Per element of x, with many rows, each kernel takes the longest of its memory traffic, its matrix product

@@ -39,9 +39,17 @@ using ParallelFor = void (*)(int64_t total, int64_t grain, void (*f)(int64_t, in
 // u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
 const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 
-// The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of perturb_cuda_scratch(args) bytes.
-const char* perturb_cuda(const PerturbArgs& args, bool exact, void* partials, void* stream);
-int64_t perturb_cuda_scratch(const PerturbArgs& args);
+// How the CUDA kernels do it. Of u, the tier alone changes bits.
+struct CudaForm {
+  bool exact;            // the tier of the noise
+  bool writes_from_end;  // a pass without a sum takes its rows from the last to the first
+  bool sums_from_end;    // a pass with a sum does
+  bool one_launch;       // the last block to arrive adds the sum's partials up, instead of a second launch
+};
+
+// The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of perturb_cuda_scratch bytes.
+const char* perturb_cuda(const PerturbArgs& args, const CudaForm& form, void* partials, void* stream);
+int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 

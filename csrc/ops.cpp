@@ -213,6 +213,14 @@ std::atomic<int>& cuda_tier() {
   return tier;
 }
 
+// Bits of CudaForm that `make gpu-check` times: 1 writes_from_end, 2 sums_from_end, 4 one_launch. The first changes no bit and
+// costs no instruction; the others wait to be measured.
+constexpr int kDefaultForms = 1;
+std::atomic<int>& cuda_forms() {
+  static std::atomic<int> forms{kDefaultForms};
+  return forms;
+}
+
 // The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this
 // library.
 using FindStream = int32_t (*)(int32_t device, void** stream);
@@ -227,16 +235,18 @@ void launch_cuda(const Tensor& x, const PerturbArgs& a) {
   static const FindStream current_stream = find_stream();
   const int tier = cuda_tier().load(std::memory_order_relaxed);
   STD_TORCH_CHECK(tier >= 0, "DIPKERNELS_CUDA_TIER: expected fast or exact");
+  const int forms = cuda_forms().load(std::memory_order_relaxed);
+  const CudaForm form{tier == 1, (forms & 1) != 0, (forms & 2) != 0, (forms & 4) != 0};
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STD_TORCH_CHECK(current_stream(device, &stream) == 0, "dipkernels: no current CUDA stream");
   // From torch's allocator, so that a captured graph owns it; freed in stream order.
   std::optional<Tensor> partials;
-  if (const int64_t bytes = perturb_cuda_scratch(a)) {
+  if (const int64_t bytes = perturb_cuda_scratch(a, form)) {
     partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
   }
-  check_done(perturb_cuda(a, tier == 1, partials ? partials->mutable_data_ptr() : nullptr, stream));
+  check_done(perturb_cuda(a, form, partials ? partials->mutable_data_ptr() : nullptr, stream));
 }
 #endif
 
@@ -631,6 +641,9 @@ DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capa
 // The tier of every later call of the process: 0 fast, 1 exact. Change it between steps, not between a forward and its backward.
 DIP_EXPORT void dip_set_cuda_exact(int exact) { dip::cuda_tier().store(exact != 0, std::memory_order_relaxed); }
 DIP_EXPORT int dip_cuda_exact() { return dip::cuda_tier().load(std::memory_order_relaxed); }
+// How every later call of the process does it, see cuda_forms: dsigma may differ in its last bits, u does not.
+DIP_EXPORT void dip_set_cuda_forms(int forms) { dip::cuda_forms().store(forms, std::memory_order_relaxed); }
+DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }
 // Null where the kernels can run on the current device, else what is missing, in one line: an older driver, an older GPU.
 DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif

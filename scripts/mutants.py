@@ -248,6 +248,8 @@ MUTANTS = [
     # ---- Triton, interpreted
     Mutant("triton_kernels/perturb.py", "total = tl.fma(du, z, total)", "total = tl.fma(-du, z, total)", INTERPRETED),
     Mutant("triton_kernels/perturb.py", "inv_num_samples, row0 + row, group", "inv_num_samples, row, group", INTERPRETED, 1),
+    Mutant("triton_kernels/perturb.py", "num_row_blocks - 1 - i if FROM_END", "num_row_blocks - i if FROM_END", INTERPRETED, 1),
+    Mutant("triton_kernels/perturb.py", "num_row_blocks - 1 - i if FROM_END else i", "i", INTERPRETED, 2),
     Mutant("triton_kernels/perturb.py", "scale = 0.5 * noise_scale(", "scale = noise_scale(", INTERPRETED),
     Mutant("triton_kernels/perturb.py", "mask=(p < num_partials) & mask[None, :]", "mask=(p < num_partials - 1) & mask[None, :]", INTERPRETED),
     Mutant("triton_kernels/noise.py", "for i in range(1, num_samples)", "for i in range(2, num_samples)", INTERPRETED),
@@ -274,10 +276,14 @@ MUTANTS = [
     Mutant("csrc/cuda/perturb.cu", "half > 0; half /= 2", "half > 1; half /= 2", EMULATED),
     Mutant("csrc/cuda/perturb.cu", "last_word + s, group, row", "last_word, group, row", EMULATED),
     Mutant("csrc/cuda/perturb.cu", "a.factor * 0.5 * sigma_at<C>", "a.factor * sigma_at<C>", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "inner -= a.inner, ++outer;", "inner -= a.inner;", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= wrap;", EMULATED),
     Mutant("csrc/cuda/perturb.cu", "      __syncthreads();\n      if (threadIdx.y < half)", "      if (threadIdx.y < half)", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "if (first <= t && t < last) partial[t] = mine[t];", "partial[t] = mine[t];", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "sum += static_cast<const C*>(p.partials)[i * a.features + col];", "sum = static_cast<const C*>(p.partials)[i * a.features + col];", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "if (inside(start + t, a.features)) partial[t] = mine[t];", "partial[t] = mine[t];", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "sum += static_cast<const C*>(partials)[i * a.features + col];", "sum = static_cast<const C*>(partials)[i * a.features + col];", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "if (p.from_end) row = p.rows - 1 - row;", "if (p.from_end) row = p.rows - 2 - row;", EMULATED),
+    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= a.inner, ++outer;", EMULATED),
+    Mutant("csrc/cuda/tickets.h", "count_up(ticket, blocks - 1) == blocks - 1", "count_up(ticket, blocks) == blocks - 1", EMULATED),
+    Mutant("csrc/cuda/tickets.h", "of_stream[{device, id}] = first;", "for (unsigned long long i = 0; i < 9; ++i) of_stream[{device, i}] = first;", EMULATED),
 ]  # fmt: skip
 
 

@@ -202,6 +202,50 @@ def test_perturb_bwd_sums_many_row_blocks_in_a_fixed_order(monkeypatch):
     assert torch.allclose(first.double(), reference.perturb_bwd(du, *where).double(), rtol=0, atol=3e-5)
 
 
+# Rows that the blocks divide and rows that they do not, more blocks than programs, images.
+@pytest.mark.parametrize("shape, dim", [((1, 8), -1), ((39, 8), -1), ((64, 16), -1), ((3, 8, 5, 4), 1), ((8, 70), 0)])
+@pytest.mark.parametrize("block", [None, (2, 8)])
+def test_perturb_rows_from_the_end_change_no_u(monkeypatch, shape, dim, block):
+    if block:
+        monkeypatch.setattr(tiles, "block_shape", lambda *sizes: block)
+    x, du, sigma = make(shape, dim)
+    where = (sigma, make_seed(), dim, 3, 5, 0, 1, 1.0, False)
+    found = {}
+    for from_end in (False, True):
+        monkeypatch.setattr(perturb, "P_FROM_END", from_end)
+        monkeypatch.setattr(perturb, "SUMS_FROM_END", from_end)
+        both = perturb.perturb_replay(du, x, *where, None)
+        found[from_end] = perturb.perturb(x, *where, None), *both, perturb.perturb_bwd(du, *where)
+    for there, back in zip(found[False][:2], found[True][:2], strict=True):
+        assert torch.equal(there, back)
+    want = reference.perturb_bwd(du.double(), sigma.double(), *where[1:])
+    for dsigma in found[True][2:]:
+        assert torch.allclose(dsigma.double(), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("op", ["perturb", "perturb_bwd"])
+def test_perturb_walks_its_rows_as_asked(monkeypatch, op):
+    """20 row blocks over 8 programs of P, whose blocks from the end are neighbours, or 4 of Q, whose stay apart."""
+    monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))
+    monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 1)
+    x, _, sigma = make((39, 8), -1)
+    where, rows_at, seen = (sigma, make_seed(), -1, 0, 0, 0, 1, 1.0, False), perturb.rows_at, []
+
+    def spy(row_block, *rest):
+        seen.append(int(row_block.handle.data.item() if hasattr(row_block, "handle") else row_block))
+        return rows_at(row_block, *rest)
+
+    monkeypatch.setattr(perturb, "rows_at", spy)
+    for from_end in (False, True):
+        monkeypatch.setattr(perturb, "P_FROM_END", from_end)
+        monkeypatch.setattr(perturb, "SUMS_FROM_END", from_end)
+        getattr(perturb, op)(x, *where, *([None] if op == "perturb" else []))
+    there, back = seen[:20], seen[20:]
+    programs = 8 if op == "perturb" else 4
+    assert there == [block for program in range(programs) for block in range(program, 20, programs)]
+    assert back == (list(range(19, -1, -1)) if op == "perturb" else [19 - block for block in there])
+
+
 def test_perturb_refuses_cpu_tensors_outside_the_interpreter(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     x, _, sigma = make((2, 8), -1)

@@ -59,10 +59,12 @@ def _raw(t):
 
 
 def run(emulator, tier, *, x=None, u=None, du=None, sigma=None, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
-        log_variance=False, order=FORWARD, multiprocessors=3, misalign=(0, 0, 0), shape=None):  # fmt: skip
+        log_variance=False, order=FORWARD, multiprocessors=3, misalign=(0, 0, 0), forms=1, streams=1, capture=0,
+        said=None):  # fmt: skip
     """(u, dsigma), each None where not asked for. `u` gives the output's dtype, shape and strides.
 
-    [M, K] is the rows layout, [B, C, inner] the channels one.
+    [M, K] is the rows layout, [B, C, inner] the channels one. said: a list that gets how many kernels were launched, and
+    the offset in bytes of the first element read. forms, streams, capture: as in run_perturb.cpp.
     """
     like = next(t for t in (u, du) if t is not None)
     outer, features, inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
@@ -73,8 +75,11 @@ def run(emulator, tier, *, x=None, u=None, du=None, sigma=None, row0=0, col0=0, 
         TIERS[tier],
         order,
         multiprocessors,
+        forms,
+        streams,
+        capture,
     ]
-    packed = struct.pack("12q", *header) + struct.pack("d", factor) + struct.pack("2q", *SEED.tolist())
+    packed = struct.pack("15q", *header) + struct.pack("d", factor) + struct.pack("2q", *SEED.tolist())
     for t, shift in zip((x, u, du), misalign, strict=True):
         if t is None:
             packed += struct.pack("5q", -1, 0, 0, 0, 0)
@@ -84,7 +89,9 @@ def run(emulator, tier, *, x=None, u=None, du=None, sigma=None, row0=0, col0=0, 
     data = packed + b"".join(_raw(t) for t in (x, du, sigma) if t is not None)
     result = subprocess.run([str(emulator)], input=data, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()[-3000:]
-    out = bytearray(result.stdout)
+    out = bytearray(result.stdout[:-16])
+    if said is not None:
+        said += struct.unpack("2q", result.stdout[-16:])
     dsigma = None
     if du is not None and sigma is not None:
         n = sigma.numel() * sigma.element_size()
@@ -238,6 +245,116 @@ def test_cuda_threads_stride_over_rows(emulator, tier, shape):
 def test_cuda_sums_many_partial_rows(emulator, shape):
     _, _, du, sigma = tensors(*shape)
     check(emulator, "fast", du=du, sigma=sigma, multiprocessors=132)
+
+
+# ---- forms: the walk over the rows, and where the sum ends; bits of `forms` as in csrc/ops.cpp ---------------------------
+
+P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
+# (M, K) and (B, C, inner): one element; one column of blocks; several, of which the last is part; many rows; images
+FORM_SHAPES = [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", FORM_SHAPES)
+def test_cuda_rows_from_the_end_change_no_u(emulator, shape, dtype):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+    for given in (
+        {},
+        {"x": x, "sigma": sigma},
+        {"x": x, "sigma": sigma, "du": du},
+        {"x": x, "sigma": sigma, "col0": 3},
+    ):
+        for where in ({"row0": 2**32 - 2}, {"num_samples": 2}):
+            there, back = (run(emulator, "fast", u=u, **given, **where, forms=forms)[0] for forms in (0, 3))
+            assert torch.equal(there, back)
+
+
+# The first element that the first thread reads: of the last row, or of the last run of four pixels.
+@pytest.mark.parametrize("shape, last", [((70, 264), 69 * 264), ((3, 16, 12), 2 * 16 * 12 + 8)])
+def test_cuda_walks_start_where_the_form_says(emulator, shape, last):
+    x, u, du, sigma = tensors(*shape)
+    walks = {"P": [0, last, 0, last], "Q": [0, 0, last, last], "PQ": [0, 0, last, last]}
+    for mode, starts in walks.items():
+        found = []
+        for forms in range(4):
+            run(emulator, "fast", **take(mode, x, u, du), sigma=sigma, forms=forms, said=(said := []))
+            found.append(said[1])
+        pixels = 2 if mode == "PQ" and len(shape) == 3 and last else 0  # its runs are half as long
+        assert found == [4 * (at + pixels if at else 0) for at in starts], mode
+
+
+@pytest.mark.parametrize("forms", [SUMS_FROM_END, ONE_LAUNCH, 7])
+@pytest.mark.parametrize("shape", [*FORM_SHAPES, (0, 8), (4, 0), (0, 8, 4), (3, 520)])
+def test_cuda_sums_in_every_form_match_reference(emulator, shape, forms):
+    x, u, du, sigma = tensors(*shape)
+    for mode in ("Q", "PQ"):
+        check(emulator, "fast", **take(mode, x, u, du), sigma=sigma.log(), log_variance=True, factor=0.5, forms=forms,
+              multiprocessors=20)  # fmt: skip
+    check(emulator, "fast", du=du.double(), sigma=sigma.double(), col0=5, forms=forms)
+
+
+# Grids of several rows of blocks, which arrive forward, backward and shuffled.
+@pytest.mark.parametrize(
+    "shape, mode, dtype",
+    [((301, 8), "Q", BF16), ((300, 70), "PQ", F32), ((3, 16, 100), "Q", F64)],
+)
+def test_cuda_sum_in_one_launch_ignores_which_block_is_last(emulator, shape, mode, dtype):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+
+    def sums(launches, **kwargs):
+        said = []
+        given = {**take(mode, x, u, du), "sigma": sigma, "forms": ONE_LAUNCH, "multiprocessors": 8}
+        _, dsigma = run(emulator, "fast", **given, said=said, **kwargs)
+        assert said[0] == launches
+        return dsigma
+
+    want = sums(2, capture=2)  # no tickets: a second launch adds the same partials up
+    for order in (FORWARD, BACKWARD, SHUFFLED, SHUFFLED + 1):
+        assert torch.equal(sums(1, order=order), want)
+    # Blocks of three streams' launches, interleaved; run_perturb.cpp compares their results.
+    for capture in (0, 1):
+        assert torch.equal(sums(3, order=SHUFFLED + 2, streams=3, capture=capture), want)
+
+
+def test_cuda_sum_of_one_row_of_blocks_takes_one_launch(emulator):
+    """In any form: the block waits for no other."""
+    for shape in ((8, 264), (2, 24, 20)):
+        _, _, du, sigma = tensors(*shape)
+        run(emulator, "fast", du=du, sigma=sigma, multiprocessors=3 if len(shape) == 2 else 1, said=(said := []))
+        assert said[0] == 1
+
+
+def _sum_in_order(terms, threads, blocks, lanes, from_end):
+    """dsigma as docs/maths.md, section 5, has it added up on CUDA; terms [M, K] in float32."""
+    rows, k = terms.shape
+    order = torch.arange(rows).flip(0) if from_end else torch.arange(rows)
+    sums = torch.zeros(blocks * threads, k)
+    for place, row in enumerate(order.tolist()):
+        sums[place % len(sums)] += terms[row]
+    sums = sums.view(blocks, threads, k)
+    while (half := sums.shape[1] // 2) > 0:
+        sums = sums[:, :half] + sums[:, half:]
+    total = torch.zeros(k, dtype=F64)
+    for lane in range(lanes):
+        part = torch.zeros(k, dtype=F64)
+        for partial in sums[lane::lanes, 0]:
+            part += partial
+        total += part
+    return total.float()
+
+
+# threads: of a block along rows; blocks: along rows; lanes: that add the partials up.
+@pytest.mark.parametrize(
+    "forms, threads, blocks, lanes",
+    [(0, 8, 30, 32), (SUMS_FROM_END, 8, 30, 32), (ONE_LAUNCH, 32, 10, 4), (SUMS_FROM_END | ONE_LAUNCH, 32, 10, 4)],
+)
+def test_cuda_sums_in_the_stated_order(emulator, forms, threads, blocks, lanes):
+    z, _ = run(emulator, "fast", u=torch.empty(300, 264))
+    du = 2.0 ** torch.randint(-8, 8, z.shape, generator=torch.Generator().manual_seed(1))  # so that du z is exact
+    _, got = run(emulator, "fast", du=du, sigma=torch.ones(264), forms=forms, multiprocessors=20)
+    from_end = bool(forms & SUMS_FROM_END)
+    assert torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, from_end))
+    assert not torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, not from_end))
 
 
 @pytest.mark.skipif("portable" not in backends.library().cpu_capabilities, reason="the compiled library is not built")

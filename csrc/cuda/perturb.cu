@@ -5,13 +5,13 @@
 #include <type_traits>
 
 #include "storage.h"
+#include "tickets.h"
 
 namespace dip {
 namespace {
 
 constexpr int kGroup = 8;  // columns of one Philox call
-constexpr int kMaxDevices = 64;
-constexpr int kSumRows = 32;  // partial rows that one block of the second stage reads at a time
+constexpr int kSumLanes = 32;  // partial rows that one block of the second stage reads at a time
 
 // A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
 template <bool kSum>
@@ -29,7 +29,10 @@ struct Params {
   int64_t groups;  // of one row; the first one's leading `phase` columns are outside
   int64_t first_group;
   int phase;
-  void* partials;  // [gridDim.y, features] of the compute type
+  void* partials;       // [gridDim.y, features] of the compute type
+  bool from_end;        // rows from the last to the first
+  bool finish = false;  // the last block of a column of the grid adds the partials up
+  int ticket = 0;       // that of the grid's first column, where a column has several blocks
 };
 
 // ---- device functions ------------------------------------------------------------------------------------------------
@@ -37,13 +40,20 @@ struct Params {
 DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
 DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 
-// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop.
-DIP_DEVICE int64_t keep(int64_t value) {
+// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop; where
+// registers are short, it may.
+template <bool kHold = true, class T>
+DIP_DEVICE T keep(T value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("" : "+l"(value));
+  if constexpr (kHold && sizeof(T) == 8) asm volatile("" : "+l"(value));
+  else if constexpr (kHold) asm volatile("" : "+r"(value));
 #endif
   return value;
 }
+
+// Whether 0 <= i < n. One comparison, for a negative i is a large number: a walk in either direction costs the same.
+DIP_DEVICE bool inside(int64_t i, int64_t n) { return static_cast<uint64_t>(i) < static_cast<uint64_t>(n); }
+constexpr int64_t kNowhere = -(int64_t{1} << 62);  // no step leads from there to a row
 
 // sigma as a standard deviation, without the factor.
 template <class C>
@@ -99,6 +109,32 @@ DIP_DEVICE R load_or_zero(const char* p, const Operand& a, int first, int last) 
   return run;
 }
 
+template <class C>
+DIP_DEVICE void store_sum(const PerturbArgs& a, int64_t j, double sum) {
+  sum *= a.log_variance ? a.factor * 0.5 * sigma_at<C>(a, j) : a.factor;
+  if (a.sigma_is_double) static_cast<double*>(a.dsigma)[j] = sum;
+  else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
+}
+
+// dsigma of columns [first, first + width) from their partials: `threads / width` lanes take the rows of partials in turn, then
+// their sums are added in order. Every thread of the block calls this; shared: a number for each.
+template <class C>
+DIP_DEVICE void add_partials(
+    const PerturbArgs& a, const void* partials, int num_partials, int64_t first, int width, double* shared) {
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int lanes = static_cast<int>(blockDim.x * blockDim.y) / width, lane = thread / width;
+  const int64_t col = first + thread % width;
+  const bool is_used = inside(col, a.features);
+  double sum = 0;
+  if (is_used)
+    for (int i = lane; i < num_partials; i += lanes) sum += static_cast<const C*>(partials)[i * a.features + col];
+  shared[thread] = sum;
+  __syncthreads();
+  if (lane != 0 || !is_used) return;
+  for (int i = 1; i < lanes; ++i) sum += shared[i * width + thread];
+  store_sum<C>(a, col, sum);
+}
+
 // ---- kernels: rows, [M, K] with columns side by side -------------------------------------------------------------------
 // Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
 
@@ -117,9 +153,9 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   const int first = col < 0 ? static_cast<int>(-col) : 0;
   const int last =
       a.features - col < kGroup ? static_cast<int>(a.features - col) : kGroup;  // [first, last) of the group is inside
-  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-  const int64_t end = group < p.groups ? p.rows : 0;
-  const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.y, step = p.from_end ? -stride : stride;
+  const bool is_used = group < p.groups;
+  const uint32_t counter = keep(static_cast<uint32_t>(p.first_group + group));
   const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
   __shared__ RoundKeys keys;
   share_round_keys(a, &keys);
@@ -127,16 +163,18 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = end && first <= t && t < last ? scale_at<C>(a, col + t) : C(0);
+    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a, col + t) : C(0);
   }
 
   int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+  if (p.from_end) row = p.rows - 1 - row;
   char* x_at = place<X>(a.x, row * a.x.outer_stride + col);
   char* u_at = place<U>(a.u, row * a.u.outer_stride + col);
   char* du_at = place<Du>(a.du, row * a.du.outer_stride + col);
-  const int64_t x_step = keep(X::bytes(a.x.dtype, step * a.x.outer_stride));
-  const int64_t u_step = keep(U::bytes(a.u.dtype, step * a.u.outer_stride));
-  const int64_t du_step = keep(Du::bytes(a.du.dtype, step * a.du.outer_stride));
+  const int64_t x_step = keep<!Types::kAny>(X::bytes(a.x.dtype, step * a.x.outer_stride));
+  const int64_t u_step = keep<!Types::kAny>(U::bytes(a.u.dtype, step * a.u.outer_stride));
+  const int64_t du_step = keep<!Types::kAny>(Du::bytes(a.du.dtype, step * a.du.outer_stride));
+  if (!is_used) row = kNowhere;
 
   // n rows, `step` apart
   const auto tile = [&](auto count) {
@@ -179,8 +217,8 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
 
   // Two rows in flight where a thread has them.
   if constexpr (!Types::kAny)
-    while (row + step < end) tile(std::integral_constant<int, 2>{});
-  while (row < end) tile(std::integral_constant<int, 1>{});
+    while (inside(row + step, p.rows)) tile(std::integral_constant<int, 2>{});
+  while (inside(row, p.rows)) tile(std::integral_constant<int, 1>{});
 
   // The block's rows meet in a tree, so that the order depends on the shape of the block alone.
   if constexpr (kSum) {
@@ -196,11 +234,20 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
         for (int t = 0; t < kGroup; ++t) mine[t] += other[t];
       }
     }
-    if (threadIdx.y == 0 && end) {
-      C* partial = static_cast<C*>(p.partials) + blockIdx.y * a.features + col;
+    // Where, once more: kept over the loop it would spill.
+    const int64_t strip = int64_t{keep(blockIdx.x)} * blockDim.x;
+    const int64_t start = kGroup * (strip + threadIdx.x) - p.phase;
+    if (threadIdx.y == 0) {
+      C* partial = static_cast<C*>(p.partials) + blockIdx.y * a.features + start;
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t)
-        if (first <= t && t < last) partial[t] = mine[t];
+        if (inside(start + t, a.features)) partial[t] = mine[t];
+    }
+    __shared__ double lane_sums[kRowThreads<kSum>];
+    __shared__ bool is_last;
+    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
+      const int width = static_cast<int>(kGroup * blockDim.x);
+      add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), kGroup * strip - p.phase, width, lane_sums);
     }
   }
 }
@@ -222,9 +269,10 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   const int64_t channel = kGroup * group - p.phase;
   const int first = channel < 0 ? static_cast<int>(-channel) : 0;
   const int last = a.features - channel < kGroup ? static_cast<int>(a.features - channel) : kGroup;
-  const int64_t end = group < p.groups ? p.rows : 0;
-  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels;
+  const bool is_used = group < p.groups;
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels, step = p.from_end ? -stride : stride;
   const int64_t outer_step = step / a.inner, inner_step = step % a.inner;
+  const int64_t wrap = p.from_end ? -a.inner : a.inner, turn = p.from_end ? -1 : 1;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
   const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
   __shared__ RoundKeys keys;
@@ -233,23 +281,25 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = end && first <= t && t < last ? scale_at<C>(a, channel + t) : C(0);
+    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a, channel + t) : C(0);
   }
 
   int64_t row = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kPixels;
+  if (p.from_end) row = p.rows - kPixels - row;
   int64_t outer = row / a.inner, inner = row % a.inner;
-  for (; row < end; row += step) {
+  if (!is_used) row = kNowhere;
+  for (; inside(row, p.rows); row += step) {
     // load
     [[maybe_unused]] X x[kGroup];
     [[maybe_unused]] Du du[kGroup];
     const auto at = [&](const Operand& o, int t) { return outer * o.outer_stride + (channel + t) * o.feature_stride + inner; };
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) {
-      const bool inside = first <= t && t < last;
-      if constexpr (kWrite) x[t] = inside ? load_or_zero<X>(place<X>(a.x, at(a.x, t)), a.x, 0, kPixels) : X{};
+      const bool is_channel = first <= t && t < last;
+      if constexpr (kWrite) x[t] = is_channel ? load_or_zero<X>(place<X>(a.x, at(a.x, t)), a.x, 0, kPixels) : X{};
       if constexpr (kSum) {
         du[t] = {};
-        if (inside) du[t].load(place<Du>(a.du, at(a.du, t)), a.du.dtype, 0, kPixels);
+        if (is_channel) du[t].load(place<Du>(a.du, at(a.du, t)), a.du.dtype, 0, kPixels);
       }
     }
     // compute: two pixels at a time, which share a word of 16-bit storage
@@ -280,7 +330,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     }
     outer += outer_step;
     inner += inner_step;
-    if (inner >= a.inner) inner -= a.inner, ++outer;
+    if (!inside(inner, a.inner)) inner -= wrap, outer += turn;
   }
 
   // A warp lies along x, so its lanes share their channels; then the block's warps meet in order.
@@ -293,16 +343,23 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
       if (threadIdx.x % 32 == 0) shared[warp][t] = sum[t];
     }
     __syncthreads();
-    if (threadIdx.x < kGroup && end) {
+    if (threadIdx.x < kGroup && is_used) {
       const int t = static_cast<int>(threadIdx.x);
       C total = C(0);
       for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
       if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
     }
+    __shared__ double lane_sums[kChannelThreads];
+    __shared__ bool is_last;
+    if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
+      const int width = static_cast<int>(kGroup * blockDim.y);
+      const int64_t start = static_cast<int64_t>(blockIdx.x) * width - p.phase;
+      add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), start, width, lane_sums);
+    }
   }
 }
 
-// ---- kernels: the second stage of the sum, in fixed order ----------------------------------------------------------------
+// ---- kernels: the second stage of the sum, where the first does not finish it --------------------------------------------
 
 struct SumParams {
   PerturbArgs args;
@@ -311,25 +368,9 @@ struct SumParams {
 };
 
 template <class C>
-__global__ void __launch_bounds__(32 * kSumRows) column_sum_kernel(const SumParams p) {
-  // where: threads x: columns, y: partial rows
-  const PerturbArgs& a = p.args;
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  // load
-  double sum = 0;
-  if (col < a.features)
-    for (int i = static_cast<int>(threadIdx.y); i < p.num_partials; i += kSumRows)
-      sum += static_cast<const C*>(p.partials)[i * a.features + col];
-  __shared__ double shared[kSumRows][32];
-  shared[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || col >= a.features) return;
-  // compute
-  for (int i = 1; i < kSumRows; ++i) sum += shared[i][threadIdx.x];
-  sum *= a.log_variance ? a.factor * 0.5 * sigma_at<C>(a, col) : a.factor;
-  // store
-  if (a.sigma_is_double) static_cast<double*>(a.dsigma)[col] = sum;
-  else static_cast<float*>(a.dsigma)[col] = static_cast<float>(sum);
+__global__ void __launch_bounds__(32 * kSumLanes) column_sum_kernel(const SumParams p) {
+  __shared__ double lane_sums[32 * kSumLanes];
+  add_partials<C>(p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32, lane_sums);
 }
 
 // ---- launch ----------------------------------------------------------------------------------------------------------
@@ -379,15 +420,16 @@ int power_of_two(int64_t n, int lowest, int highest) {
 int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.col0 % kGroup + a.features, kGroup); }
 
 // One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time; `resident`: threads that a
-// multiprocessor holds.
-Plan make_plan(const PerturbArgs& a, int64_t pixels, int resident) {
+// multiprocessor holds. `narrow`: four columns of blocks or more where K allows, of a cache line each, so that little is left
+// for the last block of each, which it adds up alone.
+Plan make_plan(const PerturbArgs& a, int64_t pixels, int resident, bool narrow) {
   const bool rows_layout = a.inner == 1;
   const unsigned threads = !rows_layout ? kChannelThreads : a.dsigma ? kRowThreads<true> : kRowThreads<false>;
   const int64_t groups = num_groups(a), rows = ceil_div(a.outer * a.inner, pixels);
   int64_t col_blocks, row_blocks;
   Plan plan;
   if (rows_layout) {
-    plan.block.x = power_of_two(groups, 1, 32);
+    plan.block.x = narrow ? power_of_two(groups / 4, 1, 8) : power_of_two(groups, 1, 32);
     plan.block.y = threads / plan.block.x;
     col_blocks = ceil_div(groups, plan.block.x);
     row_blocks = ceil_div(rows, plan.block.y);
@@ -441,7 +483,7 @@ const char* launch(void (*kernel)(P), const Plan& plan, P params, void* stream) 
 
 struct Call {
   const PerturbArgs& args;
-  bool exact;
+  CudaForm form;
   void* partials;
   void* stream;
 };
@@ -449,18 +491,27 @@ struct Call {
 template <class RowTypes, class ChannelTypes, class Tier, bool kWrite, bool kSum>
 const char* launch_pass(const Call& call) {
   const PerturbArgs& a = call.args;
-  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >)
-                                 : make_plan(a, ChannelTypes::X::kElements, kChannelResident);
-  const Params params{a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, static_cast<int>(a.col0 % kGroup), call.partials};
+  const bool narrow = kSum && call.form.one_launch;
+  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >, narrow)
+                                 : make_plan(a, ChannelTypes::X::kElements, kChannelResident, narrow);
+  const bool from_end = kSum ? call.form.sums_from_end : call.form.writes_from_end;
+  const int phase = static_cast<int>(a.col0 % kGroup);
+  Params params{a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, phase, call.partials, from_end};
   const char* error = nullptr;
   if (params.rows) {
+    if (narrow && plan.grid.y > 1)
+      params.ticket = take_tickets(static_cast<cudaStream_t>(call.stream), static_cast<int>(plan.grid.x));
+    params.finish = kSum && (plan.grid.y == 1 || (narrow && params.ticket >= 0));
     if (a.inner == 1) error = launch(&perturb_rows_kernel<RowTypes, Tier, kWrite, kSum>, plan, params, call.stream);
     else error = launch(&perturb_channels_kernel<ChannelTypes, Tier, kWrite, kSum>, plan, params, call.stream);
   }
   if constexpr (kSum) {
     using C = typename RowTypes::Compute;
-    if (error) return error;
-    const Plan sum_plan{dim3(static_cast<unsigned>(ceil_div(a.features, 32))), dim3(32, kSumRows)};
+    if (error || params.finish) return error;
+    // As many lanes as the last block would have, so that it is the same sum.
+    const unsigned width = kGroup * (a.inner == 1 ? plan.block.x : plan.block.y);
+    const unsigned lanes = narrow ? plan.block.x * plan.block.y / width : kSumLanes;
+    const Plan sum_plan{dim3(static_cast<unsigned>(ceil_div(a.features, 32))), dim3(32, lanes)};
     const SumParams sum{a, call.partials, params.rows ? static_cast<int>(plan.grid.y) : 0};
     error = launch(&column_sum_kernel<C>, sum_plan, sum, call.stream);
   }
@@ -469,7 +520,7 @@ const char* launch_pass(const Call& call) {
 
 template <class RowTypes, class ChannelTypes, bool kWrite, bool kSum>
 const char* launch_tier(const Call& call) {
-  if (call.exact) return launch_pass<RowTypes, ChannelTypes, ExactTier, kWrite, kSum>(call);
+  if (call.form.exact) return launch_pass<RowTypes, ChannelTypes, ExactTier, kWrite, kSum>(call);
   return launch_pass<RowTypes, ChannelTypes, FastTier, kWrite, kSum>(call);
 }
 
@@ -526,14 +577,14 @@ const char* launch_types(const Call& call) {
 
 }  // namespace
 
-int64_t perturb_cuda_scratch(const PerturbArgs& a) {
+int64_t perturb_cuda_scratch(const PerturbArgs& a, const CudaForm& form) {
   if (!a.dsigma || !a.features) return 0;
   // The most that any of the kernels asks for: one pixel at a time gives the most blocks.
-  return int64_t{make_plan(a, 1, kMostResident).grid.y} * a.features * (is_double(a) ? 8 : 4);
+  return int64_t{make_plan(a, 1, kMostResident, form.one_launch).grid.y} * a.features * (is_double(a) ? 8 : 4);
 }
 
-const char* perturb_cuda(const PerturbArgs& a, bool exact, void* partials, void* stream) {
-  const Call call{a, exact, partials, stream};
+const char* perturb_cuda(const PerturbArgs& a, const CudaForm& form, void* partials, void* stream) {
+  const Call call{a, form, partials, stream};
   if (!a.features) return nullptr;
   if (a.dsigma) return a.u.data ? launch_types<true, true>(call) : launch_types<false, true>(call);
   return launch_types<true, false>(call);

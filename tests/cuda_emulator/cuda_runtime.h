@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <set>
 #include <vector>
@@ -38,8 +39,12 @@ struct alignas(8) uint2 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+namespace emulator {
+inline const void* first_read = nullptr;  // the first address that a launch loads from through __ldg
+}
 template <class T>
 T __ldg(const T* p) {
+  if (!emulator::first_read) emulator::first_read = p;
   return *p;
 }
 
@@ -50,12 +55,14 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 
 constexpr size_t kStack = 256 * 1024;
-enum class Order { kForward, kBackward, kShuffled };
+enum class Order { kForward, kBackward, kShuffled };  // from kShuffled on: the number of a shuffle
 
 inline Order order = Order::kForward;
 inline int multiprocessors = 3;
 inline int launches = 0;
 inline std::set<const void*> launched;  // the kernels among them
+inline bool is_capturing = false;  // every stream
+inline bool is_queueing = false;   // a launch waits for run_queued
 
 struct Fiber {
   ucontext_t context;
@@ -119,6 +126,18 @@ inline void resume(Fiber& fiber) {
   std::abort();
 }
 
+struct Random {
+  uint64_t state = 88172645463325252u + 2654435761u * static_cast<unsigned>(order);
+  size_t below(size_t n) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state % n;
+  }
+  template <class T>
+  void shuffle(std::vector<T>& v) {
+    for (size_t i = v.size(); i > 1; --i) std::swap(v[i - 1], v[below(i)]);
+  }
+};
+
 inline void run_block(size_t count) {
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
   for (size_t i = 0; i < count; ++i) {
@@ -132,15 +151,11 @@ inline void run_block(size_t count) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
-  uint64_t random = 88172645463325252u;
+  Random random;
   std::vector<size_t> turn(count);
   for (size_t i = 0; i < count; ++i) turn[i] = order == Order::kBackward ? count - 1 - i : i;
   for (;;) {
-    if (order == Order::kShuffled)
-      for (size_t i = count; i > 1; --i) {
-        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-        std::swap(turn[i - 1], turn[random % i]);
-      }
+    if (order >= Order::kShuffled) random.shuffle(turn);
     size_t done = 0, waiting = 0;
     for (size_t i : turn) {
       Fiber& f = *fibers[i];
@@ -207,6 +222,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222
 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 struct cudaFuncAttributes {};
 
@@ -231,6 +247,14 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 }
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 13000;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::is_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
   return cudaSuccess;
 }
 template <class F>
@@ -258,25 +282,57 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
+namespace emulator {
+
+struct Launch {
+  dim3 grid, block;
+  std::shared_ptr<void> argument;
+  void (*body)(void*);
+  std::vector<unsigned> blocks;  // still to run, the next one last
+
+  bool run_next() {  // whether any are left
+    const unsigned b = blocks.back();
+    blocks.pop_back();
+    emulator::body = body;
+    body_argument = argument.get();
+    blockDim = block, gridDim = grid, blockIdx = dim3(b % grid.x, b / grid.x);
+    run_block(size_t{block.x} * block.y * block.z);
+    return !blocks.empty();
+  }
+};
+
+inline std::map<cudaStream_t, std::vector<Launch>> queues;  // of a stream, the first launch last
+
+// Blocks of the streams' launches in a random order; those of one stream one launch after the other.
+inline void run_queued() {
+  Random random;
+  while (!queues.empty()) {
+    const auto queue = std::next(queues.begin(), static_cast<long>(random.below(queues.size())));
+    if (!queue->second.back().run_next()) queue->second.pop_back();
+    if (queue->second.empty()) queues.erase(queue);
+  }
+}
+
+}  // namespace emulator
+
 template <class P>
-cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+cudaError_t cudaLaunchKernel(void (*kernel)(P), dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t stream) {
   if (emulator::next_error != cudaSuccess) return emulator::next_error;
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (!threads || threads > 1024 || !grid.x || !grid.y || grid.y > 65535) return cudaErrorInvalidConfiguration;
-  struct Launch {
-    void (*kernel)(P);
-    P* argument;
-  } launch{kernel, static_cast<P*>(arguments[0])};
-  emulator::body = [](void* p) { static_cast<Launch*>(p)->kernel(*static_cast<Launch*>(p)->argument); };
-  emulator::body_argument = &launch;
-  blockDim = block, gridDim = grid;
+  using Call = std::pair<void (*)(P), P>;
+  emulator::Launch launch{grid, block, std::make_shared<Call>(kernel, *static_cast<P*>(arguments[0])), nullptr, {}};
+  launch.body = [](void* p) { static_cast<Call*>(p)->first(static_cast<Call*>(p)->second); };
+  for (unsigned i = grid.x * grid.y; i > 0; --i) launch.blocks.push_back(i - 1);
+  if (emulator::order == emulator::Order::kBackward) std::reverse(launch.blocks.begin(), launch.blocks.end());
+  if (emulator::order >= emulator::Order::kShuffled) emulator::Random().shuffle(launch.blocks);
   ++emulator::launches;
   emulator::launched.insert(reinterpret_cast<const void*>(kernel));
-  const unsigned blocks = grid.x * grid.y;
-  for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned b = emulator::order == emulator::Order::kForward ? i : blocks - 1 - i;
-    blockIdx = dim3(b % grid.x, b / grid.x);
-    emulator::run_block(threads);
+  if (emulator::is_queueing) {
+    auto& queue = emulator::queues[stream];
+    queue.insert(queue.begin(), std::move(launch));
+    return cudaSuccess;
   }
+  while (launch.run_next()) continue;
   return cudaSuccess;
 }

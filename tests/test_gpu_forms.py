@@ -1,0 +1,42 @@
+"""benchmarks/gpucheck/forms.py: what it sets, it takes back; CUDA's part is stood in for."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dipkernels import backends
+
+pytest.importorskip("triton")
+PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpucheck" / "forms.py"
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("gpucheck_forms", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
+    from dipkernels.triton_kernels import perturb
+
+    forms, state = load(), [1]
+    functions = SimpleNamespace(
+        dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
+    )
+    monkeypatch.setattr(backends, "library", lambda: SimpleNamespace(cuda_archs=("90",), path="none"))
+    monkeypatch.setattr(backends, "_c_functions", lambda path: functions)
+    found = {}
+    for name, context in {**forms.walk(), **forms.column_sum()}.items():
+        with context():
+            found[name] = (state[0], perturb.P_FROM_END, perturb.SUMS_FROM_END)
+    assert found == {
+        "from the start": (0, False, False),
+        "P from the end": (1, True, False),
+        "from the end": (3, True, True),
+        "two launches": (1, True, False),
+        "last block": (5, True, False),
+    }
+    assert (state[0], perturb.P_FROM_END, perturb.SUMS_FROM_END) == (1, False, False)
