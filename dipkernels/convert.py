@@ -474,9 +474,11 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     where a variance is NaN or infinite.
     """
     require_finite(_need_layers(model))
-    own = {name: m for name, m in plain_names(model).items() if isinstance(m, Variance)}
-    found = {f"{name}.log_variance": m.detached() for name, m in own.items()}
-    found |= {f"{name}.log_prior": tensor_parallel.full(m.log_prior) for name, m in own.items()}
+    found: dict[str, Tensor] = {}
+    for name, m in plain_names(model).items():
+        if isinstance(m, Variance):
+            found[f"{name}.log_variance"] = m.detached()
+            found[f"{name}.log_prior"] = tensor_parallel.full(m.log_prior)
     return {name: values.cpu().clone() for name, values in found.items()}
 
 
