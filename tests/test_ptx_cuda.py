@@ -50,6 +50,11 @@ def library(request, folder):
     return library
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def run(library, tier, **kwargs):
     return library.perturb(tier, seed=SEED, **kwargs)
 

@@ -40,6 +40,7 @@ def quick_of(every, quick):
 def nan_in_new_memory():
     before, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
     torch.set_float32_matmul_precision(precision)
