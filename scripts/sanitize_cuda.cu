@@ -75,9 +75,12 @@ std::vector<unsigned char> numbers(DType type, size_t count) {
     std::memcpy(&bits, &value, 4);
     const double wide = value;
     // 4-bit mantissas: the upper half of a float32 is the bfloat16, and a float16 has its exponent moved.
-    const uint16_t half = type == DType::kBFloat16 ? static_cast<uint16_t>(bits >> 16)
-                                                   : static_cast<uint16_t>(((bits >> 13) & 0x3FF) | ((((bits >> 23) & 0xFF) - 112) << 10));
-    const void* from = type == DType::kFloat64 ? static_cast<const void*>(&wide) : type == DType::kFloat32 ? static_cast<const void*>(&bits) : &half;
+    const uint16_t half = type == DType::kBFloat16
+                              ? static_cast<uint16_t>(bits >> 16)
+                              : static_cast<uint16_t>(((bits >> 13) & 0x3FF) | ((((bits >> 23) & 0xFF) - 112) << 10));
+    const void* from = type == DType::kFloat64   ? static_cast<const void*>(&wide)
+                       : type == DType::kFloat32 ? static_cast<const void*>(&bits)
+                                                 : &half;
     std::memcpy(out.data() + i * size_of(type), from, size_of(type));
   }
   return out;
@@ -117,8 +120,10 @@ struct Types {
   DType x, u, du;
 };
 
-void launch(const Shape& s, const Types& types, Form form, bool exact, bool wide_sigma, int samples, const std::string& where) {
-  const bool write = form != Form::kQ, sum = form == Form::kQ || form == Form::kPQ, reads_x = form == Form::kP || form == Form::kPQ;
+void launch(
+    const Shape& s, const Types& types, Form form, const CudaForm& how, bool wide_sigma, int samples, const std::string& where) {
+  const bool write = form != Form::kQ, sum = form == Form::kQ || form == Form::kPQ,
+             reads_x = form == Form::kP || form == Form::kPQ;
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
   a.num_samples = samples, a.factor = 1.0, a.row0 = 5, a.sigma_is_double = wide_sigma;
@@ -142,15 +147,16 @@ void launch(const Shape& s, const Types& types, Form form, bool exact, bool wide
   a.u.data = write ? u.data() : nullptr;
   a.du.data = sum ? du.data() : nullptr;
   a.dsigma = sum ? dsigma.data() : nullptr;
-  Buffer partials("partial sums of " + where, static_cast<size_t>(perturb_cuda_scratch(a)));
-  if (const char* error = perturb_cuda(a, exact, partials.data(), nullptr)) die(where, error);
+  Buffer partials("partial sums of " + where, static_cast<size_t>(perturb_cuda_scratch(a, how)));
+  if (const char* error = perturb_cuda(a, how, partials.data(), nullptr)) die(where, error);
   require(cudaDeviceSynchronize(), where.c_str());
 
   if (guarded)  // else initcheck would see a copy of what nobody has written
     for (const Buffer* buffer : {&seed, &sigma, &x, &du, &partials}) buffer->read();
   const auto written = u.read(), total = dsigma.read();
   if (write && planted.empty()) check_written(written, a.u, s, where);
-  if (sum && planted.empty()) check_written(total, {nullptr, wide_sigma ? DType::kFloat64 : DType::kFloat32, 0, 1}, {1, s.features, 1, 0}, where);
+  if (sum && planted.empty())
+    check_written(total, {nullptr, wide_sigma ? DType::kFloat64 : DType::kFloat32, 0, 1}, {1, s.features, 1, 0}, where);
 }
 
 // Aligned and not, one element, one past a group, gaps between rows; and so many rows that a thread takes several.
@@ -165,19 +171,21 @@ std::vector<Shape> shapes(bool tall) {
 
 int run() {
   constexpr DType f32 = DType::kFloat32, f64 = DType::kFloat64, f16 = DType::kFloat16, bf16 = DType::kBFloat16;
-  const Types types[] = {{bf16, bf16, bf16}, {f16, f16, f16}, {f32, f32, f32}, {f32, bf16, bf16}, {f32, f16, f16}, {f64, f64, f64}, {f64, f32, f16}};
+  const Types types[] = {{bf16, bf16, bf16}, {f16, f16, f16}, {f32, f32, f32}, {f32, bf16, bf16},
+                         {f32, f16, f16},    {f64, f64, f64}, {f64, f32, f16}};
   const char* const forms[] = {"noise", "P", "Q", "P and Q"};
   int launches = 0;
   for (size_t t = 0; t < sizeof(types) / sizeof(types[0]); ++t)
     for (const Shape& s : shapes(planted.empty() && (t == 0 || t == 5)))
-      for (const bool exact : {false, true})
+      for (const CudaForm& how :
+           {CudaForm{false, true, false, false}, CudaForm{true, true, false, false}, CudaForm{true, true, true, true}})
         for (const Form form : {Form::kNoise, Form::kP, Form::kQ, Form::kPQ}) {
           char where[160];
           std::snprintf(
-              where, sizeof(where), "%s %s, [%" PRId64 ", %" PRId64 ", %" PRId64 "], types %zu", exact ? "exact" : "fast",
-              forms[static_cast<int>(form)], s.outer, s.features, s.inner, t);
+              where, sizeof(where), "%s%s %s, [%" PRId64 ", %" PRId64 ", %" PRId64 "], types %zu", how.exact ? "exact" : "fast",
+              how.one_launch ? ", one launch" : "", forms[static_cast<int>(form)], s.outer, s.features, s.inner, t);
           if (form == Form::kNoise && (t == 1 || t == 3 || t == 4)) continue;  // drawn as float32 or float64 alone, or bfloat16
-          launch(s, types[t], form, exact, types[t].x == f64, s.features == 23 ? 2 : 1, where);
+          launch(s, types[t], form, how, types[t].x == f64, s.features == 23 ? 2 : 1, where);
           ++launches;
         }
   return launches;
@@ -207,7 +215,8 @@ void race() {
 #ifdef DIP_EMULATOR
   require(cudaLaunchKernel(&forgetful_sum_kernel, dim3(1), dim3(128), arguments, 0, nullptr), "race");
 #else
-  require(cudaLaunchKernel(reinterpret_cast<const void*>(&forgetful_sum_kernel), dim3(1), dim3(128), arguments, 0, nullptr), "race");
+  require(
+      cudaLaunchKernel(reinterpret_cast<const void*>(&forgetful_sum_kernel), dim3(1), dim3(128), arguments, 0, nullptr), "race");
 #endif
   require(cudaDeviceSynchronize(), "race");
 }

@@ -84,11 +84,11 @@ void stub_on_launch(Launch callback) { on_launch = callback; }
 // The launcher asks once for the number of multiprocessors and keeps the answer.
 const char* stub_perturb(const dip::PerturbArgs* a, int exact, void* partials, int count) {
   multiprocessors = count;
-  return dip::perturb_cuda(*a, exact != 0, partials, nullptr);
+  return dip::perturb_cuda(*a, {exact != 0, true, false, false}, partials, nullptr);
 }
 int64_t stub_scratch(const dip::PerturbArgs* a, int count) {
   multiprocessors = count;
-  return dip::perturb_cuda_scratch(*a);
+  return dip::perturb_cuda_scratch(*a, {false, true, false, false});
 }
 // What cuda_problem says where the runtime answers with `error`
 const char* stub_problem(int error) {

@@ -5,7 +5,6 @@ To add one: a function that gives a context for each setting, today's form first
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -16,18 +15,18 @@ import timing
 import torch
 from torch import nn
 
+from gpucheck import forms
 from gpucheck.child import Check, Rows
+from gpucheck.forms import Settings
 from gpucheck.kernels import half, kernels, kinds, per_call, rounds
 from gpucheck.layers import prepare
-
-# By name, a context in which the kernels run in that setting.
-Settings = dict[str, Callable[[], contextlib.AbstractContextManager]]
 
 
 @dataclass(frozen=True)
 class Switch:
     name: str
     settings: Callable[[Check], Settings]
+    how: tuple[str, ...] = ("calls", "graph")
 
 
 def tiers(check: Check) -> Settings:
@@ -36,11 +35,23 @@ def tiers(check: Check) -> Settings:
     return {kind: functools.partial(kernels, kind) for kind in found}
 
 
-SWITCHES = (Switch("tier", tiers),)
+def compiled_keep(check: Check) -> Settings:
+    """What keep="auto" keeps under torch.compile: x, today's form, or u."""
+    from dipkernels import backends
+
+    return {f"keep {keep}": functools.partial(backends.compiled_keep, keep) for keep in ("x", "u")}
+
+
+SWITCHES = (
+    Switch("tier", tiers),
+    Switch("walk", forms.walk),
+    Switch("column sum", forms.column_sum),
+    Switch("compiled keep", compiled_keep, ("compiled",)),
+)
 
 
 def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -> dict:
-    """The training step over nn.Linear and over today's form, called from Python or replayed as a CUDA graph."""
+    """The training step over nn.Linear and over today's form: called, replayed as a CUDA graph, or compiled and called."""
     prepare(check)
     options = {"device": check.device, "dtype": half(check)}
     plain = nn.Linear(k, n, **options)
@@ -49,6 +60,8 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
     xs = [torch.randn(m, k, **options, requires_grad=True) for _ in range(count)]
 
     def step_of(module: nn.Module) -> Callable[[], object]:
+        if how == "compiled":
+            module = torch.compile(module, fullgraph=True, backend=peers.compile_backend)
         steps = [timing.training_step(module, x, dy) for x in xs]
         if how == "graph":
             return timing.captured(lambda step: step(), steps, device=check.device)
@@ -60,6 +73,8 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
     for name, context in settings.items():
         with context():  # a graph keeps what it was captured with
             call = step_of(layer)
+            if how == "compiled":  # traced here, for the setting is read while torch.compile traces
+                call()
         variants[name] = timing.Within(context, call)
     today = next(iter(settings))
     timed = timing.interleave(variants, today, check.device, budget_s=1.2, always=tuple(variants), **rounds(check))
@@ -72,5 +87,6 @@ def switches(check: Check) -> Rows:
     shapes = [(32, 16, 24)] if check.rehearsal else shapes
     return [
         (f"{switch.name} {how} {m}x{k}x{n}", functools.partial(switch_row, check, switch, how, m, k, n))
-        for switch, (m, k, n), how in itertools.product(SWITCHES, shapes, ("calls", "graph"))
+        for switch, (m, k, n) in itertools.product(SWITCHES, shapes)
+        for how in switch.how
     ]
