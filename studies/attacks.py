@@ -79,11 +79,8 @@ def auto_attack(model: nn.Module, x: Tensor, y: Tensor, eps: float, seed: int) -
 
     side = int(x.shape[1] ** 0.5)  # it wants images
 
-    class Images(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return model(images.flatten(1))
-
-    attack = torchattacks.AutoAttack(Images().eval(), eps=eps, n_classes=10, seed=seed)
+    images = nn.Sequential(nn.Flatten(), model).eval()
+    attack = torchattacks.AutoAttack(images, eps=eps, n_classes=10, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return attack(x.unflatten(1, (1, side, side)), y).flatten(1)
