@@ -79,16 +79,20 @@ int cudaStreamGetId(void*, unsigned long long* id) {
   return 0;
 }
 
+static dip::CudaForm form_of(int bits) {  // CudaForm's members, the first in the lowest bit
+  return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+}
+
 // For Python.
 void stub_on_launch(Launch callback) { on_launch = callback; }
 // The launcher asks once for the number of multiprocessors and keeps the answer.
-const char* stub_perturb(const dip::PerturbArgs* a, int exact, void* partials, int count) {
+const char* stub_perturb(const dip::PerturbArgs* a, int form, void* partials, int count) {
   multiprocessors = count;
-  return dip::perturb_cuda(*a, {exact != 0, true, false, false}, partials, nullptr);
+  return dip::perturb_cuda(*a, form_of(form), partials, nullptr);
 }
-int64_t stub_scratch(const dip::PerturbArgs* a, int count) {
+int64_t stub_scratch(const dip::PerturbArgs* a, int form, int count) {
   multiprocessors = count;
-  return dip::perturb_cuda_scratch(*a, {false, true, false, false});
+  return dip::perturb_cuda_scratch(*a, form_of(form));
 }
 // What cuda_problem says where the runtime answers with `error`
 const char* stub_problem(int error) {

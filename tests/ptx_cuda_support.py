@@ -67,6 +67,10 @@ def span(t: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n),), (1,))
 
 
+# csrc/launch.h's CudaForm by its bits: exact, writes_from_end, sums_from_end, one_launch.
+FORMS = {"fast": 0b0010, "exact": 0b0011, "exact, from the start": 0b0001, "exact, one launch from the end": 0b1111}
+
+
 class Library:
     """The launcher and its kernels.
 
@@ -95,10 +99,10 @@ class Library:
             self.libraries[multiprocessors] = library
         return self.libraries[multiprocessors]
 
-    def call(self, arguments: PerturbArgs, exact: bool, memory: ptx.Memory, multiprocessors: int = 3) -> None:
-        """perturb_cuda(arguments); pointers are addresses of `memory`."""
+    def call(self, arguments: PerturbArgs, form: str, memory: ptx.Memory, multiprocessors: int = 3) -> None:
+        """perturb_cuda(arguments) in one of FORMS; pointers are addresses of `memory`."""
         library, error = self.load(multiprocessors), []
-        scratch = library.stub_scratch(ctypes.byref(arguments), multiprocessors)
+        scratch = library.stub_scratch(ctypes.byref(arguments), FORMS[form], multiprocessors)
         partials = memory.add(np.full(scratch, 0xFF, np.uint8))
 
         @LAUNCH
@@ -116,7 +120,7 @@ class Library:
                 return 999
 
         library.stub_on_launch(launch)
-        message = library.stub_perturb(ctypes.byref(arguments), int(exact), partials, multiprocessors)
+        message = library.stub_perturb(ctypes.byref(arguments), FORMS[form], partials, multiprocessors)
         if error:
             raise error[0]
         if message:
@@ -125,13 +129,13 @@ class Library:
             memory.copy_back()
 
     def perturb(
-        self, tier, *, x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
+        self, form, *, x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
         log_variance=False, multiprocessors=3, misalign=(0, 0, 0),
     ):  # fmt: skip
         """(u, dsigma), each None where not asked for.
 
         Args:
-            tier: exact or fast.
+            form: One of FORMS.
             u: [M, K] is the rows layout, [B, C, inner] the channels one; gives the output's dtype, shape and strides. Outputs
                 start as NaN, and gaps between rows must stay so.
             misalign: Elements by which x, u and du begin beyond a boundary.
@@ -158,7 +162,7 @@ class Library:
         if du is not None:
             dsigma = torch.full_like(sigma.contiguous(), float("nan"))
             a.dsigma = memory.add(dsigma.numpy())
-        self.call(a, tier == "exact", memory, multiprocessors)
+        self.call(a, form, memory, multiprocessors)
         return None if u is None else _without_gaps(written, u), dsigma
 
 

@@ -189,6 +189,17 @@ def test_compiled_cuda_threads_stride_over_rows(library, tier, shape):
         check(library, tier, **take(mode, x, u, du), sigma=sigma, multiprocessors=1)
 
 
+# From either end and with either end of the sum; two calls, for the tickets that the last block gives back.
+@pytest.mark.parametrize("shape", [(501, 264), (230, 3, 20)])
+def test_compiled_cuda_forms_give_one_u_and_the_sum(library, shape):
+    x, u, du, sigma = tensors(*shape)
+    wanted = run(library, "exact", x=x, u=u, sigma=sigma)[0]
+    for form in ("exact, from the start", *2 * ("exact, one launch from the end",)):
+        assert torch.equal(run(library, form, x=x, u=u, sigma=sigma)[0], wanted)
+        for mode in ("Q", "PQ"):
+            check(library, form, **take(mode, x, u, du), sigma=sigma, multiprocessors=9)
+
+
 # More partial rows than the 32 that a block of the second stage reads at a time.
 @pytest.mark.parametrize("shape", [(300, 264), (80, 24, 130)], ids=["rows", "channels"])
 def test_compiled_cuda_sums_many_partial_rows(library, shape):
@@ -283,7 +294,7 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))
     before, library.options = library.options, {"ctas": last}
     try:
-        library.call(a, True, memory, 3000)  # so many multiprocessors that a thread has few rows
+        library.call(a, "exact", memory, 3000)  # so many multiprocessors that a thread has few rows
     finally:
         library.options = before
     written = u[:, -8:].ne(0).any(1).nonzero()
