@@ -43,9 +43,9 @@ def compiled_keep(check: Check) -> Settings:
 
 
 SWITCHES = (
-    Switch("tier", tiers),
     Switch("walk", forms.walk),
     Switch("column sum", forms.column_sum),
+    Switch("tier", tiers),
     Switch("compiled keep", compiled_keep, ("compiled",)),
 )
 
