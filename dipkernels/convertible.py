@@ -206,8 +206,6 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
         return f"its weight is sparse ({weight.layout})"
-    if isinstance(weight, Tensor) and weight.is_complex():
-        return f"its weight is complex ({weight.dtype}), and noise is real"
     data = getattr(weight, "data", None)
     if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
         return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
