@@ -28,7 +28,7 @@ import dipkernels as dip
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = ("plain", "input", "fixed", "dip")
 RATES = ("lr", "variance_lr", "weight_decay", "clip", "warmup")
-STRENGTHS = ("init_sigma", "calibrate", "alpha", "beta", "lambda_s")
+STRENGTHS = ("init_sigma", "calibrate", "kl", "lambda_s")
 MAX_SEED = 2**27  # a step's own seed is this times 2^36: see Trainer.run
 
 
@@ -42,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init-sigma", type=float, default=0.1, help="sigma that every variance starts from (0.1)")
     add("--calibrate", type=float, help="instead: sigma as this ratio to each layer's input spread, from one batch")
     add("--m", type=int, default=1, help="trajectories per example (1)")
-    add("--alpha", type=float, default=0.0, help="weight of the sum of the variances (0)")
-    add("--beta", type=float, default=0.0, help="weight of the sum of their logarithms (0)")
+    add("--kl", type=float, help="weight of the pull of the variances to where they start (0.2)")
     add("--lambda-s", type=float, default=0.0, help="weight of the variance over trajectories, m >= 2 (0)")
     add("--epochs", type=int, default=1, help="passes over the training set (1)")
     add("--batch", type=int, default=64, help="examples in a step on each worker (64)")
@@ -81,8 +80,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}")
     if args.lambda_s > 0 and args.m < 2:
         parser.error(f"--lambda-s: expected 0 with --m 1 (a variance needs m >= 2), got {args.lambda_s}")
-    if args.method != "dip" and (args.alpha or args.beta or args.variance_lr is not None):
-        parser.error(f"--alpha, --beta, --variance-lr: expected with --method dip only, got --method {args.method}")
+    if args.method != "dip" and (args.kl is not None or args.variance_lr is not None):
+        parser.error(f"--kl, --variance-lr: expected with --method dip only, got --method {args.method}")
     if not args.data.is_dir():
         parser.error(f"--data: expected a folder, got {args.data}")
     if args.out.exists() and not args.out.is_dir():
@@ -244,8 +243,9 @@ class Trainer:
             with self.model.no_sync() if waits else contextlib.nullcontext():
                 with self.autocast():
                     loss = loss_of(self.model, batch_of(part))
-                    if self.args.alpha or self.args.beta:
-                        loss = loss + dip.penalty(self.raw, self.args.alpha, self.args.beta)
+                    if self.args.method == "dip":
+                        weight = {} if self.args.kl is None else {"kl": self.args.kl}
+                        loss = loss + dip.kl_penalty(self.raw, **weight)
                     loss = loss / len(parts)
                 self.scaler.scale(loss).backward()
             mean += loss.detach()

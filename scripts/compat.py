@@ -45,6 +45,8 @@ def environment(torch: str, python: str) -> Path:
         subprocess.run([python, "-m", "venv", folder], check=True)
     wanted = [line.split("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines()]
     wanted = ["setuptools" if line.startswith("setuptools==") else line for line in wanted]  # torch 2.11 caps it
+    if torch.startswith(("2.10.", "2.11.")):  # the interpreter of their Triton, 3.6, does not know NumPy 2.4
+        wanted = ["numpy<2.4" if line.startswith("numpy==") else line for line in wanted]
     others = [line for line in wanted if line and not re.match(r"(torch|triton)==", line)]
     # Both in one call: alone, the second would bring the newest torch along.
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]

@@ -98,7 +98,7 @@ def test_everything_that_takes_dip_layers_takes_these():
     plain_state = plain.state_dict()
     assert [row.features for row in dip.summary(model)] == [8] * 5
     dip.calibrate(model, [X], ratio=0.2)
-    assert dip.summary(model)[1].share == pytest.approx(0.2, rel=1e-3)
+    assert dip.summary(model)[1].ratio == pytest.approx(0.2, rel=1e-3)
     assert len(dip.param_groups(model, 1e-3)[-1]["params"]) == 5
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again.load_state_dict(model.state_dict())
@@ -383,7 +383,7 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
         dip.convert(nn.Sequential(nn.Linear(8, 8)), 0.25),
         wrap(dip.convert(nn.Sequential(nn.Linear(8, 8)))),
     )
-    assert list(dip.variances(wrapped)) == ["0.variance.log_variance"]
+    assert list(dip.variances(wrapped)) == ["0.variance.log_variance", "0.variance.log_prior"]
     dip.load_variances(wrapped, dip.variances(plain))
     assert torch.equal(
         dip.variances(wrapped)["0.variance.log_variance"], dip.variances(plain)["0.variance.log_variance"]

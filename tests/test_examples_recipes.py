@@ -82,7 +82,7 @@ def test_augmentation_moves_and_flips_whole_images():
 
 @pytest.mark.parametrize("training", ["FGSM", "Gaussian"])
 def test_cifar_recipe_writes_accuracy_and_metrics(cifar, tmp_path, training):
-    more = ["--training", training, "--m", "2", "--lambda-s", "0.01", "--alpha", "0.1", "--beta", "0.01", "--k", "2"]
+    more = ["--training", training, "--m", "2", "--lambda-s", "0.01", "--kl", "0.1", "--k", "2"]
     content = cifar_run(cifar, tmp_path, *more)
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["accuracy"]) == {"clean", "Gaussian", "FGSM", "clean, k = 2"}
@@ -133,7 +133,7 @@ def test_methods_differ_in_noise_and_in_what_learns(cifar, tmp_path):
         (["--m", "0"], "--m: expected at least 1"),
         (["--accumulate", "3"], "--accumulate: expected a divisor"),
         (["--lambda-s", "0.1"], "--lambda-s: expected 0 with --m 1"),
-        (["--method", "plain", "--alpha", "1"], "expected with --method dip only"),
+        (["--method", "plain", "--kl", "1"], "expected with --method dip only"),
         (["--resume"], "--resume: expected"),
         (["--method", "plain", "--k", "2"], "--k: expected"),
     ],
@@ -197,7 +197,7 @@ def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["step"] == 4  # one epoch of 8 examples
     names = set(content["model"])
-    assert all("lora_" in name or name.endswith("log_variance") for name in names)
+    assert all("lora_" in name or name.endswith(("log_variance", "log_prior")) for name in names)
     assert sum(name.endswith("log_variance") for name in names) == 7  # q, k, v, o, gate, up, down: once each
     results = json.loads((tmp_path / "results.json").read_text())
     assert 0 <= results["exact_match"] <= 100

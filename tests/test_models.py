@@ -866,8 +866,8 @@ def test_sharing_compiles_into_one_graph():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), block(x))
     compiled(x).sum().backward()
-    nodes = [node.name for node in graphs[0].graph.nodes]
-    assert sum(name.startswith("autograd_function_apply") for name in nodes) == 1
+    calls = [str(node.target) for node in graphs[0].graph.nodes]  # torch 2.10 names a node after its variable
+    assert calls.count("autograd_function_apply") == 1
     assert not block.q.share._entries
 
 

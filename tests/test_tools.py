@@ -44,7 +44,7 @@ def test_an_average_of_the_weights_averages_the_variances_and_keeps_the_streams(
         for layer in dip_layers(model).values():
             layer.log_variance.add_(1.0)
     ema.update_parameters(model)
-    assert all(torch.allclose(v, before[n] + 0.5) for n, v in dip.variances(ema).items())
+    assert all(torch.allclose(v, before[n] + 0.5) for n, v in dip.variances(ema).items() if "prior" not in n)
     with dip.fixed_noise(1), dip.sampling_on():
         first = ema(X)
         dip.load_variances(model, dip.variances(ema))

@@ -51,8 +51,7 @@ CONFIG = {
     "lr": (float, 0, 1e30),
     "weight_decay": (float, 0, 1e30),
     "variance_lr": (float, 0, 1e30),
-    "alpha": (float, 0, 1e30),
-    "beta": (float, 0, 1e30),
+    "kl": (float, 0, 1e30),
     "seed": (int, 0, 2**62),
     "key": (int, -(2**63), 2**63),
     "save_every": (int, 1, 2**40),
@@ -194,9 +193,7 @@ def train(config: dict, out: Path, device: torch.device, after_step: Callable[[i
             if step == start:
                 dip.check_ranks(model)
             outputs = dip.trajectories(model, x[mine], m=config["m"])
-            loss = dip.objective(outputs, y[mine], F.cross_entropy) + dip.penalty(
-                model, config["alpha"], config["beta"]
-            )
+            loss = dip.objective(outputs, y[mine], F.cross_entropy, model, kl=config["kl"])
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
