@@ -338,8 +338,12 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
     total = sum({id(p): p.numel() for each in matrices_of for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for module, every_name in names.items():
-        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not own_matrices(module):
+        matrices = own_matrices(module)
+        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not matrices:
             continue
+        around_layers = any(child in known for child in module.modules())
+        if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in matrices.items()):
+            continue  # positions, tokens, states: a model's or a block's own, beside its layers
         by_class.setdefault(type(module), []).append(module)
     lines = {}
     for kind, modules in by_class.items():

@@ -98,7 +98,7 @@ def test_everything_that_takes_dip_layers_takes_these():
     plain_state = plain.state_dict()
     assert [row.features for row in dip.summary(model)] == [8] * 5
     dip.calibrate(model, [X], ratio=0.2)
-    assert dip.summary(model)[1].ratio == pytest.approx(0.2, rel=1e-3)
+    assert dip.summary(model)[1].ratio == pytest.approx(0.2, rel=0.05)  # one sigma for all: the median feature's
     assert len(dip.param_groups(model, 1e-3)[-1]["params"]) == 5
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again.load_state_dict(model.state_dict())
@@ -393,3 +393,14 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     dip.load_variances(plain, older)
     inner = nn.Sequential(torch.compile(dip.convert(nn.Linear(8, 8)), backend="eager"))
     dip.load_variances(inner, dip.variances(plain))
+
+
+def test_positions_beside_layers_are_not_named():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.body = nn.Parameter(torch.zeros(17, 8)), nn.Linear(8, 4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dip.convert(Placed())
