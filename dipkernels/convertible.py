@@ -338,11 +338,11 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
     total = sum({id(p): p.numel() for each in matrices_of for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for module, every_name in names.items():
-        matrices = own_matrices(module)
-        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not matrices:
+        own = own_matrices(module)
+        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not own:
             continue
         around_layers = any(child in known for child in module.modules())
-        if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in matrices.items()):
+        if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in own.items()):
             continue  # positions, tokens, states: a model's or a block's own, beside its layers
         by_class.setdefault(type(module), []).append(module)
     lines = {}
@@ -352,8 +352,8 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
         if share < _LEAST_SHARE and not any("weight" in each for each in matrices):
             continue
         patterns = _patterns([names[m][0] for m in modules])
-        own = list(dict.fromkeys(name for each in matrices for name in each))
-        shown = ", ".join(own[:4]) + ", ..." * (len(own) > 4)
+        called = list(dict.fromkeys(name for each in matrices for name in each))
+        shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
             f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which get no noise: "
