@@ -1,8 +1,10 @@
 """PEFT: every adapter that PEFT has is noised as a whole at its input, Layer(x + sigma z), or named."""
 
 import copy
+import os
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,13 @@ peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def own_environment():
+    with mock.patch.dict(os.environ):  # BOFT leaves CXX=gcc behind where its extension does not build
+        yield
+
 
 # What each kind needs beside target_modules to fit a layer of 32 features.
 OPTIONS = {
