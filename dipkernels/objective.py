@@ -145,6 +145,11 @@ def objective(
         )
     if out.ndim < 2 or out.shape[0] == 0:
         raise ValueError(f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}")
+    if out.ndim == 2 and isinstance(target, Tensor) and target.ndim > 0 and len(target) != out.shape[1]:
+        raise ValueError(
+            f"out: expected [m, B] beside a target of B = {len(target)}, got shape {tuple(out.shape)}; pass "
+            "dip.trajectories(model, x, m=...), or model(x)[None] for one pass"
+        )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)
     if kl is not None:

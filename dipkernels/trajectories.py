@@ -167,7 +167,7 @@ def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int =
     stacked: the number of dimensions in front of the model's own, which dim does not count.
     """
     if not isinstance(out, Tensor):
-        out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+        out = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(
             f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
@@ -200,6 +200,8 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {list(value)}"
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 

@@ -404,3 +404,43 @@ def test_positions_beside_layers_are_not_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dip.convert(Placed())
+
+
+def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimension_is_given():
+    parametrised = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 3, 3))
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), parametrised)
+    model = dip.convert(net, before=["0", "1"], batches=[torch.randn(2, 3, 4, 4)])
+    assert [row.features for row in dip.summary(model)] == [3, 4]
+    assert model.train()(torch.randn(2, 3, 5, 6)).isfinite().all()  # any other width
+    rows = nn.Sequential(nn.Conv1d(3, 4, 1))
+    dip.convert(rows, before={"0": -1}, batches=[torch.randn(2, 3, 7)])
+    assert [row.features for row in dip.summary(rows)] == [7]
+
+
+def test_what_before_already_noises_is_not_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = dip.convert(nn.Sequential(Reads()), before=["0"], batches=[X])
+    assert dip.check(model, X).ok
+
+
+def test_a_table_that_takes_no_input_is_not_named():
+    class Bias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 8))
+
+        def forward(self):
+            return self.weight
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.body = Bias(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.body(x) @ self.bias()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dip.convert(Biased())

@@ -280,6 +280,13 @@ def test_predict_refuses_a_plain_model_and_an_output_without_logits():
     with pytest.raises(TypeError, match=r"expected a floating output.*got tuple"):
         predict(Pair(6, 3), X)
 
+    class Named(DIPLinear):  # as torchvision's segmentation models do
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    with pytest.raises(TypeError, match=r"expected a floating output.*got dict of \['out'\]"):
+        predict(Named(6, 3), X)
+
 
 def test_half_precision_is_averaged_in_float32():
     model = mlp().bfloat16()

@@ -292,3 +292,22 @@ def test_conversion_after_dispatch_is_refused_and_the_way_out_works(tmp_path):
     expected = noise(model, x)
     accelerate.dispatch_model(model, model.hf_device_map, main_device="cpu", offload_dir=str(tmp_path / "again"))
     assert torch.equal(noise(model, x), expected)
+
+
+def test_an_offloaded_layer_is_named_by_check_for_it_does_not_learn(tmp_path):
+    model, x = dip.convert(net()), torch.randn(3, 4)
+    dispatched(model, tmp_path, "dispatch")
+    assert list(dip.check(model, x, strict=False).faults) == ["2"]
+    with pytest.raises(ValueError, match="2: it drew noise, and accelerate has offloaded it"):
+        dip.check(model, x)
+
+
+def test_a_dispatched_model_goes_back_once_its_hooks_are_removed(tmp_path):
+    model, x = dip.convert(net()), torch.randn(3, 4)
+    expected = model.eval()(x)
+    dispatched(model, tmp_path, "dispatch")
+    with pytest.raises(ValueError, match="remove_hook_from_submodules"):
+        dip.to_plain(model)
+    assert torch.equal(model(x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(dip.to_plain(model)(x), expected)
