@@ -249,6 +249,8 @@ def no_twin(module: nn.Module) -> str | None:
         return "scripted: convert the model before scripting it"
     if replaced := _forward_replaced(module):
         return replaced
+    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        return "its forward calls every child in turn, and would call the variance: name its first module"
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
     taken = [name for name in _OWN_NAMES if hasattr(module, name)]

@@ -287,7 +287,7 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
         raise ValueError(
             f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made "
             "inside the model has lost its trajectories. Take it from logits with dip.objective, "
-            "or use model(...).loss + dip.penalty(model, alpha, beta)"
+            "or use model(...).loss + dip.kl_penalty(model)"
         )
     if value.shape[0] != batch * m:
         raise ValueError(

@@ -173,6 +173,7 @@ class Wide(nn.Module):
         (Twice(), {"before": ["ids"], "batches": [X]}, r"before: expected a floating tensor .*'ids', got torch.int64"),
         (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['keep'\] of its own"),
         (Wide(), {"before": ["any"], "batches": [X]}, "before: expected one number of features.*8 and 4"),
+        (nn.Sequential(Net()), {"before": [""], "batches": [X]}, "before: .*calls every child.*its first module"),
         (nn.MultiheadAttention(8, 2), {"before": [""], "batches": [X]}, "before: .*three inputs"),
         (dip.DIPLinear(8, 8), {"before": [""], "batches": [X]}, "before: .*a DIP layer already"),
         (Net(), {"init_variance": {"blocks.*": 0.1}, **ALL}, "init_variance: .*none that matches 'head'"),

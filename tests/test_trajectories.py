@@ -132,7 +132,7 @@ def test_bad_input_is_named(args, kwargs, error, message):
 
 def test_a_loss_in_the_output_is_explained():
     model = mlp()
-    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.penalty"):
+    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"):
         trajectories(lambda x: {"loss": model(x).mean()}, X, m=2)
     with pytest.raises(ValueError, match=r"output: .*B \* m = 10, got shape \(3, 10\)"):
         trajectories(lambda x: model(x).t(), X, m=2)
