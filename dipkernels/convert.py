@@ -137,6 +137,7 @@ def convert(
     groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
     variance_of = _variances_by_name(init_variance, {m: names[m][0] for m in [*matched, *asked]})
     answered = {m for whole in asked for m in _read_inside(whole)}
+    _one_variance_each(groups, variance_of, names)
     projections = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
     twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
     for module in matched:
@@ -237,6 +238,18 @@ def _variances_by_name(
             f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
         )
     return values
+
+
+def _one_variance_each(
+    groups: list[list[nn.Module]], variance_of: dict[nn.Module, Any], names: dict[nn.Module, list[str]]
+) -> None:
+    for group in groups:
+        first = variance_of[group[0]]
+        if any(not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group):
+            raise ValueError(
+                f"init_variance: expected one value for layers that share a variance, got different ones for "
+                f"{[names[m][0] for m in group]}; let one pattern match them all"
+            )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

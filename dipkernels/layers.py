@@ -820,7 +820,8 @@ def number_layers(model: nn.Module) -> nn.Module:
 
     model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
     on what was built before it, and so does one joined from models that were converted apart or from deep-copied
-    layers, for its layers to differ; such a model warns under fixed_noise. Adding a layer renumbers those after it.
+    layers, for its layers to differ. Under fixed_noise the first warns, and `predict` and `trajectories` of either;
+    a copy that is called by itself draws its original's noise. Adding a layer renumbers those after it.
     Layers that share one draw have one number.
     Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
     """

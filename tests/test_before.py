@@ -181,6 +181,11 @@ class Wide(nn.Module):
         (Net(), {"init_variance": {"head": torch.ones(3), "*": 0.2}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), {"init_variance": {"*.experts": torch.ones(3), "*": 1}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), {"init_variance": {"*": -1}, **ALL}, "^init_variance: "),
+        (
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+            {"init_variance": {"0": 0.1, "*": 0.2}, "share": [("0", "1")]},
+            r"init_variance: expected one value .*\['0', '1'\]; let one pattern",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::dipkernels.DIPConversionWarning")

@@ -311,3 +311,18 @@ def test_a_dispatched_model_goes_back_once_its_hooks_are_removed(tmp_path):
     assert torch.equal(model(x), expected)
     accelerate.hooks.remove_hook_from_submodules(model)
     assert torch.equal(dip.to_plain(model)(x), expected)
+
+
+def test_the_objective_of_an_offloaded_model_counts_the_variances_that_learn(tmp_path):
+    model, x = trained(dip.convert(net())), torch.randn(3, 4)
+    resident = nn.ModuleList([model[0], model[1]])
+    kl, weight = dip.kl_penalty(resident), dip.penalty(resident, 0.1, 0.2)
+    dispatched(model, tmp_path, "dispatch")
+    torch.testing.assert_close(dip.kl_penalty(model), kl)
+    torch.testing.assert_close(dip.penalty(model, 0.1, 0.2), weight)
+    out = dip.trajectories(model.train(), x, m=2)
+    dip.objective(out, torch.zeros(3, 4)[:, : out.shape[-1]], nn.functional.mse_loss, model).backward()
+    assert bool(model[0].log_variance.grad.any())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    accelerate.disk_offload(model, str(tmp_path / "all"), execution_device=torch.device("cpu"))
+    assert dip.kl_penalty(model).item() == dip.penalty(model, 0.1, 0.2).item() == 0
