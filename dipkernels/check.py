@@ -157,7 +157,7 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
             "its weight got one, so the weight is read without calling the layer (a fused loss, a functional form), or "
             "it was called in eval mode only"
         )
-    return "it was not called in training, or what it returned does not reach the loss"
+    return "it was not called in training (an expert without examples), or what it returned does not reach the loss"
 
 
 def _nonzero(values: Tensor | None) -> bool:
@@ -193,10 +193,18 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     faults = {}
     for name, layer in layers.items():
         if not called[layer]:
-            faults[name] = "it was not called: its weight is read past it, or eval mode alone calls it, or nothing does"
+            faults[name] = (
+                "it was not called: its weight is read past it, or eval mode alone calls it, or nothing does (an expert "
+                "that this batch does not reach)"
+            )
         elif not any(called[layer]):
             why = "inside noise_off" if seeds._MODE == "off" else "in eval mode"
             faults[name] = f"it was called and drew nothing: it is {why}"
+        elif any(p.is_meta for p in variances[name]):
+            faults[name] = (
+                "it drew noise, and accelerate has offloaded it: what is offloaded gets no gradient, so neither its "
+                "weight nor its variance learns"
+            )
         elif variances[name] and not any(id(p) in reached for p in variances[name]):
             faults[name] = "it drew noise, and what it returned does not reach the model's loss or outputs"
     return faults

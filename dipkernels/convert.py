@@ -23,6 +23,7 @@ from .convertible import (
     block_names,
     cannot,
     counts_as,
+    feature_dim_of,
     features_of,
     is_adapter,
     is_candidate,
@@ -30,6 +31,7 @@ from .convertible import (
     keeps_original,
     no_twin,
     own_matrices,
+    read_past,
     twin_of,
     unnoised,
 )
@@ -90,8 +92,8 @@ def convert(
         share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent that match, by their
             own name or the full one, share one variance, one draw and one u while they are handed the same tensor.
         before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
-            dimension} where it is not the last: each becomes the twin of its own class, whose forward takes the input
-            first.
+            dimension} where it is not the last, nor a convolution's channels: each becomes the twin of its own class,
+            whose forward takes the input first.
         batches: For `before`: as `calibrate`'s. They are run in eval mode, without noise, to learn the features.
         num_samples: As DIPLinear's.
         keep: As DIPLinear's; of linear layers.
@@ -134,6 +136,8 @@ def convert(
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
     groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
     variance_of = _variances_by_name(init_variance, {m: names[m][0] for m in [*matched, *asked]})
+    answered = {m for whole in asked for m in _read_inside(whole)}
+    _one_variance_each(groups, variance_of, names)
     projections = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
     twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
     for module in matched:
@@ -146,8 +150,16 @@ def convert(
     remember(model)
     filtered = set() if filter is None else {m for m in names if m not in wanted}
     quiet = {*matched, *asked, *excluded, *reasons, *filtered}
-    _warn(names, reasons, unnoised(names, quiet, block_names(names, types)))
+    open_reasons = {m: reason for m, reason in reasons.items() if m not in answered}
+    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
     return model
+
+
+def _read_inside(whole: Any) -> list[nn.Module]:
+    """The children that this module reads and never calls: noise before it is before them too."""
+    kind: Any = type(whole)
+    past = read_past(kind)
+    return [child for name, child in whole.named_children() if name in past]
 
 
 def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]) -> None:
@@ -175,10 +187,10 @@ def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Map
     """The modules that `before` names, each with its feature dimension."""
     if isinstance(before, str):
         before = (before,)
-    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before, -1)
+    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before)
     asked: dict[nn.Module, int] = {}
     for pattern, dim in dims.items():
-        if not isinstance(dim, int) or isinstance(dim, bool):
+        if isinstance(before, Mapping) and (not isinstance(dim, int) or isinstance(dim, bool)):
             raise ValueError(f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}")
         hits = [m for m, every_name in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)]
         if not hits:
@@ -190,7 +202,7 @@ def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Map
                     f"before: expected modules that noise can be put before, got {names[module][0]!r} "
                     f"({type(module).__name__}): {reason}"
                 )
-            asked.setdefault(module, dim)
+            asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
     return asked
 
 
@@ -226,6 +238,18 @@ def _variances_by_name(
             f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
         )
     return values
+
+
+def _one_variance_each(
+    groups: list[list[nn.Module]], variance_of: dict[nn.Module, Any], names: dict[nn.Module, list[str]]
+) -> None:
+    for group in groups:
+        first = variance_of[group[0]]
+        if any(not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group):
+            raise ValueError(
+                f"init_variance: expected one value for layers that share a variance, got different ones for "
+                f"{[names[m][0] for m in group]}; let one pattern match them all"
+            )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -396,7 +420,16 @@ def to_plain(model: nn.Module) -> nn.Module:
         if "plain_type" not in vars(type(m)) and not isinstance(m, DIPInput)
     ]
     if unknown:
-        raise ValueError(f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}")
+        raise ValueError(
+            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of parametrised ones "
+            "(weight_norm) torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"model: expected one that accelerate has not dispatched, got hooks that call the DIP forward at {hooked}: "
+            "accelerate.hooks.remove_hook_from_submodules(model), to_plain, and accelerate.dispatch_model again"
+        )
     activated = [name for name, m in layers.items() if getattr(m, "activation", None) and isinstance(m, DIPLinear)]
     if activated:
         raise ValueError(
@@ -424,6 +457,9 @@ def to_plain(model: nn.Module) -> nn.Module:
 
 def _become_plain(module: Any) -> None:
     del module.variance, module.num_samples, module.keep
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:  # the DIP class's, as accelerate leaves behind
+        del module.forward
     for name in ("share", "_number", "_stream", "_counted_in"):
         module.__dict__.pop(name, None)
     module.__class__ = module.plain_type
@@ -615,7 +651,7 @@ def calibrate(
     _check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
     spreads = measured_spreads(model, batches)
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
-    constant = [name or "(root)" for name, level in levels.items() if not level > 0]
+    constant = [name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     for name, layer in layers.items():

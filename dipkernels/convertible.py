@@ -113,6 +113,12 @@ def features_of(module: Any) -> int:
     return int(getattr(layer, name))
 
 
+def feature_dim_of(module: nn.Module) -> int:
+    """Where the features of a module's input are, as far as its class says: a convolution's channels, or the last."""
+    layer = base_layer(module) if is_adapter(module) else module
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
 # ---- what cannot be honoured -----------------------------------------------------------------------------------------
 
 
@@ -243,6 +249,8 @@ def no_twin(module: nn.Module) -> str | None:
         return "scripted: convert the model before scripting it"
     if replaced := _forward_replaced(module):
         return replaced
+    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        return "its forward calls every child in turn, and would call the variance: name its first module"
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
     taken = [name for name in _OWN_NAMES if hasattr(module, name)]
@@ -365,7 +373,8 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
 def _is_quiet(module: nn.Module) -> bool:
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
     name, package = type(module).__name__, type(module).__module__
-    return plain or "Embed" in name or "Norm" in name or package.startswith("peft.")
+    table = len(inspect.signature(type(module).forward).parameters) == 1  # takes no input: of positions, a bias
+    return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
 
 
 def _patterns(every_name: list[str]) -> list[str]:

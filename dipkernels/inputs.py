@@ -16,6 +16,15 @@ _BATCHED = {-1: "[..., {}]", -2: "[N, {0}, L] or [{0}, L]", -3: "[N, {0}, H, W] 
 _BATCHED[-4] = "[N, {0}, D, H, W] or [{0}, D, H, W]"
 
 
+def require_tensor(layer: Any, x: object) -> None:
+    """Raise TypeError where a layer would draw noise for what is no tensor: a list, None, a PackedSequence."""
+    if not isinstance(x, Tensor) and layer.noisy():
+        raise TypeError(
+            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in eval mode the plain "
+            "layer takes what it always took"
+        )
+
+
 def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     """Raise what is wrong with the input of a noised layer; return where it is not the input.
 
@@ -30,7 +39,7 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     """
     if is_dtensor(x) or is_dtensor(sigma):  # tensor_parallel names the ranks and layouts too
         return
-    name = f"{getattr(layer, 'shown_as', type(layer).__name__)}({layer.extra_repr()})"
+    name = _shown(layer)
     dim, features = layer.feature_dim, sigma.numel()
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
@@ -54,3 +63,7 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
             f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of mixed precision "
             "(dipkernels.shard_variances, for FSDP)"
         )
+
+
+def _shown(layer: Any) -> str:
+    return f"{getattr(layer, 'shown_as', type(layer).__name__)}({layer.extra_repr()})"

@@ -460,8 +460,10 @@ class DIPLinear(DIPLayer, nn.Linear):
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
-            return tracing.record(self, input)
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
         if not self.noisy():
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
@@ -538,8 +540,10 @@ class _DIPConv(DIPLayer):
         self._set_up(in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device))
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
-            return tracing.record(self, input)
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
         else:
@@ -600,8 +604,10 @@ class DIPInput(DIPLayer, nn.Module):
         return self.dim
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, tracing.Proxy):
-            return tracing.record(self, input)
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
         return noised(self, input) if self.noisy() else self.copied_without_noise(input)
 
     def reset_parameters(self) -> None:
@@ -624,8 +630,10 @@ class _Twin(DIPLayer):
         if not args and self.input_name not in kwargs:
             raise TypeError(f"{type(self).__name__}: expected its input first, got none")
         x = args[0] if args else kwargs[self.input_name]
-        if type(x) is not Tensor and isinstance(x, tracing.Proxy):
-            return tracing.record(self, *args, **kwargs)
+        if type(x) is not Tensor:
+            if isinstance(x, tracing.Proxy):
+                return tracing.record(self, *args, **kwargs)
+            inputs.require_tensor(self, x)
         u = noised(self, x, functional.autocast_dtype(x)) if self.noisy() else self.copied_without_noise(x)
         if args:
             return super().forward(u, *args[1:], **kwargs)
@@ -671,7 +679,8 @@ class Share:
     """One u for the layers that read one tensor: the first to be called draws it, the others take it.
 
     A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when every layer has had
-    it, or when x is gone: a layer that is skipped (an expert, an early exit) keeps neither alive.
+    it, when x is gone, or when its gradient is there: a layer that is skipped (an expert, an early exit) keeps
+    neither alive, and takes no u of a step before.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -696,6 +705,9 @@ class Share:
         else:
             held = x if compiling else weakref.ref(x, self._forget(device))
             self._entries[device] = (held, place, seeds._KEY, served, u)
+            if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
+                # A model's input outlives the step: a layer that this one skips would take u in the next.
+                u.register_hook(self._let_go(device, weakref.ref(u)))
         return u
 
     def _forget(self, device: object) -> Callable[[weakref.ref[Tensor]], None]:
@@ -706,6 +718,15 @@ class Share:
                 del entries[device]
 
         return forget
+
+    def _let_go(self, device: object, u: weakref.ref[Tensor]) -> Callable[[Tensor], None]:
+        entries = self._entries
+
+        def let_go(slope: Tensor) -> None:
+            if device in entries and entries[device][4] is u():
+                del entries[device]
+
+        return let_go
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_layers": self.num_layers, "_entries": {}}
@@ -799,7 +820,8 @@ def number_layers(model: nn.Module) -> nn.Module:
 
     model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
     on what was built before it, and so does one joined from models that were converted apart or from deep-copied
-    layers, for its layers to differ; such a model warns under fixed_noise. Adding a layer renumbers those after it.
+    layers, for its layers to differ. Under fixed_noise the first warns, and `predict` and `trajectories` of either;
+    a copy that is called by itself draws its original's noise. Adding a layer renumbers those after it.
     Layers that share one draw have one number.
     Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
     """

@@ -21,13 +21,14 @@ def _check_weight(name: str, value: float) -> None:
 
 
 def _variances(model: nn.Module) -> list[Variance]:
-    """Those with a log_variance of their own: one that modules share counts once."""
+    """Those with a log_variance of their own and at hand: one that modules share counts once, an offloaded one not."""
     # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of the dead return.
     found = [(m.log_variance, m) for m in model.modules() if isinstance(m, Variance)]
     if not found:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     unique = {id(tensor): variance for tensor, variance in found}
-    return [variance for variance in unique.values() if variance.num_features > 0]
+    # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term would be a constant.
+    return [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
@@ -38,7 +39,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
-        model: with DIP layers; a variance that layers share counts once.
+        model: with DIP layers; a variance that layers share counts once, and one that accelerate
+            has offloaded, which does not learn, not at all.
         kl: the weight, >= 0.
 
     Returns:
@@ -85,11 +87,12 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     sharded = [part for part in variances if is_dtensor(part)]
     parts = [part for part in variances if not is_dtensor(part)]
     # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
-    total: Any = sum(full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
+    terms = (full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
+    total = sum(terms, torch.zeros(()))
     if not parts:
-        return total  # type: ignore[no-any-return]
+        return total
     log_variance = torch.cat([part.to(parts[0].device) for part in parts])
-    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total  # type: ignore[no-any-return]
+    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
 
 
 def _check_pair(alpha: float, beta: float) -> None:
@@ -145,6 +148,11 @@ def objective(
         )
     if out.ndim < 2 or out.shape[0] == 0:
         raise ValueError(f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}")
+    if out.ndim == 2 and isinstance(target, Tensor) and target.ndim > 0 and len(target) != out.shape[1]:
+        raise ValueError(
+            f"out: expected [m, B] beside a target of B = {len(target)}, got shape {tuple(out.shape)}; pass "
+            "dip.trajectories(model, x, m=...), or model(x)[None] for one pass"
+        )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)
     if kl is not None:

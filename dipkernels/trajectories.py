@@ -167,7 +167,7 @@ def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int =
     stacked: the number of dimensions in front of the model's own, which dim does not count.
     """
     if not isinstance(out, Tensor):
-        out = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+        out = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(
             f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
@@ -200,6 +200,8 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 
 
 def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {list(value)}"
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
@@ -285,7 +287,7 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
         raise ValueError(
             f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made "
             "inside the model has lost its trajectories. Take it from logits with dip.objective, "
-            "or use model(...).loss + dip.penalty(model, alpha, beta)"
+            "or use model(...).loss + dip.kl_penalty(model)"
         )
     if value.shape[0] != batch * m:
         raise ValueError(

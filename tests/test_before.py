@@ -173,6 +173,7 @@ class Wide(nn.Module):
         (Twice(), {"before": ["ids"], "batches": [X]}, r"before: expected a floating tensor .*'ids', got torch.int64"),
         (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['keep'\] of its own"),
         (Wide(), {"before": ["any"], "batches": [X]}, "before: expected one number of features.*8 and 4"),
+        (nn.Sequential(Net()), {"before": [""], "batches": [X]}, "before: .*calls every child.*its first module"),
         (nn.MultiheadAttention(8, 2), {"before": [""], "batches": [X]}, "before: .*three inputs"),
         (dip.DIPLinear(8, 8), {"before": [""], "batches": [X]}, "before: .*a DIP layer already"),
         (Net(), {"init_variance": {"blocks.*": 0.1}, **ALL}, "init_variance: .*none that matches 'head'"),
@@ -180,6 +181,11 @@ class Wide(nn.Module):
         (Net(), {"init_variance": {"head": torch.ones(3), "*": 0.2}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), {"init_variance": {"*.experts": torch.ones(3), "*": 1}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), {"init_variance": {"*": -1}, **ALL}, "^init_variance: "),
+        (
+            nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+            {"init_variance": {"0": 0.1, "*": 0.2}, "share": [("0", "1")]},
+            r"init_variance: expected one value .*\['0', '1'\]; let one pattern",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::dipkernels.DIPConversionWarning")
@@ -404,3 +410,43 @@ def test_positions_beside_layers_are_not_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dip.convert(Placed())
+
+
+def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimension_is_given():
+    parametrised = nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 3, 3))
+    net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), parametrised)
+    model = dip.convert(net, before=["0", "1"], batches=[torch.randn(2, 3, 4, 4)])
+    assert [row.features for row in dip.summary(model)] == [3, 4]
+    assert model.train()(torch.randn(2, 3, 5, 6)).isfinite().all()  # any other width
+    rows = nn.Sequential(nn.Conv1d(3, 4, 1))
+    dip.convert(rows, before={"0": -1}, batches=[torch.randn(2, 3, 7)])
+    assert [row.features for row in dip.summary(rows)] == [7]
+
+
+def test_what_before_already_noises_is_not_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = dip.convert(nn.Sequential(Reads()), before=["0"], batches=[X])
+    assert dip.check(model, X).ok
+
+
+def test_a_table_that_takes_no_input_is_not_named():
+    class Bias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 8))
+
+        def forward(self):
+            return self.weight
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.body = Bias(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.body(x) @ self.bias()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dip.convert(Biased())

@@ -413,6 +413,11 @@ def test_to_plain_refuses_what_it_cannot_turn_back():
 
     with pytest.raises(ValueError, match=r"subclasses of them: \['0'\]"):
         to_plain(nn.Sequential(Mine(4, 4), DIPLinear(4, 4)))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(DIPLinear(4, 4)))
+    with pytest.raises(ValueError, match=r"\['0'\].*remove_parametrizations first"):
+        to_plain(normed)
+    nn.utils.parametrize.remove_parametrizations(normed[0], "weight")
+    assert type(to_plain(normed)[0]) is nn.Linear
 
 
 # ---- param_groups --------------------------------------------------------------------------------------------------
@@ -541,6 +546,13 @@ def test_calibrate_sees_through_torch_compile():
         model.eval()(x)
     calibrate(model, [x], ratio=1.0, per="feature")
     torch.testing.assert_close(dip_layers(model)["_orig_mod.0"].variance.sigma, x.std(0, correction=0))
+
+
+def test_calibrate_passes_a_layer_without_features():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of empty weights
+        model = convert(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 3)))
+    assert [row.features for row in calibrate(model, [torch.randn(9, 4)])] == [4, 0]
 
 
 @pytest.mark.parametrize(

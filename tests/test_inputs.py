@@ -148,3 +148,16 @@ def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
     layer, x = dip.convert(nn.Linear(4, 4, dtype=torch.complex64)), torch.ones(3, 4, dtype=torch.complex64)
     assert "convert(exclude=...)" in refused(layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real")
     assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
+def test_what_is_no_tensor_is_named(make, name, shape, expected):
+    refused(make(), None, TypeError, rf"^{name}\(.*expected a tensor .*got NoneType")
+    refused(make(), [1.0] * 4, TypeError, rf"^{name}\(.*expected a tensor .*got list")
+
+
+def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mode():
+    rnn, x = nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4)
+    dip.convert(rnn, before=[""], batches=[x])
+    packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4], batch_first=True)
+    refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence")

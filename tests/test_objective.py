@@ -173,6 +173,7 @@ def test_gradients_reach_the_variances_through_every_term():
             r"^out: expected a tensor \[m, B, ...\].*\(3,\)",
         ),
         (lambda: objective(OUT[:0], Y, F.cross_entropy), ValueError, "^out: "),
+        (lambda: objective(OUT[0], Y, F.cross_entropy), ValueError, r"^out: .*B = 5, got shape \(5, 3\).*trajectories"),
         (lambda: objective({"logits": OUT}, Y, F.cross_entropy), TypeError, "^out: .*dict"),
         (lambda: objective(OUT, Y, lambda o, t: o), ValueError, r"^loss_fn: expected a scalar tensor, got \(5, 3\)"),
         (lambda: objective(OUT, Y, lambda o, t: 1.0), ValueError, "^loss_fn: expected a scalar tensor, got float"),

@@ -132,7 +132,7 @@ def test_bad_input_is_named(args, kwargs, error, message):
 
 def test_a_loss_in_the_output_is_explained():
     model = mlp()
-    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.penalty"):
+    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"):
         trajectories(lambda x: {"loss": model(x).mean()}, X, m=2)
     with pytest.raises(ValueError, match=r"output: .*B \* m = 10, got shape \(3, 10\)"):
         trajectories(lambda x: model(x).t(), X, m=2)
@@ -279,6 +279,13 @@ def test_predict_refuses_a_plain_model_and_an_output_without_logits():
 
     with pytest.raises(TypeError, match=r"expected a floating output.*got tuple"):
         predict(Pair(6, 3), X)
+
+    class Named(DIPLinear):  # as torchvision's segmentation models do
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    with pytest.raises(TypeError, match=r"expected a floating output.*got dict of \['out'\]"):
+        predict(Named(6, 3), X)
 
 
 def test_half_precision_is_averaged_in_float32():

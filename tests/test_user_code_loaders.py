@@ -292,3 +292,37 @@ def test_conversion_after_dispatch_is_refused_and_the_way_out_works(tmp_path):
     expected = noise(model, x)
     accelerate.dispatch_model(model, model.hf_device_map, main_device="cpu", offload_dir=str(tmp_path / "again"))
     assert torch.equal(noise(model, x), expected)
+
+
+def test_an_offloaded_layer_is_named_by_check_for_it_does_not_learn(tmp_path):
+    model, x = dip.convert(net()), torch.randn(3, 4)
+    dispatched(model, tmp_path, "dispatch")
+    assert list(dip.check(model, x, strict=False).faults) == ["2"]
+    with pytest.raises(ValueError, match="2: it drew noise, and accelerate has offloaded it"):
+        dip.check(model, x)
+
+
+def test_a_dispatched_model_goes_back_once_its_hooks_are_removed(tmp_path):
+    model, x = dip.convert(net()), torch.randn(3, 4)
+    expected = model.eval()(x)
+    dispatched(model, tmp_path, "dispatch")
+    with pytest.raises(ValueError, match="remove_hook_from_submodules"):
+        dip.to_plain(model)
+    assert torch.equal(model(x), expected)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(dip.to_plain(model)(x), expected)
+
+
+def test_the_objective_of_an_offloaded_model_counts_the_variances_that_learn(tmp_path):
+    model, x = trained(dip.convert(net())), torch.randn(3, 4)
+    resident = nn.ModuleList([model[0], model[1]])
+    kl, weight = dip.kl_penalty(resident), dip.penalty(resident, 0.1, 0.2)
+    dispatched(model, tmp_path, "dispatch")
+    torch.testing.assert_close(dip.kl_penalty(model), kl)
+    torch.testing.assert_close(dip.penalty(model, 0.1, 0.2), weight)
+    out = dip.trajectories(model.train(), x, m=2)
+    dip.objective(out, torch.zeros(3, 4)[:, : out.shape[-1]], nn.functional.mse_loss, model).backward()
+    assert bool(model[0].log_variance.grad.any())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    accelerate.disk_offload(model, str(tmp_path / "all"), execution_device=torch.device("cpu"))
+    assert dip.kl_penalty(model).item() == dip.penalty(model, 0.1, 0.2).item() == 0

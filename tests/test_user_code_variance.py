@@ -430,6 +430,16 @@ def test_a_layer_that_is_skipped_keeps_neither_input_nor_noise_alive():
         assert k[0] is k[1]
 
 
+def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
+    model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
+    x = torch.randn(2, 3, 6)  # one object in both steps, as where the whole data are one batch
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.q(x).sum().backward()
+    assert not model.q.share._entries
+    first.step()
+    model.k(x).sum().backward()
+
+
 # ---- hooks on the child ----------------------------------------------------------------------------------------------
 
 
