@@ -130,7 +130,7 @@ def eager_mlp() -> nn.Module:
 
 
 def stepper(model: nn.Module, m: int, x: Tensor, y: Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step() -> None:
         out = dip.trajectories(model.__call__, x, m=m)  # a function: EagerNoiseLinear is no DIP layer
