@@ -173,28 +173,25 @@ def _shown(each: dict[str, Any]) -> str:
 
 
 def _numbering(ranks: list[dict[str, Any]]) -> list[str]:
-    first = ranks[0]["numbers"]
-    problems = []
-    for rank, each in enumerate(ranks):
-        # Pipeline stages hold different layers: only what both hold is compared.
-        differ = [name for name, number in each["numbers"].items() if first.get(name, number) != number]
-        if differ:
-            problems.append(
-                f"rank {rank} numbers the layers {differ} differently from rank 0; call dip.number_layers on each"
-            )
-    return problems
+    return [
+        f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers on each"
+        for rank, names in _differing(ranks, "numbers").items()
+    ]
 
 
 def _priors(ranks: list[dict[str, Any]]) -> list[str]:
-    first = ranks[0]["priors"]
-    problems = []
-    for rank, each in enumerate(ranks):
-        differ = [name for name, digest in each["priors"].items() if first.get(name, digest) != digest]
-        if differ:
-            problems.append(
-                f"rank {rank} has other priors than rank 0 at {differ}; calibrate every rank on the same batches"
-            )
-    return problems
+    return [
+        f"rank {rank} has other priors than rank 0 at {names}; calibrate every rank on the same batches"
+        for rank, names in _differing(ranks, "priors").items()
+    ]
+
+
+def _differing(ranks: list[dict[str, Any]], what: str) -> dict[int, list[str]]:
+    """{rank: names of the layers where it differs from rank 0}."""
+    first = ranks[0][what]
+    # Pipeline stages hold different layers: only what both hold is compared.
+    found = {r: [n for n, v in each[what].items() if first.get(n, v) != v] for r, each in enumerate(ranks)}
+    return {rank: names for rank, names in found.items() if names}
 
 
 def _warn_equal(ranks: list[dict[str, Any]]) -> None:
