@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import seeds, tensor_parallel
+from . import tensor_parallel
 from .attention import DIPMultiheadAttention, in_projections
 from .check import require_finite
 from .convertible import (
@@ -50,7 +50,7 @@ from .layers import (
     share_noise,
     twin_type,
 )
-from .probe import eager, eval_mode, forget, input_of, plain_names, probed, remember, run_batch, without_wrappers
+from .probe import forget, input_of, plain_names, probed, remember, watch, without_wrappers
 
 
 class DIPConversionWarning(UserWarning):
@@ -713,32 +713,12 @@ def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tens
     """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
     layers = _need_layers(model)
     moments = {name: _Moments() for name in layers}
-    handles = []
-    for name, layer in layers.items():
-        dim = layer.feature_dim
+    moments_of = {layer: moments[name] for name, layer in layers.items()}
 
-        def observe(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            moments: _Moments = moments[name],
-            dim: int = dim,
-        ) -> None:
-            moments.add(input_of(module, args, kwargs), dim)
+    def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments_of[layer].add(input_of(layer, args, kwargs), layer.feature_dim)
 
-        handles.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
-    count = 0
-    try:
-        # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
-        with eval_mode(model), seeds.sampling_on(), seeds.noise_off(), eager(model):
-            for batch in batches:
-                run_batch(model, batch)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if count == 0:
-        raise ValueError("batches: expected at least one batch, got none")
+    watch(model, layers.values(), observe, batches)
     unreached = [name or "(root)" for name in layers if moments[name].count == 0]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,24 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 # ---- features of modules by a probe ------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def watch(model: nn.Module, modules: Iterable[nn.Module], observe: Callable[..., None], batches: Iterable[Any]) -> None:
+    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each call of the modules."""
+    handles = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in modules]
+    count = 0
+    try:
+        # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
+        with eval_mode(model), seeds.sampling_on(), seeds.noise_off(), eager(model):
+            for batch in batches:
+                run_batch(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise ValueError("batches: expected at least one batch, got none")
+
+
 def probed(
     model: nn.Module, modules: dict[nn.Module, tuple[str, int]], batches: Iterable[Any] | None
 ) -> dict[nn.Module, tuple[int, int]]:
@@ -113,18 +131,8 @@ def probed(
         name, dim = modules[module]
         found[module] = _features(name, dim, input_of(module, args, kwargs), found.get(module))
 
-    handles = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in modules]
-    count = 0
-    try:
-        with untouched(model), eval_mode(model), torch.no_grad(), seeds.sampling_on(), seeds.noise_off(), eager(model):
-            for batch in [batches] if isinstance(batches, (Tensor, Mapping)) else batches:
-                run_batch(model, batch)
-                count += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    if count == 0:
-        raise ValueError("batches: expected at least one batch, got none")
+    with untouched(model):
+        watch(model, modules, observe, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
         raise ValueError(f"before: expected modules that the batches reach, none reached {unreached}")

@@ -13,7 +13,6 @@ from dipkernels.convert import (
     Summary,
     calibrate,
     convert,
-    eval_mode,
     load_variances,
     param_groups,
     summary,
@@ -21,6 +20,7 @@ from dipkernels.convert import (
     variances,
 )
 from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, dip_layers
+from dipkernels.probe import eval_mode
 from dipkernels.seeds import fixed_noise, noise_off
 
 
