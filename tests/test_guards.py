@@ -14,7 +14,7 @@ from dipkernels import ops
 from dipkernels.backends import library
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools" / "verify"))
 import sanitize  # noqa: E402
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEADER = "# Written by `make lock` from requirements-*.txt. Install with --require-hashes --no-deps.\n"
 
 

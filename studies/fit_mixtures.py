@@ -1,4 +1,4 @@
-"""Fits a row of triton_kernels/mixtures.py for float32 or 16-bit data: python scripts/fit_mixtures.py silu --terms 1 --powers 7
+"""Fits a row of triton_kernels/mixtures.py for float32 or 16-bit data: python studies/fit_mixtures.py silu --terms 1 --powers 7
 
 For given c the least largest error over x is a linear programme in p and d; c is searched. Prints c, p, d and the error.
 """

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../csrc/noise.h"
+#include "../../csrc/noise.h"
 
 namespace {
 

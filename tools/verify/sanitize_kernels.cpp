@@ -18,11 +18,11 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/activation.h"
-#include "../csrc/cpu/convert.h"
-#include "../csrc/cpu/dispatch.h"
-#include "../csrc/launch.h"
-#include "../csrc/noise.h"
+#include "../../csrc/activation.h"
+#include "../../csrc/cpu/convert.h"
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/launch.h"
+#include "../../csrc/noise.h"
 
 using namespace dip;
 

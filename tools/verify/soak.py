@@ -1,8 +1,8 @@
 """Many small calls in one process: memory stays flat, results stay the same.  docs/reliability.md.
 
-    python scripts/soak.py --calls 1000000       # layers' forward passes, backward too in every fourth
-    python scripts/soak.py --minutes 120         # training steps for as long
-    python scripts/soak.py --record              # the same, and the figures go to docs/reliability.md
+    python tools/verify/soak.py --calls 1000000       # layers' forward passes, backward too in every fourth
+    python tools/verify/soak.py --minutes 120         # training steps for as long
+    python tools/verify/soak.py --record              # the same, and the figures go to docs/reliability.md
 
 Memory is sampled a hundred times; the slope is fitted to the last half: before, the marks of drawn seeds fill their 2^16 places
 (seeds.py). It fails above one byte for each call.

@@ -1,13 +1,13 @@
 """Builds the sdist, and from it the wheel: one for every Python 3.10+ and every torch >= 2.10 of a platform.
 
-    python scripts/wheel.py                    CPU and CUDA kernels: needs nvcc, no GPU
-    python scripts/wheel.py --cuda 0           CPU kernels alone
-    python scripts/wheel.py --cpu 0 --cuda 0   pure Python: the Triton and the reference kernels
-    python scripts/wheel.py --machine aarch64 --cuda 0      cross-compiled by aarch64-linux-gnu-g++
+    python tools/release/wheel.py                    CPU and CUDA kernels: needs nvcc, no GPU
+    python tools/release/wheel.py --cuda 0           CPU kernels alone
+    python tools/release/wheel.py --cpu 0 --cuda 0   pure Python: the Triton and the reference kernels
+    python tools/release/wheel.py --machine aarch64 --cuda 0      cross-compiled by aarch64-linux-gnu-g++
 
 Needs torch >= 2.10 (its headers; a CPU build does), setuptools, wheel, ninja and g++. Nothing is downloaded. The wheel is built in a
 temporary folder from the sdist, so that nothing of the working tree but the sdist's files is in it; its tag is the lowest manylinux
-tag that its symbols allow (scripts/audit.py). On a system newer than manylinux_2_28 it is linked through scripts/older_glibc.py.
+tag that its symbols allow (audit.py). On a system newer than manylinux_2_28 it is linked through older_glibc.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import audit
 import older_glibc
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", ".coverage*", "build", "dist", "out", "site", "*.egg-info")
 NOT_SOURCE += ("__pycache__", "*.so", "shared")
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}

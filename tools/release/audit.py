@@ -1,7 +1,7 @@
 """Is a wheel, or a compiled library, what its name says?  Exit status 1 and one line for each thing that is not.
 
-    python scripts/audit.py dist/dipkernels-0.1.0-py3-none-manylinux_2_28_x86_64.whl
-    python scripts/audit.py dipkernels/_C.so
+    python tools/release/audit.py dist/dipkernels-0.1.0-py3-none-manylinux_2_28_x86_64.whl
+    python tools/release/audit.py dipkernels/_C.so
 
 Of the library: what it needs (NEEDED) is on every system of its tag or is libtorch_cpu.so; the symbol versions fit the tag; it takes from
 torch the C functions of the stable ABI alone, which a CPU build and a CUDA build both have; no Python symbols; exports only dip_*;

@@ -1,8 +1,8 @@
 """The slow tests of the promises, file by file.  docs/reliability.md.
 
-python scripts/long_tests.py                       # all of them
-python scripts/long_tests.py --only properties     # those whose file says so; the others' last results stay
-python scripts/long_tests.py --record              # runs nothing: the last results go to docs/reliability.md
+python tools/verify/long_tests.py                       # all of them
+python tools/verify/long_tests.py --only properties     # those whose file says so; the others' last results stay
+python tools/verify/long_tests.py --record              # runs nothing: the last results go to docs/reliability.md
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plants faults in the code that nvcc and Triton generated, and sees whether executing it finds them.  docs/reliability.md.
 
-    python scripts/ptx_mutants.py                    # two faults in each CUDA kernel, four in each Triton kernel
-    python scripts/ptx_mutants.py --only activation  # of kernels whose name says so
-    python scripts/ptx_mutants.py --record           # and writes the figures into docs/reliability.md
+    python tools/verify/ptx_mutants.py                    # two faults in each CUDA kernel, four in each Triton kernel
+    python tools/verify/ptx_mutants.py --only activation  # of kernels whose name says so
+    python tools/verify/ptx_mutants.py --record           # and writes the figures into docs/reliability.md
 
 A fault is one changed instruction among those that the kernel's case executes, drawn by a fixed seed. It is found where the
 checks of tests/test_ptx_cuda.py or tests/test_ptx_triton.py fail or tests/ptx refuses to go on. Needs nvcc, no GPU.

@@ -1,9 +1,9 @@
 """Breaks the code on purpose, one line at a time, and sees whether the tests notice.  docs/reliability.md.
 
-    python scripts/mutants.py                    # every mutant, in a copy of the working tree
-    python scripts/mutants.py --minutes 30       # what fits; the next run goes on
-    python scripts/mutants.py --only functional  # those whose file or name says so
-    python scripts/mutants.py --record           # writes the figures into docs/reliability.md
+    python tools/verify/mutants.py                    # every mutant, in a copy of the working tree
+    python tools/verify/mutants.py --minutes 30       # what fits; the next run goes on
+    python tools/verify/mutants.py --only functional  # those whose file or name says so
+    python tools/verify/mutants.py --record           # writes the figures into docs/reliability.md
 
 The working tree is never touched: the mutants live in a copy, which is built and tested there. A mutant is killed when one of its
 tests fails, and survives when all pass; one that does not compile, or whose line is gone, is an error of the list.

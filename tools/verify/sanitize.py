@@ -1,8 +1,8 @@
 """The compiled CPU kernels under g++'s sanitizers and between guard pages.  docs/reliability.md.
 
-    python scripts/sanitize.py                   # address, undefined, thread, guard pages; then the tests under the first two
-    python scripts/sanitize.py --cases 2000      # fewer cases
-    python scripts/sanitize.py --record          # the same, and the figures go to docs/reliability.md
+    python tools/verify/sanitize.py                   # address, undefined, thread, guard pages; then the tests under the first two
+    python tools/verify/sanitize.py --cases 2000      # fewer cases
+    python tools/verify/sanitize.py --record          # the same, and the figures go to docs/reliability.md
 
 sanitize_kernels.cpp drives the kernels on random cases, without torch, on several threads of its own. Then the library itself is
 built with the address and undefined-behaviour sanitizers in a copy of the tree, and the kernels' tests run on it in Python.
@@ -53,7 +53,7 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     sources = [
         *(ROOT / "csrc").rglob("*.h"),
         *(ROOT / "csrc" / "cpu").glob("*.cpp"),
-        ROOT / "scripts" / "sanitize_kernels.cpp",
+        ROOT / "tools" / "verify" / "sanitize_kernels.cpp",
     ]
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
@@ -61,7 +61,7 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     flags = ["-std=c++17", "-g", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", *KINDS[kind]]
     flags += ["-DDIP_HAS_X86"] * x86
     units = [
-        (ROOT / "scripts" / "sanitize_kernels.cpp", "main", []),
+        (ROOT / "tools" / "verify" / "sanitize_kernels.cpp", "main", []),
         (ROOT / "csrc" / "cpu" / "dispatch.cpp", "dispatch", []),
     ]
     for name, (lanes, extra) in CAPABILITIES.items():

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/launch.h"
+#include "../../csrc/launch.h"
 
 using namespace dip;
 

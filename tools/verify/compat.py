@@ -19,7 +19,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What says little of a release of torch and takes long: QUICK leaves these files out.
 LONG = (
     "test_triton_interpreter", "test_triton_activation", "test_triton_compiles",  # no code of torch in them

@@ -1,8 +1,8 @@
 """The contract's raw words through dieharder, a standard battery of tests of random numbers.  docs/reliability.md.
 
     apt-get install dieharder
-    python scripts/battery.py --minutes 10       # what fits; every stream gets its share of the time
-    python scripts/battery.py --record           # the same, and the figures go to docs/reliability.md
+    python tools/verify/battery.py --minutes 10       # what fits; every stream gets its share of the time
+    python tools/verify/battery.py --record           # the same, and the figures go to docs/reliability.md
 
 Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the layer, in the
 sample, in the step (keys one apart) or in the row (2^32 apart): correlated draws fail there though each is good alone.
@@ -31,7 +31,7 @@ TESTS = (100, 101, 15, 0, 2, 3, 8, 9, 10, 11, 12, 13, 16, 17, 1, 4, 102, 200, 20
 
 def build(folder: Path) -> Path:
     program = folder / "battery_words"
-    source = ROOT / "scripts" / "battery_words.cpp"
+    source = ROOT / "tools" / "verify" / "battery_words.cpp"
     subprocess.run(["g++", "-std=c++17", "-O3", "-ffp-contract=off", str(source), "-o", str(program)], check=True)
     return program
 
