@@ -510,7 +510,10 @@ class _Cpp:
         )
 
     def _subscript(self, i: int) -> None:
-        if i not in self.partner or self._declares_array(i):
+        if i not in self.partner:
+            return
+        if self._declares_array(i):
+            self.left_alone |= set(range(i, self.partner[i]))
             return
         low, high = self.tokens[i].end, self.tokens[self.partner[i]].start
         inside = self.source[low:high]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mutations import found_table, in_turns
 from reliability import ROOT, record
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -149,8 +150,7 @@ def drawn(name: str, kernel: Kernel, count: int, seed: int) -> list[Fault]:
         r.shuffle(faults)
     kinds = sorted(by_kind)
     r.shuffle(kinds)
-    rounds = (by_kind[kind][i] for i in itertools.count() for kind in kinds if i < len(by_kind[kind]))
-    return list(itertools.islice(rounds, min(count, sum(map(len, by_kind.values())))))
+    return in_turns(by_kind, kinds, count)
 
 
 class Memories:
@@ -306,11 +306,8 @@ def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
         f"Seed {seed}: {len(results)} faults planted, {count[FOUND]} found. Of the others {count[SAME]} changed no bit of any "
         f"result of their case, and {count[NEAR]} changed results within the tolerance of the checks."
     ]
-    for title, of in (("kernels", lambda group, fault: group), ("what was changed", lambda group, fault: fault.kind)):
-        all_ = Counter(of(group, fault) for group, fault, _ in results)
-        found = Counter(of(group, fault) for group, fault, how in results if how == FOUND)
-        lines += ["", f"| {title} | faults | found |", "|---|---|---|"]
-        lines += [f"| {name} | {number} | {found[name]} |" for name, number in sorted(all_.items())]
+    for title, of in (("kernels", lambda row: row[0]), ("what was changed", lambda row: row[1].kind)):
+        lines += ["", *found_table(title, results, of, lambda row: row[2] == FOUND)]
     lines += ["", "Not found:", ""]
     lines += [f"- {group}, {fault.kind}: `{fault.text}`: {how}" for group, fault, how in results if how != FOUND]
     return "\n".join(lines)
