@@ -27,7 +27,7 @@ LONG = (
     "test_build", "test_wheel", "test_release", "test_docs", "test_stems",  # the release
     "test_benchmarks", "test_gpu_check",
     "test_fuzz", "test_fuzz_examples", "test_properties",  # random cases
-    "test_digits", "test_cluster_example", "test_examples_arithmetic", "test_examples_recipes", "test_examples_vision",
+    "test_digits", "test_cluster_example", "test_examples_recipes", "test_studies_arithmetic", "test_studies_vision",
 )  # fmt: skip
 _VERSIONS = """
 import importlib.metadata as m, platform

@@ -1,4 +1,4 @@
-"""What the examples share on paper: environment, mean and spread, JSON, tables between markers of a Markdown page."""
+"""What the studies of docs/results.md share on paper: environment, mean and spread, stored runs, tables of a page, summaries."""
 
 from __future__ import annotations
 
@@ -150,6 +150,41 @@ class Store:
             values = json.dumps(self.values, indent=1, sort_keys=True)
             part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
             part.replace(self.path)
+
+
+def summarise(stores: Iterable[Store], path: Path) -> None:
+    """The stored runs without their number: of each setting mean and standard deviation over seeds, one line each.
+
+    What docs/results keeps; the runs stay where they were made. Nothing is written where there is no run.
+    """
+    groups: dict[str, list[tuple[str, dict]]] = {}
+    values, environments = {}, {}
+    for store in stores:
+        values[store.path.stem] = store.values
+        for run in store.runs:
+            environments[json.dumps(run["environment"])] = run["environment"]
+            setting = {name: value for name, value in run["config"].items() if name != "seed"}
+            groups.setdefault(_key({"of": store.path.stem} | setting), []).append((store.path.stem, run))
+    if not groups:
+        return
+    rows = []
+    for key in sorted(groups):
+        runs = [run for _, run in groups[key]]
+        row = {"setting": json.loads(key), "seeds": len(runs), "result": _spread([run["result"] for run in runs])}
+        rows.append(json.dumps(row))
+    head = json.dumps({"environments": [environments[key] for key in sorted(environments)], "values": values})
+    path.write_text(f'{head[:-1]},\n"runs": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
+
+
+def _spread(results: list):
+    """[mean, standard deviation] of every number of results of one form; of a layer's quantiles the mean of the median."""
+    first = results[0]
+    if isinstance(first, dict):
+        shared = [key for key in first if all(key in result for result in results)]
+        return {key: _spread([result[key] for result in results]) for key in shared}
+    if isinstance(first, list):
+        return round(statistics.fmean(result[len(first) // 2] for result in results), 2)
+    return [round(number, 2) for number in mean_std(results)]
 
 
 @contextlib.contextmanager

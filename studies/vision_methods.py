@@ -1,4 +1,4 @@
-"""The methods that examples/vision.py compares: how each builds its model and takes a training step."""
+"""The methods that studies/vision.py compares: how each builds its model and takes a training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/arithmetic.py: problems are right and kept apart, exact match counts what it says, the command runs."""
+"""studies/arithmetic.py: problems are right and kept apart, exact match counts what it says, the command runs."""
 
 import json
 import random
@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")  # through vision_setup
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import arithmetic
 import arithmetic_setup as task
 

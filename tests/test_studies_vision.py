@@ -1,4 +1,4 @@
-"""examples/vision.py: attacks and corruptions do what they say, methods differ where they should, the command runs."""
+"""studies/vision.py: attacks and corruptions do what they say, methods differ where they should, the command runs."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import results_page
 import vision
 import vision_methods
@@ -213,6 +213,53 @@ def test_processes_that_share_a_store_lose_nothing(tmp_path):
     whole = results_page.Store(tmp_path / "runs.json")
     assert [run["config"]["a"] for run in whole.runs] == [1, 2, 3]
     assert whole.values == {"v": 5}
+
+
+@pytest.mark.parametrize("arch", vision_setup.NETWORKS)
+def test_the_published_table_is_that_of_the_summary(arch):
+    """Git keeps no run: what a table shows must stand in docs/results."""
+    summary = json.loads((results_page.FOLDER / "vision.json").read_text())
+    found = {
+        (run["setting"].get("training"), run["setting"]["method"], run["setting"]["epochs"] > vision.EPOCHS[arch]): run
+        for run in summary["runs"]
+        if run["setting"]["of"] == f"vision_{arch.lower()}" and is_main(run["setting"], summary["values"], arch)
+    }
+    text = (
+        results_page.PAGE.read_text(encoding="utf-8").split(f"<!-- begin vision-{arch.lower()} -->")[1].split("<!--")[0]
+    )
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if " ± " in line and line.startswith("| ")]
+    assert len(rows) == len(found) == len(vision.TRAININGS) * len(vision.METHODS)
+    for training, method, *cells in rows:
+        run = found[training, method.split(",")[0], method.endswith("equal time")]
+        for (kind, strength), cell in zip(vision.COLUMNS, cells):
+            shown = [float(part) for part in cell.split(" ± ")]
+            assert shown == pytest.approx(run["result"]["scores"][kind][strength], abs=0.056), (training, method, kind)
+
+
+def is_main(setting, values, arch):
+    """Whether a setting is a row of the main table: as chosen, on test images."""
+    chosen = values[f"vision_{arch.lower()}"]["chosen"]
+    wanted = chosen["plain"] | chosen[setting["method"]] | {"split": "test"}
+    extra = {"variance_lr", "placement", "beta_factor", "lambda_s"} & setting.keys()
+    several = vision.M[arch] if setting["method"] in vision.SEVERAL else 1
+    return not extra and setting["m"] == several and all(setting.get(name) == value for name, value in wanted.items())
+
+
+def test_a_summary_has_mean_and_spread_of_each_setting(tmp_path):
+    store = results_page.Store(tmp_path / "runs.json")
+    for seed in (0, 1):
+        for method in ("a", "b"):
+            result = {"clean": {"0": 90.0 + seed}, "sigma": {"1": [0.0, seed, 5.0]}}
+            store.run({"method": method, "seed": seed}, lambda result=result: result)
+    store.value("chosen", lambda: {"a": 1})
+    results_page.summarise([store], tmp_path / "summary.json")
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [run["setting"] for run in found["runs"]] == [{"of": "runs", "method": name} for name in "ab"]
+    assert found["runs"][0]["result"] == {"clean": {"0": [90.5, 0.71]}, "sigma": {"1": 0.5}}
+    assert found["runs"][0]["seeds"] == 2 and found["values"] == {"runs": {"chosen": {"a": 1}}}
+    assert len(found["environments"]) == 1
+    results_page.summarise([], tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_published_page_has_every_section():

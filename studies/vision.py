@@ -1,14 +1,15 @@
 """Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with ablations.
 
-    python examples/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
-    python examples/vision.py --archs MLP        one network
-    python examples/vision.py --parts report     tables and figures from the stored results
-    python examples/vision.py --quick            does it run? into out/vision
+    python studies/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
+    python studies/vision.py --archs MLP        one network
+    python studies/vision.py --parts report     tables and figures from the stored results
+    python studies/vision.py --quick            does it run? into out/vision
 
 scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first 900; 400 to validate;
 the other 897, which nothing is chosen on, for the figures. Every method has four settings to choose from, compared by
 the mean over all conditions on validation images. Accuracy, attacks and corruptions: on the deterministic forward
-(Algorithm 3). Writes docs/results/vision_*.json and vision_*.png and the tables of docs/results.md.
+(Algorithm 3). Every run is stored in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.png
+and a summary of the runs, vision.json, into docs/results.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from results_page import (
     figure,
     mean_std,
     save_figure,
+    summarise,
     table,
     write_table,
 )
@@ -579,7 +581,7 @@ def plot_sigmas(studies: list[Study], path: Path) -> None:
 
 
 def report(studies: list[Study], page: Path, out: Path) -> None:
-    """Tables and figures from what is stored; nothing is trained, and what is missing is said."""
+    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is said."""
     for study in studies:
         study.store.makes = study.smooth_store.makes = False
     for study in studies:
@@ -593,6 +595,7 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
     write_table(page, "vision-needs", lambda: needs_table(studies))
     plot_sigmas(studies, out / "vision_sigma.png")
+    summarise([store for study in studies for store in (study.store, study.smooth_store)], out / "vision.json")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -605,14 +608,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="number of seeds (5 for MLP, 3 for the others)")
     parser.add_argument("--epochs", type=int, help="epochs of training (60 for MLP, 50 for the others)")
     parser.add_argument("--threads", type=int, default=1, help="threads: these networks are too small for more (1)")
-    parser.add_argument("--out", type=Path, help="folder of the JSON and PNG files (docs/results; out/vision if quick)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs (out/vision), and of all if quick", default=Path("out/vision")
+    )
     parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few settings: does it run?")
     args = parser.parse_args(arguments)
     for name in ("seeds", "epochs", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    args.out = args.out or (Path("out/vision") if args.quick else FOLDER)
     args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.page.exists():
@@ -629,8 +633,9 @@ def main(arguments: list[str] | None = None) -> None:
                     except NotStored as error:
                         raise SystemExit(str(error)) from None
     if "report" in args.parts:
-        report(studies, args.page, args.out)
-        print(f"wrote {args.page} and {args.out}")
+        figures = FOLDER if args.page == PAGE else args.out
+        report(studies, args.page, figures)
+        print(f"wrote {args.page} and {figures}")
 
 
 if __name__ == "__main__":

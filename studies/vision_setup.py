@@ -1,4 +1,4 @@
-"""Digits, corruptions, attacks and the three networks of examples/vision.py."""
+"""Digits, corruptions, attacks and the three networks of studies/vision.py."""
 
 from __future__ import annotations
 

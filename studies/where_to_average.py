@@ -1,7 +1,7 @@
 """Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
-    python examples/averaging.py            three seeds; writes its results, table and plot into out/averaging
-    python examples/averaging.py --quick    one seed, a few epochs: does it run?
+    python studies/where_to_average.py            three seeds; writes its results, table and plot into out/where_to_average
+    python studies/where_to_average.py --quick    one seed, a few epochs: does it run?
 
 An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma = 0.1), 500 images
 for training and 400 for testing; sigma is fixed, so that only the estimator differs. Trainings:
@@ -22,16 +22,19 @@ import argparse
 import itertools
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import BATCH, load, mean_std, pgd
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from digits import BATCH, load, mean_std, pgd
 
 S = 4
 NUM_TEST = 400
@@ -186,7 +189,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor on the number of epochs (1)")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="MLP, ViT or both")
-    parser.add_argument("--out", type=Path, default=Path("out/averaging"), help="folder for what it writes")
+    parser.add_argument("--out", type=Path, default=Path("out/where_to_average"), help="folder for what it writes")
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
     seeds, factor = (1, 0.02) if args.quick else (args.seeds, args.epochs)

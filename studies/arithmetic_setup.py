@@ -1,4 +1,4 @@
-"""The task of examples/arithmetic.py: chains of sums modulo 5, their tokens, a Llama, exact match."""
+"""The task of studies/arithmetic.py: chains of sums modulo 5, their tokens, a Llama, exact match."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
 """Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against six baselines.
 
-    python examples/arithmetic.py                     both stages, about 35 minutes; goes on where it was stopped
-    python examples/arithmetic.py --stages LoRA       one of them (the other may run in another process)
-    python examples/arithmetic.py --parts report      tables and figures from the stored results
-    python examples/arithmetic.py --quick             does it run? into out/arithmetic
+    python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it was stopped
+    python studies/arithmetic.py --stages LoRA       one of them (the other may run in another process)
+    python studies/arithmetic.py --parts report      tables and figures from the stored results
+    python studies/arithmetic.py --quick             does it run? into out/arithmetic
 
 Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums modulo 5; tested by
 greedy generation and exact match on chains of 4, and on longer ones than it has seen. Stage LoRA: one epoch of LoRA on
 what that left out, products and chains of up to 6 steps; every method starts from the model that plain training gave.
 Calculations are split into training, validation (where each method's setting is chosen) and test. Writes
-docs/results/arithmetic_*.json, arithmetic.png and the tables of docs/results.md.
+every run into out/arithmetic as it ends; the report writes the tables of docs/results.md, and arithmetic.png and a summary of
+the runs, arithmetic.json, into docs/results.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from results_page import (
     figure,
     mean_std,
     save_figure,
+    summarise,
     table,
     write_table,
 )
@@ -334,7 +336,7 @@ def plot(study: Study, path: Path, bar: tqdm) -> None:
 
 
 def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
-    """Tables and figure from what is stored; nothing is trained, and what is missing is said."""
+    """Tables, figure and summary from what is stored; nothing is trained, and what is missing is said."""
     for store in study.stores.values():
         store.makes = False
     whole = [
@@ -345,6 +347,7 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
         write_table(page, "arithmetic-search", lambda: search_table(study))
         if all(whole):
             plot(study, out / "arithmetic.png", bar)
+            summarise(study.stores.values(), out / "arithmetic.json")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -356,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
     parser.add_argument("--tested", type=int, default=200, help="problems of each length to test on (200)")
     parser.add_argument("--threads", type=int, default=1, help="threads (1)")
-    parser.add_argument("--out", type=Path, help="folder of JSON and PNG (docs/results; out/arithmetic if quick)")
+    parser.add_argument("--out", type=Path, default=Path("out/arithmetic"), help="folder of the runs (out/arithmetic)")
     parser.add_argument("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
     parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?")
@@ -365,7 +368,6 @@ def main(arguments: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
     args.seeds = 1 if args.quick else args.seeds
-    args.out = args.out or (Path("out/arithmetic") if args.quick else FOLDER)
     args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
     args.models = args.out if args.quick else args.models
     args.out.mkdir(parents=True, exist_ok=True)
@@ -384,8 +386,9 @@ def main(arguments: list[str] | None = None) -> None:
                 except NotStored as error:
                     raise SystemExit(str(error)) from None
     if "report" in args.parts:
-        report(study, args.page, args.out, tqdm(disable=True))
-        print(f"wrote {args.page} and {args.out}")
+        figures = FOLDER if args.page == PAGE else args.out
+        report(study, args.page, figures, tqdm(disable=True))
+        print(f"wrote {args.page} and {figures}")
 
 
 if __name__ == "__main__":
