@@ -130,6 +130,9 @@ def test_every_source_file_has_tests_that_must_notice():
     assert {name for name in sources if not name.endswith(".pyc")} - found.keys() <= set(mutants.LEFT_OUT)
     assert not set(mutants.LEFT_OUT) & found.keys()
     assert [name for name, tests in found.items() if not tests] == []
+    for test in {test for tests in found.values() for test in tests if "::" in test}:
+        file, name = test.split("::")
+        assert f"class {name}:" in (ROOT / file).read_text(), test
 
 
 def test_what_does_not_build_is_replaced_and_what_is_equivalent_is_not_run(monkeypatch, tmp_path):

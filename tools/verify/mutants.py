@@ -44,7 +44,7 @@ KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "doe
 
 
 class Area(NamedTuple):
-    """Files, and the tests that must notice a fault in them; tests/test_<file>.py comes before these, where there is one."""
+    """Files, and the tests that must notice a fault in them; for a module of dipkernels tests/test_<module>.py comes first."""
 
     patterns: tuple[str, ...]
     tests: tuple[str, ...]
@@ -53,24 +53,24 @@ class Area(NamedTuple):
 # The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may move.
 AREAS = (
     Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
-    Area(("csrc/**/activation*", "csrc/**/expectation*"), ("activation", "expectation")),
+    Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples")),
     Area(("csrc/cuda/*",), ("cuda_emulated",)),
-    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "activation", "fuzz")),
+    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "fuzz")),
     Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
     Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
     Area(
-        ("triton_kernels/activation.py", "triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
-        ("activation", "triton_interpreter.py::TestActivation"),
+        ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
+        ("expectation", "triton_interpreter.py::TestActivation"),
     ),
-    Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "activation", "properties")),
+    Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "expectation", "properties")),
     Area(
         ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
         ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds"),
     ),
-    Area(("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "activation", "properties")),
+    Area(("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")),
     Area(
         ("dipkernels/**/functional.py",), ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds")
     ),
@@ -80,7 +80,7 @@ AREAS = (
         ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
         ("layers", "seeds", "inputs", "user_code_variance", "user_code_loaders", "faults", "convert"),
     ),
-    Area(("dipkernels/**/tensor_parallel.py",), ("tensor_parallel",)),
+    Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
     Area(("dipkernels/**/distributed.py",), ("distributed", "user_code_loaders")),
     Area(("dipkernels/**/analytic.py",), ("averaging",)),
     Area(("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")),
@@ -128,7 +128,8 @@ def areas(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
         for path in sources(root, area.patterns):
             if path not in seen and path.suffix in (".py", ".h", ".cpp", ".cu"):
                 seen.add(path)
-                named = dict.fromkeys((path.stem, *area.tests))
+                own = (path.stem,) if path.is_relative_to(root / "dipkernels") else ()
+                named = dict.fromkeys((*own, *area.tests))
                 files = [f"tests/test_{name}" + ("" if ".py" in name else ".py") for name in named]
                 yield path, tuple(name for name in files if (root / name.split("::")[0]).exists())
 
