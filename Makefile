@@ -34,7 +34,7 @@ test-all: setup
 COMPAT_PYTHON ?= $(PYTHON)
 compat: setup
 	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
-	$(PY) scripts/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+	$(PY) tools/verify/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
 
 # Other people's tools, installed on top of the pinned torch.
 $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
@@ -75,19 +75,19 @@ studies: setup
 
 # The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
 wheel: | $(VENV)/.deps
-	$(PY) scripts/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
+	$(PY) tools/release/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
 
 wheel-cpu: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cuda 0
+	$(PY) tools/release/wheel.py --cuda 0
 
 wheel-pure: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cpu 0 --cuda 0
+	$(PY) tools/release/wheel.py --cpu 0 --cuda 0
 
 wheel-aarch64: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cuda 0 --machine aarch64
+	$(PY) tools/release/wheel.py --cuda 0 --machine aarch64
 
 sdist: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --sdist-only
+	$(PY) tools/release/wheel.py --sdist-only
 
 # The wheel alone, without dependencies, in an environment that has torch and numpy only, run outside the source tree.
 WHEEL ?= $(lastword $(wildcard dist/dipkernels-*-manylinux*_$(shell uname -m).whl))
@@ -98,7 +98,7 @@ wheel-check:
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 numpy
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL)
-	cp scripts/smoke.py build/clean/smoke.py
+	cp tools/release/smoke.py build/clean/smoke.py
 	root=$$PWD && cd / && "$$root/build/clean/bin/python" "$$root/build/clean/smoke.py" --expect $(EXPECT) --import-ms 60
 
 # What building the wheel needs, and no more.
@@ -116,7 +116,7 @@ setup-locked:
 	touch $(VENV)/.deps
 
 lock: | $(VENV)/.deps
-	$(PY) scripts/lock.py
+	$(PY) tools/release/lock.py
 
 docs: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
@@ -130,22 +130,22 @@ C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # What docs/reliability.md reports; each takes a --record that writes its figures there.
 sanitize: setup
-	$(PY) scripts/sanitize.py
+	$(PY) tools/verify/sanitize.py
 
 battery: setup
-	$(PY) scripts/battery.py
+	$(PY) tools/verify/battery.py
 
 mutants: setup
-	$(PY) scripts/mutants.py
+	$(PY) tools/verify/mutants.py
 
 ptx-mutants: setup
-	$(PY) scripts/ptx_mutants.py
+	$(PY) tools/verify/ptx_mutants.py
 
 long-tests: setup
-	OMP_NUM_THREADS=1 $(PY) scripts/long_tests.py
+	OMP_NUM_THREADS=1 $(PY) tools/verify/long_tests.py
 
 soak: setup
-	OMP_NUM_THREADS=1 $(PY) scripts/soak.py
+	OMP_NUM_THREADS=1 $(PY) tools/verify/soak.py
 
 lint: setup
 	$(PY) -m ruff check .

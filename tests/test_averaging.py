@@ -521,9 +521,9 @@ def test_analytic_prediction_refuses_bad_arguments():
 @pytest.mark.slow
 def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    averaging = importlib.import_module("averaging")
-    runs = averaging.main(["--quick", "--out", str(tmp_path)])
-    assert len(runs) == 2 * 2 * len(averaging.METHODS) and "| analytic |" in capsys.readouterr().out
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    study = importlib.import_module("where_to_average")
+    runs = study.main(["--quick", "--out", str(tmp_path)])
+    assert len(runs) == 2 * 2 * len(study.METHODS) and "| analytic |" in capsys.readouterr().out
     assert (tmp_path / "averaging.png").read_bytes().startswith(b"\x89PNG")
     assert {"results.json", "table.md"} <= {path.name for path in tmp_path.iterdir()}

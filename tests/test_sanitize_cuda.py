@@ -1,4 +1,4 @@
-"""scripts/sanitize_cuda.cu on the emulator: it reaches every kernel, and finds what is planted. On a GPU: gpu_check.py."""
+"""tools/verify/sanitize_cuda.cu on the emulator: it reaches every kernel, and finds what is planted. On a GPU: gpu_check.py."""
 
 import re
 import shutil
@@ -71,6 +71,6 @@ def test_the_program_compiles_for_a_gpu(tmp_path):
         "-Xcompiler",
         "-Wall",
     ]
-    source = FOLDER.parent.parent / "scripts" / "sanitize_cuda.cu"
+    source = FOLDER.parent.parent / "tools" / "verify" / "sanitize_cuda.cu"
     done = subprocess.run([*command, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """compute-sanitizer over every CUDA kernel, and proof that it sees: each tool also has to find a planted error.
 
-The program without torch, scripts/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
+The program without torch, tools/verify/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
 under torch, Triton's kernels among it, does so without torch's caching allocator, whose segments hide an overrun.
 """
 
@@ -40,7 +40,7 @@ def compile_command(rehearsal: bool, capability: str = "") -> list[str]:
         raise RuntimeError(f"sanitizer: expected the library's CUDA objects, {OBJECTS}, and found none: build it first")
     newest = sorted(objects[-1].parent.glob("cuda_*.o"))
     nvcc = [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O2", f"-arch=sm_{capability}"]
-    return [*nvcc, str(ROOT / "scripts" / "sanitize_cuda.cu"), *map(str, newest), *out]
+    return [*nvcc, str(ROOT / "tools" / "verify" / "sanitize_cuda.cu"), *map(str, newest), *out]
 
 
 def run(command: list[str], **environment: str) -> tuple[int, str]:
