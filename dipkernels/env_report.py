@@ -13,8 +13,8 @@ import torch
 
 from . import backends
 
-# What the library's and Triton's own code reads, at the first call on a GPU; backends reads the others.
-_VALUES = {"DIPKERNELS_CUDA_TIER": ("fast", "exact"), "DIPKERNELS_AUTOTUNE": ("0", "1")}
+# What Triton's own code reads, at the first call on a GPU; backends reads the others.
+_VALUES = {"DIPKERNELS_AUTOTUNE": ("0", "1")}
 _VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 

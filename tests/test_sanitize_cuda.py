@@ -38,7 +38,7 @@ def test_every_kernel_runs_and_stays_inside(program):
     kernels = set(KERNEL.findall(symbols))
     code, said = run(program, "exact")
     assert code == 0 and "calls" in said, said
-    assert len(kernels) > 50 and f"kernels launched: {len(kernels)}\n" in said
+    assert len(kernels) >= 40 and f"kernels launched: {len(kernels)}\n" in said
 
 
 def test_a_planted_overrun_is_found(program):

@@ -63,7 +63,7 @@ int main() {
     emulator::is_queueing = c.streams > 1;
     emulator::launches = 0;
     emulator::first_read = nullptr;
-    const dip::CudaForm form{c.exact != 0, (c.forms & 1) != 0, (c.forms & 2) != 0, (c.forms & 4) != 0};
+    const dip::CudaForm form{(c.forms & 1) != 0, (c.forms & 2) != 0, (c.forms & 4) != 0};
     while (c.capture == 2 && dip::take_tickets(nullptr, dip::kStreamTickets) >= 0) continue;
     std::vector<Run> runs;
     std::vector<Buffer> scratch;
