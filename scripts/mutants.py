@@ -40,7 +40,7 @@ PYTHON = sys.executable
 PERTURB = ("tests/test_perturb.py", "tests/test_properties.py")
 NOISE = ("tests/test_noise.py", "tests/test_perturb.py")
 GUARDS = ("tests/test_guards.py",)
-EMULATED = ("tests/test_cuda_emulated.py",)
+COMPILED = ("tests/test_ptx_cuda.py",)
 INTERPRETED = ("tests/test_triton_interpreter.py::TestPerturb",)
 INTERPRETED_LINEAR = ("tests/test_triton_interpreter.py::TestLinear",)
 INTERPRETED_ACTIVATION = ("tests/test_triton_interpreter.py::TestActivation",)
@@ -270,20 +270,20 @@ MUTANTS = [
     Mutant("triton_kernels/activation.py", "2.0 * scaled * square", "scaled * square", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/activation.py", "slope * tl.sum(total, axis=0)", "tl.sum(total, axis=0)", INTERPRETED_ACTIVATION),
     Mutant("triton_kernels/linear.py", "slope = s * (1.0 + h * (1.0 - s))", "slope = s * (1.0 + h)", INTERPRETED_LINEAR),
-    # ---- CUDA, emulated
-    Mutant("csrc/cuda/perturb.cu", "static_cast<uint32_t>(p.first_group + group)", "static_cast<uint32_t>(group)", EMULATED, 1),
-    Mutant("csrc/cuda/perturb.cu", "row += n * step;", "row += step;", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "half > 0; half /= 2", "half > 1; half /= 2", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "last_word + s, group, row", "last_word, group, row", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "a.factor * 0.5 * sigma_at<C>", "a.factor * sigma_at<C>", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= wrap;", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "      __syncthreads();\n      if (threadIdx.y < half)", "      if (threadIdx.y < half)", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "if (inside(start + t, a.features)) partial[t] = mine[t];", "partial[t] = mine[t];", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "sum += static_cast<const C*>(partials)[i * a.features + col];", "sum = static_cast<const C*>(partials)[i * a.features + col];", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "if (p.from_end) row = p.rows - 1 - row;", "if (p.from_end) row = p.rows - 2 - row;", EMULATED),
-    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= a.inner, ++outer;", EMULATED),
-    Mutant("csrc/cuda/tickets.h", "count_up(ticket, blocks - 1) == blocks - 1", "count_up(ticket, blocks) == blocks - 1", EMULATED),
-    Mutant("csrc/cuda/tickets.h", "of_stream[{device, id}] = first;", "for (unsigned long long i = 0; i < 9; ++i) of_stream[{device, i}] = first;", EMULATED),
+    # ---- CUDA, as nvcc compiles it
+    Mutant("csrc/cuda/perturb.cu", "static_cast<uint32_t>(p.first_group + group)", "static_cast<uint32_t>(group)", COMPILED, 1),
+    Mutant("csrc/cuda/perturb.cu", "row += n * step;", "row += step;", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "half > 0; half /= 2", "half > 1; half /= 2", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "last_word + s, group, row", "last_word, group, row", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "a.factor * 0.5 * sigma_at<C>", "a.factor * sigma_at<C>", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= wrap;", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "      __syncthreads();\n      if (threadIdx.y < half)", "      if (threadIdx.y < half)", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "if (inside(start + t, a.features)) partial[t] = mine[t];", "partial[t] = mine[t];", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "sum += static_cast<const C*>(partials)[i * a.features + col];", "sum = static_cast<const C*>(partials)[i * a.features + col];", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "if (p.from_end) row = p.rows - 1 - row;", "if (p.from_end) row = p.rows - 2 - row;", COMPILED),
+    Mutant("csrc/cuda/perturb.cu", "inner -= wrap, outer += turn;", "inner -= a.inner, ++outer;", COMPILED),
+    Mutant("csrc/cuda/tickets.h", "count_up(ticket, blocks - 1) == blocks - 1", "count_up(ticket, blocks) == blocks - 1", COMPILED),
+    Mutant("csrc/cuda/tickets.h", "of_stream[{device, id}] = first;", "for (unsigned long long i = 0; i < 9; ++i) of_stream[{device, i}] = first;", COMPILED),
 ]  # fmt: skip
 
 

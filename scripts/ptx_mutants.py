@@ -33,7 +33,8 @@ import test_ptx_cuda as cuda
 import test_ptx_triton as triton
 from ptx.kernel import Kernel
 from ptx.parser import Instruction
-from ptx_cuda_support import Library, build
+from ptx_cuda_host import build
+from ptx_cuda_support import Library
 
 _COMPARISONS = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _COMPARISONS |= {"ltu": "geu", "gtu": "leu", "leu": "gtu", "geu": "ltu", "equ": "neu", "neu": "equ"}

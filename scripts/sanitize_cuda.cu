@@ -5,7 +5,7 @@
 //
 // plant: an error that has to be found, so that finding none says something. overrun: u, or dsigma, is one element short;
 // uninitialised: x is never written; race: a kernel of this file that forgets a barrier. Exit code 1: an error was found here.
-// Without nvcc the same program runs on tests/cuda_emulator: tests/test_sanitize_cuda.py.
+// Without a GPU what nvcc makes of it runs on tests/ptx: tests/test_sanitize_cuda.py.
 #include <cuda_runtime.h>
 
 #include <cinttypes>
@@ -211,12 +211,8 @@ void race() {
   Buffer out("out", 4);
   RaceParams params{static_cast<int*>(out.data())};
   void* arguments[] = {&params};
-#ifdef DIP_EMULATOR
-  require(cudaLaunchKernel(&forgetful_sum_kernel, dim3(1), dim3(128), arguments, 0, nullptr), "race");
-#else
   require(
       cudaLaunchKernel(reinterpret_cast<const void*>(&forgetful_sum_kernel), dim3(1), dim3(128), arguments, 0, nullptr), "race");
-#endif
   require(cudaDeviceSynchronize(), "race");
 }
 
@@ -230,16 +226,10 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: sanitize_cuda guards|exact [overrun|uninitialised|race]\n");
     return 2;
   }
-#ifdef DIP_EMULATOR
-  emulator::multiprocessors = 1;
-#endif
   guarded = mode == "guards";
   if (const char* problem = cuda_problem()) die("device", problem);
   if (planted == "race") race();
   const int launches = run();
   std::printf("sanitize_cuda: %d calls\n", launches);
-#ifdef DIP_EMULATOR
-  std::printf("kernels launched: %zu\n", emulator::launched.size());
-#endif
   return 0;
 }

@@ -5,6 +5,7 @@ returns is as far off as the PTX manual allows.
 """
 
 import functools
+import random
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ import ptx
 import pytest
 import torch
 from cuda_support import find_tool
-from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs, build
+from ptx_cuda_host import build
+from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs
 from triton_support import load_reference
 
 from dipkernels import backends, ops
@@ -198,6 +200,167 @@ def test_compiled_cuda_sums_many_partial_rows(library, shape):
     check(library, du=du, sigma=sigma, multiprocessors=132)
 
 
+# ---- forms: the walk over the rows, and where the sum ends
+
+
+def quick_of(every, quick):
+    return [shape if shape in quick else pytest.param(shape, marks=pytest.mark.slow) for shape in every]
+
+
+# One element; one column of blocks; several, of which the last is part; many rows; images
+FORM_SHAPES = quick_of(
+    [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)], [(13, 31), (9, 24, 20)]
+)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", FORM_SHAPES)
+def test_compiled_cuda_rows_from_the_end_change_no_u(library, shape, dtype):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+    for given in ({}, {"x": x, "sigma": sigma}, {"x": x, "sigma": sigma, "du": du, "col0": 3}):
+        for place in ({"row0": 2**32 - 2}, {"num_samples": 2}):
+            walks = ("from the start", "from the end")
+            there, back = (run(library, u=u, **given, **place, form=form)[0] for form in walks)
+            assert torch.equal(there, back)
+
+
+@pytest.mark.parametrize("shape", [(70, 264), (3, 16, 300)], ids=["rows", "channels"])
+@pytest.mark.parametrize("mode, forms", [("P", ["default", "from the end"]), ("PQ", ["from the end"])])
+def test_compiled_cuda_walks_start_where_the_form_says(library, shape, mode, forms, monkeypatch):
+    """The first block alone writes the first row, or the last one."""
+    x, u, du, sigma = tensors(*shape)
+    monkeypatch.setattr(library, "options", library.options | {"ctas": lambda grid: [(0, 0, 0)]})
+    for form in ("from the start", *forms):
+        got, _ = run(library, **take(mode, x, u, du), sigma=sigma, form=form, multiprocessors=1000)
+        written = got.movedim(1, -1)[..., 0].flatten().isfinite()
+        assert written[-1 if form in forms else 0] and not written[0 if form in forms else -1]
+
+
+@pytest.mark.parametrize("form", ["from the end", "one launch", "one launch from the end"])
+@pytest.mark.parametrize("shape", [*FORM_SHAPES, *quick_of([(0, 8), (4, 0), (0, 8, 4), (3, 520)], [(0, 8)])])
+def test_compiled_cuda_sums_in_every_form_match_reference(library, shape, form):
+    x, u, du, sigma = tensors(*shape)
+    for mode in ("Q", "PQ"):
+        check(library, **take(mode, x, u, du), sigma=sigma.log(), log_variance=True, factor=0.5, form=form,
+              multiprocessors=20)  # fmt: skip
+    check(library, du=du.double(), sigma=sigma.double(), col0=5, form=form)
+
+
+def launches_of(library, **given):
+    """What run gives, and how many kernels that took"""
+    before = len(library.launches)
+    return *run(library, **given), len(library.launches) - before
+
+
+def without_tickets(library, **given):
+    """The same where more streams than have tickets called before"""
+    host, library.host, library.refuse = library.host, 1, lambda name: 1
+    try:
+        for stream in range(100, 356):
+            with pytest.raises(RuntimeError, match="launch was refused"):
+                run(library, **given, stream=stream)
+        library.refuse = lambda name: 0
+        return launches_of(library, **given, stream=99)
+    finally:
+        library.host, library.refuse = host, lambda name: 0
+
+
+# Grids of several rows of blocks, which arrive one by one and together.
+@pytest.mark.parametrize(
+    "shape, mode, dtype",
+    [((1500, 8), "Q", BF16), ((300, 70), "PQ", F32), pytest.param((3, 16, 900), "Q", F64, marks=pytest.mark.slow)],
+)
+def test_compiled_cuda_sum_in_one_launch_ignores_which_block_is_last(library, shape, mode, dtype, monkeypatch):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+    given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
+    _, want, count = without_tickets(library, **given)  # a second launch adds the same partials up
+    assert count == 2
+
+    def arriving(order):
+        def blocks(grid):
+            every = [(x, y, 0) for y in range(grid[1]) for x in range(grid[0])]
+            assert grid[1] > 2
+            return order(every)
+
+        return {"ctas": blocks}
+
+    orders = [list, lambda every: every[::-1], *(functools.partial(_shuffled, seed=i) for i in range(2))]
+    for options in ({}, *({**arriving(order), "threads": 1} for order in orders)):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "options", library.options | options)
+            _, got, count = launches_of(library, **given)
+        assert count == 1 and torch.equal(got, want)
+    assert not library.module.variables.any()  # every ticket is zero again
+
+
+def _shuffled(every, seed):
+    return random.Random(seed).sample(every, len(every))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("shape, mode", [((1500, 8), "Q"), pytest.param((3, 16, 900), "PQ", marks=pytest.mark.slow)])
+def test_compiled_cuda_streams_do_not_share_tickets(library, shape, mode, capturing, monkeypatch):
+    """The blocks of three streams' launches, interleaved; of captured launches too, which may be replayed side by side."""
+    x, u, du, sigma = tensors(*shape)
+    given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
+    want = run(library, **given)
+    monkeypatch.setattr(library, "queue", [])
+    streams = (1, 1, 1) if capturing else (11, 12, 13)
+    results = [run(library, **given, stream=stream, capturing=capturing) for stream in streams]
+    assert len(library.queue) == 3  # one launch each
+    blocks = [(i, (x, y, 0)) for i, (_, g, _) in enumerate(library.queue) for y in range(g[1]) for x in range(g[0])]
+    for i, block in _shuffled(blocks, seed=1):
+        library.queue[i][2]([block])
+    for got in results:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not library.module.variables.any()
+
+
+def test_compiled_cuda_sum_of_one_row_of_blocks_takes_one_launch(library):
+    """In any form: the block waits for no other."""
+    for shape in ((8, 264), (2, 24, 20)):
+        _, _, du, sigma = tensors(*shape)
+        count = 3 if len(shape) == 2 else 1
+        assert launches_of(library, du=du, sigma=sigma, multiprocessors=count)[2] == 1
+
+
+def _sum_in_order(terms, threads, blocks, lanes, from_end):
+    """dsigma as docs/maths.md, section 5, has it added up on CUDA; terms [M, K] in float32."""
+    rows, k = terms.shape
+    order = torch.arange(rows).flip(0) if from_end else torch.arange(rows)
+    sums = torch.zeros(blocks * threads, k)
+    for place, row in enumerate(order.tolist()):
+        sums[place % len(sums)] += terms[row]
+    sums = sums.view(blocks, threads, k)
+    while (half := sums.shape[1] // 2) > 0:
+        sums = sums[:, :half] + sums[:, half:]
+    total = torch.zeros(k, dtype=F64)
+    for lane in range(lanes):
+        part = torch.zeros(k, dtype=F64)
+        for partial in sums[lane::lanes, 0]:
+            part += partial
+        total += part
+    return total.float()
+
+
+# threads: of a block along rows; blocks: along rows; lanes: that add the partials up.
+@pytest.mark.parametrize(
+    "form, threads, blocks, lanes",
+    [("default", 8, 30, 32), ("from the end", 8, 30, 32), ("one launch", 32, 10, 4),
+     ("one launch from the end", 32, 10, 4)],
+)  # fmt: skip
+def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, lanes):
+    z, _ = run(library, u=torch.empty(300, 264))
+    du = 2.0 ** torch.randint(-8, 8, z.shape, generator=torch.Generator().manual_seed(1))  # so that du z is exact
+    _, got = run(library, du=du, sigma=torch.ones(264), form=form, multiprocessors=20)
+    from_end = form.endswith("from the end")
+    assert torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, from_end))
+    assert not torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, not from_end))
+
+
+# ---- bits, numbers out of the ordinary, errors
+
+
 @pytest.mark.skipif(not HAS_CPU, reason="the compiled library is not built")
 @pytest.mark.parametrize("shape", [(33, 40), (5, 23), (3, 16, 12)])
 def test_compiled_cuda_noise_is_the_cpu_to_the_bit(library, shape):
@@ -235,6 +398,18 @@ def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, shape):
     first[0], first[1] = float("nan"), float("inf")
     sums = run(library, du=du, sigma=subnormal)[1]
     assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["perturb_rows", "perturb_channels", "column_sum"])
+def test_compiled_cuda_reports_a_refused_launch_and_goes_on(library, kernel, monkeypatch):
+    x, u, du, sigma = tensors(*((70, 264) if kernel != "perturb_channels" else (9, 24, 20)))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="CUDA error cudaErrorStub: a launch was refused"),
+    ):
+        patch.setattr(library, "refuse", lambda name: 9 if kernel in name else 0)
+        run(library, du=du, sigma=sigma)
+    check(library, x, u, du, sigma)
 
 
 def test_compiled_cuda_reports_what_is_missing(library):

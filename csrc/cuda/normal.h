@@ -2,11 +2,7 @@
 #pragma once
 #include "../noise.h"
 
-#if defined(__CUDACC__)
 #define DIP_DEVICE __device__ __forceinline__
-#else
-#define DIP_DEVICE inline __attribute__((always_inline))
-#endif
 
 namespace dip {
 
@@ -26,14 +22,9 @@ DIP_DEVICE void make_round_keys(RoundKeys* keys, PhiloxKey key) {
 
 // Rounds 2i and 2i + 1. Volatile: hoisted out of a loop, the keys would hold twenty registers.
 DIP_DEVICE void load_round_keys(const RoundKeys& keys, int i, PhiloxKey pair[2]) {
-#ifdef __CUDA_ARCH__
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(pair[0].lo), "=r"(pair[0].hi), "=r"(pair[1].lo), "=r"(pair[1].hi)
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(keys.words + 4 * i))));
-#else
-  pair[0] = {keys.words[4 * i], keys.words[4 * i + 1]};
-  pair[1] = {keys.words[4 * i + 2], keys.words[4 * i + 3]};
-#endif
 }
 
 // z[i][t]: column 8 * group + t of row `row + i * step`, for N rows in lockstep. last_word: stream and sample.

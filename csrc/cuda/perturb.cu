@@ -44,10 +44,8 @@ DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 // registers are short, it may.
 template <bool kHold = true, class T>
 DIP_DEVICE T keep(T value) {
-#ifdef __CUDA_ARCH__
   if constexpr (kHold && sizeof(T) == 8) asm volatile("" : "+l"(value));
   else if constexpr (kHold) asm volatile("" : "+r"(value));
-#endif
   return value;
 }
 
