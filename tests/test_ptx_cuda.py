@@ -17,7 +17,9 @@ from ptx_cuda_host import build
 from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs
 from triton_support import load_reference
 
-from dipkernels import backends, ops
+from dipkernels import backends
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import noise, perturb
 
 reference = load_reference()
 missing = next((name for name in ("nvcc", "g++") if not (find_tool(name) or shutil.which(name))), None)
@@ -78,7 +80,7 @@ def check(library, x=None, u=None, du=None, sigma=None, **kwargs):
         assert not got_u.isnan().any() and (error.numel() == 0 or error.max() <= scale), (got_u, want)
         if HAS_CPU and not kwargs.get("log_variance"):  # the C library's exp rounds otherwise than CUDA's
             with backends.backend("cpu"):
-                assert torch.equal(got_u, ops.perturb(x, sigma, SEED, *where(kwargs, 1), u.dtype))
+                assert torch.equal(got_u, perturb(x, sigma, SEED, Draw(*where(kwargs, 1)), u.dtype))
     if du is not None:
         want = reference.perturb_bwd(du, sigma, SEED, *where(kwargs, 1))
         rows = du.numel() // max(du.shape[1], 1)
@@ -366,7 +368,7 @@ def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, 
 def test_compiled_cuda_noise_is_the_cpu_to_the_bit(library, shape):
     with backends.backend("cpu"):
         for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 3}):
-            want = ops.noise(SEED, shape, 1, *where(kwargs, 1)[1:5])
+            want = noise(SEED, shape, Draw(*where(kwargs, 1)))
             assert torch.equal(run(library, u=torch.empty(shape), **kwargs)[0], want)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dipkernels as dip
 from dipkernels import backends
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS
 from gpucheck.child import Check, Rows
 from gpucheck.kernels import half, kinds, rounds
 
