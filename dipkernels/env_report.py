@@ -113,7 +113,7 @@ def env_report() -> EnvReport:
         if device == "cuda":
             _or_error(backends.check_cuda)
         report[f"kernels on {device}"] = kernels = _kernels("perturb", device)
-        for op in ("linear", "activation"):  # where they run elsewhere
+        for op in ("linear", "expectation"):  # where they run elsewhere
             if (others := _kernels(op, device)) != kernels:
                 report[f"{op} on {device}"] = others
     if torch.cuda.is_available():

@@ -341,17 +341,18 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
       if (threadIdx.x % 32 == 0) shared[warp][t] = sum[t];
     }
     __syncthreads();
-    if (threadIdx.x < kGroup && is_used) {
-      const int t = static_cast<int>(threadIdx.x);
+    // Where, once more: kept over the loop it would spill.
+    const int64_t start = kGroup * (int64_t{keep(blockIdx.x)} * blockDim.y) - p.phase;
+    const int64_t column = start + kGroup * static_cast<int64_t>(threadIdx.y) + threadIdx.x;
+    if (threadIdx.x < kGroup && inside(column, a.features)) {
       C total = C(0);
-      for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
-      if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
+      for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][threadIdx.x];
+      static_cast<C*>(p.partials)[blockIdx.y * a.features + column] = total;
     }
     __shared__ double lane_sums[kChannelThreads];
     __shared__ bool is_last;
     if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
       const int width = static_cast<int>(kGroup * blockDim.y);
-      const int64_t start = static_cast<int64_t>(blockIdx.x) * width - p.phase;
       add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), start, width, lane_sums);
     }
   }
