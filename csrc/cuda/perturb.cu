@@ -10,7 +10,7 @@
 namespace dip {
 namespace {
 
-constexpr int kGroup = 8;  // columns of one Philox call
+constexpr int kGroup = 8;      // columns of one Philox call
 constexpr int kSumLanes = 32;  // partial rows that one block of the second stage reads at a time
 
 // A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
