@@ -281,3 +281,91 @@ def linear_bwd(
         dsigma = dsigma + factor * (du * z).sum(0) * (_sigma(sigma, True) / 2 if log_variance else 1)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias.to(bias_dtype), dsigma.to(sigma.dtype)
+
+
+# ---- producers: the projection in the operation that makes a layer's input.  docs/maths.md, section 10 -----------------------
+
+
+def activate(
+    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool, activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """u[i, j] = act(x[i, j]) + sigma[j] * z[i, j]"""
+    y = _ACTIVATIONS[activation](x.double())[0]
+    return perturb(y, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance, out_dtype or x.dtype)
+
+
+def activate_bwd(
+    du: Tensor, x: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int,
+    log_variance: bool, activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s)"""
+    dx = du.double() * _ACTIVATIONS[activation](x.double())[1]
+    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, log_variance)
+    return torch.empty_like(x).copy_(dx), dsigma
+
+
+def gate(
+    a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool,
+    activation: str, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """u[i, j] = act(a[i, j]) * b[i, j] + sigma[j] * z[i, j]"""
+    y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
+    return perturb(y, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance, out_dtype or a.dtype)
+
+
+def gate_bwd(
+    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int,
+    log_variance: bool, activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(da = du * b * act'(a), db = du * act(a), dsigma as `perturb_bwd`'s)"""
+    f, slope, _ = _ACTIVATIONS[activation](a.double())
+    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, log_variance)
+    return torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f), dsigma
+
+
+def _dsigma(
+    du: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool
+) -> Tensor:
+    if sigma is None:
+        return du.new_empty(0, dtype=torch.float32)
+    return perturb_bwd(du, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance)
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
+    log_variance: bool, kind: str, eps: float, offset: float, out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(u, stats): u[i, j] = (x[i, j] - mean[i]) * rstd[i] * (offset + weight[j]) + bias[j] + sigma[j] * z[i, j], mean = 0 for "rms";
+    stats = [mean[i], rstd[i]] or [rstd[i]]"""
+    rows = _as_rows(x, -1)
+    mean = rows.mean(1) if kind == "layer" else torch.zeros(rows.shape[0], dtype=torch.float64, device=x.device)
+    rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
+    y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (0 if bias is None else bias.double())
+    u = perturb(
+        torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape)), sigma, seed, -1, row0, col0, sample, 1, 1.0,
+        log_variance, out_dtype or x.dtype,
+    )  # fmt: skip
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return u, (torch.stack((mean, rstd)) if kind == "layer" else rstd[None].clone()).to(wide)
+
+
+def _norm_weight(weight: Tensor | None, offset: float) -> Tensor | float:
+    return 1.0 if weight is None else offset + weight.double()
+
+
+def norm_bwd(
+    du: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor | None, seed: Tensor,
+    row0: int, col0: int, sample: int, log_variance: bool, kind: str, offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dweight, dbias, dsigma): with h the normalised x and g = du * (offset + weight),
+    dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for "rms"; dweight = sum_i du * h, dbias = sum_i du"""
+    rows, g = _as_rows(x, -1), _as_rows(du, -1)
+    mean, rstd = (stats[0].double()[:, None] if kind == "layer" else 0.0), stats[-1].double()[:, None]
+    h = (rows - mean) * rstd
+    dweight = du.new_empty(0, dtype=torch.float32) if weight is None else (g * h).sum(0).to(weight.dtype)
+    dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
+    g = g * _norm_weight(weight, offset)
+    dx = g - h * (g * h).mean(1, keepdim=True) - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
+    dsigma = _dsigma(du, sigma, seed, -1, row0, col0, sample, log_variance)
+    return torch.empty_like(x).copy_((dx * rstd).reshape(x.shape)), dweight, dbias, dsigma

@@ -29,6 +29,7 @@ ORDER = [
     "tensor_parallel",
     "expectation",
     "functional",
+    "producers",
     "tracing",
     "seeds",
     "decay",
