@@ -1,4 +1,4 @@
-// Whole numbers, and work for threads.  No STL (perturb.cpp).
+// Whole numbers, work for threads, and the second stage of sums over rows.  No STL (draw.h).
 #pragma once
 #include "../launch.h"
 
@@ -23,6 +23,18 @@ void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f)
       w.f(at, smaller(w.total, at + w.grain));
   };
   parallel_for(total, grain, take, &work);
+}
+
+// to[j] = factor(j) * the sum of partials [blocks, n] over the blocks, n numbers
+template <class F>
+void sum_blocks(const double* partials, int64_t blocks, int64_t n, bool is_double, void* to, F&& factor) {
+  for (int64_t j = 0; j < n; ++j) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
+    sum *= factor(j);
+    if (is_double) static_cast<double*>(to)[j] = sum;
+    else static_cast<float*>(to)[j] = static_cast<float>(sum);
+  }
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Samples behind an activation, summed: total += sum over s of act(h_s), and back.  docs/maths.md, section 4.
 // Compiled once per instruction set; DIP_SAMPLES names the entry point. Plain loops that compilers vectorise; no STL
-// (perturb.cpp).
+// (draw.h).
 #include "../activation.h"
 #include "convert.h"
 #include "parallel.h"

@@ -1,4 +1,4 @@
-// Functions of one number that compilers vectorise: no branches, no calls in float32.  No STL (perturb.cpp).
+// Functions of one number that compilers vectorise: no branches, no calls in float32.  No STL (draw.h).
 #pragma once
 #include <cmath>
 
