@@ -191,7 +191,7 @@ MUTANTS = [
     Mutant("csrc/cpu/activation.cpp", "dv[j] += dv_part[j]", "dv[j] = dv_part[j]", ACTIVATION),
     Mutant("csrc/cpu/activation.cpp", "dw[j] += given[j]", "dw[j] = given[j]", ACTIVATION),
     Mutant("csrc/cpu/activation.cpp", "sum_blocks(partials + blocks * n", "sum_blocks(partials", ACTIVATION),
-    Mutant("csrc/cpu/parallel.h", "sum *= factor(j);", "", ACTIVATION),
+    Mutant("csrc/cpu/parallel.h", "partials[j] * factor(j)", "partials[j]", ACTIVATION),
     Mutant("csrc/cpu/activation.cpp", "slope += x < 0 ? tails : C(1) - tails", "slope += C(1) - tails", ACTIVATION),
     Mutant("csrc/cpu/activation.cpp", "if (variance_at(args, first + i) != 0) continue;", "continue;", ACTIVATION),
     Mutant("csrc/cpu/activation.cpp", "for (double& h : curvature) h = 0;", "{}", ACTIVATION),

@@ -19,6 +19,11 @@ static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole ve
 
 // ---- a tile -----------------------------------------------------------------------------------------------------------
 
+#ifndef DIP_STREAM_BYTES
+#define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
+#endif
+constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
+
 struct Counters {
   alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
 };
@@ -46,7 +51,7 @@ DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
 
 template <bool kPlanar>
 void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sample, int count, uint32_t* words) {
-  const int last = kTileGroups - 1;
+  const int last = count - 1;
   if (!kPlanar && c.row_lo[0] == c.row_lo[last] && c.row_hi[0] == c.row_hi[last]) {
     const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], stream_sample, keys);
     for (int i = 0; i < count; i += V::kLanes) {
@@ -116,6 +121,33 @@ void normal_tile(const Counters& counters, const Draw& draw, int count, float* o
     for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
 }
 
+// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// Loads, conversions and stores fit in between.
+
+template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream>
+void use_tile(const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc) {
+  for (int i = 0; i < 4 * kTileGroups; i += V::kLanes) {
+    typename V::F even, odd;
+    cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+    V::zip(even, odd, [&](int j, One::F a, One::F b) {
+      const int at = 2 * i + j, next = at + One::kLanes;
+      if constexpr (kSum) {
+        One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
+        One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
+      }
+      if constexpr (kWrite) {
+        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at));
+        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next));
+        if constexpr (kStream) One::stream_pair(u + at, here, beside);
+        else One::store_pair(u + at, here, beside);
+      }
+      if constexpr (kNoise) One::store_pair(z + at, a, b);
+    });
+  }
+}
+
+// ---- rows of groups, and sigma of their columns --------------------------------------------------------------------------
+
 // Continues a period of n numbers by a tile.
 template <class C>
 void repeat(int64_t n, C* numbers) {
@@ -166,8 +198,6 @@ struct Groups {
     }
   }
 };
-
-// ---- sigma -----------------------------------------------------------------------------------------------------------
 
 struct Sigma {
   const void* data;  // [features]; null: 1

@@ -6,40 +6,11 @@
 namespace dip {
 namespace {
 
-#ifndef DIP_STREAM_BYTES
-#define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
-#endif
-constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
-
-// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
-// Loads, conversions and stores fit in between.
-
-template <class T, bool kWrite, bool kSum, bool kNoise, bool kStream>
-void use_tile(const Polar& polar, const T* x, const T* du, T* u, T* z, const float* scale, float* acc) {
-  for (int i = 0; i < 4 * kTileGroups; i += V::kLanes) {
-    typename V::F even, odd;
-    cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
-    V::zip(even, odd, [&](int j, One::F a, One::F b) {
-      const int at = 2 * i + j, next = at + One::kLanes;
-      if constexpr (kSum) {
-        One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
-        One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
-      }
-      if constexpr (kWrite) {
-        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at));
-        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next));
-        if constexpr (kStream) One::stream_pair(u + at, here, beside);
-        else One::store_pair(u + at, here, beside);
-      }
-      if constexpr (kNoise) One::store_pair(z + at, a, b);
-    });
-  }
-}
-
 // ---- a run: n elements that lie side by side -------------------------------------------------------------------------
 
 template <class C>
 struct Job {
+  static constexpr bool draws = true;
   const PerturbArgs& args;
   bool dense, in_registers, streams, prefetches_u;
   DType dtype;  // of what a tile in registers reads and writes
@@ -100,11 +71,11 @@ struct Job {
     const PerturbArgs& a = args;
     const T *x = static_cast<const T*>(a.x.data) + p.at(a.x), *du = static_cast<const T*>(a.du.data) + p.at(a.du);
     T *u = static_cast<T*>(a.u.data) + p.at(a.u), *z = static_cast<T*>(a.z.data) + p.at(a.z);
-    if (!acc && !a.z.data) use_tile<T, true, false, false, kStream>(polar, x, du, u, z, scale, acc);
-    else if (!acc && !a.u.data) use_tile<T, false, false, true, false>(polar, x, du, u, z, scale, acc);
-    else if (!acc) use_tile<T, true, false, true, false>(polar, x, du, u, z, scale, acc);
-    else if (!a.u.data) use_tile<T, false, true, false, false>(polar, x, du, u, z, scale, acc);
-    else use_tile<T, true, true, false, false>(polar, x, du, u, z, scale, acc);
+    if (!acc && !a.z.data) use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc);
+    else if (!acc && !a.u.data) use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc);
+    else if (!acc) use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc);
+    else if (!a.u.data) use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc);
+    else use_tile<T, T, true, true, false, false>(polar, x, du, u, z, scale, acc);
   }
 };
 

@@ -26,6 +26,7 @@ struct Place {
 //   bool dense          rows of all its operands follow one another
 //   bool in_registers   a whole tile of dense rows is for tile()
 //   bool streams        tile() writes past the caches
+//   bool draws          z is wanted; else run() is given none
 //   void prefetch(place, n)
 //   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side; kChannel: of one feature
 //   void tile(place, polar, scale, acc)           kTile elements of dense rows
@@ -65,9 +66,9 @@ struct Rows {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
       const Place place{row, 8 * g, 0};
       if (linear) job.prefetch(place, 8 * count);
-      groups.fill(counters, row, g);
+      if (job.draws) groups.fill(counters, row, g);
       const bool in_registers = V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
-      if (!in_registers) normal_tile<false>(counters, pass.draw, count, z);
+      if (job.draws && !in_registers) normal_tile<false>(counters, pass.draw, count, z);
       if (linear) {
         C* at = acc ? acc + 8 * g : nullptr;
         const C* scale = pass.scale + 8 * g;
@@ -141,7 +142,7 @@ struct Channels {
       const int first_run = static_cast<int>(smaller(n, s.inner - pixel));
       // Planes far apart: a processor's own prefetching does not follow, and waits longest for what is to be written.
       for (int t = from; t < to; ++t) job.prefetch(Place{image, first_channel + t, pixel}, first_run);
-      normal_tile<true>(counters, pass.draw, n, z);
+      if (job.draws) normal_tile<true>(counters, pass.draw, n, z);
       for (int t = from; t < to; ++t) {
         const int64_t channel = first_channel + t;
         int64_t outer = image, inner = pixel;
