@@ -27,7 +27,7 @@ AVX2 = "-mavx2 -mfma -mf16c"
 # The files that are compiled once per instruction set, with their entry points.
 CPU_KERNELS = {
     "perturb": ["perturb"],
-    "activation": ["activation", "variance"],
+    "expectation": ["expectation", "variance"],
     "samples": ["samples"],
     "gate": ["gate"],
     "norm": ["norm"],
@@ -151,7 +151,8 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         f"rule link\n  command = {quoted(compiler)} -shared $in -o $out -Wl,--version-script=exports.map {ldflags}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
-    units = [("ops.cpp", "ops", "-Itorch/include")]
+    operations = [*CPU_KERNELS] if cpu else ["perturb"]  # the others have no CUDA kernels
+    units = [(f"{op}_op.cpp", f"{op}_op", "-Itorch/include") for op in operations]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):

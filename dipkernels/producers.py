@@ -13,32 +13,14 @@ rounded on the way. Without noise call the plain torch function.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import functional
-from .row_blocks import ACTIVATIONS
-
-KINDS = ("layer", "rms")
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _norm_pieces(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: float, offset: float
-) -> Tensor:  # fmt: skip
-    """f(x) in float32 (float64 for float64), of operations that have their own derivatives."""
-    wide = _wide(x)
-    mean = wide.mean(-1, keepdim=True) if kind == "layer" else 0.0
-    centred = wide - mean
-    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * (weight.to(wide.dtype) + offset)
-    return y if bias is None else y + bias.to(wide.dtype)
+from . import worlds
+from .functional import check_sigma
+from .ops import gate as _gate
+from .ops import norm as _norm
+from .ops.draw import Draw
 
 
 def norm(
@@ -80,10 +62,8 @@ def norm(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
-    y = _norm_pieces(x, weight, bias, kind, eps, offset)
-    return _perturb(y, x, sigma, seed, -1, row0, col0, sample, log_variance, dtype)
+    draw = _draw(sigma, -1, row0, col0, sample, log_variance)
+    return _norm.noised_norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x))
 
 
 def activate(
@@ -115,8 +95,8 @@ def activate(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    y = _act(kind)(_wide(x))
-    return _perturb(y, x, sigma, seed, dim, row0, col0, sample, log_variance, dtype)
+    draw = _draw(sigma, dim, row0, col0, sample, log_variance)
+    return _gate.noised_activation(x, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(x))
 
 
 def gate(
@@ -146,23 +126,15 @@ def gate(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if b.shape != a.shape:
-        raise ValueError(f"b: expected shape {tuple(a.shape)}, as a, got {tuple(b.shape)}")
-    y = _act(kind)(_wide(a)) * _wide(b)
-    return _perturb(y, a, sigma, seed, dim, row0, col0, sample, log_variance, dtype)
+    draw = _draw(sigma, dim, row0, col0, sample, log_variance)
+    return _gate.noised_gate(a, b, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(a))
 
 
-def _act(kind: str) -> Callable[[Tensor], Tensor]:
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"kind: expected one of {tuple(ACTIVATIONS)}, got {kind!r}")
-    return ACTIVATIONS[kind]
+def _draw(sigma: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool) -> Draw:
+    if not log_variance:
+        check_sigma(sigma)
+    return Draw(dim, row0, col0, sample, log_variance=log_variance)
 
 
-def _perturb(
-    y: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool,
-    dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    return functional.perturb(
-        y, sigma, seed, dim=dim, row0=row0, col0=col0, sample=sample, log_variance=log_variance,
-        dtype=dtype or functional.autocast_dtype(x) or x.dtype,
-    )  # fmt: skip
+for _name in ("norm", "activate", "gate"):
+    torch.fx.wrap(_name)  # one call in a graph that torch.fx traces

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,12 +185,12 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     return sums[0], sums[1], sums[2] / 2
 
 
-def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """y[i, j] = E[act(mu[i, j] + sqrt(v[j]) z)]"""
     return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
-def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dmu[i, j], dv[j], sum[j]): dy times d/dmu, and the sums over i of dy times d/dv and of dmu"""
     _, slope, half_curvature = _expectation(mu, v, activation)
     dmu, dv = dy.double() * slope, dy.double() * half_curvature
@@ -197,15 +198,15 @@ def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[
     return dmu.to(mu.dtype, copy=True).contiguous(), sums[0], sums[1]
 
 
-def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+def affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v[n] = sum_k sigma[k]^2 W[n, k]^2"""
     return (weight.double().square() @ _sigma(sigma, log_variance).square()).to(sigma.dtype)
 
 
-def activation_variance_bwd(
+def affine_variance_bwd(
     dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(given + dweight, dsigma) of `activation_variance`"""
+    """(given + dweight, dsigma) of `affine_variance`"""
     w, s = weight.double(), _sigma(sigma, log_variance)
     dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
     if given is not None:
@@ -240,33 +241,6 @@ def linear(
     return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def linear_keep(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else act'(h) of num_kept
-    samples, in bfloat16 as round(200 act'(h)) + 26"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
-    y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
-    slopes = [_ACTIVATIONS[activation](h)[1] for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
-    if activation != "relu":
-        kept = torch.stack(slopes)[:num_kept]
-        return y, (kept * 200 + 26).round().to(torch.uint8) if weight.dtype is torch.bfloat16 else kept.to(weight.dtype)
-    signs = torch.zeros(-(-num_samples // 8), *slopes[0].shape, dtype=torch.uint8, device=x.device)
-    for i, slope in enumerate(slopes):
-        signs[i // 8] |= (slope > 0).to(torch.uint8) << i % 8
-    return y, signs
-
-
-def linear_keep_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `linear_bwd`, which draws again"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
-    return linear_bwd(dy, x, weight, bias, sigma, seed, *where, activation)
-
-
 def linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
     num_samples: int, factor: float, log_variance: bool, activation: str,
@@ -283,83 +257,144 @@ def linear_bwd(
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias.to(bias_dtype), dsigma.to(sigma.dtype)
 
 
-# ---- producers: the projection in the operation that makes a layer's input.  docs/maths.md, section 10 -----------------------
+# ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------------------------------
 
 
 def activate(
-    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool, activation: str,
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
     out_dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    """u[i, j] = act(x[i, j]) + sigma[j] * z[i, j]"""
-    y = _ACTIVATIONS[activation](x.double())[0]
-    return perturb(y, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance, out_dtype or x.dtype)
+) -> Tensor:
+    """u[i, j] = act(x[i, j]) + factor * sigma[j] * z[i, j]"""
+    y = torch.empty_like(x, dtype=torch.float64).copy_(_ACTIVATIONS[activation](x.double())[0])
+    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
+    return perturb(y, sigma, seed, *draw, out_dtype or x.dtype)
 
 
 def activate_bwd(
-    du: Tensor, x: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int,
-    log_variance: bool, activation: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s)"""
-    dx = du.double() * _ACTIVATIONS[activation](x.double())[1]
-    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, log_variance)
-    return torch.empty_like(x).copy_(dx), dsigma
+    du: Tensor,
+    x: Tensor,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s, empty without a sigma)"""
+    dx = torch.empty_like(x).copy_(du.double() * _ACTIVATIONS[activation](x.double())[1])
+    return dx, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
 
 
 def gate(
-    a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool,
-    activation: str, out_dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    """u[i, j] = act(a[i, j]) * b[i, j] + sigma[j] * z[i, j]"""
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]"""
     y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
-    return perturb(y, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance, out_dtype or a.dtype)
+    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
+    return perturb(y, sigma, seed, *draw, out_dtype or a.dtype)
 
 
 def gate_bwd(
-    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int,
-    log_variance: bool, activation: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(da = du * b * act'(a), db = du * act(a), dsigma as `perturb_bwd`'s)"""
+    du: Tensor,
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
     f, slope, _ = _ACTIVATIONS[activation](a.double())
-    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, log_variance)
-    return torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f), dsigma
+    da, db = torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f)
+    return da, db, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
 
 
-def _dsigma(
-    du: Tensor, sigma: Tensor | None, seed: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool
-) -> Tensor:
-    if sigma is None:
-        return du.new_empty(0, dtype=torch.float32)
-    return perturb_bwd(du, sigma, seed, dim, row0, col0, sample, 1, 1.0, log_variance)
+def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
+    return du.new_empty(0, dtype=torch.float32) if sigma is None else perturb_bwd(du, sigma, seed, *draw)
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    log_variance: bool, kind: str, eps: float, offset: float, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(u, stats): u[i, j] = (x[i, j] - mean[i]) * rstd[i] * (offset + weight[j]) + bias[j] + sigma[j] * z[i, j], mean = 0 for "rms";
-    stats = [mean[i], rstd[i]] or [rstd[i]]"""
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    kind: str,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(u, stats): h[i, j] = (x[i, j] - mean[i]) * rstd[i], u = h * (offset + weight[j]) + bias[j] + factor * sigma[j] * z[i, j],
+    stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats = [rstd[i]]"""
     rows = _as_rows(x, -1)
-    mean = rows.mean(1) if kind == "layer" else torch.zeros(rows.shape[0], dtype=torch.float64, device=x.device)
+    mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (0 if bias is None else bias.double())
-    u = perturb(
-        torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape)), sigma, seed, -1, row0, col0, sample, 1, 1.0,
-        log_variance, out_dtype or x.dtype,
-    )  # fmt: skip
-    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return u, (torch.stack((mean, rstd)) if kind == "layer" else rstd[None].clone()).to(wide)
-
-
-def _norm_weight(weight: Tensor | None, offset: float) -> Tensor | float:
-    return 1.0 if weight is None else offset + weight.double()
+    y = torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape))
+    u = perturb(y, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype or x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return u, torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
 
 
 def norm_bwd(
-    du: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor | None, seed: Tensor,
-    row0: int, col0: int, sample: int, log_variance: bool, kind: str, offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dweight, dbias, dsigma): with h the normalised x and g = du * (offset + weight),
-    dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for "rms"; dweight = sum_i du * h, dbias = sum_i du"""
+    du: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    kind: str,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dsigma): g = du * (offset + weight), dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for
+    "rms"; dweight = sum_i du * h, dbias = sum_i du; empty where there is no weight, bias or sigma"""
     rows, g = _as_rows(x, -1), _as_rows(du, -1)
     mean, rstd = (stats[0].double()[:, None] if kind == "layer" else 0.0), stats[-1].double()[:, None]
     h = (rows - mean) * rstd
@@ -367,5 +402,9 @@ def norm_bwd(
     dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
     g = g * _norm_weight(weight, offset)
     dx = g - h * (g * h).mean(1, keepdim=True) - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
-    dsigma = _dsigma(du, sigma, seed, -1, row0, col0, sample, log_variance)
+    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
     return torch.empty_like(x).copy_((dx * rstd).reshape(x.shape)), dweight, dbias, dsigma
+
+
+def _norm_weight(weight: Tensor | None, offset: float) -> Tensor | float:
+    return 1.0 if weight is None else offset + weight.double()

@@ -8,8 +8,10 @@ import torch
 from capability_support import OFFERED
 from header_support import header_module, read_vectors
 
-from dipkernels import backend, functional, ops, reference
+from dipkernels import backend, functional, reference
 from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import noise
 
 SEED = torch.tensor([0x0123456789ABCDEF, 0])
 LANES = [("portable", "portable"), ("native", "portable"), ("native", "avx2"), ("native", "avx512")]
@@ -249,4 +251,4 @@ def test_noise_is_standard_normal_on_1e8_draws():
 
 
 def test_ops_noise_is_what_functional_gives():
-    assert torch.equal(ops.noise(SEED, (3, 8), -1, 0, 0, 0, 1), functional.noise((3, 8), SEED))
+    assert torch.equal(noise(SEED, (3, 8), Draw(-1, 0, 0, 0, 1)), functional.noise((3, 8), SEED))

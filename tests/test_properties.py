@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import dipkernels as dip
-from dipkernels import backends, functional, ops, reference
+from dipkernels import backends, functional, reference
 from dipkernels.backends import cpu_capability, library
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb, perturb_bwd, perturb_replay
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
@@ -133,7 +135,7 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     cpu_capability(machine[0])
     torch.set_num_threads(machine[1])
     dim, log_variance = where[0], where[-1]
-    u = ops.perturb(x, sigma, seed, *where, out_dtype)
+    u = perturb(x, sigma, seed, Draw(*where), out_dtype)
     exact = reference.perturb(x, sigma, seed, *where, torch.float64)
     scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[5] if sigma.numel() else 0.0
     tiny = 6e-8 if u.dtype is torch.float16 else 0.0
@@ -144,13 +146,13 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     )
     assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape and u.stride() == torch.empty_like(x).stride()
     assert ((u.double() - exact).abs() <= allowed).all()
-    dsigma = ops.perturb_bwd(du, sigma, seed, *where)
+    dsigma = perturb_bwd(du, sigma, seed, Draw(*where))
     exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
     rows = du.numel() // max(1, du.shape[dim])
     size = where[5] * (scale + 1) * (1 + (float(du.double().abs().max()) if du.numel() else 0.0))
     assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
     assert ((dsigma.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
-    again, replayed = ops.perturb_replay(du, x, sigma, seed, *where, out_dtype)
+    again, replayed = perturb_replay(du, x, sigma, seed, Draw(*where), out_dtype)
     assert torch.equal(again, u)
     # In the type of x where that is wider than du's.
     assert ((replayed.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()

@@ -5,7 +5,7 @@ import torch
 from capability_support import OFFERED
 
 from dipkernels import backends
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS
 
 OPS = torch.ops.dipkernels
 SEED = torch.tensor([17, 2**33 + 5])

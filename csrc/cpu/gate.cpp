@@ -151,7 +151,7 @@ const char* gate(const GateArgs& g, ParallelFor parallel_for) {
   const NoiseArgs& noise = g.noise;
   return walk<C>(
       {g.outer, g.features, g.inner, noise.row0, noise.col0}, Draw::of(noise.seed, noise.sample, 1),
-      {noise.sigma, noise.sigma_is_double, noise.log_variance, 1.0}, noise.dsigma, job, parallel_for);
+      {noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor}, noise.dsigma, job, parallel_for);
 }
 
 }  // namespace

@@ -293,11 +293,11 @@ template <class C>
 const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor parallel_for) {
   const int64_t k = a.features;
   const int64_t block_rows = larger(64, ceil_div(ceil_div(a.rows, kMaxBlocks), 64) * 64), blocks = ceil_div(a.rows, block_rows);
-  double* partials = static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, 3 * blocks * k)), sizeof(double)));
+  double* partials = static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks) * 3 * k + 1), sizeof(double)));
   if (!partials) return "out of memory";
   bool failed = false;
   run_parallel(parallel_for, blocks, larger(1, kGrainTiles * kTile / larger(1, k * block_rows)), [&](int64_t begin, int64_t end) {
-    C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k), sizeof(C)));
+    C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k + 1), sizeof(C)));
     if (!sums) {
       __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
       return;
@@ -310,7 +310,7 @@ const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor paralle
     add_blocks(partials, blocks, 3 * k);
     const auto one = [](int64_t) { return 1.0; };
     const NoiseArgs& noise = a.noise;
-    const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, 1.0};
+    const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
     put_columns(partials, k, a.dweight, one);
     put_columns(partials + k, k, a.dbias, one);
     put_columns(
@@ -328,16 +328,16 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   if (!columns) return "out of memory";
   C *scale = columns, *weight = columns + k, *bias = weight + k;
   const NoiseArgs& noise = a.noise;
-  const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, 1.0};
-  for (int64_t j = 0; j < k; ++j) scale[j] = noise.sigma ? static_cast<C>(sigma.at(j)) : C(0);
+  const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
+  for (int64_t j = 0; j < k; ++j) scale[j] = noise.sigma ? static_cast<C>(noise.factor * sigma.at(j)) : C(0);
   get_columns<C>(a.weight, k, static_cast<C>(a.offset), 1, weight);
   get_columns<C>(a.bias, k, 0, 0, bias);
   const char* error = nullptr;
   const Norm<C> norm(a, scale, weight, bias);
   if (!a.u.data) {
     error = run_back<C>(a, norm, parallel_for);
-  } else if (k) {
-    run_parallel(parallel_for, a.rows, larger(1, kGrainTiles * kTile / k), [&](int64_t begin, int64_t end) {
+  } else {
+    run_parallel(parallel_for, a.rows, larger(1, kGrainTiles * kTile / larger(1, k)), [&](int64_t begin, int64_t end) {
       norm.walk(begin, end, nullptr, nullptr);
     });
   }

@@ -38,64 +38,24 @@ void write_out(const SamplesArgs& a, const Run& run, const float* __restrict tot
   });
 }
 
-// total += act(h), and what backward needs of sample s. Bytes by way of `wide`: a conditional byte beside a wider h is not
-// vectorised.
-template <int kKind>
-void add_and_keep(
-    const SamplesArgs& a, const Run& run, int64_t s, const float* __restrict h, float* __restrict total, int* __restrict wide) {
-  const int64_t i = a.first + s;
-  if (a.form == SlopeForm::kBits) {
-    const int bit = 1 << i % 8, kept = s == 0 || bit == 1 ? 0 : -1;
-    for (int j = 0; j < run.n; ++j) {
-      total[j] += act<kKind>(h[j]).value;
-      wide[j] = (wide[j] & kept) | (h[j] <= 0 ? 0 : bit);
-    }
-    if (bit != 128 && s + 1 < a.num_slopes) return;  // the next sample goes into the same byte
-    uint8_t* __restrict bits = static_cast<uint8_t*>(a.slopes.data) + run.at(a.slopes, i / 8);
-    for (int j = 0; j < run.n; ++j) bits[j] = static_cast<uint8_t>(bits[j] | wide[j]);
-  } else if (a.form == SlopeForm::kCodes) {
-    for (int j = 0; j < run.n; ++j) {
-      const Act<float> y = act<kKind>(h[j]);
-      const float code = fma_of(y.slope, kSlopeSteps, kSlopeZero + 0.5f);
-      total[j] += y.value;
-      wide[j] = static_cast<int>(y.slope != y.slope ? kSlopeNan : code);
-    }
-    uint8_t* __restrict codes = static_cast<uint8_t*>(a.slopes.data) + run.at(a.slopes, i);
-    for (int j = 0; j < run.n; ++j) codes[j] = static_cast<uint8_t>(wide[j]);
-  } else {
-    compute_run(values(a.slopes), run.at(a.slopes, i), run.n, [&](float* __restrict slopes) {
-      for (int j = 0; j < run.n; ++j) {
-        const Act<float> y = act<kKind>(h[j]);
-        total[j] += y.value;
-        slopes[j] = y.slope;
-      }
-    });
-  }
-}
-
 template <int kKind>
 void forward(const SamplesArgs& a, const Run& run) {
   alignas(64) float buffer[kRun];
-  alignas(64) int wide[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
   for (int64_t s = 0; s < a.samples; ++s) {
     if (s + 1 < a.samples) prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
     const float* __restrict h = load(run, a.h, s, buffer);
-    if (s < a.num_slopes) {
-      add_and_keep<kKind>(a, run, s, h, total, wide);
-      continue;
-    }
     for (int j = 0; j < run.n; ++j) total[j] += act<kKind>(h[j]).value;
   }
   write_out(a, run, total);
 }
 
-// ---- back: dy and the slopes come by rows and are transposed here -------------------------------------------------------------
+// ---- back: dy comes by rows and is transposed here ---------------------------------------------------------------------------
 
 constexpr int kLines = 32, kLine = 256;  // of a tile: 32 numbers of 16 bits are a cache line
 
 struct Tile {
-  alignas(64) unsigned char data[kLines * kLine * sizeof(float)];  // or of several samples of fewer bytes
+  alignas(64) unsigned char data[kLines * kLine * sizeof(float)];
 };
 
 // Square blocks of numbers, a row of one in a 64-bit word: halves of words change places, then halves of those.
@@ -144,83 +104,30 @@ void transpose_lines(const Operand& t, int64_t offset, int64_t stride, const Run
   else transpose<uint16_t>(static_cast<const uint16_t*>(t.data) + at, stride, lines, run.n, tile);
 }
 
-// The slopes of samples [begin, end), one below the other; of bits a byte is enough.
-void transpose_slopes(const SamplesArgs& a, const Run& run, int lines, int64_t begin, int64_t end, Tile& tile) {
-  const Samples& t = a.slopes;
-  if (a.form == SlopeForm::kBits) begin /= 8, end = begin + 1;
-  const int64_t size = a.form == SlopeForm::kValues ? size_of(t.dtype) : 1;
-  for (int64_t i = begin; i < end; ++i) {
-    unsigned char* to = tile.data + (i - begin) * kLines * kLine * size;
-    const int64_t at = i * t.sample_stride;
-    if (a.form == SlopeForm::kValues) {
-      transpose_lines(values(t), at, t.outer_stride, run, lines, to);
-    } else {
-      const uint8_t* bytes = static_cast<const uint8_t*>(t.data) + at + run.inner * t.outer_stride + run.outer;
-      transpose<uint8_t>(bytes, t.outer_stride, lines, run.n, to);
-    }
-  }
-}
-
-// How many samples from i on a tile has room for.
-int64_t room(const SamplesArgs& a, int64_t i) {
-  if (a.form == SlopeForm::kBits) return 8 - i % 8;
-  return a.form == SlopeForm::kCodes ? 4 : 4 / size_of(a.slopes.dtype);
-}
-
-// dh = dy slope of sample i, for the line of the tile that begins with number `at`.
-void back_by_slopes(
-    const SamplesArgs& a, const Tile& tile, int at, int64_t i, int n, const float* __restrict dy, float* __restrict dh) {
-  const uint8_t* __restrict bytes = tile.data + at;
-  if (a.form == SlopeForm::kBits) {
-    const int bit = 1 << i % 8;
-    for (int j = 0; j < n; ++j) dh[j] = bytes[j] & bit ? dy[j] : 0.0f;
-  } else if (a.form == SlopeForm::kCodes) {
-    for (int j = 0; j < n; ++j) {
-      const float slope = static_cast<float>(bytes[j] - kSlopeZero) * (1.0f / kSlopeSteps);
-      dh[j] = dy[j] * (bytes[j] == kSlopeNan ? __builtin_nanf("") : slope);
-    }
-  } else {
-    alignas(64) float buffer[kLine];
-    const float* __restrict slopes =
-        load_run<float>({const_cast<unsigned char*>(tile.data), a.slopes.dtype, 0, 1}, at, n, buffer);
-    for (int j = 0; j < n; ++j) dh[j] = dy[j] * slopes[j];
-  }
-}
-
 template <int kKind>
 void back(const SamplesArgs& a, const Run& first, int lines) {
   alignas(64) float buffer[kLine], gradient[kLine];
   float bias_buffer[1];
-  Tile dy_tile, slopes;
+  Tile dy_tile;
   const int n = first.n;
   transpose_lines(a.dy, 0, a.dy.outer_stride, first, lines, dy_tile.data);
-  for (int64_t begin = 0, end; begin < a.samples; begin = end) {
-    const int64_t fit = begin + room(a, a.first + begin), given = smaller(a.num_slopes, fit);
-    end = a.num_slopes <= fit ? a.samples : fit;
-    if (begin < given) transpose_slopes(a, first, lines, a.first + begin, a.first + given, slopes);
-    for (int l = 0; l < lines; ++l) {
-      const Run run{first.outer + l, first.inner, n};
-      float* __restrict total = a.total + run.outer * a.inner + run.inner;
-      const float* __restrict dy = load_run<float>({dy_tile.data, a.dy.dtype, 0, 1}, l * kLine, n, gradient);
-      const float bias = a.bias.data ? *load_run<float>(a.bias, run.outer, 1, bias_buffer) : 0.0f;
-      for (int64_t s = begin; s < end; ++s) {
-        if (s + 1 < end) {
-          if (s + 1 >= a.num_slopes) prefetch_run<0>(values(a.h), run.at(a.h, s + 1 - a.num_slopes), n);
-          prefetch_run<1>(values(a.dh), run.at(a.dh, s + 1), n);
-        }
-        compute_run(values(a.dh), run.at(a.dh, s), n, [&](float* __restrict dh) {
-          if (s < a.num_slopes) {
-            const int sample = a.form == SlopeForm::kBits ? 0 : static_cast<int>(s - begin);
-            back_by_slopes(a, slopes, (sample * kLines + l) * kLine, a.first + s, n, dy, dh);
-          } else {
-            const float* __restrict h = load(run, a.h, s - a.num_slopes, buffer);
-            for (int j = 0; j < n; ++j) dh[j] = dy[j] * act<kKind>(h[j] + bias).slope;
-          }
-          for (int j = 0; j < n; ++j) total[j] += dh[j];
-        });
+  for (int l = 0; l < lines; ++l) {
+    const Run run{first.outer + l, first.inner, n};
+    float* __restrict total = a.total + run.outer * a.inner + run.inner;
+    const float* __restrict dy = load_run<float>({dy_tile.data, a.dy.dtype, 0, 1}, l * kLine, n, gradient);
+    const float bias = a.bias.data ? *load_run<float>(a.bias, run.outer, 1, bias_buffer) : 0.0f;
+    for (int64_t s = 0; s < a.samples; ++s) {
+      if (s + 1 < a.samples) {
+        prefetch_run<0>(values(a.h), run.at(a.h, s + 1), n);
+        prefetch_run<1>(values(a.dh), run.at(a.dh, s + 1), n);
       }
-      if (end == a.samples) write_out(a, run, total);
+      compute_run(values(a.dh), run.at(a.dh, s), n, [&](float* __restrict dh) {
+        const float* __restrict h = load(run, a.h, s, buffer);
+        for (int j = 0; j < n; ++j) dh[j] = dy[j] * act<kKind>(h[j] + bias).slope;
+        for (int j = 0; j < n; ++j) total[j] += dh[j];
+      });
     }
+    write_out(a, run, total);
   }
 }
 
