@@ -133,13 +133,11 @@ struct Samples {
 };
 
 // total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor total, where it is wanted.
-// Rows of samples forward, their columns back: there a row of dy is what is inner elsewhere, [inner, outer].
 struct SamplesArgs {
   int64_t outer, inner, samples;
   int kind;      // Activation of activation.h, or kIdentity
   Samples h;     // not float64
-  Operand bias;  // back: [outer], added to h; null: 0
-  Operand dy;    // back
+  Operand dy;    // back: [outer, inner], inner elements side by side
   Samples dh;    // null: forward
   float* total;  // [outer, inner], contiguous
   Operand out;   // [outer, inner], inner elements side by side; null: not wanted

@@ -92,32 +92,29 @@ SamplesArgs start_samples(
   return a;
 }
 
+// Rows that follow one another are one.
+void join_rows(SamplesArgs& a) {
+  const auto dense = [&](const void* data, int64_t stride) { return !data || stride == a.inner; };
+  if (!dense(a.h.data, a.h.outer_stride) || !dense(a.dy.data, a.dy.outer_stride) || !dense(a.out.data, a.out.outer_stride)) return;
+  a.inner *= a.outer;
+  a.outer = 1;
+}
+
 void act_add(Tensor total, Tensor h, std::string activation, std::optional<Tensor> out, double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
-  const auto dense = [&](bool absent, int64_t stride) { return absent || stride == a.inner; };
-  if (dense(!a.h.data, a.h.outer_stride) && dense(!a.out.data, a.out.outer_stride)) {
-    a.inner *= a.outer;  // rows that follow one another are one
-    a.outer = 1;
-  }
+  join_rows(a);
   check_done(samples_cpu(a, parallel_for));
 }
 
 Tensor act_add_bwd(
-    Tensor total, Tensor h, std::optional<Tensor> bias, Tensor dy, std::string activation, std::optional<Tensor> out,
-    double factor) {
-  const int64_t samples = h.size(0);
+    Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out, double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy: expected h's dtype");
-  a.dy = matrix_of(dy, "dy", a.inner, a.outer);
-  if (bias) {
-    STD_TORCH_CHECK(
-        bias->dim() == 1 && bias->size(0) == a.outer && bias->is_contiguous() && bias->scalar_type() != ScalarType::Double,
-        "bias: expected shape (", a.outer, ",), contiguous, float32, float16 or bfloat16");
-    a.bias = operand_of(*bias);
-  }
-  const std::array<int64_t, 3> sizes{a.outer, samples, a.inner}, strides{samples * a.inner, a.inner, 1};
+  a.dy = matrix_of(dy, "dy", a.outer, a.inner);
+  const std::array<int64_t, 3> sizes{a.samples, a.outer, a.inner}, strides{a.outer * a.inner, a.inner, 1};
   Tensor dh = empty_strided(h, {sizes.data(), 3}, {strides.data(), 3}, a.h.dtype);
-  a.dh = {dh.mutable_data_ptr(), a.h.dtype, a.inner, samples * a.inner};
+  a.dh = {dh.mutable_data_ptr(), a.h.dtype, a.outer * a.inner, a.inner};
+  join_rows(a);
   check_done(samples_cpu(a, parallel_for));
   return dh;
 }

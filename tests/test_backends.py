@@ -309,6 +309,6 @@ def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):
         x, weight = torch.ones(64, 2048, dtype=torch.bfloat16), torch.ones(n, 2048, dtype=torch.bfloat16)
 
         def step(x, weight, want=want):
-            return x + (registry.kernel("linear", device_of(x, weight)) is found[want])
+            return x + (registry.kernel("linear", device_of("cuda", x, weight)) is found[want])
 
         assert torch.compile(step, fullgraph=True, backend="eager")(x, weight).eq(2).all()

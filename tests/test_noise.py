@@ -180,19 +180,12 @@ def test_noise_keeps_its_bits_from_one_release_to_the_next():
     assert hashlib.sha256(z.numpy().astype("<f4").tobytes()).hexdigest()[:16] == "ad737b5308ff64a4"
 
 
-def test_noise_explicit_mean_is_the_mean_of_its_samples():
-    mean = functional.noise((6, 40), SEED, sample=3, num_samples=4)
-    want = sum(functional.noise((6, 40), SEED, sample=3 + s) for s in range(4)) * 0.25
-    assert torch.equal(mean, want)
-
-
 @pytest.mark.parametrize(
     "bad, error",
     [
         (dict(shape=(2, 8), seed=torch.tensor([1, 2, 3])), "seed: expected shape"),
         (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
         (dict(shape=(2, 8), dim=2), "dim: expected"),
-        (dict(shape=(2, 8), num_samples=0), "num_samples: expected"),
         (dict(shape=(2, 8), sample=65536), "sample: expected"),
         (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
         (dict(shape=(2, 8), row0=2**63 - 1), "row0, col0: expected 0 to 2"),

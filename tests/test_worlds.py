@@ -151,7 +151,7 @@ def check_passes(name, graphs, namespace="dipkernels", fused=False):
     passes = {
         "mean": ({"linear"}, {"linear_bwd"}),
         "relu mean": ({"linear"}, {"linear_bwd"}),
-        "exact": ({"activation"}, {"expectation_bwd"}),
+        "exact": ({"expectation"}, {"expectation_bwd"}),
     }
     plain = ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
     for ran, wanted in zip((forward, backward), passes.get(name, plain)):

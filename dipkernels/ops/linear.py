@@ -45,7 +45,7 @@ def linear(
         raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
-    run = registry.kernel("linear", device_of(x, weight))
+    run = registry.kernel("linear", device_of(x.device.type, x, weight))
     y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], activation, out_dtype)
     return y
 
@@ -54,14 +54,13 @@ def linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, draw: Draw, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dsigma); dbias [N] also without a bias."""
-    run = registry.kernel("linear_bwd", device_of(x, weight))
+    run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(dy, x, weight, bias, sigma, seed, *draw[1:], activation)
     return grads
 
 
-def device_of(x: Tensor, weight: Tensor) -> str:
-    """x's, as `registry.kernel` wants it."""
-    device = x.device.type
+def device_of(device: str, x: Tensor, weight: Tensor) -> str:
+    """x's device as `registry.kernel` wants it, from its type."""
     if device == "cuda" and weight.numel():
         m = x.numel() // weight.shape[1]
         return registry.WIDE if backends.is_wide(weight.dtype, m, *weight.shape) else device
@@ -101,10 +100,10 @@ registry.define_pass(
 )
 # total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total, where it is wanted.
 registry.define_pass("act_add", "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? out, float factor) -> ()")
-# Back: dh = dy act'(h + bias[:, None]) as [A, samples, B], total += its sum; dy [B, A] is transposed on the way.
+# Back: dh = dy act'(h), [samples, A, B], total += its sum.
 registry.define_pass(
     "act_add_bwd",
-    "(Tensor(a!) total, Tensor h, Tensor? bias, Tensor dy, str activation, Tensor(b!)? out, float factor) -> Tensor",
+    "(Tensor(a!) total, Tensor h, Tensor dy, str activation, Tensor(b!)? out, float factor) -> Tensor",
 )
 
 # ---- one draw ----------------------------------------------------------------------------------------------------------

@@ -64,14 +64,14 @@ def _draws(
         draws = [
             torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, factor, False, dtype) for s in samples
         ]
-        return _stack(draws, 0)
+        return _stack(draws)
 
     u = draw(rows, sigma, factor)
     return u, draw(rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma), 1.0) if with_z else u
 
 
-def _stack(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0].unsqueeze(dim) if len(tensors) == 1 else torch.stack(tensors, dim)
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -94,20 +94,18 @@ def _act_add(total: Tensor, h: Tensor, activation: str, out: Tensor | None = Non
 
 
 def _act_add_bwd(
-    total: Tensor, h: Tensor, bias: Tensor | None, dy: Tensor, activation: str, out: Tensor | None, factor: float
+    total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float
 ) -> Tensor:
-    """dh = dy act'(h + bias), [N, samples, rows], of h [samples, N, rows] and dy [rows, N]; total [N, rows] += its sum over
-    samples, factor total into out. bias [N]: of a product by columns, which adds none."""
+    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total into out."""
     if _has_passes(h):
-        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, bias, dy, activation, out, factor)
+        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
         return fused
-    backward = BACKWARDS[activation]
-    dhs = [backward(dy.t(), part if bias is None else part + bias[:, None]) for part in h]
+    dhs = [BACKWARDS[activation](dy, part) for part in h]
     for dh in dhs:
         total.add_(dh)
     if out is not None:
         torch.mul(total, factor, out=out)
-    return _stack(dhs, 1)
+    return _stack(dhs)
 
 
 def linear(
@@ -161,33 +159,30 @@ def linear_bwd(
 
     With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
     dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs two products.
-    The compiled passes work by columns, dh^T [N, rows], as a CPU's products over rows read it fastest; the others by rows.
+    h_s is made by the product that made it in forward: behind relu another rounding would be another sign.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
-    samples, by_columns = range(sample, sample + num_samples), _has_passes(weight)
+    samples = range(sample, sample + num_samples)
     noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
-    sums = torch.empty(n, flat.shape[0], dtype=dtype, device=x.device)  # D^T
+    sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
     blocks, groups = _blocks(flat, n, num_samples)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
-        total = torch.zeros((n, len(rows)) if by_columns else (len(rows), n), dtype=wide, device=x.device)
-        total = total if by_columns else total.t()
+        total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
         for group in groups:
             part = samples[group.start : group.stop]
             u, z = _draws(rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True)
-            if by_columns:
-                h = F.linear(weight, u.flatten(0, 1)).view(n, len(u), len(rows)).transpose(0, 1)
-            else:
-                h = F.linear(u.flatten(0, 1), weight, bias).view(len(u), len(rows), n).transpose(1, 2)
-            out = sums[:, block] if group is groups[-1] else None
-            dh = _act_add_bwd(total, h, bias if by_columns else None, block_dy, activation, out, 1 / num_samples)
-            noise_sum.add_(dh.flatten(1) @ z.flatten(0, 1))
+            h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), len(rows), n)
+            dh = _act_add_bwd(
+                total, h, block_dy, activation, sums[block] if group is groups[-1] else None, 1 / num_samples
+            )
+            noise_sum.add_(dh.flatten(0, 1).t() @ z.flatten(0, 1))
             del u, z, h, dh  # before the next ones
-        row_sum.add_(total.sum(1))
-    dx = (sums.t() @ weight).to(x.dtype)
-    dweight = (sums @ flat.to(dtype)).to(wide)
+        row_sum.add_(total.sum(0))
+    dx = (sums @ weight).to(x.dtype)
+    dweight = (sums.t() @ flat.to(dtype)).to(wide)
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:
