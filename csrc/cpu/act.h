@@ -59,5 +59,12 @@ DIP_HD Act<double> act(double x) {
   }
 }
 
+// act(x).value alone.
+template <int kKind, class C>
+DIP_HD C act_value(C x) {
+  if constexpr (kKind == kGeluActivation && sizeof(C) == 4) return x * normal_cdf(x);
+  else return act<kKind>(x).value;
+}
+
 }  // namespace
 }  // namespace dip

@@ -26,6 +26,7 @@ constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 t
 
 struct Counters {
   alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
+  bool one_row = false;  // only the first row_lo and row_hi are set
 };
 
 struct Draw {
@@ -51,8 +52,7 @@ DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
 
 template <bool kPlanar>
 void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sample, int count, uint32_t* words) {
-  const int last = count - 1;
-  if (!kPlanar && c.row_lo[0] == c.row_lo[last] && c.row_hi[0] == c.row_hi[last]) {
+  if (!kPlanar && c.one_row) {
     const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], stream_sample, keys);
     for (int i = 0; i < count; i += V::kLanes) {
       typename V::Wide ctr[4];
@@ -121,14 +121,26 @@ void normal_tile(const Counters& counters, const Draw& draw, int count, float* o
     for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
 }
 
-// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
-// Loads, conversions and stores fit in between.
+// Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once would fill what a core can ask
+// for, and stop it. What is read comes into the second-level cache, since the first holds no two rows of all operands.
+template <int kWrite, class T>
+DIP_HD void prefetch_step(const T* p) {
+  for (int i = 0; i < 2 * V::kLanes * static_cast<int>(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
+}
 
-template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream>
-void use_tile(const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc) {
-  for (int i = 0; i < 4 * kTileGroups; i += V::kLanes) {
+// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns [begin, end), and
+// x is that of column `begin`.
+
+template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
+void use_tile(
+    const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc, F&& ahead, int begin = 0,
+    int end = kTile) {
+  for (int i = begin / 2; i < end / 2; i += V::kLanes) {
     typename V::F even, odd;
     cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+    ahead(2 * i);
     V::zip(even, odd, [&](int j, One::F a, One::F b) {
       const int at = 2 * i + j, next = at + One::kLanes;
       if constexpr (kSum) {
@@ -136,8 +148,8 @@ void use_tile(const Polar& polar, const X* x, const T* du, T* u, T* z, const flo
         One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
       }
       if constexpr (kWrite) {
-        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at));
-        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next));
+        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at - begin));
+        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next - begin));
         if constexpr (kStream) One::stream_pair(u + at, here, beside);
         else One::store_pair(u + at, here, beside);
       }
@@ -162,11 +174,19 @@ struct Groups {
   Groups(int64_t row0, int64_t col0, int64_t features)
       : row0(row0), first(col0 / 8), count(ceil_div(col0 % 8 + features, 8)), phase(col0 % 8) {}
 
-  // Counters of one tile, from group g of row `row` on.
-  void fill(Counters& c, int64_t row, int64_t g) const {
+  // Counters of a tile's first `wanted` groups, from group g of row `row` on.
+  void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
     const uint64_t r0 = static_cast<uint64_t>(row0 + row), r1 = r0 + 1;
     const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
                    start = static_cast<uint32_t>(first);
+    c.one_row = g + wanted <= count;
+    if (c.one_row) {
+      const uint32_t here = start + static_cast<uint32_t>(g);
+      for (uint32_t i = 0; i < kTileGroups; ++i) c.group[i] = here + i;
+      c.row_lo[0] = lo;
+      c.row_hi[0] = hi;
+      return;
+    }
     if (count >= kTileGroups) {
       const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
       const uint32_t here = start + static_cast<uint32_t>(g), there = here - static_cast<uint32_t>(count);

@@ -1,5 +1,7 @@
 // u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md, section 10.
 // Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
+#include <type_traits>
+
 #include "act.h"
 #include "walk.h"
 
@@ -11,9 +13,9 @@ namespace {
 template <int kKind, class C>
 void forward_run(int n, const C* __restrict a, const C* __restrict b, C* __restrict y) {
   if (b) {
-    for (int i = 0; i < n; ++i) y[i] = act<kKind>(a[i]).value * b[i];
+    for (int i = 0; i < n; ++i) y[i] = act_value<kKind>(a[i]) * b[i];
   } else {
-    for (int i = 0; i < n; ++i) y[i] = act<kKind>(a[i]).value;
+    for (int i = 0; i < n; ++i) y[i] = act_value<kKind>(a[i]);
   }
 }
 
@@ -54,11 +56,13 @@ struct Functions {
 
 // ---- the pass --------------------------------------------------------------------------------------------------------
 
+constexpr int kPart = 512;  // columns of a tile
+
 template <class C>
 struct Job {
   const GateArgs& args;
   Functions<C> functions;
-  bool dense, in_registers, streams, draws, prefetches_written;
+  bool dense, in_registers, streams, draws, prefetches_ahead;
 
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
     const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == g.features; };
@@ -68,14 +72,14 @@ struct Job {
     in_registers = dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data && dtype == DType::kFloat32 &&
               g.outer * g.features * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;
-    prefetches_written = !streams;
+    prefetches_ahead = in_registers && V::kLanes > 1 && sizeof(C) == 4;
   }
 
   void prefetch(const Place& p, int n) const {
     prefetch_run<0>(args.a, p.at(args.a), n);
     prefetch_run<0>(args.b, p.at(args.b), n);
     prefetch_run<0>(args.du, p.at(args.du), n);
-    if (!prefetches_written) return;
+    if (streams) return;
     prefetch_run<1>(args.u, p.at(args.u), n);
     prefetch_run<1>(args.da, p.at(args.da), n);
     prefetch_run<1>(args.db, p.at(args.db), n);
@@ -117,30 +121,54 @@ struct Job {
     store_run<C>(args.u, p.at(args.u), n, u);
   }
 
+  // In parts, so that what is computed of one is still at hand for the next step, and the next one's lines come in the meantime.
   void tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
-    if (!args.u.data) {
-      gradients(p, kTile);
-      if (args.du.dtype == DType::kFloat32) sum_of<float>(p, polar, scale, acc);
-      else sum_of<BFloat16Bits>(p, polar, scale, acc);
-      return;
+    for (int begin = 0; begin < kTile; begin += kPart) {
+      const Place part{p.outer, p.feature + begin, p.inner};
+      if (!args.u.data) {
+        gradients(part, kPart);
+        if (args.du.dtype == DType::kFloat32) sum_of<float>(p, polar, begin, scale, acc);
+        else sum_of<BFloat16Bits>(p, polar, begin, scale, acc);
+        continue;
+      }
+      alignas(64) C y[kPart];
+      values(part, kPart, y);
+      if (streams) write_of<float, true>(p, polar, begin, y, scale);
+      else if (args.u.dtype == DType::kFloat32) write_of<float, false>(p, polar, begin, y, scale);
+      else write_of<BFloat16Bits, false>(p, polar, begin, y, scale);
     }
-    alignas(64) C y[kTile];
-    values(p, kTile, y);
-    if (streams) write_of<float, true>(p, polar, y, scale);
-    else if (args.u.dtype == DType::kFloat32) write_of<float, false>(p, polar, y, scale);
-    else write_of<BFloat16Bits, false>(p, polar, y, scale);
+  }
+
+  // The lines of the next part that lie where columns i on of the tile at p lie in this one.
+  DIP_HD void prefetch_next(const Place& p, int i) const {
+    const auto step = [&](const Operand& o, auto write) {
+      if (!o.data) return;
+      const int64_t at = p.at(o) + kPart + i;
+      if (o.dtype == DType::kFloat32) prefetch_step<write.value>(static_cast<const float*>(o.data) + at);
+      else prefetch_step<write.value>(static_cast<const uint16_t*>(o.data) + at);
+    };
+    const std::integral_constant<int, 0> read;
+    const std::integral_constant<int, 1> write;
+    step(args.a, read);
+    step(args.b, read);
+    step(args.du, read);
+    if (!streams) step(args.u, write);
+    step(args.da, write);
+    step(args.db, write);
   }
 
   template <class T>
-  void sum_of(const Place& p, const Polar& polar, const float* scale, float* acc) const {
+  void sum_of(const Place& p, const Polar& polar, int begin, const float* scale, float* acc) const {
     const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
-    use_tile<T, T, false, true, false, false>(polar, du, du, nullptr, nullptr, scale, acc);
+    const auto ahead = [&](int i) { prefetch_next(p, i); };
+    use_tile<T, T, false, true, false, false>(polar, du, du, nullptr, nullptr, scale, acc, ahead, begin, begin + kPart);
   }
 
   template <class T, bool kStream>
-  void write_of(const Place& p, const Polar& polar, const float* y, const float* scale) const {
+  void write_of(const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
     T* u = static_cast<T*>(args.u.data) + p.at(args.u);
-    use_tile<float, T, true, false, false, kStream>(polar, y, nullptr, u, nullptr, scale, nullptr);
+    const auto ahead = [&](int i) { prefetch_next(p, i); };
+    use_tile<float, T, true, false, false, kStream>(polar, y, nullptr, u, nullptr, scale, nullptr, ahead, begin, begin + kPart);
   }
 };
 

@@ -1,5 +1,7 @@
 // h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z, and back.  docs/maths.md, section 10.
 // Compiled once per instruction set: DIP_LANES names the lane type, DIP_NORM the entry point.
+#include <type_traits>
+
 #include "vector_math.h"
 #include "walk.h"
 
@@ -12,21 +14,43 @@ namespace {
 constexpr int kSumLanes = 32;
 
 template <class C>
-DIP_HD double sum_lanes(C (&lanes)[kSumLanes]) {
+DIP_HD double sum_lanes(C* lanes) {
   for (int i = 0; i < 16; ++i) lanes[i] += lanes[i + 16];
   for (int i = 0; i < 8; ++i) lanes[i] += lanes[i + 8];
   for (int i = 0; i < 4; ++i) lanes[i] += lanes[i + 4];
   return (static_cast<double>(lanes[0]) + lanes[2]) + (static_cast<double>(lanes[1]) + lanes[3]);
 }
 
-// The sum of term(i), i < n <= kRun.
+// A number as a lane type, for terms that are written once.
+template <class C>
+struct Scalar {
+  static constexpr int kLanes = 1;
+  using F = C;
+  static DIP_HD F load(const C* p) { return *p; }
+  static DIP_HD F splat_f(C a) { return a; }
+  static DIP_HD F add(F a, F b) { return a + b; }
+  static DIP_HD F sub(F a, F b) { return a - b; }
+  static DIP_HD F mul(F a, F b) { return a * b; }
+  static DIP_HD void store(C* p, F a) { *p = a; }
+};
+
+// The sum of term(lane type, i), the terms from number i on, i < n <= kRun.
 template <class C, class F>
 DIP_HD double sum_run(int n, F&& term) {
-  alignas(64) C lanes[kSumLanes] = {};
+  using L = std::conditional_t<(sizeof(C) == 4 && V::kLanes > 1), One, Scalar<C>>;
+  constexpr int kParts = kSumLanes / L::kLanes;
+  typename L::F part[kParts];
+  DIP_UNROLL
+  for (int p = 0; p < kParts; ++p) part[p] = L::splat_f(0);
   int i = 0;
-  for (; i + kSumLanes <= n; i += kSumLanes)
-    for (int j = 0; j < kSumLanes; ++j) lanes[j] += term(i + j);
-  for (int j = 0; i + j < n; ++j) lanes[j] += term(i + j);
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    DIP_UNROLL
+    for (int p = 0; p < kParts; ++p) part[p] = L::add(part[p], term(L{}, i + p * L::kLanes));
+  }
+  alignas(64) C lanes[kSumLanes];
+  DIP_UNROLL
+  for (int p = 0; p < kParts; ++p) L::store(lanes + p * L::kLanes, part[p]);
+  for (int j = 0; i + j < n; ++j) lanes[j] += term(Scalar<C>{}, i + j);
   return sum_lanes(lanes);
 }
 
@@ -37,6 +61,8 @@ struct Row {
   C mean, rstd;
   C shift, slope;  // back: rstd times the means over the row of g and of g h, g = du (offset + weight)
 };
+
+constexpr int kAhead = 256;  // columns from where one is written to where the next ones are asked for
 
 // A run of one row that lies in a tile.
 struct Segment {
@@ -87,15 +113,17 @@ struct Norm {
     if (args.centred) {
       for_runs([&](int64_t first, int n) {
         const C* x = load_run<C>(args.x, at(args.x, row, first), n, buffer);
-        sum += sum_run<C>(n, [&](int i) { return x[i]; });
+        sum += sum_run<C>(n, [&](auto lanes, int i) { return lanes.load(x + i); });
       });
       r.mean = static_cast<C>(sum / static_cast<double>(k));
     }
     double square = 0;
     for_runs([&](int64_t first, int n) {
       const C* x = load_run<C>(args.x, at(args.x, row, first), n, buffer);
-      const C mean = r.mean;
-      square += sum_run<C>(n, [&](int i) { return (x[i] - mean) * (x[i] - mean); });
+      square += sum_run<C>(n, [&](auto lanes, int i) {
+        const auto centred = lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean));
+        return lanes.mul(centred, centred);
+      });
     });
     r.rstd = static_cast<C>(1 / __builtin_sqrt(square / static_cast<double>(k) + args.eps));
     if (args.mean) static_cast<C*>(args.mean)[row] = r.mean;
@@ -110,12 +138,15 @@ struct Norm {
     for_runs([&](int64_t first, int n) {
       const C* x = load_run<C>(args.x, at(args.x, row, first), n, buffer);
       const C* du = load_run<C>(args.du, at(args.du, row, first), n, gradient);
-      const C *w = weight + first, mean = r.mean, rstd = r.rstd;
-      if (args.centred) sum += sum_run<C>(n, [&](int i) { return du[i] * w[i]; });
-      product += sum_run<C>(n, [&](int i) { return du[i] * w[i] * ((x[i] - mean) * rstd); });
+      const C* w = weight + first;
+      const auto g = [&](auto lanes, int i) { return lanes.mul(lanes.load(du + i), lanes.load(w + i)); };
+      if (args.centred) sum += sum_run<C>(n, g);
+      product += sum_run<C>(n, [&](auto lanes, int i) {
+        return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean)));
+      });
     });
     r.shift = static_cast<C>(r.rstd * (sum / static_cast<double>(k)));
-    r.slope = static_cast<C>(r.rstd * (product / static_cast<double>(k)));
+    r.slope = static_cast<C>(r.rstd * (r.rstd * product / static_cast<double>(k)));
     return r;
   }
 
@@ -168,6 +199,8 @@ struct Norm {
     for (int i = begin; i < end; i += V::kLanes) {
       typename V::F even, odd;
       cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+      prefetch_step<0>(x + args.x.outer_stride + 2 * i);  // of the next row
+      if constexpr (!kStream) prefetch_step<1>(u + kAhead + 2 * i);
       V::zip(even, odd, [&](int j, One::F za, One::F zb) {
         const int at = 2 * i + j;
         const One::F here = compute(at, za), beside = compute(at + One::kLanes, zb);
@@ -197,6 +230,9 @@ struct Norm {
     for (int i = begin; i < end; i += V::kLanes) {
       typename V::F even, odd;
       cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+      prefetch_step<0>(x + args.x.outer_stride + 2 * i);  // of the next row
+      prefetch_step<0>(du + args.du.outer_stride + 2 * i);
+      prefetch_step<1>(dx + kAhead + 2 * i);
       V::zip(even, odd, [&](int j, One::F za, One::F zb) {
         const int at = 2 * i + j;
         const One::F here = compute(at, za), beside = compute(at + One::kLanes, zb);
@@ -232,13 +268,15 @@ struct Norm {
     while (row < end) {
       const int64_t rest = row_tiles ? groups.count - g : (end - row) * groups.count - g;
       const int count = static_cast<int>(smaller(kTileGroups, rest));
+      const auto begin_row = [&] { r = args.u.data ? moments(row) : projections(row); };
+      if (g == 0) begin_row();  // before the draw, which a processor begins while it waits for the sums
       if (draws) {
-        groups.fill(counters, row, g);
+        groups.fill(counters, row, g, count);
         if (in_registers) draw_polar<false>(counters, draw, 0, count, &polar);
         else normal_tile<false>(counters, draw, count, z);
       }
       for (int done = 0; done < count;) {
-        if (g == 0) r = args.u.data ? moments(row) : projections(row);
+        if (g == 0 && done) begin_row();
         const int here = static_cast<int>(smaller(count - done, groups.count - g));
         const int64_t col = larger(0, 8 * g - groups.phase), col_end = smaller(k, 8 * (g + here) - groups.phase);
         const Segment s{row, col, static_cast<int>(col_end - col)};

@@ -10,7 +10,7 @@ namespace {
 
 template <class C>
 struct Job {
-  static constexpr bool draws = true;
+  static constexpr bool draws = true, prefetches_ahead = false;
   const PerturbArgs& args;
   bool dense, in_registers, streams, prefetches_u;
   DType dtype;  // of what a tile in registers reads and writes
@@ -71,11 +71,12 @@ struct Job {
     const PerturbArgs& a = args;
     const T *x = static_cast<const T*>(a.x.data) + p.at(a.x), *du = static_cast<const T*>(a.du.data) + p.at(a.du);
     T *u = static_cast<T*>(a.u.data) + p.at(a.u), *z = static_cast<T*>(a.z.data) + p.at(a.z);
-    if (!acc && !a.z.data) use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc);
-    else if (!acc && !a.u.data) use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc);
-    else if (!acc) use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc);
-    else if (!a.u.data) use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc);
-    else use_tile<T, T, true, true, false, false>(polar, x, du, u, z, scale, acc);
+    const auto nothing = [](int) {};
+    if (!acc && !a.z.data) use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!acc && !a.u.data) use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!acc) use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!a.u.data) use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
+    else use_tile<T, T, true, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
   }
 };
 

@@ -45,7 +45,7 @@ void forward(const SamplesArgs& a, const Run& run) {
   for (int64_t s = 0; s < a.samples; ++s) {
     if (s + 1 < a.samples) prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
     const float* __restrict h = load(run, a.h, s, buffer);
-    for (int j = 0; j < run.n; ++j) total[j] += act<kKind>(h[j]).value;
+    for (int j = 0; j < run.n; ++j) total[j] += act_value<kKind>(h[j]);
   }
   write_out(a, run, total);
 }

@@ -26,6 +26,7 @@ struct Place {
 //   bool dense          rows of all its operands follow one another
 //   bool in_registers   a whole tile of dense rows is for tile()
 //   bool streams        tile() writes past the caches
+//   bool prefetches_ahead   tile() asks for the next one's lines itself
 //   bool draws          z is wanted; else run() is given none
 //   void prefetch(place, n)
 //   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side; kChannel: of one feature
@@ -65,8 +66,8 @@ struct Rows {
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
       const Place place{row, 8 * g, 0};
-      if (linear) job.prefetch(place, 8 * count);
-      if (job.draws) groups.fill(counters, row, g);
+      if (linear && (item == begin || !job.prefetches_ahead)) job.prefetch(place, 8 * count);
+      if (job.draws) groups.fill(counters, row, g, count);
       const bool in_registers = V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
       if (job.draws && !in_registers) normal_tile<false>(counters, pass.draw, count, z);
       if (linear) {
