@@ -12,6 +12,7 @@ from .attention import DIPMultiheadAttention
 from .backends import backend
 from .certify import Certificate, certify
 from .check import check
+from .config import DIPConfig, apply, config_of, load, save
 from .convert import (
     DIPConversionWarning,
     calibrate,
@@ -32,6 +33,7 @@ from .tune import Tuned, tune
 
 __all__ = [
     "Certificate",
+    "DIPConfig",
     "DIPConv1d",
     "DIPConv2d",
     "DIPConv3d",
@@ -41,17 +43,20 @@ __all__ = [
     "DIPMultiheadAttention",
     "Tuned",
     "Variance",
+    "apply",
     "backend",
     "calibrate",
     "certify",
     "check",
     "check_ranks",
+    "config_of",
     "convert",
     "diagnostics",
     "env_report",
     "fixed_noise",
     "functional",
     "kl_penalty",
+    "load",
     "load_variances",
     "noise_off",
     "number_layers",
@@ -62,6 +67,7 @@ __all__ = [
     "predict",
     "reference",
     "sampling_on",
+    "save",
     "shard_variances",
     "summary",
     "to_plain",

@@ -36,7 +36,7 @@ ORDER = [
     "layers",
 ]
 ORDER += ["distributed", "attention", "convertible", "probe", "check", "convert"]
-ORDER += ["analytic", "trajectories", "diagnostics", "certify", "objective", "tune", "env_report"]
+ORDER += ["analytic", "trajectories", "diagnostics", "certify", "objective", "tune", "config", "env_report"]
 
 
 @pytest.mark.parametrize("stem", STEMS)
