@@ -27,6 +27,7 @@ from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
 from .objective import kl_penalty, objective, penalty
+from .reports import metrics, plot, progress
 from .seeds import fixed_noise, noise_off, sampling_on
 from .trajectories import predict, trajectories
 from .tune import Tuned, tune
@@ -58,13 +59,16 @@ __all__ = [
     "kl_penalty",
     "load",
     "load_variances",
+    "metrics",
     "noise_off",
     "number_layers",
     "objective",
     "parallelize_module",
     "param_groups",
     "penalty",
+    "plot",
     "predict",
+    "progress",
     "reference",
     "sampling_on",
     "save",
