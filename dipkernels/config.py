@@ -317,11 +317,12 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     if config.before:
         options["batches"] = batches
     convert(model, 0.01 if config.variance is None else config.variance, **options)
+    remember_config(model, config)
+
+
+def remember_config(model: nn.Module, config: DIPConfig) -> None:
+    """From now on `config_of` the model is this one; a model of PEFT carries its variances with its adapters."""
     vars(model)[_KEPT] = config
-    _keep_with_adapters(model)
-
-
-def _keep_with_adapters(model: nn.Module) -> None:
     if any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__):
         from .integrations.peft import keep_variances
 
@@ -416,8 +417,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
             load_variances(model, state)
         except ValueError as error:
             raise ValueError(f"{Path(folder) / VARIANCES_FILE}: {error}") from error
-        vars(model)[_KEPT] = config
-        _keep_with_adapters(model)
+        remember_config(model, config)
     return model
 
 
