@@ -20,10 +20,21 @@ ROOT = Path(__file__).parent.parent
 pytest.importorskip("safetensors")
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 FULL = dip.DIPConfig(
-    types=("Linear",), include=("0", "body.*"), exclude=("head",), before={"*.experts": -1}, place="producer",
-    share=(("q", "k"),), ratio={"body.*": 0.3, "*": 1.0}, per="feature", m=4, kl=0.5, lambda_s=0.1, k=8,
-    average="logits", key=7,
-)  # fmt: skip
+    types=("Linear",),
+    include=("0", "body.*"),
+    exclude=("head",),
+    before={"*.experts": -1},
+    place="producer",
+    share=(("q", "k"),),
+    ratio={"body.*": 0.3, "*": 1.0},
+    per="feature",
+    m=4,
+    kl=0.5,
+    lambda_s=0.1,
+    k=8,
+    average="logits",
+    key=7,
+)
 
 
 class Net(nn.Module):

@@ -1,10 +1,11 @@
-"""Lightning with DIPCallback, and accelerate: real training of tiny models."""
+"""Lightning with DIPCallback: real training of tiny models."""
 
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_support import Ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,15 +43,18 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self):
         if self.groups:
-            return torch.optim.SGD(dip.param_groups(self, 0.1, weight_decay=0.1))
-        return torch.optim.SGD(self.parameters(), 0.1, weight_decay=0.1)
+            return torch.optim.AdamW(dip.param_groups(self, 1e-2, weight_decay=0.1))
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
 
 
 def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, shuffle=False, **options):
     module = module or Module()
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    given = {"max_steps": 4, "accelerator": "cpu", "default_root_dir": folder, "enable_checkpointing": False}
-    trainer = lightning.Trainer(callbacks=[callback or DIPCallback(CONFIG)], **{**quiet, **given, **options})
+    given = {"max_steps": 4, "accelerator": "cpu", "default_root_dir": folder}
+    callback = callback or DIPCallback(CONFIG)
+    trainer = lightning.Trainer(callbacks=callback, **{**QUIET, **given, **options})
     trainer.fit(module, DataLoader(TensorDataset(X, Y), batch, shuffle=shuffle), ckpt_path=ckpt_path)
     return trainer, module
 
@@ -90,25 +94,31 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
     same(small, big, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit_and_loads_in_a_new_module(every, tmp_path):
-    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(
-        tmp_path, "{step}", every_n_train_steps=every, save_top_k=-1
-    )
-    options = {"shuffle": True, "max_steps": 6, "enable_checkpointing": True}
-    lightning.seed_everything(1, verbose=False)
-    trainer, whole = fitted(tmp_path, callback=[DIPCallback(CONFIG), checkpoint][0], **options)
-    trainer.save_checkpoint(tmp_path / "whole.ckpt")
-    lightning.seed_everything(1, verbose=False)
-    half, _ = fitted(tmp_path, **{**options, "max_steps": 4})  # an epoch
-    half.save_checkpoint(tmp_path / "half.ckpt")
-    again = fitted(tmp_path, ckpt_path=tmp_path / "half.ckpt", **{**options, "max_steps": 4})[1]
-    assert torch.load(tmp_path / "half.ckpt", weights_only=True)["dip_config"] == CONFIG.to_dict()
-    loaded = load_from_checkpoint(Module, tmp_path / "half.ckpt")
-    same(loaded, again)
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    """From the end of an epoch: in the middle of one Lightning hands out its first batches again."""
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    options = {"enable_checkpointing": True, "max_steps": -1, "max_epochs": 3}
+    _, whole = fitted(tmp_path, callback=[DIPCallback(CONFIG), keep], **options)
+    _, again = fitted(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
+    assert len(whole.losses) == 12 and again.losses == whole.losses[4:]
+    same(again, whole)
+    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.2, 1.0\)}"):
+        fitted(tmp_path, callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
+    trainer, module = fitted(tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Module, tmp_path / "a.ckpt")
+    same(loaded, module)
     assert dip.config_of(loaded) == CONFIG and not loaded.training
-    assert torch.equal(dip.predict(loaded, X, k=0), dip.predict(half.lightning_module, X, k=0))
-    same(load_from_checkpoint(Module, tmp_path / "whole.ckpt"), whole)
+    plain = lightning.Trainer(logger=False, accelerator="cpu", max_steps=0)
+    plain.fit(Module(), DataLoader(TensorDataset(X, Y), 8))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="path: expected a checkpoint of a DIPCallback"):
+        load_from_checkpoint(Module, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint of a DIPCallback"):
+        fitted(tmp_path, ckpt_path=tmp_path / "plain.ckpt")
 
 
 def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
@@ -176,3 +186,50 @@ def test_a_failed_step_leaves_no_noise_context_behind(tmp_path):
         fitted(tmp_path, Failing())
     model = dip.convert(nn.Linear(8, 8))
     assert not torch.equal(model(X), model(X))
+
+
+def check_train(rank, world, folder):
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": folder, "use_distributed_sampler": False}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET)
+    data, module = TensorDataset(X, Y), Module()
+    sampler = torch.utils.data.DistributedSampler(data, world, rank, shuffle=False)  # rank 0 has the even examples
+    trainer.fit(module, DataLoader(data, 8, sampler=sampler))
+    dip.check_ranks(module)
+    return trainer.world_size, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    ranks = Ranks(2)
+    try:
+        (world, first), (_, second) = ranks.run(check_train, str(tmp_path))
+    finally:
+        ranks.stop()
+    assert world == 2
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    # One process with the same examples in the same places.
+    order = [2 * i + rank + 16 * step for step in range(2) for rank in range(2) for i in range(8)]
+    module = Module()
+    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X[0::2]]), **options, **QUIET)
+    trainer.fit(module, DataLoader(TensorDataset(X[order], Y[order]), 16))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
+    """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among 10."""
+    module = Module()
+    options = {"max_epochs": 1, "accumulate_grad_batches": 3, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X]), **options, **QUIET)
+    trainer.fit(module, DataLoader(TensorDataset(X[:10], Y[:10]), 4))
+    hand = dip.apply(Module(), CONFIG, [X])
+    for i, (x, y) in enumerate(zip(X[:10].split(4), Y[:10].split(4))):
+        with CONFIG.noise(0, row0=4 * i * CONFIG.m):
+            want = CONFIG.objective(CONFIG.trajectories(hand, x), y, F.cross_entropy, hand)
+        assert module.losses[i] * 3 == pytest.approx(want.item(), rel=1e-5)

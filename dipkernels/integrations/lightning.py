@@ -85,7 +85,7 @@ class DIPCallback(pl.Callback):
                 one_start(pl_module)
             else:
                 convert_as(pl_module, config)
-                self._calibrate = config.variance is None and trainer.ckpt_path is None
+                self._calibrate = config.variance is None  # unless a checkpoint is loaded meanwhile
         self._wrap(trainer, pl_module)
 
     @staticmethod
@@ -144,7 +144,8 @@ class DIPCallback(pl.Callback):
         micro = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, micro)
         rows = _first_size(batch)
-        first = place_in_batch(micro, trainer.global_rank, trainer.world_size, rows)
+        each = getattr(trainer.train_dataloader, "batch_size", None) or rows
+        first = place_in_batch(micro, trainer.global_rank, trainer.world_size, each, rows)
         self._noise.enter_context(config.noise(step, first * config.m))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
@@ -175,6 +176,7 @@ class DIPCallback(pl.Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if _KEY not in checkpoint:
             raise ValueError("ckpt_path: expected a checkpoint of a DIPCallback, got one without a config")
+        self._calibrate = False  # the variances are the checkpoint's
         stored, own = DIPConfig.from_dict(checkpoint[_KEY]), config_of(pl_module)
         if own is not None and stored != own:
             warnings.warn(

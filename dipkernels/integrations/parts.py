@@ -65,6 +65,10 @@ def differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]]
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
-def place_in_batch(micro: int, rank: int, world: int, rows: int) -> int:
-    """Index of a micro-batch's first example in the batch of an optimiser step: of all micro-batches of all ranks."""
-    return (micro * world + rank) * rows
+def place_in_batch(micro: int, rank: int, world: int, batch_size: int, rows: int = 1) -> int:
+    """Index of a micro-batch's first row in the batch of an optimiser step: of all micro-batches of all ranks.
+
+    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. rows: of this one, which may be
+    more: a preference batch has two for each example.
+    """
+    return (micro * world + rank) * batch_size * max(1, -(-rows // batch_size))

@@ -176,9 +176,8 @@ class DIPMixin(_Trainer):
         micro = self._dip_at[1] + 1 if self._dip_at[0] == step else 0
         self._dip_at = (step, micro)
         sizes = [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim] if _is_mapping(inputs) else []
-        each = self._train_batch_size
-        rows = each * max(1, -(-(sizes or [1])[0] // each))  # a preference batch has two for each example
-        first = place_in_batch(micro, self.args.process_index, self.args.world_size, rows)
+        where = (micro, self.args.process_index, self.args.world_size)
+        first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
         return config.noise(self.args.seed * _RUN + step, first * config.m)
 
     def _dip_first_check(self) -> None:
