@@ -143,7 +143,8 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         f"rule link\n  command = {quoted(compiler)} -shared $in -o $out -Wl,--version-script=exports.map {ldflags}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
-    units = [("ops.cpp", "ops", "-Itorch/include")]
+    operations = ["perturb", "expectation", "samples"] if cpu else ["perturb"]  # the latter two have no CUDA kernels
+    units = [(f"{op}_op.cpp", f"{op}_op", "-Itorch/include") for op in operations]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):
@@ -157,9 +158,9 @@ def ninja_file(cpu, cuda, compiler, nvcc):
             )
             units.append(
                 (
-                    "cpu/activation.cpp",
-                    f"activation_{name}",
-                    f"{CAPABILITIES[name]} -DDIP_ACTIVATION=activation_{name} -DDIP_VARIANCE=variance_{name}",
+                    "cpu/expectation.cpp",
+                    f"expectation_{name}",
+                    f"{CAPABILITIES[name]} -DDIP_EXPECTATION=expectation_{name} -DDIP_VARIANCE=variance_{name}",
                 )
             )
             units.append(("cpu/samples.cpp", f"samples_{name}", f"{CAPABILITIES[name]} -DDIP_SAMPLES=samples_{name}"))

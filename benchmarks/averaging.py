@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timing import no_gc, peak_bytes, quartiles, saved_bytes
 
 from dipkernels import functional
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS
 
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
 MEANS = (("relu", "auto"), ("gelu", "auto"), ("gelu_tanh", "auto"), ("silu", "auto"), ("tanh", "auto"), ("gelu", "u"))

@@ -31,31 +31,17 @@ class _MeanOf(nn.Module):
         return sum(self.module(x) for _ in range(self.samples)) / self.samples
 
 
-class _Explicit(nn.Module):
-    """The mean of S numbered draws, each of them made: what DIPLinear's one draw of sigma / sqrt(S) stands for."""
-
-    def __init__(self, layer: dip.DIPLinear, samples: int) -> None:
-        super().__init__()
-        self.layer, self.samples = layer, samples
-        self.register_buffer("seed", torch.tensor([peers.KEY, 0], device=layer.weight.device))
-
-    def forward(self, x):
-        layer = self.layer
-        scale = {"log_variance": True, "num_samples": self.samples, "collapsed": False}
-        return dip.functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, self.seed, **scale)
-
-
 @pytest.mark.parametrize("samples", [1, 4, 16, 64])
-@pytest.mark.parametrize("name", ["dip", "dip, explicit", *(n for n in peers.NAMES if n != "dip")])
+@pytest.mark.parametrize("name", ["dip", *(n for n in peers.NAMES if n != "dip")])
 def bench_samples(name, samples, device, case, build, timed):
     m, k, n = case.shape
     plain = nn.Linear(k, n, device=device, dtype=case.dtype)
     x = torch.randn(m, k, device=device, dtype=case.dtype, requires_grad=True)
     dy = torch.randn(m, n, device=device, dtype=case.dtype)
-    if name.startswith("dip"):
+    if name == "dip":
         layer = dip.convert(copy.deepcopy(plain), init_variance=peers.VARIANCE, num_samples=samples)
         peers.check_dip_linear(layer, x, dy)
-        module = layer if name == "dip" else _Explicit(layer, samples)
+        module = layer
     else:
         module = build(name, plain)
         peers.check_linear(name, module, plain, x, dy)

@@ -246,7 +246,7 @@ about what the calls cost, in the memory of one.
 
 ## The exact mean
 
-estimator="analytic" in bfloat16: slots of Triton's two passes, counted by tests/test_triton_activation.py, and forward and backward
+estimator="analytic" in bfloat16: slots of Triton's two passes, counted by tests/test_triton_expectation.py, and forward and backward
 over act(nn.Linear), M x K x N; launches, overlap and what a program does before its loop left out. Counted are the passes over the
 weight, for the variance and its gradient (added to the product's on the way), and, of the plain layer alone, the bias's gradient,
 which ours sums in the pass over dy. The special functions, two an element, take the time of 16 slots. The aim is 1.10.

@@ -25,7 +25,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
-from dipkernels import functional, ops, seeds
+from dipkernels import functional
+from dipkernels.noise import seeds
+from dipkernels.ops import registry
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb, perturb_bwd
 
 WHERE = (-1, 0, 0, 0, 1, 1.0, True)
 
@@ -51,7 +55,7 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
     seed = torch.tensor([peers.KEY, 0])
     du = torch.randn_like(plain_x)
     where = WHERE
-    raw_p, raw_q = ops._run("perturb", "cpu"), ops._run("perturb_bwd", "cpu")
+    raw_p, raw_q = registry.kernel("perturb", "cpu"), registry.kernel("perturb_bwd", "cpu")
 
     def backward_of(make: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -83,7 +87,7 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
             "forward", lambda: raw_p(plain_x, sigma, seed, *where, None), "(nothing)",
         ),
         "op P: checks in Python": (
-            "forward", lambda: ops.perturb(plain_x, sigma, seed, *where, None), "op P: dispatcher and kernel",
+            "forward", lambda: perturb(plain_x, sigma, seed, Draw(*where), None), "op P: dispatcher and kernel",
         ),
         "(view)": ("", view, None),
         "autograd.Function: apply": (
@@ -95,7 +99,7 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         ),
         "op Q: dispatcher and kernel": ("backward", lambda: raw_q(du, sigma, seed, *where), "(nothing)"),
         "op Q: its wrapper in Python": (
-            "backward", lambda: ops.perturb_bwd(du, sigma, seed, *where), "op Q: dispatcher and kernel",
+            "backward", lambda: perturb_bwd(du, sigma, seed, Draw(*where)), "op Q: dispatcher and kernel",
         ),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-// The seam between ops.cpp, which knows torch, and the kernels, which do not: plain argument structs and launcher declarations.
+// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher declarations.
 #pragma once
 #include <cstdint>
 
@@ -54,7 +54,7 @@ int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 const char* cuda_problem();
 
 // y = E[act(mu + sqrt(v) z)]. Every matrix is [rows, features], contiguous; v belongs to a column.
-struct ActivationArgs {
+struct ExpectationArgs {
   int64_t rows, features;
   int kind;       // Activation of activation.h
   const void* v;  // [features]
@@ -65,7 +65,7 @@ struct ActivationArgs {
   void *dv, *sum;   // [features], v's dtype, written: sums over rows, the latter of dmu
 };
 
-const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for);
+const char* expectation_cpu(const ExpectationArgs& args, ParallelFor parallel_for);
 
 // v_n = sum over k of s_k^2 W_nk^2, and back. The weight is [rows, features], contiguous.
 struct VarianceArgs {
@@ -91,34 +91,16 @@ struct Samples {
   int64_t outer_stride = 0;
 };
 
-// What backward needs of a sample: act'(h).
-enum class SlopeForm : int {
-  kNone,
-  kBits,    // relu: bit i mod 8 of byte i div 8 says that h_i is not <= 0; forward finds zeros there
-  kCodes,   // a byte: kSlopeSteps act' + kSlopeZero, rounded; kSlopeNan for a NaN
-  kValues,  // of h's type
-};
-
-// Exact at 0 and at 1, where an activation is saturated; no act' lies outside [-0.13, 1.13].
-constexpr int kSlopeSteps = 200, kSlopeZero = 26, kSlopeNan = 255;
-
 // total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor total, where it is wanted.
-// Rows of samples forward, their columns back: there a row of dy and of the slopes is what is inner elsewhere, [.., inner,
-// outer].
 struct SamplesArgs {
   int64_t outer, inner, samples;
   int kind;      // Activation of activation.h, or kIdentity
-  Samples h;     // not float64; back, of the samples alone whose slopes are not at hand
-  Operand bias;  // back: [outer], added to h; null: 0
-  Operand dy;    // back
+  Samples h;     // not float64
+  Operand dy;    // back: [outer, inner], inner elements side by side
   Samples dh;    // null: forward
   float* total;  // [outer, inner], contiguous
   Operand out;   // [outer, inner], inner elements side by side; null: not wanted
   float factor;
-  SlopeForm form;
-  Samples slopes;      // forward writes them, back reads them
-  int64_t first;       // that of sample 0
-  int64_t num_slopes;  // samples from `first` on that have slopes, at most `samples`
 };
 
 constexpr int kIdentity = -1;

@@ -8,29 +8,28 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree,
     __path__.append(_path.dirname(__path__[0]))
 
 from . import diagnostics, functional, reference
-from .attention import DIPMultiheadAttention
 from .backends import backend
-from .certify import Certificate, certify
-from .check import check
 from .config import DIPConfig, apply, config_of, load, save
-from .convert import (
-    DIPConversionWarning,
-    calibrate,
-    convert,
-    load_variances,
-    param_groups,
-    summary,
-    to_plain,
-    variances,
-)
 from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
-from .layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, number_layers
-from .objective import kl_penalty, objective, penalty
+from .models.calibrate import calibrate
+from .models.check import check
+from .models.convert import DIPConversionWarning, convert, to_plain
+from .models.parameters import load_variances, param_groups, variances
+from .models.summary import summary
+from .nn.attention import DIPMultiheadAttention
+from .nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
+from .nn.input import DIPInput
+from .nn.linear import DIPLinear
+from .nn.numbering import number_layers
+from .nn.variance import Variance
+from .noise.contexts import fixed_noise, noise_off, sampling_on
 from .reports import metrics, plot, progress
-from .seeds import fixed_noise, noise_off, sampling_on
-from .trajectories import predict, trajectories
-from .tune import Tuned, tune
+from .training.certify import Certificate, certify
+from .training.objective import kl_penalty, objective, penalty
+from .training.predict import predict
+from .training.trajectories import trajectories
+from .training.tune import Tuned, tune
 
 __all__ = [
     "Certificate",

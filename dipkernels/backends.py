@@ -28,7 +28,7 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
-MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/ops.cpp uses
+MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/torch.h uses
 # The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its major release or a newer one.
 MIN_DRIVERS = {12: "525", 13: "580"}
 
@@ -223,21 +223,21 @@ def note_triton_problem(op: str, error: Exception) -> None:
         raise error
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     problem = f"Triton {importlib.metadata.version('triton')} cannot compile {op}: {said}"
-    if _forced == "triton":
+    if forced == "triton":
         raise RuntimeError(f"{op}: backend 'triton' was asked for, and {problem}") from error
     triton_problems[op] = problem
     _tell_listeners()
     warnings.warn(f"dipkernels: {problem}; another backend runs instead", RuntimeWarning, stacklevel=2)
 
 
-_forced: str | None = None
+forced: str | None = None
 _by_variable = False  # whether DIPKERNELS_BACKEND forced it
 _bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
-_listeners: list[Callable[[], None]] = []  # called when a choice may change: `ops` keeps a table of what was chosen
+listeners: list[Callable[[], None]] = []  # called when a choice may change: `ops` keeps a table of what was chosen
 
 
 def _tell_listeners() -> None:
-    for listener in _listeners:
+    for listener in listeners:
         listener()
 
 
@@ -248,8 +248,8 @@ def _check_name(name: str, source: str) -> str | None:
 
 
 def _force(name: str | None, by_variable: bool = False) -> None:
-    global _forced, _by_variable
-    _forced, _by_variable = name, by_variable
+    global forced, _by_variable
+    forced, _by_variable = name, by_variable
     _tell_listeners()
 
 
@@ -273,7 +273,7 @@ class backend:
     """
 
     def __init__(self, name: str) -> None:
-        self._previous = _forced, _by_variable
+        self._previous = forced, _by_variable
         wanted = _check_name(name, "backend")
         if wanted is not None and (missing := _missing(wanted)):
             raise RuntimeError(f"backend: {name!r} was asked for, but {missing}")
@@ -300,12 +300,12 @@ class compiled_keep:
     """
 
     def __init__(self, keep: str) -> None:
-        self._previous = _compiled_keep
+        self._previous = kept_when_compiled
         self._set(_check_keep(keep, "keep"))
 
     def _set(self, keep: str) -> None:
-        global _compiled_keep
-        _compiled_keep = keep
+        global kept_when_compiled
+        kept_when_compiled = keep
         if _bad_variables.pop("DIPKERNELS_COMPILED_KEEP", None):
             _tell_listeners()
 
@@ -323,7 +323,7 @@ def _check_keep(keep: str, source: str) -> str:
 
 
 _force(_variable("DIPKERNELS_BACKEND", _check_name, "auto"), by_variable=True)
-_compiled_keep: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x")
+kept_when_compiled: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x")
 
 
 def warn_reference(plan: Plan) -> None:
@@ -334,7 +334,7 @@ def warn_reference(plan: Plan) -> None:
 
 def warn_reference_here() -> None:
     """The same for what runs on a CPU. `ops` does so when it is imported: once."""
-    if _forced is None and not _bad_variables:
+    if forced is None and not _bad_variables:
         warn_reference(choose("perturb", "cpu"))
 
 
@@ -378,8 +378,9 @@ def _way_out() -> str:
     return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
+_OF_EXPECTATION = ("expectation", "affine_variance")
 # The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an activation's expectation.
-_FUSED_BY_TRITON = ("linear", "activation")
+_FUSED_BY_TRITON = ("linear", *_OF_EXPECTATION)
 
 
 # Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing u first. By the arithmetic of
@@ -407,9 +408,9 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 
 def can_fuse(device: str) -> bool:
     """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter where it is forced."""
-    if _bad_variables or _forced not in (None, "triton") or "linear" in triton_problems:
+    if _bad_variables or forced not in (None, "triton") or "linear" in triton_problems:
         return False
-    return (device != "cpu" or _forced == "triton") and _runs_on("triton", device)
+    return (device != "cpu" or forced == "triton") and _runs_on("triton", device)
 
 
 def is_narrow(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
@@ -432,16 +433,16 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         raise ValueError("; ".join(_bad_variables.values()))
     if device == "meta":
         return Plan("cpu", "shapes only")
-    if _forced is not None:
-        asked = f"backend {_forced!r} was asked for" + (" by DIPKERNELS_BACKEND" if _by_variable else "")
-        if not _runs_on(_forced, device):
+    if forced is not None:
+        asked = f"backend {forced!r} was asked for" + (" by DIPKERNELS_BACKEND" if _by_variable else "")
+        if not _runs_on(forced, device):
             raise RuntimeError(
-                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(_forced, device)}; "
+                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(forced, device)}; "
                 f"{_way_out()} to have each device choose its own"
             )
-        if _forced == "cuda" and op.startswith("activation"):
+        if forced == "cuda" and op.startswith(_OF_EXPECTATION):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
-        return Plan(_forced, "asked for")
+        return Plan(forced, "asked for")
     if device == "cuda" and op in ("linear", "linear_bwd") and dtype and shape and _runs_on("cuda", device):
         m, n, k = shape
         if is_wide(dtype, m, n, k):
@@ -453,7 +454,7 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         and op not in triton_problems
     ):
         return Plan("triton", "its passes are fused in Triton alone")
-    if device == "cuda" and op.startswith("activation"):
+    if device == "cuda" and op.startswith(_OF_EXPECTATION):
         return Plan(
             "reference", triton_problems.get(op) or "the CUDA library has no kernel of it, and Triton is missing"
         )

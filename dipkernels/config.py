@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .convert import calibrate, convert, load_variances, to_plain, variances
-from .convertible import TWINS, around, base_layer, is_adapter
-from .layers import DIPLayer, dip_layers
-from .objective import KL, objective
-from .seeds import fixed_noise
-from .trajectories import check_average, predict, trajectories
+from .models.calibrate import calibrate
+from .models.convert import convert, to_plain
+from .models.convertible import TWINS, around, base_layer, is_adapter
+from .models.parameters import load_variances, variances
+from .nn.layer import DIPLayer
+from .nn.numbering import dip_layers
+from .noise.contexts import fixed_noise
+from .training.objective import KL, objective
+from .training.predict import check_average, predict
+from .training.trajectories import trajectories
 
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import seeds
-from .convert import measured_spreads
-from .layers import dip_layers
-from .probe import eval_mode
-from .trajectories import check_average, predict, tensor_output
+from .models.probe import eval_mode
+from .models.spreads import measured_spreads
+from .nn.numbering import dip_layers
+from .noise import contexts
+from .training.predict import check_average, predict, tensor_output
 
 _TINY = 1e-30  # stands for a norm of zero in a division
 
@@ -51,10 +51,10 @@ def predictor(
     def f(x: Tensor) -> Tensor:
         with _evaluating(model):
             if k == 0:
-                with seeds.noise_off():
+                with contexts.noise_off():
                     mean = tensor_output(model(x), average, dim)
             else:
-                with seeds.fixed_noise(key):
+                with contexts.fixed_noise(key):
                     mean = _one_pass(model, x, average, dim, 0)
                     for number in range(1, k):
                         mean = mean + _one_pass(model, x, average, dim, number)
@@ -65,7 +65,7 @@ def predictor(
 
 
 def _one_pass(model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int) -> Tensor:
-    with seeds.sampling_on(), seeds.numbered_pass(number):
+    with contexts.sampling_on(), contexts.numbered_pass(number):
         return tensor_output(model(x), average, dim)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import seeds
-from .layers import Variance, dip_layers, warn_of_equal_numbers
-from .tensor_parallel import is_dtensor, local
+from .nn.numbering import dip_layers, warn_of_equal_numbers
+from .nn.variance import Variance
+from .noise import contexts
+from .ops.dtensor import local
+from .worlds import is_dtensor
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -157,8 +159,8 @@ def _faults(model: nn.Module) -> list[str]:
 
 def _noise_now(device: torch.device) -> tuple[object, ...]:
     """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's state."""
-    if seeds._KEY is not None:
-        return "key", int(seeds._KEY[0]) % 2**64, seeds._ROW0
+    if contexts.KEY is not None:
+        return "key", int(contexts.KEY[0]) % 2**64, contexts.ROW0
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return "generator", _digest(state)
 

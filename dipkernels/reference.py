@@ -184,12 +184,12 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     return sums[0], sums[1], sums[2] / 2
 
 
-def activation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """y[i, j] = E[act(mu[i, j] + sqrt(v[j]) z)]"""
     return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
-def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dmu[i, j], dv[j], sum[j]): dy times d/dmu, and the sums over i of dy times d/dv and of dmu"""
     _, slope, half_curvature = _expectation(mu, v, activation)
     dmu, dv = dy.double() * slope, dy.double() * half_curvature
@@ -197,15 +197,15 @@ def activation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[
     return dmu.to(mu.dtype, copy=True).contiguous(), sums[0], sums[1]
 
 
-def activation_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+def affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v[n] = sum_k sigma[k]^2 W[n, k]^2"""
     return (weight.double().square() @ _sigma(sigma, log_variance).square()).to(sigma.dtype)
 
 
-def activation_variance_bwd(
+def affine_variance_bwd(
     dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(given + dweight, dsigma) of `activation_variance`"""
+    """(given + dweight, dsigma) of `affine_variance`"""
     w, s = weight.double(), _sigma(sigma, log_variance)
     dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
     if given is not None:
@@ -238,33 +238,6 @@ def linear(
     for _, _, h in _samples(x, weight, bias, sigma, seed, *where):
         y = y + _ACTIVATIONS[activation](h)[0]
     return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def linear_keep(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, num_kept: int, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y, kept): `linear`, and behind relu for sample i bit i mod 8 of kept[i div 8], set where h > 0, else act'(h) of num_kept
-    samples, in bfloat16 as round(200 act'(h)) + 26"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
-    y = linear(x, weight, bias, sigma, seed, *where, activation, out_dtype)
-    slopes = [_ACTIVATIONS[activation](h)[1] for _, _, h in _samples(x, weight, bias, sigma, seed, *where)]
-    if activation != "relu":
-        kept = torch.stack(slopes)[:num_kept]
-        return y, (kept * 200 + 26).round().to(torch.uint8) if weight.dtype is torch.bfloat16 else kept.to(weight.dtype)
-    signs = torch.zeros(-(-num_samples // 8), *slopes[0].shape, dtype=torch.uint8, device=x.device)
-    for i, slope in enumerate(slopes):
-        signs[i // 8] |= (slope > 0).to(torch.uint8) << i % 8
-    return y, signs
-
-
-def linear_keep_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `linear_bwd`, which draws again"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
-    return linear_bwd(dy, x, weight, bias, sigma, seed, *where, activation)
 
 
 def linear_bwd(

@@ -12,9 +12,9 @@ from typing import Any, Generic, TextIO, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .convert import variances
-from .layers import dip_layers
-from .objective import kl_penalty
+from .models.parameters import variances
+from .nn.numbering import dip_layers
+from .training.objective import kl_penalty
 
 Batch = TypeVar("Batch")
 

@@ -66,3 +66,11 @@ def has_values(x: Tensor) -> bool:
 def is_dtensor(x: object) -> TypeIs[DTensor]:
     """Whether x is a DTensor, told by name: importing its module takes longer than importing this package."""
     return type(x).__name__ == "DTensor"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that a matrix product on x would be given by autocast, or None where autocast leaves x alone."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What says little of a release of torch and takes long: QUICK leaves these files out.
 LONG = (
-    "test_triton_interpreter", "test_triton_activation", "test_triton_compiles",  # no code of torch in them
+    "test_triton_interpreter", "test_triton_expectation", "test_triton_compiles",  # no code of torch in them
     "test_cuda_compile", "test_cuda_emulated", "test_noise", "test_faults",  # the library's own C++
     "test_build", "test_wheel", "test_release", "test_docs", "test_stems",  # the release
     "test_benchmarks", "test_gpu_check",

@@ -69,8 +69,8 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
             continue
         defines = [f"-DDIP_LANES={lanes}", f"-DDIP_PERTURB=perturb_{name}", "-DDIP_STREAM_BYTES=4096"]
         units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
-        defines = [f"-DDIP_ACTIVATION=activation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
-        units.append((ROOT / "csrc" / "cpu" / "activation.cpp", f"activation_{name}", [*extra, *defines]))
+        defines = [f"-DDIP_EXPECTATION=expectation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
+        units.append((ROOT / "csrc" / "cpu" / "expectation.cpp", f"expectation_{name}", [*extra, *defines]))
         defines = [f"-DDIP_SAMPLES=samples_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "samples.cpp", f"samples_{name}", [*extra, *defines]))
     running: list[tuple[str, subprocess.Popen]] = []

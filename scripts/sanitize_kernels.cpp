@@ -357,7 +357,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
     for (int64_t i = 0; fill && i < size; ++i) put(o, i, dice.between(0, 6) ? std::fabs(dice.real()) : 0);
     return b.data;
   };
-  ActivationArgs a{};
+  ExpectationArgs a{};
   VarianceArgs v{};
   std::vector<Buffer*> written;
   if (variance) {
@@ -383,7 +383,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
       a.y = matrix(false), written.push_back(alive.back().get());
     }
   }
-  const auto run = [&] { return variance ? variance_cpu(v, parallel_for) : activation_cpu(a, parallel_for); };
+  const auto run = [&] { return variance ? variance_cpu(v, parallel_for) : expectation_cpu(a, parallel_for); };
   if (fail) {
     for (int after = 0; after < 60; ++after) {
       failed = 0;

@@ -22,8 +22,8 @@ from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
 from training import evaluate, kept, train
 
-from dipkernels.convert import calibrate
-from dipkernels.objective import KL
+from dipkernels.models.calibrate import calibrate
+from dipkernels.training.objective import KL
 
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any] | None] = {

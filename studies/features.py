@@ -25,7 +25,7 @@ from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
 
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 CASES = ("breast_cancer", "wine", "diabetes", "friedman", "classes 60", "classes 20")
 # Six settings for each method; plain has nothing to choose.

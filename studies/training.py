@@ -11,7 +11,7 @@ from tasks import Split, Task
 from torch import Tensor, nn
 
 import dipkernels as dip
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 M = 4
 

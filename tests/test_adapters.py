@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.convertible import is_adapter
-from dipkernels.layers import DIPLayer, dip_layers
+from dipkernels.models.convertible import is_adapter
+from dipkernels.nn.layer import DIPLayer
+from dipkernels.nn.numbering import dip_layers
 
 peft = pytest.importorskip("peft")
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402

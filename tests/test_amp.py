@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels import functional, ops
-from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, number_layers
+from dipkernels import functional
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.ops import perturb as projection
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -18,15 +22,15 @@ def dtype(request):
 
 
 def watch(monkeypatch):
-    """What ops.perturb is given and gives: (x.dtype, sigma.dtype, u.dtype)."""
-    seen, run = [], ops.perturb
+    """What perturb is given and gives: (x.dtype, sigma.dtype, u.dtype)."""
+    seen, run = [], projection.perturb
 
     def perturb(x, sigma, *rest):
         u = run(x, sigma, *rest)
         seen.append((x.dtype, sigma.dtype, u.dtype))
         return u
 
-    monkeypatch.setattr(ops, "perturb", perturb)
+    monkeypatch.setattr(projection, "perturb", perturb)
     return seen
 
 

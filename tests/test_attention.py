@@ -10,9 +10,9 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.attention import DIPMultiheadAttention
-from dipkernels.layers import dip_layers
-from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+from dipkernels.nn.attention import DIPMultiheadAttention
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
 E, H, N, L, S = 16, 4, 3, 5, 7
 

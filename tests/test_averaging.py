@@ -11,8 +11,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import dipkernels as dip
-from dipkernels import backends, functional, ops, reference, row_blocks
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels import backends, functional, reference
+from dipkernels.ops import row_blocks
+from dipkernels.ops.activations import ACTIVATIONS
 
 SEED = torch.tensor([91, 4])
 NAMES = list(ACTIVATIONS)
@@ -105,10 +106,6 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 
     def results():
         yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
-        for num_kept in (10,) if activation == "relu" else () if activation == "identity" else (1, 9):
-            y, kept = row_blocks.linear_keep(x, *how, num_kept, None)
-            yield from (y, *row_blocks.linear_keep_bwd(dy, x, *how, kept))
-            yield kept.float() / 200 if activation != "relu" and kept.dtype is torch.uint8 else kept
 
     compiled = list(results())
     monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
@@ -122,75 +119,6 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
             torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
         else:  # PyTorch rounds act(h) and act'(h) to bfloat16
             assert (got.float() - want.float()).norm() <= 0.01 * want.float().norm()
-
-
-@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_mean_that_keeps_its_samples_matches_reference(namespace, activation, monkeypatch):
-    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 14)  # blocks of two samples, of one, and signs of two bytes
-    for rows, num_kept in ((7, 11), (7, 3), (23, 11), (23, 1), (23, 0)):
-        if activation == "relu" and num_kept != 11:  # of which all signs are kept
-            continue
-        x, weight, bias, sigma, dy = (t.double() for t in inputs(rows, 9, 5))
-        how = (weight, bias, sigma, SEED, 2, 3, 1, 11, 0.5, True, activation)
-        y, kept = getattr(torch.ops, namespace).linear_keep(x, *how, num_kept, None)
-        want, want_kept = reference.linear_keep(x, *how, num_kept, None)
-        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(kept, want_kept, rtol=1e-5, atol=1e-5)
-        assert kept.dtype is (torch.uint8 if activation == "relu" else torch.float64)
-        grads = getattr(torch.ops, namespace).linear_keep_bwd(dy, x, *how, kept)
-        for got, exact in zip(grads, reference.linear_bwd(dy, x, *how), strict=True):
-            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("activation", NAMES)
-def test_mean_keeps_slopes_in_bytes_as_exact_as_a_loop_in_bfloat16(activation):
-    """A byte instead of act'(h) made again adds little to the gradients' error, which stays the loop's but for dsigma.
-
-    The errors are norms over as few as 48 roundings: between any two of one size lies a quarter.
-    """
-    x, weight, bias, sigma, dy = inputs(300, 64, 48, torch.bfloat16)
-    wide = [t.double() for t in (x, weight, bias, sigma)]
-    how = (SEED, 0, 0, 0, 8, 1.0, False, activation)
-    exact = reference.linear_bwd(dy.double(), *wide, *how)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
-    loop = sum(
-        ACTIVATIONS[activation](F.linear(functional.perturb(x, sigma, SEED, sample=s), weight, bias)) for s in range(8)
-    )
-    errors = []
-    for y in (loop / 8, *(functional.dip_linear(*leaves, SEED, activation=activation, estimator="mean", num_samples=8,
-                                                keep=keep) for keep in ("x", "auto", "u"))):  # fmt: skip
-        grads = torch.autograd.grad(y, leaves, dy)
-        errors.append([(g.double() - e).norm() / e.norm() for g, e in zip(grads, exact, strict=True)])
-    for i, (by_loop, again, *by_bytes) in enumerate(zip(*errors, strict=True)):
-        assert max(by_bytes) <= 1.5 * again + 2**-10
-        assert max(by_bytes) <= (2.5 if i == 3 else 1.25) * by_loop
-
-
-@pytest.mark.parametrize("activation, num_kept", [("gelu", -1), ("gelu", 4), ("relu", 2), ("relu", 4)])
-def test_number_of_kept_samples_is_checked(activation, num_kept):
-    x, weight, bias, sigma, dy = inputs(6, 9, 5)
-    how = (weight, bias, sigma, SEED, 0, 0, 0, 3, 1.0, False, activation)
-    with pytest.raises(ValueError, match=f"num_kept: expected [03] to num_samples = 3, got {num_kept}"):
-        ops.linear_keep(x, *how, num_kept, None)
-    with pytest.raises(ValueError, match="num_kept: expected 0 to num_samples = 3, got 4"):
-        torch.ops.dipkernels.linear_keep_bwd(dy, x, *how[:-1], "gelu", torch.zeros(4, 6, 5))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("activation", NAMES)
-def test_mean_gives_the_same_whatever_it_keeps(activation, dtype):
-    tensors = inputs(40, 24, 12, dtype)
-    options = {"activation": activation, "estimator": "mean", "num_samples": 9}
-    multiplied, *others = (run(*tensors, **options, keep=keep) for keep in ("x", "u", "auto"))
-    for other in others:
-        assert torch.equal(other[0], multiplied[0])
-        for got, want in zip(other[1:], multiplied[1:], strict=True):
-            # sums of 9 x 40 products of an h made again, rounded otherwise; behind relu its sign may be another one
-            eps = EPS.get(dtype, 2**-50)
-            assert (got - want).norm() <= (32 if activation == "relu" else 8) * eps * want.norm()
-            if activation != "relu" or dtype is not torch.bfloat16:
-                torch.testing.assert_close(got, want, rtol=16 * eps, atol=64 * eps)
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -246,31 +174,21 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
         for leaf in leaves:
             leaf.grad = None
 
-    def kept(count, activation=activation, keep="auto", dtype=None):
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            return saved_bytes(lambda: functional.dip_linear(
-                *leaves, SEED, activation=activation, estimator="mean", num_samples=count, keep=keep))[0]  # fmt: skip
+    def kept(count):
+        return saved_bytes(lambda: functional.dip_linear(
+            *leaves, SEED, activation=activation, estimator="mean", num_samples=count))[0]  # fmt: skip
 
-    inputs_alone = sum(t.nbytes for t in leaves) + SEED.nbytes
-    outputs = dy.numel()
-    assert kept(5) == kept(33) == inputs_alone + 4 * outputs  # as one draw: its input, and as much as a pre-activation
-    assert kept(5, dtype=torch.bfloat16) == inputs_alone + 2 * outputs
+    assert kept(5) == kept(33) == sum(t.nbytes for t in leaves) + SEED.nbytes
     peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
     assert 0 < peaks[2] <= 1.02 * peaks[1]  # several products each
-    assert peaks[2] <= 1.06 * peaks[0]  # one product, of which a fifth is not made again
+    assert peaks[2] <= 1.06 * peaks[0]  # one product
     small, leaves[0], dy = (leaves[0], dy), x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
     one = peak_bytes(lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy))
     leaves[0].grad = None
     assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS  # u, z, h and dh of a block
     leaves[0], dy = small
-    # relu: a bit of each sample, and no more than one output in all; keep="u": every sample's act', in bfloat16 a byte.
-    assert [kept(count, "relu") - inputs_alone for count in (3, 12, 32, 33)] == [outputs, 2 * outputs, 4 * outputs, 0]
-    assert [kept(c, "relu", dtype=torch.bfloat16) - inputs_alone for c in (16, 17)] == [2 * outputs, 0]
-    assert [kept(9, "relu", keep) - inputs_alone for keep in ("x", "u")] == [0, 2 * outputs]
-    assert [kept(9, "gelu", keep) - inputs_alone for keep in ("x", "u")] == [0, 9 * 4 * outputs]
-    assert kept(9, "gelu", "u", torch.bfloat16) - inputs_alone == 9 * outputs
     with torch.no_grad():
-        assert kept(9, "relu") == 0
+        assert kept(9) == 0
 
 
 # ---- "analytic" ------------------------------------------------------------------------------------------------------
@@ -295,11 +213,11 @@ def test_analytic_gradients_match_reference(activation, dtype, log_variance):
     sigma = sigma.double() if dtype is torch.float64 else sigma
     got = run(x, weight, bias, sigma, dy, activation=activation, estimator="analytic", log_variance=log_variance)
     x, weight, bias, sigma, dy = (t.double() for t in (x, weight, bias, sigma, dy))
-    mu, v = F.linear(x, weight, bias), reference.activation_variance(weight, sigma, log_variance)
-    dmu, dv, dbias = reference.activation_bwd(dy, mu, v, activation)
+    mu, v = F.linear(x, weight, bias), reference.affine_variance(weight, sigma, log_variance)
+    dmu, dv, dbias = reference.expectation_bwd(dy, mu, v, activation)
     dweight = dmu.flatten(0, 1).t() @ x.flatten(0, 1)
-    dweight, dsigma = reference.activation_variance_bwd(dv, weight, sigma, log_variance, dweight)
-    want = (reference.activation(mu, v, activation), dmu @ weight, dweight, dbias, dsigma)
+    dweight, dsigma = reference.affine_variance_bwd(dv, weight, sigma, log_variance, dweight)
+    want = (reference.expectation(mu, v, activation), dmu @ weight, dweight, dbias, dsigma)
     eps = EPS.get(dtype, 2**-24)
     for ours, theirs in zip(got, want, strict=True):
         # PyTorch's own layer rounds mu and every sum to the data's type; the mixture for 16 bits adds its bound.
@@ -410,15 +328,12 @@ def examples():
         how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, activation)
         yield "linear", (x, *how, torch.float16)
         yield "linear_bwd", (dy, x, *how)
-        num_kept = 2 if activation == "relu" else 1
-        yield "linear_keep", (x, *how, num_kept, torch.float16)
-        yield "linear_keep_bwd", (dy, x, *how, reference.linear_keep(x, *how, num_kept, None)[1])
     v = torch.rand(5)
-    yield "activation", (dy, v, "tanh")
-    yield "activation_bwd", (dy.t().contiguous().t(), dy, v, "relu")
-    yield "activation_variance", (weight, sigma, True)
-    yield "activation_variance_bwd", (v, weight, sigma, False, None)
-    yield "activation_variance_bwd", (v, weight, sigma, True, weight.bfloat16())
+    yield "expectation", (dy, v, "tanh")
+    yield "expectation_bwd", (dy.t().contiguous().t(), dy, v, "relu")
+    yield "affine_variance", (weight, sigma, True)
+    yield "affine_variance_bwd", (v, weight, sigma, False, None)
+    yield "affine_variance_bwd", (v, weight, sigma, True, weight.bfloat16())
 
 
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
@@ -433,7 +348,7 @@ def test_averaging_ops_pass_opcheck(namespace, index):
 
 def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
     monkeypatch.setattr(dip.backends, "has_triton", lambda: True)
-    for op in ("linear", "linear_bwd", "activation", "activation_variance_bwd"):
+    for op in ("linear", "linear_bwd", "activation", "affine_variance_bwd"):
         assert dip.backends.choose(op, "cuda").backend == "triton"
     monkeypatch.setattr(dip.backends, "has_triton", lambda: False)
     assert dip.backends.choose("activation", "cuda").backend == "reference"
@@ -602,7 +517,6 @@ def test_analytic_prediction_refuses_bad_arguments():
         dip.predict(model, torch.randn(3, 8), method="analytic", k=4)
     with pytest.raises(ValueError, match="model: expected DIP layers"):
         dip.predict(mlp(nn.ReLU()), torch.randn(3, 8), method="analytic")
-    assert tuple(ACTIVATIONS) == ops.ACTIVATIONS
 
 
 @pytest.mark.slow

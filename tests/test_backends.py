@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dipkernels import backend, backends, env_report, functional, ops
+from dipkernels import backend, backends, env_report, functional
 from dipkernels.backends import Library, Plan, choose
+from dipkernels.ops import registry
+from dipkernels.ops.linear import device_of
 
 SEED = torch.tensor([1, 2])
 
@@ -19,7 +21,7 @@ SEED = torch.tensor([1, 2])
 def _choices():
     """What a test chose for another installation is forgotten."""
     yield
-    ops._choose_all()
+    registry.choose_all()
 
 
 def with_library(monkeypatch, **fields):
@@ -100,7 +102,7 @@ def run_python(code, **environment):
 @pytest.mark.parametrize("variable, value, code, expected", [
     ("DIPKERNELS_BACKEND", "reference", "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)", "asked for"),
     ("DIPKERNELS_BACKEND", "quick", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_BACKEND: expected one of"),
-    ("DIPKERNELS_COMPILED_KEEP", "u", "import dipkernels.backends as b; print(b._compiled_keep * 3)", "uuu"),
+    ("DIPKERNELS_COMPILED_KEEP", "u", "import dipkernels.backends as b; print(b.kept_when_compiled * 3)", "uuu"),
     ("DIPKERNELS_COMPILED_KEEP", "both", "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u'"),
     ("DIPKERNELS_CPU_CAPABILITY", "portable", "import dipkernels.backends as b; print(b.cpu_capability())", "portable"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
@@ -177,7 +179,7 @@ def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(forced,
 def test_a_refusal_names_the_device_that_has_no_kernels():
     with backend("cpu"), pytest.raises(RuntimeError, match="cannot run on device 'xpu' here: it runs on CPU tensors"):
         choose("perturb", "xpu")
-    refusal = ops._refusal("noise", ops._OTHER, RuntimeError(f"noise: not on {ops._OTHER!r}"))
+    refusal = registry._refusal("noise", RuntimeError(f"noise: not on {registry.OTHER!r}"))
     with pytest.raises(RuntimeError, match="noise: not on 'cpu'"):
         refusal(SEED)
 
@@ -228,10 +230,11 @@ def test_fuses_narrow_and_small_problems_alone(monkeypatch):
 
 FUSED = """
 import torch, dipkernels as dip
-from dipkernels import functional, ops
+from dipkernels import functional
+from dipkernels.ops import linear as affine
 calls = []
-linear = ops.linear
-ops.linear = lambda *arguments: calls.append(1) or linear(*arguments)
+linear = affine.linear
+affine.linear = lambda *arguments: calls.append(1) or linear(*arguments)
 seed, generator = torch.tensor([3, 4]), torch.Generator().manual_seed(0)
 tensors = [torch.randn(shape, generator=generator).half() for shape in ((19, 24), (20, 24), (20,), (19, 20))]
 log_variance = torch.randn(24, generator=generator) - 3
@@ -271,15 +274,15 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
     assert "cannot compile linear" in str(env_report()["triton problems"])
     with pytest.raises(ValueError, match="an argument"):
         backends.note_triton_problem("linear", ValueError("an argument"))
-    monkeypatch.setattr(backends, "_forced", "triton")
+    monkeypatch.setattr(backends, "forced", "triton")
     with pytest.raises(RuntimeError, match="'triton' was asked for, and Triton"):
         backends.note_triton_problem("perturb", PTXASError("no such instruction"))
 
 
 def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
     monkeypatch.setattr(backends, "triton_problems", {})
-    failing = ops._triton("noise")
-    monkeypatch.setattr(ops.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
+    failing = registry._with_fall_back("noise", registry.triton_launcher("perturb", "noise"))
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
     with pytest.warns(RuntimeWarning, match="cannot compile noise"):
         z = failing(SEED, (3, 8), -1, 0, 0, 0, 1)
     assert torch.equal(z, functional.noise((3, 8), SEED))
@@ -300,12 +303,12 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
 
 def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):
     found = {shape: lambda: None for shape in ("narrow", "wide")}
-    monkeypatch.setitem(ops._chosen, ("linear", "cuda"), found["narrow"])
-    monkeypatch.setitem(ops._chosen, ("linear", ops._WIDE), found["wide"])
+    monkeypatch.setitem(registry._chosen, ("linear", "cuda"), found["narrow"])
+    monkeypatch.setitem(registry._chosen, ("linear", registry.WIDE), found["wide"])
     for n, want in ((512, "narrow"), (1024, "wide")):
         x, weight = torch.ones(64, 2048, dtype=torch.bfloat16), torch.ones(n, 2048, dtype=torch.bfloat16)
 
         def step(x, weight, want=want):
-            return x + (ops._linear_kernel("linear", "cuda", x, weight) is found[want])
+            return x + (registry.kernel("linear", device_of("cuda", x, weight)) is found[want])
 
         assert torch.compile(step, fullgraph=True, backend="eager")(x, weight).eq(2).all()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 
 class Experts(nn.Module):

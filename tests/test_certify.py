@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.certify import lower_bound
+from dipkernels.training.certify import lower_bound
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (1, 10), (7, 10), (10, 10), (990, 1000), (50_000, 100_000)])

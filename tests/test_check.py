@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.layers import DIPLinear, dip_layers
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers
 
 
 class Fused(nn.Module):

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import (
 )
 
 import dipkernels as dip
-from dipkernels import seeds
-from dipkernels.layers import DIPInput, DIPLinear, number_layers
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.noise import guards, seeds
 
 
 def save_products(ctx, op, *args, **kwargs):
@@ -154,18 +156,18 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
         block(x).sum().backward()
     with torch.no_grad():
         dip.predict(block, x, k=3, average="logits")
-    assert not seeds._first_draws
+    assert not guards._first_draws
     monkeypatch.setattr(seeds, "_MAX_DRAWS", 8)
     for _ in range(20):
         checkpoint(block, x, use_reentrant=False).sum().backward()
-        assert len(seeds._first_draws) + len(seeds._earlier_draws) <= 8
-    assert len(seeds._earlier_draws) == 4
+        assert len(guards._first_draws) + len(guards._earlier_draws) <= 8
+    assert len(guards._earlier_draws) == 4
 
 
 def test_draws_of_earlier_blocks_are_still_known(block, x, monkeypatch):
     monkeypatch.setattr(seeds, "_MAX_DRAWS", 2 * len(dip.summary(block)))
     checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False).sum().backward()
-    assert seeds._first_draws and seeds._earlier_draws
+    assert guards._first_draws and guards._earlier_draws
 
 
 # ---- under torch.compile ---------------------------------------------------------------------------------------------

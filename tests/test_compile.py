@@ -9,8 +9,11 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, number_layers
-from dipkernels.seeds import sampling_on
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.noise.contexts import sampling_on
 
 transformers = pytest.importorskip("transformers")
 
@@ -297,7 +300,7 @@ def test_export_of_the_training_forward_draws_afresh_and_trains(strict):
 def test_export_of_an_exact_mean_trains(strict):
     class Behind(nn.Linear):
         def forward(self, x):
-            return dip.functional.activation(super().forward(x), self.bias.square(), "tanh")
+            return dip.functional.expectation(super().forward(x), self.bias.square(), "tanh")
 
     affine = nn.Sequential(nn.Linear(8, 8), DIPLinear(8, 5, estimator="analytic"))
     for layer in (DIPLinear(8, 5, activation="silu", estimator="analytic"), Behind(8, 5), affine):

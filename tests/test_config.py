@@ -14,7 +14,7 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("safetensors")

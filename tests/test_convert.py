@@ -8,20 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from dipkernels.convert import (
-    DIPConversionWarning,
-    Summary,
-    calibrate,
-    convert,
-    load_variances,
-    param_groups,
-    summary,
-    to_plain,
-    variances,
-)
-from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, dip_layers
-from dipkernels.probe import eval_mode
-from dipkernels.seeds import fixed_noise, noise_off
+from dipkernels.models.calibrate import calibrate
+from dipkernels.models.convert import DIPConversionWarning, convert, to_plain
+from dipkernels.models.parameters import load_variances, param_groups, variances
+from dipkernels.models.probe import eval_mode
+from dipkernels.models.summary import Summary, summary
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.noise.contexts import fixed_noise, noise_off
 
 
 class Net(nn.Module):
@@ -272,7 +268,7 @@ def test_variances_come_back_as_they_were():
 
 
 def test_more_layers_than_streams_are_refused(monkeypatch):
-    monkeypatch.setattr(sys.modules["dipkernels.convert"], "MAX_LAYERS", 3)
+    monkeypatch.setattr(sys.modules["dipkernels.models.convert"], "MAX_LAYERS", 3)
     with pytest.raises(ValueError, match="at most 3 DIP layers, got 4"):
         convert(Net())
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dipkernels import backends, ops, reference
+from dipkernels import backends, reference
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import noise, perturb
 
 FOLDER = Path(__file__).parent / "cuda_emulator"
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in launch.h
@@ -362,13 +364,13 @@ def test_cuda_sums_in_the_stated_order(emulator, forms, threads, blocks, lanes):
 def test_cuda_exact_tier_is_the_cpu_to_the_bit(emulator, shape):
     with backends.backend("cpu"):
         for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 2}):
-            want = ops.noise(SEED, shape, 1, *where(kwargs, 1)[1:5])
+            want = noise(SEED, shape, Draw(1, *where(kwargs, 1)[1:5]))
             got, _ = run(emulator, "exact", u=torch.empty(shape), **kwargs)
             assert torch.equal(got, want)
         for dtype in (F32, F16, BF16):
             x, u, _, sigma = tensors(*shape, dtypes=(dtype,) * 3)
             got, _ = run(emulator, "exact", x=x, u=u, sigma=sigma)
-            assert torch.equal(got, ops.perturb(x, sigma, SEED, 1, 0, 0, 0, 1, 1.0, False, None))
+            assert torch.equal(got, perturb(x, sigma, SEED, Draw(1), None))
 
 
 def test_cuda_reports_what_is_missing(emulator, tmp_path):

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dipkernels import convert, functional, seeds
+from dipkernels import functional
 from dipkernels.diagnostics import lipschitz, output_variance, predictor, signal_to_noise, smoothness
-from dipkernels.layers import DIPInput, DIPLinear
+from dipkernels.models.convert import convert
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.noise import contexts
 
 
 def generator(seed=0):
@@ -49,7 +52,7 @@ def test_lipschitz_of_a_quadratic_map_is_its_gradients_norm():
     model, x = Quadratic([3.0, 1.0, -2.0]), torch.randn(4, 3, generator=generator(2), dtype=torch.float64)
     torch.testing.assert_close(lipschitz(model, x), (x @ model.A).norm(dim=1))
     # noised: the mean over k passes of A u_s, with the very noise of those passes
-    seeds_of_passes = [torch.tensor([seeds.signed(7 + s * seeds._GOLDEN), model.noise.number]) for s in range(3)]
+    seeds_of_passes = [torch.tensor([contexts.signed(7 + s * contexts.GOLDEN), model.noise.number]) for s in range(3)]
     z = sum(functional.noise((4, 3), seed) for seed in seeds_of_passes) / 3
     mean_u = x + math.sqrt(0.5) * z
     torch.testing.assert_close(lipschitz(model, x, k=3, key=7), (mean_u @ model.A).norm(dim=1), rtol=1e-5, atol=1e-5)

@@ -10,8 +10,12 @@ from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
-from dipkernels import seeds, tensor_parallel
-from dipkernels.layers import DIPInput, DIPLinear, number_layers
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.noise import guards
+from dipkernels.ops import dtensor
+from dipkernels.worlds import is_dtensor
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
@@ -55,11 +59,7 @@ def loss_of(model, x, y):
 
 
 def gradients(model):
-    return {
-        n.removeprefix("module."): tensor_parallel.full(p.grad)
-        for n, p in model.named_parameters()
-        if p.grad is not None
-    }
+    return {n.removeprefix("module."): dtensor.full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(got, want, **tolerance):
@@ -124,7 +124,7 @@ def test_ddp_is_one_process_on_four(four_ranks):
 
 
 def check_warning(rank, world, alike, compiled, way):
-    seeds._ranks_to_compare = True
+    guards.ranks_to_compare = True
     layer = DIPLinear(8, 8)
     torch._dynamo.reset()
     run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
@@ -141,7 +141,7 @@ def check_warning(rank, world, alike, compiled, way):
             for _ in range(3):
                 run(torch.randn(2, 8))
     texts = [str(w.message) for w in caught if "dipkernels" in str(w.message)]
-    seeds._ranks_to_compare = True
+    guards.ranks_to_compare = True
     return texts
 
 
@@ -262,7 +262,7 @@ def check_penalty(rank, world):
         else:
             total = dip.penalty(model, 0.3, 0.02)
             (total + 0 * loss_of(model, x, y) if when == "before" else total).backward()
-        assert not tensor_parallel.is_dtensor(total)
+        assert not is_dtensor(total)
         torch.testing.assert_close(total, want)
         got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
         assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
@@ -282,14 +282,14 @@ def check_kl(rank, world):
     model = shard(with_priors())
     total = dip.kl_penalty(model, 0.3)
     total.backward()
-    assert want > 0 and not tensor_parallel.is_dtensor(total)
+    assert want > 0 and not is_dtensor(total)
     torch.testing.assert_close(total, want)
     got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
     assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
     layer = DIPInput(4, init_variance=0.5)  # a style of tensor parallelism may have made the prior a DTensor too
     layer.variance.log_variance = nn.Parameter(layer.log_variance.detach() + 1)
     expected = dip.kl_penalty(layer)
-    whole = tensor_parallel.laid_out_as(layer.variance.log_prior, _replicated(world))
+    whole = dtensor.laid_out_as(layer.variance.log_prior, _replicated(world))
     layer.variance.log_prior = whole
     torch.testing.assert_close(dip.kl_penalty(layer), expected)
 
@@ -356,7 +356,7 @@ def check_meta_and_state(rank, world, folder):
     full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, source.state_dict() if rank == 0 else {}, options=full)
     for p in model.parameters():
-        assert tensor_parallel.is_dtensor(p) and not p.is_meta
+        assert is_dtensor(p) and not p.is_meta
     back = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
         assert_same(back, source.state_dict(), rtol=0, atol=0)
@@ -367,7 +367,7 @@ def check_meta_and_state(rank, world, folder):
     optimizer.step()
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    return {n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}
+    return {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}
 
 
 def check_conversion_of_a_meta_model(rank, world, inside):
@@ -391,7 +391,7 @@ def check_conversion_of_a_meta_model(rank, world, inside):
             if isinstance(m, dip.Variance):
                 torch.testing.assert_close(m.sigma, torch.full((m.num_features,), 0.5))
         if whole:
-            assert all((tensor_parallel.full(model[i].weight) == 8.0).all() for i in (0, 2))
+            assert all((dtensor.full(model[i].weight) == 8.0).all() for i in (0, 2))
             model(torch.randn(3, 6)).sum().backward()
 
 
@@ -406,10 +406,10 @@ def check_partial_load(rank, world):
         if isinstance(m, dip.Variance):
             m.log_variance.data.fill_(-1.0)
     shard(model)
-    own = {name: tensor_parallel.full(p.detach()).clone() for name, p in model.named_parameters()}
+    own = {name: dtensor.full(p.detach()).clone() for name, p in model.named_parameters()}
     first = next(name for name in own if name.endswith("weight"))
     model.load_state_dict({first: model.state_dict()[first]}, strict=False)
-    now = {name: tensor_parallel.full(p.detach()) for name, p in model.named_parameters()}
+    now = {name: dtensor.full(p.detach()) for name, p in model.named_parameters()}
     assert_same(now, own, rtol=0, atol=0)
 
 
@@ -471,11 +471,11 @@ def check_load(rank, world, folder, want):
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    assert_same({n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0)
+    assert_same({n: dtensor.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0)
     with dip.fixed_noise(6):
         loss_of(model, *batch()).backward()
     optimizer.step()
-    return {n: tensor_parallel.full(p.detach()) for n, p in model.named_parameters()}
+    return {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}
 
 
 def test_a_checkpoint_of_two_processes_loads_in_one(ranks, tmp_path):

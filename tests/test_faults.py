@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import dipkernels as dip
-from dipkernels import functional, seeds
+from dipkernels import functional
+from dipkernels.noise import contexts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import recipe_training
@@ -92,12 +93,12 @@ def test_an_exception_in_the_middle_of_backward_leaves_the_model_sound():
 def test_an_exception_inside_a_context_restores_what_was_before(error):
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with dip.fixed_noise(1):
-        outer = seeds._KEY
-        for context in (dip.fixed_noise(2), dip.noise_off(), seeds.sampling_on(), seeds.numbered_pass(3)):
+        outer = contexts.KEY
+        for context in (dip.fixed_noise(2), dip.noise_off(), contexts.sampling_on(), contexts.numbered_pass(3)):
             with pytest.raises(error), context:
                 raise error
-            assert seeds._KEY is outer and seeds._MODE is None and seeds._ROW0 == 0
-    assert seeds._KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
+            assert contexts.KEY is outer and contexts.MODE is None and contexts.ROW0 == 0
+    assert contexts.KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
 def test_an_exception_in_predict_gives_each_module_its_mode_back():
@@ -109,7 +110,7 @@ def test_an_exception_in_predict_gives_each_module_its_mode_back():
     model[1].eval()
     with pytest.raises(KeyboardInterrupt):
         dip.predict(model, torch.ones(2, 4), k=3)
-    assert [m.training for m in model] == [True, False, True] and seeds._MODE is None
+    assert [m.training for m in model] == [True, False, True] and contexts.MODE is None
 
 
 def test_a_failed_conversion_changes_nothing():

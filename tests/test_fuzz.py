@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 OPS = """
 import random, sys, torch
-from dipkernels import ops
+from dipkernels.ops import registry
 torch.set_num_threads(2)
 first, number = int(sys.argv[1]), int(sys.argv[2])
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool, torch.complex64, torch.uint8]
@@ -73,7 +73,7 @@ reasons = set()
 for number in range(first, first + number):
     dice = random.Random(number)
     SIDES = [dice.choice([0, 1, 2, 3, 5, 8, 9, 16, 33])] * 3 + [dice.choice([1, 4, 7])]
-    op = dice.choice(sorted(ops.SCHEMAS))
+    op = dice.choice(sorted(registry.SCHEMAS))
     overload = getattr(torch.ops.dipkernels, op).default
     arguments = [argument(dice, arg) for arg in overload._schema.arguments]
     print(number, op, end=" ", flush=True)

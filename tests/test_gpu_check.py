@@ -353,8 +353,8 @@ def check(record):
 
 
 def test_wrong_kernels_are_not_timed(check, monkeypatch):
-    right = kernels.ops.perturb
-    monkeypatch.setattr(kernels.ops, "perturb", lambda *arguments: right(*arguments) + 0.01)
+    right = kernels.projection.perturb
+    monkeypatch.setattr(kernels.projection, "perturb", lambda *arguments: right(*arguments) + 0.01)
     with pytest.raises(AssertionError, match="perturb: expected u within"):
         kernels.perturb_row(check, "P", torch.float32, 64, 24)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dipkernels import ops
 from dipkernels.backends import library
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb_replay
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -54,7 +55,8 @@ def test_kernels_under_sanitizers(kind, tmp_path):
 EDGES = """
 import ctypes, itertools, mmap, sys
 import torch
-from dipkernels import ops
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb, perturb_bwd, perturb_replay
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -82,11 +84,11 @@ for dtype, (shape, dim), end, num_samples in itertools.product(
     x, du = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim])
     where = (dim, 5, 3, 0, num_samples, 1.0, False)
-    want = ops.perturb_replay(du, x, sigma, seed, *where, None)
-    got = ops.perturb_replay(at_edge(du, end), at_edge(x, end), at_edge(sigma, end), at_edge(seed, end), *where, None)
+    want = perturb_replay(du, x, sigma, seed, Draw(*where), None)
+    got = perturb_replay(at_edge(du, end), at_edge(x, end), at_edge(sigma, end), at_edge(seed, end), Draw(*where), None)
     assert all(torch.equal(a, b) for a, b in zip(got, want)), (dtype, shape)
-    assert torch.equal(ops.perturb(at_edge(x, end), at_edge(sigma, end), seed, *where, None), want[0])
-    assert torch.equal(ops.perturb_bwd(at_edge(du, end), at_edge(sigma, end), seed, *where), want[1])
+    assert torch.equal(perturb(at_edge(x, end), at_edge(sigma, end), seed, Draw(*where), None), want[0])
+    assert torch.equal(perturb_bwd(at_edge(du, end), at_edge(sigma, end), seed, Draw(*where)), want[1])
 print("inside")
 """
 
@@ -109,7 +111,7 @@ def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, o
     x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim], generator=generator)
     where = (dim, 7, 5, 0, 1, 1.0, False)
-    want = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    want = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
 
     def shifted(t):
         memory = torch.full((t.numel() + 32,), torch.nan, dtype=t.dtype)
@@ -119,7 +121,7 @@ def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, o
     memory_x, x = shifted(x)
     memory_du, du = shifted(du)
     before = [t.view(torch.uint8).clone() for t in (memory_x, memory_du)]
-    got = ops.perturb_replay(du, x, shifted(sigma)[1], SEED, *where, None)
+    got = perturb_replay(du, x, shifted(sigma)[1], SEED, Draw(*where), None)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((memory_x, memory_du), before))
 

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.layers import dip_layers, share_noise, twin_type
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.nn.sharing import share_noise
+from dipkernels.nn.twin import twin_type
 
 
 class Shifted(nn.Module):

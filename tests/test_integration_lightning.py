@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dipkernels as dip
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 lightning = pytest.importorskip("lightning")
 from dipkernels.integrations.lightning import DIPCallback, load_from_checkpoint  # noqa: E402

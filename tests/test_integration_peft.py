@@ -9,7 +9,7 @@ import torch
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")

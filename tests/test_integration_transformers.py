@@ -13,7 +13,7 @@ from ranks_support import Ranks
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
-from dipkernels.layers import dip_layers
+from dipkernels.nn.numbering import dip_layers
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")

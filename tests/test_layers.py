@@ -9,9 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dipkernels import functional, layers, seeds
-from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, Variance, dip_layers, number_layers
-from dipkernels.seeds import fixed_noise, sampling_on
+from dipkernels import functional
+from dipkernels.nn import numbering
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers, number_layers
+from dipkernels.nn.variance import Variance
+from dipkernels.noise import contexts
+from dipkernels.noise.contexts import fixed_noise, sampling_on
 
 CASES = [
     pytest.param(lambda **kw: DIPLinear(12, 7, **kw), (5, 12), id="linear"),
@@ -248,7 +254,7 @@ def test_number_layers_counts_from_zero_and_shared_layers_once():
 
 
 def test_more_layers_than_streams_are_refused(monkeypatch):
-    monkeypatch.setattr(layers, "MAX_LAYERS", 2)
+    monkeypatch.setattr(numbering, "MAX_LAYERS", 2)
     with pytest.raises(ValueError, match="at most 2 DIP layers, got 3"):
         number_layers(nn.Sequential(*(DIPInput(1) for _ in range(3))))
 
@@ -325,5 +331,5 @@ def test_sampling_in_eval_uses_the_same_noise_as_training():
         training = layer(x)
         with sampling_on():
             assert torch.equal(layer.eval()(x), training)
-    assert seeds._MODE is None
+    assert contexts.MODE is None
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -68,7 +68,6 @@ def test_linear_by_the_identity_returns_u(keep):
         dict(),
         dict(log_variance=True),
         dict(num_samples=3),
-        dict(num_samples=3, collapsed=False),
         dict(row0=9, col0=4, sample=2),
     ],
 )

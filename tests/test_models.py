@@ -17,8 +17,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dipkernels as dip
-from dipkernels.layers import DIPConv2d, DIPLinear, dip_layers
-from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

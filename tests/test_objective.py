@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dipkernels.convert import convert
-from dipkernels.layers import DIPInput, DIPLinear
-from dipkernels.objective import KL, kl_penalty, objective, penalty
+from dipkernels.models.convert import convert
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.training.objective import KL, kl_penalty, objective, penalty
 
 OUT = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1])

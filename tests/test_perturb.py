@@ -7,8 +7,10 @@ import torch
 from capability_support import OFFERED
 from torch.autograd import gradcheck, gradgradcheck
 
-from dipkernels import backend, functional, ops, reference
+from dipkernels import backend, functional, reference
 from dipkernels.backends import cpu_capability
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb, perturb_bwd, perturb_replay
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -60,11 +62,11 @@ WHERES = [dict(), dict(row0=2**33 + 7, col0=24, sample=2), dict(col0=3, num_samp
 def test_perturb_matches_reference(shape, dim, options, dtype):
     where = arguments(dim, **options)
     x, du, sigma = inputs(shape, dim, dtype, where[-1])
-    check_u(ops.perturb(x, sigma, SEED, *where, None), x, sigma, where)
-    dsigma = ops.perturb_bwd(du, sigma, SEED, *where)
+    check_u(perturb(x, sigma, SEED, Draw(*where), None), x, sigma, where)
+    dsigma = perturb_bwd(du, sigma, SEED, Draw(*where))
     check_dsigma(dsigma, du, sigma, where)
-    u, replayed = ops.perturb_replay(du, x, sigma, SEED, *where, None)
-    assert torch.equal(u, ops.perturb(x, sigma, SEED, *where, None))
+    u, replayed = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
+    assert torch.equal(u, perturb(x, sigma, SEED, Draw(*where), None))
     assert torch.equal(replayed, dsigma)
 
 
@@ -74,11 +76,11 @@ def test_perturb_matches_reference(shape, dim, options, dtype):
 def test_perturb_rounds_once_to_the_asked_type(shape, dtype, out_dtype):
     x, du, sigma = inputs(shape, dtype=dtype)
     where = arguments()
-    u = ops.perturb(x, sigma, SEED, *where, out_dtype)
+    u = perturb(x, sigma, SEED, Draw(*where), out_dtype)
     check_u(u, x, sigma, where, out_dtype)
     if dtype != torch.float64:
-        assert torch.equal(u, ops.perturb(x, sigma, SEED, *where, torch.float32).to(out_dtype))
-    mixed, dsigma = ops.perturb_replay(du.to(out_dtype), x, sigma, SEED, *where, out_dtype)
+        assert torch.equal(u, perturb(x, sigma, SEED, Draw(*where), torch.float32).to(out_dtype))
+    mixed, dsigma = perturb_replay(du.to(out_dtype), x, sigma, SEED, Draw(*where), out_dtype)
     assert torch.equal(mixed, u)
     check_dsigma(dsigma, du.to(out_dtype), sigma, where)
 
@@ -86,8 +88,8 @@ def test_perturb_rounds_once_to_the_asked_type(shape, dtype, out_dtype):
 def test_perturb_of_a_large_tensor_is_that_of_its_parts(capability):
     """From 16 MiB of float32 on, u is written past the caches."""
     x, _, sigma = inputs((4102, 1032))
-    u = ops.perturb(x, sigma, SEED, *arguments(row0=5), None)
-    parts = [ops.perturb(x[i : i + 600], sigma, SEED, *arguments(row0=5 + i), None) for i in range(0, 4102, 600)]
+    u = perturb(x, sigma, SEED, Draw(*arguments(row0=5)), None)
+    parts = [perturb(x[i : i + 600], sigma, SEED, Draw(*arguments(row0=5 + i)), None) for i in range(0, 4102, 600)]
     assert torch.equal(u, torch.cat(parts))
 
 
@@ -95,7 +97,7 @@ def test_perturb_rounds_ties_to_even(capability):
     """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of either kind."""
     x, _, sigma = inputs((1024, 1024), dtype=torch.bfloat16)
     where = arguments()
-    wide, u = (ops.perturb(x, sigma, SEED, *where, dtype) for dtype in (torch.float32, None))
+    wide, u = (perturb(x, sigma, SEED, Draw(*where), dtype) for dtype in (torch.float32, None))
     bits = wide.view(torch.int32)
     for last in (0, 1):
         assert ((bits & 0x1FFFF) == 0x8000 + last * 0x10000).sum() > 2
@@ -118,7 +120,10 @@ def test_perturb_ignores_instruction_set_and_threads(shape, dim, num_samples, dt
             cpu_capability(name)
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
-                got = (ops.perturb(x, sigma, SEED, *where, None), *ops.perturb_replay(du, x, sigma, SEED, *where, None))
+                got = (
+                    perturb(x, sigma, SEED, Draw(*where), None),
+                    *perturb_replay(du, x, sigma, SEED, Draw(*where), None),
+                )
                 want = want or got
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (name, n)
     finally:
@@ -160,17 +165,17 @@ def strided(x):
 def test_perturb_ignores_strides(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
     where = arguments(dim)
-    u, dsigma = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    u, dsigma = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
     for other in strided(x):
         assert torch.equal(other, x)
-        got = ops.perturb(other, sigma, SEED, *where, None)
+        got = perturb(other, sigma, SEED, Draw(*where), None)
         assert torch.equal(got, u)
         assert got.stride() == torch.empty_like(other).stride()
-        assert torch.equal(ops.perturb_replay(du, other, sigma, SEED, *where, None)[0], u)
+        assert torch.equal(perturb_replay(du, other, sigma, SEED, Draw(*where), None)[0], u)
     for other in strided(du):
-        torch.testing.assert_close(ops.perturb_bwd(other, sigma, SEED, *where), dsigma, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(perturb_bwd(other, sigma, SEED, Draw(*where)), dsigma, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            ops.perturb_replay(other, x, sigma, SEED, *where, None)[1], dsigma, rtol=1e-5, atol=1e-5
+            perturb_replay(other, x, sigma, SEED, Draw(*where), None)[1], dsigma, rtol=1e-5, atol=1e-5
         )
 
 
@@ -179,7 +184,7 @@ def test_perturb_takes_expanded_gradients():
     ones = torch.ones(()).expand(6, 20)
     where = arguments()
     torch.testing.assert_close(
-        ops.perturb_bwd(ones, sigma, SEED, *where), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5
+        perturb_bwd(ones, sigma, SEED, Draw(*where)), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5
     )
     x = x.requires_grad_()
     functional.perturb(x, sigma, SEED).sum().backward()
@@ -192,11 +197,11 @@ def test_perturb_takes_expanded_inputs(dim, expanded):
     x, du, sigma = inputs((3, 4, 5, 6), dim)
     x, du = (t.narrow(expanded, 0, 1).expand(3, 4, 5, 6) for t in (x, du))
     where = arguments(dim)
-    u = ops.perturb(x.contiguous(), sigma, SEED, *where, None)
-    assert torch.equal(ops.perturb(x, sigma, SEED, *where, None), u)
-    dsigma = ops.perturb_bwd(du, sigma, SEED, *where)
-    torch.testing.assert_close(dsigma, ops.perturb_bwd(du.contiguous(), sigma, SEED, *where), rtol=1e-5, atol=1e-5)
-    replayed = ops.perturb_replay(du, x, sigma, SEED, *where, None)
+    u = perturb(x.contiguous(), sigma, SEED, Draw(*where), None)
+    assert torch.equal(perturb(x, sigma, SEED, Draw(*where), None), u)
+    dsigma = perturb_bwd(du, sigma, SEED, Draw(*where))
+    torch.testing.assert_close(dsigma, perturb_bwd(du.contiguous(), sigma, SEED, Draw(*where)), rtol=1e-5, atol=1e-5)
+    replayed = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
     assert torch.equal(replayed[0], u)
     torch.testing.assert_close(replayed[1], dsigma, rtol=1e-5, atol=1e-5)
 
@@ -204,7 +209,9 @@ def test_perturb_takes_expanded_inputs(dim, expanded):
 def test_perturb_takes_a_strided_sigma():
     x, _, sigma = inputs((6, 20))
     wide = torch.stack((sigma, torch.full_like(sigma, math.nan)), dim=1)[:, 0]
-    assert torch.equal(ops.perturb(x, wide, SEED, *arguments(), None), ops.perturb(x, sigma, SEED, *arguments(), None))
+    assert torch.equal(
+        perturb(x, wide, SEED, Draw(*arguments()), None), perturb(x, sigma, SEED, Draw(*arguments()), None)
+    )
 
 
 def test_perturb_of_a_window_is_the_window():
@@ -223,18 +230,11 @@ def test_perturb_passes_nan_and_infinity_through():
         assert torch.equal(u == math.inf, x == math.inf) and torch.equal(u == -math.inf, x == -math.inf)
 
 
-def test_perturb_collapsed_and_explicit_means_have_one_law():
-    x = torch.zeros(4000, 64)
-    sigma = torch.ones(64)
-    for u in (
-        functional.perturb(x, sigma, SEED, num_samples=16),
-        functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False),
-    ):
-        n = u.numel()
-        assert abs(u.double().var().item() * 16 - 1) < 5 * (2 / n) ** 0.5
-        assert abs(u.double().mean().item()) < 5 / (16 * n) ** 0.5
-    explicit = functional.perturb(x, sigma, SEED, num_samples=16, collapsed=False)
-    assert torch.equal(explicit, functional.noise((4000, 64), SEED, num_samples=16))
+def test_perturb_of_several_samples_has_the_law_of_their_mean():
+    u = functional.perturb(torch.zeros(4000, 64), torch.ones(64), SEED, num_samples=16)
+    n = u.numel()
+    assert abs(u.double().var().item() * 16 - 1) < 5 * (2 / n) ** 0.5
+    assert abs(u.double().mean().item()) < 5 / (16 * n) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -257,7 +257,7 @@ def test_perturb_backward_gives_each_input_only_what_it_needs():
     (dx,) = torch.autograd.grad(functional.perturb(x, sigma.detach(), SEED), x, du)
     (dsigma,) = torch.autograd.grad(functional.perturb(x.detach(), sigma, SEED), sigma, du)
     assert torch.equal(dx, du)
-    assert torch.equal(dsigma, ops.perturb_bwd(du, sigma, SEED, *arguments()))
+    assert torch.equal(dsigma, perturb_bwd(du, sigma, SEED, Draw(*arguments())))
 
 
 def test_perturb_replays_in_backward():
@@ -280,8 +280,8 @@ def test_perturb_replays_in_backward():
 
 def test_perturb_backward_is_deterministic():
     _, du, sigma = inputs((3001, 130))
-    first = ops.perturb_bwd(du, sigma, SEED, *arguments())
-    assert all(torch.equal(ops.perturb_bwd(du, sigma, SEED, *arguments()), first) for _ in range(3))
+    first = perturb_bwd(du, sigma, SEED, Draw(*arguments()))
+    assert all(torch.equal(perturb_bwd(du, sigma, SEED, Draw(*arguments())), first) for _ in range(3))
 
 
 def test_perturb_sum_is_no_worse_than_torch():
@@ -290,7 +290,7 @@ def test_perturb_sum_is_no_worse_than_torch():
     where = arguments()
     exact = reference.perturb_bwd(du, sigma.double(), SEED, *where)
     plain = (du * functional.noise(du.shape, SEED)).sum(0)
-    ours = ops.perturb_bwd(du, sigma, SEED, *where)
+    ours = perturb_bwd(du, sigma, SEED, Draw(*where))
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * 20000**0.5
 
 
@@ -362,7 +362,6 @@ BAD = [
     (dict(x=torch.ones(())), "dim: expected"),
     (dict(dim=2), "dim: expected"),
     (dict(num_samples=0), "num_samples: expected"),
-    (dict(num_samples=2**17, collapsed=False), "num_samples: expected"),
     (dict(sample=-1), "sample: expected"),
     (dict(col0=-8), "row0, col0: expected"),
     (dict(row0=2**62 + 1), r"row0, col0: expected 0 to 2\^62"),
@@ -392,8 +391,8 @@ def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
 def test_perturb_replay_rejects_another_shape():
     x, du, sigma = inputs((4, 8))
     with pytest.raises(ValueError, match="du: expected shape"):
-        ops.perturb_replay(du[:3], x, sigma, SEED, *arguments(), None)
+        perturb_replay(du[:3], x, sigma, SEED, Draw(*arguments()), None)
     with pytest.raises(TypeError, match="du: expected one of"):
-        ops.perturb_replay(du.int(), x, sigma, SEED, *arguments(), None)
+        perturb_replay(du.int(), x, sigma, SEED, Draw(*arguments()), None)
     with pytest.raises(RuntimeError, match="du: expected"):
         torch.ops.dipkernels.perturb_replay(du[:3], x, sigma, SEED, *arguments(), None)

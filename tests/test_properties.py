@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import dipkernels as dip
-from dipkernels import backends, functional, ops, reference
+from dipkernels import backends, functional, reference
 from dipkernels.backends import cpu_capability, library
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb, perturb_bwd, perturb_replay
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
@@ -133,7 +135,7 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     cpu_capability(machine[0])
     torch.set_num_threads(machine[1])
     dim, log_variance = where[0], where[-1]
-    u = ops.perturb(x, sigma, seed, *where, out_dtype)
+    u = perturb(x, sigma, seed, Draw(*where), out_dtype)
     exact = reference.perturb(x, sigma, seed, *where, torch.float64)
     scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[5] if sigma.numel() else 0.0
     tiny = 6e-8 if u.dtype is torch.float16 else 0.0
@@ -144,13 +146,13 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     )
     assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape and u.stride() == torch.empty_like(x).stride()
     assert ((u.double() - exact).abs() <= allowed).all()
-    dsigma = ops.perturb_bwd(du, sigma, seed, *where)
+    dsigma = perturb_bwd(du, sigma, seed, Draw(*where))
     exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
     rows = du.numel() // max(1, du.shape[dim])
     size = where[5] * (scale + 1) * (1 + (float(du.double().abs().max()) if du.numel() else 0.0))
     assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
     assert ((dsigma.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
-    again, replayed = ops.perturb_replay(du, x, sigma, seed, *where, out_dtype)
+    again, replayed = perturb_replay(du, x, sigma, seed, Draw(*where), out_dtype)
     assert torch.equal(again, u)
     # In the type of x where that is wider than du's.
     assert ((replayed.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
@@ -221,7 +223,7 @@ def linears(draw):
     log_variance = draw(st.booleans())
     sigma = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1).float().double()
     options = dict(row0=draw(rows0), col0=draw(columns0), sample=draw(st.integers(0, 9)), num_samples=draw(st.integers(1, 3)),
-                   collapsed=draw(st.booleans()), log_variance=log_variance, keep=draw(st.sampled_from(["auto", "u", "x"])))  # fmt: skip
+                   log_variance=log_variance, keep=draw(st.sampled_from(["auto", "u", "x"])))  # fmt: skip
     bias = normal(n) if draw(st.booleans()) else None
     x = draw(layouts(normal(*shape)))
     return x, normal(n, k), bias, sigma.log() if log_variance else sigma, draw(seeds), normal(*shape[:-1], n), options
@@ -229,10 +231,10 @@ def linears(draw):
 
 def check_linear(x, weight, bias, sigma, seed, dy, options):
     """y and every gradient in float64, against the same layer written out with the reference's noise."""
-    keep = {k: v for k, v in options.items() if k != "collapsed" and k != "keep" and k != "log_variance"}
+    keep = {k: v for k, v in options.items() if k != "keep" and k != "log_variance"}
     num_samples = keep.pop("num_samples")
-    factor, count = (num_samples**-0.5, 1) if options["collapsed"] else (1.0, num_samples)
-    z = torch.stack([reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"] + s, 1).double() for s in range(count)]).mean(0)  # fmt: skip
+    factor = num_samples**-0.5
+    z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"], 1).double()
     results = []
     for ours in (True, False):
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]

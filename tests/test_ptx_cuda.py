@@ -15,7 +15,9 @@ from cuda_support import find_tool
 from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs, build
 from triton_support import load_reference
 
-from dipkernels import backends, ops
+from dipkernels import backends
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import noise, perturb
 
 reference = load_reference()
 missing = next((name for name in ("nvcc", "g++") if not (find_tool(name) or shutil.which(name))), None)
@@ -212,13 +214,13 @@ def test_compiled_cuda_sums_many_partial_rows(library, shape):
 def test_compiled_cuda_exact_tier_is_the_cpu_to_the_bit(library, shape):
     with backends.backend("cpu"):
         for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 2}):
-            want = ops.noise(SEED, shape, 1, *where(kwargs, 1)[1:5])
+            want = noise(SEED, shape, Draw(1, *where(kwargs, 1)[1:5]))
             got, _ = run(library, "exact", u=torch.empty(shape), **kwargs)
             assert torch.equal(got, want)
         for dtype in (F32, F16, BF16):
             x, u, _, sigma = tensors(*shape, dtypes=(dtype,) * 3)
             got, _ = run(library, "exact", x=x, u=u, sigma=sigma)
-            assert torch.equal(got, ops.perturb(x, sigma, SEED, 1, 0, 0, 0, 1, 1.0, False, None))
+            assert torch.equal(got, perturb(x, sigma, SEED, Draw(1), None))
 
 
 @pytest.mark.parametrize("tier", TIERS)

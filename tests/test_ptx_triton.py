@@ -16,9 +16,13 @@ if triton.knobs.runtime.interpret:
 from ptx_triton_support import bytes_at, compiled  # noqa: E402, F401
 from triton_support import load_kernels, load_reference  # noqa: E402
 
-from dipkernels import backends, ops  # noqa: E402
+from dipkernels import backends  # noqa: E402
+from dipkernels.ops import perturb as projection  # noqa: E402
+from dipkernels.ops.draw import Draw  # noqa: E402
 
-MODULES = noise, perturb, linear, activation, tiles = load_kernels("noise", "perturb", "linear", "activation", "tiles")
+MODULES = noise, perturb, linear, expectation, tiles = load_kernels(
+    "noise", "perturb", "linear", "expectation", "tiles"
+)
 (mixtures,) = load_kernels("mixtures")
 reference = load_reference()
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
@@ -95,8 +99,8 @@ def test_compiled_perturb_matches_reference(case, dtype, arch):
         return
     # The exact tier: the bits of the CPU's kernels.
     with backends.backend("cpu"):
-        assert torch.equal(z, ops.noise(SEED, shape, dim, 2**32 - 7, col0, 2, samples))
-        assert dtype is F64 or torch.equal(u, ops.perturb(x, *where, None))
+        assert torch.equal(z, projection.noise(SEED, shape, Draw(*where[2:])))
+        assert dtype is F64 or torch.equal(u, projection.perturb(x, sigma, SEED, Draw(*where[2:]), None))
 
 
 def strided():
@@ -246,9 +250,9 @@ def test_compiled_activation_matches_reference(name, dtype, arch):
     v = (4 * torch.rand(200) ** 3).to(F64 if dtype is F64 else F32)
     v[100] = 0
     with on_gpu(arch, CONFIGS[arch]):
-        y, (dmu, dv, total) = activation.activation(mu, v, name), activation.activation_bwd(dy, mu, v, name)
-    want = reference.activation(mu.double(), v.double(), name)
-    want_dmu, want_dv, want_total = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+        y, (dmu, dv, total) = expectation.expectation(mu, v, name), expectation.expectation_bwd(dy, mu, v, name)
+    want = reference.expectation(mu.double(), v.double(), name)
+    want_dmu, want_dv, want_total = reference.expectation_bwd(dy.double(), mu.double(), v.double(), name)
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]] + (2.1e-6 if dtype is BF16 else 3e-7)
     size, rounding = 1 + mu.double().abs(), EPS[dtype] if dtype is not F64 else 0
     assert ((y - want).abs() <= bound * size + rounding * want.abs() + 1e-6).all()
@@ -271,8 +275,8 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     v = torch.tensor(VARIANCES)
     grid = mu[:, None].expand(-1, len(v)).contiguous()
     with on_gpu(arch, errors):
-        y = activation.activation(grid, v, name)
-        dmu, dv, total = activation.activation_bwd(torch.ones_like(grid), grid, v, name)
+        y = expectation.expectation(grid, v, name)
+        dmu, dv, total = expectation.expectation_bwd(torch.ones_like(grid), grid, v, name)
     assert all(t.isfinite().all() for t in (y, dmu, dv, total))
     deviation = v.double().sqrt()
     near = grid.double().abs() <= 2
@@ -306,8 +310,8 @@ def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
     v = torch.tensor([0.0, 1e-8, 1.0, NAN], dtype=wide)
     dy = torch.ones_like(mu)
     with on_gpu(arch, CONFIGS[arch]):
-        y = activation.activation(mu, v, name)
-        dmu, dv, _ = activation.activation_bwd(dy, mu, v, name)
+        y = expectation.expectation(mu, v, name)
+        dmu, dv, _ = expectation.expectation_bwd(dy, mu, v, name)
     low = -1 if name == "tanh" else 0
     assert (y[0, :3] - low).abs().max() <= 1e-6
     assert ((y[1, :3] - 1).abs() <= 1e-6).all() if name == "tanh" else (y[1, :3] == INF).all()
@@ -325,10 +329,10 @@ def test_compiled_activation_variance_matches_reference(weight_dtype, sigma_dtyp
         weight, sigma = randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
         dv, given = torch.randn(n, dtype=sigma_dtype), randn(k, n).t().to(weight_dtype)
         with on_gpu(arch, CONFIGS[arch]):
-            got = (activation.activation_variance(weight, sigma, log_variance),
-                   *activation.activation_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
-        want = (reference.activation_variance(weight, sigma, log_variance),
-                *reference.activation_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+            got = (expectation.affine_variance(weight, sigma, log_variance),
+                   *expectation.affine_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+        want = (reference.affine_variance(weight, sigma, log_variance),
+                *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
         tolerance = 1e-2 if weight_dtype is BF16 else 1e-4 if sigma_dtype is F32 else 1e-10
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)

@@ -5,39 +5,25 @@ import torch
 from capability_support import OFFERED
 
 from dipkernels import backends
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS
 
 OPS = torch.ops.dipkernels
 SEED = torch.tensor([17, 2**33 + 5])
 NAMES = list(ACTIVATIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 1e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
-CODE_ERROR = 0.0025 + 1e-6  # half a step of 1 / 200
 
 
-def forward(h, activation, slopes=None, first=0, out=None, factor=1.0):
+def forward(h, activation, out=None, factor=1.0):
     total = torch.ones(h.shape[1:])
-    OPS.act_add(total, h, activation, slopes, first, out, factor)
+    OPS.act_add(total, h, activation, out, factor)
     return total
 
 
-def back(h, dy, activation, bias=None, slopes=None, first=0, samples=None, out=None, factor=1.0):
-    """(dh [samples, rows, columns], total [columns, rows]) for dy [rows, columns], h [samples, columns, rows]"""
-    total = torch.ones(dy.t().shape)
-    how = (activation, slopes, first, h.shape[0] if samples is None else samples, out, factor)
-    return OPS.act_add_bwd(total, h, bias, dy, *how).permute(1, 2, 0), total
-
-
-def by_columns(h):
-    """[samples, rows, columns] as backward has it: [samples, columns, rows], columns outermost in memory"""
-    return h.permute(2, 0, 1).contiguous().transpose(0, 1)
-
-
-def exact(h, dy, activation):
-    """(values, gradients) in float64"""
-    leaf = h.double().requires_grad_()
-    values = ACTIVATIONS[activation](leaf)
-    return values.detach(), torch.autograd.grad(values, leaf, dy.double().expand_as(leaf))[0]
+def back(h, dy, activation, out=None, factor=1.0):
+    """(dh [samples, rows, columns], total [rows, columns])"""
+    total = torch.ones(dy.shape)
+    return OPS.act_add_bwd(total, h, dy, activation, out, factor), total
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -71,61 +57,10 @@ def test_samples_behind_an_activation_and_back(capability, dtype, activation):
         total = forward(h, activation, out=wide[:, 3:], factor=0.25)
         torch.testing.assert_close(total.double(), 1 + values.sum(0), rtol=2e-6, atol=4e-6)
         assert torch.equal(wide[:, 3:], (0.25 * total).to(dtype))
-        out = torch.empty(columns, rows)
-        dh, total = back(by_columns(h), dy.repeat(1, 2)[:, :columns], activation, out=out, factor=0.5)
+        dh, total = back(h, dy.repeat(1, 2)[:, :columns], activation, out=wide[:, 3:], factor=0.5)
         torch.testing.assert_close(dh.double(), want, rtol=2 * EPS[dtype], atol=2e-6)
-        torch.testing.assert_close(total.t().double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
-        assert torch.equal(out, 0.5 * total)
-        bias = torch.randn(columns).to(dtype)
-        with_bias, _ = back(by_columns(h), dy, activation, bias)
-        (want,) = torch.autograd.grad(act[activation](leaf + bias.double()), leaf, dy.double().expand_as(leaf))
-        torch.testing.assert_close(with_bias.double(), want, rtol=2 * EPS[dtype], atol=4e-6)
-
-
-@pytest.mark.parametrize("activation, as_bytes", [(a, b) for a in NAMES for b in (True, False) if b or a != "relu"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_slopes_of_samples_are_kept_for_backward(capability, dtype, activation, as_bytes):
-    for first, samples, num_kept in ((0, 3, 2), (5, 7, 9), (2, 4, 1), (0, 9, 9)):
-        for rows, columns in ((7, 40), (70, 33), (270, 20)):
-            h, dy = torch.randn(samples, rows, columns).mul_(3).to(dtype), torch.randn(rows, columns).to(dtype)
-            _, want = exact(h, torch.ones_like(dy), activation)
-            held = -(-(first + samples) // 8) if activation == "relu" else num_kept
-            wide = torch.zeros(held, rows + 2, columns, dtype=torch.uint8 if as_bytes else dtype)
-            slopes = wide[:, 1:-1]  # rows of a whole tensor, as the layers have it
-            given = samples if activation == "relu" else min(max(num_kept - first, 0), samples)
-            assert torch.equal(forward(h, activation, slopes, first), forward(h, activation))
-            assert not wide[:, 0].any() and not wide[:, -1].any()
-            got = slopes[first : first + given].double()
-            if activation == "relu":
-                bits = [slopes[i // 8] >> i % 8 & 1 for i in range(first + samples)]
-                assert not any(bit.any() for bit in bits[:first])
-                got = torch.stack(bits[first:]).double()
-            elif as_bytes:
-                got = (got - 26) / 200
-            slack = CODE_ERROR if as_bytes and activation != "relu" else 2 * EPS[dtype] + 1e-6
-            assert given == 0 or (got - want[:given]).abs().max() <= slack
-            dh, total = back(by_columns(h[given:]), dy, activation, slopes=slopes, first=first, samples=samples)
-            by_slopes = torch.cat([got, want[given:]])
-            torch.testing.assert_close(dh.double(), dy.double() * by_slopes, rtol=2 * EPS[dtype], atol=2e-6)
-            torch.testing.assert_close(total.t().double(), 1 + (dy.double() * by_slopes).sum(0), rtol=2e-6, atol=4e-6)
-
-
-@pytest.mark.parametrize("activation", NAMES)
-def test_a_slope_in_a_byte_is_exact_where_saturated_and_keeps_a_nan(capability, activation):
-    limits = {"relu": (0.0, 1.0), "tanh": (0.0, 0.0)}.get(activation, (0.0, 1.0))
-    h = torch.tensor([-80.0, 80.0, float("nan")]).repeat(11).view(1, 1, 33)
-    slopes = torch.zeros(1, 1, 33, dtype=torch.uint8)
-    forward(h, activation, slopes)
-    dh, _ = back(h[:0].transpose(1, 2), torch.full((1, 33), 3.0), activation, slopes=slopes, samples=1)
-    # behind relu a NaN is in y, and passes dy on as PyTorch's own does
-    want = torch.tensor([3 * limits[0], 3 * limits[1], 3.0 if activation == "relu" else float("nan")]).repeat(11)
-    assert torch.equal(dh.flatten().nan_to_num(7), want.nan_to_num(7))
-    if activation != "relu":  # the whole range of the slopes fits
-        h = torch.linspace(-12, 12, 4001).view(1, 1, -1)
-        slopes = torch.zeros(1, 1, 4001, dtype=torch.uint8)
-        forward(h, activation, slopes)
-        _, want = exact(h, torch.ones(1, 4001), activation)
-        assert ((slopes.double() - 26) / 200 - want).abs().max() <= CODE_ERROR
+        torch.testing.assert_close(total.double(), 1 + want.sum(0), rtol=2e-6, atol=4e-6)
+        assert torch.equal(wide[:, 3:], (0.5 * total).to(dtype))
 
 
 def test_relu_of_a_sample_and_back(capability):
@@ -133,14 +68,12 @@ def test_relu_of_a_sample_and_back(capability):
     for dtype in DTYPES:
         h = torch.randn(2, 40, 700).to(dtype)
         h.view(-1)[::5] = special.to(dtype).repeat(h.numel() // 25)
-        bits, dy = torch.full((1, 40, 700), 2, dtype=torch.uint8), torch.randn(40, 700).to(dtype)
-        total = forward(h, "relu", bits, 5)
+        dy = torch.randn(40, 700).to(dtype)
+        total = forward(h, "relu")
         assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h[0]).float() + torch.relu(h[1]).float()).nan_to_num(7))
-        wants = [torch.where(part <= 0, 0, 1 << 5 + i) for i, part in enumerate(h)]
-        assert torch.equal(bits[0], (2 + wants[0] + wants[1]).to(torch.uint8))
-        dh, total = back(by_columns(h[:0]), dy, "relu", slopes=bits, first=5, samples=2)
+        dh, total = back(h, dy, "relu")
         assert torch.equal(dh, torch.where(h <= 0, 0, dy))
-        assert torch.equal(total.t(), 1 + dh[0].float() + dh[1].float())
+        assert torch.equal(total, 1 + dh[0].float() + dh[1].float())
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -152,11 +85,9 @@ def test_samples_ignore_instruction_set_and_threads(activation):
             backends.cpu_capability(name)
             for n in (1, 3):
                 torch.set_num_threads(n)
-                slopes = torch.zeros(2 if activation != "relu" else 1, 90, 1000, dtype=torch.uint8)
-                total = forward(h, activation, slopes)
-                given = 3 if activation == "relu" else 2
-                dh, sums = back(by_columns(h[given:]), dy, activation, slopes=slopes, samples=3)
-                results.append(torch.cat([total[None], sums.t()[None], dh, slopes]))
+                total = forward(h, activation)
+                dh, sums = back(h, dy, activation)
+                results.append(torch.cat([total[None], sums[None], dh]))
     finally:
         backends.cpu_capability(before)
         torch.set_num_threads(threads)
@@ -169,15 +100,14 @@ def test_samples_far_out_and_not_numbers(activation):
     h = torch.tensor([1e-30, -1e-30, 3e-5, -3e-5, *far, *(-x for x in far), infinity, nan]).view(1, 1, -1)
     want = ACTIVATIONS[activation](h[0].double()).float()
     total = torch.zeros_like(h[0])
-    OPS.act_add(total, h, activation, None, 0, None, 1.0)
+    OPS.act_add(total, h, activation, None, 1.0)
     torch.testing.assert_close(total, want, rtol=2e-6, atol=0, equal_nan=True)
     lowest = torch.full_like(h, float("-inf"))
     torch.testing.assert_close(forward(lowest, activation), 1 + ACTIVATIONS[activation](lowest[0]), equal_nan=True)
 
 
 def test_passes_over_samples_stay_inside_their_buffers():
-    h, dy, total, byte = torch.randn(2, 4, 6), torch.randn(6, 4), torch.zeros(4, 6), torch.uint8
-    slopes, slopes_back = torch.zeros(1, 4, 6, dtype=byte), torch.zeros(1, 6, 4, dtype=byte)
+    h, dy, total = torch.randn(2, 4, 6), torch.randn(4, 6), torch.zeros(4, 6)
     for changed, match in [
         ({"total": torch.zeros(4, 5)}, "h: expected shape .samples, 4, 5."),
         ({"total": torch.zeros(4, 6).double()}, "total: expected shape .outer, inner., contiguous, float32"),
@@ -186,32 +116,17 @@ def test_passes_over_samples_stay_inside_their_buffers():
         ({"h": h.repeat(1, 1, 2)[:, :, ::2]}, "h: expected shape .* elements side by side"),
         ({"h": h.double()}, "h: expected float32, float16 or bfloat16, got float64"),
         ({"activation": "elu"}, "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu"),
-        ({"slopes": slopes[:, :3]}, "slopes: expected shape .samples, "),
-        ({"slopes": slopes.int()}, "slopes: expected uint8, or h's dtype"),
-        ({"slopes": slopes.half()}, "slopes: expected uint8, or h's dtype"),
-        ({"slopes": slopes.float(), "activation": "relu"}, "slopes: expected uint8, or h's dtype but for relu"),
-        ({"first": -1}, "first: expected 0 to 65536, got -1"),
         ({"out": torch.zeros(4, 5)}, "out: expected shape .4, 6."),
         ({"out": torch.zeros(6, 4).t()}, "out: expected shape .4, 6. and elements side by side"),
-        ({"dy": dy[:5]}, "dy: expected shape .6, 4."),
+        ({"dy": dy[:3]}, "dy: expected shape .4, 6."),
         ({"dy": dy.half()}, "dy: expected h's dtype"),
-        ({"samples": 0}, "num_samples: expected 1 to 65536, got 0"),
-        ({"samples": 3}, "h: expected the 2 samples without slopes, got 1"),
-        ({"bias": torch.zeros(5)}, "bias: expected shape .4,."),
-        ({"bias": torch.zeros(4).double()}, "bias: expected shape .4,., contiguous, float32, float16 or bfloat16"),
     ]:
-        how = {"total": total, "h": h, "activation": "gelu", "slopes": slopes, "first": 0, "out": None, **changed}
-        if not {"dy", "samples", "bias"} & set(changed):
+        how = {"total": total, "h": h, "activation": "gelu", "out": None, "dy": dy, **changed}
+        if "dy" not in changed:
             with pytest.raises(RuntimeError, match=match):
-                OPS.act_add(*(how[name] for name in ("total", "h", "activation", "slopes", "first", "out")), 1.0)
-        how = {"bias": None, "dy": dy, "samples": 2, **how, "h": changed.get("h", h[:1])}
-        if "slopes" not in changed:
-            how["slopes"] = slopes_back
-        elif changed["slopes"].shape == slopes.shape:
-            how["slopes"] = changed["slopes"].transpose(1, 2).contiguous()
-        names = ("total", "h", "bias", "dy", "activation", "slopes", "first", "samples", "out")
+                OPS.act_add(*(how[name] for name in ("total", "h", "activation", "out")), 1.0)
         with pytest.raises(RuntimeError, match=match):
-            OPS.act_add_bwd(*(how[name] for name in names), 1.0)
+            OPS.act_add_bwd(*(how[name] for name in ("total", "h", "dy", "activation", "out")), 1.0)
 
 
 def test_draws_of_samples_stay_inside_their_buffers():

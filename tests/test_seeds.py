@@ -5,13 +5,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dipkernels import seeds
-from dipkernels.layers import DIPConv2d, DIPLinear, number_layers
-from dipkernels.seeds import fixed_noise, noise_off, sampling_on
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.noise import contexts, seeds
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
 
 def state():
-    return seeds._KEY, seeds._ROW0, seeds._MODE
+    return contexts.KEY, contexts.ROW0, contexts.MODE
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def test_manual_seed_replays_a_draw():
 @pytest.mark.parametrize("key", [0, -1, 2**63, 2**64 - 1, 2**64 + 5, torch.tensor(7), torch.tensor([-7])])
 def test_key_is_taken_mod_2_64(key):
     with fixed_noise(key):
-        value = seeds._KEY
+        value = contexts.KEY
     assert value.dtype is torch.int64
     assert value.shape == (2,)
     assert value[0].item() % 2**64 == int(key) % 2**64
@@ -108,13 +110,13 @@ def test_contexts_nest_and_restore_on_exceptions():
     with fixed_noise(1, row0=3):
         outer = state()
         with pytest.raises(ZeroDivisionError), noise_off(), fixed_noise(2):
-            assert seeds._MODE == "off"
-            assert seeds._ROW0 == 0
+            assert contexts.MODE == "off"
+            assert contexts.ROW0 == 0
             raise ZeroDivisionError
         assert state() == outer
         with sampling_on(), noise_off():
-            assert seeds._MODE == "off"
-        assert seeds._MODE is None
+            assert contexts.MODE == "off"
+        assert contexts.MODE is None
 
 
 def test_contexts_work_as_decorators_and_when_entered_again():
@@ -153,15 +155,15 @@ def test_numbered_passes_differ_and_replay():
     with fixed_noise(4, row0=2):
         outs = []
         for number in (0, 1, 1):
-            with seeds.numbered_pass(number, 3):
-                assert seeds._ROW0 == 6
+            with contexts.numbered_pass(number, 3):
+                assert contexts.ROW0 == 6
                 outs.append(layer(x))
-        with seeds.numbered_pass(1):
-            assert seeds._KEY[0].item() % 2**64 == 4 + 0x9E3779B97F4A7C15
+        with contexts.numbered_pass(1):
+            assert contexts.KEY[0].item() % 2**64 == 4 + 0x9E3779B97F4A7C15
     assert torch.equal(outs[1], outs[2])
     assert not torch.equal(outs[0], outs[1])
-    with seeds.numbered_pass(1):
-        assert seeds._KEY is None
+    with contexts.numbered_pass(1):
+        assert contexts.KEY is None
 
 
 def test_checkpointing_replays_noise_with_and_without_a_key():

@@ -9,8 +9,13 @@ from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
-from dipkernels import functional, tensor_parallel
-from dipkernels.layers import DIPConv2d, DIPInput, DIPLinear, number_layers
+from dipkernels import functional
+from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
+from dipkernels.ops import dtensor
+from dipkernels.worlds import is_dtensor
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 SEED = torch.tensor([0x0123456789ABCDEF, 7])
@@ -46,10 +51,7 @@ class MLP(nn.Module):
 
 
 def gradients(model):
-    return {
-        name: p.grad.full_tensor() if tensor_parallel.is_dtensor(p.grad) else p.grad
-        for name, p in model.named_parameters()
-    }
+    return {name: p.grad.full_tensor() if is_dtensor(p.grad) else p.grad for name, p in model.named_parameters()}
 
 
 def assert_equal_training(plain, parallel, x, key=5, **tolerance):
@@ -58,7 +60,7 @@ def assert_equal_training(plain, parallel, x, key=5, **tolerance):
     for model in (plain, parallel):
         with dip.fixed_noise(key):
             y = model(x)
-        y = y.full_tensor() if tensor_parallel.is_dtensor(y) else y
+        y = y.full_tensor() if is_dtensor(y) else y
         y.square().sum().backward()
         outs.append(y)
     torch.testing.assert_close(outs[1], outs[0], **tolerance)
@@ -118,8 +120,8 @@ def check_u(rank, world, shape_of_mesh=None):
             assert torch.equal(u.full_tensor(), want), (shape, placements)
             u.backward(distribute_tensor(g, mesh, placements))
             assert torch.equal(dx.grad.full_tensor(), g)
-            assert tensor_parallel.is_dtensor(s.grad) == sigma_is_dtensor
-            torch.testing.assert_close(tensor_parallel.full(s.grad), want_sigma.grad, rtol=1e-5, atol=1e-5)
+            assert is_dtensor(s.grad) == sigma_is_dtensor
+            torch.testing.assert_close(dtensor.full(s.grad), want_sigma.grad, rtol=1e-5, atol=1e-5)
     # a sum that is still to be made over the ranks is made first
     part = torch.full((4, 8), float(rank))
     from torch.distributed.tensor import DTensor
@@ -148,8 +150,8 @@ def check_double_backward(rank, world):
     def second(x, s):
         u = functional.perturb(x, s, SEED, log_variance=True)
         dx, ds = torch.autograd.grad((u**3).sum(), (x, s), create_graph=True)
-        total = tensor_parallel.full((dx**2).sum()) + tensor_parallel.full((ds**2).sum())
-        return [tensor_parallel.full(g) for g in torch.autograd.grad(total, (x, s))]
+        total = dtensor.full((dx**2).sum()) + dtensor.full((ds**2).sum())
+        return [dtensor.full(g) for g in torch.autograd.grad(total, (x, s))]
 
     want = second(x.clone().requires_grad_(), log_variance.clone().requires_grad_())
     for dim in (0, 1, 2):
@@ -195,16 +197,16 @@ def check_styles(rank, world, sequence):
     model.eval()
     x = torch.randn(3, 4, 16)
     y = model(x)
-    torch.testing.assert_close(tensor_parallel.full(y), plain.eval()(x))
+    torch.testing.assert_close(dtensor.full(y), plain.eval()(x))
     # seeds drawn alike on every rank, which is what tensor parallelism asks for
     plain.train(), model.train()
     outs = []
     for m in (plain, model):
         torch.manual_seed(3)
-        outs.append(tensor_parallel.full(m(x)))
+        outs.append(dtensor.full(m(x)))
     torch.testing.assert_close(outs[1], outs[0])
     with dip.noise_off():  # a step without noise goes on
-        tensor_parallel.full(model(x)).sum().backward()
+        dtensor.full(model(x)).sum().backward()
     again = number_layers(parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64))
     assert again.up.log_variance.dtype is torch.float64 and again.down.stream.tolist() == [0, 1]
 
@@ -270,10 +272,10 @@ def check_communication(rank, world, sequence):
         torch.manual_seed(1)
         model = parallel_mlp(MLP(), mesh, sequence)
         model.train(noisy)
-        tensor_parallel._agreed.add(mesh)  # the one comparison of seeds
+        dtensor._agreed.add(mesh)  # the one comparison of seeds
         with CommDebugMode() as forward:
             y = model(x)
-        y = y.to_local() if tensor_parallel.is_dtensor(y) else y
+        y = y.to_local() if is_dtensor(y) else y
         with CommDebugMode() as backward:
             y.square().sum().backward()
         counts.append([forward.get_comm_counts(), backward.get_comm_counts()])
@@ -342,7 +344,7 @@ def check_different_keys(rank, world):
         with dip.fixed_noise(10 + rank):
             dip.check_ranks(model, mesh_of(world))
 
-    tensor_parallel._agreed.clear()
+    dtensor._agreed.clear()
     return raised(drawn), raised(fixed)
 
 
@@ -470,10 +472,10 @@ def check_parallel_variances(rank, world):
     dip.parallelize_module(model, mesh_of(world), {"up": ColwiseParallel()})
     assert list(model.state_dict()) == names
     assert not model.up.log_variance.requires_grad and model.down.log_variance.requires_grad
-    assert not tensor_parallel.is_dtensor(model.down.log_variance) and not tensor_parallel.is_dtensor(model.down.weight)
-    before = tensor_parallel.full(model.up.log_variance.detach()).clone()
+    assert not is_dtensor(model.down.log_variance) and not is_dtensor(model.down.weight)
+    before = dtensor.full(model.up.log_variance.detach()).clone()
     model.load_state_dict({"norm.weight": torch.ones(16)}, strict=False)
-    assert torch.equal(tensor_parallel.full(model.up.log_variance.detach()), before)
+    assert torch.equal(dtensor.full(model.up.log_variance.detach()), before)
     assert not hasattr(model.up.variance, "weight")
     failing = {"up": ColwiseParallel(), "norm": ColwiseParallel()}  # torch refuses a norm
     again = MLP()

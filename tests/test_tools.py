@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.layers import DIPLayer, dip_layers
+from dipkernels.nn.layer import DIPLayer
+from dipkernels.nn.numbering import dip_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.layers import dip_layers, share_noise, twin_type
-from dipkernels.seeds import fixed_noise
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.nn.sharing import share_noise
+from dipkernels.nn.twin import twin_type
+from dipkernels.noise.contexts import fixed_noise
 
 
 class Scaled(nn.Module):
@@ -115,7 +117,7 @@ def test_functions_are_calls_in_the_graph():
         def forward(self, x):
             u = functional.perturb(x, self.sigma, self.seed)
             y = functional.dip_linear(u, self.weight, None, self.sigma, self.seed)
-            return functional.activation(y, self.sigma[:2], "gelu")
+            return functional.expectation(y, self.sigma[:2], "gelu")
 
     model = Functions()
     graph = fx.symbolic_trace(model)
@@ -163,7 +165,7 @@ def test_the_way_out_of_script_works():
 @pytest.mark.parametrize("how", ["training", "fixed_noise", "sampling_on", "no_grad"])
 def test_trace_refuses_to_freeze_noise(how):
     model, x = nn.Sequential(nn.ReLU(), dip.DIPLinear(4, 2)), torch.ones(3, 4)
-    contexts = {"fixed_noise": fixed_noise(3), "sampling_on": dip.seeds.sampling_on(), "no_grad": torch.no_grad()}
+    contexts = {"fixed_noise": fixed_noise(3), "sampling_on": dip.contexts.sampling_on(), "no_grad": torch.no_grad()}
     model.train(how != "sampling_on")
     with (
         contexts.get(how, torch.enable_grad()),

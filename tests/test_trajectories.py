@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.convert import convert
-from dipkernels.layers import DIPInput, DIPLinear
-from dipkernels.seeds import fixed_noise, noise_off, sampling_on
-from dipkernels.trajectories import predict, trajectories
+from dipkernels.models.convert import convert
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
+from dipkernels.training.predict import predict
+from dipkernels.training.trajectories import trajectories
 
 
 def mlp():

@@ -44,7 +44,7 @@ class TestLinear:
 
 class TestActivation:
     def test_under_the_interpreter(self):
-        run("interpreted_activation.py")
+        run("interpreted_expectation.py")
 
 
 class TestWhatAGpuRuns:

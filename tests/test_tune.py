@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.tune import plan
+from dipkernels.training.tune import plan
 
 
 def made_up(ratio, kl, budget):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.layers import Variance, dip_layers
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.nn.variance import Variance
 
 accelerate = pytest.importorskip("accelerate")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -17,8 +17,12 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import dipkernels as dip
-from dipkernels import decay, layers
-from dipkernels.layers import DIPConv1d, DIPConv2d, DIPConv3d, DIPInput, DIPLinear, Variance, dip_layers, number_layers
+from dipkernels.nn import decay, sharing
+from dipkernels.nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers, number_layers
+from dipkernels.nn.variance import Variance
 
 
 def make(init_variance=0.01):
@@ -306,7 +310,7 @@ def test_what_is_done_to_a_stream_from_outside_changes_no_noise():
 
 
 def test_models_joined_after_conversion_say_that_they_share_streams():
-    dip.seeds._named.clear()
+    dip.contexts._named.clear()
     a, b, x = make(), make(), torch.randn(2, 6)
     joined = nn.ModuleList([a, b])
     with pytest.warns(UserWarning, match="number_layers"), dip.fixed_noise(1):
@@ -403,8 +407,8 @@ def test_replicas_of_every_estimator_run(estimator):
 
 def test_layers_of_replicas_that_share_draw_once_for_each_replica(monkeypatch):
     model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
-    drawn, fresh = [], layers._fresh
-    monkeypatch.setattr(layers, "_fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest))
+    drawn, fresh = [], sharing.fresh
+    monkeypatch.setattr(sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest))
     a, b = replicas(model)
     x = torch.randn(2, 3, 6)
     a(x), b(x.clone())
@@ -648,7 +652,7 @@ def test_neighbours_may_work_in_place(kind, keep, estimator, mode):
     for module in apart.modules():
         if isinstance(module, (nn.ReLU, nn.Dropout)):
             module.inplace = False
-    contexts = {"noise_off": dip.noise_off(), "sampling": dip.seeds.sampling_on()}
+    contexts = {"noise_off": dip.noise_off(), "sampling": dip.contexts.sampling_on()}
     grads = []
     for each in (model, apart):
         each.train(mode != "eval" and mode != "sampling")

@@ -250,7 +250,7 @@ def old_gpu(monkeypatch):
 def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs):
     old_gpu.setattr(backends, "has_triton", lambda: triton)
     asked = []
-    backends._listeners.append(lambda: asked.append(1))
+    backends.listeners.append(lambda: asked.append(1))
     with pytest.warns(RuntimeWarning, match=f"{runs} runs on CUDA tensors: GPU 0 is sm_75"):
         backends.check_cuda()
     with warnings.catch_warnings():

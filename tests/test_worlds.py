@@ -10,7 +10,8 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dipkernels as dip
-from dipkernels import backends, functional, ops, worlds
+from dipkernels import backends, functional, worlds
+from dipkernels.ops import registry
 
 SOURCES = sorted((Path(dip.__file__).parent).glob("*.py"))
 DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
@@ -45,7 +46,7 @@ def triton_on_cpu(monkeypatch):
     with backends.backend("triton"):
         yield
     monkeypatch.undo()
-    ops._choose_all()
+    registry.choose_all()
 
 
 def make(name, dtype=torch.float32):
@@ -148,9 +149,9 @@ def check_passes(name, graphs, namespace="dipkernels", fused=False):
     forward, backward = set(graphs.forward[0]), set(graphs.backward[0])
     assert not any("noise" in op for op in forward | backward), (forward, backward)
     passes = {
-        "mean": ({"linear", "linear_keep"}, {"linear_bwd", "linear_keep_bwd"}),
-        "relu mean": ({"linear", "linear_keep"}, {"linear_bwd", "linear_keep_bwd"}),
-        "exact": ({"activation"}, {"activation_bwd"}),
+        "mean": ({"linear"}, {"linear_bwd"}),
+        "relu mean": ({"linear"}, {"linear_bwd"}),
+        "exact": ({"expectation"}, {"expectation_bwd"}),
     }
     plain = ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
     for ran, wanted in zip((forward, backward), passes.get(name, plain)):
@@ -176,8 +177,8 @@ def test_a_layer_on_a_gpu_is_one_graph(name, dtype):
 
 def test_a_device_without_kernels_of_its_own_is_a_look_up(monkeypatch):
     """Such as xpu: a traced choice would read the library's folder."""
-    chosen = {key: value for key, value in ops._chosen.items() if key[1] != "cpu"}
-    monkeypatch.setattr(ops, "_chosen", chosen)
+    chosen = {key: value for key, value in registry._chosen.items() if key[1] != "cpu"}
+    monkeypatch.setattr(registry, "_chosen", chosen)
     layer, inputs = make("input")
     graphs = compiled(layer, *inputs)
     assert "dipkernels_reference.perturb.default" in graphs.forward[0]
@@ -246,4 +247,4 @@ def test_compiled_keep_changes_no_number_and_compiles_anew():
         torch.testing.assert_close(by_x, by_u, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"keep: expected 'x' or 'u', got 'both'"):
         backends.compiled_keep("both")
-    assert backends._compiled_keep == "x"
+    assert backends.kept_when_compiled == "x"

@@ -41,7 +41,7 @@ def layers() -> list[nn.Module]:
 
 
 def functions(x: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor) -> Tensor:
-    u: Tensor = dip.functional.perturb(x, sigma, seed, num_samples=4, collapsed=False)
+    u: Tensor = dip.functional.perturb(x, sigma, seed, num_samples=4)
     y: Tensor = dip.functional.dip_linear(x, weight, None, sigma, seed, keep="x")
     with dip.backend("reference"):
         z: Tensor = dip.functional.noise((2, 8), seed, row0=1)

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .activation import within
 from .blocks import Blocks, blocks, candidates, splits
+from .expectation import within
 from .noise import load_seed, mean_normal_tile, sampling
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, num_multiprocessors, on_device
@@ -45,7 +45,7 @@ def _slope(h, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
-        h = within(h, 6.0)  # 0 or 1 beyond: _plain in activation.py
+        h = within(h, 6.0)  # 0 or 1 beyond: _plain in expectation.py
         t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
         slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
     elif ACTIVATION == "silu":
@@ -425,13 +425,26 @@ def _forward(
 
 
 def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation=None, out_dtype=None
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    row0,
+    col0,
+    sample,
+    num_samples,
+    factor,
+    log_variance,
+    activation="identity",
+    out_dtype=None,
 ):
     """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K], sigma [K].
 
     u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation the samples' mean
     goes to z. out_dtype: default x's. Raises ValueError or TypeError for shapes, types or activations it cannot take.
     """
+    activation = None if activation == "identity" else activation
     _check(x, weight, sigma, activation)
     flat = _flat(x)
     y = _forward(
@@ -502,9 +515,13 @@ def linear_bwd_weight(
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation=None
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation="identity"
 ):
-    """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one."""
+    """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one.
+
+    dbias [N] also without a bias.
+    """
+    activation = None if activation == "identity" else activation
     _check(x, weight, sigma, activation)
     flat_x, flat_weight, flat_dy = _flat(x), _flat(weight), _flat(dy).contiguous()
     single = activation is None or num_samples == 1
@@ -526,5 +543,5 @@ def linear_bwd(
         grads = (dx, dweight, dbias, dsigma)
         total = grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
     dx, dweight, dbias, dsigma = total
-    dbias = None if bias is None else dbias.to(bias.dtype)
+    dbias = dbias.to(weight.dtype if bias is None else bias.dtype)
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias, dsigma

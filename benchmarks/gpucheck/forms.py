@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 Settings = dict[str, Callable[[], contextlib.AbstractContextManager]]
 
-# Bits of dip_set_cuda_forms in csrc/ops.cpp.
+# Bits of dip_set_cuda_forms in csrc/perturb_op.cpp.
 P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 
 

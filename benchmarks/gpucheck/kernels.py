@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from machine import copy_rate, matmul_rate
 from torch import Tensor, nn
 
-from dipkernels import backends, ops, reference
+from dipkernels import backends, reference
+from dipkernels.ops import perturb as projection
+from dipkernels.ops.draw import Draw
 from gpucheck.child import Check, Rows
 
 PLACE = (1, 0, 0, 0, 1, 1.0, False)  # dim, row0, col0, sample, num_samples, factor, log_variance
@@ -77,7 +79,10 @@ def copy(check: Check) -> Rows:
 
 def check_values(x: Tensor, sigma: Tensor, key: Tensor) -> None:
     """The last rows of u, and all of dsigma where that is affordable, against the float64 reference."""
-    u, dsigma = ops.perturb(x, sigma, key, *PLACE, None), ops.perturb_bwd(x, sigma, key, *PLACE)
+    u, dsigma = (
+        projection.perturb(x, sigma, key, Draw(*PLACE), None),
+        projection.perturb_bwd(x, sigma, key, Draw(*PLACE)),
+    )
     rows = min(64, x.shape[0])
     place = (1, x.shape[0] - rows, *PLACE[2:])
     want = reference.perturb(x[-rows:], sigma, key, *place, torch.float64)
@@ -132,9 +137,9 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
     given = inputs(check, dtype, m, k)
     sigma, key, narrow = given.sigma, given.key, given.sigma.to(dtype)
     call = {
-        "P": lambda x, du, target: ops.perturb(x, sigma, key, *PLACE, None),
-        "Q": lambda x, du, target: ops.perturb_bwd(du, sigma, key, *PLACE),
-        "PQ": lambda x, du, target: ops.perturb_replay(du, x, sigma, key, *PLACE, None),
+        "P": lambda x, du, target: projection.perturb(x, sigma, key, Draw(*PLACE), None),
+        "Q": lambda x, du, target: projection.perturb_bwd(du, sigma, key, Draw(*PLACE)),
+        "PQ": lambda x, du, target: projection.perturb_replay(du, x, sigma, key, Draw(*PLACE), None),
     }[form]
     variants = {"copy": given.in_a_row(lambda x, du, target: target.copy_(x), check.device)}
     for kind in kinds(check):
@@ -201,7 +206,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
     sigma, key = torch.full((k,), 0.1, device=check.device), seed(check)
 
     def two_step(x: Tensor) -> Tensor:
-        return F.linear(ops.perturb(x, sigma, key, *PLACE, None), weight, bias)
+        return F.linear(projection.perturb(x, sigma, key, Draw(*PLACE), None), weight, bias)
 
     def fused(x: Tensor) -> Tensor:
         from dipkernels.triton_kernels.linear import linear

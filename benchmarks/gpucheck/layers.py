@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dipkernels as dip
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels.ops.activations import ACTIVATIONS
 from gpucheck.child import Check, Rows
 from gpucheck.kernels import half, kernels, kinds, rounds
 

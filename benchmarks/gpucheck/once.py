@@ -9,7 +9,10 @@ import sys
 
 import torch
 
-from dipkernels import backends, ops
+from dipkernels import backends
+from dipkernels.ops import perturb as projection
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.expectation import expectation, expectation_bwd
 
 PLACE = (1, 0, 0, 0, 1, 1.0, False)
 
@@ -19,9 +22,9 @@ def perturb(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, ov
     x, sigma = torch.randn(shape, device=device).to(dtype), torch.ones(shape[1], device=device)
     if overrun:
         sigma.untyped_storage().resize_(sigma.nbytes - 4)
-    ops.perturb(x, sigma, seed, *PLACE, None)
-    ops.perturb_bwd(x, sigma, seed, *PLACE)
-    ops.perturb_replay(x, x, sigma, seed, *PLACE, None)
+    projection.perturb(x, sigma, seed, Draw(*PLACE), None)
+    projection.perturb_bwd(x, sigma, seed, Draw(*PLACE))
+    projection.perturb_replay(x, x, sigma, seed, Draw(*PLACE), None)
 
 
 def linear(device: torch.device) -> None:
@@ -36,8 +39,8 @@ def linear(device: torch.device) -> None:
 
 def activation(device: torch.device) -> None:
     mu, v = torch.randn(33, 40, device=device), torch.ones(40, device=device)
-    ops.activation(mu, v, "gelu")
-    ops.activation_bwd(mu, mu, v, "gelu")
+    expectation(mu, v, "gelu")
+    expectation_bwd(mu, mu, v, "gelu")
 
 
 def main(device: torch.device, overrun: bool) -> None:

@@ -47,13 +47,15 @@ def interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run here: that of Triton 3.6 does not under NumPy 2.4 or newer. A GPU needs none."""
     import torch
 
-    from dipkernels import backends, ops
+    from dipkernels import backends
+    from dipkernels.ops.draw import Draw
+    from dipkernels.ops.perturb import noise
 
     if not backends.has_triton():
         return "Triton is not installed"
     try:
         with backends.backend("triton"):
-            ops.noise(torch.tensor([1, 2]), (3, 8), 1, 0, 0, 0, 1)
+            noise(torch.tensor([1, 2]), (3, 8), Draw(1))
     except Exception as error:
         return str(error).splitlines()[0]
     return None

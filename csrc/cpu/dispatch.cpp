@@ -9,16 +9,16 @@
 namespace dip {
 
 const char* perturb_portable(const PerturbArgs&, ParallelFor);
-const char* activation_portable(const ActivationArgs&, ParallelFor);
+const char* expectation_portable(const ExpectationArgs&, ParallelFor);
 const char* variance_portable(const VarianceArgs&, ParallelFor);
 const char* samples_portable(const SamplesArgs&, ParallelFor);
 #ifdef DIP_HAS_X86
 const char* perturb_avx2(const PerturbArgs&, ParallelFor);
 const char* perturb_avx512(const PerturbArgs&, ParallelFor);
-const char* activation_avx2(const ActivationArgs&, ParallelFor);
+const char* expectation_avx2(const ExpectationArgs&, ParallelFor);
 const char* variance_avx2(const VarianceArgs&, ParallelFor);
 const char* samples_avx2(const SamplesArgs&, ParallelFor);
-const char* activation_avx512(const ActivationArgs&, ParallelFor);
+const char* expectation_avx512(const ExpectationArgs&, ParallelFor);
 const char* variance_avx512(const VarianceArgs&, ParallelFor);
 const char* samples_avx512(const SamplesArgs&, ParallelFor);
 #endif
@@ -81,13 +81,13 @@ const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) {
   }
 }
 
-const char* activation_cpu(const ActivationArgs& args, ParallelFor parallel_for) {
+const char* expectation_cpu(const ExpectationArgs& args, ParallelFor parallel_for) {
   switch (cpu_capability()) {
 #ifdef DIP_HAS_X86
-    case 2: return activation_avx512(args, parallel_for);
-    case 1: return activation_avx2(args, parallel_for);
+    case 2: return expectation_avx512(args, parallel_for);
+    case 1: return expectation_avx2(args, parallel_for);
 #endif
-    case 0: return activation_portable(args, parallel_for);
+    case 0: return expectation_portable(args, parallel_for);
     default: return kUnknownCapability;
   }
 }

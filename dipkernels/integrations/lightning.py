@@ -19,13 +19,13 @@ try:
 except ImportError:
     import pytorch_lightning as pl  # type: ignore[no-redef]
 
-from ..check import check
 from ..config import DIPConfig, apply, config_of, convert_as, recalibrate, require_order
-from ..layers import dip_layers
-from ..objective import kl_penalty
-from ..probe import untouched
+from ..models.check import check
+from ..models.probe import untouched
+from ..nn.numbering import dip_layers
 from ..reports import metrics
-from ..trajectories import trajectories
+from ..training.objective import kl_penalty
+from ..training.trajectories import trajectories
 from .parts import differing, one_start, place_in_batch, require_groups
 
 _KEY = "dip_config"  # in a checkpoint

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..config import DIPConfig
-from ..convert import load_variances, param_groups, variances
-from ..layers import Variance
+from ..models.parameters import load_variances, param_groups, variances
+from ..nn.variance import Variance
 
 
 def learning_variances(model: nn.Module) -> dict[str, nn.Parameter]:

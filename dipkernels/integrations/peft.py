@@ -10,9 +10,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import VARIANCES_FILE, DIPConfig, config_of, load_state, remember_config, save_state
-from ..convert import convert, load_variances, variances
-from ..convertible import base_layer, is_adapter
-from ..layers import DIPLayer, Variance, dip_layers
+from ..models.convert import convert
+from ..models.convertible import base_layer, is_adapter
+from ..models.parameters import load_variances, variances
+from ..nn.layer import DIPLayer
+from ..nn.numbering import dip_layers
+from ..nn.variance import Variance
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
 _WAITING = "_dip_waiting"  # {adapter: its variances} of those that are not active

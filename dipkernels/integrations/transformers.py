@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..check import check
 from ..config import DIPConfig, apply, config_of, load, load_state, require_order, save
-from ..convert import load_variances
-from ..layers import Variance, dip_layers
-from ..objective import kl_penalty, smoothness
-from ..probe import plain_names, untouched
+from ..models.check import check
+from ..models.parameters import load_variances
+from ..models.probe import plain_names, untouched
+from ..nn.numbering import dip_layers
+from ..nn.variance import Variance
 from ..reports import metrics
-from ..trajectories import trajectories
+from ..training.objective import kl_penalty, smoothness
+from ..training.trajectories import trajectories
 from .parts import differing, learning_variances, one_start, own_group, place_in_batch, require_groups
 
 _RUN = 2**32  # keys between the runs of two seeds

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dipkernels as dip
-from dipkernels.layers import DIPInput, DIPLinear, number_layers
+from dipkernels.nn.input import DIPInput
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import number_layers
 
 
 @pytest.fixture

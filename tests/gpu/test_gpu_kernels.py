@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipkernels import backends, ops, reference
+from dipkernels import backends, reference
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import noise, perturb, perturb_bwd, perturb_replay
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 ROWS, CHANNELS, CHANNELS_LAST = (257, 72), (3, 24, 10, 6), "channels_last"
@@ -58,7 +60,7 @@ def tensors(shape, dtype=F32, device="cuda"):
 def check(x, du, sigma, dim=1, row0=0, col0=0, sample=0, num_samples=1, factor=1.0, log_variance=False, dtype=None):
     where = (dim, row0, col0, sample, num_samples, factor, log_variance)
     s = seed(x.device)
-    u, again = ops.perturb(x, sigma, s, *where, dtype), ops.perturb_replay(du, x, sigma, s, *where, dtype)
+    u, again = perturb(x, sigma, s, Draw(*where), dtype), perturb_replay(du, x, sigma, s, Draw(*where), dtype)
     want = reference.perturb(x, sigma, s, *where, F64)
     spread = (torch.exp(sigma / 2) if log_variance else sigma).max().item() if sigma.numel() else 0.0
     eps = 0.0 if u.dtype is F64 else torch.finfo(u.dtype).eps
@@ -67,7 +69,7 @@ def check(x, du, sigma, dim=1, row0=0, col0=0, sample=0, num_samples=1, factor=1
     assert ((u.double() - want).abs() <= eps * want.abs() + 5e-6 * spread * factor + 1e-6).all()
     rows = x.numel() // max(x.shape[dim], 1)
     want = reference.perturb_bwd(du, sigma, s, *where)
-    for dsigma in (ops.perturb_bwd(du, sigma, s, *where), again[1]):
+    for dsigma in (perturb_bwd(du, sigma, s, Draw(*where)), again[1]):
         torch.testing.assert_close(dsigma, want, rtol=1e-4, atol=1e-4 * rows**0.5)
     return u
 
@@ -116,15 +118,15 @@ def test_kernels_take_any_strides(kernels):
     check(image[:, :, 1:, ::2], grad[:, :, 1:, ::2], sigma)
 
 
-def noise(shape=(300, 264), **kwargs):
+def draw(shape=(300, 264), **kwargs):
     where = {"dim": 1, "row0": 2**32 - 100, "col0": 0, "sample": 3, "num_samples": 1} | kwargs
-    return ops.noise(seed(), shape, *where.values())
+    return noise(seed(), shape, Draw(**where))
 
 
 def test_noise_is_one_for_all_backends():
     """CPU, CUDA exact and Triton to the bit; CUDA fast within 4e-6."""
     with backends.backend("cpu" if "portable" in backends.library().cpu_capabilities else "reference"):
-        want = ops.noise(seed("cpu"), (300, 264), 1, 2**32 - 100, 0, 3, 1)
+        want = noise(seed("cpu"), (300, 264), Draw(1, 2**32 - 100, 0, 3, 1))
         to_the_bit = "portable" in backends.library().cpu_capabilities
     for name in KINDS:
         try:
@@ -145,16 +147,16 @@ def test_noise_ignores_tile_shape_and_stride(kernels):
     assert torch.equal(noise((300, 17), col0=0), whole[:, :17])
     assert torch.equal(noise((3, 264), row0=2**32 - 100 + 7), whole[7:10])
     assert torch.equal(noise((300, 31), col0=8), whole[:, 8:39])
-    channels = ops.noise(seed(), (4, 264, 75), 1, 2**32 - 100, 0, 3, 1)
+    channels = noise(seed(), (4, 264, 75), Draw(1, 2**32 - 100, 0, 3, 1))
     assert torch.equal(channels.movedim(1, -1).reshape(300, 264), whole)
 
 
 @pytest.mark.parametrize("shape", [(4096, 520), (8, 40, 33, 5)])
 def test_results_repeat_to_the_bit(kernels, shape):
     x, du, sigma = tensors(shape, BF16)
-    first = ops.perturb_replay(du, x, sigma, seed(), 1, 0, 0, 0, 1, 1.0, False, None)
+    first = perturb_replay(du, x, sigma, seed(), Draw(1), None)
     for _ in range(10):
-        again = ops.perturb_replay(du, x, sigma, seed(), 1, 0, 0, 0, 1, 1.0, False, None)
+        again = perturb_replay(du, x, sigma, seed(), Draw(1), None)
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
@@ -163,9 +165,7 @@ def test_graph_replays_with_fresh_noise(kernels):
     s = seed()
 
     def step():
-        return ops.perturb(x, sigma, s, 1, 0, 0, 0, 1, 1.0, False, None), ops.perturb_bwd(
-            du, sigma, s, 1, 0, 0, 0, 1, 1.0, False
-        )
+        return perturb(x, sigma, s, Draw(1), None), perturb_bwd(du, sigma, s, 1, 0, 0, 0, 1, 1.0, False)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -191,13 +191,13 @@ def test_kernels_run_on_the_current_stream(kernels):
     """Enough work ahead of it on the side stream that a launch on another stream would read x before it is filled."""
     sigma, side = torch.zeros(1024, device="cuda"), torch.cuda.Stream()
     x = torch.zeros(1024, 1024, device="cuda")
-    ops.perturb(x, sigma, seed(), 1, 0, 0, 0, 1, 1.0, False, None)
+    perturb(x, sigma, seed(), Draw(1), None)
     s = seed()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         x.fill_(3.0)
-        u = ops.perturb(x, sigma, s, 1, 0, 0, 0, 1, 1.0, False, None)
+        u = perturb(x, sigma, s, Draw(1), None)
     side.synchronize()
     assert (u == 3.0).all()
 
@@ -208,10 +208,10 @@ def test_kernels_run_on_the_tensors_device(kernels):
         on_zero, on_one = (check(*tensors(ROWS, device=f"cuda:{i}")) for i in (0, 1))
         assert torch.cuda.current_device() == 0
     assert on_one.device.index == 1
-    a, b = (ops.noise(seed(f"cuda:{i}"), (65, 40), 1, 0, 0, 0, 1).cpu() for i in (0, 1))
+    a, b = (noise(seed(f"cuda:{i}"), (65, 40), Draw(1, 0, 0, 0, 1)).cpu() for i in (0, 1))
     assert torch.equal(a, b)
     with pytest.raises((ValueError, RuntimeError), match="device"):
-        ops.perturb(on_zero, torch.ones(72, device="cuda:1"), seed("cuda:0"), 1, 0, 0, 0, 1, 1.0, False, None)
+        perturb(on_zero, torch.ones(72, device="cuda:1"), seed("cuda:0"), Draw(1), None)
 
 
 def test_kernels_past_two_to_the_31_elements(kernels):
@@ -221,12 +221,12 @@ def test_kernels_past_two_to_the_31_elements(kernels):
     assert m * k > 2**31
     sigma = torch.ones(k, device="cuda")
     x = torch.zeros(m, k, dtype=BF16, device="cuda")
-    u = ops.perturb(x, sigma, seed(), 1, 0, 0, 0, 1, 1.0, False, None)
-    tail = ops.noise(seed(), (5, k), 1, m - 5, 0, 0, 1)
+    u = perturb(x, sigma, seed(), Draw(1), None)
+    tail = noise(seed(), (5, k), Draw(1, m - 5, 0, 0, 1))
     assert torch.equal(u[-5:], tail.bfloat16())
     del x
     # The noise's own second moment: a wrapped offset would read what was never written, or the wrong rows.
-    dsigma = ops.perturb_bwd(u, sigma, seed(), 1, 0, 0, 0, 1, 1.0, False)
+    dsigma = perturb_bwd(u, sigma, seed(), Draw(1))
     assert ((dsigma / m - 1).abs() < 0.02).all()
 
 
@@ -234,6 +234,6 @@ def test_wrong_devices_are_named():
     x, _, sigma = tensors(ROWS)
     where = (1, 0, 0, 0, 1, 1.0, False, None)
     with pytest.raises((ValueError, RuntimeError), match="sigma"):
-        ops.perturb(x, sigma.cpu(), seed(), *where)
+        perturb(x, sigma.cpu(), seed(), Draw(*where))
     with pytest.raises((ValueError, RuntimeError), match="seed"):
-        ops.perturb(x, sigma, seed("cpu"), *where)
+        perturb(x, sigma, seed("cpu"), Draw(*where))

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from dipkernels.triton_kernels import mixtures
 
-from dipkernels import backends, ops, reference
-from dipkernels.row_blocks import ACTIVATIONS
+from dipkernels import backends, reference
+from dipkernels.ops.activations import ACTIVATIONS
+from dipkernels.ops.expectation import affine_variance, affine_variance_bwd, expectation, expectation_bwd
 
 pytest.importorskip("triton")
 ON_GPU = torch.cuda.is_available()
@@ -84,9 +85,9 @@ def test_expectations_and_their_gradients_match_reference(name, turn):
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     v = (4 * torch.rand(shape[1], generator=generator, dtype=torch.float64) ** 3).to(DEVICE, wide)
     v[shape[1] // 2] = 0
-    y, (dmu, dv, total) = ops.activation(mu, v, name), ops.activation_bwd(dy, mu, v, name)
-    want = reference.activation(mu.double(), v.double(), name)
-    want_dmu, want_dv, want_total = reference.activation_bwd(dy.double(), mu.double(), v.double(), name)
+    y, (dmu, dv, total) = expectation(mu, v, name), expectation_bwd(dy, mu, v, name)
+    want = reference.expectation(mu.double(), v.double(), name)
+    want_dmu, want_dv, want_total = reference.expectation_bwd(dy.double(), mu.double(), v.double(), name)
     assert y.dtype is dmu.dtype is dtype and dv.dtype is total.dtype is wide
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIERS[dtype]]
     rounding = 4 * torch.finfo(dtype).eps + 1e-6 * (dtype is not torch.float64)
@@ -104,7 +105,7 @@ def test_expectations_of_infinities_and_nans(name):
     for dtype in (*DTYPES, torch.float64):
         mu = torch.tensor([-infinity, infinity, float("nan")]).to(DEVICE, dtype)
         v = torch.ones(3, dtype=torch.float64 if dtype is torch.float64 else torch.float32, device=DEVICE)
-        y, (dmu, dv, total) = ops.activation(mu, v, name), ops.activation_bwd(torch.ones_like(mu), mu, v, name)
+        y, (dmu, dv, total) = expectation(mu, v, name), expectation_bwd(torch.ones_like(mu), mu, v, name)
         low, high = (-1, 1) if name == "tanh" else (0, infinity)
         assert abs(y[0] - low) <= 1e-30 and y[1] == high
         assert all(t[:2].isfinite().all() and t[2].isnan() for t in (dmu, dv, total)) and y[2].isnan()
@@ -120,11 +121,11 @@ def test_variances_and_their_gradients_match_reference(dtype, log_variance):
         torch.rand(k).to(DEVICE, wide),
         torch.randn(n).to(DEVICE, wide),
     )
-    got = [ops.activation_variance(weight, sigma, log_variance)]
-    want = [reference.activation_variance(weight, sigma, log_variance)]
+    got = [affine_variance(weight, sigma, log_variance)]
+    want = [reference.affine_variance(weight, sigma, log_variance)]
     for given in (None, torch.randn(n, k).to(DEVICE, dtype)):
-        got += ops.activation_variance_bwd(dv, weight, sigma, log_variance, given)
-        want += reference.activation_variance_bwd(dv, weight, sigma, log_variance, given)
+        got += affine_variance_bwd(dv, weight, sigma, log_variance, given)
+        want += reference.affine_variance_bwd(dv, weight, sigma, log_variance, given)
     for ours, exact in zip(got, want, strict=True):
         assert ours.dtype is exact.dtype
         allowed = (8 * torch.finfo(ours.dtype).eps + 1e-6 * (dtype is not torch.float64)) * exact.abs().max()

@@ -1,0 +1,203 @@
+// The operations of dipkernels/ops/perturb.py through torch's stable ABI, and what backends.py asks of the library.
+#include "torch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+
+#ifdef DIP_CUDA_ARCHS
+#include <dlfcn.h>
+#endif
+
+#include "cpu/dispatch.h"
+
+namespace dip {
+namespace {
+
+// ---- launch ----------------------------------------------------------------------------------------------------------
+
+#ifdef DIP_HAS_CPU
+void launch_cpu(const Tensor&, const PerturbArgs& a) { check_done(perturb_cpu(a, parallel_for)); }
+#endif
+
+#ifdef DIP_CUDA_ARCHS
+// 0 fast, 1 exact, -1: DIPKERNELS_CUDA_TIER is neither. A draw depends on the tier in its last bits, so that a call's forward and
+// backward agree as long as nobody changes it between them.
+std::atomic<int>& cuda_tier() {
+  static std::atomic<int> tier{[] {
+    const char* wanted = std::getenv("DIPKERNELS_CUDA_TIER");
+    if (!wanted || !*wanted || !std::strcmp(wanted, "fast")) return 0;
+    return std::strcmp(wanted, "exact") ? -1 : 1;
+  }()};
+  return tier;
+}
+
+// Bits of CudaForm that `make gpu-check` times: 1 writes_from_end, 2 sums_from_end, 4 one_launch. The first changes no bit and
+// costs no instruction; the others wait to be measured.
+constexpr int kDefaultForms = 1;
+std::atomic<int>& cuda_forms() {
+  static std::atomic<int> forms{kDefaultForms};
+  return forms;
+}
+
+// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this
+// library.
+using FindStream = int32_t (*)(int32_t device, void** stream);
+FindStream find_stream() {
+  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  void* function = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+  STD_TORCH_CHECK(function != nullptr, "dipkernels: CUDA tensors need a torch built for CUDA");
+  return reinterpret_cast<FindStream>(function);
+}
+
+void launch_cuda(const Tensor& x, const PerturbArgs& a) {
+  static const FindStream current_stream = find_stream();
+  const int tier = cuda_tier().load(std::memory_order_relaxed);
+  STD_TORCH_CHECK(tier >= 0, "DIPKERNELS_CUDA_TIER: expected fast or exact");
+  const int forms = cuda_forms().load(std::memory_order_relaxed);
+  const CudaForm form{tier == 1, (forms & 1) != 0, (forms & 2) != 0, (forms & 4) != 0};
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STD_TORCH_CHECK(current_stream(device, &stream) == 0, "dipkernels: no current CUDA stream");
+  // From torch's allocator, so that a captured graph owns it; freed in stream order.
+  std::optional<Tensor> partials;
+  if (const int64_t bytes = perturb_cuda_scratch(a, form)) {
+    partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
+  }
+  check_done(perturb_cuda(a, form, partials ? partials->mutable_data_ptr() : nullptr, stream));
+}
+#endif
+
+using Launch = void (*)(const Tensor& x, const PerturbArgs& a);
+
+// ---- the operations, for any device ----------------------------------------------------------------------------------
+
+template <Launch kLaunch>
+Tensor noise(
+    Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
+  Tensor z = new_empty(seed, shape);
+  PerturbArgs a = start(seed, z, {dim, row0, col0, sample, num_samples}, &dim);
+  STD_TORCH_CHECK(lay_out(a, dim, {{&z, &a.u}}), "noise: no layout");  // a new tensor is contiguous, so there is one
+  kLaunch(z, a);
+  return z;
+}
+
+template <Launch kLaunch>
+Tensor perturb(
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
+  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+  const ScalarType type = out_dtype.value_or(x.scalar_type());
+  Tensor u = empty_like(x, type);
+  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}})) {
+    kLaunch(x, a);
+    return u;
+  }
+  const Tensor dense = torch::stable::contiguous(x);
+  Tensor dense_u = empty_like(dense, type);
+  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}});
+  kLaunch(x, a);
+  return torch::stable::copy_(u, dense_u);
+}
+
+template <Launch kLaunch>
+Tensor perturb_bwd(
+    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance) {
+  PerturbArgs a = start(seed, du, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, du, dim, factor, log_variance);
+  Tensor dsigma = empty_vector(sigma, du.size(dim));
+  a.dsigma = dsigma.mutable_data_ptr();
+  Tensor dense = du;
+  if (!lay_out(a, dim, {{&dense, &a.du}})) {
+    dense = torch::stable::contiguous(du);
+    lay_out(a, dim, {{&dense, &a.du}});
+  }
+  kLaunch(du, a);
+  return dsigma;
+}
+
+template <Launch kLaunch>
+std::tuple<Tensor, Tensor> perturb_replay(
+    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
+    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
+  check_same(du, "du", x);
+  check_same_shape(du, "du", x, "x");
+  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
+  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+  const ScalarType type = out_dtype.value_or(x.scalar_type());
+  Tensor dsigma = empty_vector(sigma, x.size(dim));
+  a.dsigma = dsigma.mutable_data_ptr();
+  Tensor u = empty_like(x, type);
+  if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}, {&du, &a.du}})) {
+    kLaunch(x, a);
+    return {u, dsigma};
+  }
+  const Tensor dense = torch::stable::contiguous(x), dense_du = torch::stable::contiguous(du);
+  Tensor dense_u = empty_like(dense, type);
+  lay_out(a, dim, {{&dense, &a.x}, {&dense_u, &a.u}, {&dense_du, &a.du}});
+  kLaunch(x, a);
+  torch::stable::copy_(u, dense_u);
+  return {u, dsigma};
+}
+
+}  // namespace
+}  // namespace dip
+
+// The schemas are Python's: an operation exists without this library too.
+#ifdef DIP_HAS_CPU
+STABLE_TORCH_LIBRARY_IMPL(dipkernels, CPU, m) {
+  m.impl("noise", TORCH_BOX(&dip::noise<dip::launch_cpu>));
+  m.impl("perturb", TORCH_BOX(&dip::perturb<dip::launch_cpu>));
+  m.impl("perturb_bwd", TORCH_BOX(&dip::perturb_bwd<dip::launch_cpu>));
+  m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cpu>));
+}
+#endif
+
+#ifdef DIP_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(dipkernels, CUDA, m) {
+  m.impl("noise", TORCH_BOX(&dip::noise<dip::launch_cuda>));
+  m.impl("perturb", TORCH_BOX(&dip::perturb<dip::launch_cuda>));
+  m.impl("perturb_bwd", TORCH_BOX(&dip::perturb_bwd<dip::launch_cuda>));
+  m.impl("perturb_replay", TORCH_BOX(&dip::perturb_replay<dip::launch_cuda>));
+}
+#endif
+
+// What backends.py asks by ctypes.
+#define DIP_EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef DIP_HAS_CPU
+DIP_EXPORT int dip_cpu_capability() { return dip::cpu_capability(); }
+DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capability(capability); }
+#endif
+#ifdef DIP_CUDA_ARCHS
+// The tier of every later call of the process: 0 fast, 1 exact. Change it between steps, not between a forward and its backward.
+DIP_EXPORT void dip_set_cuda_exact(int exact) { dip::cuda_tier().store(exact != 0, std::memory_order_relaxed); }
+DIP_EXPORT int dip_cuda_exact() { return dip::cuda_tier().load(std::memory_order_relaxed); }
+// How every later call of the process does it, see cuda_forms: dsigma may differ in its last bits, u does not.
+DIP_EXPORT void dip_set_cuda_forms(int forms) { dip::cuda_forms().store(forms, std::memory_order_relaxed); }
+DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }
+// Null where the kernels can run on the current device, else what is missing, in one line: an older driver, an older GPU.
+DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
+#endif
+DIP_EXPORT const char* dip_build_info() {
+  return "cpu="
+#ifdef DIP_HAS_CPU
+         "portable"
+#endif
+#ifdef DIP_HAS_X86
+         " avx2 avx512"
+#endif
+         "\ncuda="
+#ifdef DIP_CUDA_ARCHS
+      DIP_CUDA_ARCHS
+#endif
+         "\ntoolkit="
+#ifdef DIP_CUDA_TOOLKIT
+      DIP_CUDA_TOOLKIT
+#endif
+         "\ncompiler=" __VERSION__;
+}

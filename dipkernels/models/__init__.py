@@ -1,0 +1,1 @@
+"""Whole models: conversion, calibration, variances in and out, summary, check."""

@@ -1,0 +1,64 @@
+"""Variances from what the layers' inputs are like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops import dtensor
+from .parameters import check_settable, set_named
+from .spreads import measured_spreads, need_layers
+from .summary import Summary, summary
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], ratio: float = 1.0, *, per: str = "layer", floor: float = 0.01
+) -> Summary:
+    """Set each variance, and the prior of the objective's KL term, from the spread of real activations.
+
+    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one for all of them.
+    per="feature": sigma_j = ratio * the spread (standard deviation) of feature j itself; features that hardly vary then
+    get hardly any noise, and attacks use them (docs/guides/variance.md).
+
+    Args:
+        model: with DIP layers; run in eval mode without noise, each module's mode is restored.
+        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is
+            the input; on the model's device.
+        ratio: > 0, sigma over spread.
+        per: "layer" or "feature".
+        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a spread of floor
+            times the root mean square spread of its layer.
+
+    Returns:
+        The `summary`.
+
+    Raises:
+        ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is constant or not
+            finite (naming the layer).
+
+    Source: this project's choice; the paper does not state how lambda starts.
+    """
+    for name, value in (("ratio", ratio), ("floor", floor)):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+    if per not in ("layer", "feature"):
+        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
+    layers = need_layers(model)
+    check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
+    spreads = measured_spreads(model, batches)
+    levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
+    constant = [name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0]
+    if constant:
+        raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
+    for name, layer in layers.items():
+        spread, level = spreads[name], levels[name]
+        spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
+        log_variance, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
+        set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)
+        prior.copy_(dtensor.laid_out_as(log_variance, prior))
+    return summary(model)

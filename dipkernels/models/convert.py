@@ -1,0 +1,449 @@
+"""Whole models: to DIP layers and back.  docs/maths.md, section 1."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import replicate_variance
+from ..nn.attention import DIPMultiheadAttention, in_projections
+from ..nn.input import DIPInput
+from ..nn.layer import MAX_LAYERS, DIPLayer
+from ..nn.linear import DIPLinear
+from ..nn.numbering import dip_layers, number_layers, own_buffers
+from ..nn.sharing import share_noise
+from ..nn.twin import twin_type
+from ..nn.variance import check_init_variance, device_of_variance
+from ..worlds import is_dtensor
+from .convertible import (
+    OUT_PROJECTION,
+    TWINS,
+    around,
+    base_layer,
+    block_names,
+    cannot,
+    counts_as,
+    feature_dim_of,
+    features_of,
+    is_adapter,
+    is_candidate,
+    is_inside,
+    keeps_original,
+    no_twin,
+    own_matrices,
+    read_past,
+    twin_of,
+    unnoised,
+)
+from .probe import forget, probed, remember
+
+
+class DIPConversionWarning(UserWarning):
+    """Names the modules that `convert` cannot give noise to, and why."""
+
+
+def convert(
+    model: nn.Module,
+    init_variance: float | Mapping[str, float | Tensor] = 0.01,
+    *,
+    types: Sequence[type[nn.Module]] = tuple(TWINS),
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    exclude: Sequence[str] = (),
+    share: Sequence[Sequence[str]] = (),
+    before: Sequence[str] | Mapping[str, int] = (),
+    batches: Iterable[Any] | None = None,
+    num_samples: int = 1,
+    keep: str = "auto",
+) -> nn.Module:
+    """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
+
+    A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and Parameters, and
+    shared ones stay shared. Name patterns are fnmatch's: "head", "*.down_proj", "blocks.0*".
+
+    Args:
+        model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet; on PEFT over a
+            converted model it moves each variance to the adapter around it.
+        init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor [features], where the
+            first pattern that matches a layer's name holds. An attention's layers are NAME.in_proj (or q_proj, k_proj,
+            v_proj) and NAME.out_proj.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; modules of exactly these.
+            transformers' Conv1D and torchao's float8 and QAT layers count as nn.Linear; an adapter of PEFT counts as
+            the layer inside it and is noised at the input of the whole.
+        filter: filter(module, name), true for a layer to convert.
+        exclude: Patterns; a layer is left out where its name, or that of a module around it, matches.
+        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent that match, by their
+            own name or the full one, share one variance, one draw and one u while they are handed the same tensor.
+        before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
+            dimension} where it is not the last, nor a convolution's channels: each becomes the twin of its own class,
+            whose forward takes the input first.
+        batches: For `before`: as `calibrate`'s. They are run in eval mode, without noise, to learn the features.
+        num_samples: As DIPLinear's.
+        keep: As DIPLinear's; of linear layers.
+
+    Returns:
+        The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the variances: make it
+        from `param_groups`, or give it that list's group "variances".
+
+    Raises:
+        ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be put before, or a
+            value is bad. The model is as it was.
+        RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be synchronised.
+
+    Warns:
+        DIPConversionWarning: Once, naming every module that stays without noise though it looks like a layer or holds
+            weights of its own, and why.
+
+    Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
+    """
+    types = tuple(types)
+    if not types or not all(t in TWINS for t in types):
+        raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
+    if keep not in DIPLinear._KEEPS:
+        raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
+    _refuse_wrapped(model)
+    names = _names(model)
+    excluded = _excluded(names, exclude)
+    asked = _asked_before(names, before)
+    wanted = {
+        module: every_name[0]
+        for module, every_name in names.items()
+        if module not in excluded and (filter is None or _passes(filter, module, every_name[0], types))
+    }
+    reasons = {m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked}
+    matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
+    if not matched and not asked:
+        raise ValueError(_nothing_matched(model, types, reasons))
+    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])
+    if count + len(dip_layers(model)) > MAX_LAYERS:
+        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
+    groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
+    variance_of = _variances_by_name(init_variance, {m: names[m][0] for m in [*matched, *asked]})
+    answered = {m for whole in asked for m in _read_inside(whole)}
+    _one_variance_each(groups, variance_of, names)
+    projections = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
+    twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
+    for module in matched:
+        _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
+    for module, (twin, features) in twins.items():
+        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
+    for group in groups:
+        share_noise([module for module in group if isinstance(module, DIPLayer)])
+    number_layers(model)
+    remember(model)
+    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    quiet = {*matched, *asked, *excluded, *reasons, *filtered}
+    open_reasons = {m: reason for m, reason in reasons.items() if m not in answered}
+    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
+    return model
+
+
+def _read_inside(whole: Any) -> list[nn.Module]:
+    """The children that this module reads and never calls: noise before it is before them too."""
+    kind: Any = type(whole)
+    past = read_past(kind)
+    return [child for name, child in whole.named_children() if name in past]
+
+
+def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]) -> None:
+    lines = [f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in reasons.items()]
+    lines += [f"  {which}: {reason}" for which, reason in holders.items()]
+    if lines:
+        text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
+        warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
+
+
+def _passes(
+    filter: Callable[[nn.Module, str], bool], module: nn.Module, name: str, types: tuple[type[nn.Module], ...]
+) -> bool:
+    if is_candidate(module, types):
+        return filter(module, name)
+    if not own_matrices(module):
+        return True
+    try:
+        return filter(module, name)
+    except AttributeError:  # a filter written for layers asks what this module has not
+        return False
+
+
+def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
+    """The modules that `before` names, each with its feature dimension."""
+    if isinstance(before, str):
+        before = (before,)
+    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before)
+    asked: dict[nn.Module, int] = {}
+    for pattern, dim in dims.items():
+        if isinstance(before, Mapping) and (not isinstance(dim, int) or isinstance(dim, bool)):
+            raise ValueError(f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}")
+        hits = [m for m, every_name in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)]
+        if not hits:
+            raise ValueError(f"before: expected patterns that match a module's name, got {pattern!r} that matches none")
+        for module in hits:
+            reason = no_twin(module)
+            if reason is not None:
+                raise ValueError(
+                    f"before: expected modules that noise can be put before, got {names[module][0]!r} "
+                    f"({type(module).__name__}): {reason}"
+                )
+            asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
+    return asked
+
+
+def _variances_by_name(
+    init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
+) -> dict[nn.Module, Any]:
+    """The initial variance of each module to convert; of an attention, one for each of its layers by name."""
+    if not isinstance(init_variance, Mapping):
+        value = float(check_init_variance(init_variance, 1))
+        return dict.fromkeys(modules, value)
+    used = set()
+
+    def value_of(name: str) -> Any:
+        for pattern, value in init_variance.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                used.add(pattern)
+                return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
+        raise ValueError(
+            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; end with '*'"
+        )
+
+    values: dict[nn.Module, Any] = {}
+    for module, name in modules.items():
+        if isinstance(module, nn.MultiheadAttention):
+            values[module] = {part: value_of(f"{name}.{part}".lstrip(".")) for part in in_projections(module)}
+        else:
+            values[module] = value_of(name)
+            if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
+                check_init_variance(values[module], features_of(module))
+    unused = [pattern for pattern in init_variance if pattern not in used]
+    if unused:
+        raise ValueError(
+            f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
+        )
+    return values
+
+
+def _one_variance_each(
+    groups: list[list[nn.Module]], variance_of: dict[nn.Module, Any], names: dict[nn.Module, list[str]]
+) -> None:
+    for group in groups:
+        first = variance_of[group[0]]
+        if any(not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group):
+            raise ValueError(
+                f"init_variance: expected one value for layers that share a variance, got different ones for "
+                f"{[names[m][0] for m in group]}; let one pattern match them all"
+            )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
+        wrapper = kinds & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
+        if wrapper:
+            raise RuntimeError(
+                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at {name or 'the root'!r}, which "
+                "would not synchronise variances added now; convert first, then shard or wrap"
+            )
+
+
+def _matched(
+    names: dict[nn.Module, list[str]],
+    wanted: dict[nn.Module, str],
+    reasons: dict[nn.Module, str],
+    types: tuple[type[nn.Module], ...],
+) -> list[nn.Module]:
+    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
+    blocks = block_names(names, types)
+    matched = [m for m in wanted if counts_as(m) in types and m not in reasons and not is_inside(names[m], blocks)]
+    spare = {
+        m for wrapper in names if keeps_original(wrapper) for m in wrapper.get_submodule("original_module").modules()
+    }
+    matched = [m for m in matched if m not in spare]
+    owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
+    owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
+    return [m for m in matched if type(m) is not OUT_PROJECTION or m in owners]
+
+
+def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
+    """The layers that are to share their noise: those of one parent that one group of patterns matches."""
+    groups, taken = [], {}
+    for patterns in share:
+        if isinstance(patterns, str) or len(patterns) < 2:
+            raise ValueError(f"share: expected groups of two or more name patterns, got {patterns!r}")
+        by_parent: dict[str, list[nn.Module]] = {}
+        used = set()
+        for module, name in matched.items():
+            parent, _, own = name.rpartition(".")
+            hits = {p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)}
+            used |= hits
+            if hits:
+                by_parent.setdefault(parent, []).append(module)
+        unused = [p for p in patterns if p not in used]
+        if unused:
+            raise ValueError(f"share: expected patterns that match a layer to convert, got {unused} that match none")
+        for group in (group for group in by_parent.values() if len(group) > 1):
+            for module in group:
+                if module in taken:
+                    raise ValueError(f"share: expected each layer in one group, got {matched[module]!r} in two")
+                taken[module] = group
+            features = {matched[m]: (features_of(m), twin_of(m).feature_dim) for m in group}
+            if len(set(features.values())) > 1:
+                raise ValueError(f"share: expected layers of one number of input features, got {features}")
+            groups.append(group)
+    if share and not groups:
+        raise ValueError(f"share: expected two layers of one parent in a group, got none for {list(share)}")
+    return groups
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module once, in order, with all the names that lead to it."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[nn.Module]:
+    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    used, excluded = set(), set()
+    for module, every_name in names.items():
+        for name in every_name:
+            hits = {p for p in patterns for a in around(name)[1:] if fnmatch.fnmatchcase(a, p)}
+            used |= hits
+            if hits:
+                excluded.add(module)
+    unused = [p for p in patterns if p not in used]
+    if unused:
+        raise ValueError(f"exclude: expected patterns that match a module's name, got {unused} that match none")
+    return excluded
+
+
+def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], reasons: dict[nn.Module, str]) -> str:
+    wanted = " or ".join(f"nn.{t.__name__}" for t in types)
+    text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
+    already = len(dip_layers(model))
+    if already:
+        text += f"; {already} layer(s) are DIP layers already"
+    if reasons:
+        text += f"; {len(reasons)} module(s) cannot be converted: " + ", ".join(
+            f"{type(m).__name__} ({reason})" for m, reason in list(reasons.items())[:5]
+        )
+    return text
+
+
+def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> type[Any]:
+    """The class of a module that has the projection before it, with what can go wrong found out."""
+    check_init_variance(init_variance, features)
+    plain = type(module)
+    if plain in TWINS and dim == TWINS[plain].feature_dim:
+        return TWINS[plain]
+    twin = twin_type(plain, dim)
+    try:
+        module.__class__ = twin
+        module.__class__ = plain
+    except TypeError as error:
+        raise ValueError(f"before: expected modules whose class can change, got a {plain.__name__}: {error}") from None
+    return twin
+
+
+def _become_dip(
+    module: Any, twin: type[Any], init_variance: Any, num_samples: int, keep: str, features: int | None = None
+) -> None:
+    plain = type(module)
+    if features is None and twin is not DIPMultiheadAttention:
+        features = features_of(module)
+    module.__class__ = twin
+    module.__dict__.pop("forward", None)  # the plain class's
+    try:
+        if twin is DIPMultiheadAttention:
+            module._set_up(init_variance, num_samples)
+            return
+        keep = keep if isinstance(module, DIPLinear) else "auto"
+        module._set_up(features, init_variance, num_samples, keep, _device(module))
+    except Exception:
+        module.__class__ = plain
+        raise
+    if is_adapter(module) and isinstance(base_layer(module), DIPLayer):
+        # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and adapter both read.
+        base: Any = base_layer(module)
+        module.variance, module.num_samples = base.variance, base.num_samples
+        module.variance.requires_grad_(True)
+        _become_plain(base)
+    module.variance.train(module.training)
+    if is_dtensor(getattr(module, "weight", None)):  # the plain layer was parallelised already
+        replicate_variance(module.variance, module.weight.device_mesh)
+
+
+def _device(module: nn.Module) -> torch.device:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return device_of_variance(weight, None)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def to_plain(model: nn.Module) -> nn.Module:
+    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of `convert`.
+
+    model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances
+    are gone. A DIPInput becomes nn.Identity.
+    Returns the model (nn.Identity() for a model that is a DIPInput itself). Raises ValueError when there is no DIP
+    layer.
+    Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
+    """
+    layers = dip_layers(model)
+    if not layers:
+        raise ValueError("model: expected a DIP layer to turn back, found none")
+    attentions = {name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)}
+    unknown = [
+        name
+        for name, m in {**layers, **attentions}.items()
+        if "plain_type" not in vars(type(m)) and not isinstance(m, DIPInput)
+    ]
+    if unknown:
+        raise ValueError(
+            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of parametrised ones "
+            "(weight_norm) torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
+    if hooked:
+        raise ValueError(
+            f"model: expected one that accelerate has not dispatched, got hooks that call the DIP forward at {hooked}: "
+            "accelerate.hooks.remove_hook_from_submodules(model), to_plain, and accelerate.dispatch_model again"
+        )
+    activated = [name for name, m in layers.items() if getattr(m, "activation", None) and isinstance(m, DIPLinear)]
+    if activated:
+        raise ValueError(
+            f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
+            "give it a module of its own behind the layer"
+        )
+    buffers = own_buffers(layers)
+    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in buffers]
+    if others:
+        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
+    for attention in attentions.values():
+        attention.to_plain_in_place()
+    for layer in layers.values():
+        if not isinstance(layer, DIPInput):
+            _become_plain(layer)
+    forget(model)
+    if isinstance(model, DIPInput):
+        return nn.Identity()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, DIPInput):
+                parent._modules[name] = nn.Identity()
+    return model
+
+
+def _become_plain(module: Any) -> None:
+    del module.variance, module.num_samples, module.keep
+    own = module.__dict__.get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:  # the DIP class's, as accelerate leaves behind
+        del module.forward
+    for name in ("share", "_number", "_stream", "_counted_in"):
+        module.__dict__.pop(name, None)
+    module.__class__ = module.plain_type

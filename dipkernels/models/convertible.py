@@ -1,0 +1,388 @@
+"""What `convert` knows of classes: which it converts, what they stand for, and which it cannot convert and why."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import re
+import types as python_types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.attention import DIPMultiheadAttention, DIPOutProjection
+from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
+from ..nn.layer import DIPLayer
+from ..nn.linear import DIPLinear
+from ..nn.twin import first_parameter, twin_type
+
+TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
+    twin.plain_type: twin for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
+}
+OUT_PROJECTION = DIPOutProjection.plain_type
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Where quantised layers and weights are defined: parts of the names of their Python modules.
+_QUANTISED = ("quantiz", "quanto", ".qat", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "eetq", "finegrained_fp8")
+# What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no twin.
+_OWN_NAMES = ("variance", "stream", "num_samples", "keep", "number", "share", "noisy", "log_variance", "plain_type")
+
+
+# ---- what a module is ----------------------------------------------------------------------------------------------
+
+
+def counts_as(module: nn.Module) -> type[nn.Module] | None:
+    """The one of `types` under which this module is converted, or None."""
+    kind = type(module)
+    if kind in TWINS:
+        return kind
+    if kind is OUT_PROJECTION:
+        return nn.MultiheadAttention
+    if is_conv1d(module):
+        return nn.Linear
+    if is_adapter(module):
+        return _stands_for(base_layer(module)) if first_parameter(kind) else None
+    if isinstance(module, nn.Linear) and kind.__module__.startswith("torchao."):
+        return nn.Linear  # for training in float8 or with fake quantisation: their forward takes the input alone
+    return None
+
+
+def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
+        return False
+    return isinstance(module, types) or counts_as(module) in types
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, a linear layer whose weight is transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether PEFT made it around another layer: what its forward computes is one function of its input."""
+    return any(
+        c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.") for c in type(module).__mro__
+    ) and hasattr(module, "base_layer")
+
+
+def base_layer(adapter: Any) -> nn.Module:
+    """The layer inside adapters, however many."""
+    base: nn.Module = adapter.get_base_layer()
+    return base
+
+
+def keeps_original(module: nn.Module) -> bool:
+    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not called."""
+    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith("peft.")
+
+
+def _stands_for(base: nn.Module) -> type[nn.Module] | None:
+    """What an adapter around this layer is converted as: its input has the features of the base's."""
+    if isinstance(base, nn.Linear) or is_conv1d(base):
+        return nn.Linear
+    for convolution in _CONVOLUTIONS:
+        if isinstance(base, convolution):
+            return convolution
+    if _is_quantised(type(base)) and isinstance(getattr(base, "in_features", None), int):
+        return nn.Linear
+    return None
+
+
+def _is_quantised(kind: type) -> bool:
+    where = f"{kind.__module__}.{kind.__name__}".lower()
+    return any(part in where for part in (*_QUANTISED, "quantlinear"))
+
+
+def twin_of(module: nn.Module) -> type[Any]:
+    """The DIP class that a module of one of `types` becomes."""
+    kind = type(module)
+    if kind is OUT_PROJECTION:
+        return DIPOutProjection
+    if kind in TWINS:
+        return TWINS[kind]
+    stands_for = counts_as(module)
+    feature_dim = TWINS[stands_for].feature_dim if stands_for is not None else -1
+    package = kind.__module__.split(".")[2].capitalize() if is_adapter(module) else ""
+    known = package.lower() in kind.__name__.lower()
+    return twin_type(kind, feature_dim, f"DIP{'' if known else package}{kind.__name__}")
+
+
+def features_of(module: Any) -> int:
+    """The number of input features, or channels, of a module of one of `types`."""
+    layer: Any = base_layer(module) if is_adapter(module) else module
+    name = "nx" if is_conv1d(layer) else "in_channels" if hasattr(layer, "in_channels") else "in_features"
+    return int(getattr(layer, name))
+
+
+def feature_dim_of(module: nn.Module) -> int:
+    """Where the features of a module's input are, as far as its class says: a convolution's channels, or the last."""
+    layer = base_layer(module) if is_adapter(module) else module
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
+# ---- what cannot be honoured -----------------------------------------------------------------------------------------
+
+
+def around(name: str) -> list[str]:
+    """The names of the modules from the root's (empty) to this one: a.b gives "", "a", "a.b"."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def is_inside(every_name: list[str], blocks: set[str]) -> bool:
+    return any(outer in blocks for name in every_name if name for outer in around(name)[:-1])
+
+
+def block_names(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> set[str]:
+    """The names of the modules inside which no layer may be converted by itself."""
+    return {name for module in names if _blocks(module, types) for name in names[module]}
+
+
+def cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> dict[nn.Module, str]:
+    """The modules that would look converted and draw no noise, or the wrong noise, each with the reason."""
+    reasons = {module: reason for module in names if (reason := _reason(module, types))}
+    by_name = {name: module for module, every_name in names.items() for name in every_name}
+    for module, every_name in names.items():
+        if module in reasons or type(module) is OUT_PROJECTION or not is_candidate(module, types):
+            continue
+        for name in every_name:
+            parent, _, own = name.rpartition(".")
+            kind: Any = type(by_name[parent])
+            if name and own in read_past(kind):
+                reasons[module] = (
+                    f"{kind.__name__} reads its weight without calling it: before=[{parent!r}] "
+                    "puts noise at the input of the whole"
+                )
+    blocks = block_names(names, types)
+    return {m: reason for m, reason in reasons.items() if not is_inside(names[m], blocks)}
+
+
+def _blocks(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    if isinstance(module, torch.jit.ScriptModule) or _looks_like_lora(module):
+        return True
+    if is_adapter(module):
+        return counts_as(module) is not None or _adapter_reason(module) is not None
+    return isinstance(module, nn.MultiheadAttention) and nn.MultiheadAttention in types and bool(_reason(module, types))
+
+
+def _looks_like_lora(module: nn.Module) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer") and not is_adapter(module)
+
+
+def _adapter_reason(module: nn.Module) -> str | None:
+    base = base_layer(module)
+    if isinstance(base, DIPLayer) and base.share is not None:
+        return "an adapter over a layer whose noise is shared: convert after PEFT, with share"
+    if counts_as(module) is not None or not own_matrices(base) or "Embedding" in type(base).__name__:
+        return None  # a norm or a whole block, whose layers are converted by themselves
+    if isinstance(base, nn.MultiheadAttention):
+        return "an adapter over nn.MultiheadAttention, whose three inputs it reads: put a DIPInput before each"
+    return f"an adapter over {type(base).__name__}, whose input convert does not know: give its name in before=[...]"
+
+
+def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None:
+    kind = type(module)
+    if isinstance(module, DIPLayer):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted: convert the model before scripting it"
+    if is_adapter(module):
+        reason = _adapter_reason(module)
+        if reason is not None or counts_as(module) not in types:
+            return reason
+    if _looks_like_lora(module):
+        return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
+    of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
+    if of_a_kind and kind is not OUT_PROJECTION and _is_quantised(kind) and counts_as(module) is None:
+        return (
+            "quantised: give its name in before=[...] to noise its input; a converted model is quantised after to_plain"
+        )
+    if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
+        return None
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy: run one batch through the model, then convert"
+    if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
+        return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrised: its weight is computed, so parametrise after converting, or give its name in before=[...]"
+    if counts_as(module) is None:
+        base = next(t.__name__ for t in types if isinstance(module, t))
+        return f"a subclass of nn.{base}, whose forward may be its own: before=[...] puts noise at its input"
+    if replaced := _forward_replaced(module):
+        return replaced
+    weight = None if is_adapter(module) else getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.layout is not torch.strided:
+        return f"its weight is sparse ({weight.layout})"
+    data = getattr(weight, "data", None)
+    if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
+        return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
+    return None
+
+
+def _forward_replaced(module: nn.Module) -> str | None:
+    """Why the forward of the class would not run; None where the object has that one, as accelerate leaves behind."""
+    if "forward" in vars(module) and hasattr(module, "_hf_hook"):
+        return (
+            "accelerate dispatched it, and its hook calls the plain forward: convert before dispatching, or "
+            "accelerate.hooks.remove_hook_from_submodules(model), convert, and accelerate.dispatch_model again"
+        )
+    own = vars(module).get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return None
+    if getattr(module, "_is_hooked", False):
+        return (
+            "a tp_plan of transformers replaced its forward: load the model without one, convert, then "
+            "dip.parallelize_module(model, mesh, plan)"
+        )
+    return "its forward was replaced on the object, so that a DIP layer's would not run"
+
+
+def no_twin(module: nn.Module) -> str | None:
+    """Why the projection cannot be put before a module of this class, or None."""
+    kind = type(module)
+    if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
+        return "a DIP layer already"
+    if isinstance(module, nn.MultiheadAttention) or (
+        is_adapter(module) and isinstance(base_layer(module), nn.MultiheadAttention)
+    ):
+        return "it takes three inputs, which convert noises by itself (types)"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted: convert the model before scripting it"
+    if replaced := _forward_replaced(module):
+        return replaced
+    if isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward:
+        return "its forward calls every child in turn, and would call the variance: name its first module"
+    if first_parameter(kind) is None:
+        return "its forward takes no first argument"
+    taken = [name for name in _OWN_NAMES if hasattr(module, name)]
+    if taken:
+        return f"it has {taken} of its own, names that a DIP layer uses"
+    return None
+
+
+# ---- layers whose weight is read past them ---------------------------------------------------------------------------
+
+_PLAIN_LOOKS = re.compile(r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training")
+_HARMLESS = ("dtype", "device", "shape", "ndim", "data", "grad", "requires_grad", "is_cuda", "numel", "size", "dim")
+_SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
+
+
+@functools.cache
+def read_past(kind: Any) -> frozenset[str]:
+    """The children that this class's own code never calls or hands on, and whose weight it reads.
+
+    Found in the bytecode of its methods: `F.linear(x, self.qkv.weight)` where no method mentions `self.qkv` otherwise.
+    """
+    read, used = set(), set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object) or (base in TWINS and base is not kind):
+            continue
+        for name, member in vars(base).items():
+            function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
+            code = getattr(function, "__code__", None)
+            if code is not None:
+                for child, is_read in _mentions(code, code.co_varnames[:1]):
+                    if not is_read:
+                        used.add(child)
+                    elif not _SETTING_UP.search(name):
+                        read.add(child)
+    return frozenset(read - used)
+
+
+def _mentions(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """(child, whether its weight is read) for every `self.child` in this code that is more than a harmless look."""
+    for constant in code.co_consts:
+        if isinstance(constant, python_types.CodeType):
+            yield from _mentions(constant, own)
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "NOP", "PRECALL", "EXTENDED_ARG")]
+    for i, step in enumerate(steps):
+        if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            continue
+        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)  # two in one from 3.13 on
+        if loaded != own:
+            continue
+        following = [
+            s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else "" if s.opname == "STORE_ATTR" else None
+            for s in steps[i + 1 : i + 4]
+        ]
+        child, attribute, further = (*following, None, None, None)[:3]
+        if not child:
+            continue
+        if attribute == "weight":
+            if further is None or further not in (*_HARMLESS, ""):
+                yield child, True
+        elif attribute is None or (attribute and not _PLAIN_LOOKS.fullmatch(attribute)):
+            yield child, False
+
+
+# ---- weights that are in no layer ------------------------------------------------------------------------------------
+
+_QUIET = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList, nn.ParameterList, nn.ParameterDict)
+_LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the look of it
+
+
+def own_matrices(module: nn.Module) -> dict[str, Tensor]:
+    """The floating Parameters of two dimensions or more that are the module's own, or in a list of its own."""
+    lists = {n: m for n, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))}
+    parameters = dict(module.named_parameters(recurse=False))
+    for name, each in lists.items():
+        parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
+    return {name: p for name, p in parameters.items() if _is_matrix(p)}
+
+
+def _is_matrix(p: Tensor) -> bool:
+    if nn.parameter.is_lazy(p) or not p.is_floating_point():
+        return False
+    embedded = p.ndim > 2 and p.shape[0] == 1  # a class token or positions, [1, N, D]
+    return sum(size != 1 for size in p.shape) >= 2 and not embedded
+
+
+def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: set[str]) -> dict[str, str]:
+    """{names: reason} for the modules that are no layer of `types` and hold matrix weights, one line for each class.
+
+    known: what is converted, left out on purpose, or named already. Small ones, such as a table of relative positions,
+    count as layers only where their matrix is called `weight`.
+    """
+    matrices_of = [own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    total = sum({id(p): p.numel() for each in matrices_of for p in each.values()}.values())
+    by_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for module, every_name in names.items():
+        own = own_matrices(module)
+        if module in known or is_inside(every_name, blocks) or _is_quiet(module) or not own:
+            continue
+        around_layers = any(child in known for child in module.modules())
+        if around_layers and all(p.ndim == 2 and "weight" not in name for name, p in own.items()):
+            continue  # positions, tokens, states: a model's or a block's own, beside its layers
+        by_class.setdefault(type(module), []).append(module)
+    lines = {}
+    for kind, modules in by_class.items():
+        matrices = [own_matrices(m) for m in modules]
+        share = sum(p.numel() for each in matrices for p in each.values()) / total
+        if share < _LEAST_SHARE and not any("weight" in each for each in matrices):
+            continue
+        patterns = _patterns([names[m][0] for m in modules])
+        called = list(dict.fromkeys(name for each in matrices for name in each))
+        shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
+        count = f", {len(modules)} of them" if len(modules) > 1 else ""
+        lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
+            f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which get no noise: "
+            f"before={patterns} with batches=[...] puts noise at its input"
+        )
+    return lines
+
+
+def _is_quiet(module: nn.Module) -> bool:
+    plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
+    name, package = type(module).__name__, type(module).__module__
+    table = len(inspect.signature(type(module).forward).parameters) == 1  # takes no input: of positions, a bias
+    return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
+
+
+def _patterns(every_name: list[str]) -> list[str]:
+    """Patterns for these names, one for those that differ in their numbers alone."""
+    by_pattern: dict[str, list[str]] = {}
+    for name in every_name:
+        by_pattern.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(name)
+    return [pattern if len(alike) > 1 else alike[0] for pattern, alike in by_pattern.items()]

@@ -1,0 +1,117 @@
+"""A model's variances: for an optimiser, and out of a model and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.variance import Variance
+from ..ops import dtensor
+from .check import require_finite
+from .probe import plain_names, without_wrappers
+from .spreads import need_layers
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, variance_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own learning rate.
+
+    model: any module. lr: > 0. weight_decay: >= 0, for parameters of two dimensions or more. variance_lr: of every
+    log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of steps to move a log_variance by 2.
+    Returns a list of dicts, each with a "name"; parameters that require no gradient are left out, each other appears
+    once, and an empty group is left out. Raises ValueError for bad values, a variance_lr without a DIP layer, or a
+    model without parameters.
+    """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
+    if variance_lr is not None and not variances:
+        raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "params": [], "lr": lr, "weight_decay": weight_decay},
+        {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
+        {"name": "variances", "params": [], "lr": 10 * lr if variance_lr is None else variance_lr, "weight_decay": 0.0},
+    ]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = 2 if id(parameter) in variances else 0 if parameter.ndim >= 2 else 1
+            groups[kind]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("model: expected parameters that require gradients, found none")
+    return groups
+
+
+def variances(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every log_variance and its prior, by their names in the model's state dict: what an adapter checkpoint
+    leaves out.
+
+    model: any module with DIP layers; of one that torch.compile, DDP or the like has wrapped, the names are the plain
+    model's. A variance that layers share appears once, under the first one's name.
+    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers, or
+    where a variance is NaN or infinite.
+    """
+    require_finite(need_layers(model))
+    found: dict[str, Tensor] = {}
+    for name, m in plain_names(model).items():
+        if isinstance(m, Variance):
+            found[f"{name}.log_variance"] = m.detached()
+            found[f"{name}.log_prior"] = dtensor.full(m.log_prior)
+    return {name: values.cpu().clone() for name, values in found.items()}
+
+
+@torch.no_grad()
+def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
+
+    model: with the same DIP layers, wrapped (torch.compile, DDP) or not. state: name -> [K], finite; a prior that it
+    lacks, as one of an older release does, stays. Raises ValueError naming what is missing, unknown, of another shape or
+    not finite.
+    """
+    need_layers(model)
+    own = {
+        f"{name}.{part}": m
+        for name, m in plain_names(model).items()
+        if isinstance(m, Variance)
+        for part in ("log_variance", "log_prior")
+    }
+    state = {without_wrappers(name, own): values for name, values in state.items()}
+    missing = [n for n in own if n not in state and n.endswith(".log_variance")]
+    unknown = [n for n in state if n not in own]
+    if missing or unknown:
+        raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
+    shapes = {n: (tuple(values.shape), (own[n].num_features,)) for n, values in state.items()}
+    other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
+    if other:
+        raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
+    broken = [n for n, values in state.items() if not bool(values.isfinite().all())]
+    if broken:
+        raise ValueError(f"state: expected finite variances, got NaN or infinity in {broken}")
+    check_settable({n: m for n, m in own.items() if n.endswith(".log_variance")})
+    for name, values in state.items():
+        if name.endswith(".log_variance"):
+            set_named(name, own[name], values)
+        else:
+            prior = own[name].log_prior
+            prior.copy_(dtensor.laid_out_as(values, prior))
+
+
+def check_settable(variances: Mapping[str, Variance]) -> None:
+    """Raise ValueError naming the variances that cannot be set, and why."""
+    reasons = {name: reason for name, m in variances.items() if (reason := m.cannot_set()) is not None}
+    if reasons:
+        listed = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
+        raise ValueError(f"model: expected variances that can be set, got {listed}")
+
+
+def set_named(name: str, variance: Variance, values: Tensor) -> None:
+    try:
+        variance.set_log_variance(values)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,219 @@
+"""A batch through a model that leaves no trace: what a forward pass hands to its modules; what convert has converted."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..nn.numbering import dip_layers
+from ..nn.twin import first_parameter
+from ..noise import contexts
+
+_CONVERTED = "_dip_converted"  # in the __dict__ of a model that was converted: the names of its DIP layers
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_batch(model: nn.Module, batch: object) -> Any:
+    """model(batch): a mapping as keywords, of a list or tuple the first element, a tensor as it is."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)):
+        if not batch:
+            raise ValueError("batches: expected a list or tuple whose first element is the input, got an empty one")
+        return model(batch[0])
+    return model(batch)
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside; every module's own mode restored."""
+    with kept_modes(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Every module's mode restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Hooks added after torch.compile are not seen by the compiled code."""
+    compiled = any(
+        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers and the states of the random generators are afterwards what they were."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    states = random.getstate(), np.random.get_state()
+    with kept_modes(model), torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            with torch.no_grad():
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    buffer.copy_(before)
+
+
+def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call hands to forward's first parameter."""
+    if args:
+        return args[0]
+    return kwargs.get(getattr(module, "input_name", None) or first_parameter(type(module)) or "input")
+
+
+# ---- features of modules by a probe ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def watch(model: nn.Module, modules: Iterable[nn.Module], observe: Callable[..., None], batches: Iterable[Any]) -> None:
+    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each call of the modules."""
+    handles = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in modules]
+    count = 0
+    try:
+        # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
+        with eval_mode(model), contexts.sampling_on(), contexts.noise_off(), eager(model):
+            for batch in batches:
+                run_batch(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise ValueError("batches: expected at least one batch, got none")
+
+
+def probed(
+    model: nn.Module, modules: dict[nn.Module, tuple[str, int]], batches: Iterable[Any] | None
+) -> dict[nn.Module, tuple[int, int]]:
+    """(features, dimension) of each module's input, from one pass in eval mode without noise.
+
+    modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do not reach, an input
+    that is no floating tensor, has no such dimension, or has other features in another call.
+    """
+    if not modules and batches is not None:
+        raise ValueError("batches: expected None without before=[...], for which alone they are run")
+    if not modules:
+        return {}
+    if batches is None:
+        raise ValueError("batches: expected a batch, from which before=[...] learns the number of features, got None")
+    found: dict[nn.Module, int] = {}
+
+    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name, dim = modules[module]
+        found[module] = _features(name, dim, input_of(module, args, kwargs), found.get(module))
+
+    with untouched(model):
+        watch(model, modules, observe, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
+    unreached = [name for module, (name, _) in modules.items() if module not in found]
+    if unreached:
+        raise ValueError(f"before: expected modules that the batches reach, none reached {unreached}")
+    return {module: (features, modules[module][1]) for module, features in found.items()}
+
+
+def _features(name: str, dim: int, x: object, before: int | None) -> int:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"before: expected a floating tensor as the first argument of {name!r}, got {got}; noise goes where "
+            "numbers are: before the module that reads its output"
+        )
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"before: expected a dimension of the input of {name!r}, {tuple(x.shape)}, got {dim}")
+    features = x.shape[dim]
+    if before not in (None, features):
+        raise ValueError(
+            f"before: expected one number of features in every call of {name!r}, got {before} and {features}; choose "
+            "another dimension by before={pattern: dimension}"
+        )
+    return features
+
+
+# ---- what convert has converted ----------------------------------------------------------------------------------------
+
+
+def remember(model: nn.Module) -> None:
+    """Leave the names of its DIP layers with the model and with their parents, by which `check` misses the replaced."""
+    layers = tuple(dip_layers(model))
+    inside: dict[str, list[str]] = {}
+    for name in layers:
+        parent, _, own = name.rpartition(".")
+        inside.setdefault(parent, []).append(own)
+    for parent, children in inside.items():
+        model.get_submodule(parent).__dict__[_CONVERTED] = tuple(children)
+    model.__dict__[_CONVERTED] = layers
+
+
+def forget(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop(_CONVERTED, None)
+
+
+def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(the module that was converted, its own name, the name in it) of every layer that was converted."""
+    for name, module in model.named_modules():
+        for layer in vars(module).get(_CONVERTED, ()):
+            yield module, name, layer
+
+
+# ---- names without wrappers ----------------------------------------------------------------------------------------
+
+_INNER = {  # the child by which a wrapper holds the model
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
+    plain = {"": ""}
+    kinds: dict[str, str] = {}
+    modules = {}
+    for name, module in model.named_modules():
+        if name:
+            parent, _, own = name.rpartition(".")
+            dropped = _INNER.get(kinds[parent]) == own
+            plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
+        kinds[name] = type(module).__name__
+        modules[plain[name]] = module
+    return modules
+
+
+def without_wrappers(name: str, known: Mapping[str, object]) -> str:
+    """A name from a wrapped model's state dict as the plain model has it."""
+    inner = set(_INNER.values()) - {"module"}
+    name = ".".join(part for part in name.split(".") if part not in inner)
+    return name.removeprefix("module.") if name not in known and name.removeprefix("module.") in known else name

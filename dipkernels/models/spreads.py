@@ -1,0 +1,67 @@
+"""The spread of each layer's input, measured on batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.layer import DIPLayer
+from ..nn.numbering import dip_layers
+from .probe import input_of, watch
+
+
+def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
+    layers = dip_layers(model)
+    if not layers:
+        raise ValueError("model: expected DIP layers, found none; convert it first")
+    return layers
+
+
+class _Moments:
+    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor, dim: int) -> None:
+        rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
+        if len(rows) == 0:
+            return
+        rows = rows.double()
+        mean, total = rows.mean(0), self.count + len(rows)
+        delta = mean - self.mean
+        self.squares = self.squares + (rows - mean).square().sum(0) + delta.square() * (self.count * len(rows) / total)
+        self.mean = self.mean + delta * (len(rows) / total)
+        self.count = total
+
+    def spread(self) -> Tensor:
+        assert isinstance(self.squares, Tensor)  # something was added
+        return (self.squares / self.count).sqrt().cpu()
+
+
+@torch.no_grad()
+def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
+    layers = need_layers(model)
+    moments = {name: _Moments() for name in layers}
+    moments_of = {layer: moments[name] for name, layer in layers.items()}
+
+    def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        moments_of[layer].add(input_of(layer, args, kwargs), layer.feature_dim)
+
+    watch(model, layers.values(), observe, batches)
+    unreached = [name or "(root)" for name in layers if moments[name].count == 0]
+    if unreached:
+        raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
+    spreads = {name: moments[name].spread() for name in layers}
+    infinite = [name or "(root)" for name, spread in spreads.items() if not bool(spread.isfinite().all())]
+    if infinite:
+        raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
+    for name, layer in layers.items():
+        layer.variance.spread = spreads[name]
+    return spreads

@@ -1,0 +1,75 @@
+"""What a converted model looks like: one row per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .check import require_finite
+from .spreads import measured_spreads, need_layers
+
+
+@dataclass(frozen=True)
+class Row:
+    """One DIP layer: sigma (not variance) over its features; ratio = median of sigma / the input's spread, or None."""
+
+    name: str
+    type: str
+    features: int
+    sigma_min: float
+    sigma_mean: float
+    sigma_max: float
+    ratio: float | None
+    number: int
+
+
+class Summary(list[Row]):
+    """A list of Row that prints as a table."""
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """{name of the layer: its other fields}, fit for JSON."""
+        rows = {row.name: asdict(row) for row in self}
+        return {name: {field: value for field, value in row.items() if field != "name"} for name, row in rows.items()}
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
+        lines = [
+            f"{'layer':{width}}  {'type':9}  {'number':>6}  {'features':>8}  "
+            f"{'sigma min':>9}  {'mean':>9}  {'max':>9}  {'ratio':>7}"
+        ]
+        for row in self:
+            ratio = "-" if row.ratio is None else f"{row.ratio:.3g}"
+            lines.append(
+                f"{row.name or '(root)':{width}}  {row.type:9}  {row.number:6}  {row.features:8}  "
+                f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {ratio:>7}"
+            )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
+    """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of sigma_j / spread_j.
+
+    model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
+    layer's input features; without it the ratio uses the spread measured last, and is None where there is none.
+    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the ratio.
+    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, for a variance that is
+    NaN or infinite, and as `calibrate`.
+    """
+    layers = need_layers(model)
+    require_finite(layers)
+    if batches is not None:
+        measured_spreads(model, batches)
+    rows = Summary()
+    for name, layer in layers.items():
+        sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
+        if spread is not None:
+            varies = spread > 0.01 * spread.square().mean().sqrt()
+            # The median: a few features that hardly vary would rule a mean.
+            ratio = (sigma / spread)[varies].median().item() if bool(varies.any()) else None
+        low, mean, high = (f(sigma).item() for f in (torch.min, torch.mean, torch.max)) if len(sigma) else (0.0,) * 3
+        rows.append(Row(name, type(layer).__name__, len(sigma), low, mean, high, ratio, layer.number))
+    return rows

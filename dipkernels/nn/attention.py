@@ -1,0 +1,294 @@
+"""nn.MultiheadAttention on noised inputs: of its in-projection and of its out-projection.  docs/models.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .. import worlds
+from ..noise import contexts
+from ..ops.perturb import without_noise
+from . import tracing
+from .input import DIPInput
+from .layer import DIPLayer, ddp_waits, noised
+from .linear import DIPLinear
+from .variance import device_of_variance
+
+
+class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
+    """The out-projection of DIPMultiheadAttention, which calls it; nn.MultiheadAttention takes its weight alone."""
+
+    plain_type = NonDynamicallyQuantizableLinear
+
+
+class _InProjection(DIPInput):
+    """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1 key, 2 value."""
+
+    shown_as = "in-projection of DIPMultiheadAttention"
+
+    def forward(self, input: Tensor, sample: int = 0) -> Tensor:
+        if not self.noisy():
+            return self.without_noise(input)
+        return noised(self, input, worlds.autocast_dtype(input), sample)
+
+
+class DIPMultiheadAttention(nn.MultiheadAttention):
+    """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are noised in training.
+
+    q = W_q (query + sigma * z) and so for k and v; y = W_o (heads + sigma_o * z) + b_o. In eval mode it is
+    nn.MultiheadAttention itself, its fast path included.
+    Arguments of nn.MultiheadAttention, then init_variance (sigma^2 to start from, a number > 0) and num_samples (S >= 1
+    draws averaged, as one with sigma / sqrt(S)). Call it as nn.MultiheadAttention.
+    The variances: where query, key and value have one width, the in-projection is one matrix and has one variance per
+    feature, in the child `in_proj`; arguments that are one tensor share u, so that self-attention draws once; different
+    tensors get independent noise of that variance. With kdim or vdim there are three: `q_proj`, `k_proj`, `v_proj`.
+    `out_proj` has its own. The plain parameters keep their names, and a plain state dict loads.
+    Noise is numbered in the order of the tensors passed: with batch_first=True an example's noise does not depend on
+    what else is in its batch.
+    Raises ValueError naming the argument, and what nn.MultiheadAttention raises. Source: arXiv 2506.04690, for every
+    linear layer; where noise sits in attention is not stated there.
+    """
+
+    plain_type = nn.MultiheadAttention
+    in_proj: _InProjection  # where query, key and value have one width
+    q_proj: _InProjection
+    k_proj: _InProjection
+    v_proj: _InProjection
+    out_proj: DIPOutProjection
+
+    def __init__(  # all by name: torch.nn.utils.skip_init looks for device
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float = 0.01,
+        num_samples: int = 1,
+    ) -> None:
+        places = (dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, *places)
+        self._set_up(init_variance, num_samples, device)
+        self.out_proj.__class__ = DIPOutProjection
+        own = device_of_variance(self.out_proj.weight, device)
+        self.out_proj._set_up(self.embed_dim, init_variance, num_samples, "auto", own)
+
+    def _set_up(
+        self,
+        init_variance: float | dict[str, Any],
+        num_samples: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """init_variance: of every in-projection, or of each by its name."""
+        if self._qkv_same_embed_dim:
+            widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
+        else:
+            widths = {
+                "q_proj": (self.embed_dim, self.q_proj_weight),
+                "k_proj": (self.kdim, self.k_proj_weight),
+                "v_proj": (self.vdim, self.v_proj_weight),
+            }
+        made = {
+            name: _InProjection(
+                width,
+                -1,
+                init_variance[name] if isinstance(init_variance, dict) else init_variance,
+                num_samples,
+                device=device_of_variance(weight, device),
+            )
+            for name, (width, weight) in widths.items()
+        }
+        for name, layer in made.items():
+            setattr(self, name, layer.train(self.training))
+
+    def to_plain_in_place(self) -> None:
+        """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer is."""
+        for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
+            self._modules.pop(name, None)
+        self.__class__ = self.plain_type  # type: ignore[assignment]
+
+    def _parts(self) -> list[DIPLayer]:
+        return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        name = "in_proj_weight" if self._qkv_same_embed_dim else "q_proj_weight"
+        empty = getattr(self, name).is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and empty and not getattr(self, name).is_meta:
+            for part in self._parts():
+                part.variance.start_anew()
+        return self
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
+            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+            weights = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **masks, **weights)
+            return proxy
+        parts = self._parts()
+        # Hooks on the parts, by which calibrate reads their inputs, need them called; so does noise_off in training.
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        if not (watched or any(part.noisy() or (part.training and contexts.MODE == "off") for part in parts)):
+            if ddp_waits():
+                query, key, value = self._with_unused_variances(query, key, value)
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                average_attn_weights=average_attn_weights,
+                is_causal=is_causal,
+            )
+        return self._noised_forward(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _with_unused_variances(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same tensors, one where they were one, through which every variance gets a gradient of zeros."""
+        same = query
+        for part in self._parts():
+            same = without_noise(same, part._log_variance())
+        return same, same if key is query else key, same if value is query else value
+
+    def _noised_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
+        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if is_causal and attn_mask is None:
+            raise RuntimeError("attn_mask: expected the causal mask that is_causal=True promises, got None")
+        batched = query.dim() == 3
+        batch_dim = 0 if self.batch_first or not batched else 1
+        self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_dim)
+        query, key, value = self._noised_inputs(query, key, value)
+        q, k, v = (self._heads(y if batched else y[None], batch_dim) for y in self._project(query, key, value))
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+        if is_causal and key_padding_mask is None and not need_weights:
+            mask = None
+        else:
+            is_causal = False
+            mask = self._mask(attn_mask, key_padding_mask, len(q), q.dtype)
+        k, v, mask = self._extended(k, v, mask)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads = weights @ v  # [N, H, L, D]
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        joined = (heads.transpose(1, 2) if batch_dim == 0 else heads.permute(2, 0, 1, 3)).flatten(2)
+        out = self.out_proj(joined if batched else joined[0])
+        return out, (weights if batched or weights is None else weights[0])
+
+    def _check_shapes(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batch_dim: int
+    ) -> None:  # fmt: skip
+        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
+                wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
+                raise ValueError(f"{name}: expected a tensor {wanted}, got shape {tuple(x.shape)}")
+        if key.shape[:-1] != value.shape[:-1]:
+            raise ValueError(f"value: expected key's shape {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}")
+        batch = query.shape[batch_dim] if query.dim() == 3 else 1
+        length, source = (x.shape[-2 if batch_dim == 0 else 0] for x in (query, key))
+        masks: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+            "attn_mask": (attn_mask, [(length, source), (batch * self.num_heads, length, source)]),
+            "key_padding_mask": (key_padding_mask, [(batch, source) if query.dim() == 3 else (source,)]),
+        }
+        for name, (mask, shapes) in masks.items():
+            if mask is not None and mask.shape not in shapes:
+                raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+
+    def _noised_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._qkv_same_embed_dim:
+            return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
+        noised_query = self.in_proj(query)
+        noised_key = noised_query if key is query else self.in_proj(key, 1)
+        if value is key:
+            return noised_query, noised_key, noised_key
+        return noised_query, noised_key, noised_query if value is query else self.in_proj(value, 2)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v of the noised inputs; one product for arguments that are one tensor."""
+        if self._qkv_same_embed_dim:
+            if query is key and key is value:
+                return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        if self._qkv_same_embed_dim and key is value:
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
+            pair = F.linear(key, self.in_proj_weight[self.embed_dim :], bias).chunk(2, -1)
+            return F.linear(query, weights[0], biases[0]), *pair
+        return tuple(F.linear(u, w, b) for u, w, b in zip((query, key, value), weights, biases))
+
+    def _heads(self, y: Tensor, batch_dim: int) -> Tensor:
+        """[N, L, E], or [L, N, E] where batch_dim is 1, as [N, H, L, D]."""
+        split: Tensor = y.unflatten(-1, (self.num_heads, self.head_dim))
+        return split.permute(0, 2, 1, 3) if batch_dim == 0 else split.permute(1, 2, 0, 3)
+
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_examples: int, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Both masks as one that is added to the scores, or None."""
+        parts = []
+        if attn_mask is not None:
+            mask = _additive("attn_mask", attn_mask, dtype)
+            parts.append(mask if mask.dim() == 2 else mask.unflatten(0, (num_examples, self.num_heads)))
+        if key_padding_mask is not None:
+            parts.append(_additive("key_padding_mask", key_padding_mask, dtype)[:, None, None])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With bias_k and bias_v, and a zero, behind the keys and values, where the attention was made so."""
+        added = int(self.bias_k is not None) + int(self.add_zero_attn)
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (len(k), self.num_heads, 1, self.head_dim)
+            k, v = (
+                torch.cat([t, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape).to(t.dtype)], 2)
+                for t, bias in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        return k, v, F.pad(mask, (0, added)) if mask is not None and added else mask
+
+
+def in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
+    """The names of the noised inputs that the DIP twin of this attention has."""
+    return ("in_proj",) if attention._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+
+
+def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype is torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    if mask.is_floating_point():
+        return mask.to(dtype)
+    raise TypeError(f"{name}: expected a boolean or floating mask, got {mask.dtype}")

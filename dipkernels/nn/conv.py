@@ -1,0 +1,79 @@
+"""nn.Conv1d, nn.Conv2d and nn.Conv3d on a noised input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import worlds
+from . import inputs, tracing
+from .layer import DIPLayer, noised
+from .variance import device_of_variance
+
+
+class _DIPConv(DIPLayer):
+    in_channels: int
+    weight: Tensor
+    _KEEPS = ("auto", "u")
+
+    def __init__(  # all by name: torch.nn.utils.skip_init looks for device
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        keep: str = "auto",
+    ) -> None:
+        places = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(*places, device, dtype)
+        self._set_up(in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
+        if not self.noisy():
+            y: Tensor = super().forward(self.without_noise(input))
+        else:
+            y = super().forward(noised(self, input, worlds.autocast_dtype(input)))
+        return y
+
+
+class DIPConv1d(_DIPConv, nn.Conv1d):
+    """nn.Conv1d on a noised input, as DIPConv2d: input [N, C, L] or [C, L], sigma per input channel."""
+
+    feature_dim = -2
+    plain_type = nn.Conv1d
+
+
+class DIPConv2d(_DIPConv, nn.Conv2d):
+    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
+
+    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
+    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
+    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
+    2506.04690.
+    """
+
+    feature_dim = -3
+    plain_type = nn.Conv2d
+
+
+class DIPConv3d(_DIPConv, nn.Conv3d):
+    """nn.Conv3d on a noised input, as DIPConv2d: input [N, C, D, H, W] or [C, D, H, W], sigma per input channel."""
+
+    feature_dim = -4
+    plain_type = nn.Conv3d

@@ -1,0 +1,50 @@
+"""Says when an optimiser decays a variance: towards log_variance 0, which is sigma = 1.  docs/guides/variance.md."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from .. import worlds
+
+_variances: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_hook: Any = None
+
+
+def watch(variance: nn.Module) -> None:
+    """From now on the first step of an optimiser that decays a parameter of `variance` warns."""
+    global _hook
+    _variances.add(variance)
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_check)
+
+
+def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Look through an optimiser once, and again when its groups have changed."""
+    if worlds.tracing():
+        return
+    groups = optimizer.param_groups
+    seen = tuple((len(group["params"]), _decays(group)) for group in groups)
+    if _checked.get(optimizer) == seen:
+        return
+    _checked[optimizer] = seen
+    decayed = {id(p) for group in groups if _decays(group) for p in group["params"] if p.requires_grad}
+    count = sum(any(id(p) in decayed for p in variance.parameters()) for variance in list(_variances))
+    if count:
+        warnings.warn(
+            f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP layer(s): weight decay "
+            "pulls it towards 0, which is sigma = 1. Make the optimiser from dip.param_groups(model, lr, weight_decay),"
+            " whose group of variances has none, or put the parameters named *.log_variance into a group with "
+            "weight_decay=0",
+            stacklevel=3,
+        )
+
+
+def _decays(group: dict[str, Any]) -> bool:
+    decay = group.get("weight_decay", 0)
+    return isinstance(decay, Tensor) or bool(decay)  # reading a tensor would stop a GPU

@@ -1,0 +1,50 @@
+"""The projection alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import inputs, tracing
+from .layer import DIPLayer, noised
+from .variance import short
+
+
+class DIPInput(DIPLayer, nn.Module):
+    """A projection alone, for a network's input or an embedding: u = x + sigma * z while training, x in eval mode.
+
+    num_features: K. dim: the feature dimension, x.shape[dim] = K. init_variance: a number > 0 or a tensor [K], a
+    variance. num_samples: S >= 1 averaged draws. device: of the variance. Returns a tensor of x's shape.
+    Raises ValueError naming the argument. Source: arXiv 2506.04690 (v_0 = x is projected too).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        dim: int = -1,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        keep: str = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.dim = num_features, dim
+        self._set_up(num_features, init_variance, num_samples, keep, device)
+
+    @property
+    def feature_dim(self) -> int:  # type: ignore[override]
+        return self.dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
+        return noised(self, input) if self.noisy() else self.copied_without_noise(input)
+
+    def reset_parameters(self) -> None:
+        """Refill the variance."""
+        self.variance.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, dim={self.dim}, init_variance={short(self.variance.init_variance)}"

@@ -1,0 +1,69 @@
+"""What is wrong with a layer's input, in the layer's own words: looked at where a call has failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.draw import DTYPES
+from ..worlds import is_dtensor
+
+# The types that ops raises, and torch for a layout or a device that an operation has no kernel for.
+FAILURES = (TypeError, ValueError, RuntimeError)
+_BATCHED = {-1: "[..., {}]", -2: "[N, {0}, L] or [{0}, L]", -3: "[N, {0}, H, W] or [{0}, H, W]"}
+_BATCHED[-4] = "[N, {0}, D, H, W] or [{0}, D, H, W]"
+
+
+def require_tensor(layer: Any, x: object) -> None:
+    """Raise TypeError where a layer would draw noise for what is no tensor: a list, None, a PackedSequence."""
+    if not isinstance(x, Tensor) and layer.noisy():
+        raise TypeError(
+            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in eval mode the plain "
+            "layer takes what it always took"
+        )
+
+
+def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
+    """Raise what is wrong with the input of a noised layer; return where it is not the input.
+
+    Args:
+        layer: The DIP layer that was called with x and failed.
+        x: Its input.
+        sigma: What its variance gave, ln(sigma^2).
+
+    Raises:
+        TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half precision.
+        ValueError: If x has another number of features, or another device, than the layer's variance.
+    """
+    if is_dtensor(x) or is_dtensor(sigma):  # tensor_parallel names the ranks and layouts too
+        return
+    name = _shown(layer)
+    dim, features = layer.feature_dim, sigma.numel()
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        way_out = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
+        raise TypeError(
+            f"{name}: expected a dense tensor where noise is drawn, got {kind}; pass {way_out}. In eval mode the plain "
+            "layer takes what it always took"
+        )
+    if x.dtype not in DTYPES:
+        expected = ", ".join(str(dtype) for dtype in DTYPES)
+        way_out = "; noise is real: leave complex layers out, convert(exclude=...)" if x.is_complex() else ""
+        raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
+    if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
+        axis = "" if dim in _BATCHED else f" along dimension {dim}"
+        shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"
+        raise ValueError(f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}")
+    if x.device != sigma.device:
+        raise ValueError(f"{name}: expected an input on {sigma.device}, where its variance is, got one on {x.device}")
+    if sigma.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of mixed precision "
+            "(dipkernels.shard_variances, for FSDP)"
+        )
+
+
+def _shown(layer: Any) -> str:
+    return f"{getattr(layer, 'shown_as', type(layer).__name__)}({layer.extra_repr()})"

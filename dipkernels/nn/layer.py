@@ -1,0 +1,230 @@
+"""What every DIP layer is made of: a variance, a stream, and a projection of its input.  docs/maths.md, section 1."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from .. import worlds
+from ..noise import contexts, seeds
+from ..ops.draw import Draw
+from ..ops.perturb import projection, without_noise
+from ..worlds import is_dtensor
+from . import inputs, tracing
+from .variance import Variance, short
+
+if TYPE_CHECKING:
+    from .sharing import Share
+
+_NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
+MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
+# DIPLayer is mixed into modules, and is none itself.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class DIPLayer(_Mixin):
+    """What the DIP layers share: the child `variance`, the number of its stream, and when there is noise."""
+
+    _KEEPS: tuple[str, ...] = ("auto",)
+    feature_dim: int = -1  # of the input
+    _number: int
+    _counted_in: str  # which count of layers gave the number: a call of number_layers, or "" for the process's
+    _stream: Tensor
+    share: Share | None = None  # with the layers that read the same input, if asked for: share_noise
+
+    def _set_up(
+        self, num_features: int, init_variance: float | Tensor, num_samples: int, keep: str, device: Any
+    ) -> None:
+        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples <= 65536:
+            raise ValueError(f"num_samples: expected an integer from 1 to 65536, got {num_samples!r}")
+        if keep not in self._KEEPS:
+            raise ValueError(f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}")
+        self.num_samples, self.keep = num_samples, keep
+        self.variance = Variance(num_features, init_variance, device)
+        self.number = next(_NUMBERS) % MAX_LAYERS
+
+    @property
+    def log_variance(self) -> nn.Parameter:
+        """The parameter of the child `variance`: ln(sigma^2), float32, one per input feature."""
+        return self.variance.log_variance
+
+    def _log_variance(self) -> Tensor:
+        """What calling `variance` gives, without the microseconds of a call that no hook wants."""
+        variance = self._modules.get("variance") or self.variance
+        if type(variance) is Variance and not (worlds.tracing() or _is_hooked(variance)):
+            parameter = variance._parameters.get("log_variance")
+            if parameter is not None:  # nn.DataParallel's replicas have tensors in place of parameters
+                if parameter.dtype is not torch.float32:
+                    variance.widen()
+                return parameter
+        try:
+            gathered: Tensor = variance()
+        except KeyError as error:
+            raise RuntimeError(
+                f"variance: expected its offloaded values to be at hand, got none for {error}; a checkpoint of the "
+                "plain model was dispatched with offload. Load it, convert, then dispatch the converted model"
+            ) from error
+        # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that names it.
+        return gathered.float() if "forward" in variance.__dict__ and gathered.dtype.itemsize < 4 else gathered
+
+    def noisy(self) -> bool:
+        """Whether a forward pass now would draw noise."""
+        return self.training if contexts.MODE is None else contexts.MODE == "on"
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module of a model
+        tracing.refuse_script(self)
+
+    def without_noise(self, input: Tensor) -> Tensor:
+        """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for gradients of 0."""
+        if (contexts.MODE == "off" and self.training) or ddp_waits():
+            return without_noise(input, self._log_variance())
+        return input
+
+    def copied_without_noise(self, input: Tensor) -> Tensor:
+        """The same for what others may change in place, which autograd refuses for the view made there."""
+        same = self.without_noise(input)
+        return same if same is input else same.clone()
+
+    # ---- the number, and what is computed from it
+
+    @property
+    def number(self) -> int:
+        """The stream that fixed_noise gives this layer, 0 <= number < 65536."""
+        return self._number
+
+    @number.setter
+    def number(self, number: int) -> None:
+        self.set_number(number)
+
+    def set_number(self, number: int, model: str = "") -> None:
+        """Set the stream that fixed_noise gives this layer, 0 <= number < 65536. model: what it was counted in."""
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_LAYERS:
+            raise ValueError(f"number: expected an integer from 0 to {MAX_LAYERS - 1}, got {number!r}")
+        self.__dict__["_number"], self.__dict__["_counted_in"] = number, model
+        self._keep_stream()
+
+    @property
+    def stream(self) -> Tensor:
+        """int64 [2] = (0, number), made afresh on the variance's device."""
+        return torch.tensor([0, self._number], device=self.variance.log_variance.device)
+
+    def _keep_stream(self) -> None:
+        # No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
+        device = self.variance.log_variance.device
+        self.__dict__["_stream"] = torch.tensor([0, self._number], device="cpu" if device.type == "meta" else device)
+
+    def _stream_on(self, device: torch.device) -> Tensor:
+        """`stream` on this device, without a copy from the host."""
+        kept: Tensor = self._stream
+        if kept.device == device:
+            return kept
+        if worlds.tracing():  # the number itself would compile each layer anew
+            return kept.to(device)
+        return torch.arange(2, device=device) * self._number
+
+    def _seed(self, x: Tensor) -> Tensor:
+        """The seed of one forward pass on x."""
+        if contexts.KEY is None:
+            return seeds.draw(self._stream, x)
+        if not worlds.tracing():
+            contexts.note_number(self._number, self._counted_in)
+        return seeds.draw(self._stream_on(x.device), x)
+
+    def draw(self, x: Tensor, sample: int = 0) -> Draw:
+        """Where the noise of one forward pass on x lies, and how log_variance scales it."""
+        dim = self.feature_dim
+        return Draw(dim, seeds.first_row(x, dim), 0, sample, factor=self.num_samples**-0.5, log_variance=True)
+
+    # ---- moves
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._keep_stream()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight = getattr(self, "weight", None)
+        empty = isinstance(weight, Tensor) and weight.is_meta  # now: what follows may change the tensor itself
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if recurse and empty and not self.weight.is_meta and "variance" in self._modules:
+            self.variance.start_anew()
+        self._keep_stream()
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance inside."""
+        if "variance" in self._modules and (name.startswith("variance.") or self._is_cut(name, param)):
+            raise ValueError(
+                f"{type(self).__name__}: expected tensor parallelism by dip.parallelize_module(model, mesh, plan), "
+                "which takes the same plan and keeps log_variance whole, got a style of torch's own; or parallelise "
+                "the plain model, then convert it"
+            )
+        super().register_parameter(name, param)
+
+    def _is_cut(self, name: str, param: nn.Parameter | None) -> bool:
+        """Whether a DTensor split over ranks takes the place of a plain parameter."""
+        before = self.__dict__["_parameters"].get(name)
+        if before is None or is_dtensor(before) or not is_dtensor(param):
+            return False
+        return any(p.is_shard() for p in param.placements)
+
+    def reset_parameters(self) -> None:
+        plain = getattr(super(), "reset_parameters", None)
+        if plain is not None:
+            plain()
+        if "variance" in self._modules:  # the plain layer's constructor calls this first
+            self.variance.reset_parameters()
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"init_variance={short(self.variance.init_variance)}"]
+        if self.num_samples > 1:
+            parts.append(f"num_samples={self.num_samples}")
+        if self.share is not None:
+            parts.append(f"shared_by={self.share.num_layers}")
+        return ", ".join(part for part in parts if part)
+
+
+def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
+    """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by default."""
+    return fresh(layer, x, dtype, sample) if layer.share is None else layer.share.noised(layer, x, dtype)
+
+
+def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
+    sigma, seed = beside(x, layer), layer._seed(x)
+    try:
+        return projection(x, sigma, seed, layer.draw(x, sample), dtype)
+    except inputs.FAILURES:
+        inputs.explain(layer, x, sigma)
+        raise
+
+
+def beside(x: Tensor, layer: DIPLayer) -> Tensor:
+    """The layer's log_variance; for nn.DataParallel's replica of a layer that shares the first one's, on x's device."""
+    log_variance = layer._log_variance()
+    elsewhere = layer.share is not None and getattr(layer, "_is_replica", False)
+    return log_variance.to(x.device) if elsewhere else log_variance
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether nn.Module.__call__ would do more than call the class's forward."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module._compiled_call_impl is not None
+        or _has_any_global_hook()
+    )
+
+
+def ddp_waits() -> bool:
+    """Whether DDP runs this forward pass: it stops at the next one where a parameter got no gradient."""
+    return torch.is_grad_enabled() and nn.parallel.DistributedDataParallel._active_ddp_module is not None

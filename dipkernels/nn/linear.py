@@ -1,0 +1,112 @@
+"""nn.Linear on a noised input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional, worlds
+from ..noise import seeds
+from ..ops.activations import ACTIVATIONS
+from ..ops.linear import affine
+from . import inputs, tracing
+from .layer import DIPLayer, beside, noised
+from .variance import device_of_variance
+
+
+class DIPLinear(DIPLayer, nn.Linear):
+    """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in eval mode, to the bit.
+
+    in_features, out_features, bias, device, dtype: as nn.Linear. init_variance: sigma^2 to start from, a number > 0 or
+    a tensor [in_features]. num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
+    keep: what backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto" (see
+    functional.dip_linear). activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here. estimator:
+    "sample", act of one draw; "mean", the mean of act over num_samples draws; "analytic", the exact mean over all
+    draws, for which nothing is drawn (see functional.dip_linear). Input [..., in_features]; z is drawn afresh for every
+    element. In bfloat16 a sigma below a
+    few thousandths of |x| mostly rounds away. Raises ValueError naming the argument. Source: arXiv 2506.04690, u ~
+    N(v, diag(lambda)).
+    """
+
+    _KEEPS = ("auto", "u", "x")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        keep: str = "auto",
+        activation: str | None = None,
+        estimator: str = "sample",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_up(in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device))
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}")
+        if estimator not in functional.ESTIMATORS:
+            raise ValueError(f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}")
+        if estimator == "analytic" and num_samples != 1:
+            raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+        if estimator != "sample" and keep == "u":
+            raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
+        self.activation, self.estimator = activation, estimator
+
+    plain_type = nn.Linear
+    activation: str | None = None  # of a converted layer too
+    estimator = "sample"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if type(input) is not Tensor:
+            if isinstance(input, tracing.Proxy):
+                return tracing.record(self, input)
+            inputs.require_tensor(self, input)
+        if not self.noisy():
+            return self._activated(super().forward(self.without_noise(input)))
+        if self.share is not None and self.estimator != "analytic":
+            if self.estimator == "mean" and self.activation is not None:
+                raise ValueError("estimator: expected 'sample' or 'analytic' where noise is shared, got 'mean'")
+            u = noised(self, input, worlds.autocast_dtype(input))
+            return self._activated(F.linear(u, self.weight, self.bias))
+        if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
+            seed, dtype = self._seed(input), worlds.autocast_dtype(input)
+            sigma = self._log_variance()
+            try:
+                y = affine(input, self.weight, self.bias, sigma, seed, self.draw(input), self.keep, dtype)
+            except inputs.FAILURES:
+                inputs.explain(self, input, sigma)
+                raise
+            return self._activated(y)
+        seed = self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input)
+        sigma = beside(input, self)
+        try:
+            return functional.dip_linear(
+                input,
+                self.weight,
+                self.bias,
+                sigma,
+                seed,
+                row0=seeds.first_row(input),
+                num_samples=self.num_samples,
+                log_variance=True,
+                keep=self.keep,
+                activation=self.activation,
+                estimator=self.estimator,
+            )
+        except inputs.FAILURES:
+            inputs.explain(self, input, sigma)
+            raise
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self.activation is None else ACTIVATIONS[self.activation](y)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        parts += [f"activation={self.activation}"] if self.activation is not None else []
+        parts += [f"estimator={self.estimator}"] if self.estimator != "sample" else []
+        return ", ".join(parts)

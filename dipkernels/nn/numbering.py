@@ -1,0 +1,66 @@
+"""The DIP layers of a model, and their streams.  docs/maths.md, section 3."""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from .. import worlds
+from ..noise import contexts
+from .layer import MAX_LAYERS, DIPLayer
+from .sharing import Share
+
+
+def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
+    """Every DIP layer of the model by its first name, each once, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DIPLayer)}
+
+
+def number_layers(model: nn.Module) -> nn.Module:
+    """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i under fixed_noise.
+
+    model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
+    on what was built before it, and so does one joined from models that were converted apart or from deep-copied
+    layers, for its layers to differ. Under fixed_noise the first warns, and `predict` and `trajectories` of either;
+    a copy that is called by itself draws its original's noise. Adding a layer renumbers those after it.
+    Layers that share one draw have one number.
+    Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
+    """
+    layers = dip_layers(model)
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
+    numbers, counted_in = itertools.count(), uuid.uuid4().hex
+    shared: dict[Share | None, int] = {}
+    for layer in layers.values():
+        number = next(numbers) if layer.share not in shared else shared[layer.share]
+        if layer.share is not None:
+            shared[layer.share] = number
+        layer.set_number(number, counted_in)
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own_buffers(layers)})  # type: ignore[assignment]
+    return model
+
+
+def own_buffers(layers: Iterable[str]) -> set[str]:
+    """The buffers of layers of these names: the same on every rank, and DDP would broadcast them before each pass."""
+    return {f"{name}.variance.log_prior".lstrip(".") for name in layers}
+
+
+def warn_of_equal_numbers(model: nn.Module) -> None:
+    """Warn under fixed_noise where layers of the model have one number, and so one noise, without sharing it."""
+    if contexts.KEY is None or worlds.tracing():
+        return
+    owners: dict[int, tuple[str, Share | None]] = {}
+    for name, layer in dip_layers(model).items():
+        first, share = owners.setdefault(layer.number, (name, layer.share))
+        if first != name and (share is None or share is not layer.share):
+            warnings.warn(
+                f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), so that fixed_noise "
+                "gives them one noise; call dip.number_layers(model) on the whole model",
+                stacklevel=3,
+            )
+            return

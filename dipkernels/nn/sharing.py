@@ -1,0 +1,93 @@
+"""One draw and one u for layers that read the same input."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import worlds
+from ..noise import contexts
+from .layer import DIPLayer, fresh
+
+
+class Share:
+    """One u for the layers that read one tensor: the first to be called draws it, the others take it.
+
+    A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when every layer has had
+    it, when x is gone, or when its gradient is there: a layer that is skipped (an expert, an early exit) keeps
+    neither alive, and takes no u of a step before.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        # By device, for nn.DataParallel's replicas share this object: (x, what u depends on beside x, the key, layers
+        # served, u); x by a weak reference, but in a graph that torch.compile makes.
+        self._entries: dict[Any, tuple[Any, ...]] = {}
+
+    def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        compiling = worlds.tracing()
+        version = None if compiling or x.is_inference() else x._version
+        place = (version, dtype, torch.is_grad_enabled(), contexts.ROW0)
+        device = "compiled" if compiling else x.device
+        entry = self._entries.get(device)
+        same = entry is not None and (entry[0] if compiling else entry[0]()) is x
+        if not same or entry[1] != place or entry[2] is not contexts.KEY or layer in entry[3]:  # type: ignore[index]
+            served, u = (layer,), fresh(layer, x, dtype)
+        else:
+            served, u = (*entry[3], layer), entry[4]  # type: ignore[index]
+        if len(served) == self.num_layers:
+            self._entries.pop(device, None)
+        else:
+            held = x if compiling else weakref.ref(x, self._forget(device))
+            self._entries[device] = (held, place, contexts.KEY, served, u)
+            if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
+                # A model's input outlives the step: a layer that this one skips would take u in the next.
+                u.register_hook(self._let_go(device, weakref.ref(u)))
+        return u
+
+    def _forget(self, device: object) -> Callable[[weakref.ref[Tensor]], None]:
+        entries = self._entries
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            if device in entries and entries[device][0] is dead:
+                del entries[device]
+
+        return forget
+
+    def _let_go(self, device: object, u: weakref.ref[Tensor]) -> Callable[[Tensor], None]:
+        entries = self._entries
+
+        def let_go(slope: Tensor) -> None:
+            if device in entries and entries[device][4] is u():
+                del entries[device]
+
+        return let_go
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"num_layers": self.num_layers, "_entries": {}}
+
+
+def share_noise(layers: list[DIPLayer]) -> None:
+    """Make these layers, in the model's order, share the first one's variance, its draw, and u.
+
+    The others' variances are gone from the state dict, and `layer.variance` of each is the first one's.
+    Raises ValueError for layers of another number of features or another feature dimension.
+    """
+    first = layers[0]
+    wanted = (first.variance.log_variance.numel(), first.feature_dim, first.num_samples)
+    for layer in layers[1:]:
+        got = (layer.variance.log_variance.numel(), layer.feature_dim, layer.num_samples)
+        if got != wanted:
+            raise ValueError(
+                f"share: expected layers of one (features, feature dimension, num_samples) = {wanted}, got {got}"
+            )
+    share = Share(len(layers))
+    for layer in layers:
+        layer.__dict__["share"] = share
+        if layer is not first:
+            del layer.variance
+            layer.__dict__["variance"] = first.variance  # no child: a state dict and FSDP see one owner

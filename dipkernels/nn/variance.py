@@ -1,0 +1,249 @@
+"""The learnable variance of a layer's input.  docs/maths.md, section 1."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dtensor
+from ..worlds import is_dtensor
+from . import decay
+
+
+def check_init_variance(init_variance: float | Tensor, num_features: int) -> float | Tensor:
+    """A float, or a CPU float32 tensor [num_features]; every value finite and > 0."""
+    if isinstance(init_variance, Tensor) and init_variance.ndim > 0:
+        if init_variance.shape != (num_features,):
+            raise ValueError(
+                f"init_variance: expected a number or shape ({num_features},), got shape {tuple(init_variance.shape)}"
+            )
+        values = init_variance.detach().to("cpu", torch.float32).clone()
+        if not bool((values.isfinite() & (values > 0)).all()):
+            raise ValueError(f"init_variance: expected finite values > 0, got {values}")
+        return values
+    try:
+        value = float(init_variance)
+    except (TypeError, ValueError):
+        raise ValueError(f"init_variance: expected a number or a tensor, got {init_variance!r}") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"init_variance: expected a finite number > 0, got {init_variance!r}")
+    return value
+
+
+class Variance(nn.Module):
+    """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
+
+    num_features: K. init_variance: a number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
+    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
+    bfloat16 an optimiser's small steps would round away. A state dict without it leaves it as it is; where it is on the
+    meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded.
+    The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
+    init_variance until `calibrate` sets it.
+    A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
+    Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
+    this project's.
+    """
+
+    log_variance: nn.Parameter
+
+    def __init__(
+        self, num_features: int, init_variance: float | Tensor = 0.01, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.init_variance = check_init_variance(init_variance, num_features)
+        self.register_parameter("log_variance", None)
+        # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has to hold this one.
+        self._parameters["log_variance"] = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        self.log_prior: Tensor
+        self.register_buffer("log_prior", None)  # the same for include_buffers
+        self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
+        self._from_meta = self.log_variance.is_meta  # until it has values
+        self.spread: Tensor | None = None  # [K] standard deviation of the input, once measured: calibrate, summary
+        self.reset_parameters()
+        decay.watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        decay.watch(self)  # a copy does not come from __init__
+
+    # ---- values
+
+    def reset_parameters(self) -> None:
+        """log_variance = log_prior = ln(init_variance)."""
+        if "log_variance" in self._parameters:
+            self._fill(self._tensors())
+        else:
+            self._fill({"log_prior": self.log_prior})
+            self.set_log_variance(self._initial())
+
+    def start_anew(self) -> None:
+        """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation lets it be set."""
+        if self.cannot_set() is None:
+            self.reset_parameters()
+
+    def set_log_variance(self, values: Tensor) -> None:
+        """log_variance = values [K], the same on every rank; through the right_inverse of a parametrisation.
+
+        Raises ValueError saying why where that cannot be.
+        """
+        reason = self.cannot_set()
+        if reason is not None:
+            raise ValueError(f"log_variance: expected one that can be set, got one {reason}")
+        with torch.no_grad():
+            if "log_variance" in self._parameters:
+                self.log_variance.copy_(dtensor.laid_out_as(values, self.log_variance))
+                return
+            before, values = self.log_variance.detach().clone(), values.to(self.log_variance)
+            self.log_variance = values  # type: ignore[assignment]  # what parametrize makes of an assignment
+            if not torch.allclose(self.log_variance, values, rtol=1e-3, atol=1e-3):
+                self.log_variance = before  # type: ignore[assignment]
+                raise ValueError("log_variance: expected values that its parametrisation can take, got others")
+
+    def cannot_set(self) -> str | None:
+        """Why log_variance cannot be set, as the end of a sentence; None where it can."""
+        if self.log_variance.is_meta:
+            return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
+        if "log_variance" in self._parameters:
+            return None
+        if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
+            return "that a hook computes (pruning, weight_norm): remove that first"
+        steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
+        one_way = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
+        return f"parametrised by {', '.join(one_way)} without a right_inverse: give it one" if one_way else None
+
+    def widen(self) -> None:
+        """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype. Warns."""
+        parameter = self.log_variance
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if parameter.dtype.itemsize >= 4 or distributed:  # FSDP's mixed precision has an error that names it
+            return
+        warnings.warn(
+            f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round away; it is float32 "
+            "again, with the values rounded. Cast by model.to(dtype), which leaves it as it is",
+            stacklevel=4,
+        )
+        parameter.data = parameter.data.float()
+        parameter.grad = None if parameter.grad is None else parameter.grad.float()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Its own parameters and buffers."""
+        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+
+    def _initial(self) -> Tensor:
+        """ln(init_variance), [K], on the CPU."""
+        if isinstance(self.init_variance, Tensor):
+            return self.init_variance.log()
+        return torch.full((self.num_features,), math.log(self.init_variance), dtype=torch.float32, device="cpu")
+
+    @torch.no_grad()
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        for tensor in tensors.values():
+            if isinstance(self.init_variance, Tensor):
+                tensor.copy_(dtensor.laid_out_as(self.init_variance.log(), tensor))
+            else:
+                tensor.fill_(math.log(self.init_variance))
+
+    def forward(self) -> Tensor:
+        # FSDP makes a subclass of this one, and after this call may free what it had gathered for it.
+        return self.log_variance if type(self) is Variance else self.log_variance.clone()
+
+    def detached(self) -> Tensor:
+        """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a collective."""
+        # accelerate's offload has it on meta, but for the time of a call.
+        value = self() if self.log_variance.is_meta and "forward" in self.__dict__ else self.log_variance
+        return dtensor.full(value.detach())
+
+    @property
+    def sigma(self) -> Tensor:
+        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded one the whole, a collective."""
+        return torch.exp(self.detached() / 2)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, init_variance={short(self.init_variance)}"
+
+    # ---- moves and loads
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before, computed = self._tensors(), False
+        empty = [name for name, t in before.items() if t.is_meta]
+
+        def keep_precision(t: Tensor) -> Tensor:
+            nonlocal computed
+            try:
+                moved = fn(t)
+            except NotImplementedError:  # no data to copy: these values are known all the same
+                if is_dtensor(t) or not any(t is before[name] for name in empty):
+                    raise
+                t, computed = self._initial(), True
+                moved = fn(t)
+            narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize and t.dtype.itemsize >= 4
+            return (
+                t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
+            )
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        after = self._tensors()
+        if empty and not any(after[name].is_meta for name in empty):
+            self._from_meta = False
+            if not computed:  # by to_empty, which leaves all of them undefined
+                self._fill(after)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
+        unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        absent, assigns = set(), local_metadata.get("assign_to_params_buffers", False)
+        for name, tensor in self._tensors().items():
+            key = prefix + name
+            value = state_dict.get(key)
+            # torch's set_model_state_dict fills in the model's own tensor for what is missing: nothing, on meta.
+            if key in state_dict and not (assigns and tensor.is_meta and getattr(value, "is_meta", False)):
+                # With assign=True the tensor itself would become the parameter, half precision and all.
+                if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
+                    state_dict[key] = value.float()
+            elif assigns and tensor.is_meta:
+                sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
+                values = self._initial().to(getattr(sibling, "device", "cpu"))
+                state_dict[key] = dtensor.laid_out_as(values, tensor, values.device)
+            else:
+                absent.add(key)
+        below = self.state_dict(prefix=prefix, keep_vars=True) if self._modules else {}
+        for key, value in below.items():  # a parametrisation's tensors: they stay as they are too
+            if key not in state_dict and key not in absent:
+                state_dict[key] = value.detach()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        missing[:] = [key for key in missing if key not in absent]
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Always true; transformers asks after loading, and what its checkpoint lacked is then undefined memory."""
+        tensors = self._tensors()
+        if self._from_meta and not any(t.is_meta for t in tensors.values()):
+            loaded = (name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False))
+            self._fill({name: tensors[name] for name in tensors.keys() - set(loaded)})
+            self._from_meta = False
+        return True
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self._from_meta = False
+
+
+def device_of_variance(weight: Tensor, device: torch.device | str | None) -> torch.device:
+    """The weight's; beside a weight without data, where it was asked for, so that it has values all the same."""
+    if not weight.is_meta:
+        return weight.device
+    return torch.get_default_device() if device is None else torch.device(device)
+
+
+def short(init_variance: float | Tensor) -> str:
+    if isinstance(init_variance, Tensor):
+        return f"[{init_variance.min():.3g} .. {init_variance.max():.3g}]"
+    return f"{init_variance:g}"

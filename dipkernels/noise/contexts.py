@@ -1,0 +1,163 @@
+"""Under which key layers draw, and whether: fixed_noise, noise_off, sampling_on.  docs/maths.md, section 3.
+
+The state is module-level. torch.compile reads it through guards on tensor properties, so that a new key recompiles
+nothing; a context variable would break the trace, and a thread-local would be missed by the backward thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import worlds
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
+ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
+MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
+TAG: tuple[Any, ...] | None = None  # what KEY and ROW0 came from, on the host: reading a key would stop a GPU
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
+
+
+def signed(value: int) -> int:
+    """The int64 with the bits of value mod 2^64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+class _State(contextlib.ContextDecorator):
+    """Saves the state on entry and restores it on exit. One instance may be entered again, nested or as a decorator."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Any, ...]] = []
+
+    def _set(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._saved.append((KEY, ROW0, MODE, TAG))
+        self._set()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global KEY, ROW0, MODE, TAG
+        KEY, ROW0, MODE, TAG = self._saved.pop()
+
+
+class fixed_noise(_State):
+    """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same key, same noise.
+
+    key: any integer, taken mod 2^64, or an int64 tensor of one element.
+    row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0
+    .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading
+    dimension is batch * m: pass row0=b0 * m there.
+    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there; outside, it
+    raises RuntimeError. A layer called twice inside repeats its noise. Nests; restores on exceptions; works as a
+    decorator.
+    Raises TypeError or ValueError for a key or row0 outside these. Source: the noise contract, DESIGN.
+    """
+
+    def __init__(self, key: int | Tensor, row0: int = 0) -> None:
+        super().__init__()
+        self._key = _key_tensor(key)
+        try:
+            self._row0 = operator.index(row0)
+        except TypeError:
+            raise TypeError(f"row0: expected an integer >= 0, got {row0!r}") from None
+        if self._row0 < 0:
+            raise ValueError(f"row0: expected an integer >= 0, got {row0}")
+        on_host = self._key.device.type == "cpu" or not isinstance(key, Tensor)
+        self._tag = (int(key) % 2**64 if on_host else "a tensor", self._row0)
+
+    def _set(self) -> None:
+        global KEY, ROW0, TAG
+        KEY, ROW0, TAG = self._key, self._row0, self._tag
+        if not worlds.tracing():
+            _counted_in.clear()
+
+
+class noise_off(_State):
+    """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation and debugging.
+
+    Nests; restores on exceptions; works as a decorator.
+    """
+
+    def _set(self) -> None:
+        global MODE
+        MODE = "off"
+
+
+class sampling_on(_State):
+    """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
+
+    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on
+    exceptions; works as a decorator.
+    """
+
+    def _set(self) -> None:
+        global MODE
+        MODE = "on"
+
+    def __enter__(self) -> Self:
+        self._saved_fast_path = [*getattr(self, "_saved_fast_path", ()), torch.backends.mha.get_fastpath_enabled()]
+        torch.backends.mha.set_fastpath_enabled(False)
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        torch.backends.mha.set_fastpath_enabled(self._saved_fast_path.pop())
+
+
+class numbered_pass(_State):
+    """Under fixed_noise: key + number * 0x9E3779B97F4A7C15 (mod 2^64), and row0 * rows_per_entry. Otherwise nothing."""
+
+    def __init__(self, number: int, rows_per_entry: int = 1) -> None:
+        super().__init__()
+        self._number, self._rows_per_entry = number, rows_per_entry
+
+    def _set(self) -> None:
+        global KEY, ROW0, TAG
+        if KEY is not None:
+            step = torch.tensor([signed(self._number * GOLDEN), 0], device=KEY.device)
+            KEY, ROW0, TAG = KEY + step, ROW0 * self._rows_per_entry, (TAG, self._number)
+
+
+def _key_tensor(key: int | Tensor) -> Tensor:
+    if isinstance(key, Tensor):
+        if key.dtype is not torch.int64 or key.numel() != 1:
+            raise TypeError(
+                f"key: expected an int64 tensor of one element, got {key.dtype} of shape {tuple(key.shape)}"
+            )
+        key = key.detach().reshape(1)
+        return torch.cat([key, torch.zeros_like(key)])
+    try:
+        number = operator.index(key)
+    except TypeError:
+        raise TypeError(f"key: expected an integer or an int64 tensor of one element, got {key!r}") from None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.tensor([signed(number), 0], device=device or "cpu")
+
+
+# Which count each number came from, in this fixed_noise context, and the pairs of counts that a warning has named.
+_counted_in: dict[int, str] = {}
+_named: set[frozenset[str]] = set()
+
+
+def note_number(number: int, counted_in: str) -> None:
+    """Warn, once, where layers that were numbered apart draw the noise of one number under one key."""
+    other = _counted_in.setdefault(number, counted_in)
+    if other == counted_in or (pair := frozenset((other, counted_in))) in _named:
+        return
+    _named.add(pair)
+    warnings.warn(
+        f"dipkernels: layers of two models that were converted apart have one number ({number}) and draw under one "
+        "fixed_noise key, so that their noise is the same. If they are parts of one model, call dip.number_layers(model) "
+        "on the whole; if not, and their noise should differ, give each model a key of its own",
+        stacklevel=2,
+    )

@@ -1,0 +1,131 @@
+"""Noise that would be drawn twice, or alike on several ranks: noticed where a seed is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import worlds
+from . import contexts
+
+# ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
+# Of blocks that a backward pass may compute again: the newest, and those before, dropped when the newest are as many.
+_first_draws: set[tuple[Any, ...]] = set()
+_earlier_draws: set[tuple[Any, ...]] = set()
+_MAX_DRAWS = 2**16  # of both
+_in_backward = torch._C._current_graph_task_id  # -1 outside a backward pass
+_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def watch_checkpoint(seed: Tensor) -> None:
+    """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at first."""
+    global _first_draws, _earlier_draws
+    if _in_backward() == -1 and torch.is_grad_enabled() and _saved_tensor_hooks(False) is None:
+        return  # no checkpointed block's first forward
+    if _in_backward() == -1:
+        if contexts.MODE is None and (mark := _mark_of(seed)) is not None:
+            if len(_first_draws) >= _MAX_DRAWS // 2:
+                _first_draws, _earlier_draws = set(), _first_draws
+            _first_draws.add(mark)
+        return
+    if not _first_draws or (mark := _mark_of(seed)) is None or mark in _first_draws or mark in _earlier_draws:
+        return
+    what = "draws a seed" if contexts.KEY is None else f"takes its noise from fixed_noise(key, row0) = {contexts.TAG}"
+    raise RuntimeError(
+        f"checkpoint: a block that is computed again in the backward pass {what}, which is not what its forward pass "
+        "had, so that its gradients would be wrong. Keep preserve_rng_state=True, or run forward and backward inside "
+        "one fixed_noise(key)"
+    )
+
+
+def _mark_of(seed: Tensor) -> tuple[Any, ...] | None:
+    """What tells one draw from another without stopping a GPU; None where nothing does."""
+    if contexts.KEY is not None:
+        return contexts.TAG
+    if type(seed) is not Tensor or worlds.transforming():
+        return None
+    if seed.device.type == "cpu":
+        return tuple(seed.tolist())
+    if seed.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    generator = torch.cuda.default_generators[seed.device.index]
+    return generator.initial_seed(), generator.get_offset()
+
+
+def when_traced(device: str, shared: bool) -> None:
+    """Runs while torch.compile traces `draw`, which has it in no graph."""
+    if ranks_to_compare and torch.distributed.is_initialized():
+        compare_ranks(device, shared)
+    _check_memory_budget()
+
+
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds long.
+when_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_memory_budget() -> None:
+    from torch._functorch import config
+
+    if config.activation_memory_budget < 1:
+        warnings.warn(
+            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in "
+            "backward (as it does torch.randn), which makes gradients wrong; run forward and backward inside "
+            "fixed_noise(key)",
+            stacklevel=2,
+        )
+
+
+# ---- data parallel: ranks that would draw one noise for different examples -------------------------------------------
+ranks_to_compare = torch.distributed.is_available()  # until this process drew for the first time as one of several
+
+
+def compare_ranks(device: str, shared: bool) -> None:
+    """Leave a digest of the generator's state in the process group's store, and warn where another rank left the same.
+
+    shared: whether the ranks share the tensor (DTensor) and have to draw alike. No collective: a rank that never gets
+    here keeps none waiting.
+    """
+    global ranks_to_compare
+    distributed = torch.distributed
+    if shared or distributed.get_world_size() == 1:
+        return
+    ranks_to_compare = False
+    state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    place = f"dipkernels/{device}/{hashlib.sha256(state.numpy().tobytes()).hexdigest()}"
+    store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
+    if store.add(place, 1) == 1:
+        store.set(f"{place}/rank", str(rank))
+    else:
+        other = store.get(f"{place}/rank").decode() if store.check([f"{place}/rank"]) else "another"
+        warnings.warn(
+            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold different examples should "
+            "differ: torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first example)",
+            stacklevel=2,
+        )
+
+
+# ---- graphs that keep no noise ---------------------------------------------------------------------------------------
+
+_PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
+
+
+def refuse_in_trace() -> None:
+    """Raise where noise is drawn while torch.jit.trace or torch.onnx.export records."""
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in eval mode, "
+            f"model.eval(), or the plain model, {_PLAIN}; torch.export keeps the noise"
+        )
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, model.eval(), or the "
+            f"plain model, {_PLAIN}"
+        )
+
+
+# torch.compile runs it while it traces (torch.compiler.assume_constant_result, whose import takes seconds).
+refuse_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

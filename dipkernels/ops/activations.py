@@ -1,0 +1,54 @@
+"""The activations that a layer may apply, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def _gelu_tanh(h: Tensor) -> Tensor:
+    return F.gelu(h, approximate="tanh")
+
+
+def _tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
+    dh: Tensor = _aten.tanh_backward(dy, torch.tanh(h))
+    return dh
+
+
+def _gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
+    dh: Tensor = _aten.gelu_backward(dy, h, approximate="tanh")
+    return dh
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+# dy * act'(h) in one pass.
+BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda dy, h: dy,
+    "relu": lambda dy, h: _aten.threshold_backward(dy, h, 0),
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": _gelu_tanh_backward,
+    "silu": _aten.silu_backward,
+    "tanh": _tanh_backward,
+}
+
+
+def act_of(activation: str) -> Callable[[Tensor], Tensor]:
+    """The function of an activation's name; "identity" is the affine layer's."""
+    return ACTIVATIONS.get(activation, lambda h: h)
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError for a name that is none of ACTIVATIONS."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")

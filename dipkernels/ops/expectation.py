@@ -1,0 +1,203 @@
+"""The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b.  docs/maths.md, section 7.
+
+One pass over mu after the product, and one in backward, which sums d/dv and the bias's gradient on its way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import worlds
+from ..triton_kernels.mixtures import MIXTURES
+from . import registry
+from .activations import ACTIVATIONS, check_activation
+from .draw import DTYPES
+from .pieces import flat_rows, gradients, linear_as
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    """y = E[act(mu + sqrt(v) z)] with v [N], in mu's shape and dtype."""
+    check_activation(activation)
+    if mu.dtype not in DTYPES:
+        raise TypeError(f"mu: expected one of {DTYPES}, got {mu.dtype}")
+    if mu.dim() == 0 or v.shape != mu.shape[-1:]:
+        raise ValueError(f"v: expected shape (N,) = {tuple(mu.shape[-1:])}, got {tuple(v.shape)}")
+    if v.dtype is not torch.float32 and v.dtype is not torch.float64:
+        raise TypeError(f"v: expected torch.float32 or torch.float64, got {v.dtype}")
+    if v.device != mu.device:
+        raise ValueError(f"v: expected device {mu.device}, as mu, got {v.device}")
+    y: Tensor = registry.kernel("expectation", mu.device.type)(mu, v, activation)
+    return y
+
+
+def expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dmu = dy d/dmu, and of v's dtype the sums over rows of dy d/dv and of dmu."""
+    grads: tuple[Tensor, Tensor, Tensor] = registry.kernel("expectation_bwd", mu.device.type)(dy, mu, v, activation)
+    return grads
+
+
+def affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    """v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype."""
+    v: Tensor = registry.kernel("affine_variance", weight.device.type)(weight, sigma, log_variance)
+    return v
+
+
+def affine_variance_bwd(
+    dv: Tensor, weight: Tensor, sigma: Tensor, log_variance: bool, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(given + dweight, dsigma)."""
+    run = registry.kernel("affine_variance_bwd", weight.device.type)
+    grads: tuple[Tensor, Tensor] = run(dv, weight, sigma, log_variance, given)
+    return grads
+
+
+def _fake_expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(mu, memory_format=torch.contiguous_format)
+
+
+def _fake_expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for like in (mu, v, v))
+
+
+def _fake_affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    return sigma.new_empty(weight.shape[:1])
+
+
+def _fake_affine_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
+
+
+def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    registry.define(op, schema, fake, registry.triton_launcher("expectation", op))
+
+
+_define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation)
+_define(
+    "expectation_bwd",
+    "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
+    _fake_expectation_bwd,
+)
+_define("affine_variance", "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor", _fake_affine_variance)
+_define(
+    "affine_variance_bwd",
+    "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, Tensor)",
+    _fake_affine_variance_bwd,
+)
+
+# ---- what the layers call --------------------------------------------------------------------------------------------
+
+
+def _variance_pieces(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    return torch.mv(weight.to(sigma.dtype).square(), torch.exp(sigma) if log_variance else sigma.square())
+
+
+def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
+    return sigma.double() if weight.dtype is torch.float64 and sigma.dtype is torch.float32 else sigma
+
+
+def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
+    """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same for every row."""
+    sigma = _as_wide_as(weight, sigma)
+    if torch.is_grad_enabled() or worlds.transforming():
+        return _variance_pieces(weight, sigma, log_variance)
+    return affine_variance(weight, sigma, log_variance)
+
+
+class _Expectation(Function):
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, v: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(mu, v)
+        ctx.activation = activation
+        return expectation(mu, v, activation)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mu, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *gradients(_pieces(mu, v, ctx.activation), (mu, v), dy, ctx.needs_input_grad), None
+        dmu, dv, _ = expectation_bwd(dy, mu, v, ctx.activation)
+        return dmu, dv, None
+
+
+def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    """The same expectation in plain PyTorch, differentiable to any order; where v is 0, the activation itself."""
+    positive = v > 0
+    v = torch.where(positive, v, 1.0)
+    if activation == "relu":
+        terms = [(torch.rsqrt(v), 1.0)]
+    else:
+        terms = [(c * torch.rsqrt(1 + c * c * v), p) for c, p in zip(*MIXTURES[activation][2][:2])]
+    y: Any = 0
+    for alpha, p in terms:
+        a = mu * alpha
+        cdf = torch.special.ndtr(a)
+        if activation == "tanh":
+            y = y + p * (2 * cdf - 1)
+        else:
+            y = y + p * (mu * cdf + v * alpha * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi))
+    return torch.where(positive, y, ACTIVATIONS[activation](mu).to(y.dtype)).to(mu.dtype)
+
+
+def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
+    """E[act(mu + sqrt(v) z)], differentiable in every world."""
+    if worlds.wants_pieces():
+        return _pieces(mu, v, activation)
+    y: Tensor = _Expectation.apply(mu, v, activation)
+    return y
+
+
+class _Linear(Function):
+    """The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv, and the variance's
+    part of the weight's is added to the product's where it is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+    ) -> Tensor:
+        mu = linear_as(x, weight, bias)
+        v = affine_variance(weight, sigma, log_variance)
+        ctx.save_for_backward(x, weight, bias, sigma, mu, v)
+        ctx.how = log_variance, activation
+        return expectation(mu, v, activation)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, mu, v = ctx.saved_tensors
+        x, weight, bias, sigma = tensors
+        log_variance, activation = ctx.how
+        needs_dx, needs_dweight, needs_dbias, needs_dsigma = needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            return *gradients(_linear_pieces(*tensors, *ctx.how), tensors, dy, needs), None, None
+        dmu, dv, sums = expectation_bwd(dy, mu, v, activation)
+        dx = dmu @ weight.to(dmu.dtype) if needs_dx else None
+        dweight = flat_rows(dmu).t() @ flat_rows(x) if needs_dweight else None
+        dsigma = None
+        if needs_dweight or needs_dsigma:
+            dweight, dsigma = affine_variance_bwd(dv, weight, sigma, log_variance, dweight)
+        dbias = sums.to(bias.dtype) if needs_dbias else None
+        return dx, dweight, dbias, dsigma, None, None
+
+
+def _linear_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+) -> Tensor:
+    return _pieces(linear_as(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+) -> Tensor:
+    """The layer and its activation, in x's dtype."""
+    arguments = (x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)
+    if worlds.wants_pieces():
+        return _linear_pieces(*arguments)
+    y: Tensor = _Linear.apply(*arguments)
+    return y

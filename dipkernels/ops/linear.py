@@ -1,0 +1,278 @@
+"""Layers: y = (x + sigma z) W^T + b, and the mean over samples of act(y).  docs/maths.md, sections 2 and 4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import backends, worlds
+from ..worlds import is_dtensor
+from . import registry, row_blocks
+from .activations import ACTIVATIONS, act_of, check_activation
+from .draw import Draw, check_out_dtype, check_projection
+from .perturb import DRAW, Grads, no_view, perturb, perturb_bwd, perturb_replay, projection, projection_backward
+from .pieces import flat_rows, gradients, linear_as
+
+# ---- the operations: the mean over samples of act(affine), and its derivatives -----------------------------------------
+
+_TENSORS = f"Tensor weight, Tensor? bias, {DRAW}".replace("int dim, ", "")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """y [..., N] of x [..., K], the mean over the draw's samples; activation "identity": none."""
+    if activation != "identity":
+        check_activation(activation)
+    check_projection(x, sigma, seed, draw)
+    check_out_dtype(out_dtype)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
+    run = registry.kernel("linear", device_of(x.device.type, x, weight))
+    y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], activation, out_dtype)
+    return y
+
+
+def linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, draw: Draw, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dsigma); dbias [N] also without a bias."""
+    run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(dy, x, weight, bias, sigma, seed, *draw[1:], activation)
+    return grads
+
+
+def device_of(device: str, x: Tensor, weight: Tensor) -> str:
+    """x's device as `registry.kernel` wants it, from its type."""
+    if device == "cuda" and weight.numel():
+        m = x.numel() // weight.shape[1]
+        return registry.WIDE if backends.is_wide(weight.dtype, m, *weight.shape) else device
+    return device
+
+
+def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[-1])
+
+
+def _fake_linear_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    like = weight.new_empty(weight.shape[:1]) if bias is None else bias
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma))
+
+
+registry.define(
+    "linear",
+    f"(Tensor x, {_TENSORS}, str activation, ScalarType? out_dtype) -> Tensor",
+    _fake_linear,
+    registry.triton_launcher("linear", "linear"),
+    row_blocks.linear,
+)
+registry.define(
+    "linear_bwd",
+    f"(Tensor dy, Tensor x, {_TENSORS}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_linear_bwd,
+    registry.triton_launcher("linear", "linear_bwd"),
+    row_blocks.linear_bwd,
+)
+# u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.
+registry.define_pass(
+    "draw_samples",
+    "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, int sample,"
+    " float factor) -> ()",
+)
+# total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total, where it is wanted.
+registry.define_pass("act_add", "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? out, float factor) -> ()")
+# Back: dh = dy act'(h), [samples, A, B], total += its sum.
+registry.define_pass(
+    "act_add_bwd",
+    "(Tensor(a!) total, Tensor h, Tensor dy, str activation, Tensor(b!)? out, float factor) -> Tensor",
+)
+
+# ---- one draw ----------------------------------------------------------------------------------------------------------
+
+
+def affine(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    keep: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """(x + factor sigma z) W^T + b for arguments that were checked. dtype: of u and y, or None for x's."""
+    if is_dtensor(x):
+        if keep == "x":
+            raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
+    elif keep != "u" and _fuses(x, weight, dtype):
+        return mean(x, weight, bias, sigma, seed, draw, "identity", dtype)
+    elif keep != "u" and _replays(keep):
+        y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, draw, dtype)
+        return y
+    return F.linear(projection(x, sigma, seed, draw, dtype), weight, bias)
+
+
+def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
+    if x.device.type == "cpu" and backends.forced is None:  # the common case at once: no GPU, nothing to fuse
+        return False
+    m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
+    return weight.dim() == 2 and registry.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
+
+
+def _replays(keep: str) -> bool:
+    """Whether backward makes u again in this world."""
+    if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
+        return False
+    if keep == "auto" and worlds.tracing():
+        return backends.kept_when_compiled == "x"
+    return keep == "x"
+
+
+class _LinearReplay(Function):
+    """keep="x": backward makes u again, in the pass that sums dsigma."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, sigma, seed)
+        ctx.draw, ctx.dtype = draw, dtype or x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return no_view(linear_as(perturb(x, sigma, seed, draw, dtype), weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Grads:
+        x, weight, sigma, seed = ctx.saved_tensors
+        draw: Draw = ctx.draw
+        needs_dx, needs_dweight, needs_dbias, needs_dsigma = ctx.needs_input_grad[:4]
+        dx: Any = None
+        dsigma: Any = None
+        u: Any = None
+        du: Any = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
+        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
+            if du is not None:
+                dx, dsigma = projection_backward(du, x.dtype, sigma, seed, draw, (needs_dx, needs_dsigma))
+            u = projection(x, sigma, seed, draw, ctx.dtype) if needs_dweight else None
+        else:
+            dx = du.to(x.dtype) if needs_dx else None
+            if needs_dweight and needs_dsigma:
+                u, dsigma = perturb_replay(du, x, sigma, seed, draw, ctx.dtype)
+            elif needs_dweight:
+                u = perturb(x, sigma, seed, draw, ctx.dtype)
+            elif needs_dsigma:
+                dsigma = perturb_bwd(du, sigma, seed, draw)
+        rows = flat_rows(dy)
+        dweight = (rows.t() @ flat_rows(u)).to(weight.dtype) if needs_dweight else None
+        dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
+        return dx, dweight, dbias, dsigma, None, None, None
+
+
+# ---- the mean over samples behind an activation --------------------------------------------------------------------------
+
+
+def mean(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    activation: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """The mean over the draw's samples of act(affine), in the memory of one, differentiable in every world."""
+    check_weight(x, weight, dtype)
+    fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
+    arguments = (x, weight, bias, sigma, seed, draw, activation, dtype or x.dtype)
+    if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
+        return _mean_pieces(*arguments)
+    y: Tensor = _Mean.apply(*arguments)
+    return y
+
+
+def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
+    """Raise TypeError for a weight of another dtype than x's, outside autocast."""
+    if dtype is None and weight.dtype is not x.dtype:
+        raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
+
+
+class _Mean(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, sigma, seed)
+        ctx.draw, ctx.activation, ctx.dtype = draw, activation, dtype
+        pair = _cast(dtype, weight, bias)
+        return no_view(linear(x, *pair, sigma, seed, draw, activation, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Grads:
+        x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
+            y = _mean_pieces(x, weight, bias, sigma, seed, ctx.draw, ctx.activation, ctx.dtype)
+            return *gradients(y, tensors, dy, needs), *(None,) * 4
+        pair = _cast(ctx.dtype, weight, bias)
+        grads = linear_bwd(dy, x, *pair, sigma, seed, ctx.draw, ctx.activation)
+        return *(grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)), *(None,) * 4
+
+
+def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _mean_pieces(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    activation: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight, bias = _cast(dtype, weight, bias)
+    y: Any = 0
+    for s in range(draw.sample, draw.sample + draw.num_samples):
+        u = projection(x, sigma, seed, draw._replace(sample=s, num_samples=1), dtype)
+        y = y + act_of(activation)(F.linear(u, weight, bias))
+    total: Tensor = y
+    return total / draw.num_samples
+
+
+__all__ = ["ACTIVATIONS", "affine", "linear", "linear_bwd", "mean"]

@@ -1,0 +1,302 @@
+"""P, u = x + factor * sigma * z, and Q, dsigma = factor * sum over rows of du * z.  docs/maths.md, section 1.
+
+The operations, and `projection`, the differentiable function made of them: P and Q are each other's derivative, so that
+every order of differentiation is made of the same two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import worlds
+from ..worlds import is_dtensor
+from . import dtensor, registry
+from .draw import DTYPES, Draw, check_out_dtype, check_projection, check_seed
+
+Grads = tuple[Tensor | None, ...]
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+_PLACE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
+DRAW = (
+    f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"  # a sigma, its seed and the fields of Draw
+)
+
+
+def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
+    """z of this shape, float32, unscaled."""
+    check_seed(seed, seed.device)
+    draw.check(len(shape))
+    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:5])
+    return z
+
+
+def perturb(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None) -> Tensor:
+    """P: u, of x's shape and out_dtype, x's where that is None."""
+    if is_dtensor(x):
+        return dtensor.perturb(x, sigma, seed, draw, out_dtype)
+    check_projection(x, sigma, seed, draw)
+    check_out_dtype(out_dtype)
+    u: Tensor = registry.kernel("perturb", x.device.type)(x, sigma, seed, *draw, out_dtype)
+    return u
+
+
+def perturb_bwd(du: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+    """Q: dsigma [K], of sigma's dtype. Unchecked: backward repeats what forward was given."""
+    if is_dtensor(du):
+        return dtensor.perturb_bwd(du, sigma, seed, draw)
+    dsigma: Tensor = registry.kernel("perturb_bwd", du.device.type)(du, sigma, seed, *draw)
+    return dsigma
+
+
+def perturb_replay(
+    du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """(u, dsigma) of one draw, made once."""
+    if du.shape != x.shape:
+        raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
+    if du.dtype not in DTYPES:
+        raise TypeError(f"du: expected one of {DTYPES}, got {du.dtype}")
+    both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
+    return both
+
+
+def _fake_noise(seed: Tensor, shape: Sequence[int], *place: int) -> Tensor:
+    return seed.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_perturb(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x, dtype=rest[-1])
+
+
+def _fake_perturb_bwd(du: Tensor, sigma: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(sigma, memory_format=torch.contiguous_format)
+
+
+def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_perturb(x, *rest), _fake_perturb_bwd(du, sigma)
+
+
+def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    registry.define(op, schema, fake, registry.triton_launcher("perturb", op))
+
+
+_define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise)
+_define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb)
+_define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd)
+_define(
+    "perturb_replay",
+    f"(Tensor du, Tensor x, {DRAW}, ScalarType? out_dtype) -> (Tensor, Tensor)",
+    _fake_perturb_replay,
+)
+
+# ---- their derivatives -----------------------------------------------------------------------------------------------
+
+
+def projection_backward(
+    du: Tensor,
+    x_dtype: torch.dtype,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    needs: Sequence[bool],
+    noise_sum: type[Function] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dsigma) of u = P(x, sigma), those of the two that `needs` asks for.
+
+    noise_sum: the Function of Q that differentiates again under create_graph, eager's by default.
+    """
+    needs_dx, needs_dsigma = needs
+    dx = None
+    if needs_dx:
+        dx = du if du.dtype is x_dtype else du.to(x_dtype)
+    if not needs_dsigma:
+        return dx, None
+    if not torch.is_grad_enabled():
+        return dx, perturb_bwd(du, sigma, seed, draw)
+    # Under create_graph: the same value from differentiable pieces.
+    dsigma: Tensor = (noise_sum or _NoiseSum).apply(du, sigma, seed, draw.of_sigma())
+    return dx, dsigma * torch.exp(sigma / 2) / 2 if draw.log_variance else dsigma
+
+
+class _Perturb(Function):
+    """P: u = x + factor * sigma * z."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+        ctx.save_for_backward(sigma, seed)
+        ctx.draw, ctx.x_dtype = draw, x.dtype
+        return perturb(x, sigma, seed, draw, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Grads:
+        sigma, seed = ctx.saved_tensors
+        dx, dsigma = projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, ctx.needs_input_grad[:2])
+        return dx, dsigma, None, None, None
+
+
+# Bypasses Function.apply's Python wrapper; safe where no functorch transform is active. A small layer feels it.
+_apply_perturb: Callable[..., Tensor] = super(Function, _Perturb).apply
+
+
+class _NoiseSum(Function):
+    """Q: factor * sum over rows of g * z, of sigma's dtype. `sigma` gives that dtype; it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.draw, ctx.g_shape, ctx.g_dtype = draw, g.shape, g.dtype
+        ctx.g_mesh = (g.device_mesh,) if is_dtensor(g) else None
+        return perturb_bwd(g, sigma, seed, draw)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Grads:
+        (seed,) = ctx.saved_tensors
+        zeros = dtensor.new_zeros(h, ctx.g_shape, ctx.g_dtype, ctx.g_mesh)
+        return _Perturb.apply(zeros, h, seed, ctx.draw, None), None, None, None
+
+
+# ---- the same two for torch.func: a jvp or a vmap rule on the classes above would break torch.compile ---------------
+
+
+def _slices(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed and so its noise."""
+    for i in range(info.batch_size):
+        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
+
+
+class _PerturbFunc(Function):
+    @staticmethod
+    def forward(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+        return perturb(x, sigma, seed, draw, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, sigma, seed, ctx.draw, ctx.dtype = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.save_for_forward(sigma, seed)
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Grads:
+        sigma, seed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        grads = projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, needs, _NoiseSumFunc)
+        return *grads, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dsigma: Tensor | None, *_: Any) -> Any:
+        sigma, seed = ctx.saved_tensors
+        if dsigma is None:
+            assert dx is not None  # one of the two is
+            return dx.to(ctx.dtype or ctx.x_dtype)
+        if ctx.draw.log_variance:
+            dsigma = dsigma * torch.exp(sigma / 2) / 2
+        if dx is None:
+            dx = dsigma.new_zeros(ctx.x_shape, dtype=ctx.x_dtype)
+        return _PerturbFunc.apply(dx, dsigma, seed, ctx.draw.of_sigma(), ctx.dtype)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, int]:
+        calls = _slices(info, in_dims[:3], (x, sigma, seed))
+        return torch.stack([_PerturbFunc.apply(*tensors, draw, dtype) for tensors in calls]), 0
+
+
+class _NoiseSumFunc(Function):
+    @staticmethod
+    def forward(g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+        return perturb_bwd(g, sigma, seed, draw)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, sigma, seed, ctx.draw = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.save_for_forward(sigma, seed)
+        ctx.g_shape, ctx.g_dtype = g.shape, g.dtype
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Grads:
+        _, seed = ctx.saved_tensors
+        zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
+        return _PerturbFunc.apply(zeros, h, seed, ctx.draw, None), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor, *_: Any) -> Any:
+        sigma, seed = ctx.saved_tensors
+        return _NoiseSumFunc.apply(dg, sigma, seed, ctx.draw)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw
+    ) -> tuple[Tensor, int]:
+        calls = _slices(info, in_dims[:3], (g, sigma, seed))
+        return torch.stack([_NoiseSumFunc.apply(*tensors, draw) for tensors in calls]), 0
+
+
+# ---- what the layers call ----------------------------------------------------------------------------------------------
+
+
+def projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+    """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma in every world."""
+    u: Tensor
+    if is_dtensor(x) or is_dtensor(sigma):
+        x, seed = dtensor.prepare(x, sigma, seed, draw.dim)
+    elif worlds.exporting() and torch.is_grad_enabled():
+        return _exported(x, sigma, seed, draw, dtype)
+    if worlds.transforming():
+        u = _PerturbFunc.apply(x, sigma, seed, draw, dtype)
+    elif worlds.tracing():
+        u = _Perturb.apply(x, sigma, seed, draw, dtype)
+    else:
+        u = _apply_perturb(x, sigma, seed, draw, dtype)
+    return u
+
+
+def _exported(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+    # torch.export loses the derivative of an autograd.Function, in silence: P of operations that have their own.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = (torch.exp(sigma.to(wide) / 2) if draw.log_variance else sigma.to(wide)) * draw.factor
+    s = s.view([-1 if d == draw.dim % x.ndim else 1 for d in range(x.ndim)])
+    return (x.to(wide) + s * noise(seed, x.shape, draw).to(wide)).to(dtype or x.dtype)
+
+
+def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
+    """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
+    if not (torch.is_grad_enabled() and sigma.requires_grad) or worlds.wants_pieces():
+        return x
+    same: Tensor = _Unused.apply(x, sigma)
+    return same
+
+
+class _Unused(Function):
+    """x itself; sigma gets a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        ctx.save_for_backward(sigma)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Grads:
+        return du, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def no_view(y: Tensor) -> Tensor:
+    """y, which a Function made, as no view: what follows may then work in place (nn.ReLU(inplace=True))."""
+    if not (worlds.tracing() or y._is_view()):
+        return y
+    same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
+    return same

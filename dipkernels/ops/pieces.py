@@ -1,0 +1,28 @@
+"""What several operations' autograd is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[..., K] as [M, K], whatever is empty."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+
+
+def linear_as(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in x's dtype"""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def gradients(
+    y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """Those of differentiable pieces y of these tensors, under create_graph; None where one is not needed."""
+    wanted = [t for t, need in zip(tensors, needs) if t is not None and need]
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return (next(grads) if need else None for _, need in zip(tensors, needs))

@@ -1,0 +1,138 @@
+"""torch.library operations: each has one schema in three namespaces, and a table says which of them runs.
+
+    dipkernels            the compiled library (CPU, CUDA)
+    dipkernels_triton     the Triton kernels
+    dipkernels_reference  plain PyTorch
+
+The operations are deterministic functions of tensors, seed included; what autograd needs lies around them, in their files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+
+NAMESPACES = {
+    "cpu": "dipkernels",
+    "cuda": "dipkernels",
+    "triton": "dipkernels_triton",
+    "reference": "dipkernels_reference",
+}
+SCHEMAS: dict[str, str] = {}
+_libraries = {name: torch.library.Library(name, "DEF") for name in dict.fromkeys(NAMESPACES.values())}  # live as we do
+
+
+def define(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    launch: Callable[..., Any],
+    anywhere: Callable[..., Any] | None = None,
+) -> None:
+    """Define an operation in every namespace, with the reference of its name.
+
+    Args:
+        op: Its name.
+        schema: Its schema, without the name.
+        fake: Its results' shapes, dtypes and strides, without data.
+        launch: Its Triton kernel's launcher: `triton_launcher`.
+        anywhere: An implementation made of other operations, where the compiled library has no kernel.
+    """
+    SCHEMAS[op] = schema
+    for namespace, library in _libraries.items():
+        library.define(op + schema)
+        torch.library.register_fake(f"{namespace}::{op}", fake, lib=library)
+    if anywhere is not None:
+        _libraries["dipkernels"].impl(op, anywhere, "CompositeExplicitAutograd")
+    _libraries["dipkernels_reference"].impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+    for device in ("CUDA", "CPU"):  # the latter under TRITON_INTERPRET=1
+        _libraries["dipkernels_triton"].impl(op, _with_fall_back(op, launch), device)
+
+
+def define_pass(op: str, schema: str) -> None:
+    """Define a part of an operation, in the compiled library on a CPU alone."""
+    _libraries["dipkernels"].define(op + schema)
+
+
+def triton_launcher(module: str, function: str) -> Callable[..., Any]:
+    """The function of a module of triton_kernels, imported at the first call: Triton takes a while."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"dipkernels.triton_kernels.{module}"), function)(*args)
+
+    return launch
+
+
+def _with_fall_back(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    """launch, and where this Triton cannot compile its kernel, what is chosen then."""
+
+    def run(*args: Any) -> Any:
+        if op not in backends.triton_problems:
+            try:
+                return launch(*args)
+            except Exception as error:
+                backends.note_triton_problem(op, error)
+        return _overload(op, backends.choose(op, _device_of(args)))(*args)  # no longer Triton
+
+    return run
+
+
+# ---- which runs --------------------------------------------------------------------------------------------------------
+
+# What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
+_chosen: dict[tuple[str, str], Callable[..., Any]] = {}
+_fusers: set[str] = set()  # devices where an affine layer may sample inside its GEMM
+# In place of a device: a shape that is backends.is_wide, and any device without kernels of its own.
+WIDE, OTHER = "cuda, wide", "other"
+
+
+def kernel(op: str, device: str) -> Callable[..., Any]:
+    """What runs the operation on a device, a type or WIDE."""
+    return _chosen.get((op, device)) or _chosen[op, OTHER]
+
+
+def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
+    """Whether an affine layer of these sizes samples inside its GEMM: backends.fuses as a look-up."""
+    return device in _fusers and backends.is_narrow(dtype, m, n, k)
+
+
+def choose_all() -> None:
+    """Fill the table anew."""
+    for op in SCHEMAS:
+        for device in ("cpu", "cuda", "meta", WIDE, OTHER):
+            try:
+                _chosen[op, device] = _choose(op, device)
+            except (RuntimeError, ValueError) as error:
+                _chosen[op, device] = _refusal(op, error)
+    _fusers.clear()
+    _fusers.update(device for device in ("cpu", "cuda") if backends.can_fuse(device))
+
+
+def _choose(op: str, device: str) -> Callable[..., Any]:
+    if device == WIDE:
+        return _overload(op, backends.choose(op, "cuda", torch.float32, (2**12, 2**12, 2**12)))
+    return _overload(op, backends.choose(op, device))
+
+
+def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
+    return found
+
+
+def _refusal(op: str, error: Exception) -> Callable[..., Any]:
+    """What cannot run raises when it is called: an import, and `backend`, raise nothing for it."""
+
+    def refuse(*args: object) -> None:
+        raise type(error)(str(error).replace(repr(OTHER), repr(_device_of(args))))
+
+    return refuse
+
+
+def _device_of(args: Sequence[object]) -> str:
+    return next(a for a in args if isinstance(a, Tensor)).device.type

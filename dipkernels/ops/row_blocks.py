@@ -1,0 +1,190 @@
+"""y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section 4.
+
+The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised rows and
+pre-activations live for a few samples at a time, so memory does not grow with the samples. Backward draws and
+multiplies again.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import backends
+from .activations import BACKWARDS, act_of
+from .pieces import flat_rows
+
+# Of one product, rows times samples: fewer make it smaller, and more sums of [N, K] in backward.
+_CPU_ROWS = 1024
+_GPU_ROWS = 16384
+_ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
+_CPU_GROUP = 8  # samples of one product, where there are that many: one pass sums them
+
+
+def _rows(x: Tensor) -> int:
+    return _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
+
+
+def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[range]]:
+    """Ranges of the rows x [M, K], and those of samples that go through one product."""
+    if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of Python's
+        raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
+    group = _CPU_GROUP if x.device.type == "cpu" else 1
+    size = max(_rows(x), min(x.shape[0], _ELEMENTS // max(1, n, x.shape[1])))
+    group = min(num_samples, max(group, size // max(1, x.shape[0])))
+    step = max(1, size // group)
+    groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
+    return [slice(i, min(i + step, x.shape[0])) for i in range(0, x.shape[0], step)], groups
+
+
+def _standard_deviation(sigma: Tensor, log_variance: bool) -> Tensor:
+    return torch.exp(sigma / 2) if log_variance else sigma
+
+
+def _draws(
+    rows: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    row0: int,
+    col0: int,
+    factor: float,
+    samples: range,
+    dtype: torch.dtype,
+    with_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """u_s = rows + factor sigma z_s, sigma a standard deviation, and z_s, or none; [samples, rows, K] each."""
+    if rows.device.type == "cpu" and backends.library().cpu_capabilities:
+        u = rows.new_empty(len(samples), *rows.shape, dtype=dtype)
+        z = torch.empty_like(u) if with_z else None
+        torch.ops.dipkernels.draw_samples(u, z, rows, sigma, seed, row0, col0, samples.start, factor)
+        return u, u if z is None else z
+
+    def draw(x: Tensor, sigma: Tensor, factor: float) -> Tensor:
+        draws = [
+            torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, factor, False, dtype) for s in samples
+        ]
+        return _stack(draws)
+
+    u = draw(rows, sigma, factor)
+    return u, draw(rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma), 1.0) if with_z else u
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _has_passes(h: Tensor) -> bool:
+    return h.device.type == "cpu" and bool(backends.library().cpu_capabilities) and h.dtype is not torch.float64
+
+
+def _act_add(total: Tensor, h: Tensor, activation: str, out: Tensor | None = None, factor: float = 1.0) -> None:
+    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]; factor total into out."""
+    if _has_passes(h):
+        torch.ops.dipkernels.act_add(total, h, activation, out, factor)
+        return
+    for part in h:
+        total.add_(act_of(activation)(part))
+    if out is not None:
+        torch.mul(total, factor, out=out)
+
+
+def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float) -> Tensor:
+    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total into out."""
+    if _has_passes(h):
+        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
+        return fused
+    dhs = [BACKWARDS[activation](dy, part) for part in h]
+    for dh in dhs:
+        total.add_(dh)
+    if out is not None:
+        torch.mul(total, factor, out=out)
+    return _stack(dhs)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """The operation `linear`."""
+    n, dtype, flat = weight.shape[0], weight.dtype, flat_rows(x)
+    y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
+    blocks, groups = _blocks(flat, n, num_samples)
+    samples, scale = range(sample, sample + num_samples), _standard_deviation(sigma, log_variance)
+    for block in blocks:
+        rows = flat[block].contiguous()
+        total = torch.zeros(rows.shape[0], n, dtype=_accumulator(dtype), device=x.device)
+        for group in groups:
+            part = samples[group.start : group.stop]
+            u, _ = _draws(rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=False)
+            h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), rows.shape[0], n)
+            _act_add(total, h, activation, y[block] if group is groups[-1] else None, 1 / num_samples)
+            del u, h  # before the next ones
+    return y.reshape(*x.shape[:-1], n)
+
+
+def linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operation `linear_bwd`.
+
+    With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
+    dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs two products.
+    h_s is made by the product that made it in forward: behind relu another rounding would be another sign.
+    """
+    n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
+    flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
+    samples = range(sample, sample + num_samples)
+    noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
+    row_sum = torch.zeros(n, dtype=wide, device=x.device)
+    sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
+    blocks, groups = _blocks(flat, n, num_samples)
+    for block in blocks:
+        rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
+        total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
+        for group in groups:
+            part = samples[group.start : group.stop]
+            u, z = _draws(rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True)
+            h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), len(rows), n)
+            dh = _act_add_bwd(
+                total, h, block_dy, activation, sums[block] if group is groups[-1] else None, 1 / num_samples
+            )
+            noise_sum.add_(dh.flatten(0, 1).t() @ z.flatten(0, 1))
+            del u, z, h, dh  # before the next ones
+        row_sum.add_(total.sum(0))
+    dx = (sums @ weight).to(x.dtype)
+    dweight = (sums.t() @ flat.to(dtype)).to(wide)
+    noise_sum.mul_(factor / num_samples)
+    dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
+    if log_variance:
+        dsigma = dsigma * scale / 2
+    dweight.addcmul_(noise_sum, scale.to(wide))
+    dbias = row_sum.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
+    return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma

@@ -1,0 +1,1 @@
+"""Training and prediction: trajectories, objective, predict, certify, tune."""

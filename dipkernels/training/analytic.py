@@ -1,0 +1,168 @@
+"""A whole network by each layer's own mean: what `predict(method="analytic")` runs.  docs/maths.md, section 7.
+
+One deterministic pass. Behind a DIPLinear the pre-activation is normal, so the activation that follows is replaced by
+its exact expectation, and that number is what the next layer reads: the spread of one layer's output is not carried
+into the next. So this is not Algorithm 2, whose passes stay noisy through the whole depth, nor Algorithm 3, which
+leaves the activations as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import functional
+from ..nn.linear import DIPLinear
+from ..nn.numbering import dip_layers
+from ..noise import contexts
+from ..ops import expectation
+
+_ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
+# Keep columns columns: the same values in another shape.
+_SHAPES = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "to", "float", "unsqueeze", "squeeze"}
+# Linear in one pre-activation, or in each of several layers', whose noises are independent: the mean goes through.
+_LINEAR = {"add", "sub", "rsub", "neg", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d"}
+_LINEAR |= {"conv2d", "cat", "stack", "mean", "sum", "chunk", "split", "getitem", "transpose", "permute", "t", "T"}
+_LINEAR |= {"mT", "movedim", "expand", "repeat", "repeat_interleave", "index_select", "select", "narrow", "unbind"}
+_LINEAR |= {"roll", "pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
+_LINEAR |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+# Not linear: they read the mean, as in Algorithm 3.
+_READ_MEAN = {"softmax", "log_softmax", "layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
+_READ_MEAN |= {"scaled_dot_product_attention", "multi_head_attention_forward", "cross_entropy", "argmax"}
+_THROUGH = _LINEAR | _READ_MEAN
+
+
+class _Normal(NamedTuple):
+    """What is known of a tensor: its values are means, v [N] the variances; None where they differ from row to row."""
+
+    tensor: weakref.ref[Tensor]
+    v: Tensor | None
+    layer: str
+
+
+class _Expectations(TorchFunctionMode):
+    """Follows the outputs of DIP layers to the activations behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._normals: dict[int, _Normal] = {}
+
+    def mark(self, tensor: Tensor, v: Tensor | None, layer: str) -> None:
+        key = id(tensor)
+        self._normals[key] = _Normal(weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer)
+
+    def _find(self, value: object) -> _Normal | None:
+        normal = self._normals.get(id(value)) if isinstance(value, Tensor) else None
+        return normal if normal is not None and normal.tensor() is value else None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        found = [n for leaf in pytree.tree_leaves((args, kwargs)) if (n := self._find(leaf)) is not None]
+        if not found:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if name.startswith(("i", "r")) and name[1:] in ("add", "sub", "mul", "matmul"):
+            name = name[1:]
+        normal = found[0]
+        if name in _ACTIVATIONS:
+            return self._activate(name, normal, args, kwargs, func)
+        if name == "dropout" and not (args[2] if len(args) > 2 else kwargs.get("training", True)):
+            return self._like(func(*args, **kwargs), normal)
+        if name in _SHAPES:
+            return self._like(func(*args, **kwargs), normal)
+        if name in ("mul", "div", "truediv") and not self._twice(found):
+            out = func(*args, **kwargs)
+            factors = [a for a in args if self._find(a) is None]
+            if len(found) == 1 and factors and not isinstance(factors[0], Tensor):
+                raise self._error(normal, f"{name} by a number, which analytic does not follow")
+            return out
+        if name in _THROUGH and not self._twice(found):
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) and not name.startswith(("get", "size")):
+            same = "products of one layer's output with itself" if self._twice(found) else f"{name}"
+            raise self._error(normal, same)
+        return out
+
+    @staticmethod
+    def _twice(found: list[_Normal]) -> bool:
+        return len({n.layer for n in found}) < len(found)
+
+    def _like(self, out: Tensor, normal: _Normal) -> Tensor:
+        """The same values in another shape. Whose columns are no longer the layer's outputs has no v."""
+        kept = normal.v is not None and out.shape[-1:] == normal.v.shape
+        self.mark(out, normal.v if kept else None, normal.layer)
+        return out
+
+    def _activate(
+        self, name: str, normal: _Normal, args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]
+    ) -> Tensor:
+        if normal.v is None:
+            raise self._error(normal, f"{name}, and its variance is not one number for each output")
+        approximate = kwargs.get("approximate", args[1] if name == "gelu" and len(args) > 1 else "none")
+        kind = "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
+        mu = normal.tensor()
+        assert mu is not None  # it is among args
+        y = expectation.expected(mu, normal.v.to(mu.device), kind)
+        in_place = getattr(func, "__name__", "").endswith("_") or kwargs.get("inplace") or True in args[1:]
+        if not in_place:
+            return y
+        del self._normals[id(mu)]
+        return mu.copy_(y)
+
+    @staticmethod
+    def _error(normal: _Normal, what: str) -> ValueError:
+        return ValueError(
+            "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, tanh, sums, "
+            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes into {what}. "
+            "Use method='sample'"
+        )
+
+
+def _variance(layer: DIPLinear) -> Tensor:
+    v = expectation.variance(layer.weight, layer._log_variance(), True)
+    # "sample" averages its draws before the activation; "mean" behind it, where each draw has the whole variance.
+    return v / layer.num_samples if layer.estimator == "sample" else v
+
+
+def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation (see above).
+
+    model: in eval mode. Raises ValueError for an activation without a closed form here, and for one behind a
+    convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows a DIP layer, the result is
+    the plain network's.
+    """
+    mode = _Expectations()
+
+    def behind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+            if not isinstance(layer, DIPLinear) or not isinstance(output, Tensor):
+                if isinstance(output, Tensor) and output is not inputs[0]:
+                    mode.mark(output, None, name)
+                return None
+            if layer.activation is None:
+                mode.mark(output, _variance(layer), name)
+                return None
+            mu = torch.nn.functional.linear(inputs[0], layer.weight, layer.bias)
+            return functional.expectation(mu, _variance(layer), layer.activation)
+
+        return hook
+
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)  # it calls none of a block's layers
+        for name, layer in dip_layers(model).items():
+            stack.callback(layer.register_forward_hook(behind(name)).remove)
+        stack.enter_context(contexts.noise_off())
+        stack.enter_context(mode)
+        return model(*args, **kwargs)

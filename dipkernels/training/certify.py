@@ -1,0 +1,132 @@
+"""Certified radii of a network whose input alone is noised: randomised smoothing.  docs/maths.md, section 9."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.layer import DIPLayer
+from ..nn.numbering import dip_layers
+from ..noise.contexts import noise_off
+from .predict import predict
+
+ABSTAIN = -1
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """For each example the smoothed classifier's class, or -1 where it abstains, and its radius in L2."""
+
+    classes: Tensor  # [B] int64
+    radius: Tensor  # [B] float64, 0 where it abstains
+    sigma: float
+    confidence: float
+
+    def accuracy(self, target: Tensor, radius: float) -> float:
+        """Certified accuracy: the share of examples of the right class whose radius is at least this, 0 .. 1."""
+        sure = (self.classes == target.to(self.classes.device)) & (self.radius >= radius)
+        return sure.double().mean().item()
+
+
+@torch.no_grad()
+def certify(
+    model: nn.Module, x: Tensor, *, k: int = 1000, k0: int = 64, confidence: float = 0.999, chunk: int = 16
+) -> Certificate:
+    """The class that most noisy passes give, and the L2 radius around x within which no attack changes it.
+
+    Holds for noise at the network's own input and nowhere else, with one sigma for all its features: the smoothed
+    classifier is then a function of x + N(0, sigma^2 I). Noise further in certifies nothing, for how far an attack
+    on x moves a hidden layer is not known. Convert with a filter that lets the first layer through, or put a
+    DIPInput first. Draws are `predict`'s: under fixed_noise they replay.
+
+    Args:
+        model: a classifier with logits [B, C] and one DIP layer, which reads x.
+        x: [B, ...], the only input.
+        k: >= 1 passes that bound the probability of the class.
+        k0: >= 1 passes, others than those, that choose it.
+        confidence: in (0, 1), that an example's radius holds.
+        chunk: passes at a time, folded into the batch.
+
+    Returns:
+        A Certificate: radius = sigma * Phi^-1(p), p the Clopper-Pearson lower bound of the class's probability;
+        where p <= 1/2 it abstains.
+
+    Raises:
+        ValueError: for bad values, a model whose noise is not at its input alone, or several sigmas.
+
+    Source: Cohen, Rosenfeld, Kolter 2019, arXiv 1902.02918, theorem 1 and the algorithm CERTIFY.
+    """
+    for name, value in (("k", k), ("k0", k0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
+    sigma = _input_sigma(model, x)
+    votes = predict(model, x, k=k0 + k, average=None, chunk=chunk)
+    if not isinstance(votes, Tensor) or votes.ndim != 3:
+        got = tuple(votes.shape) if isinstance(votes, Tensor) else type(votes).__name__
+        raise ValueError(f"model: expected logits [B, C] for each pass, got {got}")
+    votes = votes.argmax(-1)  # [k0 + k, B]
+    chosen = votes[:k0].mode(0).values
+    hits = (votes[k0:] == chosen).sum(0)
+    lower = {n: lower_bound(n, k, confidence) for n in set(hits.tolist())}
+    p = torch.tensor([lower[n] for n in hits.tolist()], dtype=torch.float64, device=x.device)
+    sure = p > 0.5
+    radius = torch.where(sure, sigma * torch.special.ndtri(p.clamp(min=0.5)), torch.zeros_like(p))
+    return Certificate(torch.where(sure, chosen, ABSTAIN), radius, sigma, confidence)
+
+
+def lower_bound(successes: int, trials: int, confidence: float) -> float:
+    """Clopper and Pearson's one-sided lower bound of a probability: the p with P(X >= successes) = 1 - confidence."""
+    if successes == 0:
+        return 0.0
+    counts = torch.arange(successes, trials + 1, dtype=torch.float64)
+    whole = torch.tensor(float(trials + 1), dtype=torch.float64)
+    ways = torch.lgamma(whole) - torch.lgamma(counts + 1) - torch.lgamma(whole - counts)
+    low, high, wanted = 0.0, 1.0, math.log1p(-confidence)
+    for _ in range(60):  # bisection: the tail grows with p
+        p = (low + high) / 2
+        tail = torch.logsumexp(ways + counts * math.log(p) + (trials - counts) * math.log1p(-p), 0)
+        low, high = (low, p) if tail > wanted else (p, high)
+    return low
+
+
+def _input_sigma(model: nn.Module, x: Tensor) -> float:
+    layers = dip_layers(model)
+    if len(layers) != 1:
+        raise ValueError(
+            f"model: expected noise at its input alone, from one DIP layer, got {len(layers)}: {list(layers)}; noise "
+            "further in certifies nothing. convert(model, filter=...) lets the first layer through, or put a DIPInput "
+            "before a plain model"
+        )
+    ((name, layer),) = layers.items()
+    read: list[Tensor] = []
+
+    def note(module: DIPLayer, args: tuple[Tensor, ...]) -> None:
+        read.append(args[0])
+
+    modes = [(m, m.training) for m in model.modules()]
+    handle = layer.register_forward_pre_hook(note)
+    try:
+        with noise_off():
+            model.eval()(x[:1])
+    finally:
+        handle.remove()
+        for module, training in modes:
+            module.training = training
+    if len(read) != 1 or read[0].numel() != x[:1].numel() or not torch.equal(read[0].flatten(), x[:1].flatten()):
+        raise ValueError(
+            f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got another input"
+        )
+    sigma = layer.variance.sigma
+    if layer.num_samples != 1:
+        raise ValueError(f"model: expected num_samples=1 at its input, got {layer.num_samples}")
+    if not torch.allclose(sigma, sigma[0], rtol=1e-3, atol=0):
+        raise ValueError(
+            f"model: expected one sigma for all features of its input, got {sigma.min():.4g} to {sigma.max():.4g}; fill "
+            "log_variance with one value, the smallest for a bound that holds"
+        )
+    return sigma.min().item()

@@ -1,0 +1,188 @@
+"""The loss: mean NLL over trajectories, KL to the prior, smoothness.  docs/maths.md, section 8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.variance import Variance
+from ..ops.dtensor import full, laid_out_as
+from ..worlds import is_dtensor
+
+KL = 0.2  # the default weight: studies/defaults.py
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+
+
+def _variances(model: nn.Module) -> list[Variance]:
+    """Those with a log_variance of their own and at hand: one that modules share counts once, an offloaded one not."""
+    # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of the dead return.
+    found = [(m.log_variance, m) for m in model.modules() if isinstance(m, Variance)]
+    if not found:
+        raise ValueError("model: expected DIP layers, found none; convert it first")
+    unique = {id(tensor): variance for tensor, variance in found}
+    # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term would be a constant.
+    return [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
+
+
+def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
+    """kl * sum over layers of the mean over features of KL(N(0, lambda) || N(0, gamma)).
+
+    KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
+    prior's, gamma = exp(log_prior), which `calibrate` sets. For a model that computes its own loss:
+    `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
+
+    Args:
+        model: with DIP layers; a variance that layers share counts once, and one that accelerate
+            has offloaded, which does not learn, not at all.
+        kl: the weight, >= 0.
+
+    Returns:
+        A scalar, float32, differentiable. Of sharded parameters (FSDP2, DTensor) each rank gets the
+        whole, so all must call it.
+
+    Raises:
+        ValueError: for a model without DIP layers or a bad weight.
+    """
+    _check_weight("kl", kl)
+    variances = _variances(model)
+    sharded = [v for v in variances if is_dtensor(v.log_variance)]
+    whole = [v for v in variances if not is_dtensor(v.log_variance)]
+    terms: list[Tensor] = [full(_divergence(v).sum() / v.log_variance.numel()) for v in sharded]
+    if whole:
+        # All layers in one go: a few operations instead of a few for each layer.
+        device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
+        ratio = torch.cat([v.log_variance.to(device) for v in whole])
+        ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
+        parts = ((ratio.expm1() - ratio) / 2).split(sizes)
+        terms.append(torch.stack([part.mean() for part in parts]).sum())
+    return kl * sum(terms, torch.zeros(()))
+
+
+def _divergence(variance: Variance) -> Tensor:
+    """KL(N(0, lambda) || N(0, gamma)) of each feature, laid out over ranks as log_variance is."""
+    parameter = variance.log_variance
+    ratio = parameter - laid_out_as(full(variance.log_prior), parameter)
+    return (ratio.expm1() - ratio) / 2
+
+
+def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
+    """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer, lambda = sigma^2.
+
+    model: a module with DIP layers; a variance that layers share counts once. alpha: >= 0. beta: >= 0, and only
+    beside an alpha > 0, which bounds the variances. With no pull from the data the optimum is lambda = beta / alpha.
+    The paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL summed over features of weight w.
+    Sharded parameters (FSDP2, DTensor) are summed over the ranks: each gets the whole penalty, so all must call it.
+    Returns a scalar, float32, differentiable. Raises ValueError without DIP layers or for a bad alpha or beta.
+    Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
+    """
+    _check_pair(alpha, beta)
+    variances = [v.log_variance for v in _variances(model)]
+    sharded = [part for part in variances if is_dtensor(part)]
+    parts = [part for part in variances if not is_dtensor(part)]
+    # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
+    terms = (full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
+    total = sum(terms, torch.zeros(()))
+    if not parts:
+        return total
+    log_variance = torch.cat([part.to(parts[0].device) for part in parts])
+    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
+
+
+def _check_pair(alpha: float, beta: float) -> None:
+    _check_weight("alpha", alpha)
+    _check_weight("beta", beta)
+    if beta > 0 and alpha == 0:
+        raise ValueError(
+            f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows without bound; "
+            "use kl=, or alpha = beta / variance"
+        )
+
+
+def objective(
+    out: Tensor,
+    target: Any,
+    loss_fn: Callable[[Tensor, Any], Tensor],
+    model: nn.Module | None = None,
+    *,
+    kl: float | None = None,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    lambda_s: float = 0.0,
+) -> Tensor:
+    """mean_s loss_fn(out[s], target) + kl * KL(variances || prior) + lambda_s * Var_s[out].
+
+    The KL term is `kl_penalty`'s: summed over layers, averaged over a layer's features. alpha and beta are the
+    paper's form of it, alpha * sum lambda - beta * sum ln lambda: `penalty`'s. Var_s is the unbiased variance over the
+    m trajectories, summed over the last dimension where out has three or more, then averaged over the others (the
+    paper does not state it; this is the project's choice).
+
+    Args:
+        out: [m, B, ...], from `trajectories`.
+        target: what loss_fn takes beside [B, ...].
+        loss_fn: returns a scalar, such as F.cross_entropy.
+        model: for the terms on its variances; without it there are none.
+        kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone move the variances.
+        alpha: >= 0.
+        beta: >= 0, and only beside an alpha > 0.
+        lambda_s: >= 0; m >= 2 where it is > 0.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
+        TypeError: for an out that is no tensor.
+
+    Source: arXiv 2506.04690, Algorithm 1; the KL term is its ELBO.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(
+            f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the model's output"
+        )
+    if out.ndim < 2 or out.shape[0] == 0:
+        raise ValueError(f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}")
+    if out.ndim == 2 and isinstance(target, Tensor) and target.ndim > 0 and len(target) != out.shape[1]:
+        raise ValueError(
+            f"out: expected [m, B] beside a target of B = {len(target)}, got shape {tuple(out.shape)}; pass "
+            "dip.trajectories(model, x, m=...), or model(x)[None] for one pass"
+        )
+    _check_pair(alpha, beta)
+    _check_weight("lambda_s", lambda_s)
+    if kl is not None:
+        _check_weight("kl", kl)
+        if kl > 0 and alpha > 0:
+            raise ValueError(f"kl: expected none beside alpha, two forms of one term, got kl={kl}, alpha={alpha}")
+    else:
+        kl = KL if model is not None and alpha == 0 else 0.0
+    if model is None and (kl > 0 or alpha > 0):
+        raise ValueError("model: expected the model, whose variances kl, alpha and beta weigh, got None")
+    if lambda_s > 0 and out.shape[0] < 2:
+        raise ValueError(
+            f"lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got {lambda_s}"
+        )
+    losses = [loss_fn(trajectory, target) for trajectory in out]
+    if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
+        got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
+        raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
+    total = torch.stack(losses).mean()
+    if model is not None and kl > 0:
+        total = total + kl_penalty(model, kl).to(total.device)
+    if model is not None and alpha > 0:
+        total = total + penalty(model, alpha, beta)
+    if lambda_s > 0:
+        total = total + lambda_s * smoothness(out)
+    return total
+
+
+def smoothness(out: Tensor) -> Tensor:
+    """Var_s[out] of out [m, B, ...], m >= 2: the term that `objective` weighs by lambda_s; a scalar, at least float32."""
+    variance = out.to(torch.promote_types(out.dtype, torch.float32)).var(0)  # [B, ...]
+    return variance.sum(-1).mean() if out.ndim >= 3 else variance.mean()

@@ -1,0 +1,172 @@
+"""Average a model's predictions over draws of its noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..models.check import require_finite
+from ..models.probe import eval_mode
+from ..nn.numbering import dip_layers, warn_of_equal_numbers
+from ..noise import contexts
+from . import analytic
+from .trajectories import check_count, folded, map_tensors
+
+
+@overload
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: str = "probs",
+    chunk: int | None = None,
+    method: str = "sample",
+    dim: int | None = None,
+    **kwargs: Any,
+) -> Tensor: ...
+@overload
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: None,
+    chunk: int | None = None,
+    method: str = "sample",
+    dim: int | None = None,
+    **kwargs: Any,
+) -> Any: ...
+def predict(
+    model: nn.Module,
+    *args: Any,
+    k: int | None = None,
+    average: str | None = "probs",
+    chunk: int | None = None,
+    method: str = "sample",
+    dim: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
+
+    model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
+    restored. args, kwargs: the model's; no gradients are kept. k: >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
+    average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the sigmoid, for one logit
+    or several labels), "logits" (mean of the outputs, at least float32), or None (all outputs). dim: of the classes, for
+    "probs": the last one by default where the output is [B, K] or [B, T, K], and to be given where it has more
+    dimensions, such as 1 for a map [B, K, H, W]. chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory
+    grows with chunk, not with k. The output must be a tensor [B, ...], or have one as `logits`; with average=None any
+    pytree, whose leaves that are not tensors are those of the first pass.
+    Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for
+    the same chunk; row0 counts examples.
+    method: "sample", or "analytic": one deterministic pass in which every activation behind a DIPLinear is replaced by
+    its exact expectation over that layer's noise, for the cost of k = 0; k and chunk do not apply. Each layer reads the
+    mean of the one before: this approximates Algorithm 2 and is neither it nor Algorithm 3. For MLPs and transformer
+    blocks of linear layers; a ValueError names the layer where a model's structure does not allow it.
+    Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic").
+    Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3;
+    whether logits or probabilities are averaged is not stated there.
+    """
+    if method not in ("sample", "analytic"):
+        raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")
+    if method == "analytic" and not (k is None and chunk is None):
+        raise ValueError(f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}")
+    k, chunk = 16 if k is None else k, 1 if chunk is None else chunk
+    check_count("k", k, 0)
+    check_count("chunk", chunk, 1)
+    check_average(average, dim)
+    layers = dip_layers(model)
+    if k > 0 and not layers:
+        raise ValueError(
+            "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
+        )
+    warn_of_equal_numbers(model)
+    if k > 0:
+        require_finite(layers)
+    parts: list[Any] = []
+    if method == "analytic":
+        with torch.no_grad(), eval_mode(model):
+            out = analytic.expected(model, *args, **kwargs)
+        return map_tensors(_add_leading, out) if average is None else tensor_output(out, average, dim)
+    with torch.no_grad(), eval_mode(model):
+        for number, first in enumerate(range(0, max(k, 1), chunk)):
+            count = min(chunk, max(k, 1) - first)
+            if k == 0:
+                out = map_tensors(_add_leading, model(*args, **kwargs))
+            else:
+                with contexts.sampling_on(), contexts.numbered_pass(number, count):
+                    out = _passes(model, args, kwargs, count)
+            if average is None:
+                parts.append(out)
+                continue
+            part = tensor_output(out, average, dim, stacked=1).sum(0)
+            parts = [parts[0].add_(part)] if parts else [part]
+    if average is None:
+        return map_tensors(lambda name, *chunks: torch.cat(chunks), *parts)
+    return parts[0] / max(k, 1)
+
+
+def _passes(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Any:
+    if count == 1:
+        return map_tensors(_add_leading, model(*args, **kwargs))
+    return folded(model, args, kwargs, count, 0)
+
+
+def _add_leading(name: str, value: Tensor) -> Tensor:
+    return value[None]
+
+
+_AVERAGES = ("probs", "sigmoid", "logits", None)
+
+
+def check_average(average: str | None, dim: int | None, known: tuple[str | None, ...] = _AVERAGES) -> None:
+    """Raise ValueError for an unknown `average`, or a `dim` without a softmax to take over it."""
+    if average not in known:
+        raise ValueError(f"average: expected one of {known}, got {average!r}")
+    if dim is not None and average != "probs":
+        raise ValueError(f"dim: expected None with average={average!r}, which has no softmax, got {dim!r}")
+
+
+def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int = 0) -> Tensor:
+    """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid for "sigmoid".
+
+    stacked: the number of dimensions in front of the model's own, which dim does not count.
+    """
+    if not isinstance(out, Tensor):
+        out = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(
+            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
+        )
+    values: Tensor = out.to(torch.promote_types(out.dtype, torch.float32))
+    if average == "sigmoid":
+        return values.sigmoid()
+    if average == "probs":
+        return values.softmax(_class_dim(tuple(values.shape[stacked:]), dim) + stacked)
+    return values
+
+
+def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
+    """The dimension of the classes of an output [B, ...]; ValueError where a softmax would say nothing."""
+    ndim = len(shape)
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or not -ndim < dim < ndim or dim == 0):
+        raise ValueError(f"dim: expected a dimension of the output {shape} behind the batch's, got {dim!r}")
+    if dim is None and ndim > 3:
+        raise ValueError(
+            f"dim: expected the dimension of the classes for an output of shape {shape}, got None; dim=1 for a map "
+            "[B, K, H, W], dim=-1 where the classes come last"
+        )
+    found = -1 if dim is None else dim
+    if ndim < 2 or shape[found] == 1:
+        raise ValueError(
+            f"average: expected 'sigmoid' (one logit) or 'logits' for an output of shape {shape}, got 'probs', whose "
+            "softmax over one class is 1"
+        )
+    return found % ndim
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{type(value).__name__} of {list(value)}"
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
