@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all test-tools compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
+.PHONY: setup test test-all test-tools nvcc compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
 	soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
@@ -35,6 +35,10 @@ COMPAT_PYTHON ?= $(PYTHON)
 compat: setup
 	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
 	$(PY) tools/verify/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+
+# nvcc into .venv, 270 MB, where there is no CUDA toolkit: without one the tests of the CUDA kernels' compiled code are skipped.
+nvcc: | $(VENV)/.deps
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nvcc.txt
 
 # Other people's tools, installed on top of the pinned torch.
 $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps

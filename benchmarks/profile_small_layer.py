@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
-from dipkernels import functional
+from dipkernels import worlds
 from dipkernels.noise import seeds
 from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
@@ -69,11 +69,9 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         # DIPLinear.forward and dip_linear with P, the draw and the product left out.
         if not layer.noisy():
             return plain_x
-        layer._log_variance()
-        seeds.first_row(plain_x)
-        torch.compiler.is_compiling()
-        functional.autocast_dtype(plain_x)
-        functional._where(sigma, -1, 0, 0, 0, 1, True, True)
+        worlds.autocast_dtype(plain_x)
+        Draw(-1, seeds.first_row(plain_x), 0, 0, 1, 1.0, True)
+        worlds.eager()
         return plain_x
 
     leaves = [x, layer.log_variance]

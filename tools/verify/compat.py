@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What says little of a release of torch and takes long: QUICK leaves these files out.
 LONG = (
     "test_triton_interpreter", "test_triton_expectation", "test_triton_compiles",  # no code of torch in them
-    "test_cuda_compile", "test_cuda_emulated", "test_noise", "test_faults",  # the library's own C++
+    "test_cuda_compile", "test_noise", "test_faults",  # the library's own C++
     "test_build", "test_wheel", "test_release", "test_docs", "test_stems",  # the release
     "test_benchmarks", "test_gpu_check",
     "test_fuzz", "test_fuzz_examples", "test_properties",  # random cases

@@ -34,7 +34,8 @@ import test_ptx_cuda as cuda
 import test_ptx_triton as triton
 from ptx.kernel import Kernel
 from ptx.parser import Instruction
-from ptx_cuda_support import Library, build
+from ptx_cuda_host import build
+from ptx_cuda_support import Library
 
 _COMPARISONS = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _COMPARISONS |= {"ltu": "geu", "gtu": "leu", "leu": "gtu", "geu": "ltu", "equ": "neu", "neu": "equ"}
@@ -195,15 +196,15 @@ def cuda_cases(library: Library) -> Iterator[tuple[str, Callable[[], None]]]:
     dtypes = [(cuda.F32,) * 3, (cuda.F16,) * 3, (cuda.BF16,) * 3, (cuda.F64,) * 3]
     dtypes += [(cuda.F32, cuda.BF16, cuda.BF16), (cuda.F32, cuda.F16, cuda.F16)]
     shapes = [(70, 40), (9, 16, 12), (41, 31), (5, 13, 7)]
-    for shape, kinds, tier, mode in itertools.product(shapes, dtypes, cuda.TIERS, cuda.MODES):
+    for shape, kinds, mode in itertools.product(shapes, dtypes, cuda.MODES):
         x, u, du, sigma = cuda.tensors(*shape, dtypes=kinds)
         taken = cuda.take(mode, x, u, du)
 
-        def case(tier=tier, taken=taken, sigma=sigma):
+        def case(taken=taken, sigma=sigma):
             for count in (1, 8):  # a thread has many rows; many partial sums
-                cuda.check(library, tier, **taken, sigma=sigma, multiprocessors=count, row0=2**32 - 3)
+                cuda.check(library, **taken, sigma=sigma, multiprocessors=count, row0=2**32 - 3)
 
-        yield f"{shape} {kinds} {tier} {mode}", case
+        yield f"{shape} {kinds} {mode}", case
 
 
 def of_cuda(count: int, seed: int, only: str, folder: Path) -> Iterator[tuple[str, Fault, str]]:
