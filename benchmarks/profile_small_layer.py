@@ -69,9 +69,10 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         # DIPLinear.forward and dip_linear with P, the draw and the product left out.
         if not layer.noisy():
             return plain_x
+        layer._log_variance()
+        layer.draw(plain_x)
+        worlds.tracing()
         worlds.autocast_dtype(plain_x)
-        Draw(-1, seeds.first_row(plain_x), 0, 0, 1, 1.0, True)
-        worlds.eager()
         return plain_x
 
     leaves = [x, layer.log_variance]
