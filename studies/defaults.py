@@ -11,7 +11,6 @@ lot. Stopped, it goes on where it was. About three hours on two cores.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import statistics
 from pathlib import Path
@@ -22,7 +21,7 @@ from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
 from training import evaluate, kept, train
 
-from dipkernels.models.calibrate import calibrate
+from dipkernels.models.calibrate import FEW
 from dipkernels.training.objective import KL
 
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
@@ -46,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"optimiser": "SGD", 
 WITH_SGD = ("plain", "default", "fixed 1")
 SCORES = ("clean", "pgd", "noise")
 # A part is of these defaults: with others it is another part.
-DEFAULTS = {"kl": KL, "ratio": inspect.signature(calibrate).parameters["ratio"].default}
+DEFAULTS = {"kl": KL, "few": FEW}
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
