@@ -57,7 +57,7 @@ AREAS = (
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples")),
-    Area(("csrc/cuda/*",), ("cuda_emulated",)),
+    Area(("csrc/cuda/*",), ("ptx_cuda",)),
     Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "fuzz")),
     Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
     Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
