@@ -67,31 +67,31 @@ Gradients run_backward(
 }
 
 Tensor activate(
-    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
-  const Where where{dim, row0, col0, sample, num_samples};
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+  const Where where{dim, row0, col0, sample};
   return run_forward(x, nullptr, sigma, seed, where, factor, log_variance, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor> activate_bwd(
     Tensor du, Tensor x, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
-    int64_t num_samples, double factor, bool log_variance, std::string activation) {
-  const Where where{dim, row0, col0, sample, num_samples};
+    double factor, bool log_variance, std::string activation) {
+  const Where where{dim, row0, col0, sample};
   const Gradients g = run_backward(du, x, nullptr, sigma, seed, where, factor, log_variance, activation);
   return {g.da, g.dsigma};
 }
 
 Tensor gate(
-    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
-  const Where where{dim, row0, col0, sample, num_samples};
+    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+  const Where where{dim, row0, col0, sample};
   return run_forward(a, &b, sigma, seed, where, factor, log_variance, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_bwd(
     Tensor du, Tensor a, Tensor b, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
-    int64_t sample, int64_t num_samples, double factor, bool log_variance, std::string activation) {
-  const Where where{dim, row0, col0, sample, num_samples};
+    int64_t sample, double factor, bool log_variance, std::string activation) {
+  const Where where{dim, row0, col0, sample};
   const Gradients g = run_backward(du, a, &b, sigma, seed, where, factor, log_variance, activation);
   return {g.da, g.db, g.dsigma};
 }

@@ -1,4 +1,5 @@
-// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher declarations.
+// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher
+// declarations.
 #pragma once
 #include <cstdint>
 
@@ -21,8 +22,8 @@ struct PerturbArgs {
   int64_t outer, features, inner;  // the draw's rows are outer * inner, its columns features
   const int64_t* seed;             // [2]: key, stream
   int64_t row0, col0;              // origin
-  int32_t sample, num_samples;     // the mean over samples sample .. sample + num_samples - 1
-  const void* sigma;               // [features]; null: 1
+  int32_t sample;
+  const void* sigma;  // [features]; null: 1
   bool sigma_is_double;
   bool log_variance;  // sigma holds ln(sigma^2)
   double factor;      // multiplies sigma
@@ -52,7 +53,7 @@ int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 
-// The draw of a producer: one sample, with PerturbArgs' meaning.
+// The draw of a producer, with PerturbArgs' meaning.
 struct NoiseArgs {
   const int64_t* seed;
   int64_t row0, col0;
@@ -77,17 +78,18 @@ struct GateArgs {
 
 const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for);
 
-// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du, dsigma.
+// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du,
+// dsigma.
 struct NormArgs {
   int64_t rows, features;
   bool centred;  // LayerNorm; RMSNorm's mean is 0
   double eps, offset;
   NoiseArgs noise;
-  Operand x;             // rows of any stride, features side by side
-  Operand weight, bias;  // [features], any type; null: 1 (without the offset) and 0
-  void *mean, *rstd;     // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
-  Operand u;             // written; null: back
-  Operand du, dx;        // back: read, written
+  Operand x;               // rows of any stride, features side by side
+  Operand weight, bias;    // [features], any type; null: 1 (without the offset) and 0
+  void *mean, *rstd;       // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
+  Operand u;               // written; null: back
+  Operand du, dx;          // back: read, written
   Operand dweight, dbias;  // back: [features], any type, written; null: not wanted
 };
 

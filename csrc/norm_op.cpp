@@ -62,10 +62,10 @@ void set_stats(NormArgs& a, const Tensor& stats, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> norm(
     Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor sigma, Tensor seed, int64_t dim, int64_t row0,
-    int64_t col0, int64_t sample, int64_t num_samples, double factor, bool log_variance, std::string kind, double eps,
-    double offset, std::optional<ScalarType> out_dtype) {
+    int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind, double eps, double offset,
+    std::optional<ScalarType> out_dtype) {
   std::optional<Tensor> keep;
-  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample, num_samples}, factor, log_variance, &dim, &keep);
+  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample}, factor, log_variance, &dim, &keep);
   NormArgs a = start_norm(x, weight, bias, noise, dim, kind, offset);
   a.eps = eps;
   const std::array<int64_t, 2> sizes{a.centred ? 2 : 1, a.rows}, strides{a.rows, 1};
@@ -84,11 +84,11 @@ std::tuple<Tensor, Tensor> norm(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     Tensor du, Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> sigma,
-    Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples, double factor,
-    bool log_variance, std::string kind, double offset) {
+    Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind,
+    double offset) {
   check_same(du, "du", x), check_same_shape(du, "du", x, "x");
   std::optional<Tensor> keep;
-  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample, num_samples}, factor, log_variance, &dim, &keep);
+  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample}, factor, log_variance, &dim, &keep);
   NormArgs a = start_norm(x, weight, bias, noise, dim, kind, offset);
   set_stats(a, stats, x);
   const auto gradient = [&](const std::optional<Tensor>& t) { return t ? empty_vector(*t, a.features) : empty_gradient(x); };

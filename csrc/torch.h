@@ -41,13 +41,12 @@ inline void check_seed(const Tensor& seed) {
   STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
 }
 
-inline int64_t check_where(int64_t ndim, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
+inline int64_t check_where(int64_t ndim, int64_t dim, int64_t row0, int64_t col0, int64_t sample) {
   STD_TORCH_CHECK(-ndim <= dim && dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", dim);
   // draw.py stops at 2^62, from where row_blocks.py counts on.
   const auto fits = [](int64_t origin) { return origin >= 0 && origin <= 3 * (int64_t{1} << 61); };
   STD_TORCH_CHECK(fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
-  STD_TORCH_CHECK(num_samples >= 1 && num_samples <= 65536, "num_samples: expected 1 to 65536, got ", num_samples);
-  STD_TORCH_CHECK(sample >= 0 && sample <= 65536 - num_samples, "sample: expected sample + num_samples <= 65536, got ", sample);
+  STD_TORCH_CHECK(sample >= 0 && sample < 65536, "sample: expected 0 to 65535, got ", sample);
   return dim < 0 ? dim + ndim : dim;
 }
 
@@ -192,19 +191,18 @@ inline void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_
 // ---- one draw --------------------------------------------------------------------------------------------------------
 
 struct Where {
-  int64_t dim, row0, col0, sample, num_samples;
+  int64_t dim, row0, col0, sample;
 };
 
 inline PerturbArgs start(const Tensor& seed, const Tensor& x, const Where& w, int64_t* dim) {
   check_seed(seed);
   check_same(seed, "seed", x);
-  *dim = check_where(x.dim(), w.dim, w.row0, w.col0, w.sample, w.num_samples);
+  *dim = check_where(x.dim(), w.dim, w.row0, w.col0, w.sample);
   PerturbArgs a{};
   a.seed = static_cast<const int64_t*>(seed.const_data_ptr());
   a.row0 = w.row0;
   a.col0 = w.col0;
   a.sample = static_cast<int32_t>(w.sample);
-  a.num_samples = static_cast<int32_t>(w.num_samples);
   a.factor = 1.0;
   return a;
 }
@@ -231,7 +229,6 @@ inline NoiseArgs noise_of(
     const std::optional<Tensor>& sigma, const Tensor& seed, const Tensor& x, const Where& w, double factor, bool log_variance,
     int64_t* dim, std::optional<Tensor>* keep) {
   const PerturbArgs a = start(seed, x, w, dim);
-  STD_TORCH_CHECK(w.num_samples == 1, "num_samples: expected 1, got ", w.num_samples);
   NoiseArgs noise{a.seed, a.row0, a.col0, a.sample, nullptr, false, log_variance, factor, nullptr};
   if (!sigma) return noise;
   PerturbArgs scaled = a;

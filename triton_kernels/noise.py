@@ -128,26 +128,6 @@ def load_seed(seed_ptr, sample):
 
 
 @triton.jit
-def mean_normal_tile(
-    key,
-    word3,
-    num_samples,
-    inv_num_samples,  # float: 1 / num_samples
-    row,
-    group,
-    ROWS_LAST: tl.constexpr,
-    MEAN: tl.constexpr,  # num_samples > 1
-):
-    """Mean of num_samples draws, summed in their order: docs/maths.md, section 4."""
-    z = normal_tile(key, word3, row, group, ROWS_LAST)
-    if MEAN:
-        for i in range(1, num_samples):
-            z += normal_tile(key, (word3 + i).to(tl.uint32), row, group, ROWS_LAST)
-        z *= tl.cast(inv_num_samples, tl.float32)
-    return z
-
-
-@triton.jit
 def _noise_kernel(
     z_ptr,  # [rows, K], written
     seed_ptr,  # [2] int64: key, stream
@@ -164,9 +144,6 @@ def _noise_kernel(
     group0,
     shift,  # the first row; col0 // 8; col0 % 8
     sample,
-    num_samples,
-    inv_num_samples,
-    MEAN: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -179,18 +156,13 @@ def _noise_kernel(
         outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # compute
-        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN)
+        z = normal_tile(key, word3, row0 + row, group, ROWS_LAST)
         # store
         z_off = tile_offsets(outer, inner, col, z_outer * VEC, z_inner * VEC, z_col, ROWS_LAST)
         tl.store(z_ptr + z_off, z, mask=mask)
 
 
-def sampling(sample: int, num_samples: int) -> tuple[int, int, float]:
-    """sample, num_samples, inv_num_samples as the kernels take them"""
-    return sample, num_samples, 1.0 / num_samples
-
-
-def noise(seed, shape, dim, row0, col0, sample, num_samples):
+def noise(seed, shape, dim, row0, col0, sample):
     """z [shape] float32, contiguous, on the seed's device: the draws of rows row0 .., columns col0 .. along `dim`."""
     z = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if z.numel() == 0:
@@ -198,7 +170,7 @@ def noise(seed, shape, dim, row0, col0, sample, num_samples):
     tile = tiling(dim, col0, TILE_ELEMENTS, z)
     with on_device(z):
         _noise_kernel[tile.grid(z.device)](
-            z, seed, *tile.sizes(), *tile.strides_of(0), row0, col0 // 8, tile.shift,
-            *sampling(sample, num_samples), MEAN=num_samples > 1, **tile.constants(), **EXACT,
+            z, seed, *tile.sizes(), *tile.strides_of(0), row0, col0 // 8, tile.shift, sample,
+            **tile.constants(), **EXACT,
         )  # fmt: skip
     return z

@@ -31,11 +31,10 @@ struct Counters {
 
 struct Draw {
   PhiloxKeys keys;
-  uint32_t first;  // stream and first sample
-  int num_samples;
+  uint32_t last_word;  // stream and sample
 
-  static Draw of(const int64_t* seed, int32_t sample, int num_samples) {
-    return {PhiloxKeys(philox_key(seed)), stream_sample(seed, static_cast<uint32_t>(sample)), num_samples};
+  static Draw of(const int64_t* seed, int32_t sample) {
+    return {PhiloxKeys(philox_key(seed)), stream_sample(seed, static_cast<uint32_t>(sample))};
   }
 };
 
@@ -77,18 +76,20 @@ struct Polar {
 };
 
 template <bool kPlanar>
-void draw_polar(const Counters& counters, const Draw& draw, int sample, int count, Polar* out) {
-  draw_words<kPlanar>(counters, draw.keys, draw.first + static_cast<uint32_t>(sample), count, out->words);
+void draw_polar(const Counters& counters, const Draw& draw, int count, Polar* out) {
+  draw_words<kPlanar>(counters, draw.keys, draw.last_word, count, out->words);
   const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
   for (int t = 0; t < rows; ++t)
     for (int i = kTileGroups * t; i < kTileGroups * t + width; i += V::kLanes)
       V::store(out->radii + i, radius<V>(V::load(out->words + i)));
 }
 
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
+// + i].
 template <bool kPlanar>
-void normal_sample(const Counters& counters, const Draw& draw, int sample, int count, float* out) {
+void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
   Polar polar;
-  draw_polar<kPlanar>(counters, draw, sample, count, &polar);
+  draw_polar<kPlanar>(counters, draw, count, &polar);
   const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
   for (int t = 0; t < rows; ++t)
     for (int i = 0; i < width; i += V::kLanes) {
@@ -103,24 +104,6 @@ void normal_sample(const Counters& counters, const Draw& draw, int sample, int c
     }
 }
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
-// + i].
-template <bool kPlanar>
-void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
-  normal_sample<kPlanar>(counters, draw, 0, count, out);
-  if (draw.num_samples == 1) return;
-  alignas(64) float next[kTile];
-  const float share = 1.0f / static_cast<float>(draw.num_samples);
-  const int rows = kPlanar ? 8 : 1, width = kPlanar ? count : 8 * count;
-  for (int s = 1; s < draw.num_samples; ++s) {
-    normal_sample<kPlanar>(counters, draw, s, count, next);
-    for (int t = 0; t < rows; ++t)
-      for (int i = 0; i < width; ++i) out[kTileGroups * t + i] += next[kTileGroups * t + i];
-  }
-  for (int t = 0; t < rows; ++t)
-    for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
-}
-
 // Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once would fill what a core can ask
 // for, and stop it. What is read comes into the second-level cache, since the first holds no two rows of all operands.
 template <int kWrite, class T>
@@ -129,7 +112,7 @@ DIP_HD void prefetch_step(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
 }
 
-// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// ---- a whole tile, used in the registers of its last step -------------------------------------------------
 // Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns [begin, end), and
 // x is that of column `begin`.
 
@@ -177,8 +160,7 @@ struct Groups {
   // Counters of a tile's first `wanted` groups, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
     const uint64_t r0 = static_cast<uint64_t>(row0 + row), r1 = r0 + 1;
-    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
-                   start = static_cast<uint32_t>(first);
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32), start = static_cast<uint32_t>(first);
     c.one_row = g + wanted <= count;
     if (c.one_row) {
       const uint32_t here = start + static_cast<uint32_t>(g);

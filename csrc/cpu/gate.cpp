@@ -1,5 +1,5 @@
-// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md, section 10.
-// Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
+// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md,
+// section 10. Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
 #include <type_traits>
 
 #include "act.h"
@@ -178,7 +178,7 @@ const char* gate(const GateArgs& g, ParallelFor parallel_for) {
   if (!job.functions.forward) return "activation: unknown";
   const NoiseArgs& noise = g.noise;
   return walk<C>(
-      {g.outer, g.features, g.inner, noise.row0, noise.col0}, Draw::of(noise.seed, noise.sample, 1),
+      {g.outer, g.features, g.inner, noise.row0, noise.col0}, Draw::of(noise.seed, noise.sample),
       {noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor}, noise.dsigma, job, parallel_for);
 }
 

@@ -80,8 +80,13 @@ struct Norm {
   bool in_registers, streams, draws, row_tiles;
 
   Norm(const NormArgs& a, const C* scale, const C* weight, const C* bias)
-      : args(a), draw(Draw::of(a.noise.seed, a.noise.sample, 1)), groups(a.noise.row0, a.noise.col0, a.features), k(a.features),
-        scale(scale), weight(weight), bias(bias) {
+      : args(a),
+        draw(Draw::of(a.noise.seed, a.noise.sample)),
+        groups(a.noise.row0, a.noise.col0, a.features),
+        k(a.features),
+        scale(scale),
+        weight(weight),
+        bias(bias) {
     draws = a.u.data || a.noise.dsigma;
     // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of than 64.
     const DType data = a.x.dtype, other = a.u.data ? a.u.dtype : a.du.dtype;
@@ -141,9 +146,8 @@ struct Norm {
       const C* w = weight + first;
       const auto g = [&](auto lanes, int i) { return lanes.mul(lanes.load(du + i), lanes.load(w + i)); };
       if (args.centred) sum += sum_run<C>(n, g);
-      product += sum_run<C>(n, [&](auto lanes, int i) {
-        return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean)));
-      });
+      product += sum_run<C>(
+          n, [&](auto lanes, int i) { return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean))); });
     });
     r.shift = static_cast<C>(r.rstd * (sum / static_cast<double>(k)));
     r.slope = static_cast<C>(r.rstd * (r.rstd * product / static_cast<double>(k)));
@@ -170,7 +174,7 @@ struct Norm {
     const C* x = load_run<C>(args.x, at(args.x, s.row, s.col), s.n, buffer);
     const C* du = load_run<C>(args.du, at(args.du, s.row, s.col), s.n, gradient);
     C* __restrict dx = run_target<C>(args.dx, at(args.dx, s.row, s.col), target);
-    C *__restrict dweight = sums + s.col, *__restrict dbias = dweight + k, *__restrict dsigma = dbias + k;
+    C* __restrict dweight = sums + s.col, * __restrict dbias = dweight + k, * __restrict dsigma = dbias + k;
     const C *w = weight + s.col, mean = r.mean, rstd = r.rstd, shift = r.shift, slope = r.slope;
     for (int i = 0; i < s.n; ++i) {
       const C h = (x[i] - mean) * rstd;
@@ -241,8 +245,7 @@ struct Norm {
     }
   }
 
-  void segment_in_registers(
-      const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
+  void segment_in_registers(const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
     const bool wide = args.x.dtype == DType::kFloat32;
     if (args.u.data) {
       if (streams) write_tile<float, float, true>(s, r, polar, begin, end);
@@ -272,7 +275,7 @@ struct Norm {
       if (g == 0) begin_row();  // before the draw, which a processor begins while it waits for the sums
       if (draws) {
         groups.fill(counters, row, g, count);
-        if (in_registers) draw_polar<false>(counters, draw, 0, count, &polar);
+        if (in_registers) draw_polar<false>(counters, draw, count, &polar);
         else normal_tile<false>(counters, draw, count, z);
       }
       for (int done = 0; done < count;) {
@@ -281,8 +284,7 @@ struct Norm {
         const int64_t col = larger(0, 8 * g - groups.phase), col_end = smaller(k, 8 * (g + here) - groups.phase);
         const Segment s{row, col, static_cast<int>(col_end - col)};
         if (in_registers) {
-          if constexpr (V::kLanes > 1 && sizeof(C) == 4)
-            segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
+          if constexpr (V::kLanes > 1 && sizeof(C) == 4) segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
         } else {
           const float* z_of = z + 8 * done + (col + groups.phase - 8 * g);
           if (args.u.data) write(s, r, z_of);

@@ -76,7 +76,7 @@ struct Rows {
         if (in_registers) {
           if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
             Polar polar;
-            draw_polar<false>(counters, pass.draw, 0, kTileGroups, &polar);
+            draw_polar<false>(counters, pass.draw, kTileGroups, &polar);
             job.tile(place, polar, scale, at);
           }
         } else if (count == kTileGroups) {
@@ -120,7 +120,9 @@ struct Channels {
   int64_t rows;
 
   Channels(const Pass<C>& pass, const Job& job)
-      : pass(pass), job(job), groups(pass.space.row0, pass.space.col0, pass.space.features),
+      : pass(pass),
+        job(job),
+        groups(pass.space.row0, pass.space.col0, pass.space.features),
         rows(pass.space.outer * pass.space.inner) {}
 
   // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
@@ -244,8 +246,7 @@ const char* walk(const Space& s, const Draw& draw, const Sigma& sigma, void* dsi
       else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials, blocks, block_rows);
       else sum_channels(pass, job, parallel_for, partials, blocks, block_rows);
     }
-    if (dsigma && !error)
-      sum_blocks(partials, blocks, k, sigma.is_double, dsigma, [&](int64_t j) { return sigma.slope(j); });
+    if (dsigma && !error) sum_blocks(partials, blocks, k, sigma.is_double, dsigma, [&](int64_t j) { return sigma.slope(j); });
   }
   std::free(scale);
   std::free(partials);

@@ -73,27 +73,6 @@ DIP_DEVICE void share_round_keys(const PerturbArgs& a, RoundKeys* keys) {
   __syncthreads();
 }
 
-// The mean over the call's samples, for N rows; kOne: there is one.
-template <bool kOne, int N>
-DIP_DEVICE void mean_groups(
-    const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step,
-    float z[N][kGroup]) {
-  draw_groups<N>(keys, last_word, group, row, step, z);
-  if constexpr (!kOne) {
-    static_assert(N == 1);
-    if (a.num_samples == 1) return;
-    for (int s = 1; s < a.num_samples; ++s) {
-      float next[1][kGroup];
-      draw_groups<1>(keys, last_word + s, group, row, step, next);
-      DIP_UNROLL
-      for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::add(z[0][t], next[0][t]);
-    }
-    const float share = 1.0f / static_cast<float>(a.num_samples);
-    DIP_UNROLL
-    for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::mul(z[0][t], share);
-  }
-}
-
 // Where a run of type R starts; null where the tensor is absent.
 template <class R>
 DIP_DEVICE char* place(const Operand& a, int64_t at) {
@@ -193,7 +172,7 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
     }
     // compute
     float z[n][kGroup];
-    mean_groups<!Types::kAny, n>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
+    draw_groups<n>(keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
     DIP_UNROLL
     for (int i = 0; i < n; ++i) {
       if constexpr (kSum) {
@@ -305,7 +284,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     DIP_UNROLL
     for (int i = 0; i < kPixels; i += kPair) {
       float z[kPair][kGroup];
-      mean_groups<!Types::kAny, kPair>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
+      draw_groups<kPair>(keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) {
         if constexpr (kSum) {
@@ -533,8 +512,7 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
   constexpr int n = kPixels < XT, UT, kWrite && kSum > ;
-  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1)
-    return false;
+  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du)) return false;
   if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
   return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) && (!kSum || aligned(a.du, a, run));

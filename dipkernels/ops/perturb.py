@@ -22,7 +22,7 @@ Grads = tuple[Tensor | None, ...]
 
 # ---- the operations --------------------------------------------------------------------------------------------------
 
-_PLACE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
+_PLACE = "int dim, SymInt row0, SymInt col0, int sample"
 DRAW = (
     f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"  # a sigma, its seed and the fields of Draw
 )
@@ -33,7 +33,7 @@ def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
     """z of this shape, float32, unscaled."""
     check_seed(seed, seed.device)
     draw.check(len(shape))
-    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:5])
+    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:4])
     return z
 
 

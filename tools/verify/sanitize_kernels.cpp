@@ -188,7 +188,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
   const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7, int64_t{1} << 62};
   a.row0 = starts[dice.between(0, 4)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
-  a.num_samples = dice.coin() ? 1 : static_cast<int32_t>(dice.between(1, 3)), a.sample = static_cast<int32_t>(dice.between(0, 9));
+  a.sample = static_cast<int32_t>(dice.between(0, 9));
   a.factor = dice.coin() ? 1.0 : 0.5;
   a.log_variance = mode && dice.coin(), a.sigma_is_double = mode && dice.coin();
   Buffer& seed = allocate(16, dice);
@@ -288,16 +288,10 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
       const int64_t group = (a.col0 + j) / 8;
       if (group != drawn) {
         const uint64_t r = static_cast<uint64_t>(a.row0 + row);
-        for (int i = 0; i < a.num_samples; ++i) {
-          float next[8];
-          uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
-                               stream_sample(a.seed, static_cast<uint32_t>(a.sample + i))};
-          philox4x32_10<ScalarLane>(words, philox_key(a.seed));
-          for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &next[2 * t], &next[2 * t + 1]);
-          for (int t = 0; t < 8; ++t) z[t] = i ? z[t] + next[t] : next[t];
-        }
-        if (a.num_samples > 1)
-          for (int t = 0; t < 8; ++t) z[t] *= 1.0f / static_cast<float>(a.num_samples);
+        uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
+                             stream_sample(a.seed, static_cast<uint32_t>(a.sample))};
+        philox4x32_10<ScalarLane>(words, philox_key(a.seed));
+        for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &z[2 * t], &z[2 * t + 1]);
         drawn = group;
       }
       const float draw = z[(a.col0 + j) % 8];
