@@ -113,4 +113,5 @@ def _dsigma(window: Window, dy: Tensor, u: Tensor, weight: Tensor, sigma: Tensor
     dsigma = draw.factor * sums
     if draw.log_variance:
         dsigma = dsigma * torch.exp(sigma.to(wide) / 2) / 2
-    return dsigma.to(sigma.dtype)
+    result: Tensor = dsigma.to(sigma.dtype)
+    return result
