@@ -46,7 +46,7 @@ ORDER += [
     f"models.{m}" for m in ("convertible", "probe", "check", "spreads", "parameters", "summary", "calibrate", "convert")
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
-ORDER += ["diagnostics", "config", "reports"]
+ORDER += ["diagnostics", "config", "reports", "testing"]
 ORDER += [f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")] + ["env_report"]
 ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 
