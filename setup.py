@@ -24,6 +24,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
 AVX2 = "-mavx2 -mfma -mf16c"
+# The files that are compiled once per instruction set, with their entry points.
+CPU_KERNELS = {
+    "perturb": ["perturb"],
+    "expectation": ["expectation", "variance"],
+    "samples": ["samples"],
+    "gate": ["gate"],
+    "norm": ["norm"],
+}
 CAPABILITIES = {
     "portable": "",
     "avx2": AVX2,
@@ -143,27 +151,16 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         f"rule link\n  command = {quoted(compiler)} -shared $in -o $out -Wl,--version-script=exports.map {ldflags}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
-    operations = ["perturb", "expectation", "samples"] if cpu else ["perturb"]  # the latter two have no CUDA kernels
+    operations = [*CPU_KERNELS] if cpu else ["perturb"]  # the others have no CUDA kernels
     units = [(f"{op}_op.cpp", f"{op}_op", "-Itorch/include") for op in operations]
     if cpu:
         units.append(("cpu/dispatch.cpp", "dispatch", ""))
         for name in capabilities(compiler):
             lanes = "Portable" if name == "portable" else f"'Twice<{name.capitalize()}>'"
-            units.append(
-                (
-                    "cpu/perturb.cpp",
-                    f"perturb_{name}",
-                    f"{CAPABILITIES[name]} -DDIP_LANES={lanes} -DDIP_PERTURB=perturb_{name}",
-                )
-            )
-            units.append(
-                (
-                    "cpu/expectation.cpp",
-                    f"expectation_{name}",
-                    f"{CAPABILITIES[name]} -DDIP_EXPECTATION=expectation_{name} -DDIP_VARIANCE=variance_{name}",
-                )
-            )
-            units.append(("cpu/samples.cpp", f"samples_{name}", f"{CAPABILITIES[name]} -DDIP_SAMPLES=samples_{name}"))
+            isa = f"{CAPABILITIES[name]} -DDIP_LANES={lanes}"
+            for stem, entries in CPU_KERNELS.items():
+                defines = " ".join(f"-DDIP_{entry.upper()}={entry}_{name}" for entry in entries)
+                units.append((f"cpu/{stem}.cpp", f"{stem}_{name}", f"{isa} {defines}"))
     objects = []
     for source, name, extra in units:
         objects.append(f"{name}.o")

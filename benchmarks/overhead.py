@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb_bwd
 
 SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64)]
 CUDA_SHAPES = [(8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024), (65536, 64, 64)]
@@ -147,7 +149,7 @@ def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
     calls = {
         "dip": lambda: dip.functional.perturb(x, sigma, seed),
-        "dip, gradient of sigma": lambda: dip.functional._NoiseSum.apply(x, sigma, seed, (-1, 0, 0, 0, 1, 1.0, False)),
+        "dip, gradient of sigma": lambda: perturb_bwd(x, sigma, seed, Draw()),
         "copy": x.clone,
         "randn_like alone": lambda: torch.randn_like(x),
         "eager": eager,
@@ -439,8 +441,8 @@ def measure(args: argparse.Namespace) -> dict:
         side = 128 if args.quick else 8192 if device.type == "cuda" else 2048
         moved = 1 << 20 if args.quick else 1 << 30 if device.type == "cuda" else 1 << 28
         record["rates"] = {
-            "copy_bytes_per_s": machine.copy_rate(device, moved),
-            "matmul_flop_per_s": {name_of(dtype): machine.matmul_rate(device, dtype, side) for dtype in dtypes},
+            "copy_bytes_per_s": timing.copy_rate(device, moved),
+            "matmul_flop_per_s": {name_of(dtype): timing.matmul_rate(device, dtype, side) for dtype in dtypes},
         }
         bar.update()
         for name, case in work:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
-from dipkernels import functional
+from dipkernels import worlds
 from dipkernels.noise import seeds
 from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
@@ -70,10 +70,9 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         if not layer.noisy():
             return plain_x
         layer._log_variance()
-        seeds.first_row(plain_x)
-        torch.compiler.is_compiling()
-        functional.autocast_dtype(plain_x)
-        functional._where(sigma, -1, 0, 0, 0, 1, True, True)
+        layer.draw(plain_x)
+        worlds.tracing()
+        worlds.autocast_dtype(plain_x)
         return plain_x
 
     leaves = [x, layer.log_variance]
@@ -156,6 +155,7 @@ def main(arguments: list[str] | None = None) -> list[list]:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)")
     parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
+    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/small-layer-cpu-<date>.json)")
     parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
@@ -180,6 +180,8 @@ def main(arguments: list[str] | None = None) -> list[list]:
         ]
     )
     print(text)
+    run = {"program": "small-layer", "machine": found, "quick": args.quick, "layers": wholes, "parts": rows}
+    report.store("small-layer", run, args.out)
     if args.docs:
         report.fill(machine.ROOT / "docs" / "measured.md", "small-layer", text)
     return rows

@@ -52,6 +52,47 @@ int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 
+// The draw of a producer: one sample, with PerturbArgs' meaning.
+struct NoiseArgs {
+  const int64_t* seed;
+  int64_t row0, col0;
+  int32_t sample;
+  const void* sigma;  // [features]
+  bool sigma_is_double;
+  bool log_variance;
+  double factor;
+  void* dsigma;  // [features], sigma's dtype, written back; null: not wanted, and nothing is drawn
+};
+
+// u = act(a) * b + sigma * z; back: da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.
+struct GateArgs {
+  int64_t outer, features, inner;  // layouts as PerturbArgs
+  int kind;                        // Activation of activation.h
+  NoiseArgs noise;
+  Operand a;
+  Operand b;           // null: 1
+  Operand u;           // written; null: back
+  Operand du, da, db;  // back: read, written, written where b is set
+};
+
+const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for);
+
+// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du, dsigma.
+struct NormArgs {
+  int64_t rows, features;
+  bool centred;  // LayerNorm; RMSNorm's mean is 0
+  double eps, offset;
+  NoiseArgs noise;
+  Operand x;             // rows of any stride, features side by side
+  Operand weight, bias;  // [features], any type; null: 1 (without the offset) and 0
+  void *mean, *rstd;     // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
+  Operand u;             // written; null: back
+  Operand du, dx;        // back: read, written
+  Operand dweight, dbias;  // back: [features], any type, written; null: not wanted
+};
+
+const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for);
+
 // y = E[act(mu + sqrt(v) z)]. Every matrix is [rows, features], contiguous; v belongs to a column.
 struct ExpectationArgs {
   int64_t rows, features;

@@ -149,7 +149,8 @@ struct View {
 };
 
 // Gives every operand its strides in one layout that all tensors have; false where there is none.
-inline bool lay_out(PerturbArgs& a, int64_t dim, const std::vector<View>& views) {
+template <class Args>
+bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
   const Tensor& first = *views[0].tensor;
   const auto fit = [&](auto&& layout) {
     for (const View& v : views) {
@@ -223,6 +224,27 @@ inline void check_same_shape(const Tensor& a, const char* name, const Tensor& x,
   bool same = a.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = a.size(d) == x.size(d);
   STD_TORCH_CHECK(same, name, ": expected the shape of ", like);
+}
+
+// The draw of a producer, for features of number k; `keep` holds what it points to.
+inline NoiseArgs noise_of(
+    const std::optional<Tensor>& sigma, const Tensor& seed, const Tensor& x, const Where& w, double factor, bool log_variance,
+    int64_t* dim, std::optional<Tensor>* keep) {
+  const PerturbArgs a = start(seed, x, w, dim);
+  STD_TORCH_CHECK(w.num_samples == 1, "num_samples: expected 1, got ", w.num_samples);
+  NoiseArgs noise{a.seed, a.row0, a.col0, a.sample, nullptr, false, log_variance, factor, nullptr};
+  if (!sigma) return noise;
+  PerturbArgs scaled = a;
+  *keep = set_sigma(scaled, *sigma, x, *dim, factor, log_variance);
+  noise.sigma = scaled.sigma;
+  noise.sigma_is_double = scaled.sigma_is_double;
+  return noise;
+}
+
+// What stands for a gradient that is not wanted.
+inline Tensor empty_gradient(const Tensor& like) {
+  const int64_t size = 0, stride = 1;
+  return empty_strided(like, {&size, 1}, {&stride, 1}, DType::kFloat32);
 }
 
 }  // namespace dip

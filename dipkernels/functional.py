@@ -62,7 +62,7 @@ def perturb(
     """
     _check_num_samples(num_samples)
     if not log_variance:
-        _check_sigma(sigma)
+        check_sigma(sigma)
     draw = Draw(dim, row0, col0, sample, factor=num_samples**-0.5, log_variance=log_variance)
     return _perturb.projection(x, sigma, seed, draw, dtype)
 
@@ -105,7 +105,7 @@ def dip_linear(
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     _check_num_samples(num_samples)
     if not log_variance:
-        _check_sigma(sigma)
+        check_sigma(sigma)
     dtype = worlds.autocast_dtype(x)
     if estimator != "sample":
         if keep == "u":
@@ -140,7 +140,8 @@ def _check_num_samples(num_samples: int) -> None:
         raise ValueError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
 
 
-def _check_sigma(sigma: Tensor) -> None:
+def check_sigma(sigma: Tensor) -> None:
+    """Raise ValueError for a standard deviation that is none, where its values may be read."""
     # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
     # Of a DTensor a rank alone cannot say it for all.
     if sigma.device.type != "cpu" or not worlds.has_values(sigma):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,3 +255,156 @@ def linear_bwd(
         dsigma = dsigma + factor * (du * z).sum(0) * (_sigma(sigma, True) / 2 if log_variance else 1)
     bias_dtype = weight.dtype if bias is None else bias.dtype
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias.to(bias_dtype), dsigma.to(sigma.dtype)
+
+
+# ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------------------------------
+
+
+def activate(
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """u[i, j] = act(x[i, j]) + factor * sigma[j] * z[i, j]"""
+    y = torch.empty_like(x, dtype=torch.float64).copy_(_ACTIVATIONS[activation](x.double())[0])
+    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
+    return perturb(y, sigma, seed, *draw, out_dtype or x.dtype)
+
+
+def activate_bwd(
+    du: Tensor,
+    x: Tensor,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s, empty without a sigma)"""
+    dx = torch.empty_like(x).copy_(du.double() * _ACTIVATIONS[activation](x.double())[1])
+    return dx, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
+
+
+def gate(
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]"""
+    y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
+    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
+    return perturb(y, sigma, seed, *draw, out_dtype or a.dtype)
+
+
+def gate_bwd(
+    du: Tensor,
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
+    f, slope, _ = _ACTIVATIONS[activation](a.double())
+    da, db = torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f)
+    return da, db, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
+
+
+def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
+    return du.new_empty(0, dtype=torch.float32) if sigma is None else perturb_bwd(du, sigma, seed, *draw)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    kind: str,
+    eps: float,
+    offset: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(u, stats): h[i, j] = (x[i, j] - mean[i]) * rstd[i], u = h * (offset + weight[j]) + bias[j] + factor * sigma[j] * z[i, j],
+    stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats = [rstd[i]]"""
+    rows = _as_rows(x, -1)
+    mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
+    rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
+    y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (0 if bias is None else bias.double())
+    y = torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape))
+    u = perturb(y, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype or x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return u, torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
+
+
+def norm_bwd(
+    du: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    num_samples: int,
+    factor: float,
+    log_variance: bool,
+    kind: str,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dsigma): g = du * (offset + weight), dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for
+    "rms"; dweight = sum_i du * h, dbias = sum_i du; empty where there is no weight, bias or sigma"""
+    rows, g = _as_rows(x, -1), _as_rows(du, -1)
+    mean, rstd = (stats[0].double()[:, None] if kind == "layer" else 0.0), stats[-1].double()[:, None]
+    h = (rows - mean) * rstd
+    dweight = du.new_empty(0, dtype=torch.float32) if weight is None else (g * h).sum(0).to(weight.dtype)
+    dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
+    g = g * _norm_weight(weight, offset)
+    dx = g - h * (g * h).mean(1, keepdim=True) - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
+    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
+    return torch.empty_like(x).copy_((dx * rstd).reshape(x.shape)), dweight, dbias, dsigma
+
+
+def _norm_weight(weight: Tensor | None, offset: float) -> Tensor | float:
+    return 1.0 if weight is None else offset + weight.double()

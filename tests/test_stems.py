@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dipkernels import functional, reference
-from dipkernels.ops import expectation, linear, perturb, registry
+from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
 
 ROOT = Path(__file__).parent.parent
 STEMS = {
@@ -18,6 +18,9 @@ STEMS = {
         "tests/test_linear.py",
         "tests/test_averaging.py",
     ],
+    "activate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
+    "gate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
+    "norm": ["csrc/cpu/norm.cpp", "tests/test_producers.py"],
     "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py", "tests/test_expectation.py"],
 }
 # A module may import the ones before it, never one after.
@@ -25,7 +28,16 @@ ORDER = ["worlds", "reference", "backends"]
 ORDER += [
     f"ops.{m}" for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear")
 ]
-ORDER += ["ops.expectation", "functional", "noise.contexts", "noise.guards", "noise.seeds"]
+ORDER += [
+    "ops.expectation",
+    "ops.gate",
+    "ops.norm",
+    "functional",
+    "producers",
+    "noise.contexts",
+    "noise.guards",
+    "noise.seeds",
+]
 ORDER += [
     f"nn.{m}" for m in ("decay", "variance", "inputs", "tracing", "layer", "sharing", "linear", "conv", "input", "twin")
 ]
@@ -47,7 +59,7 @@ def test_stems_have_their_files(stem):
 
 def test_stems_of_operations_are_known():
     for name in registry.SCHEMAS:
-        assert any(callable(getattr(module, name, None)) for module in (perturb, linear, expectation)), name
+        assert any(callable(getattr(module, name, None)) for module in (perturb, linear, expectation, gate, norm)), name
         assert callable(getattr(reference, name))
     assert callable(functional.noise) and callable(functional.perturb) and callable(functional.dip_linear)
 

@@ -12,15 +12,21 @@ const char* perturb_portable(const PerturbArgs&, ParallelFor);
 const char* expectation_portable(const ExpectationArgs&, ParallelFor);
 const char* variance_portable(const VarianceArgs&, ParallelFor);
 const char* samples_portable(const SamplesArgs&, ParallelFor);
+const char* gate_portable(const GateArgs&, ParallelFor);
+const char* norm_portable(const NormArgs&, ParallelFor);
 #ifdef DIP_HAS_X86
 const char* perturb_avx2(const PerturbArgs&, ParallelFor);
 const char* perturb_avx512(const PerturbArgs&, ParallelFor);
 const char* expectation_avx2(const ExpectationArgs&, ParallelFor);
 const char* variance_avx2(const VarianceArgs&, ParallelFor);
 const char* samples_avx2(const SamplesArgs&, ParallelFor);
+const char* gate_avx2(const GateArgs&, ParallelFor);
+const char* norm_avx2(const NormArgs&, ParallelFor);
 const char* expectation_avx512(const ExpectationArgs&, ParallelFor);
 const char* variance_avx512(const VarianceArgs&, ParallelFor);
 const char* samples_avx512(const SamplesArgs&, ParallelFor);
+const char* gate_avx512(const GateArgs&, ParallelFor);
+const char* norm_avx512(const NormArgs&, ParallelFor);
 #endif
 
 namespace {
@@ -110,6 +116,28 @@ const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) {
     case 1: return samples_avx2(args, parallel_for);
 #endif
     case 0: return samples_portable(args, parallel_for);
+    default: return kUnknownCapability;
+  }
+}
+
+const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) {
+  switch (cpu_capability()) {
+#ifdef DIP_HAS_X86
+    case 2: return gate_avx512(args, parallel_for);
+    case 1: return gate_avx2(args, parallel_for);
+#endif
+    case 0: return gate_portable(args, parallel_for);
+    default: return kUnknownCapability;
+  }
+}
+
+const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) {
+  switch (cpu_capability()) {
+#ifdef DIP_HAS_X86
+    case 2: return norm_avx512(args, parallel_for);
+    case 1: return norm_avx2(args, parallel_for);
+#endif
+    case 0: return norm_portable(args, parallel_for);
     default: return kUnknownCapability;
   }
 }

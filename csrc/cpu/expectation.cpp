@@ -1,6 +1,6 @@
 // y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md,
 // section 7. Compiled once per instruction set; DIP_EXPECTATION and DIP_VARIANCE name the entry points. Plain loops that
-// compilers vectorise; no STL (perturb.cpp).
+// compilers vectorise; no STL (draw.h).
 #include <cmath>
 #include <cstdlib>
 
@@ -270,18 +270,6 @@ struct Pass {
     });
   }
 };
-
-// to[j] = factor(j) * the sum of partials [blocks, n] over the blocks, n numbers
-template <class F>
-void sum_blocks(const double* partials, int64_t blocks, int64_t n, bool is_double, void* to, F&& factor) {
-  for (int64_t j = 0; j < n; ++j) {
-    double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += partials[b * n + j];
-    sum *= factor(j);
-    if (is_double) static_cast<double*>(to)[j] = sum;
-    else static_cast<float*>(to)[j] = static_cast<float>(sum);
-  }
-}
 
 template <class C, int kTerms, int m, bool kOdd>
 const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor parallel_for) {

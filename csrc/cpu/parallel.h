@@ -1,4 +1,4 @@
-// Whole numbers, and work for threads.  No STL (perturb.cpp).
+// Whole numbers, work for threads, and the second stage of sums over rows.  No STL (draw.h).
 #pragma once
 #include "../launch.h"
 
@@ -23,6 +23,23 @@ void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f)
       w.f(at, smaller(w.total, at + w.grain));
   };
   parallel_for(total, grain, take, &work);
+}
+
+// Adds rows 1 .. blocks - 1 of partials [blocks, n] to row 0, in their order.
+inline void add_blocks(double* partials, int64_t blocks, int64_t n) {
+  for (int64_t b = 1; b < blocks; ++b)
+    for (int64_t j = 0; j < n; ++j) partials[j] += partials[b * n + j];
+}
+
+// to[j] = factor(j) * the sum of partials [blocks, n] over the blocks, n numbers. Uses partials up.
+template <class F>
+void sum_blocks(double* partials, int64_t blocks, int64_t n, bool is_double, void* to, F&& factor) {
+  add_blocks(partials, blocks, n);
+  for (int64_t j = 0; j < n; ++j) {
+    const double sum = blocks ? partials[j] * factor(j) : 0;
+    if (is_double) static_cast<double*>(to)[j] = sum;
+    else static_cast<float*>(to)[j] = static_cast<float>(sum);
+  }
 }
 
 }  // namespace

@@ -1,44 +1,12 @@
 // Samples behind an activation, summed: total += sum over s of act(h_s), and back.  docs/maths.md, section 4.
 // Compiled once per instruction set; DIP_SAMPLES names the entry point. Plain loops that compilers vectorise; no STL
-// (perturb.cpp).
-#include "../activation.h"
+// (draw.h).
+#include "act.h"
 #include "convert.h"
 #include "parallel.h"
-#include "vector_math.h"
 
 namespace dip {
 namespace {
-
-struct Act {
-  float value, slope;  // who uses one alone pays for one
-};
-
-template <int kKind>
-DIP_HD Act act(float x) {
-  if constexpr (kKind == kIdentity) {
-    return {x, 1.0f};
-  } else if constexpr (kKind == kReluActivation) {
-    return {x <= 0 ? 0.0f : x, x <= 0 ? 0.0f : 1.0f};  // a NaN stays one
-  } else if constexpr (kKind == kGeluActivation) {
-    float a = x, density, tail;
-    normal(a, &density, &tail);
-    tail = __builtin_fabsf(x) >= 12.5f ? 0.0f : tail;
-    const float cdf = x < 0 ? tail : 1.0f - tail;
-    return {x * cdf, fma_of(a, density, cdf)};
-  } else if constexpr (kKind == kGeluTanhActivation) {
-    constexpr float c = 1.5957691216057308f;  // 2 sqrt(2 / pi)
-    float rest;
-    const float x2 = x * x, s = logistic(x * fma_of(x2, 0.044715f * c, c), &rest);
-    return {x * s, fma_of(x * rest, s * fma_of(x2, 0.134145f * c, c), s)};
-  } else if constexpr (kKind == kSiluActivation) {
-    float rest;
-    const float s = logistic(x, &rest);
-    return {x * s, s * fma_of(x, rest, 1.0f)};
-  } else {
-    const float t = hyperbolic_tangent(x);
-    return {t, fma_of(-t, t, 1.0f)};
-  }
-}
 
 // n elements that lie side by side.
 struct Run {
@@ -77,7 +45,7 @@ void forward(const SamplesArgs& a, const Run& run) {
   for (int64_t s = 0; s < a.samples; ++s) {
     if (s + 1 < a.samples) prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
     const float* __restrict h = load(run, a.h, s, buffer);
-    for (int j = 0; j < run.n; ++j) total[j] += act<kKind>(h[j]).value;
+    for (int j = 0; j < run.n; ++j) total[j] += act_value<kKind>(h[j]);
   }
   write_out(a, run, total);
 }

@@ -2,7 +2,9 @@
 
 from .. import backends
 from . import expectation as expectation
+from . import gate as gate
 from . import linear as linear
+from . import norm as norm
 from . import perturb as perturb
 from . import registry
 

@@ -68,6 +68,12 @@ def check_projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> None
     check_seed(seed, x.device)
 
 
+def check_one_sample(draw: Draw) -> None:
+    """Raise ValueError for a mean over samples, which an operation with its own f(x) does not make."""
+    if draw.num_samples != 1:
+        raise ValueError(f"num_samples: expected 1, got {draw.num_samples}")
+
+
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:
     """Raise TypeError for a dtype that no kernel writes."""
     if out_dtype is not None and out_dtype not in DTYPES:

@@ -26,6 +26,7 @@ _PLACE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
 DRAW = (
     f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"  # a sigma, its seed and the fields of Draw
 )
+OPTIONAL_DRAW = DRAW.replace("Tensor sigma", "Tensor? sigma", 1)  # of a backward pass that may do without dsigma
 
 
 def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:

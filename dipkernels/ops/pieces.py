@@ -26,3 +26,8 @@ def gradients(
     wanted = [t for t, need in zip(tensors, needs) if t is not None and need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return (next(grads) if need else None for _, need in zip(tensors, needs))
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the type that kernels compute in: float32, or float64 for float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

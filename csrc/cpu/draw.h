@@ -1,0 +1,250 @@
+// The draw of z: tiles of counters, their words and their normals.  docs/maths.md, section 3.
+// For files that are compiled once per instruction set: DIP_LANES names the lane type. No STL here: an inline function of the
+// library, compiled with such a file's flags, could be linked into code that runs on an older machine.
+#pragma once
+#include <cmath>
+
+#include "convert.h"
+#include "parallel.h"
+
+namespace dip {
+namespace {
+
+using V = DIP_LANES;
+using One = V::One;
+
+constexpr int kTileGroups = 128;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
+constexpr int kTile = 8 * kTileGroups;  // elements
+static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole vectors");
+
+// ---- a tile -----------------------------------------------------------------------------------------------------------
+
+#ifndef DIP_STREAM_BYTES
+#define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
+#endif
+constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
+
+struct Counters {
+  alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
+  bool one_row = false;  // only the first row_lo and row_hi are set
+};
+
+struct Draw {
+  PhiloxKeys keys;
+  uint32_t first;  // stream and first sample
+  int num_samples;
+
+  static Draw of(const int64_t* seed, int32_t sample, int num_samples) {
+    return {PhiloxKeys(philox_key(seed)), stream_sample(seed, static_cast<uint32_t>(sample)), num_samples};
+  }
+};
+
+// Word t of counter i: in groups at words[4 * i + t], up to the order of V::store_words; planar at words[kTileGroups * t + i].
+template <bool kPlanar>
+DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
+  typename V::U w[4];
+  DIP_UNROLL
+  for (int t = 0; t < 4; ++t) w[t] = V::narrow(ctr[t]);
+  if constexpr (kPlanar)
+    for (int t = 0; t < 4; ++t) V::store(words + kTileGroups * t + i, w[t]);
+  else V::store_words(words + 4 * i, w);
+}
+
+template <bool kPlanar>
+void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sample, int count, uint32_t* words) {
+  if (!kPlanar && c.one_row) {
+    const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], stream_sample, keys);
+    for (int i = 0; i < count; i += V::kLanes) {
+      typename V::Wide ctr[4];
+      philox4x32_10<V>(V::load_counters(c.group + i), row, keys, ctr);
+      store_words<kPlanar>(ctr, i, words);
+    }
+    return;
+  }
+  const auto load = [&](const uint32_t* p) { return V::widen(kPlanar ? V::load(p) : V::load_counters(p)); };
+  for (int i = 0; i < count; i += V::kLanes) {
+    typename V::Wide ctr[4] = {load(c.group + i), load(c.row_lo + i), load(c.row_hi + i), V::widen(V::splat(stream_sample))};
+    philox4x32_10<V>(ctr, keys);
+    store_words<kPlanar>(ctr, i, words);
+  }
+}
+
+// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long chain of dependent instructions
+// per vector, and too few such chains fit into what a core looks ahead.
+struct Polar {
+  alignas(64) uint32_t words[4 * kTileGroups];  // in the order of store_words
+  alignas(64) float radii[4 * kTileGroups];
+};
+
+template <bool kPlanar>
+void draw_polar(const Counters& counters, const Draw& draw, int sample, int count, Polar* out) {
+  draw_words<kPlanar>(counters, draw.keys, draw.first + static_cast<uint32_t>(sample), count, out->words);
+  const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
+  for (int t = 0; t < rows; ++t)
+    for (int i = kTileGroups * t; i < kTileGroups * t + width; i += V::kLanes)
+      V::store(out->radii + i, radius<V>(V::load(out->words + i)));
+}
+
+template <bool kPlanar>
+void normal_sample(const Counters& counters, const Draw& draw, int sample, int count, float* out) {
+  Polar polar;
+  draw_polar<kPlanar>(counters, draw, sample, count, &polar);
+  const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
+  for (int t = 0; t < rows; ++t)
+    for (int i = 0; i < width; i += V::kLanes) {
+      typename V::F even, odd;
+      cos_sin<V>(V::load(polar.words + kTileGroups * t + i), V::load(polar.radii + kTileGroups * t + i), &even, &odd);
+      if constexpr (kPlanar) {
+        V::store(out + kTileGroups * 2 * t + i, even);
+        V::store(out + kTileGroups * (2 * t + 1) + i, odd);
+      } else {
+        V::zip(even, odd, [&](int j, One::F a, One::F b) { One::store_pair(out + 2 * i + j, a, b); });
+      }
+    }
+}
+
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
+// + i].
+template <bool kPlanar>
+void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
+  normal_sample<kPlanar>(counters, draw, 0, count, out);
+  if (draw.num_samples == 1) return;
+  alignas(64) float next[kTile];
+  const float share = 1.0f / static_cast<float>(draw.num_samples);
+  const int rows = kPlanar ? 8 : 1, width = kPlanar ? count : 8 * count;
+  for (int s = 1; s < draw.num_samples; ++s) {
+    normal_sample<kPlanar>(counters, draw, s, count, next);
+    for (int t = 0; t < rows; ++t)
+      for (int i = 0; i < width; ++i) out[kTileGroups * t + i] += next[kTileGroups * t + i];
+  }
+  for (int t = 0; t < rows; ++t)
+    for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
+}
+
+// Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once would fill what a core can ask
+// for, and stop it. What is read comes into the second-level cache, since the first holds no two rows of all operands.
+template <int kWrite, class T>
+DIP_HD void prefetch_step(const T* p) {
+  for (int i = 0; i < 2 * V::kLanes * static_cast<int>(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
+}
+
+// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns [begin, end), and
+// x is that of column `begin`.
+
+template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
+void use_tile(
+    const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc, F&& ahead, int begin = 0,
+    int end = kTile) {
+  for (int i = begin / 2; i < end / 2; i += V::kLanes) {
+    typename V::F even, odd;
+    cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
+    ahead(2 * i);
+    V::zip(even, odd, [&](int j, One::F a, One::F b) {
+      const int at = 2 * i + j, next = at + One::kLanes;
+      if constexpr (kSum) {
+        One::store(acc + at, One::fma(One::load(du + at), a, One::load(acc + at)));
+        One::store(acc + next, One::fma(One::load(du + next), b, One::load(acc + next)));
+      }
+      if constexpr (kWrite) {
+        const One::F here = One::fma(One::load(scale + at), a, One::load(x + at - begin));
+        const One::F beside = One::fma(One::load(scale + next), b, One::load(x + next - begin));
+        if constexpr (kStream) One::stream_pair(u + at, here, beside);
+        else One::store_pair(u + at, here, beside);
+      }
+      if constexpr (kNoise) One::store_pair(z + at, a, b);
+    });
+  }
+}
+
+// ---- rows of groups, and sigma of their columns --------------------------------------------------------------------------
+
+// Continues a period of n numbers by a tile.
+template <class C>
+void repeat(int64_t n, C* numbers) {
+  for (int64_t j = 0; n && j < kTile; ++j) numbers[n + j] = numbers[j];
+}
+
+// The groups of the columns of a matrix, row by row.
+struct Groups {
+  int64_t row0, first, count;  // count: of a row
+  int64_t phase;               // the first group's leading columns that are outside
+
+  Groups(int64_t row0, int64_t col0, int64_t features)
+      : row0(row0), first(col0 / 8), count(ceil_div(col0 % 8 + features, 8)), phase(col0 % 8) {}
+
+  // Counters of a tile's first `wanted` groups, from group g of row `row` on.
+  void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
+    const uint64_t r0 = static_cast<uint64_t>(row0 + row), r1 = r0 + 1;
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
+                   start = static_cast<uint32_t>(first);
+    c.one_row = g + wanted <= count;
+    if (c.one_row) {
+      const uint32_t here = start + static_cast<uint32_t>(g);
+      for (uint32_t i = 0; i < kTileGroups; ++i) c.group[i] = here + i;
+      c.row_lo[0] = lo;
+      c.row_hi[0] = hi;
+      return;
+    }
+    if (count >= kTileGroups) {
+      const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
+      const uint32_t here = start + static_cast<uint32_t>(g), there = here - static_cast<uint32_t>(count);
+      const int left = static_cast<int>(smaller(kTileGroups, count - g));
+      for (int i = 0; i < kTileGroups; ++i) {
+        c.group[i] = (i < left ? here : there) + static_cast<uint32_t>(i);
+        c.row_lo[i] = i < left ? lo : next_lo;
+        c.row_hi[i] = i < left ? hi : next_hi;
+      }
+      return;
+    }
+    if (g == 0 && kTileGroups % count == 0) {  // a narrow layer, where every tile begins a row
+      const uint32_t shift = static_cast<uint32_t>(__builtin_ctzll(static_cast<uint64_t>(count)));
+      const uint32_t mask = static_cast<uint32_t>(count - 1);
+      for (uint32_t i = 0; i < kTileGroups; ++i) {
+        const uint32_t at = lo + (i >> shift);
+        c.group[i] = start + (i & mask);
+        c.row_lo[i] = at;
+        c.row_hi[i] = hi + (at < lo);  // the carry
+      }
+      return;
+    }
+    uint64_t r = r0;
+    for (int i = 0; i < kTileGroups; ++i) {
+      c.group[i] = start + static_cast<uint32_t>(g);
+      c.row_lo[i] = static_cast<uint32_t>(r);
+      c.row_hi[i] = static_cast<uint32_t>(r >> 32);
+      if (++g == count) g = 0, ++r;
+    }
+  }
+};
+
+struct Sigma {
+  const void* data;  // [features]; null: 1
+  bool is_double, log_variance;
+  double factor;
+
+  // The standard deviation, without the factor.
+  double at(int64_t j) const {
+    if (!data) return 1.0;
+    if (is_double) {
+      const double s = static_cast<const double*>(data)[j];
+      return log_variance ? std::exp(0.5 * s) : s;
+    }
+    const float s = static_cast<const float*>(data)[j];
+    return log_variance ? std::exp(0.5f * s) : s;
+  }
+
+  // Of factor * at(j), by what `data` holds.
+  double slope(int64_t j) const { return log_variance ? factor * 0.5 * at(j) : factor; }
+
+  // to: [features + kTile], factor * at(j), continued periodically
+  template <class C>
+  void scales(int64_t features, C* to) const {
+    for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(factor * at(j));
+    repeat(features, to);
+  }
+};
+
+}  // namespace
+}  // namespace dip

@@ -1,0 +1,191 @@
+// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md, section 10.
+// Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
+#include <type_traits>
+
+#include "act.h"
+#include "walk.h"
+
+namespace dip {
+namespace {
+
+// ---- n <= kTile numbers that lie side by side ------------------------------------------------------------------------
+
+template <int kKind, class C>
+void forward_run(int n, const C* __restrict a, const C* __restrict b, C* __restrict y) {
+  if (b) {
+    for (int i = 0; i < n; ++i) y[i] = act_value<kKind>(a[i]) * b[i];
+  } else {
+    for (int i = 0; i < n; ++i) y[i] = act_value<kKind>(a[i]);
+  }
+}
+
+template <int kKind, class C>
+void backward_run(
+    int n, const C* __restrict a, const C* __restrict b, const C* __restrict du, C* __restrict da, C* __restrict db) {
+  if (b) {
+    for (int i = 0; i < n; ++i) {
+      const Act<C> f = act<kKind>(a[i]);
+      da[i] = du[i] * b[i] * f.slope;
+      db[i] = du[i] * f.value;
+    }
+  } else {
+    for (int i = 0; i < n; ++i) da[i] = du[i] * act<kKind>(a[i]).slope;
+  }
+}
+
+template <class C>
+struct Functions {
+  void (*forward)(int n, const C* a, const C* b, C* y);
+  void (*backward)(int n, const C* a, const C* b, const C* du, C* da, C* db);
+
+  template <int kKind>
+  static Functions of_kind() {
+    return {forward_run<kKind, C>, backward_run<kKind, C>};
+  }
+  static Functions of(int kind) {
+    switch (kind) {
+      case kReluActivation: return of_kind<kReluActivation>();
+      case kGeluActivation: return of_kind<kGeluActivation>();
+      case kGeluTanhActivation: return of_kind<kGeluTanhActivation>();
+      case kSiluActivation: return of_kind<kSiluActivation>();
+      case kTanhActivation: return of_kind<kTanhActivation>();
+      default: return {nullptr, nullptr};
+    }
+  }
+};
+
+// ---- the pass --------------------------------------------------------------------------------------------------------
+
+constexpr int kPart = 512;  // columns of a tile
+
+template <class C>
+struct Job {
+  const GateArgs& args;
+  Functions<C> functions;
+  bool dense, in_registers, streams, draws, prefetches_ahead;
+
+  explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
+    const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == g.features; };
+    dense = g.inner == 1 && follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) && follows(g.da) && follows(g.db);
+    draws = g.u.data || g.noise.dsigma;
+    const DType dtype = g.u.data ? g.u.dtype : g.du.dtype;
+    in_registers = dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
+    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data && dtype == DType::kFloat32 &&
+              g.outer * g.features * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;
+    prefetches_ahead = in_registers && V::kLanes > 1 && sizeof(C) == 4;
+  }
+
+  void prefetch(const Place& p, int n) const {
+    prefetch_run<0>(args.a, p.at(args.a), n);
+    prefetch_run<0>(args.b, p.at(args.b), n);
+    prefetch_run<0>(args.du, p.at(args.du), n);
+    if (streams) return;
+    prefetch_run<1>(args.u, p.at(args.u), n);
+    prefetch_run<1>(args.da, p.at(args.da), n);
+    prefetch_run<1>(args.db, p.at(args.db), n);
+  }
+
+  void values(const Place& p, int n, C* y) const {
+    alignas(64) C buffer[kRun], gate[kRun];
+    const C* a = load_run<C>(args.a, p.at(args.a), n, buffer);
+    functions.forward(n, a, args.b.data ? load_run<C>(args.b, p.at(args.b), n, gate) : nullptr, y);
+  }
+
+  void gradients(const Place& p, int n) const {
+    alignas(64) C buffer[kRun], gate[kRun], gradient[kRun], target[kRun], other[kRun];
+    const C* a = load_run<C>(args.a, p.at(args.a), n, buffer);
+    const C* du = load_run<C>(args.du, p.at(args.du), n, gradient);
+    const C* b = args.b.data ? load_run<C>(args.b, p.at(args.b), n, gate) : nullptr;
+    C* da = run_target<C>(args.da, p.at(args.da), target);
+    C* db = b ? run_target<C>(args.db, p.at(args.db), other) : nullptr;
+    functions.backward(n, a, b, du, da, db);
+    store_run<C>(args.da, p.at(args.da), n, da);
+    if (b) store_run<C>(args.db, p.at(args.db), n, db);
+  }
+
+  template <bool kChannel>
+  void run(const Place& p, int n, const C* scale, C* acc, const float* z) const {
+    if (!args.u.data) {
+      gradients(p, n);
+      if (!acc) return;
+      alignas(64) C gradient[kRun];
+      const C* du = load_run<C>(args.du, p.at(args.du), n, gradient);
+      for (int i = 0; i < n; ++i) acc[i] = fma_of(du[i], static_cast<C>(z[i]), acc[i]);
+      return;
+    }
+    alignas(64) C y[kRun], target[kRun];
+    values(p, n, y);
+    C* u = run_target<C>(args.u, p.at(args.u), target);
+    const C one = *scale;
+    for (int i = 0; i < n; ++i) u[i] = fma_of(kChannel ? one : scale[i], static_cast<C>(z[i]), y[i]);
+    store_run<C>(args.u, p.at(args.u), n, u);
+  }
+
+  // In parts, so that what is computed of one is still at hand for the next step, and the next one's lines come in the meantime.
+  void tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
+    for (int begin = 0; begin < kTile; begin += kPart) {
+      const Place part{p.outer, p.feature + begin, p.inner};
+      if (!args.u.data) {
+        gradients(part, kPart);
+        if (args.du.dtype == DType::kFloat32) sum_of<float>(p, polar, begin, scale, acc);
+        else sum_of<BFloat16Bits>(p, polar, begin, scale, acc);
+        continue;
+      }
+      alignas(64) C y[kPart];
+      values(part, kPart, y);
+      if (streams) write_of<float, true>(p, polar, begin, y, scale);
+      else if (args.u.dtype == DType::kFloat32) write_of<float, false>(p, polar, begin, y, scale);
+      else write_of<BFloat16Bits, false>(p, polar, begin, y, scale);
+    }
+  }
+
+  // The lines of the next part that lie where columns i on of the tile at p lie in this one.
+  DIP_HD void prefetch_next(const Place& p, int i) const {
+    const auto step = [&](const Operand& o, auto write) {
+      if (!o.data) return;
+      const int64_t at = p.at(o) + kPart + i;
+      if (o.dtype == DType::kFloat32) prefetch_step<write.value>(static_cast<const float*>(o.data) + at);
+      else prefetch_step<write.value>(static_cast<const uint16_t*>(o.data) + at);
+    };
+    const std::integral_constant<int, 0> read;
+    const std::integral_constant<int, 1> write;
+    step(args.a, read);
+    step(args.b, read);
+    step(args.du, read);
+    if (!streams) step(args.u, write);
+    step(args.da, write);
+    step(args.db, write);
+  }
+
+  template <class T>
+  void sum_of(const Place& p, const Polar& polar, int begin, const float* scale, float* acc) const {
+    const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
+    const auto ahead = [&](int i) { prefetch_next(p, i); };
+    use_tile<T, T, false, true, false, false>(polar, du, du, nullptr, nullptr, scale, acc, ahead, begin, begin + kPart);
+  }
+
+  template <class T, bool kStream>
+  void write_of(const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
+    T* u = static_cast<T*>(args.u.data) + p.at(args.u);
+    const auto ahead = [&](int i) { prefetch_next(p, i); };
+    use_tile<float, T, true, false, false, kStream>(polar, y, nullptr, u, nullptr, scale, nullptr, ahead, begin, begin + kPart);
+  }
+};
+
+template <class C>
+const char* gate(const GateArgs& g, ParallelFor parallel_for) {
+  const Job<C> job(g);
+  if (!job.functions.forward) return "activation: unknown";
+  const NoiseArgs& noise = g.noise;
+  return walk<C>(
+      {g.outer, g.features, g.inner, noise.row0, noise.col0}, Draw::of(noise.seed, noise.sample, 1),
+      {noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor}, noise.dsigma, job, parallel_for);
+}
+
+}  // namespace
+
+const char* DIP_GATE(const GateArgs& g, ParallelFor parallel_for) {
+  return g.a.dtype == DType::kFloat64 ? gate<double>(g, parallel_for) : gate<float>(g, parallel_for);
+}
+
+}  // namespace dip

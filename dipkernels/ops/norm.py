@@ -1,0 +1,200 @@
+"""u = h * (offset + weight) + bias + factor * sigma * z, h = (x - mean) * rstd: LayerNorm and RMSNorm with noise.
+
+One pass forward and one back. Backward keeps x and stats: [mean, rstd] of every row, or [rstd]; never u nor z.
+docs/maths.md, section 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import worlds
+from ..worlds import is_dtensor
+from . import registry
+from .draw import DTYPES, Draw, check_one_sample, check_out_dtype, check_projection
+from .gate import fake_gradient
+from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
+from .pieces import gradients, widened
+
+KINDS = ("layer", "rms")
+
+# ---- the operations --------------------------------------------------------------------------------------------------
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """(u, stats)."""
+    check_projection(x, sigma, seed, draw)
+    check_one_sample(draw)
+    check_out_dtype(dtype)
+    check_norm(x, weight, bias, draw, kind)
+    run = registry.kernel("norm", x.device.type)
+    both: tuple[Tensor, Tensor] = run(x, weight, bias, sigma, seed, *draw, kind, eps, offset, dtype)
+    return both
+
+
+def norm_bwd(
+    du: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    offset: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dsigma), empty for what is None; without a sigma nothing is drawn."""
+    run = registry.kernel("norm_bwd", x.device.type)
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(du, x, stats, weight, bias, sigma, seed, *draw, kind, offset)
+    return grads
+
+
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, kind: str) -> None:
+    """Raise TypeError or ValueError for what no norm is made of."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    if draw.dim % x.dim() != x.dim() - 1:
+        raise ValueError(f"dim: expected the last dimension, got {draw.dim}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.shape != x.shape[-1:]:
+            raise ValueError(f"{name}: expected shape (K,) = ({x.shape[-1]},), got {tuple(t.shape)}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected one of {DTYPES}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, as x, got {t.device}")
+
+
+def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kind, dtype = rest[-4], rest[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.shape[:-1].numel()
+    return torch.empty_like(x, dtype=dtype), x.new_empty((2 if kind == "layer" else 1, rows), dtype=wide)
+
+
+def _fake_norm_bwd(
+    du: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *(fake_gradient(t, x) for t in (weight, bias, sigma))
+
+
+def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
+    registry.define(op, schema, fake, registry.triton_launcher("norm", op))
+
+
+_define(
+    "norm",
+    f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, ScalarType? out_dtype)"
+    " -> (Tensor, Tensor)",
+    _fake_norm,
+)
+_define(
+    "norm_bwd",
+    f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, float offset)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_norm_bwd,
+)
+
+# ---- what the modules call -------------------------------------------------------------------------------------------
+
+
+def _pieces(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """u of operations that have their own derivatives."""
+    wide = widened(x)
+    centred = wide - wide.mean(-1, keepdim=True) if kind == "layer" else wide
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(wide.dtype) + offset)
+    if bias is not None:
+        y = y + bias.to(wide.dtype)
+    return projection(y, sigma, seed, draw, dtype)
+
+
+class _Norm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
+        kind: str,
+        eps: float,
+        offset: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        u, stats = norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype)
+        ctx.save_for_backward(x, weight, bias, sigma, seed, stats)
+        ctx.how = draw, kind, eps, offset, dtype
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor) -> Grads:
+        *tensors, seed, stats = ctx.saved_tensors
+        x, weight, bias, sigma = tensors
+        draw, kind, _, offset, _ = ctx.how
+        needs = ctx.needs_input_grad[:4]
+        nothing = (None,) * 6
+        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
+            y = _pieces(x, weight, bias, sigma, seed, *ctx.how)
+            return *gradients(y, tensors, du, needs), *nothing
+        grads = norm_bwd(du, x, stats, weight, bias, sigma if needs[3] else None, seed, draw, kind, offset)
+        return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
+
+
+def noised_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    eps: float,
+    offset: float,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """u, differentiable in every world."""
+    how = (draw, kind, eps, offset, dtype or x.dtype)
+    if is_dtensor(x) or is_dtensor(sigma) or is_dtensor(weight) or worlds.wants_pieces():
+        check_norm(x, weight, bias, draw, kind)
+        return _pieces(x, weight, bias, sigma, seed, *how)
+    u: Tensor = _Norm.apply(x, weight, bias, sigma, seed, *how)
+    return u

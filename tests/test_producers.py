@@ -1,0 +1,295 @@
+"""u = f(x) + sigma z with f a norm, an activation, a gated product, against the float64 reference.  docs/maths.md, section 10."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from dipkernels import functional, producers, reference
+from dipkernels.ops import gate, norm
+from dipkernels.ops.draw import Draw
+
+SEED = torch.tensor([0x0123456789ABCDEF, 3])
+ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+PLAIN = {
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64).to(dtype)
+
+
+def scale(k, log_variance=False, dtype=torch.float32):
+    sigma = torch.rand(k, generator=torch.Generator().manual_seed(k), dtype=torch.float64) + 0.1
+    return (sigma.square().log() if log_variance else sigma).to(dtype)
+
+
+# ---- the reference: its gradients are the derivatives of its own forward ------------------------------------------------
+
+
+def derivative(f, t, dt, step=1e-6):
+    return (f(t + step * dt) - f(t - step * dt)) / (2 * step)
+
+
+def assert_adjoint(f, t, gradient, du):
+    """<du, f'(t) dt> = <gradient, dt>"""
+    dt = randn(*t.shape, seed=5)
+    assert abs((du * derivative(f, t, dt)).sum() - (gradient * dt).sum()) <= 1e-6 * (1 + du.abs().sum())
+
+
+@pytest.mark.parametrize("log_variance", [False, True])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_reference_gradients_of_activations_are_its_derivatives(kind, log_variance):
+    x, b, du, sigma = (
+        randn(3, 10, 4),
+        randn(3, 10, 4, seed=1),
+        randn(3, 10, 4, seed=2),
+        scale(10, log_variance).double(),
+    )
+    where = SEED, 1, 2**33 + 1, 3, 2, 1, 0.5, log_variance, kind
+    dx, dsigma = reference.activate_bwd(du, x, sigma, *where)
+    assert_adjoint(lambda x: reference.activate(x, sigma, *where, None), x, dx, du)
+    assert_adjoint(lambda s: reference.activate(x, s, *where, None), sigma, dsigma, du)
+    da, db, dsigma = reference.gate_bwd(du, x, b, sigma, *where)
+    assert_adjoint(lambda x: reference.gate(x, b, sigma, *where, None), x, da, du)
+    assert_adjoint(lambda b: reference.gate(x, b, sigma, *where, None), b, db, du)
+    assert_adjoint(lambda s: reference.gate(x, b, s, *where, None), sigma, dsigma, du)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
+    x, weight, bias, du, sigma = (
+        randn(3, 4, 10),
+        randn(10),
+        randn(10, seed=1),
+        randn(3, 4, 10, seed=2),
+        scale(10).double(),
+    )
+    where = SEED, -1, 2**33 + 1, 3, 2, 1, 0.5, False, kind
+
+    def u(x, weight, bias, sigma):
+        return reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[0]
+
+    stats = reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[1]
+    dx, dweight, dbias, dsigma = reference.norm_bwd(du, x, stats, weight, bias, sigma, *where, offset)
+    assert_adjoint(lambda t: u(t, weight, bias, sigma), x, dx, du)
+    assert_adjoint(lambda t: u(x, t, bias, sigma), weight, dweight, du)
+    assert_adjoint(lambda t: u(x, weight, t, sigma), bias, dbias, du)
+    assert_adjoint(lambda t: u(x, weight, bias, t), sigma, dsigma, du)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_reference_norms_are_torchs(kind):
+    x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
+    bias = randn(10, seed=1) if kind == "layer" else None
+    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1, 1.0, False, kind, 1e-3, 0.0, None)
+    functions = torch.nn.functional
+    want = (
+        functions.layer_norm(x, (10,), weight, bias, 1e-3)
+        if bias is not None
+        else functions.rms_norm(x, (10,), weight, 1e-3)
+    )
+    torch.testing.assert_close(u, want, rtol=1e-12, atol=1e-12)
+
+
+# ---- the functions --------------------------------------------------------------------------------------------------------
+
+
+def calls(kind, log_variance=False, dtype=torch.float64):
+    """A producer of this kind as a function of its differentiable tensors, the plain f of those but sigma, and the tensors."""
+    where = dict(row0=5, col0=2, sample=1, log_variance=log_variance)
+    sigma = scale(10, log_variance, torch.float64 if dtype is torch.float64 else torch.float32)
+    if kind in ("layer", "rms"):
+        tensors = randn(2, 3, 10, dtype=dtype), randn(10, dtype=dtype), randn(10, seed=1, dtype=dtype), sigma
+
+        def run(x, weight, bias, sigma):
+            return producers.norm(x, weight, bias, sigma, SEED, kind=kind, eps=1e-3, offset=1.0, **where)
+
+        def plain(x, weight, bias):
+            if kind == "layer":
+                return torch.nn.functional.layer_norm(x, (10,), weight + 1, bias, 1e-3)
+            return torch.nn.functional.rms_norm(x, (10,), weight + 1, 1e-3) + bias
+
+    elif kind.startswith("gated "):
+        tensors = randn(2, 10, 3, dtype=dtype), randn(2, 10, 3, seed=1, dtype=dtype), sigma
+
+        def run(a, b, sigma):
+            return producers.gate(a, b, sigma, SEED, kind=kind[6:], dim=1, **where)
+
+        def plain(a, b):
+            return PLAIN[kind[6:]](a) * b
+
+    else:
+        tensors = randn(2, 10, 3, dtype=dtype), sigma
+
+        def run(x, sigma):
+            return producers.activate(x, sigma, SEED, kind=kind, dim=1, **where)
+
+        plain = PLAIN[kind]
+    return run, plain, tensors
+
+
+KINDS = ["layer", "rms", *ACTIVATIONS, "gated silu", "gated gelu", "gated gelu_tanh"]
+
+
+@pytest.mark.parametrize("log_variance", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_is_perturb_behind_the_plain_function(kind, log_variance):
+    run, plain, tensors = calls(kind, log_variance)
+    dim = -1 if kind in ("layer", "rms") else 1
+    want = functional.perturb(
+        plain(*tensors[:-1]), tensors[-1], SEED, dim=dim, row0=5, col0=2, sample=1, log_variance=log_variance
+    )
+    torch.testing.assert_close(run(*tensors), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("log_variance", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_gradcheck_and_gradgradcheck(kind, log_variance):
+    run, _, tensors = calls(kind, log_variance)
+    tensors = [t.requires_grad_() for t in tensors]
+    assert gradcheck(run, tensors) and gradgradcheck(run, tensors)
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (dict(kind="batch"), ValueError, "kind: expected one of"),
+        (dict(sigma=torch.ones(7)), ValueError, r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["norm", "activate", "gate"])
+def test_producer_names_what_is_wrong(name, change, error, match):
+    arguments = dict(kind="layer" if name == "norm" else "silu", sigma=torch.ones(8), seed=SEED) | change
+    x = torch.ones(2, 8)
+    with pytest.raises(error, match=match):
+        if name == "norm":
+            producers.norm(x, None, None, **arguments, eps=1e-5)
+        elif name == "activate":
+            producers.activate(x, **arguments)
+        else:
+            producers.gate(x, x, **arguments)
+
+
+# ---- the kernels ------------------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
+Z_ERROR = 4e-6  # the contract's tolerance on z
+# One lane, one group, rows that a tile holds several of, whole tiles, a row of several tiles, primes, empty.
+SHAPES = [
+    (1, 1),
+    (3, 8),
+    (5, 64),
+    (37, 129),
+    (9, 768),
+    (3, 2048),
+    (70, 192),
+    (2, 3, 40),
+    (7,),
+    (0, 8),
+    (4, 0),
+    (2, 1031),
+]
+DRAWS = [Draw(), Draw(row0=2**33 + 7, col0=24, sample=2, factor=0.5), Draw(col0=3, log_variance=True)]
+
+
+def close(got, exact, tolerance, rounding):
+    """Within one rounding to got's type of what is within `tolerance` of `exact`."""
+    assert got.shape == exact.shape and torch.isfinite(got).all()
+    bound = rounding * 2 * EPS[got.dtype] * exact.abs() + tolerance + 6e-8 * (got.dtype is torch.float16)
+    assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() - bound).max()
+
+
+def error(dtype):
+    """Of the float32 or float64 arithmetic in between, for numbers of size 1."""
+    return 1e-14 if dtype is torch.float64 else 2e-6
+
+
+def assert_sum_close(got, exact, rows, dtype, size=4.0):
+    assert got.shape == exact.shape
+    bound = (error(dtype) * size + Z_ERROR) * (rows + 1) ** 0.5 + 2 * EPS[got.dtype] * exact.abs() + 2e-6 * exact.abs()
+    assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() - bound).max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_matches_reference(kind, shape, draw, dtype):
+    k = shape[-1]
+    x, du = 3 * randn(*shape) + 1, randn(*shape, seed=1).to(dtype)
+    x, sigma = x.to(dtype), scale(k, draw.log_variance)
+    weight, bias, how = randn(k, seed=2).to(dtype), randn(k, seed=3).float(), (kind, 1e-5, 0.5)
+    u, stats = norm.norm(x, weight, bias, sigma, SEED, draw, *how, None)
+    exact, exact_stats = reference.norm(x.double(), weight, bias, sigma, SEED, *draw, *how, None)
+    assert u.dtype is dtype and u.shape == x.shape and stats.shape == exact_stats.shape
+    size = 4 + 3 * exact.abs()
+    close(u, exact, error(dtype) * size + Z_ERROR, 1)
+    torch.testing.assert_close(stats.double(), exact_stats, rtol=2e-6, atol=2e-6)
+    grads = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.5)
+    wide = (t.double() for t in (weight, bias, sigma))  # gradients that are not rounded
+    wants = reference.norm_bwd(du.double(), x.double(), exact_stats, *wide, SEED, *draw, kind, 0.5)
+    spread = exact_stats[-1].max().item() if exact_stats.numel() else 1.0
+    close(grads[0], wants[0], 10 * error(dtype) * (1 + spread) * (1 + wants[0].abs()), 1)
+    for got, want, like in zip(grads[1:], wants[1:], (weight, bias, sigma), strict=True):
+        assert got.dtype == like.dtype
+        assert_sum_close(got, want.double(), x.numel() // max(1, k), dtype, 40.0)
+
+
+def test_norm_without_weight_and_bias_and_sigma(capability):
+    x, du = randn(70, 192, dtype=torch.float32), randn(70, 192, seed=1, dtype=torch.float32)
+    sigma = scale(192)
+    for weight, bias in ((None, None), (scale(192), None), (None, scale(192))):
+        u, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 1.0, None)
+        want, _ = reference.norm(x.double(), weight, bias, sigma, SEED, *Draw(), "layer", 1e-5, 1.0, None)
+        torch.testing.assert_close(u.double(), want, rtol=1e-5, atol=1e-5)
+        dx, dweight, dbias, dsigma = norm.norm_bwd(du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0)
+        full = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 1.0)
+        assert dsigma.numel() == 0 and (dweight.numel(), dbias.numel()) == tuple(
+            192 * (t is not None) for t in (weight, bias)
+        )
+        assert all(torch.equal(a, b) for a, b in zip((dx, dweight, dbias), full))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(
+    "shape, dim", [*((shape, -1) for shape in SHAPES), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
+)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
+    draw = draw._replace(dim=dim)
+    a, b, du = (randn(*shape, seed=i).mul(2).to(dtype) for i in range(3))
+    sigma = scale(shape[dim], draw.log_variance)
+    rows = a.numel() // max(1, shape[dim])
+    u, exact = (
+        f(a, sigma, SEED, *how, None)
+        for f, how in ((gate.activate, (draw, kind)), (reference_of("activate"), (*draw, kind)))
+    )
+    assert u.dtype is dtype
+    close(u, exact, error(dtype) * (1 + exact.abs()) + Z_ERROR, 1)
+    u = gate.gate(a, b, sigma, SEED, draw, kind, None)
+    exact = reference.gate(a.double(), b.double(), sigma, SEED, *draw, kind, None)
+    close(u, exact, error(dtype) * (1 + exact.abs()) * (1 + b.double().abs()) + Z_ERROR, 1)
+    dx, dsigma = gate.activate_bwd(du, a, sigma, SEED, draw, kind)
+    want, want_dsigma = reference.activate_bwd(du.double(), a.double(), sigma.double(), SEED, *draw, kind)
+    close(dx, want, 4 * error(dtype) * (1 + du.double().abs()), 1)
+    assert_sum_close(dsigma, want_dsigma.double(), rows, dtype)
+    da, db, again = gate.gate_bwd(du, a, b, sigma, SEED, draw, kind)
+    want_da, want_db, _ = reference.gate_bwd(du.double(), a.double(), b.double(), sigma, SEED, *draw, kind)
+    size = (1 + du.double().abs()) * (1 + b.double().abs()) * (1 + a.double().abs())
+    close(da, want_da, 4 * error(dtype) * size, 1)
+    close(db, want_db, 4 * error(dtype) * size, 1)
+    assert torch.equal(again, dsigma) and dsigma.dtype == sigma.dtype
+    none = gate.gate_bwd(du, a, b, None, SEED, draw, kind)
+    assert torch.equal(none[0], da) and torch.equal(none[1], db) and none[2].numel() == 0
+
+
+def reference_of(name):
+    return lambda x, *rest: getattr(reference, name)(x.double(), *rest)
