@@ -23,8 +23,8 @@ void draw_samples(
   check(z, "z");
   int64_t dim = -1;
   STD_TORCH_CHECK(sample <= 65536 - samples, "sample: expected sample + num_samples <= 65536, got ", sample, " + ", samples);
-  PerturbArgs first = start(seed, x, {-1, row0, col0, sample}, &dim);
-  const Tensor keep = set_sigma(first, sigma, x, dim, factor, false);
+  PerturbArgs first{};
+  first.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, false);
   first.outer = x.size(0);
   first.features = x.size(1);
   first.inner = 1;
@@ -44,7 +44,7 @@ void draw_samples(
     Job& j = *static_cast<Job*>(context);
     for (int64_t s = begin; s < end; ++s) {
       PerturbArgs a = j.first;
-      a.sample += static_cast<int32_t>(s);
+      a.draw.sample += static_cast<int32_t>(s);
       if (a.u.data) a.u.data = static_cast<char*>(a.u.data) + s * j.size * j.bytes_u;
       if (a.z.data) a.z.data = static_cast<char*>(a.z.data) + s * j.size * j.bytes_z;
       if (const char* error = perturb_cpu(a, j.inside)) __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);

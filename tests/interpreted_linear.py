@@ -169,4 +169,4 @@ def test_linear_names_what_is_wrong(change, error, match):
     arguments.update(change)
     x, weight, sigma, activation = (arguments[name] for name in ("x", "weight", "sigma", "activation"))
     with pytest.raises(error, match=match):
-        linear.linear(x, weight, None, sigma, SEED, 0, 0, 0, 1, 1.0, False, activation)
+        linear.linear(x, weight, None, sigma, SEED, 0, 0, 0, 1.0, False, 1, activation)

@@ -38,10 +38,10 @@ def assert_near(got, want, eager):
 
 @triton.jit
 def _words_kernel(out_ptr, seed_ptr, row0, group0, sample, R: tl.constexpr, G: tl.constexpr, ROWS_LAST: tl.constexpr):
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     row = tl.cast(row0, tl.int64) + tl.arange(0, R)
     group = tl.cast(group0, tl.int64) + tl.arange(0, G)
-    w0, w1, w2, w3 = noise_words(key, word3, row, group, ROWS_LAST)
+    w0, w1, w2, w3 = noise_words(key, last_word, row, group, ROWS_LAST)
     if ROWS_LAST:  # noqa: SIM108
         off = tl.arange(0, R)[None, :] * G + tl.arange(0, G)[:, None]
     else:
@@ -250,4 +250,4 @@ def test_perturb_refuses_cpu_tensors_outside_the_interpreter(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     x, _, sigma = make((2, 8), -1)
     with pytest.raises(RuntimeError, match="expected CUDA tensors"):
-        perturb.perturb(x, sigma, make_seed(), -1, 0, 0, 0, 1, 1.0, False, None)
+        perturb.perturb(x, sigma, make_seed(), -1, 0, 0, 0, 1.0, False, None)

@@ -387,11 +387,8 @@ def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
         torch.ops.dipkernels.perturb(*{**good, **bad}.values())
 
 
-def test_perturb_replay_rejects_another_shape():
+@pytest.mark.parametrize("bad", [lambda du: du[:3], lambda du: du.int()])
+def test_perturb_replay_library_by_itself_rejects_another_shape_or_type(bad):
     x, du, sigma = inputs((4, 8))
-    with pytest.raises(ValueError, match="du: expected shape"):
-        perturb_replay(du[:3], x, sigma, SEED, Draw(*arguments()), None)
-    with pytest.raises(TypeError, match="du: expected one of"):
-        perturb_replay(du.int(), x, sigma, SEED, Draw(*arguments()), None)
-    with pytest.raises(RuntimeError, match="du: expected"):
-        torch.ops.dipkernels.perturb_replay(du[:3], x, sigma, SEED, *arguments(), None)
+    with pytest.raises(RuntimeError, match="expected"):
+        torch.ops.dipkernels.perturb_replay(bad(du), x, sigma, SEED, *arguments(), None)

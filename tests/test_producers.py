@@ -87,7 +87,7 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
 def test_reference_norms_are_torchs(kind):
     x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
     bias = randn(10, seed=1) if kind == "layer" else None
-    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1, 1.0, False, kind, 1e-3, 0.0, None)
+    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None)
     functions = torch.nn.functional
     want = (
         functions.layer_norm(x, (10,), weight, bias, 1e-3)

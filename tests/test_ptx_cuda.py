@@ -449,8 +449,8 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
     shape = (outer, features) if inner == 1 else (outer, features, inner)
     x, u = torch.empty(shape, dtype=BF16), torch.empty(shape, dtype=BF16)
     a, memory, sigma = PerturbArgs(), ptx.Memory(), torch.ones(features)
-    a.outer, a.features, a.inner, a.factor = outer, features, inner, 1.0
-    a.seed, a.sigma = memory.add(SEED.numpy()), memory.add(sigma.numpy())
+    a.outer, a.features, a.inner, a.draw.factor = outer, features, inner, 1.0
+    a.draw.seed, a.draw.sigma = memory.add(SEED.numpy()), memory.add(sigma.numpy())
     for name, t in (("x", x), ("u", u)):
         address = memory.add(bytes_at(t.data_ptr(), t.data_ptr() + t.nbytes))
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))

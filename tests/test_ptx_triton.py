@@ -218,7 +218,7 @@ def test_compiled_linear_far_out_and_not_numbers(name, arch):
     """x W^T is FAR: with W one column, sigma 0 and the bias nothing, what is behind the activation is x itself."""
     torch.set_float32_matmul_precision("highest")
     x, one, zero = torch.tensor(FAR)[:, None], torch.ones(1, 1), torch.zeros(1)
-    how = (0, 0, 0, 1, 1.0, False)
+    how = (0, 0, 0, 1.0, False, 1)
     with on_gpu(arch, CONFIGS[arch]):
         y = linear.linear(x, one, None, zero, SEED, *how, name)
         dx = linear.linear_bwd(torch.ones_like(x), x, one, None, zero, SEED, *how, name)[0]
@@ -365,7 +365,7 @@ def test_compiled_perturb_beyond_two_to_the_31_elements(shape):
     k, inner = shape[1], shape[2] if len(shape) == 3 else 1
     x, sigma = torch.empty(shape, dtype=BF16), torch.ones(k)
     with on_gpu(80, 1, multiprocessors=132, ctas=last) as launches:
-        u = perturb.perturb(x, sigma, SEED, 1, 0, 0, 0, 1, 1.0, False, None)
+        u = perturb.perturb(x, sigma, SEED, 1, 0, 0, 0, 1.0, False, None)
     assert len(launches) == 1
     first = k - k % 256 if k % 256 and inner == 1 else k - 8
     written = u[:, first:].ne(0).any(1).nonzero()

@@ -63,7 +63,7 @@ def _noised_tile(
     x_ptr,
     sigma_ptr,
     key,
-    word3,
+    last_word,
     row,  # [R] int64: into x
     first,  # scalar: first column of the tile, counted from the start of group0
     M,
@@ -87,7 +87,7 @@ def _noised_tile(
     s = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, tl.float32)
     if LOG_VARIANCE:
         s = tl.where(col_mask, s, 0.0)
-    z = normal_tile(key, word3, row0 + row, group, False)
+    z = normal_tile(key, last_word, row0 + row, group, False)
     return tl.fma(tl.broadcast_to(s[None, :], z.shape), z, x).to(dtype)
 
 
@@ -135,7 +135,7 @@ def _linear_fwd_kernel(
 ):
     # where
     N, K, x_stride_m, weight_stride_n = N * VEC, K * VEC, x_stride_m * VEC, weight_stride_n * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,7 +154,7 @@ def _linear_fwd_kernel(
                 x_ptr,
                 sigma_ptr,
                 key,
-                (word3 + i).to(tl.uint32),
+                (last_word + i).to(tl.uint32),
                 row,
                 first,
                 M,
@@ -214,7 +214,7 @@ def _linear_bwd_x_kernel(
 ):
     # where
     N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.cast(pid_k, tl.int64) * BLOCK_K
@@ -241,7 +241,7 @@ def _linear_bwd_x_kernel(
     tl.store(dx_ptr + (row * K)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Rows past the end are zero in dx, so they add nothing.
     group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
-    z = normal_tile(key, word3, row0 + row, group, False)
+    z = normal_tile(key, last_word, row0 + row, group, False)
     tl.store(partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask)
 
 
@@ -274,7 +274,7 @@ def _linear_bwd_weight_kernel(
 ):
     # where
     N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_n, pid_k = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
     split = tl.cast(tl.program_id(1), tl.int64)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -293,7 +293,7 @@ def _linear_bwd_weight_kernel(
             x_ptr,
             sigma_ptr,
             key,
-            word3,
+            last_word,
             row,
             first,
             M,

@@ -79,7 +79,7 @@ def normal_pair(w):
 @triton.jit
 def noise_words(
     key,  # int64 scalar
-    word3,  # uint32 scalar: (stream mod 2^16) * 2^16 + sample
+    last_word,  # uint32 scalar: (stream mod 2^16) * 2^16 + sample
     row,  # [R] int64
     group,  # [G] int: column // 8
     ROWS_LAST: tl.constexpr,  # orientation of the result: [R, G], or [G, R]
@@ -97,14 +97,14 @@ def noise_words(
         zero + group.to(tl.uint32),
         zero + (row & 0xFFFFFFFF).to(tl.uint32),
         zero + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        zero + word3,
+        zero + last_word,
     )
 
 
 @triton.jit
-def normal_tile(key, word3, row, group, ROWS_LAST: tl.constexpr):
+def normal_tile(key, last_word, row, group, ROWS_LAST: tl.constexpr):
     """One draw: [R, 8 G] float32, columns 8 group .. 8 group + 7; transposed if ROWS_LAST."""
-    w0, w1, w2, w3 = noise_words(key, word3, row, group, ROWS_LAST)
+    w0, w1, w2, w3 = noise_words(key, last_word, row, group, ROWS_LAST)
     z0, z1 = normal_pair(w0)
     z2, z3 = normal_pair(w1)
     z4, z5 = normal_pair(w2)
@@ -122,7 +122,7 @@ def normal_tile(key, word3, row, group, ROWS_LAST: tl.constexpr):
 
 @triton.jit
 def load_seed(seed_ptr, sample):
-    """(key, word3) of a sample from seed int64 [2] = (key, stream)"""
+    """(key, last_word) of a draw: the seed's key, and its stream with the sample, the last word of every counter"""
     stream = tl.load(seed_ptr + 1)
     return tl.load(seed_ptr), (((stream & 0xFFFF) << 16) + sample).to(tl.uint32)
 
@@ -149,14 +149,14 @@ def _noise_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
         # where
         outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # compute
-        z = normal_tile(key, word3, row0 + row, group, ROWS_LAST)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST)
         # store
         z_off = tile_offsets(outer, inner, col, z_outer * VEC, z_inner * VEC, z_col, ROWS_LAST)
         tl.store(z_ptr + z_off, z, mask=mask)

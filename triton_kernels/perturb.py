@@ -75,7 +75,7 @@ def _perturb_fwd_kernel(
     FROM_END: tl.constexpr,
 ):
     # where
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -93,7 +93,7 @@ def _perturb_fwd_kernel(
         x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
         x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
         # compute
-        z = normal_tile(key, word3, row0 + row, group, ROWS_LAST).to(dtype)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         _, s = across(row, scale, ROWS_LAST)
         u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
         # store
@@ -139,7 +139,7 @@ def _perturb_bwd_kernel(
 ):
     # where
     row_program = tl.program_id(1)
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -154,7 +154,7 @@ def _perturb_bwd_kernel(
         du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
         du = tl.load(du_ptr + du_off, mask=mask, other=0.0).to(dtype)
         # compute
-        z = normal_tile(key, word3, row0 + row, group, ROWS_LAST).to(dtype)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         total = tl.fma(du, z, total)
         if REPLAY:
             x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)

@@ -73,21 +73,15 @@ struct Segment {
 template <class C>
 struct Norm {
   const NormArgs& args;
-  Draw draw;
+  Generator generator;
   Groups groups;
   int64_t k;
   const C *scale, *weight, *bias;  // [features]: sigma; offset + weight; bias
   bool in_registers, streams, draws, row_tiles;
 
   Norm(const NormArgs& a, const C* scale, const C* weight, const C* bias)
-      : args(a),
-        draw(Draw::of(a.noise.seed, a.noise.sample)),
-        groups(a.noise.row0, a.noise.col0, a.features),
-        k(a.features),
-        scale(scale),
-        weight(weight),
-        bias(bias) {
-    draws = a.u.data || a.noise.dsigma;
+      : args(a), generator(a.draw), groups(a.draw, a.features), k(a.features), scale(scale), weight(weight), bias(bias) {
+    draws = a.u.data || a.dsigma;
     // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of than 64.
     const DType data = a.x.dtype, other = a.u.data ? a.u.dtype : a.du.dtype;
     in_registers = V::kLanes > 1 && sizeof(C) == 4 && draws && groups.phase == 0 && k % 64 == 0 &&
@@ -275,8 +269,8 @@ struct Norm {
       if (g == 0) begin_row();  // before the draw, which a processor begins while it waits for the sums
       if (draws) {
         groups.fill(counters, row, g, count);
-        if (in_registers) draw_polar<false>(counters, draw, count, &polar);
-        else normal_tile<false>(counters, draw, count, z);
+        if (in_registers) draw_polar<false>(counters, generator, count, &polar);
+        else normal_tile<false>(counters, generator, count, z);
       }
       for (int done = 0; done < count;) {
         if (g == 0 && done) begin_row();
@@ -349,13 +343,11 @@ const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor paralle
   if (!failed) {
     add_blocks(partials, blocks, 3 * k);
     const auto one = [](int64_t) { return 1.0; };
-    const NoiseArgs& noise = a.noise;
-    const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
     put_columns(partials, k, a.dweight, one);
     put_columns(partials + k, k, a.dbias, one);
     put_columns(
-        partials + 2 * k, k, {noise.dsigma, noise.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
-        [&](int64_t j) { return sigma.slope(j); });
+        partials + 2 * k, k, {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
+        [&](int64_t j) { return slope_at(a.draw, j); });
   }
   std::free(partials);
   return failed ? "out of memory" : nullptr;
@@ -367,9 +359,7 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(3 * k + kTile)));
   if (!columns) return "out of memory";
   C *scale = columns, *weight = columns + k, *bias = weight + k;
-  const NoiseArgs& noise = a.noise;
-  const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
-  for (int64_t j = 0; j < k; ++j) scale[j] = noise.sigma ? static_cast<C>(noise.factor * sigma.at(j)) : C(0);
+  for (int64_t j = 0; j < k; ++j) scale[j] = a.draw.sigma ? static_cast<C>(scale_at(a.draw, j)) : C(0);
   get_columns<C>(a.weight, k, static_cast<C>(a.offset), 1, weight);
   get_columns<C>(a.bias, k, 0, 0, bias);
   const char* error = nullptr;

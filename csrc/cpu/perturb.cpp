@@ -82,9 +82,7 @@ struct Job {
 template <class C>
 const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const Job<C> job(a);
-  return walk<C>(
-      {a.outer, a.features, a.inner, a.row0, a.col0}, Draw::of(a.seed, a.sample),
-      {a.sigma, a.sigma_is_double, a.log_variance, a.factor}, a.dsigma, job, parallel_for);
+  return walk<C>({a.outer, a.features, a.inner}, a.draw, a.dsigma, job, parallel_for);
 }
 
 }  // namespace

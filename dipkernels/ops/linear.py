@@ -12,7 +12,7 @@ from torch.autograd import Function
 from .. import backends, worlds
 from ..worlds import is_dtensor
 from . import registry, row_blocks
-from .activations import ACTIVATIONS, act_of, check_activation
+from .activations import ACTIVATIONS, act_of
 from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
 from .perturb import DRAW, Grads, no_view, perturb, perturb_bwd, perturb_replay, projection, projection_backward
 from .pieces import flat_rows, gradients, linear_as
@@ -35,8 +35,6 @@ def linear(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation "identity": none, of one."""
-    if activation != "identity":
-        check_activation(activation)
     check_projection(x, sigma, seed, draw)
     if draw.sample + num_samples > MAX_SAMPLES:
         raise ValueError(f"sample: expected sample + num_samples <= {MAX_SAMPLES}, got {draw.sample} + {num_samples}")

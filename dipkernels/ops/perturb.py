@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
-from .draw import DTYPES, Draw, check_out_dtype, check_projection, check_seed
+from .draw import Draw, check_out_dtype, check_projection, check_seed
 
 Grads = tuple[Tensor | None, ...]
 
@@ -58,11 +58,7 @@ def perturb_bwd(du: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
 def perturb_replay(
     du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """(u, dsigma) of one draw, made once."""
-    if du.shape != x.shape:
-        raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
-    if du.dtype not in DTYPES:
-        raise TypeError(f"du: expected one of {DTYPES}, got {du.dtype}")
+    """(u, dsigma) of one draw, made once. Unchecked, as `perturb_bwd`."""
     both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
     return both
 
@@ -254,7 +250,7 @@ def projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.
     """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma in every world."""
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
-        x, seed = dtensor.prepare(x, sigma, seed, draw.dim)
+        x, seed = dtensor.prepare(x, sigma, seed, draw)
     elif worlds.exporting() and torch.is_grad_enabled():
         return _exported(x, sigma, seed, draw, dtype)
     if worlds.transforming():

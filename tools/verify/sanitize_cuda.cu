@@ -126,7 +126,7 @@ void launch(
              reads_x = form == Form::kP || form == Form::kPQ;
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
-  a.factor = 1.0, a.row0 = 5, a.sigma_is_double = wide_sigma;
+  a.draw.factor = 1.0, a.draw.row0 = 5, a.draw.sigma_is_double = wide_sigma;
   size_t nx = 0, nu = 0, ndu = 0;
   a.x = operand(s, types.x, &nx), a.u = operand(s, types.u, &nu), a.du = operand(s, types.du, &ndu);
   const size_t sigma_bytes = static_cast<size_t>(s.features) * (wide_sigma ? 8 : 4);
@@ -141,8 +141,8 @@ void launch(
   du.write(numbers(types.du, ndu).data());
   u.fill(0xFF), dsigma.fill(0xFF);
 
-  a.seed = static_cast<const int64_t*>(seed.data());
-  if (form != Form::kNoise) a.sigma = sigma.data();
+  a.draw.seed = static_cast<const int64_t*>(seed.data());
+  if (form != Form::kNoise) a.draw.sigma = sigma.data();
   a.x.data = reads_x ? x.data() : nullptr;
   a.u.data = write ? u.data() : nullptr;
   a.du.data = sum ? du.data() : nullptr;
