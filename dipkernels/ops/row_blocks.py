@@ -93,9 +93,7 @@ def _act_add(total: Tensor, h: Tensor, activation: str, out: Tensor | None = Non
         torch.mul(total, factor, out=out)
 
 
-def _act_add_bwd(
-    total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float
-) -> Tensor:
+def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float) -> Tensor:
     """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total into out."""
     if _has_passes(h):
         fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
