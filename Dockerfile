@@ -5,7 +5,7 @@ FROM ${BASE}
 
 # The wheel that `make wheel` left in dist/; without dependencies, so that the image's torch stays as it is.
 COPY dist/dipkernels-*-py3-none-manylinux_2_28_*.whl /opt/dipkernels/
-COPY scripts/smoke.py /opt/dipkernels/
+COPY tools/release/smoke.py /opt/dipkernels/
 RUN python -m pip install --no-cache-dir --no-index --no-deps /opt/dipkernels/*.whl \
  && python /opt/dipkernels/smoke.py --expect cuda
 

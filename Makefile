@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 IN_PLACE = GLIBC_TUNABLES=$$(cd benchmarks && ../$(PY) -c 'import machine; print(machine.IN_PLACE)')
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: setup test test-all test-tools compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
+.PHONY: setup test test-all test-tools nvcc compat demo bench overhead cost studies gpu-check lint format clean sanitize battery mutants ptx-mutants \
 	soak long-tests \
 	wheel wheel-cpu wheel-pure wheel-aarch64 wheel-check sdist setup-build setup-locked lock docs typecheck lint-release
 
@@ -34,7 +34,11 @@ test-all: setup
 COMPAT_PYTHON ?= $(PYTHON)
 compat: setup
 	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
-	$(PY) scripts/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+	$(PY) tools/verify/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+
+# nvcc into .venv, 270 MB, where there is no CUDA toolkit: without one the tests of the CUDA kernels' compiled code are skipped.
+nvcc: | $(VENV)/.deps
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nvcc.txt
 
 # Other people's tools, installed on top of the pinned torch.
 $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
@@ -75,19 +79,19 @@ studies: setup
 
 # The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
 wheel: | $(VENV)/.deps
-	$(PY) scripts/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
+	$(PY) tools/release/wheel.py $(if $(TOOLKIT),--toolkit $(TOOLKIT))
 
 wheel-cpu: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cuda 0
+	$(PY) tools/release/wheel.py --cuda 0
 
 wheel-pure: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cpu 0 --cuda 0
+	$(PY) tools/release/wheel.py --cpu 0 --cuda 0
 
 wheel-aarch64: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --cuda 0 --machine aarch64
+	$(PY) tools/release/wheel.py --cuda 0 --machine aarch64
 
 sdist: | $(VENV)/.deps
-	$(PY) scripts/wheel.py --sdist-only
+	$(PY) tools/release/wheel.py --sdist-only
 
 # The wheel alone, without dependencies, in an environment that has torch and numpy only, run outside the source tree.
 WHEEL ?= $(lastword $(wildcard dist/dipkernels-*-manylinux*_$(shell uname -m).whl))
@@ -98,7 +102,7 @@ wheel-check:
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 numpy
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL)
-	cp scripts/smoke.py build/clean/smoke.py
+	cp tools/release/smoke.py build/clean/smoke.py
 	root=$$PWD && cd / && "$$root/build/clean/bin/python" "$$root/build/clean/smoke.py" --expect $(EXPECT) --import-ms 60
 
 # What building the wheel needs, and no more.
@@ -116,7 +120,7 @@ setup-locked:
 	touch $(VENV)/.deps
 
 lock: | $(VENV)/.deps
-	$(PY) scripts/lock.py
+	$(PY) tools/release/lock.py
 
 docs: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
@@ -130,22 +134,22 @@ C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # What docs/reliability.md reports; each takes a --record that writes its figures there.
 sanitize: setup
-	$(PY) scripts/sanitize.py
+	$(PY) tools/verify/sanitize.py
 
 battery: setup
-	$(PY) scripts/battery.py
+	$(PY) tools/verify/battery.py
 
 mutants: setup
-	$(PY) scripts/mutants.py
+	$(PY) tools/verify/mutants.py
 
 ptx-mutants: setup
-	$(PY) scripts/ptx_mutants.py
+	$(PY) tools/verify/ptx_mutants.py
 
 long-tests: setup
-	OMP_NUM_THREADS=1 $(PY) scripts/long_tests.py
+	OMP_NUM_THREADS=1 $(PY) tools/verify/long_tests.py
 
 soak: setup
-	OMP_NUM_THREADS=1 $(PY) scripts/soak.py
+	OMP_NUM_THREADS=1 $(PY) tools/verify/soak.py
 
 lint: setup
 	$(PY) -m ruff check .

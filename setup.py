@@ -2,7 +2,7 @@
 
 torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and the result has no Python symbols,
 so that one wheel serves every Python and every torch >= 2.10. Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA,
-DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (scripts/wheel.py).
+DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/wheel.py).
 """
 
 import os

@@ -20,7 +20,6 @@ from dipkernels import functional
 from dipkernels.ops.activations import ACTIVATIONS
 
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
-MEANS = (("relu", "auto"), ("gelu", "auto"), ("gelu_tanh", "auto"), ("silu", "auto"), ("tanh", "auto"), ("gelu", "u"))
 
 
 def seconds(run, dy) -> tuple[float, float]:
@@ -78,9 +77,8 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
                 assert (analytic() - plain()).abs().max() < 0.1
             analytic_rows.append([name, activation, *compare(analytic, plain, dy, rounds)])
             print(*analytic_rows[-1], flush=True)
-        for activation, keep in () if skip == "mean" else MEANS:
-            act = ACTIVATIONS[activation]
-            how = {"activation": activation, "estimator": "mean", "num_samples": S, "keep": keep}
+        for activation, act in () if skip == "mean" else ACTIVATIONS.items():
+            how = {"activation": activation, "estimator": "mean", "num_samples": S}
             mean = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
             one = lambda: act(functional.dip_linear(*tensors, SEED, keep="u"))  # noqa: B023, E731
             loop = lambda: eager(act)  # noqa: B023, E731
@@ -88,7 +86,7 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
                 assert (mean() - loop()).abs().mean() < 0.1
             kept = [saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
             peaks = [peak(run, dy, tensors) for run in (mean, one, loop)]
-            row = [name, activation, keep, *compare(loop, mean, dy, rounds)]
+            row = [name, activation, *compare(loop, mean, dy, rounds)]
             mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
     return analytic_rows, mean_rows
@@ -124,7 +122,6 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
                 [
                     "",
                     "activation",
-                    "keep",
                     "forward",
                     "forward + backward",
                     "bytes",

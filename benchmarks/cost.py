@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -358,7 +357,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--quick", action="store_true", help="one seed, four steps: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="where to write (benchmarks/results/cost-cpu-<date>.json)")
+    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/cost-cpu-<date>.json)")
     parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
     parser.add_argument("--docs", action="store_true", help="write the tables and the plot of docs/cost.md")
     args = parser.parse_args(arguments)
@@ -369,7 +368,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.source is not None and not args.source.is_file():
         parser.error(f"--from: expected a stored run, found no file {args.source}")
     if args.source:
-        record = json.loads(args.source.read_text())
+        record = report.load(args.source, "cost")
     else:
         torch.set_num_threads(args.threads)
         start = time.perf_counter()
@@ -383,7 +382,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if not args.source:
         path = report.store("cost", record, args.out)
         plot(record, path.with_suffix(".png"))
-        print(f"\nwrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")
+        print(f"\nwrote {path} and {path.with_suffix('.png').name} beside it")
     if args.docs:
         docs = machine.ROOT / "docs"
         report.fill(docs / "cost.md", "cost", text(record))

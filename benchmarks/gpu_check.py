@@ -57,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--dry-run", action="store_true", help="rehearse on the CPU with small shapes: measures nothing")
-    add("--out", type=Path, metavar="DIR", help="folder of the results: benchmarks/results, and out for a rehearsal")
+    add("--out", type=Path, metavar="DIR", help="folder of the results: out/benchmarks, and out for a rehearsal")
     add("--only", type=names, default=list(NAMES), metavar="A,B", help="run these sections alone")
     add("--skip", type=names, default=[], metavar="A,B", help="leave these sections out")
     add("--within", type=float, default=WITHIN_S, metavar="S", help="seconds for all sections together (%(default)s)")
@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def folder(options: argparse.Namespace) -> Path:
-    default = "out" if options.dry_run else "benchmarks/results"
+    default = "out" if options.dry_run else "out/benchmarks"
     return (options.out or driver.ROOT / default).resolve()
 
 

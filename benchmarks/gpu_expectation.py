@@ -28,15 +28,15 @@ GPUS = {"H100": Gpu(3.0e12, 798e12), "H200": Gpu(4.3e12, 780e12)}
 TILE_N = 128  # columns of a tile of the fused linear: triton_kernels/blocks.py, sm_90
 # Issue slots per element of the inner loop on sm_90, bfloat16, by pass and kernel: P, Q, and both in one pass.
 SLOTS = {
-    ("P", "CUDA fast"): 19.0, ("P", "CUDA exact"): 31.4, ("P", "Triton"): 32.7,
-    ("Q", "CUDA fast"): 18.0, ("Q", "CUDA exact"): 30.7, ("Q", "Triton"): 31.8,
-    ("PQ", "CUDA fast"): 21.6, ("PQ", "CUDA exact"): 34.1, ("PQ", "Triton"): 36.9,
+    ("P", "CUDA"): 31.4, ("P", "Triton"): 32.7,
+    ("Q", "CUDA"): 30.7, ("Q", "Triton"): 31.8,
+    ("PQ", "CUDA"): 34.1, ("PQ", "Triton"): 36.9,
 }  # fmt: skip
 # The same of Triton's expectation of an activation, forward and backward.
 EXPECTATION_SLOTS = {
     "relu": (20.0, 27.2), "gelu": (21.2, 30.6), "gelu_tanh": (26.0, 46.0), "silu": (29.4, 44.0), "tanh": (30.6, 34.6),
 }  # fmt: skip
-KERNELS = ("CUDA fast", "CUDA exact", "Triton")
+KERNELS = ("CUDA", "Triton")
 TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and written
 NAMES = {"P": "P, u = x + sigma z", "Q": "Q, dsigma", "PQ": "P and Q in one pass"}
 
@@ -47,9 +47,9 @@ def noise_pass(gpu: Gpu, form: str, kernel: str) -> float:
 
 
 def pass_seconds(name: str, form: str, kind: str, elements: int) -> float | None:
-    """Of P, Q or both in bfloat16 by "cuda-fast", ..., on the GPU of this name; None where nothing is expected of it."""
+    """Of P, Q or both in bfloat16 by backend `kind` on the GPU of this name; None where nothing is expected of it."""
     gpu = next((gpu for short, gpu in GPUS.items() if short in name), None)
-    kernel = {"cuda-fast": "CUDA fast", "cuda-exact": "CUDA exact", "triton": "Triton"}.get(kind)
+    kernel = {"cuda": "CUDA", "triton": "Triton"}.get(kind)
     return elements * noise_pass(gpu, form, kernel) if gpu and kernel else None
 
 
@@ -91,7 +91,7 @@ def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, fl
     """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with randn_like."""
     draws = -(-n // TILE_N) * SLOTS["P", "Triton"]
     of_output = n / k / gpu.bytes  # a byte per element of the output
-    blocks = noise_pass(gpu, "P", "CUDA fast") + product(gpu, n) + (4 + 10) * of_output  # act; the sum in float32
+    blocks = noise_pass(gpu, "P", "CUDA") + product(gpu, n) + (4 + 10) * of_output  # act; the sum in float32
     calls = 12 / gpu.bytes + product(gpu, n) + (4 + 6) * of_output  # randn, *, +; act; the sum
     return product(gpu, n, draws), blocks, calls
 
@@ -135,12 +135,12 @@ def layers_table() -> str:
 
 
 def crossover_table() -> str:
-    heads = [f"{what}, over {kernel}" for kernel in ("CUDA fast", "Triton") for what in ("forward", "step")]
+    heads = [f"{what}, over {kernel}" for kernel in KERNELS for what in ("forward", "step")]
     rows = []
     for name, gpu in GPUS.items():
         for n, tile_n in ((64, TILE_N), (128, TILE_N), (256, TILE_N), (512, TILE_N), (256, 256)):
             ours = fused(gpu, n, tile_n)
-            both = [two_steps(gpu, n, kernel) for kernel in ("CUDA fast", "Triton")]
+            both = [two_steps(gpu, n, kernel) for kernel in KERNELS]
             over = [f"{a / b:.2f}" for theirs in both for a, b in zip(ours, theirs, strict=True)]
             rows.append([name, str(n), str(tile_n), *over])
     return table(["GPU", "N", "columns of a tile", *heads], rows)
@@ -181,19 +181,16 @@ measures is `make gpu-check`.
 
 Issue slots per element: every instruction but NOP of the inner loop over its elements, sm_90, bfloat16, counted by
 tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two slots more or less. No kernel
-spills. Triton has the exact tier alone.
+spills. Both draw the same bits.
 
 {counted}
 
 Both GPUs issue {MULTIPROCESSORS} x 4 warp instructions a cycle; at {CLOCK / 1e9} GHz one slot per element of an 8192 x 8192 matrix is
 {1e6 * SIZE / h100.issues:.2f} us. Copy bandwidth is taken as {h100.bytes / 1e12} TB/s (H100) and {h200.bytes / 1e12} TB/s (H200). The
-larger of the two bounds is expected, for 8192 x 8192 in bfloat16. On an H100 memory bounds P in every tier; on an H200 the exact tier
-is bound by issue:
+larger of the two bounds is expected, for 8192 x 8192 in bfloat16. Memory bounds P on an H100 and P with Q on
+both; Q, which reads half as much, and P on an H200 are bound by issue:
 
 {passes_table()}
-
-The fast tier's special functions (2 per element, at an eighth of the issue rate) alone take the time of 16 slots, below its 19:
-another one would bind.
 
 ## The layer
 
@@ -228,9 +225,9 @@ in the forward and in the weight's product. Time of the fused form over P, produ
 
 {crossover_table()}
 
-Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward, and in a step against
-Triton's own P and Q; against the CUDA kernels' fast tier a step gains on an H100 and loses on an H200. Two tiles pay nowhere, but
-would as one tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two kernels that it saves.
+Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward and in a step; two tiles
+pay nowhere, but would as one tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two
+kernels that it saves.
 `make gpu-check` times both forms on both sides of these bounds.
 
 ## Real samples behind an activation

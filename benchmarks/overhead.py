@@ -5,7 +5,8 @@ is the median of the ratios within a round, its spread their quartiles. About th
 
     --quick                     tiny shapes: does it run?
     --shapes 4096x1024x1024     other layers, M x K x N; --dtypes float32 bfloat16
-    --against results.json      what moved beyond the spread since that run
+    --against run.json          what moved beyond the spread since that run
+    --from record.json          the tables of a stored run, or of a record of summary.py
     --docs                      write the tables and plots of docs/measured.md and README.md
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
+from dipkernels.ops.draw import Draw
+from dipkernels.ops.perturb import perturb_bwd
 
 SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64)]
 CUDA_SHAPES = [(8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024), (65536, 64, 64)]
@@ -147,7 +149,7 @@ def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
     calls = {
         "dip": lambda: dip.functional.perturb(x, sigma, seed),
-        "dip, gradient of sigma": lambda: dip.functional._NoiseSum.apply(x, sigma, seed, (-1, 0, 0, 0, 1, 1.0, False)),
+        "dip, gradient of sigma": lambda: perturb_bwd(x, sigma, seed, Draw()),
         "copy": x.clone,
         "randn_like alone": lambda: torch.randn_like(x),
         "eager": eager,
@@ -461,7 +463,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing for each of a case's parts (5)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="where to write (benchmarks/results/overhead-<device>-<date>.json)")
+    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/overhead-<device>-<date>.json)")
     parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
     parser.add_argument("--against", type=Path, help="a stored run to compare with")
     parser.add_argument(
@@ -476,14 +478,14 @@ def main(arguments: list[str] | None = None) -> dict:
         if path is not None and not path.is_file():
             parser.error(f"expected a stored run, found no file {path}")
     peers.compile_backend = "eager" if args.quick else "inductor"
-    earlier = json.loads(args.against.read_text()) if args.against else None
+    earlier = report.load(args.against, "overhead") if args.against else None
 
-    record = json.loads(args.source.read_text()) if args.source else measure(args)
+    record = report.load(args.source, "overhead") if args.source else measure(args)
     print(text(record))
     if not args.source:
         path = report.store("overhead", record, args.out)
         plot(record, path.with_suffix(".png"))
-        print(f"\nwrote {path.name} and {path.with_suffix('.png').name} in {path.parent.name}/")
+        print(f"\nwrote {path} and {path.with_suffix('.png').name} beside it")
     if args.docs:
         docs = machine.ROOT / "docs"
         report.fill(docs / "measured.md", f"overhead-{record['machine']['device']}", text(record))

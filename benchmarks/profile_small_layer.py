@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dipkernels as dip
-from dipkernels import functional
+from dipkernels import worlds
 from dipkernels.noise import seeds
 from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
@@ -70,10 +70,9 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         if not layer.noisy():
             return plain_x
         layer._log_variance()
-        seeds.first_row(plain_x)
-        torch.compiler.is_compiling()
-        functional.autocast_dtype(plain_x)
-        functional._where(sigma, -1, 0, 0, 0, 1, True, True)
+        layer.draw(plain_x)
+        worlds.tracing()
+        worlds.autocast_dtype(plain_x)
         return plain_x
 
     leaves = [x, layer.log_variance]

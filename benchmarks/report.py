@@ -1,4 +1,4 @@
-"""Writing what was measured: tables, the marked places in documents, result files, comparison with an earlier run."""
+"""Writing what was measured: tables, the marked places in documents, runs and records, comparison with an earlier run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from machine import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
+RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
+RECORDS = ROOT / "benchmarks" / "results"  # what summary.py makes of them, one file a release and kind of machine
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -39,14 +40,43 @@ def has_place(path: Path, name: str) -> bool:
     return path.exists() and f"<!-- {name}:begin -->" in path.read_text()
 
 
-def store(kind: str, record: dict, path: Path | None) -> Path:
-    """As JSON in benchmarks/results/<kind>-<device>-<date and time>.json, or at path."""
+def store(program: str, run: dict, path: Path | None) -> Path:
+    """As JSON in out/benchmarks/<program>-<device>-<date and time>.json, or at path."""
     if path is None:
         now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-        path = RESULTS / f"{kind}-{record['machine']['device']}-{now}.json"
+        path = RUNS / f"{program}-{run['machine']['device']}-{now}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(run, indent=1) + "\n")
     return path
+
+
+def load(path: Path, program: str) -> dict:
+    """A stored run of a program, alone or as a record of summary.py holds it.
+
+    Raises:
+        ValueError: the file is a record without a run of this program.
+    """
+    found = json.loads(path.read_text())
+    if "release" not in found:
+        return found
+    if program not in found:
+        raise ValueError(f"{path.name}: expected a run of {program}, found {', '.join(found)}")
+    return found[program]
+
+
+def compact(value: object, indent: int = 0) -> str:
+    """JSON with a row a line: what holds no row itself stands on one."""
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    inner = [item for item in items if isinstance(item, (dict, list))]
+    if all(isinstance(part, (int, float, str, type(None))) for item in inner for part in item) and not (
+        any(isinstance(item, dict) for item in inner) or len(inner) > 3
+    ):
+        return json.dumps(value)
+    pad, end = " " * (indent + 1), "\n" + " " * indent
+    if isinstance(value, dict):
+        parts = [f"{pad}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(parts) + end + "}"
+    return "[\n" + ",\n".join(pad + compact(item, indent + 1) for item in value) + end + "]"
 
 
 KEYS = ("section", "device", "dtype", "shape", "what", "variant")

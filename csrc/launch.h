@@ -39,9 +39,8 @@ using ParallelFor = void (*)(int64_t total, int64_t grain, void (*f)(int64_t, in
 // u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
 const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 
-// How the CUDA kernels do it. Of u, the tier alone changes bits.
+// How the CUDA kernels do it. No form changes a bit of u.
 struct CudaForm {
-  bool exact;            // the tier of the noise
   bool writes_from_end;  // a pass without a sum takes its rows from the last to the first
   bool sums_from_end;    // a pass with a sum does
   bool one_launch;       // the last block to arrive adds the sum's partials up, instead of a second launch

@@ -1,4 +1,4 @@
-// z from words: the values of the noise contract, exact tier.  docs/maths.md, section 3.
+// z from words: the values of the noise contract.  docs/maths.md, section 3.
 // Any edit here changes users' random numbers. Every a * b + c is an explicit fma: compilers contract silently.
 #pragma once
 #include <cmath>

@@ -2,8 +2,6 @@
 #include "torch.h"
 
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <tuple>
 
 #ifdef DIP_CUDA_ARCHS
@@ -22,17 +20,6 @@ void launch_cpu(const Tensor&, const PerturbArgs& a) { check_done(perturb_cpu(a,
 #endif
 
 #ifdef DIP_CUDA_ARCHS
-// 0 fast, 1 exact, -1: DIPKERNELS_CUDA_TIER is neither. A draw depends on the tier in its last bits, so that a call's forward and
-// backward agree as long as nobody changes it between them.
-std::atomic<int>& cuda_tier() {
-  static std::atomic<int> tier{[] {
-    const char* wanted = std::getenv("DIPKERNELS_CUDA_TIER");
-    if (!wanted || !*wanted || !std::strcmp(wanted, "fast")) return 0;
-    return std::strcmp(wanted, "exact") ? -1 : 1;
-  }()};
-  return tier;
-}
-
 // Bits of CudaForm that `make gpu-check` times: 1 writes_from_end, 2 sums_from_end, 4 one_launch. The first changes no bit and
 // costs no instruction; the others wait to be measured.
 constexpr int kDefaultForms = 1;
@@ -53,10 +40,8 @@ FindStream find_stream() {
 
 void launch_cuda(const Tensor& x, const PerturbArgs& a) {
   static const FindStream current_stream = find_stream();
-  const int tier = cuda_tier().load(std::memory_order_relaxed);
-  STD_TORCH_CHECK(tier >= 0, "DIPKERNELS_CUDA_TIER: expected fast or exact");
   const int forms = cuda_forms().load(std::memory_order_relaxed);
-  const CudaForm form{tier == 1, (forms & 1) != 0, (forms & 2) != 0, (forms & 4) != 0};
+  const CudaForm form{(forms & 1) != 0, (forms & 2) != 0, (forms & 4) != 0};
   const int32_t device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
@@ -174,9 +159,6 @@ DIP_EXPORT int dip_cpu_capability() { return dip::cpu_capability(); }
 DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capability(capability); }
 #endif
 #ifdef DIP_CUDA_ARCHS
-// The tier of every later call of the process: 0 fast, 1 exact. Change it between steps, not between a forward and its backward.
-DIP_EXPORT void dip_set_cuda_exact(int exact) { dip::cuda_tier().store(exact != 0, std::memory_order_relaxed); }
-DIP_EXPORT int dip_cuda_exact() { return dip::cuda_tier().load(std::memory_order_relaxed); }
 // How every later call of the process does it, see cuda_forms: dsigma may differ in its last bits, u does not.
 DIP_EXPORT void dip_set_cuda_forms(int forms) { dip::cuda_forms().store(forms, std::memory_order_relaxed); }
 DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }

@@ -13,8 +13,8 @@ import torch
 
 from . import backends
 
-# What the library's and Triton's own code reads, at the first call on a GPU; backends reads the others.
-_VALUES = {"DIPKERNELS_CUDA_TIER": ("fast", "exact"), "DIPKERNELS_AUTOTUNE": ("0", "1")}
+# What Triton's own code reads, at the first call on a GPU; backends reads the others.
+_VALUES = {"DIPKERNELS_AUTOTUNE": ("0", "1")}
 _VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -113,7 +113,7 @@ def env_report() -> EnvReport:
         if device == "cuda":
             _or_error(backends.check_cuda)
         report[f"kernels on {device}"] = kernels = _kernels("perturb", device)
-        for op in ("linear", "activation"):  # where they run elsewhere
+        for op in ("linear", "expectation"):  # where they run elsewhere
             if (others := _kernels(op, device)) != kernels:
                 report[f"{op} on {device}"] = others
     if torch.cuda.is_available():

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from results_page import environment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -385,6 +384,6 @@ def _difference(own: object, other: object, where: str = "", moves: bool = False
 def write_results(worker: Worker, args: argparse.Namespace, results: dict) -> None:
     if worker.is_first:
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        content = {"environment": environment(), "workers": worker.size, "flags": flags} | results
-        (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = {"environment": dip.env_report(), "workers": worker.size, "flags": flags} | results
+        (args.out / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         print(json.dumps(results, indent=1))

@@ -17,7 +17,7 @@ from seeding import SEED, seeded  # noqa: F401
 from dipkernels.backends import CAPABILITIES, cpu_capability
 
 # The longest: with several workers nothing is to wait for them at the end.
-FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_cuda_emulated.py")
+FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_ptx_cuda.py")
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
 
 

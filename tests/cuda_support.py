@@ -30,10 +30,12 @@ _spec.loader.exec_module(gpu_expectation)
 
 @functools.cache
 def find_tool(name: str) -> str | None:
-    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside the triton package."""
+    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside NVIDIA's packages (make nvcc) or the triton package."""
     if found := shutil.which(name):
         return found
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    if nvidia := importlib.util.find_spec("nvidia"):
+        folders += [Path(folder) / "cu13" / "bin" for folder in nvidia.submodule_search_locations]
     if triton := importlib.util.find_spec("triton"):
         folders.append(Path(triton.submodule_search_locations[0]) / "backends" / "nvidia" / "bin")
     return next((str(folder / name) for folder in folders if (folder / name).exists()), None)

@@ -17,7 +17,15 @@ std::map<const void*, std::string>& kernels() {
   return known;
 }
 Launch on_launch = nullptr;
-int multiprocessors = 3, next_error = 0;
+// For a program that brings its own memory: malloc, free, copy and set, of device memory by its address.
+struct Memory {
+  uint64_t (*allocate)(size_t bytes);
+  void (*release)(uint64_t address);
+  void (*copy)(uint64_t device, void* host, size_t bytes, int to_device);
+  void (*fill)(uint64_t device, int byte, size_t bytes);
+};
+Memory memory = {};
+int multiprocessors = 3, next_error = 0, is_capturing = 0;
 
 int launch(const void* function, Size grid, Size block, void** arguments, size_t shared) {
   const auto found = kernels().find(function);
@@ -71,29 +79,45 @@ int cudaFuncGetAttributes(void*, const void*) { return next_error; }
 const char* cudaGetErrorName(int) { return "cudaErrorStub"; }
 const char* cudaGetErrorString(int) { return "a launch was refused"; }
 int cudaStreamIsCapturing(void*, int* status) {
-  *status = 0;
+  *status = is_capturing;
   return 0;
 }
-int cudaStreamGetId(void*, unsigned long long* id) {
-  *id = 1;
+int cudaStreamGetId(void* stream, unsigned long long* id) {
+  *id = reinterpret_cast<uintptr_t>(stream);
   return 0;
 }
+int cudaMalloc(void** address, size_t bytes) {
+  *address = reinterpret_cast<void*>(memory.allocate(bytes));
+  return 0;
+}
+int cudaFree(void* address) {
+  if (address) memory.release(reinterpret_cast<uint64_t>(address));
+  return 0;
+}
+int cudaMemset(void* address, int byte, size_t bytes) {
+  if (bytes) memory.fill(reinterpret_cast<uint64_t>(address), byte, bytes);
+  return 0;
+}
+int cudaMemcpy(void* to, const void* from, size_t bytes, int kind) {  // cudaMemcpyHostToDevice is 1
+  void* host = kind == 1 ? const_cast<void*>(from) : to;
+  if (bytes) memory.copy(reinterpret_cast<uint64_t>(kind == 1 ? to : from), host, bytes, kind == 1);
+  return 0;
+}
+int cudaDeviceSynchronize() { return 0; }
 
 static dip::CudaForm form_of(int bits) {  // CudaForm's members, the first in the lowest bit
-  return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0};
+  return {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0};
 }
 
 // For Python.
 void stub_on_launch(Launch callback) { on_launch = callback; }
+void stub_on_memory(Memory callbacks) { memory = callbacks; }
+void stub_set(int count, int capturing) { multiprocessors = count, is_capturing = capturing; }
 // The launcher asks once for the number of multiprocessors and keeps the answer.
-const char* stub_perturb(const dip::PerturbArgs* a, int form, void* partials, int count) {
-  multiprocessors = count;
-  return dip::perturb_cuda(*a, form_of(form), partials, nullptr);
+const char* stub_perturb(const dip::PerturbArgs* a, int form, void* partials, void* stream) {
+  return dip::perturb_cuda(*a, form_of(form), partials, stream);
 }
-int64_t stub_scratch(const dip::PerturbArgs* a, int form, int count) {
-  multiprocessors = count;
-  return dip::perturb_cuda_scratch(*a, form_of(form));
-}
+int64_t stub_scratch(const dip::PerturbArgs* a, int form) { return dip::perturb_cuda_scratch(*a, form_of(form)); }
 // What cuda_problem says where the runtime answers with `error`
 const char* stub_problem(int error) {
   next_error = error;

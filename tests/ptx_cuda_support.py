@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import ptx
 import torch
-from cuda_support import FLAGS, ROOT, SOURCE, find_tool
+from ptx_cuda_host import LAUNCH
 
-HERE = Path(__file__).resolve().parent
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as in csrc/launch.h
 
 
@@ -42,24 +41,6 @@ class PerturbArgs(ctypes.Structure):
     )
 
 
-_POINTERS = (ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
-LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *_POINTERS, ctypes.c_size_t)
-
-
-def build(folder: Path, arch: int, source: Path = SOURCE) -> None:
-    """Compiles for one architecture; the PTX and a library without a CUDA runtime end up in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    nvcc, flags = find_tool("nvcc"), [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")]
-    flags = [f"-Xcompiler={flag}" if flag == "-fPIC" else flag for flag in flags]
-    target = f"-gencode=arch=compute_{arch},code=compute_{arch}"
-    run = lambda *command: subprocess.run([str(part) for part in command], check=True)  # noqa: E731
-    run(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", folder / "perturb.o")
-    include = f"-I{ROOT / 'csrc'}"
-    run("g++", "-std=c++17", "-O1", "-fPIC", "-c", include, HERE / "ptx_cuda_runtime.cpp", "-o", folder / "stub.o")
-    library = folder / "perturb.so"
-    run("g++", "-shared", folder / "perturb.o", folder / "stub.o", "-o", library, "-Wl,-z,defs")
-
-
 def span(t: torch.Tensor) -> torch.Tensor:
     """The memory that t covers, gaps included, as one dimension"""
     if not t.numel():
@@ -67,8 +48,9 @@ def span(t: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n),), (1,))
 
 
-# csrc/launch.h's CudaForm by its bits: exact, writes_from_end, sums_from_end, one_launch.
-FORMS = {"fast": 0b0010, "exact": 0b0011, "exact, from the start": 0b0001, "exact, one launch from the end": 0b1111}
+# csrc/launch.h's CudaForm by its bits: writes_from_end, sums_from_end, one_launch.
+FORMS = {"default": 0b001, "from the start": 0b000, "from the end": 0b011, "one launch": 0b101,
+         "one launch from the end": 0b111}  # fmt: skip
 
 
 class Library:
@@ -77,32 +59,43 @@ class Library:
     Attributes:
         options: Of ptx.Kernel.run.
         launches: (kernel, grid, block) of each launch.
+        queue: None, or where launches wait: (stream, grid, run), with run(blocks) to run some of its blocks.
+        refuse: Of a kernel's name, the error that cudaLaunchKernel returns; 0: the kernel runs.
+        host: Which copy of the host code runs; each has tickets of its own.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.module = ptx.Module((folder / "perturb.ptx").read_text())
-        self.libraries: dict[int, ctypes.CDLL] = {}
+        self.libraries: dict[tuple[int, int], ctypes.CDLL] = {}
         self.options: dict = {}
         self.launches: list[tuple[str, tuple, tuple]] = []
+        self.queue: list[tuple[int, tuple, Callable]] | None = None
+        self.refuse: Callable[[str], int] = lambda name: 0
+        self.host = 0
 
     def load(self, multiprocessors: int) -> ctypes.CDLL:
         """The launcher asks once for the number of multiprocessors, so each number gets a copy of the library."""
-        if multiprocessors not in self.libraries:
-            path = self.folder / f"perturb_{multiprocessors}_{os.getpid()}.so"
+        key = (multiprocessors, self.host)
+        if key not in self.libraries:
+            path = self.folder / f"perturb_{multiprocessors}_{self.host}_{os.getpid()}.so"
             shutil.copyfile(self.folder / "perturb.so", path)
             library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
             library.stub_perturb.restype = library.stub_problem.restype = ctypes.c_char_p
-            arguments = [ctypes.POINTER(PerturbArgs), ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+            arguments = [ctypes.POINTER(PerturbArgs), ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
             library.stub_perturb.argtypes = arguments
             library.stub_scratch.restype = ctypes.c_int64
-            self.libraries[multiprocessors] = library
-        return self.libraries[multiprocessors]
+            self.libraries[key] = library
+        return self.libraries[key]
 
-    def call(self, arguments: PerturbArgs, form: str, memory: ptx.Memory, multiprocessors: int = 3) -> None:
+    def call(
+        self, arguments: PerturbArgs, form: str, memory: ptx.Memory, multiprocessors: int = 3, stream: int = 1,
+        capturing: bool = False,
+    ) -> None:  # fmt: skip
         """perturb_cuda(arguments) in one of FORMS; pointers are addresses of `memory`."""
         library, error = self.load(multiprocessors), []
-        scratch = library.stub_scratch(ctypes.byref(arguments), FORMS[form], multiprocessors)
+        library.stub_set(multiprocessors, capturing)
+        scratch = library.stub_scratch(ctypes.byref(arguments), FORMS[form])
         partials = memory.add(np.full(scratch, 0xFF, np.uint8))
 
         @LAUNCH
@@ -112,25 +105,35 @@ class Library:
                 sizes = [size for _, _, size in kernel.parameters]
                 assert len(sizes) == 1
                 data = ctypes.string_at(parameters[0], sizes[0])
-                self.launches.append((name.decode(), tuple(grid[:3]), tuple(block[:3])))
-                kernel.run(tuple(grid[:3]), tuple(block[:3]), data, memory, shared, **self.options)
+                grid, block = tuple(grid[:3]), tuple(block[:3])
+                self.launches.append((name.decode(), grid, block))
+                if code := self.refuse(name.decode()):
+                    return code
+
+                def run(blocks=None):
+                    only = {} if blocks is None else {"ctas": lambda grid: blocks}
+                    kernel.run(grid, block, data, memory, shared, **self.options | only)
+                    memory.copy_back()
+
+                if self.queue is None:
+                    run()
+                else:
+                    self.queue.append((stream, grid, run))
                 return 0
             except BaseException as e:  # no exception crosses C
                 error.append(e)
                 return 999
 
         library.stub_on_launch(launch)
-        message = library.stub_perturb(ctypes.byref(arguments), FORMS[form], partials, multiprocessors)
+        message = library.stub_perturb(ctypes.byref(arguments), FORMS[form], partials, stream)
         if error:
             raise error[0]
         if message:
             raise RuntimeError(message.decode())
-        if memory.arena is not None:
-            memory.copy_back()
 
     def perturb(
-        self, form, *, x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
-        log_variance=False, multiprocessors=3, misalign=(0, 0, 0),
+        self, *, form="default", x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
+        log_variance=False, multiprocessors=3, misalign=(0, 0, 0), stream=1, capturing=False,
     ):  # fmt: skip
         """(u, dsigma), each None where not asked for.
 
@@ -162,7 +165,7 @@ class Library:
         if du is not None:
             dsigma = torch.full_like(sigma.contiguous(), float("nan"))
             a.dsigma = memory.add(dsigma.numpy())
-        self.call(a, form, memory, multiprocessors)
+        self.call(a, form, memory, multiprocessors, stream, capturing)
         return None if u is None else _without_gaps(written, u), dsigma
 
 

@@ -78,7 +78,7 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
-    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 7)  # several blocks, the last one short
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", (7, 7))  # several blocks, the last one short
     x, weight, b, sigma, dy = (t.double() for t in inputs(23, 9, 5))
     how = (weight, b if bias else None, sigma, SEED, 2, 3, 1, 4, 0.5, True, "silu")
     linear = getattr(torch.ops, namespace).linear(x, *how, None)
@@ -92,7 +92,7 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
 def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
     tensors, options = inputs(41, 24, 12, dtype), {"activation": "tanh", "estimator": "mean", "num_samples": 10}
     whole = run(*tensors, **options)
-    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 32)  # so many that the weight is packed for all
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", (32, 32))  # several samples in a product
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for got, want in zip(run(*tensors, **options), whole, strict=True):
         assert (got.double() - want.double()).norm() <= 8 * EPS[dtype] * want.double().norm()
@@ -109,8 +109,7 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 
     compiled = list(results())
     monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
-    monkeypatch.setattr(row_blocks, "_CPU_GROUP", 1)  # a sample after another, as on a GPU
-    monkeypatch.setattr(row_blocks, "_CPU_ROWS", 40)
+    monkeypatch.setattr(row_blocks, "_CPU_ROWS", (40, 40))  # a sample after another
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for name in ("act_add", "act_add_bwd", "draw_samples"):
         monkeypatch.setattr(torch.ops.dipkernels, name, None)
@@ -522,9 +521,9 @@ def test_analytic_prediction_refuses_bad_arguments():
 @pytest.mark.slow
 def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    averaging = importlib.import_module("averaging")
-    runs = averaging.main(["--quick", "--out", str(tmp_path)])
-    assert len(runs) == 2 * 2 * len(averaging.METHODS) and "| analytic |" in capsys.readouterr().out
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    study = importlib.import_module("where_to_average")
+    runs = study.main(["--quick", "--out", str(tmp_path)])
+    assert len(runs) == 2 * 2 * len(study.METHODS) and "| analytic |" in capsys.readouterr().out
     assert (tmp_path / "averaging.png").read_bytes().startswith(b"\x89PNG")
     assert {"results.json", "table.md"} <= {path.name for path in tmp_path.iterdir()}

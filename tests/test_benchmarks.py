@@ -23,6 +23,7 @@ import overhead  # noqa: E402
 import peers  # noqa: E402
 import profile_small_layer  # noqa: E402
 import report  # noqa: E402
+import summary  # noqa: E402
 import timing  # noqa: E402
 
 
@@ -267,6 +268,67 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
 
 
+@pytest.mark.parametrize("page, program", [("measured", "overhead"), ("cost", "cost")])
+def test_tables_of_a_page_are_those_of_the_record(page, program):
+    """Every figure between the marks comes from the release's record, which git keeps; the runs it does not."""
+    (path,) = (ROOT / "benchmarks" / "results").glob("amd-*.json")
+    run = report.load(path, program)
+    text = {"overhead": overhead, "cost": cost}[program].text(run)
+    assert text in (ROOT / "docs" / f"{page}.md").read_text()
+    if program == "overhead":
+        assert overhead.short_text(run) in (ROOT / "README.md").read_text()
+
+
+def test_records_are_small_and_whole(tmp_path, quick):
+    out, _ = quick
+    runs = []
+    for number in range(3):
+        run = json.loads(out.read_text()) | {"quick": False}
+        run["machine"] = run["machine"] | {"date": f"2026-01-0{number + 1}T00:00:00+00:00", "cpu": "AMD EPYC"}
+        for row in run["rows"]:
+            if "ratio" in row:
+                row["ratio"] *= number + 1
+        runs.append(tmp_path / f"{number}.json")
+        runs[-1].write_text(json.dumps(run))
+    only_linear = json.loads(runs[2].read_text())
+    only_linear["rows"] = [row for row in only_linear["rows"] if row["section"] == "linear"]
+    only_linear["machine"]["date"] = "2026-01-04"
+    (tmp_path / "part.json").write_text(json.dumps(only_linear))
+    path = summary.main([*map(str, runs), str(tmp_path / "part.json"), "--out", str(tmp_path / "record.json")])
+    found = json.loads(path.read_text())
+    assert (found["release"], found["kind"]) == (dip.__version__, "amd")
+    assert found["overhead"]["machine"]["date"].startswith("2026-01-03")  # the newest of the whole runs
+    ratios = found["overhead, run by run"]["ratios"]
+    first, second, third, part = next(ratios[key] for key in ratios if key.startswith("linear"))
+    assert second == pytest.approx(2 * first, rel=1e-2) and third == part
+    assert next(ratios[key] for key in ratios if key.startswith("small"))[3] is None
+    assert len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40  # a row a line
+    whole = json.loads(runs[2].read_text())
+    assert overhead.text(report.load(path, "overhead")) == overhead.text(whole)
+    assert overhead.text(report.load(runs[2], "overhead")) == overhead.text(whole)
+    with pytest.raises(ValueError, match=r"record\.json: expected a run of cost, found release"):
+        report.load(path, "cost")
+
+
+def test_records_refuse_what_means_nothing(quick):
+    _, record = quick
+    with pytest.raises(ValueError, match="expected full runs"):
+        summary.summarise([record], "1.0")
+    full = [
+        record | {"quick": False, "machine": record["machine"] | {"cpu": cpu}} for cpu in ("AMD EPYC", "Intel Xeon")
+    ]
+    with pytest.raises(ValueError, match="one kind of machine, got amd, intel"):
+        summary.summarise(full, "1.0")
+    with pytest.raises(ValueError, match="expected a processor of amd, intel, arm"):
+        summary.kind_of({"cpu": "abacus"})
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA A100-SXM4-80GB": "a100"}
+    assert {name: summary.kind_of({"gpu": name, "cpu": ""}) for name in names} == names
+    told = {"name": "P", "traceback": "long", "said": "much", "variants": {"copy": {"seconds": 1.23456789}}}
+    run = {"machine": {"gpu": "H100", "date": "1", "cpu": ""}, "sections": {"perturb": {"rows": [told]}}}
+    (row,) = summary.summarise([run], "1.0")["gpu_check"]["sections"]["perturb"]["rows"]
+    assert row == {"name": "P", "variants": {"copy": {"seconds": 1.23457}}}
+
+
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
     record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
@@ -287,8 +349,8 @@ def test_profile_of_a_small_layer_runs(capsys):
 def test_averaging_is_timed(capsys):
     analytic, mean = averaging.main(["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32"])
     assert [row[1] for row in analytic] == ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
-    # x, with relu's bits, or one or eight h of gelu's, over x and h
-    assert [float(row[5]) for row in (mean[0], mean[1], mean[-1])] == [0.63, 1.0, 4.5]
+    assert [row[1] for row in mean] == ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+    assert all(float(row[4]) == 0.5 for row in mean)  # kept for backward: x, over x and h
     with pytest.raises(SystemExit):
         averaging.main(["--rounds", "4", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err

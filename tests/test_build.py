@@ -82,7 +82,7 @@ def test_the_sdist_is_the_whole_source(tmp_path):
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("no git checkout here to compare with")
-    command = [sys.executable, "scripts/wheel.py", "--sdist-only", "--out", tmp_path]
+    command = [sys.executable, "tools/release/wheel.py", "--sdist-only", "--out", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}

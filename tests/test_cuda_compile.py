@@ -30,7 +30,7 @@ def find(kernels, *parts):
 
 @needs_disassembler
 def test_cuda_kernels_spill_nothing(kernels):
-    assert len(kernels) > 70
+    assert len(kernels) >= 40
     spilled = {k.name: k.stack for k in kernels if k.stack or re.search(r"\b(STL|LDL)\b", k.sass)}
     assert not spilled
 
@@ -38,19 +38,18 @@ def test_cuda_kernels_spill_nothing(kernels):
 # Two rows of eight columns a turn.
 @needs_disassembler
 @pytest.mark.parametrize("form, mode", [("P", "true, false"), ("Q", "false, true"), ("PQ", "true, true")])
-@pytest.mark.parametrize("tier", ["Fast", "Exact"])
-def test_cuda_rows_issue_slots(kernels, tier, form, mode):
-    loop = find(kernels, "perturb_rows_kernel", NARROW, f"{tier}Tier, {mode}").loop
+def test_cuda_rows_issue_slots(kernels, form, mode):
+    loop = find(kernels, "perturb_rows_kernel", NARROW, f"8>, {mode}").loop
     slots = sum(loop.values()) / 16
-    print(f"{form} {tier}: {slots:.1f} issue slots per element")
+    print(f"{form}: {slots:.1f} issue slots per element")
     # More would be slower than docs/measured_gpu_expectation.md says; many fewer mean that the wrong loop was read.
-    assert abs(slots - cuda_support.gpu_expectation.SLOTS[form, f"CUDA {tier.lower()}"]) <= 2
+    assert abs(slots - cuda_support.gpu_expectation.SLOTS[form, "CUDA"]) <= 2
     assert loop["IMAD.WIDE.U32"] in range(36, 44)
 
 
 @needs_disassembler
 def test_cuda_rows_move_sixteen_bytes(kernels):
-    loop = find(kernels, "perturb_rows_kernel", NARROW, "FastTier, true, false").loop
+    loop = find(kernels, "perturb_rows_kernel", NARROW, "8>, true, false").loop
     assert (
         sum(n for op, n in loop.items() if op.startswith("LDG"))
         == sum(n for op, n in loop.items() if op.startswith("LDG.E.128"))
@@ -64,13 +63,10 @@ def test_cuda_rows_move_sixteen_bytes(kernels):
 
 
 @needs_disassembler
-def test_cuda_fast_tier_uses_the_special_functions(kernels):
-    loop = find(kernels, "perturb_rows_kernel", NARROW, "FastTier, true, false").loop
-    assert {op: n for op, n in loop.items() if op.startswith("MUFU")} == {
-        "MUFU.LG2": 8, "MUFU.SQRT": 8, "MUFU.COS": 8, "MUFU.SIN": 8,
-    }  # fmt: skip
-    exact = find(kernels, "perturb_rows_kernel", NARROW, "ExactTier, true, false").loop
-    assert {op: n for op, n in exact.items() if op.startswith("MUFU")} == {"MUFU.RSQ": 8}
+def test_cuda_takes_one_special_function_for_two_elements(kernels):
+    """The reciprocal root, which is corrected; no approximate logarithm, sine or cosine is in the loop."""
+    loop = find(kernels, "perturb_rows_kernel", NARROW, "8>, true, false").loop
+    assert {op: n for op, n in loop.items() if op.startswith("MUFU")} == {"MUFU.RSQ": 8}
 
 
 def test_cuda_sources_have_no_torch_headers():

@@ -73,10 +73,10 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     monkeypatch.setattr(backends, "cpu_capability", lambda: "portable")
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     report = env_report()
-    assert report["kernels on cuda"].startswith("cuda (") and report["activation on cuda"].startswith(runs)
-    assert "activation on cpu" not in report
+    assert report["kernels on cuda"].startswith("cuda (") and report["expectation on cuda"].startswith(runs)
+    assert "expectation on cpu" not in report
     monkeypatch.setattr(backends, "_forced", "cuda")
-    assert "has no kernel of it; use 'triton'" in env_report()["activation on cuda"]
+    assert "has no kernel of it; use 'triton'" in env_report()["expectation on cuda"]
 
 
 @pytest.mark.parametrize("variable, value, says", [
@@ -85,7 +85,6 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
     ("DIPKERNELS_COMPILED_KEEP", "both", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u', got 'both'"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
-    ("DIPKERNELS_CUDA_TIER", "quick", "DIPKERNELS_CUDA_TIER: expected one of ('fast', 'exact'), got 'quick'"),
     ("DIPKERNELS_AUTOTUNE", "yes", "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'"),
     ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),
 ])  # fmt: skip

@@ -250,7 +250,7 @@ def test_mixtures_keep_their_bounds(activation):
 )
 def test_mixtures_are_what_their_command_fits(activation, tier):
     spec = importlib.util.spec_from_file_location(
-        "fit_mixtures", Path(__file__).parents[1] / "scripts" / "fit_mixtures.py"
+        "fit_mixtures", Path(__file__).parents[1] / "studies" / "fit_mixtures.py"
     )
     fit_mixtures = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fit_mixtures)

@@ -120,7 +120,7 @@ dice = random.Random(int(sys.argv[1]))
 VALUES = [b"", b"auto", b"cpu", b"portable", b"avx2", b"reference", b"CPU", b" cpu", b"cpu ", b"triton", b"cuda", b"exact", b"0", b"1", b"-1",
           b"\\xff\\xfe", b"a" * 5000, b"%s%n", b"../../etc", "\\N{SNOWMAN}".encode(), b"None", b"auto\\n", b"portable,avx2"]
 VALUES += [bytes(dice.randint(1, 255) for _ in range(dice.choice([1, 3, 40, 4000]))) for _ in range(int(sys.argv[2]))]
-for name in ("DIPKERNELS_BACKEND", "DIPKERNELS_CPU_CAPABILITY", "DIPKERNELS_CUDA_TIER", "DIPKERNELS_AUTOTUNE"):
+for name in ("DIPKERNELS_BACKEND", "DIPKERNELS_CPU_CAPABILITY", "DIPKERNELS_AUTOTUNE"):
     for value in VALUES if name.endswith(("BACKEND", "CAPABILITY")) else VALUES[15:18]:  # the others are read on a GPU
         child = os.fork()
         if child == 0:

@@ -448,5 +448,5 @@ def test_the_page_of_expectations_is_what_its_command_writes():
     assert expectation.PAGE.read_text() == expectation.page()
     assert expectation.TILE_N == backends.FUSED_COLUMNS
     # Bound by memory on an H100, by nothing known on another GPU.
-    assert expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda-exact", 2**26) == 2**28 / 3.0e12
-    assert expectation.pass_seconds("NVIDIA A100", "P", "cuda-exact", 2**26) is None
+    assert expectation.pass_seconds("NVIDIA H100 80GB HBM3", "P", "cuda", 2**26) == 2**28 / 3.0e12
+    assert expectation.pass_seconds("NVIDIA A100", "P", "cuda", 2**26) is None

@@ -15,7 +15,7 @@ from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb_replay
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "tools" / "verify"))
 import sanitize  # noqa: E402
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])

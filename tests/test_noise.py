@@ -174,7 +174,7 @@ def test_noise_depends_on_every_part_of_its_seed():
 
 @pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
 def test_noise_keeps_its_bits_from_one_release_to_the_next():
-    """The contract allows 4e-6; the exact tier's own bits change on purpose only, and then these digits and the release notes do."""
+    """The contract allows 4e-6; the kernels' own bits change on purpose only, and then these digits and the release notes do."""
     with backend("cpu"):
         z = functional.noise((4096, 64), SEED, row0=2**32 - 7)
     assert hashlib.sha256(z.numpy().astype("<f4").tobytes()).hexdigest()[:16] == "ad737b5308ff64a4"

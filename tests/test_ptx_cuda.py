@@ -5,6 +5,7 @@ returns is as far off as the PTX manual allows.
 """
 
 import functools
+import random
 import shutil
 
 import numpy as np
@@ -12,7 +13,8 @@ import ptx
 import pytest
 import torch
 from cuda_support import find_tool
-from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs, build
+from ptx_cuda_host import build
+from ptx_cuda_support import DTYPES, Library, Operand, PerturbArgs
 from triton_support import load_reference
 
 from dipkernels import backends
@@ -24,7 +26,7 @@ missing = next((name for name in ("nvcc", "g++") if not (find_tool(name) or shut
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"needs {missing}")
 
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
-TIERS = ("fast", "exact")
+HAS_CPU = "portable" in backends.library().cpu_capabilities
 F32, F64, F16, BF16 = DTYPES
 # (architecture, which errors approximate instructions make: docs/reliability.md)
 CONFIGS = [
@@ -57,8 +59,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def run(library, tier, **kwargs):
-    return library.perturb(tier, seed=SEED, **kwargs)
+def run(library, **kwargs):
+    return library.perturb(seed=SEED, **kwargs)
 
 
 def where(kwargs, dim):
@@ -66,8 +68,9 @@ def where(kwargs, dim):
             kwargs.get("factor", 1.0), kwargs.get("log_variance", False))  # fmt: skip
 
 
-def check(library, tier, x=None, u=None, du=None, sigma=None, **kwargs):
-    got_u, got_dsigma = run(library, tier, x=x, u=u, du=du, sigma=sigma, **kwargs)
+def check(library, x=None, u=None, du=None, sigma=None, **kwargs):
+    """Against the float64 reference, and u against the CPU's kernels: to the bit."""
+    got_u, got_dsigma = run(library, x=x, u=u, du=du, sigma=sigma, **kwargs)
     spread = torch.exp(sigma.double() / 2) if kwargs.get("log_variance") else sigma.double()
     scale = 4e-6 * kwargs.get("factor", 1.0) * spread.max().item() if sigma.numel() else 0.0
     if u is not None:
@@ -75,6 +78,9 @@ def check(library, tier, x=None, u=None, du=None, sigma=None, **kwargs):
         eps = torch.finfo(u.dtype).eps if u.dtype is not torch.float64 else 0.0
         error = (got_u.double() - want).abs() - eps * want.abs() - 1e-7
         assert not got_u.isnan().any() and (error.numel() == 0 or error.max() <= scale), (got_u, want)
+        if HAS_CPU and not kwargs.get("log_variance"):  # the C library's exp rounds otherwise than CUDA's
+            with backends.backend("cpu"):
+                assert torch.equal(got_u, perturb(x, sigma, SEED, Draw(*where(kwargs, 1)), u.dtype))
     if du is not None:
         want = reference.perturb_bwd(du, sigma, SEED, *where(kwargs, 1))
         rows = du.numel() // max(du.shape[1], 1)
@@ -99,15 +105,14 @@ def take(mode, x, u, du):
     return {"x": x if write else None, "u": u if write else None, "du": du if total else None}
 
 
-@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "dtypes", [(F32,) * 3, (F16,) * 3, (BF16,) * 3, (F64,) * 3, (F32, BF16, BF16), (F32, F16, F16), (F64, F32, F16)]
 )
 @pytest.mark.parametrize("shape", [(19, 40), (3, 16, 12)], ids=["rows", "channels"])
-def test_compiled_cuda_matches_reference(library, tier, mode, dtypes, shape):
+def test_compiled_cuda_matches_reference(library, mode, dtypes, shape):
     x, u, du, sigma = tensors(*shape, dtypes=dtypes)
-    check(library, tier, **take(mode, x, u, du), sigma=sigma)
+    check(library, **take(mode, x, u, du), sigma=sigma)
 
 
 # one element; one past a group; a prime; more columns than a block has, and more rows than the grid; empty both ways
@@ -117,8 +122,8 @@ def test_compiled_cuda_matches_reference(library, tier, mode, dtypes, shape):
 )
 def test_compiled_cuda_odd_shapes(library, shape):
     x, u, du, sigma = tensors(*shape)
-    check(library, "fast", x, u, du, sigma)
-    check(library, "fast", x, u, None, sigma)
+    check(library, x, u, du, sigma)
+    check(library, x, u, None, sigma)
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (2, 16, 8)], ids=["rows", "channels"])
@@ -128,29 +133,29 @@ def test_compiled_cuda_odd_shapes(library, shape):
 )
 def test_compiled_cuda_windows(library, shape, window):
     x, u, du, sigma = tensors(*shape)
-    check(library, "exact", x, u, du, sigma, **window)
+    check(library, x, u, du, sigma, **window)
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (2, 16, 8)], ids=["rows", "channels"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_compiled_cuda_means_samples_and_scales(library, shape, dtype):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
-    check(library, "fast", x, u, du, sigma, num_samples=3, sample=2)
-    check(library, "fast", x, u, du, sigma.log(), log_variance=True, factor=0.5)
-    check(library, "fast", x, u, du, sigma.double(), factor=0.25)
+    check(library, x, u, du, sigma, num_samples=3, sample=2)
+    check(library, x, u, du, sigma.log(), log_variance=True, factor=0.5)
+    check(library, x, u, du, sigma.double(), factor=0.3)
 
 
 def test_compiled_cuda_strides(library):
     x, u, du, sigma = tensors(9, 32, dtypes=(BF16,) * 3)
     wide = torch.randn(9, 80).bfloat16()
-    check(library, "fast", wide[:, :32], u, wide[:, 40:72], sigma)  # aligned slices
-    check(library, "fast", wide[:, 3:35], u, wide[:, 8:40], sigma)  # x on no boundary
-    check(library, "fast", x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma)  # rows of u 8 bytes off a boundary
-    check(library, "fast", x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma)  # stride 0: the gradient of a sum
+    check(library, wide[:, :32], u, wide[:, 40:72], sigma)  # aligned slices
+    check(library, wide[:, 3:35], u, wide[:, 8:40], sigma)  # x on no boundary
+    check(library, x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma)  # rows of u 8 bytes off a boundary
+    check(library, x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma)  # stride 0: the gradient of a sum
     x, u, du, sigma = tensors(3, 16, 8)
     wide = torch.randn(3, 20, 24)
-    check(library, "fast", wide[:, 2:18, 8:16], u, wide[:, :16, 1:9], sigma)
-    check(library, "fast", x, u, torch.ones(1, 16, 1).expand(3, 16, 8).contiguous(), sigma)
+    check(library, wide[:, 2:18, 8:16], u, wide[:, :16, 1:9], sigma)
+    check(library, x, u, torch.ones(1, 16, 1).expand(3, 16, 8).contiguous(), sigma)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -158,8 +163,8 @@ def test_compiled_cuda_strides(library):
 @pytest.mark.parametrize("misalign", [(1, 0, 0), (0, 2, 0), (0, 0, 4)])
 def test_compiled_cuda_unaligned_pointers(library, dtype, shape, misalign):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
-    aligned = check(library, "exact", x, u, du, sigma)
-    shifted = check(library, "exact", x, u, du, sigma, misalign=misalign)
+    aligned = check(library, x, u, du, sigma)
+    shifted = check(library, x, u, du, sigma, misalign=misalign)
     assert torch.equal(aligned[0], shifted[0])
     torch.testing.assert_close(aligned[1], shifted[1])
 
@@ -167,91 +172,246 @@ def test_compiled_cuda_unaligned_pointers(library, dtype, shape, misalign):
 @pytest.mark.parametrize("shape", [(70, 264), (9, 24, 20)], ids=["rows", "channels"])
 def test_compiled_cuda_ignores_the_order_of_blocks(library, shape, monkeypatch):
     x, u, du, sigma = tensors(*shape)
-    want = run(library, "fast", x=x, u=u, du=du, sigma=sigma)
+    want = run(library, x=x, u=u, du=du, sigma=sigma)
     backwards = {"ctas": lambda grid: [(x, y, 0) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))]}
     for options in (backwards, {"threads": 1}, {**backwards, "threads": 512}):
         monkeypatch.setattr(library, "options", library.options | options)
-        got = run(library, "fast", x=x, u=u, du=du, sigma=sigma)
+        got = run(library, x=x, u=u, du=du, sigma=sigma)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("shape", [(70, 264), (9, 24, 20)], ids=["rows", "channels"])
 def test_compiled_cuda_noise_ignores_grid(library, shape):
     x, u, _, sigma = tensors(*shape)
-    one, many = (run(library, "fast", x=x, u=u, sigma=sigma, multiprocessors=n)[0] for n in (1, 132))
+    one, many = (run(library, x=x, u=u, sigma=sigma, multiprocessors=n)[0] for n in (1, 132))
     assert torch.equal(one, many)
 
 
 # Grids so small that a thread takes many rows, in pairs and alone, and runs of pixels that wrap to the next image.
-@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", [(501, 264), (500, 9), (230, 3, 20), (90, 3, 50)])
-def test_compiled_cuda_threads_stride_over_rows(library, tier, shape):
+def test_compiled_cuda_threads_stride_over_rows(library, shape):
     x, u, du, sigma = tensors(*shape)
     for mode in MODES:
-        check(library, tier, **take(mode, x, u, du), sigma=sigma, multiprocessors=1)
-
-
-# From either end and with either end of the sum; two calls, for the tickets that the last block gives back.
-@pytest.mark.parametrize("shape", [(501, 264), (230, 3, 20)])
-def test_compiled_cuda_forms_give_one_u_and_the_sum(library, shape):
-    x, u, du, sigma = tensors(*shape)
-    wanted = run(library, "exact", x=x, u=u, sigma=sigma)[0]
-    for form in ("exact, from the start", *2 * ("exact, one launch from the end",)):
-        assert torch.equal(run(library, form, x=x, u=u, sigma=sigma)[0], wanted)
-        for mode in ("Q", "PQ"):
-            check(library, form, **take(mode, x, u, du), sigma=sigma, multiprocessors=9)
+        check(library, **take(mode, x, u, du), sigma=sigma, multiprocessors=1)
 
 
 # More partial rows than the 32 that a block of the second stage reads at a time.
 @pytest.mark.parametrize("shape", [(300, 264), (80, 24, 130)], ids=["rows", "channels"])
 def test_compiled_cuda_sums_many_partial_rows(library, shape):
     _, _, du, sigma = tensors(*shape)
-    check(library, "fast", du=du, sigma=sigma, multiprocessors=132)
+    check(library, du=du, sigma=sigma, multiprocessors=132)
 
 
-@pytest.mark.skipif("portable" not in backends.library().cpu_capabilities, reason="the compiled library is not built")
+# ---- forms: the walk over the rows, and where the sum ends
+
+
+def quick_of(every, quick):
+    return [shape if shape in quick else pytest.param(shape, marks=pytest.mark.slow) for shape in every]
+
+
+# One element; one column of blocks; several, of which the last is part; many rows; images
+FORM_SHAPES = quick_of(
+    [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)], [(13, 31), (9, 24, 20)]
+)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", FORM_SHAPES)
+def test_compiled_cuda_rows_from_the_end_change_no_u(library, shape, dtype):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+    for given in ({}, {"x": x, "sigma": sigma}, {"x": x, "sigma": sigma, "du": du, "col0": 3}):
+        for place in ({"row0": 2**32 - 2}, {"num_samples": 2}):
+            walks = ("from the start", "from the end")
+            there, back = (run(library, u=u, **given, **place, form=form)[0] for form in walks)
+            assert torch.equal(there, back)
+
+
+@pytest.mark.parametrize("shape", [(70, 264), (3, 16, 300)], ids=["rows", "channels"])
+@pytest.mark.parametrize("mode, forms", [("P", ["default", "from the end"]), ("PQ", ["from the end"])])
+def test_compiled_cuda_walks_start_where_the_form_says(library, shape, mode, forms, monkeypatch):
+    """The first block alone writes the first row, or the last one."""
+    x, u, du, sigma = tensors(*shape)
+    monkeypatch.setattr(library, "options", library.options | {"ctas": lambda grid: [(0, 0, 0)]})
+    for form in ("from the start", *forms):
+        got, _ = run(library, **take(mode, x, u, du), sigma=sigma, form=form, multiprocessors=1000)
+        written = got.movedim(1, -1)[..., 0].flatten().isfinite()
+        assert written[-1 if form in forms else 0] and not written[0 if form in forms else -1]
+
+
+@pytest.mark.parametrize("form", ["from the end", "one launch", "one launch from the end"])
+@pytest.mark.parametrize("shape", [*FORM_SHAPES, *quick_of([(0, 8), (4, 0), (0, 8, 4), (3, 520)], [(0, 8)])])
+def test_compiled_cuda_sums_in_every_form_match_reference(library, shape, form):
+    x, u, du, sigma = tensors(*shape)
+    for mode in ("Q", "PQ"):
+        check(library, **take(mode, x, u, du), sigma=sigma.log(), log_variance=True, factor=0.5, form=form,
+              multiprocessors=20)  # fmt: skip
+    check(library, du=du.double(), sigma=sigma.double(), col0=5, form=form)
+
+
+def launches_of(library, **given):
+    """What run gives, and how many kernels that took"""
+    before = len(library.launches)
+    return *run(library, **given), len(library.launches) - before
+
+
+def without_tickets(library, **given):
+    """The same where more streams than have tickets called before"""
+    host, library.host, library.refuse = library.host, 1, lambda name: 1
+    try:
+        for stream in range(100, 356):
+            with pytest.raises(RuntimeError, match="launch was refused"):
+                run(library, **given, stream=stream)
+        library.refuse = lambda name: 0
+        return launches_of(library, **given, stream=99)
+    finally:
+        library.host, library.refuse = host, lambda name: 0
+
+
+# Grids of several rows of blocks, which arrive one by one and together.
+@pytest.mark.parametrize(
+    "shape, mode, dtype",
+    [((1500, 8), "Q", BF16), ((300, 70), "PQ", F32), pytest.param((3, 16, 900), "Q", F64, marks=pytest.mark.slow)],
+)
+def test_compiled_cuda_sum_in_one_launch_ignores_which_block_is_last(library, shape, mode, dtype, monkeypatch):
+    x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
+    given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
+    _, want, count = without_tickets(library, **given)  # a second launch adds the same partials up
+    assert count == 2
+
+    def arriving(order):
+        def blocks(grid):
+            every = [(x, y, 0) for y in range(grid[1]) for x in range(grid[0])]
+            assert grid[1] > 2
+            return order(every)
+
+        return {"ctas": blocks}
+
+    orders = [list, lambda every: every[::-1], *(functools.partial(_shuffled, seed=i) for i in range(2))]
+    for options in ({}, *({**arriving(order), "threads": 1} for order in orders)):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "options", library.options | options)
+            _, got, count = launches_of(library, **given)
+        assert count == 1 and torch.equal(got, want)
+    assert not library.module.variables.any()  # every ticket is zero again
+
+
+def _shuffled(every, seed):
+    return random.Random(seed).sample(every, len(every))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("shape, mode", [((1500, 8), "Q"), pytest.param((3, 16, 900), "PQ", marks=pytest.mark.slow)])
+def test_compiled_cuda_streams_do_not_share_tickets(library, shape, mode, capturing, monkeypatch):
+    """The blocks of three streams' launches, interleaved; of captured launches too, which may be replayed side by side."""
+    x, u, du, sigma = tensors(*shape)
+    given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
+    want = run(library, **given)
+    monkeypatch.setattr(library, "queue", [])
+    streams = (1, 1, 1) if capturing else (11, 12, 13)
+    results = [run(library, **given, stream=stream, capturing=capturing) for stream in streams]
+    assert len(library.queue) == 3  # one launch each
+    blocks = [(i, (x, y, 0)) for i, (_, g, _) in enumerate(library.queue) for y in range(g[1]) for x in range(g[0])]
+    for i, block in _shuffled(blocks, seed=1):
+        library.queue[i][2]([block])
+    for got in results:
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not library.module.variables.any()
+
+
+def test_compiled_cuda_sum_of_one_row_of_blocks_takes_one_launch(library):
+    """In any form: the block waits for no other."""
+    for shape in ((8, 264), (2, 24, 20)):
+        _, _, du, sigma = tensors(*shape)
+        count = 3 if len(shape) == 2 else 1
+        assert launches_of(library, du=du, sigma=sigma, multiprocessors=count)[2] == 1
+
+
+def _sum_in_order(terms, threads, blocks, lanes, from_end):
+    """dsigma as docs/maths.md, section 5, has it added up on CUDA; terms [M, K] in float32."""
+    rows, k = terms.shape
+    order = torch.arange(rows).flip(0) if from_end else torch.arange(rows)
+    sums = torch.zeros(blocks * threads, k)
+    for place, row in enumerate(order.tolist()):
+        sums[place % len(sums)] += terms[row]
+    sums = sums.view(blocks, threads, k)
+    while (half := sums.shape[1] // 2) > 0:
+        sums = sums[:, :half] + sums[:, half:]
+    total = torch.zeros(k, dtype=F64)
+    for lane in range(lanes):
+        part = torch.zeros(k, dtype=F64)
+        for partial in sums[lane::lanes, 0]:
+            part += partial
+        total += part
+    return total.float()
+
+
+# threads: of a block along rows; blocks: along rows; lanes: that add the partials up.
+@pytest.mark.parametrize(
+    "form, threads, blocks, lanes",
+    [("default", 8, 30, 32), ("from the end", 8, 30, 32), ("one launch", 32, 10, 4),
+     ("one launch from the end", 32, 10, 4)],
+)  # fmt: skip
+def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, lanes):
+    z, _ = run(library, u=torch.empty(300, 264))
+    du = 2.0 ** torch.randint(-8, 8, z.shape, generator=torch.Generator().manual_seed(1))  # so that du z is exact
+    _, got = run(library, du=du, sigma=torch.ones(264), form=form, multiprocessors=20)
+    from_end = form.endswith("from the end")
+    assert torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, from_end))
+    assert not torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, not from_end))
+
+
+# ---- bits, numbers out of the ordinary, errors
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="the compiled library is not built")
 @pytest.mark.parametrize("shape", [(33, 40), (5, 23), (3, 16, 12)])
-def test_compiled_cuda_exact_tier_is_the_cpu_to_the_bit(library, shape):
+def test_compiled_cuda_noise_is_the_cpu_to_the_bit(library, shape):
     with backends.backend("cpu"):
-        for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 2}):
-            want = noise(SEED, shape, Draw(1, *where(kwargs, 1)[1:5]))
-            got, _ = run(library, "exact", u=torch.empty(shape), **kwargs)
-            assert torch.equal(got, want)
-        for dtype in (F32, F16, BF16):
-            x, u, _, sigma = tensors(*shape, dtypes=(dtype,) * 3)
-            got, _ = run(library, "exact", x=x, u=u, sigma=sigma)
-            assert torch.equal(got, perturb(x, sigma, SEED, Draw(1), None))
+        for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 3}):
+            want = noise(SEED, shape, Draw(*where(kwargs, 1)))
+            assert torch.equal(run(library, u=torch.empty(shape), **kwargs)[0], want)
 
 
-@pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("shape", [(6, 16), (2, 8, 8)], ids=["rows", "channels"])
-def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, tier, shape):
+def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, shape):
     x, u, du, _ = tensors(*shape)
     x[0, 0], x[0, 1], x[1, 0], x[1, 1] = float("nan"), float("inf"), -float("inf"), 1e-40
     subnormal = torch.full((shape[1],), 1e-40)
-    got = run(library, tier, x=x, u=u, sigma=subnormal)[0]
+    got = run(library, x=x, u=u, sigma=subnormal)[0]
     assert torch.equal(got[0, 0].isnan(), x[0, 0].isnan()) and torch.equal(
         got[1], x[1].where(x[1].abs() > 1e-30, got[1])
     )
     assert ((got - x).abs()[x.isfinite()] <= 6e-40).all() and (got != 0).any()
     huge = torch.full((shape[1],), 1e38)
-    got = run(library, tier, x=torch.zeros_like(x), u=u, sigma=huge)[0]
+    got = run(library, x=torch.zeros_like(x), u=u, sigma=huge)[0]
     want = reference.perturb(torch.zeros_like(x), huge, SEED, *where({}, 1), torch.float64)
     finite = want.abs() < 3e38
     assert torch.allclose(got.double()[finite], want[finite], rtol=0, atol=4e-6 * 1e38)
     assert got[want.abs() > 3.5e38].isinf().all()
     logs = torch.tensor([-1e4, -200.0, -170.0, 0.0, 170.0, 200.0, float("inf"), float("-inf")])
     logs = logs.repeat(shape[1] // 8)
-    got = run(library, tier, x=torch.zeros_like(x), u=u, sigma=logs, log_variance=True)[0].movedim(1, -1)
+    got = run(library, x=torch.zeros_like(x), u=u, sigma=logs, log_variance=True)[0].movedim(1, -1)
     assert not got.isnan().any() and (got[..., [0, 7]] == 0).all() and got[..., [5, 6]].isinf().all()
-    z = run(library, tier, u=u)[0].movedim(1, -1)
+    z = run(library, u=u)[0].movedim(1, -1)
     for column in (1, 2, 3, 4):
         want = torch.exp(logs[column].double() / 2) * z[..., column].double()
         assert torch.allclose(got[..., column].double(), want, rtol=2e-6, atol=6e-45)  # s is a few quanta
     first = du.view(*shape[:2], -1)[0, :, 0]
     first[0], first[1] = float("nan"), float("inf")
-    sums = run(library, tier, du=du, sigma=subnormal)[1]
+    sums = run(library, du=du, sigma=subnormal)[1]
     assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", ["perturb_rows", "perturb_channels", "column_sum"])
+def test_compiled_cuda_reports_a_refused_launch_and_goes_on(library, kernel, monkeypatch):
+    x, u, du, sigma = tensors(*((70, 264) if kernel != "perturb_channels" else (9, 24, 20)))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="CUDA error cudaErrorStub: a launch was refused"),
+    ):
+        patch.setattr(library, "refuse", lambda name: 9 if kernel in name else 0)
+        run(library, du=du, sigma=sigma)
+    check(library, x, u, du, sigma)
 
 
 def test_compiled_cuda_reports_what_is_missing(library):
@@ -274,8 +434,8 @@ def test_every_compiled_cuda_kernel_ran(library):
 
 
 def last(grid):
-    """The last column of blocks, and of it those that may meet the last rows"""
-    return [(grid[0] - 1, y, grid[2] - 1) for y in range(max(0, grid[1] - 4), grid[1])]
+    """The last column of blocks, and of it those that take the last rows, where the walk begins"""
+    return [(grid[0] - 1, y, grid[2] - 1) for y in range(min(4, grid[1]))]
 
 
 @pytest.mark.slow
@@ -296,7 +456,7 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))
     before, library.options = library.options, {"ctas": last}
     try:
-        library.call(a, "exact", memory, 3000)  # so many multiprocessors that a thread has few rows
+        library.call(a, "default", memory, 3000)  # so many multiprocessors that a thread has few rows
     finally:
         library.options = before
     written = u[:, -8:].ne(0).any(1).nonzero()

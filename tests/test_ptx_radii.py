@@ -1,4 +1,4 @@
-"""The exact tier's root is the correctly rounded one, whatever rsqrt.approx returns: docs/maths.md, section 3."""
+"""The noise contract's root is the correctly rounded one, whatever rsqrt.approx returns: docs/maths.md, section 3."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ POLYNOMIAL = (0.20756372809410095, -0.3267586827278137, 0.3442501127719879, -0.3
 
 
 def squared_radii(i):
-    """-2 ln((i + 1/2) / 2^20) as every exact backend computes it"""
+    """-2 ln((i + 1/2) / 2^20) as every kernel computes it"""
     mantissa = (i.astype(u32) << u32(3)) | u32(0x3F800004)
     u = mantissa.view(f32) - f32(1)
     bits = u.view(u32)

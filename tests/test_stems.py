@@ -68,9 +68,12 @@ def path_of(module):
 
 
 def relative_imports(module):
-    """The modules of the package that this one imports, by the names in ORDER."""
-    package = module.split(".")[:-1]
-    for node in ast.walk(ast.parse(path_of(module).read_text())):
+    """The modules of the package that this one imports when it runs, by the names in ORDER."""
+    package, tree = module.split(".")[:-1], ast.parse(path_of(module).read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if not (isinstance(node, ast.ImportFrom) and node.level):
             continue
         base = ".".join([*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])])

@@ -25,7 +25,7 @@ on_linux = pytest.mark.skipif(platform.system() != "Linux", reason="wheels are b
 
 
 def script(name):
-    sys.path.insert(0, str(ROOT / "scripts"))
+    sys.path.insert(0, str(ROOT / "tools" / "release"))
     try:
         return importlib.import_module(name)
     finally:
@@ -105,7 +105,7 @@ def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
         [sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds (scripts/smoke.py measures it).
+    # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds (tools/release/smoke.py measures it).
     heavy = (
         "torch._dynamo",
         "torch._inductor",
@@ -145,7 +145,7 @@ def test_nothing_is_unpickled_fetched_or_run_from_text():
         # Collectives of objects pickle: SECURITY.md names the one that there is.
         pickled = {call for kind, call in found if kind.endswith(("_object", "_object_list"))}
         assert pickled <= {"distributed.all_gather_object(ranks, mine)"}, path
-    for path in [p for folder in ("examples", "benchmarks", "scripts") for p in (ROOT / folder).rglob("*.py")]:
+    for path in [p for folder in ("examples", "studies", "benchmarks", "tools") for p in (ROOT / folder).rglob("*.py")]:
         found = list(calls_and_imports(path))
         loads = [call for kind, call in found if kind == "torch.load"]
         assert [call for call in loads if "weights_only=True" not in call] == [], path
@@ -161,7 +161,10 @@ def test_nothing_is_unpickled_fetched_or_run_from_text():
 
 def test_building_downloads_nothing():
     """setup.py and what makes a wheel start compilers and git, and neither fetch nor install."""
-    for path in [ROOT / "setup.py", *(ROOT / "scripts" / f"{name}.py" for name in ("wheel", "audit", "older_glibc"))]:
+    for path in [
+        ROOT / "setup.py",
+        *(ROOT / "tools" / "release" / f"{name}.py" for name in ("wheel", "audit", "older_glibc")),
+    ]:
         imports = {what for kind, what in calls_and_imports(path) if kind == "import"}
         assert imports & (FETCH_OR_RUN - {"subprocess"}) == set(), path
         assert not re.search(r"\b(curl|wget|git clone)\b|[\"']pip[\"'], *[\"'](install|download)", path.read_text()), (
@@ -296,7 +299,7 @@ def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
 
 
 def build(out, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "wheel.py", "--out", out, *arguments]
+    command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--out", out, *arguments]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
@@ -307,7 +310,7 @@ def smoke(wheel, folder, expect):
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True
     )
-    code = (ROOT / "scripts" / "smoke.py").read_text()
+    code = (ROOT / "tools" / "release" / "smoke.py").read_text()
     (folder.parent / "smoke.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .expectation import within
 from .blocks import Blocks, blocks, candidates, splits
+from .expectation import within
 from .noise import load_seed, mean_normal_tile, sampling
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, num_multiprocessors, on_device
@@ -425,7 +425,19 @@ def _forward(
 
 
 def linear(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation="identity", out_dtype=None
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    row0,
+    col0,
+    sample,
+    num_samples,
+    factor,
+    log_variance,
+    activation="identity",
+    out_dtype=None,
 ):
     """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K], sigma [K].
 

@@ -2,7 +2,7 @@
 
 x S(x) for gelu, gelu_tanh and silu with S(x) = sum_k p_k Phi(c_k x), plus sum_kj d_kj (c_k x)^(2j) phi(c_k x); for tanh
 sum_k p_k (2 Phi(c_k x) - 1), plus sum_kj d_kj (c_k x)^(2j + 1) phi(c_k x). gelu is one term exactly, relu its limit c = infinity. The
-others were fitted for the least largest error over all x (for float32 and 16-bit data by scripts/fit_mixtures.py); BOUNDS are those
+others were fitted for the least largest error over all x (for float32 and 16-bit data by studies/fit_mixtures.py); BOUNDS are those
 errors, and tests/test_expectation.py measures them. csrc/activation.h holds the same numbers.
 """
 

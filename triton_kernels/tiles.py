@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-# The exact tier: no product and sum are contracted behind our back.
+# Of the noise contract: no product and sum are contracted behind our back.
 EXACT = {"enable_fp_fusion": False}
 TILE_ELEMENTS = 4096
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -34,29 +33,13 @@ def half(check: Check) -> torch.dtype:
 
 
 def kinds(check: Check) -> tuple[str, ...]:
-    """The backends that run on the device, the CUDA kernels' tiers apart."""
+    """The backends that run on the device."""
     device = check.device.type
     interpreted = check.rehearsal and check.machine.get("interpreter_problem")
     triton = ("triton",) if backends._runs_on("triton", device) and not interpreted else ()
     if check.rehearsal:
         return ("cpu" if backends._runs_on("cpu", device) else "reference", *triton)
-    return (*(("cuda-fast", "cuda-exact") if backends._runs_on("cuda", device) else ()), *triton)
-
-
-@contextlib.contextmanager
-def kernels(kind: str):
-    """Everything inside runs on one backend and tier."""
-    name, _, tier = kind.partition("-")
-    with backends.backend(name):
-        if name != "cuda":
-            yield
-            return
-        library = backends._c_functions(backends.library().path)
-        library.dip_set_cuda_exact(int(tier == "exact"))
-        try:
-            yield
-        finally:
-            library.dip_set_cuda_exact(0)
+    return (*(("cuda",) if backends._runs_on("cuda", device) else ()), *triton)
 
 
 def seed(check: Check) -> Tensor:
@@ -107,7 +90,7 @@ class Inputs:
         self.targets = [torch.empty_like(x) for x in self.xs]
         self.sigma, self.key = torch.full((k,), 0.1, device=check.device), seed(check)
         for kind in kinds(check):
-            with kernels(kind):
+            with backends.backend(kind):
                 check_values(self.xs[0], self.sigma, self.key)
 
     def in_a_row(self, call: Callable[..., object], device: torch.device) -> Callable[[], object]:
@@ -143,10 +126,10 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
     }[form]
     variants = {"copy": given.in_a_row(lambda x, du, target: target.copy_(x), check.device)}
     for kind in kinds(check):
-        with kernels(kind):  # what a graph captures here, it replays anywhere
+        with backends.backend(kind):  # what a graph captures here, it replays anywhere
             variants[kind] = given.in_a_row(call, check.device)
         if check.device.type != "cuda":
-            variants[kind] = timing.Within(functools.partial(kernels, kind), variants[kind])
+            variants[kind] = timing.Within(functools.partial(backends.backend, kind), variants[kind])
     if form == "P":
         variants["x + sigma * randn_like(x)"] = given.in_a_row(
             lambda x, du, target: x + narrow * torch.randn_like(x), check.device
@@ -218,7 +201,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
         calls["fused"] = ("triton", fused)
     variants, results = {}, {}
     for name, (kind, call) in calls.items():
-        with kernels(kind):
+        with backends.backend(kind):
             results[name] = call(xs[0]).float()
             variants[name] = timing.captured(call, xs, device=check.device)
     if "fused" in results:

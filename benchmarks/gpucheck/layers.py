@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import dipkernels as dip
+from dipkernels import backends
 from dipkernels.ops.activations import ACTIVATIONS
 from gpucheck.child import Check, Rows
-from gpucheck.kernels import half, kernels, kinds, rounds
+from gpucheck.kernels import half, kinds, rounds
 
 
 def prepare(check: Check) -> None:
@@ -72,7 +73,7 @@ def layer_row(check: Check, what: str, m: int, k: int, n: int) -> dict:
             continue
         if name == "dip":
             for kind in kinds(check):
-                context = functools.partial(kernels, kind)
+                context = functools.partial(backends.backend, kind)
                 variants[f"dip {kind}"] = timing.Within(context, given.call(name, what))
         else:
             variants[name] = given.call(name, what)

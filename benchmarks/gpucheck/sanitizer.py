@@ -1,6 +1,6 @@
 """compute-sanitizer over every CUDA kernel, and proof that it sees: each tool also has to find a planted error.
 
-The program without torch, scripts/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
+The program without torch, tools/verify/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
 under torch, Triton's kernels among it, does so without torch's caching allocator, whose segments hide an overrun.
 """
 
@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from gpucheck.child import Check, Rows
 from gpucheck.driver import ROOT
@@ -24,23 +23,14 @@ CACHE_OFF = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OBJECTS = "build/temp*/ninja/cuda_*.o"
 
 
-def program(rehearsal: bool) -> Path:
-    return PROGRAM.with_name("sanitize_cuda_emulated") if rehearsal else PROGRAM
-
-
-def compile_command(rehearsal: bool, capability: str = "") -> list[str]:
-    """The program with the objects that the library was linked from; in a rehearsal the kernels on the emulator."""
-    out = ["-o", str(program(rehearsal))]
-    if rehearsal:
-        folder = ROOT / "tests" / "cuda_emulator"
-        flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DDIP_EMULATOR"]
-        return ["g++", *flags, f"-I{folder}", str(folder / "run_sanitize.cpp"), *out]
+def compile_command(capability: str) -> list[str]:
+    """The program with the objects that the library was linked from."""
     objects = sorted(ROOT.glob(OBJECTS), key=lambda path: path.stat().st_mtime)
     if not objects:
         raise RuntimeError(f"sanitizer: expected the library's CUDA objects, {OBJECTS}, and found none: build it first")
     newest = sorted(objects[-1].parent.glob("cuda_*.o"))
     nvcc = [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O2", f"-arch=sm_{capability}"]
-    return [*nvcc, str(ROOT / "scripts" / "sanitize_cuda.cu"), *map(str, newest), *out]
+    return [*nvcc, str(ROOT / "tools" / "verify" / "sanitize_cuda.cu"), *map(str, newest), "-o", str(PROGRAM)]
 
 
 def run(command: list[str], **environment: str) -> tuple[int, str]:
@@ -67,9 +57,9 @@ def expect_found(code: int, said: str, wanted: int) -> dict:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def guards(check: Check, planted: str | None) -> dict:
+def guards(planted: str | None) -> dict:
     """Without any tool: patterns around every tensor, which show what is written outside."""
-    code, said = run([str(program(check.rehearsal)), "guards", *([planted] if planted else [])])
+    code, said = run([str(PROGRAM), "guards", *([planted] if planted else [])])
     if planted:
         return expect_found(code if "written outside of the tensor" in said else 0, said, 1)
     return expect_clean(code, said, CALLS)
@@ -85,19 +75,24 @@ def watched(check: Check, tool: str, command: list[str], planted: bool, last_wor
     return expect_found(code, said, ERROR_CODE) if planted else expect_clean(code, said, last_words)
 
 
-def sanitizer(check: Check) -> Rows:
-    if not program(check.rehearsal).exists():
-        raise RuntimeError(f"sanitizer: expected {program(check.rehearsal)}, which the section build makes")
-    rows: Rows = [
-        ("guards", lambda: guards(check, None)),
-        ("guards, overrun planted", lambda: guards(check, "overrun")),
-    ]
-    own = [str(program(check.rehearsal)), "exact"]
+def without_torch(check: Check) -> Rows:
+    """The program's rows. A rehearsal has none: tests/test_sanitize_cuda.py runs it without a GPU."""
+    if check.rehearsal:
+        return []
+    if not PROGRAM.exists():
+        raise RuntimeError(f"sanitizer: expected {PROGRAM}, which the section build makes")
+    rows: Rows = [("guards", lambda: guards(None)), ("guards, overrun planted", lambda: guards("overrun"))]
+    own = [str(PROGRAM), "exact"]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         rows.append((tool, functools.partial(watched, check, tool, own, False, CALLS)))
         if plant := PLANTED.get(tool):
             call = functools.partial(watched, check, tool, [*own, plant], True, CALLS)
             rows.append((f"{tool}, {plant} planted", call))
+    return rows
+
+
+def sanitizer(check: Check) -> Rows:
+    rows = without_torch(check)
     device = "cpu" if check.rehearsal else "cuda"
     torch_part = [sys.executable, "-m", "gpucheck.once", device]
     for name, extra in (("memcheck of torch and Triton", []), ("memcheck of torch, overrun planted", ["overrun"])):

@@ -18,7 +18,7 @@ from torch import nn
 from gpucheck import forms
 from gpucheck.child import Check, Rows
 from gpucheck.forms import Settings
-from gpucheck.kernels import half, kernels, kinds, per_call, rounds
+from gpucheck.kernels import half, per_call, rounds
 from gpucheck.layers import prepare
 
 
@@ -27,12 +27,6 @@ class Switch:
     name: str
     settings: Callable[[Check], Settings]
     how: tuple[str, ...] = ("calls", "graph")
-
-
-def tiers(check: Check) -> Settings:
-    """The fast normals, today's default, and the exact ones; in a rehearsal whatever runs on a CPU."""
-    found = [kind for kind in kinds(check) if kind != "triton"]
-    return {kind: functools.partial(kernels, kind) for kind in found}
 
 
 def compiled_keep(check: Check) -> Settings:
@@ -45,7 +39,6 @@ def compiled_keep(check: Check) -> Settings:
 SWITCHES = (
     Switch("walk", forms.walk),
     Switch("column sum", forms.column_sum),
-    Switch("tier", tiers),
     Switch("compiled keep", compiled_keep, ("compiled",)),
 )
 

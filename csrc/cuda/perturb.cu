@@ -10,7 +10,7 @@
 namespace dip {
 namespace {
 
-constexpr int kGroup = 8;  // columns of one Philox call
+constexpr int kGroup = 8;      // columns of one Philox call
 constexpr int kSumLanes = 32;  // partial rows that one block of the second stage reads at a time
 
 // A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
@@ -44,10 +44,8 @@ DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 // registers are short, it may.
 template <bool kHold = true, class T>
 DIP_DEVICE T keep(T value) {
-#ifdef __CUDA_ARCH__
   if constexpr (kHold && sizeof(T) == 8) asm volatile("" : "+l"(value));
   else if constexpr (kHold) asm volatile("" : "+r"(value));
-#endif
   return value;
 }
 
@@ -76,17 +74,17 @@ DIP_DEVICE void share_round_keys(const PerturbArgs& a, RoundKeys* keys) {
 }
 
 // The mean over the call's samples, for N rows; kOne: there is one.
-template <class Tier, bool kOne, int N>
+template <bool kOne, int N>
 DIP_DEVICE void mean_groups(
     const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step,
     float z[N][kGroup]) {
-  draw_groups<Tier, N>(keys, last_word, group, row, step, z);
+  draw_groups<N>(keys, last_word, group, row, step, z);
   if constexpr (!kOne) {
     static_assert(N == 1);
     if (a.num_samples == 1) return;
     for (int s = 1; s < a.num_samples; ++s) {
       float next[1][kGroup];
-      draw_groups<Tier, 1>(keys, last_word + s, group, row, step, next);
+      draw_groups<1>(keys, last_word + s, group, row, step, next);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::add(z[0][t], next[0][t]);
     }
@@ -138,7 +136,7 @@ DIP_DEVICE void add_partials(
 // ---- kernels: rows, [M, K] with columns side by side -------------------------------------------------------------------
 // Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
 
-template <class Types, class Tier, bool kWrite, bool kSum>
+template <class Types, bool kWrite, bool kSum>
 __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, kWrite && kSum> / kRowThreads<kSum>)
     perturb_rows_kernel(const Params p) {
   using C = typename Types::Compute;
@@ -195,7 +193,7 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
     }
     // compute
     float z[n][kGroup];
-    mean_groups<Tier, !Types::kAny, n>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
+    mean_groups<!Types::kAny, n>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
     DIP_UNROLL
     for (int i = 0; i < n; ++i) {
       if constexpr (kSum) {
@@ -255,7 +253,7 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
 // ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side ---------------------------------
 // Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call still serves eight elements.
 
-template <class Types, class Tier, bool kWrite, bool kSum>
+template <class Types, bool kWrite, bool kSum>
 __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads) perturb_channels_kernel(const Params p) {
   using C = typename Types::Compute;
   using X = typename Types::X;
@@ -307,7 +305,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     DIP_UNROLL
     for (int i = 0; i < kPixels; i += kPair) {
       float z[kPair][kGroup];
-      mean_groups<Tier, !Types::kAny, kPair>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
+      mean_groups<!Types::kAny, kPair>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) {
         if constexpr (kSum) {
@@ -343,17 +341,18 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
       if (threadIdx.x % 32 == 0) shared[warp][t] = sum[t];
     }
     __syncthreads();
-    if (threadIdx.x < kGroup && is_used) {
-      const int t = static_cast<int>(threadIdx.x);
+    // Where, once more: kept over the loop it would spill.
+    const int64_t start = kGroup * (int64_t{keep(blockIdx.x)} * blockDim.y) - p.phase;
+    const int64_t column = start + kGroup * static_cast<int64_t>(threadIdx.y) + threadIdx.x;
+    if (threadIdx.x < kGroup && inside(column, a.features)) {
       C total = C(0);
-      for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][t];
-      if (first <= t && t < last) static_cast<C*>(p.partials)[blockIdx.y * a.features + channel + t] = total;
+      for (int w = 0; w < warps; ++w) total += shared[threadIdx.y * warps + w][threadIdx.x];
+      static_cast<C*>(p.partials)[blockIdx.y * a.features + column] = total;
     }
     __shared__ double lane_sums[kChannelThreads];
     __shared__ bool is_last;
     if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
       const int width = static_cast<int>(kGroup * blockDim.y);
-      const int64_t start = static_cast<int64_t>(blockIdx.x) * width - p.phase;
       add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), start, width, lane_sums);
     }
   }
@@ -488,7 +487,7 @@ struct Call {
   void* stream;
 };
 
-template <class RowTypes, class ChannelTypes, class Tier, bool kWrite, bool kSum>
+template <class RowTypes, class ChannelTypes, bool kWrite, bool kSum>
 const char* launch_pass(const Call& call) {
   const PerturbArgs& a = call.args;
   const bool narrow = kSum && call.form.one_launch;
@@ -502,8 +501,8 @@ const char* launch_pass(const Call& call) {
     if (narrow && plan.grid.y > 1)
       params.ticket = take_tickets(static_cast<cudaStream_t>(call.stream), static_cast<int>(plan.grid.x));
     params.finish = kSum && (plan.grid.y == 1 || (narrow && params.ticket >= 0));
-    if (a.inner == 1) error = launch(&perturb_rows_kernel<RowTypes, Tier, kWrite, kSum>, plan, params, call.stream);
-    else error = launch(&perturb_channels_kernel<ChannelTypes, Tier, kWrite, kSum>, plan, params, call.stream);
+    if (a.inner == 1) error = launch(&perturb_rows_kernel<RowTypes, kWrite, kSum>, plan, params, call.stream);
+    else error = launch(&perturb_channels_kernel<ChannelTypes, kWrite, kSum>, plan, params, call.stream);
   }
   if constexpr (kSum) {
     using C = typename RowTypes::Compute;
@@ -516,12 +515,6 @@ const char* launch_pass(const Call& call) {
     error = launch(&column_sum_kernel<C>, sum_plan, sum, call.stream);
   }
   return error;
-}
-
-template <class RowTypes, class ChannelTypes, bool kWrite, bool kSum>
-const char* launch_tier(const Call& call) {
-  if (call.form.exact) return launch_pass<RowTypes, ChannelTypes, ExactTier, kWrite, kSum>(call);
-  return launch_pass<RowTypes, ChannelTypes, FastTier, kWrite, kSum>(call);
 }
 
 // Pixels that a channels kernel takes at a time; with twice as many, registers spill on one architecture or another.
@@ -549,7 +542,7 @@ bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 const char* launch_exactly(const Call& call) {
-  return launch_tier<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, kWrite && kSum>>, kWrite, kSum>(call);
+  return launch_pass<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, kWrite && kSum>>, kWrite, kSum>(call);
 }
 
 // Computed in double where the data are: x, or the gradient alone.
@@ -571,8 +564,8 @@ const char* launch_types(const Call& call) {
     DIP_TRY(float, f32, Float16, f16, Float16, f16);
   }
 #undef DIP_TRY
-  if (is_double(a)) return launch_tier<Any<double, kGroup>, Any<double, 1>, kWrite, kSum>(call);
-  return launch_tier<Any<float, kGroup>, Any<float, 1>, kWrite, kSum>(call);
+  if (is_double(a)) return launch_pass<Any<double, kGroup>, Any<double, 1>, kWrite, kSum>(call);
+  return launch_pass<Any<float, kGroup>, Any<float, 1>, kWrite, kSum>(call);
 }
 
 }  // namespace

@@ -4,9 +4,6 @@
 
 #include "../launch.h"
 #include "normal.h"
-#ifdef DIP_EMULATOR
-#include "../cpu/convert.h"
-#endif
 
 namespace dip {
 
@@ -19,7 +16,6 @@ struct Float16 {
 
 // ---- values: two 16-bit elements share a word, the lower address in the low half ----------------------------------------
 
-#ifdef __CUDA_ARCH__
 DIP_DEVICE float low_value(BFloat16, uint32_t word) { return __uint_as_float(word << 16); }
 DIP_DEVICE float high_value(BFloat16, uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
 DIP_DEVICE float low_value(Float16, uint32_t word) {
@@ -42,31 +38,6 @@ DIP_DEVICE uint32_t pack(Float16, float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
-#elif defined(DIP_EMULATOR)
-DIP_DEVICE float low_value(BFloat16, uint32_t word) { return bfloat16_to_float(static_cast<uint16_t>(word)); }
-DIP_DEVICE float high_value(BFloat16, uint32_t word) { return bfloat16_to_float(static_cast<uint16_t>(word >> 16)); }
-DIP_DEVICE float low_value(Float16, uint32_t word) { return float16_to_float(static_cast<uint16_t>(word)); }
-DIP_DEVICE float high_value(Float16, uint32_t word) { return float16_to_float(static_cast<uint16_t>(word >> 16)); }
-DIP_DEVICE uint32_t pack(BFloat16, float low, float high) {
-  return float_to_bfloat16(low) | static_cast<uint32_t>(float_to_bfloat16(high)) << 16;
-}
-DIP_DEVICE uint32_t pack(Float16, float low, float high) {
-  return float_to_float16(low) | static_cast<uint32_t>(float_to_float16(high)) << 16;
-}
-#else  // nvcc reads device code once more for the host, and compiles none of it
-template <class T>
-DIP_DEVICE float low_value(T, uint32_t) {
-  return 0;
-}
-template <class T>
-DIP_DEVICE float high_value(T, uint32_t) {
-  return 0;
-}
-template <class T>
-DIP_DEVICE uint32_t pack(T, float, float) {
-  return 0;
-}
-#endif
 
 DIP_DEVICE float element(float a) { return a; }
 DIP_DEVICE double element(double a) { return a; }
@@ -89,7 +60,6 @@ DIP_DEVICE void set_element(T* p, C a) {
 
 // ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes -----------------------------------
 
-#ifdef __CUDA_ARCH__
 // nvcc splits a plain store of a uint4 into four.
 DIP_DEVICE void store_vector(uint4* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -97,12 +67,6 @@ DIP_DEVICE void store_vector(uint4* p, uint4 v) {
 DIP_DEVICE void store_vector(uint2* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
-#else
-template <class V>
-DIP_DEVICE void store_vector(V* p, V v) {
-  *p = v;
-}
-#endif
 
 // Words of 4 bytes, read and written up to 16 bytes at a time.
 template <int kWords>

@@ -12,7 +12,7 @@ namespace dip {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kTickets = 1 << 17;      // of a device
+constexpr int kTickets = 1 << 17;       // of a device
 constexpr int kStreamTickets = 1 << 9;  // more column blocks than a device has room for in two rows
 
 // Zero whenever no kernel counts on them: loaded as zeros with the module, on each device, and a full count wraps to zero.
@@ -23,15 +23,9 @@ __device__ unsigned tickets[kTickets];
 
 // The old value; then old + 1, or 0 after `last`. Releases what the thread wrote or saw before, acquires what others released.
 DIP_DEVICE unsigned count_up(unsigned* ticket, unsigned last) {
-#ifdef __CUDA_ARCH__
   unsigned old;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(ticket), "r"(last) : "memory");
   return old;
-#else
-  const unsigned old = *ticket;
-  *ticket = old >= last ? 0 : old + 1;
-  return old;
-#endif
 }
 
 // Whether this is the last of the launch's `blocks` blocks to count on `ticket`; then it sees what the others wrote before.

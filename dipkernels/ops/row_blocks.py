@@ -15,27 +15,21 @@ from .. import backends
 from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
-# Of one product, rows times samples: fewer make it smaller, and more sums of [N, K] in backward.
-_CPU_ROWS = 1024
+# Of one product, rows times samples: on a CPU as many as x has, within these, so that it is no larger than that of one draw.
+_CPU_ROWS = (1024, 4096)
 _GPU_ROWS = 16384
 _ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
-_CPU_GROUP = 8  # samples of one product, where there are that many: one pass sums them
-
-
-def _rows(x: Tensor) -> int:
-    return _CPU_ROWS if x.device.type == "cpu" else _GPU_ROWS
 
 
 def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
     if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of Python's
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
-    group = _CPU_GROUP if x.device.type == "cpu" else 1
-    size = max(_rows(x), min(x.shape[0], _ELEMENTS // max(1, n, x.shape[1])))
-    group = min(num_samples, max(group, size // max(1, x.shape[0])))
-    step = max(1, size // group)
+    m, (least, most) = x.shape[0], _CPU_ROWS if x.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
+    size = max(min(max(m, least), most), min(m, _ELEMENTS // max(1, n, x.shape[1])))
+    group = min(num_samples, max(1, size // max(1, m)))
     groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
-    return [slice(i, min(i + step, x.shape[0])) for i in range(0, x.shape[0], step)], groups
+    return [slice(i, min(i + size, m)) for i in range(0, m, size)], groups
 
 
 def _standard_deviation(sigma: Tensor, log_variance: bool) -> Tensor:

@@ -3,16 +3,14 @@
 
 namespace {
 
-__global__ void radii(float* exact, float* fast) {
+__global__ void radii(float* out) {
   const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;  // all 2^20
-  exact[i] = dip::radius<dip::ScalarLane>(i << 12);
-  fast[i] = dip::FastTier::radius(i << 12);
+  out[i] = dip::radius<dip::ScalarLane>(i << 12);
 }
 
-__global__ void angles(float* exact, float* fast) {  // [4096, 2]: cosine, sine, of radius r0
+__global__ void angles(float* out) {  // [4096, 2]: cosine, sine
   const uint32_t j = blockIdx.x * blockDim.x + threadIdx.x;
-  dip::cos_sin<dip::ScalarLane>(j, 1.0f, &exact[2 * j], &exact[2 * j + 1]);
-  dip::FastTier::normal_pair(j, &fast[2 * j], &fast[2 * j + 1]);  // times the radius of word 0
+  dip::cos_sin<dip::ScalarLane>(j, 1.0f, &out[2 * j], &out[2 * j + 1]);
 }
 
 __global__ void words(const int64_t* counters, const int64_t* keys, int64_t* out, int n) {  // [n, 4], [n, 2], [n, 4]
@@ -28,21 +26,21 @@ __global__ void words(const int64_t* counters, const int64_t* keys, int64_t* out
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int probe_radii(float* exact, float* fast) {
-  radii<<<4096, 256>>>(exact, fast);
+EXPORT int probe_radii(float* out) {
+  radii<<<4096, 256>>>(out);
   return cudaDeviceSynchronize();
 }
-EXPORT int probe_angles(float* exact, float* fast) {
-  angles<<<16, 256>>>(exact, fast);
+EXPORT int probe_angles(float* out) {
+  angles<<<16, 256>>>(out);
   return cudaDeviceSynchronize();
 }
 EXPORT int probe_words(const int64_t* counters, const int64_t* keys, int64_t* out, int n) {
   words<<<1, 256>>>(counters, keys, out, n);
   return cudaDeviceSynchronize();
 }
-EXPORT void host_radii(float* exact) {
-  for (uint32_t i = 0; i < 1u << 20; ++i) exact[i] = dip::radius<dip::ScalarLane>(i << 12);
+EXPORT void host_radii(float* out) {
+  for (uint32_t i = 0; i < 1u << 20; ++i) out[i] = dip::radius<dip::ScalarLane>(i << 12);
 }
-EXPORT void host_angles(float* exact) {
-  for (uint32_t j = 0; j < 4096; ++j) dip::cos_sin<dip::ScalarLane>(j, 1.0f, &exact[2 * j], &exact[2 * j + 1]);
+EXPORT void host_angles(float* out) {
+  for (uint32_t j = 0; j < 4096; ++j) dip::cos_sin<dip::ScalarLane>(j, 1.0f, &out[2 * j], &out[2 * j + 1]);
 }

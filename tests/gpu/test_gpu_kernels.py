@@ -1,7 +1,5 @@
 """Every CUDA and Triton kernel on a device against the float64 reference, and what may not change a result."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,33 +10,13 @@ from dipkernels.ops.perturb import noise, perturb, perturb_bwd, perturb_replay
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 ROWS, CHANNELS, CHANNELS_LAST = (257, 72), (3, 24, 10, 6), "channels_last"
-KINDS = ("cuda-fast", "cuda-exact", "triton")
+BACKENDS = ("cuda", "triton")
 
 
-def _library():
-    return backends._c_functions(backends.library().path)
-
-
-@contextlib.contextmanager
-def kind(name: str):
-    """Everything inside runs on one backend and tier."""
-    chosen, _, tier = name.partition("-")
-    with backends.backend(chosen):
-        if chosen != "cuda":
-            yield
-            return
-        before = _library().dip_cuda_exact()
-        _library().dip_set_cuda_exact(int(tier == "exact"))
-        try:
-            yield
-        finally:
-            _library().dip_set_cuda_exact(before)
-
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=BACKENDS)
 def kernels(request):
     try:
-        with kind(request.param):
+        with backends.backend(request.param):
             yield request.param
     except RuntimeError as missing:
         if "was asked for" not in str(missing):
@@ -124,29 +102,39 @@ def draw(shape=(300, 264), **kwargs):
 
 
 def test_noise_is_one_for_all_backends():
-    """CPU, CUDA exact and Triton to the bit; CUDA fast within 4e-6."""
-    with backends.backend("cpu" if "portable" in backends.library().cpu_capabilities else "reference"):
-        want = noise(seed("cpu"), (300, 264), Draw(1, 2**32 - 100, 0, 3, 1))
-        to_the_bit = "portable" in backends.library().cpu_capabilities
-    for name in KINDS:
-        try:
-            with kind(name):
-                got = noise().cpu()
-        except RuntimeError as missing:
-            print(f"{name}: {missing}")
-            continue
-        if name == "cuda-fast" or not to_the_bit:
-            assert (got - want).abs().max() <= 4e-6, name
-        else:
-            assert torch.equal(got, want), f"{name}: {(got != want).sum()} of {got.numel()} differ"
+    """CPU, CUDA and Triton to the bit, alone and as a mean; without the CPU's kernels, the reference within 4e-6."""
+    to_the_bit = "portable" in backends.library().cpu_capabilities
+    for num_samples in (1, 3):
+        with backends.backend("cpu" if to_the_bit else "reference"):
+            want = noise(seed("cpu"), (300, 264), Draw(1, 2**32 - 100, 0, 3, num_samples))
+        for name in BACKENDS:
+            try:
+                with backends.backend(name):
+                    got = draw(num_samples=num_samples).cpu()
+            except RuntimeError as missing:
+                print(f"{name}: {missing}")
+                continue
+            assert (got - want).abs().max() <= (0 if to_the_bit else 4e-6), f"{name}: {(got != want).sum()} differ"
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_u_is_one_for_all_backends(kernels, dtype):
+    """To the bit, where sigma is given as it is: exp of a log_variance may round differently."""
+    if "portable" not in backends.library().cpu_capabilities:
+        pytest.skip("needs the CPU's kernels")
+    x, _, sigma = tensors(ROWS, dtype)
+    where = Draw(1, 2**32 - 100, 8, 3)
+    got = perturb(x, sigma, seed(), where, None).cpu()
+    with backends.backend("cpu"):
+        assert torch.equal(got, perturb(x.cpu(), sigma.cpu(), seed("cpu"), where, None))
 
 
 def test_noise_ignores_tile_shape_and_stride(kernels):
     """A window of a wider or taller noise is that window, and channels are rows."""
-    whole = noise()
-    assert torch.equal(noise((300, 17), col0=0), whole[:, :17])
-    assert torch.equal(noise((3, 264), row0=2**32 - 100 + 7), whole[7:10])
-    assert torch.equal(noise((300, 31), col0=8), whole[:, 8:39])
+    whole = draw()
+    assert torch.equal(draw((300, 17), col0=0), whole[:, :17])
+    assert torch.equal(draw((3, 264), row0=2**32 - 100 + 7), whole[7:10])
+    assert torch.equal(draw((300, 31), col0=8), whole[:, 8:39])
     channels = noise(seed(), (4, 264, 75), Draw(1, 2**32 - 100, 0, 3, 1))
     assert torch.equal(channels.movedim(1, -1).reshape(300, 264), whole)
 

@@ -1,4 +1,4 @@
-"""The noise contract on a device, over every argument: words and exact tier bit for bit, the fast one within 4e-6."""
+"""The noise contract on a device, over every argument: words, radii and angles are the host's bit for bit."""
 
 import ctypes
 import math
@@ -51,12 +51,11 @@ def pointer(t):
 
 
 def device_and_host(probe, name, *shape):
-    exact, fast = torch.full(shape, math.nan, device="cuda"), torch.full(shape, math.nan, device="cuda")
+    device, host = torch.full(shape, math.nan, device="cuda"), torch.full(shape, math.nan)
     torch.cuda.synchronize()
-    assert getattr(probe, f"probe_{name}")(pointer(exact), pointer(fast)) == 0
-    host = torch.full(shape, math.nan)
+    assert getattr(probe, f"probe_{name}")(pointer(device)) == 0
     getattr(probe, f"host_{name}")(pointer(host))
-    return exact.cpu(), fast.cpu(), host
+    return device.cpu(), host
 
 
 def test_words_match_known_answers(probe):
@@ -76,22 +75,13 @@ def test_words_match_known_answers(probe):
     assert torch.equal(out, table[:, 6:])
 
 
-def test_exact_radius_is_the_hosts_on_all_arguments(probe):
+def test_radius_is_the_hosts_on_all_arguments(probe):
     """The corrected reciprocal square root is the IEEE root on all 2^20 radii, so device and host agree to the bit."""
-    exact, fast, host = device_and_host(probe, "radii", 2**20)
-    different = torch.nonzero(exact != host).flatten()
+    device, host = device_and_host(probe, "radii", 2**20)
+    different = torch.nonzero(device != host).flatten()
     assert not len(different), f"{len(different)} radii differ, the first at i = {different[0]}"
-    u = (torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20
-    error = (fast.double() - torch.sqrt(-2 * torch.log(u))).abs()
-    print(f"fast radius: largest error {error.max():.2e} at i = {error.argmax()}")
-    assert error.max() <= 3e-6
 
 
-def test_cosine_and_sine_on_all_angles(probe):
-    exact, fast, host = device_and_host(probe, "angles", 4096, 2)
-    assert torch.equal(exact, host)
-    angle = 2 * math.pi * (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-    r0 = math.sqrt(-2 * math.log(0.5 / 2**20))  # the largest radius, so the largest error of z
-    error = (fast.double() - r0 * torch.stack((angle.cos(), angle.sin()), 1)).abs()
-    print(f"fast z at the largest radius: largest error {error.max():.2e}")
-    assert error.max() <= 4e-6
+def test_cosine_and_sine_are_the_hosts_on_all_angles(probe):
+    device, host = device_and_host(probe, "angles", 4096, 2)
+    assert torch.equal(device, host)

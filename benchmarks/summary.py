@@ -1,0 +1,139 @@
+"""One small record of a release and a kind of machine:  python benchmarks/summary.py out/benchmarks/*.json
+
+Takes runs that overhead.py, cost.py, averaging.py, profile_small_layer.py and gpu_check.py stored, and writes
+benchmarks/results/<kind>-<release>.json, which git keeps; the runs themselves stay in out/, which it does not.
+
+Of each program the newest whole run is kept: machine, medians, ratios and quartiles. Of the other runs of overhead.py
+the ratios of DIP are, one beside another: how far a figure moves from run to run. `overhead.py --from` and
+`cost.py --from` print, or with --docs write, the tables of a record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import report
+
+import dipkernels as dip
+
+DIGITS = 6  # significant; the tables show three
+VENDORS = {"amd": "amd|epyc|ryzen", "intel": "intel|xeon", "arm": "arm|aarch64|neoverse|graviton"}
+DIFFERENCES = ("over_base_s", "over_base_quartiles_s")  # of use where microseconds are compared, in the section small
+
+
+def kind_of(machine: dict) -> str:
+    """The kind of a machine: of the GPU where one was measured ("h100"), else the processor's maker ("amd")."""
+    if machine.get("gpu"):
+        words = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]+", " ", machine["gpu"].lower()).split()
+        numbered = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
+        return "".join(words[: numbered + 1])
+    for vendor, pattern in VENDORS.items():
+        if re.search(rf"\b({pattern})", machine["cpu"].lower()):
+            return vendor
+    raise ValueError(f"machine: expected a processor of {', '.join(VENDORS)}, got {machine['cpu']!r}")
+
+
+def program_of(run: dict) -> str:
+    """Which program stored a run, by what the run holds."""
+    for key, program in (("sections", "gpu_check"), ("studies", "cost"), ("rates", "overhead"), ("program", "")):
+        if key in run:
+            return program or run[key]
+    raise ValueError(f"expected a run that a benchmark stored, got one of {', '.join(run)}")
+
+
+def rounded(value: object) -> object:
+    """The same with floating-point numbers of DIGITS significant digits."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def condensed(run: object, section: str = "") -> object:
+    """A run without what no table shows."""
+    if isinstance(run, list):
+        return [condensed(item, section) for item in run]
+    if not isinstance(run, dict):
+        return run
+    section = run.get("section", section)
+    leave = {"traceback", "said", "elapsed_s"} | (set() if section == "small" else set(DIFFERENCES))
+    if "section" in run:
+        leave.add("device")  # the machine's
+    return {key: condensed(item, section) for key, item in run.items() if key not in leave}
+
+
+def ratios_of(run: dict) -> dict[str, float]:
+    """The ratios of a run of overhead.py that are DIP's, by section, type, shape and what."""
+    of_dip = {"linear": "dip", "small": "dip", "perturb": "eager"}
+    rows = [row for row in run["rows"] if "ratio" in row and row["variant"] == of_dip.get(row["section"])]
+    names = ("section", "dtype", "shape", "what", "variant")
+    return {" ".join(str(row[name]) for name in names if row.get(name)): row["ratio"] for row in rows}
+
+
+def between(runs: list[dict]) -> dict:
+    """The runs, oldest first, and each ratio in all of them: null where a run did not time it."""
+    listed = [
+        {key: run["machine"].get(key) for key in ("date", "commit", "modified", "cpu")}
+        | {"in_place": bool(run["machine"].get("glibc_tunables"))}
+        for run in runs
+    ]
+    found = [ratios_of(run) for run in runs]
+    keys = dict.fromkeys(key for ratios in found for key in ratios)
+    return {"runs": listed, "ratios": {key: [round(r[key], 3) if key in r else None for r in found] for key in keys}}
+
+
+def summarise(runs: list[dict], release: str) -> dict:
+    """One record of runs on one kind of machine.
+
+    Raises:
+        ValueError: a quick run or a rehearsal, whose figures mean nothing; machines of several kinds; no run.
+    """
+    if not runs:
+        raise ValueError("expected at least one run, got none")
+    if any(run.get("quick") or run.get("rehearsal") for run in runs):
+        raise ValueError("expected full runs, whose figures mean something, got a quick run or a rehearsal")
+    kinds = {kind_of(run["machine"]) for run in runs}
+    if len(kinds) > 1:
+        raise ValueError(f"expected runs of one kind of machine, got {', '.join(sorted(kinds))}")
+    by_program: dict[str, list[dict]] = {}
+    for run in sorted(runs, key=lambda run: run["machine"]["date"]):
+        by_program.setdefault(program_of(run), []).append(run)
+    record: dict = {"release": release, "kind": kinds.pop(), "command": "python benchmarks/summary.py"}
+    for program, found in sorted(by_program.items()):
+        record[program] = rounded(
+            condensed(max(found, key=lambda run: (len(run.get("rows", [])), run["machine"]["date"])))
+        )
+    if overheads := by_program.get("overhead"):
+        record["overhead, run by run"] = between(overheads)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="stored runs, of one kind of machine")
+    parser.add_argument("--release", default=dip.__version__, help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="where to write (benchmarks/results/<kind>-<release>.json)")
+    args = parser.parse_args(arguments)
+    for path in args.runs:
+        if not path.is_file():
+            parser.error(f"runs: expected a stored run, found no file {path}")
+    try:
+        record = summarise([json.loads(path.read_text()) for path in args.runs], args.release)
+    except ValueError as error:
+        parser.error(f"runs: {error}")
+    path = args.out or report.RECORDS / f"{record['kind']}-{record['release']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.compact(record) + "\n")
+    print(f"wrote {path}, {path.stat().st_size / 1024:.0f} KiB")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against six baselines.
+
+    python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it was stopped
+    python studies/arithmetic.py --stages LoRA       one of them (the other may run in another process)
+    python studies/arithmetic.py --parts report      tables and figures from the stored results
+    python studies/arithmetic.py --quick             does it run? into out/arithmetic
+
+Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums modulo 5; tested by
+greedy generation and exact match on chains of 4, and on longer ones than it has seen. Stage LoRA: one epoch of LoRA on
+what that left out, products and chains of up to 6 steps; every method starts from the model that plain training gave.
+Calculations are split into training, validation (where each method's setting is chosen) and test. Writes
+every run into out/arithmetic as it ends; the report writes the tables of docs/results.md, and arithmetic.png and a summary of
+the runs, arithmetic.json, into docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import arithmetic_setup as task
+import torch
+from peft import LoraConfig, get_peft_model
+from results_page import (
+    FOLDER,
+    PAGE,
+    NotStored,
+    Store,
+    cell,
+    environment_line,
+    figure,
+    mean_std,
+    save_figure,
+    summarise,
+    table,
+    write_table,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+from vision_methods import GaussianDropout
+
+import dipkernels as dip
+
+METHODS = ("plain", "plain, equal time", "input noise", "fixed variance", "GaussianDropout", "NEFTune", "DIP")
+STAGES = ("scratch", "LoRA")
+DIM, DEPTH, BATCH = 256, 4, 64
+LEARNING_RATES = {"scratch": (1e-3, 2e-3), "LoRA": (6e-3, 1.2e-2)}  # the LoRA stage starts from models of the first
+STEPS = {"scratch": 160, "LoRA": 60}  # of 64 problems each
+LENGTHS = {"scratch": (2, 3, 4), "LoRA": (2, 3, 4, 5, 6)}
+OPERATORS = {"scratch": "+-", "LoRA": "+-*"}
+TESTED = {"scratch": (4, 6, 8, 10), "LoRA": (6, 8, 10, 12)}  # steps
+# Two settings for every method; plain training searches the learning rate that the others then take.
+SEARCH: dict[str, list[dict]] = {
+    "input noise": [{"sigma": sigma} for sigma in (0.1, 0.3)],
+    "fixed variance": [{"sigma": sigma} for sigma in (0.05, 0.15)],
+    "GaussianDropout": [{"rate": rate} for rate in (0.01, 0.05)],
+    "NEFTune": [{"strength": strength} for strength in (0.5, 2.0)],
+    "DIP": [{"sigma": sigma, "alpha": alpha} for sigma, alpha in ((0.15, 0.0), (0.05, 0.01))],
+}
+VALIDATION_SEED = 100
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingNoise:
+    """Noise on the output of the embedding in training mode: Gaussian of sigma times its spread, or NEFTune's.
+
+    NEFTune: uniform in +- strength / sqrt(tokens * features).
+    """
+
+    def __init__(self, sigma: float | None = None, strength: float | None = None) -> None:
+        self.sigma, self.strength = sigma, strength
+
+    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        if not module.training:
+            return None
+        if self.sigma is not None:
+            return out + self.sigma * out.detach().std() * torch.randn_like(out)
+        limit = self.strength / (out.shape[-1] * out.shape[-2]) ** 0.5
+        return out + torch.empty_like(out).uniform_(-limit, limit)
+
+
+def noised_layers(model: nn.Module, stage: str) -> list[str]:
+    """From scratch: every nn.Linear. LoRA: the layers that carry an adapter, noised before base and adapter."""
+    if stage == "LoRA":
+        return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def with_method(model: nn.Module, config: dict) -> nn.Module:
+    method, stage = config["method"], config["stage"]
+    names = noised_layers(model, stage)
+    if method in ("fixed variance", "DIP"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", dip.DIPConversionWarning)
+            dip.convert(model, config["sigma"] ** 2, filter=lambda module, name: name in names)
+        for module in model.modules():
+            if isinstance(module, dip.Variance):
+                module.requires_grad_(method == "DIP")
+    elif method == "GaussianDropout":
+        GaussianDropout(model, names, config["rate"])
+    elif method in ("input noise", "NEFTune"):
+        model.get_input_embeddings().register_forward_hook(EmbeddingNoise(config.get("sigma"), config.get("strength")))
+    return model
+
+
+def build(config: dict, base: dict[str, Tensor] | None) -> nn.Module:
+    torch.manual_seed(config["seed"])
+    model = task.llama(config["dim"], config["depth"])
+    if config["stage"] == "LoRA":
+        model.load_state_dict(base)
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return with_method(model, config)
+
+
+def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None = None) -> float:
+    """config["steps"] steps through the batches, cosine decay after a short rise; returns processor seconds."""
+    optimizer = torch.optim.AdamW(dip.param_groups(model, config["lr"], 0.01), betas=(0.9, 0.98), fused=True)
+    steps = config["steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1
+    )
+    alpha = config.get("alpha", 0.0)
+    torch.manual_seed(1000 + config["seed"])
+    model.train()
+    start = time.process_time()
+    for number in range(steps):
+        loss = model(**batches[number % len(batches)]).loss
+        if alpha > 0:
+            loss = loss + dip.penalty(model, alpha, beta=alpha * config["sigma"] ** 2)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if bar is not None:
+            bar.update()
+    return time.process_time() - start
+
+
+def sigmas(model: nn.Module) -> dict[str, list[float]]:
+    points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    layers = dip.summary(model)
+    return {
+        row.name.replace("base_model.model.", ""): [
+            round(q, 4) for q in torch.quantile(model.get_submodule(row.name).variance.sigma, points).tolist()
+        ]
+        for row in layers
+    }
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """The stored results, the settings, the runs of both stages."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.stores = {stage: Store(args.out / f"arithmetic_{stage.lower()}.json") for stage in args.stages}
+        self.seeds = range(args.seeds)
+        self.size = {"dim": 32, "depth": 1} if args.quick else {"dim": args.dim, "depth": args.depth}
+        self.num_steps = dict.fromkeys(STAGES, 2) if args.quick else STEPS
+        self.num_tested = 10 if args.quick else args.tested
+        self.search = {
+            stage: {
+                method: settings[:1] if args.quick else settings
+                for method, settings in ({"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH).items()
+            }
+            for stage in args.stages
+        }
+        self.base: dict[int, dict[str, Tensor]] = {}  # weights of plain training, by seed
+
+    def data(self, stage: str, seed: int, steps: int | None = None) -> list[dict]:
+        """One epoch of the stage; more steps than it has go through new problems."""
+        return task.batches(seed, steps or self.num_steps[stage], BATCH, LENGTHS[stage], OPERATORS[stage])
+
+    def config(self, stage: str, method: str, setting: dict, seed: int, part: str) -> dict:
+        steps = self.num_steps[stage]
+        if method == "plain, equal time":
+            steps = round(steps * self.time_ratio(stage))
+        name = "plain" if method.startswith("plain") else method
+        shared = {"stage": stage, "method": name, "seed": seed, "part": part, "steps": steps, **self.size}
+        return shared | {"batch": BATCH, "tested": self.num_tested} | setting
+
+    def base_of(self, seed: int) -> dict[str, Tensor]:
+        """The model that plain training from scratch gave; kept beside the results that git ignores."""
+        if seed not in self.base:
+            config = self.config("scratch", "plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test")
+            path = self.args.models / f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
+            if not path.exists():
+                model = build(config, None)
+                train(model, config, self.data("scratch", seed, config["steps"]))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(model.state_dict(), path)
+            self.base[seed] = torch.load(path, weights_only=True)
+        return self.base[seed]
+
+    def run(self, config: dict, bar: tqdm) -> dict:
+        """Train as the config says; exact match on its part by number of steps."""
+
+        def make() -> dict:
+            bar.set_description(f"{config['stage']}: {config['method']}, seed {config['seed']}")
+            stage = config["stage"]
+            data = self.data(stage, config["seed"], config["steps"])
+            model = build(config, self.base_of(config["seed"]) if stage == "LoRA" else None)
+            seconds = train(model, config, data)
+            scores = {}
+            for steps in TESTED[stage]:
+                chosen = task.problems(0, config["tested"], steps, OPERATORS[stage], config["part"])
+                scores[str(steps)] = task.exact_match(model, chosen)
+            result = {"scores": scores, "train_cpu_seconds": round(seconds, 2)}
+            result["parameters"] = sum(p.numel() for p in model.parameters())
+            return result | ({"sigma": sigmas(model)} if config["method"] == "DIP" else {})
+
+        result = self.stores[config["stage"]].run(config, make)["result"]
+        bar.update()
+        return result
+
+    def time_ratio(self, stage: str) -> float:
+        """Processor time of a DIP step over that of a plain step: median over interleaved rounds."""
+
+        def make() -> float:
+            data, rounds = self.data(stage, 0, 1), 3 if self.args.quick else 15
+            shared = {"stage": stage, "seed": 0, "lr": 1e-3, "steps": 1, **self.size}
+            base = task.llama(**self.size).state_dict()
+            configs = [shared | {"method": "plain"}, shared | {"method": "DIP", "sigma": 0.1, "alpha": 0.01}]
+            models = [build(config, base) for config in configs]
+            ratios = [
+                [train(model, config, data) for model, config in zip(models, configs)] for _ in range(rounds + 2)
+            ][2:]
+            return round(statistics.median(dip_step / plain for plain, dip_step in ratios), 2)
+
+        return self.stores[stage].value("DIP step over plain step", make)
+
+    def tune(self, bar: tqdm) -> None:
+        """Choose every method's setting by the mean exact match over all lengths on validation problems."""
+        for stage in self.args.stages:
+            chosen, trials = {}, {}
+            for method, settings in self.search[stage].items():
+                shared = chosen.get("plain", {})
+                configs = [self.config(stage, method, shared | setting, VALIDATION_SEED, "val") for setting in settings]
+                trials[method] = [(overall(self.run(c, bar)), setting) for c, setting in zip(configs, settings)]
+                chosen[method] = max(trials[method], key=lambda pair: pair[0])[1]
+            self.stores[stage].values |= {"chosen": chosen, "search": trials}
+            self.stores[stage].save()
+
+    def test(self, stage: str, method: str, bar: tqdm) -> list[dict]:
+        settings = self.stores[stage].values.get("chosen")
+        if settings is None:
+            raise NotStored(f"--parts: no settings chosen yet for the stage {stage}; run the part tune first")
+        setting = settings["plain"] | ({} if method.startswith("plain") else settings[method])
+        return [self.run(self.config(stage, method, setting, seed, "test"), bar) for seed in self.seeds]
+
+    def main(self, bar: tqdm) -> None:
+        for stage in self.args.stages:
+            for method in METHODS:
+                self.test(stage, method, bar)
+
+
+def overall(result: dict) -> float:
+    return round(statistics.fmean(score["answer"] for score in result["scores"].values()), 2)
+
+
+# ---- tables and figures ----------------------------------------------------------------------------------------------
+
+
+def main_table(study: Study, stage: str, bar: tqdm) -> str:
+    results = {method: study.test(stage, method, bar) for method in METHODS}
+    best = max(METHODS, key=lambda method: statistics.fmean(overall(r) for r in results[method]))
+    longest = max(LENGTHS[stage])
+    heads = [f"{steps} steps" + (" (longer)" if steps > longest else "") for steps in TESTED[stage]]
+    rows = []
+    for method, runs in results.items():
+        cells = [cell([r["scores"][str(steps)]["answer"] for r in runs]) for steps in TESTED[stage]]
+        mean = cell([overall(r) for r in runs])
+        whole = cell([statistics.fmean(s["solution"] for s in r["scores"].values()) for r in runs])
+        seconds = f"{statistics.fmean(r['train_cpu_seconds'] for r in runs):.0f}"
+        rows.append([method, *cells, f"**{mean}**" if method == best else mean, whole, seconds])
+    settings = study.stores[stage].values["chosen"]
+    chosen = "; ".join(
+        f"{m} " + ", ".join(f"{k} {v:g}" for k, v in sorted(s.items())) for m, s in sorted(settings.items())
+    )
+    runs = study.stores[stage].runs
+    text = table(["method", *heads, "mean", "all steps right", "CPU s"], rows)
+    return (
+        f"Exact match of the final answer, %, {study.num_tested} problems for each length, {len(study.seeds)} seed(s), "
+        f"mean ± standard deviation; the best mean in bold. {results['plain'][0]['parameters']:,} parameters, "
+        f"{study.config(stage, 'plain', {}, 0, 'test')['steps']} steps of {BATCH} problems. "
+        f"Chosen on validation problems: {chosen}. A DIP step costs {study.time_ratio(stage)} plain steps."
+        f"\n\n{text}\n\n"
+        f"{environment_line(run['environment'] for run in runs)}; {len(runs)} runs, "
+        f"{sum(run['result']['train_cpu_seconds'] for run in runs):.0f} s of training."
+    )
+
+
+def search_table(study: Study) -> str:
+    rows = []
+    for stage in study.args.stages:
+        for method, trials in sorted(study.stores[stage].values.get("search", {}).items()):
+            cells = [
+                ", ".join(f"{k} {v:g}" for k, v in sorted(setting.items())) + f": {score:.1f}"
+                for score, setting in trials
+            ]
+            rows.append([stage, method, "; ".join(cells)])
+    return table(["stage", "method", "setting: mean exact match on validation problems"], rows) if rows else ""
+
+
+def plot(study: Study, path: Path, bar: tqdm) -> None:
+    fig, axes = figure(2, len(study.args.stages), 5.5 * len(study.args.stages), 7)
+    for axis, sigma_axis, stage in zip(axes[0], axes[1], study.args.stages):
+        for method in METHODS:
+            runs = study.test(stage, method, bar)
+            points = [mean_std([r["scores"][str(steps)]["answer"] for r in runs]) for steps in TESTED[stage]]
+            means, stds = zip(*points)
+            thick = {"linewidth": 2.2, "zorder": 3} if method == "DIP" else {"linewidth": 1}
+            axis.errorbar(TESTED[stage], means, yerr=stds, marker="o", markersize=3, capsize=2, label=method, **thick)
+        axis.axvline(max(LENGTHS[stage]) + 0.5, linestyle=":", color="gray")
+        axis.set_title(f"{stage}: exact match by length (right of the line: longer than in training)", fontsize=8)
+        axis.set_xlabel("steps")
+        axis.set_ylabel("exact match of the answer, %")
+        axis.grid(alpha=0.3)
+        layers = study.test(stage, "DIP", bar)[0]["sigma"]
+        boxes = [
+            {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4], "label": name.split("model.")[-1]}
+            for name, q in layers.items()
+        ]
+        sigma_axis.bxp(boxes, showfliers=False)
+        sigma_axis.tick_params(axis="x", rotation=90, labelsize=5)
+        sigma_axis.set_ylabel("learned sigma, first seed")
+    axes[0][0].legend(fontsize=7)
+    save_figure(fig, path)
+
+
+def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
+    """Tables, figure and summary from what is stored; nothing is trained, and what is missing is said."""
+    for store in study.stores.values():
+        store.makes = False
+    whole = [
+        write_table(page, f"arithmetic-{stage.lower()}", lambda stage=stage: main_table(study, stage, bar))
+        for stage in study.args.stages
+    ]
+    if set(study.args.stages) == set(STAGES):
+        write_table(page, "arithmetic-search", lambda: search_table(study))
+        if all(whole):
+            plot(study, out / "arithmetic.png", bar)
+            summarise(study.stores.values(), out / "arithmetic.json")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=("tune", "main", "report"), default=["tune", "main", "report"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
+    parser.add_argument("--dim", type=int, default=DIM, help=f"width of the Llama ({DIM})")
+    parser.add_argument("--depth", type=int, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
+    parser.add_argument("--tested", type=int, default=200, help="problems of each length to test on (200)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (1)")
+    parser.add_argument("--out", type=Path, default=Path("out/arithmetic"), help="folder of the runs (out/arithmetic)")
+    parser.add_argument("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
+    parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
+    parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "dim", "depth", "tested", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    args.seeds = 1 if args.quick else args.seeds
+    args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
+    args.models = args.out if args.quick else args.models
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.page.exists():
+        shutil.copyfile(PAGE, args.page)
+    torch.set_num_threads(args.threads)
+
+    study = Study(args)
+    total = sum(len(s) for search in study.search.values() for s in search.values()) * ("tune" in args.parts)
+    total += len(args.stages) * len(METHODS) * len(study.seeds) * ("main" in args.parts)
+    with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
+        for part in ("tune", "main"):
+            if part in args.parts:
+                try:
+                    getattr(study, part)(bar)
+                except NotStored as error:
+                    raise SystemExit(str(error)) from None
+    if "report" in args.parts:
+        figures = FOLDER if args.page == PAGE else args.out
+        report(study, args.page, figures, tqdm(disable=True))
+        print(f"wrote {args.page} and {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""What the studies of docs/results.md share on paper: environment, mean and spread, stored runs, tables of a page, summaries."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dipkernels as dip
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+FOLDER = ROOT / "docs" / "results"
+
+
+def environment() -> dict[str, str | int]:
+    """Machine, versions and date: what every stored figure carries."""
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "dipkernels": dip.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment_line(environments: Iterable[dict]) -> str:
+    """One line for a table; several where its runs were made under different ones."""
+    lines = {", ".join(f"{key} {value}" for key, value in env.items()).replace("machine ", "") for env in environments}
+    return "; ".join(sorted(lines))
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation (n - 1); 0 for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cell(values: Sequence[float], digits: int = 1) -> str:
+    mean, std = mean_std(values)
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def write_section(page: Path, marker: str, text: str) -> None:
+    """Replace what stands between `<!-- begin MARKER -->` and `<!-- end MARKER -->` of the page by text.
+
+    Raises ValueError when the page lacks the pair, or has it twice: a table is never appended where nobody looks.
+    """
+    begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
+    content = page.read_text(encoding="utf-8")
+    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+        raise ValueError(f"page: expected {begin} and {end} once each, in this order, in {page}")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8")
+
+
+def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
+    """Write make()'s text into the section; where a run is missing, a line that says so. Returns whether it is whole."""
+    try:
+        text = make()
+    except NotStored:
+        text = ""
+    write_section(page, marker, text or NOT_RUN)
+    return bool(text)
+
+
+class NotStored(RuntimeError):
+    """A report wants a run that has not been made yet."""
+
+
+NOT_RUN = "*Not run yet; the command above goes on where it was stopped.*"
+
+
+class Store:
+    """Results by configuration in one JSON file, written after every run, so that an interrupted command goes on.
+
+    A run is found again by its whole configuration: change a flag and it is made anew. `value(key, make)` keeps what
+    is not a run. Processes may share the file: each write takes in what the others have written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict = {}
+        self.makes = True  # False: what is not stored raises NotStored
+        self._runs: dict[str, dict] = {}
+        self._read()
+
+    @property
+    def runs(self) -> list[dict]:
+        return list(self._runs.values())
+
+    def run(self, config: dict, make: Callable[[], dict]) -> dict:
+        """The stored result of this configuration, or make()'s, stored."""
+        key = _key(config)
+        if key not in self._runs:
+            self._read()
+        if key not in self._runs and not self.makes:
+            raise NotStored(f"{self.path}: expected a run of {key}, found none")
+        if key not in self._runs:
+            self._runs[key] = {"config": config, "environment": environment(), "result": make()}
+            self.save()
+        return self._runs[key]
+
+    def value(self, key: str, make: Callable[[], object]):
+        if key not in self.values:
+            self._read()
+        if key not in self.values and not self.makes:
+            raise NotStored(f"{self.path}: expected a value of {key!r}, found none")
+        if key not in self.values:
+            self.values[key] = make()
+            self.save()
+        return self.values[key]
+
+    def _read(self) -> None:
+        if self.path.exists():
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            self.values = stored["values"] | self.values
+            self._runs = {_key(run["config"]): run for run in stored["runs"]} | self._runs
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            self._read()
+            part = self.path.with_suffix(".part")
+            lines = ",\n".join(json.dumps(run) for _, run in sorted(self._runs.items()))
+            values = json.dumps(self.values, indent=1, sort_keys=True)
+            part.write_text(f'{{"values": {values},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
+            part.replace(self.path)
+
+
+def summarise(stores: Iterable[Store], path: Path) -> None:
+    """The stored runs without their number: of each setting mean and standard deviation over seeds, one line each.
+
+    What docs/results keeps; the runs stay where they were made. Nothing is written where there is no run.
+    """
+    groups: dict[str, list[tuple[str, dict]]] = {}
+    values, environments = {}, {}
+    for store in stores:
+        values[store.path.stem] = store.values
+        for run in store.runs:
+            environments[json.dumps(run["environment"])] = run["environment"]
+            setting = {name: value for name, value in run["config"].items() if name != "seed"}
+            groups.setdefault(_key({"of": store.path.stem} | setting), []).append((store.path.stem, run))
+    if not groups:
+        return
+    rows = []
+    for key in sorted(groups):
+        runs = [run for _, run in groups[key]]
+        row = {"setting": json.loads(key), "seeds": len(runs), "result": _spread([run["result"] for run in runs])}
+        rows.append(json.dumps(row))
+    head = json.dumps({"environments": [environments[key] for key in sorted(environments)], "values": values})
+    path.write_text(f'{head[:-1]},\n"runs": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
+
+
+def _spread(results: list):
+    """[mean, standard deviation] of every number of results of one form; of a layer's quantiles the mean of the median."""
+    first = results[0]
+    if isinstance(first, dict):
+        shared = [key for key in first if all(key in result for result in results)]
+        return {key: _spread([result[key] for result in results]) for key in shared}
+    if isinstance(first, list):
+        return round(statistics.fmean(result[len(first) // 2] for result in results), 2)
+    return [round(number, 2) for number in mean_std(results)]
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """One process at a time inside; where the system has no flock, no lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _key(config: dict) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def figure(rows: int, columns: int, width: float, height: float, **kwargs):
+    """Matplotlib without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+
+
+def save_figure(fig, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=90, metadata={"Software": None})
+    plt.close(fig)

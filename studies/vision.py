@@ -1,0 +1,642 @@
+"""Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with ablations.
+
+    python studies/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
+    python studies/vision.py --archs MLP        one network
+    python studies/vision.py --parts report     tables and figures from the stored results
+    python studies/vision.py --quick            does it run? into out/vision
+
+scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first 900; 400 to validate;
+the other 897, which nothing is chosen on, for the figures. Every method has four settings to choose from, compared by
+the mean over all conditions on validation images. Accuracy, attacks and corruptions: on the deterministic forward
+(Algorithm 3). Every run is stored in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.png
+and a summary of the runs, vision.json, into docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import vision_methods as methods
+from results_page import (
+    FOLDER,
+    NOT_RUN,
+    PAGE,
+    NotStored,
+    Store,
+    cell,
+    environment_line,
+    figure,
+    mean_std,
+    save_figure,
+    summarise,
+    table,
+    write_table,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+from vision_methods import METHODS, SEVERAL, TRAININGS
+from vision_setup import CORRUPTIONS, FGSM_STRENGTHS, NETWORKS, PGD_STRENGTHS, PLACEMENTS, fgsm, pgd, split
+
+import dipkernels as dip
+import dipkernels.diagnostics
+
+EPOCHS = {"MLP": 60, "ResNet": 50, "ViT": 50}
+M = {"MLP": 4, "ResNet": 2, "ViT": 2}
+SEEDS = {"MLP": 5, "ResNet": 3, "ViT": 3}
+TUNE_SEEDS = {"MLP": (100, 101), "ResNet": (100,), "ViT": (100,)}
+BATCH = {"MLP": 50, "ResNet": 100, "ViT": 100}
+ABLATION_SEEDS = 3
+ATTACKED = 400  # images that FGSM and PGD attack, the first of those evaluated
+COLUMNS = (
+    ("clean", "0"),
+    ("FGSM", "0.1"),
+    ("PGD", "0.1"),
+    ("noise", "0.3"),
+    ("blur", "0.7"),
+    ("contrast", "0.6"),
+    ("translation", "1"),
+)
+HEADS = [kind if kind == "clean" else f"{kind} {strength}" for kind, strength in COLUMNS]
+PARTS = ("tune", "main", "needs", "ablations", "smoothness", "report")
+SMOOTH_SEEDS, SMOOTH_IMAGES, SMOOTH_K = 3, 100, 16
+
+# ---- one run --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return percent_right(model(x), y)
+
+
+def percent_right(out: Tensor, y: Tensor) -> float:
+    return round(100 * (out.argmax(-1) == y).double().mean().item(), 3)
+
+
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, pgd_steps: int) -> dict[str, dict[str, float]]:
+    """Accuracy in % by condition and strength, on the deterministic forward; every model sees the same noise."""
+    torch.manual_seed(2000)
+    ax, ay = x[:ATTACKED], y[:ATTACKED]
+    scores = {
+        "clean": {"0": accuracy(model, x, y)},
+        "FGSM": {str(eps): accuracy(model, fgsm(model, ax, ay, eps), ay) for eps in FGSM_STRENGTHS},
+        "PGD": {str(eps): accuracy(model, pgd(model, ax, ay, eps, pgd_steps), ay) for eps in PGD_STRENGTHS},
+    }
+    for kind, (corrupt, strengths) in CORRUPTIONS.items():
+        scores[kind] = {str(s): accuracy(model, corrupt(x, s), y) for s in strengths}
+    return scores
+
+
+def overall(scores: dict) -> float:
+    """The mean over the conditions of the tables: what settings are chosen by."""
+    return statistics.fmean(scores[kind][strength] for kind, strength in COLUMNS)
+
+
+def sigmas(model: nn.Module) -> dict[str, list[float]]:
+    """Learned sigma by layer: minimum, quartiles, maximum over its features."""
+    points = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    return {
+        name: [round(q, 4) for q in torch.quantile(module.variance.sigma, points).tolist()]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "variance", None), dip.Variance)
+    }
+
+
+def run(config: dict, pgd_steps: int, by_k: bool = False) -> dict:
+    """Train as the config says, evaluate on its split."""
+    data = split(config["seed"])
+    model, seconds = methods.train(config, *data["train"])
+    x, y = data[config["split"]]
+    result = {"scores": evaluate(model, x, y, pgd_steps), "train_cpu_seconds": round(seconds, 2)}
+    if config["method"] == "DIP":
+        result["sigma"] = sigmas(model)
+    if by_k:
+        result["k"] = accuracy_by_k(model, x, y, pgd_steps)
+    return result
+
+
+KS = (1, 2, 4, 8, 16, 32, 50)
+
+
+def accuracy_by_k(model: nn.Module, x: Tensor, y: Tensor, pgd_steps: int) -> dict[str, dict]:
+    """Algorithm 3 (k = 0) and Algorithm 2, the mean over the first k of 50 passes: accuracy in %, processor time."""
+    torch.manual_seed(3000)
+    noisy, moved = CORRUPTIONS["noise"][0](x, 0.3), CORRUPTIONS["translation"][0](x, 1)
+    attacked = pgd(model, x[:ATTACKED], y[:ATTACKED], 0.1, pgd_steps)
+    rows: dict[str, dict[str, float]] = {str(k): {} for k in (0, *KS)}
+    for name, images in {"clean": x, "noise 0.3": noisy, "translation 1": moved, "PGD 0.1": attacked}.items():
+        labels = y[: len(images)]
+        plain, plain_ms = timed(lambda images=images: dip.predict(model, images, k=0, average="logits"), repeats=5)
+        right = percent_right(plain, labels)
+        rows["0"] |= {f"{name}, probs": right, f"{name}, logits": right, f"{name}, time": 1.0}
+        logits, probs, ms = 0, 0, 0.0
+        for k in range(1, max(KS) + 1):
+            one, one_ms = timed(lambda images=images: dip.predict(model, images, k=1, average="logits"))
+            logits, probs, ms = logits + one, probs + one.softmax(-1), ms + one_ms
+            if k in KS:
+                rows[str(k)] |= {
+                    f"{name}, probs": percent_right(probs, labels),
+                    f"{name}, logits": percent_right(logits, labels),
+                    f"{name}, time": round(ms / plain_ms, 2),
+                }
+    return rows
+
+
+def timed(call, repeats: int = 1) -> tuple[Tensor, float]:
+    """What it returns, and the median of its processor milliseconds."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        out = call()
+        times.append(1e3 * (time.process_time() - start))
+    return out, statistics.median(times)
+
+
+def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
+    """Train as the config says; means over test images, of the deterministic network (k = 0) and of the mean predictor.
+
+    The local Lipschitz constant of the logits and of the probabilities, and the top |eigenvalue| of the loss's Hessian.
+    """
+    data = split(config["seed"])
+    model, seconds = methods.train(config, *data["train"])
+    x, y = (part[:SMOOTH_IMAGES] for part in data[config["split"]])
+    result: dict = {"train_cpu_seconds": round(seconds, 2)}
+    for k in (0, SMOOTH_K) if dip.layers.dip_layers(model) else (0,):
+        flags = {"k": k, "iterations": 30, "tolerance": 1e-2}
+
+        def loss(out: Tensor, k: int = k) -> Tensor:
+            return F.nll_loss(out.log(), y, reduction="none") if k else F.cross_entropy(out, y, reduction="none")
+
+        average = "probs" if k else "logits"
+        values = {
+            "Lipschitz, logits": dip.diagnostics.lipschitz(model, x, **flags),
+            "Lipschitz, probabilities": dip.diagnostics.lipschitz(model, x, average="probs", **flags),
+            "Hessian of the loss": dip.diagnostics.smoothness(model, x, loss, average=average, **flags),
+        }
+        result[str(k)] = {name: round(value.mean().item(), 4) for name, value in values.items()}
+    return result
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """One network: its stored results, its settings, its runs."""
+
+    def __init__(self, arch: str, args: argparse.Namespace) -> None:
+        self.arch, self.quick, self.args = arch, args.quick, args
+        self.store = Store(args.out / f"vision_{arch.lower()}.json")
+        self.smooth_store = Store(args.out / f"vision_smoothness_{arch.lower()}.json")
+        self.seeds = range(1 if args.quick else args.seeds or SEEDS[arch])
+        self.epochs = args.epochs or (1 if args.quick else EPOCHS[arch])
+        self.pgd_steps = 2 if args.quick else 10
+        self.shared = {"arch": arch, "batch": BATCH[arch], "training": "clean"}
+
+    def config(self, method: str, setting: dict, **changes) -> dict:
+        name = "plain" if method.startswith("plain") else method
+        epochs = self.epochs
+        if method == "plain, equal time":
+            epochs = max(1, round(epochs * self.time_ratio()))
+        m = M[self.arch] if name in SEVERAL else 1
+        config = self.shared | {"method": name, "epochs": epochs, "m": m} | setting | changes
+        return {key: value for key, value in config.items() if DEFAULTS.get(key) != value}
+
+    def time_ratio(self) -> float:
+        return self.store.value(
+            "DIP step over plain step",
+            lambda: round(methods.time_ratio(self.arch, M[self.arch], BATCH[self.arch], 5 if self.quick else 40), 2),
+        )
+
+    def result(self, config: dict, **kwargs) -> dict:
+        return self.store.run(config, lambda: run(config, self.pgd_steps, **kwargs))["result"]
+
+    def chosen(self, method: str) -> dict:
+        """The setting that `tune` chose, with plain training's learning rate and weight decay."""
+        settings = self.store.values.get("chosen", {})
+        name = "plain" if method.startswith("plain") else method
+        if name not in settings:
+            raise NotStored(f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first")
+        return settings["plain"] | settings[name]
+
+    def tune(self, bar: tqdm) -> None:
+        """Choose every method's setting by the mean over the conditions on validation images, training clean."""
+        chosen: dict[str, dict] = {}
+        trials: dict[str, list] = {}
+        for method, settings in methods.search(self.arch).items():
+            scored = []
+            for setting in settings[:1] if self.quick else settings:
+                means = []
+                for seed in TUNE_SEEDS[self.arch]:
+                    bar.set_description(f"{self.arch}: search, {method}")
+                    config = self.config(method, chosen.get("plain", {}) | setting, seed=seed, split="val")
+                    means.append(overall(self.result(config)["scores"]))
+                    bar.update()
+                scored.append((round(statistics.fmean(means), 2), setting))
+            trials[method] = scored
+            chosen[method] = max(scored, key=lambda pair: pair[0])[1]
+        self.store.values |= {"chosen": chosen, "search": trials}
+        self.store.save()
+
+    def test(
+        self, method: str, bar: tqdm | None, training: str = "clean", num_seeds: int | None = None, **changes
+    ) -> list[dict]:
+        """The results of all (or the first) seeds on the test images, with the chosen setting, changed where asked."""
+        results = []
+        for seed in self.seeds[:num_seeds]:
+            if bar is not None:
+                bar.set_description(f"{self.arch}: {training}, {method}, seed {seed}")
+            config = self.config(method, self.chosen(method), training=training, seed=seed, split="test", **changes)
+            results.append(self.result(config, by_k=method == "DIP" and training == "clean" and not changes))
+            if bar is not None:
+                bar.update()
+        return results
+
+    def trainings(self) -> list[str]:
+        return self.args.trainings[:1] if self.quick else self.args.trainings
+
+    def complete_trainings(self) -> list[str]:
+        """Those of which every run is stored."""
+
+        def complete(training: str) -> bool:
+            try:
+                return all(self.test(method, None, training) for method in METHODS)
+            except NotStored:
+                return False
+
+        return [training for training in self.trainings() if complete(training)]
+
+    def main(self, bar: tqdm) -> None:
+        for training in self.trainings():
+            for method in METHODS:
+                self.test(method, bar, training)
+
+    def needs(self, bar: tqdm | None) -> dict[tuple, dict]:
+        """What DIP needs, on validation images: variance learning rate against alpha."""
+        results = {}
+        rates, alphas = NEEDS[self.arch] if not self.quick else ((0.01,), (0.1,))
+        for rate in rates:
+            for alpha in alphas:
+                changes = {"variance_lr": rate, "alpha": alpha, "sigma": NEEDS_SIGMA[self.arch]}
+                config = self.config("DIP", self.chosen("DIP") | changes, seed=100, split="val")
+                results[rate, alpha] = self.result(config)
+                if bar is not None:
+                    bar.set_description(f"{self.arch}: variance_lr {rate}, alpha {alpha}")
+                    bar.update()
+        return results
+
+    def ablations(self, bar: tqdm | None) -> list[tuple[str, list[dict]]]:
+        """One change at a time to the chosen DIP setting."""
+        rows = [("DIP as chosen", self.test("DIP", bar, num_seeds=ABLATION_SEEDS))]
+        rows += [
+            (f"baseline: {name}", self.test(name, bar, num_seeds=ABLATION_SEEDS))
+            for name in ("plain", "plain, equal time", "fixed variance")
+        ]
+        for label, changes in ABLATIONS[self.arch][:2] if self.quick else ABLATIONS[self.arch]:
+            rows.append((label, self.test("DIP", bar, num_seeds=ABLATION_SEEDS, **changes)))
+        return rows
+
+    def smoothness(self, bar: tqdm | None) -> dict[str, list[dict]]:
+        """Every method's smoothness, trained clean; models are not kept, so these are trained again."""
+        results: dict[str, list[dict]] = {}
+        for method in METHODS[:2] if self.quick else METHODS:
+            for seed in self.seeds[:SMOOTH_SEEDS]:
+                config = self.config(method, self.chosen(method), seed=seed, split="test")
+                run = self.smooth_store.run(config, lambda config=config: measure_smoothness(config))
+                results.setdefault(method, []).append(run["result"])
+                if bar is not None:
+                    bar.set_description(f"{self.arch}: smoothness, {method}, seed {seed}")
+                    bar.update()
+        return results
+
+    def num_runs(self, parts: list[str]) -> int:
+        tune = sum(1 if self.quick else len(s) for s in methods.search(self.arch).values()) * len(TUNE_SEEDS[self.arch])
+        count = {
+            "tune": tune,
+            "main": len(self.trainings()) * len(METHODS) * len(self.seeds),
+            "needs": 1 if self.quick else len(NEEDS[self.arch][0]) * len(NEEDS[self.arch][1]),
+            "ablations": (4 + len(ABLATIONS[self.arch][: 2 if self.quick else None]))
+            * len(self.seeds[:ABLATION_SEEDS]),
+        }
+        count["smoothness"] = len(METHODS[:2] if self.quick else METHODS) * len(self.seeds[:SMOOTH_SEEDS])
+        return sum(count.get(part, 0) for part in parts)
+
+
+DEFAULTS = {"placement": "every layer", "beta_factor": 1.0, "lambda_s": 0.0}  # left out of a stored configuration
+# variance_lr (the learning rate of the weights, and 10 times it, the default), alpha
+NEEDS = {
+    "MLP": ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0)),
+    "ResNet": ((0.003, 0.03), (0.1, 1.0, 10.0)),
+    "ViT": ((0.01, 0.1), (0.1, 1.0, 10.0)),
+}
+NEEDS_SIGMA = {"MLP": 0.5, "ResNet": 0.3, "ViT": 0.3}
+ABLATIONS: dict[str, list[tuple[str, dict]]] = {
+    "MLP": [
+        *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.001, 0.01, 0.1, 1.0)),
+        *((f"beta / alpha x {factor}", {"beta_factor": factor}) for factor in (0.25, 4.0)),
+        *((f"lambda_s {weight}", {"lambda_s": weight}) for weight in (0.0, 0.001, 0.01, 0.1)),
+        *((f"m {m}, lambda_s 0", {"m": m}) for m in (1, 2, 4, 8)),
+    ],
+    "ResNet": [
+        *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.1, 1.0, 10.0)),
+        ("variance_lr 0.003", {"variance_lr": 0.003}),
+    ],
+    "ViT": [
+        *((f"noise at: {placement}", {"placement": placement}) for placement in PLACEMENTS),
+        *((f"alpha {alpha}", {"alpha": alpha}) for alpha in (0.0, 0.1, 1.0, 10.0)),
+        ("variance_lr 0.01", {"variance_lr": 0.01}),
+    ],
+}
+
+# ---- tables and figures ---------------------------------------------------------------------------------------------
+
+
+def scores_row(label: str, results: list[dict], extra: list[str]) -> list[str]:
+    cells = [cell([r["scores"][kind][strength] for r in results]) for kind, strength in COLUMNS]
+    return [label, *cells, cell([overall(r["scores"]) for r in results]), *extra]
+
+
+def seconds(results: list[dict]) -> str:
+    return f"{statistics.fmean(r['train_cpu_seconds'] for r in results):.1f}"
+
+
+def main_table(study: Study) -> str:
+    rows, trainings = [], study.complete_trainings()
+    for training in trainings:
+        results = {method: study.test(method, None, training) for method in METHODS}
+        best = max(METHODS, key=lambda method: statistics.fmean(overall(r["scores"]) for r in results[method]))
+        for method in METHODS:
+            row = scores_row(method, results[method], [seconds(results[method])])
+            row[-2] = f"**{row[-2]}**" if method == best else row[-2]
+            rows.append([training, *row])
+    if not rows:
+        return ""
+    text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
+    values = study.store.values
+    settings = "; ".join(f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items()))
+    missing = [training for training in study.trainings() if training not in trainings]
+    return (
+        f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in bold. "
+        f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods with noise; a DIP step "
+        f"costs {study.time_ratio()} plain steps, which plain training at equal time gets in epochs.\n\n{text}\n\n"
+        + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
+        + _environments(study)
+    )
+
+
+def _setting(setting: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in sorted(setting.items()))
+
+
+def _environments(study: Study) -> str:
+    envs = [run["environment"] for run in study.store.runs]
+    total = sum(run["result"]["train_cpu_seconds"] for run in study.store.runs)
+    return f"{environment_line(envs)}; {len(envs)} runs, {total:.0f} s of training."
+
+
+def averages_table(studies: list[Study]) -> str:
+    """The paper's summary: the average over the three ways of training."""
+    heads = ["method"]
+    columns = []
+    whole = [study for study in studies if study.complete_trainings() == study.trainings()]
+    if not whole:
+        return ""
+    for study in whole:
+        heads += [f"{study.arch}, clean", f"{study.arch}, all conditions"]
+        for score in (lambda s: s["clean"]["0"], overall):
+            columns.append(
+                {
+                    method: [
+                        statistics.fmean(score(study.test(method, None, t)[i]["scores"]) for t in study.trainings())
+                        for i in range(len(study.seeds))
+                    ]
+                    for method in METHODS
+                }
+            )
+    best = [max(METHODS, key=lambda name, c=column: statistics.fmean(c[name])) for column in columns]
+    rows = [
+        [name, *(f"**{cell(c[name])}**" if name == b else cell(c[name]) for c, b in zip(columns, best))]
+        for name in METHODS
+    ]
+    return table(heads, rows)
+
+
+def search_table(studies: list[Study]) -> str:
+    rows = []
+    for study in studies:
+        for method, trials in sorted(study.store.values.get("search", {}).items()):
+            best = max(score for score, _ in trials)
+            cells = [
+                f"{_setting(s)}: {'**' if score == best else ''}{score:.1f}{'**' if score == best else ''}"
+                for score, s in trials
+            ]
+            rows.append([study.arch, method, "; ".join(cells)])
+    return table(["network", "method", "setting: mean over the conditions on validation images"], rows) if rows else ""
+
+
+def median_sigmas(results: list[dict]) -> str:
+    """Medians over a layer's features, mean over the results: of the first noised layer; least to largest of the others."""
+    first, *others = (f"{statistics.fmean(r['sigma'][name][2] for r in results):.2f}" for name in results[0]["sigma"])
+    if not others:
+        return first
+    least, largest = min(others, key=float), max(others, key=float)
+    return f"{first}; {least}" + (f" to {largest}" if largest != least else "")
+
+
+def needs_table(studies: list[Study]) -> str:
+    tables = []
+    for study in studies:
+        try:
+            results = study.needs(None)
+        except NotStored:
+            continue
+        alphas = sorted({alpha for _, alpha in results})
+        rows = []
+        for rate in sorted({rate for rate, _ in results}):
+            cells = []
+            for alpha in alphas:
+                result = results[rate, alpha]
+                sigma = median_sigmas([result])
+                pgd = result["scores"]["PGD"]["0.1"]
+                cells.append(f"{overall(result['scores']):.1f}, PGD {pgd:.0f} (sigma {sigma})")
+            rows.append([f"{rate:g}", *cells])
+        head = f"{study.arch}, from sigma {NEEDS_SIGMA[study.arch]:g}: variance_lr"
+        tables.append(table([head, *(f"alpha {alpha:g}" for alpha in alphas)], rows))
+    return "\n\n".join(tables)
+
+
+def ablation_table(study: Study) -> str:
+    rows = []
+    for label, results in study.ablations(None):
+        medians = median_sigmas(results) if "sigma" in results[0] else "-"
+        rows.append(scores_row(label, results, [medians, seconds(results)]))
+    return table(["change", *HEADS, "mean", "sigma: first layer; others", "CPU s"], rows)
+
+
+def k_table(studies: list[Study]) -> str:
+    rows = []
+    for study in studies:
+        if "clean" not in study.complete_trainings():
+            continue
+        results = [r["k"] for r in study.test("DIP", None)]
+        names = [name for name in results[0]["0"] if not name.endswith("time")]
+        heads = ["network", "prediction", *names, "time over Algorithm 3"]
+        for k in results[0]:
+            label = "Algorithm 3" if k == "0" else f"k = {k}"
+            ratio = [r[k]["clean, time"] for r in results]
+            rows.append([study.arch, label, *(cell([r[k][name] for r in results]) for name in names), cell(ratio)])
+    return table(heads, rows) if rows else ""
+
+
+def smoothness_table(studies: list[Study]) -> str:
+    """The paper's claim beside plain and DIP, then every method."""
+    claims, rows = [], []
+    for study in studies:
+        try:
+            measured = study.smoothness(None)
+        except NotStored:
+            continue
+        for measure in SMOOTH_HEADS if "DIP" in measured else ():
+            plain, *dips = (
+                [r[k][measure] for r in measured[method]]
+                for method, k in (("plain", "0"), ("DIP", "0"), ("DIP", str(SMOOTH_K)))
+            )
+            lower = ["yes" if statistics.fmean(values) < statistics.fmean(plain) else "no" for values in dips]
+            cells = [cell(values, 2) for values in (plain, *dips)]
+            claims.append([study.arch, measure, "lower", *cells, " / ".join(lower)])
+        for method, results in measured.items():
+            for k in ("0", str(SMOOTH_K)):
+                if k in results[0]:
+                    name = "deterministic" if k == "0" else f"mean of {k} noisy passes"
+                    cells = [cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]]
+                    rows.append([study.arch, method, name, *cells])
+    if not rows:
+        return ""
+    heads = [
+        "network",
+        "measure",
+        "claim",
+        "plain",
+        "DIP, deterministic",
+        f"DIP, mean of {SMOOTH_K}",
+        "lower than plain?",
+    ]
+    tables = [table(heads, claims)] if claims else []
+    return "\n\n".join([*tables, table(["network", "method", "predictor", *SMOOTH_HEADS], rows)])
+
+
+SMOOTH_HEADS = ("Lipschitz, logits", "Lipschitz, probabilities", "Hessian of the loss")
+
+
+def plot_curves(study: Study, trainings: list[str], path: Path) -> None:
+    kinds = ["FGSM", "PGD", *CORRUPTIONS]
+    fig, axes = figure(len(trainings), len(kinds), 3 * len(kinds), 2.6 * len(trainings), sharey=True)
+    for row, training in zip(axes, trainings):
+        for method in METHODS:
+            scores = [r["scores"] for r in study.test(method, None, training)]
+            for axis, kind in zip(row, kinds):
+                points = [mean_std([s["clean"]["0"] for s in scores])]
+                points += [mean_std([s[kind][strength] for s in scores]) for strength in scores[0][kind]]
+                means, stds = zip(*points)
+                strengths = [0.0, *(float(s) for s in scores[0][kind])]
+                thick = {"linewidth": 2.2, "zorder": 3} if method == "DIP" else {"linewidth": 1, "alpha": 0.8}
+                axis.errorbar(strengths, means, yerr=stds, marker="o", markersize=3, capsize=2, label=method, **thick)
+        row[0].set_ylabel(f"trained {training}\ntest accuracy, %")
+        for axis, kind in zip(row, kinds):
+            axis.set_xlabel(f"{kind}, strength")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=6)
+    fig.suptitle(
+        f"{study.arch} on 500 digits, {len(study.seeds)} seed(s), deterministic forward, mean ± standard deviation"
+    )
+    save_figure(fig, path)
+
+
+def plot_sigmas(studies: list[Study], path: Path) -> None:
+    """Learned sigma by layer: a box over the features (quartiles; whiskers to minimum and maximum), first seed."""
+    trainings = studies[0].trainings()
+    fig, axes = figure(len(trainings), len(studies), 4 * len(studies), 2.4 * len(trainings))
+    for row, training in zip(axes, trainings):
+        for axis, study in zip(row, studies):
+            if training not in study.complete_trainings():
+                axis.set_axis_off()
+                continue
+            layers = study.test("DIP", None, training)[0]["sigma"]
+            boxes = [
+                {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4], "label": name}
+                for name, q in layers.items()
+            ]
+            axis.bxp(boxes, showfliers=False)
+            axis.axhline(study.chosen("DIP")["sigma"], linestyle=":", color="gray")
+            axis.tick_params(axis="x", rotation=90, labelsize=6)
+            axis.set_title(f"{study.arch}, trained {training}", fontsize=8)
+            axis.set_ylim(0, None)
+    for row in axes:
+        row[0].set_ylabel("learned sigma")
+    save_figure(fig, path)
+
+
+def report(studies: list[Study], page: Path, out: Path) -> None:
+    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is said."""
+    for study in studies:
+        study.store.makes = study.smooth_store.makes = False
+    for study in studies:
+        write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
+        if trainings := study.complete_trainings():
+            plot_curves(study, trainings, out / f"vision_{study.arch.lower()}.png")
+        write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
+    write_table(page, "vision-averages", lambda: averages_table(studies))
+    write_table(page, "vision-search", lambda: search_table(studies))
+    write_table(page, "vision-k", lambda: k_table(studies))
+    write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
+    write_table(page, "vision-needs", lambda: needs_table(studies))
+    plot_sigmas(studies, out / "vision_sigma.png")
+    summarise([store for study in studies for store in (study.store, study.smooth_store)], out / "vision.json")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (everything)")
+    parser.add_argument(
+        "--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS), help="clean, Gaussian, FGSM (all)"
+    )
+    parser.add_argument("--seeds", type=int, help="number of seeds (5 for MLP, 3 for the others)")
+    parser.add_argument("--epochs", type=int, help="epochs of training (60 for MLP, 50 for the others)")
+    parser.add_argument("--threads", type=int, default=1, help="threads: these networks are too small for more (1)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs (out/vision), and of all if quick", default=Path("out/vision")
+    )
+    parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
+    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few settings: does it run?")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "epochs", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    args.page = args.page or (args.out / "results.md" if args.quick else PAGE)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.page.exists():
+        shutil.copyfile(PAGE, args.page)
+    torch.set_num_threads(args.threads)
+
+    studies = [Study(arch, args) for arch in args.archs]
+    with tqdm(total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True) as bar:
+        for study in studies:
+            for part in PARTS[:-1]:
+                if part in args.parts:
+                    try:
+                        getattr(study, part)(bar)
+                    except NotStored as error:
+                        raise SystemExit(str(error)) from None
+    if "report" in args.parts:
+        figures = FOLDER if args.page == PAGE else args.out
+        report(studies, args.page, figures)
+        print(f"wrote {args.page} and {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""mkdocs hooks: pages that live in the repository's root, and links to files that are no pages."""
+
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+# A page of the site for a file of the root.
+PAGES = {"index.md": "README.md", "releases.md": "CHANGELOG.md"}
+
+
+def on_files(files, config):
+    for page, source in PAGES.items():
+        text = re.sub(r"\]\(docs/([\w/.-]+)", r"](\1", (ROOT / source).read_text())
+        files.append(File.generated(config, page, content=text))
+
+
+def on_page_markdown(markdown, page, config, files):
+    """A link to a file or folder of the repository that is no page becomes its text."""
+    root_page = page.file.src_uri in PAGES
+    folder = (ROOT if root_page else ROOT / "docs") / Path(page.file.src_uri).parent
+
+    def link(found):
+        path = (folder / found.group(2)).resolve()
+        outside = (
+            path.is_relative_to(ROOT) and path.exists() and (path.is_dir() or not path.is_relative_to(ROOT / "docs"))
+        )
+        return f"`{found.group(1)}`" if outside and not (root_page and path.parent == ROOT / "docs") else found.group(0)
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([\w./-]+)(?:#[\w-]+)?\)", link, markdown)

@@ -1,0 +1,408 @@
+"""Breaks the code on purpose, one fault at a time, and sees whether the tests notice.  docs/reliability.md.
+
+    python tools/verify/mutants.py                    # every drawn fault, in a copy of the working tree
+    python tools/verify/mutants.py --minutes 30       # what fits; the next run goes on
+    python tools/verify/mutants.py --only functional  # of files whose path says so
+    python tools/verify/mutants.py --list             # what is drawn, and what is known of it; runs nothing
+    python tools/verify/mutants.py --record           # writes the figures into docs/reliability.md; runs nothing
+
+mutations.py finds the faults in the syntax; a seed draws of each file one for LINES_EACH lines, of all kinds in turn. The
+working tree is never touched: the faults live in a copy, which is built and tested there. One is killed when a test of its area
+fails, and survives when all pass; one that does not compile is replaced by the next. To add a file, add nothing: AREAS are globs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch  # noqa: F401  for the forks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from mutations import Mutation, found_table, mutations, shuffled, sources
+from reliability import ROOT, record
+
+STATE = ROOT / "out" / "mutants.json"
+PYTHON = sys.executable
+SEED = 0
+LINES_EACH = 40  # of a file, for one fault
+LEAST, MOST = 2, 12  # faults of a file
+KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not build"
+
+
+class Area(NamedTuple):
+    """Files, and the tests that must notice a fault in them; for a module of dipkernels tests/test_<module>.py comes first."""
+
+    patterns: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+# The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may move.
+AREAS = (
+    Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
+    Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
+    Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
+    Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
+    Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples")),
+    Area(("csrc/cuda/*",), ("cuda_emulated",)),
+    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "fuzz")),
+    Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
+    Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
+    Area(
+        ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
+        ("expectation", "triton_interpreter.py::TestActivation"),
+    ),
+    Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "expectation", "properties")),
+    Area(
+        ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
+        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds"),
+    ),
+    Area(("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")),
+    Area(
+        ("dipkernels/**/functional.py",), ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds")
+    ),
+    Area(("dipkernels/**/attention.py",), ("attention", "layers")),
+    Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
+    Area(
+        ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
+        ("layers", "seeds", "inputs", "user_code_variance", "user_code_loaders", "faults", "convert"),
+    ),
+    Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
+    Area(("dipkernels/**/distributed.py",), ("distributed", "user_code_loaders")),
+    Area(("dipkernels/**/analytic.py",), ("averaging",)),
+    Area(("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")),
+    Area(("dipkernels/training/*.py",), ("objective", "trajectories", "recipe")),
+    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before")),
+    Area(
+        ("dipkernels/**/convert.py", "dipkernels/**/convertible.py", "dipkernels/models/*.py"),
+        ("convert", "before", "recipe", "user_code_variance", "check", "user_code_loaders"),
+    ),
+    Area(
+        ("dipkernels/**/ops.py", "dipkernels/ops/*.py"), ("ops", "perturb", "linear", "averaging", "noise", "backends")
+    ),
+    Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
+    Area(("dipkernels/**/*.py",), ("layers", "convert")),
+)
+# Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no code.
+LEFT_OUT = (
+    "triton_kernels/blocks.py",
+    "dipkernels/__init__.py",
+    "dipkernels/__main__.py",
+    "triton_kernels/__init__.py",
+)
+# Drawn faults that no test can notice, by their key: (what they change, why nothing can tell).
+EQUIVALENTS: dict[str, tuple[str, str]] = {}
+
+
+class Drawn(NamedTuple):
+    path: str
+    mutation: Mutation
+    tests: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return self.mutation.key
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.mutation.line} {self.mutation.kind}: {self.mutation.text}"
+
+
+def areas(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Every source file with the tests of its area, those of its own name first."""
+    seen = {root / name for name in LEFT_OUT}
+    for area in AREAS:
+        for path in sources(root, area.patterns):
+            if path not in seen and path.suffix in (".py", ".h", ".cpp", ".cu"):
+                seen.add(path)
+                own = (path.stem,) if path.is_relative_to(root / "dipkernels") else ()
+                named = dict.fromkeys((*own, *area.tests))
+                files = [f"tests/test_{name}" + ("" if ".py" in name else ".py") for name in named]
+                yield path, tuple(name for name in files if (root / name.split("::")[0]).exists())
+
+
+def draw(root: Path, seed: int, only: str = "") -> dict[str, list[Drawn]]:
+    """By file, all faults in the order in which they are drawn, the file's share first."""
+    found = {}
+    for path, tests in areas(root):
+        name = path.relative_to(root).as_posix()
+        if only in name:
+            found[name] = [Drawn(name, mutation, tests) for mutation in shuffled(mutations(path), seed)]
+    return {name: listed for name, listed in found.items() if listed}
+
+
+def share(root: Path, name: str, lines_each: int) -> int:
+    return min(MOST, max(LEAST, round((root / name).read_text(encoding="utf-8").count("\n") / lines_each)))
+
+
+def wanted(root: Path, drawn: dict[str, list[Drawn]], state: dict, lines_each: int) -> list[Drawn]:
+    """The share of each file, without those that are known not to build."""
+    builds = {name: [d for d in listed if status(d, state) != INVALID] for name, listed in drawn.items()}
+    return [d for name, listed in builds.items() for d in listed[: share(root, name, lines_each)]]
+
+
+def status(drawn: Drawn, state: dict) -> str | None:
+    return EQUIVALENT if drawn.key in EQUIVALENTS else state.get(drawn.key, {}).get("status")
+
+
+class Copy:
+    """The tree, copied to a folder of its own and built there, without optimisation to speak of: -O1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for name in names:
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
+        (folder / "dipkernels" / "triton_kernels").symlink_to("../triton_kernels")
+        setup = folder / "setup.py"
+        setup.write_text(setup.read_text().replace("-O3 -fPIC", "-O1 -fPIC"))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "DIPKERNELS_CUDA": "0",
+            "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / ".hypothesis"),
+        }
+        where = self.python("-c", "import dipkernels; print(dipkernels.__file__)").stdout.strip()
+        assert Path(where).is_relative_to(folder), f"the tests would run on {where}"
+
+    def python(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [PYTHON, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
+        )
+
+    def build(self) -> str | None:
+        """None, or the compiler's words."""
+        written = list(self.folder.glob("build/temp*/ninja"))
+        if not written:
+            done = self.python("setup.py", "-q", "build_ext", "--inplace")
+        else:  # setup.py has written what ninja does, and would take seconds to import torch again
+            ninja = shutil.which("ninja") or str(Path(PYTHON).parent / "ninja")
+            done = subprocess.run([ninja, "-C", str(written[0]), "-j", "2"], capture_output=True, text=True)
+        if done.returncode:
+            return (done.stdout + done.stderr)[-2000:]
+        if written:
+            new = next(self.folder.glob("build/lib*/dipkernels/_C.so"))
+            (self.folder / "dipkernels" / "_C.so").unlink()
+            shutil.copy2(new, self.folder / "dipkernels" / "_C.so")
+        return None
+
+    def test(self, names: Iterable[str], timeout: float) -> tuple[str, str]:
+        """("killed" | "survived" | "error", the first failing test or the reason); in a fork, which has torch already."""
+        output = self.folder / "output.txt"
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_CPU, (int(timeout), int(timeout) + 5))
+            os.chdir(self.folder)
+            os.environ.update(self.environment)
+            sys.path.insert(0, str(self.folder))
+            to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(to, 1), os.dup2(to, 2)
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *names])
+            sys.stdout.flush()
+            os._exit(int(code))
+        end = time.monotonic() + 10 * timeout  # a machine may be busy: processor time tells a loop
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "killed", f"no end within {timeout:.0f} s"
+            time.sleep(0.1)
+        if os.WIFSIGNALED(status):
+            return "killed", f"signal {os.WTERMSIG(status)}"
+        code, text = os.WEXITSTATUS(status), output.read_text(errors="replace")
+        failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", text, re.MULTILINE)
+        if code == 0:
+            return "survived", ""
+        return ("killed", failed.group(1)) if failed else ("error", text[-800:])
+
+
+def needs_build(path: str) -> bool:
+    return path.startswith("csrc/") and not path.startswith("csrc/cuda/")
+
+
+def load() -> dict:
+    return json.loads(STATE.read_text()) if STATE.exists() else {}
+
+
+def save(state: dict) -> None:
+    """Beside what another run has left meanwhile."""
+    STATE.parent.mkdir(exist_ok=True)
+    part = STATE.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(load() | state, indent=1) + "\n")
+    part.replace(STATE)
+
+
+# ---- report ------------------------------------------------------------------------------------------------------------
+
+
+def report(chosen: list[Drawn], state: dict, seed: int) -> str:
+    run = [d for d in chosen if status(d, state)]
+    by_status = {what: [d for d in run if status(d, state) == what] for what in (KILLED, SURVIVED, EQUIVALENT, "error")}
+    judged = len(by_status[KILLED]) + len(by_status[SURVIVED])
+    commits = sorted({state[d.key]["commit"] for d in run if d.key in state})
+    rate = f", {len(by_status[KILLED]) / judged:.1%} of those that could be" if judged else ""
+    lines = [
+        f"Seed {seed}: {len(run)} of {len(chosen)} drawn faults run (trees at {', '.join(commits)}): {len(by_status[KILLED])} "
+        f"killed{rate}, {len(by_status[SURVIVED])} survived, {len(by_status[EQUIVALENT])} equivalent, "
+        f"{len(by_status['error'])} could not be run.",
+        "",
+    ]
+    counted = [d for d in run if status(d, state) in (KILLED, SURVIVED)]
+
+    def killed(drawn: Drawn) -> bool:
+        return status(drawn, state) == KILLED
+
+    lines += [*found_table("file", counted, lambda d: d.path, killed), ""]
+    lines += [*found_table("what was changed", counted, lambda d: d.mutation.kind, killed), ""]
+    for what in (SURVIVED, EQUIVALENT, "error"):
+        for d in by_status[what]:
+            why = f" ({EQUIVALENTS[d.key][1]})" if what == EQUIVALENT else ""
+            lines.append(f"- {what}, {d.mutation.kind}, {d.key}: {d.path}: `{d.mutation.text}`{why}")
+    return "\n".join(lines)
+
+
+# ---- run ---------------------------------------------------------------------------------------------------------------
+
+
+class Runner:
+    """Faults, one after another, in one copy of the tree."""
+
+    def __init__(self, copy: Copy, timeout: float) -> None:
+        self.copy, self.timeout = copy, timeout
+        self.state: dict = {}  # of this run
+        self.stale = False  # whether the library is still that of a fault
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        self.commit = done.stdout.strip()
+
+    def try_one(self, drawn: Drawn) -> str:
+        path = self.copy.folder / drawn.path
+        before = path.read_text(encoding="utf-8")
+        found, why = SURVIVED, ""
+        try:
+            path.write_text(drawn.mutation.applied(before), encoding="utf-8")
+            if self.stale or needs_build(drawn.path):
+                self.stale = needs_build(drawn.path)
+                if problem := self.copy.build():
+                    found, why = INVALID, problem[-300:]
+            for name in drawn.tests:
+                if found == SURVIVED:
+                    found, why = self.copy.test([name], self.timeout)
+        finally:
+            path.write_text(before, encoding="utf-8")
+        self.state[drawn.key] = {"name": drawn.name, "status": found, "why": why, "commit": self.commit}
+        save(self.state)
+        return found
+
+    def check_killers(self) -> None:
+        """What killed a fault has to pass where nothing is broken; what does not, killed nothing."""
+        if self.stale and self.copy.build():
+            raise SystemExit("the copy no longer builds")
+        killers = {row["why"] for row in self.state.values() if row["status"] == KILLED and "::" in row["why"]}
+        while killers:
+            found, why = self.copy.test(sorted(killers), 10 * self.timeout)
+            if found == SURVIVED:
+                break
+            print(f"fails unbroken too: {why}")
+            if why not in killers:
+                raise SystemExit(f"the killing tests on the unbroken copy: {why}")
+            killers.discard(why)
+            for row in self.state.values():
+                if row["why"] == why:
+                    row.update(status="error", why=f"fails unbroken too: {why}")
+        save(self.state)
+
+
+def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
+    """Until every file's share is done, or the time is."""
+    start = time.monotonic()
+    again: set[str] = set()
+    rank = {d.key: i for listed in drawn.values() for i, d in enumerate(listed)}  # of every file the first one first
+    with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
+        runner = Runner(Copy(args.folder or Path(temporary)), args.timeout)
+        if problem := runner.copy.build():
+            raise SystemExit(f"the unchanged copy does not build:\n{problem}")
+        while True:
+            state = load() | runner.state
+            todo = [
+                d
+                for d in wanted(runner.copy.folder, drawn, state, args.lines_each)
+                if status(d, state) is None
+                or ((args.again or status(d, state) in ("error", SURVIVED)) and status(d, state) != EQUIVALENT)
+            ]
+            todo = [d for d in todo if d.key not in again]
+            if not todo or time.monotonic() - start > 60 * args.minutes:
+                if todo:
+                    print(f"{len(todo)} left for the next run")
+                break
+            chosen = min(todo, key=lambda d: (rank[d.key], needs_build(d.path), status(d, state) is not None))
+            again.add(chosen.key)
+            found = runner.try_one(chosen)
+            why = " ".join(runner.state[chosen.key]["why"].split())[:90]
+            print(f"{found:14s} {chosen.name[:170]}  [{why}] {time.monotonic() - start:.0f} s", flush=True)
+        runner.check_killers()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
+    add("--only", default="", help="part of a file's path")
+    add("--again", action="store_true", help="also those that were killed before")
+    add("--seed", type=int, default=SEED, help="draws other faults (%(default)s)")
+    add("--lines-each", type=int, default=LINES_EACH, help="lines of a file for one fault (%(default)s)")
+    add("--folder", type=Path, help="an empty folder for the copy (a temporary one)")
+    add("--timeout", type=float, default=300, help="seconds of processor time for one test file (%(default)s)")
+    add("--list", action="store_true", help="show what is drawn and what is known of it; runs nothing")
+    add("--record", action="store_true", help="write the figures into docs/reliability.md; runs nothing")
+    args = parser.parse_args()
+    if args.lines_each < 1:
+        parser.error(f"--lines-each: expected at least 1, got {args.lines_each}")
+    drawn = draw(ROOT, args.seed, args.only)
+    if not drawn:
+        parser.error(f"--only: expected part of a file's path, got {args.only!r}")
+    if not (args.list or args.record):
+        run(drawn, args)
+    state = load()
+    chosen = wanted(ROOT, drawn, state, args.lines_each)
+    if args.list:
+        for d in chosen:
+            print(f"{status(d, state) or 'not run':14s} {d.key} {d.name[:170]}")
+    if not args.only:
+        known = {d.key for listed in drawn.values() for d in listed}
+        for key in EQUIVALENTS.keys() - known:
+            print(f"EQUIVALENTS: {key} is no fault of this tree any more: {EQUIVALENTS[key][0]}")
+    text = report(chosen, state, args.seed)
+    print(text)
+    if args.record:
+        record("mutants", text)
+    return 0 if all(status(d, state) in (KILLED, EQUIVALENT) for d in chosen) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,577 @@
+// The CPU kernels without torch, on random cases in memory whose every edge is watched.  docs/reliability.md.
+//
+//   sanitize_kernels CASES SEED THREADS          values, edges, gaps, and the same bits on every instruction set and thread count
+//   sanitize_kernels CASES SEED THREADS fail     the same with an allocation of the kernel failing: an error, no crash, no leak
+//
+// Every buffer has the tensor's exact extent: it ends, or starts, at a page that nobody may touch (under a sanitizer, whose own
+// margins do that, it comes from malloc). Gaps between rows and all that a kernel has to leave alone hold a pattern.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/activation.h"
+#include "../../csrc/cpu/convert.h"
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/launch.h"
+#include "../../csrc/noise.h"
+
+using namespace dip;
+
+// ---- allocation that fails on demand: the linker sends the kernels' malloc and calloc here (--wrap) ----------------------
+
+static thread_local bool in_kernel = false;
+static std::atomic<int> fail_after{-1};  // allocations of the kernel until one fails; negative: none does
+static std::atomic<int> failed{0};
+
+static bool fails() {
+  if (!in_kernel || fail_after.load() < 0) return false;
+  if (fail_after.fetch_sub(1) != 0) return false;
+  fail_after.store(0);  // and all that follow
+  ++failed;
+  return true;
+}
+extern "C" void* __real_malloc(size_t n);
+extern "C" void* __real_calloc(size_t n, size_t m);
+extern "C" void* __wrap_malloc(size_t n) { return fails() ? nullptr : __real_malloc(n); }
+extern "C" void* __wrap_calloc(size_t n, size_t m) { return fails() ? nullptr : __real_calloc(n, m); }
+
+// ---- randomness of the cases, not of the kernels -------------------------------------------------------------------------
+
+struct Dice {
+  uint64_t state;
+  uint64_t next() {
+    state += 0x9E3779B97F4A7C15ull;
+    uint64_t z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    return z ^ (z >> 31);
+  }
+  int64_t between(int64_t low, int64_t high) { return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1)); }
+  bool coin() { return next() & 1; }
+  double real() { return static_cast<double>(next() >> 11) / 9007199254740992.0 * 4 - 2; }
+};
+
+// ---- buffers -------------------------------------------------------------------------------------------------------------
+
+// `bytes` long; its last byte, or its first, lies at the edge of what may be touched.
+struct Buffer {
+  char* data = nullptr;
+  size_t bytes = 0;
+  void* mapped = nullptr;
+  size_t mapped_bytes = 0;
+
+  Buffer(size_t size, bool at_the_end) : bytes(size) {
+#ifdef DIP_SANITIZED
+    (void)at_the_end;
+    data = static_cast<char*>(std::malloc(size ? size : 1));
+#else
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inside = (size + page - 1) / page * page;
+    mapped_bytes = inside + 2 * page;
+    mapped = mmap(nullptr, mapped_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char* first = static_cast<char*>(mapped) + page;
+    if (mapped == MAP_FAILED || (inside && mprotect(first, inside, PROT_READ | PROT_WRITE))) std::perror("mmap"), std::exit(3);
+    data = at_the_end ? first + inside - size : first;
+#endif
+    std::memset(data, 0xA5, bytes);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() {
+#ifdef DIP_SANITIZED
+    std::free(data);
+#else
+    munmap(mapped, mapped_bytes);
+#endif
+  }
+};
+
+static double get(const Operand& o, int64_t at) {
+  switch (o.dtype) {
+    case DType::kFloat32: return static_cast<float*>(o.data)[at];
+    case DType::kFloat64: return static_cast<double*>(o.data)[at];
+    case DType::kFloat16: return float16_to_float(static_cast<uint16_t*>(o.data)[at]);
+    default: return bfloat16_to_float(static_cast<uint16_t*>(o.data)[at]);
+  }
+}
+static void put(const Operand& o, int64_t at, double value) {
+  switch (o.dtype) {
+    case DType::kFloat32: static_cast<float*>(o.data)[at] = static_cast<float>(value); return;
+    case DType::kFloat64: static_cast<double*>(o.data)[at] = value; return;
+    case DType::kFloat16: static_cast<uint16_t*>(o.data)[at] = float_to_float16(static_cast<float>(value)); return;
+    default: static_cast<uint16_t*>(o.data)[at] = float_to_bfloat16(static_cast<float>(value)); return;
+  }
+}
+
+// ---- threads: at::parallel_for's contract on plain threads ------------------------------------------------------------------
+
+static int num_threads = 1;
+
+static void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
+  const int64_t parts = grain > 0 ? (total + grain - 1) / grain : total, n = parts < num_threads ? parts : num_threads;
+  if (n <= 1) {
+    if (total > 0) f(0, total, context);
+    return;
+  }
+  const int64_t step = (total + n - 1) / n;
+  std::vector<std::thread> threads;
+  const bool inside = in_kernel;
+  in_kernel = false;  // a thread's own memory is not the kernel's
+  for (int64_t begin = 0; begin < total; begin += step)
+    threads.emplace_back([=] {
+      in_kernel = inside;
+      f(begin, begin + step < total ? begin + step : total, context);
+      in_kernel = false;
+    });
+  for (std::thread& t : threads) t.join();
+  in_kernel = inside;
+}
+
+[[noreturn]] static void die(int64_t number, const char* what, double got = 0, double want = 0) {
+  std::fprintf(stderr, "case %" PRId64 ": %s (got %.9g, expected %.9g)\n", number, what, got, want);
+  std::exit(1);
+}
+
+// ---- perturb -------------------------------------------------------------------------------------------------------------
+
+static std::vector<std::unique_ptr<Buffer>> alive;
+static Buffer& allocate(size_t bytes, Dice& dice) {
+  alive.push_back(std::make_unique<Buffer>(bytes, dice.coin()));
+  return *alive.back();
+}
+
+struct Shape {
+  int64_t outer, features, inner;
+};
+
+static Operand operand(const Shape& s, DType type, Dice& dice, int64_t* elements) {
+  Operand o;
+  o.dtype = type;
+  if (s.inner == 1) {
+    o.feature_stride = 1;
+    o.outer_stride = s.features + (dice.coin() ? 0 : dice.between(0, 9));
+    *elements = s.outer && s.features ? (s.outer - 1) * o.outer_stride + s.features : 0;
+  } else {
+    const int64_t pad = dice.coin() ? 0 : dice.between(0, 5), gap = dice.coin() ? 0 : dice.between(0, 7);
+    if (dice.coin()) {
+      o.feature_stride = s.inner + pad;
+      o.outer_stride = s.features * o.feature_stride + gap;
+    } else {
+      o.outer_stride = s.inner + pad;
+      o.feature_stride = s.outer * o.outer_stride + gap;
+    }
+    *elements = s.outer && s.features ? (s.outer - 1) * o.outer_stride + (s.features - 1) * o.feature_stride + s.inner : 0;
+  }
+  return o;
+}
+
+static int64_t at(const Operand& o, const Shape& s, int64_t row, int64_t j) {
+  return row / s.inner * o.outer_stride + j * o.feature_stride + row % s.inner;
+}
+
+static void perturb_case(int64_t number, Dice& dice, bool fail) {
+  Shape s{dice.between(0, 40), dice.between(0, 70), 1};
+  if (dice.coin()) s.inner = dice.between(2, 40), s.outer = dice.between(0, 6), s.features = dice.between(0, 30);
+  if (number % 16 == 0) s.outer *= 30;                     // several blocks of the sum, several threads
+  if (number % 16 == 8 && s.inner == 1) s.features += 1000;  // a row of several tiles
+  const int64_t rows = s.outer * s.inner;
+  const DType kinds[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  const int mode = static_cast<int>(dice.between(0, 3));  // noise, P, Q, both
+
+  PerturbArgs a{};
+  a.outer = s.outer, a.features = s.features, a.inner = s.inner;
+  const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7, int64_t{1} << 62};
+  a.row0 = starts[dice.between(0, 4)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
+  a.num_samples = dice.coin() ? 1 : static_cast<int32_t>(dice.between(1, 3)), a.sample = static_cast<int32_t>(dice.between(0, 9));
+  a.factor = dice.coin() ? 1.0 : 0.5;
+  a.log_variance = mode && dice.coin(), a.sigma_is_double = mode && dice.coin();
+  Buffer& seed = allocate(16, dice);
+  const int64_t numbers[2] = {static_cast<int64_t>(dice.next()), dice.between(-5, 70000)};
+  std::memcpy(seed.data, numbers, 16);
+  a.seed = reinterpret_cast<const int64_t*>(seed.data);
+  if (mode) {
+    Buffer& sigma = allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    for (int64_t j = 0; j < s.features; ++j) {
+      const double value = a.log_variance ? dice.real() : std::fabs(dice.real());
+      if (a.sigma_is_double)
+        reinterpret_cast<double*>(sigma.data)[j] = value;
+      else
+        reinterpret_cast<float*>(sigma.data)[j] = static_cast<float>(value);
+    }
+    a.sigma = sigma.data;
+  }
+  int64_t n = 0;
+  Buffer *u = nullptr, *z_out = nullptr, *dsigma = nullptr;
+  if (mode == 1 || mode == 3) {
+    a.x = operand(s, kinds[dice.between(0, 3)], dice, &n);
+    a.x.data = allocate(static_cast<size_t>(n * size_of(a.x.dtype)), dice).data;
+    for (int64_t i = 0; i < n; ++i) put(a.x, i, dice.real());
+  }
+  if (mode != 2) {
+    a.u = operand(s, mode ? kinds[dice.between(0, 3)] : DType::kFloat32, dice, &n);
+    u = &allocate(static_cast<size_t>(n * size_of(a.u.dtype)), dice);
+    a.u.data = u->data;
+  }
+  if (mode <= 1 && s.inner == 1 && dice.coin()) {  // beside u, or alone
+    a.z = operand(s, dice.coin() ? a.u.dtype : kinds[dice.between(0, 3)], dice, &n);
+    z_out = &allocate(static_cast<size_t>(n * size_of(a.z.dtype)), dice);
+    a.z.data = z_out->data;
+    if (dice.coin()) a.u = Operand{}, a.x = Operand{}, u = nullptr;
+  }
+  if (mode >= 2) {
+    a.du = operand(s, kinds[dice.between(0, 3)], dice, &n);
+    a.du.data = allocate(static_cast<size_t>(n * size_of(a.du.dtype)), dice).data;
+    for (int64_t i = 0; i < n; ++i) put(a.du, i, dice.real());
+    dsigma = &allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    a.dsigma = dsigma->data;
+  }
+
+  if (fail) {
+    for (int after = 0; after < 40; ++after) {
+      failed = 0;
+      fail_after = after;
+      in_kernel = true;
+      const char* error = perturb_cpu(a, parallel_for);
+      in_kernel = false;
+      fail_after = -1;
+      if (!failed) return;
+      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
+    }
+    die(number, "a kernel that allocates without end");
+  }
+
+  // ---- on every instruction set and several thread counts: the same bits
+  std::vector<char> first_u, first_z, first_dsigma;
+  for (int capability = 0; capability < 3; ++capability) {
+    if (set_cpu_capability(capability)) continue;
+    for (const int threads : {1, num_threads}) {
+      const int before = num_threads;
+      num_threads = threads;
+      if (u) std::memset(u->data, 0xA5, u->bytes);
+      if (z_out) std::memset(z_out->data, 0xA5, z_out->bytes);
+      if (dsigma) std::memset(dsigma->data, 0xA5, dsigma->bytes);
+      const char* error = perturb_cpu(a, parallel_for);
+      num_threads = before;
+      if (error) die(number, error);
+      if (first_u.empty() && first_z.empty() && first_dsigma.empty()) {
+        if (u) first_u.assign(u->data, u->data + u->bytes);
+        if (z_out) first_z.assign(z_out->data, z_out->data + z_out->bytes);
+        if (dsigma) first_dsigma.assign(dsigma->data, dsigma->data + dsigma->bytes);
+      }
+      if (u && u->bytes && std::memcmp(u->data, first_u.data(), u->bytes)) die(number, "u differs by instruction set or threads", capability, threads);
+      if (z_out && z_out->bytes && std::memcmp(z_out->data, first_z.data(), z_out->bytes)) die(number, "z differs by instruction set or threads", capability, threads);
+      if (dsigma && dsigma->bytes && std::memcmp(dsigma->data, first_dsigma.data(), dsigma->bytes))
+        die(number, "dsigma differs by instruction set or threads", capability, threads);
+    }
+  }
+
+  // ---- against the contract, one element at a time
+  const bool wide = (a.x.data ? a.x.dtype : a.du.data ? a.du.dtype : DType::kFloat32) == DType::kFloat64;
+  const auto sigma_of = [&](int64_t j) -> double {
+    if (!a.sigma) return 1;
+    if (a.sigma_is_double) return a.log_variance ? std::exp(0.5 * static_cast<const double*>(a.sigma)[j]) : static_cast<const double*>(a.sigma)[j];
+    const float v = static_cast<const float*>(a.sigma)[j];
+    return a.log_variance ? std::exp(0.5f * v) : v;
+  };
+  std::vector<char> touched(u ? u->bytes : 0, 0), touched_z(z_out ? z_out->bytes : 0, 0);
+  std::vector<double> sum(static_cast<size_t>(s.features), 0), bulk(static_cast<size_t>(s.features), 0);
+  for (int64_t row = 0; row < rows; ++row) {
+    float z[8];
+    int64_t drawn = -1;
+    for (int64_t j = 0; j < s.features; ++j) {
+      const int64_t group = (a.col0 + j) / 8;
+      if (group != drawn) {
+        const uint64_t r = static_cast<uint64_t>(a.row0 + row);
+        for (int i = 0; i < a.num_samples; ++i) {
+          float next[8];
+          uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
+                               stream_sample(a.seed, static_cast<uint32_t>(a.sample + i))};
+          philox4x32_10<ScalarLane>(words, philox_key(a.seed));
+          for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &next[2 * t], &next[2 * t + 1]);
+          for (int t = 0; t < 8; ++t) z[t] = i ? z[t] + next[t] : next[t];
+        }
+        if (a.num_samples > 1)
+          for (int t = 0; t < 8; ++t) z[t] *= 1.0f / static_cast<float>(a.num_samples);
+        drawn = group;
+      }
+      const float draw = z[(a.col0 + j) % 8];
+      const double scale = a.factor * sigma_of(j);
+      if (u) {
+        const int64_t where = at(a.u, s, row, j);
+        const double x = a.x.data ? get(a.x, at(a.x, s, row, j)) : 0;
+        const double exact = wide ? std::fma(scale, draw, x) : std::fma(static_cast<float>(scale), draw, static_cast<float>(x));
+        char cell[8];
+        const Operand one{cell, a.u.dtype, 0, 1};
+        put(one, 0, exact);
+        const double got = get(a.u, where), want = get(one, 0);
+        if (!(got == want)) die(number, "u is not x + factor * sigma * z", got, want);
+        std::memset(touched.data() + where * size_of(a.u.dtype), 1, static_cast<size_t>(size_of(a.u.dtype)));
+      }
+      if (z_out) {
+        const int64_t where = at(a.z, s, row, j);
+        char cell[8];
+        const Operand one{cell, a.z.dtype, 0, 1};
+        put(one, 0, draw);
+        if (!(get(a.z, where) == get(one, 0))) die(number, "z is not the draw", get(a.z, where), get(one, 0));
+        std::memset(touched_z.data() + where * size_of(a.z.dtype), 1, static_cast<size_t>(size_of(a.z.dtype)));
+      }
+      if (dsigma) {
+        const double g = get(a.du, at(a.du, s, row, j));
+        sum[static_cast<size_t>(j)] += g * draw, bulk[static_cast<size_t>(j)] += std::fabs(g * draw);
+      }
+    }
+  }
+  for (size_t i = 0; i < touched.size(); ++i)
+    if (!touched[i] && u->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows was written");
+  for (size_t i = 0; i < touched_z.size(); ++i)
+    if (!touched_z[i] && z_out->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows of z was written");
+  for (int64_t j = 0; dsigma && j < s.features; ++j) {
+    const double slope = a.log_variance ? a.factor * 0.5 * sigma_of(j) : a.factor, want = slope * sum[static_cast<size_t>(j)];
+    const double got = a.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
+    if (!(std::fabs(got - want) <= 3e-6 * slope * bulk[static_cast<size_t>(j)] + 1e-12)) die(number, "dsigma is not the sum over rows", got, want);
+  }
+}
+
+// ---- activation and variance: edges, and the same bits for any number of threads ------------------------------------------------
+
+static void activation_case(int64_t number, Dice& dice, bool fail) {
+  const DType kinds[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+  const int64_t rows = dice.between(0, number % 8 ? 40 : 900), k = dice.between(0, number % 8 == 4 ? 600 : 70);
+  const bool backward = dice.coin(), is_double = dice.coin(), variance = dice.coin();
+  const DType type = kinds[dice.between(0, 3)];
+  const auto matrix = [&](bool fill) {
+    Operand o{nullptr, type, k, 1};
+    o.data = allocate(static_cast<size_t>(rows * k * size_of(type)), dice).data;
+    for (int64_t i = 0; fill && i < rows * k; ++i) put(o, i, dice.real());
+    return o;
+  };
+  const auto vector = [&](int64_t size, bool fill) {
+    Buffer& b = allocate(static_cast<size_t>(size) * (is_double ? 8 : 4), dice);
+    const Operand o{b.data, is_double ? DType::kFloat64 : DType::kFloat32, 0, 1};
+    for (int64_t i = 0; fill && i < size; ++i) put(o, i, dice.between(0, 6) ? std::fabs(dice.real()) : 0);
+    return b.data;
+  };
+  ExpectationArgs a{};
+  VarianceArgs v{};
+  std::vector<Buffer*> written;
+  if (variance) {
+    v.rows = rows, v.features = k, v.is_double = is_double, v.log_variance = dice.coin();
+    v.weight = matrix(true), v.sigma = vector(k, true);
+    if (backward) {
+      v.dv = vector(rows, true);
+      if (dice.coin()) v.given = matrix(true);
+      v.dweight = matrix(false), written.push_back(alive.back().get());
+      v.dsigma = vector(k, false), written.push_back(alive.back().get());
+    } else {
+      v.v = vector(rows, false), written.push_back(alive.back().get());
+    }
+  } else {
+    a.rows = rows, a.features = k, a.kind = static_cast<int>(dice.between(0, kNumActivations - 1)), a.v_is_double = is_double;
+    a.v = vector(k, true), a.mu = matrix(true);
+    if (backward) {
+      a.dy = matrix(true);
+      a.dmu = matrix(false), written.push_back(alive.back().get());
+      a.dv = vector(k, false), written.push_back(alive.back().get());
+      a.sum = vector(k, false), written.push_back(alive.back().get());
+    } else {
+      a.y = matrix(false), written.push_back(alive.back().get());
+    }
+  }
+  const auto run = [&] { return variance ? variance_cpu(v, parallel_for) : expectation_cpu(a, parallel_for); };
+  if (fail) {
+    for (int after = 0; after < 60; ++after) {
+      failed = 0;
+      fail_after = after;
+      in_kernel = true;
+      const char* error = run();
+      in_kernel = false;
+      fail_after = -1;
+      if (!failed) return;
+      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
+    }
+    die(number, "a kernel that allocates without end");
+  }
+  for (int capability = 0; capability < 3; ++capability) {
+    if (set_cpu_capability(capability)) continue;
+    std::vector<std::vector<char>> first;
+    for (const int threads : {1, num_threads}) {
+      const int before = num_threads;
+      num_threads = threads;
+      for (Buffer* b : written) std::memset(b->data, 0xFF, b->bytes);  // NaN: what was not written shows
+      const char* error = run();
+      num_threads = before;
+      if (error) die(number, error);
+      if (first.empty())
+        for (Buffer* b : written) first.emplace_back(b->data, b->data + b->bytes);
+      for (size_t i = 0; i < written.size(); ++i)
+        if (written[i]->bytes && std::memcmp(written[i]->data, first[i].data(), written[i]->bytes)) die(number, "a result depends on the threads");
+    }
+    for (size_t i = 0; i < written.size(); ++i) {
+      const bool is_vector = variance ? !backward || i == 1 : backward && i >= 1;
+      const Operand o{written[i]->data, is_vector ? (is_double ? DType::kFloat64 : DType::kFloat32) : type, 0, 1};
+      for (size_t e = 0; e < written[i]->bytes / static_cast<size_t>(size_of(o.dtype)); ++e)
+        if (!std::isfinite(get(o, static_cast<int64_t>(e)))) die(number, "an element was not written, or is not finite");
+    }
+  }
+}
+
+// ---- samples behind an activation: every element, and nothing beside it ---------------------------------------------------------
+
+// The activation's value, or its slope.
+static double act(int kind, double x, bool slope) {
+  const double c = 1.5957691216057308, inner = c * (x + 0.044715 * x * x * x);
+  const double s = 1 / (1 + std::exp(kind == kGeluTanhActivation ? -inner : -x)), t = std::tanh(x);
+  const double cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
+  switch (kind) {
+    case kIdentity: return slope ? 1 : x;
+    case kReluActivation: return x > 0 ? (slope ? 1 : x) : 0;
+    case kGeluActivation: return slope ? cdf + x * 0.39894228040143267794 * std::exp(-0.5 * x * x) : x * cdf;
+    case kGeluTanhActivation: return slope ? s + x * s * (1 - s) * c * (1 + 0.134145 * x * x) : x * s;
+    case kSiluActivation: return slope ? s * (1 + x * (1 - s)) : x * s;
+    default: return slope ? 1 - t * t : t;
+  }
+}
+
+// A tensor [samples, a, b] with gaps, and which of its bytes a kernel may write.
+struct Cube {
+  Samples t;
+  Buffer* buffer;
+  int size;
+  std::vector<char> touched;
+
+  Cube(DType type, int bytes, int64_t samples, int64_t a, int64_t b, Dice& dice) : size(bytes) {
+    const int64_t pad = dice.coin() ? 0 : dice.between(0, 5), gap = dice.coin() ? 0 : dice.between(0, 7);
+    t.dtype = type;
+    if (dice.coin()) t.outer_stride = b + pad, t.sample_stride = a * t.outer_stride + gap;
+    else t.sample_stride = b + pad, t.outer_stride = samples * t.sample_stride + gap;
+    const int64_t n = samples && a && b ? at(samples - 1, a - 1, b - 1) + 1 : 0;
+    buffer = &allocate(static_cast<size_t>(n * size), dice);
+    t.data = buffer->data;
+    touched.assign(buffer->bytes, 0);
+  }
+  int64_t at(int64_t s, int64_t i, int64_t j) const { return s * t.sample_stride + i * t.outer_stride + j; }
+  Operand values() const { return {t.data, t.dtype, 0, 1}; }
+  double number(int64_t s, int64_t i, int64_t j) const { return get(values(), at(s, i, j)); }
+  uint8_t& byte(int64_t s, int64_t i, int64_t j) const { return static_cast<uint8_t*>(t.data)[at(s, i, j)]; }
+  void touch(int64_t s, int64_t i, int64_t j) { std::memset(touched.data() + at(s, i, j) * size, 1, static_cast<size_t>(size)); }
+  void check_gaps(int64_t number) const {
+    for (size_t i = 0; i < touched.size(); ++i)
+      if (!touched[i] && buffer->data[i] != static_cast<char>(0xA5)) die(number, "a gap was written");
+  }
+};
+
+static void samples_case(int64_t number, Dice& dice) {
+  const DType kinds[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64};
+  const bool backward = dice.coin();
+  const DType type = kinds[dice.between(0, 2)];
+  SamplesArgs a{};
+  a.outer = dice.between(0, number % 16 == 7 ? 300 : 40), a.inner = dice.between(0, number % 32 == 15 ? 1100 : 70);
+  a.samples = dice.between(backward, 9), a.kind = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
+  a.factor = 0.25f, a.first = dice.between(0, 10);
+  const bool is_relu = a.kind == kReluActivation;
+  a.form = dice.coin() ? SlopeForm::kNone : is_relu ? SlopeForm::kBits : dice.coin() ? SlopeForm::kCodes : SlopeForm::kValues;
+  a.num_slopes = a.form == SlopeForm::kNone ? 0 : dice.between(0, a.samples);
+  const int64_t last = a.first + a.num_slopes, others = a.samples - (backward ? a.num_slopes : 0);
+  const bool bits = a.form == SlopeForm::kBits, by_bytes = a.form != SlopeForm::kValues;
+
+  Cube h(type, size_of(type), others, a.outer, a.inner, dice), dh(type, size_of(type), a.samples, a.outer, a.inner, dice);
+  Cube slopes(type, by_bytes ? 1 : size_of(type), bits ? (last + 7) / 8 : last, backward ? a.inner : a.outer,
+              backward ? a.outer : a.inner, dice);
+  Cube dy(type, size_of(type), 1, a.inner, a.outer, dice);
+  const DType out_type = kinds[dice.between(0, 3)], bias_type = kinds[dice.between(0, 2)];
+  Cube out(out_type, size_of(out_type), 1, a.outer, a.inner, dice), bias(bias_type, size_of(bias_type), 1, 1, a.outer, dice);
+  const bool with_out = dice.coin(), with_bias = backward && dice.coin();
+  a.h = h.t, a.slopes = slopes.t;
+  if (with_out) a.out = {out.t.data, out_type, out.t.outer_stride, 1};
+  if (with_bias) a.bias = bias.values();
+  if (backward) a.dh = dh.t, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
+  const Operand total{allocate(static_cast<size_t>(4 * a.outer * a.inner), dice).data, DType::kFloat32, 0, 1};
+  a.total = static_cast<float*>(total.data);
+
+  for (int64_t i = 0; i < a.outer; ++i) {
+    put(bias.values(), i, dice.real());
+    for (int64_t j = 0; j < a.inner; ++j) {
+      put(dy.values(), dy.at(0, j, i), dice.real());
+      for (int64_t s = 0; s < others; ++s) put(h.values(), h.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
+      for (int64_t s = 0; s < (bits ? (last + 7) / 8 : last) && a.form != SlopeForm::kNone; ++s) {
+        const int64_t row = backward ? j : i, column = backward ? i : j;
+        if (!by_bytes) put(slopes.values(), slopes.at(s, row, column), dice.real());
+        else slopes.byte(s, row, column) = !backward && bits ? 0 : static_cast<uint8_t>(dice.between(0, 254));
+        slopes.touch(s, row, column);
+      }
+    }
+  }
+  const double fine = 4e-6, rounding = type == DType::kBFloat16 ? 0.004 : type == DType::kFloat16 ? 0.0005 : fine;
+  for (int capability = 0; capability < 3; ++capability) {
+    if (set_cpu_capability(capability)) continue;
+    for (int64_t i = 0; i < a.outer * a.inner; ++i) put(total, i, 1);
+    if (!backward && bits)
+      for (int64_t i = 0; i < a.outer; ++i)
+        for (int64_t j = 0; j < a.inner; ++j)
+          for (int64_t s = 0; s < (last + 7) / 8; ++s) slopes.byte(s, i, j) = 0;
+    if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
+    for (int64_t i = 0; i < a.outer; ++i)
+      for (int64_t j = 0; j < a.inner; ++j) {
+        double sum = 1, size = 1;
+        for (int64_t s = 0; s < a.samples; ++s) {
+          const int64_t n = a.first + s, row = backward ? j : i, column = backward ? i : j;
+          const bool given = s < a.num_slopes;
+          double kept = 0;
+          if (given && bits) kept = slopes.byte(n / 8, row, column) >> n % 8 & 1;
+          else if (given) kept = by_bytes ? (slopes.byte(n, row, column) - kSlopeZero) / double{kSlopeSteps} : slopes.number(n, row, column);
+          double want;
+          if (backward) {
+            const double g = dy.number(0, j, i);
+            want = g * (given ? kept : act(a.kind, h.number(s - a.num_slopes, i, j) + (with_bias ? get(bias.values(), i) : 0), true));
+            const double got = dh.number(s, i, j);
+            dh.touch(s, i, j);
+            size += std::fabs(g);
+            if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(g) + 1e-7))
+              die(number, "dh is not dy times the slope", got, want);
+          } else {
+            const double x = h.number(s, i, j), slope = act(a.kind, x, true);
+            want = act(a.kind, x, false);
+            size += 1;
+            if (given && !(std::fabs(kept - slope) <= (bits ? 0 : by_bytes ? 0.50001 / kSlopeSteps : rounding + fine)))
+              die(number, "the slope that was kept is not act'", kept, slope);
+          }
+          sum += want, size += std::fabs(want);
+        }
+        const double got = get(total, i * a.inner + j);
+        if (!(std::fabs(got - sum) <= fine * size)) die(number, "total is not 1 + the sum", got, sum);
+        if (!with_out) continue;
+        out.touch(0, i, j);
+        if (!(std::fabs(out.number(0, i, j) - 0.25 * got) <= 0.004 * std::fabs(got) + 1e-7)) die(number, "out is not factor total");
+      }
+    dh.check_gaps(number), out.check_gaps(number), slopes.check_gaps(number);
+  }
+}
+
+int main(int argc, char** argv) {
+  if (argc < 4) return 2;
+  const int64_t cases = std::atoll(argv[1]);
+  const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
+  num_threads = std::atoi(argv[3]);
+  const bool fail = argc > 4 && !std::strcmp(argv[4], "fail");
+  int64_t perturbs = 0, activations = 0, samples = 0;
+  for (int64_t number = 0; number < cases; ++number) {
+    Dice dice{seed * 1000003 + static_cast<uint64_t>(number)};
+    set_cpu_capability(fail ? static_cast<int>(number % 3) : -1);
+    if (number % 8 == 7 && !fail)  // it allocates nothing
+      samples_case(number, dice), ++samples;
+    else if (number % 4 == 3)
+      activation_case(number, dice, fail), ++activations;
+    else
+      perturb_case(number, dice, fail), ++perturbs;
+    alive.clear();
+  }
+  std::printf(
+      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of samples\n", perturbs, activations, samples);
+  return 0;
+}
