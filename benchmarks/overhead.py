@@ -441,8 +441,8 @@ def measure(args: argparse.Namespace) -> dict:
         side = 128 if args.quick else 8192 if device.type == "cuda" else 2048
         moved = 1 << 20 if args.quick else 1 << 30 if device.type == "cuda" else 1 << 28
         record["rates"] = {
-            "copy_bytes_per_s": machine.copy_rate(device, moved),
-            "matmul_flop_per_s": {name_of(dtype): machine.matmul_rate(device, dtype, side) for dtype in dtypes},
+            "copy_bytes_per_s": timing.copy_rate(device, moved),
+            "matmul_flop_per_s": {name_of(dtype): timing.matmul_rate(device, dtype, side) for dtype in dtypes},
         }
         bar.update()
         for name, case in work:

@@ -155,6 +155,7 @@ def main(arguments: list[str] | None = None) -> list[list]:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)")
     parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
+    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/small-layer-cpu-<date>.json)")
     parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
@@ -179,6 +180,8 @@ def main(arguments: list[str] | None = None) -> list[list]:
         ]
     )
     print(text)
+    run = {"program": "small-layer", "machine": found, "quick": args.quick, "layers": wholes, "parts": rows}
+    report.store("small-layer", run, args.out)
     if args.docs:
         report.fill(machine.ROOT / "docs" / "measured.md", "small-layer", text)
     return rows

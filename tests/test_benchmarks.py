@@ -340,14 +340,20 @@ def test_cost_study_runs(tmp_path):
         assert study["prediction"]["k = 0"]["peak_bytes"] == study["prediction"]["plain"]["peak_bytes"]
 
 
-def test_profile_of_a_small_layer_runs(capsys):
-    rows = profile_small_layer.main(["--quick", "--threads=1"])
+def test_profile_of_a_small_layer_runs(tmp_path, capsys):
+    rows = profile_small_layer.main(["--quick", "--threads=1", "--out", str(tmp_path / "small.json")])
+    stored = json.loads((tmp_path / "small.json").read_text())
+    assert summary.program_of(stored) == "small-layer" and stored["parts"] == rows
     assert {row[1] for row in rows} == {"forward", "backward"}
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
 
 
-def test_averaging_is_timed(capsys):
-    analytic, mean = averaging.main(["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32"])
+def test_averaging_is_timed(tmp_path, capsys):
+    out = tmp_path / "averaging.json"
+    options = ["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--out", str(out)]
+    analytic, mean = averaging.main(options)
+    stored = json.loads(out.read_text())
+    assert summary.program_of(stored) == "averaging" and stored["mean"] == mean
     assert [row[1] for row in analytic] == ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
     assert [row[1] for row in mean] == ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
     assert all(float(row[4]) == 0.5 for row in mean)  # kept for backward: x, over x and h

@@ -46,8 +46,9 @@ ORDER += [
     f"models.{m}" for m in ("convertible", "probe", "check", "spreads", "parameters", "summary", "calibrate", "convert")
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
-ORDER += ["diagnostics", "env_report"]
-ROOMS = ("ops", "noise", "nn", "models", "training")
+ORDER += ["diagnostics", "config", "reports"]
+ORDER += [f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")] + ["env_report"]
+ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -87,6 +88,8 @@ def test_imports_point_one_way(module):
     allowed = {*ORDER[: ORDER.index(module)], "triton_kernels.mixtures"}
     if module == "env_report":
         allowed.add("")
+    if module == "config":
+        allowed.add("integrations.peft")  # in a function, for models of PEFT alone
     imported = set(relative_imports(module))
     assert imported <= allowed
     if module == "reference":

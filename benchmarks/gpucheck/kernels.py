@@ -11,7 +11,6 @@ import peers
 import timing
 import torch
 import torch.nn.functional as F
-from machine import copy_rate, matmul_rate
 from torch import Tensor, nn
 
 from dipkernels import backends, reference
@@ -52,8 +51,8 @@ def seed(check: Check) -> Tensor:
 def copy(check: Check) -> Rows:
     size, side = (1 << 16, 32) if check.rehearsal else (1 << 30, 8192)
     return [
-        ("copy", lambda: {"bytes_per_s": copy_rate(check.device, size), "bytes": 2 * size}),
-        ("product", lambda: {"flop_per_s": matmul_rate(check.device, half(check), side), "side": side}),
+        ("copy", lambda: {"bytes_per_s": timing.copy_rate(check.device, size), "bytes": 2 * size}),
+        ("product", lambda: {"flop_per_s": timing.matmul_rate(check.device, half(check), side), "side": side}),
     ]
 
 

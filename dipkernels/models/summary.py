@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ class Row:
 
 class Summary(list[Row]):
     """A list of Row that prints as a table."""
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """{name of the layer: its other fields}, fit for JSON."""
+        rows = {row.name: asdict(row) for row in self}
+        return {name: {field: value for field, value in row.items() if field != "name"} for name, row in rows.items()}
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])

@@ -178,10 +178,11 @@ def objective(
     if model is not None and alpha > 0:
         total = total + penalty(model, alpha, beta)
     if lambda_s > 0:
-        total = total + lambda_s * _smoothness(out)
+        total = total + lambda_s * smoothness(out)
     return total
 
 
-def _smoothness(out: Tensor) -> Tensor:
+def smoothness(out: Tensor) -> Tensor:
+    """Var_s[out] of out [m, B, ...], m >= 2: the term that `objective` weighs by lambda_s; a scalar, at least float32."""
     variance = out.to(torch.promote_types(out.dtype, torch.float32)).var(0)  # [B, ...]
     return variance.sum(-1).mean() if out.ndim >= 3 else variance.mean()
