@@ -59,8 +59,8 @@ def test_activations_and_gates_match_reference(shape, dim, name, dtype):
 @pytest.mark.parametrize("kind, dtype", [("layer", torch.float32), ("rms", torch.float16), ("layer", torch.float64)])
 def test_norm_and_its_gradients_match_reference(shape, columns, kind, dtype, monkeypatch):
     if columns:
-        monkeypatch.setattr(norm, "WHOLE_COLUMNS", columns)
-        monkeypatch.setattr(norm, "TILE_ELEMENTS", 32)
+        monkeypatch.setattr(norm, "TILE_ELEMENTS", columns)
+        monkeypatch.setattr(norm, "MAX_WARPS", 4)
     x, _, du, sigma = make(shape, -1, dtype)
     weight, bias = (
         make(shape, -1, dtype)[1].reshape(-1, shape[-1])[0],

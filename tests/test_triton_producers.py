@@ -30,9 +30,9 @@ def wide(dtype):
 QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 4096, torch.float32, 80)]
 
 
-# 9000 columns: more than a program holds of a row.
+# Above 4096 columns, 2048 of float64, a program does not hold a row.
 @pytest.mark.parametrize(
-    "kind, k, dtype, arch", slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 8192, 9000], DTYPES, ARCHS)
+    "kind, k, dtype, arch", slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS)
 )
 def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
     monkeypatch.setattr(norm, "num_multiprocessors", lambda device: 132)
@@ -43,7 +43,7 @@ def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
         norm.norm(x, weight, bias, sigma, seed, *DRAW, kind, 1e-5, 0.0, None)
         norm.norm_bwd(x, x, stats, weight, bias, sigma, seed, *DRAW, kind, 0.0)
     names = [launch[0].__name__ for launch in launches]
-    sums = ["_norm_sums_kernel"] if k > norm.WHOLE_COLUMNS else []
+    sums = ["_norm_sums_kernel"] if k > (2048 if dtype is torch.float64 else 4096) else []
     assert names == ["_norm_fwd_kernel", *sums, "_norm_bwd_kernel", *["_column_sum_kernel"] * (2 + (kind == "layer"))]
     results = list(compiled(launches, arch))
     if k % 16 == 0:

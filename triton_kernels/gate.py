@@ -22,6 +22,10 @@ from .tiles import (
 )
 
 
+# Else the compiler would now and then rather spill than take what there are.
+ALL_REGISTERS = {"maxnreg": 255}
+
+
 @triton.jit
 def _gate_fwd_kernel(
     u_ptr,  # [rows, K], written
@@ -161,7 +165,9 @@ def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, a
     if u.numel() == 0:
         return u
     operands = (u, a) if b is None else (u, a, b)
-    tile = tiling(dim, col0, TILE_ELEMENTS if b is None else TILE_ELEMENTS // 2, *operands)
+    # Wide data and a gate have more to hold.
+    elements = 2 * TILE_ELEMENTS // max(2, a.element_size()) // (1 if b is None else 2)
+    tile = tiling(dim, col0, elements, *operands)
     if tile is None:  # three or more row dimensions that do not merge
         b = None if b is None else b.contiguous()
         dense = (a.contiguous(), b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
@@ -171,7 +177,7 @@ def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, a
         _gate_fwd_kernel[tile.grid(a.device)](
             u, a, b, sigma.contiguous(), seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
             row0, col0 // 8, tile.shift, sample, factor,
-            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT,
+            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT, **ALL_REGISTERS,
         )  # fmt: skip
     return u
 
@@ -183,9 +189,9 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
     if row_count(a.shape, dim) == 0 or a.numel() == 0:
         return da, db, dsigma
     operands = [t for t in (da, db, du, a, b) if t is not None]
-    # As perturb's sums hold: an accumulator, and what is read; wide data and a gate have more of it.
-    wide = a.element_size() >= 4 or b is not None
-    tile = tiling(dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *operands)
+    # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside it.
+    elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
+    tile = tiling(dim, col0, SUM_ELEMENTS // 8 if a.element_size() == 8 else elements, *operands)
     if tile is None:
         b = None if b is None else b.contiguous()
         rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
@@ -202,7 +208,7 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
         _gate_bwd_kernel[grid](
             partial, da, db, du, a, b, seed, *tile.sizes(), *of[0], *of[1], *of[2], *of[3], *of[4],
             row0, col0 // 8, tile.shift, sample,
-            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT,
+            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT, **ALL_REGISTERS,
         )  # fmt: skip
     if sigma is not None:
         column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)

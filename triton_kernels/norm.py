@@ -1,7 +1,7 @@
 """triton_kernels/norm.py: h = (x - mean) rstd, u = h (offset + weight) + bias + factor s z, and back.  docs/maths.md, section 10.
 
-Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes whole rows up to WHOLE_COLUMNS;
-beyond, a kernel before it sums along the rows.
+Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes whole rows up to what MAX_WARPS
+hold; beyond, a kernel before it sums along the rows.
 """
 
 import torch
@@ -12,9 +12,11 @@ from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, columns_at, num_multiprocessors, on_device
 
-# Columns of a whole row that a program of 16 warps holds, 16 numbers of each operand a thread.
-WHOLE_COLUMNS = 8192
-TILE_ELEMENTS = 2048  # of four warps
+# Of a program of four warps, 16 numbers of each operand a thread; half of it for float64.
+TILE_ELEMENTS = 2048
+MAX_WARPS = 8  # with more of them a thread has too few registers
+# Else the compiler would now and then rather spill than take what there are.
+ALL_REGISTERS = {"maxnreg": 255}
 
 
 @triton.jit
@@ -229,11 +231,17 @@ def _flat(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _tile(m, k, limit):
-    """BLOCK_R, BLOCK_K, num_warps: 16 elements a thread"""
+def _whole_columns(dtype):
+    """Of a row that a program holds"""
+    return TILE_ELEMENTS * MAX_WARPS // (8 if dtype is torch.float64 else 4)
+
+
+def _tile(m, k, dtype, limit):
+    """BLOCK_R, BLOCK_K, num_warps"""
+    elements = TILE_ELEMENTS // 2 if dtype is torch.float64 else TILE_ELEMENTS
     block_k = max(8, min(triton.next_power_of_2(k), limit))
-    block_r = max(1, min(triton.next_power_of_2(max(m, 1)), TILE_ELEMENTS // block_k))
-    return block_r, block_k, max(4, min(16, block_r * block_k // (TILE_ELEMENTS // 4)))
+    block_r = max(1, min(triton.next_power_of_2(max(m, 1)), elements // block_k))
+    return block_r, block_k, max(4, min(MAX_WARPS, 4 * block_r * block_k // elements))
 
 
 def norm(
@@ -261,14 +269,15 @@ def norm(
     if u.numel() == 0:
         return u, stats
     rows, flat_u = _flat(x), _flat(u)
-    block_r, block_k, num_warps = _tile(m, k + shift, WHOLE_COLUMNS)
+    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
     grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
     with on_device(x):
         _norm_fwd_kernel[grid](
             flat_u, stats, rows, weight, bias, sigma.contiguous(), seed, m, k, flat_u.stride(0), rows.stride(0),
             row0, col0 // 8, shift, sample, factor, eps, offset,
             CENTRED=centred, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LOG_VARIANCE=log_variance,
-            COL_BLOCKS=triton.cdiv(k + shift, block_k), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps, **EXACT,
+            COL_BLOCKS=triton.cdiv(k + shift, block_k), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
+            **EXACT, **ALL_REGISTERS,
         )  # fmt: skip
     return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
 
@@ -286,8 +295,8 @@ def norm_bwd(
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
-    whole = k + shift <= WHOLE_COLUMNS
-    block_r, block_k, num_warps = _tile(m, k + shift, WHOLE_COLUMNS if whole else 256)
+    whole = k + shift <= _whole_columns(x.dtype)
+    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
     col_blocks = triton.cdiv(k + shift, block_k)
     programs = max(1, min(triton.cdiv(m, block_r), triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)))
     partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
@@ -304,7 +313,8 @@ def norm_bwd(
             partial, flat_dx, flat_du, rows, stats, means, weight, seed, m, k,
             flat_dx.stride(0), flat_du.stride(0), rows.stride(0), row0, col0 // 8, shift, sample, offset,
             **flags, HAS_BIAS=bias is not None, DRAWS=sigma is not None, WHOLE=whole,
-            BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps, **EXACT,
+            BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
+            **EXACT, **ALL_REGISTERS,
         )  # fmt: skip
     if weight is not None:
         column_sum(grads[0], partial[0])
