@@ -217,8 +217,12 @@ def note_triton_problem(op: str, error: Exception) -> None:
     """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or where Triton was asked for."""
     # Triton's own errors, and what its passes and ptxas throw.
     is_compilation = type(error).__name__ in (
-        "CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError", "OutOfResources",
-    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))  # fmt: skip
+        "CompilationError",
+        "CompileTimeAssertionFailure",
+        "UnsupportedLanguageConstruct",
+        "PTXASError",
+        "OutOfResources",
+    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
     if not is_compilation:
         raise error
     said = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,8 @@ STEMS = {
 # A module may import the ones before it, never one after.
 ORDER = ["worlds", "reference", "backends"]
 ORDER += [
-    f"ops.{m}" for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear")
+    f"ops.{m}"
+    for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear", "conv")
 ]
 ORDER += [
     "ops.expectation",
@@ -46,7 +47,7 @@ ORDER += [
     f"models.{m}" for m in ("convertible", "probe", "check", "spreads", "parameters", "summary", "calibrate", "convert")
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
-ORDER += ["diagnostics", "config", "reports"]
+ORDER += ["diagnostics", "config", "reports", "testing"]
 ORDER += [f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")] + ["env_report"]
 ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 

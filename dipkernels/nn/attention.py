@@ -176,9 +176,16 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return same, same if key is query else key, same if value is query else value
 
     def _noised_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
-        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
             raise RuntimeError("attn_mask: expected the causal mask that is_causal=True promises, got None")
         batched = query.dim() == 3
@@ -208,8 +215,14 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return out, (weights if batched or weights is None else weights[0])
 
     def _check_shapes(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batch_dim: int
-    ) -> None:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        batch_dim: int,
+    ) -> None:
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
