@@ -166,7 +166,7 @@ def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
     model, seconds = methods.train(config, *data["train"])
     x, y = (part[:SMOOTH_IMAGES] for part in data[config["split"]])
     result: dict = {"train_cpu_seconds": round(seconds, 2)}
-    for k in (0, SMOOTH_K) if dip.layers.dip_layers(model) else (0,):
+    for k in (0, SMOOTH_K) if dip.nn.numbering.dip_layers(model) else (0,):
         flags = {"k": k, "iterations": 30, "tolerance": 1e-2}
 
         def loss(out: Tensor, k: int = k) -> Tensor:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import averaging  # noqa: E402
 import cost  # noqa: E402
+import models  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
 import profile_small_layer  # noqa: E402
@@ -263,6 +264,7 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "overhead-cpu"),
         ("measured", "small-layer"),
         ("measured", "averaging"),
+        ("measured", "models"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -359,6 +361,17 @@ def test_averaging_is_timed(tmp_path, capsys):
     assert all(float(row[4]) == 0.5 for row in mean)  # kept for backward: x, over x and h
     with pytest.raises(SystemExit):
         averaging.main(["--rounds", "4", "--docs"])
+    assert "--docs: expected a full run" in capsys.readouterr().err
+
+
+def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_path, capsys):
+    out = tmp_path / "models.json"
+    options = ["--quick", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--only", "MLP", "--out", str(out)]
+    rows = models.main(options)
+    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(row["ratio"] > 0 for row in rows)
+    assert summary.program_of(json.loads(out.read_text())) == "models"
+    with pytest.raises(SystemExit):
+        models.main(["--quick", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err
 
 
