@@ -21,7 +21,6 @@ from .tiles import (
     tiling,
 )
 
-
 # Else the compiler would now and then rather spill than take what there are.
 ALL_REGISTERS = {"maxnreg": 255}
 
