@@ -22,6 +22,7 @@ import cost  # noqa: E402
 import models  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
+import producers as bench_producers  # noqa: E402
 import profile_small_layer  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
@@ -387,3 +388,12 @@ def test_overhead_refuses_a_bad_shape(argument, capsys):
     with pytest.raises(SystemExit):
         overhead.main(["--shapes", argument])
     assert "--shapes" in capsys.readouterr().err
+
+
+def test_producers_benchmark_checks_times_and_prints(capsys):
+    rows = bench_producers.main(["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"])
+    assert [(row["kind"], row["what"]) for row in rows] == [
+        (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
+    ]
+    assert all("ratio" in row[name] for row in rows for name in ("f", "P", "f, P", "fused"))
+    assert "over the slower of f, P" in capsys.readouterr().out
