@@ -31,6 +31,7 @@ from .training.trajectories import trajectories
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
+_LISTS = (list, tuple, set, frozenset)  # of strings, or of groups of them
 _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
@@ -80,7 +81,7 @@ class DIPConfig:
     def __post_init__(self) -> None:
         patterns = {name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")}
         before = dict(self.before) if isinstance(self.before, Mapping) else _strings("before", self.before)
-        if isinstance(self.share, str) or not all(not isinstance(group, str) for group in self.share):
+        if not isinstance(self.share, _LISTS) or not all(isinstance(group, _LISTS) for group in self.share):
             raise TypeError(f"share: expected groups of patterns, such as [('q_proj', 'k_proj')], got {self.share!r}")
         share = tuple(_strings("share", group) for group in self.share)
         amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
@@ -95,7 +96,7 @@ class DIPConfig:
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
             raise ValueError(f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; choose one")
-        if self.per not in ("layer", "feature"):
+        if not isinstance(self.per, str) or self.per not in ("layer", "feature"):
             raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
         if self.variance is not None and self.per != "layer":
             raise ValueError(f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}")
@@ -105,12 +106,14 @@ class DIPConfig:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
         for name in ("kl", "lambda_s"):
             value = getattr(self, name)
-            if not _is_number(value) or not (math.isfinite(value) and value >= 0):
+            if not (_is_finite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 f"lambda_s: expected 0 with m = 1, whose trajectories have no variance, got {self.lambda_s}"
             )
+        if not isinstance(self.average, str):
+            raise TypeError(f"average: expected a string, got {self.average!r}")
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
         if self.key is not None and not _is_integer(self.key):
             raise TypeError(f"key: expected an integer or None, got {self.key!r}")
@@ -193,12 +196,16 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold, and no bool."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value)
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, _LISTS) else (value,)
     if not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name}: expected strings, got {value!r}")
     return values
@@ -207,9 +214,7 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 def _amount(name: str, value: Any) -> Any:
     """A number > 0, {pattern: number > 0} or None."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
-    if value is not None and not (
-        values and all(_is_number(each) and math.isfinite(each) and each > 0 for each in values)
-    ):
+    if value is not None and not (values and all(_is_finite(each) and each > 0 for each in values)):
         raise ValueError(f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}")
     return dict(value) if isinstance(value, Mapping) else value
 

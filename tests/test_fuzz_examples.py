@@ -196,8 +196,9 @@ def test_configurations_at_their_edges_run(tmp_path, alone):
     for change in (
         {"batch": 1500},
         {"steps": 0},
-        {"m": 1, "lr": 0, "seed": 2**62, "key": -(2**63)},
-        {"init_variance": 1e-30},
+        {"lr": 0, "seed": 2**62, "dip": {"version": 1, "variance": 0.01, "m": 1, "key": -(2**63)}},
+        {"dip": {"version": 1, "variance": 1e-30}},
+        {"dip": {"version": 1, "ratio": {"patches": 0.5, "*": 1.0}}},
     ):
         cluster.train({**small(), "steps": 1, **change}, tmp_path / str(change), torch.device("cpu"))
 

@@ -26,7 +26,8 @@ STEMS = {
 # A module may import the ones before it, never one after.
 ORDER = ["worlds", "reference", "backends"]
 ORDER += [
-    f"ops.{m}" for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear")
+    f"ops.{m}"
+    for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear", "conv")
 ]
 ORDER += [
     "ops.expectation",

@@ -262,7 +262,7 @@ def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs)
     assert len(asked) == 1  # `ops` chooses again
     plan = backends.choose("perturb", "cuda")
     assert plan.backend == runs and "sm_75" in plan.why
-    old_gpu.setattr(backends, "_forced", "cuda")
+    old_gpu.setattr(backends, "forced", "cuda")
     with pytest.raises(RuntimeError, match=r"'cuda' was asked for.* GPU 0 is sm_75"):
         backends.choose("perturb", "cuda")
 

@@ -11,13 +11,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-
-try:
-    import lightning.pytorch as pl
-except ImportError:
-    import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from ..config import DIPConfig, apply, config_of, convert_as, recalibrate, require_order
 from ..models.check import check
@@ -32,7 +28,10 @@ _KEY = "dip_config"  # in a checkpoint
 _WAY_OUT = "return such a one from configure_optimizers, which is called after the model was converted"
 
 
-class DIPCallback(pl.Callback):
+_Callback: Any = pl.Callback  # without types where lightning is not installed
+
+
+class DIPCallback(_Callback):  # type: ignore[misc]
     """`Trainer(callbacks=[DIPCallback(DIPConfig())])`: convert, calibrate, train by the config, log, save, resume.
 
     The module is converted before `configure_optimizers` is called, which takes `dip.param_groups(self, lr)`. `training_step`

@@ -38,7 +38,7 @@ _NO_CONFIG = (
 _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
 
 
-class DIPMixin(_Trainer):
+class DIPMixin(_Trainer):  # type: ignore[misc]
     """Before a trainer of transformers or TRL in the bases of a class: `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
 
     The trainer then converts its model (after it has put adapters around it), calibrates it with the first batches of its

@@ -8,14 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
+from ..ops import conv
 from . import inputs, tracing
-from .layer import DIPLayer, noised
+from .layer import DIPLayer, beside, noised
 from .variance import device_of_variance
 
 
 class _DIPConv(DIPLayer):
     in_channels: int
     weight: Tensor
+    bias: Tensor | None
+    padding_mode: Any
+    padding: Any
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
     _KEEPS = ("auto", "u")
 
     def __init__(  # all by name: torch.nn.utils.skip_init looks for device
@@ -47,9 +54,27 @@ class _DIPConv(DIPLayer):
             inputs.require_tensor(self, input)
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
-        else:
-            y = super().forward(noised(self, input, worlds.autocast_dtype(input)))
-        return y
+            return y
+        dtype = worlds.autocast_dtype(input)
+        window = self._window(input)
+        if window is None or not conv.fits(input, self.log_variance):
+            y = super().forward(noised(self, input, dtype))
+            return y
+        sigma = beside(input, self)
+        try:
+            return conv.own_input(
+                input, self.weight, self.bias, sigma, self._seed(input), self.draw(input), dtype, window
+            )
+        except inputs.FAILURES:
+            inputs.explain(self, input, sigma)
+            raise
+
+    def _window(self, input: Tensor) -> conv.Window | None:
+        """How this layer's window moves over a batch; None where torch pads or groups the input in another way."""
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
+            return None
+        return conv.Window(self.stride, self.padding, self.dilation, self.groups)
 
 
 class DIPConv1d(_DIPConv, nn.Conv1d):
