@@ -347,10 +347,10 @@ def test_averaging_ops_pass_opcheck(namespace, index):
 
 def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
     monkeypatch.setattr(dip.backends, "has_triton", lambda: True)
-    for op in ("linear", "linear_bwd", "activation", "affine_variance_bwd"):
+    for op in ("linear", "linear_bwd", "expectation", "affine_variance_bwd"):
         assert dip.backends.choose(op, "cuda").backend == "triton"
     monkeypatch.setattr(dip.backends, "has_triton", lambda: False)
-    assert dip.backends.choose("activation", "cuda").backend == "reference"
+    assert dip.backends.choose("expectation", "cuda").backend == "reference"
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

@@ -7,55 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import activate, slope
 from .blocks import Blocks, blocks, candidates, splits
-from .expectation import within
 from .noise import load_seed, mean_normal_tile, sampling
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, num_multiprocessors, on_device
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh")
-
-
-@triton.jit
-def _tanh(h):
-    return 2.0 * tl.sigmoid(2.0 * h) - 1.0
-
-
-@triton.jit
-def _activate(h, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu":
-        h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        h = 0.5 * h * (1.0 + _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)))
-    elif ACTIVATION == "silu":
-        h = h * tl.sigmoid(h)
-    elif ACTIVATION == "tanh":
-        h = _tanh(h)
-    return h
-
-
-@triton.jit
-def _slope(h, ACTIVATION: tl.constexpr):
-    """d act / dh"""
-    if ACTIVATION == "relu":
-        slope = tl.where(h <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "gelu":
-        slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
-    elif ACTIVATION == "gelu_tanh":
-        h = within(h, 6.0)  # 0 or 1 beyond: _plain in expectation.py
-        t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
-        slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
-    elif ACTIVATION == "silu":
-        h = within(h, 20.0)
-        s = tl.sigmoid(h)
-        slope = s * (1.0 + h * (1.0 - s))
-    else:
-        t = _tanh(h)
-        slope = 1.0 - t * t
-    return slope
 
 
 @triton.jit
@@ -186,11 +145,11 @@ def _linear_fwd_kernel(
         h += bias
         if GRAD:
             dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(tl.float32)
-            y = dy * _slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
+            y = dy * slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
-            y += _activate(h, ACTIVATION)
+            y += activate(h, ACTIVATION)
         else:
-            y = _activate(h, ACTIVATION)
+            y = activate(h, ACTIVATION)
     if PASSES:
         y *= tl.cast(inv_num_samples, tl.float32)
     # store

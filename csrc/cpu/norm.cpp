@@ -260,6 +260,7 @@ struct Norm {
 
   // sums, totals: [3, k], back; of 32 rows in the compute type and of all.
   void walk(int64_t begin, int64_t end, C* sums, double* totals) const {
+    if (k == 0) return;
     alignas(64) float z[kTile];
     Counters counters;
     Polar polar;
