@@ -234,7 +234,7 @@ class Watch(TorchDispatchMode):
         call, seen = made.call, layout_of(x)
         dim = made.dimension(seen, self._layers[layer])
         if dim is None:
-            call.read_by(f"{self._shown(layer)} reads it along another dimension, or some entries twice")
+            call.read_by(f"{self._shown(layer)} reads it with other features, or some entries twice")
         else:
             call.readers[layer] += 1
             call.dims.add(dim - call.ndim)
