@@ -181,7 +181,8 @@ def producer_plan(
 
     A layer's projection moves into the module that makes its input where that is a norm over the last dimension, an
     activation, or the product in a block down(act(gate(x)) * up(x)), and the layers to convert are all that reads it.
-    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and casts.
+    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and
+    casts.
 
     Args:
         model: Any module that is not converted yet, or in part.
@@ -193,6 +194,13 @@ def producer_plan(
 
     Raises:
         ValueError: There is nothing to convert, or no batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+        >>> print(dip.producer_plan(model, [torch.randn(4, 8)]))
+        plan: 2 of 2 projections move into 2 module(s) that make their input
+          moved  0 (LayerNorm) -> 1
+          moved  2 (GELU) -> 3
     """
     plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
     assert plan is not None  # of this place there is one
