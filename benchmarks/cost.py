@@ -332,7 +332,11 @@ def _plot_costs(axis: Any, record: dict, kind: str, letter: str, label: str) -> 
             heights = [costs[f"{letter} = {n}"][key] / base for n in numbers]
             axis.plot(range(len(numbers)), heights, dash, marker=marker, color=color, label=f"{_short(study)}: {what}")
     axis.axhline(1, color=figures.FOREGROUND, linewidth=1)
-    axis.set(xlabel=label, title="over the plain network's (the line at 1)", yscale="log")
+    axis.set(
+        xlabel=label,
+        title=f"a {kind} step, over the plain one" if kind == "training" else "a prediction, over the plain one",
+        yscale="log",
+    )
     axis.set_xticks(range(len(numbers)), [str(n) for n in numbers])
     ticks = [1, 2, 4, 8] if kind == "training" else [1, 4, 16, 64]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])

@@ -29,7 +29,7 @@ def indented(page):
 
 
 def is_python(block):
-    return bool(re.match(r"    (dip\.|diagnostics\.|from \w+|import |model = |loss\.|torch\.save)", block))
+    return bool(re.match(r"    (dip\.|print\(dip\.|diagnostics\.|from \w+|import |model = |loss\.|torch\.save)", block))
 
 
 # ---- Python -----------------------------------------------------------------------------------------------------------
@@ -98,6 +98,11 @@ def stand_ins(line):
     if "q_proj" in line:
         names = Attention("q_proj", "k_proj", "v_proj"), Attention("gate_proj", "up_proj")
         return {"model": nn.Sequential(*names)}
+    if "producer" in line:
+        return {
+            "model": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)),
+            "x": torch.randn(4, 8),
+        }
     if "query" in line:
         return {"model": Attention("query", "key", "value")}
     if "peft" in line:
