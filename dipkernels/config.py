@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import inspect
 import json
 import math
 import os
@@ -44,8 +43,7 @@ class DIPConfig:
         include: Name patterns; where there are any, only layers whose name, or that of a module around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
-        place: "input", where convert puts the noise. Any other value is kept, and refused by `apply` until `convert` has
-            an argument of this name.
+        place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
             name holds. 1 by default, where variance is None.
@@ -90,8 +88,8 @@ class DIPConfig:
         unknown = [name for name in self.types if name not in _TYPES]
         if unknown or not self.types:
             raise ValueError(f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}")
-        if not isinstance(self.place, str):
-            raise TypeError(f"place: expected a string, got {self.place!r}")
+        if self.place not in ("input", "producer"):
+            raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
         if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
@@ -319,11 +317,8 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
         options["filter"] = lambda module, name: _matches(name, config.include) is not None
-    if config.place != "input":
-        if "place" not in inspect.signature(convert).parameters:
-            raise ValueError(f"place: expected 'input', all that convert of this release knows, got {config.place!r}")
-        options["place"] = config.place
-    if config.before:
+    options["place"] = config.place
+    if config.before or config.place == "producer":
         options["batches"] = batches
     convert(model, 0.01 if config.variance is None else config.variance, **options)
     remember_config(model, config)
@@ -407,7 +402,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
     Args:
         model: Plain, with its weights loaded, or with the same DIP layers.
         folder: That `save` wrote.
-        batches: For a plain model whose config has `before`: as `convert`'s.
+        batches: For a plain model whose config has `before` or place="producer": as `convert`'s.
 
     Returns:
         The model, which remembers the config.

@@ -118,8 +118,7 @@ def dip_linear(
         return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
     draw = Draw(-1, row0, col0, sample, log_variance=log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
-        draw = draw._replace(num_samples=num_samples)
-        return _linear.mean(x, weight, bias, sigma, seed, draw, activation, dtype)
+        return _linear.mean(x, weight, bias, sigma, seed, draw, num_samples, activation, dtype)
     draw = draw._replace(factor=num_samples**-0.5)
     y = _linear.affine(x, weight, bias, sigma, seed, draw, keep, dtype)
     return y if activation is None else ACTIVATIONS[activation](y)

@@ -73,7 +73,7 @@ def test_config_goes_through_json_and_back():
         ({"share": ["q_proj"]}, "share: expected groups"),
         ({"kl": 10**400}, "kl: expected a finite number"),
         ({"before": {"a": 1.5}}, "before: expected {pattern: feature dimension}"),
-        ({"place": 3}, "place: expected a string"),
+        ({"place": 3}, "place: expected 'input' or 'producer'"),
         ({"ratio": 0}, "ratio: expected a finite number > 0"),
         ({"ratio": {}}, "ratio: expected a finite number > 0"),
         ({"ratio": {"a": float("nan")}}, "ratio: expected a finite number > 0"),
@@ -163,12 +163,22 @@ def test_a_refused_apply_leaves_the_model_plain(config, batches, message):
     assert not dip_layers(model) and dip.config_of(model) is None and type(model.up) is nn.Linear
 
 
-def test_a_place_that_convert_does_not_know_is_kept_and_refused(tmp_path):
-    config = dip.DIPConfig(place="nowhere")
-    config.save(tmp_path)
-    assert dip.DIPConfig.load(tmp_path).place == "nowhere"
-    with pytest.raises(ValueError, match=r"place: expected .*'nowhere'"):
-        dip.apply(net(), config, [X])
+def test_place_producer_is_applied_saved_and_loaded(tmp_path):
+    def normed():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    model, x = normed(), torch.randn(5, 4)
+    dip.apply(model, dip.DIPConfig(place="producer"), [x])
+    assert type(model[1]).__name__ == "DIPLayerNorm" and type(model[2]) is nn.Linear
+    dip.save(model, tmp_path)
+    again = dip.load(normed(), tmp_path, [x])
+    with dip.fixed_noise(5):
+        want = model(x)
+    with dip.fixed_noise(5):
+        assert torch.equal(again(x), want)
+    with pytest.raises(ValueError, match="batches"):
+        dip.load(normed(), tmp_path)
 
 
 def test_apply_twice_is_refused():

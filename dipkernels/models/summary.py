@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from .check import require_finite
+from .place import ProducerPlan
+from .probe import PLAN
 from .spreads import measured_spreads, need_layers
 
 
@@ -28,7 +30,9 @@ class Row:
 
 
 class Summary(list[Row]):
-    """A list of Row that prints as a table."""
+    """A list of Row that prints as a table; `plan` is that of convert(place="producer"), printed below it."""
+
+    plan: ProducerPlan | None = None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{name of the layer: its other fields}, fit for JSON."""
@@ -47,7 +51,7 @@ class Summary(list[Row]):
                 f"{row.name or '(root)':{width}}  {row.type:9}  {row.number:6}  {row.features:8}  "
                 f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {ratio:>7}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines if self.plan is None else [*lines, str(self.plan)])
 
 
 def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
@@ -64,6 +68,7 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     if batches is not None:
         measured_spreads(model, batches)
     rows = Summary()
+    rows.plan = vars(model).get(PLAN)
     for name, layer in layers.items():
         sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
         if spread is not None:

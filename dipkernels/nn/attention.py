@@ -92,7 +92,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         num_samples: int,
         device: torch.device | str | None = None,
     ) -> None:
-        """init_variance: of every in-projection, or of each by its name."""
+        """init_variance: of every in-projection, or of each by its name; none where what makes their input is noised."""
         if self._qkv_same_embed_dim:
             widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
         else:
@@ -110,6 +110,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
                 device=device_of_variance(weight, device),
             )
             for name, (width, weight) in widths.items()
+            if not isinstance(init_variance, dict) or name in init_variance
         }
         for name, layer in made.items():
             setattr(self, name, layer.train(self.training))
@@ -242,6 +243,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     def _noised_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self._qkv_same_embed_dim:
             return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
+        if "in_proj" not in self._modules:  # noised where they were made
+            return query, key, value
         noised_query = self.in_proj(query)
         noised_key = noised_query if key is query else self.in_proj(key, 1)
         if value is key:

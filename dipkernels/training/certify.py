@@ -103,6 +103,11 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
             "before a plain model"
         )
     ((name, layer),) = layers.items()
+    if layer.noises_output:
+        raise ValueError(
+            f"model: expected noise at its input, got one DIP module, {name or '(root)'}, that noises its output; put a "
+            "DIPInput before a plain model"
+        )
     read: list[Tensor] = []
 
     def note(module: DIPLayer, args: tuple[Tensor, ...]) -> None:
