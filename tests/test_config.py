@@ -128,7 +128,7 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
     model, whole = dip.apply(net(), config, X), net()
     assert list(dip_layers(model)) == ["up", "body.0"]
     dip.convert(whole, exclude=["head"])
-    dip.calibrate(whole, [X])
+    dip.calibrate(whole, [X], ratio=1.0)
     for name, factor in (("up", 1.0), ("body.0", 0.25)):
         got, want = (m.get_submodule(name).variance for m in (model, whole))
         assert torch.allclose(got.sigma, factor * want.sigma)
