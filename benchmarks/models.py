@@ -66,7 +66,7 @@ def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
 
 def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
     """One training step of the model on this batch."""
-    optimizer = torch.optim.AdamW(dip.param_groups(model) if dip_layers(model) else model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-5) if dip_layers(model) else model.parameters(), 1e-5)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

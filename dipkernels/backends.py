@@ -269,11 +269,19 @@ def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> An
 class backend:
     """Force one backend for every operation that follows, or, as a context, for a block.
 
-        dip.backend("triton")
-        with dip.backend("reference"): ...
+    Process-wide, not per thread.
 
-    name: one of `NAMES`, or "auto" to choose by `choose` again. Process-wide, not per thread.
-    Raises ValueError for another name, and RuntimeError, here or at the first call, where that backend is missing.
+    Args:
+        name: "cpu", "cuda", "triton" or "reference"; or "auto", each device chooses again.
+
+    Raises:
+        ValueError: Another name.
+        RuntimeError: Here or at the first call, where that backend is missing.
+
+    Examples:
+        >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
+        >>> with dip.backend("reference"):
+        ...     y = layer(x)
     """
 
     def __init__(self, name: str) -> None:

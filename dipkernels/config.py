@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import inspect
 import json
 import math
 import os
@@ -44,11 +43,10 @@ class DIPConfig:
         include: Name patterns; where there are any, only layers whose name, or that of a module around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
-        place: "input", where convert puts the noise. Any other value is kept, and refused by `apply` until `convert` has
-            an argument of this name.
+        place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
-            name holds. 1 by default, where variance is None.
+        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a
+            layer's name holds. 1 by default, where variance is None.
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is calibrated then.
         per: "layer" or "feature", as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
@@ -60,9 +58,14 @@ class DIPConfig:
 
     Raises:
         ValueError, TypeError: For a value outside these, naming it.
+
+    Examples:
+        >>> config = dip.DIPConfig(exclude=["head"], ratio=0.5, m=4)
+        >>> dip.DIPConfig.from_dict(config.to_dict()) == config
+        True
     """
 
-    types: Sequence[str] = tuple(_TYPES)
+    types: Sequence[str] = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     before: Sequence[str] | Mapping[str, int] = ()
@@ -90,8 +93,8 @@ class DIPConfig:
         unknown = [name for name in self.types if name not in _TYPES]
         if unknown or not self.types:
             raise ValueError(f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}")
-        if not isinstance(self.place, str):
-            raise TypeError(f"place: expected a string, got {self.place!r}")
+        if self.place not in ("input", "producer"):
+            raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
         if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
@@ -238,7 +241,14 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
     Raises:
         ValueError: The model has DIP layers already, no batches where they are needed, an adapter was put around DIP
-            layers, a place that `convert` does not know, and what `convert` and `calibrate` raise. The model is plain then.
+            layers, a place that `convert` does not know, and what `convert` and `calibrate` raise. The model is plain
+            then.
+
+    Examples:
+        >>> batches = [torch.randn(64, 4)]
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(ratio=0.5), batches)
+        >>> type(model[0]).__name__
+        'DIPLinear'
     """
     if not isinstance(config, DIPConfig):
         raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
@@ -277,7 +287,19 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
 
 
 def config_of(model: nn.Module) -> DIPConfig | None:
-    """The config that was applied to the model, or to what it wraps; None where there is none, or no DIP layer left."""
+    """The config that was applied to the model, or to what it wraps.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The config; None where there is none, or no DIP layer left.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.config_of(model).variance
+        0.04
+    """
     found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
     return found if isinstance(found, DIPConfig) and dip_layers(model) else None
 
@@ -319,11 +341,8 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
         options["filter"] = lambda module, name: _matches(name, config.include) is not None
-    if config.place != "input":
-        if "place" not in inspect.signature(convert).parameters:
-            raise ValueError(f"place: expected 'input', all that convert of this release knows, got {config.place!r}")
-        options["place"] = config.place
-    if config.before:
+    options["place"] = config.place
+    if config.before or config.place == "producer":
         options["batches"] = batches
     convert(model, 0.01 if config.variance is None else config.variance, **options)
     remember_config(model, config)
@@ -378,6 +397,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
     Raises:
         ValueError: The model has no config, or a variance is not finite.
         ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> sorted(os.listdir(folder))
+        ['dip.safetensors', 'dip_config.json']
     """
     config = config_of(model)
     if config is None:
@@ -407,7 +432,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
     Args:
         model: Plain, with its weights loaded, or with the same DIP layers.
         folder: That `save` wrote.
-        batches: For a plain model whose config has `before`: as `convert`'s.
+        batches: For a plain model whose config has `before` or place="producer": as `convert`'s.
 
     Returns:
         The model, which remembers the config.
@@ -416,6 +441,13 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
         FileNotFoundError: A file is missing.
         ValueError: Another version, unknown keys, variances of other layers or shapes; a plain model is plain then.
         ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> again = dip.load(nn.Sequential(nn.Linear(4, 2)), folder)
+        >>> torch.equal(again[0].log_variance, model[0].log_variance)
+        True
     """
     config, state = DIPConfig.load(folder), load_state(folder)
     with _plain_again(model):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import averaging  # noqa: E402
 import cost  # noqa: E402
+import models  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
 import producers as bench_producers  # noqa: E402
@@ -68,7 +69,7 @@ def test_every_benchmark_runs(tmp_path):
 
 def test_overhead_writes_what_it_measured(quick):
     out, record = quick
-    assert out.with_suffix(".png").stat().st_size > 1000
+    assert out.with_suffix(".svg").stat().st_size > 1000
     stored = json.loads(out.read_text())
     assert {"date", "commit", "cpu", "threads", "torch"} <= set(stored["machine"])
     assert {row["section"] for row in stored["rows"]} == {"linear", "perturb", "samples", "small"}
@@ -264,6 +265,7 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "overhead-cpu"),
         ("measured", "small-layer"),
         ("measured", "averaging"),
+        ("measured", "models"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -333,7 +335,7 @@ def test_records_refuse_what_means_nothing(quick):
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
     record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
-    assert out.with_suffix(".png").stat().st_size > 1000
+    assert all((tmp_path / f"cost_{name}.svg").stat().st_size > 1000 for name in ("training", "prediction", "buys"))
     for study in record["studies"]:
         assert study["training"]["m = 4"]["flops"] > 3 * study["training"]["plain"]["flops"]
         assert study["prediction"]["k = 0"]["flops"] == study["prediction"]["plain"]["flops"]
@@ -360,6 +362,17 @@ def test_averaging_is_timed(tmp_path, capsys):
     assert all(float(row[4]) == 0.5 for row in mean)  # kept for backward: x, over x and h
     with pytest.raises(SystemExit):
         averaging.main(["--rounds", "4", "--docs"])
+    assert "--docs: expected a full run" in capsys.readouterr().err
+
+
+def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_path, capsys):
+    out = tmp_path / "models.json"
+    options = ["--quick", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--only", "MLP", "--out", str(out)]
+    rows = models.main(options)
+    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(row["ratio"] > 0 for row in rows)
+    assert summary.program_of(json.loads(out.read_text())) == "models"
+    with pytest.raises(SystemExit):
+        models.main(["--quick", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err
 
 

@@ -63,7 +63,7 @@ def argument(dice, arg):
     if kind == "bool":
         return dice.random() < 0.5
     if kind == "str":
-        return dice.choice(["relu", "gelu", "gelu_tanh", "silu", "tanh", "", "softmax", "relu\\0", "\\N{SNOWMAN}" * 50])
+        return dice.choice(["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity", "", "softmax", "relu\\0", "\\N{SNOWMAN}" * 50])
     if kind == "Optional[int]":
         return dice.choice([None, None, torch.float32, torch.bfloat16, torch.int32, 77])
     raise AssertionError(f"{name}: a type the fuzzer does not know: {kind}")

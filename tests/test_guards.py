@@ -76,14 +76,14 @@ if sys.argv[1] == "overrun":
     x = at_edge(torch.zeros(8), True)
     ctypes.memset(x.data_ptr(), 0, 33)
 seed = torch.tensor([0x0123456789ABCDEF, 3])
-for dtype, (shape, dim), end, num_samples in itertools.product(
+for dtype, (shape, dim), end in itertools.product(
     (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     [((3, 7), -1), ((5, 64), -1), ((2, 513), -1), ((1, 1), -1), ((2, 5, 3), 1), ((2, 9, 130), 1)],
-    (False, True), (1, 2),
+    (False, True),
 ):
     x, du = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim])
-    where = (dim, 5, 3, 0, num_samples, 1.0, False)
+    where = (dim, 5, 3, 0, 1.0, False)
     want = perturb_replay(du, x, sigma, seed, Draw(*where), None)
     got = perturb_replay(at_edge(du, end), at_edge(x, end), at_edge(sigma, end), at_edge(seed, end), Draw(*where), None)
     assert all(torch.equal(a, b) for a, b in zip(got, want)), (dtype, shape)
@@ -110,7 +110,7 @@ def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, o
     generator = torch.Generator().manual_seed(offset)
     x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim], generator=generator)
-    where = (dim, 7, 5, 0, 1, 1.0, False)
+    where = (dim, 7, 5, 0, 1.0, False)
     want = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
 
     def shifted(t):

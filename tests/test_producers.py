@@ -52,7 +52,7 @@ def test_reference_gradients_of_activations_are_its_derivatives(kind, log_varian
         randn(3, 10, 4, seed=2),
         scale(10, log_variance).double(),
     )
-    where = SEED, 1, 2**33 + 1, 3, 2, 1, 0.5, log_variance, kind
+    where = SEED, 1, 2**33 + 1, 3, 2, 0.5, log_variance, kind
     dx, dsigma = reference.activate_bwd(du, x, sigma, *where)
     assert_adjoint(lambda x: reference.activate(x, sigma, *where, None), x, dx, du)
     assert_adjoint(lambda s: reference.activate(x, s, *where, None), sigma, dsigma, du)
@@ -72,7 +72,7 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
         randn(3, 4, 10, seed=2),
         scale(10).double(),
     )
-    where = SEED, -1, 2**33 + 1, 3, 2, 1, 0.5, False, kind
+    where = SEED, -1, 2**33 + 1, 3, 2, 0.5, False, kind
 
     def u(x, weight, bias, sigma):
         return reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[0]
@@ -89,7 +89,7 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
 def test_reference_norms_are_torchs(kind):
     x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
     bias = randn(10, seed=1) if kind == "layer" else None
-    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1, 1.0, False, kind, 1e-3, 0.0, None)
+    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None)
     functions = torch.nn.functional
     want = (
         functions.layer_norm(x, (10,), weight, bias, 1e-3)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]
+PAGES = [page for page in PAGES if "```python" in page.read_text()]
 PAGES.remove(ROOT / "docs" / "guides" / "trainers.md")  # tests/test_trainers_guide.py: each block is a program
 
 

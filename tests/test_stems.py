@@ -42,9 +42,22 @@ ORDER += [
 ORDER += [
     f"nn.{m}" for m in ("decay", "variance", "inputs", "tracing", "layer", "sharing", "linear", "conv", "input", "twin")
 ]
+ORDER += ["nn.producer", "nn.norm", "nn.activation"]
 ORDER += ["nn.numbering", "nn.attention", "distributed"]
 ORDER += [
-    f"models.{m}" for m in ("convertible", "probe", "check", "spreads", "parameters", "summary", "calibrate", "convert")
+    f"models.{m}"
+    for m in (
+        "convertible",
+        "probe",
+        "readers",
+        "place",
+        "check",
+        "spreads",
+        "parameters",
+        "summary",
+        "calibrate",
+        "convert",
+    )
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
 ORDER += ["diagnostics", "config", "reports", "testing"]

@@ -13,7 +13,7 @@ from triton_support import compile_launch, load_kernels, recorded_launches  # no
 gate, norm, perturb, tiles = load_kernels("gate", "norm", "perturb", "tiles")
 ARCHS = [80, 90, 100]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-DRAW = (-1, 0, 0, 0, 1, 1.0, True)
+DRAW = (-1, 0, 0, 0, 1.0, True)
 
 
 def compiled(launches, arch):

@@ -244,7 +244,7 @@ def old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    monkeypatch.setattr(backends, "_listeners", [])
+    monkeypatch.setattr(backends, "listeners", [])
     monkeypatch.setattr(backends, "_cuda_problem", None)
     return monkeypatch
 
@@ -329,7 +329,7 @@ def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
     wheel = build(tmp_path, "--cpu", "0", "--cuda", "0")
     assert wheel.name.endswith("-py3-none-any.whl") and audit.wheel_problems(wheel) == []
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"dipkernels/{p.name}" for p in (ROOT / "dipkernels").glob("*.py")}
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dipkernels").rglob("*.py")}
     wanted |= {f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
     assert wanted <= names
     smoke(wheel, tmp_path / "site", "none")

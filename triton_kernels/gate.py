@@ -64,7 +64,7 @@ def _gate_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # where
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -79,7 +79,7 @@ def _gate_fwd_kernel(
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
             y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
         # compute
-        z = normal_tile(key, word3, row0 + row, group, ROWS_LAST).to(dtype)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         _, s = across(row, scale, ROWS_LAST)
         u = tl.fma(tl.broadcast_to(s, z.shape), z, y)
         # store
@@ -131,7 +131,7 @@ def _gate_bwd_kernel(
 ):
     # where
     row_program = tl.program_id(1)
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -155,7 +155,7 @@ def _gate_bwd_kernel(
         da_off = tile_offsets(outer, inner, col, da_outer * VEC, da_inner * VEC, da_col, ROWS_LAST)
         tl.store(da_ptr + da_off, da.to(da_ptr.dtype.element_ty), mask=mask)
         if DRAWS:
-            z = normal_tile(key, word3, row0 + row, group, ROWS_LAST).to(dtype)
+            z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
             total = tl.fma(du, z, total)
     if DRAWS:
         out = tl.cast(row_program, tl.int64) * K * VEC + col
@@ -217,23 +217,22 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
     return da, db, dsigma
 
 
-def activate(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype):
+def activate(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
     """u [x.shape] = act(x) + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
     return _forward(x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
 
 
-def activate_bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, activation):
+def activate_bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(dx, dsigma) of `activate`; without a sigma nothing is drawn."""
-    where = (dim, row0, col0, sample, factor, log_variance, activation)
-    dx, _, dsigma = _backward(du, x, None, sigma, seed, *where)
+    dx, _, dsigma = _backward(du, x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
     return dx, dsigma
 
 
-def gate(a, b, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype):
+def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
     """u [a.shape] = act(a) * b + factor * s * z."""
     return _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
 
 
-def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, activation):
+def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(da, db, dsigma) of `gate`; without a sigma nothing is drawn."""
     return _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)

@@ -64,7 +64,7 @@ def _norm_fwd_kernel(
 ):
     # where
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     for row_block in range(tl.program_id(0), tl.cdiv(M, BLOCK_R), tl.num_programs(0)):
         row = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         # load, and the sums along a row
@@ -104,7 +104,7 @@ def _norm_fwd_kernel(
                 weight += tl.cast(offset, dtype)
             bias = _columns(bias_ptr, col, inside, 0.0, dtype, HAS_BIAS)
             scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
-            z = normal_tile(key, word3, row0 + row, group, False).to(dtype)
+            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
             h = (x - mean[:, None]) * rstd[:, None]
             y = tl.fma(h, tl.broadcast_to(weight[None, :], h.shape), tl.broadcast_to(bias[None, :], h.shape))
             u = tl.fma(tl.broadcast_to(scale[None, :], z.shape), z, y)
@@ -180,7 +180,7 @@ def _norm_bwd_kernel(
 ):
     # where
     dtype: tl.constexpr = stats_ptr.dtype.element_ty
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     inside = (col >= 0) & (col < K)
     weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
@@ -213,7 +213,7 @@ def _norm_bwd_kernel(
         if HAS_BIAS:
             dbias += du
         if DRAWS:
-            z = normal_tile(key, word3, row0 + row, group, False).to(dtype)
+            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
             dsigma = tl.fma(du, z, dsigma)
     out = tl.cast(tl.program_id(1), tl.int64) * K + col
     each = tl.cast(tl.num_programs(1), tl.int64) * K
@@ -254,7 +254,6 @@ def norm(
     row0,
     col0,
     sample,
-    num_samples,
     factor,
     log_variance,
     kind,
@@ -282,9 +281,7 @@ def norm(
     return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
 
 
-def norm_bwd(
-    du, x, stats, weight, bias, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, kind, offset
-):
+def norm_bwd(du, x, stats, weight, bias, sigma, seed, dim, row0, col0, sample, factor, log_variance, kind, offset):
     """(dx, dweight, dbias, dsigma) of `norm`, empty for what is None; without a sigma nothing is drawn."""
     dx = torch.empty_like(x)
     m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"

@@ -78,7 +78,15 @@ class _DIPConv(DIPLayer):
 
 
 class DIPConv1d(_DIPConv, nn.Conv1d):
-    """nn.Conv1d on a noised input, as DIPConv2d: input [N, C, L] or [C, L], sigma per input channel."""
+    """nn.Conv1d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+
+    Shape:
+        Input [N, C, L] or [C, L].
+
+    Examples:
+        >>> dip.DIPConv1d(3, 5, 3, padding=1)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 5, 8])
+    """
 
     feature_dim = -2
     plain_type = nn.Conv1d
@@ -87,10 +95,26 @@ class DIPConv1d(_DIPConv, nn.Conv1d):
 class DIPConv2d(_DIPConv, nn.Conv2d):
     """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
 
-    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
-    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
-    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
-    2506.04690.
+    z is drawn afresh for every pixel and added before the padding. channels_last stays channels_last. The other
+    arguments are nn.Conv2d's.
+
+    Args:
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [in_channels].
+        num_samples: As DIPLinear's.
+        keep: As DIPLinear's; "auto" or "u".
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Shape:
+        Input [N, C, H, W] or [C, H, W].
+
+    Examples:
+        >>> layer = dip.DIPConv2d(3, 5, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape, layer.log_variance.shape
+        (torch.Size([2, 5, 8, 8]), torch.Size([3]))
+
+    Source: arXiv 2506.04690.
     """
 
     feature_dim = -3
@@ -98,7 +122,15 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
 
 
 class DIPConv3d(_DIPConv, nn.Conv3d):
-    """nn.Conv3d on a noised input, as DIPConv2d: input [N, C, D, H, W] or [C, D, H, W], sigma per input channel."""
+    """nn.Conv3d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+
+    Shape:
+        Input [N, C, D, H, W] or [C, D, H, W].
+
+    Examples:
+        >>> dip.DIPConv3d(1, 2, 3, padding=1)(torch.randn(2, 1, 4, 4, 4)).shape
+        torch.Size([2, 2, 4, 4, 4])
+    """
 
     feature_dim = -4
     plain_type = nn.Conv3d

@@ -187,24 +187,24 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
   const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7, int64_t{1} << 62};
-  a.row0 = starts[dice.between(0, 4)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
-  a.num_samples = dice.coin() ? 1 : static_cast<int32_t>(dice.between(1, 3)), a.sample = static_cast<int32_t>(dice.between(0, 9));
-  a.factor = dice.coin() ? 1.0 : 0.5;
-  a.log_variance = mode && dice.coin(), a.sigma_is_double = mode && dice.coin();
+  a.draw.row0 = starts[dice.between(0, 4)], a.draw.col0 = dice.coin() ? 0 : dice.between(0, 40);
+  a.draw.sample = static_cast<int32_t>(dice.between(0, 9));
+  a.draw.factor = dice.coin() ? 1.0 : 0.5;
+  a.draw.log_variance = mode && dice.coin(), a.draw.sigma_is_double = mode && dice.coin();
   Buffer& seed = allocate(16, dice);
   const int64_t numbers[2] = {static_cast<int64_t>(dice.next()), dice.between(-5, 70000)};
   std::memcpy(seed.data, numbers, 16);
-  a.seed = reinterpret_cast<const int64_t*>(seed.data);
+  a.draw.seed = reinterpret_cast<const int64_t*>(seed.data);
   if (mode) {
-    Buffer& sigma = allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    Buffer& sigma = allocate(static_cast<size_t>(s.features) * (a.draw.sigma_is_double ? 8 : 4), dice);
     for (int64_t j = 0; j < s.features; ++j) {
-      const double value = a.log_variance ? dice.real() : std::fabs(dice.real());
-      if (a.sigma_is_double)
+      const double value = a.draw.log_variance ? dice.real() : std::fabs(dice.real());
+      if (a.draw.sigma_is_double)
         reinterpret_cast<double*>(sigma.data)[j] = value;
       else
         reinterpret_cast<float*>(sigma.data)[j] = static_cast<float>(value);
     }
-    a.sigma = sigma.data;
+    a.draw.sigma = sigma.data;
   }
   int64_t n = 0;
   Buffer *u = nullptr, *z_out = nullptr, *dsigma = nullptr;
@@ -228,7 +228,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     a.du = operand(s, kinds[dice.between(0, 3)], dice, &n);
     a.du.data = allocate(static_cast<size_t>(n * size_of(a.du.dtype)), dice).data;
     for (int64_t i = 0; i < n; ++i) put(a.du, i, dice.real());
-    dsigma = &allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    dsigma = &allocate(static_cast<size_t>(s.features) * (a.draw.sigma_is_double ? 8 : 4), dice);
     a.dsigma = dsigma->data;
   }
 
@@ -274,10 +274,10 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   // ---- against the contract, one element at a time
   const bool wide = (a.x.data ? a.x.dtype : a.du.data ? a.du.dtype : DType::kFloat32) == DType::kFloat64;
   const auto sigma_of = [&](int64_t j) -> double {
-    if (!a.sigma) return 1;
-    if (a.sigma_is_double) return a.log_variance ? std::exp(0.5 * static_cast<const double*>(a.sigma)[j]) : static_cast<const double*>(a.sigma)[j];
-    const float v = static_cast<const float*>(a.sigma)[j];
-    return a.log_variance ? std::exp(0.5f * v) : v;
+    if (!a.draw.sigma) return 1;
+    if (a.draw.sigma_is_double) return a.draw.log_variance ? std::exp(0.5 * static_cast<const double*>(a.draw.sigma)[j]) : static_cast<const double*>(a.draw.sigma)[j];
+    const float v = static_cast<const float*>(a.draw.sigma)[j];
+    return a.draw.log_variance ? std::exp(0.5f * v) : v;
   };
   std::vector<char> touched(u ? u->bytes : 0, 0), touched_z(z_out ? z_out->bytes : 0, 0);
   std::vector<double> sum(static_cast<size_t>(s.features), 0), bulk(static_cast<size_t>(s.features), 0);
@@ -285,23 +285,17 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     float z[8];
     int64_t drawn = -1;
     for (int64_t j = 0; j < s.features; ++j) {
-      const int64_t group = (a.col0 + j) / 8;
+      const int64_t group = (a.draw.col0 + j) / 8;
       if (group != drawn) {
-        const uint64_t r = static_cast<uint64_t>(a.row0 + row);
-        for (int i = 0; i < a.num_samples; ++i) {
-          float next[8];
-          uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
-                               stream_sample(a.seed, static_cast<uint32_t>(a.sample + i))};
-          philox4x32_10<ScalarLane>(words, philox_key(a.seed));
-          for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &next[2 * t], &next[2 * t + 1]);
-          for (int t = 0; t < 8; ++t) z[t] = i ? z[t] + next[t] : next[t];
-        }
-        if (a.num_samples > 1)
-          for (int t = 0; t < 8; ++t) z[t] *= 1.0f / static_cast<float>(a.num_samples);
+        const uint64_t r = static_cast<uint64_t>(a.draw.row0 + row);
+        uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
+                             stream_sample(a.draw.seed, static_cast<uint32_t>(a.draw.sample))};
+        philox4x32_10<ScalarLane>(words, philox_key(a.draw.seed));
+        for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &z[2 * t], &z[2 * t + 1]);
         drawn = group;
       }
-      const float draw = z[(a.col0 + j) % 8];
-      const double scale = a.factor * sigma_of(j);
+      const float draw = z[(a.draw.col0 + j) % 8];
+      const double scale = a.draw.factor * sigma_of(j);
       if (u) {
         const int64_t where = at(a.u, s, row, j);
         const double x = a.x.data ? get(a.x, at(a.x, s, row, j)) : 0;
@@ -332,8 +326,8 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   for (size_t i = 0; i < touched_z.size(); ++i)
     if (!touched_z[i] && z_out->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows of z was written");
   for (int64_t j = 0; dsigma && j < s.features; ++j) {
-    const double slope = a.log_variance ? a.factor * 0.5 * sigma_of(j) : a.factor, want = slope * sum[static_cast<size_t>(j)];
-    const double got = a.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
+    const double slope = a.draw.log_variance ? a.draw.factor * 0.5 * sigma_of(j) : a.draw.factor, want = slope * sum[static_cast<size_t>(j)];
+    const double got = a.draw.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
     if (!(std::fabs(got - want) <= 3e-6 * slope * bulk[static_cast<size_t>(j)] + 1e-12)) die(number, "dsigma is not the sum over rows", got, want);
   }
 }
@@ -560,20 +554,20 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
     if (!fill) written.push_back({&b, o, {1, size, 1}});
     return o;
   };
-  NoiseArgs noise{};
+  Draw draw{};
   Buffer& seed = allocate(16, dice);
   const int64_t numbers[2] = {static_cast<int64_t>(dice.next()), dice.between(-5, 70000)};
   std::memcpy(seed.data, numbers, 16);
-  noise.seed = reinterpret_cast<const int64_t*>(seed.data);
-  noise.row0 = dice.coin() ? 0 : (int64_t{1} << 32) - 3, noise.col0 = dice.coin() ? 0 : dice.between(0, 40), noise.factor = 0.5;
-  noise.sigma_is_double = dice.coin(), noise.log_variance = dice.coin();
-  const DType sigma_type = noise.sigma_is_double ? DType::kFloat64 : DType::kFloat32;
-  if (draws) noise.sigma = vector(s.features, sigma_type, true).data;
-  if (backward && draws) noise.dsigma = vector(s.features, sigma_type, false).data;
+  draw.seed = reinterpret_cast<const int64_t*>(seed.data);
+  draw.row0 = dice.coin() ? 0 : (int64_t{1} << 32) - 3, draw.col0 = dice.coin() ? 0 : dice.between(0, 40), draw.factor = 0.5;
+  draw.sigma_is_double = dice.coin(), draw.log_variance = dice.coin();
+  const DType sigma_type = draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32;
+  if (draws) draw.sigma = vector(s.features, sigma_type, true).data;
+  void* const dsigma = backward && draws ? vector(s.features, sigma_type, false).data : nullptr;
   NormArgs m{};
   GateArgs g{};
   if (is_norm) {
-    m.rows = s.outer, m.features = s.features, m.centred = dice.coin(), m.eps = 1e-3, m.offset = 1, m.noise = noise;
+    m.rows = s.outer, m.features = s.features, m.centred = dice.coin(), m.eps = 1e-3, m.offset = 1, m.draw = draw, m.dsigma = dsigma;
     m.x = tensor(type, true);
     if (dice.coin()) m.weight = vector(s.features, other, true);
     if (dice.coin()) m.bias = vector(s.features, other, true);
@@ -588,7 +582,7 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
       m.u = tensor(other, false);
     }
   } else {
-    g.outer = s.outer, g.features = s.features, g.inner = s.inner, g.noise = noise;
+    g.outer = s.outer, g.features = s.features, g.inner = s.inner, g.draw = draw, g.dsigma = dsigma;
     g.kind = static_cast<int>(dice.between(0, kNumActivations - 1));
     g.a = tensor(type, true);
     const bool gated = dice.coin();
