@@ -241,8 +241,7 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
     Raises:
         ValueError: The model has DIP layers already, no batches where they are needed, an adapter was put around DIP
-            layers, a place that `convert` does not know, and what `convert` and `calibrate` raise. The model is plain
-            then.
+            layers, and what `convert` and `calibrate` raise. The model is plain then.
 
     Examples:
         >>> batches = [torch.randn(64, 4)]

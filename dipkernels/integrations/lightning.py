@@ -43,8 +43,9 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     Args:
         config: What to do. None for a module that `dip.apply` has converted.
-        batches: As `dip.apply`'s. None takes the first batches of the training data, and the module's forward must then take
-            what `calibrate` hands it: a mapping as keywords, of a tuple the first element.
+        batches: As `dip.apply`'s; needed for `before` and place="producer". None takes the first batches of the training
+            data, and the module's forward must then take what `calibrate` hands it: a mapping as keywords, of a tuple the
+            first element.
         calibration_batches: How many of them, >= 1.
 
     Raises:
