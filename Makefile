@@ -46,7 +46,8 @@ $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
 	touch $@
 
 test-tools: setup $(VENV)/.tools
-	$(PY) -m pytest -m "slow or not slow" tests/test_tools.py tests/test_adapters.py tests/test_models.py
+	$(PY) -m pytest -m "slow or not slow" tests/test_tools.py tests/test_adapters.py tests/test_models.py \
+		tests/test_integration_*.py tests/test_trainers_guide.py
 
 demo: setup
 	$(PY) examples/digits.py

@@ -9,48 +9,31 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import machine
 import report
+import timing
 import torch
 import torch.nn.functional as F
-from timing import no_gc, peak_bytes, quartiles, saved_bytes
+from torch import Tensor
 
 from dipkernels import functional
 from dipkernels.ops.activations import ACTIVATIONS
 
+Call = Callable[[], Tensor]
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
 
 
-def seconds(run, dy) -> tuple[float, float]:
-    """Of the forward pass, and of forward + backward."""
-    start = time.perf_counter()
-    y = run()
-    middle = time.perf_counter()
-    y.backward(dy)
-    return middle - start, time.perf_counter() - start
-
-
-def compare(over, under, dy, rounds: int) -> list[str]:
+def compare(over: Call, under: Call, dy: Tensor, leaves: Sequence[Tensor], rounds: int) -> list[str]:
     """Time of `over` over that of `under`, forward and forward + backward: median [quartiles]."""
-    with no_gc():
-        pairs = [(seconds(over, dy), seconds(under, dy)) for _ in range(rounds + 1)][1:]
     cells = []
-    for which in (0, 1):
-        low, median, high = quartiles([a[which] / b[which] for a, b in pairs])
-        cells.append(f"{median:.2f} [{low:.2f}, {high:.2f}]")
+    for make in (lambda call: call, lambda call: timing.backward_step(call, dy, leaves)):
+        calls = {"over": make(over), "under": make(under)}
+        limits = {"budget_s": 0.0, "rounds": (rounds, rounds), "at_least_s": 0.0, "always": ("over",)}
+        cells.append(report.ratio(timing.interleave(calls, "under", dy.device, **limits)["over"], spread=True))
     return cells
-
-
-def peak(run, dy, leaves) -> int:
-    """Of forward + backward, gradients of the leaves included."""
-
-    def step() -> None:
-        run().backward(dy)
-        for leaf in leaves:
-            leaf.grad = None
-
-    return peak_bytes(step, dy.device)
 
 
 def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list, list]:
@@ -75,7 +58,7 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
             plain = lambda: act(F.linear(x, weight, bias))  # noqa: B023, E731
             with torch.no_grad():  # noise of sigma 0.1 moves an activation by v f'' / 2 at most
                 assert (analytic() - plain()).abs().max() < 0.1
-            analytic_rows.append([name, activation, *compare(analytic, plain, dy, rounds)])
+            analytic_rows.append([name, activation, *compare(analytic, plain, dy, tensors, rounds)])
             print(*analytic_rows[-1], flush=True)
         for activation, act in () if skip == "mean" else ACTIVATIONS.items():
             how = {"activation": activation, "estimator": "mean", "num_samples": S}
@@ -84,9 +67,9 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
             loop = lambda: eager(act)  # noqa: B023, E731
             with torch.no_grad():
                 assert (mean() - loop()).abs().mean() < 0.1
-            kept = [saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
-            peaks = [peak(run, dy, tensors) for run in (mean, one, loop)]
-            row = [name, activation, *compare(loop, mean, dy, rounds)]
+            kept = [timing.saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
+            peaks = [timing.peak_bytes(timing.backward_step(run, dy, tensors), dy.device) for run in (mean, one, loop)]
+            row = [name, activation, *compare(loop, mean, dy, tensors, rounds)]
             mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
     return analytic_rows, mean_rows
@@ -99,6 +82,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
+    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/averaging-cpu-<date>.json)")
     parser.add_argument("--docs", action="store_true", help="write the tables of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.rounds < 2:
@@ -134,6 +118,8 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
         ]
     )
     print(text)
+    run = {"program": "averaging", "machine": found, "seconds": took, "quick": args.rounds < 5}
+    report.store("averaging", run | {"analytic": rows[0], "mean": rows[1]}, args.out)
     if args.docs:
         report.fill(machine.ROOT / "docs" / "measured.md", "averaging", text)
     return rows

@@ -1,4 +1,4 @@
-"""What a figure was measured on: machine, versions, commit and date, and the machine's own copy and matrix product."""
+"""What a figure was measured on: machine, versions, commit and date."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -106,28 +104,3 @@ def restart_in_place() -> None:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _fastest_half(call, device: torch.device, times: int) -> float:
-    """Median seconds of the faster half: what the machine can do, not what its neighbours let it."""
-    taken = []
-    for _ in range(times + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(sorted(taken[2:])[: max(1, times // 2)])
-
-
-def copy_rate(device: torch.device, size: int) -> float:
-    """Bytes read plus bytes written per second by a copy of `size` bytes."""
-    source = torch.randn(size // 4, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _fastest_half(lambda: target.copy_(source), device, 10)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations per second of a square matrix product of that size."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _fastest_half(lambda: a @ b, device, 6)

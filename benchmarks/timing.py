@@ -181,6 +181,34 @@ def interleave(
     return {name: results[name] for name in calls}
 
 
+# ---- what the machine itself can do ----------------------------------------------------------------------------------
+
+
+def _fastest_half(call, device: torch.device, times: int) -> float:
+    """Median seconds of the faster half: what the machine can do, not what its neighbours let it."""
+    taken = []
+    for _ in range(times + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(sorted(taken[2:])[: max(1, times // 2)])
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes read plus bytes written per second by a copy of `size` bytes."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _fastest_half(lambda: target.copy_(source), device, 10)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations per second of a square matrix product of that size."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _fastest_half(lambda: a @ b, device, 6)
+
+
 # ---- what is timed ---------------------------------------------------------------------------------------------------
 
 
@@ -189,16 +217,20 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: module(x)
 
 
-def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward and backward, gradients of parameters and x into fresh tensors, as after zero_grad(set_to_none=True)."""
-    leaves = [x, *module.parameters()]
+def backward_step(call: Callable[[], Tensor], dy: Tensor, leaves: Sequence[Tensor]) -> Callable[[], None]:
+    """Forward and backward, gradients of the leaves into fresh tensors, as after zero_grad(set_to_none=True)."""
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
-        module(x).backward(dy)
+        call().backward(dy)
 
     return step
+
+
+def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+    """backward_step of a module: gradients of its parameters and of x."""
+    return backward_step(lambda: module(x), dy, [x, *module.parameters()])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree,
 
 from . import diagnostics, functional, reference
 from .backends import backend
+from .config import DIPConfig, apply, config_of, load, save
 from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .models.calibrate import calibrate
@@ -25,6 +26,7 @@ from .nn.norm import DIPLayerNorm, DIPRMSNorm
 from .nn.numbering import number_layers
 from .nn.variance import Variance
 from .noise.contexts import fixed_noise, noise_off, sampling_on
+from .reports import metrics, plot, progress
 from .training.certify import Certificate, certify
 from .training.objective import kl_penalty, objective, penalty
 from .training.predict import predict
@@ -34,6 +36,7 @@ from .training.tune import Tuned, tune
 __all__ = [
     "Certificate",
     "DIPActivation",
+    "DIPConfig",
     "DIPConv1d",
     "DIPConv2d",
     "DIPConv3d",
@@ -46,28 +49,35 @@ __all__ = [
     "DIPRMSNorm",
     "Tuned",
     "Variance",
+    "apply",
     "backend",
     "calibrate",
     "certify",
     "check",
     "check_ranks",
+    "config_of",
     "convert",
     "diagnostics",
     "env_report",
     "fixed_noise",
     "functional",
     "kl_penalty",
+    "load",
     "load_variances",
+    "metrics",
     "noise_off",
     "number_layers",
     "objective",
     "parallelize_module",
     "param_groups",
     "penalty",
+    "plot",
     "predict",
     "producer_plan",
+    "progress",
     "reference",
     "sampling_on",
+    "save",
     "shard_variances",
     "summary",
     "to_plain",

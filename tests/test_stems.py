@@ -18,15 +18,16 @@ STEMS = {
         "tests/test_linear.py",
         "tests/test_averaging.py",
     ],
-    "activate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
-    "gate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
-    "norm": ["csrc/cpu/norm.cpp", "tests/test_producers.py"],
+    "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
+    "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
+    "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py", "tests/test_producers.py"],
     "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py", "tests/test_expectation.py"],
 }
 # A module may import the ones before it, never one after.
 ORDER = ["worlds", "reference", "backends"]
 ORDER += [
-    f"ops.{m}" for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear")
+    f"ops.{m}"
+    for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear", "conv")
 ]
 ORDER += [
     "ops.expectation",
@@ -59,8 +60,9 @@ ORDER += [
     )
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
-ORDER += ["diagnostics", "env_report"]
-ROOMS = ("ops", "noise", "nn", "models", "training")
+ORDER += ["diagnostics", "config", "reports", "testing"]
+ORDER += [f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")] + ["env_report"]
+ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -100,6 +102,8 @@ def test_imports_point_one_way(module):
     allowed = {*ORDER[: ORDER.index(module)], "triton_kernels.mixtures"}
     if module == "env_report":
         allowed.add("")
+    if module == "config":
+        allowed.add("integrations.peft")  # in a function, for models of PEFT alone
     imported = set(relative_imports(module))
     assert imported <= allowed
     if module == "reference":

@@ -54,7 +54,7 @@ def convert(
     model: nn.Module,
     init_variance: float | Mapping[str, float | Tensor] = 0.01,
     *,
-    types: Sequence[type[nn.Module]] = tuple(TWINS),
+    types: Sequence[type[nn.Module]] | None = None,
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
     share: Sequence[Sequence[str]] = (),
@@ -67,7 +67,7 @@ def convert(
     """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
 
     A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and Parameters, and
-    shared ones stay shared. Name patterns are fnmatch's: "head", "*.down_proj", "blocks.0*".
+    shared ones stay shared. Name patterns are fnmatch's: `"head"`, `"*.down_proj"`, `"blocks.0*"`.
 
     Args:
         model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet; on PEFT over a
@@ -75,7 +75,7 @@ def convert(
         init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor [features], where the
             first pattern that matches a layer's name holds. An attention's layers are NAME.in_proj (or q_proj, k_proj,
             v_proj) and NAME.out_proj.
-        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; modules of exactly these.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, by default all; modules of exactly these.
             transformers' Conv1D and torchao's float8 and QAT layers count as nn.Linear; an adapter of PEFT counts as
             the layer inside it and is noised at the input of the whole.
         filter: filter(module, name), true for a layer to convert.
@@ -85,12 +85,12 @@ def convert(
         before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
             dimension} where it is not the last, nor a convolution's channels: each becomes the twin of its own class,
             whose forward takes the input first.
-        place: "input", each layer noises its own input; or "producer": where a norm, activation or gated product makes an
-            input that these layers alone read, it draws the noise with its own pass, its readers share it, and become
-            plain. `summary(model).plan` and `producer_plan` say what moves, what stays, and why. A pattern of
+        place: "input", each layer noises its own input; or "producer": where a norm, activation or gated product makes
+            an input that these layers alone read, it draws the noise with its own pass, its readers share it, and
+            become plain. `summary(model).plan` and `producer_plan` say what moves, what stays, and why. A pattern of
             init_variance is then asked for the producer's name.
-        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in eval mode to learn the
-            features, in both modes to see who reads what.
+        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in eval mode to learn
+            the features, in both modes to see who reads what.
         num_samples: As DIPLinear's.
         keep: As DIPLinear's; of linear layers.
 
@@ -106,6 +106,18 @@ def convert(
     Warns:
         DIPConversionWarning: Once, naming every module that stays without noise though it looks like a layer or holds
             weights of its own, and why.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> dip.convert(model, exclude=["2"])
+        Sequential(
+          (0): DIPLinear(
+            in_features=4, out_features=8, bias=True, init_variance=0.01
+            (variance): Variance(4, init_variance=0.01)
+          )
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
 
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
@@ -161,7 +173,7 @@ def producer_plan(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    types: Sequence[type[nn.Module]] = tuple(TWINS),
+    types: Sequence[type[nn.Module]] | None = None,
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
 ) -> ProducerPlan:
@@ -169,7 +181,8 @@ def producer_plan(
 
     A layer's projection moves into the module that makes its input where that is a norm over the last dimension, an
     activation, or the product in a block down(act(gate(x)) * up(x)), and the layers to convert are all that reads it.
-    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and casts.
+    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and
+    casts.
 
     Args:
         model: Any module that is not converted yet, or in part.
@@ -181,6 +194,13 @@ def producer_plan(
 
     Raises:
         ValueError: There is nothing to convert, or no batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+        >>> print(dip.producer_plan(model, [torch.randn(4, 8)]))
+        plan: 2 of 2 projections move into 2 module(s) that make their input
+          moved  0 (LayerNorm) -> 1
+          moved  2 (GELU) -> 3
     """
     plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
     assert plan is not None  # of this place there is one
@@ -202,12 +222,12 @@ class _Choice:
 
 def _choose(
     model: nn.Module,
-    types: Sequence[type[nn.Module]],
+    types: Sequence[type[nn.Module]] | None,
     filter: Callable[[nn.Module, str], bool] | None,
     exclude: Sequence[str],
     before: Sequence[str] | Mapping[str, int],
 ) -> _Choice:
-    types = tuple(types)
+    types = tuple(TWINS) if types is None else tuple(types)
     if not types or not all(t in TWINS for t in types):
         raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
     _refuse_wrapped(model)
@@ -511,10 +531,25 @@ def _device(module: nn.Module) -> torch.device:
 def to_plain(model: nn.Module) -> nn.Module:
     """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of `convert`.
 
-    model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances
-    are gone. A DIPInput becomes nn.Identity.
-    Returns the model (nn.Identity() for a model that is a DIPInput itself). Raises ValueError when there is no DIP
-    layer.
+    Parameters keep their identity, and the state dict is the plain network's; the learned variances are gone. A
+    DIPInput becomes nn.Identity.
+
+    Args:
+        model: Any module with DIP layers.
+
+    Returns:
+        The model; nn.Identity() for a model that is a DIPInput itself.
+
+    Raises:
+        ValueError: There is no DIP layer, or one that has no plain twin.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.to_plain(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+
     Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
     """
     layers = dip_layers(model)

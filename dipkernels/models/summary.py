@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,11 @@ class Summary(list[Row]):
 
     plan: ProducerPlan | None = None
 
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """{name of the layer: its other fields}, fit for JSON."""
+        rows = {row.name: asdict(row) for row in self}
+        return {name: {field: value for field, value in row.items() if field != "name"} for name, row in rows.items()}
+
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
         lines = [
@@ -52,11 +57,25 @@ class Summary(list[Row]):
 def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of sigma_j / spread_j.
 
-    model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
-    layer's input features; without it the ratio uses the spread measured last, and is None where there is none.
-    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the ratio.
-    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, for a variance that is
-    NaN or infinite, and as `calibrate`.
+    Args:
+        model: Any module with DIP layers.
+        batches: As `calibrate`'s, to measure the spread (standard deviation) of each layer's input features. Without it
+            the ratio uses the spread measured last, and is None where there is none.
+
+    Returns:
+        A Summary, a list of Row that prints as a table. Features whose spread is below a hundredth of the layer's root
+        mean square spread are left out of the ratio.
+
+    Raises:
+        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as `calibrate` refuses
+            them.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), init_variance=0.04)
+        >>> print(dip.summary(model))
+        layer  type       number  features  sigma min       mean        max    ratio
+        0      DIPLinear       0         4        0.2        0.2        0.2        -
+        2      DIPLinear       1         8        0.2        0.2        0.2        -
     """
     layers = need_layers(model)
     require_finite(layers)

@@ -103,6 +103,11 @@ class DIPActivation(ActivationProducer, Activation):
     Raises:
         ValueError: Naming the argument.
 
+    Examples:
+        >>> activation, x = dip.DIPActivation(4, "gelu"), torch.randn(8, 4)
+        >>> torch.equal(activation.eval()(x), F.gelu(x))
+        True
+
     Source: arXiv 2506.04690; drawing the noise where the input is made is this project's.
     """
 
@@ -147,6 +152,11 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
     Raises:
         ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> gate, a, b = dip.DIPGatedActivation(4, "silu"), torch.randn(8, 4), torch.randn(8, 4)
+        >>> torch.equal(gate.eval()(a, b), F.silu(a) * b)
+        True
     """
 
     plain_type = GatedActivation

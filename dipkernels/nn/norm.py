@@ -59,6 +59,11 @@ class DIPLayerNorm(NormProducer, nn.LayerNorm):
     Raises:
         ValueError: Naming the argument.
 
+    Examples:
+        >>> norm, x = dip.DIPLayerNorm(4), torch.randn(8, 4)
+        >>> torch.equal(norm.eval()(x), F.layer_norm(x, (4,)))
+        True
+
     Source: arXiv 2506.04690, u ~ N(v, diag(lambda)); drawing it where v is made is this project's.
     """
 
@@ -92,6 +97,11 @@ class DIPRMSNorm(NormProducer, nn.RMSNorm):
 
     Raises:
         ValueError: Naming the argument.
+
+    Examples:
+        >>> norm, x = dip.DIPRMSNorm(4), torch.randn(8, 4)
+        >>> torch.equal(norm.eval()(x), F.rms_norm(x, (4,)))
+        True
     """
 
     kind = "rms"

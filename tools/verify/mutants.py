@@ -54,11 +54,14 @@ class Area(NamedTuple):
 AREAS = (
     Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
     Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
+    Area(("csrc/**/norm*", "csrc/**/gate*"), ("producers",)),
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
-    Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples")),
-    Area(("csrc/cuda/*",), ("cuda_emulated",)),
-    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "fuzz")),
+    Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
+    Area(
+        ("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")
+    ),  # need nvcc: without it they are skipped, and everything survives
+    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")),
     Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
     Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
     Area(

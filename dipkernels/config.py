@@ -1,0 +1,490 @@
+"""One value that says all of a DIP training, as JSON: `DIPConfig`; `apply`, `save`, `load` of a model.  docs/guides/trainers.md."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models.calibrate import calibrate
+from .models.convert import convert, to_plain
+from .models.convertible import TWINS, around, base_layer, is_adapter
+from .models.parameters import load_variances, variances
+from .nn.layer import DIPLayer
+from .nn.numbering import dip_layers
+from .noise.contexts import fixed_noise
+from .training.objective import KL, objective
+from .training.predict import check_average, predict
+from .training.trajectories import trajectories
+
+VERSION = 1  # of dip_config.json
+CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
+_TYPES = {kind.__name__: kind for kind in TWINS}
+_LISTS = (list, tuple, set, frozenset)  # of strings, or of groups of them
+_KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
+
+
+@dataclass(frozen=True)
+class DIPConfig:
+    """What to convert, how much noise, the objective, the prediction and the noise's key; by default the recipe.
+
+    Args:
+        types: Names of some of the classes that `convert` takes, such as ("Linear",).
+        include: Name patterns; where there are any, only layers whose name, or that of a module around them, matches.
+        exclude: Name patterns, as `convert`'s.
+        before: Patterns, or {pattern: feature dimension}, as `convert`'s.
+        place: "input" or "producer", as `convert`'s: where the noise is drawn.
+        share: Groups of patterns, as `convert`'s.
+        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
+            name holds. By default, where variance is None, calibrate's: 1, less before layers that see few values.
+        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is calibrated then.
+        per: "layer" or "feature", as `calibrate`'s.
+        m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
+        kl: Weight of the KL term, >= 0, as `objective`'s.
+        lambda_s: Weight of the smoothness term, >= 0; above 0 it needs m >= 2.
+        k: Passes of a prediction, >= 0; 0 is the plain network.
+        average: Of a prediction: "probs", "sigmoid" or "logits".
+        key: Of the noise in training: step i takes key + i. None draws from torch's generator.
+
+    Raises:
+        ValueError, TypeError: For a value outside these, naming it.
+
+    Examples:
+        >>> config = dip.DIPConfig(exclude=["head"], ratio=0.5, m=4)
+        >>> dip.DIPConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    types: Sequence[str] = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    before: Sequence[str] | Mapping[str, int] = ()
+    place: str = "input"
+    share: Sequence[Sequence[str]] = ()
+    ratio: float | Mapping[str, float] | None = None
+    variance: float | Mapping[str, float] | None = None
+    per: str = "layer"
+    m: int = 2
+    kl: float = KL
+    lambda_s: float = 0.0
+    k: int = 0
+    average: str = "probs"
+    key: int | None = 0
+
+    def __post_init__(self) -> None:
+        patterns = {name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")}
+        before = dict(self.before) if isinstance(self.before, Mapping) else _strings("before", self.before)
+        if not isinstance(self.share, _LISTS) or not all(isinstance(group, _LISTS) for group in self.share):
+            raise TypeError(f"share: expected groups of patterns, such as [('q_proj', 'k_proj')], got {self.share!r}")
+        share = tuple(_strings("share", group) for group in self.share)
+        amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
+        for name, value in {**patterns, **amounts, "before": before, "share": share}.items():
+            object.__setattr__(self, name, value)
+        unknown = [name for name in self.types if name not in _TYPES]
+        if unknown or not self.types:
+            raise ValueError(f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}")
+        if self.place not in ("input", "producer"):
+            raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
+        if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
+            raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
+        if self.ratio is not None and self.variance is not None:
+            raise ValueError(f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; choose one")
+        if not isinstance(self.per, str) or self.per not in ("layer", "feature"):
+            raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
+        if self.variance is not None and self.per != "layer":
+            raise ValueError(f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}")
+        for name, least in (("m", 1), ("k", 0)):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        for name in ("kl", "lambda_s"):
+            value = getattr(self, name)
+            if not (_is_finite(value) and value >= 0):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if self.lambda_s > 0 and self.m < 2:
+            raise ValueError(
+                f"lambda_s: expected 0 with m = 1, whose trajectories have no variance, got {self.lambda_s}"
+            )
+        if not isinstance(self.average, str):
+            raise TypeError(f"average: expected a string, got {self.average!r}")
+        check_average(self.average, None, ("probs", "sigmoid", "logits"))
+        if self.key is not None and not _is_integer(self.key):
+            raise TypeError(f"key: expected an integer or None, got {self.key!r}")
+
+    # ---- JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields and the version of their form, fit for JSON."""
+        return {"version": VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DIPConfig:
+        """The config that `to_dict` gave; fields that it lacks have their defaults.
+
+        Raises:
+            ValueError: For another version, or keys that this release does not know.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data: expected a mapping, such as to_dict gives, got {type(data).__name__}")
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"version: expected {VERSION}, which this release of dipkernels reads, got {data.get('version')!r}; "
+                "read it with the release that wrote it"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(data.keys() - known - {"version"})
+        if unknown:
+            raise ValueError(f"data: expected keys among {sorted(known)}, got unknown {unknown}")
+        return cls(**{name: value for name, value in data.items() if name != "version"})
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write dip_config.json into the folder, which is made where it is missing."""
+        path = Path(folder) / CONFIG_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, lambda new: new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8"))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> DIPConfig:
+        """The config that `save` wrote into the folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is no JSON, or as `from_dict`.
+        """
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"folder: expected a {CONFIG_FILE}, which dip.save writes, got none in {folder}")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    # ---- what a training loop calls
+
+    def noise(self, step: int, row0: int = 0) -> contextlib.AbstractContextManager[object]:
+        """The noise of a training step: `fixed_noise(key + step, row0)`, or nothing where key is None.
+
+        Args:
+            step: The optimiser step, >= 0; another one for each, or they share their noise.
+            row0: Index of this process's first example in the global batch, times m.
+        """
+        return contextlib.nullcontext() if self.key is None else fixed_noise(self.key + step, row0)
+
+    def trajectories(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`dip.trajectories` with m: [m, B, ...]."""
+        return trajectories(model, *args, m=self.m, **kwargs)
+
+    def objective(self, out: Tensor, target: Any, loss_fn: Callable[[Tensor, Any], Tensor], model: nn.Module) -> Tensor:
+        """`dip.objective` with kl and lambda_s: a scalar."""
+        return objective(out, target, loss_fn, model, kl=self.kl, lambda_s=self.lambda_s)
+
+    def predict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """`dip.predict` with k and average: [B, ...]."""
+        options: dict[str, Any] = {"k": self.k, "average": self.average, **kwargs}
+        predicted: Tensor = predict(model, *args, **options)
+        return predicted
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold, and no bool."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, _LISTS) else (value,)
+    if not all(isinstance(each, str) for each in values):
+        raise TypeError(f"{name}: expected strings, got {value!r}")
+    return values
+
+
+def _amount(name: str, value: Any) -> Any:
+    """A number > 0, {pattern: number > 0} or None."""
+    values = list(value.values()) if isinstance(value, Mapping) else [value]
+    if value is not None and not (values and all(_is_finite(each) and each > 0 for each in values)):
+        raise ValueError(f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}")
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+# ---- a model ---------------------------------------------------------------------------------------------------------
+
+
+def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
+    """Convert the model in place and set its variances, as the config says; the model remembers the config.
+
+    `convert`, then `calibrate` where the config has a ratio. A model of PEFT saves and loads its variances with each
+    adapter from then on (docs/guides/trainers.md).
+
+    Args:
+        model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it; after `get_peft_model`.
+        config: What to do.
+        batches: As `calibrate`'s; needed where the config has a ratio or `before`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The model has DIP layers already, no batches where they are needed, an adapter was put around DIP
+            layers, a place that `convert` does not know, and what `convert` and `calibrate` raise. The model is plain
+            then.
+
+    Examples:
+        >>> batches = [torch.randn(64, 4)]
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(ratio=0.5), batches)
+        >>> type(model[0]).__name__
+        'DIPLinear'
+    """
+    if not isinstance(config, DIPConfig):
+        raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
+    require_order(model)
+    if dip_layers(model):
+        raise ValueError("model: expected one without DIP layers, got some; dip.to_plain(model) first, or dip.load")
+    calibrated = config.variance is None
+    if batches is None and calibrated:
+        raise ValueError(
+            "batches: expected some, by which ratio sets the noise, got None; or say variance=... in the config"
+        )
+    if batches is not None:
+        batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    with _plain_again(model):
+        _convert(model, config, batches)
+        if calibrated:
+            _calibrate(model, config, batches or [])
+    return model
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set the variances and priors of a model that has a config anew, where that has a ratio: what `apply` does last."""
+    config = config_of(model)
+    if config is None:
+        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+    if config.variance is None:
+        _calibrate(model, config, batches)
+
+
+def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
+    """`apply` without calibration: for variances that are set afterwards."""
+    require_order(model)
+    with _plain_again(model):
+        _convert(model, config, batches)
+    return model
+
+
+def config_of(model: nn.Module) -> DIPConfig | None:
+    """The config that was applied to the model, or to what it wraps.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The config; None where there is none, or no DIP layer left.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.config_of(model).variance
+        0.04
+    """
+    found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
+    return found if isinstance(found, DIPConfig) and dip_layers(model) else None
+
+
+def require_order(model: nn.Module) -> None:
+    """Raise ValueError where an adapter was put around DIP layers, which freezes their variances."""
+    around_dip = [
+        name
+        for name, m in model.named_modules()
+        if is_adapter(m) and not isinstance(m, DIPLayer) and isinstance(base_layer(m), DIPLayer)
+    ]
+    if around_dip:
+        raise ValueError(
+            f"model: expected get_peft_model before dip.apply, got {len(around_dip)} adapter(s) around DIP layers, such "
+            f"as {around_dip[0]!r}, whose variances PEFT froze; give get_peft_model the plain model and apply afterwards, "
+            "or dip.convert(model) moves the noise to the adapters"
+        )
+
+
+@contextlib.contextmanager
+def _plain_again(model: nn.Module) -> Any:
+    """After an error inside, the model is plain where it was."""
+    was_plain = not dip_layers(model)
+    try:
+        yield
+    except Exception:
+        vars(model).pop(_KEPT, None)
+        if was_plain and dip_layers(model):
+            to_plain(model)
+        raise
+
+
+def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
+    if unused:
+        raise ValueError(f"include: expected patterns that match a module's name, got {unused} that match none")
+    options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
+    options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
+    if config.include:
+        options["filter"] = lambda module, name: _matches(name, config.include) is not None
+    options["place"] = config.place
+    if config.before or config.place == "producer":
+        options["batches"] = batches
+    convert(model, 0.01 if config.variance is None else config.variance, **options)
+    remember_config(model, config)
+
+
+def remember_config(model: nn.Module, config: DIPConfig) -> None:
+    """From now on `config_of` the model is this one; a model of PEFT carries its variances with its adapters."""
+    vars(model)[_KEPT] = config
+    if any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__):
+        from .integrations.peft import keep_variances
+
+        keep_variances(model)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that the name, or that of a module around it, matches."""
+    outer = around(name)
+    return next((p for p in patterns if any(fnmatch.fnmatchcase(each, p) for each in outer)), None)
+
+
+def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
+    ratio = config.ratio
+    if not isinstance(ratio, Mapping):
+        calibrate(model, batches, ratio, per=config.per)
+        return
+    found = {name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None) for name in dip_layers(model)}
+    without, unused = [name for name, p in found.items() if p is None], [p for p in ratio if p not in found.values()]
+    if without or unused:
+        raise ValueError(
+            f"ratio: expected patterns for every layer, and each for one, got none for {without} and {unused} that match "
+            "none; end with '*'"
+        )
+    calibrate(model, batches, 1.0, per=config.per)
+    state = variances(model)
+    for name, values in state.items():
+        pattern = found[name.rpartition(".variance.")[0]]
+        values += 2 * math.log(ratio[pattern])  # type: ignore[index]
+    load_variances(model, state)
+
+
+# ---- a folder --------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None = None) -> None:
+    """Write dip_config.json and dip.safetensors (variances, priors) into a folder, beside what a framework saves there.
+
+    Args:
+        model: That `apply` or `load` has converted; wrapped or not. Of a sharded one every rank must call this.
+        folder: Made where it is missing.
+        write: Whether this process writes. By default the first rank does, or the only process.
+
+    Raises:
+        ValueError: The model has no config, or a variance is not finite.
+        ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> sorted(os.listdir(folder))
+        ['dip.safetensors', 'dip_config.json']
+    """
+    config = config_of(model)
+    if config is None:
+        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+    require_order(model)
+    save_state(config, variances(model), folder, write)
+
+
+def save_state(
+    config: DIPConfig, state: Mapping[str, Tensor], folder: str | os.PathLike[str], write: bool | None = None
+) -> None:
+    """The files of `save` from what `variances` gave."""
+    tensors = _safetensors()
+    if write is None:
+        distributed = torch.distributed
+        write = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    if write:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        data = {name: values.contiguous() for name, values in state.items()}
+        _replace(Path(folder) / VARIANCES_FILE, lambda new: tensors.save_file(data, new, metadata={"format": "pt"}))
+        config.save(folder)
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None) -> nn.Module:
+    """Convert the model as the config in the folder says, unless it is converted, and set its variances and priors.
+
+    Args:
+        model: Plain, with its weights loaded, or with the same DIP layers.
+        folder: That `save` wrote.
+        batches: For a plain model whose config has `before` or place="producer": as `convert`'s.
+
+    Returns:
+        The model, which remembers the config.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Another version, unknown keys, variances of other layers or shapes; a plain model is plain then.
+        ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> again = dip.load(nn.Sequential(nn.Linear(4, 2)), folder)
+        >>> torch.equal(again[0].log_variance, model[0].log_variance)
+        True
+    """
+    config, state = DIPConfig.load(folder), load_state(folder)
+    with _plain_again(model):
+        if not dip_layers(model):
+            convert_as(model, config, batches)
+        require_order(model)
+        try:
+            load_variances(model, state)
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / VARIANCES_FILE}: {error}") from error
+        remember_config(model, config)
+    return model
+
+
+def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The variances and priors in the folder, by name. Raises FileNotFoundError or ValueError."""
+    path = Path(folder) / VARIANCES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected a {VARIANCES_FILE}, which dip.save writes, got none in {folder}")
+    tensors = _safetensors()
+    try:
+        state: dict[str, Tensor] = tensors.load_file(path)
+    except Exception as error:  # of safetensors' own class
+        raise ValueError(f"{path}: expected a file of safetensors, got one that it cannot read: {error}") from error
+    return state
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{VARIANCES_FILE} needs safetensors: pip install safetensors") from error
+    return safetensors.torch
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """The file is the old one or the whole new one."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    os.replace(new, path)

@@ -1,0 +1,76 @@
+"""accelerate: the noise of a step of a loop written by hand, and the config with its checkpoints.  docs/guides/trainers.md."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..config import DIPConfig, config_of, save
+from .parts import differing, place_in_batch
+
+
+def _config(model: nn.Module) -> DIPConfig:
+    config = config_of(model)
+    if config is None:
+        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+    return config
+
+
+def step_noise(
+    accelerator: Any, model: nn.Module, step: int, batch_size: int, micro: int = 0
+) -> contextlib.AbstractContextManager[object]:
+    """The noise of one micro-batch of a step: forward and backward belong inside.
+
+    The rows are the examples' places in the batch of all processes and micro-batches, so that a step has the same noise
+    on any number of them.
+
+    Args:
+        accelerator: The Accelerator.
+        model: That `dip.apply` has converted, prepared or not.
+        step: The optimiser step, >= 0; one number for each, and for its micro-batches.
+        batch_size: Examples of a batch of one process; the same for all, the last and smaller one too.
+        micro: The micro-batch in the step, under gradient accumulation.
+
+    Returns:
+        A context; under a config of key=None one that does nothing.
+
+    Raises:
+        ValueError: The model has no config.
+    """
+    config = _config(model)
+    first = place_in_batch(micro, accelerator.process_index, accelerator.num_processes, batch_size)
+    return config.noise(step, first * config.m)
+
+
+def keep_config(accelerator: Any, model: nn.Module) -> None:
+    """Let `accelerator.save_state` write dip_config.json and dip.safetensors too, and `load_state` compare the config.
+
+    Args:
+        accelerator: The Accelerator.
+        model: That `dip.apply` has converted, prepared or not.
+
+    Raises:
+        ValueError: The model has no config. On loading: the folder has none, or one that cannot be read.
+
+    Warns:
+        UserWarning: On loading, where the folder's config is another.
+    """
+    _config(model)
+
+    def on_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        save(model, output_dir)
+
+    def on_load(models: list[nn.Module], input_dir: str) -> None:
+        stored, own = DIPConfig.load(input_dir), _config(model)
+        if stored != own:
+            warnings.warn(
+                f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} (the folder's, this "
+                "run's). This run's holds",
+                stacklevel=2,
+            )
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)

@@ -1,0 +1,222 @@
+"""PEFT: the variances go where the adapter goes, each adapter its own.  docs/guides/trainers.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..config import VARIANCES_FILE, DIPConfig, config_of, load_state, remember_config, save_state
+from ..models.convert import convert
+from ..models.convertible import base_layer, is_adapter
+from ..models.parameters import load_variances, variances
+from ..nn.layer import DIPLayer
+from ..nn.numbering import dip_layers
+
+_INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
+_WAITING = "_dip_waiting"  # {adapter: its variances} of those that are not active
+
+if TYPE_CHECKING:
+    _Mixin = PeftModel
+else:
+    _Mixin = object
+
+
+def keep_variances(model: nn.Module) -> nn.Module:
+    """Let a converted model of PEFT carry its variances with each adapter; `dip.apply` and `dip.load` call this.
+
+    Afterwards `save_pretrained` writes dip_config.json and dip.safetensors beside each adapter, `load_adapter` reads them,
+    `set_adapter` changes the variances too, an adapter that is added starts with those of the moment, and
+    `merge_and_unload` and `unload` give a model whose layers have the noise that the adapters around them had. The
+    model's class becomes a subclass of the same name.
+
+    Args:
+        model: A PeftModel that `dip.apply` or `dip.load` has converted.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: It is no PeftModel.
+        ValueError: It has no config.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
+    _config(model)
+    if not isinstance(model, _KeepsVariances):
+        model.__class__ = _keeping(type(model))
+        start = variances(model)
+        model.__dict__[_WAITING] = {name: start for name in model.peft_config if name != model.active_adapter}
+    return model
+
+
+def _config(model: nn.Module) -> DIPConfig:
+    config = config_of(model)
+    if config is None:
+        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+    return config
+
+
+_made: dict[Any, Any] = {}
+
+
+def _keeping(kind: Any) -> Any:
+    """The subclass of a class of PeftModel, made once."""
+    if kind not in _made:
+        body = {"_dip_plain": kind, "__module__": kind.__module__}
+        _made[kind] = type(kind.__name__, (_KeepsVariances, kind), body)
+    return _made[kind]
+
+
+def _new(kind: Any) -> Any:
+    made = _keeping(kind)
+    return made.__new__(made)
+
+
+class _KeepsVariances(_Mixin):
+    """What `keep_variances` puts before a PeftModel's own methods."""
+
+    _dip_plain: Any
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, (self._dip_plain,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **options: Any,
+    ) -> None:
+        asked = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
+        super().save_pretrained(save_directory, *asked, path_initial_model_for_weight_conversion, **options)
+        if not dip_layers(self):
+            return
+        own = variances(self)
+        for name in self.peft_config if selected_adapters is None else selected_adapters:
+            folder = Path(save_directory) / name if name != "default" else Path(save_directory)
+            state = own if name == self.active_adapter else self.__dict__[_WAITING][name]
+            save_state(_config(self), state, folder, is_main_process)
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
+        if not dip_layers(self):
+            return super().load_adapter(model_id, adapter_name, *args, **options)
+        own = variances(self)
+        # PEFT's file has the variances of the layers that it is around, and puts them into those that are active now.
+        loaded = super().load_adapter(model_id, adapter_name, *args, **options)
+        own = {_around(name): values for name, values in own.items()}
+        folder = Path(model_id) / (options.get("subfolder") or "")
+        state = load_state(folder) if (folder / VARIANCES_FILE).is_file() else variances(self)
+        active = adapter_name == self.active_adapter
+        try:
+            load_variances(self, state)
+        except ValueError:
+            active = False
+            raise
+        finally:
+            if not active:
+                load_variances(self, own)
+        if not active:
+            self.__dict__[_WAITING][adapter_name] = state
+        return loaded
+
+    def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
+        super().add_adapter(adapter_name, *args, **options)
+        _move_to_adapters(self)
+        if dip_layers(self):
+            self.__dict__[_WAITING][adapter_name] = variances(self)
+
+    def set_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
+        before = self.active_adapter
+        super().set_adapter(adapter_name, *args, **options)
+        self._change(before)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        before = self.active_adapter
+        super().delete_adapter(adapter_name)
+        self._change(before)
+        self.__dict__[_WAITING].pop(adapter_name, None)
+
+    def _change(self, before: str) -> None:
+        """Put the variances of the adapter that is active now in the place of those of the one before."""
+        if self.active_adapter != before and dip_layers(self):
+            waiting = self.__dict__[_WAITING]
+            waiting[before] = variances(self)
+            load_variances(self, waiting.pop(self.active_adapter))
+
+    def merge_and_unload(self, *args: Any, **options: Any) -> nn.Module:
+        """PEFT's, with the noise of an adapter at the layer that it is merged into; dip.to_plain removes it."""
+        tuner: Any = self.base_model
+        return _with_noise(self, lambda: tuner.merge_and_unload(*args, **options))
+
+    def unload(self, *args: Any, **options: Any) -> nn.Module:
+        """PEFT's, with the noise of an adapter at the layer that it was around; dip.to_plain removes it."""
+        tuner: Any = self.base_model
+        return _with_noise(self, lambda: tuner.unload(*args, **options))
+
+
+def _move_to_adapters(model: _KeepsVariances) -> None:
+    """Over a layer that had noise without an adapter: the noise goes before the whole, base layer and adapter."""
+    inside = {n: base_layer(m) for n, m in model.named_modules() if is_adapter(m)}
+    inside = {name: base for name, base in inside.items() if isinstance(base, DIPLayer)}
+    if not inside:
+        return
+    shared = [name for name, base in inside.items() if base.share is not None]
+    if shared:
+        raise ValueError(
+            f"add_adapter: expected layers that share no noise, got an adapter around {shared}; add every adapter first, "
+            "then dip.apply with share"
+        )
+    config = _config(model)
+    convert(model, filter=lambda module, name: name in inside)
+    remember_config(model, config)
+    waiting = model.__dict__[_WAITING]
+    for adapter, state in waiting.items():
+        waiting[adapter] = {_around(name): values for name, values in state.items()}
+
+
+def _around(name: str) -> str:
+    """The name of a variance after an adapter was put around its layer and took it."""
+    return name.replace(".base_layer.variance.", ".variance.")
+
+
+def _shares(model: nn.Module) -> list[list[str]]:
+    """The groups of layers that share their noise, by their names."""
+    groups: dict[Any, list[str]] = {}
+    for name, layer in dip_layers(model).items():
+        if layer.share is not None:
+            groups.setdefault(layer.share, []).append(name)
+    return list(groups.values())
+
+
+def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
+    """What `unload` gives, its layers noised as those of the model were."""
+    if not dip_layers(model):
+        return unload()
+    config = _config(model)
+    kept = f".modules_to_save.{model.active_adapter}"
+
+    def plain(name: str) -> str:
+        return name.removeprefix(_INSIDE).replace(kept, "")
+
+    state: dict[str, Tensor] = {plain(name): values for name, values in variances(model).items()}
+    noised = {plain(name): layer for name, layer in dip_layers(model).items()}
+    share = [[plain(name) for name in group] for group in _shares(model)]
+    samples = {name: layer.num_samples for name, layer in noised.items()}
+    base = unload()
+    lost = {name for name in noised if not isinstance(base.get_submodule(name), DIPLayer)}
+    if lost:
+        groups = [group for group in share if lost.issuperset(group)]
+        convert(base, filter=lambda module, name: name in lost, share=groups)
+        for name in lost:
+            layer: Any = base.get_submodule(name)
+            layer.num_samples = samples[name]
+    load_variances(base, state)
+    remember_config(base, config)
+    return base

@@ -1,0 +1,484 @@
+"""transformers' Trainer and TRL's trainers: a mixin, a callback, from_pretrained.  docs/guides/trainers.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..config import DIPConfig, apply, config_of, load, load_state, require_order, save
+from ..models.check import check
+from ..models.parameters import load_variances
+from ..models.probe import plain_names, untouched
+from ..nn.numbering import dip_layers
+from ..nn.variance import Variance
+from ..reports import metrics
+from ..training.objective import kl_penalty, smoothness
+from ..training.trajectories import trajectories
+from .parts import differing, learning_variances, one_start, own_group, place_in_batch, require_groups
+
+_RUN = 2**32  # keys between the runs of two seeds
+_NO_CONFIG = (
+    "dip: expected a DIPConfig, or a model that dip.apply has converted, got neither; a resumed run takes the config of its "
+    "checkpoint"
+)
+
+_Trainer: Any = object  # a transformers.Trainer, or a subclass of it
+
+
+class DIPMixin(_Trainer):  # type: ignore[misc]
+    """Before a trainer of transformers or TRL in the bases of a class: `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
+
+    The trainer then converts its model (after it has put adapters around it), calibrates it with the first batches of its
+    training data, and trains by the config: the trainer's own loss, meaned over m trajectories, plus the KL term;
+    variances in a group of their own, not decayed, at ten times the learning rate; noise that is a function of the seed,
+    the step and the example's place in the global batch, so that a resumed run draws what the uninterrupted one does.
+    Each checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain model's. Sigma, its share of
+    the prior's and the KL term are logged with the loss.
+
+    m trajectories are m copies of each batch: m times the time and the activations' memory; halve
+    per_device_train_batch_size and double gradient_accumulation_steps for m = 2 where memory is short. Evaluation is of the
+    plain network; with k > 0 in the config the predictions are the means of k noisy passes, as logits.
+
+    Args:
+        dip: The config. None for a model that `dip.apply` has converted, or for a run that is resumed, by the config in
+            the checkpoint.
+        calibration_batches: Number of batches of the training data to calibrate with, >= 1.
+        args, options: The trainer's own.
+
+    Raises:
+        ValueError: There is no config, the model has another, an optimiser was given that lacks the variances or decays
+            them, or the trainer runs nn.DataParallel with a key, or DeepSpeed's ZeRO-3. At a step: a batch that m > 1
+            cannot repeat, or lambda_s > 0 where the trainer's loss has no logits.
+    """
+
+    def __init__(self, *args: Any, dip: DIPConfig | None = None, calibration_batches: int = 8, **options: Any) -> None:
+        if dip is not None and not isinstance(dip, DIPConfig):
+            raise TypeError(f"dip: expected a DIPConfig, got {type(dip).__name__}")
+        if not isinstance(calibration_batches, int) or calibration_batches < 1:
+            raise ValueError(f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}")
+        self._dip_asked, self._dip_batches, self._dip_started = dip, calibration_batches, False
+        self._dip_at, self._dip_checked = (-1, 0), False
+        super().__init__(*args, **options)
+        self._dip_started = True
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps log_variance from PyTorch; use "
+                "FSDP2 there"
+            )
+        self._dip_start(self.model)
+
+    # ---- the model
+
+    @property
+    def dip_config(self) -> DIPConfig:
+        """The config of the model that is trained. Raises ValueError where it has none."""
+        config = config_of(self.model)
+        if config is None:
+            raise ValueError(_NO_CONFIG)
+        return config
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        if self._dip_started:
+            if self.place_model_on_device:
+                self._move_model_to_device(model, self.args.device)
+            self._dip_start(model)
+        return model
+
+    def _dip_start(self, model: Any) -> None:
+        """Convert and calibrate the model, unless it has a config, or none was given."""
+        require_order(model)
+        own, asked = config_of(model), self._dip_asked
+        if own is not None and asked is not None and own != asked:
+            raise ValueError(f"dip: expected the config of the model or None, got another in {differing(own, asked)}")
+        if own is None and asked is not None:
+            if dip_layers(model):
+                raise ValueError("model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) first")
+            config = self._dip_without_fused_head(model, asked)
+            needs = config.variance is None or config.before
+            apply(model, config, self._dip_first_batches(model) if needs else None)
+            one_start(model)
+        if own is not None or asked is not None:
+            self._dip_check_setting((own or asked).key)  # type: ignore[union-attr]
+
+    def _dip_check_setting(self, key: int | None) -> None:
+        if self.args.n_gpu > 1 and key is not None:
+            raise ValueError(
+                f"key: expected None under nn.DataParallel, whose {self.args.n_gpu} replicas would share their noise, got "
+                f"{key}; or start one process for each GPU by torchrun"
+            )
+
+    def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
+        """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and Liger's."""
+        fused = self.args.use_liger_kernel or any(c.__module__.startswith("trl.") for c in type(self).__mro__)
+        head = model.get_output_embeddings() if fused and hasattr(model, "get_output_embeddings") else None
+        names = [name for name, module in model.named_modules() if module is head] if head is not None else []
+        return dataclasses.replace(config, exclude=(*config.exclude, *(n for n in names if n not in config.exclude)))
+
+    def _dip_first_batches(self, model: Any) -> list[Any]:
+        """What the model's forward takes of the first training batches, on the device."""
+        if self.train_dataset is None:
+            raise ValueError(
+                "train_dataset: expected one, whose first batches set the noise (ratio), got None; say variance=... in the "
+                "config, or call dip.apply(model, config, batches) before"
+            )
+        with untouched(model):
+            prepared: Any = self.get_train_dataloader()
+            loader = getattr(prepared, "base_dataloader", prepared)  # accelerate's own would count as begun
+            batches = list(itertools.islice(loader, self._dip_batches))
+        if not all(isinstance(batch, Mapping) for batch in batches):
+            raise ValueError(
+                f"train_dataset: expected batches that are mappings, got {type(batches[0]).__name__}; call "
+                "dip.apply(model, config, batches) before"
+            )
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        taken = inspect.signature(inner.forward).parameters
+        prepared_batches = [dict(self._prepare_inputs(batch)) for batch in batches]
+        return [{name: value for name, value in batch.items() if name in taken} for batch in prepared_batches]
+
+    # ---- the optimiser
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        target, given = self.model if model is None else model, self.optimizer is not None
+        if config_of(target) is None:
+            raise ValueError(_NO_CONFIG)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if not given:
+            own_group(target, optimizer, self.args.learning_rate)
+        require_groups(target, optimizer, "or leave it to the trainer")
+        return optimizer
+
+    # ---- a step
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
+        with self._dip_noise(inputs):
+            loss: Tensor = super().training_step(model, inputs, *args, **options)
+        if not self._dip_checked:
+            self._dip_checked = True
+            self._dip_first_check()
+        return loss
+
+    def _dip_noise(self, inputs: Any) -> Any:
+        """The noise of this micro-batch: its rows are its place in the batch of all processes and micro-batches."""
+        step, config = self.state.global_step, self.dip_config
+        micro = self._dip_at[1] + 1 if self._dip_at[0] == step else 0
+        self._dip_at = (step, micro)
+        sizes = [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim] if _is_mapping(inputs) else []
+        where = (micro, self.args.process_index, self.args.world_size)
+        first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
+        return config.noise(self.args.seed * _RUN + step, first * config.m)
+
+    def _dip_first_check(self) -> None:
+        try:
+            report = check(self.model, strict=False)
+        except ValueError:  # a tool that keeps the gradients to itself: DeepSpeed
+            return
+        if not report.ok:
+            warnings.warn(
+                f"dipkernels: after the first step {report}\n  Leave out what the loss reads past: exclude=[...] in the "
+                "config; an expert that the batch did not reach is none",
+                stacklevel=2,
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **options: Any,
+    ) -> Any:
+        if not model.training:
+            items = {"num_items_in_batch": num_items_in_batch}
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **items, **options)
+        config, own = self.dip_config, super().compute_loss
+        counted = None if num_items_in_batch is None else num_items_in_batch * config.m
+        with_outputs = return_outputs or config.lambda_s > 0
+        answers: list[Any] = []
+
+        def folded(batch: Any) -> Any:
+            answers.append(own(model, batch, return_outputs=with_outputs, num_items_in_batch=counted, **options))
+            return _logits(answers[0][1]) if config.lambda_s > 0 else None
+
+        if config.m == 1:
+            folded(inputs)
+            logits: Any = None
+        else:
+            logits = trajectories(folded, self._dip_repeatable(inputs), m=config.m)
+        loss, outputs = answers[0] if with_outputs else (answers[0], None)
+        # Where the micro-batches' losses are added up, each has its part of what a step has once.
+        part = 1 / self.current_gradient_accumulation_steps if self._dip_adds_up(num_items_in_batch) else 1.0
+        loss = loss + part * kl_penalty(self.model, config.kl).to(loss.device) if config.kl > 0 else loss
+        if config.lambda_s > 0:
+            loss = loss + part * config.lambda_s * smoothness(logits)
+        return (loss, outputs) if return_outputs else loss
+
+    def _dip_repeatable(self, inputs: Any) -> dict[str, Any]:
+        """The batch, each tensor of which has the examples first. Raises ValueError naming one that has not."""
+        if not _is_mapping(inputs):
+            raise ValueError(f"m: expected 1 where batches are no mappings, got {self.dip_config.m}, {type(inputs)}")
+        sizes = {name: tuple(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
+        if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
+            raise ValueError(
+                f"m: expected 1 where not every tensor of a batch has the examples first, got {self.dip_config.m} and "
+                f"{sizes}"
+            )
+        return dict(inputs)
+
+    def _dip_adds_up(self, num_items_in_batch: Any) -> bool:
+        """What `Trainer.training_step` asks: whether the loss is already a part of the step's."""
+        if self.loss_is_scaled_for_ga is not None:
+            return bool(self.loss_is_scaled_for_ga)
+        return bool(self.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
+            self.compute_loss_func is not None
+        )
+
+    # ---- predictions and logs
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        config = config_of(self.model)
+        if config is None or config.k == 0 or prediction_loss_only or not isinstance(logits, Tensor):
+            return loss, logits, labels
+        own = {name: v for name, v in self._prepare_inputs(inputs).items() if name not in self.label_names}
+        mean: Tensor = config.predict(model, **own)
+        tiny = torch.finfo(mean.dtype).tiny
+        if config.average == "probs":
+            mean = mean.clamp(min=tiny).log()
+        elif config.average == "sigmoid":
+            mean = torch.logit(mean, eps=torch.finfo(mean.dtype).eps)
+        return loss, mean, labels
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs and config_of(self.model) is not None:
+            logs |= metrics(self.model)
+        super().log(logs, *args, **options)
+
+    # ---- checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if config_of(self.model) is not None and not _is_peft(self.model):  # which has done so, for each adapter
+            save(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if config_of(self.model) is not None and not _is_peft(self.model):
+            state_dict = _without_variances(self.model, self.model.state_dict() if state_dict is None else state_dict)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._dip_restore(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.state.best_model_checkpoint is not None:
+            self._dip_restore(self.model, self.state.best_model_checkpoint)
+
+    def _dip_restore(self, model: Any, folder: str) -> None:
+        own = config_of(model)
+        if not self.is_fsdp_enabled:
+            _load_renamed(model, folder)
+        if own is None:
+            config = DIPConfig.load(folder)
+            self._dip_check_setting(config.key)
+            load(model, folder, self._dip_first_batches(model) if config.before else None)
+            return
+        if _is_peft(model):  # load_adapter has set the variances
+            return
+        stored = DIPConfig.load(folder)
+        load_variances(model, load_state(folder))
+        if stored != own:
+            warnings.warn(
+                f"dipkernels: the checkpoint {folder} was trained by another config: {differing(stored, own)} (the "
+                "checkpoint's, this trainer's). The trainer's holds; dip=DIPConfig.load(folder) takes the checkpoint's",
+                stacklevel=2,
+            )
+
+
+class DIPTrainer(DIPMixin, transformers.Trainer):
+    """transformers' Trainer with a config of DIP: `DIPTrainer(model, args, train_dataset=data, dip=DIPConfig())`."""
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _is_mapping(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping)
+
+
+def _is_peft(model: Any) -> bool:
+    return any(c.__name__ == "PeftModel" for c in type(model).__mro__)
+
+
+def _logits(outputs: Any) -> Tensor:
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(found, Tensor) or not found.requires_grad:
+        raise ValueError(
+            "lambda_s: expected logits that the trainer's loss is made of, got none (a fused loss); set lambda_s=0"
+        )
+    return found
+
+
+def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of the plain model: the variances are in dip.safetensors."""
+    own = _names_of_variances(model)
+    return {name: value for name, value in state_dict.items() if name not in own}
+
+
+def _names_of_variances(model: nn.Module) -> set[str]:
+    """Of their tensors, in the state dict of the model without wrappers."""
+    names = [name for name, module in plain_names(model).items() if isinstance(module, Variance)]
+    return {f"{name}.{part}" for name in names for part in ("log_variance", "log_prior")}
+
+
+def _load_renamed(model: Any, folder: str) -> None:
+    """Load what the trainer has not: its load_state_dict does not know the names by which save_pretrained wrote some models.
+
+    transformers 5.23 writes a ViT by its former names, and says no more than "There were missing keys" on resuming.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    own, stored = set(model.state_dict()) - _names_of_variances(model), _stored_names(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    if stored and own - stored - tied:
+        loaded = type(model).from_pretrained(folder).state_dict()
+        missing = model.load_state_dict(loaded, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"folder: expected the weights of this model in {folder}, got none for {missing}")
+
+
+def _stored_names(folder: str) -> set[str]:
+    """The names of the weights that save_pretrained wrote into the folder."""
+    index, whole = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    if os.path.isfile(index):
+        with open(index, encoding="utf-8") as file:
+            return set(json.load(file)["weight_map"])
+    if not os.path.isfile(whole):
+        return set()
+    with safetensors.safe_open(whole, "pt") as weights:
+        return set(weights.keys())
+
+
+def from_pretrained(kind: Any, folder: str | os.PathLike[str], *args: Any, batches: Any = None, **options: Any) -> Any:
+    """kind.from_pretrained(folder), converted and with its variances: what a trainer or `save` left in the folder.
+
+    Args:
+        kind: A class of transformers, such as AutoModelForCausalLM, or PEFT's AutoPeftModelForCausalLM.
+        folder: With dip_config.json and dip.safetensors.
+        args, options: Of kind.from_pretrained.
+        batches: As `dip.load`'s.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        FileNotFoundError, ValueError: As `dip.load`.
+    """
+    return load(kind.from_pretrained(folder, *args, **options), folder, batches)
+
+
+# ---- where no class can be changed ----------------------------------------------------------------------------------
+
+
+class DIPCallback(transformers.TrainerCallback):
+    """DIP in a Trainer whose class cannot be changed: `Trainer(model, args, callbacks=[DIPCallback(batches=batches)])`.
+
+    It converts and calibrates the model when the trainer is made, adds the gradient of the KL term before each optimiser
+    step, writes dip_config.json and dip.safetensors into each checkpoint, and puts sigma into state.log_history.
+
+    What a callback cannot do, and refuses: m > 1 and lambda_s > 0 (the batch and the loss are the trainer's), a key (the
+    noise is drawn from torch's generator, whose state the trainer keeps in its checkpoints), predictions with k > 0,
+    weight decay by the trainer's own optimiser, FSDP, DeepSpeed, and KL under fp16. What it cannot do, and says: the variances
+    learn at the weights' rate unless `optimizers` is made from `param_groups` after `dip.apply`. What else differs: the logged loss and the
+    clipped norm are without the KL term, and the trainer's loggers do not see sigma. `DIPMixin` does all of it.
+
+    Args:
+        config: With m=1 and key=None; DIPConfig(m=1, key=None) by default.
+        batches: As `dip.apply`'s. Neither is needed for a model that `dip.apply` has converted.
+
+    Raises:
+        ValueError: For what it cannot do, when it is made or when the trainer is.
+    """
+
+    def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
+        self.config, self.batches = config or DIPConfig(m=1, key=None), batches
+        _require_little(self.config)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        model, optimizer = options["model"], options.get("optimizer")
+        own = config_of(model)
+        if own is not None:
+            _require_little(own)
+            self.config = own
+        elif self.batches is None and self.config.variance is None:
+            raise ValueError(
+                "batches: expected some, by which ratio sets the noise, got None; or variance=... in the config"
+            )
+        if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
+            raise ValueError("args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin")
+        if optimizer is None and args.weight_decay > 0:
+            raise ValueError(
+                f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the trainer's optimiser would decay "
+                "the variances. Call dip.apply(model, config, batches) and pass optimizers=(torch.optim.AdamW("
+                "dip.param_groups(model, lr, weight_decay)), None), or use DIPMixin"
+            )
+        if own is None:
+            apply(model, self.config, self.batches)
+        if optimizer is not None:
+            require_groups(model, optimizer, "or leave it to DIPMixin")
+        else:
+            warnings.warn(
+                "DIPCallback: the variances learn at the weights' learning rate, a tenth of the recipe's; pass optimizers=("
+                "torch.optim.AdamW(dip.param_groups(model, lr)), None) after dip.apply, or use DIPMixin",
+                stacklevel=2,
+            )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if config_of(options["model"]) is None:
+            raise ValueError(
+                "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was added later"
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        model = options["model"]
+        parameters = list(learning_variances(model).values())
+        if self.config.kl > 0 and parameters:
+            gradients = torch.autograd.grad(kl_penalty(model, self.config.kl), parameters)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def on_log(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.log_history and "loss" in state.log_history[-1]:
+            state.log_history[-1] |= metrics(options["model"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        model = options["model"]
+        if not _is_peft(model):
+            save(model, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), write=args.should_save)
+
+
+def _require_little(config: DIPConfig) -> None:
+    """Raise ValueError naming all of the config that a callback cannot do."""
+    wanted = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
+    asked = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
+    if asked:
+        raise ValueError(
+            f"config: expected {', '.join(f'{n}={wanted[n]}' for n in asked)}, all that a callback can do, got "
+            f"{', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the trainer's class"
+        )

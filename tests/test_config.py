@@ -1,0 +1,297 @@
+"""DIPConfig: one value for a whole training, its JSON, and what apply, save and load make of it."""
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks_support import Ranks
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
+from dipkernels.nn.numbering import dip_layers
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("safetensors")
+X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+FULL = dip.DIPConfig(
+    types=("Linear",),
+    include=("0", "body.*"),
+    exclude=("head",),
+    before={"*.experts": -1},
+    place="producer",
+    share=(("q", "k"),),
+    ratio={"body.*": 0.3, "*": 1.0},
+    per="feature",
+    m=4,
+    kl=0.5,
+    lambda_s=0.1,
+    k=8,
+    average="logits",
+    key=7,
+)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.body, self.head = nn.Linear(8, 16), nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.body[0](self.up(x).relu()).relu())
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_config_goes_through_json_and_back():
+    for config in (dip.DIPConfig(), FULL, dip.DIPConfig(variance={"*": 0.1}, key=None)):
+        assert dip.DIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert config.to_dict()["version"] == 1
+        assert dataclasses.replace(config, m=3).m == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FULL.m = 2
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"types": ("Liner",)}, r"types: expected names of some of .*got \['Liner'\]"),
+        ({"types": ()}, "types: expected names"),
+        ({"include": [1]}, "include: expected strings"),
+        ({"exclude": 5}, "exclude: expected strings, got 5"),
+        ({"share": "q_proj"}, "share: expected groups"),
+        ({"share": None}, "share: expected groups"),
+        ({"share": ["q_proj"]}, "share: expected groups"),
+        ({"kl": 10**400}, "kl: expected a finite number"),
+        ({"before": {"a": 1.5}}, "before: expected {pattern: feature dimension}"),
+        ({"place": 3}, "place: expected 'input' or 'producer'"),
+        ({"ratio": 0}, "ratio: expected a finite number > 0"),
+        ({"ratio": {}}, "ratio: expected a finite number > 0"),
+        ({"ratio": {"a": float("nan")}}, "ratio: expected a finite number > 0"),
+        ({"variance": -1.0}, "variance: expected a finite number > 0"),
+        ({"ratio": 1.0, "variance": 0.1}, "variance: expected None beside ratio"),
+        ({"per": "all"}, "per: expected 'layer' or 'feature'"),
+        ({"per": "feature", "variance": 0.1}, "per: expected 'layer' beside variance"),
+        ({"m": 0}, "m: expected an integer >= 1"),
+        ({"k": True}, "k: expected an integer >= 0"),
+        ({"kl": -0.1}, "kl: expected a finite number >= 0"),
+        ({"lambda_s": 1.0, "m": 1}, "lambda_s: expected 0 with m = 1"),
+        ({"average": None}, "average: expected a string"),
+        ({"average": "mean"}, "average: expected one of"),
+        ({"key": 1.0}, "key: expected an integer or None"),
+    ],
+)
+def test_config_refuses_by_name(fields, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dip.DIPConfig(**fields)
+
+
+def test_unknown_keys_and_other_versions_are_refused(tmp_path):
+    data = dip.DIPConfig().to_dict()
+    with pytest.raises(ValueError, match=r"expected keys among .*unknown \['neftune'\]"):
+        dip.DIPConfig.from_dict({**data, "neftune": 5})
+    with pytest.raises(ValueError, match=r"version: expected 1, .*got 2"):
+        dip.DIPConfig.from_dict({**data, "version": 2})
+    with pytest.raises(ValueError, match="version: expected 1"):
+        dip.DIPConfig.from_dict({})
+    (tmp_path / CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        dip.DIPConfig.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"folder: expected a dip_config\.json"):
+        dip.DIPConfig.load(tmp_path / "other")
+
+
+def test_apply_is_convert_and_calibrate():
+    model, want = net(), net()
+    assert dip.apply(model, dip.DIPConfig(), iter(X.split(16))) is model
+    dip.convert(want)
+    dip.calibrate(want, X.split(16))
+    got, expected = dip.variances(model), dip.variances(want)
+    assert got.keys() == expected.keys() and all(torch.equal(got[n], v) for n, v in expected.items())
+    assert dip.config_of(model) == dip.config_of(copy.deepcopy(model)) == dip.DIPConfig()
+    assert dip.config_of(dip.to_plain(model)) is None
+    dip.apply(model, dip.DIPConfig(variance=0.04, types=["Linear"]))
+    assert all(row.sigma_mean == pytest.approx(0.2) for row in dip.summary(model))
+
+
+def test_apply_chooses_layers_and_amounts_by_pattern():
+    config = dip.DIPConfig(include=["up", "body"], ratio={"body.*": 0.25, "*": 1.0})
+    model, whole = dip.apply(net(), config, X), net()
+    assert list(dip_layers(model)) == ["up", "body.0"]
+    dip.convert(whole, exclude=["head"])
+    dip.calibrate(whole, [X], ratio=1.0)
+    for name, factor in (("up", 1.0), ("body.0", 0.25)):
+        got, want = (m.get_submodule(name).variance for m in (model, whole))
+        assert torch.allclose(got.sigma, factor * want.sigma)
+        assert torch.equal(got.log_prior, got.log_variance)
+    model = dip.apply(net(), dip.DIPConfig(variance={"head": 1.0, "*": 0.25}, exclude=["up"]))
+    assert [round(row.sigma_mean, 5) for row in dip.summary(model)] == [0.5, 1.0]
+
+
+def test_apply_noises_modules_by_name_and_shares():
+    config = dip.DIPConfig(types=["Linear"], include=["up"], before=["body.0"], ratio=0.5)
+    assert list(dip_layers(dip.apply(net(), config, [X]))) == ["up", "body.0"]
+
+
+@pytest.mark.parametrize(
+    "config, batches, message",
+    [
+        (dip.DIPConfig(), None, "batches: expected some, by which ratio"),
+        (dip.DIPConfig(), [], "batches: expected at least one batch"),
+        (dip.DIPConfig(), [torch.ones(4, 8)], "batches: expected inputs that vary"),
+        (dip.DIPConfig(include=["nothing"]), [X], r"include: expected patterns .*'nothing'"),
+        (dip.DIPConfig(exclude=["nothing"]), [X], "exclude: expected patterns"),
+        (dip.DIPConfig(ratio={"up": 1.0}), [X], r"ratio: expected patterns .*none for \['body.0', 'head'\]"),
+        (dip.DIPConfig(ratio={"up": 1.0, "*": 1.0, "no": 1.0}), [X], r"\['no'\] that match none"),
+        (dip.DIPConfig(before=["body.0"], variance=0.1), None, "batches: expected a batch"),
+        ({"m": 2}, [X], "config: expected a DIPConfig, got dict"),
+    ],
+)
+def test_a_refused_apply_leaves_the_model_plain(config, batches, message):
+    model = net()
+    with pytest.raises((ValueError, TypeError), match=message):
+        dip.apply(model, config, batches)
+    assert not dip_layers(model) and dip.config_of(model) is None and type(model.up) is nn.Linear
+
+
+def test_place_producer_is_applied_saved_and_loaded(tmp_path):
+    def normed():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    model, x = normed(), torch.randn(5, 4)
+    dip.apply(model, dip.DIPConfig(place="producer"), [x])
+    assert type(model[1]).__name__ == "DIPLayerNorm" and type(model[2]) is nn.Linear
+    dip.save(model, tmp_path)
+    again = dip.load(normed(), tmp_path, [x])
+    with dip.fixed_noise(5):
+        want = model(x)
+    with dip.fixed_noise(5):
+        assert torch.equal(again(x), want)
+    with pytest.raises(ValueError, match="batches"):
+        dip.load(normed(), tmp_path)
+
+
+def test_apply_twice_is_refused():
+    model = dip.apply(net(), dip.DIPConfig(), [X])
+    with pytest.raises(ValueError, match="model: expected one without DIP layers"):
+        dip.apply(model, dip.DIPConfig(), [X])
+    assert len(dip_layers(model)) == 3
+
+
+PREDICT = """
+import sys, torch, dipkernels as dip
+sys.path.insert(0, sys.argv[1])
+from test_config import X, Net
+model = Net()
+model.load_state_dict(torch.load(sys.argv[2] + "/plain.pt", weights_only=True))
+dip.load(model, sys.argv[2])
+with dip.fixed_noise(3):
+    torch.save(dip.config_of(model).predict(model, X), sys.argv[2] + "/predicted.pt")
+"""
+
+
+def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path):
+    model = dip.apply(net(), dip.DIPConfig(k=4, ratio={"up": 0.5, "*": 1.0}), [X])
+    with torch.no_grad():
+        for layer in dip_layers(model).values():
+            layer.log_variance.add_(torch.randn_like(layer.log_variance))
+    with dip.fixed_noise(3):
+        want = dip.config_of(model).predict(model, X)
+    dip.save(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [VARIANCES_FILE, CONFIG_FILE]
+    torch.save(dip.to_plain(copy.deepcopy(model)).state_dict(), tmp_path / "plain.pt")
+    subprocess.run([sys.executable, "-c", PREDICT, str(ROOT / "tests"), str(tmp_path)], check=True, cwd=ROOT)
+    assert torch.equal(torch.load(tmp_path / "predicted.pt"), want)
+    loaded = dip.load(net(), tmp_path)
+    assert dip.config_of(loaded) == dip.config_of(model)
+    assert all(torch.equal(v, dip.variances(loaded)[n]) for n, v in dip.variances(model).items())
+
+
+def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path):
+    model = dip.apply(net(), dip.DIPConfig(), [X])
+    dip.save(model, tmp_path)
+    wide = nn.ModuleDict({"up": nn.Linear(9, 16), "body": nn.ModuleList([nn.Linear(16, 16)]), "head": nn.Linear(16, 3)})
+    with pytest.raises(ValueError, match=r"dip.safetensors: .*\(given, expected\).*up.variance.log_variance"):
+        dip.load(wide, tmp_path)
+    assert not dip_layers(wide)
+    with pytest.raises(ValueError, match="expected the variances of this model"):
+        dip.load(nn.Sequential(nn.Linear(8, 3)), tmp_path)
+    (tmp_path / VARIANCES_FILE).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="expected a file of safetensors"):
+        dip.load(net(), tmp_path)
+    (tmp_path / VARIANCES_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected a dip\.safetensors"):
+        dip.load(net(), tmp_path)
+    with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
+        dip.save(dip.convert(net()), tmp_path)
+
+
+def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    model = dip.apply(net(), dip.DIPConfig(), [X])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        dip.save(model, tmp_path)
+
+
+def test_a_loop_by_the_config_is_the_loop_by_hand():
+    config = dip.DIPConfig(m=3, kl=0.5, lambda_s=0.1, k=5, average="logits", key=40)
+    model = dip.apply(net(), config, [X])
+    with config.noise(2, row0=6):
+        loss = config.objective(config.trajectories(model, X), Y, F.cross_entropy, model)
+    with dip.fixed_noise(42, row0=6):
+        out = dip.trajectories(model, X, m=3)
+        assert torch.equal(dip.objective(out, Y, F.cross_entropy, model, kl=0.5, lambda_s=0.1), loss)
+    with dip.fixed_noise(1):
+        got = config.predict(model, X)
+        assert torch.equal(got, dip.predict(model, X, k=5, average="logits"))
+        assert not torch.equal(got, config.predict(model, X, k=0))
+    drawn = dip.DIPConfig(key=None)
+    with drawn.noise(0):
+        first = model(X)
+    with drawn.noise(0):
+        assert not torch.equal(first, model(X))
+
+
+def check_sharded(rank, world, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = dip.apply(net(), dip.DIPConfig(ratio=0.5), [X])
+    want = dip.variances(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+    assert dip.metrics(model)["dip/share"] == pytest.approx(1.0)
+    dip.save(model, folder)
+    torch.distributed.barrier()
+    dip.load_variances(model, {name: torch.zeros_like(v) for name, v in want.items()})
+    dip.load(model, folder)
+    got = dip.variances(model)
+    return all(torch.equal(got[name], v) for name, v in want.items()) and dip.config_of(model).ratio == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
+    ranks = Ranks(2)
+    try:
+        assert ranks.run(check_sharded, str(tmp_path)) == [True, True]
+    finally:
+        ranks.stop()
+    whole = dip.load(net(), tmp_path)
+    assert dip.variances(whole)["up.variance.log_variance"].shape == (8,)
+
+
+def test_import_loads_no_integration_and_no_framework():
+    code = "import sys, dipkernels; print([n for n in sys.modules if n.startswith('dipkernels.integrations') or n.split('.')[0] in %r])"
+    names = ("transformers", "trl", "peft", "lightning", "accelerate", "safetensors", "matplotlib", "rich")
+    done = subprocess.run([sys.executable, "-c", code % (names,)], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

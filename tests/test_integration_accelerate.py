@@ -1,0 +1,98 @@
+"""accelerate: a loop written by hand, on one process and on two."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks_support import Ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dipkernels as dip
+from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
+
+accelerate = pytest.importorskip("accelerate")
+from dipkernels.integrations.accelerate import keep_config, step_noise  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+CONFIG = dip.DIPConfig(ratio=0.5)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def trained(batch, accumulate=1, folder=None):
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    model = dip.apply(net(), CONFIG, [X])
+    optimizer = torch.optim.SGD(dip.param_groups(model, 0.1))
+    data = DataLoader(TensorDataset(X, Y), batch)
+    model, optimizer, data = accelerator.prepare(model, optimizer, data)
+    keep_config(accelerator, model)
+    for i, (x, y) in enumerate(data):
+        step, micro = divmod(i, accumulate)
+        with accelerator.accumulate(model), step_noise(accelerator, model, step, batch, micro):
+            loss = CONFIG.objective(CONFIG.trajectories(model, x), y, F.cross_entropy, model)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    if folder is not None:
+        accelerator.save_state(folder)
+    return accelerator, accelerator.unwrap_model(model)
+
+
+def same(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch():
+    (_, small), (_, big) = trained(4, 2), trained(8)
+    same(small.state_dict(), big.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):
+    accelerator, model = trained(8, folder=tmp_path)
+    assert {CONFIG_FILE, VARIANCES_FILE} <= {path.name for path in tmp_path.iterdir()}
+    want = {name: value.clone() for name, value in model.state_dict().items()}
+    dip.load_variances(model, {name: torch.zeros_like(v) for name, v in dip.variances(model).items()})
+    accelerator.load_state(tmp_path)
+    same(model.state_dict(), want)
+    plain = net()
+    accelerate.load_checkpoint_in_model(plain, str(tmp_path / "model.safetensors"))
+    same(dip.load(plain, tmp_path).state_dict(), want)
+    (dip.DIPConfig(ratio=0.5, kl=1.0)).save(tmp_path)
+    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(1.0, 0.2\)}"):
+        accelerator.load_state(tmp_path)
+
+
+def test_a_model_without_a_config_is_refused():
+    accelerator, model = accelerate.Accelerator(cpu=True), dip.convert(net())
+    for call in (lambda: keep_config(accelerator, model), lambda: step_noise(accelerator, model, 0, 8)):
+        with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
+            call()
+
+
+def check_train(rank, world, folder):
+    accelerator, model = trained(8, folder=folder)
+    assert accelerator.num_processes == 2
+    dip.check_ranks(model)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    ranks = Ranks(2)
+    try:
+        first, second = ranks.run(check_train, str(tmp_path))
+    finally:
+        ranks.stop()
+    same(first, second)
+    same(trained(16)[1].state_dict(), first, rtol=1e-4, atol=1e-6)
+    same(
+        dip.load(dip.apply(net(), CONFIG, [X]), tmp_path).state_dict(),
+        first | {name: value for name, value in net().state_dict().items()},
+    )

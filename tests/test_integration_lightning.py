@@ -1,0 +1,250 @@
+"""Lightning with DIPCallback: real training of tiny models."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks_support import Ranks
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import dipkernels as dip
+from dipkernels.nn.numbering import dip_layers
+
+lightning = pytest.importorskip("lightning")
+from dipkernels.integrations.lightning import DIPCallback, load_from_checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
+CONFIG = dip.DIPConfig(ratio=0.5)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, groups=True, answer="tensor"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.groups, self.answer = (
+            nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)),
+            groups,
+            answer,
+        )
+        self.losses = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        return loss if self.answer == "tensor" else {"loss": loss, "other": 1}
+
+    def on_before_backward(self, loss):
+        self.losses.append(loss.item())
+
+    def configure_optimizers(self):
+        if self.groups:
+            return torch.optim.AdamW(dip.param_groups(self, 1e-2, weight_decay=0.1))
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
+
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+
+
+def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, shuffle=False, **options):
+    module = module or Module()
+    given = {"max_steps": 4, "accelerator": "cpu", "default_root_dir": folder}
+    callback = callback or DIPCallback(CONFIG)
+    trainer = lightning.Trainer(callbacks=callback, **{**QUIET, **given, **options})
+    trainer.fit(module, DataLoader(TensorDataset(X, Y), batch, shuffle=shuffle), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def same(a, b, **tolerance):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("answer", ["tensor", "mapping"])
+@pytest.mark.parametrize("config", [CONFIG, dip.DIPConfig(m=1, kl=1.0, ratio=0.5), dip.DIPConfig(variance=0.1, kl=0)])
+def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
+    module = Module(answer=answer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="dipkernels.*")
+        fitted(tmp_path, module, DIPCallback(config))
+    hand = Module()
+    dip.apply(hand, config, [batch for batch in X.split(8)])
+    optimizer = hand.configure_optimizers()
+    for step, (x, y) in enumerate(zip(X.split(8), Y.split(8))):
+        with config.noise(step):
+            loss = config.objective(config.trajectories(hand, x), y, F.cross_entropy, hand)
+        assert module.losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    same(module, hand, rtol=1e-4, atol=1e-5)
+    assert "training_step" not in vars(module) and len(module.losses) == 4
+    assert dip.variances(module)["net.0.variance.log_variance"].std() > 0
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
+    _, small = fitted(tmp_path, batch=4, accumulate_grad_batches=2, callback=DIPCallback(CONFIG, [X]))
+    _, big = fitted(tmp_path, callback=DIPCallback(CONFIG, [X]))
+    same(small, big, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    """From the end of an epoch: in the middle of one Lightning hands out its first batches again."""
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    options = {"enable_checkpointing": True, "max_steps": -1, "max_epochs": 3}
+    _, whole = fitted(tmp_path, callback=[DIPCallback(CONFIG), keep], **options)
+    _, again = fitted(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
+    assert len(whole.losses) == 12 and again.losses == whole.losses[4:]
+    same(again, whole)
+    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.2, 1.0\)}"):
+        fitted(tmp_path, callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
+    trainer, module = fitted(tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = load_from_checkpoint(Module, tmp_path / "a.ckpt")
+    same(loaded, module)
+    assert dip.config_of(loaded) == CONFIG and not loaded.training
+    plain = lightning.Trainer(logger=False, accelerator="cpu", max_steps=0)
+    plain.fit(Module(), DataLoader(TensorDataset(X, Y), 8))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="path: expected a checkpoint of a DIPCallback"):
+        load_from_checkpoint(Module, tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="ckpt_path: expected a checkpoint of a DIPCallback"):
+        fitted(tmp_path, ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = lightning.pytorch.loggers.TensorBoardLogger(tmp_path)
+    _, module = fitted(tmp_path, logger=logger, log_every_n_steps=2)
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert {"dip/sigma", "dip/share", "dip/kl", "dip/sigma/net"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("dip/sigma")[-1].value == pytest.approx(dip.metrics(module)["dip/sigma"], rel=1e-6)
+
+
+class NoForward(Module):
+    forward = lightning.LightningModule.forward
+
+    def training_step(self, batch):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    "make, callback, message",
+    [
+        (Module, lambda: DIPCallback(dip.DIPConfig(lambda_s=0.1)), "config: expected lambda_s=0 and k=0"),
+        (Module, lambda: DIPCallback(dip.DIPConfig(k=4)), "config: expected lambda_s=0 and k=0"),
+        (Module, lambda: DIPCallback(), "config: expected a DIPConfig, or a module"),
+        (Manual, lambda: DIPCallback(CONFIG), "expected automatic optimisation"),
+        (NoForward, lambda: DIPCallback(CONFIG), "batches: expected some, for a module without a forward"),
+        (
+            lambda: Module(groups=False),
+            lambda: DIPCallback(CONFIG),
+            r"optimizer: .*decays 2 variance.*configure_optimizers",
+        ),
+        (lambda: dip.convert(Module()), lambda: DIPCallback(CONFIG), "expected a plain one beside config"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(make, callback, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path, make(), callback())
+
+
+def test_strategies_that_shard_are_refused(tmp_path):
+    class FSDPStrategy(lightning.pytorch.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match="strategy: expected one process or DDP, got FSDPStrategy"):
+        fitted(tmp_path, strategy=FSDPStrategy())
+
+
+def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
+    module = NoForward()
+    dip.apply(module.net, CONFIG, [X])
+    _, module = fitted(tmp_path, module, DIPCallback())
+    assert len(dip_layers(module)) == 2 and dip.config_of(module) == CONFIG
+    other = Module()
+    dip.apply(other.net, CONFIG, [X])
+    with pytest.raises(ValueError, match=r"got another in {'m': \(2, 4\)"):
+        fitted(tmp_path, other, DIPCallback(dip.DIPConfig(ratio=0.5, m=4)))
+
+
+def test_the_noise_of_a_step_ends_with_it_a_failed_one_too(tmp_path):
+    layer, drawn = dip.convert(nn.Linear(8, 8)), []
+
+    class Drawing(Module):
+        def on_train_batch_end(self, *args):
+            drawn.append((layer(X), layer(X)))
+
+    class Failing(Module):
+        def training_step(self, batch):
+            raise KeyError("no")
+
+    fitted(tmp_path, Drawing())
+    with pytest.raises(KeyError):
+        fitted(tmp_path, Failing())
+    assert len(drawn) == 4
+    assert not any(torch.equal(a, b) for a, b in [*drawn, (layer(X), layer(X))])
+
+
+def check_train(rank, world, folder):
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
+    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": folder, "use_distributed_sampler": False}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET)
+    data, module = TensorDataset(X, Y), Module()
+    sampler = torch.utils.data.DistributedSampler(data, world, rank, shuffle=False)  # rank 0 has the even examples
+    trainer.fit(module, DataLoader(data, 8, sampler=sampler))
+    dip.check_ranks(module)
+    return trainer.world_size, {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    ranks = Ranks(2)
+    try:
+        (world, first), (_, second) = ranks.run(check_train, str(tmp_path))
+    finally:
+        ranks.stop()
+    assert world == 2
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    # One process with the same examples in the same places.
+    order = [2 * i + rank + 16 * step for step in range(2) for rank in range(2) for i in range(8)]
+    module = Module()
+    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X[0::2]]), **options, **QUIET)
+    trainer.fit(module, DataLoader(TensorDataset(X[order], Y[order]), 16))
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
+    """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among 10."""
+    module = Module()
+    options = {"max_epochs": 1, "accumulate_grad_batches": 3, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X]), **options, **QUIET)
+    trainer.fit(module, DataLoader(TensorDataset(X[:10], Y[:10]), 4))
+    hand = dip.apply(Module(), CONFIG, [X])
+    for i, (x, y) in enumerate(zip(X[:10].split(4), Y[:10].split(4))):
+        with CONFIG.noise(0, row0=4 * i * CONFIG.m):
+            want = CONFIG.objective(CONFIG.trajectories(hand, x), y, F.cross_entropy, hand)
+        assert module.losses[i] * 3 == pytest.approx(want.item(), rel=1e-5)

@@ -1,0 +1,178 @@
+"""PEFT: variances are saved and loaded with the adapter, each adapter its own; merged layers keep their noise."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import dipkernels as dip
+from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
+from dipkernels.nn.numbering import dip_layers
+
+pytest.importorskip("safetensors")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "labels": IDS}
+CONFIG = dip.DIPConfig(exclude=["*.lm_head"], ratio=0.3)
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+    )
+
+
+def lora(*targets):
+    return peft.LoraConfig(r=2, target_modules=list(targets or ("q_proj", "v_proj")), task_type="CAUSAL_LM")
+
+
+def adapted(config=CONFIG, base=None):
+    return dip.apply(peft.get_peft_model(base or llama(), lora()), config, [BATCH])
+
+
+def moved(model, by):
+    """The variances after a step of training, as it were."""
+    with torch.no_grad():
+        for layer in dip_layers(model).values():
+            layer.log_variance.add_(by)
+    return dip.variances(model)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def noisy(model):
+    with dip.fixed_noise(3), dip.sampling_on(), torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_variances_are_saved_with_the_adapter_and_load_with_it(tmp_path):
+    model = adapted()
+    want = moved(model, 0.5)
+    assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(model, peft.PeftModelForCausalLM)
+    model.save_pretrained(tmp_path)
+    assert {CONFIG_FILE, VARIANCES_FILE, "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    loaded = dip.load(peft.PeftModel.from_pretrained(llama(), tmp_path), tmp_path)
+    assert equal(dip.variances(loaded), want) and dip.config_of(loaded) == CONFIG
+    assert torch.equal(noisy(loaded), noisy(model.eval()))
+    moved(model, 1.0)
+    model.load_adapter(tmp_path, "default")
+    assert equal(dip.variances(model), want)
+
+
+def test_two_adapters_have_variances_of_their_own(tmp_path):
+    model = adapted()
+    model.add_adapter("other", lora())
+    first = moved(model, 0.5)
+    model.set_adapter("other")
+    start = dip.variances(model)
+    assert not equal(start, first) and not dip.check(model, BATCH).frozen
+    second = moved(model, 1.0)
+    model.save_pretrained(tmp_path)
+    model.set_adapter("default")
+    assert equal(dip.variances(model), first)
+    model.set_adapter("other")
+    assert equal(dip.variances(model), second)
+    fresh = dip.load(peft.PeftModel.from_pretrained(llama(), tmp_path), tmp_path)
+    assert equal(dip.variances(fresh), first)
+    fresh.load_adapter(tmp_path / "other", "other")
+    assert equal(dip.variances(fresh), first)  # not active yet
+    fresh.set_adapter("other")
+    assert equal(dip.variances(fresh), second)
+    fresh.delete_adapter("other")
+    assert fresh.active_adapter == "default" and equal(dip.variances(fresh), first)
+    model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
+    assert not (tmp_path / "one" / VARIANCES_FILE).exists() and (tmp_path / "one" / "other" / VARIANCES_FILE).exists()
+
+
+def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
+    model = adapted()
+    before = dip.variances(model)
+    model.add_adapter("wide", lora("q_proj", "down_proj"))
+    assert equal(dip.variances(model), before)
+    model.set_adapter("wide")
+    report = dip.check(model, BATCH)
+    assert report.checked == 7 and not report.frozen and "down_proj.variance.log_variance" in "".join(before)
+    shared = adapted(dip.DIPConfig(exclude=["*.lm_head"], share=[("gate_proj", "up_proj")], ratio=0.3))
+    with pytest.raises(ValueError, match=r"add every adapter first, then dip\.apply"):
+        shared.add_adapter("wide", lora("up_proj"))
+
+
+@pytest.mark.parametrize("share", [(), (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))])
+@pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
+def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):
+    base = llama()
+    model = peft.get_peft_model(base, lora("q_proj", "k_proj", "v_proj"))
+    dip.apply(model, dip.DIPConfig(exclude=["*.lm_head"], share=share, ratio=0.3), [BATCH])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name and method == "merge_and_unload":
+                parameter.normal_(std=0.1)
+    state, want, quiet = moved(model, 0.5), noisy(model.eval()), model(input_ids=IDS).logits
+    merged = getattr(model, method)()
+    assert merged is base and len(dip_layers(merged)) == 7
+    got = dip.variances(merged)
+    assert {f"base_model.model.{name}": v.sum() for name, v in got.items()} == {n: v.sum() for n, v in state.items()}
+    torch.testing.assert_close(noisy(merged), want)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, quiet)
+    assert dip.check(merged, BATCH).ok and dip.config_of(merged).share == share
+    assert type(dip.to_plain(merged).model.layers[0].self_attn.q_proj) is torch.nn.Linear
+
+
+def test_a_head_that_the_adapter_trains_whole_keeps_its_noise():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    model = dip.apply(peft.get_peft_model(llama(), config), dip.DIPConfig(), [BATCH])
+    want = moved(model, 0.5)["base_model.model.lm_head.modules_to_save.default.variance.log_variance"]
+    assert torch.equal(dip.variances(model.merge_and_unload())["lm_head.variance.log_variance"], want)
+
+
+def test_copies_and_pickles_keep_their_variances_with_them(tmp_path):
+    model = adapted()
+    want = moved(model, 0.5)
+    for i, again in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        assert equal(dip.variances(again), want) and type(again) is type(model)
+        again.save_pretrained(tmp_path / str(i))
+        assert (tmp_path / str(i) / VARIANCES_FILE).exists()
+    plain = dip.to_plain(model)
+    plain.save_pretrained(tmp_path / "plain")
+    plain.set_adapter("default")
+    assert not (tmp_path / "plain" / VARIANCES_FILE).exists()
+
+
+def test_an_adapter_of_other_layers_is_refused_and_changes_nothing(tmp_path):
+    other = dip.apply(peft.get_peft_model(llama(), lora()), dip.DIPConfig(ratio=0.3), [BATCH])
+    other.save_pretrained(tmp_path)
+    model = adapted()
+    before = dip.variances(model)
+    with pytest.raises(ValueError, match=r"unknown .*lm_head"):
+        model.load_adapter(tmp_path, "default")
+    assert equal(dip.variances(model), before)
+
+
+def test_the_order_of_get_peft_model_and_apply_is_checked(tmp_path):
+    base = dip.apply(llama(), dip.DIPConfig(exclude=["lm_head"]), [BATCH])
+    model = peft.get_peft_model(base, lora())
+    for call in (lambda: dip.save(model, tmp_path), lambda: dip.apply(model, CONFIG, [BATCH])):
+        with pytest.raises(ValueError, match=r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"):
+            call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        dip.convert(model, exclude=["*.lm_head"])  # the way out that the message names
+    dip.save(model, tmp_path)
+
+
+def test_keep_variances_wants_a_converted_peft_model():
+    from dipkernels.integrations.peft import keep_variances
+
+    with pytest.raises(TypeError, match="expected a PeftModel, got LlamaForCausalLM"):
+        keep_variances(llama())
+    with pytest.raises(ValueError, match=r"expected one that dip\.apply has converted"):
+        keep_variances(peft.get_peft_model(llama(), lora()))
