@@ -265,14 +265,15 @@ class _Planner:
         return ""
 
     def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
-        others = {layer for call in calls for layer in call.readers} - set(layers)
+        readers = {layer for call in calls for layer in call.readers}
+        others = [self._name(layer) for layer in self._dims if layer in readers and layer not in layers]
         if len({frozenset(call.readers) for call in calls}) > 1:
             return "it is called in several places, which other layers read: give each place a module of its own"
         for call in calls:
             if call.elsewhere is not None:
                 return call.elsewhere
         if others:
-            return f"it is read by {', '.join(self._name(layer) for layer in others)} too, with a projection of its own"
+            return f"it is read by {', '.join(others)} too, with a projection of its own"
         if any(count > 1 for call in calls for count in call.readers.values()):
             return "a layer reads it twice in a pass, which would be two draws"
         if len({dim for call in calls for dim in call.dims}) > 1:
