@@ -45,8 +45,8 @@ class DIPConfig:
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a
-            layer's name holds. 1 by default, where variance is None.
+        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
+            name holds. By default, where variance is None, calibrate's: 1, less before layers that see few values.
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is calibrated then.
         per: "layer" or "feature", as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
@@ -364,7 +364,7 @@ def _matches(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
-    ratio = 1.0 if config.ratio is None else config.ratio
+    ratio = config.ratio
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per)
         return

@@ -12,7 +12,6 @@ lot. Stopped, it goes on where it was. About three hours on two cores.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import statistics
 import sys
@@ -27,7 +26,7 @@ from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
 from training import evaluate, kept, train
 
-from dipkernels.models.calibrate import calibrate
+from dipkernels.models.calibrate import FEW
 from dipkernels.training.objective import KL
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -52,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"optimiser": "SGD", 
 WITH_SGD = ("plain", "default", "fixed 1")
 SCORES = ("clean", "pgd", "noise")
 # A part is of these defaults: with others it is another part.
-DEFAULTS = {"kl": KL, "ratio": inspect.signature(calibrate).parameters["ratio"].default}
+DEFAULTS = {"kl": KL, "few": FEW}
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:

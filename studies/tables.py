@@ -25,11 +25,11 @@ def verdict(differences: Sequence[float]) -> str:
     return "better" if mean - half > 0 else "worse" if mean + half < 0 else "undecided"
 
 
-def signed(differences: Sequence[float]) -> str:
+def signed(differences: Sequence[float], digits: int = 1) -> str:
     """+1.2 ± 0.8, with a mark where undecided."""
     mean, half = interval(differences)
     mark = " ?" if verdict(differences) == "undecided" else ""
-    return f"{mean:+.1f} ± {half:.1f}{mark}" if math.isfinite(half) else f"{mean:+.1f}"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}{mark}" if math.isfinite(half) else f"{mean:+.{digits}f}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,20 @@ def loss_of(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
     return F.mse_loss if task.regression else F.cross_entropy
 
 
+def values_seen(model: nn.Module, x: Tensor) -> dict[str, int]:
+    """Of one example, how many values each DIP layer's input has."""
+    seen: dict[str, int] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0][0].numel()))
+        for name, layer in dip_layers(model).items()
+    ]
+    with torch.no_grad():
+        model.eval()(x[:1])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
     """Give the model the method's noise. An empty method is the recipe as it stands, all by default."""
     if method.get("where") == "input":
@@ -29,6 +45,12 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model)
     options = {name: method[name] for name in ("ratio", "per") if name in method}
     dip.calibrate(model, [x], **options)
+    if "values" in method:  # a candidate for calibrate: less noise before layers that see few values of an example
+        seen = values_seen(model, x[:1])
+        for name, layer in dip_layers(model).items():
+            shift = method.get("power", 0.5) * math.log(min(1.0, seen[name] / method["values"]))
+            layer.log_variance.data += 2 * shift
+            layer.variance.log_prior += 2 * shift
     for name, values in method.get("variances", {}).items():
         dip_layers(model)[name].log_variance.data.copy_(values)
     if method.get("fixed"):
@@ -45,17 +67,74 @@ def optimiser(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, momentum=0.9) if name == "SGD" else torch.optim.AdamW(groups)
 
 
+def cosine(optimizer: torch.optim.Optimizer, epochs: int, method: dict[str, Any]) -> torch.optim.lr_scheduler.LambdaLR:
+    """From the rate to 0 over the epochs; the variances' rate with the weights', or constant."""
+
+    def fall(epoch: int) -> float:
+        return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    constant = method.get("variance_schedule") == "constant"
+    names = [group["name"] for group in optimizer.param_groups]
+    rates = [(lambda epoch: 1.0) if constant and name == "variances" else fall for name in names]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+
+
+def energy(out: Tensor, y: Tensor) -> Tensor:
+    """The energy score of m >= 2 draws, mean |y - out_s| - mean |out_s - out_t| / 2 over s != t; of classes, of their
+    probabilities."""
+    if not y.is_floating_point():
+        out, y = out.softmax(-1), F.one_hot(y, out.shape[-1]).to(out)
+    m = len(out)
+    apart = (out[:, None] - out[None]).norm(dim=-1).sum((0, 1)) / (m * (m - 1))
+    return ((out - y).norm(dim=-1).mean(0) - apart / 2).mean()
+
+
+def mixture(out: Tensor, y: Tensor) -> Tensor:
+    """Classes: the NLL of the draws' mean probabilities."""
+    return F.nll_loss(out.log_softmax(-1).logsumexp(0) - math.log(len(out)), y)
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"energy": energy, "mixture": mixture}
+
+
+class Budget:
+    """Holds the mean log_variance, of each layer or of the model; what gradients move is its allocation."""
+
+    def __init__(self, model: nn.Module, over: str) -> None:
+        learned = [layer.log_variance for layer in dip_layers(model).values()]
+        self.groups = [learned] if over == "model" else [[each] for each in learned]
+        self.means = [torch.cat(group).mean().item() for group in self.groups]
+
+    def before_step(self) -> None:
+        for group in self.groups:
+            mean = torch.cat([each.grad for each in group]).mean()
+            for each in group:
+                each.grad -= mean
+
+    def after_step(self) -> None:
+        for group, mean in zip(self.groups, self.means, strict=True):
+            moved = torch.cat([each.data for each in group]).mean() - mean
+            for each in group:
+                each.data -= moved
+
+
 def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, settings: dict[str, Any]) -> nn.Module:
     """method None is plain training; weights, batches and steps are the same for every method of a seed."""
     torch.manual_seed(seed)
     model, loss_fn = task.net(), loss_of(task)
+    if "smoothing" in settings:
+        loss_fn = functools.partial(F.cross_entropy, label_smoothing=settings["smoothing"])
     if method is not None:
         prepare(model, data.x[:512], method)
     kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
     optimizer = optimiser(model, {**settings, **(method or {})})
+    epochs = settings.get("epochs", task.epochs)
+    schedule = cosine(optimizer, epochs, method or {}) if settings.get("schedule") == "cosine" else None
+    budget = Budget(model, method["budget"]) if method is not None and "budget" in method else None
+    scored = SCORES.get((method or {}).get("score", ""))
     order = torch.Generator().manual_seed(1000 + seed)
     torch.manual_seed(1000 + seed)
-    for _ in range(settings.get("epochs", task.epochs)):
+    for _ in range(epochs):
         model.train()
         for batch in torch.randperm(len(data.x), generator=order).split(task.batch):
             x, y = data.x[batch], data.y[batch]
@@ -63,10 +142,16 @@ def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, set
                 out, more = model(x)[None], {}
             else:
                 out, more = dip.trajectories(model, x, m=M), {"model": model, **kl}
-            loss = dip.objective(out, y, loss_fn, **more)
+            loss = dip.objective(out, y, loss_fn, **more) if scored is None else scored(out, y) + dip.kl_penalty(**more)
             optimizer.zero_grad()
             loss.backward()
+            if budget is not None:
+                budget.before_step()
             optimizer.step()
+            if budget is not None:
+                budget.after_step()
+        if schedule is not None:
+            schedule.step()
     return model.eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
@@ -127,7 +128,7 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
     model, whole = dip.apply(net(), config, X), net()
     assert list(dip_layers(model)) == ["up", "body.0"]
     dip.convert(whole, exclude=["head"])
-    dip.calibrate(whole, [X])
+    dip.calibrate(whole, [X], ratio=1.0)
     for name, factor in (("up", 1.0), ("body.0", 0.25)):
         got, want = (m.get_submodule(name).variance for m in (model, whole))
         assert torch.allclose(got.sigma, factor * want.sigma)
@@ -259,6 +260,34 @@ def test_a_loop_by_the_config_is_the_loop_by_hand():
         first = model(X)
     with drawn.noise(0):
         assert not torch.equal(first, model(X))
+
+
+def check_sharded(rank, world, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = dip.apply(net(), dip.DIPConfig(ratio=0.5), [X])
+    want = dip.variances(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+    assert dip.metrics(model)["dip/share"] == pytest.approx(1.0)
+    dip.save(model, folder)
+    torch.distributed.barrier()
+    dip.load_variances(model, {name: torch.zeros_like(v) for name, v in want.items()})
+    dip.load(model, folder)
+    got = dip.variances(model)
+    return all(torch.equal(got[name], v) for name, v in want.items()) and dip.config_of(model).ratio == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
+    ranks = Ranks(2)
+    try:
+        assert ranks.run(check_sharded, str(tmp_path)) == [True, True]
+    finally:
+        ranks.stop()
+    whole = dip.load(net(), tmp_path)
+    assert dip.variances(whole)["up.variance.log_variance"].shape == (8,)
 
 
 def test_import_loads_no_integration_and_no_framework():

@@ -499,6 +499,29 @@ def test_calibrate_measures_channels_and_chosen_dimensions():
     torch.testing.assert_close(model[1].variance.sigma, x.std((0, 1, 3), correction=0))
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "ratio"),
+    [
+        (nn.Linear(1, 2), (20, 1), 0.25),
+        (nn.Linear(4, 2), (20, 4), 0.5),
+        (nn.Linear(16, 2), (20, 16), 1.0),
+        (nn.Linear(64, 2), (20, 64), 1.0),
+        (nn.Linear(2, 2), (20, 2, 2), 0.5),  # a sequence: its values make up for one another
+        (nn.Linear(4, 2), (4,), 0.5),  # one example without a batch
+        (nn.Conv2d(1, 2, 3), (20, 1, 8, 8), 1.0),
+        (nn.Conv1d(2, 2, 1), (2, 2), 0.5),  # channels and length, no batch
+    ],
+)
+def test_few_values_of_an_example_get_less_noise_by_default(model, shape, ratio):
+    convert(model)
+    batches = [torch.randn(shape), torch.randn(shape)]
+    calibrate(model, batches, ratio=1.0)
+    whole = model.variance.sigma.clone()
+    calibrate(model, batches)
+    torch.testing.assert_close(model.variance.sigma, ratio * whole)
+    assert torch.equal(model.variance.log_prior, model.log_variance)
+
+
 def test_a_feature_that_never_varies_gets_the_floor():
     model = convert(nn.Linear(3, 2))
     x = torch.randn(100, 3)

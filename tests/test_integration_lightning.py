@@ -166,6 +166,14 @@ def test_what_it_cannot_do_is_refused(make, callback, message, tmp_path):
         fitted(tmp_path, make(), callback())
 
 
+def test_strategies_that_shard_are_refused(tmp_path):
+    class FSDPStrategy(lightning.pytorch.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match="strategy: expected one process or DDP, got FSDPStrategy"):
+        fitted(tmp_path, strategy=FSDPStrategy())
+
+
 def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
     module = NoForward()
     dip.apply(module.net, CONFIG, [X])

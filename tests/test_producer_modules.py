@@ -133,7 +133,7 @@ def test_gradients_are_those_of_f_and_the_projection(name):
 
 @ALL
 def test_copies_pickles_casts_and_state_dicts(name):
-    module, _f, inputs = make(name, init_variance=0.3)
+    module, _, inputs = make(name, init_variance=0.3)
     module.number = 4
     with fixed_noise(1):
         u = call(module, inputs)

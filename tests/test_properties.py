@@ -232,7 +232,7 @@ def check_linear(x, weight, bias, sigma, seed, dy, options):
     keep = {k: v for k, v in options.items() if k != "keep" and k != "log_variance"}
     num_samples = keep.pop("num_samples")
     factor = num_samples**-0.5
-    z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"], 1).double()
+    z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"]).double()
     results = []
     for ours in (True, False):
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
@@ -278,7 +278,7 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
     """2^62 itself is the last: whatever rows come after it are numbered without overflow."""
     seed, far = torch.tensor([1, 2]), 2**62
     x, sigma = torch.zeros(3, 9, 5), torch.ones(9)
-    exact = reference.noise(seed, x.shape, 1, far, far, 0, 1)
+    exact = reference.noise(seed, x.shape, 1, far, far, 0)
     with backends.backend(name):
         assert (functional.noise(x.shape, seed, dim=1, row0=far, col0=far) - exact).abs().max() < 1e-5
         for bad in (dict(row0=far + 1), dict(col0=2**63 - 1), dict(row0=2**63 - 1), dict(row0=2**70)):
@@ -360,7 +360,7 @@ def test_gradients_of_an_averaged_activation_are_the_same_with_and_without_a_gra
         return functional.dip_linear(x, weight, None, sigma, seed, **options)
 
     def explicit(x, weight, sigma):
-        z = [reference.noise(seed, x.shape, -1, 0, 0, s, 1).double() for s in (2, 3, 4)]
+        z = [reference.noise(seed, x.shape, -1, 0, 0, s).double() for s in (2, 3, 4)]
         return sum(act(F.linear(x + sigma * part, weight)) for part in z) / 3
 
     want = torch.func.vjp(explicit, x, weight, sigma)[1](dy)

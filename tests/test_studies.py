@@ -16,6 +16,7 @@ import parts
 import tables
 import tasks
 import training
+import uncertainty
 
 import dipkernels as dip
 
@@ -62,7 +63,8 @@ def test_methods_of_a_seed_share_weights_and_start():
     task = tasks.TASKS["iris"]
     data = tasks.split(task, 0)
     plain, noisy, fixed = (
-        training.train(task, data, 0, method, {"epochs": 0}) for method in (None, {}, {"ratio": 0.5, "fixed": True})
+        training.train(task, data, 0, method, {"epochs": 0})
+        for method in (None, {"ratio": 1.0}, {"ratio": 0.5, "fixed": True})
     )
     assert torch.equal(plain[0].weight, noisy[0].weight) and torch.equal(plain[0].weight, fixed[0].weight)
     assert training.kept(noisy) == [1.0] * 3
@@ -81,11 +83,64 @@ def test_pgd_stays_in_its_ball():
     assert training.score(task, data, model, moved) < training.score(task, data, model, data.x_test)
 
 
+def test_scores_of_several_draws():
+    out, y = torch.randn(3, 5, 2), torch.randn(5, 2)
+    near = torch.stack([(out[s] - y).square().sum(-1).sqrt() for s in range(3)]).mean()
+    pairs = [(out[s] - out[t]).square().sum(-1).sqrt() for s in range(3) for t in range(3) if s != t]
+    torch.testing.assert_close(training.energy(out, y), near - torch.stack(pairs).mean() / 2)
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    one_hot = torch.nn.functional.one_hot(labels, 2).float()
+    assert training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels).item() == pytest.approx(0.0, abs=1e-6)
+    probs = out.softmax(-1).mean(0)[range(5), labels]
+    torch.testing.assert_close(training.mixture(out, labels), -probs.log().mean())
+
+
+def test_a_held_budget_keeps_the_mean_and_moves_the_allocation():
+    task = tasks.TASKS["friedman"]
+    data = tasks.split(task, 0)
+    layer, model = (
+        training.train(task, data, 0, {"budget": each, "kl": 0.0}, {"epochs": 3}) for each in ("layer", "model")
+    )
+    assert training.kept(layer) == pytest.approx([1.0] * 3, abs=1e-4)
+    assert layer[0].log_variance.std() > 0.05
+    moved = torch.cat([m.log_variance - m.variance.log_prior for m in model if isinstance(m, dip.DIPLinear)])
+    assert moved.mean().abs() < 1e-4
+    assert max(abs(each - 1) for each in training.kept(model)) > 0.01
+
+
+def test_the_variances_follow_the_schedule_or_do_not():
+    model = dip.convert(torch.nn.Linear(3, 2))
+    for method, wanted in (({}, [0.5, 0.5, 0.5]), ({"variance_schedule": "constant"}, [0.5, 0.5, 1.0])):
+        optimizer = torch.optim.SGD(dip.param_groups(model, lr=1.0, variance_lr=1.0))
+        schedule = training.cosine(optimizer, 4, method)
+        for _ in range(2):
+            optimizer.step()
+            schedule.step()
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(wanted)
+
+
+def test_calibration_error_and_auroc():
+    probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(10.0)  # 0.1 / 2 + 0.1 / 2
+    assert uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])) == pytest.approx(87.5)
+
+
+def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out():
+    data, unknown = uncertainty.without_last_class(tasks.split(tasks.TASKS["classes 20"], 0))
+    assert data.y.max() == data.y_test.max() == 2 and len(unknown) > 100
+    noisy = uncertainty.mislabelled(data, 0.4, 0)
+    wrong = (noisy.y != data.y).double().mean().item()
+    assert wrong == pytest.approx(0.4 * 2 / 3, abs=0.07) and noisy.y_test is data.y_test
+    assert torch.equal(uncertainty.mislabelled(data, 0.0, 0).y, data.y)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["defaults", "features", "attacks"])
+@pytest.mark.parametrize("name", ["defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"])
 def test_each_study_runs(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
+    if name == "extrapolation":
+        pytest.importorskip("engression")
     importlib.import_module(name).main(["--quick", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "summary.json").read_text())
-    assert "default" in capsys.readouterr().out or name == "features"
+    assert "plain" in capsys.readouterr().out
     assert (tmp_path / "table.md").stat().st_size > 100

@@ -21,8 +21,11 @@ from .tiles import (
     tiling,
 )
 
-# Else the compiler would now and then rather spill than take what there are.
-ALL_REGISTERS = {"maxnreg": 255}
+
+def _resources(dtype):
+    """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers, which the compiler would now
+    and then rather spill than take."""
+    return {"num_warps": 8 if dtype is torch.float64 else 4, "maxnreg": 255}
 
 
 @triton.jit
@@ -176,7 +179,7 @@ def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, a
         _gate_fwd_kernel[tile.grid(a.device)](
             u, a, b, sigma.contiguous(), seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
             row0, col0 // 8, tile.shift, sample, factor,
-            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT, **ALL_REGISTERS,
+            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT, **_resources(a.dtype),
         )  # fmt: skip
     return u
 
@@ -207,7 +210,7 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
         _gate_bwd_kernel[grid](
             partial, da, db, du, a, b, seed, *tile.sizes(), *of[0], *of[1], *of[2], *of[3], *of[4],
             row0, col0 // 8, tile.shift, sample,
-            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT, **ALL_REGISTERS,
+            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT, **_resources(a.dtype),
         )  # fmt: skip
     if sigma is not None:
         column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)

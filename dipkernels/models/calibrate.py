@@ -11,13 +11,15 @@ from torch import nn
 
 from ..ops import dtensor
 from .parameters import check_settable, set_named
-from .spreads import measured_spreads, need_layers
+from .spreads import measured_inputs, need_layers
 from .summary import Summary, summary
+
+FEW = 16  # values of an example below which the default ratio is less than 1: studies/alternatives.py
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], ratio: float = 1.0, *, per: str = "layer", floor: float = 0.01
+    model: nn.Module, batches: Iterable[Any], ratio: float | None = None, *, per: str = "layer", floor: float = 0.01
 ) -> Summary:
     """Set each variance, and the prior of the objective's KL term, from the spread of real activations.
 
@@ -29,7 +31,9 @@ def calibrate(
         model: with DIP layers; run in eval mode without noise, each module's mode is restored.
         batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is
             the input; on the model's device.
-        ratio: > 0, sigma over spread.
+        ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has only n < 16 values
+            of an example: few values cannot make up for one another's noise. An image has channels x height x width
+            values, a sequence length x features, a row of a table its features.
         per: "layer" or "feature".
         floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a spread of floor
             times the root mean square spread of its layer.
@@ -49,22 +53,23 @@ def calibrate(
 
     Source: this project's choice; the paper does not state how lambda starts.
     """
-    for name, value in (("ratio", ratio), ("floor", floor)):
+    for argument, value in (("ratio", 1.0 if ratio is None else ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+            raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
     if per not in ("layer", "feature"):
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
     layers = need_layers(model)
     check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
-    spreads = measured_spreads(model, batches)
-    levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
-    constant = [name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0]
+    inputs = measured_inputs(model, batches)
+    levels = {name: found.spread.square().mean().sqrt() for name, found in inputs.items()}
+    constant = [name or "(root)" for name, level in levels.items() if len(inputs[name].spread) and not level > 0]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     for name, layer in layers.items():
-        spread, level = spreads[name], levels[name]
+        (spread, values), level = inputs[name], levels[name]
         spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
-        log_variance, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
+        share = min(1.0, math.sqrt(values / FEW)) if ratio is None else ratio
+        log_variance, prior = 2 * (share * spread).log(), layer.variance.log_prior
         set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)
         prior.copy_(dtensor.laid_out_as(log_variance, prior))
     return summary(model)

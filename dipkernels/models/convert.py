@@ -238,7 +238,7 @@ def _choose(
         module: every_name[0]
         for module, every_name in names.items()
         if module not in excluded
-        and NOISED_BY not in vars(module)
+        and not _reads_noise(module)
         and (filter is None or _passes(filter, module, every_name[0], types))
     }
     reasons = {m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked}
@@ -246,6 +246,11 @@ def _choose(
     if not matched and not asked:
         raise ValueError(_nothing_matched(model, types, reasons))
     return _Choice(types, names, excluded, asked, wanted, reasons, matched)
+
+
+def _reads_noise(module: nn.Module) -> bool:
+    """Whether the input of this layer, or of the one inside this adapter, is noised where it is made."""
+    return NOISED_BY in vars(base_layer(module) if is_adapter(module) else module)
 
 
 def _placed(
@@ -256,7 +261,10 @@ def _placed(
         return None, []
     if batches is None:
         raise ValueError("batches: expected a batch, on which place='producer' sees who reads what, got None")
-    return find_moves(model, choice.names, choice.matched, choice.excluded, batches)
+    stay = dict.fromkeys(choice.excluded, "it is excluded") | dict.fromkeys(
+        choice.asked, "its own input is noised: before"
+    )
+    return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
 def _read_inside(whole: Any) -> list[nn.Module]:

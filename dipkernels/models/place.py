@@ -109,7 +109,7 @@ def find_moves(
     model: nn.Module,
     names: Mapping[nn.Module, list[str]],
     layers: Iterable[nn.Module],
-    excluded: set[nn.Module],
+    stay: Mapping[nn.Module, str],
     batches: Iterable[Any],
 ) -> tuple[ProducerPlan, list[Move]]:
     """Watch passes over the batches: the plan, and what to do by it.
@@ -118,7 +118,7 @@ def find_moves(
         model: Not changed.
         names: Every module's names in it.
         layers: The layers that are to be noised.
-        excluded: Modules that are to stay as they are.
+        stay: Modules that are to stay as they are, each with the reason.
         batches: As `calibrate`'s.
 
     Raises:
@@ -129,7 +129,7 @@ def find_moves(
     dims = {m: -1 if isinstance(m, nn.MultiheadAttention) else feature_dim_of(m) for m in layers}
     candidates = [m for m in names if m not in dims and _may_produce(m)]
     watch = watched(model, first, dims, candidates, batches)
-    return _Planner(model, names, dims, excluded, watch).plan()
+    return _Planner(model, names, dims, stay, watch).plan()
 
 
 class _Planner:
@@ -138,10 +138,10 @@ class _Planner:
         model: nn.Module,
         names: Mapping[nn.Module, list[str]],
         dims: Mapping[nn.Module, int],
-        excluded: set[nn.Module],
+        stay: Mapping[nn.Module, str],
         watch: Watch,
     ) -> None:
-        self._model, self._names, self._dims, self._excluded = model, names, dims, excluded
+        self._model, self._names, self._dims, self._stay = model, names, dims, stay
         self._sources = watch.sources
         self._calls: dict[nn.Module, list[Call]] = {}
         for call in watch.calls:
@@ -185,8 +185,11 @@ class _Planner:
         if len(calls) == len(made) and len({call.module for call in calls}) == 1:
             return calls[0].module, self._layer_reason(layer)
         # In training mode it reads something else than in eval mode: a dropout between.
-        changed = [call for call in calls if call.elsewhere is not None]
-        return (changed[0].module, str(changed[0].elsewhere)) if changed else (None, self._unknown(made))
+        for producer in dict.fromkeys(call.module for call in calls):
+            for call in self._calls[producer]:
+                if call.elsewhere is not None:
+                    return producer, call.elsewhere
+        return None, self._unknown(made)
 
     def _layer_reason(self, layer: nn.Module) -> str:
         if len(self._names[layer]) > 1:
@@ -245,8 +248,8 @@ class _Planner:
     def _module_reason(self, module: Any) -> str:
         if len(self._names[module]) > 1:
             return f"it is tied, {len(self._names[module])} names lead to it"
-        if module in self._excluded:
-            return "it is excluded"
+        if module in self._stay:
+            return self._stay[module]
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return "it has hooks, which would see noise"
         if (cannot := no_twin(module)) is not None:

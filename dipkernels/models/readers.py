@@ -95,6 +95,7 @@ class Made:
     Attributes:
         op: The function that was called.
         module: The module that called it.
+        number: How many storages were filled before it in the pass.
         call: Whose output it holds, or a copy of it, if that may make a layer's input.
         layout: Of the output, or of the copy, in this storage.
         source: Of a copy: what it was copied from and how that lay in its own storage.
@@ -103,6 +104,7 @@ class Made:
     ref: StorageWeakRef
     op: str
     module: nn.Module | None
+    number: int
     call: Call | None = None
     layout: Layout | None = None
     source: tuple[Made, Layout] | None = None
@@ -155,7 +157,8 @@ class Watch(TorchDispatchMode):
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
-        self._stack: list[nn.Module] = []
+        self._stack: list[tuple[nn.Module, int]] = []  # the modules that are running, and how much was made before each
+        self._count = 0
         self._reading = 0  # layers around the current operation
         self._functions = _Functions(self)
 
@@ -200,17 +203,17 @@ class Watch(TorchDispatchMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._layers and not self._reading:
             self._read_by_layer(module, args, kwargs)
-        self._stack.append(module)
+        self._stack.append((module, self._count))
         self._reading += module in self._layers
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        self._stack.pop()
+        _, before = self._stack.pop()
         self._reading -= module in self._layers
         if module not in self._candidates or self._reading or not isinstance(out, Tensor):
             return
         made = self._found(out)
-        # A storage that holds another's output already: passed through, as a dropout does in eval mode.
-        if made is None or made.call is not None or not out.is_floating_point():
+        # What was there before is passed through or looked at in another shape, as a dropout does in eval mode.
+        if made is None or made.number <= before or made.call is not None or not out.is_floating_point():
             return
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
@@ -234,7 +237,7 @@ class Watch(TorchDispatchMode):
         call, seen = made.call, layout_of(x)
         dim = made.dimension(seen, self._layers[layer])
         if dim is None:
-            call.read_by(f"{self._shown(layer)} reads it along another dimension, or some entries twice")
+            call.read_by(f"{self._shown(layer)} reads it with other features, or some entries twice")
         else:
             call.readers[layer] += 1
             call.dims.add(dim - call.ndim)
@@ -269,7 +272,9 @@ class Watch(TorchDispatchMode):
         known = self._found(t)
         if key is None or (known is not None and not changes):
             return
-        made = Made(StorageWeakRef(t.untyped_storage()), self.function or name.strip("_"), self._module())
+        self._count += 1
+        ref = StorageWeakRef(t.untyped_storage())
+        made = Made(ref, self.function or name.strip("_"), self._module(), self._count)
         if source is not None:
             made.op, made.module, made.call = source[0].op, source[0].module, source[0].call
             made.layout, made.source = layout_of(t), source
@@ -293,7 +298,7 @@ class Watch(TorchDispatchMode):
         return None if key is None else self._made.get(key)
 
     def _module(self) -> nn.Module | None:
-        return self._stack[-1] if self._stack else None
+        return self._stack[-1][0] if self._stack else None
 
     def _shown(self, module: nn.Module) -> str:
         return f"{self._names.get(module) or 'the model itself'} ({type(module).__name__})"

@@ -1,9 +1,9 @@
-"""The spread of each layer's input, measured on batches."""
+"""The spread of each layer's input, and how many values of an example it has, measured on batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,31 @@ def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
     return layers
 
 
+class Measured(NamedTuple):
+    """Of a layer's input: each feature's standard deviation, [K], and how many values an example has there.
+
+    An image has channels x height x width, a sequence length x features, a row of a table its features.
+    """
+
+    spread: Tensor
+    values: float
+
+
 class _Moments:
-    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch."""
+    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch; examples and values."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
+        self.examples = self.values = 0
 
     def add(self, x: Tensor, dim: int) -> None:
         rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
         if len(rows) == 0:
             return
+        self.examples += x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1  # without a batch: one
+        self.values += x.numel()
         rows = rows.double()
         mean, total = rows.mean(0), self.count + len(rows)
         delta = mean - self.mean
@@ -39,14 +52,19 @@ class _Moments:
         self.mean = self.mean + delta * (len(rows) / total)
         self.count = total
 
-    def spread(self) -> Tensor:
+    def measured(self) -> Measured:
         assert isinstance(self.squares, Tensor)  # something was added
-        return (self.squares / self.count).sqrt().cpu()
+        return Measured((self.squares / self.count).sqrt().cpu(), self.values / self.examples)
+
+
+def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
+    return {name: found.spread for name, found in measured_inputs(model, batches).items()}
 
 
 @torch.no_grad()
-def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
+def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measured]:
+    """What the batches look like at every DIP layer's input; the spread is left in each layer's variance.spread too."""
     layers = need_layers(model)
     moments = {name: _Moments() for name in layers}
     moments_of = {layer: moments[name] for name, layer in layers.items()}
@@ -58,10 +76,10 @@ def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tens
     unreached = [name or "(root)" for name in layers if moments[name].count == 0]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
-    spreads = {name: moments[name].spread() for name in layers}
-    infinite = [name or "(root)" for name, spread in spreads.items() if not bool(spread.isfinite().all())]
+    found = {name: moments[name].measured() for name in layers}
+    infinite = [name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
     for name, layer in layers.items():
-        layer.variance.spread = spreads[name]
-    return spreads
+        layer.variance.spread = found[name].spread
+    return found
