@@ -1,4 +1,4 @@
-"""Distributional input projection layers (DIPNet, arXiv 2506.04690) at the cost of the plain layer."""
+"""Learned noise at the input of every layer (distributional input projection, DIPNet, arXiv 2506.04690), by fused kernels."""
 
 __version__ = "0.1.0"
 

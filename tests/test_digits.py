@@ -62,7 +62,7 @@ def test_pgd_stays_in_its_ball_and_hurts():
     assert loss(model(attacked), y_test) > loss(model(x_test), y_test)
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"], ["--threads", "0"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         digits.main(arguments)

@@ -73,6 +73,12 @@ class GatedActivation(Activation):
 
     Shape:
         a and b: one shape and dtype. Returns that shape.
+
+    Examples:
+        >>> from dipkernels.nn.activation import GatedActivation
+        >>> a, b = torch.randn(8, 4), torch.randn(8, 4)
+        >>> torch.equal(GatedActivation(4)(a, b), F.silu(a) * b)
+        True
     """
 
     def __init__(self, num_features: int, kind: str = "silu", dim: int = -1) -> None:
