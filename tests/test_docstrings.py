@@ -68,7 +68,10 @@ def test_every_public_function_has_an_example():
     assert {name.rpartition(".")[2] for name in missing} <= results
 
 
-@pytest.mark.parametrize(("name", "thing"), list(public(inspect.isroutine)), ids=lambda value: str(value)[-30:])
+PUBLIC_ROUTINES = list(public(inspect.isroutine))
+
+
+@pytest.mark.parametrize(("name", "thing"), PUBLIC_ROUTINES, ids=[name for name, _ in PUBLIC_ROUTINES])
 def test_a_docstring_names_every_argument_and_says_what_comes_back(name, thing):
     text = inspect.getdoc(thing)
     listed = set(re.findall(r"^    (\w+(?:, \w+)*): ", text.partition("Args:\n")[2].partition("\n\n")[0], re.MULTILINE))
