@@ -60,6 +60,8 @@ def test_every_public_function_has_an_example():
     results = {
         "Report",
         "Tuned",
+        "ProducerPlan",
+        "PlanRow",
         "Certificate",
         "DIPConversionWarning",
     }  # what functions with an example return or warn
