@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import figures
 import machine
 import networks
 import report
@@ -296,59 +298,65 @@ def text(record: dict) -> str:
     return "\n\n".join(parts)
 
 
-def plot(record: dict, path: Path) -> None:
-    """Time of a step over m, time of a prediction over k, and what each training buys for its time."""
-    import matplotlib
+def plot(record: dict, path: Path) -> list[Path]:
+    """Three SVGs beside `path`: the cost of a training step over m, of a prediction over k, and what training buys.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Returns their paths: PATH_training.svg, PATH_prediction.svg, PATH_buys.svg.
+    """
+    drawn = {
+        "training": lambda axis: _plot_costs(axis, record, "training", "m", "trajectories m in a training step"),
+        "prediction": lambda axis: _plot_costs(axis, record, "prediction", "k", "noisy passes k in a prediction"),
+        "buys": lambda axis: _plot_bought(axis, record),
+    }
+    paths = []
+    for name, draw in drawn.items():
+        with figures.style():
+            figure, axes = figures.panels(height=3.9)
+            draw(axes[0, 0])
+            figures.legend(figure, axes[0, 0], columns=1 if name == "buys" else 2)
+            paths.append(path.with_name(f"{path.stem}_{name}.svg"))
+            figures.save(figure, paths[-1])
+    return paths
 
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for color, study in zip(("C0", "C3"), record["studies"]):
-        for axis, kind, letter, numbers in (
-            (axes[0], "training", "m", study["trajectories"]),
-            (axes[1], "prediction", "k", study["samples"]),
-        ):
-            for key, style, label in (
-                ("ratio", "o-", "time"),
-                ("flops", "x:", "FLOPs"),
-                ("peak_bytes", "s--", "memory"),
-            ):
-                costs = study[kind]
-                base = 1 if key == "ratio" else costs["plain"][key]
-                heights = [costs[f"{letter} = {n}"][key] / base for n in numbers]
-                axis.plot(numbers, heights, style, color=color, alpha=0.8, label=f"{study['name']}: {label}")
-        scores = study["scores"]
+
+def _short(study: dict) -> str:
+    return study["name"].split()[0].strip(",")
+
+
+def _plot_costs(axis: Any, record: dict, kind: str, letter: str, label: str) -> None:
+    numbers = record["studies"][0]["trajectories" if kind == "training" else "samples"]
+    for color, marker, study in zip(figures.ORDER, "os", record["studies"]):
+        costs = study[kind]
+        for key, dash, what in (("ratio", "-", "time"), ("peak_bytes", "--", "memory"), ("flops", ":", "FLOPs")):
+            base = 1 if key == "ratio" else costs["plain"][key]
+            heights = [costs[f"{letter} = {n}"][key] / base for n in numbers]
+            axis.plot(range(len(numbers)), heights, dash, marker=marker, color=color, label=f"{_short(study)}: {what}")
+    axis.axhline(1, color=figures.FOREGROUND, linewidth=1)
+    axis.set(
+        xlabel=label,
+        title=f"a {kind} step, over the plain one" if kind == "training" else "a prediction, over the plain one",
+        yscale="log",
+    )
+    axis.set_xticks(range(len(numbers)), [str(n) for n in numbers])
+    ticks = [1, 2, 4, 8] if kind == "training" else [1, 4, 16, 64]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+
+
+def _plot_bought(axis: Any, record: dict) -> None:
+    for color, marker, study in zip(figures.ORDER, "os", record["studies"]):
         trajectories = study["trajectories"]
-        ratios = [study["training"][f"m = {m}"]["ratio"] for m in trajectories]
-        for names, style, label in (
-            (
-                [f"m = {m}" for m in study["trajectories"]],
-                "o-",
-                f"DIP, m = {', '.join(map(str, study['trajectories']))}",
-            ),
-            ([f"plain, the time of m = {m}" for m in study["trajectories"]], "x--", "plain, as long"),
+        times = [study["training"][f"m = {m}"]["ratio"] for m in trajectories]
+        listed = ", ".join(map(str, trajectories))
+        for names, dash, label in (
+            ([f"m = {m}" for m in trajectories], "-", f"{_short(study)}: DIP, m = {listed}"),
+            ([f"plain, the time of m = {m}" for m in trajectories], ":", f"{_short(study)}: plain, trained as long"),
         ):
-            heights = [statistics.fmean(run["pgd"] for run in scores[name]) for name in names]
-            axes[2].plot(ratios, heights, style, color=color, label=f"{study['name']}: {label}")
-    for axis, x_label, y_label in (
-        (axes[0], "trajectories m in training", "over the plain network"),
-        (axes[1], "noisy passes k in prediction", "over the plain network"),
-        (axes[2], "time of training over the plain network's", f"accuracy under PGD {PGD}, %"),
-    ):
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(y_label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    for axis in axes[:2]:
-        axis.axhline(1, color="black", linewidth=1)
-    axes[0].set_xticks(record["studies"][0]["trajectories"])
-    axes[1].set_xscale("symlog")
-    axes[1].set_yscale("log")
-    axes[1].set_xticks(record["studies"][0]["samples"], labels=record["studies"][0]["samples"])
-    figure.suptitle(machine.sentence(record["machine"]), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            heights = [statistics.fmean(run["pgd"] for run in study["scores"][name]) for name in names]
+            axis.plot(times, heights, dash, marker=marker, color=color, label=label)
+    axis.set(
+        xlabel="time of training over the plain network's", title=f"accuracy under attack (PGD {PGD}), %", ylim=(0, 100)
+    )
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -359,7 +367,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/cost-cpu-<date>.json)")
     parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
-    parser.add_argument("--docs", action="store_true", help="write the tables and the plot of docs/cost.md")
+    parser.add_argument("--docs", action="store_true", help="write the tables and the figures of docs/cost.md")
     args = parser.parse_args(arguments)
     if args.seeds < 1 or args.threads < 1:
         parser.error("--seeds, --threads: expected at least 1")
@@ -381,12 +389,12 @@ def main(arguments: list[str] | None = None) -> dict:
     print(text(record))
     if not args.source:
         path = report.store("cost", record, args.out)
-        plot(record, path.with_suffix(".png"))
-        print(f"\nwrote {path} and {path.with_suffix('.png').name} beside it")
+        drawn = plot(record, path)
+        print(f"\nwrote {path} and {', '.join(each.name for each in drawn)} beside it")
     if args.docs:
         docs = machine.ROOT / "docs"
         report.fill(docs / "cost.md", "cost", text(record))
-        plot(record, docs / "cost.png")
+        plot(record, docs / "cost")
     return record
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import figures
 import machine
 import peers
 import report
@@ -81,8 +82,8 @@ class Run:
         return timing.interleave(calls, base, self.device, **(settings | options))
 
     def add(self, timed: dict[str, dict], **labels) -> None:
-        for variant, figures in timed.items():
-            self.rows.append({**labels, "device": self.device.type, "variant": variant, **figures})
+        for variant, values in timed.items():
+            self.rows.append({**labels, "device": self.device.type, "variant": variant, **values})
         for variant, reason in self.missing.items():
             if labels["section"] in ("linear", "small"):
                 self.rows.append({**labels, "device": self.device.type, "variant": variant, "missing": reason})
@@ -124,13 +125,13 @@ def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     for index, what in enumerate(WHATS):
         make = (lambda m: timing.forward(m, x)) if index == 0 else (lambda m: timing.training_step(m, x, dy))
         timed = run.interleave({name: make(module) for name, module in modules.items()}, "linear")
-        for name, figures in timed.items():
-            if "seconds" in figures:
-                figures["flop_per_s"] = flops * (3 if index else 1) / figures["seconds"]
-            if index and "seconds" in figures:
+        for name, values in timed.items():
+            if "seconds" in values:
+                values["flop_per_s"] = flops * (3 if index else 1) / values["seconds"]
+            if index and "seconds" in values:
                 module = modules[name]
-                figures["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
-                figures["peak_bytes"] = timing.peak_bytes(make(module), run.device)
+                values["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
+                values["peak_bytes"] = timing.peak_bytes(make(module), run.device)
         if run.has_targets and (name_of(dtype), shape) in TARGETS:
             timed["dip"]["target"] = TARGETS[name_of(dtype), shape][index]
         run.add(timed, **labels, what=what)
@@ -157,10 +158,10 @@ def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     }
     with torch.no_grad():
         timed = run.interleave(calls, "dip", budget_s=run.budget_s / 2, seldom=3)
-    for variant, figures in timed.items():
-        if "seconds" in figures:
+    for variant, values in timed.items():
+        if "seconds" in values:
             passes = 1 if variant in ("dip, gradient of sigma", "randn_like alone") else 2
-            figures["bytes_per_s"] = passes * x.nbytes / figures["seconds"]
+            values["bytes_per_s"] = passes * x.nbytes / values["seconds"]
     if run.has_targets and name_of(dtype) in PERTURB_TARGETS:
         timed["eager"]["target"] = PERTURB_TARGETS[name_of(dtype)]
     run.add(timed, section="perturb", dtype=name_of(dtype), shape=text_of(shape))
@@ -366,44 +367,29 @@ def short_text(record: dict) -> str:
 
 
 def plot(record: dict, path: Path) -> None:
-    """Time over the plain layer, which is the line at 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Time over the plain layer, which is the line at 1: one SVG, forward above forward + backward."""
     rows = record["rows"]
     cases = _cases(rows, "linear", "dtype", "shape")
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
-    markers = dict(zip(LAYERS[1:], "Dos^v", strict=True))
-    colors = dict(zip(LAYERS[1:], ("C3", "C0", "C1", "C2", "C4"), strict=True))
-    for axis, what in zip(axes, WHATS, strict=True):
-        for offset, name in enumerate(LAYERS[1:]):
-            found = [_select(rows, section="linear", **case, what=what).get(name, {}) for case in cases]
-            points = [(i + 0.1 * (offset - 2), row) for i, row in enumerate(found) if "ratio" in row]
-            if not points:
-                continue
-            places, there = zip(*points, strict=True)
-            errors = [
-                [max(0.0, row["ratio"] - row["quartiles"][0]) for row in there],
-                [max(0.0, row["quartiles"][1] - row["ratio"]) for row in there],
-            ]
-            style = {"markersize": 9, "zorder": 3} if name == "dip" else {"alpha": 0.8}
-            style["color"] = colors[name]
-            heights = [row["ratio"] for row in there]
-            label = {"dip": "DIP"}.get(name, name)
-            axis.errorbar(places, heights, yerr=errors, fmt=markers[name], capsize=2, label=label, **style)
-        axis.axhline(1, color="black", linewidth=1, label="nn.Linear")
-        axis.set_yscale("log")
-        axis.set_yticks([1, 2, 5, 10, 20, 50], labels=["1", "2", "5", "10", "20", "50"])
-        axis.set_xticks(range(len(cases)), [f"{case['dtype']}\n{case['shape']}" for case in cases], fontsize=7)
-        axis.set_title(what)
-        axis.grid(alpha=0.3, axis="y")
-    axes[0].set_ylabel("time over nn.Linear")
-    axes[0].legend()
-    figure.suptitle(machine.sentence(record["machine"]), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    names = [f"{case['dtype']} {case['shape']}" for case in cases]
+    with figures.style():
+        figure, axes = figures.panels(len(WHATS), 1, 5.2, 0.3 * len(WHATS) * len(cases) + 2.4, sharex=True)
+        for axis, what in zip(axes[:, 0], WHATS, strict=True):
+            for name, color, marker in zip(LAYERS[1:], figures.ORDER, "Dos^v", strict=True):
+                found = [_select(rows, section="linear", **case, what=what).get(name, {}) for case in cases]
+                points = [(row["ratio"], -i) for i, row in enumerate(found) if "ratio" in row]
+                if points:
+                    label = {"dip": "DIP"}.get(name, name)
+                    size, order = (9, 2) if name == "dip" else (6, 3)
+                    axis.plot(*zip(*points, strict=True), marker, color=color, ms=size, zorder=order, label=label)
+            axis.axvline(1, color=figures.FOREGROUND, linewidth=1, zorder=1)
+            axis.set(title=f"{what}: time over nn.Linear's", xscale="log", ylim=(0.5 - len(cases), 0.5))
+            axis.set_yticks([-i for i in range(len(cases))], names)
+            axis.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+            axis.minorticks_off()
+            axis.tick_params(labelbottom=True)
+            axis.set_ylabel("M x K x N")
+        figures.legend(figure, axes[0, 0], columns=3)
+        figures.save(figure, path)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -467,7 +453,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
     parser.add_argument("--against", type=Path, help="a stored run to compare with")
     parser.add_argument(
-        "--docs", action="store_true", help="write docs/measured.md, docs/overhead.png and README's table"
+        "--docs", action="store_true", help="write docs/measured.md, docs/overhead.svg and README's table"
     )
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
@@ -484,13 +470,13 @@ def main(arguments: list[str] | None = None) -> dict:
     print(text(record))
     if not args.source:
         path = report.store("overhead", record, args.out)
-        plot(record, path.with_suffix(".png"))
-        print(f"\nwrote {path} and {path.with_suffix('.png').name} beside it")
+        plot(record, path.with_suffix(".svg"))
+        print(f"\nwrote {path} and {path.with_suffix('.svg').name} beside it")
     if args.docs:
         docs = machine.ROOT / "docs"
         report.fill(docs / "measured.md", f"overhead-{record['machine']['device']}", text(record))
         if record["machine"]["device"] == "cpu":
-            plot(record, docs / "overhead.png")
+            plot(record, docs / "overhead.svg")
             if report.has_place(machine.ROOT / "README.md", "overhead"):
                 report.fill(machine.ROOT / "README.md", "overhead", short_text(record))
     if earlier is not None:

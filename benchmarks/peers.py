@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dipkernels as dip
 from dipkernels import reference
+from dipkernels.ops.draw import Draw
 
 VARIANCE = 0.01
 SIGMA = VARIANCE**0.5
@@ -184,30 +185,29 @@ def tolerance(dtype: torch.dtype) -> float:
 def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
     """y, dx, dW, db and the variance's gradient against dipkernels.reference, noise included, on these very inputs."""
     seed = torch.tensor([KEY, layer.number], device=x.device)
-    where = (-1, 0, 0, 0, 1, layer.num_samples**-0.5, True)
+    draw = Draw(factor=layer.num_samples**-0.5, log_variance=True)
     sigma = layer.log_variance.detach()
     leaves = [x, layer.weight, layer.bias, layer.log_variance]
     with dip.fixed_noise(KEY):
         y = layer(x)
         dx, dweight, dbias, dlog_variance = torch.autograd.grad(y, leaves, dy)
-    u = reference.perturb(x.detach(), sigma, seed, *where, None)
+    u = reference.perturb(x.detach(), sigma, seed, *draw, None)
     du = dy @ layer.weight.detach()
     limit = tolerance(x.dtype)
     _require("y", _distance(y, F.linear(u, layer.weight, layer.bias)), limit)
     _require("dx", _distance(dx, du), limit)
     _require("dweight", _distance(dweight, dy.t() @ u), limit)
     _require("dbias", _distance(dbias, dy.sum(0)), limit)
-    _require("dlog_variance", _distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *where)), limit)
+    _require("dlog_variance", _distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *draw)), limit)
 
 
 def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
     """P and Q against dipkernels.reference."""
-    where = (-1, 0, 0, 0, 1, 1.0, False)
     u = dip.functional.perturb(x, sigma, seed)
-    _require("perturb", _distance(u, reference.perturb(x, sigma, seed, *where, None)), tolerance(x.dtype))
+    _require("perturb", _distance(u, reference.perturb(x, sigma, seed, *Draw(), None)), tolerance(x.dtype))
     du, scale = x.detach(), sigma.detach().clone().requires_grad_(True)
     (got,) = torch.autograd.grad(dip.functional.perturb(du, scale, seed), scale, du)
-    want = reference.perturb_bwd(du, sigma, seed, *where)
+    want = reference.perturb_bwd(du, sigma, seed, *Draw())
     _require("perturb backward", _distance(got, want), tolerance(torch.float32))
 
 

@@ -31,7 +31,7 @@ from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import perturb, perturb_bwd
 
-WHERE = (-1, 0, 0, 0, 1, 1.0, True)
+DRAW = Draw(log_variance=True)
 
 
 class _Pass(torch.autograd.Function):
@@ -54,7 +54,6 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
     plain_x, sigma = x.detach(), layer.log_variance.detach()
     seed = torch.tensor([peers.KEY, 0])
     du = torch.randn_like(plain_x)
-    where = WHERE
     raw_p, raw_q = registry.kernel("perturb", "cpu"), registry.kernel("perturb_bwd", "cpu")
 
     def backward_of(make: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], None]:
@@ -77,16 +76,16 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
 
     leaves = [x, layer.log_variance]
     view = lambda: x.view_as(x)  # noqa: E731
-    empty = lambda: _Pass.apply(x, layer.log_variance, seed, where, None)  # noqa: E731
+    empty = lambda: _Pass.apply(x, layer.log_variance, seed, DRAW, None)  # noqa: E731
     return {
         "(nothing)": ("", lambda: None, None),
         "layer and dip_linear in Python": ("forward", layer_without_kernels, "(nothing)"),
         "draw: seeds.draw, one torch.randint": ("forward", lambda: seeds.draw(layer._stream, plain_x), "(nothing)"),
         "op P: dispatcher and kernel": (
-            "forward", lambda: raw_p(plain_x, sigma, seed, *where, None), "(nothing)",
+            "forward", lambda: raw_p(plain_x, sigma, seed, *DRAW, None), "(nothing)",
         ),
         "op P: checks in Python": (
-            "forward", lambda: perturb(plain_x, sigma, seed, Draw(*where), None), "op P: dispatcher and kernel",
+            "forward", lambda: perturb(plain_x, sigma, seed, DRAW, None), "op P: dispatcher and kernel",
         ),
         "(view)": ("", view, None),
         "autograd.Function: apply": (
@@ -96,9 +95,9 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
         "autograd.Function: apply and backward": (
             "both", backward_of(empty, leaves), "(view backward)",
         ),
-        "op Q: dispatcher and kernel": ("backward", lambda: raw_q(du, sigma, seed, *where), "(nothing)"),
+        "op Q: dispatcher and kernel": ("backward", lambda: raw_q(du, sigma, seed, *DRAW), "(nothing)"),
         "op Q: its wrapper in Python": (
-            "backward", lambda: perturb_bwd(du, sigma, seed, Draw(*where)), "op Q: dispatcher and kernel",
+            "backward", lambda: perturb_bwd(du, sigma, seed, DRAW), "op Q: dispatcher and kernel",
         ),
     }  # fmt: skip
 

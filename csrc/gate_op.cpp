@@ -9,12 +9,10 @@ namespace {
 
 // b null: the activation alone.
 Tensor run_forward(
-    const Tensor& a, const Tensor* b, const Tensor& sigma, const Tensor& seed, const Where& where, double factor,
-    bool log_variance, const std::string& activation, std::optional<ScalarType> out_dtype) {
+    const Tensor& a, const Tensor* b, const Draw& draw, int64_t dim, const std::string& activation,
+    std::optional<ScalarType> out_dtype) {
   GateArgs args{};
-  int64_t dim = 0;
-  std::optional<Tensor> keep;
-  args.noise = noise_of(sigma, seed, a, where, factor, log_variance, &dim, &keep);
+  args.draw = draw;
   args.kind = activation_named(activation);
   if (b) check_same(*b, "b", a), check_same_shape(*b, "b", a, "a");
   const ScalarType type = out_dtype.value_or(a.scalar_type());
@@ -38,17 +36,15 @@ struct Gradients {
 };
 
 Gradients run_backward(
-    const Tensor& du, const Tensor& a, const Tensor* b, const std::optional<Tensor>& sigma, const Tensor& seed,
-    const Where& where, double factor, bool log_variance, const std::string& activation) {
+    const Tensor& du, const Tensor& a, const Tensor* b, const std::optional<Tensor>& sigma, const Draw& draw, int64_t dim,
+    const std::string& activation) {
   GateArgs args{};
-  int64_t dim = 0;
-  std::optional<Tensor> keep;
   check_same(du, "du", a), check_same_shape(du, "du", a, "a");
   if (b) check_same(*b, "b", a), check_same_shape(*b, "b", a, "a");
-  args.noise = noise_of(sigma, seed, a, where, factor, log_variance, &dim, &keep);
+  args.draw = draw;
   args.kind = activation_named(activation);
   Tensor dsigma = sigma ? empty_vector(*sigma, a.size(dim)) : empty_gradient(a);
-  if (sigma) args.noise.dsigma = dsigma.mutable_data_ptr();
+  if (sigma) args.dsigma = dsigma.mutable_data_ptr();
   const auto run = [&](const Tensor& du, const Tensor& a, const Tensor* b, const Tensor& da, const Tensor& db) {
     std::vector<View> views{{&a, &args.a}, {&du, &args.du}, {&da, &args.da}};
     if (b) views.push_back({b, &args.b}), views.push_back({&db, &args.db});
@@ -67,32 +63,32 @@ Gradients run_backward(
 }
 
 Tensor activate(
-    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
-  const Where where{dim, row0, col0, sample, num_samples};
-  return run_forward(x, nullptr, sigma, seed, where, factor, log_variance, activation, out_dtype);
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+  const Draw draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
+  return run_forward(x, nullptr, draw, dim, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor> activate_bwd(
     Tensor du, Tensor x, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
-    int64_t num_samples, double factor, bool log_variance, std::string activation) {
-  const Where where{dim, row0, col0, sample, num_samples};
-  const Gradients g = run_backward(du, x, nullptr, sigma, seed, where, factor, log_variance, activation);
+    double factor, bool log_variance, std::string activation) {
+  const Draw draw = draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+  const Gradients g = run_backward(du, x, nullptr, sigma, draw, dim, activation);
   return {g.da, g.dsigma};
 }
 
 Tensor gate(
-    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
-  const Where where{dim, row0, col0, sample, num_samples};
-  return run_forward(a, &b, sigma, seed, where, factor, log_variance, activation, out_dtype);
+    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+  const Draw draw = draw_of(a, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
+  return run_forward(a, &b, draw, dim, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_bwd(
     Tensor du, Tensor a, Tensor b, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
-    int64_t sample, int64_t num_samples, double factor, bool log_variance, std::string activation) {
-  const Where where{dim, row0, col0, sample, num_samples};
-  const Gradients g = run_backward(du, a, &b, sigma, seed, where, factor, log_variance, activation);
+    int64_t sample, double factor, bool log_variance, std::string activation) {
+  const Draw draw = draw_of(a, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+  const Gradients g = run_backward(du, a, &b, sigma, draw, dim, activation);
   return {g.da, g.db, g.dsigma};
 }
 

@@ -1,4 +1,5 @@
-// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher declarations.
+// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher
+// declarations.
 #pragma once
 #include <cstdint>
 
@@ -14,23 +15,28 @@ struct Operand {
   int64_t feature_stride = 0;
 };
 
+// One draw z of the noise contract and the scale factor * sigma of what is added: dipkernels/ops/draw.py, and its tensors.
+struct Draw {
+  const int64_t* seed;  // [2]: key, stream
+  int64_t row0, col0;   // origin
+  int32_t sample;
+  const void* sigma;  // [features]; null: 1
+  bool sigma_is_double;
+  bool log_variance;  // sigma holds ln(sigma^2)
+  double factor;      // multiplies sigma
+};
+
 // Two layouts, docs/maths.md, section 6:
 //   rows      inner == 1, feature stride 1, any outer (row) stride
 //   channels  inner > 1, inner stride 1, any other strides
 struct PerturbArgs {
   int64_t outer, features, inner;  // the draw's rows are outer * inner, its columns features
-  const int64_t* seed;             // [2]: key, stream
-  int64_t row0, col0;              // origin
-  int32_t sample, num_samples;     // the mean over samples sample .. sample + num_samples - 1
-  const void* sigma;               // [features]; null: 1
-  bool sigma_is_double;
-  bool log_variance;  // sigma holds ln(sigma^2)
-  double factor;      // multiplies sigma
-  Operand x;          // null data: zeros
-  Operand u;          // written: x + factor * sigma * z
-  Operand z;          // written: z, where the layout is rows and dsigma is null
-  Operand du;         // read where dsigma is written
-  void* dsigma;       // [features], sigma's dtype, written
+  Draw draw;
+  Operand x;     // null data: zeros
+  Operand u;     // written: x + factor * sigma * z
+  Operand z;     // written: z, where the layout is rows and dsigma is null
+  Operand du;    // read where dsigma is written
+  void* dsigma;  // [features], sigma's dtype, written
 };
 
 // Calls f(begin, end, context) over parts of [0, total), in parallel, none smaller than grain but the last.
@@ -52,43 +58,34 @@ int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 
-// The draw of a producer: one sample, with PerturbArgs' meaning.
-struct NoiseArgs {
-  const int64_t* seed;
-  int64_t row0, col0;
-  int32_t sample;
-  const void* sigma;  // [features]
-  bool sigma_is_double;
-  bool log_variance;
-  double factor;
-  void* dsigma;  // [features], sigma's dtype, written back; null: not wanted, and nothing is drawn
-};
-
 // u = act(a) * b + sigma * z; back: da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.
 struct GateArgs {
   int64_t outer, features, inner;  // layouts as PerturbArgs
   int kind;                        // Activation of activation.h
-  NoiseArgs noise;
+  Draw draw;
   Operand a;
   Operand b;           // null: 1
   Operand u;           // written; null: back
   Operand du, da, db;  // back: read, written, written where b is set
+  void* dsigma;        // back: [features], sigma's dtype, written; null: not wanted, and nothing is drawn
 };
 
 const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for);
 
-// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du, dsigma.
+// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du,
+// dsigma.
 struct NormArgs {
   int64_t rows, features;
   bool centred;  // LayerNorm; RMSNorm's mean is 0
   double eps, offset;
-  NoiseArgs noise;
-  Operand x;             // rows of any stride, features side by side
-  Operand weight, bias;  // [features], any type; null: 1 (without the offset) and 0
-  void *mean, *rstd;     // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
-  Operand u;             // written; null: back
-  Operand du, dx;        // back: read, written
+  Draw draw;
+  Operand x;               // rows of any stride, features side by side
+  Operand weight, bias;    // [features], any type; null: 1 (without the offset) and 0
+  void *mean, *rstd;       // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
+  Operand u;               // written; null: back
+  Operand du, dx;          // back: read, written
   Operand dweight, dbias;  // back: [features], any type, written; null: not wanted
+  void* dsigma;            // back: as GateArgs
 };
 
 const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for);

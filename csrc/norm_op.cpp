@@ -34,7 +34,7 @@ Operand column_of(std::optional<Tensor>& t, const char* name, const Tensor& x) {
 }
 
 NormArgs start_norm(
-    const Tensor& x, std::optional<Tensor>& weight, std::optional<Tensor>& bias, const NoiseArgs& noise, int64_t dim,
+    const Tensor& x, std::optional<Tensor>& weight, std::optional<Tensor>& bias, const Draw& draw, int64_t dim,
     const std::string& kind, double offset) {
   STD_TORCH_CHECK(dim == x.dim() - 1, "dim: expected the last dimension, got ", dim);
   NormArgs a{};
@@ -42,7 +42,7 @@ NormArgs start_norm(
   a.rows = a.features ? x.numel() / a.features : 0;
   a.centred = is_centred(kind);
   a.offset = offset;
-  a.noise = noise;
+  a.draw = draw;
   a.weight = column_of(weight, "weight", x);
   a.bias = column_of(bias, "bias", x);
   return a;
@@ -62,11 +62,10 @@ void set_stats(NormArgs& a, const Tensor& stats, const Tensor& x) {
 
 std::tuple<Tensor, Tensor> norm(
     Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor sigma, Tensor seed, int64_t dim, int64_t row0,
-    int64_t col0, int64_t sample, int64_t num_samples, double factor, bool log_variance, std::string kind, double eps,
-    double offset, std::optional<ScalarType> out_dtype) {
-  std::optional<Tensor> keep;
-  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample, num_samples}, factor, log_variance, &dim, &keep);
-  NormArgs a = start_norm(x, weight, bias, noise, dim, kind, offset);
+    int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind, double eps, double offset,
+    std::optional<ScalarType> out_dtype) {
+  const Draw draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
+  NormArgs a = start_norm(x, weight, bias, draw, dim, kind, offset);
   a.eps = eps;
   const std::array<int64_t, 2> sizes{a.centred ? 2 : 1, a.rows}, strides{a.rows, 1};
   const Tensor stats = empty_strided(x, {sizes.data(), 2}, {strides.data(), 2}, stats_type(x));
@@ -84,18 +83,17 @@ std::tuple<Tensor, Tensor> norm(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
     Tensor du, Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> sigma,
-    Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples, double factor,
-    bool log_variance, std::string kind, double offset) {
+    Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind,
+    double offset) {
   check_same(du, "du", x), check_same_shape(du, "du", x, "x");
-  std::optional<Tensor> keep;
-  const NoiseArgs noise = noise_of(sigma, seed, x, {dim, row0, col0, sample, num_samples}, factor, log_variance, &dim, &keep);
-  NormArgs a = start_norm(x, weight, bias, noise, dim, kind, offset);
+  const Draw draw = draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+  NormArgs a = start_norm(x, weight, bias, draw, dim, kind, offset);
   set_stats(a, stats, x);
   const auto gradient = [&](const std::optional<Tensor>& t) { return t ? empty_vector(*t, a.features) : empty_gradient(x); };
   const Tensor dweight = gradient(weight), dbias = gradient(bias), dsigma = gradient(sigma);
   if (weight) a.dweight = operand_of(dweight);
   if (bias) a.dbias = operand_of(dbias);
-  if (sigma) a.noise.dsigma = const_cast<void*>(dsigma.const_data_ptr());
+  if (sigma) a.dsigma = const_cast<void*>(dsigma.const_data_ptr());
   const RowsOf rows(x), du_rows(du);
   const Tensor dx = empty_like(x, x.scalar_type());
   const RowsOf dx_rows(dx);

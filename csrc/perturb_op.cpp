@@ -60,10 +60,10 @@ using Launch = void (*)(const Tensor& x, const PerturbArgs& a);
 // ---- the operations, for any device ----------------------------------------------------------------------------------
 
 template <Launch kLaunch>
-Tensor noise(
-    Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
+Tensor noise(Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample) {
   Tensor z = new_empty(seed, shape);
-  PerturbArgs a = start(seed, z, {dim, row0, col0, sample, num_samples}, &dim);
+  PerturbArgs a{};
+  a.draw = draw_of(z, nullptr, seed, &dim, row0, col0, sample, 1.0, false);
   STD_TORCH_CHECK(lay_out(a, dim, {{&z, &a.u}}), "noise: no layout");  // a new tensor is contiguous, so there is one
   kLaunch(z, a);
   return z;
@@ -71,10 +71,10 @@ Tensor noise(
 
 template <Launch kLaunch>
 Tensor perturb(
-    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
-  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
-  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::optional<ScalarType> out_dtype) {
+  PerturbArgs a{};
+  a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
   Tensor u = empty_like(x, type);
   if (lay_out(a, dim, {{&x, &a.x}, {&u, &a.u}})) {
@@ -90,10 +90,10 @@ Tensor perturb(
 
 template <Launch kLaunch>
 Tensor perturb_bwd(
-    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance) {
-  PerturbArgs a = start(seed, du, {dim, row0, col0, sample, num_samples}, &dim);
-  const Tensor keep = set_sigma(a, sigma, du, dim, factor, log_variance);
+    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance) {
+  PerturbArgs a{};
+  a.draw = draw_of(du, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   Tensor dsigma = empty_vector(sigma, du.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();
   Tensor dense = du;
@@ -107,12 +107,12 @@ Tensor perturb_bwd(
 
 template <Launch kLaunch>
 std::tuple<Tensor, Tensor> perturb_replay(
-    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples,
-    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
+    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance, std::optional<ScalarType> out_dtype) {
   check_same(du, "du", x);
   check_same_shape(du, "du", x, "x");
-  PerturbArgs a = start(seed, x, {dim, row0, col0, sample, num_samples}, &dim);
-  const Tensor keep = set_sigma(a, sigma, x, dim, factor, log_variance);
+  PerturbArgs a{};
+  a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
   Tensor dsigma = empty_vector(sigma, x.size(dim));
   a.dsigma = dsigma.mutable_data_ptr();

@@ -22,9 +22,9 @@ void draw_samples(
   check(u, "u");
   check(z, "z");
   int64_t dim = -1;
-  PerturbArgs first = start(seed, x, {-1, row0, col0, sample, samples}, &dim);
-  const Tensor keep = set_sigma(first, sigma, x, dim, factor, false);
-  first.num_samples = 1;
+  STD_TORCH_CHECK(sample <= 65536 - samples, "sample: expected sample + num_samples <= 65536, got ", sample, " + ", samples);
+  PerturbArgs first{};
+  first.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, false);
   first.outer = x.size(0);
   first.features = x.size(1);
   first.inner = 1;
@@ -44,7 +44,7 @@ void draw_samples(
     Job& j = *static_cast<Job*>(context);
     for (int64_t s = begin; s < end; ++s) {
       PerturbArgs a = j.first;
-      a.sample += static_cast<int32_t>(s);
+      a.draw.sample += static_cast<int32_t>(s);
       if (a.u.data) a.u.data = static_cast<char*>(a.u.data) + s * j.size * j.bytes_u;
       if (a.z.data) a.z.data = static_cast<char*>(a.z.data) + s * j.size * j.bytes_z;
       if (const char* error = perturb_cpu(a, j.inside)) __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
@@ -95,7 +95,8 @@ SamplesArgs start_samples(
 // Rows that follow one another are one.
 void join_rows(SamplesArgs& a) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == a.inner; };
-  if (!dense(a.h.data, a.h.outer_stride) || !dense(a.dy.data, a.dy.outer_stride) || !dense(a.out.data, a.out.outer_stride)) return;
+  if (!dense(a.h.data, a.h.outer_stride) || !dense(a.dy.data, a.dy.outer_stride) || !dense(a.out.data, a.out.outer_stride))
+    return;
   a.inner *= a.outer;
   a.outer = 1;
 }
@@ -106,8 +107,7 @@ void act_add(Tensor total, Tensor h, std::string activation, std::optional<Tenso
   check_done(samples_cpu(a, parallel_for));
 }
 
-Tensor act_add_bwd(
-    Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out, double factor) {
+Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out, double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy: expected h's dtype");
   a.dy = matrix_of(dy, "dy", a.outer, a.inner);

@@ -35,22 +35,6 @@ inline DType dtype_of(ScalarType type, const char* name) {
 // What a kernel returned: null, or what went wrong.
 inline void check_done(const char* error) { STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error); }
 
-inline void check_seed(const Tensor& seed) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected dtype int64");
-  STD_TORCH_CHECK(seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
-  STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
-}
-
-inline int64_t check_where(int64_t ndim, int64_t dim, int64_t row0, int64_t col0, int64_t sample, int64_t num_samples) {
-  STD_TORCH_CHECK(-ndim <= dim && dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", dim);
-  // draw.py stops at 2^62, from where row_blocks.py counts on.
-  const auto fits = [](int64_t origin) { return origin >= 0 && origin <= 3 * (int64_t{1} << 61); };
-  STD_TORCH_CHECK(fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
-  STD_TORCH_CHECK(num_samples >= 1 && num_samples <= 65536, "num_samples: expected 1 to 65536, got ", num_samples);
-  STD_TORCH_CHECK(sample >= 0 && sample <= 65536 - num_samples, "sample: expected sample + num_samples <= 65536, got ", sample);
-  return dim < 0 ? dim + ndim : dim;
-}
-
 inline void check_sigma(const Tensor& sigma, int64_t k) {
   STD_TORCH_CHECK(sigma.dim() == 1 && sigma.size(0) == k, "sigma: expected shape (K,) = (", k, ",)");
   const ScalarType type = sigma.scalar_type();
@@ -191,54 +175,42 @@ inline void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_
 
 // ---- one draw --------------------------------------------------------------------------------------------------------
 
-struct Where {
-  int64_t dim, row0, col0, sample, num_samples;
-};
-
-inline PerturbArgs start(const Tensor& seed, const Tensor& x, const Where& w, int64_t* dim) {
-  check_seed(seed);
+// That of the features of x along *dim, which is then counted from the front. The draw points into seed and *sigma, which is made
+// dense for it and may be null: so no sigma, as where the noise itself is asked for.
+inline Draw draw_of(
+    const Tensor& x, Tensor* sigma, const Tensor& seed, int64_t* dim, int64_t row0, int64_t col0, int64_t sample, double factor,
+    bool log_variance) {
+  const int64_t ndim = x.dim();
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected dtype int64");
+  STD_TORCH_CHECK(seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
+  STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
   check_same(seed, "seed", x);
-  *dim = check_where(x.dim(), w.dim, w.row0, w.col0, w.sample, w.num_samples);
-  PerturbArgs a{};
-  a.seed = static_cast<const int64_t*>(seed.const_data_ptr());
-  a.row0 = w.row0;
-  a.col0 = w.col0;
-  a.sample = static_cast<int32_t>(w.sample);
-  a.num_samples = static_cast<int32_t>(w.num_samples);
-  a.factor = 1.0;
-  return a;
-}
-
-inline Tensor set_sigma(PerturbArgs& a, const Tensor& sigma, const Tensor& x, int64_t dim, double factor, bool log_variance) {
-  check_same(sigma, "sigma", x);
-  check_sigma(sigma, x.size(dim));
-  const Tensor dense = sigma.stride(0) == 1 || sigma.size(0) == 1 ? sigma : torch::stable::contiguous(sigma);
-  a.sigma = dense.const_data_ptr();
-  a.sigma_is_double = sigma.scalar_type() == ScalarType::Double;
-  a.factor = factor;
-  a.log_variance = log_variance;
-  return dense;
+  STD_TORCH_CHECK(-ndim <= *dim && *dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", *dim);
+  if (*dim < 0) *dim += ndim;
+  // draw.py stops at 2^62, from where row_blocks.py counts on.
+  const auto fits = [](int64_t origin) { return origin >= 0 && origin <= 3 * (int64_t{1} << 61); };
+  STD_TORCH_CHECK(fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
+  STD_TORCH_CHECK(sample >= 0 && sample < 65536, "sample: expected 0 to 65535, got ", sample);
+  Draw draw{};
+  draw.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  draw.row0 = row0;
+  draw.col0 = col0;
+  draw.sample = static_cast<int32_t>(sample);
+  draw.factor = factor;
+  draw.log_variance = log_variance;
+  if (!sigma) return draw;
+  check_same(*sigma, "sigma", x);
+  check_sigma(*sigma, x.size(*dim));
+  if (sigma->stride(0) != 1 && sigma->size(0) != 1) *sigma = torch::stable::contiguous(*sigma);
+  draw.sigma = sigma->const_data_ptr();
+  draw.sigma_is_double = sigma->scalar_type() == ScalarType::Double;
+  return draw;
 }
 
 inline void check_same_shape(const Tensor& a, const char* name, const Tensor& x, const char* like) {
   bool same = a.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) same = a.size(d) == x.size(d);
   STD_TORCH_CHECK(same, name, ": expected the shape of ", like);
-}
-
-// The draw of a producer, for features of number k; `keep` holds what it points to.
-inline NoiseArgs noise_of(
-    const std::optional<Tensor>& sigma, const Tensor& seed, const Tensor& x, const Where& w, double factor, bool log_variance,
-    int64_t* dim, std::optional<Tensor>* keep) {
-  const PerturbArgs a = start(seed, x, w, dim);
-  STD_TORCH_CHECK(w.num_samples == 1, "num_samples: expected 1, got ", w.num_samples);
-  NoiseArgs noise{a.seed, a.row0, a.col0, a.sample, nullptr, false, log_variance, factor, nullptr};
-  if (!sigma) return noise;
-  PerturbArgs scaled = a;
-  *keep = set_sigma(scaled, *sigma, x, *dim, factor, log_variance);
-  noise.sigma = scaled.sigma;
-  noise.sigma_is_double = scaled.sigma_is_double;
-  return noise;
 }
 
 // What stands for a gradient that is not wanted.

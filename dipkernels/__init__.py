@@ -1,4 +1,4 @@
-"""Distributional input projection layers (DIPNet, arXiv 2506.04690) at the cost of the plain layer."""
+"""Learned noise at the input of every layer (distributional input projection, DIPNet, arXiv 2506.04690), by fused kernels."""
 
 __version__ = "0.1.0"
 
@@ -14,13 +14,15 @@ from .distributed import check_ranks, parallelize_module, shard_variances
 from .env_report import env_report
 from .models.calibrate import calibrate
 from .models.check import check
-from .models.convert import DIPConversionWarning, convert, to_plain
+from .models.convert import DIPConversionWarning, convert, producer_plan, to_plain
 from .models.parameters import load_variances, param_groups, variances
 from .models.summary import summary
+from .nn.activation import DIPActivation, DIPGatedActivation
 from .nn.attention import DIPMultiheadAttention
 from .nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from .nn.input import DIPInput
 from .nn.linear import DIPLinear
+from .nn.norm import DIPLayerNorm, DIPRMSNorm
 from .nn.numbering import number_layers
 from .nn.variance import Variance
 from .noise.contexts import fixed_noise, noise_off, sampling_on
@@ -33,14 +35,18 @@ from .training.tune import Tuned, tune
 
 __all__ = [
     "Certificate",
+    "DIPActivation",
     "DIPConfig",
     "DIPConv1d",
     "DIPConv2d",
     "DIPConv3d",
     "DIPConversionWarning",
+    "DIPGatedActivation",
     "DIPInput",
+    "DIPLayerNorm",
     "DIPLinear",
     "DIPMultiheadAttention",
+    "DIPRMSNorm",
     "Tuned",
     "Variance",
     "apply",
@@ -67,6 +73,7 @@ __all__ = [
     "penalty",
     "plot",
     "predict",
+    "producer_plan",
     "progress",
     "reference",
     "sampling_on",

@@ -217,8 +217,12 @@ def note_triton_problem(op: str, error: Exception) -> None:
     """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or where Triton was asked for."""
     # Triton's own errors, and what its passes and ptxas throw.
     is_compilation = type(error).__name__ in (
-        "CompilationError", "CompileTimeAssertionFailure", "UnsupportedLanguageConstruct", "PTXASError", "OutOfResources",
-    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))  # fmt: skip
+        "CompilationError",
+        "CompileTimeAssertionFailure",
+        "UnsupportedLanguageConstruct",
+        "PTXASError",
+        "OutOfResources",
+    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
     if not is_compilation:
         raise error
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -265,11 +269,19 @@ def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> An
 class backend:
     """Force one backend for every operation that follows, or, as a context, for a block.
 
-        dip.backend("triton")
-        with dip.backend("reference"): ...
+    Process-wide, not per thread.
 
-    name: one of `NAMES`, or "auto" to choose by `choose` again. Process-wide, not per thread.
-    Raises ValueError for another name, and RuntimeError, here or at the first call, where that backend is missing.
+    Args:
+        name: "cpu", "cuda", "triton" or "reference"; or "auto", each device chooses again.
+
+    Raises:
+        ValueError: Another name.
+        RuntimeError: Here or at the first call, where that backend is missing.
+
+    Examples:
+        >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
+        >>> with dip.backend("reference"):
+        ...     y = layer(x)
     """
 
     def __init__(self, name: str) -> None:

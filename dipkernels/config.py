@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import inspect
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from .training.trajectories import trajectories
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
+_LISTS = (list, tuple, set, frozenset)  # of strings, or of groups of them
 _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
@@ -43,8 +43,7 @@ class DIPConfig:
         include: Name patterns; where there are any, only layers whose name, or that of a module around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
-        place: "input", where convert puts the noise. Any other value is kept, and refused by `apply` until `convert` has
-            an argument of this name.
+        place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
             name holds. By default, where variance is None, calibrate's: 1, less before layers that see few values.
@@ -59,9 +58,14 @@ class DIPConfig:
 
     Raises:
         ValueError, TypeError: For a value outside these, naming it.
+
+    Examples:
+        >>> config = dip.DIPConfig(exclude=["head"], ratio=0.5, m=4)
+        >>> dip.DIPConfig.from_dict(config.to_dict()) == config
+        True
     """
 
-    types: Sequence[str] = tuple(_TYPES)
+    types: Sequence[str] = ("Linear", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     before: Sequence[str] | Mapping[str, int] = ()
@@ -80,7 +84,7 @@ class DIPConfig:
     def __post_init__(self) -> None:
         patterns = {name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")}
         before = dict(self.before) if isinstance(self.before, Mapping) else _strings("before", self.before)
-        if isinstance(self.share, str) or not all(not isinstance(group, str) for group in self.share):
+        if not isinstance(self.share, _LISTS) or not all(isinstance(group, _LISTS) for group in self.share):
             raise TypeError(f"share: expected groups of patterns, such as [('q_proj', 'k_proj')], got {self.share!r}")
         share = tuple(_strings("share", group) for group in self.share)
         amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
@@ -89,13 +93,13 @@ class DIPConfig:
         unknown = [name for name in self.types if name not in _TYPES]
         if unknown or not self.types:
             raise ValueError(f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}")
-        if not isinstance(self.place, str):
-            raise TypeError(f"place: expected a string, got {self.place!r}")
+        if self.place not in ("input", "producer"):
+            raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
         if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
             raise ValueError(f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; choose one")
-        if self.per not in ("layer", "feature"):
+        if not isinstance(self.per, str) or self.per not in ("layer", "feature"):
             raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
         if self.variance is not None and self.per != "layer":
             raise ValueError(f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}")
@@ -105,12 +109,14 @@ class DIPConfig:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
         for name in ("kl", "lambda_s"):
             value = getattr(self, name)
-            if not _is_number(value) or not (math.isfinite(value) and value >= 0):
+            if not (_is_finite(value) and value >= 0):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 f"lambda_s: expected 0 with m = 1, whose trajectories have no variance, got {self.lambda_s}"
             )
+        if not isinstance(self.average, str):
+            raise TypeError(f"average: expected a string, got {self.average!r}")
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
         if self.key is not None and not _is_integer(self.key):
             raise TypeError(f"key: expected an integer or None, got {self.key!r}")
@@ -193,12 +199,16 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold, and no bool."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value)
+    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, _LISTS) else (value,)
     if not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name}: expected strings, got {value!r}")
     return values
@@ -207,9 +217,7 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 def _amount(name: str, value: Any) -> Any:
     """A number > 0, {pattern: number > 0} or None."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
-    if value is not None and not (
-        values and all(_is_number(each) and math.isfinite(each) and each > 0 for each in values)
-    ):
+    if value is not None and not (values and all(_is_finite(each) and each > 0 for each in values)):
         raise ValueError(f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}")
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -233,7 +241,13 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
     Raises:
         ValueError: The model has DIP layers already, no batches where they are needed, an adapter was put around DIP
-            layers, a place that `convert` does not know, and what `convert` and `calibrate` raise. The model is plain then.
+            layers, and what `convert` and `calibrate` raise. The model is plain then.
+
+    Examples:
+        >>> batches = [torch.randn(64, 4)]
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(ratio=0.5), batches)
+        >>> type(model[0]).__name__
+        'DIPLinear'
     """
     if not isinstance(config, DIPConfig):
         raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
@@ -272,7 +286,19 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
 
 
 def config_of(model: nn.Module) -> DIPConfig | None:
-    """The config that was applied to the model, or to what it wraps; None where there is none, or no DIP layer left."""
+    """The config that was applied to the model, or to what it wraps.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The config; None where there is none, or no DIP layer left.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.config_of(model).variance
+        0.04
+    """
     found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
     return found if isinstance(found, DIPConfig) and dip_layers(model) else None
 
@@ -314,11 +340,8 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
         options["filter"] = lambda module, name: _matches(name, config.include) is not None
-    if config.place != "input":
-        if "place" not in inspect.signature(convert).parameters:
-            raise ValueError(f"place: expected 'input', all that convert of this release knows, got {config.place!r}")
-        options["place"] = config.place
-    if config.before:
+    options["place"] = config.place
+    if config.before or config.place == "producer":
         options["batches"] = batches
     convert(model, 0.01 if config.variance is None else config.variance, **options)
     remember_config(model, config)
@@ -373,6 +396,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
     Raises:
         ValueError: The model has no config, or a variance is not finite.
         ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> sorted(os.listdir(folder))
+        ['dip.safetensors', 'dip_config.json']
     """
     config = config_of(model)
     if config is None:
@@ -402,7 +431,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
     Args:
         model: Plain, with its weights loaded, or with the same DIP layers.
         folder: That `save` wrote.
-        batches: For a plain model whose config has `before`: as `convert`'s.
+        batches: For a plain model whose config has `before` or place="producer": as `convert`'s.
 
     Returns:
         The model, which remembers the config.
@@ -411,6 +440,13 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
         FileNotFoundError: A file is missing.
         ValueError: Another version, unknown keys, variances of other layers or shapes; a plain model is plain then.
         ImportError: safetensors is missing.
+
+    Examples:
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> dip.save(model, folder)
+        >>> again = dip.load(nn.Sequential(nn.Linear(4, 2)), folder)
+        >>> torch.equal(again[0].log_variance, model[0].log_variance)
+        True
     """
     config, state = DIPConfig.load(folder), load_state(folder)
     with _plain_again(model):

@@ -36,11 +36,27 @@ def predictor(
 ) -> Callable[[Tensor], Tensor]:
     """f_k as a function of one tensor x [B, ...]: mean over s < k of f(x; noise s); for k = 0, f(x) without noise.
 
-    model: a module, run in eval mode with each module's mode restored, or a callable. k: >= 0 passes, whose noise is
-    that of fixed_noise(key) in pass s, the same at every call. average: "logits" (the outputs) or "probs" (their
-    softmax over dim, as in `predict`); an output that is no tensor must have one as `logits`. target: applied to each
-    mean, such as a loss.
-    Returns a function that torch.func can differentiate. Raises ValueError or TypeError naming the argument.
+    Args:
+        model: A module, run in eval mode with each module's mode restored, or a callable.
+        k: >= 0 passes, whose noise is that of fixed_noise(key) in pass s, the same at every call.
+        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`); an output that is no
+            tensor must have one as `logits`.
+        dim: As `predict`'s.
+        key: Of the noise.
+        target: Applied to each mean, such as a loss.
+
+    Returns:
+        A function that torch.func can differentiate.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> f = dip.diagnostics.predictor(model, k=8)
+        >>> x = torch.randn(3, 4)
+        >>> torch.equal(f(x), f(x))
+        True
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 0:
         raise ValueError(f"k: expected an integer >= 0, got {k!r}")
@@ -98,12 +114,30 @@ def lipschitz(
 ) -> Tensor:
     """The local Lipschitz constant of f_k at every example: the largest singular value of its Jacobian d f_k / d x.
 
-    model: a module or callable that treats its examples apart, [B, ...] -> [B, ...]. x: [B, ...], floating. k, average,
-    dim, key: as `predictor`'s. iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
-    reverse differentiation; ends when no value changed by more than tolerance, relative. The value is a lower bound
-    that rises to the constant.
-    Returns [B], of x's type. Raises ValueError naming the argument. Source: arXiv 2506.04690 claims a lower one for the
-    noised predictor.
+    Args:
+        model: A module or callable that treats its examples apart, [B, ...] -> [B, ...].
+        x: [B, ...], floating.
+        k: As `predictor`'s.
+        average: As `predictor`'s.
+        dim: As `predictor`'s.
+        key: As `predictor`'s.
+        iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then reverse
+            differentiation.
+        tolerance: It ends when no value changed by more than this, relative.
+
+    Returns:
+        [B], of x's type: a lower bound that rises to the constant.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2, bias=False)))
+        >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([3.0, 1.0])))
+        >>> [round(value, 2) for value in dip.diagnostics.lipschitz(model, torch.randn(4, 2)).tolist()]
+        [3.0, 3.0, 3.0, 3.0]
+
+    Source: arXiv 2506.04690 claims a lower one for the noised predictor.
     """
     _check(x, iterations, tolerance)
     f = predictor(model, k, average=average, dim=dim, key=key)
@@ -134,12 +168,33 @@ def smoothness(
 ) -> Tensor:
     """The local smoothness of the loss of f_k at every example: the top eigenvalue of its Hessian in the input.
 
-    model, x, k, average, dim, key: as `lipschitz`'s. loss_fn: of f_k's output [B, ...], a loss for each example, [B], or
-    their sum; such as lambda out: F.cross_entropy(out, y, reduction="none"). which: "magnitude", the largest
-    |eigenvalue|, which is the Lipschitz constant of the gradient, or "largest", the largest with its sign. iterations,
-    tolerance: of power iteration, v -> H v by forward differentiation of the gradient; "largest" needs a second one, on
-    H + |top|.
-    Returns [B], of x's type. Raises ValueError naming the argument. Source: arXiv 2506.04690, second-order smoothness.
+    Args:
+        model: As `lipschitz`'s.
+        x: As `lipschitz`'s.
+        loss_fn: Of f_k's output [B, ...], a loss for each example, [B], or their sum; such as
+            lambda out: F.cross_entropy(out, y, reduction="none").
+        k: As `predictor`'s.
+        average: As `predictor`'s.
+        dim: As `predictor`'s.
+        key: As `predictor`'s.
+        which: "magnitude", the largest |eigenvalue|, which is the Lipschitz constant of the gradient, or "largest", the
+            largest with its sign.
+        iterations: Of power iteration, v -> H v by forward differentiation of the gradient; "largest" needs a second
+            one, on H + |top|.
+        tolerance: As `lipschitz`'s.
+
+    Returns:
+        [B], of x's type.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2)))
+        >>> dip.diagnostics.smoothness(model, torch.randn(4, 2), lambda out: out.square().sum(-1)).shape
+        torch.Size([4])
+
+    Source: arXiv 2506.04690, second-order smoothness.
     """
     _check(x, iterations, tolerance)
     if which not in ("magnitude", "largest"):
@@ -244,9 +299,27 @@ def output_variance(
 ) -> Tensor:
     """The variance of every output over k noisy passes, Var_s[f(x; noise s)], unbiased.
 
-    model, args, kwargs, chunk: as `predict`'s. k: >= 2. average: of which the variance is taken, "logits" (the outputs),
-    "probs" (their softmax over dim) or "sigmoid", as in `predict`.
-    Returns a tensor of the output's shape, at least float32. Raises ValueError or TypeError naming the argument.
+    Args:
+        model: As `predict`'s.
+        args: The model's positional arguments.
+        k: Passes, >= 2.
+        average: Of which the variance is taken: "logits" (the outputs), "probs" (their softmax over dim) or "sigmoid",
+            as in `predict`.
+        chunk: As `predict`'s.
+        dim: As `predict`'s.
+        kwargs: The model's named arguments.
+
+    Returns:
+        A tensor of the output's shape, at least float32.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.diagnostics.output_variance(model, torch.randn(8, 4)).shape
+        torch.Size([8, 2])
+
     Source: arXiv 2506.04690, the constraint Var[f(x)].
     """
     if not isinstance(k, int) or isinstance(k, bool) or k < 2:
@@ -288,9 +361,21 @@ class LayerNoises(list[LayerNoise]):
 def signal_to_noise(model: nn.Module, batches: Iterable[Any]) -> LayerNoises:
     """The signal-to-noise ratio at every DIP layer's input: sum_j Var[x_j] / sum_j (lambda_j / S).
 
-    model: with DIP layers; run in eval mode without noise. batches: as `calibrate`'s. Var[x_j] is over all rows of the
-    batches; S is the layer's num_samples.
-    Returns LayerNoises, one LayerNoise for each layer, which prints as a table. Raises ValueError as `summary`.
+    Args:
+        model: With DIP layers; run in eval mode without noise.
+        batches: As `calibrate`'s. Var[x_j] is over all rows of the batches; S is the layer's num_samples.
+
+    Returns:
+        LayerNoises, one LayerNoise for each layer, which prints as a table.
+
+    Raises:
+        ValueError: As `summary`.
+
+    Examples:
+        >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)
+        >>> _ = dip.calibrate(model, [x], ratio=0.5)
+        >>> [round(row.ratio, 3) for row in dip.diagnostics.signal_to_noise(model, [x])]
+        [4.0]
     """
     spreads = measured_spreads(model, batches)
     rows = LayerNoises()

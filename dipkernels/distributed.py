@@ -21,15 +21,23 @@ _HALF = (torch.bfloat16, torch.float16)
 def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, **fsdp: Any) -> nn.Module:
     """fully_shard every variance inside the module as one group of its own, in float32, before the module itself.
 
+    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that
+    are float32 throughout need none of this.
+
         for block in model.blocks:
             fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
         fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh, mp_policy=bf16)
 
-    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that
-    are float32 throughout need none of this. module: not sharded yet; variances sharded already stay as they are.
-    reshard_after_forward: gather the group a second time in backward; it is small, so by default it is not. fsdp: mesh,
-    offload_policy, ... of torch.distributed.fsdp.fully_shard.
-    Returns the module. Raises ValueError without DIP layers, or for an mp_policy of half precision.
+    Args:
+        module: Not sharded yet; variances sharded already stay as they are.
+        reshard_after_forward: Gather the group a second time in backward; it is small, so by default it is not.
+        fsdp: mesh, offload_policy, ... of torch.distributed.fsdp.fully_shard.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: There are no DIP layers, or mp_policy is of half precision.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -48,12 +56,23 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
 def parallelize_module(module: nn.Module, device_mesh: Any, parallelize_plan: Any = None, **options: Any) -> nn.Module:
     """torch.distributed.tensor.parallel.parallelize_module for a converted model: variances stay whole on every rank.
 
+    The styles are torch's own; they cut every parameter that they find inside a layer, so the variances are taken out
+    meanwhile.
+
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         dip.parallelize_module(model, mesh["tp"], plan)
 
-    The styles are torch's own; they cut every parameter that they find inside a layer, so the variances are taken out
-    meanwhile. module, device_mesh, parallelize_plan, options: torch's, the mesh always given.
-    Returns what torch's function returns. Raises what it raises.
+    Args:
+        module: Torch's.
+        device_mesh: Torch's, always given.
+        parallelize_plan: Torch's.
+        options: Torch's.
+
+    Returns:
+        What torch's function returns.
+
+    Raises:
+        Exception: What torch's function raises.
     """
     from torch.distributed.tensor.parallel import parallelize_module as torchs
 
@@ -82,14 +101,23 @@ def replicate_variance(variance: Variance, mesh: Any) -> None:
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
 
-    model: with DIP layers, wrapped as for training. tensor_parallel: the DeviceMesh, such as mesh["tp"], over which
-    layers are split; its ranks must draw alike. A collective, for all ranks; call it before training, or now and then,
-    in the fixed_noise context of a step if there is one, where it compares keys instead of generators.
-    Raises RuntimeError naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
-    (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers are
-    numbered differently or have different priors; tensor-parallel ranks of different noise.
-    Warns (UserWarning) where ranks that hold different
-    examples would draw the same noise. Without a process group only the model is looked at.
+    A collective, for all ranks; call it before training, or now and then, in the fixed_noise context of a step if there
+    is one, where it compares keys instead of generators. Without a process group only the model is looked at.
+
+    Args:
+        model: With DIP layers, wrapped as for training.
+        tensor_parallel: The DeviceMesh, such as mesh["tp"], over which layers are split; its ranks must draw alike.
+
+    Raises:
+        RuntimeError: Naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
+            (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers
+            are numbered differently or have different priors; tensor-parallel ranks of different noise.
+
+    Warns:
+        UserWarning: Ranks that hold different examples would draw the same noise.
+
+    Examples:
+        >>> dip.check_ranks(dip.convert(nn.Sequential(nn.Linear(4, 2))))
     """
     from torch import distributed
 

@@ -89,8 +89,14 @@ def _kernels(op: str, device: str) -> object:
 def env_report() -> EnvReport:
     """Versions, the compiled library and what it carries, each device's backend, threads, environment variables.
 
-    Returns a dict that prints as a table; `python -m dipkernels` prints it. Raises nothing: what cannot be found out
-    is said in words.
+    `python -m dipkernels` prints it. Raises nothing: what cannot be found out is said in words.
+
+    Returns:
+        A dict that prints as a table.
+
+    Examples:
+        >>> "torch" in dip.env_report()
+        True
     """
     from . import __version__
 

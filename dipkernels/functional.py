@@ -28,10 +28,26 @@ def noise(
 ) -> Tensor:
     """The standard normal draw z of the noise contract (docs/maths.md, section 3).
 
-    shape: of the result, any number of dimensions >= 1. seed: int64 [2] = (key, stream). dim: the feature dimension.
-    row0, col0: origin, at most 2^62, so that noise(window) is the window of the noise: row = row0 + the flattened index over the other
-    dimensions, column = col0 + the index along dim. sample: 0 to 65535.
-    Returns float32 on seed's device. Raises ValueError or TypeError for arguments outside these.
+    Args:
+        shape: Of the result, any number of dimensions >= 1.
+        seed: int64 [2] = (key, stream).
+        dim: The feature dimension.
+        row0: First row, 0 to 2^62, so that noise(window) is the window of the noise: row = row0 + the flattened index
+            over the other dimensions.
+        col0: First column: column = col0 + the index along dim.
+        sample: 0 to 65535.
+
+    Returns:
+        float32, on seed's device.
+
+    Raises:
+        ValueError, TypeError: Arguments outside these.
+
+    Examples:
+        >>> seed = torch.tensor([7, 0])
+        >>> z = dip.functional.noise((4, 3), seed)
+        >>> torch.equal(dip.functional.noise((2, 3), seed, row0=2), z[2:])
+        True
     """
     return _perturb.noise(seed, tuple(shape), Draw(dim, row0, col0, sample))
 
@@ -51,14 +67,36 @@ def perturb(
 ) -> Tensor:
     """u = x + sigma * z, differentiable in x and sigma to any order.
 
-    x: any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features; a DTensor gets the noise of the whole
-    tensor, each rank that of its shard (seed must be one on all ranks; cut along an inner dimension: a call per entry).
-    sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode), or with log_variance=True
-    ln(sigma^2), any value. seed: int64 [2] = (key,
-    stream), on x's device. row0, col0, sample: as in `noise`. num_samples = S averages S draws, by one draw with
-    sigma / sqrt(S), which has the same law. dtype: of u, x's by default.
-    Computed in float32 (float64 for float64 x), rounded once. Returns u, of x's shape, and of its strides where x is dense.
-    Raises ValueError or TypeError naming the argument. Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
+    Computed in float32 (float64 for float64 x), rounded once.
+
+    Args:
+        x: Any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. A DTensor gets the noise of the
+            whole tensor, each rank that of its shard (seed must be one on all ranks; cut along an inner dimension: a
+            call per entry).
+        sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode), or with
+            log_variance=True ln(sigma^2), any value.
+        seed: int64 [2] = (key, stream), on x's device.
+        dim: The feature dimension.
+        row0: As `noise`'s.
+        col0: As `noise`'s.
+        sample: As `noise`'s.
+        num_samples: S averages S draws, by one draw with sigma / sqrt(S), which has the same law.
+        log_variance: What sigma holds.
+        dtype: Of u, x's by default.
+
+    Returns:
+        u, of x's shape, and of its strides where x is dense.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> x, sigma, seed = torch.zeros(4, 3), torch.full((3,), 0.5), torch.tensor([7, 0])
+        >>> u = dip.functional.perturb(x, sigma, seed)
+        >>> torch.allclose(u, 0.5 * dip.functional.noise((4, 3), seed))
+        True
+
+    Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
     """
     _check_num_samples(num_samples)
     if not log_variance:
@@ -85,17 +123,44 @@ def dip_linear(
 ) -> Tensor:
     """y = act((x + sigma * z) W^T + b) or its mean over z, differentiable in x, weight, bias and sigma to any order.
 
-    x: [..., K]. weight: [N, K]. bias: [N] or None. sigma, seed, row0, col0, sample, num_samples, log_variance: as in
-    `perturb`. keep: what backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward,
-    in the pass that sums dsigma: for layers that share an input), or "auto": "u", and under torch.compile what
-    `backends.compiled_keep` says, "x" by default. Under autocast u is rounded once, straight to the autocast type.
-    activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". estimator: where the mean over z is taken.
-      "sample"    act of one draw; num_samples draws are averaged before the activation.
-      "mean"      mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the time of S layers
-                  in the memory of one. Backward draws and multiplies again. Without an activation as "sample".
-      "analytic"  E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance sum_k sigma_k^2 W_nk^2.
-                  Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error: docs/maths.md, section 7.
-    Returns y [..., N]. Raises ValueError or TypeError naming the argument. Source: arXiv 2506.04690.
+    Under autocast u is rounded once, straight to the autocast type.
+
+    Args:
+        x: [..., K].
+        weight: [N, K].
+        bias: [N] or None.
+        sigma: As `perturb`'s.
+        seed: As `perturb`'s.
+        row0: As `noise`'s.
+        col0: As `noise`'s.
+        sample: As `noise`'s.
+        num_samples: As `perturb`'s, before the activation; with "mean" behind it.
+        log_variance: What sigma holds.
+        keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
+            the pass that sums dsigma: for layers that share an input), or "auto": "u", and under torch.compile what
+            `backends.compiled_keep` says, "x" by default.
+        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        estimator: Where the mean over z is taken.
+            "sample": act of one draw; num_samples draws are averaged before the activation.
+            "mean": mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the
+            time of S layers in the memory of one. Backward draws and multiplies again. Without an activation as
+            "sample".
+            "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance
+            sum_k sigma_k^2 W_nk^2. Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error:
+            docs/maths.md, section 7.
+
+    Returns:
+        y [..., N].
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> x, weight, bias, sigma = torch.randn(8, 4), torch.randn(2, 4), torch.zeros(2), torch.full((4,), 0.1)
+        >>> dip.functional.dip_linear(x, weight, bias, sigma, torch.tensor([7, 0]), activation="gelu").shape
+        torch.Size([8, 2])
+
+    Source: arXiv 2506.04690.
     """
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
@@ -118,8 +183,7 @@ def dip_linear(
         return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
     draw = Draw(-1, row0, col0, sample, log_variance=log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
-        draw = draw._replace(num_samples=num_samples)
-        return _linear.mean(x, weight, bias, sigma, seed, draw, activation, dtype)
+        return _linear.mean(x, weight, bias, sigma, seed, draw, num_samples, activation, dtype)
     draw = draw._replace(factor=num_samples**-0.5)
     y = _linear.affine(x, weight, bias, sigma, seed, draw, keep, dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
@@ -128,9 +192,21 @@ def dip_linear(
 def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """y = E[act(mu + sqrt(v) z)], z ~ N(0, 1): an activation behind normal noise, differentiable in mu and v to any order.
 
-    mu: [..., N], float32, float64, float16 or bfloat16. v: [N], float32 or float64, a variance >= 0; where it is 0, y is act(mu).
-    activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the others are within the bounds of
-    docs/maths.md, section 7, whatever mu and v. Returns y in mu's shape and dtype. Raises ValueError or TypeError naming the argument.
+    Args:
+        mu: [..., N], float32, float64, float16 or bfloat16.
+        v: [N], float32 or float64, a variance >= 0; where it is 0, y is act(mu).
+        activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the others are within the
+            bounds of docs/maths.md, section 7, whatever mu and v.
+
+    Returns:
+        y, in mu's shape and dtype.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> dip.functional.expectation(torch.zeros(1, 1), torch.ones(1), "relu")  # 1 / sqrt(2 pi)
+        tensor([[0.3989]])
     """
     return _expectation.expected(mu, v, activation)
 

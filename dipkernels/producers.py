@@ -61,6 +61,13 @@ def norm(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> from dipkernels import producers
+        >>> x, sigma, seed = torch.randn(8, 4), torch.full((4,), 0.1), torch.tensor([7, 0])
+        >>> u = producers.norm(x, None, None, sigma, seed, kind="layer", eps=1e-5)
+        >>> torch.allclose(u, dip.functional.perturb(F.layer_norm(x, (4,)), sigma, seed), atol=1e-5)
+        True
     """
     draw = _draw(sigma, -1, row0, col0, sample, log_variance)
     return _norm.noised_norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x))
@@ -94,6 +101,13 @@ def activate(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> from dipkernels import producers
+        >>> x, sigma, seed = torch.randn(8, 4), torch.full((4,), 0.1), torch.tensor([7, 0])
+        >>> u = producers.activate(x, sigma, seed, kind="gelu")
+        >>> torch.allclose(u, dip.functional.perturb(F.gelu(x), sigma, seed), atol=1e-5)
+        True
     """
     draw = _draw(sigma, dim, row0, col0, sample, log_variance)
     return _gate.noised_activation(x, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(x))
@@ -125,6 +139,12 @@ def gate(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Examples:
+        >>> from dipkernels import producers
+        >>> a, b, sigma = torch.randn(8, 4), torch.randn(8, 4), torch.full((4,), 0.1)
+        >>> producers.gate(a, b, sigma, torch.tensor([7, 0]), kind="silu").shape
+        torch.Size([8, 4])
     """
     draw = _draw(sigma, dim, row0, col0, sample, log_variance)
     return _gate.noised_gate(a, b, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(a))

@@ -52,15 +52,6 @@ def standard_normal(
     return z.reshape(num_rows, 8 * (last - first))[:, col0 - 8 * first : col0 - 8 * first + num_cols]
 
 
-def _mean_normal(seed: Tensor, shape: Sequence[int], row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
-    """zbar = mean over s of z(sample + s), float64 [num_rows, num_cols] = shape"""
-    num_rows, num_cols = shape
-    total = torch.zeros(num_rows, num_cols, dtype=torch.float64, device=seed.device)
-    for s in range(sample, sample + num_samples):
-        total += standard_normal(seed, num_rows, num_cols, row0, col0, s)
-    return total / num_samples
-
-
 def _as_rows(x: Tensor, dim: int) -> Tensor:
     """[rows, K] float64: rows in the order of the other dimensions."""
     k = x.shape[dim]
@@ -77,41 +68,52 @@ def _sigma(sigma: Tensor, log_variance: bool) -> Tensor:
     return torch.exp(sigma.double() / 2) if log_variance else sigma.double()
 
 
-def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int, num_samples: int) -> Tensor:
+def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int) -> Tensor:
     """z[i, j], float32"""
     like = torch.empty(shape, dtype=torch.float32, device=seed.device)
-    rows = _as_rows(like, dim)
-    return _from_rows(_mean_normal(seed, rows.shape, row0, col0, sample, num_samples), like, dim, torch.float32)
+    m, k = _as_rows(like, dim).shape
+    return _from_rows(standard_normal(seed, m, k, row0, col0, sample), like, dim, torch.float32)
 
 
 def perturb(
-    x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
-    log_variance: bool, out_dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    factor: float,
+    log_variance: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """u[i, j] = x[i, j] + factor * sigma[j] * z[i, j]"""
     rows = _as_rows(x, dim)
-    z = _mean_normal(seed, rows.shape, row0, col0, sample, num_samples)
+    z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, sample)
     return _from_rows(rows + factor * _sigma(sigma, log_variance) * z, x, dim, out_dtype or x.dtype)
 
 
 def perturb_bwd(
-    du: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int, factor: float,
+    du: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    dim: int,
+    row0: int,
+    col0: int,
+    sample: int,
+    factor: float,
     log_variance: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dsigma[j] = factor * sum_i du[i, j] * z[i, j];  times sigma[j] / 2 for the log-variance"""
     rows = _as_rows(du, dim)
-    z = _mean_normal(seed, rows.shape, row0, col0, sample, num_samples)
+    z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, sample)
     dsigma = factor * (rows * z).sum(0)
     return (dsigma * _sigma(sigma, True) / 2 if log_variance else dsigma).to(sigma.dtype)
 
 
-def perturb_replay(
-    du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, dim: int, row0: int, col0: int, sample: int, num_samples: int,
-    factor: float, log_variance: bool, out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(u, dsigma): `perturb` and `perturb_bwd` of one draw"""
-    where = (dim, row0, col0, sample, num_samples, factor, log_variance)
-    return perturb(x, sigma, seed, *where, out_dtype), perturb_bwd(du, sigma, seed, *where)
+def perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any) -> tuple[Tensor, Tensor]:
+    """(u, dsigma): `perturb` and `perturb_bwd` of one draw, with the arguments of the former"""
+    return perturb(x, sigma, seed, *draw_and_dtype), perturb_bwd(du, sigma, seed, *draw_and_dtype[:-1])
 
 
 # ---- activations: (f, f', f'') ------------------------------------------------------------------------------------------
@@ -218,10 +220,22 @@ def affine_variance_bwd(
 
 
 def _samples(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    row0: int,
+    col0: int,
+    sample: int,
+    factor: float,
+    log_variance: bool,
+    num_samples: int,
+    activation: str,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows flattened."""
+    if activation == "identity" and num_samples != 1:
+        raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
     rows = _as_rows(x, -1)
     for s in range(sample, sample + num_samples):
         z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, s)
@@ -229,26 +243,38 @@ def _samples(
         yield z, u, u @ weight.double().t() + (0 if bias is None else bias.double())
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str, out_dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
-    y = torch.zeros((), dtype=torch.float64, device=x.device)
-    for _, _, h in _samples(x, weight, bias, sigma, seed, *where):
-        y = y + _ACTIVATIONS[activation](h)[0]
-    return (y / num_samples).to(out_dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
+    """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])
+
+    draw_and_act: row0, col0, sample, factor, log_variance, num_samples = S, activation, out_dtype.
+    """
+    *_, num_samples, activation, out_dtype = draw_and_act
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for _, _, h in _samples(x, weight, bias, sigma, seed, *draw_and_act[:-1]):
+        total = total + _ACTIVATIONS[activation](h)[0]
+    y: Tensor = (total / num_samples).to(out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, row0: int, col0: int, sample: int,
-    num_samples: int, factor: float, log_variance: bool, activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    row0: int,
+    col0: int,
+    sample: int,
+    factor: float,
+    log_variance: bool,
+    num_samples: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dsigma) of `linear`"""
-    where = (row0, col0, sample, num_samples, factor, log_variance)
+    draw = (row0, col0, sample, factor, log_variance)
     dx = dweight = dbias = dsigma = torch.zeros((), dtype=torch.float64, device=x.device)
-    for z, u, h in _samples(x, weight, bias, sigma, seed, *where):
+    for z, u, h in _samples(x, weight, bias, sigma, seed, *draw, num_samples, activation):
         dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
         du = dh @ weight.double()
         dx, dweight, dbias = dx + du, dweight + dh.t() @ u, dbias + dh.sum(0)
@@ -260,85 +286,45 @@ def linear_bwd(
 # ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------------------------------
 
 
-def activate(
-    x: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    activation: str,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """u[i, j] = act(x[i, j]) + factor * sigma[j] * z[i, j]"""
+def _split(arguments: tuple[Any, ...]) -> tuple[tuple[int, int, int, int, float, bool], tuple[Any, ...]]:
+    """The fields of Draw, and what follows them."""
+    return arguments[:6], arguments[6:]
+
+
+def activate(x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
+    """u[i, j] = act(x[i, j]) + factor * sigma[j] * z[i, j]
+
+    draw_and_act: the draw as in `perturb`, activation, out_dtype.
+    """
+    draw, (activation, out_dtype) = _split(draw_and_act)
     y = torch.empty_like(x, dtype=torch.float64).copy_(_ACTIVATIONS[activation](x.double())[0])
-    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
     return perturb(y, sigma, seed, *draw, out_dtype or x.dtype)
 
 
 def activate_bwd(
-    du: Tensor,
-    x: Tensor,
-    sigma: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    activation: str,
+    du: Tensor, x: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
 ) -> tuple[Tensor, Tensor]:
     """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s, empty without a sigma)"""
+    draw, (activation,) = _split(draw_and_act)
     dx = torch.empty_like(x).copy_(du.double() * _ACTIVATIONS[activation](x.double())[1])
-    return dx, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
+    return dx, _dsigma(du, sigma, seed, *draw)
 
 
-def gate(
-    a: Tensor,
-    b: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    activation: str,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
-    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]"""
+def gate(a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
+    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; draw_and_act as `activate`'s"""
+    draw, (activation, out_dtype) = _split(draw_and_act)
     y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
-    draw = (dim, row0, col0, sample, num_samples, factor, log_variance)
     return perturb(y, sigma, seed, *draw, out_dtype or a.dtype)
 
 
 def gate_bwd(
-    du: Tensor,
-    a: Tensor,
-    b: Tensor,
-    sigma: Tensor | None,
-    seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    activation: str,
+    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
+    draw, (activation,) = _split(draw_and_act)
     f, slope, _ = _ACTIVATIONS[activation](a.double())
     da, db = torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f)
-    return da, db, _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
+    return da, db, _dsigma(du, sigma, seed, *draw)
 
 
 def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
@@ -346,33 +332,22 @@ def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tenso
 
 
 def norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    kind: str,
-    eps: float,
-    offset: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_norm: Any
 ) -> tuple[Tensor, Tensor]:
     """(u, stats): h[i, j] = (x[i, j] - mean[i]) * rstd[i], u = h * (offset + weight[j]) + bias[j] + factor * sigma[j] * z[i, j],
-    stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats = [rstd[i]]"""
+    stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats = [rstd[i]]
+
+    draw_and_norm: the draw as in `perturb`, kind, eps, offset, out_dtype.
+    """
+    draw, (kind, eps, offset, out_dtype) = _split(draw_and_norm)
     rows = _as_rows(x, -1)
     mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (0 if bias is None else bias.double())
     y = torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape))
-    u = perturb(y, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype or x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return u, torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
+    stats = torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
+    return perturb(y, sigma, seed, *draw, out_dtype or x.dtype), stats
 
 
 def norm_bwd(
@@ -383,18 +358,14 @@ def norm_bwd(
     bias: Tensor | None,
     sigma: Tensor | None,
     seed: Tensor,
-    dim: int,
-    row0: int,
-    col0: int,
-    sample: int,
-    num_samples: int,
-    factor: float,
-    log_variance: bool,
-    kind: str,
-    offset: float,
+    *draw_and_norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dsigma): g = du * (offset + weight), dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for
-    "rms"; dweight = sum_i du * h, dbias = sum_i du; empty where there is no weight, bias or sigma"""
+    "rms"; dweight = sum_i du * h, dbias = sum_i du; empty where there is no weight, bias or sigma
+
+    draw_and_norm: the draw as in `perturb`, kind, offset.
+    """
+    draw, (kind, offset) = _split(draw_and_norm)
     rows, g = _as_rows(x, -1), _as_rows(du, -1)
     mean, rstd = (stats[0].double()[:, None] if kind == "layer" else 0.0), stats[-1].double()[:, None]
     h = (rows - mean) * rstd
@@ -402,8 +373,8 @@ def norm_bwd(
     dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
     g = g * _norm_weight(weight, offset)
     dx = g - h * (g * h).mean(1, keepdim=True) - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
-    dsigma = _dsigma(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance)
-    return torch.empty_like(x).copy_((dx * rstd).reshape(x.shape)), dweight, dbias, dsigma
+    dx = torch.empty_like(x).copy_((dx * rstd).reshape(x.shape))
+    return dx, dweight, dbias, _dsigma(du, sigma, seed, *draw)
 
 
 def _norm_weight(weight: Tensor | None, offset: float) -> Tensor | float:

@@ -28,12 +28,18 @@ def metrics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         "dip/sigma": mean over layers of the mean sigma. "dip/share": mean over layers of sigma over the prior's, which
-        is the sigma that `calibrate` set: 1 at the start, below 1 where the loss made the noise smaller. "dip/kl": the KL
+        is the sigma that `calibrate` set: 1 at the start, below 1 where the loss made the noise smaller. "dip/kl": the
+        KL
         term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names differ in numbers alone,
         such as blocks.q_proj.
 
     Raises:
         ValueError: The model has no DIP layers, or a variance is not finite.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)), init_variance=0.04)
+        >>> {name: round(value, 3) for name, value in dip.metrics(model).items()}
+        {'dip/kl': 0.0, 'dip/sigma': 0.2, 'dip/sigma/0': 0.2, 'dip/share': 1.0, 'dip/share/0': 1.0}
     """
     state = variances(model)
     groups: dict[str, list[tuple[float, float]]] = {}
@@ -72,6 +78,11 @@ def plot(
     Raises:
         ValueError: The model has no DIP layers, a variance is not finite, or `before` is of other layers.
         ImportError: matplotlib is missing.
+
+    Examples:
+        >>> figure = dip.plot(dip.convert(nn.Sequential(nn.Linear(4, 2))))
+        >>> figure.axes[0].get_ylabel()
+        'sigma'
     """
     after = variances(model)
     names = [name for name in after if name.endswith("log_variance") and len(after[name])]
@@ -170,5 +181,10 @@ def progress(
 
     Raises:
         ValueError: The model has no DIP layers, or every < 1.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> for x in (line := dip.progress([torch.randn(8, 4)] * 2, model, file=io.StringIO())):
+        ...     line.update(loss=model(x).sum())
     """
     return Progress(batches, model, every, file)

@@ -17,9 +17,20 @@ from .ops import registry
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # z is float32's
 _PLAIN: dict[str, object] = {
-    "dim": -1, "row0": 0, "col0": 0, "sample": 0, "num_samples": 1, "factor": 1.0, "log_variance": False, "out_dtype": None,
-    "activation": "gelu", "kind": "layer", "eps": 1e-5, "offset": 0.0, "given": None,
-}  # fmt: skip
+    "dim": -1,
+    "row0": 0,
+    "col0": 0,
+    "sample": 0,
+    "num_samples": 1,
+    "factor": 1.0,
+    "log_variance": False,
+    "out_dtype": None,
+    "activation": "gelu",
+    "kind": "layer",
+    "eps": 1e-5,
+    "offset": 0.0,
+    "given": None,
+}
 
 
 @dataclass(frozen=True)

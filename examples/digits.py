@@ -1,6 +1,6 @@
 """Handwritten digits: an MLP against the same MLP with DIP layers: accuracy, robustness, time of a step.
 
-    python examples/digits.py            about 90 s on two cores; writes out/digits/{results.json,robustness.png}
+    python examples/digits.py            under two minutes; writes out/digits/{results.json,robustness.png}
     python examples/digits.py --quick    one seed, a few epochs
 
 scikit-learn's digits (8x8 scans, pixels scaled to 0 .. 1), 500 for training, the rest for testing; an MLP
@@ -28,7 +28,14 @@ import dipkernels as dip
 M = 4
 NUM_TRAIN = 500
 BATCH = 100
-VARIANTS = ("plain", "input noise", "fixed sigma", "dip")
+VARIANTS = ("plain", "fixed sigma", "input noise", "dip")
+# Colours that colour-blind readers tell apart, and a marker and a dash for each; the widest line lies below the others.
+LOOKS = {
+    "plain": {"color": "black", "marker": "x", "linestyle": ":"},
+    "fixed sigma": {"color": "#009e73", "marker": "D", "linestyle": "--"},
+    "input noise": {"color": "#0a83c4", "marker": "s"},
+    "dip": {"color": "#d55e00", "marker": "o", "linewidth": 4, "zorder": 1.5},
+}
 PGD_STRENGTHS = (0.05, 0.1, 0.15, 0.2)
 NOISE_STRENGTHS = (0.15, 0.3, 0.5, 0.7)
 TABLE = (("clean", "0"), ("pgd", "0.1"), ("pgd", "0.15"), ("noise", "0.3"), ("noise", "0.5"))
@@ -191,6 +198,28 @@ def overhead_table(overhead: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def in_words(results: dict[str, list[dict]], overhead: dict[str, dict[str, float]]) -> list[str]:
+    """What the tables show, in three lines."""
+
+    def score(variant: str, kind: str, strength: str) -> float:
+        return mean_std([run[kind][strength] for run in results[variant]])[0]
+
+    attacked = {variant: score(variant, "pgd", "0.1") for variant in VARIANTS}
+    clean = {variant: score(variant, "clean", "0") for variant in VARIANTS}
+    gain, change = attacked["dip"] - attacked["plain"], clean["dip"] - clean["plain"]
+    others = [f"{name} {attacked[name]:.0f}" for name in ("fixed sigma", "input noise")]
+    ahead = [name for name in ("fixed sigma", "input noise") if attacked[name] > attacked["dip"]]
+    verdict = f"ahead here: {' and '.join(ahead)}" if ahead else "the recipe is ahead"
+    name = f"dip, m = {M}"
+    return [
+        f"1. Under attack (PGD 0.1) plain training gets {attacked['plain']:.0f} of 100 digits right, the DIP recipe "
+        f"{attacked['dip']:.0f} ({gain:+.0f}); on clean digits {clean['plain']:.1f} and {clean['dip']:.1f} ({change:+.1f}).",
+        f"2. Simpler noise, under the same attack: {', '.join(others)}; {verdict}. DIP finds the amount of noise by itself.",
+        f"3. A training step with m = {M} took {overhead[name]['ratio']:.1f} times the plain step, of a network so small that noise "
+        "costs most; in eval mode the network is the plain one, and costs what that costs.",
+    ]
+
+
 def plot(results: dict[str, list[dict]], path: Path) -> None:
     import matplotlib
 
@@ -206,11 +235,12 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
             points = [mean_std([run["clean"]["0"] for run in runs])]
             points += [mean_std([run[kind][s] for run in runs]) for s in runs[0][kind]]
             means, stds = zip(*points, strict=True)
-            axis.errorbar(strengths, means, yerr=stds, marker="o", capsize=3, label=variant)
+            axis.errorbar(strengths, means, yerr=stds, capsize=3, label=variant, **LOOKS[variant])
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, % (deterministic forward)")
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=3)
     figure.suptitle(f"MLP 64-256-256-10, {NUM_TRAIN} digits, {len(runs)} seed(s), mean ± standard deviation")
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -223,15 +253,17 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument(
         "--out", type=Path, default=Path("out/digits"), help="folder for results.json and robustness.png"
     )
+    parser.add_argument("--threads", type=int, default=1, help="threads: layers this small gain nothing by more (1)")
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
     seeds = 1 if args.quick else args.seeds
     epochs = args.epochs if args.epochs is not None else 3 if args.quick else 200
-    if seeds < 1 or epochs < 1:
-        parser.error("--seeds and --epochs: expected at least 1")
+    if seeds < 1 or epochs < 1 or args.threads < 1:
+        parser.error("--seeds, --epochs and --threads: expected at least 1")
     if args.out.exists() and not args.out.is_dir():
         parser.error(f"--out: expected a folder, got the file {args.out}")
 
+    torch.set_num_threads(args.threads)
     start = time.perf_counter()
     results: dict[str, list[dict]] = {variant: [] for variant in VARIANTS}
     with tqdm(total=seeds * epochs * len(VARIANTS), unit="epoch", dynamic_ncols=True) as bar:
@@ -270,6 +302,10 @@ def main(arguments: list[str] | None = None) -> dict:
     print(f"\nOne training step, batch {BATCH}, {report['threads']} threads; median of the ratios to the plain step")
     print(overhead_table(overhead))
     print(f"\n{report['seconds']} s; wrote {args.out / 'results.json'} and {args.out / 'robustness.png'}")
+    if args.quick:
+        print("\nA quick run trains too little to show anything: run it without --quick.")
+    else:
+        print("\nWhat this shows:\n" + "\n".join(in_words(results, overhead)))
     return report
 
 

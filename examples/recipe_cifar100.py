@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recipe_training import Trainer, Worker, add_arguments, apply_method, check_arguments, workers, write_results
+from recipe_training import (
+    Trainer,
+    Worker,
+    apply_method,
+    check_arguments,
+    make_parser,
+    refusing,
+    workers,
+    write_results,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification
@@ -30,12 +39,16 @@ import dipkernels as dip
 SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}  # width, blocks, heads
 RECORD = 2 + 3 * 32 * 32
 CLASSES = 100
+ARCHIVE = "cifar-100-binary.tar.gz"
+DATA = f"folder with train.bin and test.bin of CIFAR-100's binary version, {ARCHIVE} unpacked"
 
 
 def load(path: Path) -> tuple[Tensor, Tensor]:
     """Images [N, 3, 32, 32] uint8 and fine labels [N] of one file of CIFAR-100's binary version."""
     if not path.is_file():
-        raise FileNotFoundError(f"--data: expected {path.name} in {path.parent}, found none")
+        raise FileNotFoundError(
+            f"--data: expected {path.name} of CIFAR-100's binary version in {path.parent}, {_what_is_there(path.parent)}"
+        )
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % RECORD:
         raise ValueError(f"--data: expected records of {RECORD} bytes in {path}, got {len(raw)} bytes")
@@ -44,6 +57,18 @@ def load(path: Path) -> tuple[Tensor, Tensor]:
     if labels.max() >= CLASSES:
         raise ValueError(f"--data: expected fine labels below {CLASSES} in {path}, got {labels.max()}")
     return records[:, 2:].reshape(-1, 3, 32, 32), labels
+
+
+def _what_is_there(folder: Path) -> str:
+    """What lies in its place, and the way out."""
+    if (folder / "train").is_file() and (folder / "meta").is_file():
+        return f"got the python version (train, test, meta); unpack {ARCHIVE}, the binary version, and give its folder"
+    inside = [inner.name for inner in sorted(folder.iterdir()) if (inner / "train.bin").is_file()]
+    if inside:
+        return f"found it one folder further in: {folder / inside[0]}"
+    if (folder / ARCHIVE).is_file():
+        return f"found {ARCHIVE}: unpack it"
+    return f"found none; unpack {ARCHIVE} and give its folder"
 
 
 class Classifier(nn.Module):
@@ -129,8 +154,7 @@ def evaluate(model: nn.Module, worker: Worker, trainer: Trainer, data: tuple[Ten
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
+    parser = make_parser(__doc__, DATA)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="ViT-Tiny, Small or Base, from random weights")
     parser.add_argument("--pretrained", type=Path, help="local folder of a transformers ViT checkpoint, instead")
     parser.add_argument("--image-size", type=int, default=224, help="what 32 x 32 pixels are enlarged to (224)")
@@ -154,10 +178,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--k: expected with --method fixed or dip, got --method {args.method}")
 
     with workers(args.device) as worker:
-        images, labels = load(args.data / "train.bin")
-        test = load(args.data / "test.bin")
-        torch.manual_seed(args.seed)
-        model = build(args)
+        with refusing(parser):
+            images, labels = load(args.data / "train.bin")
+            test = load(args.data / "test.bin")
+            torch.manual_seed(args.seed)
+            model = build(args)
         batch = images[: args.batch].float() / 255
         entry = model.vit.vit.embeddings.patch_embeddings
         apply_method(model, entry, args, batch)

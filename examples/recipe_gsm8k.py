@@ -12,7 +12,6 @@ exact match of the final number, by greedy generation with the deterministic mod
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -24,9 +23,10 @@ from recipe_training import (
     PRECISIONS,
     Trainer,
     Worker,
-    add_arguments,
     apply_method,
     check_arguments,
+    make_parser,
+    refusing,
     workers,
     write_results,
 )
@@ -43,7 +43,9 @@ NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def load(path: Path) -> list[dict[str, str]]:
     """The lines of one file of GSM8K."""
     if not path.is_file():
-        raise FileNotFoundError(f"--data: expected {path.name} in {path.parent}, found none")
+        raise FileNotFoundError(
+            f"--data: expected {path.name} of GSM8K (lines of question and answer) in {path.parent}, found none"
+        )
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         if not text.strip():
@@ -122,8 +124,7 @@ def evaluate(model: nn.Module, tokenizer, worker: Worker, trainer: Trainer, exam
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser)
+    parser = make_parser(__doc__, "folder with train.jsonl and test.jsonl of GSM8K, as published")
     parser.add_argument("--model", type=Path, required=True, help="local folder of a transformers checkpoint")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA adapters (16)")
     parser.add_argument("--lora-alpha", type=int, default=32, help="scale of the adapters times the rank (32)")
@@ -140,17 +141,18 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--model: expected a local folder, got {args.model}")
 
     with workers(args.device) as worker:
-        examples, test = load(args.data / "train.jsonl"), load(args.data / "test.jsonl")
-        torch.manual_seed(args.seed)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-            base = AutoModelForCausalLM.from_pretrained(
-                args.model, local_files_only=True, dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"]
-            )
-        except Exception as error:
-            raise ValueError(f"--model: expected a causal language model in {args.model}, got {error!r}") from error
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"--model: expected a tokenizer with an end of text, {args.model} has none")
+        with refusing(parser):
+            examples, test = load(args.data / "train.jsonl"), load(args.data / "test.jsonl")
+            torch.manual_seed(args.seed)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+                base = AutoModelForCausalLM.from_pretrained(
+                    args.model, local_files_only=True, dtype=PRECISIONS["bf16" if args.precision == "bf16" else "fp32"]
+                )
+            except Exception as error:
+                raise ValueError(f"--model: expected a causal language model in {args.model}, got {error!r}") from error
+            if tokenizer.eos_token_id is None:
+                raise ValueError(f"--model: expected a tokenizer with an end of text, {args.model} has none")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
         model = get_peft_model(

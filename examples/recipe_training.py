@@ -31,10 +31,11 @@ STRENGTHS = ("init_sigma", "calibrate", "kl", "lambda_s")
 MAX_SEED = 2**27  # a step's own seed is this times 2^36: see Trainer.run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every recipe."""
+def make_parser(doc: str, data: str) -> argparse.ArgumentParser:
+    """A parser that shows the recipe's docstring and has the flags of every recipe; data: which files --data wants."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder of the data set's own files")
+    add("--data", type=Path, required=True, help=data)
     add("--out", type=Path, required=True, help="folder for last.pt, metrics.jsonl and results.json")
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--method", choices=METHODS, default="dip", help="plain; noise at the input only; fixed variance; dip (dip)")
@@ -57,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (10)")
     add("--stop-after", type=int, help="stop after this many steps in all, with a checkpoint (for tests and queues)")
+    return parser
+
+
+@contextlib.contextmanager
+def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What is wrong with a file that a flag names is said in a line, as what is wrong with the flag is."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if not str(error).startswith("--"):
+            raise
+        parser.error(str(error))
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

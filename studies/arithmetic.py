@@ -3,19 +3,21 @@
     python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it was stopped
     python studies/arithmetic.py --stages LoRA       one of them (the other may run in another process)
     python studies/arithmetic.py --parts report      tables and figures from the stored results
+    python studies/arithmetic.py --figures           figures alone, from docs/results/arithmetic.json
     python studies/arithmetic.py --quick             does it run? into out/arithmetic
 
 Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums modulo 5; tested by
 greedy generation and exact match on chains of 4, and on longer ones than it has seen. Stage LoRA: one epoch of LoRA on
 what that left out, products and chains of up to 6 steps; every method starts from the model that plain training gave.
 Calculations are split into training, validation (where each method's setting is chosen) and test. Writes
-every run into out/arithmetic as it ends; the report writes the tables of docs/results.md, and arithmetic.png and a summary of
+every run into out/arithmetic as it ends; the report writes the tables of docs/results.md, and arithmetic_*.svg and a summary of
 the runs, arithmetic.json, into docs/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import time
@@ -31,10 +33,10 @@ from results_page import (
     NotStored,
     Store,
     cell,
+    chosen_runs,
+    draw_curve,
     environment_line,
-    figure,
-    mean_std,
-    save_figure,
+    figures,
     summarise,
     table,
     write_table,
@@ -309,34 +311,24 @@ def search_table(study: Study) -> str:
     return table(["stage", "method", "setting: mean exact match on validation problems"], rows) if rows else ""
 
 
-def plot(study: Study, path: Path, bar: tqdm) -> None:
-    fig, axes = figure(2, len(study.args.stages), 5.5 * len(study.args.stages), 7)
-    for axis, sigma_axis, stage in zip(axes[0], axes[1], study.args.stages):
-        for method in METHODS:
-            runs = study.test(stage, method, bar)
-            points = [mean_std([r["scores"][str(steps)]["answer"] for r in runs]) for steps in TESTED[stage]]
-            means, stds = zip(*points)
-            thick = {"linewidth": 2.2, "zorder": 3} if method == "DIP" else {"linewidth": 1}
-            axis.errorbar(TESTED[stage], means, yerr=stds, marker="o", markersize=3, capsize=2, label=method, **thick)
-        axis.axvline(max(LENGTHS[stage]) + 0.5, linestyle=":", color="gray")
-        axis.set_title(f"{stage}: exact match by length (right of the line: longer than in training)", fontsize=8)
-        axis.set_xlabel("steps")
-        axis.set_ylabel("exact match of the answer, %")
-        axis.grid(alpha=0.3)
-        layers = study.test(stage, "DIP", bar)[0]["sigma"]
-        boxes = [
-            {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4], "label": name.split("model.")[-1]}
-            for name, q in layers.items()
-        ]
-        sigma_axis.bxp(boxes, showfliers=False)
-        sigma_axis.tick_params(axis="x", rotation=90, labelsize=5)
-        sigma_axis.set_ylabel("learned sigma, first seed")
-    axes[0][0].legend(fontsize=7)
-    save_figure(fig, path)
+def plots(folder: Path) -> None:
+    """Exact match by length, of both stages, from the summary that docs/results keeps."""
+    summary = json.loads((folder / "arithmetic.json").read_text(encoding="utf-8"))
+    for stage in STAGES:
+        found = chosen_runs(summary, f"arithmetic_{stage.lower()}", METHODS, "steps")
+        with figures.style():
+            fig, axes = figures.panels(height=4.2)
+            for method, run in found.items():
+                lengths = [int(length) for length in run["scores"]]
+                draw_curve(axes[0, 0], method, lengths, [scores["answer"] for scores in run["scores"].values()])
+            axes[0, 0].axvline(max(LENGTHS[stage]) + 0.5, color=figures.GRID, label="longer than in training", zorder=1)
+            axes[0, 0].set(title=f"{stage}: exact match, %", xlabel="steps of the problem")
+            figures.legend(fig, axes[0, 0])
+            figures.save(fig, folder / f"arithmetic_{stage.lower()}.svg")
 
 
 def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
-    """Tables, figure and summary from what is stored; nothing is trained, and what is missing is said."""
+    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is said."""
     for store in study.stores.values():
         store.makes = False
     whole = [
@@ -346,8 +338,8 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
     if set(study.args.stages) == set(STAGES):
         write_table(page, "arithmetic-search", lambda: search_table(study))
         if all(whole):
-            plot(study, out / "arithmetic.png", bar)
             summarise(study.stores.values(), out / "arithmetic.json")
+            plots(out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -363,7 +355,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
     parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
     parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?")
+    parser.add_argument(
+        "--figures", action="store_true", help="no more than the figures, from docs/results/arithmetic.json"
+    )
     args = parser.parse_args(arguments)
+    if args.figures:
+        plots(FOLDER)
+        return
     for name in ("seeds", "dim", "depth", "tested", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
@@ -386,9 +384,9 @@ def main(arguments: list[str] | None = None) -> None:
                 except NotStored as error:
                     raise SystemExit(str(error)) from None
     if "report" in args.parts:
-        figures = FOLDER if args.page == PAGE else args.out
-        report(study, args.page, figures, tqdm(disable=True))
-        print(f"wrote {args.page} and {figures}")
+        folder = FOLDER if args.page == PAGE else args.out
+        report(study, args.page, folder, tqdm(disable=True))
+        print(f"wrote {args.page} and {folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where the defaults of calibrate, objective and param_groups come from: a bench of seventeen small tasks.
 
-    python studies/defaults.py              writes out/studies/defaults/{summary.json,table.md,ratio.png}
+    python studies/defaults.py              writes out/studies/defaults/{summary.json,table.md,ratio_*.svg}
+    python studies/defaults.py --figures    the figures of docs/, from docs/results/ratio.json and docs/results_defaults.md
     python studies/defaults.py --quick      two small tasks, one seed: does it run?
 
 Each method trains the same weights on the same batches as plain training does, and all is scored
@@ -13,9 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import figures
 import parts
 from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
@@ -24,6 +29,7 @@ from training import evaluate, kept, train
 from dipkernels.models.calibrate import FEW
 from dipkernels.training.objective import KL
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
@@ -105,26 +111,56 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 
 
-def plot(rows: dict[str, Any], path: Path) -> None:
-    """Clean, attacked and noisy score against the ratio of a fixed sigma; dashed: the recipe, dotted: plain training."""
-    from matplotlib.figure import Figure
-
+def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
+    """Score against the ratio of a fixed sigma, beside the recipe and plain training: one SVG for each task."""
     cases = {case: m for case, m in rows.items() if {"default", *(f"fixed {r:g}" for r in FIXED)} <= set(m)}
-    if not cases:
-        return
-    figure = Figure(figsize=(4 * len(cases), 3.6), layout="constrained")
-    for axis, (case, methods) in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases.items(), strict=True):
-        for score, color in zip(SCORES, ("tab:blue", "tab:red", "tab:green"), strict=True):
-            axis.plot(FIXED, [methods[f"fixed {r:g}"][score]["mean"] for r in FIXED], "o-", color=color, label=score)
-            axis.axhline(methods["default"][score]["mean"], color=color, linestyle="--", linewidth=1)
-            axis.axhline(methods["plain"][score]["mean"], color=color, linestyle=":", linewidth=1)
-        axis.set(xscale="log", xlabel="fixed sigma / spread of the input", title=case)
-        axis.set_xticks(FIXED, [f"{r:g}" for r in FIXED])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("score, %")
-    figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    for case, methods in cases.items():
+        with figures.style():
+            figure, axes = figures.panels(height=4.0)
+            axis = axes[0, 0]
+            for score, color, marker in zip(SCORES, figures.ORDER, "os^"):
+                means = [methods[f"fixed {ratio:g}"][score]["mean"] for ratio in FIXED]
+                axis.plot(FIXED, means, "-", marker=marker, color=color, label=f"{score}: fixed sigma")
+                for method, dash, name in (("default", "--", "recipe"), ("plain", ":", "plain")):
+                    axis.axhline(methods[method][score]["mean"], color=color, ls=dash, label=f"{score}: {name}")
+            axis.set(xscale="log", xlabel="fixed sigma / spread of the input", title=f"{case}: score, %")
+            axis.set_xticks(FIXED, [f"{ratio:g}" for ratio in FIXED])
+            axis.minorticks_off()
+            figures.legend(figure, axis)
+            figures.save(figure, folder / f"ratio_{case.split()[0].strip(',')}.svg")
+
+
+def plot_gains(table: str, folder: Path) -> None:
+    """What the recipe and a fixed sigma gain over plain training by AdamW, from the table that this study prints."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    gains: dict[str, dict[str, list[str]]] = {}
+    for case, method, *scores in (row for row in rows if row[0].endswith(", AdamW")):
+        gains.setdefault(case.removesuffix(", AdamW"), {})[method] = scores
+    tasks = [task for task, methods in gains.items() if {"default", "fixed 1"} <= methods.keys()]
+    least = -30.0  # what lies further left is drawn there, with its figure
+    for number, score in enumerate(SCORES[:2]):
+        with figures.style():
+            figure, axes = figures.panels(height=3.9)
+            axis = axes[0, 0]
+            for method, label, shift, (color, marker, _) in (
+                ("default", "the recipe", 0.15, figures.LINES["DIP"]),
+                ("fixed 1", "the same sigma, fixed", -0.15, figures.LINES["input noise"]),
+            ):
+                for i, task in enumerate(tasks):
+                    mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
+                    shown = max(float(mean), least)
+                    axis.errorbar(
+                        shown, shift - i, xerr=float(half or 0) if shown > least else 0, fmt=marker, color=color,
+                        capsize=2, elinewidth=1, label=label if i == 0 else None,
+                    )  # fmt: skip
+                    if shown > float(mean):
+                        axis.annotate(mean, (shown, shift - i), (6, -3), textcoords="offset points", fontsize=8)
+            axis.axvline(0, color=figures.FOREGROUND, linewidth=1)
+            axis.set_yticks([-i for i in range(len(tasks))], tasks)
+            words = {"clean": "on clean data", "pgd": "under attack (PGD)"}
+            axis.set(title=f"points gained {words[score]}", xlim=(least - 3, 50))
+            figures.legend(figure, axis)
+            figures.save(figure, folder / f"gains_{score}.svg")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -137,7 +173,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
     parser.add_argument("--quick", action="store_true", help="two small tasks, one seed, few methods")
+    parser.add_argument("--figures", action="store_true", help="no more than docs/assets, from what docs/ has")
     args = parser.parse_args(arguments)
+    if args.figures:
+        plot_ratio(json.loads((DOCS / "results" / "ratio.json").read_text()), DOCS / "assets")
+        plot_gains((DOCS / "results_defaults.md").read_text(encoding="utf-8"), DOCS / "assets")
+        return {}
     if args.quick:
         args.tasks, args.methods, args.seeds = ["iris", "diabetes"], ["plain", "default", "fixed 1"], 1
     methods = list(dict.fromkeys(["plain", *args.methods]))
@@ -146,7 +187,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     text = table(rows, methods)
     (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "table.md").write_text(text + "\n")
-    plot(rows, args.out / "ratio.png")
+    plot_ratio(rows, args.out)
     print(text)
     print(
         f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}/summary.json"

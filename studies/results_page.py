@@ -9,9 +9,13 @@ import os
 import platform
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import figures
 import numpy as np
 import torch
 
@@ -207,19 +211,44 @@ def _key(config: dict) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def figure(rows: int, columns: int, width: float, height: float, **kwargs):
-    """Matplotlib without a display."""
-    import matplotlib
+def chosen_runs(summary: dict, store: str, methods: Iterable[str], equal: str, **where: str) -> dict[str, dict]:
+    """{method: its result} in the summary that `summarise` wrote: the test runs with the setting that the search chose.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        summary: What the file holds.
+        store: Of which store, such as "vision_mlp".
+        methods: Those to look for; "plain, equal time" is the plain run with the larger `equal`.
+        equal: What equal time makes larger: "epochs" or "steps".
+        where: Further entries of the settings, such as training="clean".
 
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+    Returns:
+        The results, [mean, standard deviation] for each number.
+
+    Raises:
+        ValueError: The summary has none, or several, for a method.
+    """
+    values = summary["values"][store]["chosen"]
+    found = {}
+    for method in methods:
+        name = "plain" if method.startswith("plain") else method
+        wanted = {"of": store, "method": name, **where, **values["plain"], **values[name]}
+        rows = [row for row in summary["runs"] if wanted.items() <= row["setting"].items()]
+        rows = [row for row in rows if "test" in (row["setting"].get("split"), row["setting"].get("part"))]
+        # An ablation has the same setting and one more, or fewer seeds.
+        most = max((row["seeds"] for row in rows), default=0)
+        least = min((len(row["setting"]) for row in rows), default=0)
+        rows = [row for row in rows if row["seeds"] == most and len(row["setting"]) == least]
+        rows.sort(key=lambda row: row["setting"][equal])
+        if not 1 <= len(rows) <= (2 if name == "plain" else 1):
+            raise ValueError(f"summary: expected one run of {method!r} in {store}, {where}, got {len(rows)}")
+        found[method] = rows[-1 if method == "plain, equal time" else 0]["result"]
+    return found
 
 
-def save_figure(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=90, metadata={"Software": None})
-    plt.close(fig)
+def draw_curve(axis, method: str, xs: list[float], points: list[list[float]]) -> None:
+    """A method's line through its means, and a band of one standard deviation around it; points [mean, deviation]."""
+    means, deviations = zip(*points)
+    line = figures.line_of(method)
+    axis.plot(xs, means, **line)
+    low, high = ([m + sign * d for m, d in zip(means, deviations)] for sign in (-1, 1))
+    axis.fill_between(xs, low, high, color=line["color"], alpha=0.1, linewidth=0, zorder=1)

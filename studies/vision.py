@@ -3,21 +3,24 @@
     python studies/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
     python studies/vision.py --archs MLP        one network
     python studies/vision.py --parts report     tables and figures from the stored results
+    python studies/vision.py --figures           figures alone, from docs/results/vision.json
     python studies/vision.py --quick            does it run? into out/vision
 
 scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first 900; 400 to validate;
 the other 897, which nothing is chosen on, for the figures. Every method has four settings to choose from, compared by
 the mean over all conditions on validation images. Accuracy, attacks and corruptions: on the deterministic forward
-(Algorithm 3). Every run is stored in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.png
+(Algorithm 3). Every run is stored in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.svg
 and a summary of the runs, vision.json, into docs/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,10 +33,10 @@ from results_page import (
     NotStored,
     Store,
     cell,
+    chosen_runs,
+    draw_curve,
     environment_line,
-    figure,
-    mean_std,
-    save_figure,
+    figures,
     summarise,
     table,
     write_table,
@@ -45,6 +48,7 @@ from vision_setup import CORRUPTIONS, FGSM_STRENGTHS, NETWORKS, PGD_STRENGTHS, P
 
 import dipkernels as dip
 import dipkernels.diagnostics
+from dipkernels.nn.numbering import dip_layers
 
 EPOCHS = {"MLP": 60, "ResNet": 50, "ViT": 50}
 M = {"MLP": 4, "ResNet": 2, "ViT": 2}
@@ -166,7 +170,7 @@ def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
     model, seconds = methods.train(config, *data["train"])
     x, y = (part[:SMOOTH_IMAGES] for part in data[config["split"]])
     result: dict = {"train_cpu_seconds": round(seconds, 2)}
-    for k in (0, SMOOTH_K) if dip.layers.dip_layers(model) else (0,):
+    for k in (0, SMOOTH_K) if dip_layers(model) else (0,):
         flags = {"k": k, "iterations": 30, "tolerance": 1e-2}
 
         def loss(out: Tensor, k: int = k) -> Tensor:
@@ -532,52 +536,52 @@ def smoothness_table(studies: list[Study]) -> str:
 SMOOTH_HEADS = ("Lipschitz, logits", "Lipschitz, probabilities", "Hessian of the loss")
 
 
-def plot_curves(study: Study, trainings: list[str], path: Path) -> None:
+def plot_curves(summary: dict, arch: str, training: str, path: Path) -> None:
+    """Accuracy over the strength of each attack and corruption, every method; from the summary that docs/results keeps."""
     kinds = ["FGSM", "PGD", *CORRUPTIONS]
-    fig, axes = figure(len(trainings), len(kinds), 3 * len(kinds), 2.6 * len(trainings), sharey=True)
-    for row, training in zip(axes, trainings):
-        for method in METHODS:
-            scores = [r["scores"] for r in study.test(method, None, training)]
-            for axis, kind in zip(row, kinds):
-                points = [mean_std([s["clean"]["0"] for s in scores])]
-                points += [mean_std([s[kind][strength] for s in scores]) for strength in scores[0][kind]]
-                means, stds = zip(*points)
-                strengths = [0.0, *(float(s) for s in scores[0][kind])]
-                thick = {"linewidth": 2.2, "zorder": 3} if method == "DIP" else {"linewidth": 1, "alpha": 0.8}
-                axis.errorbar(strengths, means, yerr=stds, marker="o", markersize=3, capsize=2, label=method, **thick)
-        row[0].set_ylabel(f"trained {training}\ntest accuracy, %")
-        for axis, kind in zip(row, kinds):
-            axis.set_xlabel(f"{kind}, strength")
-            axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=6)
-    fig.suptitle(
-        f"{study.arch} on 500 digits, {len(study.seeds)} seed(s), deterministic forward, mean ± standard deviation"
-    )
-    save_figure(fig, path)
+    found = chosen_runs(summary, f"vision_{arch.lower()}", METHODS, "epochs", training=training)
+    with figures.style():
+        fig, axes = figures.panels(3, 2, 6.6, 8.6, sharey=True)
+        for axis, kind in zip(axes.flat, kinds):
+            for method, run in found.items():
+                by_strength = {"0": run["scores"]["clean"]["0"]} | run["scores"][kind]
+                draw_curve(axis, method, [float(s) for s in by_strength], list(by_strength.values()))
+            axis.set(xlabel=f"{kind}, strength", ylim=(0, 100))
+        for row in axes:
+            row[0].set_ylabel("test accuracy, %")
+        fig.suptitle(f"{arch}, trained {training}", fontsize=11)
+        figures.legend(fig, axes[0, 0], columns=3)
+        figures.save(fig, path)
 
 
-def plot_sigmas(studies: list[Study], path: Path) -> None:
-    """Learned sigma by layer: a box over the features (quartiles; whiskers to minimum and maximum), first seed."""
-    trainings = studies[0].trainings()
-    fig, axes = figure(len(trainings), len(studies), 4 * len(studies), 2.4 * len(trainings))
-    for row, training in zip(axes, trainings):
-        for axis, study in zip(row, studies):
-            if training not in study.complete_trainings():
-                axis.set_axis_off()
-                continue
-            layers = study.test("DIP", None, training)[0]["sigma"]
-            boxes = [
-                {"whislo": q[0], "q1": q[1], "med": q[2], "q3": q[3], "whishi": q[4], "label": name}
-                for name, q in layers.items()
-            ]
-            axis.bxp(boxes, showfliers=False)
-            axis.axhline(study.chosen("DIP")["sigma"], linestyle=":", color="gray")
-            axis.tick_params(axis="x", rotation=90, labelsize=6)
-            axis.set_title(f"{study.arch}, trained {training}", fontsize=8)
-            axis.set_ylim(0, None)
-    for row in axes:
-        row[0].set_ylabel("learned sigma")
-    save_figure(fig, path)
+def plot_sigmas(summary: dict, arch: str, path: Path) -> None:
+    """Learned sigma of each layer, its median over the features and mean over seeds, beside where it started."""
+    with figures.style():
+        fig, axes = figures.panels(height=3.8)
+        axis = axes[0, 0]
+        for training, color, marker in zip(TRAININGS, figures.ORDER, "os^"):
+            run = chosen_runs(summary, f"vision_{arch.lower()}", ["DIP"], "epochs", training=training)["DIP"]
+            axis.plot(*zip(*enumerate(run["sigma"].values())), marker, color=color, label=f"trained {training}")
+            names = list(run["sigma"])
+        start = summary["values"][f"vision_{arch.lower()}"]["chosen"]["DIP"]["sigma"]
+        axis.axhline(start, color=figures.FOREGROUND, linestyle=":", label="start")
+        axis.set_xticks(range(len(names)), names, rotation=90)
+        axis.set(title=f"{arch}: learned sigma by layer", ylim=(0, 1.1 * start))
+        figures.legend(fig, axis)
+        figures.save(fig, path)
+
+
+def plots(archs: Iterable[str], trainings: Sequence[str], folder: Path, out: Path | None = None) -> None:
+    """Every figure that folder/vision.json has the runs for, into `out` or the folder itself."""
+    if not (folder / "vision.json").is_file():
+        return
+    out = out or folder
+    summary = json.loads((folder / "vision.json").read_text(encoding="utf-8"))
+    for arch in archs:
+        for training in trainings:
+            plot_curves(summary, arch, training, out / f"vision_{arch.lower()}_{training.lower()}.svg")
+        if set(trainings) >= set(TRAININGS):
+            plot_sigmas(summary, arch, out / f"vision_sigma_{arch.lower()}.svg")
 
 
 def report(studies: list[Study], page: Path, out: Path) -> None:
@@ -586,16 +590,15 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
         study.store.makes = study.smooth_store.makes = False
     for study in studies:
         write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
-        if trainings := study.complete_trainings():
-            plot_curves(study, trainings, out / f"vision_{study.arch.lower()}.png")
         write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
     write_table(page, "vision-averages", lambda: averages_table(studies))
     write_table(page, "vision-search", lambda: search_table(studies))
     write_table(page, "vision-k", lambda: k_table(studies))
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
     write_table(page, "vision-needs", lambda: needs_table(studies))
-    plot_sigmas(studies, out / "vision_sigma.png")
     summarise([store for study in studies for store in (study.store, study.smooth_store)], out / "vision.json")
+    for study in studies:
+        plots([study.arch], study.complete_trainings(), out)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -613,7 +616,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few settings: does it run?")
+    parser.add_argument(
+        "--figures", action="store_true", help="no more than the figures, from docs/results/vision.json"
+    )
     args = parser.parse_args(arguments)
+    if args.figures:
+        plots(args.archs, args.trainings, FOLDER)
+        return
     for name in ("seeds", "epochs", "threads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
@@ -633,9 +642,9 @@ def main(arguments: list[str] | None = None) -> None:
                     except NotStored as error:
                         raise SystemExit(str(error)) from None
     if "report" in args.parts:
-        figures = FOLDER if args.page == PAGE else args.out
-        report(studies, args.page, figures)
-        print(f"wrote {args.page} and {figures}")
+        folder = FOLDER if args.page == PAGE else args.out
+        report(studies, args.page, folder)
+        print(f"wrote {args.page} and {folder}")
 
 
 if __name__ == "__main__":

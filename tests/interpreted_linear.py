@@ -27,13 +27,13 @@ def make(lead, k, n, dtype=torch.float32):
     return *(t.to(dtype) for t in (x, weight, bias)), torch.rand(k, generator=generator) + 0.1, dy.to(dtype)
 
 
-def expected(x, weight, bias, sigma, row0, col0, sample, num_samples, factor, log_variance, activation, dtype):
+def expected(x, weight, bias, sigma, row0, col0, sample, factor, log_variance, num_samples, activation, dtype):
     """mean over s of act((x + factor s z_s) W^T + b) in plain PyTorch, u and h rounded to dtype"""
     s = torch.exp(sigma / 2) if log_variance else sigma
     outputs = []
-    z = [reference.noise(SEED, x.shape, -1, row0, col0, sample + i, 1).double() for i in range(num_samples)]
-    for draw in [sum(z) / num_samples] if activation is None else z:
-        u = x.to(dtype) + (factor * s * draw).to(dtype)
+    for i in range(num_samples):
+        z = reference.noise(SEED, x.shape, -1, row0, col0, sample + i).double()
+        u = x.to(dtype) + (factor * s * z).to(dtype)
         outputs.append(ACTIVATIONS[activation](F.linear(u, weight.to(dtype), None if bias is None else bias.to(dtype))))
     return sum(outputs) / len(outputs)
 
@@ -57,17 +57,8 @@ def assert_close(got, want, eager, name):
         ((1,), 1, 1, 0, 1, None, torch.float32, False),  # the smallest
         ((5,), 24, 10, 0, 1, None, torch.float32, False),  # rows aligned to eight elements
         ((5,), 24, 10, 0, 1, None, torch.float32, True),
-        (
-            (3, 7),
-            37,
-            19,
-            5,
-            2,
-            None,
-            torch.float32,
-            False,
-        ),  # nothing aligned, columns from inside a group, averaged noise
-        ((3, 7), 37, 19, 5, 2, None, torch.float32, True),
+        ((3, 7), 37, 19, 5, 1, None, torch.float32, False),  # nothing aligned, columns from inside a group
+        ((3, 7), 37, 19, 5, 1, None, torch.float32, True),
         ((3, 7), 37, 19, 5, 2, "gelu", torch.float32, True),  # real samples
         ((33,), 40, 72, 0, 1, None, torch.float16, True),  # more than one tile each way
         ((17,), 21, 33, 3, 2, "silu", torch.float16, False),
@@ -78,7 +69,7 @@ def assert_close(got, want, eager, name):
 )
 def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples, activation, dtype, log_variance):
     x, weight, bias, sigma, dy = make(lead, k, n, dtype)
-    how = (2**32 - 2, col0, 1, num_samples, 0.5, log_variance)  # rows cross 2^32
+    how = (2**32 - 2, col0, 1, 0.5, log_variance, num_samples)  # rows cross 2^32
     y = linear.linear(x, weight, bias, sigma, SEED, *how, activation)
     grads = linear.linear_bwd(dy, x, weight, bias, sigma, SEED, *how, activation)
     tensors = (x, weight, bias, sigma)
@@ -92,9 +83,17 @@ def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples,
         assert_close(got, w, e.to(tensor.dtype), name)
 
 
+def test_linear_without_an_activation_is_one_sample():
+    x, weight, bias, sigma, dy = make((5,), 8, 3)
+    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+        linear.linear(x, weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2)
+    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+        linear.linear_bwd(dy, x, weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2)
+
+
 def test_linear_of_the_identity_is_perturb():
     x, _, _, sigma, _ = make((20,), 24, 24)
-    how = (5, 3, 0, 1, 1.0, False)
+    how = (5, 3, 0, 1.0, False)
     u = perturb.perturb(x, sigma, SEED, -1, *how, None)
     assert torch.equal(linear.linear(x, torch.eye(24), None, sigma, SEED, *how), u)
 
@@ -102,16 +101,16 @@ def test_linear_of_the_identity_is_perturb():
 def test_linear_backward_redraws_the_noise_of_the_forward_pass():
     """With dy = 1 and W = 0 but one column, dsigma counts exactly the draws that y saw."""
     sigma = make((19,), 11, 1)[3]
-    how = (0, 2, 0, 1, 1.0, False)
+    how = (0, 2, 0, 1.0, False)
     weight = torch.ones(1, 11)
     _, dsigma = linear.linear_bwd_x(torch.ones(19, 1), weight, sigma, SEED, *how)
-    z = noise.noise(SEED, (19, 11), -1, 0, 2, 0, 1)
+    z = noise.noise(SEED, (19, 11), -1, 0, 2, 0)
     assert torch.allclose(dsigma, z.sum(0), rtol=0, atol=1e-5)
 
 
 def test_linear_ignores_the_tiles_of_rows_and_outputs(monkeypatch):
     x, weight, bias, sigma, _ = make((37,), 40, 24)
-    how = (0, 0, 0, 1, 1.0, True)
+    how = (0, 0, 0, 1.0, True)
     results = []
     for rows, outs in [(16, 16), (32, 32), (64, 16)]:
         tile = blocks.Blocks(rows, outs, 32, 4, 2)
@@ -123,7 +122,7 @@ def test_linear_ignores_the_tiles_of_rows_and_outputs(monkeypatch):
 
 def test_linear_bwd_weight_splits_the_rows_in_a_fixed_order(monkeypatch):
     x, _, _, sigma, dy = make((150,), 24, 17)
-    how = (0, 0, 0, 1, 1.0, False)
+    how = (0, 0, 0, 1.0, False)
     whole = linear.linear_bwd_weight(dy, x, sigma, SEED, *how)
     monkeypatch.setattr(linear, "splits", lambda *sizes: 3)
     parts = [linear.linear_bwd_weight(dy, x, sigma, SEED, *how) for _ in range(2)]
@@ -133,7 +132,7 @@ def test_linear_bwd_weight_splits_the_rows_in_a_fixed_order(monkeypatch):
 
 def test_linear_takes_strided_inputs():
     x, weight, bias, sigma, _ = make((6, 9), 20, 12)
-    how = (0, 0, 0, 1, 1.0, True)
+    how = (0, 0, 0, 1.0, True)
     want = linear.linear(x, weight, bias, sigma, SEED, *how)
     padded = torch.zeros(6, 9, 27)
     padded[..., 3:23] = x
@@ -150,7 +149,7 @@ def test_linear_takes_strided_inputs():
 
 def test_linear_without_rows_or_bias():
     x, weight, _, sigma, dy = make((0, 4), 8, 3)
-    how = (0, 0, 0, 1, 1.0, False)
+    how = (0, 0, 0, 1.0, False)
     assert linear.linear(x, weight, None, sigma, SEED, *how).shape == (0, 4, 3)
     dx, dweight, dbias, dsigma = linear.linear_bwd(dy, x, weight, None, sigma, SEED, *how)
     assert dx.shape == x.shape and not dbias.any() and not dweight.any() and not dsigma.any()
@@ -170,4 +169,4 @@ def test_linear_names_what_is_wrong(change, error, match):
     arguments.update(change)
     x, weight, sigma, activation = (arguments[name] for name in ("x", "weight", "sigma", "activation"))
     with pytest.raises(error, match=match):
-        linear.linear(x, weight, None, sigma, SEED, 0, 0, 0, 1, 1.0, False, activation)
+        linear.linear(x, weight, None, sigma, SEED, 0, 0, 0, 1.0, False, 1, activation)

@@ -25,17 +25,25 @@ class Operand(ctypes.Structure):
     )
 
 
+class Draw(ctypes.Structure):
+    """That of csrc/launch.h"""
+
+    _fields_ = (
+        ("seed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row0", "col0")),
+        ("sample", ctypes.c_int32),
+        ("sigma", ctypes.c_void_p),
+        *((name, ctypes.c_bool) for name in ("sigma_is_double", "log_variance")),
+        ("factor", ctypes.c_double),
+    )
+
+
 class PerturbArgs(ctypes.Structure):
     """That of csrc/launch.h"""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outer", "features", "inner")),
-        ("seed", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row0", "col0")),
-        *((name, ctypes.c_int32) for name in ("sample", "num_samples")),
-        ("sigma", ctypes.c_void_p),
-        *((name, ctypes.c_bool) for name in ("sigma_is_double", "log_variance")),
-        ("factor", ctypes.c_double),
+        ("draw", Draw),
         *((name, Operand) for name in ("x", "u", "z", "du")),
         ("dsigma", ctypes.c_void_p),
     )
@@ -132,7 +140,7 @@ class Library:
             raise RuntimeError(message.decode())
 
     def perturb(
-        self, *, form="default", x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, num_samples=1, factor=1.0,
+        self, *, form="default", x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, factor=1.0,
         log_variance=False, multiprocessors=3, misalign=(0, 0, 0), stream=1, capturing=False,
     ):  # fmt: skip
         """(u, dsigma), each None where not asked for.
@@ -146,13 +154,13 @@ class Library:
         like = next(t for t in (u, du) if t is not None)
         a, memory = PerturbArgs(), ptx.Memory()
         a.outer, a.features, a.inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
-        a.row0, a.col0, a.sample, a.num_samples = row0, col0, sample, num_samples
-        a.factor, a.log_variance = factor, log_variance
-        a.seed = memory.add(seed.numpy(), writable=False)
+        a.draw = Draw(
+            memory.add(seed.numpy(), writable=False), row0, col0, sample, factor=factor, log_variance=log_variance
+        )
         written = dsigma = None
         if sigma is not None:
-            a.sigma = memory.add(sigma.contiguous().numpy(), writable=False)
-            a.sigma_is_double = sigma.dtype is torch.float64
+            a.draw.sigma = memory.add(sigma.contiguous().numpy(), writable=False)
+            a.draw.sigma_is_double = sigma.dtype is torch.float64
         for name, t, shift in zip(("x", "u", "du"), (x, u, du), misalign, strict=True):
             if t is None:
                 continue

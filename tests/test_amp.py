@@ -11,6 +11,7 @@ from dipkernels.nn.conv import DIPConv2d
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
+from dipkernels.ops import linear
 from dipkernels.ops import perturb as projection
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -30,6 +31,7 @@ def watch(monkeypatch):
         seen.append((x.dtype, sigma.dtype, u.dtype))
         return u
 
+    monkeypatch.setattr(linear, "perturb", perturb)
     monkeypatch.setattr(projection, "perturb", perturb)
     return seen
 

@@ -67,7 +67,7 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
         scale = torch.exp(leaves[3] / 2) if log_variance else leaves[3]
         y = 0
         for s in range(3, 8):
-            z = reference.noise(SEED, x.shape, -1, 2**32 - 9, 5, s, 1).double()
+            z = reference.noise(SEED, x.shape, -1, 2**32 - 9, 5, s).double()
             y = y + ACTIVATIONS[activation](F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])) / 5
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
 
@@ -80,12 +80,30 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
 def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (7, 7))  # several blocks, the last one short
     x, weight, b, sigma, dy = (t.double() for t in inputs(23, 9, 5))
-    how = (weight, b if bias else None, sigma, SEED, 2, 3, 1, 4, 0.5, True, "silu")
+    how = (weight, b if bias else None, sigma, SEED, 2, 3, 1, 0.5, True, 4, "silu")
     linear = getattr(torch.ops, namespace).linear(x, *how, None)
     grads = getattr(torch.ops, namespace).linear_bwd(dy, x, *how)
     torch.testing.assert_close(linear, reference.linear(x, *how, None), rtol=1e-5, atol=1e-5)
     for got, want in zip(grads, reference.linear_bwd(dy, x, *how), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+def test_mean_without_an_activation_is_one_sample(namespace):
+    x, weight, bias, sigma, dy = inputs(5, 8, 3)
+    ops, how = getattr(torch.ops, namespace), (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity")
+    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+        ops.linear(x, *how, None)
+    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+        ops.linear_bwd(dy, x, *how)
+
+
+def test_mean_refuses_samples_beyond_the_contract():
+    x, weight, bias, sigma, _ = inputs(5, 8, 3)
+    with pytest.raises(ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"):
+        functional.dip_linear(
+            x, weight, bias, sigma, SEED, activation="relu", estimator="mean", num_samples=2, sample=65535
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,7 +120,7 @@ def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):
     x, weight, bias, sigma, dy = inputs(dtype=dtype)
-    how = (weight, bias, sigma, SEED, 2, 3, 1, 10, 0.5, True, activation)
+    how = (weight, bias, sigma, SEED, 2, 3, 1, 0.5, True, 1 if activation == "identity" else 10, activation)
 
     def results():
         yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
@@ -324,7 +342,7 @@ def test_analytic_under_autocast_torch_func_and_compile():
 def examples():
     x, weight, bias, sigma, dy = inputs(6, 20, 5)
     for b, activation in ((bias, "gelu"), (None, "relu")):
-        how = (weight, b, sigma, SEED, 5, 3, 1, 2, 0.5, True, activation)
+        how = (weight, b, sigma, SEED, 5, 3, 1, 0.5, True, 2, activation)
         yield "linear", (x, *how, torch.float16)
         yield "linear_bwd", (dy, x, *how)
     v = torch.rand(5)
@@ -347,10 +365,10 @@ def test_averaging_ops_pass_opcheck(namespace, index):
 
 def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
     monkeypatch.setattr(dip.backends, "has_triton", lambda: True)
-    for op in ("linear", "linear_bwd", "activation", "affine_variance_bwd"):
+    for op in ("linear", "linear_bwd", "expectation", "affine_variance_bwd"):
         assert dip.backends.choose(op, "cuda").backend == "triton"
     monkeypatch.setattr(dip.backends, "has_triton", lambda: False)
-    assert dip.backends.choose("activation", "cuda").backend == "reference"
+    assert dip.backends.choose("expectation", "cuda").backend == "reference"
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------

@@ -284,9 +284,9 @@ def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
     failing = registry._with_fall_back("noise", registry.triton_launcher("perturb", "noise"))
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
     with pytest.warns(RuntimeWarning, match="cannot compile noise"):
-        z = failing(SEED, (3, 8), -1, 0, 0, 0, 1)
+        z = failing(SEED, (3, 8), -1, 0, 0, 0)
     assert torch.equal(z, functional.noise((3, 8), SEED))
-    assert torch.equal(failing(SEED, (3, 8), -1, 0, 0, 0, 1), z)
+    assert torch.equal(failing(SEED, (3, 8), -1, 0, 0, 0), z)
 
 
 def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):

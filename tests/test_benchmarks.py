@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import averaging  # noqa: E402
 import cost  # noqa: E402
+import models  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
+import producers as bench_producers  # noqa: E402
 import profile_small_layer  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
@@ -67,7 +69,7 @@ def test_every_benchmark_runs(tmp_path):
 
 def test_overhead_writes_what_it_measured(quick):
     out, record = quick
-    assert out.with_suffix(".png").stat().st_size > 1000
+    assert out.with_suffix(".svg").stat().st_size > 1000
     stored = json.loads(out.read_text())
     assert {"date", "commit", "cpu", "threads", "torch"} <= set(stored["machine"])
     assert {row["section"] for row in stored["rows"]} == {"linear", "perturb", "samples", "small"}
@@ -263,6 +265,7 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "overhead-cpu"),
         ("measured", "small-layer"),
         ("measured", "averaging"),
+        ("measured", "models"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -332,7 +335,7 @@ def test_records_refuse_what_means_nothing(quick):
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
     record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
-    assert out.with_suffix(".png").stat().st_size > 1000
+    assert all((tmp_path / f"cost_{name}.svg").stat().st_size > 1000 for name in ("training", "prediction", "buys"))
     for study in record["studies"]:
         assert study["training"]["m = 4"]["flops"] > 3 * study["training"]["plain"]["flops"]
         assert study["prediction"]["k = 0"]["flops"] == study["prediction"]["plain"]["flops"]
@@ -362,6 +365,17 @@ def test_averaging_is_timed(tmp_path, capsys):
     assert "--docs: expected a full run" in capsys.readouterr().err
 
 
+def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_path, capsys):
+    out = tmp_path / "models.json"
+    options = ["--quick", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--only", "MLP", "--out", str(out)]
+    rows = models.main(options)
+    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(row["ratio"] > 0 for row in rows)
+    assert summary.program_of(json.loads(out.read_text())) == "models"
+    with pytest.raises(SystemExit):
+        models.main(["--quick", "--docs"])
+    assert "--docs: expected a full run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("main", [overhead.main, cost.main])
 def test_documents_get_no_figures_of_a_quick_run(main, capsys):
     with pytest.raises(SystemExit):
@@ -374,3 +388,12 @@ def test_overhead_refuses_a_bad_shape(argument, capsys):
     with pytest.raises(SystemExit):
         overhead.main(["--shapes", argument])
     assert "--shapes" in capsys.readouterr().err
+
+
+def test_producers_benchmark_checks_times_and_prints(capsys):
+    rows = bench_producers.main(["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"])
+    assert [(row["kind"], row["what"]) for row in rows] == [
+        (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
+    ]
+    assert all("ratio" in row[name] for row in rows for name in ("f", "P", "f, P", "fused"))
+    assert "over the slower of f, P" in capsys.readouterr().out

@@ -18,7 +18,7 @@ import dipkernels as dip
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
-from dipkernels.noise import guards, seeds
+from dipkernels.noise import guards
 
 
 def save_products(ctx, op, *args, **kwargs):
@@ -48,8 +48,8 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(seeds, "_first_draws", set())
-    monkeypatch.setattr(seeds, "_earlier_draws", set())
+    monkeypatch.setattr(guards, "_first_draws", set())
+    monkeypatch.setattr(guards, "_earlier_draws", set())
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
     with torch.no_grad():
         dip.predict(block, x, k=3, average="logits")
     assert not guards._first_draws
-    monkeypatch.setattr(seeds, "_MAX_DRAWS", 8)
+    monkeypatch.setattr(guards, "_MAX_DRAWS", 8)
     for _ in range(20):
         checkpoint(block, x, use_reentrant=False).sum().backward()
         assert len(guards._first_draws) + len(guards._earlier_draws) <= 8
@@ -165,7 +165,7 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
 
 
 def test_draws_of_earlier_blocks_are_still_known(block, x, monkeypatch):
-    monkeypatch.setattr(seeds, "_MAX_DRAWS", 2 * len(dip.summary(block)))
+    monkeypatch.setattr(guards, "_MAX_DRAWS", 2 * len(dip.summary(block)))
     checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False).sum().backward()
     assert guards._first_draws and guards._earlier_draws
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
@@ -66,9 +67,13 @@ def test_config_goes_through_json_and_back():
         ({"types": ("Liner",)}, r"types: expected names of some of .*got \['Liner'\]"),
         ({"types": ()}, "types: expected names"),
         ({"include": [1]}, "include: expected strings"),
+        ({"exclude": 5}, "exclude: expected strings, got 5"),
         ({"share": "q_proj"}, "share: expected groups"),
+        ({"share": None}, "share: expected groups"),
+        ({"share": ["q_proj"]}, "share: expected groups"),
+        ({"kl": 10**400}, "kl: expected a finite number"),
         ({"before": {"a": 1.5}}, "before: expected {pattern: feature dimension}"),
-        ({"place": 3}, "place: expected a string"),
+        ({"place": 3}, "place: expected 'input' or 'producer'"),
         ({"ratio": 0}, "ratio: expected a finite number > 0"),
         ({"ratio": {}}, "ratio: expected a finite number > 0"),
         ({"ratio": {"a": float("nan")}}, "ratio: expected a finite number > 0"),
@@ -80,7 +85,8 @@ def test_config_goes_through_json_and_back():
         ({"k": True}, "k: expected an integer >= 0"),
         ({"kl": -0.1}, "kl: expected a finite number >= 0"),
         ({"lambda_s": 1.0, "m": 1}, "lambda_s: expected 0 with m = 1"),
-        ({"average": None}, "average: expected one of"),
+        ({"average": None}, "average: expected a string"),
+        ({"average": "mean"}, "average: expected one of"),
         ({"key": 1.0}, "key: expected an integer or None"),
     ],
 )
@@ -157,12 +163,22 @@ def test_a_refused_apply_leaves_the_model_plain(config, batches, message):
     assert not dip_layers(model) and dip.config_of(model) is None and type(model.up) is nn.Linear
 
 
-def test_a_place_that_convert_does_not_know_is_kept_and_refused(tmp_path):
-    config = dip.DIPConfig(place="nowhere")
-    config.save(tmp_path)
-    assert dip.DIPConfig.load(tmp_path).place == "nowhere"
-    with pytest.raises(ValueError, match=r"place: expected .*'nowhere'"):
-        dip.apply(net(), config, [X])
+def test_place_producer_is_applied_saved_and_loaded(tmp_path):
+    def normed():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    model, x = normed(), torch.randn(5, 4)
+    dip.apply(model, dip.DIPConfig(place="producer"), [x])
+    assert type(model[1]).__name__ == "DIPLayerNorm" and type(model[2]) is nn.Linear
+    dip.save(model, tmp_path)
+    again = dip.load(normed(), tmp_path, [x])
+    with dip.fixed_noise(5):
+        want = model(x)
+    with dip.fixed_noise(5):
+        assert torch.equal(again(x), want)
+    with pytest.raises(ValueError, match="batches"):
+        dip.load(normed(), tmp_path)
 
 
 def test_apply_twice_is_refused():
@@ -244,6 +260,34 @@ def test_a_loop_by_the_config_is_the_loop_by_hand():
         first = model(X)
     with drawn.noise(0):
         assert not torch.equal(first, model(X))
+
+
+def check_sharded(rank, world, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = dip.apply(net(), dip.DIPConfig(ratio=0.5), [X])
+    want = dip.variances(model)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+    assert dip.metrics(model)["dip/share"] == pytest.approx(1.0)
+    dip.save(model, folder)
+    torch.distributed.barrier()
+    dip.load_variances(model, {name: torch.zeros_like(v) for name, v in want.items()})
+    dip.load(model, folder)
+    got = dip.variances(model)
+    return all(torch.equal(got[name], v) for name, v in want.items()) and dip.config_of(model).ratio == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
+    ranks = Ranks(2)
+    try:
+        assert ranks.run(check_sharded, str(tmp_path)) == [True, True]
+    finally:
+        ranks.stop()
+    whole = dip.load(net(), tmp_path)
+    assert dip.variances(whole)["up.variance.log_variance"].shape == (8,)
 
 
 def test_import_loads_no_integration_and_no_framework():

@@ -25,6 +25,7 @@ def test_the_quick_run_writes_its_table_plot_and_results(tmp_path, capsys):
     digits.main(["--quick", "--epochs", "2", "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert all(variant in text for variant in digits.VARIANTS)
+    assert "run it without --quick" in text and "What this shows" not in text
     assert all(head in text for head in ("clean", "PGD eps 0.1", "noise 0.5", "over plain"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["accuracy"]) == set(digits.VARIANTS)
@@ -61,8 +62,21 @@ def test_pgd_stays_in_its_ball_and_hurts():
     assert loss(model(attacked), y_test) > loss(model(x_test), y_test)
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"], ["--threads", "0"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         digits.main(arguments)
     assert "expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("fixed", "said"), [(80.0, "ahead here: fixed sigma;"), (10.0, "the recipe is ahead")])
+def test_the_words_at_the_end_are_those_of_the_figures(fixed, said):
+    attacked = {"plain": 40.0, "fixed sigma": fixed, "input noise": 60.0, "dip": 70.4}
+    results = {
+        name: [{"clean": {"0": 95.0 + i}, "pgd": {"0.1": value}}] for i, (name, value) in enumerate(attacked.items())
+    }
+    lines = digits.in_words(results, {"dip, m = 4": {"ratio": 2.08}})
+    assert len(lines) == 3
+    assert "gets 40 of 100 digits right, the DIP recipe 70 (+30)" in lines[0] and "95.0 and 98.0 (+3.0)" in lines[0]
+    assert said.rstrip(";") in lines[1] and "input noise 60" in lines[1]
+    assert "2.1 times the plain step" in lines[2]

@@ -1,5 +1,6 @@
 """The documents keep to the code: tests they name exist, variables they list are the ones read, README's Python runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -53,3 +54,22 @@ def test_nothing_names_a_machine():
     """No absolute path of a developer's machine stands in what is published."""
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SOURCES]:
         assert not re.search(r"(?<![\w.])/(home|root|work|tmp)/", path.read_text()), path
+
+
+def test_readme_figures_are_those_of_the_record():
+    record = json.loads((ROOT / "benchmarks" / "results" / "amd-0.1.0.json").read_text())
+    text = (ROOT / "README.md").read_text().partition("| measured on")[2].partition("\n\n")[0]
+
+    def layer(dtype, shape, what):
+        for row in record["overhead"]["rows"]:
+            wanted = {"section": "linear", "dtype": dtype, "shape": shape, "what": what, "variant": "dip"}
+            if wanted.items() <= row.items():
+                return f"{row['ratio']:.2f}"
+        raise KeyError(shape)
+
+    large = {layer("float32", "4096x1024x1024", what) for what in ("forward", "forward + backward")}
+    small = [layer("bfloat16", "65536x64x64", what) for what in ("forward", "forward + backward")]
+    assert large == {"1.02"} and f"{small[0]} times forward, {small[1]} with backward" in text
+    for study in record["cost"]["studies"]:
+        one, four = (f"{study['training'][f'm = {m}']['ratio']:.2f}" for m in (1, 4))
+        assert re.search(rf"{one} times (the plain step )?with m = 1; {four} with m = 4", text), study["name"]

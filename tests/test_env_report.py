@@ -75,7 +75,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     report = env_report()
     assert report["kernels on cuda"].startswith("cuda (") and report["expectation on cuda"].startswith(runs)
     assert "expectation on cpu" not in report
-    monkeypatch.setattr(backends, "_forced", "cuda")
+    monkeypatch.setattr(backends, "forced", "cuda")
     assert "has no kernel of it; use 'triton'" in env_report()["expectation on cuda"]
 
 

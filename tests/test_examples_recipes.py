@@ -214,6 +214,47 @@ def test_gsm8k_resumes_to_the_bit(gsm8k, tmp_path):
         assert value.equal(parts["model"][name]), name
 
 
+def python_version(folder):
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(b"\x80\x04pickled")
+
+
+def one_further_in(folder):
+    (folder / "cifar-100-binary").mkdir()
+    (folder / "cifar-100-binary" / "train.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("lay", "said"),
+    [
+        (python_version, "got the python version (train, test, meta); unpack cifar-100-binary.tar.gz"),
+        (one_further_in, "found it one folder further in"),
+        (
+            lambda folder: (folder / "cifar-100-binary.tar.gz").write_bytes(b""),
+            "found cifar-100-binary.tar.gz: unpack it",
+        ),
+        (lambda folder: folder.rmdir(), "--data: expected a folder"),
+        (lambda folder: None, "found none; unpack cifar-100-binary.tar.gz"),
+        (lambda folder: (folder / "train.bin").write_bytes(b"12"), "expected records of 3074 bytes"),
+    ],
+)
+def test_a_folder_of_other_files_is_refused_in_a_sentence(tmp_path, capsys, lay, said):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lay(folder)
+    with pytest.raises(SystemExit):
+        recipe_cifar100.main(["--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "files"), [(recipe_cifar100, "train.bin"), (recipe_gsm8k, "train.jsonl")])
+def test_help_says_which_files_are_wanted(capsys, recipe, files):
+    with pytest.raises(SystemExit):
+        recipe.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.count(files) >= 2 and "torchrun" in text  # in the description and beside --data
+
+
 def test_a_batch_in_parts_has_the_same_gradient(gsm8k, tmp_path):
     moments = []
     for parts in ("1", "2"):

@@ -4,7 +4,6 @@ A case passes where the example goes on, or ends in an error of its own: a Value
 file, flag or entry. Any other exception is a failure. A few dozen cases of each kind by default, thousands slow.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -100,8 +99,7 @@ def damage(dice, content):
 
 
 def trainer(out, *more):
-    parser = argparse.ArgumentParser()
-    recipe_training.add_arguments(parser)
+    parser = recipe_training.make_parser("", "the data")
     flags = ["--data", str(out), "--out", str(out), "--precision", "fp32", "--batch", "4", "--epochs", "2", *more]
     torch.manual_seed(0)
     model = dip.convert(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)))
@@ -196,8 +194,9 @@ def test_configurations_at_their_edges_run(tmp_path, alone):
     for change in (
         {"batch": 1500},
         {"steps": 0},
-        {"m": 1, "lr": 0, "seed": 2**62, "key": -(2**63)},
-        {"init_variance": 1e-30},
+        {"lr": 0, "seed": 2**62, "dip": {"version": 1, "variance": 0.01, "m": 1, "key": -(2**63)}},
+        {"dip": {"version": 1, "variance": 1e-30}},
+        {"dip": {"version": 1, "ratio": {"patches": 0.5, "*": 1.0}}},
     ):
         cluster.train({**small(), "steps": 1, **change}, tmp_path / str(change), torch.device("cpu"))
 
@@ -275,8 +274,7 @@ def test_flags_of_the_recipes_take_any_text(tmp_path, first, number, capsys):
     x, y, ran = torch.randn(24, 6), torch.arange(24) % 3, 0
     for case in range(first, first + 5 * number):
         dice = random.Random(case)
-        parser = argparse.ArgumentParser()
-        recipe_training.add_arguments(parser)
+        parser = recipe_training.make_parser("", "the data")
         always = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--precision", "fp32", "--batch", "2"]
         given = [*always, *flags_of(dice, parser, 1)]
         try:

@@ -31,14 +31,14 @@ def guarded():
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_stay_inside_their_buffers(guarded, threads):
     """Values, edges and gaps of random cases, on every instruction set: a byte outside is a segmentation fault."""
-    assert "300 cases of perturb" in sanitize.run(guarded, 400, threads, threads)
+    assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads)
 
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_report_a_failed_allocation(guarded, threads):
     """Each allocation of a kernel fails in turn: "out of memory" comes back, whichever thread it was."""
-    assert "300 cases of perturb" in sanitize.run(guarded, 400, threads, threads, "fail")
+    assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads, "fail")
 
 
 @needs_compiler
@@ -47,7 +47,7 @@ def test_kernels_report_a_failed_allocation(guarded, threads):
 def test_kernels_under_sanitizers(kind, tmp_path):
     program = sanitize.build(kind, tmp_path)
     for mode in ("run", "fail"):
-        assert "3000 cases of perturb" in sanitize.run(program, 4000, 7, 4, mode)
+        assert "2000 cases of perturb" in sanitize.run(program, 4000, 7, 4, mode)
 
 
 # ---- the library, called from torch on tensors at the very edge of what may be read -----------------------------------------
@@ -76,14 +76,14 @@ if sys.argv[1] == "overrun":
     x = at_edge(torch.zeros(8), True)
     ctypes.memset(x.data_ptr(), 0, 33)
 seed = torch.tensor([0x0123456789ABCDEF, 3])
-for dtype, (shape, dim), end, num_samples in itertools.product(
+for dtype, (shape, dim), end in itertools.product(
     (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     [((3, 7), -1), ((5, 64), -1), ((2, 513), -1), ((1, 1), -1), ((2, 5, 3), 1), ((2, 9, 130), 1)],
-    (False, True), (1, 2),
+    (False, True),
 ):
     x, du = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim])
-    where = (dim, 5, 3, 0, num_samples, 1.0, False)
+    where = (dim, 5, 3, 0, 1.0, False)
     want = perturb_replay(du, x, sigma, seed, Draw(*where), None)
     got = perturb_replay(at_edge(du, end), at_edge(x, end), at_edge(sigma, end), at_edge(seed, end), Draw(*where), None)
     assert all(torch.equal(a, b) for a, b in zip(got, want)), (dtype, shape)
@@ -110,7 +110,7 @@ def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, o
     generator = torch.Generator().manual_seed(offset)
     x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim], generator=generator)
-    where = (dim, 7, 5, 0, 1, 1.0, False)
+    where = (dim, 7, 5, 0, 1.0, False)
     want = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
 
     def shifted(t):

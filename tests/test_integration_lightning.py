@@ -166,6 +166,14 @@ def test_what_it_cannot_do_is_refused(make, callback, message, tmp_path):
         fitted(tmp_path, make(), callback())
 
 
+def test_strategies_that_shard_are_refused(tmp_path):
+    class FSDPStrategy(lightning.pytorch.strategies.SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match="strategy: expected one process or DDP, got FSDPStrategy"):
+        fitted(tmp_path, strategy=FSDPStrategy())
+
+
 def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
     module = NoForward()
     dip.apply(module.net, CONFIG, [X])
@@ -177,15 +185,22 @@ def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
         fitted(tmp_path, other, DIPCallback(dip.DIPConfig(ratio=0.5, m=4)))
 
 
-def test_a_failed_step_leaves_no_noise_context_behind(tmp_path):
+def test_the_noise_of_a_step_ends_with_it_a_failed_one_too(tmp_path):
+    layer, drawn = dip.convert(nn.Linear(8, 8)), []
+
+    class Drawing(Module):
+        def on_train_batch_end(self, *args):
+            drawn.append((layer(X), layer(X)))
+
     class Failing(Module):
         def training_step(self, batch):
             raise KeyError("no")
 
+    fitted(tmp_path, Drawing())
     with pytest.raises(KeyError):
         fitted(tmp_path, Failing())
-    model = dip.convert(nn.Linear(8, 8))
-    assert not torch.equal(model(X), model(X))
+    assert len(drawn) == 4
+    assert not any(torch.equal(a, b) for a, b in [*drawn, (layer(X), layer(X))])
 
 
 def check_train(rank, world, folder):

@@ -270,6 +270,17 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
 
 
+def test_replicas_that_would_share_noise_and_zero_3_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"key: expected None under nn\.DataParallel, whose 2 replicas"):
+        DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
+    DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(key=None))
+    monkeypatch.setattr("dipkernels.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO up to stage 2, got stage 3"):
+        DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG)
+
+
 def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
     def collate(examples):
         batch = transformers.default_data_collator(examples)
@@ -512,6 +523,10 @@ def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_a
         trainer(model, optimizers=(torch.optim.AdamW(model.parameters()), None))
     model = dip.apply(vit(), dip.DIPConfig(m=1, key=None), [BATCH])
     trainer(model, optimizers=(torch.optim.AdamW(dip.param_groups(model, 1e-3, 0.1)), None)).train()
+    half = arguments(tmp_path, weight_decay=0.0)
+    half.fp16 = True
+    with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):
+        transformers.Trainer(vit(), half, train_dataset=images(), callbacks=[DIPCallback(batches=[BATCH])])
     late = transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images())
     late.add_callback(DIPCallback(batches=[BATCH]))
     with pytest.raises(ValueError, match="got one that was added later"):

@@ -309,7 +309,7 @@ def test_layers_of_a_model_have_streams_of_their_own():
     layers = list(model)
     assert len({layer.number for layer in layers}) == 40
     with dip.fixed_noise(3):
-        seeds = [dip.seeds.draw(layer.stream, torch.ones(1, 16)) for layer in layers]
+        seeds = [dip.noise.seeds.draw(layer.stream, torch.ones(1, 16)) for layer in layers]
     assert len({tuple(seed.tolist()) for seed in seeds}) == 40
 
 
@@ -318,7 +318,9 @@ def test_drawn_seeds_never_repeat_within_the_birthday_bound():
     torch.manual_seed(0)
     stream, x = torch.tensor([0, 0]), torch.ones(1)
     n = 20_000
-    drawn = {(int(key), int(number) & 0xFFFF) for key, number in (dip.seeds.draw(stream, x).tolist() for _ in range(n))}
+    drawn = {
+        (int(key), int(number) & 0xFFFF) for key, number in (dip.noise.seeds.draw(stream, x).tolist() for _ in range(n))
+    }
     assert len(drawn) == n and n**2 / 2**81 < 2e-16
     keys = torch.tensor([key for key, _ in drawn])
     for bit in range(64):  # every bit of the key is in use

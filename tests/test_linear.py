@@ -212,7 +212,7 @@ def test_linear_takes_empty_tensors(shape, n, dtype):
     x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (n, shape[-1]), (n,)))
     leaves = [x, weight, bias, torch.ones(shape[-1], requires_grad=True)]
     means = [
-        dict(estimator="mean", num_samples=3, activation=a, keep=k) for a in ("relu", "gelu") for k in ("auto", "u")
+        dict(estimator="mean", num_samples=3, activation=a, keep=k) for a in ("relu", "gelu") for k in ("auto", "x")
     ]
     for options in (dict(), dict(keep="x"), *means, dict(estimator="analytic", activation="gelu")):
         y = functional.dip_linear(*leaves, SEED, **options)

@@ -5,11 +5,12 @@ import torch
 
 from dipkernels import functional
 from dipkernels.ops import registry
+from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation
 from dipkernels.ops.linear import linear
 
 SEED = torch.tensor([3, 1])
-WHERE = (-1, 5, 3, 0, 1)
+WHERE = (-1, 5, 3, 0)
 NAMESPACES = ["dipkernels", "dipkernels_reference"]
 
 
@@ -18,7 +19,7 @@ def examples():
     channels, small = torch.randn(2, 5, 3, 4).to(memory_format=torch.channels_last), torch.rand(5)
     scale = (0.5, True)
     yield "noise", (SEED, [4, 9], *WHERE)
-    yield "noise", (SEED, [2, 9, 3], 1, 0, 0, 2, 3)
+    yield "noise", (SEED, [2, 9, 3], 1, 0, 0, 2)
     for data, s, dim in (
         (x, sigma, -1),
         (x.t(), torch.rand(6), 1),
@@ -66,7 +67,7 @@ def test_ops_name_what_is_on_another_device(name):
         if name == "v":
             expectation(torch.randn(2, 4), tensors["v"], "gelu")
         w, b, s, seed, _ = tensors.values()
-        linear(torch.randn(2, 4), w, b, s, seed, 0, 0, 0, 2, 1.0, False, "gelu", None)
+        linear(torch.randn(2, 4), w, b, s, seed, Draw(), 2, "gelu", None)
 
 
 @pytest.mark.parametrize("keep", ["auto", "u", "x"])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from capability_support import OFFERED
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import functional, producers, reference
+from dipkernels.backends import cpu_capability
 from dipkernels.ops import gate, norm
 from dipkernels.ops.draw import Draw
 
@@ -50,7 +52,7 @@ def test_reference_gradients_of_activations_are_its_derivatives(kind, log_varian
         randn(3, 10, 4, seed=2),
         scale(10, log_variance).double(),
     )
-    where = SEED, 1, 2**33 + 1, 3, 2, 1, 0.5, log_variance, kind
+    where = SEED, 1, 2**33 + 1, 3, 2, 0.5, log_variance, kind
     dx, dsigma = reference.activate_bwd(du, x, sigma, *where)
     assert_adjoint(lambda x: reference.activate(x, sigma, *where, None), x, dx, du)
     assert_adjoint(lambda s: reference.activate(x, s, *where, None), sigma, dsigma, du)
@@ -70,7 +72,7 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
         randn(3, 4, 10, seed=2),
         scale(10).double(),
     )
-    where = SEED, -1, 2**33 + 1, 3, 2, 1, 0.5, False, kind
+    where = SEED, -1, 2**33 + 1, 3, 2, 0.5, False, kind
 
     def u(x, weight, bias, sigma):
         return reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[0]
@@ -87,7 +89,7 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
 def test_reference_norms_are_torchs(kind):
     x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
     bias = randn(10, seed=1) if kind == "layer" else None
-    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1, 1.0, False, kind, 1e-3, 0.0, None)
+    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None)
     functions = torch.nn.functional
     want = (
         functions.layer_norm(x, (10,), weight, bias, 1e-3)
@@ -217,9 +219,14 @@ def assert_sum_close(got, exact, rows, dtype, size=4.0):
     assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() - bound).max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("shape", SHAPES)
+# Every shape in two types; every draw and type at few shapes.
+@pytest.mark.parametrize(
+    "shape, draw, dtype",
+    [
+        *((shape, DRAWS[i % 3], dtype) for i, shape in enumerate(SHAPES) for dtype in DTYPES[:2]),
+        *((shape, draw, dtype) for shape in ((5, 64), (7, 129)) for draw in DRAWS for dtype in DTYPES),
+    ],
+)
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norm_matches_reference(kind, shape, draw, dtype):
     k = shape[-1]
@@ -257,12 +264,23 @@ def test_norm_without_weight_and_bias_and_sigma(capability):
         assert all(torch.equal(a, b) for a, b in zip((dx, dweight, dbias), full))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("draw", DRAWS)
+CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
+
+
+# Every shape with one activation, one draw and two types; every activation and type at few shapes.
 @pytest.mark.parametrize(
-    "shape, dim", [*((shape, -1) for shape in SHAPES), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
+    "kind, shape, dim, draw, dtype",
+    [
+        *(
+            (ACTIVATIONS[i % 5], shape, dim, DRAWS[i % 3], dtype)
+            for i, (shape, dim) in enumerate([*((shape, -1) for shape in SHAPES), *CHANNELS])
+            for dtype in DTYPES[:2]
+        ),
+        *((kind, (5, 64), -1, DRAWS[i % 3], dtype) for i, kind in enumerate(ACTIVATIONS) for dtype in DTYPES),
+        *((kind, (20, 768), -1, Draw(), dtype) for kind in ACTIVATIONS for dtype in DTYPES[:2]),
+        *((kind, (2, 13, 5, 3), 1, DRAWS[i % 3], dtype) for i, kind in enumerate(ACTIVATIONS) for dtype in DTYPES),
+    ],
 )
-@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     draw = draw._replace(dim=dim)
     a, b, du = (randn(*shape, seed=i).mul(2).to(dtype) for i in range(3))
@@ -293,3 +311,174 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
 
 def reference_of(name):
     return lambda x, *rest: getattr(reference, name)(x.double(), *rest)
+
+
+def everything(shape, dtype=torch.float32, transform=lambda t: t):
+    """Every result of every operation on rows of this shape; what is read may lie elsewhere in memory."""
+    draw = Draw(row0=2**32 - 2, col0=16)
+    x, b, du = (transform(randn(*shape, seed=i, dtype=dtype)) for i in range(3))
+    k = shape[-1]
+    sigma, weight, bias = scale(k), randn(k).to(dtype), randn(k, seed=1).to(dtype)
+    for kind in ("layer", "rms"):
+        u, stats = norm.norm(x, weight, bias, sigma, SEED, draw, kind, 1e-5, 0.0, None)
+        yield from (u, stats, *norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0))
+    for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):  # float64 calls the library's exp
+        yield gate.activate(x, sigma, SEED, draw, kind, None)
+        yield from gate.activate_bwd(du, x, sigma, SEED, draw, kind)
+        yield gate.gate(x, b, sigma, SEED, draw, kind, None)
+        yield from gate.gate_bwd(du, x, b, sigma, SEED, draw, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(130, 200), (70, 192), (40, 64), (5, 1024), (70, 13)])
+def test_producers_ignore_instruction_set_and_threads(shape, dtype):
+    threads, want = torch.get_num_threads(), None
+    try:
+        for name in OFFERED:
+            cpu_capability(name)
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                got = list(everything(shape, dtype))
+                want = want or got
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (name, n)
+    finally:
+        cpu_capability("auto")
+        torch.set_num_threads(threads)
+
+
+def test_producers_ignore_strides():
+    want = list(everything((12, 40)))
+    for transform in (
+        lambda t: torch.cat((t, t), -1)[:, :40],
+        lambda t: t.t().contiguous().t(),
+        lambda t: t.repeat_interleave(3, 0)[::3],
+        lambda t: t[:, None].expand(12, 2, 40)[:, 0],
+    ):
+        for a, b in zip(everything((12, 40), transform=transform), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_gate_takes_the_halves_of_one_tensor():
+    joined, sigma = randn(9, 80, dtype=torch.float32), scale(40)
+    a, b = joined.chunk(2, -1)
+    u = producers.gate(a, b, sigma, SEED, kind="silu")
+    assert torch.equal(u, producers.gate(a.contiguous(), b.contiguous(), sigma, SEED, kind="silu"))
+
+
+def test_norm_sums_no_worse_than_torch():
+    """Twice the error of the same sums in plain PyTorch, + 1e-6 a root of a row."""
+    x, du = randn(6000, 40, dtype=torch.float32), randn(6000, 40, seed=1, dtype=torch.float32)
+    weight, bias, sigma = randn(40, dtype=torch.float32), randn(40, seed=1, dtype=torch.float32), scale(40)
+    _, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 0.0, None)
+    got = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 0.0)
+    exact = reference.norm_bwd(
+        du.double(), x.double(), stats, weight.double(), bias.double(), sigma.double(), SEED, *Draw(), "layer", 0.0
+    )
+    _, mean, rstd = torch.native_layer_norm(x, (40,), weight, bias, 1e-5)
+    plain = torch.ops.aten.native_layer_norm_backward(du, x, (40,), mean, rstd, weight, bias, [True] * 3)
+    for i in range(3):
+        assert (got[i] - exact[i]).abs().max() <= 2 * (plain[i] - exact[i]).abs().max() + 1e-6 * 6000**0.5
+
+
+# ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, dim", [((9, 768), -1), ((5, 33), -1), ((2, 13, 5, 3), 1)])
+def test_producer_draws_what_perturb_draws_to_the_bit(shape, dim, dtype):
+    where = dict(row0=2**32 - 1, col0=8, sample=3)
+    x, sigma = randn(*shape, dtype=dtype), scale(shape[dim])
+    one = torch.ones_like(x)
+    want = functional.perturb(x.relu(), sigma, SEED, dim=dim, **where)  # relu rounds nothing
+    assert torch.equal(producers.activate(x, sigma, SEED, kind="relu", dim=dim, **where), want)
+    assert torch.equal(producers.gate(x, one, sigma, SEED, kind="relu", dim=dim, **where), want)
+    if dim == -1:
+        k = shape[-1]
+        zero, bias = torch.zeros(k, dtype=dtype), randn(k, dtype=dtype)
+        want = functional.perturb(bias.expand(shape).contiguous(), sigma, SEED, **where)
+        assert torch.equal(producers.norm(x, zero, bias, sigma, SEED, kind="layer", eps=1e-5, **where), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_of_16_bit_data_rounds_once(kind):
+    run, _, tensors = calls(kind, dtype=torch.bfloat16)
+    wide = run(*(t.float() for t in tensors))
+    assert torch.equal(run(*tensors), wide.bfloat16())
+
+
+def test_producer_of_a_window_is_the_window():
+    x, sigma = randn(12, 40, dtype=torch.float32), scale(40)
+    u = producers.activate(x, sigma, SEED, kind="gelu")
+    assert torch.equal(producers.activate(x[3:9, 5:22], sigma[5:22], SEED, kind="gelu", row0=3, col0=5), u[3:9, 5:22])
+    u = producers.norm(x, None, None, sigma, SEED, kind="rms", eps=1e-5)
+    assert torch.equal(producers.norm(x[3:9], None, None, sigma, SEED, kind="rms", eps=1e-5, row0=3), u[3:9])
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_keeps_for_backward_what_the_plain_function_keeps(kind):
+    run, _, tensors = calls(kind, dtype=torch.float32)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    tensors = [t.requires_grad_() for t in tensors]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run(*tensors)
+    rows, operands = tensors[0].numel() // 10, 2 if kind.startswith("gated") else 1
+    of_rows = 4 * rows * {"layer": 2, "rms": 1}.get(kind, 0)
+    of_columns = 16 + sum(t.nbytes for t in tensors if t.dim() == 1)  # the seed, sigma, weight, bias
+    assert sum(kept.values()) <= operands * tensors[0].nbytes + of_rows + of_columns
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_gives_the_gradients_that_are_wanted(kind):
+    run, _, tensors = calls(kind, log_variance=True, dtype=torch.float32)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    want = torch.autograd.grad(run(*leaves).sin().sum(), leaves)
+    for i in range(len(tensors)):
+        alone = [t.clone().requires_grad_(i == j) for j, t in enumerate(tensors)]
+        run(*alone).sin().sum().backward()
+        assert [t.grad is not None for t in alone] == [j == i for j in range(len(tensors))]
+        torch.testing.assert_close(alone[i].grad, want[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_producer_in_torch_func(kind):
+    run, _, tensors = calls(kind, log_variance=True)
+    tangents = [randn(*t.shape, seed=7) for t in tensors]
+    _, got = torch.func.jvp(run, tensors, tuple(tangents))
+    step = 1e-6
+    ahead, behind = (run(*(t + sign * d for t, d in zip(tensors, tangents))) for sign in (step, -step))
+    torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+    grads = torch.func.grad(lambda *t: run(*t).sin().sum(), argnums=tuple(range(len(tensors))))(*tensors)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    torch.testing.assert_close(grads, torch.autograd.grad(run(*leaves).sin().sum(), leaves))
+
+
+@pytest.mark.parametrize("kind", ["layer", "silu", "gated silu"])
+def test_producer_compiles_whole_and_exports(kind):
+    run, _, tensors = calls(kind, log_variance=True, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in tensors]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*leaves), run(*leaves))
+    got, want = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, run))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return run(*tensors)
+
+    exported = torch.export.export(Module(), tuple(tensors)).module()
+    torch.testing.assert_close(torch.autograd.grad(exported(*leaves).sin().sum(), leaves), want, rtol=1e-5, atol=1e-6)
+
+
+def test_producer_under_autocast_rounds_once_to_its_type():
+    x, sigma = randn(4, 16, dtype=torch.float32), scale(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        u = producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5)
+    assert torch.equal(u, producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5).bfloat16())

@@ -112,14 +112,12 @@ def perturbs(draw):
         torch.rand(shape[dim], generator=generator, dtype=draw(st.sampled_from([torch.float32, torch.float64]))) + 0.1
     )
     sigma = sigma.square().log() if log_variance else sigma
-    num_samples = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    sample = draw(st.sampled_from([0, 1, 2**16 - num_samples]) | st.integers(0, 2**16 - num_samples))
+    sample = draw(st.sampled_from([0, 1, 2**16 - 1]) | st.integers(0, 2**16 - 1))
     where = (
         dim,
         draw(rows0),
         draw(columns0),
         sample,
-        num_samples,
         draw(st.sampled_from([1.0, 0.5, 0.25**0.5, 3.0])),
         log_variance,
     )
@@ -137,7 +135,7 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     dim, log_variance = where[0], where[-1]
     u = perturb(x, sigma, seed, Draw(*where), out_dtype)
     exact = reference.perturb(x, sigma, seed, *where, torch.float64)
-    scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[5] if sigma.numel() else 0.0
+    scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[4] if sigma.numel() else 0.0
     tiny = 6e-8 if u.dtype is torch.float16 else 0.0
     allowed = (
         2 * (EPS[u.dtype] + EPS[torch.float32]) * (exact.abs() + 6 * scale * EPS[torch.float32])
@@ -149,7 +147,7 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     dsigma = perturb_bwd(du, sigma, seed, Draw(*where))
     exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
     rows = du.numel() // max(1, du.shape[dim])
-    size = where[5] * (scale + 1) * (1 + (float(du.double().abs().max()) if du.numel() else 0.0))
+    size = where[4] * (scale + 1) * (1 + (float(du.double().abs().max()) if du.numel() else 0.0))
     assert dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
     assert ((dsigma.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
     again, replayed = perturb_replay(du, x, sigma, seed, Draw(*where), out_dtype)
@@ -173,11 +171,11 @@ def test_perturb_matches_reference_whatever_comes_15000(case):
 
 def check_noise(shape_dim, where, seed, data, machine):
     """z is the reference's, and the noise of a window is the window of the noise."""
-    (shape, dim), (row0, col0, sample, num_samples) = shape_dim, where
+    (shape, dim), (row0, col0, sample) = shape_dim, where
     cpu_capability(machine[0])
     torch.set_num_threads(machine[1])
-    z = functional.noise(shape, seed, dim=dim, row0=row0, col0=col0, sample=sample, num_samples=num_samples)
-    exact = reference.noise(seed, shape, dim, row0, col0, sample, num_samples)
+    z = functional.noise(shape, seed, dim=dim, row0=row0, col0=col0, sample=sample)
+    exact = reference.noise(seed, shape, dim, row0, col0, sample)
     assert z.is_contiguous() and z.dtype is torch.float32 and ((z - exact).abs() <= Z_ERROR + 1e-6).all()
     if z.numel() == 0:
         return
@@ -185,16 +183,16 @@ def check_noise(shape_dim, where, seed, data, machine):
     last = data.draw(st.integers(first + 1, shape[dim]))
     window = [n for d, n in enumerate(shape) if d != dim % len(shape)]
     window.insert(dim % len(shape), last - first)
-    part = functional.noise(window, seed, dim=dim, row0=row0, col0=col0 + first, sample=sample, num_samples=num_samples)
+    part = functional.noise(window, seed, dim=dim, row0=row0, col0=col0 + first, sample=sample)
     assert torch.equal(part, z.narrow(dim, first, last - first))
     if dim % len(shape) != 0:  # leading entries are rows
         start = data.draw(st.integers(0, shape[0] - 1))
         rows = z[0].numel() // shape[dim] * start
-        part = functional.noise((shape[0] - start, *shape[1:]), seed, dim=dim, row0=row0 + rows, col0=col0, sample=sample, num_samples=num_samples)  # fmt: skip
+        part = functional.noise((shape[0] - start, *shape[1:]), seed, dim=dim, row0=row0 + rows, col0=col0, sample=sample)  # fmt: skip
         assert torch.equal(part, z[start:])
 
 
-windows = st.tuples(rows0, columns0, st.integers(0, 9), st.integers(1, 3))
+windows = st.tuples(rows0, columns0, st.integers(0, 9))
 machines = st.tuples(st.sampled_from(OFFERED or ["portable"]), st.integers(1, 3))
 
 
@@ -234,7 +232,7 @@ def check_linear(x, weight, bias, sigma, seed, dy, options):
     keep = {k: v for k, v in options.items() if k != "keep" and k != "log_variance"}
     num_samples = keep.pop("num_samples")
     factor = num_samples**-0.5
-    z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"], 1).double()
+    z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"]).double()
     results = []
     for ours in (True, False):
         leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
@@ -280,7 +278,7 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
     """2^62 itself is the last: whatever rows come after it are numbered without overflow."""
     seed, far = torch.tensor([1, 2]), 2**62
     x, sigma = torch.zeros(3, 9, 5), torch.ones(9)
-    exact = reference.noise(seed, x.shape, 1, far, far, 0, 1)
+    exact = reference.noise(seed, x.shape, 1, far, far, 0)
     with backends.backend(name):
         assert (functional.noise(x.shape, seed, dim=1, row0=far, col0=far) - exact).abs().max() < 1e-5
         for bad in (dict(row0=far + 1), dict(col0=2**63 - 1), dict(row0=2**63 - 1), dict(row0=2**70)):
@@ -362,7 +360,7 @@ def test_gradients_of_an_averaged_activation_are_the_same_with_and_without_a_gra
         return functional.dip_linear(x, weight, None, sigma, seed, **options)
 
     def explicit(x, weight, sigma):
-        z = [reference.noise(seed, x.shape, -1, 0, 0, s, 1).double() for s in (2, 3, 4)]
+        z = [reference.noise(seed, x.shape, -1, 0, 0, s).double() for s in (2, 3, 4)]
         return sum(act(F.linear(x + sigma * part, weight)) for part in z) / 3
 
     want = torch.func.vjp(explicit, x, weight, sigma)[1](dy)

@@ -64,7 +64,7 @@ def run(library, **kwargs):
 
 
 def where(kwargs, dim):
-    return (dim, kwargs.get("row0", 0), kwargs.get("col0", 0), kwargs.get("sample", 0), kwargs.get("num_samples", 1),
+    return (dim, kwargs.get("row0", 0), kwargs.get("col0", 0), kwargs.get("sample", 0),
             kwargs.get("factor", 1.0), kwargs.get("log_variance", False))  # fmt: skip
 
 
@@ -138,9 +138,9 @@ def test_compiled_cuda_windows(library, shape, window):
 
 @pytest.mark.parametrize("shape", [(6, 24), (2, 16, 8)], ids=["rows", "channels"])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_compiled_cuda_means_samples_and_scales(library, shape, dtype):
+def test_compiled_cuda_samples_and_scales(library, shape, dtype):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
-    check(library, x, u, du, sigma, num_samples=3, sample=2)
+    check(library, x, u, du, sigma, sample=2)
     check(library, x, u, du, sigma.log(), log_variance=True, factor=0.5)
     check(library, x, u, du, sigma.double(), factor=0.3)
 
@@ -220,7 +220,7 @@ FORM_SHAPES = quick_of(
 def test_compiled_cuda_rows_from_the_end_change_no_u(library, shape, dtype):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
     for given in ({}, {"x": x, "sigma": sigma}, {"x": x, "sigma": sigma, "du": du, "col0": 3}):
-        for place in ({"row0": 2**32 - 2}, {"num_samples": 2}):
+        for place in ({"row0": 2**32 - 2}, {"sample": 2}):
             walks = ("from the start", "from the end")
             there, back = (run(library, u=u, **given, **place, form=form)[0] for form in walks)
             assert torch.equal(there, back)
@@ -367,7 +367,7 @@ def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, 
 @pytest.mark.parametrize("shape", [(33, 40), (5, 23), (3, 16, 12)])
 def test_compiled_cuda_noise_is_the_cpu_to_the_bit(library, shape):
     with backends.backend("cpu"):
-        for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}, {"num_samples": 3}):
+        for kwargs in ({}, {"row0": 2**33 + 1, "col0": 24, "sample": 9}):
             want = noise(SEED, shape, Draw(*where(kwargs, 1)))
             assert torch.equal(run(library, u=torch.empty(shape), **kwargs)[0], want)
 
@@ -449,8 +449,8 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
     shape = (outer, features) if inner == 1 else (outer, features, inner)
     x, u = torch.empty(shape, dtype=BF16), torch.empty(shape, dtype=BF16)
     a, memory, sigma = PerturbArgs(), ptx.Memory(), torch.ones(features)
-    a.outer, a.features, a.inner, a.num_samples, a.factor = outer, features, inner, 1, 1.0
-    a.seed, a.sigma = memory.add(SEED.numpy()), memory.add(sigma.numpy())
+    a.outer, a.features, a.inner, a.draw.factor = outer, features, inner, 1.0
+    a.draw.seed, a.draw.sigma = memory.add(SEED.numpy()), memory.add(sigma.numpy())
     for name, t in (("x", x), ("u", u)):
         address = memory.add(bytes_at(t.data_ptr(), t.data_ptr() + t.nbytes))
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))

@@ -38,7 +38,7 @@ def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
         OPS.draw_samples(alone[0], None, *how)
         OPS.draw_samples(None, alone[1], *how)
         for s in range(3):
-            where = (-1, 2**32 - 4, col0, 6 + s, 1)
+            where = (-1, 2**32 - 4, col0, 6 + s)
             assert torch.equal(u[s], OPS.perturb(x, sigma, SEED, *where, 0.5, False, dtype))
             assert torch.equal(z[s], OPS.noise(SEED, x.shape, *where).to(z.dtype))
         assert torch.equal(u, alone[0]) and torch.equal(z, alone[1])

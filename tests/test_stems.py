@@ -18,15 +18,16 @@ STEMS = {
         "tests/test_linear.py",
         "tests/test_averaging.py",
     ],
-    "activate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
-    "gate": ["csrc/cpu/gate.cpp", "tests/test_producers.py"],
-    "norm": ["csrc/cpu/norm.cpp", "tests/test_producers.py"],
+    "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
+    "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
+    "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py", "tests/test_producers.py"],
     "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py", "tests/test_expectation.py"],
 }
 # A module may import the ones before it, never one after.
 ORDER = ["worlds", "reference", "backends"]
 ORDER += [
-    f"ops.{m}" for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear")
+    f"ops.{m}"
+    for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear", "conv")
 ]
 ORDER += [
     "ops.expectation",
@@ -41,9 +42,22 @@ ORDER += [
 ORDER += [
     f"nn.{m}" for m in ("decay", "variance", "inputs", "tracing", "layer", "sharing", "linear", "conv", "input", "twin")
 ]
+ORDER += ["nn.producer", "nn.norm", "nn.activation"]
 ORDER += ["nn.numbering", "nn.attention", "distributed"]
 ORDER += [
-    f"models.{m}" for m in ("convertible", "probe", "check", "spreads", "parameters", "summary", "calibrate", "convert")
+    f"models.{m}"
+    for m in (
+        "convertible",
+        "probe",
+        "readers",
+        "place",
+        "check",
+        "spreads",
+        "parameters",
+        "summary",
+        "calibrate",
+        "convert",
+    )
 ]
 ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
 ORDER += ["diagnostics", "config", "reports", "testing"]

@@ -24,6 +24,11 @@ def mlp():
     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
+def learned(state):
+    """The variances of `dip.variances`, without the priors, which training leaves alone."""
+    return [(name, values) for name, values in state.items() if name.endswith("log_variance")]
+
+
 def is_whole(layer, x):
     u = dip.functional.perturb(x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True)
     with torch.no_grad():
@@ -191,7 +196,7 @@ def test_lightning_trains_checks_saves_and_loads(tmp_path):
     trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8))
     assert module.report.ok and module.report.checked == 2
     after = dip.variances(module)
-    assert not any(torch.equal(after[n], v) for n, v in before.items())
+    assert not any(torch.equal(after[n], v) for n, v in learned(before))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = Module.load_from_checkpoint(tmp_path / "a.ckpt")
     assert all(torch.equal(after[n], v) for n, v in dip.variances(loaded).items())
@@ -211,7 +216,7 @@ def test_accelerate_prepares_trains_and_saves(tmp_path):
         assert dip.check(model).ok
         optimizer.step()
     trained = dip.variances(model)
-    assert not any(torch.equal(trained[n], v) for n, v in before.items())
+    assert not any(torch.equal(trained[n], v) for n, v in learned(before))
     accelerator.save_state(tmp_path)
     dip.load_variances(model, before)
     accelerator.load_state(tmp_path)
@@ -263,7 +268,7 @@ def test_transformers_trainer_trains_checks_and_resumes(tmp_path):
     trainer(model, [check]).train()
     assert check.report.ok and check.report.checked == 8
     after = dip.variances(model)
-    assert not any(torch.equal(after[n], v) for n, v in before.items())
+    assert not any(torch.equal(after[n], v) for n, v in learned(before))
     again = trainer(dip.convert(llama()))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(torch.equal(after[n], v) for n, v in dip.variances(again.model).items())
@@ -327,7 +332,8 @@ def one_rank(monkeypatch):
     for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, str(value))
     yield
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -352,5 +358,5 @@ def test_deepspeed_trains_the_variances(one_rank):
                 with pytest.raises(ValueError, match="expected gradients to look at"):
                     dip.check(model)
             engine.step()
-        assert not any(torch.equal(v, before[n]) for n, v in dip.variances(model).items())
+        assert not any(torch.equal(v, before[n]) for n, v in learned(dip.variances(model)))
         assert dip.check(model, X).ok

@@ -122,7 +122,7 @@ def test_functions_are_calls_in_the_graph():
     model = Functions()
     graph = fx.symbolic_trace(model)
     called = {node.target for node in graph.graph.nodes if node.op == "call_function"}
-    assert called >= {functional.perturb, functional.dip_linear, functional.activation}
+    assert called >= {functional.perturb, functional.dip_linear, functional.expectation}
     assert torch.equal(graph(torch.ones(3, 4)), model(torch.ones(3, 4)))
 
 
@@ -165,7 +165,7 @@ def test_the_way_out_of_script_works():
 @pytest.mark.parametrize("how", ["training", "fixed_noise", "sampling_on", "no_grad"])
 def test_trace_refuses_to_freeze_noise(how):
     model, x = nn.Sequential(nn.ReLU(), dip.DIPLinear(4, 2)), torch.ones(3, 4)
-    contexts = {"fixed_noise": fixed_noise(3), "sampling_on": dip.contexts.sampling_on(), "no_grad": torch.no_grad()}
+    contexts = {"fixed_noise": fixed_noise(3), "sampling_on": dip.sampling_on(), "no_grad": torch.no_grad()}
     model.train(how != "sampling_on")
     with (
         contexts.get(how, torch.enable_grad()),

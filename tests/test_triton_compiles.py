@@ -20,14 +20,14 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def perturb_launches(shape, dim, dtype, num_samples=1, log_variance=True, col0=0):
+def perturb_launches(shape, dim, dtype, log_variance=True, col0=0):
     """Every kernel of noise, P, Q and the combined form, by name."""
     x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
     sigma = meta(shape[dim], dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-    where = (sigma, seed, dim, 0, col0, 0, num_samples, 1.0, log_variance)
+    where = (sigma, seed, dim, 0, col0, 0, 1.0, log_variance)
     with recorded_launches(noise, perturb) as launches:
         # Noise is drawn on the seed's device, by a name that `perturb` re-exports.
-        noise.noise(seed, shape, dim, 0, col0, 0, num_samples)
+        noise.noise(seed, shape, dim, 0, col0, 0)
         perturb.perturb(x, *where, None)
         perturb.perturb_bwd(x, *where)
         perturb.perturb_replay(x, x, *where, None)
@@ -58,14 +58,13 @@ def test_perturb_issue_slots_per_element(name, bound):
     assert any(op.startswith("LDG") and op.endswith("128") for op in opcodes)  # 16-byte accesses
 
 
-# Ordinary rows; K a multiple of 8 but not of 16; a prime K from the middle of a group; images; and S real samples.
+# Ordinary rows; K a multiple of 8 but not of 16; a prime K from the middle of a group; images.
 CASES = {
     "rows": dict(shape=(8192, 8192), dim=-1),
     "k1000": dict(shape=(512, 1000), dim=-1),
     "prime": dict(shape=(512, 1009), dim=-1, col0=3),
     "narrow": dict(shape=(65536, 64), dim=-1),
     "nchw": dict(shape=(64, 256, 56, 56), dim=1),
-    "samples": dict(shape=(512, 1024), dim=-1, num_samples=8),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 QUICK = [("rows", torch.bfloat16, arch) for arch in ARCHS] + [
@@ -93,12 +92,11 @@ def linear_launches(m, k, n, dtype, arch, monkeypatch, num_samples=1, activation
     monkeypatch.setattr(linear, "num_multiprocessors", lambda device: 132)
     x, dy, weight, bias = meta(m, k, dtype=x_dtype or dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype), meta(n)
     sigma, seed = meta(k), meta(2, dtype=torch.int64)
-    how = (0, col0, 0, num_samples, 1.0, True)
+    how = (0, col0, 0, 1.0, True)
     with recorded_launches(noise, perturb, linear) as launches:
-        linear.linear(x, weight, bias, sigma, seed, *how, activation)
+        linear.linear(x, weight, bias, sigma, seed, *how, num_samples, activation)
         # One sample's launches are like the next one's.
-        passes = how if activation is None else (0, col0, 0, 1, 1.0, True)
-        linear.linear_bwd(dy, x, weight, bias, sigma, seed, *passes, activation)
+        linear.linear_bwd(dy, x, weight, bias, sigma, seed, *how, 1, activation)
     return launches
 
 
@@ -111,7 +109,6 @@ LINEARS = {
     "k1000": dict(m=4096, k=1000, n=1000),
     "odd": dict(m=4093, k=1009, n=1013, col0=3),
     "autocast": dict(m=4096, k=1024, n=1024, x_dtype=torch.float32),
-    "mean noise": dict(m=4096, k=1024, n=1024, num_samples=4),
     "gelu": dict(m=4096, k=1024, n=1024, num_samples=4, activation="gelu"),
     "gelu_tanh": dict(m=4096, k=1024, n=1024, num_samples=4, activation="gelu_tanh"),
     "silu, odd": dict(m=4093, k=1009, n=1013, num_samples=4, activation="silu"),

@@ -47,6 +47,11 @@ class TestActivation:
         run("interpreted_expectation.py")
 
 
+class TestProducers:
+    def test_under_the_interpreter(self):
+        run("interpreted_producers.py")
+
+
 class TestWhatAGpuRuns:
     def test_under_the_interpreter(self):
         run("gpu/test_gpu_triton.py")

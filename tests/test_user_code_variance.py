@@ -310,7 +310,7 @@ def test_what_is_done_to_a_stream_from_outside_changes_no_noise():
 
 
 def test_models_joined_after_conversion_say_that_they_share_streams():
-    dip.contexts._named.clear()
+    dip.noise.contexts._named.clear()
     a, b, x = make(), make(), torch.randn(2, 6)
     joined = nn.ModuleList([a, b])
     with pytest.warns(UserWarning, match="number_layers"), dip.fixed_noise(1):
@@ -652,7 +652,7 @@ def test_neighbours_may_work_in_place(kind, keep, estimator, mode):
     for module in apart.modules():
         if isinstance(module, (nn.ReLU, nn.Dropout)):
             module.inplace = False
-    contexts = {"noise_off": dip.noise_off(), "sampling": dip.contexts.sampling_on()}
+    contexts = {"noise_off": dip.noise_off(), "sampling": dip.sampling_on()}
     grads = []
     for each in (model, apart):
         each.train(mode != "eval" and mode != "sampling")

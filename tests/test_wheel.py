@@ -244,7 +244,7 @@ def old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    monkeypatch.setattr(backends, "_listeners", [])
+    monkeypatch.setattr(backends, "listeners", [])
     monkeypatch.setattr(backends, "_cuda_problem", None)
     return monkeypatch
 
@@ -262,7 +262,7 @@ def test_gpu_without_a_kernel_falls_back_once_and_says_so(old_gpu, triton, runs)
     assert len(asked) == 1  # `ops` chooses again
     plan = backends.choose("perturb", "cuda")
     assert plan.backend == runs and "sm_75" in plan.why
-    old_gpu.setattr(backends, "_forced", "cuda")
+    old_gpu.setattr(backends, "forced", "cuda")
     with pytest.raises(RuntimeError, match=r"'cuda' was asked for.* GPU 0 is sm_75"):
         backends.choose("perturb", "cuda")
 
@@ -329,7 +329,7 @@ def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
     wheel = build(tmp_path, "--cpu", "0", "--cuda", "0")
     assert wheel.name.endswith("-py3-none-any.whl") and audit.wheel_problems(wheel) == []
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"dipkernels/{p.name}" for p in (ROOT / "dipkernels").glob("*.py")}
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dipkernels").rglob("*.py")}
     wanted |= {f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
     assert wanted <= names
     smoke(wheel, tmp_path / "site", "none")

@@ -21,28 +21,28 @@ class Blocks:
 
 
 # Not measured yet: the largest tiles that compile without spills and fit the shared memory of the architecture.
-# 16-bit data. Per architecture (the nearest one below counts): fwd, fwd over several samples, bwd_x, bwd_x over
-# several samples (the mean is drawn in the epilogue) or with unaligned rows, bwd_weight.
+# 16-bit data. Per architecture (the nearest one below counts): fwd, fwd over several samples, bwd_x, bwd_x with
+# unaligned rows, bwd_weight.
 TABLE = {
     80: {
         "fwd": Blocks(128, 128, 32, 8, 3),
         "fwd_mean": Blocks(64, 128, 32, 8, 3),
         "bwd_x": Blocks(128, 32, 128, 8, 3),
-        "bwd_x_mean": Blocks(64, 32, 128, 8, 3),
+        "bwd_x_unaligned": Blocks(64, 32, 128, 8, 3),
         "bwd_weight": Blocks(32, 128, 128, 8, 3),
     },
     90: {
         "fwd": Blocks(128, 128, 64, 8, 3),
         "fwd_mean": Blocks(64, 128, 32, 8, 3),
         "bwd_x": Blocks(128, 64, 128, 8, 3),
-        "bwd_x_mean": Blocks(64, 64, 128, 8, 3),
+        "bwd_x_unaligned": Blocks(64, 64, 128, 8, 3),
         "bwd_weight": Blocks(64, 128, 128, 8, 3),
     },
     100: {
         "fwd": Blocks(128, 128, 64, 8, 3),
         "fwd_mean": Blocks(64, 64, 64, 8, 3),
         "bwd_x": Blocks(128, 64, 128, 8, 3),
-        "bwd_x_mean": Blocks(64, 64, 128, 8, 3),
+        "bwd_x_unaligned": Blocks(64, 64, 128, 8, 3),
         "bwd_weight": Blocks(64, 128, 128, 8, 3),
     },
 }
@@ -53,7 +53,7 @@ FLOAT32 = {
         "fwd": Blocks(32, 64, 16, 4, 2),
         "fwd_mean": Blocks(32, 32, 16, 8, 2),
         "bwd_x": Blocks(32, 32, 64, 4, 2),
-        "bwd_x_mean": Blocks(32, 32, 64, 4, 2),
+        "bwd_x_unaligned": Blocks(32, 32, 64, 4, 2),
         "bwd_weight": Blocks(32, 32, 64, 4, 2),
     },
 }
@@ -84,7 +84,7 @@ def blocks(op: str, arch: int, m: int, n: int, k: int, itemsize: int, regular: b
     if op in ("fwd", "fwd_mean"):
         while block_n > 32 and rows * -(-n // block_n) < FULL:
             block_n //= 2
-    elif op in ("bwd_x", "bwd_x_mean"):
+    elif op in ("bwd_x", "bwd_x_unaligned"):
         while block_k > 32 and rows * -(-k // block_k) < FULL:
             block_k //= 2
     # A tile below a quarter of the table's leaves eight warps with too little to do.

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import within
 from .mixtures import MIXTURES
 from .perturb import column_sum
 from .tiles import num_multiprocessors, on_device
@@ -112,13 +113,6 @@ def _in_b(of, SCALE: tl.constexpr):
     for i in tl.static_range(len(of)):
         coefficients = coefficients + (of[i] * (SCALE * 1.3862943611198906**i),)
     return coefficients
-
-
-@triton.jit
-def within(x, bound: tl.constexpr):
-    """x, or the end of [-bound, bound]; a NaN stays one. tl.clamp does not compile for float64 on sm_90."""
-    x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

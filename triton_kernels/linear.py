@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import activate, slope
 from .blocks import Blocks, blocks, candidates, splits
-from .expectation import within
-from .noise import load_seed, mean_normal_tile, sampling
+from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
 from .tiles import EXACT, num_multiprocessors, on_device
 
@@ -18,54 +18,11 @@ ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh")
 
 
 @triton.jit
-def _tanh(h):
-    return 2.0 * tl.sigmoid(2.0 * h) - 1.0
-
-
-@triton.jit
-def _activate(h, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "gelu":
-        h = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        h = 0.5 * h * (1.0 + _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)))
-    elif ACTIVATION == "silu":
-        h = h * tl.sigmoid(h)
-    elif ACTIVATION == "tanh":
-        h = _tanh(h)
-    return h
-
-
-@triton.jit
-def _slope(h, ACTIVATION: tl.constexpr):
-    """d act / dh"""
-    if ACTIVATION == "relu":
-        slope = tl.where(h <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "gelu":
-        slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
-    elif ACTIVATION == "gelu_tanh":
-        h = within(h, 6.0)  # 0 or 1 beyond: _plain in expectation.py
-        t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
-        slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
-    elif ACTIVATION == "silu":
-        h = within(h, 20.0)
-        s = tl.sigmoid(h)
-        slope = s * (1.0 + h * (1.0 - s))
-    else:
-        t = _tanh(h)
-        slope = 1.0 - t * t
-    return slope
-
-
-@triton.jit
 def _noised_tile(
     x_ptr,
     sigma_ptr,
     key,
-    word3,
-    num_samples,
-    inv_num_samples,
+    last_word,
     row,  # [R] int64: into x
     first,  # scalar: first column of the tile, counted from the start of group0
     M,
@@ -77,7 +34,6 @@ def _noised_tile(
     factor,
     dtype: tl.constexpr,  # of u, the weight's
     LOG_VARIANCE: tl.constexpr,
-    MEAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """u = x + factor s z, rounded to the weight's type; zero outside of x"""
@@ -90,7 +46,7 @@ def _noised_tile(
     s = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, tl.float32)
     if LOG_VARIANCE:
         s = tl.where(col_mask, s, 0.0)
-    z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, False, MEAN)
+    z = normal_tile(key, last_word, row0 + row, group, False)
     return tl.fma(tl.broadcast_to(s[None, :], z.shape), z, x).to(dtype)
 
 
@@ -127,7 +83,7 @@ def _linear_fwd_kernel(
     LOG_VARIANCE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    MEAN: tl.constexpr,  # num_samples > 1
+    PASSES: tl.constexpr,  # num_samples > 1: one after another, their results averaged
     GRAD: tl.constexpr,  # one sample of the backward pass: dy * act'(h) * inv_num_samples
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
@@ -138,7 +94,7 @@ def _linear_fwd_kernel(
 ):
     # where
     N, K, x_stride_m, weight_stride_n = N * VEC, K * VEC, x_stride_m * VEC, weight_stride_n * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -147,8 +103,6 @@ def _linear_fwd_kernel(
     if HAS_BIAS:
         bias += tl.load(bias_ptr + out, mask=out < N, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    # An affine layer averages its noise; behind an activation the passes are real, and their results are averaged.
-    PASSES: tl.constexpr = MEAN and ACTIVATION is not None
     passes = num_samples if PASSES else 1
     # compute
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -159,9 +113,7 @@ def _linear_fwd_kernel(
                 x_ptr,
                 sigma_ptr,
                 key,
-                (word3 + i).to(tl.uint32),
-                num_samples,
-                inv_num_samples,
+                (last_word + i).to(tl.uint32),
                 row,
                 first,
                 M,
@@ -173,7 +125,6 @@ def _linear_fwd_kernel(
                 factor,
                 dtype,
                 LOG_VARIANCE,
-                MEAN and not PASSES,
                 BLOCK_K,
             )  # [BM, BK]
             col = first + tl.arange(0, BLOCK_K) - shift
@@ -186,11 +137,11 @@ def _linear_fwd_kernel(
         h += bias
         if GRAD:
             dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(tl.float32)
-            y = dy * _slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
+            y = dy * slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
-            y += _activate(h, ACTIVATION)
+            y += activate(h, ACTIVATION)
         else:
-            y = _activate(h, ACTIVATION)
+            y = activate(h, ACTIVATION)
     if PASSES:
         y *= tl.cast(inv_num_samples, tl.float32)
     # store
@@ -213,9 +164,6 @@ def _linear_bwd_x_kernel(
     group0,
     shift,
     sample,
-    num_samples,
-    inv_num_samples,
-    MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
     BLOCK_M: tl.constexpr,
@@ -225,7 +173,7 @@ def _linear_bwd_x_kernel(
 ):
     # where
     N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.cast(pid_k, tl.int64) * BLOCK_K
@@ -252,7 +200,7 @@ def _linear_bwd_x_kernel(
     tl.store(dx_ptr + (row * K)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
     # Rows past the end are zero in dx, so they add nothing.
     group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
-    z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, False, MEAN)
+    z = normal_tile(key, last_word, row0 + row, group, False)
     tl.store(partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask)
 
 
@@ -273,12 +221,9 @@ def _linear_bwd_weight_kernel(
     group0,
     shift,
     sample,
-    num_samples,
-    inv_num_samples,
     factor: tl.float64,
     DTYPE: tl.constexpr,  # of the product's operands: the weight's
     LOG_VARIANCE: tl.constexpr,
-    MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
     BLOCK_M: tl.constexpr,
@@ -288,7 +233,7 @@ def _linear_bwd_weight_kernel(
 ):
     # where
     N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     pid_n, pid_k = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
     split = tl.cast(tl.program_id(1), tl.int64)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -307,9 +252,7 @@ def _linear_bwd_weight_kernel(
             x_ptr,
             sigma_ptr,
             key,
-            word3,
-            num_samples,
-            inv_num_samples,
+            last_word,
             row,
             first,
             M,
@@ -321,7 +264,6 @@ def _linear_bwd_weight_kernel(
             factor,
             DTYPE,
             LOG_VARIANCE,
-            MEAN,
             BLOCK_K,
         )  # [BM, BK]
         dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
@@ -385,7 +327,7 @@ def _vec(shift: int, *sizes: int) -> int:
     return 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
 
 
-def _check(x, weight, sigma, activation) -> None:
+def _check(x, weight, sigma, num_samples, activation) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in OPERANDS:
             raise TypeError(f"{name}: expected one of {tuple(OPERANDS)}, got {tensor.dtype}")
@@ -395,13 +337,14 @@ def _check(x, weight, sigma, activation) -> None:
         raise ValueError(f"sigma: expected shape (K,) = ({weight.shape[1]},), got {tuple(sigma.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if activation is None and num_samples != 1:
+        raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
 
 
 def _forward(
-    x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation, out_dtype,
-    dy=None, weight_of_sample=None,
+    x, weight, bias, sigma, seed, row0, col0, sample, factor, log_variance, num_samples, activation, out_dtype, dy=None
 ):  # fmt: skip
-    """y [M, N] of a flat x; with dy the gradient at the pre-activation of one sample, times weight_of_sample"""
+    """y [M, N] of a flat x; with dy the gradient at the pre-activation of the first sample, over num_samples"""
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
@@ -409,16 +352,16 @@ def _forward(
     vec = _vec(col0 % 8, n, k, x.stride(0), weight.stride(0))
     regular = vec == 8 and x.element_size() <= weight.element_size()
     # The smaller tile also where a slope's registers come on top of those of unaligned loads.
-    op = "fwd_mean" if num_samples > 1 or (dy is not None and not regular) else "fwd"
+    passes = num_samples > 1 and dy is None
+    op = "fwd_mean" if passes or (dy is not None and not regular) else "fwd"
     chosen = blocks(op, _architecture(x.device), m, n, k, weight.element_size(), regular)
-    sample, num_samples, inv_num_samples = sampling(sample, num_samples)
     with on_device(x):
         _launch(
             _linear_fwd_kernel, op,
             lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),), chosen,
             y, x, weight, bias, sigma, dy, seed, m, n // vec, k // vec, x.stride(0) // vec, weight.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, sample, num_samples, inv_num_samples if dy is None else weight_of_sample, factor,
-            LOG_VARIANCE=log_variance, HAS_BIAS=bias is not None, ACTIVATION=activation, MEAN=num_samples > 1,
+            row0, col0 // 8, col0 % 8, sample, num_samples if passes else 1, 1.0 / num_samples, factor,
+            LOG_VARIANCE=log_variance, HAS_BIAS=bias is not None, ACTIVATION=activation, PASSES=passes,
             GRAD=dy is not None, PRECISION=_precision(), VEC=vec,
         )  # fmt: skip
     return y
@@ -433,36 +376,36 @@ def linear(
     row0,
     col0,
     sample,
-    num_samples,
     factor,
     log_variance,
+    num_samples=1,
     activation="identity",
     out_dtype=None,
 ):
     """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K], sigma [K].
 
-    u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation the samples' mean
-    goes to z. out_dtype: default x's. Raises ValueError or TypeError for shapes, types or activations it cannot take.
+    u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation num_samples is 1.
+    out_dtype: default x's. Raises ValueError or TypeError for shapes, types or activations it cannot take.
     """
     activation = None if activation == "identity" else activation
-    _check(x, weight, sigma, activation)
+    _check(x, weight, sigma, num_samples, activation)
     flat = _flat(x)
     y = _forward(
-        flat, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample, num_samples, factor, log_variance,
+        flat, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample, factor, log_variance, num_samples,
         activation, out_dtype or x.dtype,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, out_dtype=None):
-    """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over rows of dx zbar."""
+def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_variance, out_dtype=None):
+    """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over rows of dx z."""
     flat, weight, sigma = _flat(dy), _flat(weight), sigma.contiguous()
     (m, n), k = flat.shape, weight.shape[1]
     dx = torch.empty(m, k, dtype=out_dtype or dy.dtype, device=dy.device)
     if m == 0 or k == 0:
         return dx.reshape(*dy.shape[:-1], k), torch.zeros_like(sigma)
     vec = _vec(col0 % 8, n, k, flat.stride(0), weight.stride(0))
-    op = "bwd_x_mean" if num_samples > 1 or vec == 1 else "bwd_x"
+    op = "bwd_x_unaligned" if vec == 1 else "bwd_x"
     chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
     row_blocks = triton.cdiv(m, chosen.BLOCK_M)
     partial = torch.empty(row_blocks, k, dtype=torch.float32, device=dy.device)
@@ -471,16 +414,13 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, num_samples, facto
             _linear_bwd_x_kernel, op,
             lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),), chosen,
             dx, partial, flat, weight, seed, m, n // vec, k // vec, flat.stride(0) // vec, weight.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, *sampling(sample, num_samples),
-            MEAN=num_samples > 1, PRECISION=_precision(), VEC=vec,
+            row0, col0 // 8, col0 % 8, sample, PRECISION=_precision(), VEC=vec,
         )  # fmt: skip
     dsigma = column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
     return dx.reshape(*dy.shape[:-1], k), dsigma
 
 
-def linear_bwd_weight(
-    dy, x, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, weight_dtype=None, out_dtype=None
-):
+def linear_bwd_weight(dy, x, sigma, seed, row0, col0, sample, factor, log_variance, weight_dtype=None, out_dtype=None):
     """(dweight [N, K], dbias [N]) of an affine layer: dweight = dy^T u with u regenerated from x, dbias = sum over dy.
 
     weight_dtype: of the product's operands, by default dy's; out_dtype: of the results, by default weight_dtype.
@@ -492,8 +432,7 @@ def linear_bwd_weight(
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(n, k, dtype=dtype, device=dy.device), dbias
     vec = _vec(col0 % 8, n, k, dy.stride(0), x.stride(0))
-    # A mean over samples needs the registers that unaligned loads would.
-    regular = vec == 8 and num_samples == 1 and max(x.element_size(), dy.element_size()) <= operand.itemsize
+    regular = vec == 8 and max(x.element_size(), dy.element_size()) <= operand.itemsize
     chosen = blocks("bwd_weight", _architecture(dy.device), m, n, k, operand.itemsize, regular)
     tiles = triton.cdiv(n, chosen.BLOCK_N) * triton.cdiv(k + col0 % 8, chosen.BLOCK_K)
     count = splits(tiles, m, num_multiprocessors(dy.device))
@@ -505,8 +444,8 @@ def linear_bwd_weight(
             _linear_bwd_weight_kernel, "bwd_weight",
             lambda meta: (triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]), count), chosen,
             dweight, dy, x, sigma, seed, m, n // vec, k // vec, split_rows, dy.stride(0) // vec, x.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, *sampling(sample, num_samples), factor,
-            DTYPE=OPERANDS[operand], LOG_VARIANCE=log_variance, MEAN=num_samples > 1, PRECISION=_precision(), VEC=vec,
+            row0, col0 // 8, col0 % 8, sample, factor,
+            DTYPE=OPERANDS[operand], LOG_VARIANCE=log_variance, PRECISION=_precision(), VEC=vec,
         )  # fmt: skip
     if count == 1:
         return dweight[0], dbias
@@ -515,30 +454,27 @@ def linear_bwd_weight(
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, num_samples, factor, log_variance, activation="identity"
+    dy, x, weight, bias, sigma, seed, row0, col0, sample, factor, log_variance, num_samples=1, activation="identity"
 ):
     """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one.
 
     dbias [N] also without a bias.
     """
     activation = None if activation == "identity" else activation
-    _check(x, weight, sigma, activation)
+    _check(x, weight, sigma, num_samples, activation)
     flat_x, flat_weight, flat_dy = _flat(x), _flat(weight), _flat(dy).contiguous()
-    single = activation is None or num_samples == 1
-    how = (row0, col0, sample, num_samples, factor, log_variance)
+    single = num_samples == 1
     total = None
-    for i in range(1 if single else num_samples):
+    for s in range(sample, sample + num_samples):
+        draw = (row0, col0, s, factor, log_variance)
         dh = flat_dy
         if activation is not None:
-            how = (row0, col0, sample + i, 1, factor, log_variance)
-            dh = _forward(
-                flat_x, flat_weight, bias, sigma.contiguous(), seed, *how, activation, weight.dtype,
-                dy=flat_dy, weight_of_sample=1.0 / num_samples,
-            )  # fmt: skip
+            arguments = (flat_x, flat_weight, bias, sigma.contiguous(), seed, *draw, num_samples, activation)
+            dh = _forward(*arguments, weight.dtype, dy=flat_dy)
         # Sums over samples are kept in float32 and rounded once.
-        dx, dsigma = linear_bwd_x(dh, flat_weight, sigma, seed, *how, x.dtype if single else torch.float32)
+        dx, dsigma = linear_bwd_x(dh, flat_weight, sigma, seed, *draw, x.dtype if single else torch.float32)
         dweight, dbias = linear_bwd_weight(
-            dh, flat_x, sigma, seed, *how, weight.dtype, weight.dtype if single else torch.float32
+            dh, flat_x, sigma, seed, *draw, weight.dtype, weight.dtype if single else torch.float32
         )
         grads = (dx, dweight, dbias, dsigma)
         total = grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))

@@ -79,7 +79,7 @@ def normal_pair(w):
 @triton.jit
 def noise_words(
     key,  # int64 scalar
-    word3,  # uint32 scalar: (stream mod 2^16) * 2^16 + sample
+    last_word,  # uint32 scalar: (stream mod 2^16) * 2^16 + sample
     row,  # [R] int64
     group,  # [G] int: column // 8
     ROWS_LAST: tl.constexpr,  # orientation of the result: [R, G], or [G, R]
@@ -97,14 +97,14 @@ def noise_words(
         zero + group.to(tl.uint32),
         zero + (row & 0xFFFFFFFF).to(tl.uint32),
         zero + ((row >> 32) & 0xFFFFFFFF).to(tl.uint32),
-        zero + word3,
+        zero + last_word,
     )
 
 
 @triton.jit
-def normal_tile(key, word3, row, group, ROWS_LAST: tl.constexpr):
+def normal_tile(key, last_word, row, group, ROWS_LAST: tl.constexpr):
     """One draw: [R, 8 G] float32, columns 8 group .. 8 group + 7; transposed if ROWS_LAST."""
-    w0, w1, w2, w3 = noise_words(key, word3, row, group, ROWS_LAST)
+    w0, w1, w2, w3 = noise_words(key, last_word, row, group, ROWS_LAST)
     z0, z1 = normal_pair(w0)
     z2, z3 = normal_pair(w1)
     z4, z5 = normal_pair(w2)
@@ -122,29 +122,9 @@ def normal_tile(key, word3, row, group, ROWS_LAST: tl.constexpr):
 
 @triton.jit
 def load_seed(seed_ptr, sample):
-    """(key, word3) of a sample from seed int64 [2] = (key, stream)"""
+    """(key, last_word) of a draw: the seed's key, and its stream with the sample, the last word of every counter"""
     stream = tl.load(seed_ptr + 1)
     return tl.load(seed_ptr), (((stream & 0xFFFF) << 16) + sample).to(tl.uint32)
-
-
-@triton.jit
-def mean_normal_tile(
-    key,
-    word3,
-    num_samples,
-    inv_num_samples,  # float: 1 / num_samples
-    row,
-    group,
-    ROWS_LAST: tl.constexpr,
-    MEAN: tl.constexpr,  # num_samples > 1
-):
-    """Mean of num_samples draws, summed in their order: docs/maths.md, section 4."""
-    z = normal_tile(key, word3, row, group, ROWS_LAST)
-    if MEAN:
-        for i in range(1, num_samples):
-            z += normal_tile(key, (word3 + i).to(tl.uint32), row, group, ROWS_LAST)
-        z *= tl.cast(inv_num_samples, tl.float32)
-    return z
 
 
 @triton.jit
@@ -164,33 +144,25 @@ def _noise_kernel(
     group0,
     shift,  # the first row; col0 // 8; col0 % 8
     sample,
-    num_samples,
-    inv_num_samples,
-    MEAN: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
         # where
         outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # compute
-        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST)
         # store
         z_off = tile_offsets(outer, inner, col, z_outer * VEC, z_inner * VEC, z_col, ROWS_LAST)
         tl.store(z_ptr + z_off, z, mask=mask)
 
 
-def sampling(sample: int, num_samples: int) -> tuple[int, int, float]:
-    """sample, num_samples, inv_num_samples as the kernels take them"""
-    return sample, num_samples, 1.0 / num_samples
-
-
-def noise(seed, shape, dim, row0, col0, sample, num_samples):
+def noise(seed, shape, dim, row0, col0, sample):
     """z [shape] float32, contiguous, on the seed's device: the draws of rows row0 .., columns col0 .. along `dim`."""
     z = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if z.numel() == 0:
@@ -198,7 +170,7 @@ def noise(seed, shape, dim, row0, col0, sample, num_samples):
     tile = tiling(dim, col0, TILE_ELEMENTS, z)
     with on_device(z):
         _noise_kernel[tile.grid(z.device)](
-            z, seed, *tile.sizes(), *tile.strides_of(0), row0, col0 // 8, tile.shift,
-            *sampling(sample, num_samples), MEAN=num_samples > 1, **tile.constants(), **EXACT,
+            z, seed, *tile.sizes(), *tile.strides_of(0), row0, col0 // 8, tile.shift, sample,
+            **tile.constants(), **EXACT,
         )  # fmt: skip
     return z

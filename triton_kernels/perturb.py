@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .noise import load_seed, mean_normal_tile, noise, sampling
+from .noise import load_seed, noise, normal_tile
 from .tiles import (
     EXACT,
     TILE_ELEMENTS,
@@ -66,11 +66,8 @@ def _perturb_fwd_kernel(
     group0,
     shift,  # the first row; col0 // 8; col0 % 8
     sample,
-    num_samples,
-    inv_num_samples,
     factor: tl.float64,
     LOG_VARIANCE: tl.constexpr,
-    MEAN: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -78,7 +75,7 @@ def _perturb_fwd_kernel(
     FROM_END: tl.constexpr,
 ):
     # where
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -96,7 +93,7 @@ def _perturb_fwd_kernel(
         x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
         x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
         # compute
-        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN).to(dtype)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         _, s = across(row, scale, ROWS_LAST)
         u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
         # store
@@ -131,12 +128,9 @@ def _perturb_bwd_kernel(
     group0,
     shift,
     sample,
-    num_samples,
-    inv_num_samples,
     factor: tl.float64,
     REPLAY: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
-    MEAN: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -145,7 +139,7 @@ def _perturb_bwd_kernel(
 ):
     # where
     row_program = tl.program_id(1)
-    key, word3 = load_seed(seed_ptr, sample)
+    key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -160,7 +154,7 @@ def _perturb_bwd_kernel(
         du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
         du = tl.load(du_ptr + du_off, mask=mask, other=0.0).to(dtype)
         # compute
-        z = mean_normal_tile(key, word3, num_samples, inv_num_samples, row0 + row, group, ROWS_LAST, MEAN).to(dtype)
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         total = tl.fma(du, z, total)
         if REPLAY:
             x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
@@ -218,26 +212,25 @@ def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
     return out
 
 
-def perturb(x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
-    """u [x.shape] = x + factor * s * zbar, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
+def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
+    """u [x.shape] = x + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
     u = torch.empty_like(x, dtype=out_dtype)
     if u.numel() == 0:
         return u
-    # The mean over samples holds a second tile of draws.
-    tile = tiling(dim, col0, TILE_ELEMENTS // 2 if num_samples > 1 else TILE_ELEMENTS, u, x)
+    tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
     if tile is None:  # three or more row dimensions that do not merge
-        where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
-        return u.copy_(perturb(x.contiguous(), *where))
+        dense = x.contiguous()
+        return u.copy_(perturb(dense, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype))
     with on_device(x):
         _perturb_fwd_kernel[tile.grid(x.device)](
             u, x, sigma.contiguous(), seed, *tile.sizes(), *tile.strides_of(0), *tile.strides_of(1),
-            row0, col0 // 8, tile.shift, *sampling(sample, num_samples), factor,
-            LOG_VARIANCE=log_variance, MEAN=num_samples > 1, **tile.constants(), FROM_END=P_FROM_END, **EXACT,
+            row0, col0 // 8, tile.shift, sample, factor,
+            LOG_VARIANCE=log_variance, **tile.constants(), FROM_END=P_FROM_END, **EXACT,
         )  # fmt: skip
     return u
 
 
-def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
     replay = x is not None
     sigma = sigma.contiguous()
     u = torch.empty_like(x, dtype=out_dtype) if replay else None
@@ -246,8 +239,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_v
     wide = replay and max(du.element_size(), x.element_size()) >= 4
     tile = tiling(dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *((u, du, x) if replay else (du,)))
     if tile is None:
-        where = (sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
-        dense, dsigma = _bwd(du.contiguous(), x.contiguous() if replay else None, *where)
+        du, x = du.contiguous(), x.contiguous() if replay else None
+        dense, dsigma = _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype)
         return u.copy_(dense) if replay else None, dsigma
     grid = tile.sum_grid(du.device)
     dtype = torch.float64 if torch.float64 in (du.dtype, x.dtype if replay else du.dtype) else torch.float32
@@ -256,18 +249,18 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_v
     with on_device(du):
         _perturb_bwd_kernel[grid](
             partial, u, du, x, sigma, seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
-            row0, col0 // 8, tile.shift, *sampling(sample, num_samples), factor,
-            REPLAY=replay, LOG_VARIANCE=log_variance, MEAN=num_samples > 1, **tile.constants(),
+            row0, col0 // 8, tile.shift, sample, factor,
+            REPLAY=replay, LOG_VARIANCE=log_variance, **tile.constants(),
             FROM_END=SUMS_FROM_END, **EXACT,
         )  # fmt: skip
     return u, column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
 
 
-def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance):
-    """dsigma [K] = factor * ds/dsigma * sum over rows of du * zbar, the adjoint of `perturb` in sigma."""
-    return _bwd(du, None, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, None)[1]
+def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, factor, log_variance):
+    """dsigma [K] = factor * ds/dsigma * sum over rows of du * z, the adjoint of `perturb` in sigma."""
+    return _bwd(du, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, None)[1]
 
 
-def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype):
+def perturb_replay(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
     """(u, dsigma) of `perturb` and `perturb_bwd` in one pass over (du, x)."""
-    return _bwd(du, x, sigma, seed, dim, row0, col0, sample, num_samples, factor, log_variance, out_dtype)
+    return _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype)

@@ -18,7 +18,7 @@ from dipkernels.ops import perturb as projection
 from dipkernels.ops.draw import Draw
 from gpucheck.child import Check, Rows
 
-PLACE = (1, 0, 0, 0, 1, 1.0, False)  # dim, row0, col0, sample, num_samples, factor, log_variance
+DRAW = Draw(1)
 KEY = 12345
 
 
@@ -62,17 +62,16 @@ def copy(check: Check) -> Rows:
 def check_values(x: Tensor, sigma: Tensor, key: Tensor) -> None:
     """The last rows of u, and all of dsigma where that is affordable, against the float64 reference."""
     u, dsigma = (
-        projection.perturb(x, sigma, key, Draw(*PLACE), None),
-        projection.perturb_bwd(x, sigma, key, Draw(*PLACE)),
+        projection.perturb(x, sigma, key, DRAW, None),
+        projection.perturb_bwd(x, sigma, key, DRAW),
     )
     rows = min(64, x.shape[0])
-    place = (1, x.shape[0] - rows, *PLACE[2:])
-    want = reference.perturb(x[-rows:], sigma, key, *place, torch.float64)
+    want = reference.perturb(x[-rows:], sigma, key, *DRAW._replace(row0=x.shape[0] - rows), torch.float64)
     error = (u[-rows:].double() - want).abs() - torch.finfo(u.dtype).eps * want.abs()
     if not error.max() <= 1e-5:
         raise AssertionError(f"perturb: expected u within 1e-5 of the reference, got {error.max().item():.2e}")
     if x.numel() <= 1 << 22:
-        want = reference.perturb_bwd(x, sigma, key, *PLACE)
+        want = reference.perturb_bwd(x, sigma, key, *DRAW)
         error = (dsigma - want).abs() - 1e-3 * want.abs()
         if not error.max() <= 1e-3 * x.shape[0] ** 0.5:
             raise AssertionError(f"perturb_bwd: expected dsigma of the reference, off by {error.max().item():.2e}")
@@ -119,9 +118,9 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
     given = inputs(check, dtype, m, k)
     sigma, key, narrow = given.sigma, given.key, given.sigma.to(dtype)
     call = {
-        "P": lambda x, du, target: projection.perturb(x, sigma, key, Draw(*PLACE), None),
-        "Q": lambda x, du, target: projection.perturb_bwd(du, sigma, key, Draw(*PLACE)),
-        "PQ": lambda x, du, target: projection.perturb_replay(du, x, sigma, key, Draw(*PLACE), None),
+        "P": lambda x, du, target: projection.perturb(x, sigma, key, DRAW, None),
+        "Q": lambda x, du, target: projection.perturb_bwd(du, sigma, key, DRAW),
+        "PQ": lambda x, du, target: projection.perturb_replay(du, x, sigma, key, DRAW, None),
     }[form]
     variants = {"copy": given.in_a_row(lambda x, du, target: target.copy_(x), check.device)}
     for kind in kinds(check):
@@ -188,12 +187,12 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
     sigma, key = torch.full((k,), 0.1, device=check.device), seed(check)
 
     def two_step(x: Tensor) -> Tensor:
-        return F.linear(projection.perturb(x, sigma, key, Draw(*PLACE), None), weight, bias)
+        return F.linear(projection.perturb(x, sigma, key, DRAW, None), weight, bias)
 
     def fused(x: Tensor) -> Tensor:
         from dipkernels.triton_kernels.linear import linear
 
-        return linear(x, weight, bias, sigma, key, *PLACE[1:])
+        return linear(x, weight, bias, sigma, key, *DRAW[1:])
 
     calls = {"two-step": (kinds(check)[0], two_step)}
     if "triton" in kinds(check):

@@ -14,7 +14,7 @@ from dipkernels.ops import perturb as projection
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation, expectation_bwd
 
-PLACE = (1, 0, 0, 0, 1, 1.0, False)
+DRAW = Draw(1)
 
 
 def perturb(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, overrun: bool = False) -> None:
@@ -22,9 +22,9 @@ def perturb(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, ov
     x, sigma = torch.randn(shape, device=device).to(dtype), torch.ones(shape[1], device=device)
     if overrun:
         sigma.untyped_storage().resize_(sigma.nbytes - 4)
-    projection.perturb(x, sigma, seed, Draw(*PLACE), None)
-    projection.perturb_bwd(x, sigma, seed, Draw(*PLACE))
-    projection.perturb_replay(x, x, sigma, seed, Draw(*PLACE), None)
+    projection.perturb(x, sigma, seed, DRAW, None)
+    projection.perturb_bwd(x, sigma, seed, DRAW)
+    projection.perturb_replay(x, x, sigma, seed, DRAW, None)
 
 
 def linear(device: torch.device) -> None:
@@ -32,9 +32,9 @@ def linear(device: torch.device) -> None:
     options = {"device": device, "dtype": torch.float16}
     x, weight, bias, dy = (torch.randn(*s, **options) for s in ((m, k), (n, k), (n,), (m, n)))
     seed, sigma = torch.tensor([1, 2], device=device), torch.ones(k, device=device)
-    kernels, place = torch.ops.dipkernels_triton, (0, 0, 0, 2, 1.0, False)
-    kernels.linear(x, weight, bias, sigma, seed, *place, "relu", None)
-    kernels.linear_bwd(dy, x, weight, bias, sigma, seed, *place, "relu")
+    kernels, num_samples = torch.ops.dipkernels_triton, 2
+    kernels.linear(x, weight, bias, sigma, seed, *DRAW[1:], num_samples, "relu", None)
+    kernels.linear_bwd(dy, x, weight, bias, sigma, seed, *DRAW[1:], num_samples, "relu")
 
 
 def activation(device: torch.device) -> None:

@@ -29,14 +29,13 @@ struct Counters {
   bool one_row = false;  // only the first row_lo and row_hi are set
 };
 
-struct Draw {
+// What turns a draw's counters into words.
+struct Generator {
   PhiloxKeys keys;
-  uint32_t first;  // stream and first sample
-  int num_samples;
+  uint32_t last_word;  // of every counter: stream and sample
 
-  static Draw of(const int64_t* seed, int32_t sample, int num_samples) {
-    return {PhiloxKeys(philox_key(seed)), stream_sample(seed, static_cast<uint32_t>(sample)), num_samples};
-  }
+  explicit Generator(const Draw& draw)
+      : keys(philox_key(draw.seed)), last_word(stream_sample(draw.seed, static_cast<uint32_t>(draw.sample))) {}
 };
 
 // Word t of counter i: in groups at words[4 * i + t], up to the order of V::store_words; planar at words[kTileGroups * t + i].
@@ -51,9 +50,10 @@ DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
 }
 
 template <bool kPlanar>
-void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sample, int count, uint32_t* words) {
+void draw_words(const Counters& c, const Generator& generator, int count, uint32_t* words) {
+  const PhiloxKeys& keys = generator.keys;
   if (!kPlanar && c.one_row) {
-    const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], stream_sample, keys);
+    const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], generator.last_word, keys);
     for (int i = 0; i < count; i += V::kLanes) {
       typename V::Wide ctr[4];
       philox4x32_10<V>(V::load_counters(c.group + i), row, keys, ctr);
@@ -63,7 +63,8 @@ void draw_words(const Counters& c, const PhiloxKeys& keys, uint32_t stream_sampl
   }
   const auto load = [&](const uint32_t* p) { return V::widen(kPlanar ? V::load(p) : V::load_counters(p)); };
   for (int i = 0; i < count; i += V::kLanes) {
-    typename V::Wide ctr[4] = {load(c.group + i), load(c.row_lo + i), load(c.row_hi + i), V::widen(V::splat(stream_sample))};
+    typename V::Wide ctr[4] = {
+        load(c.group + i), load(c.row_lo + i), load(c.row_hi + i), V::widen(V::splat(generator.last_word))};
     philox4x32_10<V>(ctr, keys);
     store_words<kPlanar>(ctr, i, words);
   }
@@ -77,18 +78,20 @@ struct Polar {
 };
 
 template <bool kPlanar>
-void draw_polar(const Counters& counters, const Draw& draw, int sample, int count, Polar* out) {
-  draw_words<kPlanar>(counters, draw.keys, draw.first + static_cast<uint32_t>(sample), count, out->words);
+void draw_polar(const Counters& counters, const Generator& generator, int count, Polar* out) {
+  draw_words<kPlanar>(counters, generator, count, out->words);
   const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
   for (int t = 0; t < rows; ++t)
     for (int i = kTileGroups * t; i < kTileGroups * t + width; i += V::kLanes)
       V::store(out->radii + i, radius<V>(V::load(out->words + i)));
 }
 
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
+// + i].
 template <bool kPlanar>
-void normal_sample(const Counters& counters, const Draw& draw, int sample, int count, float* out) {
+void normal_tile(const Counters& counters, const Generator& generator, int count, float* out) {
   Polar polar;
-  draw_polar<kPlanar>(counters, draw, sample, count, &polar);
+  draw_polar<kPlanar>(counters, generator, count, &polar);
   const int rows = kPlanar ? 4 : 1, width = kPlanar ? count : 4 * count;
   for (int t = 0; t < rows; ++t)
     for (int i = 0; i < width; i += V::kLanes) {
@@ -103,24 +106,6 @@ void normal_sample(const Counters& counters, const Draw& draw, int sample, int c
     }
 }
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
-// + i].
-template <bool kPlanar>
-void normal_tile(const Counters& counters, const Draw& draw, int count, float* out) {
-  normal_sample<kPlanar>(counters, draw, 0, count, out);
-  if (draw.num_samples == 1) return;
-  alignas(64) float next[kTile];
-  const float share = 1.0f / static_cast<float>(draw.num_samples);
-  const int rows = kPlanar ? 8 : 1, width = kPlanar ? count : 8 * count;
-  for (int s = 1; s < draw.num_samples; ++s) {
-    normal_sample<kPlanar>(counters, draw, s, count, next);
-    for (int t = 0; t < rows; ++t)
-      for (int i = 0; i < width; ++i) out[kTileGroups * t + i] += next[kTileGroups * t + i];
-  }
-  for (int t = 0; t < rows; ++t)
-    for (int i = 0; i < width; ++i) out[kTileGroups * t + i] *= share;
-}
-
 // Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once would fill what a core can ask
 // for, and stop it. What is read comes into the second-level cache, since the first holds no two rows of all operands.
 template <int kWrite, class T>
@@ -129,7 +114,7 @@ DIP_HD void prefetch_step(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
 }
 
-// ---- a whole tile of one sample, used in the registers of its last step -------------------------------------------------
+// ---- a whole tile, used in the registers of its last step -------------------------------------------------
 // Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns [begin, end), and
 // x is that of column `begin`.
 
@@ -168,17 +153,17 @@ void repeat(int64_t n, C* numbers) {
 
 // The groups of the columns of a matrix, row by row.
 struct Groups {
-  int64_t row0, first, count;  // count: of a row
-  int64_t phase;               // the first group's leading columns that are outside
+  const Draw& draw;
+  int64_t first, count;  // count: of a row
+  int64_t phase;         // the first group's leading columns that are outside
 
-  Groups(int64_t row0, int64_t col0, int64_t features)
-      : row0(row0), first(col0 / 8), count(ceil_div(col0 % 8 + features, 8)), phase(col0 % 8) {}
+  Groups(const Draw& draw, int64_t features)
+      : draw(draw), first(draw.col0 / 8), count(ceil_div(draw.col0 % 8 + features, 8)), phase(draw.col0 % 8) {}
 
   // Counters of a tile's first `wanted` groups, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
-    const uint64_t r0 = static_cast<uint64_t>(row0 + row), r1 = r0 + 1;
-    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
-                   start = static_cast<uint32_t>(first);
+    const uint64_t r0 = static_cast<uint64_t>(draw.row0 + row), r1 = r0 + 1;
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32), start = static_cast<uint32_t>(first);
     c.one_row = g + wanted <= count;
     if (c.one_row) {
       const uint32_t here = start + static_cast<uint32_t>(g);
@@ -219,32 +204,31 @@ struct Groups {
   }
 };
 
-struct Sigma {
-  const void* data;  // [features]; null: 1
-  bool is_double, log_variance;
-  double factor;
-
-  // The standard deviation, without the factor.
-  double at(int64_t j) const {
-    if (!data) return 1.0;
-    if (is_double) {
-      const double s = static_cast<const double*>(data)[j];
-      return log_variance ? std::exp(0.5 * s) : s;
-    }
-    const float s = static_cast<const float*>(data)[j];
-    return log_variance ? std::exp(0.5f * s) : s;
+// The standard deviation of column j, without the factor.
+inline double sigma_at(const Draw& draw, int64_t j) {
+  if (!draw.sigma) return 1.0;
+  if (draw.sigma_is_double) {
+    const double s = static_cast<const double*>(draw.sigma)[j];
+    return draw.log_variance ? std::exp(0.5 * s) : s;
   }
+  const float s = static_cast<const float*>(draw.sigma)[j];
+  return draw.log_variance ? std::exp(0.5f * s) : s;
+}
 
-  // Of factor * at(j), by what `data` holds.
-  double slope(int64_t j) const { return log_variance ? factor * 0.5 * at(j) : factor; }
+// What multiplies z.
+inline double scale_at(const Draw& draw, int64_t j) { return draw.factor * sigma_at(draw, j); }
 
-  // to: [features + kTile], factor * at(j), continued periodically
-  template <class C>
-  void scales(int64_t features, C* to) const {
-    for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(factor * at(j));
-    repeat(features, to);
-  }
-};
+// Its derivative by what draw.sigma holds.
+inline double slope_at(const Draw& draw, int64_t j) {
+  return draw.log_variance ? draw.factor * 0.5 * sigma_at(draw, j) : draw.factor;
+}
+
+// to: [features + kTile], scale_at(j), continued periodically
+template <class C>
+void scales(const Draw& draw, int64_t features, C* to) {
+  for (int64_t j = 0; j < features; ++j) to[j] = static_cast<C>(scale_at(draw, j));
+  repeat(features, to);
+}
 
 }  // namespace
 }  // namespace dip

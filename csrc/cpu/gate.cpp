@@ -1,5 +1,5 @@
-// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md, section 10.
-// Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
+// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md,
+// section 10. Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
 #include <type_traits>
 
 #include "act.h"
@@ -67,7 +67,7 @@ struct Job {
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
     const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == g.features; };
     dense = g.inner == 1 && follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) && follows(g.da) && follows(g.db);
-    draws = g.u.data || g.noise.dsigma;
+    draws = g.u.data || g.dsigma;
     const DType dtype = g.u.data ? g.u.dtype : g.du.dtype;
     in_registers = dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
     streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data && dtype == DType::kFloat32 &&
@@ -176,10 +176,7 @@ template <class C>
 const char* gate(const GateArgs& g, ParallelFor parallel_for) {
   const Job<C> job(g);
   if (!job.functions.forward) return "activation: unknown";
-  const NoiseArgs& noise = g.noise;
-  return walk<C>(
-      {g.outer, g.features, g.inner, noise.row0, noise.col0}, Draw::of(noise.seed, noise.sample, 1),
-      {noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor}, noise.dsigma, job, parallel_for);
+  return walk<C>({g.outer, g.features, g.inner}, g.draw, g.dsigma, job, parallel_for);
 }
 
 }  // namespace

@@ -73,16 +73,15 @@ struct Segment {
 template <class C>
 struct Norm {
   const NormArgs& args;
-  Draw draw;
+  Generator generator;
   Groups groups;
   int64_t k;
   const C *scale, *weight, *bias;  // [features]: sigma; offset + weight; bias
   bool in_registers, streams, draws, row_tiles;
 
   Norm(const NormArgs& a, const C* scale, const C* weight, const C* bias)
-      : args(a), draw(Draw::of(a.noise.seed, a.noise.sample, 1)), groups(a.noise.row0, a.noise.col0, a.features), k(a.features),
-        scale(scale), weight(weight), bias(bias) {
-    draws = a.u.data || a.noise.dsigma;
+      : args(a), generator(a.draw), groups(a.draw, a.features), k(a.features), scale(scale), weight(weight), bias(bias) {
+    draws = a.u.data || a.dsigma;
     // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of than 64.
     const DType data = a.x.dtype, other = a.u.data ? a.u.dtype : a.du.dtype;
     in_registers = V::kLanes > 1 && sizeof(C) == 4 && draws && groups.phase == 0 && k % 64 == 0 &&
@@ -141,9 +140,8 @@ struct Norm {
       const C* w = weight + first;
       const auto g = [&](auto lanes, int i) { return lanes.mul(lanes.load(du + i), lanes.load(w + i)); };
       if (args.centred) sum += sum_run<C>(n, g);
-      product += sum_run<C>(n, [&](auto lanes, int i) {
-        return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean)));
-      });
+      product += sum_run<C>(
+          n, [&](auto lanes, int i) { return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean))); });
     });
     r.shift = static_cast<C>(r.rstd * (sum / static_cast<double>(k)));
     r.slope = static_cast<C>(r.rstd * (r.rstd * product / static_cast<double>(k)));
@@ -170,7 +168,7 @@ struct Norm {
     const C* x = load_run<C>(args.x, at(args.x, s.row, s.col), s.n, buffer);
     const C* du = load_run<C>(args.du, at(args.du, s.row, s.col), s.n, gradient);
     C* __restrict dx = run_target<C>(args.dx, at(args.dx, s.row, s.col), target);
-    C *__restrict dweight = sums + s.col, *__restrict dbias = dweight + k, *__restrict dsigma = dbias + k;
+    C* __restrict dweight = sums + s.col, * __restrict dbias = dweight + k, * __restrict dsigma = dbias + k;
     const C *w = weight + s.col, mean = r.mean, rstd = r.rstd, shift = r.shift, slope = r.slope;
     for (int i = 0; i < s.n; ++i) {
       const C h = (x[i] - mean) * rstd;
@@ -241,8 +239,7 @@ struct Norm {
     }
   }
 
-  void segment_in_registers(
-      const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
+  void segment_in_registers(const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
     const bool wide = args.x.dtype == DType::kFloat32;
     if (args.u.data) {
       if (streams) write_tile<float, float, true>(s, r, polar, begin, end);
@@ -260,6 +257,7 @@ struct Norm {
 
   // sums, totals: [3, k], back; of 32 rows in the compute type and of all.
   void walk(int64_t begin, int64_t end, C* sums, double* totals) const {
+    if (k == 0) return;
     alignas(64) float z[kTile];
     Counters counters;
     Polar polar;
@@ -272,8 +270,8 @@ struct Norm {
       if (g == 0) begin_row();  // before the draw, which a processor begins while it waits for the sums
       if (draws) {
         groups.fill(counters, row, g, count);
-        if (in_registers) draw_polar<false>(counters, draw, 0, count, &polar);
-        else normal_tile<false>(counters, draw, count, z);
+        if (in_registers) draw_polar<false>(counters, generator, count, &polar);
+        else normal_tile<false>(counters, generator, count, z);
       }
       for (int done = 0; done < count;) {
         if (g == 0 && done) begin_row();
@@ -281,8 +279,7 @@ struct Norm {
         const int64_t col = larger(0, 8 * g - groups.phase), col_end = smaller(k, 8 * (g + here) - groups.phase);
         const Segment s{row, col, static_cast<int>(col_end - col)};
         if (in_registers) {
-          if constexpr (V::kLanes > 1 && sizeof(C) == 4)
-            segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
+          if constexpr (V::kLanes > 1 && sizeof(C) == 4) segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
         } else {
           const float* z_of = z + 8 * done + (col + groups.phase - 8 * g);
           if (args.u.data) write(s, r, z_of);
@@ -347,13 +344,11 @@ const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor paralle
   if (!failed) {
     add_blocks(partials, blocks, 3 * k);
     const auto one = [](int64_t) { return 1.0; };
-    const NoiseArgs& noise = a.noise;
-    const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
     put_columns(partials, k, a.dweight, one);
     put_columns(partials + k, k, a.dbias, one);
     put_columns(
-        partials + 2 * k, k, {noise.dsigma, noise.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
-        [&](int64_t j) { return sigma.slope(j); });
+        partials + 2 * k, k, {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
+        [&](int64_t j) { return slope_at(a.draw, j); });
   }
   std::free(partials);
   return failed ? "out of memory" : nullptr;
@@ -365,9 +360,7 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(3 * k + kTile)));
   if (!columns) return "out of memory";
   C *scale = columns, *weight = columns + k, *bias = weight + k;
-  const NoiseArgs& noise = a.noise;
-  const Sigma sigma{noise.sigma, noise.sigma_is_double, noise.log_variance, noise.factor};
-  for (int64_t j = 0; j < k; ++j) scale[j] = noise.sigma ? static_cast<C>(noise.factor * sigma.at(j)) : C(0);
+  for (int64_t j = 0; j < k; ++j) scale[j] = a.draw.sigma ? static_cast<C>(scale_at(a.draw, j)) : C(0);
   get_columns<C>(a.weight, k, static_cast<C>(a.offset), 1, weight);
   get_columns<C>(a.bias, k, 0, 0, bias);
   const char* error = nullptr;

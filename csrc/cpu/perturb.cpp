@@ -20,11 +20,10 @@ struct Job {
     dense = a.inner == 1 && follows(a.x) && follows(a.u) && follows(a.z) && follows(a.du);
     dtype = a.u.data ? a.u.dtype : a.z.data ? a.z.dtype : a.du.dtype;
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
-    in_registers = dense && a.num_samples == 1 && (a.x.data || !a.u.data) && same(a.x) && same(a.z) && same(a.du) &&
+    in_registers = dense && (a.x.data || !a.u.data) && same(a.x) && same(a.z) && same(a.du) &&
                    (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data && !a.dsigma &&
-              dtype == DType::kFloat32 && a.outer * a.features * 4 >= kStreamBytes &&
-              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data && !a.dsigma && dtype == DType::kFloat32 &&
+              a.outer * a.features * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
     prefetches_u = !streams && !(in_registers && dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
   }
 
@@ -83,9 +82,7 @@ struct Job {
 template <class C>
 const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
   const Job<C> job(a);
-  return walk<C>(
-      {a.outer, a.features, a.inner, a.row0, a.col0}, Draw::of(a.seed, a.sample, a.num_samples),
-      {a.sigma, a.sigma_is_double, a.log_variance, a.factor}, a.dsigma, job, parallel_for);
+  return walk<C>({a.outer, a.features, a.inner}, a.draw, a.dsigma, job, parallel_for);
 }
 
 }  // namespace

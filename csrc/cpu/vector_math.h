@@ -77,8 +77,8 @@ DIP_HD float logistic(float x, float* complement) {
   return x < -87.0f ? 0.0f : s;
 }
 
-// Phi(x), to 9e-8 and times |x| too: Phi(-|x|) = 2^q(|x|) with a polynomial of the least error of (1 + |x|) Phi(-|x|), and 0 from 5.7 on,
-// where it is less than 6e-9.
+// Phi(x), to 9e-8 and times |x| too: Phi(-|x|) = 2^q(|x|) with a polynomial of the least error of (1 + |x|) Phi(-|x|), and 0
+// from 5.7 on, where it is less than 6e-9.
 DIP_HD float normal_cdf(float x) {
   const float size = __builtin_fabsf(x), a = size > 5.7f ? 5.7f : size;
   float t = fma_of(a, 6.122426839283435e-06f, -3.196616307832301e-05f);

@@ -12,7 +12,7 @@ constexpr int64_t kMaxBlocks = 32;   // row blocks of the two-stage sum
 constexpr int64_t kGrainTiles = 16;  // 16384 elements: about the cost of waking a thread
 
 struct Space {
-  int64_t outer, features, inner, row0, col0;
+  int64_t outer, features, inner;
 };
 
 // The first element of a run.
@@ -35,7 +35,8 @@ struct Place {
 template <class C>
 struct Pass {
   Space space;
-  Draw draw;
+  const Draw& draw;
+  Generator generator;
   const C* scale;  // [features + kTile], continued periodically
 };
 
@@ -50,7 +51,7 @@ struct Rows {
   bool linear;  // rows follow one another: a tile is one run, whatever K is
 
   Rows(const Pass<C>& pass, const Job& job)
-      : pass(pass), job(job), groups(pass.space.row0, pass.space.col0, pass.space.features), k(pass.space.features) {
+      : pass(pass), job(job), groups(pass.draw, pass.space.features), k(pass.space.features) {
     linear = groups.phase == 0 && k % 8 == 0 && job.dense;
   }
 
@@ -69,14 +70,14 @@ struct Rows {
       if (linear && (item == begin || !job.prefetches_ahead)) job.prefetch(place, 8 * count);
       if (job.draws) groups.fill(counters, row, g, count);
       const bool in_registers = V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
-      if (job.draws && !in_registers) normal_tile<false>(counters, pass.draw, count, z);
+      if (job.draws && !in_registers) normal_tile<false>(counters, pass.generator, count, z);
       if (linear) {
         C* at = acc ? acc + 8 * g : nullptr;
         const C* scale = pass.scale + 8 * g;
         if (in_registers) {
           if constexpr (V::kLanes > 1 && sizeof(C) == 4) {
             Polar polar;
-            draw_polar<false>(counters, pass.draw, 0, kTileGroups, &polar);
+            draw_polar<false>(counters, pass.generator, kTileGroups, &polar);
             job.tile(place, polar, scale, at);
           }
         } else if (count == kTileGroups) {
@@ -120,8 +121,7 @@ struct Channels {
   int64_t rows;
 
   Channels(const Pass<C>& pass, const Job& job)
-      : pass(pass), job(job), groups(pass.space.row0, pass.space.col0, pass.space.features),
-        rows(pass.space.outer * pass.space.inner) {}
+      : pass(pass), job(job), groups(pass.draw, pass.space.features), rows(pass.space.outer * pass.space.inner) {}
 
   // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
   void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
@@ -135,7 +135,7 @@ struct Channels {
     for (int64_t row = begin; row < end; row += kTileGroups) {
       const int n = static_cast<int>(smaller(kTileGroups, end - row));
       for (int i = 0; i < kTileGroups; ++i) {
-        const uint64_t r = static_cast<uint64_t>(s.row0 + row + i);
+        const uint64_t r = static_cast<uint64_t>(pass.draw.row0 + row + i);
         counters.row_lo[i] = static_cast<uint32_t>(r);
         counters.row_hi[i] = static_cast<uint32_t>(r >> 32);
       }
@@ -143,7 +143,7 @@ struct Channels {
       const int first_run = static_cast<int>(smaller(n, s.inner - pixel));
       // Planes far apart: a processor's own prefetching does not follow, and waits longest for what is to be written.
       for (int t = from; t < to; ++t) job.prefetch(Place{image, first_channel + t, pixel}, first_run);
-      if (job.draws) normal_tile<true>(counters, pass.draw, n, z);
+      if (job.draws) normal_tile<true>(counters, pass.generator, n, z);
       for (int t = from; t < to; ++t) {
         const int64_t channel = first_channel + t;
         int64_t outer = image, inner = pixel;
@@ -228,7 +228,7 @@ void write_only(const Pass<C>& pass, const Job& job, ParallelFor parallel_for) {
 // The job's pass over all elements, and where dsigma is set the sum over rows of what the job adds to its accumulators, times the
 // factor, as the gradient of what sigma holds.
 template <class C, class Job>
-const char* walk(const Space& s, const Draw& draw, const Sigma& sigma, void* dsigma, const Job& job, ParallelFor parallel_for) {
+const char* walk(const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
   const int64_t k = s.features, m = s.outer * s.inner;
   const int64_t unit = s.inner == 1 ? 64 : kTileGroups;
   const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit), blocks = ceil_div(m, block_rows);
@@ -237,15 +237,15 @@ const char* walk(const Space& s, const Draw& draw, const Sigma& sigma, void* dsi
       dsigma ? static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks * k)), sizeof(double))) : nullptr;
   const char* error = !scale || (dsigma && !partials) ? "out of memory" : nullptr;
   if (!error) {
-    sigma.scales(k, scale);
-    const Pass<C> pass{s, draw, scale};
+    scales(draw, k, scale);
+    const Pass<C> pass{s, draw, Generator(draw), scale};
     if (m && k) {
       if (!dsigma) write_only(pass, job, parallel_for);
       else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials, blocks, block_rows);
       else sum_channels(pass, job, parallel_for, partials, blocks, block_rows);
     }
     if (dsigma && !error)
-      sum_blocks(partials, blocks, k, sigma.is_double, dsigma, [&](int64_t j) { return sigma.slope(j); });
+      sum_blocks(partials, blocks, k, draw.sigma_is_double, dsigma, [&](int64_t j) { return slope_at(draw, j); });
   }
   std::free(scale);
   std::free(partials);

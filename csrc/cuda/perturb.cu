@@ -55,43 +55,24 @@ constexpr int64_t kNowhere = -(int64_t{1} << 62);  // no step leads from there t
 
 // sigma as a standard deviation, without the factor.
 template <class C>
-DIP_DEVICE C sigma_at(const PerturbArgs& a, int64_t j) {
-  if (!a.sigma) return C(1);
-  const C s = static_cast<C>(a.sigma_is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j]);
-  return a.log_variance ? static_cast<C>(exp(C(0.5) * s)) : s;
+DIP_DEVICE C sigma_at(const Draw& draw, int64_t j) {
+  if (!draw.sigma) return C(1);
+  const C s =
+      static_cast<C>(draw.sigma_is_double ? static_cast<const double*>(draw.sigma)[j] : static_cast<const float*>(draw.sigma)[j]);
+  return draw.log_variance ? static_cast<C>(exp(C(0.5) * s)) : s;
 }
 
+// What multiplies z.
 template <class C>
-DIP_DEVICE C scale_at(const PerturbArgs& a, int64_t j) {
-  const C s = sigma_at<C>(a, j);
-  return a.factor == 1.0 ? s : static_cast<C>(a.factor * s);  // double arithmetic is slow on most GPUs
+DIP_DEVICE C scale_at(const Draw& draw, int64_t j) {
+  const C s = sigma_at<C>(draw, j);
+  return draw.factor == 1.0 ? s : static_cast<C>(draw.factor * s);  // double arithmetic is slow on most GPUs
 }
 
 // The block's key schedule. Every thread of the block calls this.
-DIP_DEVICE void share_round_keys(const PerturbArgs& a, RoundKeys* keys) {
-  if (threadIdx.x == 0 && threadIdx.y == 0) make_round_keys(keys, philox_key(a.seed));
+DIP_DEVICE void share_round_keys(const Draw& draw, RoundKeys* keys) {
+  if (threadIdx.x == 0 && threadIdx.y == 0) make_round_keys(keys, philox_key(draw.seed));
   __syncthreads();
-}
-
-// The mean over the call's samples, for N rows; kOne: there is one.
-template <bool kOne, int N>
-DIP_DEVICE void mean_groups(
-    const PerturbArgs& a, const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step,
-    float z[N][kGroup]) {
-  draw_groups<N>(keys, last_word, group, row, step, z);
-  if constexpr (!kOne) {
-    static_assert(N == 1);
-    if (a.num_samples == 1) return;
-    for (int s = 1; s < a.num_samples; ++s) {
-      float next[1][kGroup];
-      draw_groups<1>(keys, last_word + s, group, row, step, next);
-      DIP_UNROLL
-      for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::add(z[0][t], next[0][t]);
-    }
-    const float share = 1.0f / static_cast<float>(a.num_samples);
-    DIP_UNROLL
-    for (int t = 0; t < kGroup; ++t) z[0][t] = ScalarLane::mul(z[0][t], share);
-  }
 }
 
 // Where a run of type R starts; null where the tensor is absent.
@@ -109,8 +90,8 @@ DIP_DEVICE R load_or_zero(const char* p, const Operand& a, int first, int last) 
 
 template <class C>
 DIP_DEVICE void store_sum(const PerturbArgs& a, int64_t j, double sum) {
-  sum *= a.log_variance ? a.factor * 0.5 * sigma_at<C>(a, j) : a.factor;
-  if (a.sigma_is_double) static_cast<double*>(a.dsigma)[j] = sum;
+  sum *= a.draw.log_variance ? a.draw.factor * 0.5 * sigma_at<C>(a.draw, j) : a.draw.factor;
+  if (a.draw.sigma_is_double) static_cast<double*>(a.dsigma)[j] = sum;
   else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
 }
 
@@ -154,14 +135,14 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.y, step = p.from_end ? -stride : stride;
   const bool is_used = group < p.groups;
   const uint32_t counter = keep(static_cast<uint32_t>(p.first_group + group));
-  const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
+  const uint32_t last_word = stream_sample(a.draw.seed, static_cast<uint32_t>(a.draw.sample));
   __shared__ RoundKeys keys;
-  share_round_keys(a, &keys);
+  share_round_keys(a.draw, &keys);
   C scale[kGroup], sum[kGroup];
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a, col + t) : C(0);
+    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, col + t) : C(0);
   }
 
   int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
@@ -193,7 +174,7 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
     }
     // compute
     float z[n][kGroup];
-    mean_groups<!Types::kAny, n>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row), step, z);
+    draw_groups<n>(keys, last_word, counter, static_cast<uint64_t>(a.draw.row0 + row), step, z);
     DIP_UNROLL
     for (int i = 0; i < n; ++i) {
       if constexpr (kSum) {
@@ -272,14 +253,14 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   const int64_t outer_step = step / a.inner, inner_step = step % a.inner;
   const int64_t wrap = p.from_end ? -a.inner : a.inner, turn = p.from_end ? -1 : 1;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
-  const uint32_t last_word = stream_sample(a.seed, static_cast<uint32_t>(a.sample));
+  const uint32_t last_word = stream_sample(a.draw.seed, static_cast<uint32_t>(a.draw.sample));
   __shared__ RoundKeys keys;
-  share_round_keys(a, &keys);
+  share_round_keys(a.draw, &keys);
   C scale[kGroup], sum[kGroup];
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a, channel + t) : C(0);
+    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, channel + t) : C(0);
   }
 
   int64_t row = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kPixels;
@@ -305,7 +286,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     DIP_UNROLL
     for (int i = 0; i < kPixels; i += kPair) {
       float z[kPair][kGroup];
-      mean_groups<!Types::kAny, kPair>(a, keys, last_word, counter, static_cast<uint64_t>(a.row0 + row + i), 1, z);
+      draw_groups<kPair>(keys, last_word, counter, static_cast<uint64_t>(a.draw.row0 + row + i), 1, z);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) {
         if constexpr (kSum) {
@@ -377,7 +358,7 @@ __global__ void __launch_bounds__(32 * kSumLanes) column_sum_kernel(const SumPar
 // What a kernel is compiled for. The pairs of types that training meets, all aligned, have their own; Any takes the rest.
 template <class XT, class UT, class DuT, int N>
 struct Exactly {
-  static constexpr bool kAny = false;
+  [[maybe_unused]] static constexpr bool kAny = false;
   using Compute = float;
   using X = Run<XT, N>;
   using U = Run<UT, N>;
@@ -385,7 +366,7 @@ struct Exactly {
 };
 template <class C, int N>
 struct Any {
-  static constexpr bool kAny = true;
+  [[maybe_unused]] static constexpr bool kAny = true;
   using Compute = C;
   using X = AnyRun<C, N>;
   using U = AnyRun<C, N>;
@@ -416,7 +397,7 @@ int power_of_two(int64_t n, int lowest, int highest) {
   return p;
 }
 
-int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.col0 % kGroup + a.features, kGroup); }
+int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.draw.col0 % kGroup + a.features, kGroup); }
 
 // One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time; `resident`: threads that a
 // multiprocessor holds. `narrow`: four columns of blocks or more where K allows, of a cache line each, so that little is left
@@ -494,8 +475,8 @@ const char* launch_pass(const Call& call) {
   const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >, narrow)
                                  : make_plan(a, ChannelTypes::X::kElements, kChannelResident, narrow);
   const bool from_end = kSum ? call.form.sums_from_end : call.form.writes_from_end;
-  const int phase = static_cast<int>(a.col0 % kGroup);
-  Params params{a, a.outer * a.inner, num_groups(a), a.col0 / kGroup, phase, call.partials, from_end};
+  const int phase = static_cast<int>(a.draw.col0 % kGroup);
+  Params params{a, a.outer * a.inner, num_groups(a), a.draw.col0 / kGroup, phase, call.partials, from_end};
   const char* error = nullptr;
   if (params.rows) {
     if (narrow && plan.grid.y > 1)
@@ -533,9 +514,8 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
   constexpr int n = kPixels < XT, UT, kWrite && kSum > ;
-  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du) || a.num_samples != 1)
-    return false;
-  if (a.inner == 1 ? a.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
+  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du)) return false;
+  if (a.inner == 1 ? a.draw.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
   return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) && (!kSum || aligned(a.du, a, run));
 }

@@ -11,13 +11,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-
-try:
-    import lightning.pytorch as pl
-except ImportError:
-    import pytorch_lightning as pl  # type: ignore[no-redef]
 
 from ..config import DIPConfig, apply, config_of, convert_as, recalibrate, require_order
 from ..models.check import check
@@ -32,7 +28,10 @@ _KEY = "dip_config"  # in a checkpoint
 _WAY_OUT = "return such a one from configure_optimizers, which is called after the model was converted"
 
 
-class DIPCallback(pl.Callback):
+_Callback: Any = pl.Callback  # without types where lightning is not installed
+
+
+class DIPCallback(_Callback):  # type: ignore[misc]
     """`Trainer(callbacks=[DIPCallback(DIPConfig())])`: convert, calibrate, train by the config, log, save, resume.
 
     The module is converted before `configure_optimizers` is called, which takes `dip.param_groups(self, lr)`. `training_step`
@@ -44,8 +43,9 @@ class DIPCallback(pl.Callback):
 
     Args:
         config: What to do. None for a module that `dip.apply` has converted.
-        batches: As `dip.apply`'s. None takes the first batches of the training data, and the module's forward must then take
-            what `calibrate` hands it: a mapping as keywords, of a tuple the first element.
+        batches: As `dip.apply`'s; needed for `before` and place="producer". None takes the first batches of the training
+            data, and the module's forward must then take what `calibrate` hands it: a mapping as keywords, of a tuple the
+            first element.
         calibration_batches: How many of them, >= 1.
 
     Raises:

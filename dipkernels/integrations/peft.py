@@ -15,7 +15,6 @@ from ..models.convertible import base_layer, is_adapter
 from ..models.parameters import load_variances, variances
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
-from ..nn.variance import Variance
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
 _WAITING = "_dip_waiting"  # {adapter: its variances} of those that are not active
@@ -128,11 +127,8 @@ class _KeepsVariances(_Mixin):
         return loaded
 
     def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
-        learning = {m: m.log_variance.requires_grad for m in self.modules() if isinstance(m, Variance)}
         super().add_adapter(adapter_name, *args, **options)
         _move_to_adapters(self)
-        for variance, learns in learning.items():  # PEFT freezes what is not an adapter's own
-            variance.requires_grad_(learns)
         if dip_layers(self):
             self.__dict__[_WAITING][adapter_name] = variances(self)
 

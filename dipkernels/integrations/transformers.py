@@ -38,7 +38,7 @@ _NO_CONFIG = (
 _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
 
 
-class DIPMixin(_Trainer):
+class DIPMixin(_Trainer):  # type: ignore[misc]
     """Before a trainer of transformers or TRL in the bases of a class: `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
 
     The trainer then converts its model (after it has put adapters around it), calibrates it with the first batches of its
@@ -108,7 +108,7 @@ class DIPMixin(_Trainer):
             if dip_layers(model):
                 raise ValueError("model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) first")
             config = self._dip_without_fused_head(model, asked)
-            needs = config.variance is None or config.before
+            needs = config.variance is None or config.before or config.place == "producer"
             apply(model, config, self._dip_first_batches(model) if needs else None)
             one_start(model)
         if own is not None or asked is not None:
@@ -297,7 +297,8 @@ class DIPMixin(_Trainer):
         if own is None:
             config = DIPConfig.load(folder)
             self._dip_check_setting(config.key)
-            load(model, folder, self._dip_first_batches(model) if config.before else None)
+            needs = config.before or config.place == "producer"
+            load(model, folder, self._dip_first_batches(model) if needs else None)
             return
         if _is_peft(model):  # load_adapter has set the variances
             return

@@ -45,6 +45,12 @@ def calibrate(
         ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is constant or not
             finite (naming the layer).
 
+    Examples:
+        >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)
+        >>> rows = dip.calibrate(model, [x], ratio=0.5)
+        >>> [(row.name, round(row.ratio, 1)) for row in rows]
+        [('0', 0.5)]
+
     Source: this project's choice; the paper does not state how lambda starts.
     """
     for argument, value in (("ratio", 1.0 if ratio is None else ratio), ("floor", floor)):

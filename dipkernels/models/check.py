@@ -70,6 +70,12 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
         ValueError: There is a fault and strict is true (the report is the message), a variance is not finite, the model
             has no DIP layers and never had, or no gradients to look at.
         RuntimeError: A batch is given for a model that FSDP has sharded.
+
+    Examples:
+        >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))), torch.randn(8, 4)
+        >>> model(x).sum().backward()
+        >>> print(dip.check(model))
+        check: 0 of 2 DIP layer(s) at fault
     """
     layers = dip_layers(model)
     replaced = _replaced(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import replicate_variance
+from ..nn.activation import GatedBlock
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import MAX_LAYERS, DIPLayer
@@ -40,7 +42,8 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .probe import forget, probed, remember
+from .place import Move, ProducerPlan, find_moves
+from .probe import NOISED_BY, PLAN, forget, probed, remember
 
 
 class DIPConversionWarning(UserWarning):
@@ -51,11 +54,12 @@ def convert(
     model: nn.Module,
     init_variance: float | Mapping[str, float | Tensor] = 0.01,
     *,
-    types: Sequence[type[nn.Module]] = tuple(TWINS),
+    types: Sequence[type[nn.Module]] | None = None,
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
     share: Sequence[Sequence[str]] = (),
     before: Sequence[str] | Mapping[str, int] = (),
+    place: str = "input",
     batches: Iterable[Any] | None = None,
     num_samples: int = 1,
     keep: str = "auto",
@@ -63,7 +67,7 @@ def convert(
     """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
 
     A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and Parameters, and
-    shared ones stay shared. Name patterns are fnmatch's: "head", "*.down_proj", "blocks.0*".
+    shared ones stay shared. Name patterns are fnmatch's: `"head"`, `"*.down_proj"`, `"blocks.0*"`.
 
     Args:
         model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet; on PEFT over a
@@ -71,7 +75,7 @@ def convert(
         init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor [features], where the
             first pattern that matches a layer's name holds. An attention's layers are NAME.in_proj (or q_proj, k_proj,
             v_proj) and NAME.out_proj.
-        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; modules of exactly these.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, by default all; modules of exactly these.
             transformers' Conv1D and torchao's float8 and QAT layers count as nn.Linear; an adapter of PEFT counts as
             the layer inside it and is noised at the input of the whole.
         filter: filter(module, name), true for a layer to convert.
@@ -81,7 +85,12 @@ def convert(
         before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
             dimension} where it is not the last, nor a convolution's channels: each becomes the twin of its own class,
             whose forward takes the input first.
-        batches: For `before`: as `calibrate`'s. They are run in eval mode, without noise, to learn the features.
+        place: "input", each layer noises its own input; or "producer": where a norm, activation or gated product makes
+            an input that these layers alone read, it draws the noise with its own pass, its readers share it, and
+            become plain. `summary(model).plan` and `producer_plan` say what moves, what stays, and why. A pattern of
+            init_variance is then asked for the producer's name.
+        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in eval mode to learn
+            the features, in both modes to see who reads what.
         num_samples: As DIPLinear's.
         keep: As DIPLinear's; of linear layers.
 
@@ -98,13 +107,129 @@ def convert(
         DIPConversionWarning: Once, naming every module that stays without noise though it looks like a layer or holds
             weights of its own, and why.
 
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> dip.convert(model, exclude=["2"])
+        Sequential(
+          (0): DIPLinear(
+            in_features=4, out_features=8, bias=True, init_variance=0.01
+            (variance): Variance(4, init_variance=0.01)
+          )
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
-    types = tuple(types)
-    if not types or not all(t in TWINS for t in types):
-        raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
+    if place not in ("input", "producer"):
+        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
+    if batches is not None and not isinstance(batches, (Tensor, Mapping)):
+        batches = list(batches)  # before and place both run them
+    choice = _choose(model, types, filter, exclude, before)
+    types, names, asked, wanted, matched = choice.types, choice.names, choice.asked, choice.wanted, choice.matched
+    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])
+    if count + len(dip_layers(model)) > MAX_LAYERS:
+        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
+    groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
+    plan, moves = _placed(model, choice, place, batches)
+    moved = {layer: move for move in moves for layer in move.layers}
+    groups = [group for group in ([m for m in each if m not in moved] for each in groups) if len(group) > 1]
+    staying = [m for m in matched if m not in moved]
+    variance_of = _variances_by_name(
+        init_variance, {m: names[m][0] for m in [*staying, *asked, *(move.producer for move in moves)]}
+    )
+    for move in moves:
+        check_init_variance(variance_of[move.producer], move.features)
+    answered = {m for whole in asked for m in _read_inside(whole)}
+    _one_variance_each(groups, variance_of, names)
+    projections = probed(
+        model,
+        {m: (names[m][0], dim) for m, dim in asked.items()},
+        None if place == "producer" and not asked else batches,
+    )
+    twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
+    for module in staying:
+        _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
+    for move in moves:
+        _become_producer(move, variance_of[move.producer], num_samples)
+    for module, (twin, features) in twins.items():
+        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
+    for group in groups:
+        share_noise([module for module in group if isinstance(module, DIPLayer)])
+    number_layers(model)
+    remember(model)
+    if plan is not None:
+        model.__dict__[PLAN] = plan
+    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
+    open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
+    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
+    return model
+
+
+def producer_plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    types: Sequence[type[nn.Module]] | None = None,
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    exclude: Sequence[str] = (),
+) -> ProducerPlan:
+    """What convert(model, place="producer", batches=batches) would move, what it would leave, and why; changes nothing.
+
+    A layer's projection moves into the module that makes its input where that is a norm over the last dimension, an
+    activation, or the product in a block down(act(gate(x)) * up(x)), and the layers to convert are all that reads it.
+    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and
+    casts.
+
+    Args:
+        model: Any module that is not converted yet, or in part.
+        batches: As `calibrate`'s; two examples or more where BatchNorm wants them. They are run twice.
+        types, filter, exclude: As `convert`'s. An excluded norm or activation stays as it is.
+
+    Returns:
+        The plan, which prints.
+
+    Raises:
+        ValueError: There is nothing to convert, or no batch.
+
+    Examples:
+        >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+        >>> print(dip.producer_plan(model, [torch.randn(4, 8)]))
+        plan: 2 of 2 projections move into 2 module(s) that make their input
+          moved  0 (LayerNorm) -> 1
+          moved  2 (GELU) -> 3
+    """
+    plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
+    assert plan is not None  # of this place there is one
+    return plan
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Which modules are to be converted."""
+
+    types: tuple[type[nn.Module], ...]
+    names: dict[nn.Module, list[str]]
+    excluded: set[nn.Module]
+    asked: dict[nn.Module, int]  # by `before`
+    wanted: dict[nn.Module, str]
+    reasons: dict[nn.Module, str]
+    matched: list[nn.Module]
+
+
+def _choose(
+    model: nn.Module,
+    types: Sequence[type[nn.Module]] | None,
+    filter: Callable[[nn.Module, str], bool] | None,
+    exclude: Sequence[str],
+    before: Sequence[str] | Mapping[str, int],
+) -> _Choice:
+    types = tuple(TWINS) if types is None else tuple(types)
+    if not types or not all(t in TWINS for t in types):
+        raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
     _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
@@ -112,34 +237,34 @@ def convert(
     wanted = {
         module: every_name[0]
         for module, every_name in names.items()
-        if module not in excluded and (filter is None or _passes(filter, module, every_name[0], types))
+        if module not in excluded
+        and not _reads_noise(module)
+        and (filter is None or _passes(filter, module, every_name[0], types))
     }
     reasons = {m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked}
     matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
     if not matched and not asked:
         raise ValueError(_nothing_matched(model, types, reasons))
-    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])
-    if count + len(dip_layers(model)) > MAX_LAYERS:
-        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
-    groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
-    variance_of = _variances_by_name(init_variance, {m: names[m][0] for m in [*matched, *asked]})
-    answered = {m for whole in asked for m in _read_inside(whole)}
-    _one_variance_each(groups, variance_of, names)
-    projections = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
-    twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
-    for module in matched:
-        _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
-    for module, (twin, features) in twins.items():
-        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
-    for group in groups:
-        share_noise([module for module in group if isinstance(module, DIPLayer)])
-    number_layers(model)
-    remember(model)
-    filtered = set() if filter is None else {m for m in names if m not in wanted}
-    quiet = {*matched, *asked, *excluded, *reasons, *filtered}
-    open_reasons = {m: reason for m, reason in reasons.items() if m not in answered}
-    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
-    return model
+    return _Choice(types, names, excluded, asked, wanted, reasons, matched)
+
+
+def _reads_noise(module: nn.Module) -> bool:
+    """Whether the input of this layer, or of the one inside this adapter, is noised where it is made."""
+    return NOISED_BY in vars(base_layer(module) if is_adapter(module) else module)
+
+
+def _placed(
+    model: nn.Module, choice: _Choice, place: str, batches: Iterable[Any] | None
+) -> tuple[ProducerPlan | None, list[Move]]:
+    """The plan and its moves; none where every layer noises its own input."""
+    if place == "input":
+        return None, []
+    if batches is None:
+        raise ValueError("batches: expected a batch, on which place='producer' sees who reads what, got None")
+    stay = dict.fromkeys(choice.excluded, "it is excluded") | dict.fromkeys(
+        choice.asked, "its own input is noised: before"
+    )
+    return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
 def _read_inside(whole: Any) -> list[nn.Module]:
@@ -351,7 +476,13 @@ def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> ty
 
 
 def _become_dip(
-    module: Any, twin: type[Any], init_variance: Any, num_samples: int, keep: str, features: int | None = None
+    module: Any,
+    twin: type[Any],
+    init_variance: Any,
+    num_samples: int,
+    keep: str,
+    features: int | None = None,
+    device: torch.device | None = None,
 ) -> None:
     plain = type(module)
     if features is None and twin is not DIPMultiheadAttention:
@@ -363,7 +494,7 @@ def _become_dip(
             module._set_up(init_variance, num_samples)
             return
         keep = keep if isinstance(module, DIPLinear) else "auto"
-        module._set_up(features, init_variance, num_samples, keep, _device(module))
+        module._set_up(features, init_variance, num_samples, keep, device or _device(module))
     except Exception:
         module.__class__ = plain
         raise
@@ -378,6 +509,18 @@ def _become_dip(
         replicate_variance(module.variance, module.weight.device_mesh)
 
 
+def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
+    """The move's module noises its output; the layers that read it are plain, and know it."""
+    _become_dip(move.producer, move.twin, init_variance, num_samples, "auto", move.features, move.device)
+    if move.block is not None:
+        block, twin = move.block
+        block.__class__ = twin
+    for layer in move.layers:
+        if isinstance(layer, nn.MultiheadAttention):  # its out-projection is noised all the same
+            _become_dip(layer, DIPMultiheadAttention, {}, num_samples, "auto")
+        layer.__dict__[NOISED_BY] = move.name
+
+
 def _device(module: nn.Module) -> torch.device:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
@@ -388,10 +531,25 @@ def _device(module: nn.Module) -> torch.device:
 def to_plain(model: nn.Module) -> nn.Module:
     """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of `convert`.
 
-    model: any module. Parameters keep their identity and the state dict is the plain network's; the learned variances
-    are gone. A DIPInput becomes nn.Identity.
-    Returns the model (nn.Identity() for a model that is a DIPInput itself). Raises ValueError when there is no DIP
-    layer.
+    Parameters keep their identity, and the state dict is the plain network's; the learned variances are gone. A
+    DIPInput becomes nn.Identity.
+
+    Args:
+        model: Any module with DIP layers.
+
+    Returns:
+        The model; nn.Identity() for a model that is a DIPInput itself.
+
+    Raises:
+        ValueError: There is no DIP layer, or one that has no plain twin.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.to_plain(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+
     Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
     """
     layers = dip_layers(model)
@@ -426,6 +584,9 @@ def to_plain(model: nn.Module) -> nn.Module:
         model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
         attention.to_plain_in_place()
+    for module in model.modules():
+        if isinstance(module, GatedBlock):
+            module.__class__ = module.plain_type  # type: ignore[assignment]
     for layer in layers.values():
         if not isinstance(layer, DIPInput):
             _become_plain(layer)

@@ -21,11 +21,26 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own learning rate.
 
-    model: any module. lr: > 0. weight_decay: >= 0, for parameters of two dimensions or more. variance_lr: of every
-    log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of steps to move a log_variance by 2.
-    Returns a list of dicts, each with a "name"; parameters that require no gradient are left out, each other appears
-    once, and an empty group is left out. Raises ValueError for bad values, a variance_lr without a DIP layer, or a
-    model without parameters.
+    Args:
+        model: Any module.
+        lr: Learning rate of weights, biases and norms, >= 0.
+        weight_decay: Of parameters of two dimensions or more, >= 0.
+        variance_lr: Of every log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of steps to move one by 2.
+
+    Returns:
+        A list of dicts, each with a "name". Parameters that require no gradient are left out, each other appears once,
+        and
+        an empty group is left out.
+
+    Raises:
+        ValueError: A bad value, a variance_lr without a DIP layer, or a model without parameters.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> groups = dip.param_groups(model, lr=1e-3, weight_decay=0.05)
+        >>> [(group["name"], group["lr"], group["weight_decay"]) for group in groups]
+        [('weights', 0.001, 0.05), ('biases', 0.001, 0.0), ('variances', 0.01, 0.0)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
         if value is not None and not (math.isfinite(value) and value >= 0):
@@ -49,13 +64,24 @@ def param_groups(
 
 
 def variances(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every log_variance and its prior, by their names in the model's state dict: what an adapter checkpoint
-    leaves out.
+    """A copy of every log_variance and its prior, by their names in the model's state dict.
 
-    model: any module with DIP layers; of one that torch.compile, DDP or the like has wrapped, the names are the plain
-    model's. A variance that layers share appears once, under the first one's name.
-    Returns float32 tensors [K] on the CPU, fit for torch.save and safetensors. Raises ValueError without DIP layers, or
-    where a variance is NaN or infinite.
+    It holds what an adapter checkpoint leaves out.
+
+    Args:
+        model: Any module with DIP layers. Of one that torch.compile, DDP or the like has wrapped, the names are the
+            plain model's. A variance that layers share appears once, under the first one's name.
+
+    Returns:
+        {name: float32 tensor [K] on the CPU}, fit for torch.save and safetensors.
+
+    Raises:
+        ValueError: There are no DIP layers, or a variance is NaN or infinite.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> list(dip.variances(model))
+        ['0.variance.log_variance', '0.variance.log_prior']
     """
     require_finite(need_layers(model))
     found: dict[str, Tensor] = {}
@@ -70,9 +96,18 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
 
-    model: with the same DIP layers, wrapped (torch.compile, DDP) or not. state: name -> [K], finite; a prior that it
-    lacks, as one of an older release does, stays. Raises ValueError naming what is missing, unknown, of another shape or
-    not finite.
+    Args:
+        model: With the same DIP layers, wrapped (torch.compile, DDP) or not.
+        state: {name: [K], finite}. A prior that it lacks, as one of an older release does, stays.
+
+    Raises:
+        ValueError: Naming what is missing, unknown, of another shape or not finite.
+
+    Examples:
+        >>> old, new = (dip.convert(nn.Sequential(nn.Linear(4, 2)), variance) for variance in (0.04, 0.01))
+        >>> dip.load_variances(new, dip.variances(old))
+        >>> torch.equal(new[0].log_variance, old[0].log_variance)
+        True
     """
     need_layers(model)
     own = {

@@ -16,6 +16,8 @@ from ..nn.twin import first_parameter
 from ..noise import contexts
 
 _CONVERTED = "_dip_converted"  # in the __dict__ of a model that was converted: the names of its DIP layers
+PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
+NOISED_BY = "_dip_noised_by"  # in that of a layer whose input is noised where it is made: the name of what makes it
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -96,8 +98,20 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 @torch.no_grad()
 def watch(model: nn.Module, modules: Iterable[nn.Module], observe: Callable[..., None], batches: Iterable[Any]) -> None:
-    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each call of the modules."""
-    handles = [module.register_forward_pre_hook(observe, with_kwargs=True) for module in modules]
+    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each call of the modules.
+
+    Of a module that noises its output, args is that output.
+    """
+
+    def observe_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        observe(module, (output,), {})
+
+    handles = [
+        module.register_forward_hook(observe_output, with_kwargs=True)
+        if getattr(module, "noises_output", False)
+        else module.register_forward_pre_hook(observe, with_kwargs=True)
+        for module in modules
+    ]
     count = 0
     try:
         # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
@@ -175,7 +189,8 @@ def remember(model: nn.Module) -> None:
 
 def forget(model: nn.Module) -> None:
     for module in model.modules():
-        module.__dict__.pop(_CONVERTED, None)
+        for key in (_CONVERTED, PLAN, NOISED_BY):
+            module.__dict__.pop(key, None)
 
 
 def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:

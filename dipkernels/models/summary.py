@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from .check import require_finite
+from .place import ProducerPlan
+from .probe import PLAN
 from .spreads import measured_spreads, need_layers
 
 
@@ -28,7 +30,9 @@ class Row:
 
 
 class Summary(list[Row]):
-    """A list of Row that prints as a table."""
+    """A list of Row that prints as a table; `plan` is that of convert(place="producer"), printed below it."""
+
+    plan: ProducerPlan | None = None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{name of the layer: its other fields}, fit for JSON."""
@@ -47,23 +51,38 @@ class Summary(list[Row]):
                 f"{row.name or '(root)':{width}}  {row.type:9}  {row.number:6}  {row.features:8}  "
                 f"{row.sigma_min:9.4g}  {row.sigma_mean:9.4g}  {row.sigma_max:9.4g}  {ratio:>7}"
             )
-        return "\n".join(lines)
+        return "\n".join(lines if self.plan is None else [*lines, str(self.plan)])
 
 
 def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
     """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of sigma_j / spread_j.
 
-    model: any module with DIP layers. batches: as `calibrate`'s, to measure the spread (standard deviation) of each
-    layer's input features; without it the ratio uses the spread measured last, and is None where there is none.
-    Features whose spread is below a hundredth of the layer's root mean square spread are left out of the ratio.
-    Returns a Summary, a list of Row that prints as a table. Raises ValueError without DIP layers, for a variance that is
-    NaN or infinite, and as `calibrate`.
+    Args:
+        model: Any module with DIP layers.
+        batches: As `calibrate`'s, to measure the spread (standard deviation) of each layer's input features. Without it
+            the ratio uses the spread measured last, and is None where there is none.
+
+    Returns:
+        A Summary, a list of Row that prints as a table. Features whose spread is below a hundredth of the layer's root
+        mean square spread are left out of the ratio.
+
+    Raises:
+        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as `calibrate` refuses
+            them.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), init_variance=0.04)
+        >>> print(dip.summary(model))
+        layer  type       number  features  sigma min       mean        max    ratio
+        0      DIPLinear       0         4        0.2        0.2        0.2        -
+        2      DIPLinear       1         8        0.2        0.2        0.2        -
     """
     layers = need_layers(model)
     require_finite(layers)
     if batches is not None:
         measured_spreads(model, batches)
     rows = Summary()
+    rows.plan = vars(model).get(PLAN)
     for name, layer in layers.items():
         sigma, spread, ratio = layer.variance.sigma.double().cpu(), layer.variance.spread, None
         if spread is not None:

@@ -42,17 +42,29 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are noised in training.
 
     q = W_q (query + sigma * z) and so for k and v; y = W_o (heads + sigma_o * z) + b_o. In eval mode it is
-    nn.MultiheadAttention itself, its fast path included.
-    Arguments of nn.MultiheadAttention, then init_variance (sigma^2 to start from, a number > 0) and num_samples (S >= 1
-    draws averaged, as one with sigma / sqrt(S)). Call it as nn.MultiheadAttention.
-    The variances: where query, key and value have one width, the in-projection is one matrix and has one variance per
-    feature, in the child `in_proj`; arguments that are one tensor share u, so that self-attention draws once; different
-    tensors get independent noise of that variance. With kdim or vdim there are three: `q_proj`, `k_proj`, `v_proj`.
-    `out_proj` has its own. The plain parameters keep their names, and a plain state dict loads.
-    Noise is numbered in the order of the tensors passed: with batch_first=True an example's noise does not depend on
-    what else is in its batch.
-    Raises ValueError naming the argument, and what nn.MultiheadAttention raises. Source: arXiv 2506.04690, for every
-    linear layer; where noise sits in attention is not stated there.
+    nn.MultiheadAttention itself, its fast path included. Call it as nn.MultiheadAttention; the other arguments are that
+    one's.
+
+    Where query, key and value have one width, the in-projection is one matrix and has one variance per feature, in the
+    child `in_proj`; arguments that are one tensor share u, so that self-attention draws once; different tensors get
+    independent noise of that variance. With kdim or vdim there are three: `q_proj`, `k_proj`, `v_proj`. `out_proj` has
+    its own. The plain parameters keep their names, and a plain state dict loads. Noise is numbered in the order of the
+    tensors passed: with batch_first=True an example's noise does not depend on what else is in its batch.
+
+    Args:
+        init_variance: sigma^2 to start from, a number > 0.
+        num_samples: S >= 1 draws averaged, as one with sigma / sqrt(S).
+
+    Raises:
+        ValueError: Naming the argument, and what nn.MultiheadAttention raises.
+
+    Examples:
+        >>> attention, x = dip.DIPMultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)
+        >>> y, weights = attention(x, x, x)
+        >>> y.shape, weights.shape
+        (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]))
+
+    Source: arXiv 2506.04690, for every linear layer; where noise sits in attention is not stated there.
     """
 
     plain_type = nn.MultiheadAttention
@@ -92,7 +104,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         num_samples: int,
         device: torch.device | str | None = None,
     ) -> None:
-        """init_variance: of every in-projection, or of each by its name."""
+        """init_variance: of every in-projection, or of each by its name; none where what makes their input is noised."""
         if self._qkv_same_embed_dim:
             widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
         else:
@@ -110,6 +122,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
                 device=device_of_variance(weight, device),
             )
             for name, (width, weight) in widths.items()
+            if not isinstance(init_variance, dict) or name in init_variance
         }
         for name, layer in made.items():
             setattr(self, name, layer.train(self.training))
@@ -176,9 +189,16 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return same, same if key is query else key, same if value is query else value
 
     def _noised_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, need_weights: bool,
-        attn_mask: Tensor | None, average_attn_weights: bool, is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
             raise RuntimeError("attn_mask: expected the causal mask that is_causal=True promises, got None")
         batched = query.dim() == 3
@@ -208,8 +228,14 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return out, (weights if batched or weights is None else weights[0])
 
     def _check_shapes(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, batch_dim: int
-    ) -> None:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        batch_dim: int,
+    ) -> None:
         for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
@@ -229,6 +255,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     def _noised_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self._qkv_same_embed_dim:
             return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
+        if "in_proj" not in self._modules:  # noised where they were made
+            return query, key, value
         noised_query = self.in_proj(query)
         noised_key = noised_query if key is query else self.in_proj(key, 1)
         if value is key:

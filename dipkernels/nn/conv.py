@@ -8,14 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
+from ..ops import conv
 from . import inputs, tracing
-from .layer import DIPLayer, noised
+from .layer import DIPLayer, beside, noised
 from .variance import device_of_variance
 
 
 class _DIPConv(DIPLayer):
     in_channels: int
     weight: Tensor
+    bias: Tensor | None
+    padding_mode: Any
+    padding: Any
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
     _KEEPS = ("auto", "u")
 
     def __init__(  # all by name: torch.nn.utils.skip_init looks for device
@@ -47,13 +54,39 @@ class _DIPConv(DIPLayer):
             inputs.require_tensor(self, input)
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
-        else:
-            y = super().forward(noised(self, input, worlds.autocast_dtype(input)))
-        return y
+            return y
+        dtype = worlds.autocast_dtype(input)
+        window = self._window(input)
+        if window is None or not conv.fits(input, self.log_variance):
+            y = super().forward(noised(self, input, dtype))
+            return y
+        sigma = beside(input, self)
+        try:
+            return conv.own_input(
+                input, self.weight, self.bias, sigma, self._seed(input), self.draw(input), dtype, window
+            )
+        except inputs.FAILURES:
+            inputs.explain(self, input, sigma)
+            raise
+
+    def _window(self, input: Tensor) -> conv.Window | None:
+        """How this layer's window moves over a batch; None where torch pads or groups the input in another way."""
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
+            return None
+        return conv.Window(self.stride, self.padding, self.dilation, self.groups)
 
 
 class DIPConv1d(_DIPConv, nn.Conv1d):
-    """nn.Conv1d on a noised input, as DIPConv2d: input [N, C, L] or [C, L], sigma per input channel."""
+    """nn.Conv1d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+
+    Shape:
+        Input [N, C, L] or [C, L].
+
+    Examples:
+        >>> dip.DIPConv1d(3, 5, 3, padding=1)(torch.randn(2, 3, 8)).shape
+        torch.Size([2, 5, 8])
+    """
 
     feature_dim = -2
     plain_type = nn.Conv1d
@@ -62,10 +95,26 @@ class DIPConv1d(_DIPConv, nn.Conv1d):
 class DIPConv2d(_DIPConv, nn.Conv2d):
     """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
 
-    Arguments of nn.Conv2d, then init_variance (a number > 0 or a tensor [in_channels], a variance), num_samples and
-    keep as DIPLinear's ("auto" or "u"). Input [N, C, H, W] or [C, H, W]; z is drawn afresh for every pixel and added
-    before the padding. channels_last stays channels_last. Raises ValueError naming the argument. Source: arXiv
-    2506.04690.
+    z is drawn afresh for every pixel and added before the padding. channels_last stays channels_last. The other
+    arguments are nn.Conv2d's.
+
+    Args:
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [in_channels].
+        num_samples: As DIPLinear's.
+        keep: As DIPLinear's; "auto" or "u".
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Shape:
+        Input [N, C, H, W] or [C, H, W].
+
+    Examples:
+        >>> layer = dip.DIPConv2d(3, 5, kernel_size=3, padding=1)
+        >>> layer(torch.randn(2, 3, 8, 8)).shape, layer.log_variance.shape
+        (torch.Size([2, 5, 8, 8]), torch.Size([3]))
+
+    Source: arXiv 2506.04690.
     """
 
     feature_dim = -3
@@ -73,7 +122,15 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
 
 
 class DIPConv3d(_DIPConv, nn.Conv3d):
-    """nn.Conv3d on a noised input, as DIPConv2d: input [N, C, D, H, W] or [C, D, H, W], sigma per input channel."""
+    """nn.Conv3d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+
+    Shape:
+        Input [N, C, D, H, W] or [C, D, H, W].
+
+    Examples:
+        >>> dip.DIPConv3d(1, 2, 3, padding=1)(torch.randn(2, 1, 4, 4, 4)).shape
+        torch.Size([2, 2, 4, 4, 4])
+    """
 
     feature_dim = -4
     plain_type = nn.Conv3d

@@ -13,9 +13,25 @@ from .variance import short
 class DIPInput(DIPLayer, nn.Module):
     """A projection alone, for a network's input or an embedding: u = x + sigma * z while training, x in eval mode.
 
-    num_features: K. dim: the feature dimension, x.shape[dim] = K. init_variance: a number > 0 or a tensor [K], a
-    variance. num_samples: S >= 1 averaged draws. device: of the variance. Returns a tensor of x's shape.
-    Raises ValueError naming the argument. Source: arXiv 2506.04690 (v_0 = x is projected too).
+    Args:
+        num_features: K.
+        dim: The feature dimension, x.shape[dim] = K.
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
+        num_samples: S >= 1 averaged draws.
+        device: Of the variance.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Shape:
+        Input and output of one shape, with K features along dim.
+
+    Examples:
+        >>> images, noise = torch.rand(2, 3, 8, 8), dip.DIPInput(3, dim=1)
+        >>> noise(images).shape, torch.equal(noise.eval()(images), images)
+        (torch.Size([2, 3, 8, 8]), True)
+
+    Source: arXiv 2506.04690 (v_0 = x is projected too).
     """
 
     def __init__(

@@ -35,6 +35,7 @@ class DIPLayer(_Mixin):
 
     _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
+    noises_output = False  # true of what makes another layer's input and noises that: producer.Producer
     _number: int
     _counted_in: str  # which count of layers gave the number: a call of number_layers, or "" for the process's
     _stream: Tensor

@@ -18,15 +18,34 @@ from .variance import device_of_variance
 class DIPLinear(DIPLayer, nn.Linear):
     """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in eval mode, to the bit.
 
-    in_features, out_features, bias, device, dtype: as nn.Linear. init_variance: sigma^2 to start from, a number > 0 or
-    a tensor [in_features]. num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
-    keep: what backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto" (see
-    functional.dip_linear). activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here. estimator:
-    "sample", act of one draw; "mean", the mean of act over num_samples draws; "analytic", the exact mean over all
-    draws, for which nothing is drawn (see functional.dip_linear). Input [..., in_features]; z is drawn afresh for every
-    element. In bfloat16 a sigma below a
-    few thousandths of |x| mostly rounds away. Raises ValueError naming the argument. Source: arXiv 2506.04690, u ~
-    N(v, diag(lambda)).
+    z is drawn afresh for every element. In bfloat16 a sigma below a few thousandths of |x| mostly rounds away.
+
+    Args:
+        in_features: As nn.Linear's.
+        out_features: As nn.Linear's.
+        bias: As nn.Linear's.
+        device: As nn.Linear's.
+        dtype: As nn.Linear's; of the weights, the variance stays float32.
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [in_features].
+        num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
+        keep: What backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto"
+            (see functional.dip_linear).
+        activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here.
+        estimator: "sample", act of one draw; "mean", the mean of act over num_samples draws; "analytic", the exact mean
+            over all draws, for which nothing is drawn (see functional.dip_linear).
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Shape:
+        Input [..., in_features], output [..., out_features].
+
+    Examples:
+        >>> layer = dip.DIPLinear(4, 2, init_variance=0.04)
+        >>> layer(torch.randn(8, 4)).shape, layer.log_variance.shape
+        (torch.Size([8, 2]), torch.Size([4]))
+
+    Source: arXiv 2506.04690, u ~ N(v, diag(lambda)).
     """
 
     _KEEPS = ("auto", "u", "x")

@@ -23,12 +23,26 @@ def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
 def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i under fixed_noise.
 
-    model: any module. Returns it. `convert` calls this; a model built by hand needs it for noise that does not depend
-    on what was built before it, and so does one joined from models that were converted apart or from deep-copied
-    layers, for its layers to differ. Under fixed_noise the first warns, and `predict` and `trajectories` of either;
-    a copy that is called by itself draws its original's noise. Adding a layer renumbers those after it.
-    Layers that share one draw have one number.
-    Raises ValueError for more than 65536 layers. Source: the noise contract, DESIGN.
+    `convert` calls this. A model built by hand needs it for noise that does not depend on what was built before it. So
+    does one joined from models that were converted apart, or from deep-copied layers, for its layers to differ: under
+    fixed_noise the first warns, and `predict` and `trajectories` of either. A copy that is called by itself draws its
+    original's noise. Adding a layer renumbers those after it. Layers that share one draw have one number.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: It has more than 65536 DIP layers.
+
+    Examples:
+        >>> model = nn.Sequential(dip.DIPLinear(4, 8), nn.ReLU(), dip.DIPLinear(8, 2))
+        >>> [layer.number for layer in dip.number_layers(model) if isinstance(layer, dip.DIPLinear)]
+        [0, 1]
+
+    Source: the noise contract, docs/maths.md, section 3.
     """
     layers = dip_layers(model)
     if len(layers) > MAX_LAYERS:

@@ -38,15 +38,26 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
 class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
-    num_features: K. init_variance: a number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
     `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
     bfloat16 an optimiser's small steps would round away. A state dict without it leaves it as it is; where it is on the
-    meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded.
-    The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
-    init_variance until `calibrate` sets it.
-    A module of its own, so that FSDP can shard it apart from weights of another type; calling it returns log_variance.
-    Raises ValueError for an init_variance outside these. Source: arXiv 2506.04690, Sigma = diag(lambda); log form:
-    this project's.
+    meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded. The buffer
+    `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
+    init_variance until `calibrate` sets it. A module of its own, so that FSDP can shard it apart from weights of
+    another type; calling it returns log_variance.
+
+    Args:
+        num_features: K.
+        init_variance: A number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
+        device: Where it lies.
+
+    Raises:
+        ValueError: An init_variance outside these.
+
+    Examples:
+        >>> dip.Variance(2, init_variance=0.25).sigma
+        tensor([0.5000, 0.5000])
+
+    Source: arXiv 2506.04690, Sigma = diag(lambda); log form: this project's.
     """
 
     log_variance: nn.Parameter
@@ -196,9 +207,15 @@ class Variance(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, missing: list[str],
-        unexpected: list[str], errors: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         absent, assigns = set(), local_metadata.get("assign_to_params_buffers", False)
         for name, tensor in self._tensors().items():
             key = prefix + name

@@ -53,14 +53,29 @@ class _State(contextlib.ContextDecorator):
 class fixed_noise(_State):
     """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same key, same noise.
 
-    key: any integer, taken mod 2^64, or an int64 tensor of one element.
-    row0: index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples b0
-    .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the leading
-    dimension is batch * m: pass row0=b0 * m there.
     The backward pass belongs inside too when blocks are checkpointed, for they are computed again there; outside, it
     raises RuntimeError. A layer called twice inside repeats its noise. Nests; restores on exceptions; works as a
     decorator.
-    Raises TypeError or ValueError for a key or row0 outside these. Source: the noise contract, DESIGN.
+
+    Args:
+        key: Any integer, taken mod 2^64, or an int64 tensor of one element.
+        row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples
+            b0 .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the
+            leading dimension is batch * m: pass row0=b0 * m there.
+
+    Raises:
+        TypeError, ValueError: A key or row0 outside these.
+
+    Examples:
+        >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
+        >>> with dip.fixed_noise(key=7):
+        ...     whole = layer(x)
+        >>> with dip.fixed_noise(key=7, row0=6):
+        ...     part = layer(x[6:])
+        >>> torch.allclose(part, whole[6:], atol=1e-6)
+        True
+
+    Source: the noise contract, docs/maths.md, section 3.
     """
 
     def __init__(self, key: int | Tensor, row0: int = 0) -> None:
@@ -86,6 +101,13 @@ class noise_off(_State):
     """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation and debugging.
 
     Nests; restores on exceptions; works as a decorator.
+
+    Examples:
+        >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
+        >>> with dip.noise_off():
+        ...     y = layer(x)
+        >>> torch.equal(y, layer.eval()(x))
+        True
     """
 
     def _set(self) -> None:
@@ -98,6 +120,13 @@ class sampling_on(_State):
 
     nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on
     exceptions; works as a decorator.
+
+    Examples:
+        >>> layer, x = dip.DIPLinear(4, 2).eval(), torch.randn(8, 4)
+        >>> with dip.sampling_on():
+        ...     y = layer(x)
+        >>> torch.equal(y, layer(x))
+        False
     """
 
     def _set(self) -> None:

@@ -22,7 +22,6 @@ class Draw(NamedTuple):
     row0: int = 0  # of z, that of the tensor's first entry
     col0: int = 0
     sample: int = 0
-    num_samples: int = 1
     factor: float = 1.0  # multiplies sigma
     log_variance: bool = False  # whether sigma holds ln(sigma^2)
 
@@ -36,12 +35,8 @@ class Draw(NamedTuple):
             raise ValueError(f"dim: expected a dimension of a tensor of {ndim}, got {self.dim}")
         if not (0 <= self.row0 <= MAX_ORIGIN and 0 <= self.col0 <= MAX_ORIGIN):
             raise ValueError(f"row0, col0: expected 0 to 2^62, got {self.row0}, {self.col0}")
-        if not 1 <= self.num_samples <= MAX_SAMPLES:
-            raise ValueError(f"num_samples: expected 1 to {MAX_SAMPLES}, got {self.num_samples}")
-        if not 0 <= self.sample <= MAX_SAMPLES - self.num_samples:
-            raise ValueError(
-                f"sample: expected 0 <= sample and sample + num_samples <= {MAX_SAMPLES}, got {self.sample}"
-            )
+        if not 0 <= self.sample < MAX_SAMPLES:
+            raise ValueError(f"sample: expected 0 to {MAX_SAMPLES - 1}, got {self.sample}")
 
 
 def check_seed(seed: Tensor, device: torch.device) -> None:
@@ -66,12 +61,6 @@ def check_projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> None
     if sigma.device != x.device:
         raise ValueError(f"sigma: expected device {x.device}, as x, got {sigma.device}")
     check_seed(seed, x.device)
-
-
-def check_one_sample(draw: Draw) -> None:
-    """Raise ValueError for a mean over samples, which an operation with its own f(x) does not make."""
-    if draw.num_samples != 1:
-        raise ValueError(f"num_samples: expected 1, got {draw.num_samples}")
 
 
 def check_out_dtype(out_dtype: torch.dtype | None) -> None:

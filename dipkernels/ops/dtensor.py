@@ -161,7 +161,7 @@ def new_zeros(h: Tensor, shape: Sequence[int], dtype: torch.dtype, like_dtensor:
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def prepare(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """(x, seed) for the functions above: partial sums reduced, the seed a plain tensor.
 
     Raises TypeError, ValueError or RuntimeError for layouts and seeds that cannot be right, naming the rank. The first
@@ -174,9 +174,8 @@ def prepare(x: Tensor, sigma: Tensor, seed: Tensor, dim: int) -> tuple[Tensor, T
             "while x is a plain tensor; a log_variance is split over ranks by mistake, or its layer was called outside "
             "the forward of the module that FSDP or tensor parallelism wrapped (dip.check_ranks names the layers)"
         )
-    if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"dim: expected a dimension of a tensor of {x.ndim}, got {dim}")
-    dim = dim % x.ndim
+    draw.check(x.ndim)
+    dim = draw.dim % x.ndim
     if any(type(p).__name__ not in ("Shard", "Replicate", "Partial") for p in x.placements):
         raise ValueError(f"x: expected placements Shard, Replicate or Partial, got {tuple(x.placements)}")
     if any(p.is_partial() for p in x.placements):

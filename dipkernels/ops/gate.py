@@ -16,7 +16,7 @@ from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
 from .activations import ACTIVATIONS
-from .draw import Draw, check_one_sample, check_out_dtype, check_projection
+from .draw import Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
 from .pieces import gradients, widened
 
@@ -60,7 +60,6 @@ def gate_bwd(
 
 def _check(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype | None) -> None:
     check_projection(x, sigma, seed, draw)
-    check_one_sample(draw)
     check_out_dtype(dtype)
     check_kind(kind)
 

@@ -12,14 +12,15 @@ from torch.autograd import Function
 from .. import backends, worlds
 from ..worlds import is_dtensor
 from . import registry, row_blocks
-from .activations import ACTIVATIONS, act_of, check_activation
-from .draw import Draw, check_out_dtype, check_projection
+from .activations import ACTIVATIONS, act_of
+from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
 from .perturb import DRAW, Grads, no_view, perturb, perturb_bwd, perturb_replay, projection, projection_backward
 from .pieces import flat_rows, gradients, linear_as
 
 # ---- the operations: the mean over samples of act(affine), and its derivatives -----------------------------------------
 
-_TENSORS = f"Tensor weight, Tensor? bias, {DRAW}".replace("int dim, ", "")
+# The draw of the first of num_samples samples, which follow one another; dim is the last.
+_LAYER = f"Tensor weight, Tensor? bias, {DRAW}, int num_samples, str activation".replace("int dim, ", "")
 
 
 def linear(
@@ -29,13 +30,14 @@ def linear(
     sigma: Tensor,
     seed: Tensor,
     draw: Draw,
+    num_samples: int,
     activation: str,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """y [..., N] of x [..., K], the mean over the draw's samples; activation "identity": none."""
-    if activation != "identity":
-        check_activation(activation)
+    """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation "identity": none, of one."""
     check_projection(x, sigma, seed, draw)
+    if draw.sample + num_samples > MAX_SAMPLES:
+        raise ValueError(f"sample: expected sample + num_samples <= {MAX_SAMPLES}, got {draw.sample} + {num_samples}")
     check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
@@ -46,16 +48,26 @@ def linear(
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
     run = registry.kernel("linear", device_of(x.device.type, x, weight))
-    y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], activation, out_dtype)
+    y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], num_samples, activation, out_dtype)
     return y
 
 
 def linear_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, draw: Draw, activation: str
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    num_samples: int,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dsigma); dbias [N] also without a bias."""
     run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(dy, x, weight, bias, sigma, seed, *draw[1:], activation)
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(
+        dy, x, weight, bias, sigma, seed, *draw[1:], num_samples, activation
+    )
     return grads
 
 
@@ -80,14 +92,14 @@ def _fake_linear_bwd(
 
 registry.define(
     "linear",
-    f"(Tensor x, {_TENSORS}, str activation, ScalarType? out_dtype) -> Tensor",
+    f"(Tensor x, {_LAYER}, ScalarType? out_dtype) -> Tensor",
     _fake_linear,
     registry.triton_launcher("linear", "linear"),
     row_blocks.linear,
 )
 registry.define(
     "linear_bwd",
-    f"(Tensor dy, Tensor x, {_TENSORS}, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor x, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_bwd,
     registry.triton_launcher("linear", "linear_bwd"),
     row_blocks.linear_bwd,
@@ -124,7 +136,7 @@ def affine(
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
     elif keep != "u" and _fuses(x, weight, dtype):
-        return mean(x, weight, bias, sigma, seed, draw, "identity", dtype)
+        return mean(x, weight, bias, sigma, seed, draw, 1, "identity", dtype)
     elif keep != "u" and _replays(keep):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, draw, dtype)
         return y
@@ -203,13 +215,14 @@ def mean(
     sigma: Tensor,
     seed: Tensor,
     draw: Draw,
+    num_samples: int,
     activation: str,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The mean over the draw's samples of act(affine), in the memory of one, differentiable in every world."""
+    """The mean over num_samples samples from the draw's on of act(affine), in the memory of one, differentiable in every world."""
     check_weight(x, weight, dtype)
     fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
-    arguments = (x, weight, bias, sigma, seed, draw, activation, dtype or x.dtype)
+    arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
     if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
     y: Tensor = _Mean.apply(*arguments)
@@ -232,24 +245,25 @@ class _Mean(Function):
         sigma: Tensor,
         seed: Tensor,
         draw: Draw,
+        num_samples: int,
         activation: str,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, sigma, seed)
-        ctx.draw, ctx.activation, ctx.dtype = draw, activation, dtype
+        ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype = draw, num_samples, activation, dtype
         pair = _cast(dtype, weight, bias)
-        return no_view(linear(x, *pair, sigma, seed, draw, activation, dtype))
+        return no_view(linear(x, *pair, sigma, seed, draw, num_samples, activation, dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:
         x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
-            y = _mean_pieces(x, weight, bias, sigma, seed, ctx.draw, ctx.activation, ctx.dtype)
-            return *gradients(y, tensors, dy, needs), *(None,) * 4
+            y = _mean_pieces(x, weight, bias, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype)
+            return *gradients(y, tensors, dy, needs), *(None,) * 5
         pair = _cast(ctx.dtype, weight, bias)
-        grads = linear_bwd(dy, x, *pair, sigma, seed, ctx.draw, ctx.activation)
-        return *(grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)), *(None,) * 4
+        grads = linear_bwd(dy, x, *pair, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation)
+        return *(grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)), *(None,) * 5
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -263,16 +277,17 @@ def _mean_pieces(
     sigma: Tensor,
     seed: Tensor,
     draw: Draw,
+    num_samples: int,
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
     weight, bias = _cast(dtype, weight, bias)
     y: Any = 0
-    for s in range(draw.sample, draw.sample + draw.num_samples):
-        u = projection(x, sigma, seed, draw._replace(sample=s, num_samples=1), dtype)
+    for s in range(draw.sample, draw.sample + num_samples):
+        u = projection(x, sigma, seed, draw._replace(sample=s), dtype)
         y = y + act_of(activation)(F.linear(u, weight, bias))
     total: Tensor = y
-    return total / draw.num_samples
+    return total / num_samples
 
 
 __all__ = ["ACTIVATIONS", "affine", "linear", "linear_bwd", "mean"]

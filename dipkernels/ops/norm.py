@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
-from .draw import DTYPES, Draw, check_one_sample, check_out_dtype, check_projection
+from .draw import DTYPES, Draw, check_out_dtype, check_projection
 from .gate import fake_gradient
 from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
 from .pieces import gradients, widened
@@ -40,7 +40,6 @@ def norm(
 ) -> tuple[Tensor, Tensor]:
     """(u, stats)."""
     check_projection(x, sigma, seed, draw)
-    check_one_sample(draw)
     check_out_dtype(dtype)
     check_norm(x, weight, bias, draw, kind)
     run = registry.kernel("norm", x.device.type)

@@ -16,13 +16,13 @@ from torch.autograd import Function
 from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
-from .draw import DTYPES, Draw, check_out_dtype, check_projection, check_seed
+from .draw import Draw, check_out_dtype, check_projection, check_seed
 
 Grads = tuple[Tensor | None, ...]
 
 # ---- the operations --------------------------------------------------------------------------------------------------
 
-_PLACE = "int dim, SymInt row0, SymInt col0, int sample, int num_samples"
+_PLACE = "int dim, SymInt row0, SymInt col0, int sample"
 DRAW = (
     f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"  # a sigma, its seed and the fields of Draw
 )
@@ -33,7 +33,7 @@ def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
     """z of this shape, float32, unscaled."""
     check_seed(seed, seed.device)
     draw.check(len(shape))
-    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:5])
+    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:4])
     return z
 
 
@@ -58,11 +58,7 @@ def perturb_bwd(du: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
 def perturb_replay(
     du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """(u, dsigma) of one draw, made once."""
-    if du.shape != x.shape:
-        raise ValueError(f"du: expected shape {tuple(x.shape)}, as x, got {tuple(du.shape)}")
-    if du.dtype not in DTYPES:
-        raise TypeError(f"du: expected one of {DTYPES}, got {du.dtype}")
+    """(u, dsigma) of one draw, made once. Unchecked, as `perturb_bwd`."""
     both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
     return both
 
@@ -254,7 +250,7 @@ def projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.
     """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma in every world."""
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
-        x, seed = dtensor.prepare(x, sigma, seed, draw.dim)
+        x, seed = dtensor.prepare(x, sigma, seed, draw)
     elif worlds.exporting() and torch.is_grad_enabled():
         return _exported(x, sigma, seed, draw, dtype)
     if worlds.transforming():

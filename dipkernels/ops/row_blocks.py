@@ -21,8 +21,10 @@ _GPU_ROWS = 16384
 _ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 
 
-def _blocks(x: Tensor, n: int, num_samples: int) -> tuple[list[slice], list[range]]:
+def _blocks(x: Tensor, n: int, num_samples: int, activation: str) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
+    if activation == "identity" and num_samples != 1:  # a mean of affine samples is one draw with less sigma
+        raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
     if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of Python's
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, (least, most) = x.shape[0], _CPU_ROWS if x.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
@@ -55,9 +57,7 @@ def _draws(
         return u, u if z is None else z
 
     def draw(x: Tensor, sigma: Tensor, factor: float) -> Tensor:
-        draws = [
-            torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, 1, factor, False, dtype) for s in samples
-        ]
+        draws = [torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, factor, False, dtype) for s in samples]
         return _stack(draws)
 
     u = draw(rows, sigma, factor)
@@ -109,16 +109,16 @@ def linear(
     row0: int,
     col0: int,
     sample: int,
-    num_samples: int,
     factor: float,
     log_variance: bool,
+    num_samples: int,
     activation: str,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """The operation `linear`."""
     n, dtype, flat = weight.shape[0], weight.dtype, flat_rows(x)
     y = torch.empty(flat.shape[0], n, dtype=out_dtype or x.dtype, device=x.device)
-    blocks, groups = _blocks(flat, n, num_samples)
+    blocks, groups = _blocks(flat, n, num_samples, activation)
     samples, scale = range(sample, sample + num_samples), _standard_deviation(sigma, log_variance)
     for block in blocks:
         rows = flat[block].contiguous()
@@ -142,9 +142,9 @@ def linear_bwd(
     row0: int,
     col0: int,
     sample: int,
-    num_samples: int,
     factor: float,
     log_variance: bool,
+    num_samples: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation `linear_bwd`.
@@ -159,7 +159,7 @@ def linear_bwd(
     noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
-    blocks, groups = _blocks(flat, n, num_samples)
+    blocks, groups = _blocks(flat, n, num_samples, activation)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)

@@ -139,8 +139,14 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     model: in eval mode. Raises ValueError for an activation without a closed form here, and for one behind a
     convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows a DIP layer, the result is
-    the plain network's.
+    the plain network's. Raises it too for a model some of whose modules noise their output, convert(place="producer").
     """
+    producers = [name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output]
+    if producers:
+        raise ValueError(
+            f"model: method='analytic' takes layers that noise their own input, got {producers} that noise their output "
+            "(convert with place='producer'). Use method='sample'"
+        )
     mode = _Expectations()
 
     def behind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:

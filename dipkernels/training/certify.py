@@ -57,6 +57,12 @@ def certify(
     Raises:
         ValueError: for bad values, a model whose noise is not at its input alone, or several sigmas.
 
+    Examples:
+        >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))
+        >>> found = dip.certify(model, torch.randn(8, 4), k=100)
+        >>> found.classes.shape, found.radius.shape, found.sigma
+        (torch.Size([8]), torch.Size([8]), 0.5)
+
     Source: Cohen, Rosenfeld, Kolter 2019, arXiv 1902.02918, theorem 1 and the algorithm CERTIFY.
     """
     for name, value in (("k", k), ("k0", k0)):
@@ -103,6 +109,11 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
             "before a plain model"
         )
     ((name, layer),) = layers.items()
+    if layer.noises_output:
+        raise ValueError(
+            f"model: expected noise at its input, got one DIP module, {name or '(root)'}, that noises its output; put a "
+            "DIPInput before a plain model"
+        )
     read: list[Tensor] = []
 
     def note(module: DIPLayer, args: tuple[Tensor, ...]) -> None:

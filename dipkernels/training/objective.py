@@ -50,6 +50,11 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
 
     Raises:
         ValueError: for a model without DIP layers or a bad weight.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.kl_penalty(model).item()  # the variances are where they started
+        0.0
     """
     _check_weight("kl", kl)
     variances = _variances(model)
@@ -76,11 +81,26 @@ def _divergence(variance: Variance) -> Tensor:
 def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer, lambda = sigma^2.
 
-    model: a module with DIP layers; a variance that layers share counts once. alpha: >= 0. beta: >= 0, and only
-    beside an alpha > 0, which bounds the variances. With no pull from the data the optimum is lambda = beta / alpha.
     The paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL summed over features of weight w.
-    Sharded parameters (FSDP2, DTensor) are summed over the ranks: each gets the whole penalty, so all must call it.
-    Returns a scalar, float32, differentiable. Raises ValueError without DIP layers or for a bad alpha or beta.
+    With no pull from the data the optimum is lambda = beta / alpha.
+
+    Args:
+        model: With DIP layers; a variance that layers share counts once.
+        alpha: >= 0.
+        beta: >= 0, and only beside an alpha > 0, which bounds the variances.
+
+    Returns:
+        A scalar, float32, differentiable. Of sharded parameters (FSDP2, DTensor) each rank gets the whole, so all must
+        call it.
+
+    Raises:
+        ValueError: There are no DIP layers, or alpha or beta is bad.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)), init_variance=0.25)
+        >>> dip.penalty(model, alpha=1.0, beta=0.0).item()
+        1.0
+
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
     _check_pair(alpha, beta)
@@ -140,6 +160,11 @@ def objective(
     Raises:
         ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
         TypeError: for an out that is no tensor.
+
+    Examples:
+        >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
+        >>> out = dip.trajectories(model, x, m=2)
+        >>> dip.objective(out, y, F.cross_entropy, model).backward()
 
     Source: arXiv 2506.04690, Algorithm 1; the KL term is its ELBO.
     """

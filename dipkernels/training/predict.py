@@ -50,23 +50,44 @@ def predict(
 ) -> Any:
     """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
 
-    model: a module with DIP layers; dropout and BatchNorm are in eval mode meanwhile, and each module's mode is
-    restored. args, kwargs: the model's; no gradients are kept. k: >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
-    average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the sigmoid, for one logit
-    or several labels), "logits" (mean of the outputs, at least float32), or None (all outputs). dim: of the classes, for
-    "probs": the last one by default where the output is [B, K] or [B, T, K], and to be given where it has more
-    dimensions, such as 1 for a map [B, K, H, W]. chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory
-    grows with chunk, not with k. The output must be a tensor [B, ...], or have one as `logits`; with average=None any
-    pytree, whose leaves that are not tensors are those of the first pass.
-    Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for
-    the same chunk; row0 counts examples.
-    method: "sample", or "analytic": one deterministic pass in which every activation behind a DIPLinear is replaced by
-    its exact expectation over that layer's noise, for the cost of k = 0; k and chunk do not apply. Each layer reads the
-    mean of the one before: this approximates Algorithm 2 and is neither it nor Algorithm 3. For MLPs and transformer
-    blocks of linear layers; a ValueError names the layer where a model's structure does not allow it.
-    Returns [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic").
-    Raises ValueError, TypeError or RuntimeError naming the argument. Source: arXiv 2506.04690, Algorithms 2 and 3;
-    whether logits or probabilities are averaged is not stated there.
+    Dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored; no gradients are kept. Under
+    fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for the same
+    chunk; row0 counts examples.
+
+    Args:
+        model: With DIP layers.
+        args: The model's positional arguments.
+        k: Passes, >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
+        average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the sigmoid, for one
+            logit or several labels), "logits" (mean of the outputs, at least float32), or None (all outputs).
+        chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory grows with chunk, not
+            with k.
+        method: "sample", or "analytic": one deterministic pass in which every activation behind a DIPLinear is replaced
+            by its exact expectation over that layer's noise, for the cost of k = 0; k and chunk do not apply. Each
+            layer reads the mean of the one before: this approximates Algorithm 2 and is neither it nor Algorithm 3. For
+            MLPs and transformer blocks of linear layers.
+        dim: Of the classes, for "probs": the last one by default where the output is [B, K] or [B, T, K]; to be given
+            where it has more dimensions, such as 1 for a map [B, K, H, W].
+        kwargs: The model's named arguments.
+
+    Returns:
+        [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic"). The model's output must be a
+        tensor
+        [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not tensors are those of
+        the
+        first pass.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: Naming the argument, or for "analytic" the layer where a model's structure
+            does not allow it.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
+        >>> probabilities = dip.predict(model, torch.randn(8, 4), k=16)
+        >>> probabilities.shape, probabilities.sum(-1).allclose(torch.ones(8))
+        (torch.Size([8, 3]), True)
+
+    Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits or probabilities are averaged is not stated there.
     """
     if method not in ("sample", "analytic"):
         raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")

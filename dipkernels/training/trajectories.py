@@ -17,18 +17,37 @@ from ..noise import contexts
 def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any) -> Any:
     """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m into the batch.
 
-    model: a module in training mode (or inside sampling_on), or a callable. args, kwargs: any pytrees; every tensor
-    [B, ...] is repeated m times along its first dimension, example by example (row b * m + s), so that the noise of an
-    example does not depend on what else is in the batch. m: >= 1.
-    in_dims: 0 folds a tensor, None passes it as it is: one for all, a tuple for args as in torch.vmap (kwargs are then
-    folded), or a dict from argument position or name for those that differ from 0, such as {"position_ids": None}.
-    Entries may be prefixes.
-    Returns the model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a
-    tensor nor a pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0
-    counts folded entries. BatchNorm in training mode sees all B * m rows at once.
-    Raises ValueError for a module without DIP layers where m > 1, an input whose first size is not B or an output whose first size
-    is not B * m, naming it, and RuntimeError for a model in eval mode, which would give m equal copies. Source: arXiv
-    2506.04690, Algorithm 1.
+    Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b * m + s), so that the
+    noise of an example does not depend on what else is in the batch. BatchNorm in training mode sees all B * m rows at
+    once.
+
+    Args:
+        model: A module in training mode (or inside sampling_on), or a callable.
+        args: Its positional arguments, any pytrees.
+        m: Trajectories, >= 1.
+        in_dims: 0 folds a tensor, None passes it as it is: one for all; a tuple for args as in torch.vmap (kwargs are
+            then folded); or a dict from argument position or name for those that differ from 0, such as
+            {"position_ids": None}. Entries may be prefixes.
+        kwargs: Its named arguments, any pytrees.
+
+    Returns:
+        The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a tensor
+        nor a
+        pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0 counts
+        folded
+        entries.
+
+    Raises:
+        ValueError: A module without DIP layers where m > 1, an input whose first size is not B, or an output whose
+            first size is not B * m, naming it.
+        RuntimeError: A model in eval mode, which would give m equal copies.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.trajectories(model, torch.randn(8, 4), m=3).shape
+        torch.Size([3, 8, 2])
+
+    Source: arXiv 2506.04690, Algorithm 1.
     """
     check_count("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and contexts.MODE != "on":

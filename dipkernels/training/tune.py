@@ -97,6 +97,13 @@ def tune(
 
     Raises:
         ValueError: for bad values, a budget too small, or scores that are missing or not finite.
+
+    Examples:
+        >>> def run(ratio, kl, budget):
+        ...     return {"clean": 0.9, "robust": 0.5 + 0.1 * ratio - 0.01 * kl}
+        >>> found = dip.tune(run, budget=6, ratios=(0.3, 1.0), kls=(0.2,), progress=False)
+        >>> found.ratio, found.kl
+        (1.0, 0.2)
     """
     pairs = list(itertools.product(ratios, kls))
     if not pairs or not all(math.isfinite(r) and r > 0 and math.isfinite(w) and w >= 0 for r, w in pairs):

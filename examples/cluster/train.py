@@ -43,17 +43,13 @@ NUM_TEST, NUM_TRAIN = 297, 1500
 # Each number's type, its least and its largest value.
 MODEL = {"width": (int, 1, 2**16), "depth": (int, 1, 2**10), "heads": (int, 1, 2**10)}
 CONFIG = {
-    "init_variance": (float, 1e-30, 1e30),
     "bfloat16": (bool, False, True),
     "batch": (int, 1, NUM_TRAIN),
     "steps": (int, 0, 2**40),
-    "m": (int, 1, 2**16),
     "lr": (float, 0, 1e30),
     "weight_decay": (float, 0, 1e30),
     "variance_lr": (float, 0, 1e30),
-    "kl": (float, 0, 1e30),
     "seed": (int, 0, 2**62),
-    "key": (int, -(2**63), 2**63),
     "save_every": (int, 1, 2**40),
     "print_every": (int, 1, 2**40),
 }
@@ -61,10 +57,14 @@ CONFIG = {
 
 def check_config(config: dict) -> dict:
     """The configuration itself. Raises ValueError naming the first entry that is missing, unknown or out of its range."""
-    _check_entries(config, "config", {**CONFIG, "model": None})
+    _check_entries(config, "config", {**CONFIG, "model": None, "dip": None})
     _check_entries(config["model"], "model", MODEL)
     if config["model"]["width"] % config["model"]["heads"]:
         raise ValueError(f"width: expected a multiple of heads, got {config['model']}")
+    try:
+        dip.DIPConfig.from_dict(config["dip"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"dip: {error}") from error
     return config
 
 
@@ -111,9 +111,10 @@ class ViT(nn.Module):
         return self.head(self.norm(x).mean(-2))
 
 
-def build(config: dict, device: torch.device) -> nn.Module:
+def build(config: dict, device: torch.device, x: Tensor) -> nn.Module:
     torch.manual_seed(config["seed"])  # the same weights on every rank
-    model = dip.convert(ViT(**config["model"]).to(device), init_variance=config["init_variance"])
+    # The same examples on every rank, for a config with a ratio, so that every rank has one prior.
+    model = dip.apply(ViT(**config["model"]).to(device), dip.DIPConfig.from_dict(config["dip"]), [x[: config["batch"]]])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if config["bfloat16"] else MixedPrecisionPolicy()
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     for module in (*model.blocks, model):
@@ -182,18 +183,17 @@ def train(config: dict, out: Path, device: torch.device, after_step: Callable[[i
     each = config["batch"] // world
     x, y = (t.to(device) for t in load())
     count = len(x) - NUM_TEST
-    model = build(config, device)
+    model, how = build(config, device, x), dip.DIPConfig.from_dict(config["dip"])
     optimizer = torch.optim.AdamW(dip.param_groups(model, config["lr"], config["weight_decay"], config["variance_lr"]))
     out.mkdir(parents=True, exist_ok=True)
     start, loss = resume(model, optimizer, out), torch.zeros(())
     for step in range(start, config["steps"]):
         mine = examples_of(step, config, count)[rank * each : (rank + 1) * each].to(device)
         # trajectories folds m passes into the batch, so this rank's first row of it is rank * each * m
-        with dip.fixed_noise(config["key"] + step, row0=rank * each * config["m"]):
+        with how.noise(step, row0=rank * each * how.m):
             if step == start:
                 dip.check_ranks(model)
-            outputs = dip.trajectories(model, x[mine], m=config["m"])
-            loss = dip.objective(outputs, y[mine], F.cross_entropy, model, kl=config["kl"])
+            loss = how.objective(how.trajectories(model, x[mine]), y[mine], F.cross_entropy, model)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -91,7 +91,8 @@ def library_problems(library: Path) -> list[str]:
 
 # In the static CUDA runtime: where NVIDIA's multi-process service keeps its pipe.
 KNOWN_PATHS = {"/tmp/nvidia-mps"}
-PACKAGE = re.compile(r"dipkernels/(?:\w+\.py|py\.typed|_C\.so|triton_kernels/\w+\.py)")
+ROOMS = "integrations|models|nn|noise|ops|training|triton_kernels"
+PACKAGE = re.compile(rf"dipkernels/(?:(?:{ROOMS})/)?\w+\.py|dipkernels/(?:py\.typed|_C\.so)")
 METADATA = re.compile(
     r"dipkernels-[\w.+]+\.dist-info/(?:METADATA|WHEEL|RECORD|top_level\.txt|licenses/[\w.]+|sboms/[\w.-]+)"
 )

@@ -58,7 +58,7 @@ def check_values(torch, dip):
     check("the noise contract's known answer", (z - torch.tensor(KNOWN)).abs().max().item() < 4e-6)
     x, sigma = torch.randn(33, 20), torch.rand(20)
     u = dip.functional.perturb(x, sigma, seed)
-    want = dip.reference.perturb(x.double(), sigma, seed, -1, 0, 0, 0, 1, 1.0, False, None)
+    want = dip.reference.perturb(x.double(), sigma, seed, -1, 0, 0, 0, 1.0, False, None)
     check("perturb is the reference's", (u - want).abs().max().item() < 1e-5)
 
 

@@ -71,6 +71,9 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
         units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
         defines = [f"-DDIP_EXPECTATION=expectation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "expectation.cpp", f"expectation_{name}", [*extra, *defines]))
+        for stem in ("gate", "norm"):
+            defines = [f"-DDIP_LANES={lanes}", f"-DDIP_{stem.upper()}={stem}_{name}", "-DDIP_STREAM_BYTES=4096"]
+            units.append((ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}_{name}", [*extra, *defines]))
         defines = [f"-DDIP_SAMPLES=samples_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "samples.cpp", f"samples_{name}", [*extra, *defines]))
     running: list[tuple[str, subprocess.Popen]] = []

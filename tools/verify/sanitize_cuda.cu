@@ -121,12 +121,12 @@ struct Types {
 };
 
 void launch(
-    const Shape& s, const Types& types, Form form, const CudaForm& how, bool wide_sigma, int samples, const std::string& where) {
+    const Shape& s, const Types& types, Form form, const CudaForm& how, bool wide_sigma, const std::string& where) {
   const bool write = form != Form::kQ, sum = form == Form::kQ || form == Form::kPQ,
              reads_x = form == Form::kP || form == Form::kPQ;
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
-  a.num_samples = samples, a.factor = 1.0, a.row0 = 5, a.sigma_is_double = wide_sigma;
+  a.draw.factor = 1.0, a.draw.row0 = 5, a.draw.sigma_is_double = wide_sigma;
   size_t nx = 0, nu = 0, ndu = 0;
   a.x = operand(s, types.x, &nx), a.u = operand(s, types.u, &nu), a.du = operand(s, types.du, &ndu);
   const size_t sigma_bytes = static_cast<size_t>(s.features) * (wide_sigma ? 8 : 4);
@@ -141,8 +141,8 @@ void launch(
   du.write(numbers(types.du, ndu).data());
   u.fill(0xFF), dsigma.fill(0xFF);
 
-  a.seed = static_cast<const int64_t*>(seed.data());
-  if (form != Form::kNoise) a.sigma = sigma.data();
+  a.draw.seed = static_cast<const int64_t*>(seed.data());
+  if (form != Form::kNoise) a.draw.sigma = sigma.data();
   a.x.data = reads_x ? x.data() : nullptr;
   a.u.data = write ? u.data() : nullptr;
   a.du.data = sum ? du.data() : nullptr;
@@ -184,7 +184,7 @@ int run() {
               where, sizeof(where), "%s%s, [%" PRId64 ", %" PRId64 ", %" PRId64 "], types %zu",
               how.one_launch ? "one launch, " : "", forms[static_cast<int>(form)], s.outer, s.features, s.inner, t);
           if (form == Form::kNoise && (t == 1 || t == 3 || t == 4)) continue;  // drawn as float32 or float64 alone, or bfloat16
-          launch(s, types[t], form, how, types[t].x == f64, s.features == 23 ? 2 : 1, where);
+          launch(s, types[t], form, how, types[t].x == f64, where);
           ++launches;
         }
   return launches;

@@ -187,24 +187,24 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   PerturbArgs a{};
   a.outer = s.outer, a.features = s.features, a.inner = s.inner;
   const int64_t starts[] = {0, 5, (int64_t{1} << 32) - 3, (int64_t{1} << 33) + 7, int64_t{1} << 62};
-  a.row0 = starts[dice.between(0, 4)], a.col0 = dice.coin() ? 0 : dice.between(0, 40);
-  a.num_samples = dice.coin() ? 1 : static_cast<int32_t>(dice.between(1, 3)), a.sample = static_cast<int32_t>(dice.between(0, 9));
-  a.factor = dice.coin() ? 1.0 : 0.5;
-  a.log_variance = mode && dice.coin(), a.sigma_is_double = mode && dice.coin();
+  a.draw.row0 = starts[dice.between(0, 4)], a.draw.col0 = dice.coin() ? 0 : dice.between(0, 40);
+  a.draw.sample = static_cast<int32_t>(dice.between(0, 9));
+  a.draw.factor = dice.coin() ? 1.0 : 0.5;
+  a.draw.log_variance = mode && dice.coin(), a.draw.sigma_is_double = mode && dice.coin();
   Buffer& seed = allocate(16, dice);
   const int64_t numbers[2] = {static_cast<int64_t>(dice.next()), dice.between(-5, 70000)};
   std::memcpy(seed.data, numbers, 16);
-  a.seed = reinterpret_cast<const int64_t*>(seed.data);
+  a.draw.seed = reinterpret_cast<const int64_t*>(seed.data);
   if (mode) {
-    Buffer& sigma = allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    Buffer& sigma = allocate(static_cast<size_t>(s.features) * (a.draw.sigma_is_double ? 8 : 4), dice);
     for (int64_t j = 0; j < s.features; ++j) {
-      const double value = a.log_variance ? dice.real() : std::fabs(dice.real());
-      if (a.sigma_is_double)
+      const double value = a.draw.log_variance ? dice.real() : std::fabs(dice.real());
+      if (a.draw.sigma_is_double)
         reinterpret_cast<double*>(sigma.data)[j] = value;
       else
         reinterpret_cast<float*>(sigma.data)[j] = static_cast<float>(value);
     }
-    a.sigma = sigma.data;
+    a.draw.sigma = sigma.data;
   }
   int64_t n = 0;
   Buffer *u = nullptr, *z_out = nullptr, *dsigma = nullptr;
@@ -228,7 +228,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     a.du = operand(s, kinds[dice.between(0, 3)], dice, &n);
     a.du.data = allocate(static_cast<size_t>(n * size_of(a.du.dtype)), dice).data;
     for (int64_t i = 0; i < n; ++i) put(a.du, i, dice.real());
-    dsigma = &allocate(static_cast<size_t>(s.features) * (a.sigma_is_double ? 8 : 4), dice);
+    dsigma = &allocate(static_cast<size_t>(s.features) * (a.draw.sigma_is_double ? 8 : 4), dice);
     a.dsigma = dsigma->data;
   }
 
@@ -274,10 +274,10 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   // ---- against the contract, one element at a time
   const bool wide = (a.x.data ? a.x.dtype : a.du.data ? a.du.dtype : DType::kFloat32) == DType::kFloat64;
   const auto sigma_of = [&](int64_t j) -> double {
-    if (!a.sigma) return 1;
-    if (a.sigma_is_double) return a.log_variance ? std::exp(0.5 * static_cast<const double*>(a.sigma)[j]) : static_cast<const double*>(a.sigma)[j];
-    const float v = static_cast<const float*>(a.sigma)[j];
-    return a.log_variance ? std::exp(0.5f * v) : v;
+    if (!a.draw.sigma) return 1;
+    if (a.draw.sigma_is_double) return a.draw.log_variance ? std::exp(0.5 * static_cast<const double*>(a.draw.sigma)[j]) : static_cast<const double*>(a.draw.sigma)[j];
+    const float v = static_cast<const float*>(a.draw.sigma)[j];
+    return a.draw.log_variance ? std::exp(0.5f * v) : v;
   };
   std::vector<char> touched(u ? u->bytes : 0, 0), touched_z(z_out ? z_out->bytes : 0, 0);
   std::vector<double> sum(static_cast<size_t>(s.features), 0), bulk(static_cast<size_t>(s.features), 0);
@@ -285,23 +285,17 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     float z[8];
     int64_t drawn = -1;
     for (int64_t j = 0; j < s.features; ++j) {
-      const int64_t group = (a.col0 + j) / 8;
+      const int64_t group = (a.draw.col0 + j) / 8;
       if (group != drawn) {
-        const uint64_t r = static_cast<uint64_t>(a.row0 + row);
-        for (int i = 0; i < a.num_samples; ++i) {
-          float next[8];
-          uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
-                               stream_sample(a.seed, static_cast<uint32_t>(a.sample + i))};
-          philox4x32_10<ScalarLane>(words, philox_key(a.seed));
-          for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &next[2 * t], &next[2 * t + 1]);
-          for (int t = 0; t < 8; ++t) z[t] = i ? z[t] + next[t] : next[t];
-        }
-        if (a.num_samples > 1)
-          for (int t = 0; t < 8; ++t) z[t] *= 1.0f / static_cast<float>(a.num_samples);
+        const uint64_t r = static_cast<uint64_t>(a.draw.row0 + row);
+        uint64_t words[4] = {static_cast<uint32_t>(group), static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32),
+                             stream_sample(a.draw.seed, static_cast<uint32_t>(a.draw.sample))};
+        philox4x32_10<ScalarLane>(words, philox_key(a.draw.seed));
+        for (int t = 0; t < 4; ++t) standard_normal_pair<ScalarLane>(static_cast<uint32_t>(words[t]), &z[2 * t], &z[2 * t + 1]);
         drawn = group;
       }
-      const float draw = z[(a.col0 + j) % 8];
-      const double scale = a.factor * sigma_of(j);
+      const float draw = z[(a.draw.col0 + j) % 8];
+      const double scale = a.draw.factor * sigma_of(j);
       if (u) {
         const int64_t where = at(a.u, s, row, j);
         const double x = a.x.data ? get(a.x, at(a.x, s, row, j)) : 0;
@@ -332,8 +326,8 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
   for (size_t i = 0; i < touched_z.size(); ++i)
     if (!touched_z[i] && z_out->data[i] != static_cast<char>(0xA5)) die(number, "a gap between rows of z was written");
   for (int64_t j = 0; dsigma && j < s.features; ++j) {
-    const double slope = a.log_variance ? a.factor * 0.5 * sigma_of(j) : a.factor, want = slope * sum[static_cast<size_t>(j)];
-    const double got = a.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
+    const double slope = a.draw.log_variance ? a.draw.factor * 0.5 * sigma_of(j) : a.draw.factor, want = slope * sum[static_cast<size_t>(j)];
+    const double got = a.draw.sigma_is_double ? static_cast<double*>(a.dsigma)[j] : static_cast<float*>(a.dsigma)[j];
     if (!(std::fabs(got - want) <= 3e-6 * slope * bulk[static_cast<size_t>(j)] + 1e-12)) die(number, "dsigma is not the sum over rows", got, want);
   }
 }
@@ -468,80 +462,41 @@ struct Cube {
 
 static void samples_case(int64_t number, Dice& dice) {
   const DType kinds[] = {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64};
-  const bool backward = dice.coin();
-  const DType type = kinds[dice.between(0, 2)];
+  const bool backward = dice.coin(), with_out = dice.coin();
+  const DType type = kinds[dice.between(0, 2)], out_type = kinds[dice.between(0, 3)];
   SamplesArgs a{};
   a.outer = dice.between(0, number % 16 == 7 ? 300 : 40), a.inner = dice.between(0, number % 32 == 15 ? 1100 : 70);
   a.samples = dice.between(backward, 9), a.kind = static_cast<int>(dice.between(kIdentity, kNumActivations - 1));
-  a.factor = 0.25f, a.first = dice.between(0, 10);
-  const bool is_relu = a.kind == kReluActivation;
-  a.form = dice.coin() ? SlopeForm::kNone : is_relu ? SlopeForm::kBits : dice.coin() ? SlopeForm::kCodes : SlopeForm::kValues;
-  a.num_slopes = a.form == SlopeForm::kNone ? 0 : dice.between(0, a.samples);
-  const int64_t last = a.first + a.num_slopes, others = a.samples - (backward ? a.num_slopes : 0);
-  const bool bits = a.form == SlopeForm::kBits, by_bytes = a.form != SlopeForm::kValues;
-
-  Cube h(type, size_of(type), others, a.outer, a.inner, dice), dh(type, size_of(type), a.samples, a.outer, a.inner, dice);
-  Cube slopes(type, by_bytes ? 1 : size_of(type), bits ? (last + 7) / 8 : last, backward ? a.inner : a.outer,
-              backward ? a.outer : a.inner, dice);
-  Cube dy(type, size_of(type), 1, a.inner, a.outer, dice);
-  const DType out_type = kinds[dice.between(0, 3)], bias_type = kinds[dice.between(0, 2)];
-  Cube out(out_type, size_of(out_type), 1, a.outer, a.inner, dice), bias(bias_type, size_of(bias_type), 1, 1, a.outer, dice);
-  const bool with_out = dice.coin(), with_bias = backward && dice.coin();
-  a.h = h.t, a.slopes = slopes.t;
+  a.factor = 0.25f;
+  Cube h(type, size_of(type), a.samples, a.outer, a.inner, dice), dh(type, size_of(type), a.samples, a.outer, a.inner, dice);
+  Cube dy(type, size_of(type), 1, a.outer, a.inner, dice), out(out_type, size_of(out_type), 1, a.outer, a.inner, dice);
+  a.h = h.t;
   if (with_out) a.out = {out.t.data, out_type, out.t.outer_stride, 1};
-  if (with_bias) a.bias = bias.values();
   if (backward) a.dh = dh.t, a.dy = {dy.t.data, type, dy.t.outer_stride, 1};
   const Operand total{allocate(static_cast<size_t>(4 * a.outer * a.inner), dice).data, DType::kFloat32, 0, 1};
   a.total = static_cast<float*>(total.data);
-
-  for (int64_t i = 0; i < a.outer; ++i) {
-    put(bias.values(), i, dice.real());
+  for (int64_t i = 0; i < a.outer; ++i)
     for (int64_t j = 0; j < a.inner; ++j) {
-      put(dy.values(), dy.at(0, j, i), dice.real());
-      for (int64_t s = 0; s < others; ++s) put(h.values(), h.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
-      for (int64_t s = 0; s < (bits ? (last + 7) / 8 : last) && a.form != SlopeForm::kNone; ++s) {
-        const int64_t row = backward ? j : i, column = backward ? i : j;
-        if (!by_bytes) put(slopes.values(), slopes.at(s, row, column), dice.real());
-        else slopes.byte(s, row, column) = !backward && bits ? 0 : static_cast<uint8_t>(dice.between(0, 254));
-        slopes.touch(s, row, column);
-      }
+      put(dy.values(), dy.at(0, i, j), dice.real());
+      for (int64_t s = 0; s < a.samples; ++s) put(h.values(), h.at(s, i, j), dice.between(0, 9) ? dice.real() : 0);
     }
-  }
   const double fine = 4e-6, rounding = type == DType::kBFloat16 ? 0.004 : type == DType::kFloat16 ? 0.0005 : fine;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
     for (int64_t i = 0; i < a.outer * a.inner; ++i) put(total, i, 1);
-    if (!backward && bits)
-      for (int64_t i = 0; i < a.outer; ++i)
-        for (int64_t j = 0; j < a.inner; ++j)
-          for (int64_t s = 0; s < (last + 7) / 8; ++s) slopes.byte(s, i, j) = 0;
     if (const char* error = samples_cpu(a, parallel_for)) die(number, error);
     for (int64_t i = 0; i < a.outer; ++i)
       for (int64_t j = 0; j < a.inner; ++j) {
         double sum = 1, size = 1;
         for (int64_t s = 0; s < a.samples; ++s) {
-          const int64_t n = a.first + s, row = backward ? j : i, column = backward ? i : j;
-          const bool given = s < a.num_slopes;
-          double kept = 0;
-          if (given && bits) kept = slopes.byte(n / 8, row, column) >> n % 8 & 1;
-          else if (given) kept = by_bytes ? (slopes.byte(n, row, column) - kSlopeZero) / double{kSlopeSteps} : slopes.number(n, row, column);
-          double want;
-          if (backward) {
-            const double g = dy.number(0, j, i);
-            want = g * (given ? kept : act(a.kind, h.number(s - a.num_slopes, i, j) + (with_bias ? get(bias.values(), i) : 0), true));
-            const double got = dh.number(s, i, j);
-            dh.touch(s, i, j);
-            size += std::fabs(g);
-            if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(g) + 1e-7))
-              die(number, "dh is not dy times the slope", got, want);
-          } else {
-            const double x = h.number(s, i, j), slope = act(a.kind, x, true);
-            want = act(a.kind, x, false);
-            size += 1;
-            if (given && !(std::fabs(kept - slope) <= (bits ? 0 : by_bytes ? 0.50001 / kSlopeSteps : rounding + fine)))
-              die(number, "the slope that was kept is not act'", kept, slope);
-          }
-          sum += want, size += std::fabs(want);
+          const double x = h.number(s, i, j), g = dy.number(0, i, j);
+          const double want = backward ? g * act(a.kind, x, true) : act(a.kind, x, false);
+          size += 1 + std::fabs(g) + std::fabs(want), sum += want;
+          if (!backward) continue;
+          const double got = dh.number(s, i, j);
+          dh.touch(s, i, j);
+          if (!(std::fabs(got - want) <= rounding * std::fabs(want) + fine * std::fabs(g) + 1e-7))
+            die(number, "dh is not dy times the slope", got, want);
         }
         const double got = get(total, i * a.inner + j);
         if (!(std::fabs(got - sum) <= fine * size)) die(number, "total is not 1 + the sum", got, sum);
@@ -549,8 +504,129 @@ static void samples_case(int64_t number, Dice& dice) {
         out.touch(0, i, j);
         if (!(std::fabs(out.number(0, i, j) - 0.25 * got) <= 0.004 * std::fabs(got) + 1e-7)) die(number, "out is not factor total");
       }
-    dh.check_gaps(number), out.check_gaps(number), slopes.check_gaps(number);
+    dh.check_gaps(number), out.check_gaps(number);
   }
+}
+
+// ---- norms, activations and gates with noise: edges, gaps, and the same bits on every instruction set and for any threads ---------
+
+// What a kernel writes, of a shape with gaps.
+struct Written {
+  Buffer* buffer;
+  Operand o;
+  Shape s;
+
+  void check(int64_t number) const {
+    std::vector<char> touched(buffer->bytes, 0);
+    for (int64_t row = 0; row < s.outer * s.inner; ++row)
+      for (int64_t j = 0; j < s.features; ++j) {
+        const int64_t where = at(o, s, row, j);
+        std::memset(touched.data() + where * size_of(o.dtype), 1, static_cast<size_t>(size_of(o.dtype)));
+        if (!std::isfinite(get(o, where))) die(number, "an element was not written, or is not finite");
+      }
+    for (size_t i = 0; i < touched.size(); ++i)
+      if (!touched[i] && buffer->data[i] != static_cast<char>(0xFF)) die(number, "a gap was written");
+  }
+};
+
+static void producer_case(int64_t number, Dice& dice, bool fail) {
+  const DType kinds[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+  const bool is_norm = dice.coin(), backward = dice.coin(), draws = !backward || dice.between(0, 3);
+  Shape s{dice.between(0, number % 8 ? 40 : 700), dice.between(0, 70), 1};
+  if (number % 3 == 0) s.features = 64 * dice.between(0, 20);  // tiles in registers
+  if (number % 8 == 2) s.features += 1000;                     // a row of several tiles
+  if (!is_norm && dice.coin()) s.inner = dice.between(2, 40), s.outer = dice.between(0, 6), s.features = dice.between(0, 30);
+  const DType type = kinds[dice.between(0, 3)], other = dice.between(0, 3) ? type : kinds[dice.between(0, 3)];
+  std::vector<Written> written;
+  int64_t n = 0;
+  const auto tensor = [&](DType dtype, bool fill) {
+    Operand o = operand(s, dtype, dice, &n);
+    Buffer& b = allocate(static_cast<size_t>(n * size_of(dtype)), dice);
+    o.data = b.data;
+    for (int64_t i = 0; fill && i < n; ++i) put(o, i, dice.real());
+    if (!fill) written.push_back({&b, o, s});
+    return o;
+  };
+  const auto vector = [&](int64_t size, DType dtype, bool fill) {
+    Buffer& b = allocate(static_cast<size_t>(size * size_of(dtype)), dice);
+    const Operand o{b.data, dtype, size, 1};
+    for (int64_t i = 0; fill && i < size; ++i) put(o, i, std::fabs(dice.real()) + 0.1);
+    if (!fill) written.push_back({&b, o, {1, size, 1}});
+    return o;
+  };
+  Draw draw{};
+  Buffer& seed = allocate(16, dice);
+  const int64_t numbers[2] = {static_cast<int64_t>(dice.next()), dice.between(-5, 70000)};
+  std::memcpy(seed.data, numbers, 16);
+  draw.seed = reinterpret_cast<const int64_t*>(seed.data);
+  draw.row0 = dice.coin() ? 0 : (int64_t{1} << 32) - 3, draw.col0 = dice.coin() ? 0 : dice.between(0, 40), draw.factor = 0.5;
+  draw.sigma_is_double = dice.coin(), draw.log_variance = dice.coin();
+  const DType sigma_type = draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32;
+  if (draws) draw.sigma = vector(s.features, sigma_type, true).data;
+  void* const dsigma = backward && draws ? vector(s.features, sigma_type, false).data : nullptr;
+  NormArgs m{};
+  GateArgs g{};
+  if (is_norm) {
+    m.rows = s.outer, m.features = s.features, m.centred = dice.coin(), m.eps = 1e-3, m.offset = 1, m.draw = draw, m.dsigma = dsigma;
+    m.x = tensor(type, true);
+    if (dice.coin()) m.weight = vector(s.features, other, true);
+    if (dice.coin()) m.bias = vector(s.features, other, true);
+    const DType wide = type == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    if (m.centred) m.mean = vector(s.outer, wide, backward).data;
+    m.rstd = vector(s.outer, wide, backward).data;
+    if (backward) {
+      m.du = tensor(other, true), m.dx = tensor(type, false);
+      if (m.weight.data) m.dweight = vector(s.features, other, false);
+      if (m.bias.data) m.dbias = vector(s.features, other, false);
+    } else {
+      m.u = tensor(other, false);
+    }
+  } else {
+    g.outer = s.outer, g.features = s.features, g.inner = s.inner, g.draw = draw, g.dsigma = dsigma;
+    g.kind = static_cast<int>(dice.between(0, kNumActivations - 1));
+    g.a = tensor(type, true);
+    const bool gated = dice.coin();
+    if (gated) g.b = tensor(type, true);
+    if (backward) {
+      g.du = tensor(other, true), g.da = tensor(type, false);
+      if (gated) g.db = tensor(type, false);
+    } else {
+      g.u = tensor(other, false);
+    }
+  }
+  if (!backward && (!s.outer || !s.features)) return;  // whoever calls it has nothing to write
+  const auto run = [&] { return is_norm ? norm_cpu(m, parallel_for) : gate_cpu(g, parallel_for); };
+  if (fail) {
+    for (int after = 0; after < 60; ++after) {
+      failed = 0;
+      fail_after = after;
+      in_kernel = true;
+      const char* error = run();
+      in_kernel = false;
+      fail_after = -1;
+      if (!failed) return;
+      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
+    }
+    die(number, "a kernel that allocates without end");
+  }
+  std::vector<std::vector<char>> first;
+  for (int capability = 0; capability < 3; ++capability) {
+    if (set_cpu_capability(capability)) continue;
+    for (const int threads : {1, num_threads}) {
+      const int before = num_threads;
+      num_threads = threads;
+      for (const Written& w : written) std::memset(w.buffer->data, 0xFF, w.buffer->bytes);  // NaN: what was not written shows
+      const char* error = run();
+      num_threads = before;
+      if (error) die(number, error);
+      if (first.empty())
+        for (const Written& w : written) first.emplace_back(w.buffer->data, w.buffer->data + w.buffer->bytes);
+      for (size_t i = 0; i < written.size(); ++i)
+        if (written[i].buffer->bytes && std::memcmp(written[i].buffer->data, first[i].data(), first[i].size()))
+          die(number, "a result depends on the instruction set or the threads", capability, threads);
+    }
+  }
+  for (const Written& w : written) w.check(number);
 }
 
 int main(int argc, char** argv) {
@@ -559,12 +635,14 @@ int main(int argc, char** argv) {
   const uint64_t seed = std::strtoull(argv[2], nullptr, 10);
   num_threads = std::atoi(argv[3]);
   const bool fail = argc > 4 && !std::strcmp(argv[4], "fail");
-  int64_t perturbs = 0, activations = 0, samples = 0;
+  int64_t perturbs = 0, activations = 0, samples = 0, producers = 0;
   for (int64_t number = 0; number < cases; ++number) {
     Dice dice{seed * 1000003 + static_cast<uint64_t>(number)};
     set_cpu_capability(fail ? static_cast<int>(number % 3) : -1);
     if (number % 8 == 7 && !fail)  // it allocates nothing
       samples_case(number, dice), ++samples;
+    else if (number % 4 == 1)
+      producer_case(number, dice, fail), ++producers;
     else if (number % 4 == 3)
       activation_case(number, dice, fail), ++activations;
     else
@@ -572,6 +650,7 @@ int main(int argc, char** argv) {
     alive.clear();
   }
   std::printf(
-      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of samples\n", perturbs, activations, samples);
+      "%" PRId64 " cases of perturb, %" PRId64 " of activation and variance, %" PRId64 " of samples, %" PRId64 " of producers\n",
+      perturbs, activations, samples, producers);
   return 0;
 }

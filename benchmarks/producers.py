@@ -1,0 +1,166 @@
+"""What noise costs in the norm, activation or gated product that makes a layer's input:  python benchmarks/producers.py
+
+Each fused operation beside torch's f alone, P alone, f then P, and the compiled expression: all take turns in one process, and
+the figures are medians of the ratios to the fused one within a round. Results are checked against the reference first.
+
+    --quick                  tiny shapes: does it run?
+    --shapes 4096x1024       others, rows x features; --dtypes float32 bfloat16; --only layer silu
+    --budget 4               seconds for each table row
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
+import peers
+import report
+import timing
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dipkernels as dip
+from dipkernels import functional, producers
+
+SHAPES = [(4096, 1024), (2048, 768), (256, 1024)]
+QUICK_SHAPES = [(9, 64)]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+KINDS = ("layer", "rms", *ACTIVATIONS, "gated silu", "gated gelu")
+EPS = 1e-5
+VARIANTS = ("f", "P", "f, P", "f, P, compiled")
+
+
+class Producer:
+    """One f with its inputs: plain, noised by P behind it, and fused."""
+
+    def __init__(self, kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+        self.kind, k = kind, shape[1]
+        count = 2 if kind.startswith("gated") else 1
+        columns = {"layer": 2, "rms": 1}.get(kind, 0)
+        self.x = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)]
+        self.columns = [torch.rand(k, device=device).to(dtype).requires_grad_() for _ in range(columns)]
+        self.log_variance = torch.full((k,), -6.0, device=device, requires_grad=True)
+        self.seed = torch.tensor([peers.KEY, 3], device=device)
+
+    def plain(self) -> Tensor:
+        if self.kind == "layer":
+            return F.layer_norm(self.x[0], self.x[0].shape[1:], *self.columns, EPS)
+        if self.kind == "rms":
+            return F.rms_norm(self.x[0], self.x[0].shape[1:], *self.columns, EPS)
+        if len(self.x) == 2:
+            return ACTIVATIONS[self.kind.split()[1]](self.x[0]) * self.x[1]
+        return ACTIVATIONS[self.kind](self.x[0])
+
+    def noised(self, y: Tensor) -> Tensor:
+        return functional.perturb(y, self.log_variance, self.seed, log_variance=True)
+
+    def expression(self) -> Tensor:
+        """What torch.compile is given: its own random numbers, f and noise in one kernel."""
+        y = self.plain()
+        return y + torch.exp(self.log_variance / 2).to(y.dtype) * torch.randn_like(y)
+
+    def fused(self) -> Tensor:
+        noise = (self.log_variance, self.seed)
+        if self.kind in ("layer", "rms"):
+            bias = self.columns[1] if self.kind == "layer" else None
+            return producers.norm(self.x[0], self.columns[0], bias, *noise, kind=self.kind, eps=EPS, log_variance=True)
+        if len(self.x) == 2:
+            return producers.gate(*self.x, *noise, kind=self.kind.split()[1], log_variance=True)
+        return producers.activate(self.x[0], *noise, kind=self.kind, log_variance=True)
+
+    def check(self) -> None:
+        """u and every gradient, against float64: f by torch, the noise by the reference."""
+        wide = copy.copy(self)
+        wide.x, wide.columns = ([t.detach().double().requires_grad_() for t in ts] for ts in (self.x, self.columns))
+        wide.log_variance = self.log_variance.detach().double().requires_grad_()
+        with dip.backend("reference"):
+            u = wide.noised(wide.plain())
+            du = torch.randn_like(u).to(self.x[0].dtype)
+            want = u.detach(), *torch.autograd.grad(u, wide.leaves(), du.double())
+        u = self.fused()
+        got = u.detach(), *torch.autograd.grad(u, self.leaves(), du)
+        limit = peers.tolerance(self.x[0].dtype)
+        for a, b in zip(got, want, strict=True):
+            distance = ((a.double() - b).norm() / b.norm()).item()
+            if not distance <= limit:
+                raise RuntimeError(f"{self.kind}: {distance:.3g} from the reference, expected at most {limit:.3g}")
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.x, *self.columns, self.log_variance]
+
+
+def rows_of(producer: Producer, budget_s: float, rounds: tuple[int, int]) -> list[dict]:
+    """Forward, and forward with backward."""
+    compiled = torch.compile(producer.expression, backend=peers.compile_backend, dynamic=False)
+    stand_in = producer.x[0].detach().clone().requires_grad_()
+    calls = {
+        "f": producer.plain,
+        "P": lambda: producer.noised(stand_in),
+        "f, P": lambda: producer.noised(producer.plain()),
+        "f, P, compiled": compiled,
+        "fused": producer.fused,
+    }
+    du = torch.randn_like(stand_in)
+    leaves = {name: producer.leaves() for name in calls}
+    leaves["f"], leaves["P"] = leaves["f"][:-1], [stand_in, producer.log_variance]
+    options = dict(budget_s=budget_s, rounds=rounds, always=tuple(calls))
+    with torch.no_grad():
+        forward = timing.interleave(calls, "fused", stand_in.device, **options)
+    steps = {name: timing.backward_step(call, du, leaves[name]) for name, call in calls.items()}
+    step = timing.interleave(steps, "fused", stand_in.device, **options)
+    peers.forget_compiled()
+    return [{"what": "forward", **forward}, {"what": "forward + backward", **step}]
+
+
+def cells(row: dict) -> list[str]:
+    """Milliseconds of the fused one; its time over that of f, P, f then P, compiled; and over the slower of f and P."""
+    over = {name: 1 / row[name]["ratio"] for name in VARIANTS if "ratio" in row[name]}
+    shown = [f"{over[name]:.2f}" if name in over else "-" for name in VARIANTS]
+    return [f"{row['fused']['seconds'] * 1e3:.3f}", *shown, f"{min(over['f'], over['P']):.2f}"]
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--budget", type=float, default=4.0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    shapes = [tuple(map(int, text.split("x"))) for text in options.shapes or []] or SHAPES
+    budget, rounds = (0.02, (2, 2)) if options.quick else (options.budget, (9, 200))
+    rows, lines = [], []
+    for dtype in options.dtypes:
+        for shape in QUICK_SHAPES if options.quick else shapes:
+            for kind in options.only:
+                producer = Producer(kind, getattr(torch, dtype), shape, device)
+                producer.check()
+                for row in rows_of(producer, budget, rounds):
+                    row = {"dtype": dtype, "shape": "x".join(map(str, shape)), "kind": kind, **row}
+                    rows.append(row)
+                    lines.append([dtype, row["shape"], kind, row["what"], *cells(row)])
+    heads = ["", "", "f", "", "fused, ms", *(f"over {name}" for name in VARIANTS), "over the slower of f, P"]
+    print(report.table(heads, lines))
+    print(machine.sentence(machine.describe(device)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""Which modules can noise what they make in place of the layers that read it: the plan of convert(place="producer").
+
+docs/maths.md, section 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.activation import ActivationProducer, GateProducer, gated_block_type, gated_parts
+from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
+from ..nn.producer import made_type
+from ..ops.activations import ACTIVATIONS
+from ..worlds import is_dtensor
+from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin
+from .probe import untouched
+from .readers import Call, Made, Watch, watched
+
+_FUNCTIONS = {
+    "relu": "nn.ReLU()",
+    "gelu": "nn.GELU()",
+    "silu": "nn.SiLU()",
+    "tanh": "nn.Tanh()",
+    "layer_norm": "nn.LayerNorm",
+    "rms_norm": "nn.RMSNorm",
+}
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+_TAKEN = ("kind", "offset", "eps_name", "noises_output", "made_of")  # of a producer, beside a DIP layer's
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One module that makes the input of layers, or layers whose input no module makes.
+
+    Attributes:
+        producer: The module's name; empty where there is none.
+        type: Its class's name.
+        layers: The names of the layers that read what it makes.
+        reason: Why these layers keep a projection of their own; empty where it moved.
+    """
+
+    producer: str
+    type: str
+    layers: tuple[str, ...]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.producer} ({self.type})" if self.producer else "no module"
+        return f"{what} -> {', '.join(layer or 'the model itself' for layer in self.layers)}" + (
+            f": {self.reason}" if self.reason else ""
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProducerPlan:
+    """Which projections move into the module that makes their layers' input, and which stay, and why; prints as a list.
+
+    Attributes:
+        moved: One row for each module that noises its output, with the layers that read it and are plain.
+        left: The layers that keep a projection of their own, by what makes their input and the reason.
+    """
+
+    moved: tuple[PlanRow, ...]
+    left: tuple[PlanRow, ...]
+
+    def __str__(self) -> str:
+        moved, left = (sum(len(row.layers) for row in rows) for rows in (self.moved, self.left))
+        lines = [
+            f"plan: {moved} of {moved + left} projections move into {len(self.moved)} module(s) that make their input"
+        ]
+        lines += [f"  moved  {row}" for row in self.moved]
+        lines += [f"  left   {row}" for row in self.left]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """A producer, the class that it becomes, and the layers whose projection it takes.
+
+    Attributes:
+        producer: The module.
+        name: Its name.
+        twin: Its DIP class.
+        features: K.
+        layers: The layers that read it.
+        device: Of what it makes.
+        block: With a gated product: the block around it and that block's class.
+    """
+
+    producer: nn.Module
+    name: str
+    twin: type[Any]
+    features: int
+    layers: tuple[nn.Module, ...]
+    device: torch.device
+    block: tuple[nn.Module, type[Any]] | None = None
+
+
+def find_moves(
+    model: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    layers: Iterable[nn.Module],
+    stay: Mapping[nn.Module, str],
+    batches: Iterable[Any],
+) -> tuple[ProducerPlan, list[Move]]:
+    """Watch passes over the batches: the plan, and what to do by it.
+
+    Args:
+        model: Not changed.
+        names: Every module's names in it.
+        layers: The layers that are to be noised.
+        stay: Modules that are to stay as they are, each with the reason.
+        batches: As `calibrate`'s.
+
+    Raises:
+        ValueError: For no batches.
+    """
+    layers = list(layers)
+    first = {module: every[0] for module, every in names.items()}
+    dims = {m: -1 if isinstance(m, nn.MultiheadAttention) else feature_dim_of(m) for m in layers}
+    candidates = [m for m in names if m not in dims and _may_produce(m)]
+    watch = watched(model, first, dims, candidates, batches)
+    return _Planner(model, names, dims, stay, watch).plan()
+
+
+class _Planner:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Mapping[nn.Module, list[str]],
+        dims: Mapping[nn.Module, int],
+        stay: Mapping[nn.Module, str],
+        watch: Watch,
+    ) -> None:
+        self._model, self._names, self._dims, self._stay = model, names, dims, stay
+        self._sources = watch.sources
+        self._calls: dict[nn.Module, list[Call]] = {}
+        for call in watch.calls:
+            self._calls.setdefault(call.module, []).append(call)
+
+    def plan(self) -> tuple[ProducerPlan, list[Move]]:
+        groups: dict[tuple[nn.Module | None, str], list[nn.Module]] = {}
+        for layer in self._dims:
+            producer, reason = self._origin(layer)
+            groups.setdefault((producer, reason), []).append(layer)
+        moves, moved, left = [], [], []
+        for (producer, reason), layers in groups.items():
+            move = self._move(producer, layers) if producer is not None and not reason else reason
+            kind = "" if producer is None else type(producer).__name__
+            name = "" if producer is None else self._name(producer)
+            shown = tuple(self._name(layer) for layer in layers)
+            if isinstance(move, Move):
+                moves.append(move)
+                moved.append(PlanRow(name, kind, shown))
+            else:
+                left.append(PlanRow(name, kind, shown, move))
+        return ProducerPlan(tuple(moved), tuple(left)), moves
+
+    # ---- what makes a layer's input
+
+    def _origin(self, layer: nn.Module) -> tuple[nn.Module | None, str]:
+        """The module that makes this layer's input, or (it, or None, and why the layer keeps its projection)."""
+        sources = self._sources[layer]
+        if not sources and type(layer) is OUT_PROJECTION:
+            return None, "nn.MultiheadAttention makes its input, in no module"
+        if not sources:
+            return None, "the batches do not reach it, or what is around it reads its weight without calling it"
+        if any(source is None for source in sources):
+            beside = isinstance(layer, nn.MultiheadAttention)
+            return None, "it reads the network's own input" + (", or tensors that differ" if beside else "")
+        made = [source for source in sources if source is not None]
+        block = self._gated(layer, made)
+        if block is not None:
+            return getattr(block, self._parts(block)[1]), ""
+        calls = [source.call for source in made if source.call is not None]
+        if len(calls) == len(made) and len({call.module for call in calls}) == 1:
+            return calls[0].module, self._layer_reason(layer)
+        # In training mode it reads something else than in eval mode: a dropout between.
+        for producer in dict.fromkeys(call.module for call in calls):
+            for call in self._calls[producer]:
+                if call.elsewhere is not None:
+                    return producer, call.elsewhere
+        return None, self._unknown(made)
+
+    def _layer_reason(self, layer: nn.Module) -> str:
+        if len(self._names[layer]) > 1:
+            return f"the layer is tied, {len(self._names[layer])} names lead to it"
+        if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
+            return "it has a variance for each of query, key and value"
+        if is_adapter(layer):
+            return "the layer is an adapter, whose variance is saved with it"
+        return ""
+
+    def _unknown(self, made: list[Made]) -> str:
+        if len({(source.op, source.module) for source in made}) > 1:
+            return "its input is made in more than one place"
+        op, module = made[0].op.strip("_"), made[0].module
+        if made[0].call is not None:
+            module = made[0].call.module
+        where = "the model itself" if module is None or module is self._model else self._shown(module)
+        if op in _FUNCTIONS:
+            return (
+                f"its input is made by a call of {op} in {where}, no module: give it one, {_FUNCTIONS[op]}, to move it"
+            )
+        if op == "mul":
+            return (
+                f"its input is made by mul in {where}, which is no block whose forward is down(act(gate(x)) * up(x)) and no "
+                "more: where it is a gated product all the same, put a DIPGatedActivation there by hand"
+            )
+        return f"its input is made by {op} in {where}: no norm, activation or gated product"
+
+    # ---- what can move
+
+    def _move(self, producer: nn.Module, layers: list[nn.Module]) -> Move | str:
+        block = self._gated(layers[0], [source for source in self._sources[layers[0]] if source is not None])
+        calls = self._calls.get(producer, [])
+        what = self._module_reason(producer) or self._form(producer, block is not None)
+        if isinstance(what, str):
+            return what
+        base, facts = what
+        reason = self._dtype_reason(producer, calls)
+        if block is not None:
+            reason = reason or self._module_reason(block) or self._layer_reason(layers[0])
+        else:
+            reason = reason or self._calls_reason(calls, layers)
+        if reason:
+            return reason
+        dim = -1 if block is not None else next(iter(calls[0].dims))
+        if issubclass(base, NormProducer) and dim != -1:
+            return "it is a norm over the last dimension, and its layers read it along another"
+        twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
+        features = producer_features(layers[0])
+        where = calls[0].device
+        if block is None:
+            return Move(producer, self._name(producer), twin, features, tuple(layers), where)
+        around = (block, gated_block_type(type(block), self._parts(block)))
+        return Move(producer, self._name(producer), twin, features, tuple(layers), where, around)
+
+    def _module_reason(self, module: Any) -> str:
+        if len(self._names[module]) > 1:
+            return f"it is tied, {len(self._names[module])} names lead to it"
+        if module in self._stay:
+            return self._stay[module]
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return "it has hooks, which would see noise"
+        if (cannot := no_twin(module)) is not None:
+            return cannot
+        taken = [name for name in _TAKEN if hasattr(module, name)]
+        return f"it has {taken} of its own, names that a DIP module uses" if taken else ""
+
+    def _dtype_reason(self, producer: nn.Module, calls: list[Call]) -> str:
+        dtypes = {dtype for call in calls for dtype in call.dtypes if dtype is not None}
+        dtypes |= {p.dtype for p in producer.parameters()}
+        if len(dtypes) > 1:
+            return f"its input, output and parameters are of mixed types: {sorted(str(d) for d in dtypes)}"
+        return ""
+
+    def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
+        readers = {layer for call in calls for layer in call.readers}
+        others = [self._name(layer) for layer in self._dims if layer in readers and layer not in layers]
+        if len({frozenset(call.readers) for call in calls}) > 1:
+            return "it is called in several places, which other layers read: give each place a module of its own"
+        for call in calls:
+            if call.elsewhere is not None:
+                return call.elsewhere
+        if others:
+            return f"it is read by {', '.join(others)} too, with a projection of its own"
+        if any(count > 1 for call in calls for count in call.readers.values()):
+            return "a layer reads it twice in a pass, which would be two draws"
+        if len({dim for call in calls for dim in call.dims}) > 1:
+            return "its layers read it along different dimensions"
+        return ""
+
+    @staticmethod
+    def _form(producer: nn.Module, gated: bool) -> tuple[type[Any], dict[str, Any]] | str:
+        """What the producer's DIP class is made of, or why there is none."""
+        kind = activation_kind(producer)
+        if kind is not None:
+            return GateProducer if gated else ActivationProducer, {"kind": kind}
+        if gated:
+            return f"{type(producer).__name__} is no activation that the kernels know ({', '.join(ACTIVATIONS)})"
+        return norm_form(producer)
+
+    # ---- gated products
+
+    def _gated(self, layer: nn.Module, made: list[Made]) -> nn.Module | None:
+        """The block down(act(gate(x)) * up(x)) whose `down` this layer is, in every call."""
+        blocks = {source.module for source in made}
+        if len(blocks) != 1 or any(source.op.strip("_") != "mul" or source.call is not None for source in made):
+            return None
+        (block,) = blocks
+        if block is None or gated_parts(type(block)) is None:
+            return None
+        return block if getattr(block, self._parts(block)[0], None) is layer else None
+
+    @staticmethod
+    def _parts(block: nn.Module) -> tuple[str, str, str, str]:
+        parts = gated_parts(type(block))
+        assert parts is not None  # _gated has looked
+        return parts
+
+    # ---- names
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names[module][0]
+
+    def _shown(self, module: nn.Module) -> str:
+        return f"{self._name(module) or 'the model itself'} ({type(module).__name__})"
+
+
+def producer_features(layer: nn.Module) -> int:
+    """K of what a layer reads."""
+    return int(layer.embed_dim) if isinstance(layer, nn.MultiheadAttention) else features_of(layer)
+
+
+# ---- what a module computes ----------------------------------------------------------------------------------------------
+
+
+def _may_produce(module: nn.Module) -> bool:
+    """By the look of it: a norm, or a leaf without weights. What it computes is looked at where a layer reads it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if "Norm" in type(module).__name__ or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return True
+    return not any(True for each in (module.parameters(), module.buffers(), module.children()) for _ in each)
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
+@torch.no_grad()
+def activation_kind(module: nn.Module) -> str | None:
+    """Which of ACTIVATIONS the module computes, found on numbers; None for none of them."""
+    if list(module.parameters()) or not _takes_one_input(module):
+        return None
+    x = torch.linspace(-6, 6, 121, dtype=torch.float64).view(11, 11)
+    for training in (True, False):
+        try:
+            with untouched(module):
+                y: Any = module.train(training)(x.clone())
+        except Exception:  # whatever a class that takes other input raises
+            return None
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            return None
+        close = [k for k, act in ACTIVATIONS.items() if torch.allclose(y.double(), act(x), rtol=1e-5, atol=1e-6)]
+        if len(close) != 1:
+            return None
+    return close[0]
+
+
+@torch.no_grad()
+def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
+    """What the DIP class of a norm over the last dimension is made of, or why there is none.
+
+    What another package's class computes is found on numbers, with weights of their own.
+    """
+    kind = type(module)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
+        return f"it is a norm over several dimensions, {tuple(module.normalized_shape)}"
+    parameters = dict(module.named_parameters())
+    if any(is_dtensor(p) for p in parameters.values()):
+        return "its weights are DTensors: convert first, then parallelise"
+    if kind is nn.LayerNorm:
+        return DIPLayerNorm, {}
+    if kind is nn.RMSNorm:
+        return DIPRMSNorm, {}
+    none = f"{kind.__name__} is no LayerNorm, RMSNorm or activation that the kernels know"
+    weight = parameters.get("weight")
+    eps_name = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+    if (
+        not _takes_one_input(module)
+        or eps_name is None
+        or weight is None
+        or weight.ndim != 1
+        or parameters.keys() - {"weight", "bias"}
+        or list(module.buffers())
+    ):
+        return none
+    if weight.is_meta:
+        return "it has no values yet, by which to see what it computes"
+    k, eps, device = len(weight), getattr(module, eps_name), weight.device
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(k, generator=numbers).to(device) for name in parameters}
+    scales = torch.tensor([1.0, eps**0.5, 30.0])[:, None, None]
+    x = (scales * (torch.randn(3, 2, k, generator=numbers) + 0.5)).to(device)
+    try:
+        with untouched(module):
+            y = torch.func.functional_call(module.eval(), tensors, (x,))
+    except Exception:
+        return none
+    for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
+        wide = x.double() - (x.double().mean(-1, keepdim=True) if form == "layer" else 0)
+        want = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (tensors["weight"].double() + offset)
+        want = want + tensors.get("bias", torch.zeros(k, device=device))
+        if isinstance(y, Tensor) and y.shape == want.shape and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4):
+            return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
+    return none

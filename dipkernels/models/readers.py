@@ -1,0 +1,334 @@
+"""Who reads what a module makes, watched on a batch: shapes and identities alone, and no trace left."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..noise import contexts
+from .probe import eager, input_of, run_batch, untouched
+
+_COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
+_HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")  # which torch's dispatcher does not see
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in its storage."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+
+def layout_of(x: Tensor) -> Layout:
+    return Layout(tuple(x.shape), x.stride(), int(x.storage_offset()))
+
+
+def dimension_in(made: Layout, seen: Layout, dim: int) -> int | None:
+    """The dimension of a tensor `made` that is dimension `dim` of a view `seen` of its storage, from its first entry to its last.
+
+    None where there is none, where the view's other dimensions run through features too, or where the view reads an entry
+    twice: then noise at what is made would not be noise of the same law at what is read.
+    """
+    k, stride = seen.sizes[dim], seen.strides[dim]
+    found = [i for i, size in enumerate(made.sizes) if size == k > 1 and made.strides[i] == stride]
+    if len(found) != 1:
+        return None
+    for layout, own in ((made, found[0]), (seen, dim % len(seen.sizes))):
+        rows = [(s, n) for i, (n, s) in enumerate(zip(layout.sizes, layout.strides)) if i != own and n > 1]
+        below = sum((n - 1) * s for s, n in rows if s < stride)
+        start = layout.offset - made.offset
+        if (
+            start % stride + below >= stride
+            or start // stride % k
+            or any(s % (stride * k) for s, _ in rows if s >= stride)
+        ):
+            return None
+        reach = 0
+        for s, n in sorted([*rows, (stride, k)]):
+            if s <= reach:
+                return None
+            reach += (n - 1) * s
+    return found[0]
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module that may make a layer's input.
+
+    Attributes:
+        module: The module.
+        dtypes: Of its input and its output.
+        device: Of its output.
+        ndim: Of its output.
+        readers: How often each layer read the output, in whatever shape.
+        dims: The feature dimensions that they read it along, counted from the last.
+        elsewhere: What else reads it, as the end of a sentence; None where nothing does.
+    """
+
+    module: nn.Module
+    dtypes: tuple[torch.dtype | None, torch.dtype]
+    device: torch.device
+    ndim: int
+    readers: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
+    dims: set[int] = dataclasses.field(default_factory=set)
+    elsewhere: str | None = None
+
+    def read_by(self, what: str) -> None:
+        self.elsewhere = self.elsewhere or what
+
+
+@dataclasses.dataclass(eq=False)
+class Made:
+    """A storage that an operation of the pass filled.
+
+    Attributes:
+        op: The function that was called.
+        module: The module that called it.
+        number: How many storages were filled before it in the pass.
+        call: Whose output it holds, or a copy of it, if that may make a layer's input.
+        layout: Of the output, or of the copy, in this storage.
+        source: Of a copy: what it was copied from and how that lay in its own storage.
+    """
+
+    ref: StorageWeakRef
+    op: str
+    module: nn.Module | None
+    number: int
+    call: Call | None = None
+    layout: Layout | None = None
+    source: tuple[Made, Layout] | None = None
+
+    def dimension(self, seen: Layout, dim: int) -> int | None:
+        """The output's dimension that is dimension `dim` of a view of this storage; see `dimension_in`."""
+        found = None if self.layout is None else dimension_in(self.layout, seen, dim)
+        if found is None or self.source is None:
+            return found
+        before, layout = self.source
+        return before.dimension(layout, found)
+
+
+class _Functions(TorchFunctionMode):
+    """The name of the function that an operation is part of; reads past torch's dispatcher."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _HOST_READS:
+            self._watch.read(args[:1], name)
+        before, self._watch.function = self._watch.function, self._watch.function or name
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._watch.function = before
+
+
+class Watch(TorchDispatchMode):
+    """Follows what candidates make through views and copies to the layers that read it, and notes any other reader.
+
+    names: every module's name. layers: {layer: its feature dimension}. candidates: modules that may make an input.
+    After a pass `sources` has for each layer what each of its calls read, None for what no operation of the pass made,
+    and `calls` every call of a candidate.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, names: Mapping[nn.Module, str], layers: Mapping[nn.Module, int], candidates: Iterable[nn.Module]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self.sources: dict[nn.Module, list[Made | None]] = {layer: [] for layer in layers}
+        self.function: str = ""
+        self._names, self._layers, self._candidates = names, layers, set(candidates)
+        self._made: dict[int, Made] = {}
+        self._stack: list[tuple[nn.Module, int]] = []  # the modules that are running, and how much was made before each
+        self._count = 0
+        self._reading = 0  # layers around the current operation
+        self._functions = _Functions(self)
+
+    # ---- passes
+
+    @torch.no_grad()
+    def run(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Each batch in training mode, where noise is drawn, and in eval mode, without noise."""
+        handles: list[Any] = []
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+        count = 0
+        try:
+            # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
+            with contexts.sampling_on(), contexts.noise_off(), eager(model):
+                for batch in batches:
+                    for training in (True, False):
+                        self._pass(model.train(training), batch)
+                    count += 1
+        finally:
+            for handle in handles:
+                handle.remove()
+        if count == 0:
+            raise ValueError("batches: expected at least one batch, got none")
+
+    def _pass(self, model: nn.Module, batch: Any) -> None:
+        self._stack, self._reading = [], 0
+        with self._functions, self:
+            self._returned(run_batch(model, batch))
+        if any(made.call is not None and not made.ref.expired() for made in self._made.values()):
+            gc.collect()
+        for made in self._made.values():
+            if made.call is not None and not made.ref.expired():
+                made.call.read_by("the model, a hook or its output keeps it")
+        self._made.clear()
+
+    def _returned(self, out: Any) -> None:
+        self._note(_leaves(out), "the model returns it")
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module in self._layers and not self._reading:
+            self._read_by_layer(module, args, kwargs)
+        self._stack.append((module, self._count))
+        self._reading += module in self._layers
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        _, before = self._stack.pop()
+        self._reading -= module in self._layers
+        if module not in self._candidates or self._reading or not isinstance(out, Tensor):
+            return
+        made = self._found(out)
+        # What was there before is passed through or looked at in another shape, as a dropout does in eval mode.
+        if made is None or made.number <= before or made.call is not None or not out.is_floating_point():
+            return
+        x = input_of(module, args, kwargs)
+        dtype = x.dtype if isinstance(x, Tensor) else None
+        made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
+        made.layout, made.module = layout_of(out), module
+        self.calls.append(made.call)
+
+    def _read_by_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = input_of(layer, args, kwargs)
+        if isinstance(layer, nn.MultiheadAttention):
+            given = dict(zip(("query", "key", "value"), args)) | kwargs
+            x, others = given["query"], (given["key"], given["value"])
+            if any(other is not x for other in others):
+                self._note((x, *others), f"{self._shown(layer)} reads it beside other tensors")
+                self.sources[layer].append(None)
+                return
+        made = self._found(x) if isinstance(x, Tensor) else None
+        self.sources[layer].append(made)
+        if made is None or made.call is None:
+            return
+        call, seen = made.call, layout_of(x)
+        dim = made.dimension(seen, self._layers[layer])
+        if dim is None:
+            call.read_by(f"{self._shown(layer)} reads it with other features, or some entries twice")
+        else:
+            call.readers[layer] += 1
+            call.dims.add(dim - call.ndim)
+
+    # ---- operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        schema = getattr(func, "_schema", None)
+        name = schema.name.partition("::")[2] if schema is not None else getattr(func, "__name__", str(func))
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        storages = {_storage(t) for t in given}
+        changes = schema is not None and schema.is_mutable
+        if outputs and not changes and all(_storage(t) in storages for t in outputs):
+            return out  # a view
+        read = [(t, made) for t in given if (made := self._found(t)) is not None]
+        source = None
+        if name in _COPIES and len(read) == 1 and len(outputs) == 1 and outputs[0].is_floating_point():
+            source = read[0][1], layout_of(read[0][0])
+        elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
+            self.read([t for t, _ in read], self.function or name.strip("_"))
+        for t in outputs:
+            self._fill(t, name, source, changes)
+        return out
+
+    def _fill(self, t: Tensor, name: str, source: tuple[Made, Layout] | None, changes: bool) -> None:
+        key = _storage(t)
+        known = self._found(t)
+        if key is None or (known is not None and not changes):
+            return
+        self._count += 1
+        ref = StorageWeakRef(t.untyped_storage())
+        made = Made(ref, self.function or name.strip("_"), self._module(), self._count)
+        if source is not None:
+            made.op, made.module, made.call = source[0].op, source[0].module, source[0].call
+            made.layout, made.source = layout_of(t), source
+        self._made[key] = made
+
+    def read(self, tensors: Iterable[Any], function: str) -> None:
+        """Note that a function that is no layer's reads these."""
+        if not self._reading:
+            module = self._module()
+            where = "" if module is None else f" in {self._shown(module)}"
+            self._note(tensors, f"{function}{where} reads it")
+
+    def _note(self, tensors: Iterable[Any], what: str) -> None:
+        for t in tensors:
+            made = self._found(t)
+            if made is not None and made.call is not None:
+                made.call.read_by(what)
+
+    def _found(self, t: object) -> Made | None:
+        key = _storage(t)
+        return None if key is None else self._made.get(key)
+
+    def _module(self) -> nn.Module | None:
+        return self._stack[-1][0] if self._stack else None
+
+    def _shown(self, module: nn.Module) -> str:
+        return f"{self._names.get(module) or 'the model itself'} ({type(module).__name__})"
+
+
+def _storage(t: object) -> int | None:
+    if not isinstance(t, Tensor):
+        return None
+    try:
+        return int(t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse, nested
+        return None
+
+
+def _leaves(out: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(out)
+    for leaf in [each for each in leaves if dataclasses.is_dataclass(each) and not isinstance(each, type)]:
+        leaves += pytree.tree_leaves(vars(leaf))
+    return leaves
+
+
+def watched(
+    model: nn.Module,
+    names: Mapping[nn.Module, str],
+    layers: Mapping[nn.Module, int],
+    candidates: Iterable[nn.Module],
+    batches: Iterable[Any],
+) -> Watch:
+    """Who reads what in passes over the batches; nothing of the model's state, modes or random states changes."""
+    watch = Watch(names, layers, candidates)
+    with untouched(model):
+        watch.run(model, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
+    return watch

@@ -1,0 +1,248 @@
+"""Activations and gated products whose output is noised, for the layers that read it.  docs/maths.md, section 10."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import CO_VARARGS, CO_VARKEYWORDS
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import worlds
+from ..ops.activations import ACTIVATIONS, check_activation
+from ..ops.gate import noised_activation, noised_gate
+from .producer import Producer, made_type
+
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+class ActivationProducer(Producer):
+    """Before the class of an activation."""
+
+    kind: str  # one of ACTIVATIONS
+
+    def _noised(self, sigma: Tensor, seed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        return noised_activation(x, sigma, seed, self.draw(x), self.kind, worlds.autocast_dtype(x))
+
+
+class GateProducer(Producer):
+    """Before the class of an activation that a gated product calls: act(a) * b + sigma * z of two inputs."""
+
+    kind: str
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Tensor:
+        b: Tensor = args[1] if len(args) > 1 else kwargs["b"]
+        y: Tensor = super()._plain(args[0] if args else kwargs[self.input_name])
+        return y * b
+
+    def _noised(self, sigma: Tensor, seed: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        return noised_gate(a, b, sigma, seed, self.draw(a), self.kind, worlds.autocast_dtype(a))
+
+
+class Activation(nn.Module):
+    """An activation by its name, over features along `dim`."""
+
+    def __init__(self, num_features: int, kind: str, dim: int) -> None:
+        super().__init__()
+        check_activation(kind)
+        self.num_features, self.kind, self.dim = num_features, kind, dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        y: Tensor = ACTIVATIONS[self.kind](input)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, {self.kind!r}, dim={self.dim}"
+
+
+class GatedActivation(Activation):
+    """act(a) * b: SwiGLU with "silu", GEGLU with "gelu" or "gelu_tanh"; what a DIPGatedActivation becomes by to_plain.
+
+    Args:
+        num_features: K.
+        kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        dim: The feature dimension, a.shape[dim] = K.
+
+    Shape:
+        a and b: one shape and dtype. Returns that shape.
+
+    Examples:
+        >>> from dipkernels.nn.activation import GatedActivation
+        >>> a, b = torch.randn(8, 4), torch.randn(8, 4)
+        >>> torch.equal(GatedActivation(4)(a, b), F.silu(a) * b)
+        True
+    """
+
+    def __init__(self, num_features: int, kind: str = "silu", dim: int = -1) -> None:
+        super().__init__(num_features, kind, dim)
+
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+        y = super().forward(a)
+        return y if b is None else y * b
+
+
+class DIPActivation(ActivationProducer, Activation):
+    """An activation with noise behind it: u = act(x) + sigma * z in training, act(x) in eval mode, to the bit.
+
+    One pass forward and one in backward, which keeps x alone. For layers that read this output alone, which are then
+    plain. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU or nn.Tanh.
+
+    Args:
+        num_features: K.
+        kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
+        dim: The feature dimension, x.shape[dim] = K: -1 before linear layers, -3 before 2d convolutions.
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
+        num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
+        device: Of the variance.
+
+    Shape:
+        Any, to the same; of x's dtype, or autocast's where that is on.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Examples:
+        >>> activation, x = dip.DIPActivation(4, "gelu"), torch.randn(8, 4)
+        >>> torch.equal(activation.eval()(x), F.gelu(x))
+        True
+
+    Source: arXiv 2506.04690; drawing the noise where the input is made is this project's.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kind: str,
+        dim: int = -1,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_features, kind, dim)
+        vars(self).update({k: v for k, v in vars(PLAIN[kind]()).items() if not k.startswith("_") and k != "training"})
+        self._set_up(num_features, init_variance, num_samples, "auto", device)
+
+    @property
+    def feature_dim(self) -> int:  # type: ignore[override]
+        return self.dim
+
+    @property
+    def plain_type(self) -> type[nn.Module]:
+        return type(PLAIN[self.kind]())
+
+
+class DIPGatedActivation(GateProducer, GatedActivation):
+    """A gated product with noise behind it: u = act(a) * b + sigma * z in training, act(a) * b in eval mode, to the bit.
+
+        u = layer(gate_proj(x), up_proj(x))
+
+    One pass forward and one in backward, which keeps a and b alone. `to_plain` turns it into a `GatedActivation`.
+
+    Args:
+        num_features: K.
+        kind: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" or "tanh".
+        dim: The feature dimension, a.shape[dim] = K.
+        init_variance, num_samples, device: As DIPActivation's.
+
+    Shape:
+        a and b: one shape and dtype. Returns that shape, of that dtype or autocast's.
+
+    Raises:
+        ValueError, TypeError: Naming the argument.
+
+    Examples:
+        >>> gate, a, b = dip.DIPGatedActivation(4, "silu"), torch.randn(8, 4), torch.randn(8, 4)
+        >>> torch.equal(gate.eval()(a, b), F.silu(a) * b)
+        True
+    """
+
+    plain_type = GatedActivation
+    input_name = "a"
+
+    def __init__(
+        self,
+        num_features: int,
+        kind: str = "silu",
+        dim: int = -1,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(num_features, kind, dim)
+        self._set_up(num_features, init_variance, num_samples, "auto", device)
+
+    @property
+    def feature_dim(self) -> int:  # type: ignore[override]
+        return self.dim
+
+
+# ---- a block that multiplies two branches ----------------------------------------------------------------------------
+
+
+class GatedBlock(nn.Module):
+    """Before the class of a block down(act(gate(x)) * up(x)), whose activation is a GateProducer: down(act(gate(x), up(x)))."""
+
+    plain_type: type[nn.Module]
+    parts: tuple[str, str, str, str]  # the names of down, act, gate, up
+    input_name: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs[self.input_name]
+        down, act, gate, up = self.parts
+        u = getattr(self, act)(getattr(self, gate)(x), getattr(self, up)(x))
+        return getattr(self, down)(u)
+
+
+def _gate_first(self: Any, x: Tensor) -> Any:
+    return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def _up_first(self: Any, x: Tensor) -> Any:
+    return self.down(self.up(x) * self.act(self.gate(x)))
+
+
+def _gate_first_named(self: Any, x: Tensor) -> Any:
+    y = self.down(self.act(self.gate(x)) * self.up(x))
+    return y
+
+
+def _up_first_named(self: Any, x: Tensor) -> Any:
+    y = self.down(self.up(x) * self.act(self.gate(x)))
+    return y
+
+
+_FORMS = [f.__code__ for f in (_gate_first, _up_first, _gate_first_named, _up_first_named)]
+
+
+def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
+    """The names of down, act, gate and up where the class's forward is down(act(gate(x)) * up(x)) and nothing else.
+
+    Told by its bytecode, which must be that of the same expression compiled here, but for the names.
+    """
+    code = getattr(kind.forward, "__code__", None)
+    if not isinstance(code, CodeType):
+        return None
+    for form in _FORMS:
+        if _shape(code) == _shape(form):
+            named = dict(zip(form.co_names, code.co_names, strict=True))
+            return named["down"], named["act"], named["gate"], named["up"]
+    return None
+
+
+def _shape(code: CodeType) -> tuple[Any, ...]:
+    return code.co_code, code.co_argcount, code.co_flags & (CO_VARARGS | CO_VARKEYWORDS), len(code.co_names)
+
+
+def gated_block_type(kind: type[nn.Module], parts: tuple[str, str, str, str]) -> type[Any]:
+    """The twin of a block's class, and nothing of its own but the forward."""
+    return made_type(GatedBlock, kind, parts=parts)

@@ -1,0 +1,122 @@
+"""LayerNorm and RMSNorm whose output is noised, for the linear layers that read it.  docs/maths.md, section 10."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import worlds
+from ..ops.norm import noised_norm
+from .producer import Producer
+from .variance import device_of_variance
+
+
+class NormProducer(Producer):
+    """Before the class of a norm over the last dimension."""
+
+    kind = "layer"  # or "rms"
+    offset = 0.0  # what is added to the weight
+    eps_name = "eps"  # of the module's attribute
+
+    def _noised(self, sigma: Tensor, seed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        eps: float | None = getattr(self, self.eps_name)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        weight: Tensor | None = getattr(self, "weight", None)
+        bias: Tensor | None = getattr(self, "bias", None)
+        dtype = worlds.autocast_dtype(x)
+        return noised_norm(x, weight, bias, sigma, seed, self.draw(x), self.kind, eps, self.offset, dtype)
+
+    def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
+        shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]
+        if len(shape) != 1:
+            raise ValueError(
+                f"normalized_shape: expected one dimension, the last, whose features have a variance each, got {shape}; "
+                f"put a DIPInput behind an nn.{self.plain_type.__name__}"  # type: ignore[union-attr]
+            )
+        weight: Any = self.weight
+        own = torch.get_default_device() if device is None else torch.device(device)
+        if weight is not None:
+            own = device_of_variance(weight, device)
+        self._set_up(shape[0], init_variance, num_samples, "auto", own)
+
+
+class DIPLayerNorm(NormProducer, nn.LayerNorm):
+    """nn.LayerNorm with noise behind it: u = LayerNorm(x) + sigma * z in training, LayerNorm(x) in eval mode, to the bit.
+
+    One pass forward and one in backward, which keeps what nn.LayerNorm keeps. For layers that read this output alone,
+    which are then plain: `convert(place="producer")` puts it where that holds.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: As nn.LayerNorm; one dimension, K features.
+        init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
+        num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
+
+    Shape:
+        [..., K] to [..., K], of x's dtype, or autocast's where that is on.
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Examples:
+        >>> norm, x = dip.DIPLayerNorm(4), torch.randn(8, 4)
+        >>> torch.equal(norm.eval()(x), F.layer_norm(x, (4,)))
+        True
+
+    Source: arXiv 2506.04690, u ~ N(v, diag(lambda)); drawing it where v is made is this project's.
+    """
+
+    plain_type = nn.LayerNorm
+
+    def __init__(  # all by name: torch.nn.utils.skip_init looks for device
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
+        self._set_up_norm(init_variance, num_samples, device)
+
+
+class DIPRMSNorm(NormProducer, nn.RMSNorm):
+    """nn.RMSNorm with noise behind it: u = RMSNorm(x) + sigma * z in training, as `DIPLayerNorm`.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: As nn.RMSNorm; one dimension, K features.
+        init_variance, num_samples: As DIPLayerNorm's.
+
+    Shape:
+        [..., K] to [..., K].
+
+    Raises:
+        ValueError: Naming the argument.
+
+    Examples:
+        >>> norm, x = dip.DIPRMSNorm(4), torch.randn(8, 4)
+        >>> torch.equal(norm.eval()(x), F.rms_norm(x, (4,)))
+        True
+    """
+
+    kind = "rms"
+    plain_type = nn.RMSNorm
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        init_variance: float | Tensor = 0.01,
+        num_samples: int = 1,
+    ) -> None:
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+        self._set_up_norm(init_variance, num_samples, device)

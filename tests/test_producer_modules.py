@@ -1,0 +1,337 @@
+"""DIPLayerNorm, DIPRMSNorm, DIPActivation, DIPGatedActivation: plain in eval mode to the bit, f(x) + sigma z in training."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels import functional
+from dipkernels.nn.activation import ActivationProducer, GatedActivation
+from dipkernels.nn.norm import NormProducer
+from dipkernels.nn.numbering import dip_layers, number_layers
+from dipkernels.nn.producer import made_type
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
+
+K = 12
+
+
+class Gemma(nn.Module):
+    """An RMSNorm whose weight is added to one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.randn(K)), 1e-3
+
+    def forward(self, hidden):
+        h = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return h * (1 + self.weight)
+
+
+def gemma(**options):
+    """The twin of another package's class, as convert makes it."""
+    module = Gemma()
+    module.__class__ = made_type(NormProducer, Gemma, kind="rms", offset=1.0, eps_name="epsilon")
+    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None)
+    return module
+
+
+def relu_in_place(**options):
+    module = nn.ReLU(inplace=True)
+    module.__class__ = made_type(ActivationProducer, nn.ReLU, kind="relu", feature_dim=-3)
+    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None)
+    return module
+
+
+def layer_norm(**options):
+    norm = dip.DIPLayerNorm(K, eps=1e-3, **options)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm
+
+
+CASES = {  # how to make it, f of plain operations, shapes of its inputs
+    "layer": (layer_norm, lambda m, x: F.layer_norm(x, (K,), m.weight, m.bias, m.eps), [(2, 5, K)]),
+    "layer-bare": (
+        lambda **o: dip.DIPLayerNorm(K, elementwise_affine=False, **o),
+        lambda m, x: F.layer_norm(x, (K,)),
+        [(5, K)],
+    ),
+    "rms": (lambda **o: dip.DIPRMSNorm(K, **o), lambda m, x: F.rms_norm(x, (K,), m.weight), [(2, 5, K)]),
+    "gemma": (gemma, lambda m, x: Gemma.forward(m, x), [(2, 5, K)]),
+    "relu": (lambda **o: dip.DIPActivation(K, "relu", 1, **o), lambda m, x: F.relu(x), [(2, K, 3, 4)]),
+    "relu-in-place": (relu_in_place, lambda m, x: F.relu(x), [(2, K, 3, 4)]),
+    "gelu": (lambda **o: dip.DIPActivation(K, "gelu", **o), lambda m, x: F.gelu(x), [(2, 5, K)]),
+    "gelu_tanh": (
+        lambda **o: dip.DIPActivation(K, "gelu_tanh", **o),
+        lambda m, x: F.gelu(x, approximate="tanh"),
+        [(5, K)],
+    ),
+    "tanh": (lambda **o: dip.DIPActivation(K, "tanh", **o), lambda m, x: torch.tanh(x), [(5, K)]),
+    "gate": (lambda **o: dip.DIPGatedActivation(K, **o), lambda m, a, b: F.silu(a) * b, [(2, 5, K)] * 2),
+    "gate-gelu": (lambda **o: dip.DIPGatedActivation(K, "gelu", 0, **o), lambda m, a, b: F.gelu(a) * b, [(K, 5)] * 2),
+}
+ALL = pytest.mark.parametrize("name", CASES)
+
+
+def make(name, **options):
+    """The module in training mode, f, and its inputs."""
+    torch.manual_seed(0)
+    build, f, shapes = CASES[name]
+    return build(**options), f, [torch.randn(shape) for shape in shapes]
+
+
+def call(module, inputs):
+    return module(*(x.clone() for x in inputs))  # one of them works in place
+
+
+@ALL
+def test_eval_mode_and_noise_off_are_f_to_the_bit(name):
+    module, f, inputs = make(name)
+    want = f(module, *inputs)
+    with noise_off():
+        assert torch.equal(call(module, inputs), want)
+    assert torch.equal(call(module.eval(), inputs), want)
+
+
+@ALL
+def test_training_is_f_and_the_projection_behind_it(name):
+    """u = f(x) + sigma z, z of the layer's stream, rows and columns where they are in f(x); samples averaged."""
+    module, f, inputs = make(name, init_variance=torch.linspace(0.1, 2, K), num_samples=4)
+    module.number = 5
+    with fixed_noise(9, row0=3):
+        u = call(module, inputs)
+    y = f(module, *inputs)
+    rows = y[0].numel() // K if module.feature_dim % y.ndim else y[0].numel()
+    want = functional.perturb(y, module.variance.sigma / 2, torch.tensor([9, 5]), dim=module.feature_dim, row0=3 * rows)
+    torch.testing.assert_close(u, want, rtol=1e-5, atol=1e-5)
+    assert u.dtype is y.dtype
+    assert not torch.equal(call(module, inputs), call(module, inputs))
+    module.eval()
+    with sampling_on(), fixed_noise(9, row0=3):
+        assert torch.equal(call(module, inputs), u)
+
+
+@ALL
+def test_gradients_are_those_of_f_and_the_projection(name):
+    module, f, inputs = make(name, init_variance=0.3)
+    inputs = [x.requires_grad_() for x in inputs]
+    weights = torch.randn_like(f(module, *inputs))
+    tensors = [*inputs, *module.parameters()]
+    with fixed_noise(2):
+        got = torch.autograd.grad((call(module, inputs) * weights).sum(), tensors)
+    seed = torch.tensor([2, module.number])
+    y = f(module, *inputs)
+    u = functional.perturb(y, module.log_variance, seed, dim=module.feature_dim, log_variance=True)
+    want = torch.autograd.grad((u * weights).sum(), tensors)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_copies_pickles_casts_and_state_dicts(name):
+    module, _, inputs = make(name, init_variance=0.3)
+    module.number = 4
+    with fixed_noise(1):
+        u = call(module, inputs)
+        for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert type(again) is type(module) and torch.equal(call(again, inputs), u)
+    state = module.state_dict()
+    plain = dip.to_plain(nn.ModuleList([copy.deepcopy(module)]))[0]
+    own = ["variance.log_variance", "variance.log_prior"]
+    assert list(state) == [*plain.state_dict(), *own]
+    module.load_state_dict({n: t for n, t in state.items() if n not in own})  # a plain checkpoint
+    module.bfloat16()
+    assert module.log_variance.dtype is torch.float32
+    assert call(module, [x.bfloat16() for x in inputs]).dtype is torch.bfloat16
+
+
+@ALL
+def test_to_plain_computes_f(name):
+    module, f, inputs = make(name)
+    model = dip.to_plain(nn.Sequential(module))
+    assert not dip_layers(model) and not list(model[0].children())
+    assert torch.equal(call(model[0], inputs), f(module, *inputs))
+    assert type(model[0]).__module__.split(".")[0] in ("torch", __name__, "dipkernels")
+
+
+def test_to_plain_of_activations_is_torchs_class():
+    kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_tanh": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+    for kind, plain in kinds.items():
+        (module,) = dip.to_plain(nn.Sequential(dip.DIPActivation(4, kind)))
+        assert type(module) is plain
+    assert type(dip.to_plain(dip.DIPGatedActivation(4))) is GatedActivation
+    assert dip.to_plain(dip.DIPActivation(4, "gelu_tanh")).approximate == "tanh"
+
+
+class Net(nn.Module):
+    """One of each, in front of plain layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.rms = dip.DIPLayerNorm(8), dip.DIPRMSNorm(8, eps=1e-6)
+        self.act, self.gate = dip.DIPActivation(8, "gelu"), dip.DIPGatedActivation(8)
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        number_layers(self)
+
+    def forward(self, x):
+        x = self.a(self.norm(x))
+        x = self.b(self.act(x))
+        return self.d(self.rms(self.gate(x, self.c(x))))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net(), torch.randn(4, 6, 8)
+
+
+def test_calibrate_measures_what_is_noised():
+    model, x = net()
+    rows = {row.name: row for row in dip.calibrate(model, [x], ratio=0.5)}
+    assert {name: row.number for name, row in rows.items()} == {"norm": 0, "rms": 1, "act": 2, "gate": 3}
+    y = model.eval().norm(x).flatten(0, 1)
+    want = 0.5 * y.var(0, unbiased=False).mean().sqrt()
+    assert rows["norm"].sigma_mean == pytest.approx(want.item(), rel=1e-5)
+    spread = model.gate.variance.spread
+    h = model.b(model.act(model.a(model.norm(x))))
+    got = (F.silu(h) * model.c(h)).flatten(0, 1).std(0, unbiased=False)
+    torch.testing.assert_close(spread.float(), got, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_that_works_on_dip_layers_works():
+    model, x = net()
+    model(x).square().sum().backward()
+    assert dip.check(model).ok and dip.check(model, x).ok and dip.check(model).checked == 4
+    groups = {g["name"]: g["params"] for g in dip.param_groups(model, 1e-3)}
+    assert len(groups["variances"]) == 4
+    assert dip.trajectories(model, x, m=3).shape == (3, 4, 6, 8)
+    assert dip.predict(model, x, k=2, average="logits").shape == x.shape
+    state = dip.variances(model)
+    dip.load_variances(model, {n: t + 1 for n, t in state.items()})
+    assert torch.equal(model.act.log_variance, state["act.variance.log_variance"] + 1)
+    with pytest.raises(
+        ValueError, match=r"method='analytic'.*\['norm', 'rms', 'act', 'gate'\] that noise their output"
+    ):
+        dip.predict(model, x, method="analytic", average="logits")
+    with pytest.raises(ValueError, match="noises its output"):
+        dip.certify(nn.Sequential(dip.DIPActivation(8, "relu"), nn.Linear(8, 3)), x[:, 0])
+    with pytest.warns(UserWarning, match="decays the log_variance of 4"):
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
+
+
+def test_trajectories_replay_example_by_example():
+    """An example's noise does not depend on what else is in its batch."""
+    model, x = net()
+    with fixed_noise(3):
+        whole = dip.trajectories(model, x, m=2)
+    with fixed_noise(3, row0=2 * 2):
+        part = dip.trajectories(model, x[2:], m=2)
+    torch.testing.assert_close(whole[:, 2:], part, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_replays_the_noise(reentrant):
+    model, x = net()
+    grads = []
+    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)):
+        model.zero_grad()
+        torch.manual_seed(5)
+        run(x.requires_grad_()).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
+
+
+def test_compiled_whole_it_is_eager():
+    model, x = net()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads = []
+    with fixed_noise(7):
+        for run in (model, compiled):
+            model.zero_grad()
+            y = run(x)
+            y.square().sum().backward()
+            grads.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_exported_it_is_eager(training):
+    model, x = net()
+    model.train(training)
+    with fixed_noise(7):
+        program = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_traced_by_fx_it_is_a_leaf():
+    model, x = net()
+    graph = torch.fx.symbolic_trace(model)
+    leaves = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert leaves == ["norm", "a", "act", "b", "c", "gate", "rms", "d"]
+    with fixed_noise(7):
+        assert torch.equal(graph(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_fsdp_and_bfloat16_autocast():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model, x = net()
+        plain = copy.deepcopy(model)
+        torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+        grads = []
+        for each in (plain, model):
+            with fixed_noise(4):
+                each(x).square().sum().backward()
+            grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()])
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain.norm(x).dtype is torch.bfloat16  # one rounding, to what the layers behind it multiply in
+        plain(x).float().square().sum().backward()
+    assert plain.norm.log_variance.grad.dtype is torch.float32
+
+
+def test_ddp_gets_a_gradient_without_noise():
+    model, x = net()
+    with noise_off():
+        model(x).sum().backward()
+    assert all(bool((layer.log_variance.grad == 0).all()) for layer in dip_layers(model).values())
+
+
+def test_skip_init_and_meta_devices_leave_values():
+    for kind, args in ((dip.DIPLayerNorm, (4,)), (dip.DIPRMSNorm, (4,)), (dip.DIPGatedActivation, (4,))):
+        layer = nn.utils.skip_init(kind, *args, init_variance=0.25)
+        assert torch.equal(layer.variance.sigma, torch.full((4,), 0.5))
+    assert "init_variance=0.01" in repr(dip.DIPActivation(4, "relu", -3)) and "dim=-3" in repr(
+        dip.DIPActivation(4, "relu", -3)
+    )
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: dip.DIPLayerNorm((4, 5)), r"normalized_shape: expected one dimension.*\(4, 5\)"),
+        (lambda: dip.DIPRMSNorm([4, 5]), "normalized_shape: expected one dimension"),
+        (lambda: dip.DIPActivation(4, "softmax"), "activation: expected one of"),
+        (lambda: dip.DIPLayerNorm(4, init_variance=-1), "init_variance: "),
+        (lambda: dip.DIPActivation(4, "relu", num_samples=0), "num_samples: "),
+        (lambda: dip.DIPLayerNorm(4)(torch.randn(2, 5)), r"DIPLayerNorm.*expected an input of shape \[\.\.\., 4\]"),
+        (lambda: dip.DIPGatedActivation(4)(torch.ones(2, 4), torch.ones(3, 4)), "b: expected shape"),
+    ],
+)
+def test_bad_arguments_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match=r"DIPLayerNorm\(.*expected a tensor where noise is drawn, got list"):
+        dip.DIPLayerNorm(4)([1.0] * 4)

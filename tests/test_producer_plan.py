@@ -1,0 +1,682 @@
+"""convert(place="producer"): who reads what, what moves, what is left and why; the law is that of share=."""
+
+import copy
+import fnmatch
+import pickle
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels.nn.activation import GatedBlock
+from dipkernels.nn.linear import DIPLinear
+from dipkernels.nn.numbering import dip_layers
+from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*converted apart have one number", "ignore::FutureWarning", "ignore:.*lm_head.*:UserWarning"
+)
+X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """A norm that two layers read, an activation, and what the forward of a subclass does with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU()
+        self.a, self.b, self.head = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def between(self, y):
+        return y
+
+    def forward(self, x):
+        y = self.between(self.norm(self.stem(x)))
+        return self.head(self.act(self.a(y) + self.b(y)))
+
+
+def net(kind=Net):
+    torch.manual_seed(0)
+    return kind()
+
+
+def moved(plan):
+    return {row.producer: row.layers for row in plan.moved}
+
+
+def left(plan):
+    return {layer: row.reason for row in plan.left for layer in row.layers}
+
+
+# ---- the law -----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
+    """Same key, same stream: u at the producer is the u that share= gives its layers, up to one rounding."""
+    plain = net()
+    at_producer = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
+    shared = dip.convert(copy.deepcopy(plain), 0.25, share=[("a", "b")])
+    pairs = {"stem": "stem", "norm": "a", "act": "head"}
+    for here, there in pairs.items():
+        at_producer.get_submodule(here).number = shared.get_submodule(there).number
+    results = []
+    for model, names in ((at_producer, pairs), (shared, pairs.values())):
+        with fixed_noise(3):
+            y = model(X)
+        y.square().sum().backward()
+        results.append([y, *(model.get_submodule(n).log_variance.grad for n in names), model.a.weight.grad])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
+    torch.manual_seed(0)
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 1)
+    )
+    attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    for plain, x, pairs in (
+        (convolutions, IMAGES, {"2": "3", "4": "5"}),
+        (attention, X, {"norm1": "self_attn.in_proj", "norm2": "linear1"}),
+    ):
+        at_producer = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[x])
+        at_layers = dip.convert(copy.deepcopy(plain), 0.25)
+        numbers = {name: layer.number for name, layer in dip_layers(at_layers).items()}
+        assert {pairs.get(name, name) for name in dip_layers(at_producer)} == set(numbers)
+        for name, layer in dip_layers(at_producer).items():
+            layer.number = numbers[pairs.get(name, name)]
+        with fixed_noise(3):
+            torch.testing.assert_close(at_producer(x), at_layers(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_behind_a_producer_is_plain_and_reads_one_draw():
+    model = dip.convert(net(), 0.25, place="producer", batches=[X])
+    assert (
+        type(model.a) is nn.Linear
+        and isinstance(model.norm, dip.DIPLayerNorm)
+        and type(model.act).__name__ == "DIPGELU"
+    )
+    model.stem.eval()
+    read = {}
+    for name in "ab":
+        getattr(model, name).register_forward_pre_hook(lambda m, args, name=name: read.update({name: args[0]}))
+    model(X)
+    assert read["a"] is read["b"]
+    u = read["a"].detach()
+    with noise_off():
+        model(X)
+    assert (u - read["a"].detach()).std().item() == pytest.approx(0.5, rel=0.2)
+    assert list(dip_layers(model)) == ["stem", "norm", "act"]
+    assert [row.type for row in dip.summary(model)] == ["DIPLinear", "DIPLayerNorm", "DIPGELU"]
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_prints_what_moves_and_what_stays():
+    plan = dip.producer_plan(net(), [X])
+    assert str(plan).splitlines() == [
+        "plan: 3 of 4 projections move into 2 module(s) that make their input",
+        "  moved  norm (LayerNorm) -> a, b",
+        "  moved  act (GELU) -> head",
+        "  left   no module -> stem: it reads the network's own input",
+    ]
+    model = dip.convert(net(), place="producer", batches=X)
+    rows = dip.summary(model)
+    assert rows.plan == plan and str(rows).endswith(str(plan))
+    assert dip.summary(pickle.loads(pickle.dumps(model))).plan == plan
+    assert dip.summary(dip.convert(net())).plan is None
+
+
+def variant(**methods):
+    return type("Variant", (Net,), methods)
+
+
+def residual(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y) + self.b(y))) + y[..., :4]
+
+
+def returned(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y) + self.b(y))), y
+
+
+def kept(self, x):
+    self.last = self.norm(self.stem(x))
+    return self.head(self.act(self.a(self.last) + self.b(self.last)))
+
+
+def twice(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y) + self.a(y) + self.b(y)))
+
+
+def two_places(self, x):
+    y = self.norm(self.a(self.norm(x))[..., :8])
+    return self.head(self.act(self.b(y)))
+
+
+def jitter(self, y):
+    return y * torch.ones(8) if self.training else y
+
+
+def on_the_host(self, y):
+    y.tolist()
+    return y
+
+
+def functional_gelu(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(F.gelu(self.a(y) + self.b(y)))
+
+
+def two_dimensions(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(self.act(self.a(y.transpose(-1, -2)) + self.b(y)))
+
+
+def another_dimension(self, x):
+    y = self.norm(self.stem(x)).transpose(-1, -2)
+    return self.head(self.act(self.a(y) + self.b(y)))
+
+
+def other_features(self, x):
+    y = self.norm(self.stem(x)).unflatten(-1, (2, 4)).mT.flatten(-2)
+    return self.head(self.act(self.a(y) + self.b(y)))
+
+
+def in_place(self, y):
+    return y.add_(1)
+
+
+def repeated_rows(self, y):
+    return y[:, :1].expand(-1, 5, -1)
+
+
+class Callable(nn.Module):
+    """An activation that no kernel knows."""
+
+    def forward(self, x):
+        return x.sigmoid()
+
+
+def hooked(model):
+    model.norm.register_forward_hook(lambda module, args, out: out + 1)
+
+
+def changes(**modules):
+    def change(model):
+        for name, module in modules.items():
+            setattr(model, name, module)
+
+    return change
+
+
+def tied(model):
+    model.again = model.norm
+
+
+def mixed(model):
+    model.bfloat16().norm.float()
+
+
+SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "kind, change, layer, reason",
+    [
+        (variant(forward=residual), None, "a", r"add in the model itself \(Variant\) reads it"),
+        (variant(forward=returned), None, "a", "the model returns it"),
+        (variant(forward=kept), None, "b", "the model, a hook or its output keeps it"),
+        (variant(forward=twice), None, "a", "a layer reads it twice in a pass"),
+        (variant(forward=two_places), None, "b", "called in several places, which other layers read"),
+        (variant(between=jitter), None, "a", r"mul in the model itself"),
+        (variant(between=on_the_host), None, "a", "tolist in the model itself"),
+        (variant(between=in_place), None, "a", "add_? in the model itself"),
+        (variant(between=repeated_rows), None, "a", "with other features, or some entries twice"),
+        (variant(forward=two_dimensions), None, "b", "its layers read it along different dimensions"),
+        (variant(forward=another_dimension), None, "b", "it is a norm over the last dimension"),
+        (variant(forward=other_features), None, "b", r"a \(Linear\) reads it with other features"),
+        (
+            variant(forward=functional_gelu),
+            None,
+            "head",
+            r"a call of gelu in the model itself, no module: give it one, nn\.GELU",
+        ),
+        (variant(between=lambda self, y: F.dropout(y, 0.1, self.training)), None, "b", "dropout in the model itself"),
+        (
+            Net,
+            changes(act=nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
+            "head",
+            r"dropout in act\.1 \(Dropout\) reads it",
+        ),
+        (Net, changes(norm=nn.LayerNorm((5, 8))), "a", r"a norm over several dimensions, \(5, 8\)"),
+        (Net, changes(act=Callable()), "head", "Callable is no LayerNorm, RMSNorm or activation"),
+        (Net, changes(act=nn.LeakyReLU()), "head", "LeakyReLU is no LayerNorm"),
+        (Net, changes(norm=nn.GroupNorm(1, 5)), "a", "GroupNorm is no LayerNorm"),
+        (Net, hooked, "a", "it has hooks"),
+        (Net, tied, "a", "it is tied, 2 names"),
+        (Net, mixed, "a", r"mixed types: \['torch.bfloat16', 'torch.float32'\]"),
+    ],
+)
+def test_what_cannot_move_is_left_and_named(kind, change, layer, reason):
+    model = net(kind)
+    if change is not None:
+        change(model)
+    x = SQUARE if kind.forward in (two_dimensions, another_dimension) else X.to(model.stem.weight.dtype)
+    found = left(dip.producer_plan(model, [x]))
+    assert re.search(reason, found[layer]), found
+    dip.convert(model, place="producer", batches=[x])
+    assert isinstance(model.get_submodule(layer), DIPLinear)
+
+
+class Reshaped(Net):
+    """Views, copies and casts on the way, and one row of all."""
+
+    def forward(self, x):
+        y = self.norm(self.stem(x)).flatten(0, 1).t().contiguous().t()
+        h = self.a(y.to(torch.float64).float()[None, :, None]) + self.b(y.unflatten(0, (3, -1))[:, 0])[:, None, None]
+        return self.head(self.act(h).transpose(0, 1).reshape(-1, 12))
+
+
+def test_views_copies_casts_and_slices_are_followed():
+    plan = dip.producer_plan(net(Reshaped), [X])
+    assert moved(plan) == {"norm": ("a", "b"), "act": ("head",)}
+
+
+class Permuted(nn.Module):
+    """ConvNeXt's way: a norm over channels that come last, and convolutions whose channels do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.act, self.out = nn.LayerNorm(3), nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.conv(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return self.out(self.act(y).permute(0, 2, 3, 1))
+
+
+def test_the_feature_dimension_is_followed_through_a_permutation():
+    torch.manual_seed(0)
+    model = dip.convert(Permuted(), 0.25, place="producer", batches=[IMAGES])
+    assert moved(dip.summary(model).plan) == {"norm": ("conv",), "act": ("out",)}
+    assert (model.norm.feature_dim, model.act.feature_dim) == (-1, -3)
+    assert (model.norm.log_variance.numel(), model.act.log_variance.numel()) == (3, 4)
+    model(IMAGES).sum().backward()
+    assert bool(model.act.log_variance.grad.any())
+
+
+class Recurrent(Net):
+    """One block called three times: its readers are the same each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(12, 8)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = super().forward(x)
+        return x
+
+
+def test_a_block_that_is_called_again_moves_and_draws_afresh():
+    model = net(Recurrent)
+    assert moved(dip.producer_plan(model, [X])) == {"norm": ("a", "b"), "act": ("head",)}
+    dip.convert(model, 0.25, place="producer", batches=[X])
+    seen = []
+    model.a.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    model(torch.zeros_like(X))
+    assert len(seen) == 3 and not torch.equal(seen[1] - seen[0], seen[2] - seen[1])
+
+
+def test_the_probe_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    model[3].eval()
+    x = X.flatten(0, 1)
+    model(x).sum().backward()
+    before = pickle.dumps(
+        [model.state_dict(), [p.grad for p in model.parameters()], [m.training for m in model.modules()]]
+    )
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    types = [type(m) for m in model.modules()]
+    plan = dip.producer_plan(model, [x])
+    assert "dropout in 3 (Dropout) reads it" in left(plan)["4"]
+    after = pickle.dumps(
+        [model.state_dict(), [p.grad for p in model.parameters()], [m.training for m in model.modules()]]
+    )
+    assert before == after and types == [type(m) for m in model.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def test_a_pass_that_fails_leaves_no_hook_and_no_mode():
+    model = net().eval()
+    with pytest.raises(RuntimeError):
+        dip.convert(model, place="producer", batches=[X[..., :3]])
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m.training for m in model.modules())
+    assert not dip_layers(model) and torch.equal(model(X), net().eval()(X))
+
+
+# ---- what convert's other arguments do -----------------------------------------------------------------------------------
+
+
+def test_filter_exclude_types_share_and_variances_by_name():
+    assert "linear in b (Linear) reads it" in left(dip.producer_plan(net(), [X], exclude=["b"]))["a"]
+    assert left(dip.producer_plan(net(), [X], exclude=["norm"]))["a"] == "it is excluded"
+    assert "act" in moved(dip.producer_plan(net(), [X], filter=lambda module, name: name == "head"))
+    model = dip.convert(
+        net(),
+        {"norm": 0.04, "act": torch.full((12,), 0.09), "*": 1.0},
+        place="producer",
+        batches=[X],
+        share=[("a", "b")],
+    )
+    sigma = {row.name: row.sigma_mean for row in dip.summary(model)}
+    assert sigma == pytest.approx({"stem": 1.0, "norm": 0.2, "act": 0.3})
+    torch.manual_seed(0)
+    model = dip.convert(net(variant(forward=residual)), place="producer", batches=[X], share=[("a", "b")])
+    assert model.a.share is model.b.share is not None  # what is left shares as asked
+    model = dip.convert(net(), place="producer", batches=iter([X]), before=["norm"])
+    assert type(model.norm).__name__ == "DIPLayerNorm" and not model.norm.noises_output
+    assert isinstance(model.a, DIPLinear)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(place="output"), "place: expected 'input' or 'producer', got 'output'"),
+        (dict(place="producer"), "batches: expected a batch, on which place='producer' sees who reads what, got None"),
+        (dict(place="producer", batches=[]), "batches: expected at least one batch"),
+        (
+            dict(place="producer", batches=[X], init_variance={"norm": 1.0}),
+            "init_variance: expected a pattern for every",
+        ),
+        (
+            dict(place="producer", batches=[X], init_variance={"act": torch.ones(3), "*": 1.0}),
+            "init_variance: expected .*12",
+        ),
+        (dict(place="producer", batches=[X], num_samples=0), "num_samples"),
+        (dict(batches=[X]), "batches: expected None without before"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(options, message):
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        dip.convert(model, **options)
+    if "num_samples" not in options:
+        assert not dip_layers(model)
+
+
+def test_converting_again_gives_no_layer_its_noise_twice():
+    model = dip.convert(net(), place="producer", batches=[X], filter=lambda module, name: name != "stem")
+    assert list(dip_layers(model)) == ["norm", "act"]
+    dip.convert(copy.deepcopy(model))
+    dip.convert(model)
+    assert list(dip_layers(model)) == ["stem", "norm", "act"]
+    with pytest.raises(ValueError, match="3 layer"):
+        dip.convert(model)
+
+
+def test_an_adapter_put_around_a_plain_reader_is_not_noised_again():
+    peft = pytest.importorskip("peft")
+    model = dip.convert(net(), place="producer", batches=[X])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["a", "stem"]))
+    dip.convert(adapted)
+    assert sorted(name.removeprefix("base_model.model.") for name in dip_layers(adapted)) == ["act", "norm", "stem"]
+
+
+def test_to_plain_copies_and_state_dicts():
+    plain = net()
+    model = dip.convert(copy.deepcopy(plain), 0.3, place="producer", batches=[X])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again.load_state_dict(model.state_dict())
+        with fixed_noise(1):
+            assert torch.equal(again(X), model(X))
+    names = {n.removesuffix(".variance.log_variance") for n in dip.variances(model) if n.endswith("log_variance")}
+    assert names == {"stem", "norm", "act"}
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in plain.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert torch.equal(model(X), plain(X))
+    assert list(dip_layers(dip.convert(model))) == ["stem", "a", "b", "head"]
+
+
+def test_check_names_a_producer_that_was_replaced():
+    model = dip.convert(net(), place="producer", batches=[X])
+    assert dip.check(model, X).ok
+    model.norm = nn.LayerNorm(8)
+    assert "was replaced since it was converted" in dip.check(model, X, strict=False).faults["norm"]
+
+
+# ---- blocks of torch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_encoder_layer(norm_first):
+    torch.manual_seed(0)
+    options = dict(dropout=0.0, batch_first=True, norm_first=norm_first)
+    plain = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU(), **options)
+    model = dip.convert(copy.deepcopy(plain), 0.04, place="producer", batches=[X])
+    plan = dip.summary(model).plan
+    found = moved(plan)
+    assert found.pop("activation") == ("linear2",)
+    if norm_first:
+        assert found == {"norm1": ("self_attn",), "norm2": ("linear1",)}
+        assert "self_attn.in_proj" not in dip_layers(model) and "self_attn.out_proj" in dip_layers(model)
+    else:
+        assert not found and "add in the model itself" in left(plan)["linear1"]
+    assert torch.equal(model.eval()(X), plain.eval()(X))
+    model.train()(X).square().sum().backward()
+    assert all(bool(layer.log_variance.grad.any()) for name, layer in dip_layers(model).items() if name != "norm2")
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_attention_on_several_tensors_keeps_its_projection():
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = model, nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.layer(x, self.norm(x))
+
+    plan = dip.producer_plan(Wrapped(), [X])
+    assert "tensors that differ" in left(plan)["layer.multihead_attn"]
+    assert moved(plan) == {"layer.norm1": ("layer.self_attn",), "layer.norm3": ("layer.linear1",)}
+
+
+# ---- gated products ------------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3, self.silu = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12), nn.SiLU()
+
+    def forward(self, hidden):
+        return self.w2(self.silu(self.w1(hidden)) * self.w3(hidden))
+
+
+class Scaled(Gated):
+    def forward(self, hidden):
+        return self.w2(self.silu(self.w1(hidden)) * self.w3(hidden) * 2)
+
+
+def test_a_gated_product_is_drawn_in_one_pass():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.LayerNorm(8), Gated())
+    model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
+    assert moved(dip.summary(model).plan) == {"0": ("1.w1", "1.w3"), "1.silu": ("1.w2",)}
+    assert torch.equal(model.eval()(X), plain(X))
+    model.train()
+    reference = dip.convert(copy.deepcopy(plain), 0.25, share=[("w1", "w3")])
+    for here, there in {"0": "1.w1", "1.silu": "1.w2"}.items():
+        model.get_submodule(here).number = reference.get_submodule(there).number
+    with fixed_noise(3):
+        got, want = model(X), reference(X)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model[1](hidden=X), model[1](X))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(X), got, rtol=1e-4, atol=1e-5)
+    again = pickle.loads(pickle.dumps(model))
+    assert isinstance(again[1], GatedBlock) and isinstance(copy.deepcopy(model)[1], Gated)
+    with fixed_noise(3):
+        assert torch.equal(again(X), got)
+    assert "1.silu.variance.log_variance" in model.state_dict()
+    dip.calibrate(model, [X])
+    dip.to_plain(model)
+    assert type(model[1]) is Gated and type(model[1].silu) is nn.SiLU and vars(model[1]).keys() == vars(plain[1]).keys()
+
+
+def test_another_product_is_left_with_the_way_out():
+    plan = dip.producer_plan(nn.Sequential(nn.LayerNorm(8), Scaled()), [X])
+    assert "no block whose forward is down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
+
+
+# ---- the classes that people use -----------------------------------------------------------------------------------------
+
+MODELS = {  # how many projections move, into how many modules; patterns of what is left, and why
+    "vit": (11, 7, {"*patch_embeddings.projection": "own input", "*o_proj": "scaled_dot_product_attention"}),
+    "resnet": (6, 5, {"*embedder.convolution": "own input", "classifier.1": "AdaptiveAvgPool2d is no"}),
+    "bert": (
+        4,
+        4,
+        {"*.0.intermediate.dense": "add in .*BertOutput.* reads it", "*.attention.self.key": "(add|dropout) in"},
+    ),
+    "gpt2": (7, 7, {"*attn.c_proj": "scaled_dot_product_attention"}),
+    "llama": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
+    "qwen2": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
+    "gemma": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
+    "t5": (18, 10, {"*wo": "dropout in", "lm_head": "mul in the model itself"}),
+    "peft-llama": (5, 3, {"*down_proj": "the layer is an adapter", "*k_proj": "it is read by .*q_proj, .*v_proj too"}),
+    "timm-vit": (7, 7, {"*attn.proj": "scaled_dot_product_attention"}),
+    "torchvision-vit": (7, 7, {"*out_proj": "nn.MultiheadAttention makes its input"}),
+    "torchvision-resnet": (0, 0, {"layer1.0.conv2": "called in several places", "fc": "AdaptiveAvgPool2d is no"}),
+}
+
+
+def built(name):
+    """The plain model of tests/test_models.py in eval mode, its inputs, and what gives its logits."""
+    models = pytest.importorskip("test_models")
+    torch.manual_seed(0)
+    build, inputs, _ = models.MODELS[name]
+    return build().eval(), inputs, models.logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_move_what_they_can(name):
+    plain, inputs, logits = built(name)
+    model = dip.convert(copy.deepcopy(plain), 0.04, place="producer", batches=[inputs])
+    plan, (layers, producers, reasons) = dip.summary(model).plan, MODELS[name]
+    assert (sum(len(row.layers) for row in plan.moved), len(plan.moved)) == (layers, producers)
+    for pattern, reason in reasons.items():
+        found = [why for layer, why in left(plan).items() if fnmatch.fnmatchcase(layer, pattern)]
+        assert found and all(re.search(reason, why) for why in found), (pattern, found)
+    assert plan == dip.producer_plan(plain, [inputs])
+    model.eval()
+    with torch.no_grad():
+        base = logits(model, inputs)
+        assert torch.equal(base, logits(plain, inputs))
+        for layer_name, layer in dip_layers(model).items():  # each one draws
+            layer.training = True
+            assert not torch.equal(logits(model, inputs), base), layer_name
+            layer.training = False
+    model.train()
+    out = logits(model, inputs).float()
+    (out * torch.randn_like(out)).sum().backward()
+    assert all(bool(layer.log_variance.grad.any()) for layer in dip_layers(model).values())
+    dip.calibrate(model, [inputs])
+    dip.to_plain(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in plain.modules()]
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "resnet" not in name])
+def test_models_draw_the_noise_of_layers_that_share(name):
+    plain, inputs, logits = built(name)
+    at_producer = dip.convert(copy.deepcopy(plain), 0.04, place="producer", batches=[inputs]).eval()
+    rows = dip.summary(at_producer).plan.moved
+    share = [row.layers for row in rows if len(row.layers) > 1]
+    at_layers = dip.convert(copy.deepcopy(plain), 0.04, share=share).eval()
+    numbers = {
+        layer: row.number for row in dip.summary(at_layers) for layer in [row.name, row.name.removesuffix(".in_proj")]
+    }
+    producers = {row.producer: row.layers[0] for row in rows}
+    for layer_name, layer in dip_layers(at_producer).items():
+        layer.number = numbers[producers.get(layer_name, layer_name)]
+    for model in (at_producer, at_layers):  # a head that reads one row of all has another row of the draw
+        for each in ("vit.layernorm", "norm", "encoder.2", "classifier", "head", "heads.0") if "vit" in name else ():
+            if each in dip_layers(model):
+                model.get_submodule(each).log_variance.data.fill_(-60)
+    results = []
+    for model in (at_producer, at_layers):
+        with torch.no_grad(), sampling_on(), fixed_noise(5):
+            results.append(logits(model, inputs))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "t5"])
+def test_generation_checkpointing_and_variances(name):
+    plain, inputs, logits = built(name)
+    model = dip.convert(copy.deepcopy(plain), 0.04, place="producer", batches=[inputs])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    ids = inputs["input_ids"]
+    assert torch.equal(model.eval().generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+    with sampling_on(), fixed_noise(1):
+        noisy = model.generate(input_ids=ids, **options)
+        assert torch.equal(model.generate(input_ids=ids, **options), noisy)
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        torch.manual_seed(3)
+        model(**inputs, labels=ids).loss.backward()
+        grads.append([layer.log_variance.grad.clone() for layer in dip_layers(model).values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
+    assert dip.trajectories(model, m=2, **inputs).logits.shape[:2] == (2, 2)
+    again = dip.convert(copy.deepcopy(plain), place="producer", batches=[inputs])
+    dip.load_variances(again, dip.variances(model))
+    with sampling_on(), fixed_noise(2), torch.no_grad():
+        assert torch.equal(logits(again.eval(), inputs), logits(model.eval(), inputs))
+
+
+def test_t5_without_dropout_moves_its_activations_too():
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 1,
+        "num_heads": 4,
+        "vocab_size": 60,
+        "dropout_rate": 0.0,
+    }
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    for kind in ("relu", "gated-gelu"):
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**config, feed_forward_proj=kind, decoder_start_token_id=0)
+        )
+        plan = dip.producer_plan(model, [{"input_ids": ids, "decoder_input_ids": ids}])
+        name = "encoder.block.0.layer.1.DenseReluDense"
+        if kind == "relu":
+            assert moved(plan)[f"{name}.act"] == (f"{name}.wo",)
+        else:  # its forward casts on the way
+            assert "no block whose forward" in left(plan)[f"{name}.wo"]
+        assert "the model returns it" in left(plan)["decoder.block.0.layer.1.EncDecAttention.k"]

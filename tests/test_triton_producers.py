@@ -1,0 +1,73 @@
+"""The launches of triton_kernels/norm.py and gate.py, compiled for GPUs that are not here: no spills, 16-byte accesses."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
+
+from test_triton_compiles import check, meta, slow_unless  # noqa: E402
+from triton_support import compile_launch, load_kernels, recorded_launches  # noqa: E402
+
+gate, norm, perturb, tiles = load_kernels("gate", "norm", "perturb", "tiles")
+ARCHS = [80, 90, 100]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+DRAW = (-1, 0, 0, 0, 1.0, True)
+
+
+def compiled(launches, arch):
+    for launch in launches:
+        result = compile_launch(launch, arch)
+        check(result, arch)
+        yield result
+
+
+def wide(dtype):
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 4096, torch.float32, 80)]
+
+
+# Above 4096 columns, 2048 of float64, a program does not hold a row.
+@pytest.mark.parametrize(
+    "kind, k, dtype, arch", slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS)
+)
+def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
+    monkeypatch.setattr(norm, "num_multiprocessors", lambda device: 132)
+    x, sigma, seed = meta(4096, k, dtype=dtype), meta(k, dtype=wide(dtype)), meta(2, dtype=torch.int64)
+    weight, stats = meta(k, dtype=dtype), meta(2 if kind == "layer" else 1, 4096, dtype=wide(dtype))
+    bias = weight if kind == "layer" else None
+    with recorded_launches(norm, perturb) as launches:
+        norm.norm(x, weight, bias, sigma, seed, *DRAW, kind, 1e-5, 0.0, None)
+        norm.norm_bwd(x, x, stats, weight, bias, sigma, seed, *DRAW, kind, 0.0)
+    names = [launch[0].__name__ for launch in launches]
+    sums = ["_norm_sums_kernel"] if k > (2048 if dtype is torch.float64 else 4096) else []
+    assert names == ["_norm_fwd_kernel", *sums, "_norm_bwd_kernel", *["_column_sum_kernel"] * (2 + (kind == "layer"))]
+    results = list(compiled(launches, arch))
+    if k % 16 == 0:
+        assert all(any(op.startswith("LDG") and op.endswith(("128", "64")) for op in r.count()) for r in results[:2])
+
+
+QUICK_GATES = [("silu", torch.bfloat16, 90)]
+
+
+@pytest.mark.parametrize(
+    "name, dtype, arch", slow_unless(QUICK_GATES, ["relu", "gelu", "gelu_tanh", "silu", "tanh"], DTYPES, ARCHS)
+)
+def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
+    monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 132)
+    for shape, dim in (((4096, 1024), -1), ((32, 64, 56, 56), 1)):
+        x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
+        where = (meta(shape[dim], dtype=wide(dtype)), seed, dim, *DRAW[1:], name)
+        with recorded_launches(gate, perturb) as launches:
+            gate.activate(x, *where, None)
+            gate.activate_bwd(x, x, *where)
+            gate.gate(x, x, *where, None)
+            gate.gate_bwd(x, x, x, *where)
+        names = ["_gate_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
+        assert [launch[0].__name__ for launch in launches] == names
+        results = list(compiled(launches, arch))
+        wide_loads = [any(op.startswith("LDG") and op.endswith("128") for op in r.count()) for r in results]
+        assert all(wide_loads[i] for i in (0, 1, 3, 4))

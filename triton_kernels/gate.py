@@ -1,0 +1,238 @@
+"""triton_kernels/gate.py: u = act(a) b + factor s z, and back.  docs/maths.md, section 10."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .activations import activate as act
+from .activations import slope as act_slope
+from .noise import load_seed, normal_tile
+from .perturb import SUM_ELEMENTS, column_sum, noise_scale
+from .tiles import (
+    EXACT,
+    TILE_ELEMENTS,
+    across,
+    columns_at,
+    on_device,
+    row_count,
+    rows_at,
+    tile_mask,
+    tile_offsets,
+    tiling,
+)
+
+
+def _resources(dtype):
+    """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers, which the compiler would now
+    and then rather spill than take."""
+    return {"num_warps": 8 if dtype is torch.float64 else 4, "maxnreg": 255}
+
+
+@triton.jit
+def _gate_fwd_kernel(
+    u_ptr,  # [rows, K], written
+    a_ptr,  # [rows, K]
+    b_ptr,  # [rows, K], read if GATED
+    sigma_ptr,  # [K] float32 or float64
+    seed_ptr,  # [2] int64: key, stream
+    num_row_blocks,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
+    K,  # Tiling.sizes
+    u_outer,
+    u_inner,
+    u_col,  # strides in elements
+    a_outer,
+    a_inner,
+    a_col,
+    b_outer,
+    b_inner,
+    b_col,
+    row0,
+    group0,
+    shift,  # the first row; col0 // 8; col0 % 8
+    sample,
+    factor: tl.float64,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    key, last_word = load_seed(seed_ptr, sample)
+    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    col_mask = (col >= 0) & (col < K * VEC)
+    dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
+    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
+        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
+        # load
+        a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
+        y = act(tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype), ACTIVATION)
+        if GATED:
+            b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
+            y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
+        # compute
+        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
+        _, s = across(row, scale, ROWS_LAST)
+        u = tl.fma(tl.broadcast_to(s, z.shape), z, y)
+        # store
+        u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
+        tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gate_bwd_kernel(
+    partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written if DRAWS
+    da_ptr,  # [rows, K], written
+    db_ptr,  # [rows, K], written if GATED
+    du_ptr,  # [rows, K]
+    a_ptr,  # [rows, K]
+    b_ptr,  # [rows, K], read if GATED
+    seed_ptr,  # [2] int64: key, stream
+    num_row_blocks,
+    num_outer,
+    num_inner,
+    outer_step,
+    inner_step,
+    K,
+    da_outer,
+    da_inner,
+    da_col,
+    db_outer,
+    db_inner,
+    db_col,
+    du_outer,
+    du_inner,
+    du_col,
+    a_outer,
+    a_inner,
+    a_col,
+    b_outer,
+    b_inner,
+    b_col,
+    row0,
+    group0,
+    shift,
+    sample,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    row_program = tl.program_id(1)
+    key, last_word = load_seed(seed_ptr, sample)
+    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    col_mask = (col >= 0) & (col < K * VEC)
+    dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
+    for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
+        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
+        # load
+        du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
+        du = tl.load(du_ptr + du_off, mask=mask, other=0.0).to(dtype)
+        a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
+        a = tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype)
+        # compute
+        da = du * act_slope(a, ACTIVATION)
+        if GATED:
+            b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
+            da *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
+            db_off = tile_offsets(outer, inner, col, db_outer * VEC, db_inner * VEC, db_col, ROWS_LAST)
+            tl.store(db_ptr + db_off, (du * act(a, ACTIVATION)).to(db_ptr.dtype.element_ty), mask=mask)
+        # store
+        da_off = tile_offsets(outer, inner, col, da_outer * VEC, da_inner * VEC, da_col, ROWS_LAST)
+        tl.store(da_ptr + da_off, da.to(da_ptr.dtype.element_ty), mask=mask)
+        if DRAWS:
+            z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
+            total = tl.fma(du, z, total)
+    if DRAWS:
+        out = tl.cast(row_program, tl.int64) * K * VEC + col
+        tl.store(partial_ptr + out, tl.sum(total, axis=1 if ROWS_LAST else 0), mask=col_mask)
+
+
+def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
+    u = torch.empty_like(a, dtype=out_dtype)
+    if u.numel() == 0:
+        return u
+    operands = (u, a) if b is None else (u, a, b)
+    # Wide data and a gate have more to hold.
+    elements = 2 * TILE_ELEMENTS // max(2, a.element_size()) // (1 if b is None else 2)
+    tile = tiling(dim, col0, elements, *operands)
+    if tile is None:  # three or more row dimensions that do not merge
+        b = None if b is None else b.contiguous()
+        dense = (a.contiguous(), b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+        return u.copy_(_forward(*dense))
+    strides = [tile.strides_of(i) for i in range(len(operands))] + [(0, 0, 0)] * (b is None)
+    with on_device(a):
+        _gate_fwd_kernel[tile.grid(a.device)](
+            u, a, b, sigma.contiguous(), seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
+            row0, col0 // 8, tile.shift, sample, factor,
+            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT, **_resources(a.dtype),
+        )  # fmt: skip
+    return u
+
+
+def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
+    """(da, db, dsigma)"""
+    da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
+    dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else torch.zeros_like(sigma).contiguous()
+    if row_count(a.shape, dim) == 0 or a.numel() == 0:
+        return da, db, dsigma
+    operands = [t for t in (da, db, du, a, b) if t is not None]
+    # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside it.
+    elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
+    tile = tiling(dim, col0, SUM_ELEMENTS // 8 if a.element_size() == 8 else elements, *operands)
+    if tile is None:
+        b = None if b is None else b.contiguous()
+        rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
+        dense_da, dense_db, dsigma = _backward(du.contiguous(), a.contiguous(), b, *rest)
+        return da.copy_(dense_da), None if b is None else db.copy_(dense_db), dsigma
+    grid = tile.sum_grid(du.device)
+    partial = None
+    if sigma is not None:
+        dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
+        partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
+    strides = iter(tile.strides_of(i) for i in range(len(operands)))
+    of = [(0, 0, 0) if t is None else next(strides) for t in (da, db, du, a, b)]
+    with on_device(du):
+        _gate_bwd_kernel[grid](
+            partial, da, db, du, a, b, seed, *tile.sizes(), *of[0], *of[1], *of[2], *of[3], *of[4],
+            row0, col0 // 8, tile.shift, sample,
+            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT, **_resources(a.dtype),
+        )  # fmt: skip
+    if sigma is not None:
+        column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)
+    return da, db, dsigma
+
+
+def activate(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
+    """u [x.shape] = act(x) + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
+    return _forward(x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+
+
+def activate_bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
+    """(dx, dsigma) of `activate`; without a sigma nothing is drawn."""
+    dx, _, dsigma = _backward(du, x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
+    return dx, dsigma
+
+
+def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
+    """u [a.shape] = act(a) * b + factor * s * z."""
+    return _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+
+
+def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
+    """(da, db, dsigma) of `gate`; without a sigma nothing is drawn."""
+    return _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)

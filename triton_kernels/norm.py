@@ -1,0 +1,322 @@
+"""triton_kernels/norm.py: h = (x - mean) rstd, u = h (offset + weight) + bias + factor s z, and back.  docs/maths.md, section 10.
+
+Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes whole rows up to what MAX_WARPS
+hold; beyond, a kernel before it sums along the rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .noise import load_seed, normal_tile
+from .perturb import column_sum, noise_scale
+from .tiles import EXACT, columns_at, num_multiprocessors, on_device
+
+# Of a program of four warps, 16 numbers of each operand a thread; half of it for float64.
+TILE_ELEMENTS = 2048
+MAX_WARPS = 8  # with more of them a thread has too few registers
+# Else the compiler would now and then rather spill than take what there are.
+ALL_REGISTERS = {"maxnreg": 255}
+
+
+@triton.jit
+def _columns(ptr, col, mask, OTHER: tl.constexpr, dtype: tl.constexpr, HAS: tl.constexpr):
+    """[BK] numbers that belong to columns; OTHER where there are none"""
+    if HAS:
+        return tl.load(ptr + col, mask=mask, other=0.0).to(dtype)
+    else:
+        return tl.full(col.shape, OTHER, dtype)
+
+
+@triton.jit
+def _rows(ptr, row, col, mask, row_stride, dtype: tl.constexpr):
+    """[BR, BK]"""
+    return tl.load(ptr + (row * row_stride)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _norm_fwd_kernel(
+    u_ptr,  # [M, K], written
+    stats_ptr,  # [2, M] if CENTRED, else [1, M]: mean, rstd; float32 or float64, written
+    x_ptr,  # [M, K]
+    weight_ptr,  # [K]
+    bias_ptr,  # [K]
+    sigma_ptr,  # [K] float32 or float64
+    seed_ptr,  # [2] int64: key, stream
+    M,
+    K,
+    u_row,
+    x_row,  # strides in elements
+    row0,
+    group0,
+    shift,  # the first row; col0 // 8; col0 % 8
+    sample,
+    factor: tl.float64,
+    eps: tl.float64,
+    offset: tl.float64,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    LOG_VARIANCE: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    dtype: tl.constexpr = stats_ptr.dtype.element_ty
+    key, last_word = load_seed(seed_ptr, sample)
+    for row_block in range(tl.program_id(0), tl.cdiv(M, BLOCK_R), tl.num_programs(0)):
+        row = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        # load, and the sums along a row
+        sums = tl.zeros([BLOCK_R], dtype)
+        x = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+        if CENTRED:
+            for c in range(COL_BLOCKS):
+                _, col = columns_at(c, group0, shift, BLOCK_K)
+                mask = (row < M)[:, None] & ((col >= 0) & (col < K))[None, :]
+                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+                sums += tl.sum(x, axis=1)
+        mean = sums / K
+        squares = tl.zeros([BLOCK_R], dtype)
+        for c in range(COL_BLOCKS):
+            _, col = columns_at(c, group0, shift, BLOCK_K)
+            inside = (col >= 0) & (col < K)
+            mask = (row < M)[:, None] & inside[None, :]
+            if not CENTRED or COL_BLOCKS > 1:
+                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+            centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
+            squares += tl.sum(centred * centred, axis=1)
+        rstd = 1.0 / tl.sqrt(squares / K + tl.cast(eps, dtype))
+        if CENTRED:
+            tl.store(stats_ptr + row, mean, mask=row < M)
+            tl.store(stats_ptr + M + row, rstd, mask=row < M)
+        else:
+            tl.store(stats_ptr + row, rstd, mask=row < M)
+        for c in range(COL_BLOCKS):
+            group, col = columns_at(c, group0, shift, BLOCK_K)
+            inside = (col >= 0) & (col < K)
+            mask = (row < M)[:, None] & inside[None, :]
+            if COL_BLOCKS > 1:
+                x = _rows(x_ptr, row, col, mask, x_row, dtype)
+            # compute
+            weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
+            if HAS_WEIGHT:
+                weight += tl.cast(offset, dtype)
+            bias = _columns(bias_ptr, col, inside, 0.0, dtype, HAS_BIAS)
+            scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
+            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
+            h = (x - mean[:, None]) * rstd[:, None]
+            y = tl.fma(h, tl.broadcast_to(weight[None, :], h.shape), tl.broadcast_to(bias[None, :], h.shape))
+            u = tl.fma(tl.broadcast_to(scale[None, :], z.shape), z, y)
+            # store
+            tl.store(u_ptr + (row * u_row)[:, None] + col[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_sums_kernel(
+    means_ptr,  # [2, M] float32 or float64, written: of g and of g h along a row
+    du_ptr,  # [M, K]
+    x_ptr,  # [M, K]
+    stats_ptr,  # as _norm_fwd_kernel writes it
+    weight_ptr,  # [K]
+    M,
+    K,
+    du_row,
+    x_row,
+    offset: tl.float64,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    COL_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    dtype: tl.constexpr = stats_ptr.dtype.element_ty
+    row = tl.cast(tl.program_id(0), tl.int64) + tl.arange(0, 1)
+    rstd = tl.load(stats_ptr + row + (M if CENTRED else 0))
+    mean = tl.load(stats_ptr + row) if CENTRED else rstd * 0.0
+    sums = tl.zeros([1], dtype)
+    products = tl.zeros([1], dtype)
+    for c in range(COL_BLOCKS):
+        col = tl.cast(c, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+        inside = col < K
+        mask = inside[None, :]
+        weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
+        if HAS_WEIGHT:
+            weight += tl.cast(offset, dtype)
+        g = _rows(du_ptr, row, col, mask, du_row, dtype) * weight[None, :]
+        h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
+        sums += tl.sum(g, axis=1)
+        products += tl.sum(g * h, axis=1)
+    tl.store(means_ptr + row, sums / K)
+    tl.store(means_ptr + M + row, products / K)
+
+
+@triton.jit
+def _norm_bwd_kernel(
+    partial_ptr,  # [3, row programs, K] float32 or float64, written: sums of du h, du, du z
+    dx_ptr,  # [M, K], written
+    du_ptr,  # [M, K]
+    x_ptr,  # [M, K]
+    stats_ptr,  # as _norm_fwd_kernel writes it
+    means_ptr,  # as _norm_sums_kernel writes it; read unless WHOLE
+    weight_ptr,  # [K]
+    seed_ptr,  # [2] int64: key, stream
+    M,
+    K,
+    dx_row,
+    du_row,
+    x_row,
+    row0,
+    group0,
+    shift,
+    sample,
+    offset: tl.float64,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DRAWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # where
+    dtype: tl.constexpr = stats_ptr.dtype.element_ty
+    key, last_word = load_seed(seed_ptr, sample)
+    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
+    inside = (col >= 0) & (col < K)
+    weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
+    if HAS_WEIGHT:
+        weight += tl.cast(offset, dtype)
+    dweight = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+    dbias = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+    dsigma = tl.zeros([BLOCK_R, BLOCK_K], dtype)
+    for row_block in range(tl.program_id(1), tl.cdiv(M, BLOCK_R), tl.num_programs(1)):
+        row = tl.cast(row_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (row < M)[:, None] & inside[None, :]
+        # load
+        rstd = tl.load(stats_ptr + row + (M if CENTRED else 0), mask=row < M, other=0.0)
+        mean = tl.load(stats_ptr + row, mask=row < M, other=0.0) if CENTRED else rstd * 0.0
+        du = _rows(du_ptr, row, col, mask, du_row, dtype)
+        h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
+        # compute
+        g = du * weight[None, :]
+        if WHOLE:
+            slope = tl.sum(g * h, axis=1) / K
+            shift_of = tl.sum(g, axis=1) / K if CENTRED else slope * 0.0
+        else:
+            slope = tl.load(means_ptr + M + row, mask=row < M, other=0.0)
+            shift_of = tl.load(means_ptr + row, mask=row < M, other=0.0) if CENTRED else slope * 0.0
+        dx = rstd[:, None] * (g - shift_of[:, None] - h * slope[:, None])
+        # store
+        tl.store(dx_ptr + (row * dx_row)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_WEIGHT:
+            dweight = tl.fma(du, h, dweight)
+        if HAS_BIAS:
+            dbias += du
+        if DRAWS:
+            z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
+            dsigma = tl.fma(du, z, dsigma)
+    out = tl.cast(tl.program_id(1), tl.int64) * K + col
+    each = tl.cast(tl.num_programs(1), tl.int64) * K
+    if HAS_WEIGHT:
+        tl.store(partial_ptr + out, tl.sum(dweight, axis=0), mask=inside)
+    if HAS_BIAS:
+        tl.store(partial_ptr + each + out, tl.sum(dbias, axis=0), mask=inside)
+    if DRAWS:
+        tl.store(partial_ptr + 2 * each + out, tl.sum(dsigma, axis=0), mask=inside)
+
+
+def _flat(x):
+    """[M, K] of columns side by side: x's memory, where it is of that kind"""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _whole_columns(dtype):
+    """Of a row that a program holds"""
+    return TILE_ELEMENTS * MAX_WARPS // (8 if dtype is torch.float64 else 4)
+
+
+def _tile(m, k, dtype, limit):
+    """BLOCK_R, BLOCK_K, num_warps"""
+    elements = TILE_ELEMENTS // 2 if dtype is torch.float64 else TILE_ELEMENTS
+    block_k = max(8, min(triton.next_power_of_2(k), limit))
+    block_r = max(1, min(triton.next_power_of_2(max(m, 1)), elements // block_k))
+    return block_r, block_k, max(4, min(MAX_WARPS, 4 * block_r * block_k // elements))
+
+
+def norm(
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    dim,
+    row0,
+    col0,
+    sample,
+    factor,
+    log_variance,
+    kind,
+    eps,
+    offset,
+    out_dtype,
+):
+    """(u, stats): u [x.shape] = h (offset + weight) + bias + factor * s * z, h the normalised x; stats [mean, rstd] or [rstd]."""
+    m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    u, stats = torch.empty_like(x, dtype=out_dtype), torch.empty(1 + centred, m, dtype=wide, device=x.device)
+    if u.numel() == 0:
+        return u, stats
+    rows, flat_u = _flat(x), _flat(u)
+    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
+    grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
+    with on_device(x):
+        _norm_fwd_kernel[grid](
+            flat_u, stats, rows, weight, bias, sigma.contiguous(), seed, m, k, flat_u.stride(0), rows.stride(0),
+            row0, col0 // 8, shift, sample, factor, eps, offset,
+            CENTRED=centred, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LOG_VARIANCE=log_variance,
+            COL_BLOCKS=triton.cdiv(k + shift, block_k), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
+            **EXACT, **ALL_REGISTERS,
+        )  # fmt: skip
+    return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
+
+
+def norm_bwd(du, x, stats, weight, bias, sigma, seed, dim, row0, col0, sample, factor, log_variance, kind, offset):
+    """(dx, dweight, dbias, dsigma) of `norm`, empty for what is None; without a sigma nothing is drawn."""
+    dx = torch.empty_like(x)
+    m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
+    grads = [
+        du.new_empty(0, dtype=torch.float32) if t is None else torch.zeros(k, dtype=t.dtype, device=x.device)
+        for t in (weight, bias, sigma)
+    ]
+    if x.numel() == 0:
+        return dx, *grads
+    rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
+    whole = k + shift <= _whole_columns(x.dtype)
+    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
+    col_blocks = triton.cdiv(k + shift, block_k)
+    programs = max(1, min(triton.cdiv(m, block_r), triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)))
+    partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
+    flags = dict(CENTRED=centred, HAS_WEIGHT=weight is not None)
+    means = None
+    with on_device(x):
+        if not whole:
+            means = torch.empty(2, m, dtype=wide, device=x.device)
+            _norm_sums_kernel[(m,)](
+                means, flat_du, rows, stats, weight, m, k, flat_du.stride(0), rows.stride(0), offset,
+                **flags, COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS), BLOCK_K=TILE_ELEMENTS, **EXACT,
+            )  # fmt: skip
+        _norm_bwd_kernel[(col_blocks, programs)](
+            partial, flat_dx, flat_du, rows, stats, means, weight, seed, m, k,
+            flat_dx.stride(0), flat_du.stride(0), rows.stride(0), row0, col0 // 8, shift, sample, offset,
+            **flags, HAS_BIAS=bias is not None, DRAWS=sigma is not None, WHOLE=whole,
+            BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
+            **EXACT, **ALL_REGISTERS,
+        )  # fmt: skip
+    if weight is not None:
+        column_sum(grads[0], partial[0])
+    if bias is not None:
+        column_sum(grads[1], partial[1])
+    if sigma is not None:
+        column_sum(grads[2], partial[2], sigma.contiguous(), factor, log_variance)
+    return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads
