@@ -3,7 +3,6 @@
 docs/reliability.md. A failed allocation inside a kernel: test_guards.py.
 """
 
-import argparse
 import random
 import signal
 import sys
@@ -127,8 +126,7 @@ def test_a_failed_conversion_changes_nothing():
 
 
 def trainer(out, resume=False, seed=0):
-    parser = argparse.ArgumentParser()
-    recipe_training.add_arguments(parser)
+    parser = recipe_training.make_parser("A recipe.", "a folder")
     flags = [
         "--data",
         str(out),

@@ -63,6 +63,10 @@ AREAS = (
     ),  # need nvcc: without it they are skipped, and everything survives
     Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")),
     Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
+    Area(
+        ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
+        ("triton_interpreter.py::TestProducers",),
+    ),
     Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
     Area(
         ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
