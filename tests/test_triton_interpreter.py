@@ -29,9 +29,11 @@ def run(path):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
+# What tests/test_ptx_triton.py runs as compiled code is slow here, a second proof.
 # A class each, so that `pytest --dist loadscope` runs them beside each other.
 
 
+@pytest.mark.slow
 class TestPerturb:
     def test_under_the_interpreter(self):
         run("interpreted_perturb.py")
@@ -42,6 +44,7 @@ class TestLinear:
         run("interpreted_linear.py")
 
 
+@pytest.mark.slow
 class TestActivation:
     def test_under_the_interpreter(self):
         run("interpreted_expectation.py")

@@ -227,7 +227,10 @@ class Copy:
             sys.path.insert(0, str(self.folder))
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1), os.dup2(to, 2)
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *names])
+            interpreted = ["-m", "slow or not slow"] if any("triton_interpreter" in name for name in names) else []
+            code = pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *interpreted, *names]
+            )
             sys.stdout.flush()
             os._exit(int(code))
         end = time.monotonic() + 10 * timeout  # a machine may be busy: processor time tells a loop
