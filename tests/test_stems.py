@@ -1,10 +1,14 @@
 """One stem per operation: every operation has its files in every place, and imports point one way."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dipkernels as dip
 from dipkernels import functional, reference
 from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
 
@@ -124,3 +128,18 @@ def test_every_module_is_placed():
     modules = {p.relative_to(folder).with_suffix("").as_posix().replace("/", ".") for p in folder.rglob("*.py")}
     assert {m for m in modules if not m.split(".")[-1].startswith("__")} == set(ORDER)
     assert {p.parent.name for p in folder.glob("*/__init__.py")} == set(ROOMS)
+
+
+def test_public_names_are_those_of_their_modules_and_wait_for_their_first_use():
+    code = "import sys, dipkernels; print(*(name for name in sys.modules if name.startswith('dipkernels.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.removeprefix("dipkernels.") for name in done.stdout.split()}
+    assert {"functional", "reference", "backends", "ops.perturb"} <= loaded
+    assert not {name for name in loaded if name.startswith(("nn", "models", "training", "config", "reports"))}
+    for name in dip.__all__:
+        value = getattr(dip, name)
+        home = dip._HOME.get(name)
+        assert home is None or value is getattr(importlib.import_module(f"dipkernels.{home}"), name)
+    assert set(dip.__all__) <= set(dir(dip))
+    with pytest.raises(AttributeError, match="module 'dipkernels' has no attribute 'convrt'"):
+        dip.convrt  # noqa: B018
