@@ -281,7 +281,7 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
 
 def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
     monkeypatch.setattr(backends, "triton_problems", {})
-    failing = registry._with_fall_back("noise", registry.triton_launcher("perturb", "noise"))
+    failing = registry._triton("noise", "perturb")
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
     with pytest.warns(RuntimeWarning, match="cannot compile noise"):
         z = failing(SEED, (3, 8), -1, 0, 0, 0)

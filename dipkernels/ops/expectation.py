@@ -6,7 +6,6 @@ One pass over mu after the product, and one in backward, which sums d/dv and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,21 +74,24 @@ def _fake_affine_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, *rest: 
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    registry.define(op, schema, fake, registry.triton_launcher("expectation", op))
-
-
-_define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation)
-_define(
+registry.define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation, "expectation")
+registry.define(
     "expectation_bwd",
     "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
     _fake_expectation_bwd,
+    "expectation",
 )
-_define("affine_variance", "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor", _fake_affine_variance)
-_define(
+registry.define(
+    "affine_variance",
+    "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
+    _fake_affine_variance,
+    "expectation",
+)
+registry.define(
     "affine_variance_bwd",
     "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, Tensor)",
     _fake_affine_variance_bwd,
+    "expectation",
 )
 
 # ---- what the layers call --------------------------------------------------------------------------------------------

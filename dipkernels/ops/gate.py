@@ -5,7 +5,6 @@ Backward keeps what act, or the gated product, keeps: x, or a and b; never u nor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from . import registry
 from .activations import ACTIVATIONS
 from .draw import Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
-from .pieces import gradients, widened
+from .pieces import fake_gradient, gradients, widened
 
 # ---- the operations --------------------------------------------------------------------------------------------------
 
@@ -83,13 +82,6 @@ def _fake_activate(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=rest[-1])
 
 
-def fake_gradient(t: Tensor | None, like: Tensor) -> Tensor:
-    """That of a vector of the features, empty where there is none."""
-    if t is None:
-        return like.new_empty(0, dtype=torch.float32)
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
 def _fake_activate_bwd(du: Tensor, x: Tensor, sigma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), fake_gradient(sigma, x)
 
@@ -98,19 +90,23 @@ def _fake_gate_bwd(du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, *rest
     return torch.empty_like(a), torch.empty_like(b), fake_gradient(sigma, a)
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    registry.define(op, schema, fake, registry.triton_launcher("gate", op))
-
-
-_define("activate", f"(Tensor x, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate)
-_define(
-    "activate_bwd", f"(Tensor du, Tensor x, {OPTIONAL_DRAW}, str activation) -> (Tensor, Tensor)", _fake_activate_bwd
+registry.define(
+    "activate", f"(Tensor x, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate, "gate"
 )
-_define("gate", f"(Tensor a, Tensor b, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate)
-_define(
+registry.define(
+    "activate_bwd",
+    f"(Tensor du, Tensor x, {OPTIONAL_DRAW}, str activation) -> (Tensor, Tensor)",
+    _fake_activate_bwd,
+    "gate",
+)
+registry.define(
+    "gate", f"(Tensor a, Tensor b, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate, "gate"
+)
+registry.define(
     "gate_bwd",
     f"(Tensor du, Tensor a, Tensor b, {OPTIONAL_DRAW}, str activation) -> (Tensor, Tensor, Tensor)",
     _fake_gate_bwd,
+    "gate",
 )
 
 # ---- what the modules call -------------------------------------------------------------------------------------------

@@ -94,14 +94,14 @@ registry.define(
     "linear",
     f"(Tensor x, {_LAYER}, ScalarType? out_dtype) -> Tensor",
     _fake_linear,
-    registry.triton_launcher("linear", "linear"),
+    "linear",
     row_blocks.linear,
 )
 registry.define(
     "linear_bwd",
     f"(Tensor dy, Tensor x, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_bwd,
-    registry.triton_launcher("linear", "linear_bwd"),
+    "linear",
     row_blocks.linear_bwd,
 )
 # u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.

@@ -6,7 +6,6 @@ docs/maths.md, section 10.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
 from .draw import DTYPES, Draw, check_out_dtype, check_projection
-from .gate import fake_gradient
 from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
-from .pieces import gradients, widened
+from .pieces import fake_gradient, gradients, widened
 
 KINDS = ("layer", "rms")
 
@@ -101,21 +99,19 @@ def _fake_norm_bwd(
     return torch.empty_like(x), *(fake_gradient(t, x) for t in (weight, bias, sigma))
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    registry.define(op, schema, fake, registry.triton_launcher("norm", op))
-
-
-_define(
+registry.define(
     "norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, ScalarType? out_dtype)"
     " -> (Tensor, Tensor)",
     _fake_norm,
+    "norm",
 )
-_define(
+registry.define(
     "norm_bwd",
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, float offset)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_bwd,
+    "norm",
 )
 
 # ---- what the modules call -------------------------------------------------------------------------------------------

@@ -79,17 +79,14 @@ def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tu
     return _fake_perturb(x, *rest), _fake_perturb_bwd(du, sigma)
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any]) -> None:
-    registry.define(op, schema, fake, registry.triton_launcher("perturb", op))
-
-
-_define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise)
-_define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb)
-_define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd)
-_define(
+registry.define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise, "perturb")
+registry.define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb, "perturb")
+registry.define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd, "perturb")
+registry.define(
     "perturb_replay",
     f"(Tensor du, Tensor x, {DRAW}, ScalarType? out_dtype) -> (Tensor, Tensor)",
     _fake_perturb_replay,
+    "perturb",
 )
 
 # ---- their derivatives -----------------------------------------------------------------------------------------------

@@ -31,3 +31,10 @@ def gradients(
 def widened(x: Tensor) -> Tensor:
     """x in the type that kernels compute in: float32, or float64 for float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fake_gradient(t: Tensor | None, like: Tensor) -> Tensor:
+    """The fake gradient of a vector of the features, empty where there is none."""
+    if t is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(t, memory_format=torch.contiguous_format)

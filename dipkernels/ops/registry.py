@@ -32,7 +32,7 @@ def define(
     op: str,
     schema: str,
     fake: Callable[..., Any],
-    launch: Callable[..., Any],
+    module: str,
     anywhere: Callable[..., Any] | None = None,
 ) -> None:
     """Define an operation in every namespace, with the reference of its name.
@@ -41,7 +41,7 @@ def define(
         op: Its name.
         schema: Its schema, without the name.
         fake: Its results' shapes, dtypes and strides, without data.
-        launch: Its Triton kernel's launcher: `triton_launcher`.
+        module: Of triton_kernels, which has a launcher of its name.
         anywhere: An implementation made of other operations, where the compiled library has no kernel.
     """
     SCHEMAS[op] = schema
@@ -52,7 +52,7 @@ def define(
         _libraries["dipkernels"].impl(op, anywhere, "CompositeExplicitAutograd")
     _libraries["dipkernels_reference"].impl(op, getattr(reference, op), "CompositeExplicitAutograd")
     for device in ("CUDA", "CPU"):  # the latter under TRITON_INTERPRET=1
-        _libraries["dipkernels_triton"].impl(op, _with_fall_back(op, launch), device)
+        _libraries["dipkernels_triton"].impl(op, _triton(op, module), device)
 
 
 def define_pass(op: str, schema: str) -> None:
@@ -60,22 +60,13 @@ def define_pass(op: str, schema: str) -> None:
     _libraries["dipkernels"].define(op + schema)
 
 
-def triton_launcher(module: str, function: str) -> Callable[..., Any]:
-    """The function of a module of triton_kernels, imported at the first call: Triton takes a while."""
-
-    def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"dipkernels.triton_kernels.{module}"), function)(*args)
-
-    return launch
-
-
-def _with_fall_back(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
-    """launch, and where this Triton cannot compile its kernel, what is chosen then."""
+def _triton(op: str, module: str) -> Callable[..., Any]:
+    """The Triton kernel's launcher, and where this Triton cannot compile it, what is chosen then."""
 
     def run(*args: Any) -> Any:
         if op not in backends.triton_problems:
-            try:
-                return launch(*args)
+            try:  # imported at the first call: Triton takes a while
+                return getattr(importlib.import_module(f"dipkernels.triton_kernels.{module}"), op)(*args)
             except Exception as error:
                 backends.note_triton_problem(op, error)
         return _overload(op, backends.choose(op, _device_of(args)))(*args)  # no longer Triton
