@@ -13,7 +13,7 @@ from dipkernels import functional
 from dipkernels.nn.activation import ActivationProducer, GatedActivation
 from dipkernels.nn.norm import NormProducer
 from dipkernels.nn.numbering import dip_layers, number_layers
-from dipkernels.nn.producer import made_type
+from dipkernels.nn.twin import made_type
 from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
 K = 12

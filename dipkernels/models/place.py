@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.activation import ActivationProducer, GateProducer, gated_block_type, gated_parts
 from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
-from ..nn.producer import made_type
+from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
 from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin

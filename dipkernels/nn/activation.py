@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .. import worlds
 from ..ops.activations import ACTIVATIONS, check_activation
 from ..ops.gate import noised_activation, noised_gate
-from .producer import Producer, made_type
+from .producer import Producer
+from .twin import made_type
 
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import inputs, tracing
 from .layer import DIPLayer, beside
-from .twin import first_parameter
 
 
 class Producer(DIPLayer):
@@ -42,42 +41,3 @@ class Producer(DIPLayer):
     def _noised(self, sigma: Tensor, seed: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """f(x) + sigma * z of forward's arguments, sigma given as ln(sigma^2)."""
         raise NotImplementedError
-
-
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:
-    _Mixin = object
-
-
-class MadeTwin(_Mixin):
-    """Of a class made at run time, which a pickle cannot name: it names what the class was made of."""
-
-    made_of: tuple[type[Any], type[nn.Module], tuple[tuple[str, Any], ...]]
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, self.made_of, self.__getstate__()  # type: ignore[no-untyped-call]
-
-
-_MADE: dict[tuple[Any, ...], type[nn.Module]] = {}
-
-
-def made_type(base: type[Any], plain_type: type[nn.Module], **facts: Any) -> type[Any]:
-    """The class `base` in front of plain_type, with these attributes; made once, and picklable."""
-    made_of = (base, plain_type, tuple(sorted(facts.items())))
-    if made_of not in _MADE:
-        body = {
-            **facts,
-            "plain_type": plain_type,
-            "input_name": first_parameter(plain_type) or "input",
-            "made_of": made_of,
-            "__module__": __name__,
-        }
-        _MADE[made_of] = type(f"DIP{plain_type.__name__}", (base, MadeTwin, plain_type), body)
-    return _MADE[made_of]
-
-
-def _new(base: type[Any], plain_type: type[nn.Module], facts: tuple[tuple[str, Any], ...]) -> nn.Module:
-    kind: Any = made_type(base, plain_type, **dict(facts))
-    made: nn.Module = kind.__new__(kind)
-    return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import Tensor, nn
 
@@ -30,25 +30,52 @@ class _Twin(DIPLayer):
             return super().forward(u, *args[1:], **kwargs)
         return super().forward(**{**kwargs, self.input_name: u})
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # The class was made at run time, so a pickle names the plain one.
-        return _new_twin, (self.plain_type, self.feature_dim), self.__getstate__()  # type: ignore[no-untyped-call]
-
-
-_MADE: dict[tuple[type[nn.Module], int], type[nn.Module]] = {}
-
 
 def twin_type(plain_type: type[nn.Module], feature_dim: int = -1, name: str = "") -> type[nn.Module]:
     """The DIP twin of a class that another package defines, made once; `name` for its first use."""
-    if (plain_type, feature_dim) not in _MADE:
+    return made_type(_Twin, plain_type, name, feature_dim=feature_dim)
+
+
+# ---- classes made at run time ------------------------------------------------------------------------------------------
+
+
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class MadeTwin(_Mixin):
+    """Of a class made at run time, which a pickle cannot name: it names what the class was made of."""
+
+    made_of: tuple[type[Any], type[nn.Module], tuple[tuple[str, Any], ...]]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _new, self.made_of, self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+_MADE: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def made_type(base: type[Any], plain_type: type[nn.Module], name: str = "", **facts: Any) -> type[Any]:
+    """The class `base` in front of plain_type, with these attributes; made once, and picklable. name: for its first use."""
+    made_of = (base, plain_type, tuple(sorted(facts.items())))
+    if made_of not in _MADE:
         body = {
+            **facts,
             "plain_type": plain_type,
-            "feature_dim": feature_dim,
-            "input_name": first_parameter(plain_type) or "",
+            "input_name": first_parameter(plain_type) or base.input_name,
+            "made_of": made_of,
             "__module__": __name__,
         }
-        _MADE[plain_type, feature_dim] = type(name or f"DIP{plain_type.__name__}", (_Twin, plain_type), body)
-    return _MADE[plain_type, feature_dim]
+        _MADE[made_of] = type(name or f"DIP{plain_type.__name__}", (base, MadeTwin, plain_type), body)
+    return _MADE[made_of]
+
+
+def _new(base: type[Any], plain_type: type[nn.Module], facts: tuple[tuple[str, Any], ...]) -> nn.Module:
+    kind: Any = made_type(base, plain_type, **dict(facts))
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 def first_parameter(kind: type[nn.Module]) -> str | None:
@@ -56,8 +83,3 @@ def first_parameter(kind: type[nn.Module]) -> str | None:
     parameters = list(inspect.signature(kind.forward).parameters.values())[1:2]
     named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return parameters[0].name if parameters and parameters[0].kind in named else None
-
-
-def _new_twin(plain_type: type[nn.Module], feature_dim: int) -> nn.Module:
-    kind = twin_type(plain_type, feature_dim)
-    return kind.__new__(kind)
