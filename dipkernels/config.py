@@ -20,6 +20,7 @@ from .models.calibrate import calibrate
 from .models.convert import convert, to_plain
 from .models.convertible import TWINS, around, base_layer, is_adapter
 from .models.parameters import load_variances, variances
+from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers
 from .noise.contexts import fixed_noise
@@ -120,6 +121,11 @@ class DIPConfig:
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
         if self.key is not None and not _is_integer(self.key):
             raise TypeError(f"key: expected an integer or None, got {self.key!r}")
+
+    @property
+    def watches_batches(self) -> bool:
+        """Whether `convert` has to run batches for it."""
+        return bool(self.before) or self.place == "producer"
 
     # ---- JSON
 
@@ -234,7 +240,7 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
     Args:
         model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it; after `get_peft_model`.
         config: What to do.
-        batches: As `calibrate`'s; needed where the config has a ratio or `before`.
+        batches: As `calibrate`'s; needed where the config has a ratio, `before` or place="producer".
 
     Returns:
         The model.
@@ -260,7 +266,7 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
             "batches: expected some, by which ratio sets the noise, got None; or say variance=... in the config"
         )
     if batches is not None:
-        batches = [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+        batches = listed(batches)
     with _plain_again(model):
         _convert(model, config, batches)
         if calibrated:
@@ -341,7 +347,7 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     if config.include:
         options["filter"] = lambda module, name: _matches(name, config.include) is not None
     options["place"] = config.place
-    if config.before or config.place == "producer":
+    if config.watches_batches:
         options["batches"] = batches
     convert(model, 0.01 if config.variance is None else config.variance, **options)
     remember_config(model, config)
@@ -350,10 +356,15 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
     """From now on `config_of` the model is this one; a model of PEFT carries its variances with its adapters."""
     vars(model)[_KEPT] = config
-    if any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__):
+    if is_peft(model):
         from .integrations.peft import keep_variances
 
         keep_variances(model)
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether PEFT's own class is around the model; peft is not imported for the question."""
+    return any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> str | None:

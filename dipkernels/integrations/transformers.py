@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..config import DIPConfig, apply, config_of, load, load_state, require_order, save
+from ..config import DIPConfig, apply, config_of, is_peft, load, load_state, require_order, save
 from ..models.check import check
 from ..models.parameters import load_variances
 from ..models.probe import plain_names, untouched
@@ -108,7 +108,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             if dip_layers(model):
                 raise ValueError("model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) first")
             config = self._dip_without_fused_head(model, asked)
-            needs = config.variance is None or config.before or config.place == "producer"
+            needs = config.variance is None or config.watches_batches
             apply(model, config, self._dip_first_batches(model) if needs else None)
             one_start(model)
         if own is not None or asked is not None:
@@ -176,7 +176,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         step, config = self.state.global_step, self.dip_config
         micro = self._dip_at[1] + 1 if self._dip_at[0] == step else 0
         self._dip_at = (step, micro)
-        sizes = [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim] if _is_mapping(inputs) else []
+        sizes = (
+            [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim] if isinstance(inputs, Mapping) else []
+        )
         where = (micro, self.args.process_index, self.args.world_size)
         first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
         return config.noise(self.args.seed * _RUN + step, first * config.m)
@@ -228,7 +230,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def _dip_repeatable(self, inputs: Any) -> dict[str, Any]:
         """The batch, each tensor of which has the examples first. Raises ValueError naming one that has not."""
-        if not _is_mapping(inputs):
+        if not isinstance(inputs, Mapping):
             raise ValueError(f"m: expected 1 where batches are no mappings, got {self.dip_config.m}, {type(inputs)}")
         sizes = {name: tuple(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
         if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
@@ -273,11 +275,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if config_of(self.model) is not None and not _is_peft(self.model):  # which has done so, for each adapter
+        if config_of(self.model) is not None and not is_peft(self.model):  # which has done so, for each adapter
             save(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if config_of(self.model) is not None and not _is_peft(self.model):
+        if config_of(self.model) is not None and not is_peft(self.model):
             state_dict = _without_variances(self.model, self.model.state_dict() if state_dict is None else state_dict)
         super()._save(output_dir, state_dict)
 
@@ -297,10 +299,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if own is None:
             config = DIPConfig.load(folder)
             self._dip_check_setting(config.key)
-            needs = config.before or config.place == "producer"
-            load(model, folder, self._dip_first_batches(model) if needs else None)
+            load(model, folder, self._dip_first_batches(model) if config.watches_batches else None)
             return
-        if _is_peft(model):  # load_adapter has set the variances
+        if is_peft(model):  # load_adapter has set the variances
             return
         stored = DIPConfig.load(folder)
         load_variances(model, load_state(folder))
@@ -317,14 +318,6 @@ class DIPTrainer(DIPMixin, transformers.Trainer):
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _is_mapping(inputs: Any) -> bool:
-    return isinstance(inputs, Mapping)
-
-
-def _is_peft(model: Any) -> bool:
-    return any(c.__name__ == "PeftModel" for c in type(model).__mro__)
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -470,7 +463,7 @@ class DIPCallback(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model = options["model"]
-        if not _is_peft(model):
+        if not is_peft(model):
             save(model, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), write=args.should_save)
 
 

@@ -43,7 +43,7 @@ from .convertible import (
     unnoised,
 )
 from .place import Move, ProducerPlan, find_moves
-from .probe import NOISED_BY, PLAN, forget, probed, remember
+from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
 
 
 class DIPConversionWarning(UserWarning):
@@ -125,8 +125,7 @@ def convert(
         raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
-    if batches is not None and not isinstance(batches, (Tensor, Mapping)):
-        batches = list(batches)  # before and place both run them
+    batches = None if batches is None else listed(batches)  # before and place both run them
     choice = _choose(model, types, filter, exclude, before)
     types, names, asked, wanted, matched = choice.types, choice.names, choice.asked, choice.wanted, choice.matched
     count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])

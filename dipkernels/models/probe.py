@@ -86,6 +86,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def listed(batches: Iterable[Any]) -> list[Any]:
+    """Batches as a list; a single one, a tensor or a mapping, as a list of one."""
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+
+
+def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> None:
+    """Call run(batch) for each, without noise and uncompiled. Raises ValueError where there is none."""
+    count = 0
+    # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
+    with contexts.sampling_on(), contexts.noise_off(), eager(model):
+        for batch in batches:
+            run(batch)
+            count += 1
+    if count == 0:
+        raise ValueError("batches: expected at least one batch, got none")
+
+
 def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a call hands to forward's first parameter."""
     if args:
@@ -112,18 +129,12 @@ def watch(model: nn.Module, modules: Iterable[nn.Module], observe: Callable[...,
         else module.register_forward_pre_hook(observe, with_kwargs=True)
         for module in modules
     ]
-    count = 0
     try:
-        # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
-        with eval_mode(model), contexts.sampling_on(), contexts.noise_off(), eager(model):
-            for batch in batches:
-                run_batch(model, batch)
-                count += 1
+        with eval_mode(model):
+            for_each(model, batches, lambda batch: run_batch(model, batch))
     finally:
         for handle in handles:
             handle.remove()
-    if count == 0:
-        raise ValueError("batches: expected at least one batch, got none")
 
 
 def probed(
@@ -147,7 +158,7 @@ def probed(
         found[module] = _features(name, dim, input_of(module, args, kwargs), found.get(module))
 
     with untouched(model):
-        watch(model, modules, observe, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
+        watch(model, modules, observe, listed(batches))
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
         raise ValueError(f"before: expected modules that the batches reach, none reached {unreached}")

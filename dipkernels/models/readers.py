@@ -15,8 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..noise import contexts
-from .probe import eager, input_of, run_batch, untouched
+from .probe import for_each, input_of, listed, run_batch, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 _HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")  # which torch's dispatcher does not see
@@ -172,19 +171,16 @@ class Watch(TorchDispatchMode):
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
-        count = 0
+
+        def both(batch: Any) -> None:
+            for training in (True, False):
+                self._pass(model.train(training), batch)
+
         try:
-            # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
-            with contexts.sampling_on(), contexts.noise_off(), eager(model):
-                for batch in batches:
-                    for training in (True, False):
-                        self._pass(model.train(training), batch)
-                    count += 1
+            for_each(model, batches, both)
         finally:
             for handle in handles:
                 handle.remove()
-        if count == 0:
-            raise ValueError("batches: expected at least one batch, got none")
 
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0
@@ -330,5 +326,5 @@ def watched(
     """Who reads what in passes over the batches; nothing of the model's state, modes or random states changes."""
     watch = Watch(names, layers, candidates)
     with untouched(model):
-        watch.run(model, [batches] if isinstance(batches, (Tensor, Mapping)) else batches)
+        watch.run(model, listed(batches))
     return watch
