@@ -8,26 +8,27 @@
 
 namespace dip {
 
-const char* perturb_portable(const PerturbArgs&, ParallelFor);
-const char* expectation_portable(const ExpectationArgs&, ParallelFor);
-const char* variance_portable(const VarianceArgs&, ParallelFor);
-const char* samples_portable(const SamplesArgs&, ParallelFor);
-const char* gate_portable(const GateArgs&, ParallelFor);
-const char* norm_portable(const NormArgs&, ParallelFor);
+// The kernels of an operation, in the order of kNames.
 #ifdef DIP_HAS_X86
-const char* perturb_avx2(const PerturbArgs&, ParallelFor);
-const char* perturb_avx512(const PerturbArgs&, ParallelFor);
-const char* expectation_avx2(const ExpectationArgs&, ParallelFor);
-const char* variance_avx2(const VarianceArgs&, ParallelFor);
-const char* samples_avx2(const SamplesArgs&, ParallelFor);
-const char* gate_avx2(const GateArgs&, ParallelFor);
-const char* norm_avx2(const NormArgs&, ParallelFor);
-const char* expectation_avx512(const ExpectationArgs&, ParallelFor);
-const char* variance_avx512(const VarianceArgs&, ParallelFor);
-const char* samples_avx512(const SamplesArgs&, ParallelFor);
-const char* gate_avx512(const GateArgs&, ParallelFor);
-const char* norm_avx512(const NormArgs&, ParallelFor);
+#define DIP_KERNELS(op, Args)                          \
+  const char* op##_portable(const Args&, ParallelFor); \
+  const char* op##_avx2(const Args&, ParallelFor);     \
+  const char* op##_avx512(const Args&, ParallelFor);   \
+  constexpr Kernel<Args> op##_kernels[] = {op##_portable, op##_avx2, op##_avx512};
+#else
+#define DIP_KERNELS(op, Args)                          \
+  const char* op##_portable(const Args&, ParallelFor); \
+  constexpr Kernel<Args> op##_kernels[] = {op##_portable};
 #endif
+template <class Args>
+using Kernel = const char* (*)(const Args&, ParallelFor);
+
+DIP_KERNELS(perturb, PerturbArgs)
+DIP_KERNELS(expectation, ExpectationArgs)
+DIP_KERNELS(variance, VarianceArgs)
+DIP_KERNELS(samples, SamplesArgs)
+DIP_KERNELS(gate, GateArgs)
+DIP_KERNELS(norm, NormArgs)
 
 namespace {
 
@@ -76,70 +77,23 @@ int set_cpu_capability(int capability) {
   return 0;
 }
 
-const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return perturb_avx512(args, parallel_for);
-    case 1: return perturb_avx2(args, parallel_for);
-#endif
-    case 0: return perturb_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
+namespace {
+
+template <class Args>
+const char* run(const Kernel<Args>* kernels, const Args& args, ParallelFor parallel_for) {
+  const int capability = cpu_capability();  // one that is offered, or -1
+  return capability < 0 ? kUnknownCapability : kernels[capability](args, parallel_for);
 }
 
+}  // namespace
+
+const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) { return run(perturb_kernels, args, parallel_for); }
 const char* expectation_cpu(const ExpectationArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return expectation_avx512(args, parallel_for);
-    case 1: return expectation_avx2(args, parallel_for);
-#endif
-    case 0: return expectation_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
+  return run(expectation_kernels, args, parallel_for);
 }
-
-const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return variance_avx512(args, parallel_for);
-    case 1: return variance_avx2(args, parallel_for);
-#endif
-    case 0: return variance_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
-}
-
-const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return samples_avx512(args, parallel_for);
-    case 1: return samples_avx2(args, parallel_for);
-#endif
-    case 0: return samples_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
-}
-
-const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return gate_avx512(args, parallel_for);
-    case 1: return gate_avx2(args, parallel_for);
-#endif
-    case 0: return gate_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
-}
-
-const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) {
-  switch (cpu_capability()) {
-#ifdef DIP_HAS_X86
-    case 2: return norm_avx512(args, parallel_for);
-    case 1: return norm_avx2(args, parallel_for);
-#endif
-    case 0: return norm_portable(args, parallel_for);
-    default: return kUnknownCapability;
-  }
-}
+const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) { return run(variance_kernels, args, parallel_for); }
+const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) { return run(samples_kernels, args, parallel_for); }
+const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) { return run(gate_kernels, args, parallel_for); }
+const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) { return run(norm_kernels, args, parallel_for); }
 
 }  // namespace dip

@@ -175,6 +175,22 @@ static int64_t at(const Operand& o, const Shape& s, int64_t row, int64_t j) {
   return row / s.inner * o.outer_stride + j * o.feature_stride + row % s.inner;
 }
 
+// Each allocation of a kernel fails in turn, at most `limit`: it says so, or ends without having asked for as many.
+template <class F>
+static void fail_each_allocation(int64_t number, int limit, F&& run) {
+  for (int after = 0; after < limit; ++after) {
+    failed = 0;
+    fail_after = after;
+    in_kernel = true;
+    const char* error = run();
+    in_kernel = false;
+    fail_after = -1;
+    if (!failed) return;
+    if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
+  }
+  die(number, "a kernel that allocates without end");
+}
+
 static void perturb_case(int64_t number, Dice& dice, bool fail) {
   Shape s{dice.between(0, 40), dice.between(0, 70), 1};
   if (dice.coin()) s.inner = dice.between(2, 40), s.outer = dice.between(0, 6), s.features = dice.between(0, 30);
@@ -232,19 +248,7 @@ static void perturb_case(int64_t number, Dice& dice, bool fail) {
     a.dsigma = dsigma->data;
   }
 
-  if (fail) {
-    for (int after = 0; after < 40; ++after) {
-      failed = 0;
-      fail_after = after;
-      in_kernel = true;
-      const char* error = perturb_cpu(a, parallel_for);
-      in_kernel = false;
-      fail_after = -1;
-      if (!failed) return;
-      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
-    }
-    die(number, "a kernel that allocates without end");
-  }
+  if (fail) return fail_each_allocation(number, 40, [&] { return perturb_cpu(a, parallel_for); });
 
   // ---- on every instruction set and several thread counts: the same bits
   std::vector<char> first_u, first_z, first_dsigma;
@@ -378,19 +382,7 @@ static void activation_case(int64_t number, Dice& dice, bool fail) {
     }
   }
   const auto run = [&] { return variance ? variance_cpu(v, parallel_for) : expectation_cpu(a, parallel_for); };
-  if (fail) {
-    for (int after = 0; after < 60; ++after) {
-      failed = 0;
-      fail_after = after;
-      in_kernel = true;
-      const char* error = run();
-      in_kernel = false;
-      fail_after = -1;
-      if (!failed) return;
-      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
-    }
-    die(number, "a kernel that allocates without end");
-  }
+  if (fail) return fail_each_allocation(number, 60, run);
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
     std::vector<std::vector<char>> first;
@@ -596,19 +588,7 @@ static void producer_case(int64_t number, Dice& dice, bool fail) {
   }
   if (!backward && (!s.outer || !s.features)) return;  // whoever calls it has nothing to write
   const auto run = [&] { return is_norm ? norm_cpu(m, parallel_for) : gate_cpu(g, parallel_for); };
-  if (fail) {
-    for (int after = 0; after < 60; ++after) {
-      failed = 0;
-      fail_after = after;
-      in_kernel = true;
-      const char* error = run();
-      in_kernel = false;
-      fail_after = -1;
-      if (!failed) return;
-      if (!error || std::strcmp(error, "out of memory")) die(number, "a failed allocation went unreported");
-    }
-    die(number, "a kernel that allocates without end");
-  }
+  if (fail) return fail_each_allocation(number, 60, run);
   std::vector<std::vector<char>> first;
   for (int capability = 0; capability < 3; ++capability) {
     if (set_cpu_capability(capability)) continue;
