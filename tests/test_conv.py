@@ -22,7 +22,7 @@ def layer_of(case, dtype=torch.float32, **options):
     kind, shape, arguments = CASES[case]
     torch.manual_seed(1)
     layer = kind(shape[1], dtype=dtype, **arguments)
-    layer = dip.convert(nn.Sequential(layer), init_variance=0.3)[0]
+    layer = dip.convert(nn.Sequential(layer), init_variance=0.3, num_samples=4)[0]  # sigma times 1/2
     return layer, torch.randn(shape).to(dtype)
 
 

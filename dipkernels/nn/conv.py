@@ -56,8 +56,8 @@ class _DIPConv(DIPLayer):
             y: Tensor = super().forward(self.without_noise(input))
             return y
         dtype = worlds.autocast_dtype(input)
-        window = self._window(input)
-        if window is None or not conv.fits(input, self.log_variance):
+        window = self._window(input) if conv.fits(input, self.log_variance) else None
+        if window is None:
             y = super().forward(noised(self, input, dtype))
             return y
         sigma = beside(input, self)
