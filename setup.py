@@ -1,8 +1,10 @@
-"""Builds dipkernels/_C.so: one library of CPU and CUDA kernels through torch's stable ABI, by g++ and nvcc under ninja.
+"""Builds dipkernels/_C.so: one library of CPU and CUDA kernels through torch's stable ABI, by g++
+and nvcc under ninja.
 
-torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and the result has no Python symbols,
-so that one wheel serves every Python and every torch >= 2.10. Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA,
-DIPKERNELS_CUDA_ARCHS, MAX_JOBS, CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/wheel.py).
+torch's own CUDAExtension refuses to compile CUDA sources under a CPU-only torch; this does not, and
+the result has no Python symbols, so that one wheel serves every Python and every torch >= 2.10.
+Variables (docs/environment.md): DIPKERNELS_CPU, DIPKERNELS_CUDA, DIPKERNELS_CUDA_ARCHS, MAX_JOBS,
+CXX, NVCC, LDFLAGS. A CXX for another machine cross-compiles (tools/release/wheel.py).
 """
 
 import os
@@ -17,7 +19,9 @@ import setuptools
 from setuptools import Extension, setup
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    raise SystemExit(f"setuptools >= 77 is needed, got {setuptools.__version__}: pip install 'setuptools>=77'")
+    raise SystemExit(
+        f"setuptools >= 77 is needed, got {setuptools.__version__}: pip install 'setuptools>=77'"
+    )
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -48,13 +52,15 @@ def machine(compiler):
 
 
 def toolkit(nvcc):
-    """The CUDA toolkit of `nvcc`, such as 12.8: its static runtime decides which driver the library needs."""
+    """The CUDA toolkit of `nvcc`, such as 12.8: its static runtime decides which driver the library
+    needs."""
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     return re.search(r"release (\d+\.\d+)", text).group(1)
 
 
 def toolkit_folder(nvcc):
-    """Where the toolkit of `nvcc` lies, as nvcc itself says: the one on the PATH is often a link or a script."""
+    """Where the toolkit of `nvcc` lies, as nvcc itself says: the one on the PATH is often a link or
+    a script."""
     done = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True)
     found = re.search(r"^#\$ TOP=(.+)$", done.stderr, re.MULTILINE)
     return Path(found.group(1)).resolve() if found else Path(nvcc).resolve().parent.parent
@@ -79,10 +85,13 @@ def find_torch():
         import torch
     except ImportError:
         raise SystemExit(
-            f"torch is needed to build dipkernels, for its headers, and an isolated build sees none: {steps}"
+            "torch is needed to build dipkernels, for its headers, and an isolated build sees "
+            f"none: {steps}"
         ) from None
     if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        raise SystemExit(f"torch >= 2.10 is needed to build dipkernels, got {torch.__version__}: {steps}")
+        raise SystemExit(
+            f"torch >= 2.10 is needed to build dipkernels, got {torch.__version__}: {steps}"
+        )
     return torch
 
 
@@ -94,9 +103,13 @@ def plan():
     if compiler is None:
         if cpu or cuda:
             raise SystemExit(
-                "DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler (CXX, g++)"
+                "DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler "
+                "(CXX, g++)"
             )
-        say("no C++ compiler (CXX, g++): pure Python install; the slow reference path and Triton still run")
+        say(
+            "no C++ compiler (CXX, g++): pure Python install; the slow reference path and Triton "
+            "still run"
+        )
         return False, False, None, None
     if cuda and nvcc is None:
         raise SystemExit("DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH)")
@@ -105,11 +118,14 @@ def plan():
         torch = find_torch()
         cuda = nvcc is not None and torch.version.cuda is not None
         say(
-            f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch {torch.__version__}); DIPKERNELS_CUDA=0|1 decides"
+            f"CUDA kernels: {'yes' if cuda else 'no'} (nvcc {nvcc or 'not found'}, torch "
+            f"{torch.__version__}); DIPKERNELS_CUDA=0|1 decides"
         )
     else:
         say(f"CUDA kernels: {'yes' if cuda else 'no'} (DIPKERNELS_CUDA)")
-    say(f"CPU kernels: {'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}")
+    say(
+        f"CPU kernels: {'yes, ' + ' '.join(capabilities(compiler)) if cpu else 'no (DIPKERNELS_CPU=0)'}"
+    )
     return cpu, cuda, compiler, nvcc
 
 
@@ -125,9 +141,9 @@ def quoted(text):
 def ninja_file(cpu, cuda, compiler, nvcc):
     """The whole build as text.
 
-    The folder that it lies in has links: source (this checkout), package (where the library goes), torch and cuda. Every
-    path is one through them, so that a checkout may lie anywhere: a space, a $ or a colon would mean something to
-    ninja, to the shell or to nvcc.
+    The folder that it lies in has links: source (this checkout), package (where the library goes),
+    torch and cuda. Every path is one through them, so that a checkout may lie anywhere: a space, a
+    $ or a colon would mean something to ninja, to the shell or to nvcc.
     """
     archs = os.environ.get("DIPKERNELS_CUDA_ARCHS", CUDA_ARCHS).split()
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -136,19 +152,24 @@ def ninja_file(cpu, cuda, compiler, nvcc):
         defines.append("'-DDIP_CUDA_ARCHS=\"" + " ".join(archs) + "\"'")
         defines.append("'-DDIP_CUDA_TOOLKIT=\"" + toolkit(nvcc) + "\"'")
     # No contraction: every fused multiply-add of the noise contract is written out.
-    # Error messages carry file names: relative ones, so that a library says nothing of where it was built.
+    # Error messages carry file names: relative ones, so that a library says nothing of where it was
+    # built.
     prefix = "-ffile-prefix-map=source/= -ffile-prefix-map=torch/="
     flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math {prefix}"
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     ldflags = os.environ.get("LDFLAGS", "").replace("$", "$$")
     lines = [
-        f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {flags} {' '.join(defines)} $flags -c $in -o $out"
+        f"rule cxx\n  command = {quoted(compiler)} -MMD -MF $out.d {flags} {' '.join(defines)} "
+        "$flags -c $in -o $out"
         "\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvcc\n  command = {quoted(nvcc)} -ccbin {quoted(compiler)} -MMD -MF $out.d -std=c++17 -O3 -fmad=false"
-        f" --expt-relaxed-constexpr -Xcompiler -fPIC -Xcompiler -fvisibility=hidden {gencode} -c $in -o $out"
+        f"rule nvcc\n  command = {quoted(nvcc)} -ccbin {quoted(compiler)} -MMD -MF $out.d "
+        "-std=c++17 -O3 -fmad=false"
+        f" --expt-relaxed-constexpr -Xcompiler -fPIC -Xcompiler -fvisibility=hidden {gencode} -c "
+        "$in -o $out"
         "\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {quoted(compiler)} -shared $in -o $out -Wl,--version-script=exports.map {ldflags}"
+        f"rule link\n  command = {quoted(compiler)} -shared $in -o $out "
+        f"-Wl,--version-script=exports.map {ldflags}"
         " -Ltorch/lib -Wl,--as-needed -ltorch_cpu $libs",
     ]
     operations = [*CPU_KERNELS] if cpu else ["perturb"]  # the others have no CUDA kernels
@@ -188,7 +209,9 @@ def find_ninja():
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name):
-        return str(Path(*name.split("."))) + ".so"  # no Python version in it: the library has no Python symbols
+        return (
+            str(Path(*name.split("."))) + ".so"
+        )  # no Python version in it: the library has no Python symbols
 
     def build_extension(self, ext):
         torch = find_torch()
@@ -198,7 +221,11 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "exports.map").write_text("{ global: dip_*; local: *; };\n")
-        links = {"source": ROOT.resolve(), "package": out.parent, "torch": Path(torch.__file__).resolve().parent}
+        links = {
+            "source": ROOT.resolve(),
+            "package": out.parent,
+            "torch": Path(torch.__file__).resolve().parent,
+        }
         if cuda:
             links["cuda"] = toolkit_folder(nvcc)
         for name, target in links.items():

@@ -1,8 +1,10 @@
-"""The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
+"""The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096]
+[--rounds 9] [--docs]
 
-"analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user writes. Interleaved,
-round by round, in one process: the median of the per-round ratios and its quartiles, and the bytes kept for backward and
-the most that tensors take at once, over those of act(DIPLinear) with one draw. Checks each result first.
+"analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user
+writes. Interleaved, round by round, in one process: the median of the per-round ratios and its
+quartiles, and the bytes kept for backward and the most that tensors take at once, over those of
+act(DIPLinear) with one draw. Checks each result first.
 """
 
 from __future__ import annotations
@@ -26,13 +28,24 @@ Call = Callable[[], Tensor]
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
 
 
-def compare(over: Call, under: Call, dy: Tensor, leaves: Sequence[Tensor], rounds: int) -> list[str]:
+def compare(
+    over: Call, under: Call, dy: Tensor, leaves: Sequence[Tensor], rounds: int
+) -> list[str]:
     """Time of `over` over that of `under`, forward and forward + backward: median [quartiles]."""
     cells = []
     for make in (lambda call: call, lambda call: timing.backward_step(call, dy, leaves)):
         calls = {"over": make(over), "under": make(under)}
-        limits = {"budget_s": 0.0, "rounds": (rounds, rounds), "at_least_s": 0.0, "always": ("over",)}
-        cells.append(report.ratio(timing.interleave(calls, "under", dy.device, **limits)["over"], spread=True))
+        limits = {
+            "budget_s": 0.0,
+            "rounds": (rounds, rounds),
+            "at_least_s": 0.0,
+            "always": ("over",),
+        }
+        cells.append(
+            report.ratio(
+                timing.interleave(calls, "under", dy.device, **limits)["over"], spread=True
+            )
+        )
     return cells
 
 
@@ -49,7 +62,9 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
         def eager(act, x=x, weight=weight, bias=bias, sigma=sigma, dtype=dtype):
             total = 0
             for _ in range(S):
-                total = total + act(F.linear(x + sigma.to(dtype) * torch.randn_like(x), weight, bias))
+                total = total + act(
+                    F.linear(x + sigma.to(dtype) * torch.randn_like(x), weight, bias)
+                )
             return total / S
 
         for activation, act in () if skip == "analytic" else ACTIVATIONS.items():
@@ -68,7 +83,10 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
             with torch.no_grad():
                 assert (mean() - loop()).abs().mean() < 0.1
             kept = [timing.saved_bytes(run, [weight, bias, sigma]) for run in (mean, one, loop)]
-            peaks = [timing.peak_bytes(timing.backward_step(run, dy, tensors), dy.device) for run in (mean, one, loop)]
+            peaks = [
+                timing.peak_bytes(timing.backward_step(run, dy, tensors), dy.device)
+                for run in (mean, one, loop)
+            ]
             row = [name, activation, *compare(loop, mean, dy, tensors, rounds)]
             mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
@@ -80,27 +98,37 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
+    )
     parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
-    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/averaging-cpu-<date>.json)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/averaging-cpu-<date>.json)"
+    )
     parser.add_argument("--docs", action="store_true", help="write the tables of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
     if args.docs and (args.skip or args.rounds < 5):
-        parser.error("--docs: expected a full run of at least 5 rounds, whose figures mean something")
+        parser.error(
+            "--docs: expected a full run of at least 5 rounds, whose figures mean something"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()
-    rows = measure(args.rows, args.rounds, [getattr(torch, name) for name in args.dtypes], args.skip)
+    rows = measure(
+        args.rows, args.rounds, [getattr(torch, name) for name in args.dtypes], args.skip
+    )
     took = time.perf_counter() - start
     text = "\n\n".join(
         [
-            f"{args.rows} x {K} x {N}, sigma 0.1. {machine.sentence(found)}. `python benchmarks/averaging.py`, "
+            f"{args.rows} x {K} x {N}, sigma 0.1. {machine.sentence(found)}. `python "
+            "benchmarks/averaging.py`, "
             f"{args.rounds} rounds, {took:.0f} s.",
             '"analytic": time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
-            f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept for backward and at the '
+            f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept '
+            "for backward and at the "
             "peak, over those of act(DIPLinear) with one draw.",
             report.table(
                 [

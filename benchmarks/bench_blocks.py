@@ -1,4 +1,5 @@
-"""A whole block, eager and under torch.compile, which may fuse eager noise into the LayerNorm or GELU before it."""
+"""A whole block, eager and under torch.compile, which may fuse eager noise into the LayerNorm or
+GELU before it."""
 
 import networks
 import peers
@@ -7,7 +8,13 @@ import timing
 import torch
 
 CASES = networks.BLOCKS
-NAMES = ("linear", "linear, compiled", "dip", "dip, compiled", *(n for n in peers.NAMES if n not in ("linear", "dip")))
+NAMES = (
+    "linear",
+    "linear, compiled",
+    "dip",
+    "dip, compiled",
+    *(n for n in peers.NAMES if n not in ("linear", "dip")),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -22,4 +29,10 @@ def bench_block_step(name, device, case, build, timed):
     step = timing.training_step(module, x, dy)
     step()
     saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))
-    timed(step, name, "block training step", saved_bytes=saved, peak_bytes=timing.peak_bytes(step, device))
+    timed(
+        step,
+        name,
+        "block training step",
+        saved_bytes=saved,
+        peak_bytes=timing.peak_bytes(step, device),
+    )

@@ -9,8 +9,15 @@ from torch import nn
 
 _SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64), (32, 128, 128)]
 _FULL = [Case(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in _SHAPES]
-_CUDA = [*_FULL, *(Case(torch.bfloat16, shape) for shape in [(8192, 4096, 4096), (8192, 4096, 1024)])]
-CASES = {"cpu": _FULL, "cuda": _CUDA, "quick": [Case(torch.float32, (9, 24, 16)), Case(torch.bfloat16, (16, 8, 8))]}
+_CUDA = [
+    *_FULL,
+    *(Case(torch.bfloat16, shape) for shape in [(8192, 4096, 4096), (8192, 4096, 1024)]),
+]
+CASES = {
+    "cpu": _FULL,
+    "cuda": _CUDA,
+    "quick": [Case(torch.float32, (9, 24, 16)), Case(torch.bfloat16, (16, 8, 8))],
+}
 
 
 def _layer(name, device, case, build):

@@ -8,8 +8,16 @@ from timing import Case
 import dipkernels as dip
 from dipkernels import reference
 
-_FULL = [Case(torch.float32, (4096, 1024)), Case(torch.float32, (65536, 64)), Case(torch.float32, (32, 128))]
-CASES = {"cpu": _FULL, "cuda": [*_FULL, Case(torch.float32, (8192, 8192))], "quick": [Case(torch.float32, (9, 24))]}
+_FULL = [
+    Case(torch.float32, (4096, 1024)),
+    Case(torch.float32, (65536, 64)),
+    Case(torch.float32, (32, 128)),
+]
+CASES = {
+    "cpu": _FULL,
+    "cuda": [*_FULL, Case(torch.float32, (8192, 8192))],
+    "quick": [Case(torch.float32, (9, 24))],
+}
 
 
 @pytest.mark.parametrize("name", ["dip", "torch.randn", "torch.randn, compiled"])

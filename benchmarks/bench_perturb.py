@@ -9,7 +9,11 @@ import dipkernels as dip
 
 _SHAPES = [(4096, 1024), (65536, 64), (32, 128)]
 _FULL = [Case(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in _SHAPES]
-CASES = {"cpu": _FULL, "cuda": [*_FULL, Case(torch.bfloat16, (8192, 8192))], "quick": [Case(torch.float32, (9, 24))]}
+CASES = {
+    "cpu": _FULL,
+    "cuda": [*_FULL, Case(torch.bfloat16, (8192, 8192))],
+    "quick": [Case(torch.float32, (9, 24))],
+}
 # A copy is the limit: it reads and writes what any noise must.
 NAMES = ("copy", "dip", "eager", "eager, compiled", "dropout")
 
@@ -31,7 +35,11 @@ def _function(name, seed):
         return lambda x, sigma: dip.functional.perturb(x, sigma, seed)
     if name == "dropout":
         return lambda x, sigma: torch.nn.functional.dropout(x, peers.DROPOUT)
-    return torch.compile(_eager, backend=peers.compile_backend, dynamic=False) if "compiled" in name else _eager
+    return (
+        torch.compile(_eager, backend=peers.compile_backend, dynamic=False)
+        if "compiled" in name
+        else _eager
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,6 +62,13 @@ def bench_perturb_backward(name, device, case, timed):
     leaves = [x, sigma] if name not in ("copy", "dropout") else [x]
     if "compiled" in name:  # compiled graphs free what they saved
         function = _function(name, seed)
-        timed(lambda: torch.autograd.grad(function(x, sigma), leaves, du), name, "perturb backward", includes="forward")
+        timed(
+            lambda: torch.autograd.grad(function(x, sigma), leaves, du),
+            name,
+            "perturb backward",
+            includes="forward",
+        )
     else:
-        timed(lambda: torch.autograd.grad(u, leaves, du, retain_graph=True), name, "perturb backward")
+        timed(
+            lambda: torch.autograd.grad(u, leaves, du, retain_graph=True), name, "perturb backward"
+        )

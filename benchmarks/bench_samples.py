@@ -55,7 +55,8 @@ def bench_samples(name, samples, device, case, build, timed):
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", peers.NAMES)
 def bench_trajectories(name, m, device, case, build, timed):
-    """m passes folded into the batch of a two-layer network; nn.Linear's are the m copies of the batch alone."""
+    """m passes folded into the batch of a two-layer network; nn.Linear's are the m copies of the
+    batch alone."""
     batch, k, n = case.shape
     model = build(name, networks.mlp(k, n, n).to(device, case.dtype))
     x = torch.randn(max(1, batch // 4), k, device=device, dtype=case.dtype)

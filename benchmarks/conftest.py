@@ -1,8 +1,10 @@
-"""Devices, cases, groups and what every stored row carries.  pytest benchmarks/ --benchmark-json=out/bench.json
+"""Devices, cases, groups and what every stored row carries.  pytest benchmarks/
+--benchmark-json=out/bench.json
 
-Every benchmark takes `device` and `case` from its module's CASES (a dictionary with "cpu", "cuda" and "quick"), checks
-its result, and hands its call to `timed`. The same code runs on the CPU and, where there is one, on the GPU. These are
-absolute times of this machine now; benchmarks/overhead.py gives the ratios, interleaved.
+Every benchmark takes `device` and `case` from its module's CASES (a dictionary with "cpu", "cuda"
+and "quick"), checks its result, and hands its call to `timed`. The same code runs on the CPU and,
+where there is one, on the GPU. These are absolute times of this machine now; benchmarks/overhead.py
+gives the ratios, interleaved.
 """
 
 from __future__ import annotations
@@ -22,15 +24,20 @@ _missing: dict[str, str] = {}
 
 def pytest_addoption(parser):
     group = parser.getgroup("dipkernels benchmarks")
-    group.addoption("--quick", action="store_true", help="tiny shapes, one round: does every benchmark run?")
+    group.addoption(
+        "--quick", action="store_true", help="tiny shapes, one round: does every benchmark run?"
+    )
     group.addoption("--threads", type=int, default=2, help="torch's CPU threads (2)")
 
 
 def pytest_configure(config):
     if config.getoption("--threads") < 1:
-        raise pytest.UsageError(f"--threads: expected at least 1, got {config.getoption('--threads')}")
+        raise pytest.UsageError(
+            f"--threads: expected at least 1, got {config.getoption('--threads')}"
+        )
     torch.set_num_threads(config.getoption("--threads"))
-    # Compilation and the first touch of memory belong to no figure, and the collector to no variant.
+    # Compilation and the first touch of memory belong to no figure, and the collector to no
+    # variant.
     config.option.benchmark_warmup = True
     config.option.benchmark_disable_gc = True
     if config.option.benchmark_group_by == "group":
@@ -60,12 +67,17 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--quick"):  # the first and the last number of samples or trajectories are enough
+    if config.getoption(
+        "--quick"
+    ):  # the first and the last number of samples or trajectories are enough
         middle = {"samples": (4, 16), "m": (2, 4)}
         items[:] = [
             item
             for item in items
-            if not any(getattr(item, "callspec", None) and item.callspec.params.get(k) in v for k, v in middle.items())
+            if not any(
+                getattr(item, "callspec", None) and item.callspec.params.get(k) in v
+                for k, v in middle.items()
+            )
         ]
 
 
@@ -97,7 +109,8 @@ def build():
 
 @pytest.fixture
 def timed(benchmark, request, device, case, found):
-    """timed(call, name): time it in its group, on whatever device, with where it was measured in extra_info."""
+    """timed(call, name): time it in its group, on whatever device, with where it was measured in
+    extra_info."""
 
     def timed(call, name: str, group: str, **extra) -> None:
         benchmark.group = f"{group}, {device.type}, {case}"

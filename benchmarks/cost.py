@@ -1,9 +1,10 @@
 """What trajectories cost and what they buy:  python benchmarks/cost.py [--docs]
 
-Training with m = 1, 2, 4, 8 trajectories and prediction with k = 0, 1, 4, 16, 50 noisy passes, on scikit-learn's
-handwritten digits, for an MLP and a small vision transformer: time (interleaved, over the plain network's), memory,
-FLOPs, and accuracy against the plain network at equal steps and at equal time. Equal time means that the plain network
-trains for as many more steps as the measured ratio of a step allows. Under four minutes on two quiet cores.
+Training with m = 1, 2, 4, 8 trajectories and prediction with k = 0, 1, 4, 16, 50 noisy passes, on
+scikit-learn's handwritten digits, for an MLP and a small vision transformer: time (interleaved,
+over the plain network's), memory, FLOPs, and accuracy against the plain network at equal steps and
+at equal time. Equal time means that the plain network trains for as many more steps as the measured
+ratio of a step allows. Under four minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -65,12 +66,18 @@ class Study:
 
 STUDIES = (
     Study("MLP 64-256-256-10", lambda: networks.mlp(64, 256, 256, 10), 1000, 1e-3),
-    Study("ViT, 17 tokens, 2 blocks of 32", lambda: Tokens(networks.ViT(8, 2, 32, 2, 4, 10, channels=1)), 250, 3e-3),
+    Study(
+        "ViT, 17 tokens, 2 blocks of 32",
+        lambda: Tokens(networks.ViT(8, 2, 32, 2, 4, 10, channels=1)),
+        250,
+        3e-3,
+    ),
 )
 
 
 def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x_train [500, 64] in 0 .. 1, y_train, x_test [1297, 64], y_test; another split for each seed."""
+    """x_train [500, 64] in 0 .. 1, y_train, x_test [1297, 64], y_test; another split for each
+    seed."""
     digits = load_digits()
     x = torch.tensor(digits.data / 16.0, dtype=torch.float32)
     y = torch.tensor(digits.target)
@@ -79,7 +86,7 @@ def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], y[train], x[test], y[test]
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def build(study: Study, m: int, seed: int) -> nn.Module:
@@ -90,7 +97,9 @@ def build(study: Study, m: int, seed: int) -> nn.Module:
 
 
 def stepper(study: Study, model: nn.Module, m: int) -> Callable[[Tensor, Tensor], None]:
-    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=study.learning_rate, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(
+        dip.param_groups(model, lr=study.learning_rate, weight_decay=0.01)
+    )
 
     def step(x: Tensor, y: Tensor) -> None:
         if m:
@@ -105,8 +114,11 @@ def stepper(study: Study, model: nn.Module, m: int) -> Callable[[Tensor, Tensor]
     return step
 
 
-def train(study: Study, m: int, seed: int, stops: list[int], x: Tensor, y: Tensor, bar: tqdm) -> list[nn.Module]:
-    """The network after each of `stops` steps, ascending; the learning rate is constant, so one run has them all."""
+def train(
+    study: Study, m: int, seed: int, stops: list[int], x: Tensor, y: Tensor, bar: tqdm
+) -> list[nn.Module]:
+    """The network after each of `stops` steps, ascending; the learning rate is constant, so one run
+    has them all."""
     model = build(study, m, seed).train()
     step = stepper(study, model, m)
     torch.manual_seed(1000 + seed)
@@ -125,11 +137,12 @@ def train(study: Study, m: int, seed: int, stops: list[int], x: Tensor, y: Tenso
     return found
 
 
-# ---- what a step and a prediction cost -------------------------------------------------------------------------------
+# ---- what a step and a prediction cost -----------------------------------------------------------
 
 
 def flops_of(call: Callable[[], object]) -> int:
-    """Of matrix products, convolutions and attention, forward and backward; drawing noise is not among them."""
+    """Of matrix products, convolutions and attention, forward and backward; drawing noise is not
+    among them."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
@@ -137,7 +150,11 @@ def flops_of(call: Callable[[], object]) -> int:
 
 def _costs(calls: dict[str, Callable[[], object]], base: str, quick: bool) -> dict[str, dict]:
     device = torch.device("cpu")
-    limits = {"budget_s": 0.02, "rounds": (2, 2), "at_least_s": 1e-4} if quick else {"budget_s": 5, "rounds": (9, 100)}
+    limits = (
+        {"budget_s": 0.02, "rounds": (2, 2), "at_least_s": 1e-4}
+        if quick
+        else {"budget_s": 5, "rounds": (9, 100)}
+    )
     timed = timing.interleave(calls, base, device, always=tuple(calls), **limits)
     for name, call in calls.items():
         timed[name]["peak_bytes"] = timing.peak_bytes(call, device)
@@ -145,7 +162,9 @@ def _costs(calls: dict[str, Callable[[], object]], base: str, quick: bool) -> di
     return timed
 
 
-def training_costs(study: Study, trajectories: tuple[int, ...], x: Tensor, y: Tensor, quick: bool) -> dict[str, dict]:
+def training_costs(
+    study: Study, trajectories: tuple[int, ...], x: Tensor, y: Tensor, quick: bool
+) -> dict[str, dict]:
     calls = {}
     for m in (0, *trajectories):
         step = stepper(study, build(study, m, 0).train(), m)
@@ -161,14 +180,16 @@ def outputs(model: nn.Module, x: Tensor, k: int) -> Tensor:
         return dip.predict(model, x, k=k, average="probs").clamp_min(1e-12).log()
 
 
-def prediction_costs(study: Study, samples: tuple[int, ...], x: Tensor, quick: bool) -> dict[str, dict]:
+def prediction_costs(
+    study: Study, samples: tuple[int, ...], x: Tensor, quick: bool
+) -> dict[str, dict]:
     plain, noisy = build(study, 0, 0).eval(), build(study, 1, 0).eval()
     calls = {"plain": lambda: outputs(plain, x, 0)}
     calls |= {f"k = {k}": lambda k=k: outputs(noisy, x, k) for k in samples}
     return _costs(calls, "plain", quick)
 
 
-# ---- what it buys ----------------------------------------------------------------------------------------------------
+# ---- what it buys --------------------------------------------------------------------------------
 
 
 def attacked(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
@@ -182,8 +203,11 @@ def attacked(model: nn.Module, x: Tensor, y: Tensor, steps: int) -> Tensor:
     return found
 
 
-def score(model: nn.Module, x: Tensor, y: Tensor, k: int, seed: int, pgd_steps: int) -> dict[str, float]:
-    """Accuracy in percent: clean, under input noise, under attack (half of the test set); and the clean NLL."""
+def score(
+    model: nn.Module, x: Tensor, y: Tensor, k: int, seed: int, pgd_steps: int
+) -> dict[str, float]:
+    """Accuracy in percent: clean, under input noise, under attack (half of the test set); and the
+    clean NLL."""
     torch.manual_seed(2000 + seed)
     noisy, half = x + NOISE * torch.randn_like(x), len(x) // 2
     adversarial = attacked(model, x[:half], y[:half], pgd_steps)
@@ -226,27 +250,42 @@ def study_record(study: Study, seeds: int, quick: bool, bar: tqdm) -> dict:
         x_test, y_test = x_test[:num_test], y_test[:num_test]
         bar.set_description(f"{study.name}: seed {seed}")
         ascending = sorted(set(stops))
-        plain = dict(zip(ascending, train(study, 0, seed, ascending, x_train, y_train, bar), strict=True))
-        plain_scores = {stop: score(model, x_test, y_test, 0, seed, pgd_steps) for stop, model in plain.items()}
+        plain = dict(
+            zip(ascending, train(study, 0, seed, ascending, x_train, y_train, bar), strict=True)
+        )
+        plain_scores = {
+            stop: score(model, x_test, y_test, 0, seed, pgd_steps) for stop, model in plain.items()
+        }
         scores.setdefault("plain", []).append(plain_scores[steps])
         for m, stop in zip(trajectories, stops[1:], strict=True):
             scores.setdefault(f"plain, the time of m = {m}", []).append(plain_scores[stop])
             (model,) = train(study, m, seed, [steps], x_train, y_train, bar)
-            scores.setdefault(f"m = {m}", []).append(score(model, x_test, y_test, 0, seed, pgd_steps))
+            scores.setdefault(f"m = {m}", []).append(
+                score(model, x_test, y_test, 0, seed, pgd_steps)
+            )
             if m == PREDICT_M:
                 for k in samples:
-                    scores.setdefault(f"k = {k}", []).append(score(model, x_test, y_test, k, seed, pgd_steps))
-    return record | {"trajectories": trajectories, "samples": samples, "stops": stops, "scores": scores}
+                    scores.setdefault(f"k = {k}", []).append(
+                        score(model, x_test, y_test, k, seed, pgd_steps)
+                    )
+    return record | {
+        "trajectories": trajectories,
+        "samples": samples,
+        "stops": stops,
+        "scores": scores,
+    }
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def _mean(runs: list[dict], key: str) -> str:
     values = [run[key] for run in runs]
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     digits = 3 if key == "nll" else 1
-    return f"{statistics.fmean(values):.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+    return f"{statistics.fmean(values):.{digits}f}" + (
+        "" if math.isnan(spread) else f" ± {spread:.{digits}f}"
+    )
 
 
 def _cost_cells(cost: dict, base: dict) -> list[str]:
@@ -266,9 +305,20 @@ def training_table(record: dict) -> str:
         if name == "plain":
             lines.append([name, *_cost_cells(cost, costs["plain"]), *cells, "", "", ""])
             continue
-        longer = [_mean(scores[f"plain, the time of {name}"], key) for key in ("clean", "noise", "pgd")]
+        longer = [
+            _mean(scores[f"plain, the time of {name}"], key) for key in ("clean", "noise", "pgd")
+        ]
         lines.append([name, *_cost_cells(cost, costs["plain"]), *cells, *longer])
-    heads = ["training", "a step", "over plain", "FLOPs", "peak memory", "clean", f"noise {NOISE}", f"PGD {PGD}"]
+    heads = [
+        "training",
+        "a step",
+        "over plain",
+        "FLOPs",
+        "peak memory",
+        "clean",
+        f"noise {NOISE}",
+        f"PGD {PGD}",
+    ]
     return report.table([*heads, "plain, equal time: clean", f"noise {NOISE}", f"PGD {PGD}"], lines)
 
 
@@ -284,28 +334,36 @@ def prediction_table(record: dict) -> str:
 
 def text(record: dict) -> str:
     parts = [
-        f"{machine.sentence(record['machine'])}. `python benchmarks/cost.py`, {record['seconds']:.0f} s; accuracy in"
-        f" percent, mean ± standard deviation over {record['seeds']} seed(s); ratios: median and quartiles of rounds in"
+        f"{machine.sentence(record['machine'])}. `python benchmarks/cost.py`, "
+        f"{record['seconds']:.0f} s; accuracy in"
+        f" percent, mean ± standard deviation over {record['seeds']} seed(s); ratios: median and "
+        "quartiles of rounds in"
         " which all take turns."
     ]
     for study in record["studies"]:
         parts += [
             f"### {study['name']}, {study['steps']} steps of {BATCH} examples",
             training_table(study),
-            f"The network of m = {PREDICT_M}, predicting (plain: the plain network at equal steps):",
+            f"The network of m = {PREDICT_M}, predicting (plain: the plain network at equal "
+            "steps):",
             prediction_table(study),
         ]
     return "\n\n".join(parts)
 
 
 def plot(record: dict, path: Path) -> list[Path]:
-    """Three SVGs beside `path`: the cost of a training step over m, of a prediction over k, and what training buys.
+    """Three SVGs beside `path`: the cost of a training step over m, of a prediction over k, and
+    what training buys.
 
     Returns their paths: PATH_training.svg, PATH_prediction.svg, PATH_buys.svg.
     """
     drawn = {
-        "training": lambda axis: _plot_costs(axis, record, "training", "m", "trajectories m in a training step"),
-        "prediction": lambda axis: _plot_costs(axis, record, "prediction", "k", "noisy passes k in a prediction"),
+        "training": lambda axis: _plot_costs(
+            axis, record, "training", "m", "trajectories m in a training step"
+        ),
+        "prediction": lambda axis: _plot_costs(
+            axis, record, "prediction", "k", "noisy passes k in a prediction"
+        ),
         "buys": lambda axis: _plot_bought(axis, record),
     }
     paths = []
@@ -327,14 +385,27 @@ def _plot_costs(axis: Any, record: dict, kind: str, letter: str, label: str) -> 
     numbers = record["studies"][0]["trajectories" if kind == "training" else "samples"]
     for color, marker, study in zip(figures.ORDER, "os", record["studies"]):
         costs = study[kind]
-        for key, dash, what in (("ratio", "-", "time"), ("peak_bytes", "--", "memory"), ("flops", ":", "FLOPs")):
+        for key, dash, what in (
+            ("ratio", "-", "time"),
+            ("peak_bytes", "--", "memory"),
+            ("flops", ":", "FLOPs"),
+        ):
             base = 1 if key == "ratio" else costs["plain"][key]
             heights = [costs[f"{letter} = {n}"][key] / base for n in numbers]
-            axis.plot(range(len(numbers)), heights, dash, marker=marker, color=color, label=f"{_short(study)}: {what}")
+            axis.plot(
+                range(len(numbers)),
+                heights,
+                dash,
+                marker=marker,
+                color=color,
+                label=f"{_short(study)}: {what}",
+            )
     axis.axhline(1, color=figures.FOREGROUND, linewidth=1)
     axis.set(
         xlabel=label,
-        title=f"a {kind} step, over the plain one" if kind == "training" else "a prediction, over the plain one",
+        title=f"a {kind} step, over the plain one"
+        if kind == "training"
+        else "a prediction, over the plain one",
         yscale="log",
     )
     axis.set_xticks(range(len(numbers)), [str(n) for n in numbers])
@@ -350,24 +421,40 @@ def _plot_bought(axis: Any, record: dict) -> None:
         listed = ", ".join(map(str, trajectories))
         for names, dash, label in (
             ([f"m = {m}" for m in trajectories], "-", f"{_short(study)}: DIP, m = {listed}"),
-            ([f"plain, the time of m = {m}" for m in trajectories], ":", f"{_short(study)}: plain, trained as long"),
+            (
+                [f"plain, the time of m = {m}" for m in trajectories],
+                ":",
+                f"{_short(study)}: plain, trained as long",
+            ),
         ):
-            heights = [statistics.fmean(run["pgd"] for run in study["scores"][name]) for name in names]
+            heights = [
+                statistics.fmean(run["pgd"] for run in study["scores"][name]) for name in names
+            ]
             axis.plot(times, heights, dash, marker=marker, color=color, label=label)
     axis.set(
-        xlabel="time of training over the plain network's", title=f"accuracy under attack (PGD {PGD}), %", ylim=(0, 100)
+        xlabel="time of training over the plain network's",
+        title=f"accuracy under attack (PGD {PGD}), %",
+        ylim=(0, 100),
     )
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument("--quick", action="store_true", help="one seed, four steps: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/cost-cpu-<date>.json)")
-    parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
-    parser.add_argument("--docs", action="store_true", help="write the tables and the figures of docs/cost.md")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/cost-cpu-<date>.json)"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="report a stored run instead of measuring"
+    )
+    parser.add_argument(
+        "--docs", action="store_true", help="write the tables and the figures of docs/cost.md"
+    )
     args = parser.parse_args(arguments)
     if args.seeds < 1 or args.threads < 1:
         parser.error("--seeds, --threads: expected at least 1")
@@ -381,7 +468,12 @@ def main(arguments: list[str] | None = None) -> dict:
         torch.set_num_threads(args.threads)
         start = time.perf_counter()
         seeds = 1 if args.quick else args.seeds
-        record = {"machine": machine.describe("cpu"), "seeds": seeds, "quick": args.quick, "studies": []}
+        record = {
+            "machine": machine.describe("cpu"),
+            "seeds": seeds,
+            "quick": args.quick,
+            "studies": [],
+        }
         with tqdm(unit="step", dynamic_ncols=True, disable=args.no_progress) as bar:
             for study in STUDIES:
                 record["studies"].append(study_record(study, seeds, args.quick, bar))

@@ -1,7 +1,9 @@
-"""The look of every figure in the documentation: one SVG for light and dark pages, for desktop and phone.
+"""The look of every figure in the documentation: one SVG for light and dark pages, for desktop and
+phone.
 
-The colours are Okabe and Ito's, which colour-blind readers tell apart; each line has a marker and a dash of its own as well.
-A panel is as wide as a phone's column, so that a browser puts two side by side where there is room. Text stays text.
+The colours are Okabe and Ito's, which colour-blind readers tell apart; each line has a marker and a
+dash of its own as well. A panel is as wide as a phone's column, so that a browser puts two side by
+side where there is room. Text stays text.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 PANEL = (3.7, 3.2)  # inches: 355 pixels, a phone's column
-FOREGROUND, BACKGROUND, GRID = "#010203", "#fdfcfb", "#a1a2a3"  # stand-ins, which `save` turns into the theme's
+FOREGROUND, BACKGROUND, GRID = (
+    "#010203",
+    "#fdfcfb",
+    "#a1a2a3",
+)  # stand-ins, which `save` turns into the theme's
 THEMES = {"light": ("#222222", "#ffffff", "#d0d0d0"), "dark": ("#e6e6e6", "#1e2129", "#4a4d57")}
 # colour, marker, dash of each method
 LINES: dict[str, tuple[str, str, Any]] = {
@@ -26,7 +32,13 @@ LINES: dict[str, tuple[str, str, Any]] = {
     "SAM": ("#e69f00", "v", (0, (5, 1, 1, 1))),
     "NEFTune": ("#e69f00", "v", (0, (5, 1, 1, 1))),
 }
-ORDER = ("#d55e00", "#0a83c4", "#e69f00", "#009e73", "#cc79a7")  # where a figure compares something else
+ORDER = (
+    "#d55e00",
+    "#0a83c4",
+    "#e69f00",
+    "#009e73",
+    "#cc79a7",
+)  # where a figure compares something else
 _RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dipkernels",
@@ -47,7 +59,15 @@ _RC = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
 } | dict.fromkeys(
-    ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), FOREGROUND
+    (
+        "text.color",
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "axes.titlecolor",
+        "xtick.color",
+        "ytick.color",
+    ),
+    FOREGROUND,
 )
 
 
@@ -61,18 +81,34 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(rows: int = 1, columns: int = 1, width: float = PANEL[0], height: float = PANEL[1], **kwargs: Any) -> Any:
+def panels(
+    rows: int = 1,
+    columns: int = 1,
+    width: float = PANEL[0],
+    height: float = PANEL[1],
+    **kwargs: Any,
+) -> Any:
     """A figure of rows x columns axes, [rows, columns]; inches for the whole."""
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+    return plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **kwargs
+    )
 
 
 def line_of(method: str) -> dict[str, Any]:
-    """How this method's line is drawn. DIP's is the widest and lies below all others, so that it hides none."""
+    """How this method's line is drawn. DIP's is the widest and lies below all others, so that it
+    hides none."""
     color, marker, dash = LINES[method]
     width, order = (4.0, 2) if method == "DIP" else (1.5, 3)
-    return {"color": color, "marker": marker, "linestyle": dash, "linewidth": width, "zorder": order, "label": method}
+    return {
+        "color": color,
+        "marker": marker,
+        "linestyle": dash,
+        "linewidth": width,
+        "zorder": order,
+        "label": method,
+    }
 
 
 def legend(figure: Any, axis: Any, columns: int = 2, place: str = "outside lower center") -> None:
@@ -91,7 +127,10 @@ def save(figure: Any, path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for number, stand_in in enumerate((FOREGROUND, BACKGROUND, GRID)):
         text = text.replace(stand_in, f"var(--c{number})")
-    rules = {name: ";".join(f"--c{i}:{color}" for i, color in enumerate(colors)) for name, colors in THEMES.items()}
+    rules = {
+        name: ";".join(f"--c{i}:{color}" for i, color in enumerate(colors))
+        for name, colors in THEMES.items()
+    }
     css = f":root{{{rules['light']}}}@media (prefers-color-scheme:dark){{:root{{{rules['dark']}}}}}"
     text = text.replace("<defs>", f"<style>{css}</style>\n<defs>", 1)
     text = re.sub(r"-?\d+\.\d{3,}", lambda number: f"{float(number.group()):.2f}", text)

@@ -1,12 +1,15 @@
-"""One command that proves and measures the GPU side: python benchmarks/gpu_check.py, no network, under ten minutes.
+"""One command that proves and measures the GPU side: python benchmarks/gpu_check.py, no network,
+under ten minutes.
 
-Needs torch for CUDA, nvcc, and from Python setuptools, ninja, numpy and pytest; no installation of this package: the
-source tree is used. Builds the library for the GPU at hand, runs tests/gpu, times kernels, layers and a transformer
-block, and lets compute-sanitizer watch every CUDA kernel. Each section runs in processes of its own with a time limit
-(docs/gpu.md). DIR/gpu-check-<date>.json is rewritten after every row, so that a run that is cut off keeps what it had.
+Needs torch for CUDA, nvcc, and from Python setuptools, ninja, numpy and pytest; no installation of
+this package: the source tree is used. Builds the library for the GPU at hand, runs tests/gpu, times
+kernels, layers and a transformer block, and lets compute-sanitizer watch every CUDA kernel. Each
+section runs in processes of its own with a time limit (docs/gpu.md). DIR/gpu-check-<date>.json is
+rewritten after every row, so that a run that is cut off keeps what it had.
 
-Exit code: 0 all passed; 1 something failed; 2 no GPU, or a wrong argument; 3 something was not reached or not proven.
---dry-run rehearses the same on a CPU with small shapes: its figures mean nothing, and its JSON says so.
+Exit code: 0 all passed; 1 something failed; 2 no GPU, or a wrong argument; 3 something was not
+reached or not proven. --dry-run rehearses the same on a CPU with small shapes: its figures mean
+nothing, and its JSON says so.
 """
 
 from __future__ import annotations
@@ -49,18 +52,37 @@ WITHIN_S = 480
 def names(value: str) -> list[str]:
     found = value.split(",")
     if unknown := [name for name in found if name not in NAMES]:
-        raise argparse.ArgumentTypeError(f"expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}")
+        raise argparse.ArgumentTypeError(
+            f"expected names out of {', '.join(NAMES)}, got {', '.join(unknown)}"
+        )
     return found
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="rehearse on the CPU with small shapes: measures nothing")
-    add("--out", type=Path, metavar="DIR", help="folder of the results: out/benchmarks, and out for a rehearsal")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="rehearse on the CPU with small shapes: measures nothing",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results: out/benchmarks, and out for a rehearsal",
+    )
     add("--only", type=names, default=list(NAMES), metavar="A,B", help="run these sections alone")
     add("--skip", type=names, default=[], metavar="A,B", help="leave these sections out")
-    add("--within", type=float, default=WITHIN_S, metavar="S", help="seconds for all sections together (%(default)s)")
+    add(
+        "--within",
+        type=float,
+        default=WITHIN_S,
+        metavar="S",
+        help="seconds for all sections together (%(default)s)",
+    )
     return parser.parse_args(arguments)
 
 
@@ -76,7 +98,10 @@ def start(options: argparse.Namespace) -> Record:
     path = folder(options) / f"{kind}-{now.strftime('%Y%m%d-%H%M%S')}.json"
     data = {"rehearsal": options.dry_run, "ended": False, "machine": {}, "sections": {}}
     if options.dry_run:
-        data["warning"] = "A rehearsal on a CPU with small shapes. No figure in this file is evidence of anything."
+        data["warning"] = (
+            "A rehearsal on a CPU with small shapes. No figure in this file is evidence of "
+            "anything."
+        )
     for name in (MACHINE.name, *NAMES):
         left_out = name in NAMES and (name not in options.only or name in options.skip)
         data["sections"][name] = {"status": "skipped" if left_out else "waiting", "rows": []}
@@ -105,18 +130,28 @@ def run(record: Record, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the section's processes end
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that the section's processes end
     if options.dry_run:
         # Triton's kernels run too, in its interpreter, where it is installed.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     record = start(options)
     # A cache of its own: the compilers are part of what is proven.
     caches = tempfile.mkdtemp(prefix="dipkernels-gpu-check-")
-    os.environ |= {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+    os.environ |= {
+        "TRITON_CACHE_DIR": f"{caches}/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
+    }
     try:
         driver.run([MACHINE], record, MACHINE.limit_s)
         if record.data["sections"]["machine"]["status"] != "ok":
-            print("\n".join(report.verdict(record.data)[1]), f"gpu_check: {record.path}", sep="\n", file=sys.stderr)
+            print(
+                "\n".join(report.verdict(record.data)[1]),
+                f"gpu_check: {record.path}",
+                sep="\n",
+                file=sys.stderr,
+            )
             return 2
         run(record, options)
     finally:

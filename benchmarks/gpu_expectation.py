@@ -1,6 +1,8 @@
-"""What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes docs/measured_gpu_expectation.md.
+"""What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes
+docs/measured_gpu_expectation.md.
 
-SLOTS are what two tests print: pytest -s -k slots tests/test_cuda_compile.py tests/test_triton_compiles.py.
+SLOTS are what two tests print: pytest -s -k slots tests/test_cuda_compile.py
+tests/test_triton_compiles.py.
 """
 
 import argparse
@@ -26,16 +28,24 @@ class Gpu:
 MULTIPROCESSORS, CLOCK = 132, 1.755e9
 GPUS = {"H100": Gpu(3.0e12, 798e12), "H200": Gpu(4.3e12, 780e12)}
 TILE_N = 128  # columns of a tile of the fused linear: triton_kernels/blocks.py, sm_90
-# Issue slots per element of the inner loop on sm_90, bfloat16, by pass and kernel: P, Q, and both in one pass.
+# Issue slots per element of the inner loop on sm_90, bfloat16, by pass and kernel: P, Q, and both
+# in one pass.
 SLOTS = {
-    ("P", "CUDA"): 31.4, ("P", "Triton"): 32.7,
-    ("Q", "CUDA"): 30.7, ("Q", "Triton"): 31.8,
-    ("PQ", "CUDA"): 34.1, ("PQ", "Triton"): 36.9,
-}  # fmt: skip
+    ("P", "CUDA"): 31.4,
+    ("P", "Triton"): 32.7,
+    ("Q", "CUDA"): 30.7,
+    ("Q", "Triton"): 31.8,
+    ("PQ", "CUDA"): 34.1,
+    ("PQ", "Triton"): 36.9,
+}
 # The same of Triton's expectation of an activation, forward and backward.
 EXPECTATION_SLOTS = {
-    "relu": (20.0, 27.2), "gelu": (21.2, 30.6), "gelu_tanh": (26.0, 46.0), "silu": (29.4, 44.0), "tanh": (30.6, 34.6),
-}  # fmt: skip
+    "relu": (20.0, 27.2),
+    "gelu": (21.2, 30.6),
+    "gelu_tanh": (26.0, 46.0),
+    "silu": (29.4, 44.0),
+    "tanh": (30.6, 34.6),
+}
 KERNELS = ("CUDA", "Triton")
 TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and written
 NAMES = {"P": "P, u = x + sigma z", "Q": "Q, dsigma", "PQ": "P and Q in one pass"}
@@ -47,14 +57,16 @@ def noise_pass(gpu: Gpu, form: str, kernel: str) -> float:
 
 
 def pass_seconds(name: str, form: str, kind: str, elements: int) -> float | None:
-    """Of P, Q or both in bfloat16 by backend `kind` on the GPU of this name; None where nothing is expected of it."""
+    """Of P, Q or both in bfloat16 by backend `kind` on the GPU of this name; None where nothing is
+    expected of it."""
     gpu = next((gpu for short, gpu in GPUS.items() if short in name), None)
     kernel = {"cuda": "CUDA", "triton": "Triton"}.get(kind)
     return elements * noise_pass(gpu, form, kernel) if gpu and kernel else None
 
 
 def product(gpu: Gpu, n: int, draws: float = 0.0) -> float:
-    """Seconds per element of x of a product with n columns that also draws noise `draws` slots long."""
+    """Seconds per element of x of a product with n columns that also draws noise `draws` slots
+    long."""
     return max(2 / gpu.bytes, 2 * n / gpu.flops, draws / gpu.issues)
 
 
@@ -65,7 +77,8 @@ def two_steps(gpu: Gpu, n: int, kernel: str) -> tuple[float, float]:
 
 
 def fused(gpu: Gpu, n: int, tile_n: int = TILE_N) -> tuple[float, float]:
-    """The same with the noise drawn inside the products, again for every tile of columns; dsigma in the epilogue of dx."""
+    """The same with the noise drawn inside the products, again for every tile of columns; dsigma in
+    the epilogue of dx."""
     again = -(-n // tile_n) * SLOTS["P", "Triton"]
     step = 2 * product(gpu, n, again) + product(gpu, n, SLOTS["Q", "Triton"])
     return product(gpu, n, again), step
@@ -78,9 +91,12 @@ def over_linear(gpu: Gpu, m: int, k: int, n: int, kernel: str) -> float:
 
 
 def analytic_over_plain(gpu: Gpu, m: int, k: int, n: int, activation: str) -> float:
-    """Forward and backward of the exact mean over act(nn.Linear)'s, whose own passes take the time of memory."""
+    """Forward and backward of the exact mean over act(nn.Linear)'s, whose own passes take the time
+    of memory."""
     products, traffic = 6 * m * k * n / gpu.flops, (4, 6)  # bytes: mu and y; mu, dy and dmu
-    plain = m * n * (sum(traffic) + 2) / gpu.bytes  # the bias's gradient reads dmu again; ours sums it on the way
+    plain = (
+        m * n * (sum(traffic) + 2) / gpu.bytes
+    )  # the bias's gradient reads dmu again; ours sums it on the way
     passes = zip(traffic, EXPECTATION_SLOTS[activation], strict=True)
     ours = m * n * sum(max(b / gpu.bytes, slots / gpu.issues) for b, slots in passes)
     weights = n * k * (2 + 6) / gpu.bytes  # the variance; its gradient, added to the product's
@@ -88,10 +104,13 @@ def analytic_over_plain(gpu: Gpu, m: int, k: int, n: int, activation: str) -> fl
 
 
 def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, float]:
-    """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with randn_like."""
+    """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with
+    randn_like."""
     draws = -(-n // TILE_N) * SLOTS["P", "Triton"]
     of_output = n / k / gpu.bytes  # a byte per element of the output
-    blocks = noise_pass(gpu, "P", "CUDA") + product(gpu, n) + (4 + 10) * of_output  # act; the sum in float32
+    blocks = (
+        noise_pass(gpu, "P", "CUDA") + product(gpu, n) + (4 + 10) * of_output
+    )  # act; the sum in float32
     calls = 12 / gpu.bytes + product(gpu, n) + (4 + 6) * of_output  # randn, *, +; act; the sum
     return product(gpu, n, draws), blocks, calls
 
@@ -102,7 +121,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 SIZE = 8192 * 8192
-LAYERS = ((8192, 8192, 8192), (8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 2048), (8192, 4096, 1024))
+LAYERS = (
+    (8192, 8192, 8192),
+    (8192, 4096, 8192),
+    (8192, 4096, 4096),
+    (8192, 4096, 2048),
+    (8192, 4096, 1024),
+)
 MEANS = ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024))
 
 
@@ -163,7 +188,9 @@ def means_table() -> str:
         for name, gpu in GPUS.items()
         for activation, both in EXPECTATION_SLOTS.items()
     ]
-    return table(["GPU", "activation", "forward, slots", "backward, slots", *map(name_of, MEANS)], rows)
+    return table(
+        ["GPU", "activation", "forward, slots", "backward, slots", *map(name_of, MEANS)], rows
+    )
 
 
 def page() -> str:
@@ -253,7 +280,9 @@ which ours sums in the pass over dy. The special functions, two an element, take
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--docs", action="store_true", help="write the page instead of printing it")
     if parser.parse_args().docs:
         PAGE.write_text(page())

@@ -17,25 +17,36 @@ from dipkernels import backends
 ROOT = Path(__file__).resolve().parent.parent
 IN_PLACE = ":".join(
     f"glibc.malloc.{name}={value}"
-    for name, value in {"tcache_count": 0, "mxfast": 0, "mmap_max": 0, "trim_threshold": 2**31 - 1}.items()
+    for name, value in {
+        "tcache_count": 0,
+        "mxfast": 0,
+        "mmap_max": 0,
+        "trim_threshold": 2**31 - 1,
+    }.items()
 )
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:
-    """The processor's name, with the family and model that tell its generation: a virtual machine often names none."""
+    """The processor's name, with the family and model that tell its generation: a virtual machine
+    often names none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    first = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in reversed(lines))
+    }
     if "model name" not in first:
         return platform.processor() or platform.machine()
     return f"{first['model name']} (family {first.get('cpu family', '?')}, model {first.get('model', '?')})"
@@ -59,7 +70,9 @@ def describe(device: torch.device | str) -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),  # over the minute before: others' work as well
+        "load_average": round(
+            os.getloadavg()[0], 2
+        ),  # over the minute before: others' work as well
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "backend": backends.choose("perturb", device.type).backend,
         "python": platform.python_version(),
@@ -85,16 +98,19 @@ def sentence(found: dict) -> str:
     cpu = f"{found['cpu']}, {found['threads']} of {found['cores']} cores, {found['instruction_set']}{in_place}"
     where = found.get("gpu") or cpu
     return (
-        f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; {found['date'][:10]}; "
+        f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; "
+        f"{found['date'][:10]}; "
         f"load average before the run {found['load_average']}"
     )
 
 
 def restart_in_place() -> None:
-    """Start this program again with glibc told to use the same memory again, unless GLIBC_TUNABLES says something, if but "".
+    """Start this program again with glibc told to use the same memory again, unless GLIBC_TUNABLES
+    says something, if but "".
 
-    Left alone glibc gives large tensors back to the system, and takes their pages anew, or puts each beside the last one's
-    place, so that a loop walks through more memory than it uses: milliseconds, on whichever variant it hits.
+    Left alone glibc gives large tensors back to the system, and takes their pages anew, or puts
+    each beside the last one's place, so that a loop walks through more memory than it uses:
+    milliseconds, on whichever variant it hits.
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = IN_PLACE

@@ -1,8 +1,8 @@
 """Training steps of whole models over the plain model's:  python benchmarks/models.py [--docs]
 
-Forward, loss, backward and AdamW, in turns within one process. Noise in front of every layer ("dip"), in the norm or
-activation that makes a layer's input where that can be ("dip, producer": convert(place="producer")), and by the eager
-one-liner ("eager").
+Forward, loss, backward and AdamW, in turns within one process. Noise in front of every layer
+("dip"), in the norm or activation that makes a layer's input where that can be ("dip, producer":
+convert(place="producer")), and by the eager one-liner ("eager").
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ VARIANTS = ("linear", "dip", "dip, producer", "eager")
 
 
 def _bert() -> nn.Module:
-    return nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.TransformerEncoderLayer(
+        768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True
+    )
 
 
 def _llama() -> nn.Module:
@@ -66,12 +68,18 @@ def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
 
 def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
     """One training step of the model on this batch."""
-    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-5) if dip_layers(model) else model.parameters(), 1e-5)
+    optimizer = torch.optim.AdamW(
+        dip.param_groups(model, 1e-5) if dip_layers(model) else model.parameters(), 1e-5
+    )
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         y = model(x)
-        loss = F.mse_loss(y, target) if target.is_floating_point() else F.cross_entropy(y.float(), target)
+        loss = (
+            F.mse_loss(y, target)
+            if target.is_floating_point()
+            else F.cross_entropy(y.float(), target)
+        )
         loss.backward()
         optimizer.step()
 
@@ -87,12 +95,20 @@ def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int) -> lis
                 torch.manual_seed(0)
                 plain = case.make().to(dtype)
                 x = torch.randn(case.shape).to(dtype)
-                target = torch.randn_like(x) if case.classes is None else torch.randint(case.classes, case.shape[:1])
+                target = (
+                    torch.randn_like(x)
+                    if case.classes is None
+                    else torch.randint(case.classes, case.shape[:1])
+                )
                 steps = {name: step_of(build(name, plain, x), x, target) for name in VARIANTS}
                 timed = timing.interleave(
                     steps, "linear", device, budget_s=1e9, rounds=(rounds, rounds), always=VARIANTS
                 )
-                label = {"model": case.name, "shape": list(case.shape), "dtype": str(dtype).removeprefix("torch.")}
+                label = {
+                    "model": case.name,
+                    "shape": list(case.shape),
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
                 rows += [label | {"variant": name} | figures for name, figures in timed.items()]
                 bar.update()
     return rows
@@ -102,12 +118,19 @@ def table(rows: list[dict]) -> str:
     """Ratios to the plain model's step, with quartiles."""
     found: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        found.setdefault((row["model"], tuple(row["shape"]), row["dtype"]), {})[row["variant"]] = row
+        found.setdefault((row["model"], tuple(row["shape"]), row["dtype"]), {})[row["variant"]] = (
+            row
+        )
     lines = []
     for (name, shape, dtype), of in found.items():
         plain = report.duration(of["linear"]["seconds"])
         lines.append(
-            [f"{name}, batch {shape[0]}", dtype, plain, *(report.ratio(of[v], spread=True) for v in VARIANTS[1:])]
+            [
+                f"{name}, batch {shape[0]}",
+                dtype,
+                plain,
+                *(report.ratio(of[v], spread=True) for v in VARIANTS[1:]),
+            ]
         )
     return report.table(["training step", "", "plain", *VARIANTS[1:]], lines)
 
@@ -116,29 +139,46 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
+    )
     parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument("--quick", action="store_true", help="small models, whose figures mean nothing")
-    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/models-cpu-<date>.json)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small models, whose figures mean nothing"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/models-cpu-<date>.json)"
+    )
     parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
     cases = [case for case in (QUICK if args.quick else CASES) if args.only in case.name]
     if not cases:
-        parser.error(f"--only: expected a part of one of {sorted({case.name for case in CASES})}, got {args.only!r}")
+        parser.error(
+            f"--only: expected a part of one of {sorted({case.name for case in CASES})}, got "
+            f"{args.only!r}"
+        )
     if args.docs and (args.quick or args.only or args.rounds < 5):
-        parser.error("--docs: expected a full run of at least 5 rounds, whose figures mean something")
+        parser.error(
+            "--docs: expected a full run of at least 5 rounds, whose figures mean something"
+        )
     torch.set_num_threads(args.threads)
     found, start = machine.describe("cpu"), time.perf_counter()
     rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds)
     took = time.perf_counter() - start
     text = (
-        f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, {took:.0f} s: time over the plain "
+        f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, "
+        f"{took:.0f} s: time over the plain "
         f"model's, with quartiles.\n\n{table(rows)}"
     )
     print(text)
-    run = {"program": "models", "machine": found, "seconds": took, "quick": args.quick or args.rounds < 5}
+    run = {
+        "program": "models",
+        "machine": found,
+        "seconds": took,
+        "quick": args.quick or args.rounds < 5,
+    }
     report.store("models", run | {"rows": rows}, args.out)
     if args.docs:
         report.fill(machine.ROOT / "docs" / "measured.md", "models", text)

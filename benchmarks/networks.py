@@ -1,4 +1,5 @@
-"""The networks whose blocks and training steps are timed, written out so that nothing else need be installed.
+"""The networks whose blocks and training steps are timed, written out so that nothing else need be
+installed.
 
 A module with `compile_unit` is what torch.compile is given: a block that repeats is compiled once.
 """
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- blocks ----------------------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------
 
 
 class AttentionBlock(nn.Module):
@@ -27,8 +28,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        q, k, v = (
+            self.qkv(self.norm(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        )
         return x + self.out(mixed)
 
 
@@ -56,7 +61,8 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """RMSNorm, causal attention with rotary positions and grouped keys, RMSNorm, SwiGLU; no biases."""
+    """RMSNorm, causal attention with rotary positions and grouped keys, RMSNorm, SwiGLU; no
+    biases."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
         super().__init__()
@@ -65,7 +71,10 @@ class LlamaBlock(nn.Module):
         self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.gate, self.up = (
+            nn.Linear(width, hidden, bias=False),
+            nn.Linear(width, hidden, bias=False),
+        )
         self.down = nn.Linear(hidden, width, bias=False)
 
     def _rotated(self, x: Tensor) -> Tensor:  # [B, heads, T, head_width]
@@ -88,14 +97,22 @@ class LlamaBlock(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 class ViT(nn.Module):
-    """Patches by one convolution, a class token, learned positions, `depth` blocks, a linear head."""
+    """Patches by one convolution, a class token, learned positions, `depth` blocks, a linear
+    head."""
 
     def __init__(
-        self, image: int, patch: int, width: int, depth: int, heads: int, classes: int, channels: int = 3
+        self,
+        image: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, patch)
@@ -130,7 +147,8 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 in its form for 32 x 32 images: a 3 x 3 stem, two blocks each of 64, 128, 256 and 512 channels."""
+    """ResNet-18 in its form for 32 x 32 images: a 3 x 3 stem, two blocks each of 64, 128, 256 and
+    512 channels."""
 
     def __init__(self, classes: int = 10, width: int = 64, stages: int = 4) -> None:
         super().__init__()
@@ -157,12 +175,13 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-# ---- what is timed ---------------------------------------------------------------------------------------------------
+# ---- what is timed -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Network:
-    """make() -> the module; shape: of one batch of inputs; classes: of a classifier, None where it returns a tensor."""
+    """make() -> the module; shape: of one batch of inputs; classes: of a classifier, None where it
+    returns a tensor."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -203,4 +222,8 @@ def _blocks(batch: int, tokens: int, width: int, heads: int) -> list[Network]:
     ]
 
 
-BLOCKS = {"cpu": _blocks(8, 197, 384, 6), "cuda": _blocks(16, 1024, 1024, 16), "quick": _blocks(2, 8, 16, 2)}
+BLOCKS = {
+    "cpu": _blocks(8, 197, 384, 6),
+    "cuda": _blocks(16, 1024, 1024, 16),
+    "quick": _blocks(2, 8, 16, 2),
+}

@@ -1,7 +1,9 @@
-"""What a DIP layer costs over nn.Linear, beside what one would otherwise use:  python benchmarks/overhead.py
+"""What a DIP layer costs over nn.Linear, beside what one would otherwise use:  python
+benchmarks/overhead.py
 
-Every case checks its results against dipkernels.reference, then times all variants in turn, round by round; the figure
-is the median of the ratios within a round, its spread their quartiles. About three minutes on two quiet cores.
+Every case checks its results against dipkernels.reference, then times all variants in turn, round
+by round; the figure is the median of the ratios within a round, its spread their quartiles. About
+three minutes on two quiet cores.
 
     --quick                     tiny shapes: does it run?
     --shapes 4096x1024x1024     other layers, M x K x N; --dtypes float32 bfloat16
@@ -41,7 +43,8 @@ SMALL = (32, 128, 128)
 LAYERS = ("linear", "dip", "eager", "eager, compiled", "dropout", "flipout")
 WHATS = ("forward", "forward + backward")
 SAMPLES = 64
-# What this project set out to reach on two cores with AVX-512: (forward, forward + backward) over nn.Linear.
+# What this project set out to reach on two cores with AVX-512: (forward, forward + backward) over
+# nn.Linear.
 TARGETS = {
     ("float32", (4096, 1024, 1024)): (1.04, 1.04),
     ("float32", (512, 4096, 4096)): (1.02, 1.02),
@@ -63,7 +66,7 @@ def text_of(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-# ---- the cases: each checks, then times, and returns rows ------------------------------------------------------------
+# ---- the cases: each checks, then times, and returns rows ----------------------------------------
 
 
 class Run:
@@ -77,8 +80,14 @@ class Run:
         self.rows: list[dict] = []
         self.missing: dict[str, str] = {}
 
-    def interleave(self, calls: dict[str, Callable[[], object]], base: str, **options) -> dict[str, dict]:
-        settings = {"budget_s": self.budget_s, "rounds": self.rounds, "at_least_s": 1e-4 if self.quick else 2e-3}
+    def interleave(
+        self, calls: dict[str, Callable[[], object]], base: str, **options
+    ) -> dict[str, dict]:
+        settings = {
+            "budget_s": self.budget_s,
+            "rounds": self.rounds,
+            "at_least_s": 1e-4 if self.quick else 2e-3,
+        }
         return timing.interleave(calls, base, self.device, **(settings | options))
 
     def add(self, timed: dict[str, dict], **labels) -> None:
@@ -86,10 +95,14 @@ class Run:
             self.rows.append({**labels, "device": self.device.type, "variant": variant, **values})
         for variant, reason in self.missing.items():
             if labels["section"] in ("linear", "small"):
-                self.rows.append({**labels, "device": self.device.type, "variant": variant, "missing": reason})
+                self.rows.append(
+                    {**labels, "device": self.device.type, "variant": variant, "missing": reason}
+                )
 
 
-def _modules(run: Run, plain: nn.Linear, names: tuple[str, ...], x: Tensor, dy: Tensor) -> dict[str, nn.Module]:
+def _modules(
+    run: Run, plain: nn.Linear, names: tuple[str, ...], x: Tensor, dy: Tensor
+) -> dict[str, nn.Module]:
     """Every variant that exists here, each checked."""
     modules = {}
     for name in names:
@@ -108,7 +121,9 @@ def _modules(run: Run, plain: nn.Linear, names: tuple[str, ...], x: Tensor, dy: 
     return modules
 
 
-def _inputs(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[nn.Linear, Tensor, Tensor]:
+def _inputs(
+    run: Run, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> tuple[nn.Linear, Tensor, Tensor]:
     m, k, n = shape
     torch.manual_seed(0)
     plain = nn.Linear(k, n, device=run.device, dtype=dtype)
@@ -123,14 +138,20 @@ def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     flops = 2 * shape[0] * shape[1] * shape[2]
     labels = {"section": "linear", "dtype": name_of(dtype), "shape": text_of(shape)}
     for index, what in enumerate(WHATS):
-        make = (lambda m: timing.forward(m, x)) if index == 0 else (lambda m: timing.training_step(m, x, dy))
+        make = (
+            (lambda m: timing.forward(m, x))
+            if index == 0
+            else (lambda m: timing.training_step(m, x, dy))
+        )
         timed = run.interleave({name: make(module) for name, module in modules.items()}, "linear")
         for name, values in timed.items():
             if "seconds" in values:
                 values["flop_per_s"] = flops * (3 if index else 1) / values["seconds"]
             if index and "seconds" in values:
                 module = modules[name]
-                values["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
+                values["saved_bytes"] = timing.saved_bytes(
+                    lambda m=module: m(x), list(module.parameters())
+                )
                 values["peak_bytes"] = timing.peak_bytes(make(module), run.device)
         if run.has_targets and (name_of(dtype), shape) in TARGETS:
             timed["dip"]["target"] = TARGETS[name_of(dtype), shape][index]
@@ -139,7 +160,8 @@ def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
 
 
 def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """P and Q alone, beside the one-liner, its compiled form and a copy, which must move the same bytes."""
+    """P and Q alone, beside the one-liner, its compiled form and a copy, which must move the same
+    bytes."""
     x = torch.randn(shape, device=run.device).to(dtype)
     sigma = torch.full(shape[-1:], peers.SIGMA, device=run.device)
     seed = torch.tensor([peers.KEY, 1], device=run.device)
@@ -173,33 +195,44 @@ def samples_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> N
     plain, x, dy = _inputs(run, dtype, shape)
     modules = {}
     for samples in (1, SAMPLES):
-        layer = dip.DIPLinear(shape[1], shape[2], device=run.device, dtype=dtype, num_samples=samples)
+        layer = dip.DIPLinear(
+            shape[1], shape[2], device=run.device, dtype=dtype, num_samples=samples
+        )
         layer.load_state_dict(plain.state_dict())
         peers.check_dip_linear(layer, x, dy)
         modules[f"S = {samples}"] = layer
     calls = {name: timing.training_step(module, x, dy) for name, module in modules.items()}
     timed = run.interleave(calls, "S = 1", always=tuple(modules), budget_s=run.budget_s / 2)
     for name, module in modules.items():
-        timed[name]["saved_bytes"] = timing.saved_bytes(lambda m=module: m(x), list(module.parameters()))
+        timed[name]["saved_bytes"] = timing.saved_bytes(
+            lambda m=module: m(x), list(module.parameters())
+        )
     if run.has_targets:
         timed[f"S = {SAMPLES}"]["target"] = SAMPLES_TARGET
     run.add(timed, section="samples", dtype=name_of(dtype), shape=text_of(shape), what=WHATS[1])
 
 
 def small_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """A layer whose time is Python and the dispatcher; "floor": nn.Linear behind an empty autograd.Function."""
+    """A layer whose time is Python and the dispatcher; "floor": nn.Linear behind an empty
+    autograd.Function."""
     plain, x, dy = _inputs(run, dtype, shape)
     run.missing.clear()
     modules = _modules(run, plain, (*LAYERS, "floor"), x, dy)
     for index, what in enumerate(WHATS):
-        make = (lambda m: timing.forward(m, x)) if index == 0 else (lambda m: timing.training_step(m, x, dy))
+        make = (
+            (lambda m: timing.forward(m, x))
+            if index == 0
+            else (lambda m: timing.training_step(m, x, dy))
+        )
         calls = {name: make(module) for name, module in modules.items()}
-        timed = run.interleave(calls, "linear", always=("dip", "floor", "eager"), budget_s=run.budget_s / 2)
+        timed = run.interleave(
+            calls, "linear", always=("dip", "floor", "eager"), budget_s=run.budget_s / 2
+        )
         run.add(timed, section="small", dtype=name_of(dtype), shape=text_of(shape), what=what)
     peers.forget_compiled()
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def _select(rows: list[dict], **labels) -> dict[str, dict]:
@@ -228,7 +261,11 @@ def _linear_table(rows: list[dict], rates: dict) -> str:
         found = _select(rows, section="linear", **case)
         base, ours = found["linear"], found["dip"]
         limit = rates.get("matmul_flop_per_s", {}).get(case["dtype"])
-        share = f"{ours['flop_per_s'] / 1e12:.3g} of {limit / 1e12:.3g}" if limit and "flop_per_s" in ours else ""
+        share = (
+            f"{ours['flop_per_s'] / 1e12:.3g} of {limit / 1e12:.3g}"
+            if limit and "flop_per_s" in ours
+            else ""
+        )
         lines.append(
             [
                 f"{case['dtype']} {case['shape']}",
@@ -240,7 +277,15 @@ def _linear_table(rows: list[dict], rates: dict) -> str:
                 *(report.ratio(found.get(name)) for name in LAYERS[2:]),
             ]
         )
-    heads = ["M x K x N", "", "nn.Linear", "**DIP**", "target", "TFLOP/s, DIP of matmul", *LAYERS[2:]]
+    heads = [
+        "M x K x N",
+        "",
+        "nn.Linear",
+        "**DIP**",
+        "target",
+        "TFLOP/s, DIP of matmul",
+        *LAYERS[2:],
+    ]
     return report.table(heads, lines)
 
 
@@ -254,10 +299,14 @@ def _memory_table(rows: list[dict]) -> str:
             cells.append(report.size(base[key]))
             for name in ("dip", "eager", "eager, compiled", "flipout"):
                 row = found.get(name, {})
-                cells.append(f"{row[key] / base[key]:.3f}" if key in row else report.ratio(row or None))
+                cells.append(
+                    f"{row[key] / base[key]:.3f}" if key in row else report.ratio(row or None)
+                )
         lines.append([f"{case['dtype']} {case['shape']}", *cells])
     heads = ["M x K x N", "saved: nn.Linear", "**DIP**", "eager", "compiled", "flipout"]
-    return report.table([*heads, "peak: nn.Linear", "**DIP**", "eager", "compiled", "flipout"], lines)
+    return report.table(
+        [*heads, "peak: nn.Linear", "**DIP**", "eager", "compiled", "flipout"], lines
+    )
 
 
 def _perturb_table(rows: list[dict], rates: dict) -> str:
@@ -266,7 +315,11 @@ def _perturb_table(rows: list[dict], rates: dict) -> str:
         found = _select(rows, section="perturb", **case)
         ours, eager = found["dip"], found["eager"]
         target = eager.get("target")
-        verdict = "" if target is None else f"{target}, " + ("reached" if eager["ratio"] >= target else "missed")
+        verdict = (
+            ""
+            if target is None
+            else f"{target}, " + ("reached" if eager["ratio"] >= target else "missed")
+        )
         lines.append(
             [
                 f"{case['dtype']} {case['shape']}",
@@ -275,11 +328,23 @@ def _perturb_table(rows: list[dict], rates: dict) -> str:
                 report.duration(found["dip, gradient of sigma"]["seconds"]),
                 report.ratio(eager, spread=True),
                 verdict,
-                *(report.ratio(found.get(name)) for name in ("eager, compiled", "randn_like alone", "copy")),
+                *(
+                    report.ratio(found.get(name))
+                    for name in ("eager, compiled", "randn_like alone", "copy")
+                ),
             ]
         )
-    heads = ["M x K", "perturb", "GB/s of copy", "gradient of sigma", "**eager over perturb**", "target"]
-    return report.table([*heads, "compiled over perturb", "randn_like over perturb", "copy over perturb"], lines)
+    heads = [
+        "M x K",
+        "perturb",
+        "GB/s of copy",
+        "gradient of sigma",
+        "**eager over perturb**",
+        "target",
+    ]
+    return report.table(
+        [*heads, "compiled over perturb", "randn_like over perturb", "copy over perturb"], lines
+    )
 
 
 def _samples_table(rows: list[dict]) -> str:
@@ -306,7 +371,12 @@ def _small_table(rows: list[dict]) -> str:
         base = f"{1e6 * found['linear']['seconds']:.1f}"
         names = ("dip", "floor", "eager", "eager, compiled", "dropout", "flipout")
         lines.append(
-            [f"{case['dtype']} {case['shape']}", case["what"], base, *(over(found.get(name)) for name in names)]
+            [
+                f"{case['dtype']} {case['shape']}",
+                case["what"],
+                base,
+                *(over(found.get(name)) for name in names),
+            ]
         )
     heads = [
         "M x K x N",
@@ -331,21 +401,28 @@ def _missing(rows: list[dict]) -> str:
 def text(record: dict) -> str:
     """Everything that was measured, as Markdown."""
     rows, rates = record["rows"], record["rates"]
-    matmul = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates["matmul_flop_per_s"].items())
+    matmul = ", ".join(
+        f"{rate / 1e12:.3g} TFLOP/s in {dtype}"
+        for dtype, rate in rates["matmul_flop_per_s"].items()
+    )
     parts = [
-        f"{machine.sentence(record['machine'])}. The machine's own copy: {rates['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+        f"{machine.sentence(record['machine'])}. The machine's own copy: "
+        f"{rates['copy_bytes_per_s'] / 1e9:.1f} GB/s"
         f" read and written; its matrix product: {matmul}."
         f" `python benchmarks/overhead.py`, {record['seconds']:.0f} s.",
         "Time over nn.Linear: median of the ratios within a round, and for DIP its quartiles.",
         _linear_table(rows, rates),
-        "Bytes kept for backward, and the most that tensors take during forward + backward, over nn.Linear's:",
+        "Bytes kept for backward, and the most that tensors take during forward + backward, over "
+        "nn.Linear's:",
         _memory_table(rows),
         "u = x + sigma z alone, beside `x + sigma * torch.randn_like(x)`:",
         _perturb_table(rows, rates),
         f"{SAMPLES} samples averaged inside the layer, forward + backward:",
         _samples_table(rows),
-        f"A small layer, microseconds over nn.Linear (target: {SMALL_TARGET_US:g} for forward + backward); floor:"
-        " nn.Linear behind an autograd.Function that copies its input and returns a stored gradient:",
+        f"A small layer, microseconds over nn.Linear (target: {SMALL_TARGET_US:g} for forward + "
+        "backward); floor:"
+        " nn.Linear behind an autograd.Function that copies its input and returns a stored "
+        "gradient:",
         _small_table(rows),
         _missing(rows),
     ]
@@ -361,28 +438,45 @@ def short_text(record: dict) -> str:
         saved = both[1]["dip"]["saved_bytes"] / both[1]["linear"]["saved_bytes"]
         eager_saved = both[1]["eager"]["saved_bytes"] / both[1]["linear"]["saved_bytes"]
         cells = [" / ".join(report.ratio(found.get(name)) for found in both) for name in LAYERS[1:]]
-        lines.append([f"{case['dtype']} {case['shape']}", *cells, f"{saved:.2f}", f"{eager_saved:.2f}"])
+        lines.append(
+            [f"{case['dtype']} {case['shape']}", *cells, f"{saved:.2f}", f"{eager_saved:.2f}"]
+        )
     heads = ["M x K x N", "**DIP**", *LAYERS[2:], "bytes saved: **DIP**", "eager"]
     return f"{report.table(heads, lines)}\n\n{machine.sentence(record['machine'])}."
 
 
 def plot(record: dict, path: Path) -> None:
-    """Time over the plain layer, which is the line at 1: one SVG, forward above forward + backward."""
+    """Time over the plain layer, which is the line at 1: one SVG, forward above forward +
+    backward."""
     rows = record["rows"]
     cases = _cases(rows, "linear", "dtype", "shape")
     names = [f"{case['dtype']} {case['shape']}" for case in cases]
     with figures.style():
-        figure, axes = figures.panels(len(WHATS), 1, 5.2, 0.3 * len(WHATS) * len(cases) + 2.4, sharex=True)
+        figure, axes = figures.panels(
+            len(WHATS), 1, 5.2, 0.3 * len(WHATS) * len(cases) + 2.4, sharex=True
+        )
         for axis, what in zip(axes[:, 0], WHATS, strict=True):
             for name, color, marker in zip(LAYERS[1:], figures.ORDER, "Dos^v", strict=True):
-                found = [_select(rows, section="linear", **case, what=what).get(name, {}) for case in cases]
+                found = [
+                    _select(rows, section="linear", **case, what=what).get(name, {})
+                    for case in cases
+                ]
                 points = [(row["ratio"], -i) for i, row in enumerate(found) if "ratio" in row]
                 if points:
                     label = {"dip": "DIP"}.get(name, name)
                     size, order = (9, 2) if name == "dip" else (6, 3)
-                    axis.plot(*zip(*points, strict=True), marker, color=color, ms=size, zorder=order, label=label)
+                    axis.plot(
+                        *zip(*points, strict=True),
+                        marker,
+                        color=color,
+                        ms=size,
+                        zorder=order,
+                        label=label,
+                    )
             axis.axvline(1, color=figures.FOREGROUND, linewidth=1, zorder=1)
-            axis.set(title=f"{what}: time over nn.Linear's", xscale="log", ylim=(0.5 - len(cases), 0.5))
+            axis.set(
+                title=f"{what}: time over nn.Linear's", xscale="log", ylim=(0.5 - len(cases), 0.5)
+            )
             axis.set_yticks([-i for i in range(len(cases))], names)
             axis.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
             axis.minorticks_off()
@@ -392,14 +486,16 @@ def plot(record: dict, path: Path) -> None:
         figures.save(figure, path)
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def shape_of(argument: str) -> tuple[int, int, int]:
     try:
         m, k, n = (int(part) for part in argument.split("x"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected MxKxN, such as 4096x1024x1024, got {argument!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected MxKxN, such as 4096x1024x1024, got {argument!r}"
+        ) from None
     if min(m, k, n) < 1:
         raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {argument!r}")
     return m, k, n
@@ -416,19 +512,30 @@ def measure(args: argparse.Namespace) -> dict:
     record = {"machine": machine.describe(device)}
     work: list[tuple[str, Callable[[], None]]] = []
     for dtype, shape in itertools.product(dtypes, shapes):
-        work.append((f"{name_of(dtype)} {text_of(shape)}", lambda d=dtype, s=shape: linear_case(run, d, s)))
+        work.append(
+            (f"{name_of(dtype)} {text_of(shape)}", lambda d=dtype, s=shape: linear_case(run, d, s))
+        )
     for dtype, shape in itertools.product(dtypes, dict.fromkeys(shape[:2] for shape in shapes)):
-        work.append((f"perturb {name_of(dtype)} {text_of(shape)}", lambda d=dtype, s=shape: perturb_case(run, d, s)))
+        work.append(
+            (
+                f"perturb {name_of(dtype)} {text_of(shape)}",
+                lambda d=dtype, s=shape: perturb_case(run, d, s),
+            )
+        )
     work.append((f"S = {SAMPLES}", lambda: samples_case(run, dtypes[0], shapes[0])))
     for dtype in dtypes:
         work.append((f"small {name_of(dtype)}", lambda d=dtype: small_case(run, d, SMALL)))
-    with tqdm(total=len(work) + 1, unit="case", dynamic_ncols=True, disable=args.no_progress) as bar:
+    with tqdm(
+        total=len(work) + 1, unit="case", dynamic_ncols=True, disable=args.no_progress
+    ) as bar:
         bar.set_description("copy and matrix product")
         side = 128 if args.quick else 8192 if device.type == "cuda" else 2048
         moved = 1 << 20 if args.quick else 1 << 30 if device.type == "cuda" else 1 << 28
         record["rates"] = {
             "copy_bytes_per_s": timing.copy_rate(device, moved),
-            "matmul_flop_per_s": {name_of(dtype): timing.matmul_rate(device, dtype, side) for dtype in dtypes},
+            "matmul_flop_per_s": {
+                name_of(dtype): timing.matmul_rate(device, dtype, side) for dtype in dtypes
+            },
         }
         bar.update()
         for name, case in work:
@@ -440,20 +547,32 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     parser.add_argument("--shapes", nargs="+", type=shape_of, help="layers, each MxKxN")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (2)")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing for each of a case's parts (5)")
+    parser.add_argument(
+        "--budget", type=float, default=5.0, help="seconds of timing for each of a case's parts (5)"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/overhead-<device>-<date>.json)")
-    parser.add_argument("--from", dest="source", type=Path, help="report a stored run instead of measuring")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/overhead-<device>-<date>.json)"
+    )
+    parser.add_argument(
+        "--from", dest="source", type=Path, help="report a stored run instead of measuring"
+    )
     parser.add_argument("--against", type=Path, help="a stored run to compare with")
     parser.add_argument(
-        "--docs", action="store_true", help="write docs/measured.md, docs/overhead.svg and README's table"
+        "--docs",
+        action="store_true",
+        help="write docs/measured.md, docs/overhead.svg and README's table",
     )
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:

@@ -43,18 +43,21 @@ class Missing:
     reason: str
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 class EagerNoise(nn.Module):
-    """The expression that a DIP layer replaces: layer(x + sigma * randn), sigma learned per feature."""
+    """The expression that a DIP layer replaces: layer(x + sigma * randn), sigma learned per
+    feature."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.layer = layer
         features = layer.weight.shape[1]
         self.shape = (features,) if isinstance(layer, nn.Linear) else (features, 1, 1)
-        self.log_variance = nn.Parameter(torch.full((features,), VARIANCE, device=layer.weight.device).log())
+        self.log_variance = nn.Parameter(
+            torch.full((features,), VARIANCE, device=layer.weight.device).log()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         sigma = torch.exp(self.log_variance / 2).to(x.dtype).view(self.shape)
@@ -62,7 +65,8 @@ class EagerNoise(nn.Module):
 
 
 class _StoredGradient(torch.autograd.Function):
-    """u = x copied; the gradient of sigma is a stored tensor: all of a noise layer but its arithmetic."""
+    """u = x copied; the gradient of sigma is a stored tensor: all of a noise layer but its
+    arithmetic."""
 
     @staticmethod
     def forward(ctx, x, log_variance, seed, stored):
@@ -77,22 +81,27 @@ class _StoredGradient(torch.autograd.Function):
 
 
 class Floor(nn.Linear):
-    """nn.Linear behind a Python autograd.Function that computes nothing: what any such layer costs in eager mode."""
+    """nn.Linear behind a Python autograd.Function that computes nothing: what any such layer costs
+    in eager mode."""
 
     def __init__(self, linear: nn.Linear) -> None:
         where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         super().__init__(linear.in_features, linear.out_features, **where)
         self.load_state_dict(linear.state_dict())
-        self.log_variance = nn.Parameter(torch.zeros(linear.in_features, device=linear.weight.device))
+        self.log_variance = nn.Parameter(
+            torch.zeros(linear.in_features, device=linear.weight.device)
+        )
         self.register_buffer("stored", torch.zeros_like(self.log_variance), persistent=False)
-        self.register_buffer("seed", torch.zeros(2, dtype=torch.int64, device=linear.weight.device), persistent=False)
+        self.register_buffer(
+            "seed", torch.zeros(2, dtype=torch.int64, device=linear.weight.device), persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         u = _StoredGradient.apply(x, self.log_variance, self.seed, self.stored)
         return F.linear(u, self.weight, self.bias)
 
 
-# ---- whole models ----------------------------------------------------------------------------------------------------
+# ---- whole models --------------------------------------------------------------------------------
 
 
 def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -105,12 +114,18 @@ def _replace(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
 
 def _bayesian(model: nn.Module, kind: str) -> nn.Module:
-    """bayesian-torch's own conversion. Its layers then skip the KL divergence: that time is left out."""
+    """bayesian-torch's own conversion. Its layers then skip the KL divergence: that time is left
+    out."""
     from bayesian_torch.layers import LinearFlipout, LinearReparameterization
     from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn
 
     weight = next(model.parameters())
-    settings = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
+    settings = {
+        "prior_mu": 0.0,
+        "prior_sigma": 1.0,
+        "posterior_mu_init": 0.0,
+        "posterior_rho_init": -3.0,
+    }
     if isinstance(model, nn.Linear):
         layer = {"flipout": LinearFlipout, "reparameterization": LinearReparameterization}[kind]
         model = layer(model.in_features, model.out_features, bias=model.bias is not None)
@@ -122,11 +137,16 @@ def _bayesian(model: nn.Module, kind: str) -> nn.Module:
 
 
 def _compile(model: nn.Module) -> nn.Module:
-    """torch.compile of every module that says `compile_unit` (a repeated block is compiled once), else of the whole."""
+    """torch.compile of every module that says `compile_unit` (a repeated block is compiled once),
+    else of the whole."""
     import torch._dynamo
 
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it runs in eager mode and says nothing
-    units = [module for module in model.modules() if getattr(module, "compile_unit", False)] or [model]
+    torch._dynamo.config.fail_on_recompile_limit_hit = (
+        True  # otherwise it runs in eager mode and says nothing
+    )
+    units = [module for module in model.modules() if getattr(module, "compile_unit", False)] or [
+        model
+    ]
     for unit in units:
         unit.compile(backend=compile_backend, dynamic=False, fullgraph=True)
     return model
@@ -164,7 +184,7 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
 
 
-# ---- checks: before a time is reported -------------------------------------------------------------------------------
+# ---- checks: before a time is reported -----------------------------------------------------------
 
 
 def _distance(got: Tensor, want: Tensor) -> float:
@@ -174,16 +194,22 @@ def _distance(got: Tensor, want: Tensor) -> float:
 
 def _require(what: str, distance: float, limit: float) -> None:
     if not distance <= limit:
-        raise AssertionError(f"{what}: expected within {limit:g} of the reference (relative norm), got {distance:.2e}")
+        raise AssertionError(
+            f"{what}: expected within {limit:g} of the reference (relative norm), got "
+            f"{distance:.2e}"
+        )
 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Rounding only: a wrong draw would be off by about sigma / |x| = 0.1."""
-    return {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    return {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 8e-3, torch.float16: 1e-3}[
+        dtype
+    ]
 
 
 def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
-    """y, dx, dW, db and the variance's gradient against dipkernels.reference, noise included, on these very inputs."""
+    """y, dx, dW, db and the variance's gradient against dipkernels.reference, noise included, on
+    these very inputs."""
     seed = torch.tensor([KEY, layer.number], device=x.device)
     draw = Draw(factor=layer.num_samples**-0.5, log_variance=True)
     sigma = layer.log_variance.detach()
@@ -198,13 +224,21 @@ def check_dip_linear(layer: dip.DIPLinear, x: Tensor, dy: Tensor) -> None:
     _require("dx", _distance(dx, du), limit)
     _require("dweight", _distance(dweight, dy.t() @ u), limit)
     _require("dbias", _distance(dbias, dy.sum(0)), limit)
-    _require("dlog_variance", _distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *draw)), limit)
+    _require(
+        "dlog_variance",
+        _distance(dlog_variance, reference.perturb_bwd(du, sigma, seed, *draw)),
+        limit,
+    )
 
 
 def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
     """P and Q against dipkernels.reference."""
     u = dip.functional.perturb(x, sigma, seed)
-    _require("perturb", _distance(u, reference.perturb(x, sigma, seed, *Draw(), None)), tolerance(x.dtype))
+    _require(
+        "perturb",
+        _distance(u, reference.perturb(x, sigma, seed, *Draw(), None)),
+        tolerance(x.dtype),
+    )
     du, scale = x.detach(), sigma.detach().clone().requires_grad_(True)
     (got,) = torch.autograd.grad(dip.functional.perturb(du, scale, seed), scale, du)
     want = reference.perturb_bwd(du, sigma, seed, *Draw())
@@ -212,26 +246,34 @@ def check_perturb(x: Tensor, sigma: Tensor, seed: Tensor) -> None:
 
 
 def check_spread(module: nn.Module, plain: nn.Linear, x: Tensor) -> None:
-    """An eager noise layer's draw cannot be repeated elsewhere; its spread around nn.Linear's output is known."""
+    """An eager noise layer's draw cannot be repeated elsewhere; its spread around nn.Linear's
+    output is known."""
     noise = (module(x) - plain(x)).detach().double()
     expected = SIGMA * plain.weight.detach().double().norm(dim=1).square().mean().sqrt()
     tolerated = 0.02 + 4 / noise.numel() ** 0.5 + (0.05 if x.dtype is torch.bfloat16 else 0)
-    _require("spread of the noise", abs(float(noise.square().mean().sqrt() / expected) - 1), tolerated)
+    _require(
+        "spread of the noise", abs(float(noise.square().mean().sqrt() / expected) - 1), tolerated
+    )
 
 
 def check_converted(model: nn.Module, x: Tensor) -> None:
-    """A converted model under one key: compiled kernels against the reference backend, output and every gradient."""
+    """A converted model under one key: compiled kernels against the reference backend, output and
+    every gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def run() -> list[Tensor]:
         with dip.fixed_noise(KEY):
             y = model(x)
-            return [y, *torch.autograd.grad(y.float().square().mean(), parameters, allow_unused=True)]
+            return [
+                y,
+                *torch.autograd.grad(y.float().square().mean(), parameters, allow_unused=True),
+            ]
 
     got = run()
     with dip.backend("reference"):
         want = run()
-    # Through many layers, some of them normalised, rounding grows: still far below what another draw would give.
+    # Through many layers, some of them normalised, rounding grows: still far below what another
+    # draw would give.
     limit = 5 * tolerance(x.dtype if x.is_floating_point() else parameters[0].dtype)
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         if b is not None and float(b.norm()) > 0:
@@ -248,4 +290,6 @@ def check_linear(name: str, module: nn.Module, plain: nn.Linear, x: Tensor, dy: 
     else:
         y = module(x)
         if y.shape != dy.shape or not bool(y.isfinite().all()):
-            raise AssertionError(f"{name}: expected finite values of shape {tuple(dy.shape)}, got {tuple(y.shape)}")
+            raise AssertionError(
+                f"{name}: expected finite values of shape {tuple(dy.shape)}, got {tuple(y.shape)}"
+            )

@@ -1,7 +1,9 @@
-"""What noise costs in the norm, activation or gated product that makes a layer's input:  python benchmarks/producers.py
+"""What noise costs in the norm, activation or gated product that makes a layer's input:  python
+benchmarks/producers.py
 
-Each fused operation beside torch's f alone, P alone, f then P, and the compiled expression: all take turns in one process, and
-the figures are medians of the ratios to the fused one within a round. Results are checked against the reference first.
+Each fused operation beside torch's f alone, P alone, f then P, and the compiled expression: all
+take turns in one process, and the figures are medians of the ratios to the fused one within a
+round. Results are checked against the reference first.
 
     --quick                  tiny shapes: does it run?
     --shapes 4096x1024       others, rows x features; --dtypes float32 bfloat16; --only layer silu
@@ -46,12 +48,18 @@ VARIANTS = ("f", "P", "f, P", "f, P, compiled")
 class Producer:
     """One f with its inputs: plain, noised by P behind it, and fused."""
 
-    def __init__(self, kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(
+        self, kind: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device
+    ) -> None:
         self.kind, k = kind, shape[1]
         count = 2 if kind.startswith("gated") else 1
         columns = {"layer": 2, "rms": 1}.get(kind, 0)
-        self.x = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)]
-        self.columns = [torch.rand(k, device=device).to(dtype).requires_grad_() for _ in range(columns)]
+        self.x = [
+            torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(count)
+        ]
+        self.columns = [
+            torch.rand(k, device=device).to(dtype).requires_grad_() for _ in range(columns)
+        ]
         self.log_variance = torch.full((k,), -6.0, device=device, requires_grad=True)
         self.seed = torch.tensor([peers.KEY, 3], device=device)
 
@@ -76,7 +84,9 @@ class Producer:
         noise = (self.log_variance, self.seed)
         if self.kind in ("layer", "rms"):
             bias = self.columns[1] if self.kind == "layer" else None
-            return producers.norm(self.x[0], self.columns[0], bias, *noise, kind=self.kind, eps=EPS, log_variance=True)
+            return producers.norm(
+                self.x[0], self.columns[0], bias, *noise, kind=self.kind, eps=EPS, log_variance=True
+            )
         if len(self.x) == 2:
             return producers.gate(*self.x, *noise, kind=self.kind.split()[1], log_variance=True)
         return producers.activate(self.x[0], *noise, kind=self.kind, log_variance=True)
@@ -84,7 +94,9 @@ class Producer:
     def check(self) -> None:
         """u and every gradient, against float64: f by torch, the noise by the reference."""
         wide = copy.copy(self)
-        wide.x, wide.columns = ([t.detach().double().requires_grad_() for t in ts] for ts in (self.x, self.columns))
+        wide.x, wide.columns = (
+            [t.detach().double().requires_grad_() for t in ts] for ts in (self.x, self.columns)
+        )
         wide.log_variance = self.log_variance.detach().double().requires_grad_()
         with dip.backend("reference"):
             u = wide.noised(wide.plain())
@@ -96,7 +108,9 @@ class Producer:
         for a, b in zip(got, want, strict=True):
             distance = ((a.double() - b).norm() / b.norm()).item()
             if not distance <= limit:
-                raise RuntimeError(f"{self.kind}: {distance:.3g} from the reference, expected at most {limit:.3g}")
+                raise RuntimeError(
+                    f"{self.kind}: {distance:.3g} from the reference, expected at most {limit:.3g}"
+                )
 
     def leaves(self) -> list[Tensor]:
         return [*self.x, *self.columns, self.log_variance]
@@ -126,7 +140,8 @@ def rows_of(producer: Producer, budget_s: float, rounds: tuple[int, int]) -> lis
 
 
 def cells(row: dict) -> list[str]:
-    """Milliseconds of the fused one; its time over that of f, P, f then P, compiled; and over the slower of f and P."""
+    """Milliseconds of the fused one; its time over that of f, P, f then P, compiled; and over the
+    slower of f and P."""
     over = {name: 1 / row[name]["ratio"] for name in VARIANTS if "ratio" in row[name]}
     shown = [f"{over[name]:.2f}" if name in over else "-" for name in VARIANTS]
     return [f"{row['fused']['seconds'] * 1e3:.3f}", *shown, f"{min(over['f'], over['P']):.2f}"]
@@ -156,7 +171,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                     row = {"dtype": dtype, "shape": "x".join(map(str, shape)), "kind": kind, **row}
                     rows.append(row)
                     lines.append([dtype, row["shape"], kind, row["what"], *cells(row)])
-    heads = ["", "", "f", "", "fused, ms", *(f"over {name}" for name in VARIANTS), "over the slower of f, P"]
+    heads = [
+        "",
+        "",
+        "f",
+        "",
+        "fused, ms",
+        *(f"over {name}" for name in VARIANTS),
+        "over the slower of f, P",
+    ]
     print(report.table(heads, lines))
     print(machine.sentence(machine.describe(device)))
     return rows

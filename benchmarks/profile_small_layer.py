@@ -1,9 +1,9 @@
 """Where a small DIP layer's microseconds go:  python benchmarks/profile_small_layer.py
 
-Each part of DIPLinear's forward and backward pass is called alone, in loops that take turns, and timed to the
-microsecond; a profiler would distort figures of this size. Then the parts' sum stands beside what the whole layer costs
-over nn.Linear, and beside the floor: nn.Linear behind an autograd.Function that copies its input and returns a stored
-gradient.
+Each part of DIPLinear's forward and backward pass is called alone, in loops that take turns, and
+timed to the microsecond; a profiler would distort figures of this size. Then the parts' sum stands
+beside what the whole layer costs over nn.Linear, and beside the floor: nn.Linear behind an
+autograd.Function that copies its input and returns a stored gradient.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ class _Pass(torch.autograd.Function):
         return du, ctx.dsigma, None, None, None
 
 
-def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], object], str | None]]:
-    """name: (pass, call, what to subtract from it). The names in brackets serve subtraction only."""
+def parts(
+    layer: dip.DIPLinear, x: Tensor
+) -> dict[str, tuple[str, Callable[[], object], str | None]]:
+    """name: (pass, call, what to subtract from it). The names in brackets serve subtraction
+    only."""
     plain_x, sigma = x.detach(), layer.log_variance.detach()
     seed = torch.tensor([peers.KEY, 0])
     du = torch.randn_like(plain_x)
@@ -80,26 +83,44 @@ def parts(layer: dip.DIPLinear, x: Tensor) -> dict[str, tuple[str, Callable[[], 
     return {
         "(nothing)": ("", lambda: None, None),
         "layer and dip_linear in Python": ("forward", layer_without_kernels, "(nothing)"),
-        "draw: seeds.draw, one torch.randint": ("forward", lambda: seeds.draw(layer._stream, plain_x), "(nothing)"),
+        "draw: seeds.draw, one torch.randint": (
+            "forward",
+            lambda: seeds.draw(layer._stream, plain_x),
+            "(nothing)",
+        ),
         "op P: dispatcher and kernel": (
-            "forward", lambda: raw_p(plain_x, sigma, seed, *DRAW, None), "(nothing)",
+            "forward",
+            lambda: raw_p(plain_x, sigma, seed, *DRAW, None),
+            "(nothing)",
         ),
         "op P: checks in Python": (
-            "forward", lambda: perturb(plain_x, sigma, seed, DRAW, None), "op P: dispatcher and kernel",
+            "forward",
+            lambda: perturb(plain_x, sigma, seed, DRAW, None),
+            "op P: dispatcher and kernel",
         ),
         "(view)": ("", view, None),
         "autograd.Function: apply": (
-            "forward", empty, "(view)",
+            "forward",
+            empty,
+            "(view)",
         ),
         "(view backward)": ("", backward_of(view, [x]), None),
         "autograd.Function: apply and backward": (
-            "both", backward_of(empty, leaves), "(view backward)",
+            "both",
+            backward_of(empty, leaves),
+            "(view backward)",
         ),
-        "op Q: dispatcher and kernel": ("backward", lambda: raw_q(du, sigma, seed, *DRAW), "(nothing)"),
+        "op Q: dispatcher and kernel": (
+            "backward",
+            lambda: raw_q(du, sigma, seed, *DRAW),
+            "(nothing)",
+        ),
         "op Q: its wrapper in Python": (
-            "backward", lambda: perturb_bwd(du, sigma, seed, DRAW), "op Q: dispatcher and kernel",
+            "backward",
+            lambda: perturb_bwd(du, sigma, seed, DRAW),
+            "op Q: dispatcher and kernel",
         ),
-    }  # fmt: skip
+    }
 
 
 def measure(
@@ -143,18 +164,28 @@ def measure(
             rows.append([name, which, us[name] - (us[minus] if minus else 0.0)])
     both = next(row for row in rows if row[1] == "both")
     applied = next(row for row in rows if row[0] == "autograd.Function: apply")
-    both[0], both[1], both[2] = "autograd.Function: backward, with AccumulateGrad", "backward", both[2] - applied[2]
+    both[0], both[1], both[2] = (
+        "autograd.Function: backward, with AccumulateGrad",
+        "backward",
+        both[2] - applied[2],
+    )
     return rows, wholes
 
 
 def main(arguments: list[str] | None = None) -> list[list]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", type=shape_of, default=(32, 128, 128), help="MxKxN (32x128x128)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)")
+    parser.add_argument(
+        "--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)"
+    )
     parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
-    parser.add_argument("--out", type=Path, help="where to write (out/benchmarks/small-layer-cpu-<date>.json)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/small-layer-cpu-<date>.json)"
+    )
     parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
@@ -162,11 +193,15 @@ def main(arguments: list[str] | None = None) -> list[list]:
     torch.set_num_threads(args.threads)
     found = machine.describe("cpu")
     rows, wholes = measure(args.shape, getattr(torch, args.dtype), args.budget, args.quick)
-    sums = {which: sum(row[2] for row in rows if row[1] == which) for which in ("forward", "backward")}
+    sums = {
+        which: sum(row[2] for row in rows if row[1] == which) for which in ("forward", "backward")
+    }
     measured = next(row[3] for row in wholes if row[0] == "dip" and row[1] == "forward + backward")
     listed = [[name, which, f"{value:.2f}"] for name, which, value in rows]
     listed += [["sum", which, f"{value:.2f}"] for which, value in sums.items()]
-    listed += [["the layer over nn.Linear, less that sum", "both", f"{measured - sum(sums.values()):.2f}"]]
+    listed += [
+        ["the layer over nn.Linear, less that sum", "both", f"{measured - sum(sums.values()):.2f}"]
+    ]
     text = "\n\n".join(
         [
             f"DIPLinear {args.dtype} {'x'.join(map(str, args.shape))}. {machine.sentence(found)}."
@@ -179,7 +214,13 @@ def main(arguments: list[str] | None = None) -> list[list]:
         ]
     )
     print(text)
-    run = {"program": "small-layer", "machine": found, "quick": args.quick, "layers": wholes, "parts": rows}
+    run = {
+        "program": "small-layer",
+        "machine": found,
+        "quick": args.quick,
+        "layers": wholes,
+        "parts": rows,
+    }
     report.store("small-layer", run, args.out)
     if args.docs:
         report.fill(machine.ROOT / "docs" / "measured.md", "small-layer", text)

@@ -1,4 +1,5 @@
-"""Writing what was measured: tables, the marked places in documents, runs and records, comparison with an earlier run."""
+"""Writing what was measured: tables, the marked places in documents, runs and records, comparison
+with an earlier run."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from pathlib import Path
 from machine import ROOT
 
 RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
-RECORDS = ROOT / "benchmarks" / "results"  # what summary.py makes of them, one file a release and kind of machine
+RECORDS = (
+    ROOT / "benchmarks" / "results"
+)  # what summary.py makes of them, one file a release and kind of machine
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -18,9 +21,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     cells = [list(heads), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
 
 
 def fill(path: Path, name: str, text: str) -> None:
@@ -30,7 +36,11 @@ def fill(path: Path, name: str, text: str) -> None:
     """
     begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
     document = path.read_text()
-    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+    if (
+        document.count(begin) != 1
+        or document.count(end) != 1
+        or document.index(begin) > document.index(end)
+    ):
         raise ValueError(f"{path.name}: expected one line {begin.strip()!r}, and {end!r} after it")
     before, rest = document.split(begin)
     path.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{rest.split(end)[1]}")
@@ -66,15 +76,23 @@ def load(path: Path, program: str) -> dict:
 
 def compact(value: object, indent: int = 0) -> str:
     """JSON with a row a line: what holds no row itself stands on one."""
-    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    items = (
+        list(value.values())
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list)
+        else []
+    )
     inner = [item for item in items if isinstance(item, (dict, list))]
-    if all(isinstance(part, (int, float, str, type(None))) for item in inner for part in item) and not (
-        any(isinstance(item, dict) for item in inner) or len(inner) > 3
-    ):
+    if all(
+        isinstance(part, (int, float, str, type(None))) for item in inner for part in item
+    ) and not (any(isinstance(item, dict) for item in inner) or len(inner) > 3):
         return json.dumps(value)
     pad, end = " " * (indent + 1), "\n" + " " * indent
     if isinstance(value, dict):
-        parts = [f"{pad}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()]
+        parts = [
+            f"{pad}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()
+        ]
         return "{\n" + ",\n".join(parts) + end + "}"
     return "[\n" + ",\n".join(pad + compact(item, indent + 1) for item in value) + end + "]"
 
@@ -87,14 +105,18 @@ def _key(row: dict) -> str:
 
 
 def moved(new: dict, old: dict) -> list[str]:
-    """The rows whose ratio moved beyond the spread, each median outside the other run's quartiles; the rest counted."""
+    """The rows whose ratio moved beyond the spread, each median outside the other run's quartiles;
+    the rest counted."""
     before = {_key(row): row for row in old["rows"] if "ratio" in row}
     lines, same, only_new = [], 0, []
     for row in new["rows"]:
         earlier = before.pop(_key(row), None)
         if "ratio" not in row:
             if earlier is not None:
-                lines.append(f"failed   {_key(row)}: was {earlier['ratio']:.3f}, now {row.get('error', 'missing')}")
+                lines.append(
+                    f"failed   {_key(row)}: was {earlier['ratio']:.3f}, now "
+                    f"{row.get('error', 'missing')}"
+                )
             continue
         if earlier is None:
             only_new.append(_key(row))
@@ -109,16 +131,22 @@ def moved(new: dict, old: dict) -> list[str]:
             f"{word:8} {_key(row)}: {earlier['ratio']:.3f} [{old_low:.3f}, {old_high:.3f}]"
             f" -> {row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
         )
-    differs = [k for k in ("cpu", "gpu", "threads", "torch") if old["machine"].get(k) != new["machine"].get(k)]
+    differs = [
+        k
+        for k in ("cpu", "gpu", "threads", "torch")
+        if old["machine"].get(k) != new["machine"].get(k)
+    ]
     if differs:
         said = ", ".join(f"{k} {old['machine'].get(k)} -> {new['machine'].get(k)}" for k in differs)
         lines.insert(0, f"not the same machine or versions: {said}")
     lines.append(f"{same} rows moved within their spread")
-    lines += [f"only in this run: {key}" for key in only_new] + [f"only in the earlier run: {key}" for key in before]
+    lines += [f"only in this run: {key}" for key in only_new] + [
+        f"only in the earlier run: {key}" for key in before
+    ]
     return lines
 
 
-# ---- words for figures -----------------------------------------------------------------------------------------------
+# ---- words for figures ---------------------------------------------------------------------------
 
 
 def ratio(row: dict | None, spread: bool = False) -> str:
@@ -128,7 +156,11 @@ def ratio(row: dict | None, spread: bool = False) -> str:
         return "missing" if "missing" in row else "failed"
     digits = 2 if row["ratio"] < 10 else 1
     text = f"{row['ratio']:.{digits}f}"
-    return f"{text} [{row['quartiles'][0]:.{digits}f}, {row['quartiles'][1]:.{digits}f}]" if spread else text
+    return (
+        f"{text} [{row['quartiles'][0]:.{digits}f}, {row['quartiles'][1]:.{digits}f}]"
+        if spread
+        else text
+    )
 
 
 def duration(seconds: float) -> str:

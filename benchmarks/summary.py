@@ -1,11 +1,13 @@
-"""One small record of a release and a kind of machine:  python benchmarks/summary.py out/benchmarks/*.json
+"""One small record of a release and a kind of machine:  python benchmarks/summary.py
+out/benchmarks/*.json
 
-Takes runs that overhead.py, cost.py, averaging.py, profile_small_layer.py and gpu_check.py stored, and writes
-benchmarks/results/<kind>-<release>.json, which git keeps; the runs themselves stay in out/, which it does not.
+Takes runs that overhead.py, cost.py, averaging.py, profile_small_layer.py and gpu_check.py stored,
+and writes benchmarks/results/<kind>-<release>.json, which git keeps; the runs themselves stay in
+out/, which it does not.
 
-Of each program the newest whole run is kept: machine, medians, ratios and quartiles. Of the other runs of overhead.py
-the ratios of DIP are, one beside another: how far a figure moves from run to run. `overhead.py --from` and
-`cost.py --from` print, or with --docs write, the tables of a record.
+Of each program the newest whole run is kept: machine, medians, ratios and quartiles. Of the other
+runs of overhead.py the ratios of DIP are, one beside another: how far a figure moves from run to
+run. `overhead.py --from` and `cost.py --from` print, or with --docs write, the tables of a record.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ import dipkernels as dip
 
 DIGITS = 6  # significant; the tables show three
 VENDORS = {"amd": "amd|epyc|ryzen", "intel": "intel|xeon", "arm": "arm|aarch64|neoverse|graviton"}
-DIFFERENCES = ("over_base_s", "over_base_quartiles_s")  # of use where microseconds are compared, in the section small
+DIFFERENCES = (
+    "over_base_s",
+    "over_base_quartiles_s",
+)  # of use where microseconds are compared, in the section small
 
 
 def kind_of(machine: dict) -> str:
-    """The kind of a machine: of the GPU where one was measured ("h100"), else the processor's maker ("amd")."""
+    """The kind of a machine: of the GPU where one was measured ("h100"), else the processor's maker
+    ("amd")."""
     if machine.get("gpu"):
         words = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]+", " ", machine["gpu"].lower()).split()
         numbered = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
@@ -36,12 +42,19 @@ def kind_of(machine: dict) -> str:
     for vendor, pattern in VENDORS.items():
         if re.search(rf"\b({pattern})", machine["cpu"].lower()):
             return vendor
-    raise ValueError(f"machine: expected a processor of {', '.join(VENDORS)}, got {machine['cpu']!r}")
+    raise ValueError(
+        f"machine: expected a processor of {', '.join(VENDORS)}, got {machine['cpu']!r}"
+    )
 
 
 def program_of(run: dict) -> str:
     """Which program stored a run, by what the run holds."""
-    for key, program in (("sections", "gpu_check"), ("studies", "cost"), ("rates", "overhead"), ("program", "")):
+    for key, program in (
+        ("sections", "gpu_check"),
+        ("studies", "cost"),
+        ("rates", "overhead"),
+        ("program", ""),
+    ):
         if key in run:
             return program or run[key]
     raise ValueError(f"expected a run that a benchmark stored, got one of {', '.join(run)}")
@@ -72,9 +85,15 @@ def condensed(run: object, section: str = "") -> object:
 def ratios_of(run: dict) -> dict[str, float]:
     """The ratios of a run of overhead.py that are DIP's, by section, type, shape and what."""
     of_dip = {"linear": "dip", "small": "dip", "perturb": "eager"}
-    rows = [row for row in run["rows"] if "ratio" in row and row["variant"] == of_dip.get(row["section"])]
+    rows = [
+        row
+        for row in run["rows"]
+        if "ratio" in row and row["variant"] == of_dip.get(row["section"])
+    ]
     names = ("section", "dtype", "shape", "what", "variant")
-    return {" ".join(str(row[name]) for name in names if row.get(name)): row["ratio"] for row in rows}
+    return {
+        " ".join(str(row[name]) for name in names if row.get(name)): row["ratio"] for row in rows
+    }
 
 
 def between(runs: list[dict]) -> dict:
@@ -86,29 +105,41 @@ def between(runs: list[dict]) -> dict:
     ]
     found = [ratios_of(run) for run in runs]
     keys = dict.fromkeys(key for ratios in found for key in ratios)
-    return {"runs": listed, "ratios": {key: [round(r[key], 3) if key in r else None for r in found] for key in keys}}
+    return {
+        "runs": listed,
+        "ratios": {key: [round(r[key], 3) if key in r else None for r in found] for key in keys},
+    }
 
 
 def summarise(runs: list[dict], release: str) -> dict:
     """One record of runs on one kind of machine.
 
     Raises:
-        ValueError: a quick run or a rehearsal, whose figures mean nothing; machines of several kinds; no run.
+        ValueError: a quick run or a rehearsal, whose figures mean nothing; machines of several
+            kinds; no run.
     """
     if not runs:
         raise ValueError("expected at least one run, got none")
     if any(run.get("quick") or run.get("rehearsal") for run in runs):
-        raise ValueError("expected full runs, whose figures mean something, got a quick run or a rehearsal")
+        raise ValueError(
+            "expected full runs, whose figures mean something, got a quick run or a rehearsal"
+        )
     kinds = {kind_of(run["machine"]) for run in runs}
     if len(kinds) > 1:
         raise ValueError(f"expected runs of one kind of machine, got {', '.join(sorted(kinds))}")
     by_program: dict[str, list[dict]] = {}
     for run in sorted(runs, key=lambda run: run["machine"]["date"]):
         by_program.setdefault(program_of(run), []).append(run)
-    record: dict = {"release": release, "kind": kinds.pop(), "command": "python benchmarks/summary.py"}
+    record: dict = {
+        "release": release,
+        "kind": kinds.pop(),
+        "command": "python benchmarks/summary.py",
+    }
     for program, found in sorted(by_program.items()):
         record[program] = rounded(
-            condensed(max(found, key=lambda run: (len(run.get("rows", [])), run["machine"]["date"])))
+            condensed(
+                max(found, key=lambda run: (len(run.get("rows", [])), run["machine"]["date"]))
+            )
         )
     if overheads := by_program.get("overhead"):
         record["overhead, run by run"] = between(overheads)
@@ -116,10 +147,14 @@ def summarise(runs: list[dict], release: str) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="stored runs, of one kind of machine")
     parser.add_argument("--release", default=dip.__version__, help="(%(default)s)")
-    parser.add_argument("--out", type=Path, help="where to write (benchmarks/results/<kind>-<release>.json)")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (benchmarks/results/<kind>-<release>.json)"
+    )
     args = parser.parse_args(arguments)
     for path in args.runs:
         if not path.is_file():

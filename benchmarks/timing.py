@@ -1,7 +1,8 @@
 """Time and memory of variants of one computation, side by side.
 
-Variants take turns, one round after another and in an order that changes, so that whatever else the machine does meets
-all alike. The figure is the median over rounds of the ratio within a round; its spread, the quartiles of those ratios.
+Variants take turns, one round after another and in an order that changes, so that whatever else the
+machine does meets all alike. The figure is the median over rounds of the ratio within a round; its
+spread, the quartiles of those ratios.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def no_gc():
 
 @dataclass(frozen=True)
 class Within:
-    """A call inside a context, such as one backend; `seconds` enters it once, outside of the time that it takes."""
+    """A call inside a context, such as one backend; `seconds` enters it once, outside of the time
+    that it takes."""
 
     context: Callable[[], contextlib.AbstractContextManager]
     call: Callable[[], object]
@@ -58,7 +60,8 @@ class Within:
 
 
 def rotate(call: Callable[..., object], *inputs: Sequence) -> Callable[[], object]:
-    """call(one of each), the next ones every time: of enough of them none is in a cache when its turn comes."""
+    """call(one of each), the next ones every time: of enough of them none is in a cache when its
+    turn comes."""
     turns = itertools.cycle(list(zip(*inputs, strict=True)))
     return lambda: call(*next(turns))
 
@@ -69,8 +72,11 @@ def sets_beyond_cache(bytes_each: int, device: torch.device, most: int = 64) -> 
     return max(2, min(most, -(-3 * cache // max(bytes_each, 1))))
 
 
-def captured(call: Callable[..., object], *inputs: Sequence, device: torch.device) -> Callable[[], object]:
-    """All of call(one of each) in a row, on a GPU as one CUDA graph: the device's time, without that of launches.
+def captured(
+    call: Callable[..., object], *inputs: Sequence, device: torch.device
+) -> Callable[[], object]:
+    """All of call(one of each) in a row, on a GPU as one CUDA graph: the device's time, without
+    that of launches.
 
     The results lie apart, so that writing one finds no other one's memory in a cache.
     """
@@ -131,13 +137,15 @@ def interleave(
     always: tuple[str, ...] = ("dip",),
     seldom: int = 4,
 ) -> dict[str, dict]:
-    """Of each variant: median seconds, and median and quartiles of its ratio and difference to `base` within a round.
+    """Of each variant: median seconds, and median and quartiles of its ratio and difference to
+    `base` within a round.
 
-    calls: what to time, by name. budget_s: stop after this long, but within `rounds` = (fewest, most). at_least_s: a
-    variant runs as often within a round as fills this time. untimed_s: a call shorter than this comes after an untimed
-    one, or what runs once a round would find the caches full of another variant's data, and what runs often would not.
-    Variants slower than 1.5 times the base, unless in `always`, take part in every `seldom`-th round only. One that
-    raises is returned as {"error": ...}.
+    calls: what to time, by name. budget_s: stop after this long, but within `rounds` = (fewest,
+    most). at_least_s: a variant runs as often within a round as fills this time. untimed_s: a call
+    shorter than this comes after an untimed one, or what runs once a round would find the caches
+    full of another variant's data, and what runs often would not. Variants slower than 1.5 times
+    the base, unless in `always`, take part in every `seldom`-th round only. One that raises is
+    returned as {"error": ...}.
     """
     results: dict[str, dict] = {}
     counts: dict[str, int] = {}
@@ -181,11 +189,12 @@ def interleave(
     return {name: results[name] for name in calls}
 
 
-# ---- what the machine itself can do ----------------------------------------------------------------------------------
+# ---- what the machine itself can do --------------------------------------------------------------
 
 
 def _fastest_half(call, device: torch.device, times: int) -> float:
-    """Median seconds of the faster half: what the machine can do, not what its neighbours let it."""
+    """Median seconds of the faster half: what the machine can do, not what its neighbours let
+    it."""
     taken = []
     for _ in range(times + 2):
         synchronize(device)
@@ -209,7 +218,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / _fastest_half(lambda: a @ b, device, 6)
 
 
-# ---- what is timed ---------------------------------------------------------------------------------------------------
+# ---- what is timed -------------------------------------------------------------------------------
 
 
 def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -217,8 +226,11 @@ def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return lambda: module(x)
 
 
-def backward_step(call: Callable[[], Tensor], dy: Tensor, leaves: Sequence[Tensor]) -> Callable[[], None]:
-    """Forward and backward, gradients of the leaves into fresh tensors, as after zero_grad(set_to_none=True)."""
+def backward_step(
+    call: Callable[[], Tensor], dy: Tensor, leaves: Sequence[Tensor]
+) -> Callable[[], None]:
+    """Forward and backward, gradients of the leaves into fresh tensors, as after
+    zero_grad(set_to_none=True)."""
 
     def step() -> None:
         for leaf in leaves:
@@ -233,11 +245,12 @@ def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None
     return backward_step(lambda: module(x), dy, [x, *module.parameters()])
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def saved_bytes(call: Callable[[], object], own: list[Tensor]) -> int:
-    """What autograd keeps of a forward pass: every storage once, without those of `own` (the parameters)."""
+    """What autograd keeps of a forward pass: every storage once, without those of `own` (the
+    parameters)."""
     skip = {t.untyped_storage().data_ptr() for t in own}
     kept: dict[int, int] = {}
 
@@ -268,7 +281,8 @@ def _silent():
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most that tensors allocated during the call take at any moment. On CPU: what torch's allocator reports."""
+    """The most that tensors allocated during the call take at any moment. On CPU: what torch's
+    allocator reports."""
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,5 @@
-// The operations of dipkernels/ops/expectation.py on a CPU: the expectation of an activation, and its variance.
+// The operations of dipkernels/ops/expectation.py on a CPU: the expectation of an activation, and
+// its variance.
 #include <tuple>
 
 #include "activation_named.h"
@@ -7,11 +8,15 @@
 namespace dip {
 namespace {
 
-ExpectationArgs start_expectation(const Tensor& mu, const Tensor& v, const std::string& activation) {
+ExpectationArgs start_expectation(
+    const Tensor& mu, const Tensor& v, const std::string& activation) {
   check_same(v, "v", mu);
-  STD_TORCH_CHECK(mu.dim() >= 1 && v.dim() == 1 && v.size(0) == mu.size(-1), "v: expected shape (N,), N of mu's last dimension");
+  STD_TORCH_CHECK(
+      mu.dim() >= 1 && v.dim() == 1 && v.size(0) == mu.size(-1),
+      "v: expected shape (N,), N of mu's last dimension");
   const ScalarType type = v.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "v: expected float32 or float64");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double, "v: expected float32 or float64");
   ExpectationArgs a{};
   a.kind = activation_named(activation);
   a.features = v.size(0);
@@ -66,7 +71,8 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
   STD_TORCH_CHECK(
       dv.dim() == 1 && dv.size(0) == weight.size(0) && dv.scalar_type() == sigma.scalar_type(),
       "dv: expected shape (N,) and sigma's dtype");
-  Tensor dweight = empty_like(weight, weight.scalar_type()), dsigma = empty_vector(sigma, sigma.size(0));
+  Tensor dweight = empty_like(weight, weight.scalar_type()),
+         dsigma = empty_vector(sigma, sigma.size(0));
   a.dv = dv.const_data_ptr();
   if (given) {
     check_same(*given, "given", weight);
@@ -80,14 +86,16 @@ std::tuple<Tensor, Tensor> affine_variance_bwd(
   return {dweight, dsigma};
 }
 
-std::tuple<Tensor, Tensor, Tensor> expectation_bwd(Tensor dy, Tensor mu, Tensor v, std::string activation) {
+std::tuple<Tensor, Tensor, Tensor> expectation_bwd(
+    Tensor dy, Tensor mu, Tensor v, std::string activation) {
   check_same(dy, "dy", mu);
   dy = torch::stable::contiguous(dy);
   mu = torch::stable::contiguous(mu);
   v = torch::stable::contiguous(v);
   ExpectationArgs a = start_expectation(mu, v, activation);
   check_same_shape(dy, "dy", mu, "mu");
-  Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0)), sum = empty_vector(v, v.size(0));
+  Tensor dmu = empty_like(mu, mu.scalar_type()), dv = empty_vector(v, v.size(0)),
+         sum = empty_vector(v, v.size(0));
   a.mu = operand_of(mu);
   a.dy = operand_of(dy);
   a.dmu = operand_of(dmu);

@@ -1,4 +1,5 @@
-// The operations of dipkernels/ops/gate.py on a CPU: an activation, or a gated product, with noise, and back.
+// The operations of dipkernels/ops/gate.py on a CPU: an activation, or a gated product, with noise,
+// and back.
 #include <tuple>
 
 #include "activation_named.h"
@@ -25,7 +26,8 @@ Tensor run_forward(
   };
   Tensor u = empty_like(a, type);
   if (run(a, b, u)) return u;
-  const Tensor dense = torch::stable::contiguous(a), dense_b = b ? torch::stable::contiguous(*b) : dense;
+  const Tensor dense = torch::stable::contiguous(a),
+               dense_b = b ? torch::stable::contiguous(*b) : dense;
   const Tensor dense_u = empty_like(dense, type);
   run(dense, b ? &dense_b : nullptr, dense_u);
   return torch::stable::copy_(u, dense_u);
@@ -36,8 +38,8 @@ struct Gradients {
 };
 
 Gradients run_backward(
-    const Tensor& du, const Tensor& a, const Tensor* b, const std::optional<Tensor>& sigma, const Draw& draw, int64_t dim,
-    const std::string& activation) {
+    const Tensor& du, const Tensor& a, const Tensor* b, const std::optional<Tensor>& sigma,
+    const Draw& draw, int64_t dim, const std::string& activation) {
   GateArgs args{};
   check_same(du, "du", a), check_same_shape(du, "du", a, "a");
   if (b) check_same(*b, "b", a), check_same_shape(*b, "b", a, "a");
@@ -45,7 +47,8 @@ Gradients run_backward(
   args.kind = activation_named(activation);
   Tensor dsigma = sigma ? empty_vector(*sigma, a.size(dim)) : empty_gradient(a);
   if (sigma) args.dsigma = dsigma.mutable_data_ptr();
-  const auto run = [&](const Tensor& du, const Tensor& a, const Tensor* b, const Tensor& da, const Tensor& db) {
+  const auto run = [&](const Tensor& du, const Tensor& a, const Tensor* b, const Tensor& da,
+                       const Tensor& db) {
     std::vector<View> views{{&a, &args.a}, {&du, &args.du}, {&da, &args.da}};
     if (b) views.push_back({b, &args.b}), views.push_back({&db, &args.db});
     if (!lay_out(args, dim, views)) return false;
@@ -54,8 +57,10 @@ Gradients run_backward(
   };
   Tensor da = empty_like(a, a.scalar_type()), db = b ? empty_like(*b, b->scalar_type()) : da;
   if (run(du, a, b, da, db)) return {da, db, dsigma};
-  const Tensor dense = torch::stable::contiguous(a), dense_b = b ? torch::stable::contiguous(*b) : dense;
-  const Tensor dense_da = empty_like(dense, a.scalar_type()), dense_db = b ? empty_like(dense_b, b->scalar_type()) : dense_da;
+  const Tensor dense = torch::stable::contiguous(a),
+               dense_b = b ? torch::stable::contiguous(*b) : dense;
+  const Tensor dense_da = empty_like(dense, a.scalar_type()),
+               dense_db = b ? empty_like(dense_b, b->scalar_type()) : dense_da;
   run(torch::stable::contiguous(du), dense, b ? &dense_b : nullptr, dense_da, dense_db);
   torch::stable::copy_(da, dense_da);
   if (b) torch::stable::copy_(db, dense_db);
@@ -63,31 +68,35 @@ Gradients run_backward(
 }
 
 Tensor activate(
-    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
+    double factor, bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
   const Draw draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   return run_forward(x, nullptr, draw, dim, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor> activate_bwd(
-    Tensor du, Tensor x, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
-    double factor, bool log_variance, std::string activation) {
-  const Draw draw = draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+    Tensor du, Tensor x, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0,
+    int64_t col0, int64_t sample, double factor, bool log_variance, std::string activation) {
+  const Draw draw =
+      draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
   const Gradients g = run_backward(du, x, nullptr, sigma, draw, dim, activation);
   return {g.da, g.dsigma};
 }
 
 Tensor gate(
-    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance, std::string activation, std::optional<ScalarType> out_dtype) {
+    Tensor a, Tensor b, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
+    int64_t sample, double factor, bool log_variance, std::string activation,
+    std::optional<ScalarType> out_dtype) {
   const Draw draw = draw_of(a, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   return run_forward(a, &b, draw, dim, activation, out_dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gate_bwd(
-    Tensor du, Tensor a, Tensor b, std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
-    int64_t sample, double factor, bool log_variance, std::string activation) {
-  const Draw draw = draw_of(a, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+    Tensor du, Tensor a, Tensor b, std::optional<Tensor> sigma, Tensor seed, int64_t dim,
+    int64_t row0, int64_t col0, int64_t sample, double factor, bool log_variance,
+    std::string activation) {
+  const Draw draw =
+      draw_of(a, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
   const Gradients g = run_backward(du, a, &b, sigma, draw, dim, activation);
   return {g.da, g.db, g.dsigma};
 }

@@ -1,5 +1,5 @@
-// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain argument structs and launcher
-// declarations.
+// The seam between the files *_op.cpp, which know torch, and the kernels, which do not: plain
+// argument structs and launcher declarations.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +15,8 @@ struct Operand {
   int64_t feature_stride = 0;
 };
 
-// One draw z of the noise contract and the scale factor * sigma of what is added: dipkernels/ops/draw.py, and its tensors.
+// One draw z of the noise contract and the scale factor * sigma of what is added:
+// dipkernels/ops/draw.py, and its tensors.
 struct Draw {
   const int64_t* seed;  // [2]: key, stream
   int64_t row0, col0;   // origin
@@ -39,26 +40,33 @@ struct PerturbArgs {
   void* dsigma;  // [features], sigma's dtype, written
 };
 
-// Calls f(begin, end, context) over parts of [0, total), in parallel, none smaller than grain but the last.
-using ParallelFor = void (*)(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
+// Calls f(begin, end, context) over parts of [0, total), in parallel, none smaller than grain but
+// the last.
+using ParallelFor =
+    void (*)(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context);
 
-// u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what went wrong.
+// u where u.data is set, z where z.data is set, dsigma where dsigma is set. Returns null, or what
+// went wrong.
 const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 
 // How the CUDA kernels do it. No form changes a bit of u.
 struct CudaForm {
   bool writes_from_end;  // a pass without a sum takes its rows from the last to the first
   bool sums_from_end;    // a pass with a sum does
-  bool one_launch;       // the last block to arrive adds the sum's partials up, instead of a second launch
+  bool one_launch;       // the last block to arrive adds the sum's partials up, instead of a second
+                         // launch
 };
 
-// The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of perturb_cuda_scratch bytes.
-const char* perturb_cuda(const PerturbArgs& args, const CudaForm& form, void* partials, void* stream);
+// The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of
+// perturb_cuda_scratch bytes.
+const char* perturb_cuda(
+    const PerturbArgs& args, const CudaForm& form, void* partials, void* stream);
 int64_t perturb_cuda_scratch(const PerturbArgs& args, const CudaForm& form);
 // Null where the kernels can run on the current device, else why not.
 const char* cuda_problem();
 
-// u = act(a) * b + sigma * z; back: da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.
+// u = act(a) * b + sigma * z; back: da = du * b * act'(a), db = du * act(a), dsigma = sum over rows
+// of du * z.
 struct GateArgs {
   int64_t outer, features, inner;  // layouts as PerturbArgs
   int kind;                        // Activation of activation.h
@@ -67,23 +75,24 @@ struct GateArgs {
   Operand b;           // null: 1
   Operand u;           // written; null: back
   Operand du, da, db;  // back: read, written, written where b is set
-  void* dsigma;        // back: [features], sigma's dtype, written; null: not wanted, and nothing is drawn
+  void* dsigma;  // back: [features], sigma's dtype, written; null: not wanted, and nothing is drawn
 };
 
 const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for);
 
-// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of du * h, dbias = sum of du,
-// dsigma.
+// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z; back: dx, dweight = sum of
+// du * h, dbias = sum of du, dsigma.
 struct NormArgs {
   int64_t rows, features;
   bool centred;  // LayerNorm; RMSNorm's mean is 0
   double eps, offset;
   Draw draw;
-  Operand x;               // rows of any stride, features side by side
-  Operand weight, bias;    // [features], any type; null: 1 (without the offset) and 0
-  void *mean, *rstd;       // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
-  Operand u;               // written; null: back
-  Operand du, dx;          // back: read, written
+  Operand x;             // rows of any stride, features side by side
+  Operand weight, bias;  // [features], any type; null: 1 (without the offset) and 0
+  void *mean, *rstd;  // [rows], float32, or float64 for float64 x; written forward, read back; mean
+                      // null: not centred
+  Operand u;          // written; null: back
+  Operand du, dx;     // back: read, written
   Operand dweight, dbias;  // back: [features], any type, written; null: not wanted
   void* dsigma;            // back: as GateArgs
 };
@@ -120,7 +129,8 @@ struct VarianceArgs {
 
 const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for);
 
-// A tensor [samples, outer, inner]; inner elements lie side by side, the other strides are in elements.
+// A tensor [samples, outer, inner]; inner elements lie side by side, the other strides are in
+// elements.
 struct Samples {
   void* data = nullptr;  // null: absent
   DType dtype = DType::kFloat32;
@@ -128,7 +138,8 @@ struct Samples {
   int64_t outer_stride = 0;
 };
 
-// total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor total, where it is wanted.
+// total += sum over s of act(h_s); back: dh_s = dy act'(h_s), total += their sum. Then out = factor
+// total, where it is wanted.
 struct SamplesArgs {
   int64_t outer, inner, samples;
   int kind;      // Activation of activation.h, or kIdentity

@@ -1,5 +1,6 @@
 // z from words: the values of the noise contract.  docs/maths.md, section 3.
-// Any edit here changes users' random numbers. Every a * b + c is an explicit fma: compilers contract silently.
+// Any edit here changes users' random numbers. Every a * b + c is an explicit fma: compilers
+// contract silently.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -37,7 +38,8 @@ struct ScalarLane {
   static DIP_HD F sub(F a, F b) { return a - b; }
   static DIP_HD F mul(F a, F b) { return a * b; }
 #ifdef __CUDA_ARCH__
-  // One instruction; from the C++ below nvcc makes a 64-bit product and adds the zeros of its other half.
+  // One instruction; from the C++ below nvcc makes a 64-bit product and adds the zeros of its other
+  // half.
   static DIP_HD Wide multiply(Wide a, uint32_t m) {
     Wide product;
     asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(static_cast<U>(a)), "r"(m));
@@ -47,7 +49,8 @@ struct ScalarLane {
   static DIP_HD U as_uint(F a) { return __float_as_uint(a); }
   static DIP_HD F int_to_float(U a) { return __int2float_rn(static_cast<int>(a)); }
   static DIP_HD F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
-  // Equal to the correctly rounded root on the contract's radii; see sqrt_corrected in docs/maths.md, section 3.
+  // Equal to the correctly rounded root on the contract's radii; see sqrt_corrected in
+  // docs/maths.md, section 3.
   static DIP_HD F sqrt(F a) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
@@ -55,7 +58,9 @@ struct ScalarLane {
     return __fmaf_rn(__fmaf_rn(-g, g, a), __fmul_rn(0.5f, y), g);
   }
 #else
-  static DIP_HD Wide multiply(Wide a, uint32_t m) { return static_cast<Wide>(static_cast<U>(a)) * m; }
+  static DIP_HD Wide multiply(Wide a, uint32_t m) {
+    return static_cast<Wide>(static_cast<U>(a)) * m;
+  }
   static DIP_HD F as_float(U a) {
     F f;
     std::memcpy(&f, &a, 4);
@@ -79,10 +84,12 @@ DIP_HD typename V::F radius(typename V::U w) {
   using F = typename V::F;
   using U = typename V::U;
   // 1.0 + u - 2^0 is exact: the 20 bits and the half sit under the leading one.
-  const U mantissa = V::and_or(V::template shift_right<9>(w), V::splat(0x7FFFF8u), V::splat(0x3F800004u));
+  const U mantissa =
+      V::and_or(V::template shift_right<9>(w), V::splat(0x7FFFF8u), V::splat(0x3F800004u));
   const F u = V::sub(V::as_float(mantissa), V::splat_f(1.0f));
   const U bits = V::as_uint(u);
-  const U exponent = V::and_(V::sub_u(bits, V::splat(0x3F3504F3u)), V::splat(0xFF800000u));  // e * 2^23
+  const U exponent =
+      V::and_(V::sub_u(bits, V::splat(0x3F3504F3u)), V::splat(0xFF800000u));  // e * 2^23
   const F f = V::sub(V::as_float(V::sub_u(bits, exponent)), V::splat_f(1.0f));
   F p = V::fma(f, V::splat_f(0.20756372809410095f), V::splat_f(-0.3267586827278137f));
   p = V::fma(p, f, V::splat_f(0.3442501127719879f));
@@ -91,18 +98,21 @@ DIP_HD typename V::F radius(typename V::U w) {
   p = V::fma(p, f, V::splat_f(-0.6667121648788452f));
   p = V::fma(p, f, V::splat_f(1.000006914138794f));
   p = V::fma(p, f, V::splat_f(-1.9999998807907104f));
-  const F minus_2_ln_u = V::fma(V::int_to_float(exponent), V::splat_f(-1.3862943611198906f / 8388608.0f), V::mul(p, f));
+  const F minus_2_ln_u = V::fma(
+      V::int_to_float(exponent), V::splat_f(-1.3862943611198906f / 8388608.0f), V::mul(p, f));
   return V::sqrt(minus_2_ln_u);
 }
 
-// cos and sin of a = 2 pi (w[11:0] + 1/2) / 2^12, as (c - s) and (c + s) about the middle of a quadrant, signs by quadrant:
-// quadrant 0 (c - s, c + s), 1 (-(c + s), c - s): an odd quadrant flips s and the cosine; 2 and 3 flip both.
+// cos and sin of a = 2 pi (w[11:0] + 1/2) / 2^12, as (c - s) and (c + s) about the middle of a
+// quadrant, signs by quadrant: quadrant 0 (c - s, c + s), 1 (-(c + s), c - s): an odd quadrant
+// flips s and the cosine; 2 and 3 flip both.
 template <class V>
 DIP_HD void cos_sin(typename V::U w, typename V::F r, typename V::F* even, typename V::F* odd) {
   using F = typename V::F;
   using U = typename V::U;
   const U sign = V::splat(0x80000000u);
-  const U mantissa = V::and_or(V::template shift_left<13>(w), V::splat(0x7FE000u), V::splat(0x3F801000u));
+  const U mantissa =
+      V::and_or(V::template shift_left<13>(w), V::splat(0x7FE000u), V::splat(0x3F801000u));
   const F t = V::sub(V::as_float(mantissa), V::splat_f(1.5f));  // (j mod 1024 + 1/2) / 1024 - 1/2
   const F t2 = V::mul(t, t);
   F c = V::fma(t2, V::splat_f(-0.014430979266762733f), V::splat_f(0.17932136356830597f));

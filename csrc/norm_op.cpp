@@ -28,14 +28,16 @@ struct RowsOf {
 Operand column_of(std::optional<Tensor>& t, const char* name, const Tensor& x) {
   if (!t) return {};
   check_same(*t, name, x);
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(-1), name, ": expected shape (K,) = (", x.size(-1), ",)");
+  STD_TORCH_CHECK(
+      t->dim() == 1 && t->size(0) == x.size(-1), name, ": expected shape (K,) = (", x.size(-1),
+      ",)");
   t = torch::stable::contiguous(*t);
   return operand_of(*t);
 }
 
 NormArgs start_norm(
-    const Tensor& x, std::optional<Tensor>& weight, std::optional<Tensor>& bias, const Draw& draw, int64_t dim,
-    const std::string& kind, double offset) {
+    const Tensor& x, std::optional<Tensor>& weight, std::optional<Tensor>& bias, const Draw& draw,
+    int64_t dim, const std::string& kind, double offset) {
   STD_TORCH_CHECK(dim == x.dim() - 1, "dim: expected the last dimension, got ", dim);
   NormArgs a{};
   a.features = x.size(-1);
@@ -48,12 +50,14 @@ NormArgs start_norm(
   return a;
 }
 
-DType stats_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32; }
+DType stats_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+}
 
 void set_stats(NormArgs& a, const Tensor& stats, const Tensor& x) {
   STD_TORCH_CHECK(
-      stats.dim() == 2 && stats.size(0) == (a.centred ? 2 : 1) && stats.size(1) == a.rows && stats.is_contiguous() &&
-          dtype_of(stats.scalar_type(), "stats") == stats_type(x),
+      stats.dim() == 2 && stats.size(0) == (a.centred ? 2 : 1) && stats.size(1) == a.rows &&
+          stats.is_contiguous() && dtype_of(stats.scalar_type(), "stats") == stats_type(x),
       "stats: expected those of the forward pass");
   char* data = static_cast<char*>(const_cast<void*>(stats.const_data_ptr()));
   a.mean = a.centred ? data : nullptr;
@@ -61,9 +65,9 @@ void set_stats(NormArgs& a, const Tensor& stats, const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor> norm(
-    Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor sigma, Tensor seed, int64_t dim, int64_t row0,
-    int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind, double eps, double offset,
-    std::optional<ScalarType> out_dtype) {
+    Tensor x, std::optional<Tensor> weight, std::optional<Tensor> bias, Tensor sigma, Tensor seed,
+    int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor, bool log_variance,
+    std::string kind, double eps, double offset, std::optional<ScalarType> out_dtype) {
   const Draw draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   NormArgs a = start_norm(x, weight, bias, draw, dim, kind, offset);
   a.eps = eps;
@@ -77,19 +81,23 @@ std::tuple<Tensor, Tensor> norm(
   a.u = u_rows.operand;
   if (a.rows == 0) return {u, stats};
   check_done(norm_cpu(a, parallel_for));
-  if (u_rows.operand.data != u.const_data_ptr()) torch::stable::copy_(const_cast<Tensor&>(u), u_rows.tensor);
+  if (u_rows.operand.data != u.const_data_ptr())
+    torch::stable::copy_(const_cast<Tensor&>(u), u_rows.tensor);
   return {u, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
-    Tensor du, Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> sigma,
-    Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor, bool log_variance, std::string kind,
-    double offset) {
+    Tensor du, Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias,
+    std::optional<Tensor> sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
+    int64_t sample, double factor, bool log_variance, std::string kind, double offset) {
   check_same(du, "du", x), check_same_shape(du, "du", x, "x");
-  const Draw draw = draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
+  const Draw draw =
+      draw_of(x, sigma ? &*sigma : nullptr, seed, &dim, row0, col0, sample, factor, log_variance);
   NormArgs a = start_norm(x, weight, bias, draw, dim, kind, offset);
   set_stats(a, stats, x);
-  const auto gradient = [&](const std::optional<Tensor>& t) { return t ? empty_vector(*t, a.features) : empty_gradient(x); };
+  const auto gradient = [&](const std::optional<Tensor>& t) {
+    return t ? empty_vector(*t, a.features) : empty_gradient(x);
+  };
   const Tensor dweight = gradient(weight), dbias = gradient(bias), dsigma = gradient(sigma);
   if (weight) a.dweight = operand_of(dweight);
   if (bias) a.dbias = operand_of(dbias);
@@ -101,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(
   a.du = du_rows.operand;
   a.dx = dx_rows.operand;
   check_done(norm_cpu(a, parallel_for));
-  if (dx_rows.operand.data != dx.const_data_ptr()) torch::stable::copy_(const_cast<Tensor&>(dx), dx_rows.tensor);
+  if (dx_rows.operand.data != dx.const_data_ptr())
+    torch::stable::copy_(const_cast<Tensor&>(dx), dx_rows.tensor);
   return {dx, dweight, dbias, dsigma};
 }
 

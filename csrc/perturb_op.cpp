@@ -1,4 +1,5 @@
-// The operations of dipkernels/ops/perturb.py through torch's stable ABI, and what backends.py asks of the library.
+// The operations of dipkernels/ops/perturb.py through torch's stable ABI, and what backends.py asks
+// of the library.
 #include "torch.h"
 
 #include <atomic>
@@ -13,23 +14,24 @@
 namespace dip {
 namespace {
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch
+// ----------------------------------------------------------------------------------------------------------
 
 #ifdef DIP_HAS_CPU
 void launch_cpu(const Tensor&, const PerturbArgs& a) { check_done(perturb_cpu(a, parallel_for)); }
 #endif
 
 #ifdef DIP_CUDA_ARCHS
-// Bits of CudaForm that `make gpu-check` times: 1 writes_from_end, 2 sums_from_end, 4 one_launch. The first changes no bit and
-// costs no instruction; the others wait to be measured.
+// Bits of CudaForm that `make gpu-check` times: 1 writes_from_end, 2 sums_from_end, 4 one_launch.
+// The first changes no bit and costs no instruction; the others wait to be measured.
 constexpr int kDefaultForms = 1;
 std::atomic<int>& cuda_forms() {
   static std::atomic<int> forms{kDefaultForms};
   return forms;
 }
 
-// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a CPU-only torch loads this
-// library.
+// The one CUDA function of torch's that the stable headers lack before 2.13. Looked up, so that a
+// CPU-only torch loads this library.
 using FindStream = int32_t (*)(int32_t device, void** stream);
 FindStream find_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
@@ -49,7 +51,8 @@ void launch_cuda(const Tensor& x, const PerturbArgs& a) {
   // From torch's allocator, so that a captured graph owns it; freed in stream order.
   std::optional<Tensor> partials;
   if (const int64_t bytes = perturb_cuda_scratch(a, form)) {
-    partials = torch::stable::new_empty(x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
+    partials = torch::stable::new_empty(
+        x, IntHeaderOnlyArrayRef(&bytes, 1), std::optional<ScalarType>(ScalarType::Byte));
   }
   check_done(perturb_cuda(a, form, partials ? partials->mutable_data_ptr() : nullptr, stream));
 }
@@ -57,22 +60,27 @@ void launch_cuda(const Tensor& x, const PerturbArgs& a) {
 
 using Launch = void (*)(const Tensor& x, const PerturbArgs& a);
 
-// ---- the operations, for any device ----------------------------------------------------------------------------------
+// ---- the operations, for any device
+// ----------------------------------------------------------------------------------
 
 template <Launch kLaunch>
-Tensor noise(Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0, int64_t sample) {
+Tensor noise(
+    Tensor seed, std::vector<int64_t> shape, int64_t dim, int64_t row0, int64_t col0,
+    int64_t sample) {
   Tensor z = new_empty(seed, shape);
   PerturbArgs a{};
   a.draw = draw_of(z, nullptr, seed, &dim, row0, col0, sample, 1.0, false);
-  STD_TORCH_CHECK(lay_out(a, dim, {{&z, &a.u}}), "noise: no layout");  // a new tensor is contiguous, so there is one
+  STD_TORCH_CHECK(
+      lay_out(a, dim, {{&z, &a.u}}),
+      "noise: no layout");  // a new tensor is contiguous, so there is one
   kLaunch(z, a);
   return z;
 }
 
 template <Launch kLaunch>
 Tensor perturb(
-    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance, std::optional<ScalarType> out_dtype) {
+    Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
+    double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
   PerturbArgs a{};
   a.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   const ScalarType type = out_dtype.value_or(x.scalar_type());
@@ -90,8 +98,8 @@ Tensor perturb(
 
 template <Launch kLaunch>
 Tensor perturb_bwd(
-    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance) {
+    Tensor du, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample,
+    double factor, bool log_variance) {
   PerturbArgs a{};
   a.draw = draw_of(du, &sigma, seed, &dim, row0, col0, sample, factor, log_variance);
   Tensor dsigma = empty_vector(sigma, du.size(dim));
@@ -107,8 +115,8 @@ Tensor perturb_bwd(
 
 template <Launch kLaunch>
 std::tuple<Tensor, Tensor> perturb_replay(
-    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance, std::optional<ScalarType> out_dtype) {
+    Tensor du, Tensor x, Tensor sigma, Tensor seed, int64_t dim, int64_t row0, int64_t col0,
+    int64_t sample, double factor, bool log_variance, std::optional<ScalarType> out_dtype) {
   check_same(du, "du", x);
   check_same_shape(du, "du", x, "x");
   PerturbArgs a{};
@@ -156,13 +164,19 @@ STABLE_TORCH_LIBRARY_IMPL(dipkernels, CUDA, m) {
 
 #ifdef DIP_HAS_CPU
 DIP_EXPORT int dip_cpu_capability() { return dip::cpu_capability(); }
-DIP_EXPORT int dip_set_cpu_capability(int capability) { return dip::set_cpu_capability(capability); }
+DIP_EXPORT int dip_set_cpu_capability(int capability) {
+  return dip::set_cpu_capability(capability);
+}
 #endif
 #ifdef DIP_CUDA_ARCHS
-// How every later call of the process does it, see cuda_forms: dsigma may differ in its last bits, u does not.
-DIP_EXPORT void dip_set_cuda_forms(int forms) { dip::cuda_forms().store(forms, std::memory_order_relaxed); }
+// How every later call of the process does it, see cuda_forms: dsigma may differ in its last bits,
+// u does not.
+DIP_EXPORT void dip_set_cuda_forms(int forms) {
+  dip::cuda_forms().store(forms, std::memory_order_relaxed);
+}
 DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_order_relaxed); }
-// Null where the kernels can run on the current device, else what is missing, in one line: an older driver, an older GPU.
+// Null where the kernels can run on the current device, else what is missing, in one line: an older
+// driver, an older GPU.
 DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif
 DIP_EXPORT const char* dip_build_info() {

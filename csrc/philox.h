@@ -1,8 +1,9 @@
 // Philox4x32-10: the bits of the noise contract.  docs/maths.md, section 3.
 // Any edit here changes users' random numbers.
 //
-// One body for every backend, over a lane type V: `ScalarLane` below for a GPU thread or plain C++, the vector types of
-// cpu/simd.h. V::Wide holds one 64-bit product per lane; only the low 32 bits of a counter word are ever read.
+// One body for every backend, over a lane type V: `ScalarLane` below for a GPU thread or plain C++,
+// the vector types of cpu/simd.h. V::Wide holds one 64-bit product per lane; only the low 32 bits
+// of a counter word are ever read.
 #pragma once
 #include <cstdint>
 
@@ -59,13 +60,17 @@ DIP_HD void philox4x32_10(typename V::Wide ctr[4], const PhiloxKeys& keys) {
   for (int round = 0; round < 10; ++round) philox4x32_round<V>(ctr, keys.round[round]);
 }
 
-// The counters (group, row, stream_sample) of one row differ in `group` alone: of the first two rounds a half is common to all.
+// The counters (group, row, stream_sample) of one row differ in `group` alone: of the first two
+// rounds a half is common to all.
 struct PhiloxRow {
-  uint64_t first2, second0, second2, third2;  // what the numbered rounds xor into words 0 and 2, their keys included
+  uint64_t first2, second0, second2,
+      third2;  // what the numbered rounds xor into words 0 and 2, their keys included
 
   DIP_HD PhiloxRow(uint64_t row, uint32_t stream_sample, const PhiloxKeys& keys) {
     const uint64_t p1 = (row >> 32) * 0xCD9E8D57u;
-    const uint64_t p0 = static_cast<uint64_t>(static_cast<uint32_t>(p1 >> 32 ^ row ^ keys.round[0].lo)) * 0xD2511F53u;
+    const uint64_t p0 =
+        static_cast<uint64_t>(static_cast<uint32_t>(p1 >> 32 ^ row ^ keys.round[0].lo)) *
+        0xD2511F53u;
     first2 = stream_sample ^ keys.round[0].hi;
     second0 = static_cast<uint32_t>(p1) ^ keys.round[1].lo;
     second2 = p0 >> 32 ^ keys.round[1].hi;
@@ -74,7 +79,8 @@ struct PhiloxRow {
 };
 
 template <class V>
-DIP_HD void philox4x32_10(typename V::U group, const PhiloxRow& row, const PhiloxKeys& keys, typename V::Wide ctr[4]) {
+DIP_HD void philox4x32_10(
+    typename V::U group, const PhiloxRow& row, const PhiloxKeys& keys, typename V::Wide ctr[4]) {
   typename V::Wide p0 = V::multiply(V::widen(group), 0xD2511F53u);
   typename V::Wide p1 = V::multiply(V::xor2(V::high(p0), row.first2), 0xCD9E8D57u);
   ctr[0] = V::xor2(V::high(p1), row.second0);

@@ -1,14 +1,16 @@
-// The passes of dipkernels/ops/row_blocks.py on a CPU: draws of several samples, their activations summed, and back.
+// The passes of dipkernels/ops/row_blocks.py on a CPU: draws of several samples, their activations
+// summed, and back.
 #include "activation_named.h"
 #include "torch.h"
 
 namespace dip {
 namespace {
 
-// Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on, into what is given.
+// Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on,
+// into what is given.
 void draw_samples(
-    std::optional<Tensor> u, std::optional<Tensor> z, Tensor x, Tensor sigma, Tensor seed, int64_t row0, int64_t col0,
-    int64_t sample, double factor) {
+    std::optional<Tensor> u, std::optional<Tensor> z, Tensor x, Tensor sigma, Tensor seed,
+    int64_t row0, int64_t col0, int64_t sample, double factor) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected shape (rows, K), contiguous");
   STD_TORCH_CHECK(u || z, "u, z: expected one of them at least");
   const int64_t samples = (u ? *u : *z).size(0), size = x.numel();
@@ -16,20 +18,25 @@ void draw_samples(
     if (!t) return;
     check_same(*t, name, x);
     STD_TORCH_CHECK(
-        t->dim() == 3 && t->size(0) == samples && t->size(1) == x.size(0) && t->size(2) == x.size(1) && t->is_contiguous(), name,
-        ": expected shape (samples, rows, K), contiguous");
+        t->dim() == 3 && t->size(0) == samples && t->size(1) == x.size(0) &&
+            t->size(2) == x.size(1) && t->is_contiguous(),
+        name, ": expected shape (samples, rows, K), contiguous");
   };
   check(u, "u");
   check(z, "z");
   int64_t dim = -1;
-  STD_TORCH_CHECK(sample <= 65536 - samples, "sample: expected sample + num_samples <= 65536, got ", sample, " + ", samples);
+  STD_TORCH_CHECK(
+      sample <= 65536 - samples, "sample: expected sample + num_samples <= 65536, got ", sample,
+      " + ", samples);
   PerturbArgs first{};
   first.draw = draw_of(x, &sigma, seed, &dim, row0, col0, sample, factor, false);
   first.outer = x.size(0);
   first.features = x.size(1);
   first.inner = 1;
   const auto operand = [&](const Tensor& t) {
-    return Operand{const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), first.features, 1};
+    return Operand{
+        const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), first.features,
+        1};
   };
   if (u) first.x = operand(x), first.u = operand(*u);
   if (z) first.z = operand(*z);
@@ -38,8 +45,13 @@ void draw_samples(
     int64_t size, bytes_u, bytes_z;
     ParallelFor inside;
     const char* error;
-  } job{first,        size,   u ? static_cast<int64_t>(u->element_size()) : 0, z ? static_cast<int64_t>(z->element_size()) : 0,
-        parallel_for, nullptr};
+  } job{
+      first,
+      size,
+      u ? static_cast<int64_t>(u->element_size()) : 0,
+      z ? static_cast<int64_t>(z->element_size()) : 0,
+      parallel_for,
+      nullptr};
   const auto draw = [](int64_t begin, int64_t end, void* context) {
     Job& j = *static_cast<Job*>(context);
     for (int64_t s = begin; s < end; ++s) {
@@ -47,13 +59,16 @@ void draw_samples(
       a.draw.sample += static_cast<int32_t>(s);
       if (a.u.data) a.u.data = static_cast<char*>(a.u.data) + s * j.size * j.bytes_u;
       if (a.z.data) a.z.data = static_cast<char*>(a.z.data) + s * j.size * j.bytes_z;
-      if (const char* error = perturb_cpu(a, j.inside)) __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
+      if (const char* error = perturb_cpu(a, j.inside))
+        __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
     }
   };
   if (samples < 2) {
     draw(0, samples, &job);
   } else {  // a thread for a sample: handing out parts of each would take as long as a small one
-    job.inside = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*), void* context) { f(0, total, context); };
+    job.inside = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
+      f(0, total, context);
+    };
     parallel_for(samples, 1, draw, &job);
   }
   check_done(job.error);
@@ -62,24 +77,28 @@ void draw_samples(
 // t as [samples, a, b], whatever its strides but the last.
 Samples samples_of(const Tensor& t, const char* name, int64_t a, int64_t b, DType dtype) {
   STD_TORCH_CHECK(
-      t.dim() == 3 && t.size(1) == a && t.size(2) == b && (t.stride(2) == 1 || b <= 1 || t.numel() == 0), name,
-      ": expected shape (samples, ", a, ", ", b, ") and elements side by side");
+      t.dim() == 3 && t.size(1) == a && t.size(2) == b &&
+          (t.stride(2) == 1 || b <= 1 || t.numel() == 0),
+      name, ": expected shape (samples, ", a, ", ", b, ") and elements side by side");
   return {const_cast<void*>(t.const_data_ptr()), dtype, t.stride(0), t.stride(1)};
 }
 
 Operand matrix_of(const Tensor& t, const char* name, int64_t a, int64_t b) {
   STD_TORCH_CHECK(
-      t.dim() == 2 && t.size(0) == a && t.size(1) == b && (t.stride(1) == 1 || b <= 1), name, ": expected shape (", a, ", ", b,
-      ") and elements side by side");
+      t.dim() == 2 && t.size(0) == a && t.size(1) == b && (t.stride(1) == 1 || b <= 1), name,
+      ": expected shape (", a, ", ", b, ") and elements side by side");
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), name), t.stride(0), 1};
 }
 
 SamplesArgs start_samples(
-    const Tensor& total, const Tensor& h, const std::string& activation, const std::optional<Tensor>& out, double factor) {
+    const Tensor& total, const Tensor& h, const std::string& activation,
+    const std::optional<Tensor>& out, double factor) {
   STD_TORCH_CHECK(
       total.dim() == 2 && total.is_contiguous() && total.scalar_type() == ScalarType::Float,
       "total: expected shape (outer, inner), contiguous, float32");
-  STD_TORCH_CHECK(h.scalar_type() != ScalarType::Double, "h: expected float32, float16 or bfloat16, got float64");
+  STD_TORCH_CHECK(
+      h.scalar_type() != ScalarType::Double,
+      "h: expected float32, float16 or bfloat16, got float64");
   SamplesArgs a{};
   a.outer = total.size(0);
   a.inner = total.size(1);
@@ -95,23 +114,28 @@ SamplesArgs start_samples(
 // Rows that follow one another are one.
 void join_rows(SamplesArgs& a) {
   const auto dense = [&](const void* data, int64_t stride) { return !data || stride == a.inner; };
-  if (!dense(a.h.data, a.h.outer_stride) || !dense(a.dy.data, a.dy.outer_stride) || !dense(a.out.data, a.out.outer_stride))
+  if (!dense(a.h.data, a.h.outer_stride) || !dense(a.dy.data, a.dy.outer_stride) ||
+      !dense(a.out.data, a.out.outer_stride))
     return;
   a.inner *= a.outer;
   a.outer = 1;
 }
 
-void act_add(Tensor total, Tensor h, std::string activation, std::optional<Tensor> out, double factor) {
+void act_add(
+    Tensor total, Tensor h, std::string activation, std::optional<Tensor> out, double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
   join_rows(a);
   check_done(samples_cpu(a, parallel_for));
 }
 
-Tensor act_add_bwd(Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out, double factor) {
+Tensor act_add_bwd(
+    Tensor total, Tensor h, Tensor dy, std::string activation, std::optional<Tensor> out,
+    double factor) {
   SamplesArgs a = start_samples(total, h, activation, out, factor);
   STD_TORCH_CHECK(dy.scalar_type() == h.scalar_type(), "dy: expected h's dtype");
   a.dy = matrix_of(dy, "dy", a.outer, a.inner);
-  const std::array<int64_t, 3> sizes{a.samples, a.outer, a.inner}, strides{a.outer * a.inner, a.inner, 1};
+  const std::array<int64_t, 3> sizes{a.samples, a.outer, a.inner},
+      strides{a.outer * a.inner, a.inner, 1};
   Tensor dh = empty_strided(h, {sizes.data(), 3}, {strides.data(), 3}, a.h.dtype);
   a.dh = {dh.mutable_data_ptr(), a.h.dtype, a.outer * a.inner, a.inner};
   join_rows(a);

@@ -1,4 +1,5 @@
-// What the operations share of torch's stable ABI: checks, layouts, allocation. Files *_op.cpp alone include it.
+// What the operations share of torch's stable ABI: checks, layouts, allocation. Files *_op.cpp
+// alone include it.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,7 +21,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- checks: what keeps a kernel inside its buffers; dipkernels/ops says the same with Python's exceptions ----------------
+// ---- checks: what keeps a kernel inside its buffers; dipkernels/ops says the same with Python's
+// exceptions ----------------
 
 inline DType dtype_of(ScalarType type, const char* name) {
   switch (type) {
@@ -33,19 +35,27 @@ inline DType dtype_of(ScalarType type, const char* name) {
 }
 
 // What a kernel returned: null, or what went wrong.
-inline void check_done(const char* error) { STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error); }
+inline void check_done(const char* error) {
+  STD_TORCH_CHECK(error == nullptr, "dipkernels: ", error);
+}
 
 inline void check_sigma(const Tensor& sigma, int64_t k) {
-  STD_TORCH_CHECK(sigma.dim() == 1 && sigma.size(0) == k, "sigma: expected shape (K,) = (", k, ",)");
+  STD_TORCH_CHECK(
+      sigma.dim() == 1 && sigma.size(0) == k, "sigma: expected shape (K,) = (", k, ",)");
   const ScalarType type = sigma.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "sigma: expected float32 or float64");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::Double,
+      "sigma: expected float32 or float64");
 }
 
 inline void check_same(const Tensor& a, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(a.is_cuda() == x.is_cuda() && a.get_device() == x.get_device(), name, ": expected the device of the data");
+  STD_TORCH_CHECK(
+      a.is_cuda() == x.is_cuda() && a.get_device() == x.get_device(), name,
+      ": expected the device of the data");
 }
 
-// ---- layouts ---------------------------------------------------------------------------------------------------------
+// ---- layouts
+// ---------------------------------------------------------------------------------------------------------
 
 // Dimensions [first, last) as one of a single stride, or nothing. A dimension of size 1 has no say.
 inline std::optional<int64_t> collapse(const Tensor& t, int64_t first, int64_t last, int64_t skip) {
@@ -87,16 +97,21 @@ inline void check_allocated(int32_t error, IntHeaderOnlyArrayRef sizes) {
   if (error == AOTI_TORCH_SUCCESS) return;
   std::string shape;
   for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(false, "dipkernels: out of memory: no result of shape (", shape, ") could be allocated");
+  STD_TORCH_CHECK(
+      false, "dipkernels: out of memory: no result of shape (", shape, ") could be allocated");
 }
 
 // Straight from the allocator's shim: the dispatcher would cost a small layer microseconds.
-inline Tensor empty_strided(const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, DType type) {
+inline Tensor empty_strided(
+    const Tensor& like, IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, DType type) {
   AtenTensorHandle handle;
-  const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  const int32_t device =
+      like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   const auto rank = static_cast<int64_t>(sizes.size());
   check_allocated(
-      aoti_torch_empty_strided(rank, sizes.data(), strides.data(), code_of(type), device, like.get_device_index(), &handle),
+      aoti_torch_empty_strided(
+          rank, sizes.data(), strides.data(), code_of(type), device, like.get_device_index(),
+          &handle),
       sizes);
   return Tensor(handle);
 }
@@ -111,9 +126,14 @@ inline Tensor empty_like(const Tensor& t, ScalarType type) {
   if (t.is_contiguous()) return empty_strided(t, t.sizes(), t.strides(), dtype_of(type, "dtype"));
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{
-      from(t),           from(std::optional<ScalarType>(type)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(t),
+      from(std::optional<ScalarType>(type)),
+      from(std::nullopt),
+      from(std::nullopt),
+      from(std::nullopt),
       from(std::nullopt)};
-  check_allocated(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION), t.sizes());
+  check_allocated(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION), t.sizes());
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -152,7 +172,9 @@ bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
     if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
   if (first.numel() == 0) {  // its strides say nothing
     for (const View& v : views)
-      *v.operand = {const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"), 0, 1};
+      *v.operand = {
+          const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"),
+          0, 1};
     a.outer *= a.inner;
     a.inner = 1;
     return true;
@@ -169,27 +191,35 @@ inline Operand operand_of(const Tensor& t) {
   return {const_cast<void*>(t.const_data_ptr()), dtype_of(t.scalar_type(), "data"), 0, 1};
 }
 
-inline void parallel_for(int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { f(begin, end, context); });
+inline void parallel_for(
+    int64_t total, int64_t grain, void (*f)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(
+      0, total, grain, [&](int64_t begin, int64_t end) { f(begin, end, context); });
 }
 
-// ---- one draw --------------------------------------------------------------------------------------------------------
+// ---- one draw
+// --------------------------------------------------------------------------------------------------------
 
-// That of the features of x along *dim, which is then counted from the front. The draw points into seed and *sigma, which is made
-// dense for it and may be null: so no sigma, as where the noise itself is asked for.
+// That of the features of x along *dim, which is then counted from the front. The draw points into
+// seed and *sigma, which is made dense for it and may be null: so no sigma, as where the noise
+// itself is asked for.
 inline Draw draw_of(
-    const Tensor& x, Tensor* sigma, const Tensor& seed, int64_t* dim, int64_t row0, int64_t col0, int64_t sample, double factor,
-    bool log_variance) {
+    const Tensor& x, Tensor* sigma, const Tensor& seed, int64_t* dim, int64_t row0, int64_t col0,
+    int64_t sample, double factor, bool log_variance) {
   const int64_t ndim = x.dim();
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long, "seed: expected dtype int64");
-  STD_TORCH_CHECK(seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
+  STD_TORCH_CHECK(
+      seed.dim() == 1 && seed.size(0) == 2, "seed: expected shape (2,) = (key, stream)");
   STD_TORCH_CHECK(seed.stride(0) == 1, "seed: expected stride 1, got ", seed.stride(0));
   check_same(seed, "seed", x);
-  STD_TORCH_CHECK(-ndim <= *dim && *dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ", *dim);
+  STD_TORCH_CHECK(
+      -ndim <= *dim && *dim < ndim, "dim: expected a dimension of a tensor of ", ndim, ", got ",
+      *dim);
   if (*dim < 0) *dim += ndim;
   // draw.py stops at 2^62, from where row_blocks.py counts on.
   const auto fits = [](int64_t origin) { return origin >= 0 && origin <= 3 * (int64_t{1} << 61); };
-  STD_TORCH_CHECK(fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
+  STD_TORCH_CHECK(
+      fits(row0) && fits(col0), "row0, col0: expected 0 to 2^62, got ", row0, ", ", col0);
   STD_TORCH_CHECK(sample >= 0 && sample < 65536, "sample: expected 0 to 65535, got ", sample);
   Draw draw{};
   draw.seed = static_cast<const int64_t*>(seed.const_data_ptr());

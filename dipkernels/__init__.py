@@ -1,4 +1,5 @@
-"""Learned noise at the input of every layer (distributional input projection, DIPNet, arXiv 2506.04690), by fused kernels."""
+"""Learned noise at the input of every layer (distributional input projection, DIPNet, arXiv
+2506.04690), by fused kernels."""
 
 __version__ = "0.1.0"
 
@@ -7,7 +8,9 @@ import os.path as _path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-if not _path.isdir(_path.join(__path__[0], "triton_kernels")):  # a source tree, where that folder lies beside this one
+if not _path.isdir(
+    _path.join(__path__[0], "triton_kernels")
+):  # a source tree, where that folder lies beside this one
     __path__.append(_path.dirname(__path__[0]))
 
 from . import functional as functional

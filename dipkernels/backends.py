@@ -1,9 +1,10 @@
 """Which kernels run: `choose` is pure and printable; `backend` and DIPKERNELS_BACKEND override it.
 
-What is forced and cannot run, here or at all, says so at the first call that needs it; an import raises nothing.
+What is forced and cannot run, here or at all, says so at the first call that needs it; an import
+raises nothing.
 
-cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or the machine)
-cuda       the compiled library's CUDA kernels
+cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by
+DIPKERNELS_CPU_CAPABILITY or the machine) cuda       the compiled library's CUDA kernels
 triton     the Triton kernels
 reference  plain PyTorch in float64: slow, runs everywhere
 """
@@ -29,7 +30,8 @@ import torch
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
 MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/torch.h uses
-# The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its major release or a newer one.
+# The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its
+# major release or a newer one.
 MIN_DRIVERS = {12: "525", 13: "580"}
 
 
@@ -72,12 +74,15 @@ def _how_to_build() -> str:
     root = Path(__file__).resolve().parent.parent
     if (root / "setup.py").exists():
         return f"pip install --no-build-isolation --no-deps -e {shlex.quote(str(root))}"
-    return "pip install --no-build-isolation --no-deps --force-reinstall . in the folder of the source"
+    return (
+        "pip install --no-build-isolation --no-deps --force-reinstall . in the folder of the source"
+    )
 
 
 @functools.cache
 def library() -> Library:
-    """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls this."""
+    """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls
+    this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
     if not found:
         return Library(
@@ -98,7 +103,8 @@ def library() -> Library:
         return Library(
             path=path,
             error=f"{reason}: found torch {torch.__version__} on {platform.machine()}, the compiled library needs an unmodified "
-            "torch >= 2.10 and the machine it was built for: pip install --force-reinstall --no-deps dipkernels",
+            "torch >= 2.10 and the machine it was built for: pip install --force-reinstall "
+            "--no-deps dipkernels",
         )
     said = functions.dip_build_info().decode(errors="replace")
     info = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
@@ -118,36 +124,49 @@ def library() -> Library:
 
 
 def cpu_capability(name: str | None = None) -> str:
-    """The instruction set that the CPU kernels use; `name` ("portable", "avx2", "avx512", "auto") changes it.
+    """The instruction set that the CPU kernels use; `name` ("portable", "avx2", "avx512", "auto")
+    changes it.
 
-    Results are the same bits for each. Raises RuntimeError where the library or the machine lacks what was asked for.
+    Results are the same bits for each. Raises RuntimeError where the library or the machine lacks
+    what was asked for.
     """
     if not library().cpu_capabilities:
-        raise RuntimeError(f"cpu_capability: {library().error or 'the library was built without CPU kernels'}")
+        raise RuntimeError(
+            f"cpu_capability: {library().error or 'the library was built without CPU kernels'}"
+        )
     path = library().path
     assert path is not None  # what carries kernels was found
     functions = _c_functions(path)
     if name is not None:
         if name not in (*CAPABILITIES, "auto"):
-            raise ValueError(f"cpu_capability: expected one of {(*CAPABILITIES, 'auto')}, got {name!r}")
+            raise ValueError(
+                f"cpu_capability: expected one of {(*CAPABILITIES, 'auto')}, got {name!r}"
+            )
         if functions.dip_set_cpu_capability(-1 if name == "auto" else CAPABILITIES.index(name)):
-            raise RuntimeError(f"cpu_capability: {name!r} is not carried by the library or not offered by this machine")
+            raise RuntimeError(
+                f"cpu_capability: {name!r} is not carried by the library or not offered by this "
+                "machine"
+            )
     current = functions.dip_cpu_capability()
     if current < 0:
         wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
         raise RuntimeError(
-            f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, got {wanted!r}"
+            f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, "
+            f"got {wanted!r}"
         )
     return CAPABILITIES[current]
 
 
-# ---- the GPUs at hand ------------------------------------------------------------------------------------------------
+# ---- the GPUs at hand ----------------------------------------------------------------------------
 
-_cuda_problem: str | None = None  # why the library's CUDA kernels cannot run here, once torch has initialised CUDA
+_cuda_problem: str | None = (
+    None  # why the library's CUDA kernels cannot run here, once torch has initialised CUDA
+)
 
 
 def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]]) -> str | None:
-    """One line with what was found, what is needed and what to do; None where the kernels run on all `gpus`.
+    """One line with what was found, what is needed and what to do; None where the kernels run on
+    all `gpus`.
 
     driver: the CUDA version that the driver offers, 12080 for 12.8. gpus: compute capabilities.
     """
@@ -171,9 +190,11 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
 
 
 def check_cuda() -> str | None:
-    """Look whether the library's CUDA kernels can run on the visible GPUs; say so and fall back where they cannot.
+    """Look whether the library's CUDA kernels can run on the visible GPUs; say so and fall back
+    where they cannot.
 
-    Returns the problem in one line, or None. Initialises CUDA where torch can, makes no context; never raises.
+    Returns the problem in one line, or None. Initialises CUDA where torch can, makes no context;
+    never raises.
     """
     global _cuda_problem
     if not library().cuda_archs:
@@ -197,7 +218,8 @@ def check_cuda() -> str | None:
 
 
 def watch_cuda() -> None:
-    """Have `check_cuda` called when torch initialises CUDA: at import nothing may touch a GPU. `ops` calls this once."""
+    """Have `check_cuda` called when torch initialises CUDA: at import nothing may touch a GPU.
+    `ops` calls this once."""
     if library().cuda_archs:
         torch.cuda._lazy_call(check_cuda)
 
@@ -214,7 +236,8 @@ triton_problems: dict[str, str] = {}  # operation: why Triton cannot compile it 
 
 
 def note_triton_problem(op: str, error: Exception) -> None:
-    """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or where Triton was asked for."""
+    """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or
+    where Triton was asked for."""
     # Triton's own errors, and what its passes and ptxas throw.
     is_compilation = type(error).__name__ in (
         "CompilationError",
@@ -231,13 +254,17 @@ def note_triton_problem(op: str, error: Exception) -> None:
         raise RuntimeError(f"{op}: backend 'triton' was asked for, and {problem}") from error
     triton_problems[op] = problem
     _tell_listeners()
-    warnings.warn(f"dipkernels: {problem}; another backend runs instead", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"dipkernels: {problem}; another backend runs instead", RuntimeWarning, stacklevel=2
+    )
 
 
 forced: str | None = None
 _by_variable = False  # whether DIPKERNELS_BACKEND forced it
 _bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
-listeners: list[Callable[[], None]] = []  # called when a choice may change: `ops` keeps a table of what was chosen
+listeners: list[
+    Callable[[], None]
+] = []  # called when a choice may change: `ops` keeps a table of what was chosen
 
 
 def _tell_listeners() -> None:
@@ -258,7 +285,8 @@ def _force(name: str | None, by_variable: bool = False) -> None:
 
 
 def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> Any:
-    """What check(value, name) makes of a variable at import; empty as unset. A bad value is kept for the first call."""
+    """What check(value, name) makes of a variable at import; empty as unset. A bad value is kept
+    for the first call."""
     try:
         return check(os.environ.get(name) or otherwise, name)
     except ValueError as error:
@@ -300,7 +328,8 @@ class backend:
 
 
 class compiled_keep:
-    """Set what keep="auto" means under torch.compile, for what follows or, as a context, for a block.
+    """Set what keep="auto" means under torch.compile, for what follows or, as a context, for a
+    block.
 
     It is read while torch.compile traces, so that a change compiles anew. Not per thread.
 
@@ -341,7 +370,9 @@ kept_when_compiled: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x"
 def warn_reference(plan: Plan) -> None:
     """Say that a slow path was chosen, unless it was asked for."""
     if plan.backend == "reference" and plan.why != "asked for":
-        warnings.warn(f"dipkernels: the slow reference path runs: {plan.why}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"dipkernels: the slow reference path runs: {plan.why}", RuntimeWarning, stacklevel=2
+        )
 
 
 def warn_reference_here() -> None:
@@ -365,7 +396,11 @@ def _missing(name: str) -> str | None:
             else "the library was built without CUDA kernels: DIPKERNELS_CUDA=1 builds them"
         )
     carried = "portable" in library().cpu_capabilities
-    return None if carried else "the library was built without CPU kernels: DIPKERNELS_CPU=1 builds them"
+    return (
+        None
+        if carried
+        else "the library was built without CPU kernels: DIPKERNELS_CPU=1 builds them"
+    )
 
 
 def _obstacle(name: str, device: str) -> str | None:
@@ -391,25 +426,30 @@ def _way_out() -> str:
 
 
 _OF_EXPECTATION = ("expectation", "affine_variance")
-# The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an activation's expectation.
+# The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an
+# activation's expectation.
 _FUSED_BY_TRITON = ("linear", *_OF_EXPECTATION)
 
 
-# Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing u first. By the arithmetic of
-# docs/measured_gpu_expectation.md: neither bound has been measured yet; `make gpu-check` times both forms around them.
-FUSED_COLUMNS = (
-    128  # N: one tile of columns draws the noise once, and u's 2 M K elements of traffic go; two would draw it twice
-)
-FUSED_WORK = 2**25  # M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
-# N of the mean over samples behind an activation: each tile of columns draws again, and beyond, that takes longer than a
-# sample's way through memory.
+# Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing
+# u first. By the arithmetic of docs/measured_gpu_expectation.md: neither bound has been measured
+# yet; `make gpu-check` times both forms around them. N: one tile of columns draws the noise once,
+# and u's 2 M K elements of traffic go; two would draw it twice
+FUSED_COLUMNS = 128
+FUSED_WORK = (
+    2**25
+)  # M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
+# N of the mean over samples behind an activation: each tile of columns draws again, and beyond,
+# that takes longer than a sample's way through memory.
 FUSED_MEAN_COLUMNS = 512
 
 
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | None:
-    """The plan of an affine layer that samples inside its GEMM, or None for P, the vendor's GEMM and Q.
+    """The plan of an affine layer that samples inside its GEMM, or None for P, the vendor's GEMM
+    and Q.
 
-    m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's product is far ahead.
+    m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's
+    product is far ahead.
     """
     if not can_fuse(device) or not is_narrow(dtype, m, n, k):
         return None
@@ -419,7 +459,8 @@ def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | Non
 
 
 def can_fuse(device: str) -> bool:
-    """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter where it is forced."""
+    """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter
+    where it is forced."""
     if _bad_variables or forced not in (None, "triton") or "linear" in triton_problems:
         return False
     return (device != "cpu" or forced == "triton") and _runs_on("triton", device)
@@ -427,35 +468,50 @@ def can_fuse(device: str) -> bool:
 
 def is_narrow(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
     """Whether an affine layer of these sizes is for that, where it may."""
-    return dtype in (torch.float16, torch.bfloat16) and (n <= FUSED_COLUMNS or m * n * k <= FUSED_WORK)
+    return dtype in (torch.float16, torch.bfloat16) and (
+        n <= FUSED_COLUMNS or m * n * k <= FUSED_WORK
+    )
 
 
 def is_wide(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether a mean behind an activation, weight [n, k] of this dtype, is for row blocks where CUDA kernels draw."""
+    """Whether a mean behind an activation, weight [n, k] of this dtype, is for row blocks where
+    CUDA kernels draw."""
     return m * n * k > FUSED_WORK and (dtype is torch.float32 or n > FUSED_MEAN_COLUMNS)
 
 
-def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()) -> Plan:
+def choose(
+    op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()
+) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
-    dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and linear_bwd on a GPU.
-    Raises RuntimeError where a forced backend cannot run there, ValueError where a variable has a value that is none of its own.
+    dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and
+    linear_bwd on a GPU. Raises RuntimeError where a forced backend cannot run there, ValueError
+    where a variable has a value that is none of its own.
     """
     if _bad_variables:
         raise ValueError("; ".join(_bad_variables.values()))
     if device == "meta":
         return Plan("cpu", "shapes only")
     if forced is not None:
-        asked = f"backend {forced!r} was asked for" + (" by DIPKERNELS_BACKEND" if _by_variable else "")
+        asked = f"backend {forced!r} was asked for" + (
+            " by DIPKERNELS_BACKEND" if _by_variable else ""
+        )
         if not _runs_on(forced, device):
             raise RuntimeError(
-                f"{op}: {asked}, and it cannot run on device {device!r} here: {_obstacle(forced, device)}; "
+                f"{op}: {asked}, and it cannot run on device {device!r} here: "
+                f"{_obstacle(forced, device)}; "
                 f"{_way_out()} to have each device choose its own"
             )
         if forced == "cuda" and op.startswith(_OF_EXPECTATION):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
         return Plan(forced, "asked for")
-    if device == "cuda" and op in ("linear", "linear_bwd") and dtype and shape and _runs_on("cuda", device):
+    if (
+        device == "cuda"
+        and op in ("linear", "linear_bwd")
+        and dtype
+        and shape
+        and _runs_on("cuda", device)
+    ):
         m, n, k = shape
         if is_wide(dtype, m, n, k):
             return Plan("cuda", f"{dtype}, N = {n}: the vendor's products, sample by sample")
@@ -468,7 +524,9 @@ def choose(op: str, device: str, dtype: torch.dtype | None = None, shape: tuple[
         return Plan("triton", "its passes are fused in Triton alone")
     if device == "cuda" and op.startswith(_OF_EXPECTATION):
         return Plan(
-            "reference", triton_problems.get(op) or "the CUDA library has no kernel of it, and Triton is missing"
+            "reference",
+            triton_problems.get(op)
+            or "the CUDA library has no kernel of it, and Triton is missing",
         )
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):

@@ -1,4 +1,5 @@
-"""One value that says all of a DIP training, as JSON: `DIPConfig`; `apply`, `save`, `load` of a model.  docs/guides/trainers.md."""
+"""One value that says all of a DIP training, as JSON: `DIPConfig`; `apply`, `save`, `load` of a
+model.  docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -37,18 +38,22 @@ _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 @dataclass(frozen=True)
 class DIPConfig:
-    """What to convert, how much noise, the objective, the prediction and the noise's key; by default the recipe.
+    """What to convert, how much noise, the objective, the prediction and the noise's key; by
+    default the recipe.
 
     Args:
         types: Names of some of the classes that `convert` takes, such as ("Linear",).
-        include: Name patterns; where there are any, only layers whose name, or that of a module around them, matches.
+        include: Name patterns; where there are any, only layers whose name, or that of a module
+            around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first pattern that matches a layer's
-            name holds. By default, where variance is None, calibrate's: 1, less before layers that see few values.
-        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is calibrated then.
+        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first
+            pattern that matches a layer's name holds. By default, where variance is None,
+            calibrate's: 1, less before layers that see few values.
+        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is
+            calibrated then.
         per: "layer" or "feature", as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
         kl: Weight of the KL term, >= 0, as `objective`'s.
@@ -83,27 +88,45 @@ class DIPConfig:
     key: int | None = 0
 
     def __post_init__(self) -> None:
-        patterns = {name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")}
-        before = dict(self.before) if isinstance(self.before, Mapping) else _strings("before", self.before)
-        if not isinstance(self.share, _LISTS) or not all(isinstance(group, _LISTS) for group in self.share):
-            raise TypeError(f"share: expected groups of patterns, such as [('q_proj', 'k_proj')], got {self.share!r}")
+        patterns = {
+            name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
+        }
+        before = (
+            dict(self.before)
+            if isinstance(self.before, Mapping)
+            else _strings("before", self.before)
+        )
+        if not isinstance(self.share, _LISTS) or not all(
+            isinstance(group, _LISTS) for group in self.share
+        ):
+            raise TypeError(
+                "share: expected groups of patterns, such as [('q_proj', 'k_proj')], got "
+                f"{self.share!r}"
+            )
         share = tuple(_strings("share", group) for group in self.share)
         amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
         for name, value in {**patterns, **amounts, "before": before, "share": share}.items():
             object.__setattr__(self, name, value)
         unknown = [name for name in self.types if name not in _TYPES]
         if unknown or not self.types:
-            raise ValueError(f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}")
+            raise ValueError(
+                f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}"
+            )
         if self.place not in ("input", "producer"):
             raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
         if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
-            raise ValueError(f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; choose one")
+            raise ValueError(
+                f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
+                "choose one"
+            )
         if not isinstance(self.per, str) or self.per not in ("layer", "feature"):
             raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
         if self.variance is not None and self.per != "layer":
-            raise ValueError(f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}")
+            raise ValueError(
+                f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}"
+            )
         for name, least in (("m", 1), ("k", 0)):
             value = getattr(self, name)
             if not _is_integer(value) or value < least:
@@ -114,7 +137,8 @@ class DIPConfig:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
-                f"lambda_s: expected 0 with m = 1, whose trajectories have no variance, got {self.lambda_s}"
+                "lambda_s: expected 0 with m = 1, whose trajectories have no variance, got "
+                f"{self.lambda_s}"
             )
         if not isinstance(self.average, str):
             raise TypeError(f"average: expected a string, got {self.average!r}")
@@ -141,10 +165,13 @@ class DIPConfig:
             ValueError: For another version, or keys that this release does not know.
         """
         if not isinstance(data, Mapping):
-            raise TypeError(f"data: expected a mapping, such as to_dict gives, got {type(data).__name__}")
+            raise TypeError(
+                f"data: expected a mapping, such as to_dict gives, got {type(data).__name__}"
+            )
         if data.get("version") != VERSION:
             raise ValueError(
-                f"version: expected {VERSION}, which this release of dipkernels reads, got {data.get('version')!r}; "
+                f"version: expected {VERSION}, which this release of dipkernels reads, got "
+                f"{data.get('version')!r}; "
                 "read it with the release that wrote it"
             )
         known = {field.name for field in dataclasses.fields(cls)}
@@ -157,7 +184,12 @@ class DIPConfig:
         """Write dip_config.json into the folder, which is made where it is missing."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda new: new.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8"))
+        _replace(
+            path,
+            lambda new: new.write_text(
+                json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8"
+            ),
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DIPConfig:
@@ -169,7 +201,9 @@ class DIPConfig:
         """
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"folder: expected a {CONFIG_FILE}, which dip.save writes, got none in {folder}")
+            raise FileNotFoundError(
+                f"folder: expected a {CONFIG_FILE}, which dip.save writes, got none in {folder}"
+            )
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -178,7 +212,8 @@ class DIPConfig:
     # ---- what a training loop calls
 
     def noise(self, step: int, row0: int = 0) -> contextlib.AbstractContextManager[object]:
-        """The noise of a training step: `fixed_noise(key + step, row0)`, or nothing where key is None.
+        """The noise of a training step: `fixed_noise(key + step, row0)`, or nothing where key is
+        None.
 
         Args:
             step: The optimiser step, >= 0; another one for each, or they share their noise.
@@ -190,7 +225,9 @@ class DIPConfig:
         """`dip.trajectories` with m: [m, B, ...]."""
         return trajectories(model, *args, m=self.m, **kwargs)
 
-    def objective(self, out: Tensor, target: Any, loss_fn: Callable[[Tensor, Any], Tensor], model: nn.Module) -> Tensor:
+    def objective(
+        self, out: Tensor, target: Any, loss_fn: Callable[[Tensor, Any], Tensor], model: nn.Module
+    ) -> Tensor:
         """`dip.objective` with kl and lambda_s: a scalar."""
         return objective(out, target, loss_fn, model, kl=self.kl, lambda_s=self.lambda_s)
 
@@ -208,13 +245,21 @@ def _is_integer(value: object) -> bool:
 def _is_finite(value: object) -> bool:
     """Whether it is a number that a float can hold, and no bool."""
     try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
     except OverflowError:
         return False
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, _LISTS) else (value,)
+    values = (
+        (value,)
+        if isinstance(value, str)
+        else tuple(value)
+        if isinstance(value, _LISTS)
+        else (value,)
+    )
     if not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name}: expected strings, got {value!r}")
     return values
@@ -224,30 +269,36 @@ def _amount(name: str, value: Any) -> Any:
     """A number > 0, {pattern: number > 0} or None."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
     if value is not None and not (values and all(_is_finite(each) and each > 0 for each in values)):
-        raise ValueError(f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}"
+        )
     return dict(value) if isinstance(value, Mapping) else value
 
 
-# ---- a model ---------------------------------------------------------------------------------------------------------
+# ---- a model -------------------------------------------------------------------------------------
 
 
 def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
-    """Convert the model in place and set its variances, as the config says; the model remembers the config.
+    """Convert the model in place and set its variances, as the config says; the model remembers the
+    config.
 
-    `convert`, then `calibrate` where the config has a ratio. A model of PEFT saves and loads its variances with each
-    adapter from then on (docs/guides/trainers.md).
+    `convert`, then `calibrate` where the config has a ratio. A model of PEFT saves and loads its
+    variances with each adapter from then on (docs/guides/trainers.md).
 
     Args:
-        model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it; after `get_peft_model`.
+        model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it;
+            after `get_peft_model`.
         config: What to do.
-        batches: As `calibrate`'s; needed where the config has a ratio, `before` or place="producer".
+        batches: As `calibrate`'s; needed where the config has a ratio, `before` or
+            place="producer".
 
     Returns:
         The model.
 
     Raises:
-        ValueError: The model has DIP layers already, no batches where they are needed, an adapter was put around DIP
-            layers, and what `convert` and `calibrate` raise. The model is plain then.
+        ValueError: The model has DIP layers already, no batches where they are needed, an adapter
+            was put around DIP layers, and what `convert` and `calibrate` raise. The model is plain
+            then.
 
     Examples:
         >>> batches = [torch.randn(64, 4)]
@@ -259,11 +310,15 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
         raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
     require_order(model)
     if dip_layers(model):
-        raise ValueError("model: expected one without DIP layers, got some; dip.to_plain(model) first, or dip.load")
+        raise ValueError(
+            "model: expected one without DIP layers, got some; dip.to_plain(model) first, or "
+            "dip.load"
+        )
     calibrated = config.variance is None
     if batches is None and calibrated:
         raise ValueError(
-            "batches: expected some, by which ratio sets the noise, got None; or say variance=... in the config"
+            "batches: expected some, by which ratio sets the noise, got None; or say variance=... "
+            "in the config"
         )
     if batches is not None:
         batches = listed(batches)
@@ -275,15 +330,20 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the variances and priors of a model that has a config anew, where that has a ratio: what `apply` does last."""
+    """Set the variances and priors of a model that has a config anew, where that has a ratio: what
+    `apply` does last."""
     config = config_of(model)
     if config is None:
-        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+        raise ValueError(
+            "model: expected one that dip.apply has converted, got one without a config"
+        )
     if config.variance is None:
         _calibrate(model, config, batches)
 
 
-def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
+def convert_as(
+    model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None
+) -> nn.Module:
     """`apply` without calibration: for variances that are set afterwards."""
     require_order(model)
     with _plain_again(model):
@@ -310,7 +370,8 @@ def config_of(model: nn.Module) -> DIPConfig | None:
 
 
 def require_order(model: nn.Module) -> None:
-    """Raise ValueError where an adapter was put around DIP layers, which freezes their variances."""
+    """Raise ValueError where an adapter was put around DIP layers, which freezes their
+    variances."""
     around_dip = [
         name
         for name, m in model.named_modules()
@@ -318,8 +379,10 @@ def require_order(model: nn.Module) -> None:
     ]
     if around_dip:
         raise ValueError(
-            f"model: expected get_peft_model before dip.apply, got {len(around_dip)} adapter(s) around DIP layers, such "
-            f"as {around_dip[0]!r}, whose variances PEFT froze; give get_peft_model the plain model and apply afterwards, "
+            f"model: expected get_peft_model before dip.apply, got {len(around_dip)} adapter(s) "
+            "around DIP layers, such "
+            f"as {around_dip[0]!r}, whose variances PEFT froze; give get_peft_model the plain "
+            "model and apply afterwards, "
             "or dip.convert(model) moves the noise to the adapters"
         )
 
@@ -341,7 +404,9 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     names = [name for name, _ in model.named_modules()]
     unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
     if unused:
-        raise ValueError(f"include: expected patterns that match a module's name, got {unused} that match none")
+        raise ValueError(
+            f"include: expected patterns that match a module's name, got {unused} that match none"
+        )
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
@@ -354,7 +419,8 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
 
 
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
-    """From now on `config_of` the model is this one; a model of PEFT carries its variances with its adapters."""
+    """From now on `config_of` the model is this one; a model of PEFT carries its variances with its
+    adapters."""
     vars(model)[_KEPT] = config
     if is_peft(model):
         from .integrations.peft import keep_variances
@@ -364,7 +430,9 @@ def remember_config(model: nn.Module, config: DIPConfig) -> None:
 
 def is_peft(model: nn.Module) -> bool:
     """Whether PEFT's own class is around the model; peft is not imported for the question."""
-    return any(c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__)
+    return any(
+        c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__
+    )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -378,11 +446,18 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per)
         return
-    found = {name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None) for name in dip_layers(model)}
-    without, unused = [name for name, p in found.items() if p is None], [p for p in ratio if p not in found.values()]
+    found = {
+        name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)
+        for name in dip_layers(model)
+    }
+    without, unused = (
+        [name for name, p in found.items() if p is None],
+        [p for p in ratio if p not in found.values()],
+    )
     if without or unused:
         raise ValueError(
-            f"ratio: expected patterns for every layer, and each for one, got none for {without} and {unused} that match "
+            f"ratio: expected patterns for every layer, and each for one, got none for {without} "
+            f"and {unused} that match "
             "none; end with '*'"
         )
     calibrate(model, batches, 1.0, per=config.per)
@@ -393,14 +468,16 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
     load_variances(model, state)
 
 
-# ---- a folder --------------------------------------------------------------------------------------------------------
+# ---- a folder ------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None = None) -> None:
-    """Write dip_config.json and dip.safetensors (variances, priors) into a folder, beside what a framework saves there.
+    """Write dip_config.json and dip.safetensors (variances, priors) into a folder, beside what a
+    framework saves there.
 
     Args:
-        model: That `apply` or `load` has converted; wrapped or not. Of a sharded one every rank must call this.
+        model: That `apply` or `load` has converted; wrapped or not. Of a sharded one every rank
+            must call this.
         folder: Made where it is missing.
         write: Whether this process writes. By default the first rank does, or the only process.
 
@@ -416,28 +493,42 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
     """
     config = config_of(model)
     if config is None:
-        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+        raise ValueError(
+            "model: expected one that dip.apply has converted, got one without a config"
+        )
     require_order(model)
     save_state(config, variances(model), folder, write)
 
 
 def save_state(
-    config: DIPConfig, state: Mapping[str, Tensor], folder: str | os.PathLike[str], write: bool | None = None
+    config: DIPConfig,
+    state: Mapping[str, Tensor],
+    folder: str | os.PathLike[str],
+    write: bool | None = None,
 ) -> None:
     """The files of `save` from what `variances` gave."""
     tensors = _safetensors()
     if write is None:
         distributed = torch.distributed
-        write = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+        write = (
+            not (distributed.is_available() and distributed.is_initialized())
+            or distributed.get_rank() == 0
+        )
     if write:
         Path(folder).mkdir(parents=True, exist_ok=True)
         data = {name: values.contiguous() for name, values in state.items()}
-        _replace(Path(folder) / VARIANCES_FILE, lambda new: tensors.save_file(data, new, metadata={"format": "pt"}))
+        _replace(
+            Path(folder) / VARIANCES_FILE,
+            lambda new: tensors.save_file(data, new, metadata={"format": "pt"}),
+        )
         config.save(folder)
 
 
-def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None) -> nn.Module:
-    """Convert the model as the config in the folder says, unless it is converted, and set its variances and priors.
+def load(
+    model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None
+) -> nn.Module:
+    """Convert the model as the config in the folder says, unless it is converted, and set its
+    variances and priors.
 
     Args:
         model: Plain, with its weights loaded, or with the same DIP layers.
@@ -449,7 +540,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Another version, unknown keys, variances of other layers or shapes; a plain model is plain then.
+        ValueError: Another version, unknown keys, variances of other layers or shapes; a plain
+            model is plain then.
         ImportError: safetensors is missing.
 
     Examples:
@@ -476,12 +568,16 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The variances and priors in the folder, by name. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / VARIANCES_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"folder: expected a {VARIANCES_FILE}, which dip.save writes, got none in {folder}")
+        raise FileNotFoundError(
+            f"folder: expected a {VARIANCES_FILE}, which dip.save writes, got none in {folder}"
+        )
     tensors = _safetensors()
     try:
         state: dict[str, Tensor] = tensors.load_file(path)
     except Exception as error:  # of safetensors' own class
-        raise ValueError(f"{path}: expected a file of safetensors, got one that it cannot read: {error}") from error
+        raise ValueError(
+            f"{path}: expected a file of safetensors, got one that it cannot read: {error}"
+        ) from error
     return state
 
 

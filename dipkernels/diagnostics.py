@@ -1,7 +1,8 @@
-"""How smooth a network is, and how loud its noise: of the deterministic network and of the noised mean predictor.
+"""How smooth a network is, and how loud its noise: of the deterministic network and of the noised
+mean predictor.
 
-The noised mean predictor is f_k(x) = mean over s < k of f(x; noise s), its k noisy passes held fixed, so that it is one
-smooth function; k = 0 is the deterministic network, f_0(x) = f(x).
+The noised mean predictor is f_k(x) = mean over s < k of f(x; noise s), its k noisy passes held
+fixed, so that it is one smooth function; k = 0 is the deterministic network, f_0(x) = f(x).
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def predictor(
     key: int = 0,
     target: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """f_k as a function of one tensor x [B, ...]: mean over s < k of f(x; noise s); for k = 0, f(x) without noise.
+    """f_k as a function of one tensor x [B, ...]: mean over s < k of f(x; noise s); for k = 0, f(x)
+    without noise.
 
     Args:
         model: A module, run in eval mode with each module's mode restored, or a callable.
         k: >= 0 passes, whose noise is that of fixed_noise(key) in pass s, the same at every call.
-        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`); an output that is no
-            tensor must have one as `logits`.
+        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`); an
+            output that is no tensor must have one as `logits`.
         dim: As `predict`'s.
         key: Of the noise.
         target: Applied to each mean, such as a loss.
@@ -62,7 +64,9 @@ def predictor(
         raise ValueError(f"k: expected an integer >= 0, got {k!r}")
     check_average(average, dim, ("probs", "sigmoid", "logits"))
     if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):
-        raise ValueError("model: expected DIP layers, found none: its k passes would be equal; convert it first")
+        raise ValueError(
+            "model: expected DIP layers, found none: its k passes would be equal; convert it first"
+        )
 
     def f(x: Tensor) -> Tensor:
         with _evaluating(model):
@@ -80,7 +84,9 @@ def predictor(
     return f
 
 
-def _one_pass(model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int) -> Tensor:
+def _one_pass(
+    model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int
+) -> Tensor:
     with contexts.sampling_on(), contexts.numbered_pass(number):
         return tensor_output(model(x), average, dim)
 
@@ -98,7 +104,7 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-# ---- local Lipschitz constant and smoothness -------------------------------------------------------------------------
+# ---- local Lipschitz constant and smoothness -----------------------------------------------------
 
 
 def lipschitz(
@@ -112,7 +118,8 @@ def lipschitz(
     iterations: int = 100,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """The local Lipschitz constant of f_k at every example: the largest singular value of its Jacobian d f_k / d x.
+    """The local Lipschitz constant of f_k at every example: the largest singular value of its
+    Jacobian d f_k / d x.
 
     Args:
         model: A module or callable that treats its examples apart, [B, ...] -> [B, ...].
@@ -121,8 +128,8 @@ def lipschitz(
         average: As `predictor`'s.
         dim: As `predictor`'s.
         key: As `predictor`'s.
-        iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then reverse
-            differentiation.
+        iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
+            reverse differentiation.
         tolerance: It ends when no value changed by more than this, relative.
 
     Returns:
@@ -166,7 +173,8 @@ def smoothness(
     iterations: int = 100,
     tolerance: float = 1e-4,
 ) -> Tensor:
-    """The local smoothness of the loss of f_k at every example: the top eigenvalue of its Hessian in the input.
+    """The local smoothness of the loss of f_k at every example: the top eigenvalue of its Hessian
+    in the input.
 
     Args:
         model: As `lipschitz`'s.
@@ -177,10 +185,10 @@ def smoothness(
         average: As `predictor`'s.
         dim: As `predictor`'s.
         key: As `predictor`'s.
-        which: "magnitude", the largest |eigenvalue|, which is the Lipschitz constant of the gradient, or "largest", the
-            largest with its sign.
-        iterations: Of power iteration, v -> H v by forward differentiation of the gradient; "largest" needs a second
-            one, on H + |top|.
+        which: "magnitude", the largest |eigenvalue|, which is the Lipschitz constant of the
+            gradient, or "largest", the largest with its sign.
+        iterations: Of power iteration, v -> H v by forward differentiation of the gradient;
+            "largest" needs a second one, on H + |top|.
         tolerance: As `lipschitz`'s.
 
     Returns:
@@ -200,7 +208,14 @@ def smoothness(
     if which not in ("magnitude", "largest"):
         raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
     x = x.detach()
-    total = predictor(model, k, average=average, dim=dim, key=key, target=lambda out: _loss_sum(loss_fn(out), len(x)))
+    total = predictor(
+        model,
+        k,
+        average=average,
+        dim=dim,
+        key=key,
+        target=lambda out: _loss_sum(loss_fn(out), len(x)),
+    )
     gradient = torch.func.grad(total)
 
     def times_hessian(v: Tensor) -> Tensor:
@@ -208,7 +223,8 @@ def smoothness(
         return product
 
     def step(v: Tensor) -> tuple[Tensor, Tensor]:
-        # The norm rises to |top| even where two eigenvalues are of one size and opposite signs; v^T H v would not.
+        # The norm rises to |top| even where two eigenvalues are of one size and opposite signs; v^T
+        # H v would not.
         hv = times_hessian(v)
         return _norm(hv), hv
 
@@ -227,7 +243,8 @@ def smoothness(
 def _power_iteration(
     step: Callable[[Tensor], tuple[Tensor, Tensor]], x: Tensor, iterations: int, tolerance: float
 ) -> Tensor:
-    """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have settled."""
+    """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have
+    settled."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
     v = v / _like(_norm(v), v)
@@ -253,14 +270,18 @@ def _like(per_example: Tensor, v: Tensor) -> Tensor:
 def _loss_sum(losses: Tensor, batch: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape not in ((), (batch,)):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"loss_fn: expected one loss for each example, [{batch}], or their sum, got {got}")
+        raise ValueError(
+            f"loss_fn: expected one loss for each example, [{batch}], or their sum, got {got}"
+        )
     return losses.sum()
 
 
 def _check(x: Tensor, iterations: int, tolerance: float) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}")
+        raise ValueError(
+            f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}"
+        )
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -269,13 +290,18 @@ def _check(x: Tensor, iterations: int, tolerance: float) -> None:
 
 def _check_batch(out: Tensor, x: Tensor, average: str) -> None:
     if out.ndim < 2 or len(out) != len(x):
-        raise ValueError(f"model: expected an output [{len(x)}, ...] for each example, got shape {tuple(out.shape)}")
+        raise ValueError(
+            f"model: expected an output [{len(x)}, ...] for each example, got shape "
+            f"{tuple(out.shape)}"
+        )
 
 
 @contextlib.contextmanager
 def _frozen(model: Callable[..., Any]) -> Iterator[None]:
     """Parameters without gradients inside: nothing is kept for them."""
-    parameters = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    parameters = (
+        [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+    )
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -285,7 +311,7 @@ def _frozen(model: Callable[..., Any]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-# ---- output variance and signal-to-noise -----------------------------------------------------------------------------
+# ---- output variance and signal-to-noise ---------------------------------------------------------
 
 
 def output_variance(
@@ -303,8 +329,8 @@ def output_variance(
         model: As `predict`'s.
         args: The model's positional arguments.
         k: Passes, >= 2.
-        average: Of which the variance is taken: "logits" (the outputs), "probs" (their softmax over dim) or "sigmoid",
-            as in `predict`.
+        average: Of which the variance is taken: "logits" (the outputs), "probs" (their softmax over
+            dim) or "sigmoid", as in `predict`.
         chunk: As `predict`'s.
         dim: As `predict`'s.
         kwargs: The model's named arguments.
@@ -331,7 +357,8 @@ def output_variance(
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """One DIP layer: mean over features of the input's variance, of the noise's, and their ratio."""
+    """One DIP layer: mean over features of the input's variance, of the noise's, and their
+    ratio."""
 
     name: str
     signal: float
@@ -353,7 +380,9 @@ class LayerNoises(list[LayerNoise]):
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
         lines = [f"{'layer':{width}}  {'signal':>10}  {'noise':>10}  {'ratio':>10}  {'dB':>6}"]
         for row in self:
-            figures = f"{row.signal:10.4g}  {row.noise:10.4g}  {row.ratio:10.4g}  {row.decibels:6.1f}"
+            figures = (
+                f"{row.signal:10.4g}  {row.noise:10.4g}  {row.ratio:10.4g}  {row.decibels:6.1f}"
+            )
             lines.append(f"{row.name or '(root)':{width}}  {figures}")
         return "\n".join(lines)
 
@@ -363,7 +392,8 @@ def signal_to_noise(model: nn.Module, batches: Iterable[Any]) -> LayerNoises:
 
     Args:
         model: With DIP layers; run in eval mode without noise.
-        batches: As `calibrate`'s. Var[x_j] is over all rows of the batches; S is the layer's num_samples.
+        batches: As `calibrate`'s. Var[x_j] is over all rows of the batches; S is the layer's
+            num_samples.
 
     Returns:
         LayerNoises, one LayerNoise for each layer, which prints as a table.

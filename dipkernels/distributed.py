@@ -1,4 +1,5 @@
-"""Many processes: shard the variances by one call; check what ranks must and must not share.  docs/cluster.md."""
+"""Many processes: shard the variances by one call; check what ranks must and must not share.
+docs/cluster.md."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from .worlds import is_dtensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, **fsdp: Any) -> nn.Module:
-    """fully_shard every variance inside the module as one group of its own, in float32, before the module itself.
+def shard_variances(
+    module: nn.Module, *, reshard_after_forward: bool = False, **fsdp: Any
+) -> nn.Module:
+    """fully_shard every variance inside the module as one group of its own, in float32, before the
+    module itself.
 
-    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half precision; weights that
-    are float32 throughout need none of this.
+    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half
+    precision; weights that are float32 throughout need none of this.
 
         for block in model.blocks:
             fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
@@ -30,7 +34,8 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
 
     Args:
         module: Not sharded yet; variances sharded already stay as they are.
-        reshard_after_forward: Gather the group a second time in backward; it is small, so by default it is not.
+        reshard_after_forward: Gather the group a second time in backward; it is small, so by
+            default it is not.
         fsdp: mesh, offload_policy, ... of torch.distributed.fsdp.fully_shard.
 
     Returns:
@@ -46,18 +51,23 @@ def shard_variances(module: nn.Module, *, reshard_after_forward: bool = False, *
         raise ValueError("module: expected DIP layers, found none; convert it first")
     policy = fsdp.get("mp_policy")
     if policy is not None and policy.param_dtype in _HALF:
-        raise ValueError(f"mp_policy: expected variances to stay float32, got param_dtype={policy.param_dtype}")
+        raise ValueError(
+            f"mp_policy: expected variances to stay float32, got param_dtype={policy.param_dtype}"
+        )
     fresh: list[nn.Module] = [m for m in variances if not isinstance(m, FSDPModule)]
     if fresh:
         fully_shard(fresh, reshard_after_forward=reshard_after_forward, **fsdp)
     return module
 
 
-def parallelize_module(module: nn.Module, device_mesh: Any, parallelize_plan: Any = None, **options: Any) -> nn.Module:
-    """torch.distributed.tensor.parallel.parallelize_module for a converted model: variances stay whole on every rank.
+def parallelize_module(
+    module: nn.Module, device_mesh: Any, parallelize_plan: Any = None, **options: Any
+) -> nn.Module:
+    """torch.distributed.tensor.parallel.parallelize_module for a converted model: variances stay
+    whole on every rank.
 
-    The styles are torch's own; they cut every parameter that they find inside a layer, so the variances are taken out
-    meanwhile.
+    The styles are torch's own; they cut every parameter that they find inside a layer, so the
+    variances are taken out meanwhile.
 
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         dip.parallelize_module(model, mesh["tp"], plan)
@@ -85,7 +95,9 @@ def parallelize_module(module: nn.Module, device_mesh: Any, parallelize_plan: An
             layer._modules["variance"] = variance
     for layer, variance in zip(owners, variances):
         of_weights = [p.device_mesh for p in layer.parameters() if is_dtensor(p)]
-        if isinstance(variance, Variance) and (of_weights or getattr(layer, "_distribute_module_applied", False)):
+        if isinstance(variance, Variance) and (
+            of_weights or getattr(layer, "_distribute_module_applied", False)
+        ):
             replicate_variance(variance, (of_weights or [device_mesh])[0])
     return parallel
 
@@ -99,19 +111,23 @@ def replicate_variance(variance: Variance, mesh: Any) -> None:
 
 
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
-    """Compare the ranks of the default process group: what must be one is one, and what must differ differs.
+    """Compare the ranks of the default process group: what must be one is one, and what must differ
+    differs.
 
-    A collective, for all ranks; call it before training, or now and then, in the fixed_noise context of a step if there
-    is one, where it compares keys instead of generators. Without a process group only the model is looked at.
+    A collective, for all ranks; call it before training, or now and then, in the fixed_noise
+    context of a step if there is one, where it compares keys instead of generators. Without a
+    process group only the model is looked at.
 
     Args:
         model: With DIP layers, wrapped as for training.
-        tensor_parallel: The DeviceMesh, such as mesh["tp"], over which layers are split; its ranks must draw alike.
+        tensor_parallel: The DeviceMesh, such as mesh["tp"], over which layers are split; its ranks
+            must draw alike.
 
     Raises:
-        RuntimeError: Naming layers and ranks: a log_variance in half precision, in an FSDP group of half precision
-            (shard_variances), or split over ranks where the layer's weight has all input features; ranks whose layers
-            are numbered differently or have different priors; tensor-parallel ranks of different noise.
+        RuntimeError: Naming layers and ranks: a log_variance in half precision, in an FSDP group of
+            half precision (shard_variances), or split over ranks where the layer's weight has all
+            input features; ranks whose layers are numbered differently or have different priors;
+            tensor-parallel ranks of different noise.
 
     Warns:
         UserWarning: Ranks that hold different examples would draw the same noise.
@@ -130,7 +146,9 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         "numbers": {name: layer.number for name, layer in layers.items()},
         "priors": {name: _digest(layer.variance.log_prior) for name, layer in layers.items()},
         "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
-        "place": None if tensor_parallel is None else tuple(tensor_parallel.mesh.flatten().tolist()),
+        "place": None
+        if tensor_parallel is None
+        else tuple(tensor_parallel.mesh.flatten().tolist()),
     }
     together = distributed.is_available() and distributed.is_initialized()
     ranks: list[Any] = [mine]
@@ -144,7 +162,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         first = each["place"][0] if each["place"] else rank
         if each["noise"] != ranks[first]["noise"]:
             problems.append(
-                f"rank {rank} would draw other noise than rank {first}, with which it shares tensors: "
+                f"rank {rank} would draw other noise than rank {first}, with which it shares "
+                "tensors: "
                 f"{_shown(each)}, {_shown(ranks[first])}"
             )
     if problems:
@@ -162,31 +181,42 @@ def _faults(model: nn.Module) -> list[str]:
 
     wrapped = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
     for name, layer in dip_layers(model).items():
-        parameter, full_name = layer.variance.log_variance, f"{name}.variance.log_variance".lstrip(".")
+        parameter, full_name = (
+            layer.variance.log_variance,
+            f"{name}.variance.log_variance".lstrip("."),
+        )
         if parameter.dtype in _HALF:
             faults.append(f"{full_name}: expected float32, got {parameter.dtype}")
-        around = [n for n in wrapped if f"{name}.variance.".lstrip(".").startswith(f"{n}." if n else "")]
+        around = [
+            n for n in wrapped if f"{name}.variance.".lstrip(".").startswith(f"{n}." if n else "")
+        ]
         if around:
             policy = wrapped[max(around, key=len)]._get_fsdp_state()._mp_policy
             if policy.param_dtype in _HALF:
                 faults.append(
-                    f"{full_name}: FSDP would compute it in {policy.param_dtype}; call dip.shard_variances first"
+                    f"{full_name}: FSDP would compute it in {policy.param_dtype}; call "
+                    "dip.shard_variances first"
                 )
         elif is_dtensor(parameter):
             weight = getattr(layer, "weight", None)
-            placements = weight.placements if is_dtensor(weight) else (None,) * parameter.device_mesh.ndim
+            placements = (
+                weight.placements if is_dtensor(weight) else (None,) * parameter.device_mesh.ndim
+            )
             if not all(
-                p.is_replicate() or (w is not None and w.is_shard(1)) for p, w in zip(parameter.placements, placements)
+                p.is_replicate() or (w is not None and w.is_shard(1))
+                for p, w in zip(parameter.placements, placements)
             ):
                 faults.append(
-                    f"{full_name}: expected it whole on every rank (Replicate), got {tuple(parameter.placements)} on "
+                    f"{full_name}: expected it whole on every rank (Replicate), got "
+                    f"{tuple(parameter.placements)} on "
                     f"{parameter.device_mesh}"
                 )
     return faults
 
 
 def _noise_now(device: torch.device) -> tuple[object, ...]:
-    """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's state."""
+    """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's
+    state."""
     if contexts.KEY is not None:
         return "key", int(contexts.KEY[0]) % 2**64, contexts.ROW0
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
@@ -199,19 +229,25 @@ def _digest(values: torch.Tensor) -> str:
 
 def _shown(each: dict[str, Any]) -> str:
     kind, *values = each["noise"]
-    return f"fixed_noise(key, row0) = {tuple(values)}" if kind == "key" else f"generator state {values[0]}"
+    return (
+        f"fixed_noise(key, row0) = {tuple(values)}"
+        if kind == "key"
+        else f"generator state {values[0]}"
+    )
 
 
 def _numbering(ranks: list[dict[str, Any]]) -> list[str]:
     return [
-        f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers on each"
+        f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers "
+        "on each"
         for rank, names in _differing(ranks, "numbers").items()
     ]
 
 
 def _priors(ranks: list[dict[str, Any]]) -> list[str]:
     return [
-        f"rank {rank} has other priors than rank 0 at {names}; calibrate every rank on the same batches"
+        f"rank {rank} has other priors than rank 0 at {names}; calibrate every rank on the same "
+        "batches"
         for rank, names in _differing(ranks, "priors").items()
     ]
 
@@ -220,7 +256,10 @@ def _differing(ranks: list[dict[str, Any]], what: str) -> dict[int, list[str]]:
     """{rank: names of the layers where it differs from rank 0}."""
     first = ranks[0][what]
     # Pipeline stages hold different layers: only what both hold is compared.
-    found = {r: [n for n, v in each[what].items() if first.get(n, v) != v] for r, each in enumerate(ranks)}
+    found = {
+        r: [n for n, v in each[what].items() if first.get(n, v) != v]
+        for r, each in enumerate(ranks)
+    }
     return {rank: names for rank, names in found.items() if names}
 
 
@@ -232,7 +271,8 @@ def _warn_equal(ranks: list[dict[str, Any]]) -> None:
     equal = [group for group in groups.values() if len(group) > 1]
     if equal:
         warnings.warn(
-            f"dipkernels: ranks {equal} draw the same noise for different examples; torch.manual_seed(seed + rank), or "
+            f"dipkernels: ranks {equal} draw the same noise for different examples; "
+            "torch.manual_seed(seed + rank), or "
             "fixed_noise(key, row0=index of the rank's first example)",
             stacklevel=3,
         )

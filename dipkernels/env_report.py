@@ -51,7 +51,9 @@ def _or_error(ask: Callable[[], object]) -> object:
 
 def _library() -> dict[str, object]:
     library = backends.library()
-    report: dict[str, object] = {"library": f"{library.path}" if library.loaded else f"not loaded: {library.error}"}
+    report: dict[str, object] = {
+        "library": f"{library.path}" if library.loaded else f"not loaded: {library.error}"
+    }
     if library.loaded:
         report["compiler"] = library.compiler or "unknown"
         report["CPU instruction sets"] = library.cpu_capabilities
@@ -87,7 +89,8 @@ def _kernels(op: str, device: str) -> object:
 
 
 def env_report() -> EnvReport:
-    """Versions, the compiled library and what it carries, each device's backend, threads, environment variables.
+    """Versions, the compiled library and what it carries, each device's backend, threads,
+    environment variables.
 
     `python -m dipkernels` prints it. Raises nothing: what cannot be found out is said in words.
 
@@ -113,7 +116,11 @@ def env_report() -> EnvReport:
     report.update(library if isinstance(library, dict) else {"library": library})
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            built = f" that torch, built for CUDA {torch.version.cuda}, can use" if torch.version.cuda else ""
+            built = (
+                f" that torch, built for CUDA {torch.version.cuda}, can use"
+                if torch.version.cuda
+                else ""
+            )
             report["kernels on cuda"] = f"no CUDA device{built}"
             continue
         if device == "cuda":
@@ -123,14 +130,17 @@ def env_report() -> EnvReport:
             if (others := _kernels(op, device)) != kernels:
                 report[f"{op} on {device}"] = others
     if torch.cuda.is_available():
-        report["CUDA devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        report["CUDA devices"] = [
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        ]
     if problems := _bad_variables():
         report["bad variables"] = problems
     if backends.triton_problems:
         report["triton problems"] = list(backends.triton_problems.values())
     report["threads"] = torch.get_num_threads()
     names = sorted(
-        {name for name in os.environ if name.startswith("DIPKERNELS_")} | {n for n in _VARIABLES if n in os.environ}
+        {name for name in os.environ if name.startswith("DIPKERNELS_")}
+        | {n for n in _VARIABLES if n in os.environ}
     )
     report["environment"] = {name: os.environ[name] for name in names}
     return report

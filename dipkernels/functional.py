@@ -1,4 +1,5 @@
-"""The package's functions of tensors: noise, perturb, dip_linear and expectation, differentiable to any order.  docs/maths.md."""
+"""The package's functions of tensors: noise, perturb, dip_linear and expectation, differentiable to
+any order.  docs/maths.md."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def noise(
         shape: Of the result, any number of dimensions >= 1.
         seed: int64 [2] = (key, stream).
         dim: The feature dimension.
-        row0: First row, 0 to 2^62, so that noise(window) is the window of the noise: row = row0 + the flattened index
-            over the other dimensions.
+        row0: First row, 0 to 2^62, so that noise(window) is the window of the noise: row = row0 +
+            the flattened index over the other dimensions.
         col0: First column: column = col0 + the index along dim.
         sample: 0 to 65535.
 
@@ -70,11 +71,11 @@ def perturb(
     Computed in float32 (float64 for float64 x), rounded once.
 
     Args:
-        x: Any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. A DTensor gets the noise of the
-            whole tensor, each rank that of its shard (seed must be one on all ranks; cut along an inner dimension: a
-            call per entry).
-        sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode), or with
-            log_variance=True ln(sigma^2), any value.
+        x: Any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. A DTensor
+            gets the noise of the whole tensor, each rank that of its shard (seed must be one on all
+            ranks; cut along an inner dimension: a call per entry).
+        sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode),
+            or with log_variance=True ln(sigma^2), any value.
         seed: int64 [2] = (key, stream), on x's device.
         dim: The feature dimension.
         row0: As `noise`'s.
@@ -121,7 +122,8 @@ def dip_linear(
     activation: str | None = None,
     estimator: str = "sample",
 ) -> Tensor:
-    """y = act((x + sigma * z) W^T + b) or its mean over z, differentiable in x, weight, bias and sigma to any order.
+    """y = act((x + sigma * z) W^T + b) or its mean over z, differentiable in x, weight, bias and
+    sigma to any order.
 
     Under autocast u is rounded once, straight to the autocast type.
 
@@ -136,18 +138,20 @@ def dip_linear(
         sample: As `noise`'s.
         num_samples: As `perturb`'s, before the activation; with "mean" behind it.
         log_variance: What sigma holds.
-        keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made again in backward, in
-            the pass that sums dsigma: for layers that share an input), or "auto": "u", and under torch.compile what
+        keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made
+            again in backward, in the pass that sums dsigma: for layers that share an input), or
+                "auto": "u", and under torch.compile what
             `backends.compiled_keep` says, "x" by default.
         activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh".
         estimator: Where the mean over z is taken.
             "sample": act of one draw; num_samples draws are averaged before the activation.
-            "mean": mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one after another: the
-            time of S layers in the memory of one. Backward draws and multiplies again. Without an activation as
+            "mean": mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one
+            after another: the time of S layers in the memory of one. Backward draws and multiplies
+                again. Without an activation as
             "sample".
-            "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and variance
-            sum_k sigma_k^2 W_nk^2. Nothing is drawn, seed and its origin are not used; num_samples must be 1. Error:
-            docs/maths.md, section 7.
+            "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and
+            variance sum_k sigma_k^2 W_nk^2. Nothing is drawn, seed and its origin are not used;
+            num_samples must be 1. Error: docs/maths.md, section 7.
 
     Returns:
         y [..., N].
@@ -165,7 +169,9 @@ def dip_linear(
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(
+            f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
+        )
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
     _check_num_samples(num_samples)
@@ -179,7 +185,9 @@ def dip_linear(
             raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
     if estimator == "analytic":
         if num_samples != 1:
-            raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+            raise ValueError(
+                f"num_samples: expected 1 with estimator='analytic', got {num_samples}"
+            )
         return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
     draw = Draw(-1, row0, col0, sample, log_variance=log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
@@ -190,13 +198,14 @@ def dip_linear(
 
 
 def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    """y = E[act(mu + sqrt(v) z)], z ~ N(0, 1): an activation behind normal noise, differentiable in mu and v to any order.
+    """y = E[act(mu + sqrt(v) z)], z ~ N(0, 1): an activation behind normal noise, differentiable in
+    mu and v to any order.
 
     Args:
         mu: [..., N], float32, float64, float16 or bfloat16.
         v: [N], float32 or float64, a variance >= 0; where it is 0, y is act(mu).
-        activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the others are within the
-            bounds of docs/maths.md, section 7, whatever mu and v.
+        activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the
+            others are within the bounds of docs/maths.md, section 7, whatever mu and v.
 
     Returns:
         y, in mu's shape and dtype.
@@ -218,12 +227,14 @@ def _check_num_samples(num_samples: int) -> None:
 
 def check_sigma(sigma: Tensor) -> None:
     """Raise ValueError for a standard deviation that is none, where its values may be read."""
-    # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's own.
-    # Of a DTensor a rank alone cannot say it for all.
+    # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's
+    # own. Of a DTensor a rank alone cannot say it for all.
     if sigma.device.type != "cpu" or not worlds.has_values(sigma):
         return
     if not bool((sigma >= 0).all()):
-        raise ValueError(f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}")
+        raise ValueError(
+            f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}"
+        )
 
 
 def _analytic(
@@ -236,11 +247,15 @@ def _analytic(
     dtype: torch.dtype | None,
 ) -> Tensor:
     if sigma.shape != x.shape[-1:]:
-        raise ValueError(f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}")
+        raise ValueError(
+            f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}"
+        )
     if activation is None:
         return F.linear(_perturb.without_noise(x, sigma), weight, bias)
     _linear.check_weight(x, weight, dtype)
-    return _expectation.linear(x.to(dtype or x.dtype), weight, bias, sigma, log_variance, activation)
+    return _expectation.linear(
+        x.to(dtype or x.dtype), weight, bias, sigma, log_variance, activation
+    )
 
 
 for _name in ("noise", "perturb", "dip_linear", "expectation"):

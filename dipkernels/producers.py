@@ -1,14 +1,16 @@
-"""The projection in the operation that makes a layer's input: u = f(x) + sigma * z.  docs/maths.md, section 10.
+"""The projection in the operation that makes a layer's input: u = f(x) + sigma * z.  docs/maths.md,
+section 10.
 
-f is a norm over the last dimension, an activation, or a gated product. One pass forward and one in backward, which keeps
-what the plain operation keeps, and never u or z.
+f is a norm over the last dimension, an activation, or a gated product. One pass forward and one in
+backward, which keeps what the plain operation keeps, and never u or z.
 
     u = producers.norm(x, weight, bias, sigma, seed, kind="layer", eps=1e-5)
     u = producers.activate(x, sigma, seed, kind="gelu", dim=1)
     u = producers.gate(a, b, sigma, seed, kind="silu")
 
-z is `functional.noise`'s for the same seed, row0, col0 and sample: u is `functional.perturb(f(x), ...)`, but that f(x) is not
-rounded on the way. Without noise call the plain torch function.
+z is `functional.noise`'s for the same seed, row0, col0 and sample: u is
+`functional.perturb(f(x), ...)`, but that f(x) is not rounded on the way. Without noise call the
+plain torch function.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def norm(
     log_variance: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """u = (x - mean) / sqrt(var + eps) * (offset + weight) + bias + sigma * z, mean and var over the last dimension.
+    """u = (x - mean) / sqrt(var + eps) * (offset + weight) + bias + sigma * z, mean and var over
+    the last dimension.
 
     Args:
         x: [..., K], float32, float64, float16 or bfloat16.
@@ -50,14 +53,16 @@ def norm(
         kind: "layer", or "rms": no mean is subtracted.
         eps: added to the variance, as the plain module does.
         offset: added to the weight; 1.0 for Gemma's.
-        row0: first row of the draw, as in `functional.noise`; rows are the other dimensions of x, in order.
+        row0: first row of the draw, as in `functional.noise`; rows are the other dimensions of x,
+            in order.
         col0: its first column.
         sample: its sample.
         log_variance: what sigma holds.
         dtype: of u; autocast's where that is on, else x's.
 
     Returns:
-        u, of x's shape. Computed in float32 (float64 for float64 x), statistics too, and rounded once.
+        u, of x's shape. Computed in float32 (float64 for float64 x), statistics too, and rounded
+        once.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -70,7 +75,9 @@ def norm(
         True
     """
     draw = _draw(sigma, -1, row0, col0, sample, log_variance)
-    return _norm.noised_norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x))
+    return _norm.noised_norm(
+        x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x)
+    )
 
 
 def activate(

@@ -1,6 +1,8 @@
-"""The oracle: every operation in plain PyTorch and float64, with the operations' own signatures.  docs/maths.md.
+"""The oracle: every operation in plain PyTorch and float64, with the operations' own signatures.
+docs/maths.md.
 
-Slow and simple on purpose. Tests and benchmarks compare against it, and it is the backend where nothing else runs.
+Slow and simple on purpose. Tests and benchmarks compare against it, and it is the backend where
+nothing else runs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10
+) -> tuple[Tensor, ...]:
     """Philox4x32: int64 tensors holding unsigned 32-bit words; broadcasts."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -45,11 +49,17 @@ def standard_normal(
     """z [num_rows, num_cols], float64.  docs/maths.md, section 3."""
     rows = torch.arange(num_rows, device=seed.device) + row0
     first, last = col0 // 8, -(-(col0 + num_cols) // 8)
-    w = words(seed, rows, torch.arange(first, last, device=seed.device), sample)  # [rows, groups, 4]
+    w = words(
+        seed, rows, torch.arange(first, last, device=seed.device), sample
+    )  # [rows, groups, 4]
     radius = torch.sqrt(-2 * torch.log(((w >> 12).double() + 0.5) / 2**20))
     angle = 2 * math.pi * ((w & 0xFFF).double() + 0.5) / 2**12
-    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # [rows, groups, 4, 2]
-    return z.reshape(num_rows, 8 * (last - first))[:, col0 - 8 * first : col0 - 8 * first + num_cols]
+    z = torch.stack(
+        (radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1
+    )  # [rows, groups, 4, 2]
+    return z.reshape(num_rows, 8 * (last - first))[
+        :, col0 - 8 * first : col0 - 8 * first + num_cols
+    ]
 
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
@@ -68,7 +78,9 @@ def _sigma(sigma: Tensor, log_variance: bool) -> Tensor:
     return torch.exp(sigma.double() / 2) if log_variance else sigma.double()
 
 
-def noise(seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int) -> Tensor:
+def noise(
+    seed: Tensor, shape: Sequence[int], dim: int, row0: int, col0: int, sample: int
+) -> Tensor:
     """z[i, j], float32"""
     like = torch.empty(shape, dtype=torch.float32, device=seed.device)
     m, k = _as_rows(like, dim).shape
@@ -111,12 +123,16 @@ def perturb_bwd(
     return (dsigma * _sigma(sigma, True) / 2 if log_variance else dsigma).to(sigma.dtype)
 
 
-def perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any) -> tuple[Tensor, Tensor]:
+def perturb_replay(
+    du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any
+) -> tuple[Tensor, Tensor]:
     """(u, dsigma): `perturb` and `perturb_bwd` of one draw, with the arguments of the former"""
-    return perturb(x, sigma, seed, *draw_and_dtype), perturb_bwd(du, sigma, seed, *draw_and_dtype[:-1])
+    return perturb(x, sigma, seed, *draw_and_dtype), perturb_bwd(
+        du, sigma, seed, *draw_and_dtype[:-1]
+    )
 
 
-# ---- activations: (f, f', f'') ------------------------------------------------------------------------------------------
+# ---- activations: (f, f', f'') -------------------------------------------------------------------
 
 
 Derivatives = tuple[Tensor, Tensor, Tensor]
@@ -144,7 +160,11 @@ def _tanh(x: Tensor) -> Derivatives:
 
 def _gelu_tanh(x: Tensor) -> Derivatives:
     c = 2 * math.sqrt(2 / math.pi)
-    s, d1, d2 = torch.sigmoid(c * (x + 0.044715 * x**3)), c * (1 + 0.134145 * x * x), c * 0.26829 * x
+    s, d1, d2 = (
+        torch.sigmoid(c * (x + 0.044715 * x**3)),
+        c * (1 + 0.134145 * x * x),
+        c * 0.26829 * x,
+    )
     ds = s * (1 - s) * d1
     return x * s, s + x * ds, 2 * ds + x * ((1 - 2 * s) * d1 * ds + s * (1 - s) * d2)
 
@@ -164,19 +184,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Derivatives]] = {
 
 
 def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
-    """(E f, E f', E f'' / 2) at mu + sqrt(v) z, float64; the last two are d/dmu and d/dv.  docs/maths.md, section 7."""
+    """(E f, E f', E f'' / 2) at mu + sqrt(v) z, float64; the last two are d/dmu and d/dv.
+    docs/maths.md, section 7."""
     mu, v = mu.double(), v.double()
     f, s = _ACTIVATIONS[activation], torch.sqrt(v)
     if activation == "relu":
         safe = torch.where(s == 0, 1.0, s)
-        pdf, cdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(mu / safe)
+        pdf, cdf = (
+            torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi),
+            torch.special.ndtr(mu / safe),
+        )
         y, slope, curvature = f(mu)
         return (
             torch.where(s == 0, y, mu * cdf + s * pdf),
             torch.where(s == 0, slope, cdf),
             torch.where(s == 0, curvature, pdf / (2 * safe)),
         )
-    # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of the step.
+    # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of
+    # the step.
     step = min(0.25, 0.25 / max(1.0, float(s.max()))) if s.numel() else 0.25
     sums = [torch.zeros_like(mu + s) for _ in range(3)]
     for i in range(-int(9 / step), int(9 / step) + 1):
@@ -192,11 +217,16 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return _expectation(mu, v, activation)[0].to(mu.dtype).contiguous()
 
 
-def expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(dmu[i, j], dv[j], sum[j]): dy times d/dmu, and the sums over i of dy times d/dv and of dmu"""
+def expectation_bwd(
+    dy: Tensor, mu: Tensor, v: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dmu[i, j], dv[j], sum[j]): dy times d/dmu, and the sums over i of dy times d/dv and of
+    dmu"""
     _, slope, half_curvature = _expectation(mu, v, activation)
     dmu, dv = dy.double() * slope, dy.double() * half_curvature
-    sums = [(t.flatten(0, -2).sum(0) if mu.dim() > 1 else t).to(v.dtype, copy=True) for t in (dv, dmu)]
+    sums = [
+        (t.flatten(0, -2).sum(0) if mu.dim() > 1 else t).to(v.dtype, copy=True) for t in (dv, dmu)
+    ]
     return dmu.to(mu.dtype, copy=True).contiguous(), sums[0], sums[1]
 
 
@@ -213,10 +243,12 @@ def affine_variance_bwd(
     dweight, dsquare = 2 * dv.double()[:, None] * s.square() * w, dv.double() @ w.square()
     if given is not None:
         dweight = dweight + given
-    return dweight.to(weight.dtype), (dsquare * (s.square() if log_variance else 2 * s)).to(sigma.dtype)
+    return dweight.to(weight.dtype), (dsquare * (s.square() if log_variance else 2 * s)).to(
+        sigma.dtype
+    )
 
 
-# ---- the mean over samples behind an activation -----------------------------------------------------------------------------
+# ---- the mean over samples behind an activation --------------------------------------------------
 
 
 def _samples(
@@ -233,7 +265,8 @@ def _samples(
     num_samples: int,
     activation: str,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows flattened."""
+    """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows
+    flattened."""
     if activation == "identity" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
     rows = _as_rows(x, -1)
@@ -243,7 +276,9 @@ def _samples(
         yield z, u, u @ weight.double().t() + (0 if bias is None else bias.double())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_act: Any
+) -> Tensor:
     """y[i, n] = 1/S sum_s act(sum_k (x[i, k] + factor * sigma[k] * z_s[i, k]) * W[n, k] + b[n])
 
     draw_and_act: row0, col0, sample, factor, log_variance, num_samples = S, activation, out_dtype.
@@ -278,15 +313,24 @@ def linear_bwd(
         dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
         du = dh @ weight.double()
         dx, dweight, dbias = dx + du, dweight + dh.t() @ u, dbias + dh.sum(0)
-        dsigma = dsigma + factor * (du * z).sum(0) * (_sigma(sigma, True) / 2 if log_variance else 1)
+        dsigma = dsigma + factor * (du * z).sum(0) * (
+            _sigma(sigma, True) / 2 if log_variance else 1
+        )
     bias_dtype = weight.dtype if bias is None else bias.dtype
-    return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias.to(bias_dtype), dsigma.to(sigma.dtype)
+    return (
+        dx.to(x.dtype).reshape(x.shape),
+        dweight.to(weight.dtype),
+        dbias.to(bias_dtype),
+        dsigma.to(sigma.dtype),
+    )
 
 
-# ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------------------------------
+# ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[tuple[int, int, int, int, float, bool], tuple[Any, ...]]:
+def _split(
+    arguments: tuple[Any, ...],
+) -> tuple[tuple[int, int, int, int, float, bool], tuple[Any, ...]]:
     """The fields of Draw, and what follows them."""
     return arguments[:6], arguments[6:]
 
@@ -311,7 +355,8 @@ def activate_bwd(
 
 
 def gate(a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
-    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; draw_and_act as `activate`'s"""
+    """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; draw_and_act as
+    `activate`'s"""
     draw, (activation, out_dtype) = _split(draw_and_act)
     y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
     return perturb(y, sigma, seed, *draw, out_dtype or a.dtype)
@@ -323,19 +368,32 @@ def gate_bwd(
     """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
     draw, (activation,) = _split(draw_and_act)
     f, slope, _ = _ACTIVATIONS[activation](a.double())
-    da, db = torch.empty_like(a).copy_(du.double() * b * slope), torch.empty_like(b).copy_(du.double() * f)
+    da, db = (
+        torch.empty_like(a).copy_(du.double() * b * slope),
+        torch.empty_like(b).copy_(du.double() * f),
+    )
     return da, db, _dsigma(du, sigma, seed, *draw)
 
 
 def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
-    return du.new_empty(0, dtype=torch.float32) if sigma is None else perturb_bwd(du, sigma, seed, *draw)
+    return (
+        du.new_empty(0, dtype=torch.float32)
+        if sigma is None
+        else perturb_bwd(du, sigma, seed, *draw)
+    )
 
 
 def norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, *draw_and_norm: Any
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    *draw_and_norm: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(u, stats): h[i, j] = (x[i, j] - mean[i]) * rstd[i], u = h * (offset + weight[j]) + bias[j] + factor * sigma[j] * z[i, j],
-    stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats = [rstd[i]]
+    """(u, stats): h[i, j] = (x[i, j] - mean[i]) * rstd[i], u = h * (offset + weight[j]) + bias[j] +
+    factor * sigma[j] * z[i, j], stats = [mean[i], rstd[i]]; for "rms" the mean is 0 and stats =
+    [rstd[i]]
 
     draw_and_norm: the draw as in `perturb`, kind, eps, offset, out_dtype.
     """
@@ -343,7 +401,9 @@ def norm(
     rows = _as_rows(x, -1)
     mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
-    y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (0 if bias is None else bias.double())
+    y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (
+        0 if bias is None else bias.double()
+    )
     y = torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape))
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
@@ -360,19 +420,29 @@ def norm_bwd(
     seed: Tensor,
     *draw_and_norm: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dsigma): g = du * (offset + weight), dx = rstd * (g - mean_j g - h * mean_j(g * h)), without mean_j g for
-    "rms"; dweight = sum_i du * h, dbias = sum_i du; empty where there is no weight, bias or sigma
+    """(dx, dweight, dbias, dsigma): g = du * (offset + weight), dx = rstd * (g - mean_j g - h *
+    mean_j(g * h)), without mean_j g for "rms"; dweight = sum_i du * h, dbias = sum_i du; empty
+    where there is no weight, bias or sigma
 
     draw_and_norm: the draw as in `perturb`, kind, offset.
     """
     draw, (kind, offset) = _split(draw_and_norm)
     rows, g = _as_rows(x, -1), _as_rows(du, -1)
-    mean, rstd = (stats[0].double()[:, None] if kind == "layer" else 0.0), stats[-1].double()[:, None]
+    mean, rstd = (
+        (stats[0].double()[:, None] if kind == "layer" else 0.0),
+        stats[-1].double()[:, None],
+    )
     h = (rows - mean) * rstd
-    dweight = du.new_empty(0, dtype=torch.float32) if weight is None else (g * h).sum(0).to(weight.dtype)
+    dweight = (
+        du.new_empty(0, dtype=torch.float32) if weight is None else (g * h).sum(0).to(weight.dtype)
+    )
     dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
     g = g * _norm_weight(weight, offset)
-    dx = g - h * (g * h).mean(1, keepdim=True) - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
+    dx = (
+        g
+        - h * (g * h).mean(1, keepdim=True)
+        - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
+    )
     dx = torch.empty_like(x).copy_((dx * rstd).reshape(x.shape))
     return dx, dweight, dbias, _dsigma(du, sigma, seed, *draw)
 

@@ -1,4 +1,5 @@
-"""What the noise of a model is, to look at: numbers for a logger, a figure, a line of progress.  docs/guides/trainers.md."""
+"""What the noise of a model is, to look at: numbers for a logger, a figure, a line of progress.
+docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -27,11 +28,13 @@ def metrics(model: nn.Module) -> dict[str, float]:
         model: With DIP layers, wrapped or not. Of a sharded one every rank must call this.
 
     Returns:
-        "dip/sigma": mean over layers of the mean sigma. "dip/share": mean over layers of sigma over the prior's, which
-        is the sigma that `calibrate` set: 1 at the start, below 1 where the loss made the noise smaller. "dip/kl": the
+        "dip/sigma": mean over layers of the mean sigma. "dip/share": mean over layers of sigma over
+        the prior's, which
+        is the sigma that `calibrate` set: 1 at the start, below 1 where the loss made the noise
+            smaller. "dip/kl": the
         KL
-        term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names differ in numbers alone,
-        such as blocks.q_proj.
+        term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names
+        differ in numbers alone, such as blocks.q_proj.
 
     Raises:
         ValueError: The model has no DIP layers, or a variance is not finite.
@@ -49,11 +52,15 @@ def metrics(model: nn.Module) -> dict[str, float]:
             sigma, prior = (values / 2).exp(), (state[f"{layer}.log_prior"] / 2).exp()
             own = layer.removesuffix(".variance") if layer != "variance" else type(model).__name__
             group = ".".join(word for word in own.split(".") if not word.isdigit()) or own
-            groups.setdefault(group, []).append((sigma.mean().item(), (sigma / prior).mean().item()))
+            groups.setdefault(group, []).append(
+                (sigma.mean().item(), (sigma / prior).mean().item())
+            )
     found = {"dip/kl": kl_penalty(model, 1.0).item()}
     for i, what in enumerate(("dip/sigma", "dip/share")):
         found[what] = _mean(pair[i] for pairs in groups.values() for pair in pairs)
-        found |= {f"{what}/{group}": _mean(pair[i] for pair in pairs) for group, pairs in groups.items()}
+        found |= {
+            f"{what}/{group}": _mean(pair[i] for pair in pairs) for group, pairs in groups.items()
+        }
     return found
 
 
@@ -63,20 +70,26 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def plot(
-    model: nn.Module, path: str | os.PathLike[str] | None = None, *, before: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    before: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Sigma against depth, before and after: one mark for each layer at its mean, a bar from its least to its largest.
+    """Sigma against depth, before and after: one mark for each layer at its mean, a bar from its
+    least to its largest.
 
     Args:
         model: With DIP layers.
         path: Of the figure to write, such as "sigma.png"; None writes none.
-        before: What `variances` gave earlier; by default the priors, which are where `calibrate` started.
+        before: What `variances` gave earlier; by default the priors, which are where `calibrate`
+            started.
 
     Returns:
         The matplotlib Figure.
 
     Raises:
-        ValueError: The model has no DIP layers, a variance is not finite, or `before` is of other layers.
+        ValueError: The model has no DIP layers, a variance is not finite, or `before` is of other
+            layers.
         ImportError: matplotlib is missing.
 
     Examples:
@@ -86,10 +99,15 @@ def plot(
     """
     after = variances(model)
     names = [name for name in after if name.endswith("log_variance") and len(after[name])]
-    start = {n: after[n.removesuffix("log_variance") + "log_prior"] for n in names} if before is None else before
+    start = (
+        {n: after[n.removesuffix("log_variance") + "log_prior"] for n in names}
+        if before is None
+        else before
+    )
     if not set(names) <= start.keys():
         raise ValueError(
-            f"before: expected the variances of {len(names)} layers, got none for {set(names) - start.keys()}"
+            f"before: expected the variances of {len(names)} layers, got none for "
+            f"{set(names) - start.keys()}"
         )
     try:
         from matplotlib.figure import Figure
@@ -104,11 +122,23 @@ def plot(
         sigmas = [(state[name] / 2).exp() for name in names]
         means = torch.stack([s.mean() for s in sigmas])
         low, high = (torch.stack([end(s) for s in sigmas]) for end in (torch.min, torch.max))
-        reach = [(means - low).clamp(min=0).tolist(), (high - means).clamp(min=0).tolist()]  # rounding
+        reach = [
+            (means - low).clamp(min=0).tolist(),
+            (high - means).clamp(min=0).tolist(),
+        ]  # rounding
         axis.errorbar(
-            [i + shift for i in range(len(names))], means.tolist(), reach, fmt="o", ms=4, capsize=2, label=label
+            [i + shift for i in range(len(names))],
+            means.tolist(),
+            reach,
+            fmt="o",
+            ms=4,
+            capsize=2,
+            label=label,
         )
-    labels = [name.removesuffix("log_variance").removesuffix(".").removesuffix(".variance") for name in names]
+    labels = [
+        name.removesuffix("log_variance").removesuffix(".").removesuffix(".variance")
+        for name in names
+    ]
     axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=6)
     axis.set(yscale="log", ylabel="sigma", xlabel="layer, in the model's order")
     axis.grid(alpha=0.3)
@@ -121,10 +151,14 @@ def plot(
 class Progress(Generic[Batch]):
     """What `progress` gives: iterate over it once, and call `update` in each step."""
 
-    def __init__(self, batches: Iterable[Batch], model: nn.Module, every: int | None, file: TextIO | None) -> None:
+    def __init__(
+        self, batches: Iterable[Batch], model: nn.Module, every: int | None, file: TextIO | None
+    ) -> None:
         if not dip_layers(model):
             raise ValueError("model: expected DIP layers, found none; convert it first")
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        if every is not None and (
+            isinstance(every, bool) or not isinstance(every, int) or every < 1
+        ):
             raise ValueError(f"every: expected an integer >= 1, got {every!r}")
         self._batches, self._model = batches, model
         self._file = sys.stderr if file is None else file
@@ -135,7 +169,9 @@ class Progress(Generic[Batch]):
 
     def update(self, **values: Any) -> None:
         """Numbers or scalar tensors to show, such as loss=loss; read when a line is written."""
-        self._values |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+        self._values |= {
+            name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()
+        }
 
     def __iter__(self) -> Iterator[Batch]:
         start = shown = time.monotonic()
@@ -155,14 +191,21 @@ class Progress(Generic[Batch]):
         noise = metrics(self._model)
         words = [f"{done}/{self._total}" if self._total is not None else str(done)]
         words += [f"{name} {float(value):.4g}" for name, value in self._values.items()]
-        words += [f"sigma {noise['dip/sigma']:.3g} ({noise['dip/share']:.0%} of the prior)", f"{rate:.3g}/s"]
+        words += [
+            f"sigma {noise['dip/sigma']:.3g} ({noise['dip/share']:.0%} of the prior)",
+            f"{rate:.3g}/s",
+        ]
         line = "  ".join(words)
         self._file.write(f"\r\x1b[K{line}" if self._on_terminal else f"{line}\n")
         self._file.flush()
 
 
 def progress(
-    batches: Iterable[Batch], model: nn.Module, *, every: int | None = None, file: TextIO | None = None
+    batches: Iterable[Batch],
+    model: nn.Module,
+    *,
+    every: int | None = None,
+    file: TextIO | None = None,
 ) -> Progress[Batch]:
     """The batches, with a line that says how far they are, what `update` was given, and sigma.
 
@@ -173,8 +216,10 @@ def progress(
     Args:
         batches: Any iterable.
         model: With DIP layers.
-        every: Where the line is not on a terminal: steps between lines, by default a tenth of the batches.
-        file: Where to write, standard error by default; on a terminal one line is written over, twice a second.
+        every: Where the line is not on a terminal: steps between lines, by default a tenth of the
+            batches.
+        file: Where to write, standard error by default; on a terminal one line is written over,
+            twice a second.
 
     Returns:
         An iterable with the method `update`.

@@ -1,4 +1,5 @@
-"""For who writes a kernel: compare an operation with the reference and see the first element that differs.
+"""For who writes a kernel: compare an operation with the reference and see the first element that
+differs.
 
 python -c "import dipkernels.testing as t; print(t.compare('perturb', 'cpu'))"
 """
@@ -15,7 +16,12 @@ from torch import Tensor
 from . import backends, reference
 from .ops import registry
 
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}  # z is float32's
+_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-2,
+}  # z is float32's
 _PLAIN: dict[str, object] = {
     "dim": -1,
     "row0": 0,
@@ -45,7 +51,8 @@ class Comparison:
         index: Of the first of them.
         got: Its value there.
         expected: The reference's value there.
-        draw: Where the noise of that element lies and what it is made of, in words; empty where no noise is in it.
+        draw: Where the noise of that element lies and what it is made of, in words; empty where no
+            noise is in it.
     """
 
     op: str
@@ -83,22 +90,28 @@ def compare(
         backend: "cpu", "cuda", "triton" (on a CPU under TRITON_INTERPRET=1) or "reference".
         shape: Of the data, [..., K]; the weight of a layer has K + 3 rows.
         dtype: Of the data.
-        tolerance: What results may differ by, relative to 1 + the largest expected value; by default what one rounding of
-            `dtype` explains.
-        arguments: Values for arguments of the operation, by the names in its schema: row0=7, seed=..., activation="tanh".
+        tolerance: What results may differ by, relative to 1 + the largest expected value; by
+            default what one rounding of `dtype` explains.
+        arguments: Values for arguments of the operation, by the names in its schema: row0=7,
+            seed=..., activation="tanh".
 
     Returns:
         A `Comparison`, true where all agree.
 
     Raises:
-        ValueError: For an operation or an argument that does not exist, or a shape without features.
+        ValueError: For an operation or an argument that does not exist, or a shape without
+            features.
         RuntimeError: Where the backend cannot run here.
     """
     if op not in registry.SCHEMAS:
         raise ValueError(f"op: expected one of {sorted(registry.SCHEMAS)}, got {op!r}")
     if not shape or shape[-1] < 1:
         raise ValueError(f"shape: expected (..., K) with K >= 1, got {tuple(shape)}")
-    device = "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+    device = (
+        "cuda"
+        if backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+        else "cpu"
+    )
     if backend not in registry.NAMESPACES:
         raise ValueError(f"backend: expected one of {tuple(registry.NAMESPACES)}, got {backend!r}")
     overload = getattr(getattr(torch.ops, registry.NAMESPACES[backend]), op).default
@@ -109,7 +122,10 @@ def compare(
     given = [v.to(device) if isinstance(v, Tensor) else v for v in (values[name] for name in names)]
     with backends.backend(backend):
         got = overload(*given)
-    wide = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in (values[n] for n in names)]
+    wide = [
+        v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for v in (values[n] for n in names)
+    ]
     want = getattr(reference, op)(*wide)
     pairs = zip(*((out,) if isinstance(out, Tensor) else tuple(out) for out in (got, want)))
     for number, (ours, exact) in enumerate(pairs):
@@ -154,9 +170,15 @@ def _inputs(names: Sequence[str], shape: list[int], dtype: torch.dtype, op: str)
     return made
 
 
-def _first(got: Tensor, want: Tensor, tolerance: float) -> tuple[int, tuple[int, ...], float, float] | None:
+def _first(
+    got: Tensor, want: Tensor, tolerance: float
+) -> tuple[int, tuple[int, ...], float, float] | None:
     got, want = got.double(), want.double()
-    far = (got - want).abs() > tolerance * (1 + want.abs().nan_to_num(0).max()) if got.shape == want.shape else None
+    far = (
+        (got - want).abs() > tolerance * (1 + want.abs().nan_to_num(0).max())
+        if got.shape == want.shape
+        else None
+    )
     if far is None:
         return got.numel(), tuple(got.shape), float("nan"), float("nan")
     far |= got.isnan() != want.isnan()
@@ -180,6 +202,7 @@ def _draw_at(values: Mapping[str, Any], shape: tuple[int, ...], index: tuple[int
     listed = " ".join(f"{int(word):#010x}" for word in words)
     half = "cosine" if col % 2 == 0 else "sine"
     return (
-        f"\n  row {row}, column {col}, sample {sample}: group {col // 8}, word {col % 8 // 2}, its {half}"
+        f"\n  row {row}, column {col}, sample {sample}: group {col // 8}, word {col % 8 // 2}, its "
+        f"{half}"
         f"\n  words {listed}\n  z {z!r}"
     )

@@ -1,7 +1,9 @@
-"""In which world a call is: eager, torch.compile, torch.export, a transform of torch.func, tensors without values, a DTensor.
+"""In which world a call is: eager, torch.compile, torch.export, a transform of torch.func, tensors
+without values, a DTensor.
 
-Whatever acts differently in one of them asks here, and nothing else asks torch. A call may be in several at once:
-torch.compile of torch.func.grad, or of a model of DTensors. All of it is plain look-ups, which torch.compile traces.
+Whatever acts differently in one of them asks here, and nothing else asks torch. A call may be in
+several at once: torch.compile of torch.func.grad, or of a model of DTensors. All of it is plain
+look-ups, which torch.compile traces.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-# Inside what torch.compile traces, torch 2.10 and 2.11 say True to torch.compiler.is_exporting(), whoever traces. The flag
-# behind it, which torch.export sets while it runs, is right in each release.
+# Inside what torch.compile traces, torch 2.10 and 2.11 say True to torch.compiler.is_exporting(),
+# whoever traces. The flag behind it, which torch.export sets while it runs, is right in each
+# release.
 _HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
 
 
@@ -50,26 +53,29 @@ def eager() -> bool:
 def wants_pieces() -> bool:
     """Whether derivatives have to come from operations that have their own.
 
-    So it is under torch.func's transforms, and where torch.export keeps gradients: it loses the derivative of an
-    autograd.Function, in silence.
+    So it is under torch.func's transforms, and where torch.export keeps gradients: it loses the
+    derivative of an autograd.Function, in silence.
     """
     return transforming() or (exporting() and torch.is_grad_enabled())
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether x's numbers may be read: not while something traces, transforms or fakes it, nor of a subclass's."""
+    """Whether x's numbers may be read: not while something traces, transforms or fakes it, nor of a
+    subclass's."""
     if not eager() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
 
 
 def is_dtensor(x: object) -> TypeIs[DTensor]:
-    """Whether x is a DTensor, told by name: importing its module takes longer than importing this package."""
+    """Whether x is a DTensor, told by name: importing its module takes longer than importing this
+    package."""
     return type(x).__name__ == "DTensor"
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that a matrix product on x would be given by autocast, or None where autocast leaves x alone."""
+    """The type that a matrix product on x would be given by autocast, or None where autocast leaves
+    x alone."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(device)

@@ -1,12 +1,15 @@
-"""Handwritten digits: an MLP against the same MLP with DIP layers: accuracy, robustness, time of a step.
+"""Handwritten digits: an MLP against the same MLP with DIP layers: accuracy, robustness, time of a
+step.
 
-    python examples/digits.py            under two minutes; writes out/digits/{results.json,robustness.png}
-    python examples/digits.py --quick    one seed, a few epochs
+    python examples/digits.py            under two minutes; writes
+    out/digits/{results.json,robustness.png} python examples/digits.py --quick    one seed, a few
+    epochs
 
-scikit-learn's digits (8x8 scans, pixels scaled to 0 .. 1), 500 for training, the rest for testing; an MLP
-64-256-256-10. plain: ordinary training. dip: the recommended recipe, everything by default (convert, calibrate, objective,
-param_groups), m = 4 trajectories. fixed sigma: the same start, frozen. input noise: frozen too, and at the network's
-input alone. PGD attacks the deterministic forward (L-infinity, pixels kept in 0 .. 1).
+scikit-learn's digits (8x8 scans, pixels scaled to 0 .. 1), 500 for training, the rest for testing;
+an MLP 64-256-256-10. plain: ordinary training. dip: the recommended recipe, everything by default
+(convert, calibrate, objective, param_groups), m = 4 trajectories. fixed sigma: the same start,
+frozen. input noise: frozen too, and at the network's input alone. PGD attacks the deterministic
+forward (L-infinity, pixels kept in 0 .. 1).
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ M = 4
 NUM_TRAIN = 500
 BATCH = 100
 VARIANTS = ("plain", "fixed sigma", "input noise", "dip")
-# Colours that colour-blind readers tell apart, and a marker and a dash for each; the widest line lies below the others.
+# Colours that colour-blind readers tell apart, and a marker and a dash for each; the widest line
+# lies below the others.
 LOOKS = {
     "plain": {"color": "black", "marker": "x", "linestyle": ":"},
     "fixed sigma": {"color": "#009e73", "marker": "D", "linestyle": "--"},
@@ -52,7 +56,9 @@ def load(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
 
 
 def build(variant: str, seed: int, x: Tensor) -> nn.Module:
@@ -90,7 +96,7 @@ def train(variant: str, seed: int, epochs: int, x: Tensor, y: Tensor, bar: tqdm)
     return model.eval()
 
 
-# ---- evaluation: everything on the deterministic forward ----------------------------------------------------------
+# ---- evaluation: everything on the deterministic forward -----------------------------------------
 
 
 @torch.no_grad()
@@ -109,16 +115,20 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int = 20) -> 
     return adversarial
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor, seed: int, pgd_steps: int = 20) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: nn.Module, x: Tensor, y: Tensor, seed: int, pgd_steps: int = 20
+) -> dict[str, dict[str, float]]:
     torch.manual_seed(2000 + seed)  # the same noise and starting points for every variant
     return {
         "clean": {"0": accuracy(model, x, y)},
-        "pgd": {str(eps): accuracy(model, pgd(model, x, y, eps, pgd_steps), y) for eps in PGD_STRENGTHS},
+        "pgd": {
+            str(eps): accuracy(model, pgd(model, x, y, eps, pgd_steps), y) for eps in PGD_STRENGTHS
+        },
         "noise": {str(s): accuracy(model, x + s * torch.randn_like(x), y) for s in NOISE_STRENGTHS},
     }
 
 
-# ---- the time of a training step -------------------------------------------------------------------------------------
+# ---- the time of a training step -----------------------------------------------------------------
 
 
 class EagerNoiseLinear(nn.Linear):
@@ -129,18 +139,24 @@ class EagerNoiseLinear(nn.Linear):
         self.log_variance = nn.Parameter(torch.full((plain.in_features,), 0.01).log())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x + (self.log_variance / 2).exp() * torch.randn_like(x), self.weight, self.bias)
+        return F.linear(
+            x + (self.log_variance / 2).exp() * torch.randn_like(x), self.weight, self.bias
+        )
 
 
 def eager_mlp() -> nn.Module:
-    return nn.Sequential(*(EagerNoiseLinear(layer) if isinstance(layer, nn.Linear) else layer for layer in mlp()))
+    return nn.Sequential(
+        *(EagerNoiseLinear(layer) if isinstance(layer, nn.Linear) else layer for layer in mlp())
+    )
 
 
 def stepper(model: nn.Module, m: int, x: Tensor, y: Tensor):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        out = dip.trajectories(model.__call__, x, m=m)  # a function: EagerNoiseLinear is no DIP layer
+        out = dip.trajectories(
+            model.__call__, x, m=m
+        )  # a function: EagerNoiseLinear is no DIP layer
         loss = dip.objective(out, y, F.cross_entropy)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -150,7 +166,8 @@ def stepper(model: nn.Module, m: int, x: Tensor, y: Tensor):
 
 
 def step_overhead(x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Each training step over the plain one, timed in turn, round by round: the median ratio and its quartiles."""
+    """Each training step over the plain one, timed in turn, round by round: the median ratio and
+    its quartiles."""
     steps = {
         "plain, m = 1": stepper(mlp(), 1, x, y),
         "eager noise, m = 1": stepper(eager_mlp(), 1, x, y),
@@ -169,12 +186,19 @@ def step_overhead(x: Tensor, y: Tensor, rounds: int) -> dict[str, dict[str, floa
     base = times["plain, m = 1"]
     table = {}
     for name, values in times.items():
-        low, median, high = statistics.quantiles([t / b for t, b in zip(values, base, strict=True)], n=4)
-        table[name] = {"ms": 1e3 * statistics.median(values), "ratio": median, "q1": low, "q3": high}
+        low, median, high = statistics.quantiles(
+            [t / b for t, b in zip(values, base, strict=True)], n=4
+        )
+        table[name] = {
+            "ms": 1e3 * statistics.median(values),
+            "ratio": median,
+            "q1": low,
+            "q3": high,
+        }
     return table
 
 
-# ---- output --------------------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
@@ -187,14 +211,18 @@ def accuracy_table(results: dict[str, list[dict]]) -> str:
     lines = ["  ".join([f"{'training':14}", *(f"{head:>12}" for head in heads)])]
     for variant, runs in results.items():
         cells = [mean_std([run[kind][strength] for run in runs]) for kind, strength in TABLE]
-        lines.append("  ".join([f"{variant:14}", *(f"{mean:6.1f} ± {std:3.1f}" for mean, std in cells)]))
+        lines.append(
+            "  ".join([f"{variant:14}", *(f"{mean:6.1f} ± {std:3.1f}" for mean, std in cells)])
+        )
     return "\n".join(lines)
 
 
 def overhead_table(overhead: dict[str, dict[str, float]]) -> str:
     lines = [f"{'training step':20}  {'ms':>6}  {'over plain':>10}  quartiles"]
     for name, row in overhead.items():
-        lines.append(f"{name:20}  {row['ms']:6.2f}  {row['ratio']:10.2f}  {row['q1']:.2f} .. {row['q3']:.2f}")
+        lines.append(
+            f"{name:20}  {row['ms']:6.2f}  {row['ratio']:10.2f}  {row['q1']:.2f} .. {row['q3']:.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -212,10 +240,14 @@ def in_words(results: dict[str, list[dict]], overhead: dict[str, dict[str, float
     verdict = f"ahead here: {' and '.join(ahead)}" if ahead else "the recipe is ahead"
     name = f"dip, m = {M}"
     return [
-        f"1. Under attack (PGD 0.1) plain training gets {attacked['plain']:.0f} of 100 digits right, the DIP recipe "
-        f"{attacked['dip']:.0f} ({gain:+.0f}); on clean digits {clean['plain']:.1f} and {clean['dip']:.1f} ({change:+.1f}).",
-        f"2. Simpler noise, under the same attack: {', '.join(others)}; {verdict}. DIP finds the amount of noise by itself.",
-        f"3. A training step with m = {M} took {overhead[name]['ratio']:.1f} times the plain step, of a network so small that noise "
+        f"1. Under attack (PGD 0.1) plain training gets {attacked['plain']:.0f} of 100 digits "
+        "right, the DIP recipe "
+        f"{attacked['dip']:.0f} ({gain:+.0f}); on clean digits {clean['plain']:.1f} and "
+        f"{clean['dip']:.1f} ({change:+.1f}).",
+        f"2. Simpler noise, under the same attack: {', '.join(others)}; {verdict}. DIP finds the "
+        "amount of noise by itself.",
+        f"3. A training step with m = {M} took {overhead[name]['ratio']:.1f} times the plain step, "
+        "of a network so small that noise "
         "costs most; in eval mode the network is the plain one, and costs what that costs.",
     ]
 
@@ -241,7 +273,9 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
     axes[0].set_ylabel("test accuracy, % (deterministic forward)")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=3)
-    figure.suptitle(f"MLP 64-256-256-10, {NUM_TRAIN} digits, {len(runs)} seed(s), mean ± standard deviation")
+    figure.suptitle(
+        f"MLP 64-256-256-10, {NUM_TRAIN} digits, {len(runs)} seed(s), mean ± standard deviation"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -249,11 +283,18 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument("--epochs", type=int, default=None, help="epochs of training (200; 3 with --quick)")
     parser.add_argument(
-        "--out", type=Path, default=Path("out/digits"), help="folder for results.json and robustness.png"
+        "--epochs", type=int, default=None, help="epochs of training (200; 3 with --quick)"
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads: layers this small gain nothing by more (1)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/digits"),
+        help="folder for results.json and robustness.png",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads: layers this small gain nothing by more (1)"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
     seeds = 1 if args.quick else args.seeds
@@ -274,7 +315,9 @@ def main(arguments: list[str] | None = None) -> dict:
                 model = train(variant, seed, epochs, x_train, y_train, bar)
                 run = evaluate(model, x_test, y_test, seed, pgd_steps=3 if args.quick else 20)
                 if variant != "plain":
-                    run["sigma"] = {row.name: row.sigma_mean for row in dip.summary(model, [x_test])}
+                    run["sigma"] = {
+                        row.name: row.sigma_mean for row in dip.summary(model, [x_test])
+                    }
                 results[variant].append(run)
     x_train, y_train, *_ = load(0)
     overhead = step_overhead(x_train[:BATCH], y_train[:BATCH], rounds=10 if args.quick else 200)
@@ -292,16 +335,25 @@ def main(arguments: list[str] | None = None) -> dict:
     (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(results, args.out / "robustness.png")
 
-    print(f"\nTest accuracy, %, on the deterministic forward; mean ± standard deviation over {seeds} seed(s)")
+    print(
+        f"\nTest accuracy, %, on the deterministic forward; mean ± standard deviation over {seeds} "
+        "seed(s)"
+    )
     print(accuracy_table(results))
     sigmas, starts = results["dip"][-1]["sigma"], results["fixed sigma"][-1]["sigma"]
     print(
         "\nlearned sigma of dip, last seed, and where it started: "
         + ", ".join(f"layer {n} {s:.3f} ({starts[n]:.3f})" for n, s in sigmas.items())
     )
-    print(f"\nOne training step, batch {BATCH}, {report['threads']} threads; median of the ratios to the plain step")
+    print(
+        f"\nOne training step, batch {BATCH}, {report['threads']} threads; median of the ratios to "
+        "the plain step"
+    )
     print(overhead_table(overhead))
-    print(f"\n{report['seconds']} s; wrote {args.out / 'results.json'} and {args.out / 'robustness.png'}")
+    print(
+        f"\n{report['seconds']} s; wrote {args.out / 'results.json'} and "
+        f"{args.out / 'robustness.png'}"
+    )
     if args.quick:
         print("\nA quick run trains too little to show anything: run it without --quick.")
     else:

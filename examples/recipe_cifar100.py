@@ -1,14 +1,17 @@
-"""CIFAR-100 on ViT-Tiny, Small or Base, trained clean, with Gaussian noise or with FGSM: the paper's vision setting.
+"""CIFAR-100 on ViT-Tiny, Small or Base, trained clean, with Gaussian noise or with FGSM: the
+paper's vision setting.
 
-    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny --pretrained DIR \
+    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny
+    --pretrained DIR \
         --method dip --m 4 --training FGSM --epochs 10
     torchrun --nproc-per-node 8 examples/recipe_cifar100.py ...       the same on eight GPUs
     python examples/recipe_cifar100.py ... --resume                   goes on from OUT/last.pt
 
---data: the folder with train.bin and test.bin of CIFAR-100's binary version (records of 3074 bytes: coarse label, fine
-label, red, green and blue plane). --pretrained: a local folder of a transformers ViT checkpoint; without it the weights
-are random. Nothing is downloaded. Writes metrics.jsonl, last.pt and results.json: accuracy clean, under Gaussian noise
-and under FGSM, by the deterministic forward (Algorithm 3) and, with --k, by k passes (Algorithm 2).
+--data: the folder with train.bin and test.bin of CIFAR-100's binary version (records of 3074 bytes:
+coarse label, fine label, red, green and blue plane). --pretrained: a local folder of a transformers
+ViT checkpoint; without it the weights are random. Nothing is downloaded. Writes metrics.jsonl,
+last.pt and results.json: accuracy clean, under Gaussian noise and under FGSM, by the deterministic
+forward (Algorithm 3) and, with --k, by k passes (Algorithm 2).
 """
 
 from __future__ import annotations
@@ -47,15 +50,20 @@ def load(path: Path) -> tuple[Tensor, Tensor]:
     """Images [N, 3, 32, 32] uint8 and fine labels [N] of one file of CIFAR-100's binary version."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"--data: expected {path.name} of CIFAR-100's binary version in {path.parent}, {_what_is_there(path.parent)}"
+            f"--data: expected {path.name} of CIFAR-100's binary version in {path.parent}, "
+            f"{_what_is_there(path.parent)}"
         )
     raw = np.fromfile(path, dtype=np.uint8)
     if len(raw) == 0 or len(raw) % RECORD:
-        raise ValueError(f"--data: expected records of {RECORD} bytes in {path}, got {len(raw)} bytes")
+        raise ValueError(
+            f"--data: expected records of {RECORD} bytes in {path}, got {len(raw)} bytes"
+        )
     records = torch.from_numpy(raw).view(-1, RECORD)
     labels = records[:, 1].long()
     if labels.max() >= CLASSES:
-        raise ValueError(f"--data: expected fine labels below {CLASSES} in {path}, got {labels.max()}")
+        raise ValueError(
+            f"--data: expected fine labels below {CLASSES} in {path}, got {labels.max()}"
+        )
     return records[:, 2:].reshape(-1, 3, 32, 32), labels
 
 
@@ -72,7 +80,8 @@ def _what_is_there(folder: Path) -> str:
 
 
 class Classifier(nn.Module):
-    """Pixels 0 .. 1 [B, 3, 32, 32] -> logits: resized to what the ViT wants, scaled to its -1 .. 1."""
+    """Pixels 0 .. 1 [B, 3, 32, 32] -> logits: resized to what the ViT wants, scaled to its -1 ..
+    1."""
 
     def __init__(self, vit: ViTForImageClassification) -> None:
         super().__init__()
@@ -91,10 +100,15 @@ def build(args: argparse.Namespace) -> Classifier:
             raise FileNotFoundError(f"--pretrained: expected a local folder, got {args.pretrained}")
         try:
             vit = ViTForImageClassification.from_pretrained(
-                args.pretrained, num_labels=CLASSES, ignore_mismatched_sizes=True, local_files_only=True
+                args.pretrained,
+                num_labels=CLASSES,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
             )
         except Exception as error:
-            raise ValueError(f"--pretrained: expected a ViT checkpoint in {args.pretrained}, got {error!r}") from error
+            raise ValueError(
+                f"--pretrained: expected a ViT checkpoint in {args.pretrained}, got {error!r}"
+            ) from error
         return Classifier(vit)
     width, blocks, heads = SIZES[args.size]
     config = ViTConfig(
@@ -117,12 +131,15 @@ def augmented(pixels: Tensor) -> Tensor:
     columns = columns[:, None] + along
     flip = torch.rand(len(pixels), device=pixels.device) < 0.5
     columns[flip] = columns[flip].flip(1)
-    picked = padded.gather(2, (rows[:, None] + along)[:, None, :, None].expand(-1, 3, -1, padded.shape[-1]))
+    picked = padded.gather(
+        2, (rows[:, None] + along)[:, None, :, None].expand(-1, 3, -1, padded.shape[-1])
+    )
     return picked.gather(3, columns[:, None, None, :].expand(-1, 3, 32, -1))
 
 
 def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float) -> Tensor:
-    """clip(x + eps * sign(dL/dx), 0, 1) on the deterministic forward; leaves no gradients on the parameters."""
+    """clip(x + eps * sign(dL/dx), 0, 1) on the deterministic forward; leaves no gradients on the
+    parameters."""
     was_training = model.training
     model.eval()
     x = pixels.detach().requires_grad_(True)
@@ -131,18 +148,26 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, eps: float) -> Tensor
     return (pixels + eps * grad.sign()).clamp(0, 1)
 
 
-def evaluate(model: nn.Module, worker: Worker, trainer: Trainer, data: tuple[Tensor, Tensor], args) -> dict:
+def evaluate(
+    model: nn.Module, worker: Worker, trainer: Trainer, data: tuple[Tensor, Tensor], args
+) -> dict:
     """Accuracy in % over all workers; every worker takes every size-th batch."""
     images, labels = data
     kinds = ("clean", "Gaussian", "FGSM", *((f"clean, k = {args.k}",) if args.k else ()))
     right = dict.fromkeys(kinds, 0.0)
     model.eval()
     chunks = list(torch.arange(len(images)).split(args.batch))[worker.rank :: worker.size]
-    for number, idx in enumerate(tqdm(chunks, desc="test", disable=not worker.is_first, dynamic_ncols=True)):
+    for number, idx in enumerate(
+        tqdm(chunks, desc="test", disable=not worker.is_first, dynamic_ncols=True)
+    ):
         torch.manual_seed(number * worker.size + worker.rank)
         x, y = images[idx].to(worker.device).float() / 255, labels[idx].to(worker.device)
         with trainer.autocast():
-            shown = {"clean": x, "Gaussian": x + args.noise * torch.randn_like(x), "FGSM": fgsm(model, x, y, args.eps)}
+            shown = {
+                "clean": x,
+                "Gaussian": x + args.noise * torch.randn_like(x),
+                "FGSM": fgsm(model, x, y, args.eps),
+            }
             with torch.no_grad():
                 for name, pixels in shown.items():
                     right[name] += (model(pixels).argmax(-1) == y).sum().item()
@@ -155,22 +180,35 @@ def evaluate(model: nn.Module, worker: Worker, trainer: Trainer, data: tuple[Ten
 
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser(__doc__, DATA)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="ViT-Tiny, Small or Base, from random weights")
-    parser.add_argument("--pretrained", type=Path, help="local folder of a transformers ViT checkpoint, instead")
-    parser.add_argument("--image-size", type=int, default=224, help="what 32 x 32 pixels are enlarged to (224)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="tiny", help="ViT-Tiny, Small or Base, from random weights"
+    )
+    parser.add_argument(
+        "--pretrained", type=Path, help="local folder of a transformers ViT checkpoint, instead"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="what 32 x 32 pixels are enlarged to (224)"
+    )
     parser.add_argument("--patch-size", type=int, default=16, help="pixels of a patch's side (16)")
     parser.add_argument("--blocks", type=int, help="number of blocks, if not the size's own 12")
     parser.add_argument("--training", choices=("clean", "Gaussian", "FGSM"), default="clean")
-    parser.add_argument("--noise", type=float, default=0.1, help="sigma of the Gaussian perturbation (0.1)")
+    parser.add_argument(
+        "--noise", type=float, default=0.1, help="sigma of the Gaussian perturbation (0.1)"
+    )
     parser.add_argument("--eps", type=float, default=2 / 255, help="strength of FGSM (2/255)")
-    parser.add_argument("--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)")
+    parser.add_argument(
+        "--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)"
+    )
     args = parser.parse_args(arguments)
     check_arguments(parser, args)
     for name in ("image_size", "patch_size", "blocks"):
         if (value := getattr(args, name)) is not None and not 1 <= value <= 4096:
             parser.error(f"--{name.replace('_', '-')}: expected 1 to 4096, got {value}")
     if args.image_size % args.patch_size:
-        parser.error(f"--patch-size: expected a divisor of --image-size {args.image_size}, got {args.patch_size}")
+        parser.error(
+            f"--patch-size: expected a divisor of --image-size {args.image_size}, got "
+            f"{args.patch_size}"
+        )
     for name in ("noise", "eps", "k"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name}: expected a finite number >= 0, got {getattr(args, name)}")
@@ -189,7 +227,10 @@ def main(arguments: list[str] | None = None) -> None:
         model.to(worker.device)
 
         def batch_of(indices: Tensor) -> tuple[Tensor, Tensor]:
-            x, y = images[indices].to(worker.device).float() / 255, labels[indices].to(worker.device)
+            x, y = (
+                images[indices].to(worker.device).float() / 255,
+                labels[indices].to(worker.device),
+            )
             x = augmented(x)
             if args.training == "Gaussian":
                 x = x + args.noise * torch.randn_like(x)
@@ -202,8 +243,18 @@ def main(arguments: list[str] | None = None) -> None:
             out = dip.trajectories(model, x, m=args.m)
             return dip.objective(out.float(), y, F.cross_entropy, lambda_s=args.lambda_s)
 
-        settings = {"recipe": "cifar100", "method": args.method, "batch": args.batch, "workers": worker.size}
-        settings |= {"seed": args.seed, "training": args.training, "epochs": args.epochs, "m": args.m}
+        settings = {
+            "recipe": "cifar100",
+            "method": args.method,
+            "batch": args.batch,
+            "workers": worker.size,
+        }
+        settings |= {
+            "seed": args.seed,
+            "training": args.training,
+            "epochs": args.epochs,
+            "m": args.m,
+        }
         trainer = Trainer(model, worker, args, len(images), settings)
         if trainer.run(batch_of, loss_of):
             write_results(worker, args, {"accuracy": evaluate(model, worker, trainer, test, args)})

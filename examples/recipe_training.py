@@ -1,7 +1,9 @@
-"""What the recipes share: workers under torchrun, precision, a training loop with checkpoints, resume and metrics.
+"""What the recipes share: workers under torchrun, precision, a training loop with checkpoints,
+resume and metrics.
 
-A step's random numbers (noise, dropout, augmentation) depend on (seed, rank, step) alone, so that a resumed run goes
-on as if it had not been stopped, and a checkpoint needs no generator states: it loads with weights_only=True.
+A step's random numbers (noise, dropout, augmentation) depend on (seed, rank, step) alone, so that a
+resumed run goes on as if it had not been stopped, and a checkpoint needs no generator states: it
+loads with weights_only=True.
 """
 
 from __future__ import annotations
@@ -32,38 +34,72 @@ MAX_SEED = 2**27  # a step's own seed is this times 2^36: see Trainer.run
 
 
 def make_parser(doc: str, data: str) -> argparse.ArgumentParser:
-    """A parser that shows the recipe's docstring and has the flags of every recipe; data: which files --data wants."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser that shows the recipe's docstring and has the flags of every recipe; data: which
+    files --data wants."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, help=data)
-    add("--out", type=Path, required=True, help="folder for last.pt, metrics.jsonl and results.json")
+    add(
+        "--out", type=Path, required=True, help="folder for last.pt, metrics.jsonl and results.json"
+    )
     add("--resume", action="store_true", help="go on from OUT/last.pt")
-    add("--method", choices=METHODS, default="dip", help="plain; noise at the input only; fixed variance; dip (dip)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="dip",
+        help="plain; noise at the input only; fixed variance; dip (dip)",
+    )
     add("--init-sigma", type=float, default=0.1, help="sigma that every variance starts from (0.1)")
-    add("--calibrate", type=float, help="instead: sigma as this ratio to each layer's input spread, from one batch")
+    add(
+        "--calibrate",
+        type=float,
+        help="instead: sigma as this ratio to each layer's input spread, from one batch",
+    )
     add("--m", type=int, default=1, help="trajectories per example (1)")
     add("--kl", type=float, help="weight of the pull of the variances to where they start (0.2)")
-    add("--lambda-s", type=float, default=0.0, help="weight of the variance over trajectories, m >= 2 (0)")
+    add(
+        "--lambda-s",
+        type=float,
+        default=0.0,
+        help="weight of the variance over trajectories, m >= 2 (0)",
+    )
     add("--epochs", type=int, default=1, help="passes over the training set (1)")
     add("--batch", type=int, default=64, help="examples in a step on each worker (64)")
     add("--accumulate", type=int, default=1, help="parts that a step's batch is computed in (1)")
-    add("--lr", type=float, default=1e-4, help="learning rate, after warm-up, then cosine to zero (1e-4)")
+    add(
+        "--lr",
+        type=float,
+        default=1e-4,
+        help="learning rate, after warm-up, then cosine to zero (1e-4)",
+    )
     add("--variance-lr", type=float, help="learning rate of log_variance (10 lr)")
     add("--weight-decay", type=float, default=0.01, help="of weight matrices (0.01)")
     add("--warmup", type=float, default=0.05, help="share of the steps (0.05)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (1)")
-    add("--precision", choices=PRECISIONS, default="bf16", help="of matrix products; weights' masters float32 (bf16)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="bf16",
+        help="of matrix products; weights' masters float32 (bf16)",
+    )
     add("--device", choices=("cuda", "cpu"), help="cuda, cpu (cuda where there is one)")
     add("--seed", type=int, default=0, help="of data order, initial weights and noise (0)")
     add("--save-every", type=int, default=500, help="steps between checkpoints (500)")
     add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (10)")
-    add("--stop-after", type=int, help="stop after this many steps in all, with a checkpoint (for tests and queues)")
+    add(
+        "--stop-after",
+        type=int,
+        help="stop after this many steps in all, with a checkpoint (for tests and queues)",
+    )
     return parser
 
 
 @contextlib.contextmanager
 def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """What is wrong with a file that a flag names is said in a line, as what is wrong with the flag is."""
+    """What is wrong with a file that a flag names is said in a line, as what is wrong with the flag
+    is."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
@@ -75,7 +111,9 @@ def refusing(parser: argparse.ArgumentParser) -> Iterator[None]:
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in ("m", "epochs", "batch", "accumulate", "save_every", "log_every"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+            parser.error(
+                f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}"
+            )
     for name in (*RATES, *STRENGTHS):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
@@ -83,17 +121,26 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.warmup > 1:
         parser.error(f"--warmup: expected a share of the steps, 0 to 1, got {args.warmup}")
     if args.method in ("fixed", "dip") and not 1e-15 < args.init_sigma < 1e15:
-        parser.error(f"--init-sigma: expected 1e-15 to 1e15 with --method {args.method}, got {args.init_sigma}")
+        parser.error(
+            f"--init-sigma: expected 1e-15 to 1e15 with --method {args.method}, got "
+            f"{args.init_sigma}"
+        )
     if not 0 <= args.seed < MAX_SEED:
         parser.error(f"--seed: expected 0 to {MAX_SEED - 1}, got {args.seed}")
     if args.stop_after is not None and args.stop_after < 1:
         parser.error(f"--stop-after: expected at least 1, got {args.stop_after}")
     if args.batch % args.accumulate:
-        parser.error(f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}")
+        parser.error(
+            f"--accumulate: expected a divisor of --batch {args.batch}, got {args.accumulate}"
+        )
     if args.lambda_s > 0 and args.m < 2:
-        parser.error(f"--lambda-s: expected 0 with --m 1 (a variance needs m >= 2), got {args.lambda_s}")
+        parser.error(
+            f"--lambda-s: expected 0 with --m 1 (a variance needs m >= 2), got {args.lambda_s}"
+        )
     if args.method != "dip" and (args.kl is not None or args.variance_lr is not None):
-        parser.error(f"--kl, --variance-lr: expected with --method dip only, got --method {args.method}")
+        parser.error(
+            f"--kl, --variance-lr: expected with --method dip only, got --method {args.method}"
+        )
     if not args.data.is_dir():
         parser.error(f"--data: expected a folder, got {args.data}")
     if args.out.exists() and not args.out.is_dir():
@@ -102,7 +149,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--resume: expected {args.out / 'last.pt'}, found none")
 
 
-# ---- workers ---------------------------------------------------------------------------------------------------------
+# ---- workers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -127,14 +174,19 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(device: str | None) -> Iterator[Worker]:
-    """This process's place, from torchrun's environment; the process group lives as long as the context."""
+    """This process's place, from torchrun's environment; the process group lives as long as the
+    context."""
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device: expected a device of this machine, got cuda, which torch does not find here")
+        raise RuntimeError(
+            "--device: expected a device of this machine, got cuda, which torch does not find here"
+        )
     if "RANK" not in os.environ:
         yield Worker(0, 1, torch.device(kind))
         return
-    place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    place = (
+        torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -144,11 +196,12 @@ def workers(device: str | None) -> Iterator[Worker]:
         dist.destroy_process_group()
 
 
-# ---- the method ------------------------------------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------------------
 
 
 class InputNoise:
-    """Noise of one fixed sigma on what a module returns, in training mode: randomised smoothing at the input."""
+    """Noise of one fixed sigma on what a module returns, in training mode: randomised smoothing at
+    the input."""
 
     def __init__(self, sigma: float) -> None:
         self.sigma = sigma
@@ -157,8 +210,11 @@ class InputNoise:
         return torch.add(out, torch.randn_like(out), alpha=self.sigma) if module.training else None
 
 
-def apply_method(model: nn.Module, entry: nn.Module, args: argparse.Namespace, batch: dict | None, **kwargs) -> None:
-    """Give the model its noise: --method, --init-sigma, --calibrate. entry: whose output counts as the input."""
+def apply_method(
+    model: nn.Module, entry: nn.Module, args: argparse.Namespace, batch: dict | None, **kwargs
+) -> None:
+    """Give the model its noise: --method, --init-sigma, --calibrate. entry: whose output counts as
+    the input."""
     if args.method == "input":
         entry.register_forward_hook(InputNoise(args.init_sigma))
     if args.method not in ("fixed", "dip"):
@@ -172,28 +228,37 @@ def apply_method(model: nn.Module, entry: nn.Module, args: argparse.Namespace, b
                 module.requires_grad_(False)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 class Trainer:
     """Steps, checkpoints and metrics of one model.
 
-    run(batch_of, loss_of) takes a step for loss_of(model, batch_of(indices)), this worker's mean loss.
+    run(batch_of, loss_of) takes a step for loss_of(model, batch_of(indices)), this worker's mean
+    loss.
     """
 
     def __init__(
-        self, model: nn.Module, worker: Worker, args: argparse.Namespace, num_examples: int, settings: dict
+        self,
+        model: nn.Module,
+        worker: Worker,
+        args: argparse.Namespace,
+        num_examples: int,
+        settings: dict,
     ) -> None:
         self.raw, self.worker, self.args, self.num_examples = model, worker, args, num_examples
         self.settings = settings  # what a checkpoint must agree with
         learns = args.method == "dip"
         self.optimizer = torch.optim.AdamW(
-            dip.param_groups(model, args.lr, args.weight_decay, args.variance_lr if learns else None)
+            dip.param_groups(
+                model, args.lr, args.weight_decay, args.variance_lr if learns else None
+            )
         )
         self.steps_per_epoch = num_examples // (args.batch * worker.size)
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"--batch: expected at most {num_examples // worker.size} (examples / workers), got {args.batch}"
+                f"--batch: expected at most {num_examples // worker.size} (examples / workers), "
+                f"got {args.batch}"
             )
         self.num_steps = self.steps_per_epoch * args.epochs
         warmup = max(1, round(args.warmup * self.num_steps))
@@ -201,7 +266,9 @@ class Trainer:
             self.optimizer,
             [
                 torch.optim.lr_scheduler.LinearLR(self.optimizer, 1 / warmup, total_iters=warmup),
-                torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, max(1, self.num_steps - warmup)),
+                torch.optim.lr_scheduler.CosineAnnealingLR(
+                    self.optimizer, max(1, self.num_steps - warmup)
+                ),
             ],
             [warmup],
         )
@@ -217,20 +284,29 @@ class Trainer:
         return torch.autocast(self.worker.device.type, kind, enabled=kind is not torch.float32)
 
     def indices(self, step: int) -> Tensor:
-        """This worker's examples of a step: every epoch shuffles anew, every worker takes its share."""
+        """This worker's examples of a step: every epoch shuffles anew, every worker takes its
+        share."""
         epoch, place = divmod(step, self.steps_per_epoch)
         generator = torch.Generator().manual_seed(self.args.seed * 100003 + epoch)
         order = torch.randperm(self.num_examples, generator=generator)
         start = (place * self.worker.size + self.worker.rank) * self.args.batch
         return order[start : start + self.args.batch]
 
-    def run(self, batch_of: Callable[[Tensor], object], loss_of: Callable[[nn.Module, object], Tensor]) -> bool:
+    def run(
+        self, batch_of: Callable[[Tensor], object], loss_of: Callable[[nn.Module, object], Tensor]
+    ) -> bool:
         """Train to the end, or to --stop-after; true when the end was reached."""
         args, worker = self.args, self.worker
         args.out.mkdir(parents=True, exist_ok=True)
         last = min(self.num_steps, args.stop_after or self.num_steps)
         start, first, losses = time.perf_counter(), self.step, []
-        bar = tqdm(total=self.num_steps, initial=first, unit="step", disable=not worker.is_first, dynamic_ncols=True)
+        bar = tqdm(
+            total=self.num_steps,
+            initial=first,
+            unit="step",
+            disable=not worker.is_first,
+            dynamic_ncols=True,
+        )
         with bar:
             while self.step < last:
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * 65_537 + worker.rank)
@@ -262,7 +338,9 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             mean += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_([p for p in self.raw.parameters() if p.grad is not None], self.args.clip)
+        nn.utils.clip_grad_norm_(
+            [p for p in self.raw.parameters() if p.grad is not None], self.args.clip
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -296,7 +374,9 @@ class Trainer:
         return {
             "settings": self.settings,
             "step": self.step,
-            "model": {k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers},
+            "model": {
+                k: v for k, v in self.raw.state_dict().items() if k in learning or k in buffers
+            },
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -312,7 +392,9 @@ class Trainer:
         except BaseException as error:  # the last checkpoint stays, half a one does not
             part.unlink(missing_ok=True)
             if isinstance(error, (OSError, RuntimeError)):
-                raise OSError(f"{path}: could not be written, a full disk? What was there stays: {error}") from error
+                raise OSError(
+                    f"{path}: could not be written, a full disk? What was there stays: {error}"
+                ) from error
             raise
 
     def read(self, path: Path) -> dict:
@@ -323,7 +405,9 @@ class Trainer:
             raise ValueError(f"{expected}, got a file that cannot be read: {error}") from error
         whole = isinstance(content, dict) and content.keys() == self.content().keys()
         if not whole or not isinstance(content["settings"], dict):
-            raise ValueError(f"{expected}, got something else: a damaged file, or another program's")
+            raise ValueError(
+                f"{expected}, got something else: a damaged file, or another program's"
+            )
         return content
 
     def load(self, path: Path) -> None:
@@ -331,12 +415,17 @@ class Trainer:
         then = content["settings"]
         differing = [k for k, v in self.settings.items() if _difference(v, then.get(k))]
         if differing:
-            told = ", ".join(f"{k} {self.settings[k]!r} against {_kind(then.get(k))}" for k in differing)
-            raise ValueError(f"--resume: expected the settings that {path} was made with, got {told}")
+            told = ", ".join(
+                f"{k} {self.settings[k]!r} against {_kind(then.get(k))}" for k in differing
+            )
+            raise ValueError(
+                f"--resume: expected the settings that {path} was made with, got {told}"
+            )
         differs = self.difference(content)
         if differs:
             raise ValueError(
-                f"--resume: expected this model's checkpoint in {path}, got another, or a damaged one: {differs}"
+                f"--resume: expected this model's checkpoint in {path}, got another, or a damaged "
+                f"one: {differs}"
             )
         self.raw.load_state_dict(content["model"], strict=False)
         self.optimizer.load_state_dict(content["optimizer"])
@@ -345,11 +434,14 @@ class Trainer:
         self.step = content["step"]
 
     def difference(self, content: dict) -> str | None:
-        """Where the content is not built as this trainer's own, before anything of it is taken over; None where it is."""
+        """Where the content is not built as this trainer's own, before anything of it is taken
+        over; None where it is."""
         own = self.content()
         optimizer = content["optimizer"]
         state = optimizer.get("state") if isinstance(optimizer, dict) else None
-        if isinstance(state, dict):  # of the parameters that had a gradient; ours is empty before the first step
+        if isinstance(
+            state, dict
+        ):  # of the parameters that had a gradient; ours is empty before the first step
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             own["optimizer"]["state"] = {
                 i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
@@ -369,12 +461,21 @@ def _kind(value: object) -> str:
 
 
 # Of a checkpoint's numbers, those that a step moves; the others follow from the flags.
-MOVING = {"step", "lr", "_last_lr", "last_epoch", "_step_count", "_get_lr_called_within_step", "scale"}
+MOVING = {
+    "step",
+    "lr",
+    "_last_lr",
+    "last_epoch",
+    "_step_count",
+    "_get_lr_called_within_step",
+    "scale",
+}
 MOVING |= {"_growth_tracker"}
 
 
 def _difference(own: object, other: object, where: str = "", moves: bool = False) -> str | None:
-    """The first place where two nests of dicts, lists, tensors and numbers are not of one run; None where there is none."""
+    """The first place where two nests of dicts, lists, tensors and numbers are not of one run; None
+    where there is none."""
     pairs = []
     if isinstance(own, Tensor):
         alike = isinstance(other, Tensor) and (own.dtype, own.shape) == (other.dtype, other.shape)
@@ -396,7 +497,16 @@ def _difference(own: object, other: object, where: str = "", moves: bool = False
 
 def write_results(worker: Worker, args: argparse.Namespace, results: dict) -> None:
     if worker.is_first:
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        content = {"environment": dip.env_report(), "workers": worker.size, "flags": flags} | results
-        (args.out / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        flags = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        }
+        content = {
+            "environment": dip.env_report(),
+            "workers": worker.size,
+            "flags": flags,
+        } | results
+        (args.out / "results.json").write_text(
+            json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8"
+        )
         print(json.dumps(results, indent=1))

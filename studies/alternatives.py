@@ -1,10 +1,11 @@
-"""What else might keep the noise useful: other amounts, a held budget, other scores, other rates of the variances.
+"""What else might keep the noise useful: other amounts, a held budget, other scores, other rates of
+the variances.
 
     python studies/alternatives.py           writes out/studies/alternatives/{summary.json,table.md}
     python studies/alternatives.py --quick   one small task, one seed: does it run?
 
-The bench and the scores of defaults.py; each method changes one thing of the recipe. n: the values of an example that a
-layer's input has. About 35 minutes of one core.
+The bench and the scores of defaults.py; each method changes one thing of the recipe. n: the values
+of an example that a layer's input has. About 35 minutes of one core.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from defaults import DEFAULTS, SCORES, part, summarise
 from tables import markdown
 from tasks import TASKS
 
-# How much noise: less before a layer that sees few values of an example, less everywhere, or a weaker pull.
+# How much noise: less before a layer that sees few values of an example, less everywhere, or a
+# weaker pull.
 AMOUNT: dict[str, dict[str, Any] | None] = {
     "default": {},
     "ratio 1": {"ratio": 1.0},
@@ -33,8 +35,17 @@ AMOUNT: dict[str, dict[str, Any] | None] = {
 }
 # The first eight were looked at to choose, the last two held back.
 AMOUNT_CASES = (
-    "iris", "diabetes", "friedman", "wine", "classes 20", "breast_cancer", "cover", "classes 60", "quantiles", "moons",
-)  # fmt: skip
+    "iris",
+    "diabetes",
+    "friedman",
+    "wine",
+    "classes 20",
+    "breast_cancer",
+    "cover",
+    "classes 60",
+    "quantiles",
+    "moons",
+)
 # What else to change; all start at ratio 1 in every layer.
 CHANGES: dict[str, dict[str, Any] | None] = {
     name: {"ratio": 1.0, **options}
@@ -53,31 +64,42 @@ CHANGES: dict[str, dict[str, Any] | None] = {
 }
 CHANGES_CASES = ("digits MLP", "breast_cancer", "friedman", "classes 20", "quantiles", "moons")
 METHODS: dict[str, dict[str, Any] | None] = {"plain": None, **AMOUNT, **CHANGES}
-# The weights' rate constant, or falling to 0 by a cosine: there the variances' falls with it, or stays.
+# The weights' rate constant, or falling to 0 by a cosine: there the variances' falls with it, or
+# stays.
 SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "AdamW, cosine": {"schedule": "cosine"}}
 WITH_COSINE = ("plain", "default", "ratio 1", "constant rate")
 TASKS_OF = {
-    "plain": (*AMOUNT_CASES, "digits MLP"), "default": (*AMOUNT_CASES, "digits MLP"),
+    "plain": (*AMOUNT_CASES, "digits MLP"),
+    "default": (*AMOUNT_CASES, "digits MLP"),
     "ratio 1": (*AMOUNT_CASES, "digits MLP"),
     **{name: AMOUNT_CASES for name in AMOUNT if name not in ("default", "ratio 1")},
     **{name: CHANGES_CASES for name in CHANGES},
-}  # fmt: skip
+}
 
 
 def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
-            "defaults": DEFAULTS, "task": task, "method": method, "training": training, "seed": seed,
-            "options": METHODS[method], "settings": settings,
+            "defaults": DEFAULTS,
+            "task": task,
+            "method": method,
+            "training": training,
+            "seed": seed,
+            "options": METHODS[method],
+            "settings": settings,
         }
         for seed in range(seeds)
         for task in tasks
         for training, settings in SETTINGS.items()
         for method in methods
         if task in TASKS_OF[method]
-        and (method in WITH_COSINE and task in CHANGES_CASES if settings else method != "constant rate")
+        and (
+            method in WITH_COSINE and task in CHANGES_CASES
+            if settings
+            else method != "constant rate"
+        )
         and not (method == "NLL of the mean" and TASKS[task].regression)
-    ]  # fmt: skip
+    ]
 
 
 def table(rows: dict[str, Any], methods: Iterable[str], cases: Iterable[str]) -> str:
@@ -85,12 +107,19 @@ def table(rows: dict[str, Any], methods: Iterable[str], cases: Iterable[str]) ->
 
     def cell(row: dict[str, Any] | None) -> str:
         marks = {"undecided": "?"}
-        each = [f"{row[s]['minus_plain']:+.1f}{marks.get(row[s]['verdict'], '')}" for s in SCORES] if row else ["-"]
+        each = (
+            [f"{row[s]['minus_plain']:+.1f}{marks.get(row[s]['verdict'], '')}" for s in SCORES]
+            if row
+            else ["-"]
+        )
         return " / ".join(each)
 
     cases = [case for case in cases if case in rows]
     lines = [[method, *(cell(rows[case].get(method)) for case in cases)] for method in methods]
-    return markdown(["", *(case.split(", ")[0] for case in cases)], [line for line in lines if set(line[1:]) != {"-"}])
+    return markdown(
+        ["", *(case.split(", ")[0] for case in cases)],
+        [line for line in lines if set(line[1:]) != {"-"}],
+    )
 
 
 def report(rows: dict[str, Any], methods: list[str]) -> str:
@@ -114,7 +143,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         default=[*AMOUNT_CASES, CHANGES_CASES[0]],
         metavar="TASK",
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--quick", action="store_true", help="one small task, one seed")
@@ -127,7 +158,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "table.md").write_text(text + "\n")
     print(text)
-    print(f"\nclean / pgd / noise minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    print(
+        f"\nclean / pgd / noise minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. "
+        f"Wrote {args.out}"
+    )
     return rows
 
 

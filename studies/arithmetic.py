@@ -1,17 +1,20 @@
-"""Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against six baselines.
+"""Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against
+six baselines.
 
-    python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it was stopped
-    python studies/arithmetic.py --stages LoRA       one of them (the other may run in another process)
-    python studies/arithmetic.py --parts report      tables and figures from the stored results
-    python studies/arithmetic.py --figures           figures alone, from docs/results/arithmetic.json
-    python studies/arithmetic.py --quick             does it run? into out/arithmetic
+    python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it
+    was stopped python studies/arithmetic.py --stages LoRA       one of them (the other may run in
+    another process) python studies/arithmetic.py --parts report      tables and figures from the
+    stored results python studies/arithmetic.py --figures           figures alone, from
+    docs/results/arithmetic.json python studies/arithmetic.py --quick             does it run? into
+    out/arithmetic
 
-Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums modulo 5; tested by
-greedy generation and exact match on chains of 4, and on longer ones than it has seen. Stage LoRA: one epoch of LoRA on
-what that left out, products and chains of up to 6 steps; every method starts from the model that plain training gave.
-Calculations are split into training, validation (where each method's setting is chosen) and test. Writes
-every run into out/arithmetic as it ends; the report writes the tables of docs/results.md, and arithmetic_*.svg and a summary of
-the runs, arithmetic.json, into docs/results.
+Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums
+modulo 5; tested by greedy generation and exact match on chains of 4, and on longer ones than it has
+seen. Stage LoRA: one epoch of LoRA on what that left out, products and chains of up to 6 steps;
+every method starts from the model that plain training gave. Calculations are split into training,
+validation (where each method's setting is chosen) and test. Writes every run into out/arithmetic as
+it ends; the report writes the tables of docs/results.md, and arithmetic_*.svg and a summary of the
+runs, arithmetic.json, into docs/results.
 """
 
 from __future__ import annotations
@@ -47,15 +50,27 @@ from vision_methods import GaussianDropout
 
 import dipkernels as dip
 
-METHODS = ("plain", "plain, equal time", "input noise", "fixed variance", "GaussianDropout", "NEFTune", "DIP")
+METHODS = (
+    "plain",
+    "plain, equal time",
+    "input noise",
+    "fixed variance",
+    "GaussianDropout",
+    "NEFTune",
+    "DIP",
+)
 STAGES = ("scratch", "LoRA")
 DIM, DEPTH, BATCH = 256, 4, 64
-LEARNING_RATES = {"scratch": (1e-3, 2e-3), "LoRA": (6e-3, 1.2e-2)}  # the LoRA stage starts from models of the first
+LEARNING_RATES = {
+    "scratch": (1e-3, 2e-3),
+    "LoRA": (6e-3, 1.2e-2),
+}  # the LoRA stage starts from models of the first
 STEPS = {"scratch": 160, "LoRA": 60}  # of 64 problems each
 LENGTHS = {"scratch": (2, 3, 4), "LoRA": (2, 3, 4, 5, 6)}
 OPERATORS = {"scratch": "+-", "LoRA": "+-*"}
 TESTED = {"scratch": (4, 6, 8, 10), "LoRA": (6, 8, 10, 12)}  # steps
-# Two settings for every method; plain training searches the learning rate that the others then take.
+# Two settings for every method; plain training searches the learning rate that the others then
+# take.
 SEARCH: dict[str, list[dict]] = {
     "input noise": [{"sigma": sigma} for sigma in (0.1, 0.3)],
     "fixed variance": [{"sigma": sigma} for sigma in (0.05, 0.15)],
@@ -65,11 +80,12 @@ SEARCH: dict[str, list[dict]] = {
 }
 VALIDATION_SEED = 100
 
-# ---- methods ---------------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
 class EmbeddingNoise:
-    """Noise on the output of the embedding in training mode: Gaussian of sigma times its spread, or NEFTune's.
+    """Noise on the output of the embedding in training mode: Gaussian of sigma times its spread, or
+    NEFTune's.
 
     NEFTune: uniform in +- strength / sqrt(tokens * features).
     """
@@ -87,7 +103,8 @@ class EmbeddingNoise:
 
 
 def noised_layers(model: nn.Module, stage: str) -> list[str]:
-    """From scratch: every nn.Linear. LoRA: the layers that carry an adapter, noised before base and adapter."""
+    """From scratch: every nn.Linear. LoRA: the layers that carry an adapter, noised before base and
+    adapter."""
     if stage == "LoRA":
         return [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -106,7 +123,9 @@ def with_method(model: nn.Module, config: dict) -> nn.Module:
     elif method == "GaussianDropout":
         GaussianDropout(model, names, config["rate"])
     elif method in ("input noise", "NEFTune"):
-        model.get_input_embeddings().register_forward_hook(EmbeddingNoise(config.get("sigma"), config.get("strength")))
+        model.get_input_embeddings().register_forward_hook(
+            EmbeddingNoise(config.get("sigma"), config.get("strength"))
+        )
     return model
 
 
@@ -120,8 +139,11 @@ def build(config: dict, base: dict[str, Tensor] | None) -> nn.Module:
 
 
 def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None = None) -> float:
-    """config["steps"] steps through the batches, cosine decay after a short rise; returns processor seconds."""
-    optimizer = torch.optim.AdamW(dip.param_groups(model, config["lr"], 0.01), betas=(0.9, 0.98), fused=True)
+    """config["steps"] steps through the batches, cosine decay after a short rise; returns processor
+    seconds."""
+    optimizer = torch.optim.AdamW(
+        dip.param_groups(model, config["lr"], 0.01), betas=(0.9, 0.98), fused=True
+    )
     steps = config["steps"]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], steps, pct_start=0.1
@@ -148,13 +170,14 @@ def sigmas(model: nn.Module) -> dict[str, list[float]]:
     layers = dip.summary(model)
     return {
         row.name.replace("base_model.model.", ""): [
-            round(q, 4) for q in torch.quantile(model.get_submodule(row.name).variance.sigma, points).tolist()
+            round(q, 4)
+            for q in torch.quantile(model.get_submodule(row.name).variance.sigma, points).tolist()
         ]
         for row in layers
     }
 
 
-# ---- the parts -------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 class Study:
@@ -162,15 +185,21 @@ class Study:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.stores = {stage: Store(args.out / f"arithmetic_{stage.lower()}.json") for stage in args.stages}
+        self.stores = {
+            stage: Store(args.out / f"arithmetic_{stage.lower()}.json") for stage in args.stages
+        }
         self.seeds = range(args.seeds)
-        self.size = {"dim": 32, "depth": 1} if args.quick else {"dim": args.dim, "depth": args.depth}
+        self.size = (
+            {"dim": 32, "depth": 1} if args.quick else {"dim": args.dim, "depth": args.depth}
+        )
         self.num_steps = dict.fromkeys(STAGES, 2) if args.quick else STEPS
         self.num_tested = 10 if args.quick else args.tested
         self.search = {
             stage: {
                 method: settings[:1] if args.quick else settings
-                for method, settings in ({"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH).items()
+                for method, settings in (
+                    {"plain": [{"lr": rate} for rate in LEARNING_RATES[stage]]} | SEARCH
+                ).items()
             }
             for stage in args.stages
         }
@@ -178,21 +207,36 @@ class Study:
 
     def data(self, stage: str, seed: int, steps: int | None = None) -> list[dict]:
         """One epoch of the stage; more steps than it has go through new problems."""
-        return task.batches(seed, steps or self.num_steps[stage], BATCH, LENGTHS[stage], OPERATORS[stage])
+        return task.batches(
+            seed, steps or self.num_steps[stage], BATCH, LENGTHS[stage], OPERATORS[stage]
+        )
 
     def config(self, stage: str, method: str, setting: dict, seed: int, part: str) -> dict:
         steps = self.num_steps[stage]
         if method == "plain, equal time":
             steps = round(steps * self.time_ratio(stage))
         name = "plain" if method.startswith("plain") else method
-        shared = {"stage": stage, "method": name, "seed": seed, "part": part, "steps": steps, **self.size}
+        shared = {
+            "stage": stage,
+            "method": name,
+            "seed": seed,
+            "part": part,
+            "steps": steps,
+            **self.size,
+        }
         return shared | {"batch": BATCH, "tested": self.num_tested} | setting
 
     def base_of(self, seed: int) -> dict[str, Tensor]:
-        """The model that plain training from scratch gave; kept beside the results that git ignores."""
+        """The model that plain training from scratch gave; kept beside the results that git
+        ignores."""
         if seed not in self.base:
-            config = self.config("scratch", "plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test")
-            path = self.args.models / f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
+            config = self.config(
+                "scratch", "plain", {"lr": LEARNING_RATES["scratch"][0]}, seed, "test"
+            )
+            path = (
+                self.args.models
+                / f"base_{config['dim']}x{config['depth']}_{config['steps']}_{seed}.pt"
+            )
             if not path.exists():
                 model = build(config, None)
                 train(model, config, self.data("scratch", seed, config["steps"]))
@@ -223,29 +267,40 @@ class Study:
         return result
 
     def time_ratio(self, stage: str) -> float:
-        """Processor time of a DIP step over that of a plain step: median over interleaved rounds."""
+        """Processor time of a DIP step over that of a plain step: median over interleaved
+        rounds."""
 
         def make() -> float:
             data, rounds = self.data(stage, 0, 1), 3 if self.args.quick else 15
             shared = {"stage": stage, "seed": 0, "lr": 1e-3, "steps": 1, **self.size}
             base = task.llama(**self.size).state_dict()
-            configs = [shared | {"method": "plain"}, shared | {"method": "DIP", "sigma": 0.1, "alpha": 0.01}]
+            configs = [
+                shared | {"method": "plain"},
+                shared | {"method": "DIP", "sigma": 0.1, "alpha": 0.01},
+            ]
             models = [build(config, base) for config in configs]
             ratios = [
-                [train(model, config, data) for model, config in zip(models, configs)] for _ in range(rounds + 2)
+                [train(model, config, data) for model, config in zip(models, configs)]
+                for _ in range(rounds + 2)
             ][2:]
             return round(statistics.median(dip_step / plain for plain, dip_step in ratios), 2)
 
         return self.stores[stage].value("DIP step over plain step", make)
 
     def tune(self, bar: tqdm) -> None:
-        """Choose every method's setting by the mean exact match over all lengths on validation problems."""
+        """Choose every method's setting by the mean exact match over all lengths on validation
+        problems."""
         for stage in self.args.stages:
             chosen, trials = {}, {}
             for method, settings in self.search[stage].items():
                 shared = chosen.get("plain", {})
-                configs = [self.config(stage, method, shared | setting, VALIDATION_SEED, "val") for setting in settings]
-                trials[method] = [(overall(self.run(c, bar)), setting) for c, setting in zip(configs, settings)]
+                configs = [
+                    self.config(stage, method, shared | setting, VALIDATION_SEED, "val")
+                    for setting in settings
+                ]
+                trials[method] = [
+                    (overall(self.run(c, bar)), setting) for c, setting in zip(configs, settings)
+                ]
                 chosen[method] = max(trials[method], key=lambda pair: pair[0])[1]
             self.stores[stage].values |= {"chosen": chosen, "search": trials}
             self.stores[stage].save()
@@ -253,9 +308,13 @@ class Study:
     def test(self, stage: str, method: str, bar: tqdm) -> list[dict]:
         settings = self.stores[stage].values.get("chosen")
         if settings is None:
-            raise NotStored(f"--parts: no settings chosen yet for the stage {stage}; run the part tune first")
+            raise NotStored(
+                f"--parts: no settings chosen yet for the stage {stage}; run the part tune first"
+            )
         setting = settings["plain"] | ({} if method.startswith("plain") else settings[method])
-        return [self.run(self.config(stage, method, setting, seed, "test"), bar) for seed in self.seeds]
+        return [
+            self.run(self.config(stage, method, setting, seed, "test"), bar) for seed in self.seeds
+        ]
 
     def main(self, bar: tqdm) -> None:
         for stage in self.args.stages:
@@ -267,7 +326,7 @@ def overall(result: dict) -> float:
     return round(statistics.fmean(score["answer"] for score in result["scores"].values()), 2)
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def main_table(study: Study, stage: str, bar: tqdm) -> str:
@@ -284,15 +343,19 @@ def main_table(study: Study, stage: str, bar: tqdm) -> str:
         rows.append([method, *cells, f"**{mean}**" if method == best else mean, whole, seconds])
     settings = study.stores[stage].values["chosen"]
     chosen = "; ".join(
-        f"{m} " + ", ".join(f"{k} {v:g}" for k, v in sorted(s.items())) for m, s in sorted(settings.items())
+        f"{m} " + ", ".join(f"{k} {v:g}" for k, v in sorted(s.items()))
+        for m, s in sorted(settings.items())
     )
     runs = study.stores[stage].runs
     text = table(["method", *heads, "mean", "all steps right", "CPU s"], rows)
     return (
-        f"Exact match of the final answer, %, {study.num_tested} problems for each length, {len(study.seeds)} seed(s), "
-        f"mean ± standard deviation; the best mean in bold. {results['plain'][0]['parameters']:,} parameters, "
+        f"Exact match of the final answer, %, {study.num_tested} problems for each length, "
+        f"{len(study.seeds)} seed(s), "
+        f"mean ± standard deviation; the best mean in bold. {results['plain'][0]['parameters']:,} "
+        "parameters, "
         f"{study.config(stage, 'plain', {}, 0, 'test')['steps']} steps of {BATCH} problems. "
-        f"Chosen on validation problems: {chosen}. A DIP step costs {study.time_ratio(stage)} plain steps."
+        f"Chosen on validation problems: {chosen}. A DIP step costs {study.time_ratio(stage)} "
+        "plain steps."
         f"\n\n{text}\n\n"
         f"{environment_line(run['environment'] for run in runs)}; {len(runs)} runs, "
         f"{sum(run['result']['train_cpu_seconds'] for run in runs):.0f} s of training."
@@ -308,7 +371,11 @@ def search_table(study: Study) -> str:
                 for score, setting in trials
             ]
             rows.append([stage, method, "; ".join(cells)])
-    return table(["stage", "method", "setting: mean exact match on validation problems"], rows) if rows else ""
+    return (
+        table(["stage", "method", "setting: mean exact match on validation problems"], rows)
+        if rows
+        else ""
+    )
 
 
 def plots(folder: Path) -> None:
@@ -320,19 +387,32 @@ def plots(folder: Path) -> None:
             fig, axes = figures.panels(height=4.2)
             for method, run in found.items():
                 lengths = [int(length) for length in run["scores"]]
-                draw_curve(axes[0, 0], method, lengths, [scores["answer"] for scores in run["scores"].values()])
-            axes[0, 0].axvline(max(LENGTHS[stage]) + 0.5, color=figures.GRID, label="longer than in training", zorder=1)
+                draw_curve(
+                    axes[0, 0],
+                    method,
+                    lengths,
+                    [scores["answer"] for scores in run["scores"].values()],
+                )
+            axes[0, 0].axvline(
+                max(LENGTHS[stage]) + 0.5,
+                color=figures.GRID,
+                label="longer than in training",
+                zorder=1,
+            )
             axes[0, 0].set(title=f"{stage}: exact match, %", xlabel="steps of the problem")
             figures.legend(fig, axes[0, 0])
             figures.save(fig, folder / f"arithmetic_{stage.lower()}.svg")
 
 
 def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
-    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is said."""
+    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
+    said."""
     for store in study.stores.values():
         store.makes = False
     whole = [
-        write_table(page, f"arithmetic-{stage.lower()}", lambda stage=stage: main_table(study, stage, bar))
+        write_table(
+            page, f"arithmetic-{stage.lower()}", lambda stage=stage: main_table(study, stage, bar)
+        )
         for stage in study.args.stages
     ]
     if set(study.args.stages) == set(STAGES):
@@ -344,19 +424,38 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=("tune", "main", "report"), default=["tune", "main", "report"])
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("tune", "main", "report"), default=["tune", "main", "report"]
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages (both)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument("--dim", type=int, default=DIM, help=f"width of the Llama ({DIM})")
     parser.add_argument("--depth", type=int, default=DEPTH, help=f"layers of the Llama ({DEPTH})")
-    parser.add_argument("--tested", type=int, default=200, help="problems of each length to test on (200)")
-    parser.add_argument("--threads", type=int, default=1, help="threads (1)")
-    parser.add_argument("--out", type=Path, default=Path("out/arithmetic"), help="folder of the runs (out/arithmetic)")
-    parser.add_argument("--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models")
-    parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
-    parser.add_argument("--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?")
     parser.add_argument(
-        "--figures", action="store_true", help="no more than the figures, from docs/results/arithmetic.json"
+        "--tested", type=int, default=200, help="problems of each length to test on (200)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads (1)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/arithmetic"),
+        help="folder of the runs (out/arithmetic)",
+    )
+    parser.add_argument(
+        "--models", type=Path, default=Path("out/arithmetic"), help="folder of stage 1's models"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, a tiny model, few steps: does it run?"
+    )
+    parser.add_argument(
+        "--figures",
+        action="store_true",
+        help="no more than the figures, from docs/results/arithmetic.json",
     )
     args = parser.parse_args(arguments)
     if args.figures:
@@ -374,7 +473,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     study = Study(args)
-    total = sum(len(s) for search in study.search.values() for s in search.values()) * ("tune" in args.parts)
+    total = sum(len(s) for search in study.search.values() for s in search.values()) * (
+        "tune" in args.parts
+    )
     total += len(args.stages) * len(METHODS) * len(study.seeds) * ("main" in args.parts)
     with tqdm(total=total or None, unit="run", dynamic_ncols=True) as bar:
         for part in ("tune", "main"):

@@ -1,4 +1,5 @@
-"""The task of studies/arithmetic.py: chains of sums modulo 5, their tokens, a Llama, exact match."""
+"""The task of studies/arithmetic.py: chains of sums modulo 5, their tokens, a Llama, exact
+match."""
 
 from __future__ import annotations
 
@@ -17,14 +18,16 @@ VOCABULARY = [" ", ";", ":", *DIGITS]
 VOCABULARY += [mark + digit for mark in "=+-*" for digit in DIGITS]
 TOKEN = {text: number for number, text in enumerate(VOCABULARY)}
 IGNORED = -100  # label of a token that the loss does not count
-LAST_POSITION = 24  # chains start anywhere below, so that a longer chain meets no position that training has not
+# chains start anywhere below, so that a longer chain meets no position that training has not
+LAST_POSITION = 24
 
-# ---- problems --------------------------------------------------------------------------------------------------------
+# ---- problems ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`4 +3 -1 :` and its worked steps `=4 =2 =1 ;`, the running total modulo 5; one string for each token."""
+    """`4 +3 -1 :` and its worked steps `=4 =2 =1 ;`, the running total modulo 5; one string for
+    each token."""
 
     prompt: list[str]
     solution: list[str]
@@ -66,13 +69,15 @@ def encode(tokens: list[str]) -> list[int]:
 
 
 def positions(steps: int, first: int) -> list[int]:
-    """A worked step has the position of the step it works out, so that attention finds it by distance."""
+    """A worked step has the position of the step it works out, so that attention finds it by
+    distance."""
     chain = [first + i for i in range(steps + 1)]
     return [*chain, first - 1, *chain, first + steps + 1]
 
 
 def batch_of(chosen: list[Problem], rng: random.Random) -> dict[str, Tensor]:
-    """Problems of one number of steps as the model takes them; the loss counts the worked steps only."""
+    """Problems of one number of steps as the model takes them; the loss counts the worked steps
+    only."""
     steps = chosen[0].steps
     tokens = torch.tensor([encode(one.prompt + one.solution) for one in chosen])
     labels = tokens.clone()
@@ -83,7 +88,9 @@ def batch_of(chosen: list[Problem], rng: random.Random) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "position_ids": places, "labels": labels}
 
 
-def batches(seed: int, count: int, batch: int, lengths: tuple[int, ...], operators: str) -> list[dict[str, Tensor]]:
+def batches(
+    seed: int, count: int, batch: int, lengths: tuple[int, ...], operators: str
+) -> list[dict[str, Tensor]]:
     """count batches of training problems, each of one number of steps, in random order."""
     rng = random.Random(seed)
     counts = [rng.choice(lengths) for _ in range(count)]
@@ -91,7 +98,7 @@ def batches(seed: int, count: int, batch: int, lengths: tuple[int, ...], operato
     return [batch_of([stock[n].pop() for _ in range(batch)], rng) for n in counts]
 
 
-# ---- model and test --------------------------------------------------------------------------------------------------
+# ---- model and test ------------------------------------------------------------------------------
 
 
 def llama(dim: int, depth: int, heads: int = 4) -> LlamaForCausalLM:
@@ -116,7 +123,8 @@ def llama(dim: int, depth: int, heads: int = 4) -> LlamaForCausalLM:
 def exact_match(model, chosen: list[Problem]) -> dict[str, float]:
     """Greedy generation, in %: right final answers, and solutions with every step right.
 
-    The problems must be of one number of steps. The loop is its own because generate() counts positions on.
+    The problems must be of one number of steps. The loop is its own because generate() counts
+    positions on.
     """
     model.eval()
     batch = batch_of(chosen, random.Random(0))
@@ -126,10 +134,19 @@ def exact_match(model, chosen: list[Problem]) -> dict[str, float]:
     for end in range(prompt, batch["input_ids"].shape[1]):
         places = batch["position_ids"][:, end - last.shape[1] : end]
         mask = batch["attention_mask"][:, :end]
-        out = model(input_ids=last, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+        out = model(
+            input_ids=last,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+        )
         cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
         found.append(last)
     right = torch.cat(found, 1) == wanted
     # The answer counts when the chain also ends where it should.
     answers, solutions = right[:, -2:].all(1), right.all(1)
-    return {"answer": 100 * answers.double().mean().item(), "solution": 100 * solutions.double().mean().item()}
+    return {
+        "answer": 100 * answers.double().mean().item(),
+        "solution": 100 * solutions.double().mean().item(),
+    }

@@ -1,7 +1,9 @@
-"""Attacks that count: AutoAttack, PGD with restarts, attacks through the noise, and certified accuracy.
+"""Attacks that count: AutoAttack, PGD with restarts, attacks through the noise, and certified
+accuracy.
 
-    python studies/attacks.py           writes out/studies/attacks/{summary.json,table.md,attacks.png}
-    python studies/attacks.py --quick   digits, one seed, few steps: does it run?
+    python studies/attacks.py           writes
+    out/studies/attacks/{summary.json,table.md,attacks.png} python studies/attacks.py --quick
+    digits, one seed, few steps: does it run?
 
 All but the last two columns attack the deterministic forward. k = 8 is the prediction of eight
 noisy passes, attacked by PGD on the loss averaged over fresh draws in every step (expectation over
@@ -48,7 +50,8 @@ def correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, draws: int = 0) -> Tensor:
-    """One start; with draws > 0 the gradient is the mean over that many noisy passes, fresh in every step."""
+    """One start; with draws > 0 the gradient is the mean over that many noisy passes, fresh in
+    every step."""
     adversarial = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
     for _ in range(steps):
         adversarial.requires_grad_(True)
@@ -66,7 +69,8 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, draws: i
 
 @contextlib.contextmanager
 def noisy(model: nn.Module) -> Iterator[None]:
-    """Training mode, in which the noise is on; the bench's networks have no dropout or BatchNorm."""
+    """Training mode, in which the noise is on; the bench's networks have no dropout or
+    BatchNorm."""
     model.train()
     try:
         yield
@@ -119,7 +123,14 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 
 def study(task: str, out: Path, seeds: int, quick: bool, workers: int) -> dict[str, Any]:
     keys = [
-        {"task": task, "method": m, "seed": s, "options": o, "strengths": CASES[task], "quick": quick}
+        {
+            "task": task,
+            "method": m,
+            "seed": s,
+            "options": o,
+            "strengths": CASES[task],
+            "quick": quick,
+        }
         for m, o in METHODS.items()
         for s in range(seeds)
     ]
@@ -151,7 +162,14 @@ def table(results: dict[str, Any]) -> str:
             for method, row in rows.items():
                 cell = row.get(score)
                 text = "-" if cell is None else f"{cell['mean']:.1f}"
-                cells.append(text + (f" ({cell['text']})" if cell and "text" in cell and method != "plain" else ""))
+                cells.append(
+                    text
+                    + (
+                        f" ({cell['text']})"
+                        if cell and "text" in cell and method != "plain"
+                        else ""
+                    )
+                )
             lines.append([score, *cells])
         tables.append(f"{task}\n\n" + markdown(["", *rows], lines))
     return "\n\n".join(tables)
@@ -161,14 +179,23 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(results), 4), layout="constrained")
-    for axis, (task, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    for axis, (task, rows) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
         for i, (method, row) in enumerate(rows.items()):
             for kind, style in (("PGD-50 x 5", "o-"), ("AutoAttack", "x")):
                 shown = {0.0: row["clean"]["mean"]} if kind != "AutoAttack" else {}
-                shown |= {float(n.split(", ")[1]): v["mean"] for n, v in row.items() if n.startswith(kind)}
+                shown |= {
+                    float(n.split(", ")[1]): v["mean"] for n, v in row.items() if n.startswith(kind)
+                }
                 if shown:
-                    axis.plot(list(shown), list(shown.values()), style, color=f"C{i}",
-                              label=f"{method}, {kind}")  # fmt: skip
+                    axis.plot(
+                        list(shown),
+                        list(shown.values()),
+                        style,
+                        color=f"C{i}",
+                        label=f"{method}, {kind}",
+                    )
         axis.set(title=task, xlabel="strength, L-infinity", ylabel="accuracy, %")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
@@ -185,13 +212,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.quick:
         args.tasks, args.seeds = ["digits MLP"], 1
-    results = {task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks}
+    results = {
+        task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks
+    }
     text = table(results)
     (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "table.md").write_text(text + "\n")
     plot(results, args.out / "attacks.png")
     print(text)
-    print(f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    print(
+        f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
+        f"{args.out}"
+    )
     return results
 
 

@@ -1,8 +1,10 @@
-"""Where the defaults of calibrate, objective and param_groups come from: a bench of seventeen small tasks.
+"""Where the defaults of calibrate, objective and param_groups come from: a bench of seventeen small
+tasks.
 
-    python studies/defaults.py              writes out/studies/defaults/{summary.json,table.md,ratio_*.svg}
-    python studies/defaults.py --figures    the figures of docs/, from docs/results/ratio.json and docs/results_defaults.md
-    python studies/defaults.py --quick      two small tasks, one seed: does it run?
+    python studies/defaults.py              writes
+    out/studies/defaults/{summary.json,table.md,ratio_*.svg} python studies/defaults.py --figures
+    the figures of docs/, from docs/results/ratio.json and docs/results_defaults.md python
+    studies/defaults.py --quick      two small tasks, one seed: does it run?
 
 Each method trains the same weights on the same batches as plain training does, and all is scored
 on the plain forward: clean accuracy, PGD and input noise at strengths that hurt plain training a
@@ -61,7 +63,9 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return evaluate(task, data, model, seed) | {"kept": kept(model)}
 
 
-def keys(tasks: list[str], methods: list[str], trainings: list[str], seeds: int) -> list[dict[str, Any]]:
+def keys(
+    tasks: list[str], methods: list[str], trainings: list[str], seeds: int
+) -> list[dict[str, Any]]:
     return [
         {
             "defaults": DEFAULTS,
@@ -92,9 +96,12 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
             difference = [r[name] - p for r, p in zip(runs, plain, strict=True)]
             mean, half = interval(difference)
             row[name] = {
-                "mean": statistics.fmean(r[name] for r in runs), "minus_plain": mean,
-                "half_width": half if len(runs) > 1 else None, "verdict": verdict(difference), "text": signed(difference),
-            }  # fmt: skip
+                "mean": statistics.fmean(r[name] for r in runs),
+                "minus_plain": mean,
+                "half_width": half if len(runs) > 1 else None,
+                "verdict": verdict(difference),
+                "text": signed(difference),
+            }
         rows.setdefault(f"{task}, {training}", {})[method] = row
     return rows
 
@@ -106,24 +113,40 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
         for method in methods:
             if method in by_method:
                 row = by_method[method]
-                cells = [f"{row[s]['mean']:.1f}" if method == "plain" else row[s]["text"] for s in SCORES]
+                cells = [
+                    f"{row[s]['mean']:.1f}" if method == "plain" else row[s]["text"] for s in SCORES
+                ]
                 lines.append([case, method, *cells, " ".join(f"{k:.2f}" for k in row["kept"][:4])])
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 
 
 def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
-    """Score against the ratio of a fixed sigma, beside the recipe and plain training: one SVG for each task."""
-    cases = {case: m for case, m in rows.items() if {"default", *(f"fixed {r:g}" for r in FIXED)} <= set(m)}
+    """Score against the ratio of a fixed sigma, beside the recipe and plain training: one SVG for
+    each task."""
+    cases = {
+        case: m
+        for case, m in rows.items()
+        if {"default", *(f"fixed {r:g}" for r in FIXED)} <= set(m)
+    }
     for case, methods in cases.items():
         with figures.style():
             figure, axes = figures.panels(height=4.0)
             axis = axes[0, 0]
             for score, color, marker in zip(SCORES, figures.ORDER, "os^"):
                 means = [methods[f"fixed {ratio:g}"][score]["mean"] for ratio in FIXED]
-                axis.plot(FIXED, means, "-", marker=marker, color=color, label=f"{score}: fixed sigma")
+                axis.plot(
+                    FIXED, means, "-", marker=marker, color=color, label=f"{score}: fixed sigma"
+                )
                 for method, dash, name in (("default", "--", "recipe"), ("plain", ":", "plain")):
-                    axis.axhline(methods[method][score]["mean"], color=color, ls=dash, label=f"{score}: {name}")
-            axis.set(xscale="log", xlabel="fixed sigma / spread of the input", title=f"{case}: score, %")
+                    axis.axhline(
+                        methods[method][score]["mean"],
+                        color=color,
+                        ls=dash,
+                        label=f"{score}: {name}",
+                    )
+            axis.set(
+                xscale="log", xlabel="fixed sigma / spread of the input", title=f"{case}: score, %"
+            )
             axis.set_xticks(FIXED, [f"{ratio:g}" for ratio in FIXED])
             axis.minorticks_off()
             figures.legend(figure, axis)
@@ -131,7 +154,8 @@ def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
 
 
 def plot_gains(table: str, folder: Path) -> None:
-    """What the recipe and a fixed sigma gain over plain training by AdamW, from the table that this study prints."""
+    """What the recipe and a fixed sigma gain over plain training by AdamW, from the table that this
+    study prints."""
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
     gains: dict[str, dict[str, list[str]]] = {}
     for case, method, *scores in (row for row in rows if row[0].endswith(", AdamW")):
@@ -150,11 +174,23 @@ def plot_gains(table: str, folder: Path) -> None:
                     mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
                     shown = max(float(mean), least)
                     axis.errorbar(
-                        shown, shift - i, xerr=float(half or 0) if shown > least else 0, fmt=marker, color=color,
-                        capsize=2, elinewidth=1, label=label if i == 0 else None,
-                    )  # fmt: skip
+                        shown,
+                        shift - i,
+                        xerr=float(half or 0) if shown > least else 0,
+                        fmt=marker,
+                        color=color,
+                        capsize=2,
+                        elinewidth=1,
+                        label=label if i == 0 else None,
+                    )
                     if shown > float(mean):
-                        axis.annotate(mean, (shown, shift - i), (6, -3), textcoords="offset points", fontsize=8)
+                        axis.annotate(
+                            mean,
+                            (shown, shift - i),
+                            (6, -3),
+                            textcoords="offset points",
+                            fontsize=8,
+                        )
             axis.axvline(0, color=figures.FOREGROUND, linewidth=1)
             axis.set_yticks([-i for i in range(len(tasks))], tasks)
             words = {"clean": "on clean data", "pgd": "under attack (PGD)"}
@@ -167,20 +203,32 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/defaults"))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD"
+    )
+    parser.add_argument(
+        "--trainings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TRAINING"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--stored", action="store_true", help="run nothing: report what is stored")
-    parser.add_argument("--quick", action="store_true", help="two small tasks, one seed, few methods")
-    parser.add_argument("--figures", action="store_true", help="no more than docs/assets, from what docs/ has")
+    parser.add_argument(
+        "--quick", action="store_true", help="two small tasks, one seed, few methods"
+    )
+    parser.add_argument(
+        "--figures", action="store_true", help="no more than docs/assets, from what docs/ has"
+    )
     args = parser.parse_args(arguments)
     if args.figures:
         plot_ratio(json.loads((DOCS / "results" / "ratio.json").read_text()), DOCS / "assets")
         plot_gains((DOCS / "results_defaults.md").read_text(encoding="utf-8"), DOCS / "assets")
         return {}
     if args.quick:
-        args.tasks, args.methods, args.seeds = ["iris", "diabetes"], ["plain", "default", "fixed 1"], 1
+        args.tasks, args.methods, args.seeds = (
+            ["iris", "diabetes"],
+            ["plain", "default", "fixed 1"],
+            1,
+        )
     methods = list(dict.fromkeys(["plain", *args.methods]))
     asked = keys(args.tasks, methods, args.trainings, args.seeds)
     rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
@@ -190,7 +238,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     plot_ratio(rows, args.out)
     print(text)
     print(
-        f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}/summary.json"
+        f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
+        f"{args.out}/summary.json"
     )
     return rows
 

@@ -1,11 +1,14 @@
-"""Beyond the training data: engression's own simulators y = g(x + noise), squared loss and energy score, plain and DIP.
+"""Beyond the training data: engression's own simulators y = g(x + noise), squared loss and energy
+score, plain and DIP.
 
-    python studies/extrapolation.py           writes out/studies/extrapolation/{summary.json,table.md,extrapolation.png}
-    python studies/extrapolation.py --quick   one function, two seeds, few steps: does it run?
+    python studies/extrapolation.py           writes
+    out/studies/extrapolation/{summary.json,table.md,extrapolation.png} python
+    studies/extrapolation.py --quick   one function, two seeds, few steps: does it run?
 
-Trained on x up to 2, scored on 2 .. 4 (outside) and below 2 (inside): root mean square distance of the predicted median
-and mean to the true ones. Needs engression (pip install --no-deps engression), whose own estimator with the settings of its
-documentation is the reference. About ten minutes of one core.
+Trained on x up to 2, scored on 2 .. 4 (outside) and below 2 (inside): root mean square distance of
+the predicted median and mean to the true ones. Needs engression (pip install --no-deps engression),
+whose own estimator with the settings of its documentation is the reference. About ten minutes of
+one core.
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ from training import energy
 
 import dipkernels as dip
 
-CASES = {"softplus": -2.0, "square": 0.0, "cubic": -2.0, "log": 0.0}  # the lower end of the training data
+CASES = {
+    "softplus": -2.0,
+    "square": 0.0,
+    "cubic": -2.0,
+    "log": 0.0,
+}  # the lower end of the training data
 UPPER, OUTSIDE = 2.0, 4.0
 COUNT, STEPS, BATCH, M, DRAWS = 1000, 1500, 200, 4, 200
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,7 +51,9 @@ def fitted(x: Tensor, y: Tensor, options: dict[str, Any], steps: int) -> nn.Modu
     """An MLP of two hidden layers of 100, standardised outside of it."""
     model = mlp(1, 100, 100, 1)()
     if "dip" in options:
-        dip.convert(model, filter=(lambda module, name: name == "0") if "input" in options else None)
+        dip.convert(
+            model, filter=(lambda module, name: name == "0") if "input" in options else None
+        )
         dip.calibrate(model, [x])
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
     kl = {"kl": options["kl"]} if "kl" in options else {}
@@ -72,11 +82,16 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     x, y = preanm_simulator(key["function"], COUNT, CASES[key["function"]], UPPER)
     truth = {
         name: preanm_simulator(key["function"], 40, low, high, train=False)
-        for name, (low, high) in {"inside": (CASES[key["function"]], UPPER), "outside": (UPPER, OUTSIDE)}.items()
+        for name, (low, high) in {
+            "inside": (CASES[key["function"]], UPPER),
+            "outside": (UPPER, OUTSIDE),
+        }.items()
     }
     torch.manual_seed(1000 + seed)
     if "package" in options:
-        model = engression(x, y, lr=0.01, num_epochs=max(1, 500 * steps // STEPS), batch_size=COUNT, verbose=False)
+        model = engression(
+            x, y, lr=0.01, num_epochs=max(1, 500 * steps // STEPS), batch_size=COUNT, verbose=False
+        )
         drawn = {name: model.sample(at, DRAWS)[:, 0].T for name, (at, _, _) in truth.items()}
     else:
         centre, scale, mean, std = x.mean(), x.std(), y.mean(), y.std()
@@ -88,7 +103,9 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
         }
     result = {}
     for name, (_, median, mean) in truth.items():
-        result[f"median {name}"] = (drawn[name].median(0).values - median[:, 0]).square().mean().sqrt().item()
+        result[f"median {name}"] = (
+            (drawn[name].median(0).values - median[:, 0]).square().mean().sqrt().item()
+        )
         result[f"mean {name}"] = (drawn[name].mean(0) - mean[:, 0]).square().mean().sqrt().item()
     return result
 
@@ -100,12 +117,17 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
         each = [r for k, r in runs.items() if k[:2] == (function, method)]
         row: dict[str, Any] = {}
         for score in SCORES:
-            difference = [r[score] - runs[function, "plain, squared", r["seed"]][score] for r in each]
+            difference = [
+                r[score] - runs[function, "plain, squared", r["seed"]][score] for r in each
+            ]
             mean, half = interval(difference)
             row[score] = {
-                "mean": statistics.fmean(r[score] for r in each), "minus_plain": mean, "half_width": half,
-                "verdict": verdict([-d for d in difference]), "text": signed(difference, 2),
-            }  # fmt: skip
+                "mean": statistics.fmean(r[score] for r in each),
+                "minus_plain": mean,
+                "half_width": half,
+                "verdict": verdict([-d for d in difference]),
+                "text": signed(difference, 2),
+            }
         rows.setdefault(function, {})[method] = row
     return rows
 
@@ -115,7 +137,9 @@ def table(rows: dict[str, Any]) -> str:
     for function, methods in rows.items():
         for method, row in methods.items():
             bare = method == "plain, squared"
-            cells = [f"{row[s]['mean']:.2f}" + ("" if bare else f" ({row[s]['text']})") for s in SCORES]
+            cells = [
+                f"{row[s]['mean']:.2f}" + ("" if bare else f" ({row[s]['text']})") for s in SCORES
+            ]
             lines.append([function, method, *cells])
     return markdown(["g", "method", *SCORES], lines)
 
@@ -147,7 +171,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.quick:
         args.functions, args.seeds = ["softplus"], 2
     keys = [
-        {"function": g, "method": method, "seed": seed, "options": options, "steps": 20 if args.quick else STEPS}
+        {
+            "function": g,
+            "method": method,
+            "seed": seed,
+            "options": options,
+            "steps": 20 if args.quick else STEPS,
+        }
         for seed in range(args.seeds)
         for g in args.functions
         for method, options in METHODS.items()
@@ -158,7 +188,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (args.out / "table.md").write_text(text + "\n")
     plot(rows, args.out / "extrapolation.png")
     print(text)
-    print(f"\nIn brackets: minus plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote {args.out}")
+    print(
+        f"\nIn brackets: minus plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
+        f"{args.out}"
+    )
     return rows
 
 

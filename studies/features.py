@@ -1,7 +1,9 @@
-"""Irrelevant and unequal features: learned variances against isotropic, per-feature, frozen, shuffled and levelled ones.
+"""Irrelevant and unequal features: learned variances against isotropic, per-feature, frozen,
+shuffled and levelled ones.
 
-    python studies/features.py           writes out/studies/features/{summary.json,table.md,features.png}
-    python studies/features.py --quick   one small task, two seeds: does it run?
+    python studies/features.py           writes
+    out/studies/features/{summary.json,table.md,features.png} python studies/features.py --quick
+    one small task, two seeds: does it run?
 
 Every method has the same number of settings to choose from, tried on validation data that is no
 part of training or test. frozen, shuffled and levelled train anew with fixed variances that take
@@ -32,7 +34,9 @@ CASES = ("breast_cancer", "wine", "diabetes", "friedman", "classes 60", "classes
 SEARCH: dict[str, list[dict[str, Any]]] = {
     "learned": [{"ratio": r, "kl": w} for r in (0.6, 1.0) for w in (0.1, 0.2, 1.0)],
     "isotropic": [{"ratio": r, "fixed": True} for r in (0.15, 0.3, 0.6, 0.8, 1.0, 1.5)],
-    "per feature": [{"ratio": r, "fixed": True, "per": "feature"} for r in (0.15, 0.3, 0.6, 0.8, 1.0, 1.5)],
+    "per feature": [
+        {"ratio": r, "fixed": True, "per": "feature"} for r in (0.15, 0.3, 0.6, 0.8, 1.0, 1.5)
+    ],
 }
 PROFILES = ("frozen", "shuffled", "levelled")  # of the chosen learned setting
 METHODS = ("plain", *SEARCH, *PROFILES)
@@ -42,15 +46,23 @@ SCORES = ("clean", "pgd", "noise")
 def validation(task: Task, data: Split) -> tuple[Task, Split]:
     """The last quarter of the training part in the test part's place."""
     cut = len(data.x) * 3 // 4
-    return dataclasses.replace(task, train=cut), Split(data.x[:cut], data.y[:cut], data.x[cut:], data.y[cut:])
+    return dataclasses.replace(task, train=cut), Split(
+        data.x[:cut], data.y[:cut], data.x[cut:], data.y[cut:]
+    )
 
 
 def profile_of(model: nn.Module, kind: str, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    learned = {name: layer.log_variance.detach().clone() for name, layer in dip_layers(model).items()}
+    learned = {
+        name: layer.log_variance.detach().clone() for name, layer in dip_layers(model).items()
+    }
     if kind == "shuffled":
         return {name: v[torch.randperm(len(v), generator=generator)] for name, v in learned.items()}
-    return {name: v.mean().expand_as(v) for name, v in learned.items()} if kind == "levelled" else learned
+    return (
+        {name: v.mean().expand_as(v) for name, v in learned.items()}
+        if kind == "levelled"
+        else learned
+    )
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
@@ -107,9 +119,12 @@ def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
             difference = [a - v for a, v in zip(against, values, strict=True)]
             mean, half = interval(difference)
             rows[method][score] = {
-                "mean": statistics.fmean(values), "learned_minus": mean, "half_width": half,
-                "verdict": verdict(difference), "text": signed(difference),
-            }  # fmt: skip
+                "mean": statistics.fmean(values),
+                "learned_minus": mean,
+                "half_width": half,
+                "verdict": verdict(difference),
+                "text": signed(difference),
+            }
     return rows
 
 
@@ -117,10 +132,17 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     for task, rows in results.items():
         for method, row in rows.items():
-            cells = [f"{row[s]['mean']:.1f} ({'-' if method == 'learned' else row[s]['text']})" for s in SCORES]
-            options = ", ".join(f"{k} {v}" for k, v in (row["options"] or {}).items() if k not in ("fixed", "per"))
+            cells = [
+                f"{row[s]['mean']:.1f} ({'-' if method == 'learned' else row[s]['text']})"
+                for s in SCORES
+            ]
+            options = ", ".join(
+                f"{k} {v}" for k, v in (row["options"] or {}).items() if k not in ("fixed", "per")
+            )
             lines.append([task, method, *cells, options])
-    return markdown(["task", "method", *(f"{s} (learned minus it)" for s in SCORES), "chosen"], lines)
+    return markdown(
+        ["task", "method", *(f"{s} (learned minus it)" for s in SCORES), "chosen"], lines
+    )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -37,7 +37,9 @@ def run(
         return [json.loads(file.read_text()) for file in files if file.exists()]
     missing = {file: key for file, key in zip(files, keys, strict=True) if not file.exists()}
     (out / "parts").mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(keys), initial=len(keys) - len(missing), unit="part", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(keys), initial=len(keys) - len(missing), unit="part", dynamic_ncols=True
+    ) as bar:
         if workers > 1 and len(missing) > 1:
             with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
                 jobs = {pool.submit(part, key): (file, key) for file, key in missing.items()}
@@ -46,7 +48,9 @@ def run(
                     bar.update()
         else:
             for file, key in missing.items():
-                bar.set_description(" ".join(value for value in key.values() if isinstance(value, str)))
+                bar.set_description(
+                    " ".join(value for value in key.values() if isinstance(value, str))
+                )
                 _write(file, {**key, **part(key)})
                 bar.update()
     return [json.loads(file.read_text()) for file in files]

@@ -1,4 +1,5 @@
-"""What the studies of docs/results.md share on paper: environment, mean and spread, stored runs, tables of a page, summaries."""
+"""What the studies of docs/results.md share on paper: environment, mean and spread, stored runs,
+tables of a page, summaries."""
 
 from __future__ import annotations
 
@@ -50,7 +51,10 @@ def _processor() -> str:
 
 def environment_line(environments: Iterable[dict]) -> str:
     """One line for a table; several where its runs were made under different ones."""
-    lines = {", ".join(f"{key} {value}" for key, value in env.items()).replace("machine ", "") for env in environments}
+    lines = {
+        ", ".join(f"{key} {value}" for key, value in env.items()).replace("machine ", "")
+        for env in environments
+    }
     return "; ".join(sorted(lines))
 
 
@@ -70,20 +74,29 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_section(page: Path, marker: str, text: str) -> None:
-    """Replace what stands between `<!-- begin MARKER -->` and `<!-- end MARKER -->` of the page by text.
+    """Replace what stands between `<!-- begin MARKER -->` and `<!-- end MARKER -->` of the page by
+    text.
 
-    Raises ValueError when the page lacks the pair, or has it twice: a table is never appended where nobody looks.
+    Raises ValueError when the page lacks the pair, or has it twice: a table is never appended where
+    nobody looks.
     """
     begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
     content = page.read_text(encoding="utf-8")
-    if content.count(begin) != 1 or content.count(end) != 1 or content.index(begin) > content.index(end):
+    if (
+        content.count(begin) != 1
+        or content.count(end) != 1
+        or content.index(begin) > content.index(end)
+    ):
         raise ValueError(f"page: expected {begin} and {end} once each, in this order, in {page}")
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    page.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8")
+    page.write_text(
+        pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", content), encoding="utf-8"
+    )
 
 
 def write_table(page: Path, marker: str, make: Callable[[], str]) -> bool:
-    """Write make()'s text into the section; where a run is missing, a line that says so. Returns whether it is whole."""
+    """Write make()'s text into the section; where a run is missing, a line that says so. Returns
+    whether it is whole."""
     try:
         text = make()
     except NotStored:
@@ -100,10 +113,12 @@ NOT_RUN = "*Not run yet; the command above goes on where it was stopped.*"
 
 
 class Store:
-    """Results by configuration in one JSON file, written after every run, so that an interrupted command goes on.
+    """Results by configuration in one JSON file, written after every run, so that an interrupted
+    command goes on.
 
-    A run is found again by its whole configuration: change a flag and it is made anew. `value(key, make)` keeps what
-    is not a run. Processes may share the file: each write takes in what the others have written.
+    A run is found again by its whole configuration: change a flag and it is made anew.
+    `value(key, make)` keeps what is not a run. Processes may share the file: each write takes in
+    what the others have written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,9 +172,11 @@ class Store:
 
 
 def summarise(stores: Iterable[Store], path: Path) -> None:
-    """The stored runs without their number: of each setting mean and standard deviation over seeds, one line each.
+    """The stored runs without their number: of each setting mean and standard deviation over seeds,
+    one line each.
 
-    What docs/results keeps; the runs stay where they were made. Nothing is written where there is no run.
+    What docs/results keeps; the runs stay where they were made. Nothing is written where there is
+    no run.
     """
     groups: dict[str, list[tuple[str, dict]]] = {}
     values, environments = {}, {}
@@ -168,20 +185,29 @@ def summarise(stores: Iterable[Store], path: Path) -> None:
         for run in store.runs:
             environments[json.dumps(run["environment"])] = run["environment"]
             setting = {name: value for name, value in run["config"].items() if name != "seed"}
-            groups.setdefault(_key({"of": store.path.stem} | setting), []).append((store.path.stem, run))
+            groups.setdefault(_key({"of": store.path.stem} | setting), []).append(
+                (store.path.stem, run)
+            )
     if not groups:
         return
     rows = []
     for key in sorted(groups):
         runs = [run for _, run in groups[key]]
-        row = {"setting": json.loads(key), "seeds": len(runs), "result": _spread([run["result"] for run in runs])}
+        row = {
+            "setting": json.loads(key),
+            "seeds": len(runs),
+            "result": _spread([run["result"] for run in runs]),
+        }
         rows.append(json.dumps(row))
-    head = json.dumps({"environments": [environments[key] for key in sorted(environments)], "values": values})
+    head = json.dumps(
+        {"environments": [environments[key] for key in sorted(environments)], "values": values}
+    )
     path.write_text(f'{head[:-1]},\n"runs": [\n' + ",\n".join(rows) + "\n]}\n", encoding="utf-8")
 
 
 def _spread(results: list):
-    """[mean, standard deviation] of every number of results of one form; of a layer's quantiles the mean of the median."""
+    """[mean, standard deviation] of every number of results of one form; of a layer's quantiles the
+    mean of the median."""
     first = results[0]
     if isinstance(first, dict):
         shared = [key for key in first if all(key in result for result in results)]
@@ -211,8 +237,11 @@ def _key(config: dict) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def chosen_runs(summary: dict, store: str, methods: Iterable[str], equal: str, **where: str) -> dict[str, dict]:
-    """{method: its result} in the summary that `summarise` wrote: the test runs with the setting that the search chose.
+def chosen_runs(
+    summary: dict, store: str, methods: Iterable[str], equal: str, **where: str
+) -> dict[str, dict]:
+    """{method: its result} in the summary that `summarise` wrote: the test runs with the setting
+    that the search chose.
 
     Args:
         summary: What the file holds.
@@ -233,20 +262,27 @@ def chosen_runs(summary: dict, store: str, methods: Iterable[str], equal: str, *
         name = "plain" if method.startswith("plain") else method
         wanted = {"of": store, "method": name, **where, **values["plain"], **values[name]}
         rows = [row for row in summary["runs"] if wanted.items() <= row["setting"].items()]
-        rows = [row for row in rows if "test" in (row["setting"].get("split"), row["setting"].get("part"))]
+        rows = [
+            row
+            for row in rows
+            if "test" in (row["setting"].get("split"), row["setting"].get("part"))
+        ]
         # An ablation has the same setting and one more, or fewer seeds.
         most = max((row["seeds"] for row in rows), default=0)
         least = min((len(row["setting"]) for row in rows), default=0)
         rows = [row for row in rows if row["seeds"] == most and len(row["setting"]) == least]
         rows.sort(key=lambda row: row["setting"][equal])
         if not 1 <= len(rows) <= (2 if name == "plain" else 1):
-            raise ValueError(f"summary: expected one run of {method!r} in {store}, {where}, got {len(rows)}")
+            raise ValueError(
+                f"summary: expected one run of {method!r} in {store}, {where}, got {len(rows)}"
+            )
         found[method] = rows[-1 if method == "plain, equal time" else 0]["result"]
     return found
 
 
 def draw_curve(axis, method: str, xs: list[float], points: list[list[float]]) -> None:
-    """A method's line through its means, and a band of one standard deviation around it; points [mean, deviation]."""
+    """A method's line through its means, and a band of one standard deviation around it; points
+    [mean, deviation]."""
     means, deviations = zip(*points)
     line = figures.line_of(method)
     axis.plot(xs, means, **line)

@@ -1,4 +1,5 @@
-"""Paired comparisons: the mean difference over seeds with its interval, "undecided" where that holds zero."""
+"""Paired comparisons: the mean difference over seeds with its interval, "undecided" where that
+holds zero."""
 
 from __future__ import annotations
 
@@ -7,11 +8,27 @@ import statistics
 from collections.abc import Sequence
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is near enough.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145)
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.16,
+    2.145,
+)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean and half width of the 95 % interval of paired differences; infinite for fewer than two."""
+    """Mean and half width of the 95 % interval of paired differences; infinite for fewer than
+    two."""
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return mean, math.inf
@@ -29,11 +46,17 @@ def signed(differences: Sequence[float], digits: int = 1) -> str:
     """+1.2 ± 0.8, with a mark where undecided."""
     mean, half = interval(differences)
     mark = " ?" if verdict(differences) == "undecided" else ""
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}{mark}" if math.isfinite(half) else f"{mean:+.{digits}f}"
+    return (
+        f"{mean:+.{digits}f} ± {half:.{digits}f}{mark}"
+        if math.isfinite(half)
+        else f"{mean:+.{digits}f}"
+    )
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-             for row in (head, ["-" * w for w in widths], *rows)]  # fmt: skip
+    lines = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in (head, ["-" * w for w in widths], *rows)
+    ]
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The bench behind the defaults: small tasks of many kinds, each with its network, epochs and strengths.
+"""The bench behind the defaults: small tasks of many kinds, each with its network, epochs and
+strengths.
 
 Every task is split by the seed. Images are in 0 .. 1, tables are standardised by their training
 part. `eps` (PGD, L-infinity) and `noise` (sigma at the input) are strengths that hurt a plainly
@@ -66,7 +67,7 @@ def _data(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return load()
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 def _tensors(x: np.ndarray, y: np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -107,7 +108,9 @@ def _mnist1d() -> tuple[Tensor, Tensor]:
     from mnist1d.data import get_dataset_args, make_dataset
 
     data = make_dataset(get_dataset_args())
-    return _tensors(np.concatenate([data["x"], data["x_test"]]), np.concatenate([data["y"], data["y_test"]]))
+    return _tensors(
+        np.concatenate([data["x"], data["x_test"]]), np.concatenate([data["y"], data["y_test"]])
+    )
 
 
 def _classification(**options: float) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -128,7 +131,9 @@ def _moons() -> tuple[Tensor, Tensor]:
 def _quantiles() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import make_gaussian_quantiles
 
-    return _tensors(*make_gaussian_quantiles(n_samples=4000, n_features=8, n_classes=3, random_state=0))
+    return _tensors(
+        *make_gaussian_quantiles(n_samples=4000, n_features=8, n_classes=3, random_state=0)
+    )
 
 
 def _cover() -> tuple[Tensor, Tensor]:
@@ -139,7 +144,9 @@ def _cover() -> tuple[Tensor, Tensor]:
     area, soil = rng.integers(0, 4, 4000), rng.integers(0, 16, 4000)
     score = np.tanh(hidden @ rng.standard_normal((5, 24))) @ rng.standard_normal((24, 5))
     score += 1.5 * rng.standard_normal((4, 5))[area] + 1.5 * rng.standard_normal((16, 5))[soil]
-    return _tensors(np.concatenate([numbers, np.eye(4)[area], np.eye(16)[soil]], 1), score.argmax(1))
+    return _tensors(
+        np.concatenate([numbers, np.eye(4)[area], np.eye(16)[soil]], 1), score.argmax(1)
+    )
 
 
 def _topics() -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ def _friedman() -> tuple[Tensor, Tensor]:
     return _tensors(*make_friedman1(3000, n_features=10, noise=1.0, random_state=0))
 
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def mlp(*sizes: int) -> Callable[[], nn.Module]:
@@ -176,10 +183,15 @@ def cnn(side: int, stride: int) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         left = side // stride // stride
         return nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride, 1), nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride, 1), nn.ReLU(),
-            nn.Flatten(), nn.Linear(32 * left * left, 64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
+            nn.Conv2d(1, 16, 3, stride, 1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * left * left, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
 
     return make
 
@@ -191,7 +203,9 @@ class ViT(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(1, 48, 2, 2)
         self.place = nn.Parameter(0.02 * torch.randn(16, 48))
-        block = nn.TransformerEncoderLayer(48, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        block = nn.TransformerEncoderLayer(
+            48, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, 10)
 
@@ -208,21 +222,35 @@ TASKS = {
     "fashion MLP": Task(_fashion, mlp(784, 256, 256, 10), 1000, 50, 100, 0.05, 0.5, image=True),
     "fashion CNN": Task(_fashion_images, cnn(28, 2), 1000, 50, 50, 0.05, 0.3, image=True),
     "mnist1d": Task(_mnist1d, mlp(40, 128, 128, 10), 2000, 60, 100, 0.1, 0.4),
-    "breast_cancer": Task(_sklearn("load_breast_cancer"), mlp(30, 64, 64, 2), 300, 100, 50, 0.4, 1.5),
+    "breast_cancer": Task(
+        _sklearn("load_breast_cancer"), mlp(30, 64, 64, 2), 300, 100, 50, 0.4, 1.5
+    ),
     "wine": Task(_sklearn("load_wine"), mlp(13, 64, 64, 3), 90, 100, 30, 0.6, 1.5),
     "iris": Task(_sklearn("load_iris"), mlp(4, 32, 32, 3), 75, 150, 25, 0.3, 0.5),
     "classes 20": Task(
         _classification(n_features=20, n_informative=8, n_redundant=6, n_classes=4, class_sep=1.5),
-        mlp(20, 128, 128, 4), 600, 60, 50, 0.3, 1.0,
+        mlp(20, 128, 128, 4),
+        600,
+        60,
+        50,
+        0.3,
+        1.0,
     ),
     "classes 60": Task(
         _classification(n_features=60, n_informative=6, n_redundant=0, n_classes=3, class_sep=1.5),
-        mlp(60, 128, 128, 3), 600, 60, 50, 0.2, 1.0,
+        mlp(60, 128, 128, 3),
+        600,
+        60,
+        50,
+        0.2,
+        1.0,
     ),
     "moons": Task(_moons, mlp(2, 64, 64, 2), 300, 100, 50, 0.2, 0.4),
     "quantiles": Task(_quantiles, mlp(8, 64, 64, 3), 1000, 80, 50, 0.1, 0.3),
     "cover": Task(_cover, mlp(30, 128, 128, 5), 1500, 50, 100, 0.2, 0.5),
     "topics": Task(_topics, mlp(64, 128, 128, 8), 600, 60, 50, 0.3, 1.0),
-    "diabetes": Task(_sklearn("load_diabetes"), mlp(10, 64, 64, 1), 250, 100, 50, 0.3, 1.0, regression=True),
+    "diabetes": Task(
+        _sklearn("load_diabetes"), mlp(10, 64, 64, 1), 250, 100, 50, 0.3, 1.0, regression=True
+    ),
     "friedman": Task(_friedman, mlp(10, 64, 64, 1), 500, 100, 50, 0.1, 0.3, regression=True),
-}  # fmt: skip
+}

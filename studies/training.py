@@ -1,4 +1,5 @@
-"""Train one network of the bench by a method and score it: clean, under PGD, under input noise; all on the plain forward."""
+"""Train one network of the bench by a method and score it: clean, under PGD, under input noise; all
+on the plain forward."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def values_seen(model: nn.Module, x: Tensor) -> dict[str, int]:
     """Of one example, how many values each DIP layer's input has."""
     seen: dict[str, int] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0][0].numel()))
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: seen.__setitem__(name, args[0][0].numel())
+        )
         for name, layer in dip_layers(model).items()
     ]
     with torch.no_grad():
@@ -37,15 +40,20 @@ def values_seen(model: nn.Module, x: Tensor) -> dict[str, int]:
 
 
 def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
-    """Give the model the method's noise. An empty method is the recipe as it stands, all by default."""
+    """Give the model the method's noise. An empty method is the recipe as it stands, all by
+    default."""
     if method.get("where") == "input":
-        first = next(name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+        first = next(
+            name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+        )
         dip.convert(model, filter=lambda module, name: name == first)
     else:
         dip.convert(model)
     options = {name: method[name] for name in ("ratio", "per") if name in method}
     dip.calibrate(model, [x], **options)
-    if "values" in method:  # a candidate for calibrate: less noise before layers that see few values of an example
+    if (
+        "values" in method
+    ):  # a candidate for calibrate: less noise before layers that see few values of an example
         seen = values_seen(model, x[:1])
         for name, layer in dip_layers(model).items():
             shift = method.get("power", 0.5) * math.log(min(1.0, seen[name] / method["values"]))
@@ -63,11 +71,15 @@ def optimiser(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimiz
     lr, name = settings.get("lr", 1e-3), settings.get("optimiser", "AdamW")
     rate = settings.get("variance_rate")
     learns = rate is not None and bool(dip_layers(model))
-    groups = dip.param_groups(model, lr=lr, weight_decay=0.01, variance_lr=rate * lr if learns else None)
+    groups = dip.param_groups(
+        model, lr=lr, weight_decay=0.01, variance_lr=rate * lr if learns else None
+    )
     return torch.optim.SGD(groups, momentum=0.9) if name == "SGD" else torch.optim.AdamW(groups)
 
 
-def cosine(optimizer: torch.optim.Optimizer, epochs: int, method: dict[str, Any]) -> torch.optim.lr_scheduler.LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, epochs: int, method: dict[str, Any]
+) -> torch.optim.lr_scheduler.LambdaLR:
     """From the rate to 0 over the epochs; the variances' rate with the weights', or constant."""
 
     def fall(epoch: int) -> float:
@@ -80,8 +92,8 @@ def cosine(optimizer: torch.optim.Optimizer, epochs: int, method: dict[str, Any]
 
 
 def energy(out: Tensor, y: Tensor) -> Tensor:
-    """The energy score of m >= 2 draws, mean |y - out_s| - mean |out_s - out_t| / 2 over s != t; of classes, of their
-    probabilities."""
+    """The energy score of m >= 2 draws, mean |y - out_s| - mean |out_s - out_t| / 2 over s != t; of
+    classes, of their probabilities."""
     if not y.is_floating_point():
         out, y = out.softmax(-1), F.one_hot(y, out.shape[-1]).to(out)
     m = len(out)
@@ -98,7 +110,8 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"energy": energy, "mixt
 
 
 class Budget:
-    """Holds the mean log_variance, of each layer or of the model; what gradients move is its allocation."""
+    """Holds the mean log_variance, of each layer or of the model; what gradients move is its
+    allocation."""
 
     def __init__(self, model: nn.Module, over: str) -> None:
         learned = [layer.log_variance for layer in dip_layers(model).values()]
@@ -118,8 +131,11 @@ class Budget:
                 each.data -= moved
 
 
-def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, settings: dict[str, Any]) -> nn.Module:
-    """method None is plain training; weights, batches and steps are the same for every method of a seed."""
+def train(
+    task: Task, data: Split, seed: int, method: dict[str, Any] | None, settings: dict[str, Any]
+) -> nn.Module:
+    """method None is plain training; weights, batches and steps are the same for every method of a
+    seed."""
     torch.manual_seed(seed)
     model, loss_fn = task.net(), loss_of(task)
     if "smoothing" in settings:
@@ -129,7 +145,9 @@ def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, set
     kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
     optimizer = optimiser(model, {**settings, **(method or {})})
     epochs = settings.get("epochs", task.epochs)
-    schedule = cosine(optimizer, epochs, method or {}) if settings.get("schedule") == "cosine" else None
+    schedule = (
+        cosine(optimizer, epochs, method or {}) if settings.get("schedule") == "cosine" else None
+    )
     budget = Budget(model, method["budget"]) if method is not None and "budget" in method else None
     scored = SCORES.get((method or {}).get("score", ""))
     order = torch.Generator().manual_seed(1000 + seed)
@@ -142,7 +160,11 @@ def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, set
                 out, more = model(x)[None], {}
             else:
                 out, more = dip.trajectories(model, x, m=M), {"model": model, **kl}
-            loss = dip.objective(out, y, loss_fn, **more) if scored is None else scored(out, y) + dip.kl_penalty(**more)
+            loss = (
+                dip.objective(out, y, loss_fn, **more)
+                if scored is None
+                else scored(out, y) + dip.kl_penalty(**more)
+            )
             optimizer.zero_grad()
             loss.backward()
             if budget is not None:
@@ -155,7 +177,7 @@ def train(task: Task, data: Split, seed: int, method: dict[str, Any] | None, set
     return model.eval().requires_grad_(False)
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def score(task: Task, data: Split, model: nn.Module, x: Tensor) -> float:
@@ -169,7 +191,8 @@ def score(task: Task, data: Split, model: nn.Module, x: Tensor) -> float:
 
 
 def pgd(task: Task, data: Split, model: nn.Module, seed: int, steps: int = 10) -> Tensor:
-    """L-infinity of radius task.eps on the test inputs, from a random start; images stay in 0 .. 1."""
+    """L-infinity of radius task.eps on the test inputs, from a random start; images stay in 0 ..
+    1."""
     x, y, eps, loss_fn = data.x_test, data.y_test, task.eps, loss_of(task)
 
     def allowed(moved: Tensor) -> Tensor:
@@ -187,7 +210,10 @@ def pgd(task: Task, data: Split, model: nn.Module, seed: int, steps: int = 10) -
 
 def evaluate(task: Task, data: Split, model: nn.Module, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
-    noisy = [data.x_test + task.noise * torch.randn(data.x_test.shape, generator=generator) for _ in range(3)]
+    noisy = [
+        data.x_test + task.noise * torch.randn(data.x_test.shape, generator=generator)
+        for _ in range(3)
+    ]
     with torch.no_grad():
         nll = loss_of(task)(model(data.x_test), data.y_test).item()
     return {

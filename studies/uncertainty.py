@@ -1,12 +1,13 @@
-"""Wrong labels and doubt: accuracy, NLL and calibration after training with 0, 20 and 40 % of the labels drawn anew,
-and whether a network knows classes that it never saw.
+"""Wrong labels and doubt: accuracy, NLL and calibration after training with 0, 20 and 40 % of the
+labels drawn anew, and whether a network knows classes that it never saw.
 
-    python studies/uncertainty.py           writes out/studies/uncertainty/{summary.json,table.md,uncertainty.png}
-    python studies/uncertainty.py --quick   one task, two seeds, few epochs: does it run?
+    python studies/uncertainty.py           writes
+    out/studies/uncertainty/{summary.json,table.md,uncertainty.png} python studies/uncertainty.py
+    --quick   one task, two seeds, few epochs: does it run?
 
-The last class of each task is left out of training; AUROC says how well the largest probability tells its examples from
-the others'. Everything is scored on right labels. k = 16: the mean probabilities of sixteen noisy passes of the same
-network. About fifteen minutes of one core.
+The last class of each task is left out of training; AUROC says how well the largest probability
+tells its examples from the others'. Everything is scored on right labels. k = 16: the mean
+probabilities of sixteen noisy passes of the same network. About fifteen minutes of one core.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def without_last_class(data: Split) -> tuple[Split, Tensor]:
     """The split without its last class, and the test inputs of that class."""
     last = data.y.max()
     train, test = data.y != last, data.y_test != last
-    return Split(data.x[train], data.y[train], data.x_test[test], data.y_test[test]), data.x_test[~test]
+    return Split(data.x[train], data.y[train], data.x_test[test], data.y_test[test]), data.x_test[
+        ~test
+    ]
 
 
 def mislabelled(data: Split, share: float, seed: int) -> Split:
@@ -56,7 +59,8 @@ def mislabelled(data: Split, share: float, seed: int) -> Split:
 
 
 def calibration_error(probs: Tensor, y: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: |accuracy - confidence| over equal bins of confidence, weighted by their counts; in %."""
+    """Expected calibration error: |accuracy - confidence| over equal bins of confidence, weighted
+    by their counts; in %."""
     confidence, guess = probs.max(-1)
     right = (guess == y).double()
     place = (confidence * bins).long().clamp(max=bins - 1)
@@ -78,7 +82,9 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     model = train(task, mislabelled(data, key["share"], seed), seed, method, settings)
     torch.manual_seed(3000 + seed)
     return {
-        f"k = {k}": scores(dip.predict(model, data.x_test, k=k), data.y_test, dip.predict(model, unknown, k=k))
+        f"k = {k}": scores(
+            dip.predict(model, data.x_test, k=k), data.y_test, dip.predict(model, unknown, k=k)
+        )
         for k in ((0,) if method is None else (0, DRAWS))
     }
 
@@ -93,10 +99,15 @@ def scores(probs: Tensor, y: Tensor, doubt: Tensor) -> dict[str, float]:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    runs = {(r["task"], r["share"], r["method"], r["seed"]): r["k = 0"] | {"seed": r["seed"]} for r in results}
+    runs = {
+        (r["task"], r["share"], r["method"], r["seed"]): r["k = 0"] | {"seed": r["seed"]}
+        for r in results
+    }
     for r in results:
         if r["method"] == "default":
-            runs[r["task"], r["share"], f"default, k = {DRAWS}", r["seed"]] = r[f"k = {DRAWS}"] | {"seed": r["seed"]}
+            runs[r["task"], r["share"], f"default, k = {DRAWS}", r["seed"]] = r[f"k = {DRAWS}"] | {
+                "seed": r["seed"]
+            }
     rows: dict[str, Any] = {}
     for task, share, method, _ in runs:
         each = [r for k, r in runs.items() if k[:3] == (task, share, method)]
@@ -105,10 +116,12 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
             difference = [r[score] - runs[task, share, "plain", r["seed"]][score] for r in each]
             mean, half = interval(difference)
             row[score] = {
-                "mean": statistics.fmean(r[score] for r in each), "minus_plain": mean, "half_width": half,
+                "mean": statistics.fmean(r[score] for r in each),
+                "minus_plain": mean,
+                "half_width": half,
                 "verdict": verdict([BETTER[score] * d for d in difference]),
                 "text": signed(difference, digits=2 if score == "nll" else 1),
-            }  # fmt: skip
+            }
         rows.setdefault(f"{task}, {100 * share:.0f} %", {})[method] = row
     return rows
 
@@ -117,8 +130,12 @@ def table(rows: dict[str, Any]) -> str:
     lines = []
     for case, methods in rows.items():
         for method, row in methods.items():
-            plain = [f"{row[s]['mean']:.2f}" if s == "nll" else f"{row[s]['mean']:.1f}" for s in SCORES]
-            lines.append([case, method, *(plain if method == "plain" else [row[s]["text"] for s in SCORES])])
+            plain = [
+                f"{row[s]['mean']:.2f}" if s == "nll" else f"{row[s]['mean']:.1f}" for s in SCORES
+            ]
+            lines.append(
+                [case, method, *(plain if method == "plain" else [row[s]["text"] for s in SCORES])]
+            )
     return markdown(["task, labels drawn anew", "method", *SCORES], lines)
 
 
@@ -129,10 +146,18 @@ def plot(rows: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 2.6 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), len(SCORES), squeeze=False)
     for line, task in zip(axes, tasks, strict=True):
-        shares = [float(case.rsplit(", ", 1)[1].split()[0]) for case in rows if case.startswith(f"{task}, ")]
+        shares = [
+            float(case.rsplit(", ", 1)[1].split()[0])
+            for case in rows
+            if case.startswith(f"{task}, ")
+        ]
         for axis, score in zip(line, SCORES, strict=True):
             for method in next(iter(rows.values())):
-                values = [m[method][score]["mean"] for case, m in rows.items() if case.startswith(f"{task}, ")]
+                values = [
+                    m[method][score]["mean"]
+                    for case, m in rows.items()
+                    if case.startswith(f"{task}, ")
+                ]
                 axis.plot(shares, values, "o-", markersize=4, label=method)
             axis.set(title=f"{task}: {score}", xlabel="labels drawn anew, %")
             axis.grid(alpha=0.3)
@@ -152,7 +177,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.quick:
         args.tasks, args.seeds, settings = ["classes 20"], 2, {"epochs": 3}
     keys = [
-        {"task": t, "share": share, "method": name, "seed": seed, "options": options, "settings": settings}
+        {
+            "task": t,
+            "share": share,
+            "method": name,
+            "seed": seed,
+            "options": options,
+            "settings": settings,
+        }
         for seed in range(args.seeds)
         for t in args.tasks
         for share in SHARES
@@ -164,7 +196,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (args.out / "table.md").write_text(text + "\n")
     plot(rows, args.out / "uncertainty.png")
     print(text)
-    print(f"\nDifferences to plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote {args.out}")
+    print(
+        f"\nDifferences to plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
+        f"{args.out}"
+    )
     return rows
 
 

@@ -1,16 +1,18 @@
-"""Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with ablations.
+"""Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with
+ablations.
 
-    python studies/vision.py                    everything, about 35 minutes of one core; goes on where it was stopped
-    python studies/vision.py --archs MLP        one network
+    python studies/vision.py                    everything, about 35 minutes of one core; goes on
+    where it was stopped python studies/vision.py --archs MLP        one network
     python studies/vision.py --parts report     tables and figures from the stored results
     python studies/vision.py --figures           figures alone, from docs/results/vision.json
     python studies/vision.py --quick            does it run? into out/vision
 
-scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first 900; 400 to validate;
-the other 897, which nothing is chosen on, for the figures. Every method has four settings to choose from, compared by
-the mean over all conditions on validation images. Accuracy, attacks and corruptions: on the deterministic forward
-(Algorithm 3). Every run is stored in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.svg
-and a summary of the runs, vision.json, into docs/results.
+scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first
+900; 400 to validate; the other 897, which nothing is chosen on, for the figures. Every method has
+four settings to choose from, compared by the mean over all conditions on validation images.
+Accuracy, attacks and corruptions: on the deterministic forward (Algorithm 3). Every run is stored
+in out/vision as it ends; the report writes the tables of docs/results.md, and vision_*.svg and a
+summary of the runs, vision.json, into docs/results.
 """
 
 from __future__ import annotations
@@ -44,7 +46,16 @@ from results_page import (
 from torch import Tensor, nn
 from tqdm import tqdm
 from vision_methods import METHODS, SEVERAL, TRAININGS
-from vision_setup import CORRUPTIONS, FGSM_STRENGTHS, NETWORKS, PGD_STRENGTHS, PLACEMENTS, fgsm, pgd, split
+from vision_setup import (
+    CORRUPTIONS,
+    FGSM_STRENGTHS,
+    NETWORKS,
+    PGD_STRENGTHS,
+    PLACEMENTS,
+    fgsm,
+    pgd,
+    split,
+)
 
 import dipkernels as dip
 import dipkernels.diagnostics
@@ -70,7 +81,7 @@ HEADS = [kind if kind == "clean" else f"{kind} {strength}" for kind, strength in
 PARTS = ("tune", "main", "needs", "ablations", "smoothness", "report")
 SMOOTH_SEEDS, SMOOTH_IMAGES, SMOOTH_K = 3, 100, 16
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -83,13 +94,17 @@ def percent_right(out: Tensor, y: Tensor) -> float:
 
 
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, pgd_steps: int) -> dict[str, dict[str, float]]:
-    """Accuracy in % by condition and strength, on the deterministic forward; every model sees the same noise."""
+    """Accuracy in % by condition and strength, on the deterministic forward; every model sees the
+    same noise."""
     torch.manual_seed(2000)
     ax, ay = x[:ATTACKED], y[:ATTACKED]
     scores = {
         "clean": {"0": accuracy(model, x, y)},
         "FGSM": {str(eps): accuracy(model, fgsm(model, ax, ay, eps), ay) for eps in FGSM_STRENGTHS},
-        "PGD": {str(eps): accuracy(model, pgd(model, ax, ay, eps, pgd_steps), ay) for eps in PGD_STRENGTHS},
+        "PGD": {
+            str(eps): accuracy(model, pgd(model, ax, ay, eps, pgd_steps), ay)
+            for eps in PGD_STRENGTHS
+        },
     }
     for kind, (corrupt, strengths) in CORRUPTIONS.items():
         scores[kind] = {str(s): accuracy(model, corrupt(x, s), y) for s in strengths}
@@ -128,19 +143,29 @@ KS = (1, 2, 4, 8, 16, 32, 50)
 
 
 def accuracy_by_k(model: nn.Module, x: Tensor, y: Tensor, pgd_steps: int) -> dict[str, dict]:
-    """Algorithm 3 (k = 0) and Algorithm 2, the mean over the first k of 50 passes: accuracy in %, processor time."""
+    """Algorithm 3 (k = 0) and Algorithm 2, the mean over the first k of 50 passes: accuracy in %,
+    processor time."""
     torch.manual_seed(3000)
     noisy, moved = CORRUPTIONS["noise"][0](x, 0.3), CORRUPTIONS["translation"][0](x, 1)
     attacked = pgd(model, x[:ATTACKED], y[:ATTACKED], 0.1, pgd_steps)
     rows: dict[str, dict[str, float]] = {str(k): {} for k in (0, *KS)}
-    for name, images in {"clean": x, "noise 0.3": noisy, "translation 1": moved, "PGD 0.1": attacked}.items():
+    for name, images in {
+        "clean": x,
+        "noise 0.3": noisy,
+        "translation 1": moved,
+        "PGD 0.1": attacked,
+    }.items():
         labels = y[: len(images)]
-        plain, plain_ms = timed(lambda images=images: dip.predict(model, images, k=0, average="logits"), repeats=5)
+        plain, plain_ms = timed(
+            lambda images=images: dip.predict(model, images, k=0, average="logits"), repeats=5
+        )
         right = percent_right(plain, labels)
         rows["0"] |= {f"{name}, probs": right, f"{name}, logits": right, f"{name}, time": 1.0}
         logits, probs, ms = 0, 0, 0.0
         for k in range(1, max(KS) + 1):
-            one, one_ms = timed(lambda images=images: dip.predict(model, images, k=1, average="logits"))
+            one, one_ms = timed(
+                lambda images=images: dip.predict(model, images, k=1, average="logits")
+            )
             logits, probs, ms = logits + one, probs + one.softmax(-1), ms + one_ms
             if k in KS:
                 rows[str(k)] |= {
@@ -162,9 +187,11 @@ def timed(call, repeats: int = 1) -> tuple[Tensor, float]:
 
 
 def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
-    """Train as the config says; means over test images, of the deterministic network (k = 0) and of the mean predictor.
+    """Train as the config says; means over test images, of the deterministic network (k = 0) and of
+    the mean predictor.
 
-    The local Lipschitz constant of the logits and of the probabilities, and the top |eigenvalue| of the loss's Hessian.
+    The local Lipschitz constant of the logits and of the probabilities, and the top |eigenvalue| of
+    the loss's Hessian.
     """
     data = split(config["seed"])
     model, seconds = methods.train(config, *data["train"])
@@ -174,19 +201,27 @@ def measure_smoothness(config: dict) -> dict[str, dict[str, float]]:
         flags = {"k": k, "iterations": 30, "tolerance": 1e-2}
 
         def loss(out: Tensor, k: int = k) -> Tensor:
-            return F.nll_loss(out.log(), y, reduction="none") if k else F.cross_entropy(out, y, reduction="none")
+            return (
+                F.nll_loss(out.log(), y, reduction="none")
+                if k
+                else F.cross_entropy(out, y, reduction="none")
+            )
 
         average = "probs" if k else "logits"
         values = {
             "Lipschitz, logits": dip.diagnostics.lipschitz(model, x, **flags),
-            "Lipschitz, probabilities": dip.diagnostics.lipschitz(model, x, average="probs", **flags),
-            "Hessian of the loss": dip.diagnostics.smoothness(model, x, loss, average=average, **flags),
+            "Lipschitz, probabilities": dip.diagnostics.lipschitz(
+                model, x, average="probs", **flags
+            ),
+            "Hessian of the loss": dip.diagnostics.smoothness(
+                model, x, loss, average=average, **flags
+            ),
         }
         result[str(k)] = {name: round(value.mean().item(), 4) for name, value in values.items()}
     return result
 
 
-# ---- the parts ------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 class Study:
@@ -213,7 +248,12 @@ class Study:
     def time_ratio(self) -> float:
         return self.store.value(
             "DIP step over plain step",
-            lambda: round(methods.time_ratio(self.arch, M[self.arch], BATCH[self.arch], 5 if self.quick else 40), 2),
+            lambda: round(
+                methods.time_ratio(
+                    self.arch, M[self.arch], BATCH[self.arch], 5 if self.quick else 40
+                ),
+                2,
+            ),
         )
 
     def result(self, config: dict, **kwargs) -> dict:
@@ -224,11 +264,14 @@ class Study:
         settings = self.store.values.get("chosen", {})
         name = "plain" if method.startswith("plain") else method
         if name not in settings:
-            raise NotStored(f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first")
+            raise NotStored(
+                f"--parts: no setting chosen yet for {name} on {self.arch}; run the part tune first"
+            )
         return settings["plain"] | settings[name]
 
     def tune(self, bar: tqdm) -> None:
-        """Choose every method's setting by the mean over the conditions on validation images, training clean."""
+        """Choose every method's setting by the mean over the conditions on validation images,
+        training clean."""
         chosen: dict[str, dict] = {}
         trials: dict[str, list] = {}
         for method, settings in methods.search(self.arch).items():
@@ -237,7 +280,9 @@ class Study:
                 means = []
                 for seed in TUNE_SEEDS[self.arch]:
                     bar.set_description(f"{self.arch}: search, {method}")
-                    config = self.config(method, chosen.get("plain", {}) | setting, seed=seed, split="val")
+                    config = self.config(
+                        method, chosen.get("plain", {}) | setting, seed=seed, split="val"
+                    )
                     means.append(overall(self.result(config)["scores"]))
                     bar.update()
                 scored.append((round(statistics.fmean(means), 2), setting))
@@ -247,15 +292,25 @@ class Study:
         self.store.save()
 
     def test(
-        self, method: str, bar: tqdm | None, training: str = "clean", num_seeds: int | None = None, **changes
+        self,
+        method: str,
+        bar: tqdm | None,
+        training: str = "clean",
+        num_seeds: int | None = None,
+        **changes,
     ) -> list[dict]:
-        """The results of all (or the first) seeds on the test images, with the chosen setting, changed where asked."""
+        """The results of all (or the first) seeds on the test images, with the chosen setting,
+        changed where asked."""
         results = []
         for seed in self.seeds[:num_seeds]:
             if bar is not None:
                 bar.set_description(f"{self.arch}: {training}, {method}, seed {seed}")
-            config = self.config(method, self.chosen(method), training=training, seed=seed, split="test", **changes)
-            results.append(self.result(config, by_k=method == "DIP" and training == "clean" and not changes))
+            config = self.config(
+                method, self.chosen(method), training=training, seed=seed, split="test", **changes
+            )
+            results.append(
+                self.result(config, by_k=method == "DIP" and training == "clean" and not changes)
+            )
             if bar is not None:
                 bar.update()
         return results
@@ -305,12 +360,15 @@ class Study:
         return rows
 
     def smoothness(self, bar: tqdm | None) -> dict[str, list[dict]]:
-        """Every method's smoothness, trained clean; models are not kept, so these are trained again."""
+        """Every method's smoothness, trained clean; models are not kept, so these are trained
+        again."""
         results: dict[str, list[dict]] = {}
         for method in METHODS[:2] if self.quick else METHODS:
             for seed in self.seeds[:SMOOTH_SEEDS]:
                 config = self.config(method, self.chosen(method), seed=seed, split="test")
-                run = self.smooth_store.run(config, lambda config=config: measure_smoothness(config))
+                run = self.smooth_store.run(
+                    config, lambda config=config: measure_smoothness(config)
+                )
                 results.setdefault(method, []).append(run["result"])
                 if bar is not None:
                     bar.set_description(f"{self.arch}: smoothness, {method}, seed {seed}")
@@ -318,7 +376,9 @@ class Study:
         return results
 
     def num_runs(self, parts: list[str]) -> int:
-        tune = sum(1 if self.quick else len(s) for s in methods.search(self.arch).values()) * len(TUNE_SEEDS[self.arch])
+        tune = sum(1 if self.quick else len(s) for s in methods.search(self.arch).values()) * len(
+            TUNE_SEEDS[self.arch]
+        )
         count = {
             "tune": tune,
             "main": len(self.trainings()) * len(METHODS) * len(self.seeds),
@@ -326,11 +386,17 @@ class Study:
             "ablations": (4 + len(ABLATIONS[self.arch][: 2 if self.quick else None]))
             * len(self.seeds[:ABLATION_SEEDS]),
         }
-        count["smoothness"] = len(METHODS[:2] if self.quick else METHODS) * len(self.seeds[:SMOOTH_SEEDS])
+        count["smoothness"] = len(METHODS[:2] if self.quick else METHODS) * len(
+            self.seeds[:SMOOTH_SEEDS]
+        )
         return sum(count.get(part, 0) for part in parts)
 
 
-DEFAULTS = {"placement": "every layer", "beta_factor": 1.0, "lambda_s": 0.0}  # left out of a stored configuration
+DEFAULTS = {
+    "placement": "every layer",
+    "beta_factor": 1.0,
+    "lambda_s": 0.0,
+}  # left out of a stored configuration
 # variance_lr (the learning rate of the weights, and 10 times it, the default), alpha
 NEEDS = {
     "MLP": ((0.001, 0.01, 0.1), (0.0, 0.01, 0.1, 1.0)),
@@ -356,7 +422,7 @@ ABLATIONS: dict[str, list[tuple[str, dict]]] = {
     ],
 }
 
-# ---- tables and figures ---------------------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------------
 
 
 def scores_row(label: str, results: list[dict], extra: list[str]) -> list[str]:
@@ -372,7 +438,10 @@ def main_table(study: Study) -> str:
     rows, trainings = [], study.complete_trainings()
     for training in trainings:
         results = {method: study.test(method, None, training) for method in METHODS}
-        best = max(METHODS, key=lambda method: statistics.fmean(overall(r["scores"]) for r in results[method]))
+        best = max(
+            METHODS,
+            key=lambda method: statistics.fmean(overall(r["scores"]) for r in results[method]),
+        )
         for method in METHODS:
             row = scores_row(method, results[method], [seconds(results[method])])
             row[-2] = f"**{row[-2]}**" if method == best else row[-2]
@@ -381,12 +450,17 @@ def main_table(study: Study) -> str:
         return ""
     text = table(["trained", "method", *HEADS, "mean", "CPU s"], rows)
     values = study.store.values
-    settings = "; ".join(f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items()))
+    settings = "; ".join(
+        f"{name} {_setting(setting)}" for name, setting in sorted(values["chosen"].items())
+    )
     missing = [training for training in study.trainings() if training not in trainings]
     return (
-        f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in bold. "
-        f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods with noise; a DIP step "
-        f"costs {study.time_ratio()} plain steps, which plain training at equal time gets in epochs.\n\n{text}\n\n"
+        f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in "
+        "bold. "
+        f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods "
+        "with noise; a DIP step "
+        f"costs {study.time_ratio()} plain steps, which plain training at equal time gets in "
+        f"epochs.\n\n{text}\n\n"
         + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
         + _environments(study)
     )
@@ -415,15 +489,26 @@ def averages_table(studies: list[Study]) -> str:
             columns.append(
                 {
                     method: [
-                        statistics.fmean(score(study.test(method, None, t)[i]["scores"]) for t in study.trainings())
+                        statistics.fmean(
+                            score(study.test(method, None, t)[i]["scores"])
+                            for t in study.trainings()
+                        )
                         for i in range(len(study.seeds))
                     ]
                     for method in METHODS
                 }
             )
-    best = [max(METHODS, key=lambda name, c=column: statistics.fmean(c[name])) for column in columns]
+    best = [
+        max(METHODS, key=lambda name, c=column: statistics.fmean(c[name])) for column in columns
+    ]
     rows = [
-        [name, *(f"**{cell(c[name])}**" if name == b else cell(c[name]) for c, b in zip(columns, best))]
+        [
+            name,
+            *(
+                f"**{cell(c[name])}**" if name == b else cell(c[name])
+                for c, b in zip(columns, best)
+            ),
+        ]
         for name in METHODS
     ]
     return table(heads, rows)
@@ -439,12 +524,20 @@ def search_table(studies: list[Study]) -> str:
                 for score, s in trials
             ]
             rows.append([study.arch, method, "; ".join(cells)])
-    return table(["network", "method", "setting: mean over the conditions on validation images"], rows) if rows else ""
+    return (
+        table(["network", "method", "setting: mean over the conditions on validation images"], rows)
+        if rows
+        else ""
+    )
 
 
 def median_sigmas(results: list[dict]) -> str:
-    """Medians over a layer's features, mean over the results: of the first noised layer; least to largest of the others."""
-    first, *others = (f"{statistics.fmean(r['sigma'][name][2] for r in results):.2f}" for name in results[0]["sigma"])
+    """Medians over a layer's features, mean over the results: of the first noised layer; least to
+    largest of the others."""
+    first, *others = (
+        f"{statistics.fmean(r['sigma'][name][2] for r in results):.2f}"
+        for name in results[0]["sigma"]
+    )
     if not others:
         return first
     least, largest = min(others, key=float), max(others, key=float)
@@ -492,7 +585,14 @@ def k_table(studies: list[Study]) -> str:
         for k in results[0]:
             label = "Algorithm 3" if k == "0" else f"k = {k}"
             ratio = [r[k]["clean, time"] for r in results]
-            rows.append([study.arch, label, *(cell([r[k][name] for r in results]) for name in names), cell(ratio)])
+            rows.append(
+                [
+                    study.arch,
+                    label,
+                    *(cell([r[k][name] for r in results]) for name in names),
+                    cell(ratio),
+                ]
+            )
     return table(heads, rows) if rows else ""
 
 
@@ -509,14 +609,19 @@ def smoothness_table(studies: list[Study]) -> str:
                 [r[k][measure] for r in measured[method]]
                 for method, k in (("plain", "0"), ("DIP", "0"), ("DIP", str(SMOOTH_K)))
             )
-            lower = ["yes" if statistics.fmean(values) < statistics.fmean(plain) else "no" for values in dips]
+            lower = [
+                "yes" if statistics.fmean(values) < statistics.fmean(plain) else "no"
+                for values in dips
+            ]
             cells = [cell(values, 2) for values in (plain, *dips)]
             claims.append([study.arch, measure, "lower", *cells, " / ".join(lower)])
         for method, results in measured.items():
             for k in ("0", str(SMOOTH_K)):
                 if k in results[0]:
                     name = "deterministic" if k == "0" else f"mean of {k} noisy passes"
-                    cells = [cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]]
+                    cells = [
+                        cell([r[k][measure] for r in results], 2) for measure in results[0]["0"]
+                    ]
                     rows.append([study.arch, method, name, *cells])
     if not rows:
         return ""
@@ -537,7 +642,8 @@ SMOOTH_HEADS = ("Lipschitz, logits", "Lipschitz, probabilities", "Hessian of the
 
 
 def plot_curves(summary: dict, arch: str, training: str, path: Path) -> None:
-    """Accuracy over the strength of each attack and corruption, every method; from the summary that docs/results keeps."""
+    """Accuracy over the strength of each attack and corruption, every method; from the summary that
+    docs/results keeps."""
     kinds = ["FGSM", "PGD", *CORRUPTIONS]
     found = chosen_runs(summary, f"vision_{arch.lower()}", METHODS, "epochs", training=training)
     with figures.style():
@@ -545,7 +651,9 @@ def plot_curves(summary: dict, arch: str, training: str, path: Path) -> None:
         for axis, kind in zip(axes.flat, kinds):
             for method, run in found.items():
                 by_strength = {"0": run["scores"]["clean"]["0"]} | run["scores"][kind]
-                draw_curve(axis, method, [float(s) for s in by_strength], list(by_strength.values()))
+                draw_curve(
+                    axis, method, [float(s) for s in by_strength], list(by_strength.values())
+                )
             axis.set(xlabel=f"{kind}, strength", ylim=(0, 100))
         for row in axes:
             row[0].set_ylabel("test accuracy, %")
@@ -555,13 +663,21 @@ def plot_curves(summary: dict, arch: str, training: str, path: Path) -> None:
 
 
 def plot_sigmas(summary: dict, arch: str, path: Path) -> None:
-    """Learned sigma of each layer, its median over the features and mean over seeds, beside where it started."""
+    """Learned sigma of each layer, its median over the features and mean over seeds, beside where
+    it started."""
     with figures.style():
         fig, axes = figures.panels(height=3.8)
         axis = axes[0, 0]
         for training, color, marker in zip(TRAININGS, figures.ORDER, "os^"):
-            run = chosen_runs(summary, f"vision_{arch.lower()}", ["DIP"], "epochs", training=training)["DIP"]
-            axis.plot(*zip(*enumerate(run["sigma"].values())), marker, color=color, label=f"trained {training}")
+            run = chosen_runs(
+                summary, f"vision_{arch.lower()}", ["DIP"], "epochs", training=training
+            )["DIP"]
+            axis.plot(
+                *zip(*enumerate(run["sigma"].values())),
+                marker,
+                color=color,
+                label=f"trained {training}",
+            )
             names = list(run["sigma"])
         start = summary["values"][f"vision_{arch.lower()}"]["chosen"]["DIP"]["sigma"]
         axis.axhline(start, color=figures.FOREGROUND, linestyle=":", label="start")
@@ -571,7 +687,9 @@ def plot_sigmas(summary: dict, arch: str, path: Path) -> None:
         figures.save(fig, path)
 
 
-def plots(archs: Iterable[str], trainings: Sequence[str], folder: Path, out: Path | None = None) -> None:
+def plots(
+    archs: Iterable[str], trainings: Sequence[str], folder: Path, out: Path | None = None
+) -> None:
     """Every figure that folder/vision.json has the runs for, into `out` or the folder itself."""
     if not (folder / "vision.json").is_file():
         return
@@ -579,45 +697,76 @@ def plots(archs: Iterable[str], trainings: Sequence[str], folder: Path, out: Pat
     summary = json.loads((folder / "vision.json").read_text(encoding="utf-8"))
     for arch in archs:
         for training in trainings:
-            plot_curves(summary, arch, training, out / f"vision_{arch.lower()}_{training.lower()}.svg")
+            plot_curves(
+                summary, arch, training, out / f"vision_{arch.lower()}_{training.lower()}.svg"
+            )
         if set(trainings) >= set(TRAININGS):
             plot_sigmas(summary, arch, out / f"vision_sigma_{arch.lower()}.svg")
 
 
 def report(studies: list[Study], page: Path, out: Path) -> None:
-    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is said."""
+    """Tables, figures and summary from what is stored; nothing is trained, and what is missing is
+    said."""
     for study in studies:
         study.store.makes = study.smooth_store.makes = False
     for study in studies:
         write_table(page, f"vision-{study.arch.lower()}", lambda study=study: main_table(study))
-        write_table(page, f"vision-ablations-{study.arch.lower()}", lambda study=study: ablation_table(study))
+        write_table(
+            page,
+            f"vision-ablations-{study.arch.lower()}",
+            lambda study=study: ablation_table(study),
+        )
     write_table(page, "vision-averages", lambda: averages_table(studies))
     write_table(page, "vision-search", lambda: search_table(studies))
     write_table(page, "vision-k", lambda: k_table(studies))
     write_table(page, "vision-smoothness", lambda: smoothness_table(studies))
     write_table(page, "vision-needs", lambda: needs_table(studies))
-    summarise([store for study in studies for store in (study.store, study.smooth_store)], out / "vision.json")
+    summarise(
+        [store for study in studies for store in (study.store, study.smooth_store)],
+        out / "vision.json",
+    )
     for study in studies:
         plots([study.arch], study.complete_trainings(), out)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (everything)")
     parser.add_argument(
-        "--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS), help="clean, Gaussian, FGSM (all)"
+        "--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do (everything)"
+    )
+    parser.add_argument(
+        "--trainings",
+        nargs="+",
+        choices=TRAININGS,
+        default=list(TRAININGS),
+        help="clean, Gaussian, FGSM (all)",
     )
     parser.add_argument("--seeds", type=int, help="number of seeds (5 for MLP, 3 for the others)")
-    parser.add_argument("--epochs", type=int, help="epochs of training (60 for MLP, 50 for the others)")
-    parser.add_argument("--threads", type=int, default=1, help="threads: these networks are too small for more (1)")
     parser.add_argument(
-        "--out", type=Path, help="folder of the runs (out/vision), and of all if quick", default=Path("out/vision")
+        "--epochs", type=int, help="epochs of training (60 for MLP, 50 for the others)"
     )
-    parser.add_argument("--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch, few settings: does it run?")
     parser.add_argument(
-        "--figures", action="store_true", help="no more than the figures, from docs/results/vision.json"
+        "--threads", type=int, default=1, help="threads: these networks are too small for more (1)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the runs (out/vision), and of all if quick",
+        default=Path("out/vision"),
+    )
+    parser.add_argument(
+        "--page", type=Path, help="Markdown page of the tables (docs/results.md; in --out if quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, one epoch, few settings: does it run?"
+    )
+    parser.add_argument(
+        "--figures",
+        action="store_true",
+        help="no more than the figures, from docs/results/vision.json",
     )
     args = parser.parse_args(arguments)
     if args.figures:
@@ -633,7 +782,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
 
     studies = [Study(arch, args) for arch in args.archs]
-    with tqdm(total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=sum(study.num_runs(args.parts) for study in studies), unit="run", dynamic_ncols=True
+    ) as bar:
         for study in studies:
             for part in PARTS[:-1]:
                 if part in args.parts:

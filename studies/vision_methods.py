@@ -1,4 +1,5 @@
-"""The methods that studies/vision.py compares: how each builds its model and takes a training step."""
+"""The methods that studies/vision.py compares: how each builds its model and takes a training
+step."""
 
 from __future__ import annotations
 
@@ -21,23 +22,44 @@ def search(arch: str) -> dict[str, list[dict]]:
     Plain training searches the learning rate and weight decay that all the others then take.
     """
     return {
-        "plain": [{"lr": lr, "weight_decay": decay} for lr in LEARNING_RATES[arch] for decay in (0.01, 0.3)],
+        "plain": [
+            {"lr": lr, "weight_decay": decay}
+            for lr in LEARNING_RATES[arch]
+            for decay in (0.01, 0.3)
+        ],
         "input noise": [{"sigma": sigma} for sigma in (0.1, 0.2, 0.4, 0.8)],
         "fixed variance": [{"sigma": sigma} for sigma in (0.15, 0.3, 0.5, 0.8)],
         "GaussianDropout": [{"rate": rate} for rate in (0.05, 0.15, 0.3, 0.6)],
         "SAM": [{"rho": rho} for rho in (0.05, 0.2, 0.5, 1.0)],
-        "DIP": [{"sigma": sigma, "alpha": alpha} for sigma, alpha in ((0.3, 0.0), (0.3, 0.1), (0.5, 0.1), (0.8, 0.1))],
+        "DIP": [
+            {"sigma": sigma, "alpha": alpha}
+            for sigma, alpha in ((0.3, 0.0), (0.3, 0.1), (0.5, 0.1), (0.8, 0.1))
+        ],
     }
 
 
-METHODS = ("plain", "plain, equal time", "input noise", "fixed variance", "GaussianDropout", "SAM", "DIP")
-SEVERAL = ("input noise", "fixed variance", "GaussianDropout", "DIP")  # these take m trajectories per example
+METHODS = (
+    "plain",
+    "plain, equal time",
+    "input noise",
+    "fixed variance",
+    "GaussianDropout",
+    "SAM",
+    "DIP",
+)
+SEVERAL = (
+    "input noise",
+    "fixed variance",
+    "GaussianDropout",
+    "DIP",
+)  # these take m trajectories per example
 TRAININGS = ("clean", "Gaussian", "FGSM")
 TRAIN_NOISE, TRAIN_EPS = 0.2, 0.1  # of training under Gaussian noise and under FGSM
 
 
 class GaussianDropout:
-    """u = x * (1 + sqrt(rate / (1 - rate)) z) on the input of the named layers, in training mode; until removed."""
+    """u = x * (1 + sqrt(rate / (1 - rate)) z) on the input of the named layers, in training mode;
+    until removed."""
 
     def __init__(self, model: nn.Module, names: list[str], rate: float) -> None:
         self.scale = (rate / (1 - rate)) ** 0.5
@@ -45,7 +67,11 @@ class GaussianDropout:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         x = args[0]
-        return (torch.addcmul(x, x, torch.randn_like(x), value=self.scale),) if module.training else None
+        return (
+            (torch.addcmul(x, x, torch.randn_like(x), value=self.scale),)
+            if module.training
+            else None
+        )
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -53,12 +79,15 @@ class GaussianDropout:
 
 
 def build(config: dict) -> tuple[nn.Module, GaussianDropout | None]:
-    """The network with the same initial weights for every method, and the hooks of GaussianDropout."""
+    """The network with the same initial weights for every method, and the hooks of
+    GaussianDropout."""
     torch.manual_seed(config["seed"])
     model, method, hooks = NETWORKS[config["arch"]](), config["method"], None
     names = layers_to_noise(model, config.get("placement", "every layer"))
     if method in ("fixed variance", "DIP"):
-        dip.convert(model, init_variance=config["sigma"] ** 2, filter=lambda module, name: name in names)
+        dip.convert(
+            model, init_variance=config["sigma"] ** 2, filter=lambda module, name: name in names
+        )
         for module in model.modules():
             if isinstance(module, dip.Variance):
                 module.requires_grad_(method == "DIP")
@@ -71,7 +100,8 @@ def build(config: dict) -> tuple[nn.Module, GaussianDropout | None]:
 
 
 def perturbed(model: nn.Module, x: Tensor, y: Tensor, training: str) -> Tensor:
-    """The training images as this kind of training shows them; FGSM attacks the deterministic forward."""
+    """The training images as this kind of training shows them; FGSM attacks the deterministic
+    forward."""
     if training == "Gaussian":
         return noise(x, TRAIN_NOISE)
     if training == "FGSM":
@@ -82,7 +112,9 @@ def perturbed(model: nn.Module, x: Tensor, y: Tensor, training: str) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, config: dict) -> Tensor:
-    out = dip.trajectories(model.__call__, x, m=config["m"])  # a function: baselines have no DIP layers
+    out = dip.trajectories(
+        model.__call__, x, m=config["m"]
+    )  # a function: baselines have no DIP layers
     if config["method"] != "DIP":
         return dip.objective(out, y, F.cross_entropy)
     alpha, spread = config["alpha"], config["sigma"] ** 2 * config.get("beta_factor", 1.0)
@@ -90,7 +122,9 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor, config: dict) -> Tensor:
     return dip.objective(out, y, F.cross_entropy, model, kl=0.0, **terms)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: dict) -> None:
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, config: dict
+) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss_of(model, x, y, config).backward()
     if config["method"] == "SAM":
@@ -118,7 +152,8 @@ def make_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
 
 
 def train(config: dict, x: Tensor, y: Tensor) -> tuple[nn.Module, float]:
-    """The trained model in eval mode, and the processor seconds that its training took. Cosine decay to zero."""
+    """The trained model in eval mode, and the processor seconds that its training took. Cosine
+    decay to zero."""
     model, hooks = build(config)
     optimizer = make_optimizer(model, config)
     batches = -(-len(x) // config["batch"])
@@ -128,7 +163,13 @@ def train(config: dict, x: Tensor, y: Tensor) -> tuple[nn.Module, float]:
     model.train()
     for _ in range(config["epochs"]):
         for idx in torch.randperm(len(x)).split(config["batch"]):
-            step(model, optimizer, perturbed(model, x[idx], y[idx], config["training"]), y[idx], config)
+            step(
+                model,
+                optimizer,
+                perturbed(model, x[idx], y[idx], config["training"]),
+                y[idx],
+                config,
+            )
             schedule.step()
     seconds = time.process_time() - start
     if hooks:
@@ -138,15 +179,19 @@ def train(config: dict, x: Tensor, y: Tensor) -> tuple[nn.Module, float]:
 
 
 def settle_batch_norm(model: nn.Module, x: Tensor, y: Tensor, training: str) -> None:
-    """Take BatchNorm's statistics anew without the layers' noise, as prediction sees the activations."""
+    """Take BatchNorm's statistics anew without the layers' noise, as prediction sees the
+    activations."""
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        shown = [perturbed(model, x[idx], y[idx], training) for idx in torch.arange(len(x)).split(100)]
+        shown = [
+            perturbed(model, x[idx], y[idx], training) for idx in torch.arange(len(x)).split(100)
+        ]
         with dip.noise_off():
             torch.optim.swa_utils.update_bn(shown, model)
 
 
 def time_ratio(arch: str, m: int, batch: int, rounds: int) -> float:
-    """Processor time of a DIP step with m trajectories over that of a plain step: median over interleaved rounds."""
+    """Processor time of a DIP step with m trajectories over that of a plain step: median over
+    interleaved rounds."""
     shared = {"arch": arch, "seed": 0, "lr": 1e-3, "weight_decay": 0.01}
     configs = [
         shared | {"method": "plain", "m": 1},

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-NUM_DEV = 900  # images that training and validation may see; the other 897 are the test images, the same for all seeds
+# images that training and validation may see; the other 897 are the test images, the same for all
+# seeds
+NUM_DEV = 900
 NUM_TRAIN = 500
 
-# ---- data -----------------------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 @cache
@@ -26,14 +28,19 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def split(seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """train: 500 of the first 900 images, drawn anew by each seed; val: their other 400; test: the last 897."""
+    """train: 500 of the first 900 images, drawn anew by each seed; val: their other 400; test: the
+    last 897."""
     x, y = digits()
     order = torch.randperm(NUM_DEV, generator=torch.Generator().manual_seed(seed))
     train, val = order[:NUM_TRAIN], order[NUM_TRAIN:]
-    return {"train": (x[train], y[train]), "val": (x[val], y[val]), "test": (x[NUM_DEV:], y[NUM_DEV:])}
+    return {
+        "train": (x[train], y[train]),
+        "val": (x[val], y[val]),
+        "test": (x[NUM_DEV:], y[NUM_DEV:]),
+    }
 
 
-# ---- corruptions: x [B, 1, 8, 8] -> the same, each with a strength --------------------------------------------------
+# ---- corruptions: x [B, 1, 8, 8] -> the same, each with a strength -------------------------------
 
 
 def noise(x: Tensor, strength: float) -> Tensor:
@@ -56,11 +63,16 @@ def contrast(x: Tensor, strength: float) -> Tensor:
 
 
 def translation(x: Tensor, strength: float) -> Tensor:
-    """Each image moved by this many pixels up, right, down or left (its index modulo 4), zeros moved in."""
+    """Each image moved by this many pixels up, right, down or left (its index modulo 4), zeros
+    moved in."""
     step = int(strength)
     padded, size = F.pad(x, (step,) * 4), x.shape[-1]
     starts = ((2 * step, step), (step, 0), (0, step), (step, 2 * step))
-    moved = [padded[i : i + 1, :, r : r + size, c : c + size] for i in range(len(x)) for r, c in (starts[i % 4],)]
+    moved = [
+        padded[i : i + 1, :, r : r + size, c : c + size]
+        for i in range(len(x))
+        for r, c in (starts[i % 4],)
+    ]
     return torch.cat(moved) if moved else x
 
 
@@ -71,7 +83,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], tuple[float, ...
     "translation": (translation, (1, 2)),
 }
 
-# ---- attacks on the deterministic forward ---------------------------------------------------------------------------
+# ---- attacks on the deterministic forward --------------------------------------------------------
 
 
 def input_grad(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -85,7 +97,8 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
-    """x' = clip(x' + eps/4 * sign(dL/dx'), x - eps, x + eps), clipped to 0 .. 1, from a random start."""
+    """x' = clip(x' + eps/4 * sign(dL/dx'), x - eps, x + eps), clipped to 0 .. 1, from a random
+    start."""
     adversarial = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
     for _ in range(steps):
         moved = adversarial + eps / 4 * input_grad(model, adversarial, y).sign()
@@ -96,12 +109,17 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tenso
 FGSM_STRENGTHS = (0.05, 0.1, 0.15)
 PGD_STRENGTHS = (0.05, 0.1, 0.15)
 
-# ---- networks -------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
 def mlp() -> nn.Module:
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+        nn.Flatten(),
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
     )
 
 
@@ -147,7 +165,9 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, dim // self.heads)
-        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # [B, heads, tokens, dim / heads]
+        attended = F.scaled_dot_product_attention(
+            *qkv.permute(2, 0, 3, 1, 4)
+        )  # [B, heads, tokens, dim / heads]
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -181,5 +201,7 @@ PLACEMENTS: dict[str, Callable[[str, list[str]], bool]] = {
 
 def layers_to_noise(model: nn.Module, placement: str = "every layer") -> list[str]:
     """The names of the linear and convolutional layers that the placement reaches."""
-    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     return [name for name in names if PLACEMENTS[placement](name, names)]

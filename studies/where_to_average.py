@@ -1,19 +1,22 @@
 """Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
-    python studies/where_to_average.py            three seeds; writes its results, table and plot into out/where_to_average
-    python studies/where_to_average.py --quick    one seed, a few epochs: does it run?
+    python studies/where_to_average.py            three seeds; writes its results, table and plot
+    into out/where_to_average python studies/where_to_average.py --quick    one seed, a few epochs:
+    does it run?
 
-An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma = 0.1), 500 images
-for training and 400 for testing; sigma is fixed, so that only the estimator differs. Trainings:
+An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma =
+0.1), 500 images for training and 400 for testing; sigma is fixed, so that only the estimator
+differs. Trainings:
 
     plain         no noise
     one draw      m = 1
     trajectories  m = 4 noisy passes in one, the loss averaged over them (Algorithm 1)
-    layer means   every activation averaged over 4 draws inside its layer; linear layers draw with sigma / 2
-    analytic      every activation replaced by its expectation; nothing is drawn
+    layer means   every activation averaged over 4 draws inside its layer; linear layers draw with
+    sigma / 2 analytic      every activation replaced by its expectation; nothing is drawn
 
-at equal steps, and at equal time: everyone gets the processor time that trajectories took. Predictions of each network:
-plain (Algorithm 3), sampled (Algorithm 2, k = 16) and analytic. PGD attacks the plain forward pass.
+at equal steps, and at equal time: everyone gets the processor time that trajectories took.
+Predictions of each network: plain (Algorithm 3), sampled (Algorithm 2, k = 16) and analytic. PGD
+attacks the plain forward pass.
 """
 
 from __future__ import annotations
@@ -40,17 +43,31 @@ S = 4
 NUM_TEST = 400
 METHODS = ("plain", "one draw", "trajectories", "layer means", "analytic")
 NETWORKS = {"MLP": (0.3, 120), "ViT": (0.1, 40)}  # sigma, epochs
-COLUMNS = ("clean, plain", "clean, sampled", "clean, analytic", "noise 0.3, plain", "noise 0.3, sampled",
-           "noise 0.3, analytic", "PGD 0.1, plain")  # fmt: skip
+COLUMNS = (
+    "clean, plain",
+    "clean, sampled",
+    "clean, analytic",
+    "noise 0.3, plain",
+    "noise 0.3, sampled",
+    "noise 0.3, analytic",
+    "PGD 0.1, plain",
+)
 
-# ---- networks --------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 
-def linear(fan_in: int, fan_out: int, method: str, sigma: float, activation: str | None = None) -> dip.DIPLinear:
+def linear(
+    fan_in: int, fan_out: int, method: str, sigma: float, activation: str | None = None
+) -> dip.DIPLinear:
     estimator = {"layer means": "mean", "analytic": "analytic"}.get(method, "sample")
     samples = S if method == "layer means" else 1
     layer = dip.DIPLinear(
-        fan_in, fan_out, init_variance=sigma**2, num_samples=samples, activation=activation, estimator=estimator
+        fan_in,
+        fan_out,
+        init_variance=sigma**2,
+        num_samples=samples,
+        activation=activation,
+        estimator=estimator,
     )
     layer.log_variance.requires_grad_(False)
     return layer
@@ -58,7 +75,9 @@ def linear(fan_in: int, fan_out: int, method: str, sigma: float, activation: str
 
 def mlp(method: str, sigma: float) -> nn.Module:
     return nn.Sequential(
-        linear(64, 256, method, sigma, "relu"), linear(256, 256, method, sigma, "relu"), linear(256, 10, method, sigma)
+        linear(64, 256, method, sigma, "relu"),
+        linear(256, 256, method, sigma, "relu"),
+        linear(256, 10, method, sigma),
     )
 
 
@@ -70,16 +89,22 @@ class Block(nn.Module):
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = linear(dim, 3 * dim, method, sigma), linear(dim, dim, method, sigma)
-        self.up, self.down = linear(dim, 4 * dim, method, sigma, "gelu"), linear(4 * dim, dim, method, sigma)
+        self.up, self.down = (
+            linear(dim, 4 * dim, method, sigma, "gelu"),
+            linear(4 * dim, dim, method, sigma),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        q, k, v = (
+            self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(self.up(self.norm2(x)))
 
 
 class ViT(nn.Module):
-    """8 x 8 images as 16 patches of 2 x 2, two blocks of 32 features, the tokens' mean to 10 classes."""
+    """8 x 8 images as 16 patches of 2 x 2, two blocks of 32 features, the tokens' mean to 10
+    classes."""
 
     def __init__(self, method: str, sigma: float, dim: int = 32) -> None:
         super().__init__()
@@ -98,19 +123,32 @@ def build(network: str, method: str, seed: int) -> nn.Module:
     return dip.number_layers((mlp if network == "MLP" else ViT)(method, NETWORKS[network][0]))
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def train(network: str, method: str, seed: int, x: Tensor, y: Tensor, epochs: int, seconds: float | None = None):
-    """(model, epochs run, processor seconds): that many epochs, or as many as start within `seconds`."""
+def train(
+    network: str,
+    method: str,
+    seed: int,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    seconds: float | None = None,
+):
+    """(model, epochs run, processor seconds): that many epochs, or as many as start within
+    `seconds`."""
     model = build(network, method, seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01
+    )
     torch.manual_seed(1000 + seed)
     start, done = time.process_time(), 0
     while done < epochs if seconds is None else time.process_time() - start < seconds:
         for batch in torch.randperm(len(x)).split(BATCH):
             if method == "trajectories":
-                loss = dip.objective(dip.trajectories(model, x[batch], m=S), y[batch], F.cross_entropy)
+                loss = dip.objective(
+                    dip.trajectories(model, x[batch], m=S), y[batch], F.cross_entropy
+                )
             elif method == "plain":
                 with dip.noise_off():
                     loss = F.cross_entropy(model(x[batch]), y[batch])
@@ -135,16 +173,23 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, seed: int, pgd_steps: int) 
     return found
 
 
-# ---- output ----------------------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
 def table(runs: list[dict], network: str, budget: str) -> str:
     lines = [f"| {network}, {budget} | epochs | seconds | " + " | ".join(COLUMNS) + " |"]
     lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for method in METHODS:
-        own = [r for r in runs if (r["network"], r["budget"], r["method"]) == (network, budget, method)]
-        cells = [f"{mean_std([r['epochs'] for r in own])[0]:.0f}", f"{mean_std([r['seconds'] for r in own])[0]:.1f}"]
-        cells += ["{:.1f} ± {:.1f}".format(*mean_std([r["accuracy"][c] for r in own])) for c in COLUMNS]
+        own = [
+            r for r in runs if (r["network"], r["budget"], r["method"]) == (network, budget, method)
+        ]
+        cells = [
+            f"{mean_std([r['epochs'] for r in own])[0]:.0f}",
+            f"{mean_std([r['seconds'] for r in own])[0]:.1f}",
+        ]
+        cells += [
+            "{:.1f} ± {:.1f}".format(*mean_std([r["accuracy"][c] for r in own])) for c in COLUMNS
+        ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -155,11 +200,19 @@ def plot(runs: list[dict], networks: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(networks), figsize=(5.5 * len(networks), 4), layout="constrained", squeeze=False
+    )
     for axis, network in zip(axes[0], networks, strict=True):
         for i, method in enumerate(METHODS):
-            own = [r for r in runs if (r["network"], r["budget"], r["method"]) == (network, "equal time", method)]
-            means, stds = zip(*(mean_std([r["accuracy"][c] for r in own]) for c in COLUMNS), strict=True)
+            own = [
+                r
+                for r in runs
+                if (r["network"], r["budget"], r["method"]) == (network, "equal time", method)
+            ]
+            means, stds = zip(
+                *(mean_std([r["accuracy"][c] for r in own]) for c in COLUMNS), strict=True
+            )
             at = [j + 0.15 * (i - 2) for j in range(len(COLUMNS))]
             axis.errorbar(at, means, yerr=stds, fmt="o", capsize=2, label=method)
         axis.set_xticks(range(len(COLUMNS)), [c.replace(", ", "\n") for c in COLUMNS], fontsize=7)
@@ -174,9 +227,16 @@ def plot(runs: list[dict], networks: list[str], path: Path) -> None:
 def report(args: argparse.Namespace, runs: list[dict], start: float) -> str:
     """Write results.json, table.md and averaging.png; returns the tables."""
     networks = [n for n in NETWORKS if any(r["network"] == n for r in runs)]
-    tables = "\n\n".join(table(runs, n, budget) for n in networks for budget in ("equal steps", "equal time"))
+    tables = "\n\n".join(
+        table(runs, n, budget) for n in networks for budget in ("equal steps", "equal time")
+    )
     args.out.mkdir(parents=True, exist_ok=True)
-    what = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "date": time.strftime("%Y-%m-%d")}
+    what = {
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": 1,
+        "date": time.strftime("%Y-%m-%d"),
+    }
     what |= {"S": S, "seconds": round(time.perf_counter() - start, 1), "runs": runs}
     (args.out / "results.json").write_text(json.dumps(what, indent=1) + "\n")
     (args.out / "table.md").write_text(tables + "\n")
@@ -187,9 +247,15 @@ def report(args: argparse.Namespace, runs: list[dict], start: float) -> str:
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="factor on the number of epochs (1)")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="MLP, ViT or both")
-    parser.add_argument("--out", type=Path, default=Path("out/where_to_average"), help="folder for what it writes")
+    parser.add_argument(
+        "--epochs", type=float, default=1.0, help="factor on the number of epochs (1)"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="MLP, ViT or both"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/where_to_average"), help="folder for what it writes"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
     seeds, factor = (1, 0.02) if args.quick else (args.seeds, args.epochs)
@@ -206,7 +272,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                 for method in sorted(METHODS, key=lambda name: name != "trajectories"):
                     bar.set_description(f"{network}, seed {seed}, {budget}, {method}")
                     limit = seconds if budget == "equal time" else None
-                    model, done, took = train(network, method, seed, x_train, y_train, epochs, limit)
+                    model, done, took = train(
+                        network, method, seed, x_train, y_train, epochs, limit
+                    )
                     if method == "trajectories" and seconds is None:
                         seconds = took
                     accuracy = evaluate(model, x_test, y_test, seed, 3 if args.quick else 20)
@@ -215,8 +283,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
                     bar.update()
             report(args, runs, start)  # what is there so far
     tables = report(args, runs, start)
-    print(f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one processor\n\n{tables}")
-    print(f"\nwrote {', '.join(str(args.out / name) for name in ('results.json', 'table.md', 'averaging.png'))}")
+    print(
+        f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one "
+        f"processor\n\n{tables}"
+    )
+    print(
+        f"\nwrote {', '.join(str(args.out / name) for name in ('results.json', 'table.md', 'averaging.png'))}"
+    )
     return runs
 
 

@@ -21,7 +21,8 @@ FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_ptx_cuda
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
 
 
-# torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the code differs.
+# torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the
+# code differs.
 _CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 

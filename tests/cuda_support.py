@@ -1,4 +1,5 @@
-"""What the CUDA tests share: nvcc, the disassembler, and counting instructions in a kernel's inner loop."""
+"""What the CUDA tests share: nvcc, the disassembler, and counting instructions in a kernel's inner
+loop."""
 
 import functools
 import importlib.util
@@ -23,14 +24,17 @@ FLAGS = (
     "-fmad=false",
     "--expt-relaxed-constexpr",
 )
-_spec = importlib.util.spec_from_file_location("gpu_expectation", ROOT / "benchmarks" / "gpu_expectation.py")
+_spec = importlib.util.spec_from_file_location(
+    "gpu_expectation", ROOT / "benchmarks" / "gpu_expectation.py"
+)
 gpu_expectation = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(gpu_expectation)
 
 
 @functools.cache
 def find_tool(name: str) -> str | None:
-    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside NVIDIA's packages (make nvcc) or the triton package."""
+    """nvcc, cuobjdump or nvdisasm: on PATH, in CUDA_HOME, or inside NVIDIA's packages (make nvcc)
+    or the triton package."""
     if found := shutil.which(name):
         return found
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
@@ -55,7 +59,9 @@ class Kernel:
         return count_loop(self.sass)
 
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);")
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);"
+)
 
 
 def count_loop(sass: str) -> Counter:
@@ -67,14 +73,26 @@ def count_loop(sass: str) -> Counter:
         elif instruction := _INSTRUCTION.match(line):
             opcodes.append(instruction[1])
             target = re.search(r"(\.L_\w+)", instruction[2])
-            if instruction[1].startswith("BRA") and target and labels.get(target[1], len(opcodes)) < len(opcodes):
+            if (
+                instruction[1].startswith("BRA")
+                and target
+                and labels.get(target[1], len(opcodes)) < len(opcodes)
+            ):
                 loops.append(opcodes[labels[target[1]] :])
     loops = [loop for loop in loops if not any(op.startswith("BAR") for op in loop)]
     return Counter(op for op in max(loops, key=len, default=[]) if op != "NOP")
 
 
 def compile_cubin(arch: int, cubin: Path) -> None:
-    command = [find_tool("nvcc"), *FLAGS, "-cubin", f"-arch=sm_{arch}", str(SOURCE), "-o", str(cubin)]
+    command = [
+        find_tool("nvcc"),
+        *FLAGS,
+        "-cubin",
+        f"-arch=sm_{arch}",
+        str(SOURCE),
+        "-o",
+        str(cubin),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
@@ -82,18 +100,34 @@ def compile_cubin(arch: int, cubin: Path) -> None:
 
 def read_kernels(cubin: Path) -> list[Kernel]:
     usage = subprocess.run(
-        [find_tool("cuobjdump"), "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        [find_tool("cuobjdump"), "-res-usage", str(cubin)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    code = subprocess.run([find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-    sections = dict(re.findall(r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S))
+    code = subprocess.run(
+        [find_tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True
+    ).stdout
+    sections = dict(
+        re.findall(
+            r"^\s*\.section\s+\.text\.(\w+),.*?\n(.*?)(?=^\s*\.section|\Z)", code, re.M | re.S
+        )
+    )
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     names = subprocess.run(
-        ["c++filt"], input="\n".join(f[0] for f in found), capture_output=True, text=True, check=True
+        ["c++filt"],
+        input="\n".join(f[0] for f in found),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     kernels = []
     for (mangled, registers, stack), name in zip(found, names.stdout.splitlines(), strict=True):
         name = (
-            name.replace("dip::(anonymous namespace)::", "").replace("dip::", "").removeprefix("void ").split(">(")[0]
+            name.replace("dip::(anonymous namespace)::", "")
+            .replace("dip::", "")
+            .removeprefix("void ")
+            .split(">(")[0]
         )
         kernels.append(Kernel(name, int(registers), int(stack), sections[mangled]))
     return kernels

@@ -29,16 +29,24 @@ def one_row_raises(check):
 
 
 def half_a_row(check):
-    return [("one", lambda: {"variants": {"fine": {"seconds": 1.0}, "torn": {"error": "torn apart"}}})]
+    return [
+        ("one", lambda: {"variants": {"fine": {"seconds": 1.0}, "torn": {"error": "torn apart"}}})
+    ]
 
 
 def one_row_dies(check):
-    return [("one", lambda: {}), ("two", lambda: os.kill(os.getpid(), signal.SIGSEGV)), ("three", lambda: {})]
+    return [
+        ("one", lambda: {}),
+        ("two", lambda: os.kill(os.getpid(), signal.SIGSEGV)),
+        ("three", lambda: {}),
+    ]
 
 
 def loses_the_device_in_a_variant(check):
     """The timing catches the error; the device is lost all the same."""
-    return loses_the_device(check, lambda: {"variants": {"torn": {"error": "as broken as it gets"}}})
+    return loses_the_device(
+        check, lambda: {"variants": {"torn": {"error": "as broken as it gets"}}}
+    )
 
 
 def loses_the_device(check, fail=_raise):
@@ -67,7 +75,9 @@ def hangs(check):
 
     def forever():
         for own in (False, True):
-            subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=own)
+            subprocess.Popen(
+                [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=own
+            )
         time.sleep(600)
 
     return [("one", lambda: {}), ("two", forever), ("three", lambda: {})]

@@ -1,4 +1,5 @@
-"""What torch.compile makes of a model, seen without running it, and tensors of a GPU that is not there."""
+"""What torch.compile makes of a model, seen without running it, and tensors of a GPU that is not
+there."""
 
 import contextlib
 import warnings
@@ -11,14 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 class Graphs:
-    """A backend of torch.compile: runs nothing, gives back zeros, and keeps the names of each graph's operations.
+    """A backend of torch.compile: runs nothing, gives back zeros, and keeps the names of each
+    graph's operations.
 
-    forward, backward: one list of names per graph. saved: bytes that the forward graph keeps for backward.
+    forward, backward: one list of names per graph. saved: bytes that the forward graph keeps for
+    backward.
     """
 
     def __init__(self):
         self.forward, self.backward, self.saved = [], [], []
-        compilers = {"fw_compiler": self._keep(self.forward), "bw_compiler": self._keep(self.backward)}
+        compilers = {
+            "fw_compiler": self._keep(self.forward),
+            "bw_compiler": self._keep(self.backward),
+        }
         self._compile = aot_autograd(**compilers, partition_fn=self._partition)
 
     def __call__(self, graph, inputs):
@@ -29,7 +35,9 @@ class Graphs:
         from functorch.compile import make_boxed_func
 
         def compiler(graph, inputs):
-            to.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+            to.append(
+                [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            )
             wanted = next(node for node in graph.graph.nodes if node.op == "output").args[0]
 
             def run(*arguments):
@@ -42,16 +50,24 @@ class Graphs:
     def _partition(self, joint, inputs, **kwargs):
         forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
         outputs = next(node for node in forward.graph.nodes if node.op == "output").args[0]
-        kept = [node for node in outputs[kwargs["num_fwd_outputs"] :] if getattr(node, "op", "") == "call_function"]
+        kept = [
+            node
+            for node in outputs[kwargs["num_fwd_outputs"] :]
+            if getattr(node, "op", "") == "call_function"
+        ]
         values = [node.meta["val"] for node in kept]
-        self.saved.append(sum(t.numel() * t.element_size() for t in values if isinstance(t, torch.Tensor)))
+        self.saved.append(
+            sum(t.numel() * t.element_size() for t in values if isinstance(t, torch.Tensor))
+        )
         return forward, backward
 
 
 def _zeros(value, arguments):
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
+    return torch.empty_strided(
+        value.shape, value.stride(), dtype=value.dtype, device=value.device
+    ).zero_()
 
 
 def compiled(model, *arguments, backward=True):
@@ -68,13 +84,15 @@ def compiled(model, *arguments, backward=True):
 
 @contextlib.contextmanager
 def no_workaround_of_dynamo():
-    """Fails where torch.compile says that it cannot trace a function and traces something else in its place."""
+    """Fails where torch.compile says that it cannot trace a function and traces something else in
+    its place."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*Dynamo")
         yield
 
 
-# No GPU is needed, nor a torch built for one. Only without gradients: autograd asks such a torch for the device.
+# No GPU is needed, nor a torch built for one. Only without gradients: autograd asks such a torch
+# for the device.
 GPU_MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 

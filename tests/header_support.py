@@ -1,4 +1,5 @@
-"""Builds tests/header_module.cpp with pybind11, once for the portable flags and once for all that this machine offers."""
+"""Builds tests/header_module.cpp with pybind11, once for the portable flags and once for all that
+this machine offers."""
 
 import functools
 import importlib.util

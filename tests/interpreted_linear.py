@@ -1,4 +1,5 @@
-"""The fused linear in Triton's interpreter against the float64 reference; started by test_triton_interpreter.py."""
+"""The fused linear in Triton's interpreter against the float64 reference; started by
+test_triton_interpreter.py."""
 
 import pytest
 import torch
@@ -24,17 +25,27 @@ def make(lead, k, n, dtype=torch.float32):
     generator = torch.Generator().manual_seed(k * n)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     x, weight, bias, dy = draw(*lead, k), draw(n, k) / k**0.5, draw(n), draw(*lead, n)
-    return *(t.to(dtype) for t in (x, weight, bias)), torch.rand(k, generator=generator) + 0.1, dy.to(dtype)
+    return (
+        *(t.to(dtype) for t in (x, weight, bias)),
+        torch.rand(k, generator=generator) + 0.1,
+        dy.to(dtype),
+    )
 
 
-def expected(x, weight, bias, sigma, row0, col0, sample, factor, log_variance, num_samples, activation, dtype):
+def expected(
+    x, weight, bias, sigma, row0, col0, sample, factor, log_variance, num_samples, activation, dtype
+):
     """mean over s of act((x + factor s z_s) W^T + b) in plain PyTorch, u and h rounded to dtype"""
     s = torch.exp(sigma / 2) if log_variance else sigma
     outputs = []
     for i in range(num_samples):
         z = reference.noise(SEED, x.shape, -1, row0, col0, sample + i).double()
         u = x.to(dtype) + (factor * s * z).to(dtype)
-        outputs.append(ACTIVATIONS[activation](F.linear(u, weight.to(dtype), None if bias is None else bias.to(dtype))))
+        outputs.append(
+            ACTIVATIONS[activation](
+                F.linear(u, weight.to(dtype), None if bias is None else bias.to(dtype))
+            )
+        )
     return sum(outputs) / len(outputs)
 
 
@@ -45,10 +56,13 @@ def gradients(tensors, dy, *how, dtype):
 
 
 def assert_close(got, want, eager, name):
-    """At most twice the error of the same expression in plain PyTorch at that dtype; z may add its 4e-6."""
+    """At most twice the error of the same expression in plain PyTorch at that dtype; z may add its
+    4e-6."""
     error, eager_error = ((t.double() - want.double()).abs().max().item() for t in (got, eager))
     scale = max(1.0, want.abs().max().item())
-    assert error <= 2 * eager_error + 5e-6 * scale, f"{name}: error {error:.2e}, PyTorch's {eager_error:.2e}"
+    assert error <= 2 * eager_error + 5e-6 * scale, (
+        f"{name}: error {error:.2e}, PyTorch's {eager_error:.2e}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,16 @@ def assert_close(got, want, eager, name):
         ((1,), 1, 1, 0, 1, None, torch.float32, False),  # the smallest
         ((5,), 24, 10, 0, 1, None, torch.float32, False),  # rows aligned to eight elements
         ((5,), 24, 10, 0, 1, None, torch.float32, True),
-        ((3, 7), 37, 19, 5, 1, None, torch.float32, False),  # nothing aligned, columns from inside a group
+        (
+            (3, 7),
+            37,
+            19,
+            5,
+            1,
+            None,
+            torch.float32,
+            False,
+        ),  # nothing aligned, columns from inside a group
         ((3, 7), 37, 19, 5, 1, None, torch.float32, True),
         ((3, 7), 37, 19, 5, 2, "gelu", torch.float32, True),  # real samples
         ((33,), 40, 72, 0, 1, None, torch.float16, True),  # more than one tile each way
@@ -67,7 +90,9 @@ def assert_close(got, want, eager, name):
         ((4,), 16, 8, 0, 2, "gelu_tanh", torch.float32, False),
     ],
 )
-def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples, activation, dtype, log_variance):
+def test_linear_and_its_gradients_match_reference(
+    lead, k, n, col0, num_samples, activation, dtype, log_variance
+):
     x, weight, bias, sigma, dy = make(lead, k, n, dtype)
     how = (2**32 - 2, col0, 1, 0.5, log_variance, num_samples)  # rows cross 2^32
     y = linear.linear(x, weight, bias, sigma, SEED, *how, activation)
@@ -77,7 +102,9 @@ def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples,
     eager_y, eager = gradients(tensors, dy, *how, activation, dtype=dtype)
     assert y.dtype == dtype
     assert_close(y, want_y, eager_y, "y")
-    for name, got, tensor, w, e in zip(("dx", "dweight", "dbias", "dsigma"), grads, tensors, want, eager, strict=True):
+    for name, got, tensor, w, e in zip(
+        ("dx", "dweight", "dbias", "dsigma"), grads, tensors, want, eager, strict=True
+    ):
         assert got.dtype == tensor.dtype and got.shape == tensor.shape
         # Autograd hands the eager gradient back in float64: round it as PyTorch would.
         assert_close(got, w, e.to(tensor.dtype), name)
@@ -85,9 +112,13 @@ def test_linear_and_its_gradients_match_reference(lead, k, n, col0, num_samples,
 
 def test_linear_without_an_activation_is_one_sample():
     x, weight, bias, sigma, dy = make((5,), 8, 3)
-    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+    with pytest.raises(
+        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
+    ):
         linear.linear(x, weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2)
-    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+    with pytest.raises(
+        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
+    ):
         linear.linear_bwd(dy, x, weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2)
 
 
@@ -116,7 +147,8 @@ def test_linear_ignores_the_tiles_of_rows_and_outputs(monkeypatch):
         tile = blocks.Blocks(rows, outs, 32, 4, 2)
         monkeypatch.setattr(linear, "blocks", lambda *args, tile=tile: tile)
         results.append(linear.linear(x, weight, bias, sigma, SEED, *how))
-    # The interpreter multiplies with NumPy, which on some processors adds up in an order of its own for each size of the tile.
+    # The interpreter multiplies with NumPy, which on some processors adds up in an order of its own
+    # for each size of the tile.
     assert all(torch.allclose(result, results[0], rtol=0, atol=1e-5) for result in results)
 
 
@@ -127,7 +159,9 @@ def test_linear_bwd_weight_splits_the_rows_in_a_fixed_order(monkeypatch):
     monkeypatch.setattr(linear, "splits", lambda *sizes: 3)
     parts = [linear.linear_bwd_weight(dy, x, sigma, SEED, *how) for _ in range(2)]
     assert torch.equal(parts[0][0], parts[1][0])
-    assert torch.allclose(parts[0][0], whole[0], rtol=0, atol=1e-4) and torch.equal(parts[0][1], whole[1])
+    assert torch.allclose(parts[0][0], whole[0], rtol=0, atol=1e-4) and torch.equal(
+        parts[0][1], whole[1]
+    )
 
 
 def test_linear_takes_strided_inputs():
@@ -143,7 +177,8 @@ def test_linear_takes_strided_inputs():
         assert torch.equal(linear.linear(same_x, same_weight, bias, sigma, SEED, *how), want)
     row = x[:1].expand(6, 9, 20)
     assert torch.equal(
-        linear.linear(row, weight, bias, sigma, SEED, *how), linear.linear(row.clone(), weight, bias, sigma, SEED, *how)
+        linear.linear(row, weight, bias, sigma, SEED, *how),
+        linear.linear(row.clone(), weight, bias, sigma, SEED, *how),
     )
 
 
@@ -159,14 +194,33 @@ def test_linear_without_rows_or_bias():
     "change, error, match",
     [
         ({"activation": "selu"}, ValueError, "activation: expected one of"),
-        ({"sigma": torch.ones(7)}, ValueError, r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
-        ({"weight": torch.ones(3, 7)}, ValueError, r"weight: expected shape \(N, K = 8\), got \(3, 7\)"),
-        ({"x": torch.ones(2, 8, dtype=torch.float64)}, TypeError, "x: expected one of .* got torch.float64"),
+        (
+            {"sigma": torch.ones(7)},
+            ValueError,
+            r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)",
+        ),
+        (
+            {"weight": torch.ones(3, 7)},
+            ValueError,
+            r"weight: expected shape \(N, K = 8\), got \(3, 7\)",
+        ),
+        (
+            {"x": torch.ones(2, 8, dtype=torch.float64)},
+            TypeError,
+            "x: expected one of .* got torch.float64",
+        ),
     ],
 )
 def test_linear_names_what_is_wrong(change, error, match):
-    arguments = {"x": torch.ones(2, 8), "weight": torch.ones(3, 8), "sigma": torch.ones(8), "activation": None}
+    arguments = {
+        "x": torch.ones(2, 8),
+        "weight": torch.ones(3, 8),
+        "sigma": torch.ones(8),
+        "activation": None,
+    }
     arguments.update(change)
-    x, weight, sigma, activation = (arguments[name] for name in ("x", "weight", "sigma", "activation"))
+    x, weight, sigma, activation = (
+        arguments[name] for name in ("x", "weight", "sigma", "activation")
+    )
     with pytest.raises(error, match=match):
         linear.linear(x, weight, None, sigma, SEED, 0, 0, 0, 1.0, False, 1, activation)

@@ -1,4 +1,5 @@
-"""noise and perturb in Triton's interpreter against the float64 reference; started by test_triton_interpreter.py."""
+"""noise and perturb in Triton's interpreter against the float64 reference; started by
+test_triton_interpreter.py."""
 
 import numpy as np
 import pytest
@@ -14,8 +15,17 @@ noise_words, normal_pair, load_seed = noise.noise_words, noise.normal_pair, nois
 
 TOLERANCE = 4e-6  # of z, by the contract
 KEY = 0x0123456789ABCDEF
-# (shape, dim): one column, one group, one past it, a prime, channels first with odd and even sizes, one dimension.
-SHAPES = [((1, 1), -1), ((16, 8), -1), ((17, 9), 1), ((5, 13), 0), ((2, 7, 17), 1), ((3, 4, 6, 5), 1), ((11,), 0)]
+# (shape, dim): one column, one group, one past it, a prime, channels first with odd and even sizes,
+# one dimension.
+SHAPES = [
+    ((1, 1), -1),
+    ((16, 8), -1),
+    ((17, 9), 1),
+    ((5, 13), 0),
+    ((2, 7, 17), 1),
+    ((3, 4, 6, 5), 1),
+    ((11,), 0),
+]
 EMPTY = [((0, 8), -1), ((4, 0), -1), ((3, 0, 2), 2)]
 
 
@@ -31,13 +41,23 @@ def make(shape, dim, dtype=torch.float32):
 
 
 def assert_near(got, want, eager):
-    """At most twice the error that the same expression has in plain PyTorch, + 1e-6: the project's policy."""
+    """At most twice the error that the same expression has in plain PyTorch, + 1e-6: the project's
+    policy."""
     allowed = 2 * (eager.double() - want.double()).abs().max().item() + 1e-6
     assert (got.double() - want.double()).abs().max().item() <= allowed + TOLERANCE
 
 
 @triton.jit
-def _words_kernel(out_ptr, seed_ptr, row0, group0, sample, R: tl.constexpr, G: tl.constexpr, ROWS_LAST: tl.constexpr):
+def _words_kernel(
+    out_ptr,
+    seed_ptr,
+    row0,
+    group0,
+    sample,
+    R: tl.constexpr,
+    G: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+):
     key, last_word = load_seed(seed_ptr, sample)
     row = tl.cast(row0, tl.int64) + tl.arange(0, R)
     group = tl.cast(group0, tl.int64) + tl.arange(0, G)
@@ -58,7 +78,9 @@ def test_noise_words_are_the_contracts_bits(key, stream, rows_last):
     seed, row0, group0, sample = make_seed(key, stream), 2**32 - 2, 5, 7
     out = torch.empty(4, 8, 4, dtype=torch.int64)
     _words_kernel[(1,)](out, seed, row0, group0, sample, R=4, G=8, ROWS_LAST=rows_last)
-    assert torch.equal(out, reference.words(seed, torch.arange(4) + row0, torch.arange(8) + group0, sample))
+    assert torch.equal(
+        out, reference.words(seed, torch.arange(4) + row0, torch.arange(8) + group0, sample)
+    )
 
 
 @triton.jit
@@ -79,7 +101,10 @@ def test_noise_pairs_are_accurate_for_every_radius():
     w = all_radii_and_angles()
     z = torch.empty(2**20, 2)
     _pair_kernel[(16,)](torch.from_numpy(w), z, BLOCK=2**16)
-    radius, angle = np.sqrt(-2 * np.log(((w >> 12) + 0.5) / 2**20)), 2 * np.pi * ((w & 0xFFF) + 0.5) / 4096
+    radius, angle = (
+        np.sqrt(-2 * np.log(((w >> 12) + 0.5) / 2**20)),
+        2 * np.pi * ((w & 0xFFF) + 0.5) / 4096,
+    )
     want = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     assert np.abs(z.numpy() - want).max() <= TOLERANCE
 
@@ -87,8 +112,36 @@ def test_noise_pairs_are_accurate_for_every_radius():
 @pytest.mark.parametrize(
     "sample, row, col, want",
     [
-        (0, 5, 0, [-0.2667177, -0.1194537, 0.3566937, 0.9528818, -0.6610492, 0.9043018, -1.0313795, 0.2357624]),
-        (2, 2**33 + 7, 24, [0.0830502, 1.5678196, 1.3100422, 0.2470309, 0.2191672, 1.1622764, 0.4230856, 0.1695719]),
+        (
+            0,
+            5,
+            0,
+            [
+                -0.2667177,
+                -0.1194537,
+                0.3566937,
+                0.9528818,
+                -0.6610492,
+                0.9043018,
+                -1.0313795,
+                0.2357624,
+            ],
+        ),
+        (
+            2,
+            2**33 + 7,
+            24,
+            [
+                0.0830502,
+                1.5678196,
+                1.3100422,
+                0.2470309,
+                0.2191672,
+                1.1622764,
+                0.4230856,
+                0.1695719,
+            ],
+        ),
     ],
 )
 def test_noise_known_answers(sample, row, col, want):
@@ -102,7 +155,9 @@ def test_noise_matches_reference(shape, dim):
     z = noise.noise(make_seed(), shape, *where)
     assert z.shape == shape and z.is_contiguous()
     if z.numel() > 0:
-        assert torch.allclose(z, reference.noise(make_seed(), shape, *where), rtol=0, atol=TOLERANCE)
+        assert torch.allclose(
+            z, reference.noise(make_seed(), shape, *where), rtol=0, atol=TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("shape, dim, row0, col0", [((7, 21), -1, 4, 3), ((3, 21, 5), 1, 5, 9)])
@@ -130,7 +185,9 @@ def test_noise_equals_the_compiled_cpu_kernels():
     if not hasattr(torch.ops.dipkernels, "noise") or not dipkernels.backends.library().loaded:
         pytest.skip("the compiled library is not built")
     where = ((24, 1003), -1, 2**32 - 5, 3, 1)
-    assert torch.equal(noise.noise(make_seed(), *where), torch.ops.dipkernels.noise(make_seed(), *where))
+    assert torch.equal(
+        noise.noise(make_seed(), *where), torch.ops.dipkernels.noise(make_seed(), *where)
+    )
 
 
 @pytest.mark.parametrize("shape, dim", SHAPES + EMPTY)
@@ -143,7 +200,12 @@ def test_perturb_and_its_adjoint_match_reference(shape, dim, dtype, log_variance
     where = (sigma, make_seed(), dim, 2**32 - 3, 5, 1, 0.5, log_variance)
     u, dsigma = perturb.perturb(x, *where, None), perturb.perturb_bwd(du, *where)
     both = perturb.perturb_replay(du, x, *where, None)
-    assert u.dtype == x.dtype and u.shape == x.shape and dsigma.dtype == sigma.dtype and dsigma.shape == sigma.shape
+    assert (
+        u.dtype == x.dtype
+        and u.shape == x.shape
+        and dsigma.dtype == sigma.dtype
+        and dsigma.shape == sigma.shape
+    )
     assert torch.equal(both[0], u) and both[1].shape == sigma.shape
     if x.numel() == 0:
         assert torch.equal(dsigma, torch.zeros_like(sigma)) and torch.equal(both[1], dsigma)
@@ -170,7 +232,9 @@ def strided_inputs():
     yield "four stubborn dimensions", base.permute(2, 0, 3, 1)[::8, ::3], 1
 
 
-@pytest.mark.parametrize("x, dim", [pytest.param(x, dim, id=name) for name, x, dim in strided_inputs()])
+@pytest.mark.parametrize(
+    "x, dim", [pytest.param(x, dim, id=name) for name, x, dim in strided_inputs()]
+)
 def test_perturb_takes_any_strides(x, dim):
     sigma = torch.rand(x.shape[dim]) + 0.1
     where = (sigma, make_seed(), dim, 9, 0, 0, 1.0, False)
@@ -189,21 +253,28 @@ def test_perturb_takes_any_strides(x, dim):
 def test_perturb_rounds_to_the_asked_type():
     x, _, sigma = make((9, 16), -1)
     where = (sigma, make_seed(), -1, 0, 0, 0, 1.0, False)
-    assert torch.equal(perturb.perturb(x, *where, torch.float16), perturb.perturb(x, *where, None).half())
+    assert torch.equal(
+        perturb.perturb(x, *where, torch.float16), perturb.perturb(x, *where, None).half()
+    )
 
 
 def test_perturb_bwd_sums_many_row_blocks_in_a_fixed_order(monkeypatch):
-    monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))  # 20 row blocks over 8 programs
+    monkeypatch.setattr(
+        tiles, "block_shape", lambda *sizes: (2, 8)
+    )  # 20 row blocks over 8 programs
     _, du, sigma = make((39, 8), -1)
     where = (sigma, make_seed(), -1, 0, 0, 0, 1.0, False)
     first = perturb.perturb_bwd(du, *where)
     assert torch.equal(first, perturb.perturb_bwd(du, *where))
-    assert torch.allclose(first.double(), reference.perturb_bwd(du, *where).double(), rtol=0, atol=3e-5)
+    assert torch.allclose(
+        first.double(), reference.perturb_bwd(du, *where).double(), rtol=0, atol=3e-5
+    )
 
 
 # Rows that the blocks divide and rows that they do not, more blocks than programs, images.
 @pytest.mark.parametrize(
-    "shape, dim, block", [((1, 8), -1, None), ((9, 8), -1, (2, 8)), ((8, 6), 0, (2, 8)), ((3, 8, 5, 4), 1, None)]
+    "shape, dim, block",
+    [((1, 8), -1, None), ((9, 8), -1, (2, 8)), ((8, 6), 0, (2, 8)), ((3, 8, 5, 4), 1, None)],
 )
 def test_perturb_rows_from_the_end_change_no_u(monkeypatch, shape, dim, block):
     if block:
@@ -225,14 +296,17 @@ def test_perturb_rows_from_the_end_change_no_u(monkeypatch, shape, dim, block):
 
 @pytest.mark.parametrize("op", ["perturb", "perturb_bwd"])
 def test_perturb_walks_its_rows_as_asked(monkeypatch, op):
-    """20 row blocks over 8 programs of P, whose blocks from the end are neighbours, or 4 of Q, whose stay apart."""
+    """20 row blocks over 8 programs of P, whose blocks from the end are neighbours, or 4 of Q,
+    whose stay apart."""
     monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))
     monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 1)
     x, _, sigma = make((39, 8), -1)
     where, rows_at, seen = (sigma, make_seed(), -1, 0, 0, 0, 1.0, False), perturb.rows_at, []
 
     def spy(row_block, *rest):
-        seen.append(int(row_block.handle.data.item() if hasattr(row_block, "handle") else row_block))
+        seen.append(
+            int(row_block.handle.data.item() if hasattr(row_block, "handle") else row_block)
+        )
         return rows_at(row_block, *rest)
 
     monkeypatch.setattr(perturb, "rows_at", spy)

@@ -1,4 +1,5 @@
-"""Norms, activations and gates with noise in Triton's interpreter against the float64 reference; started by test_triton_interpreter.py."""
+"""Norms, activations and gates with noise in Triton's interpreter against the float64 reference;
+started by test_triton_interpreter.py."""
 
 import pytest
 import torch
@@ -29,34 +30,50 @@ def assert_near(got, want, dtype, rows=1):
     """Rounded once; float32's own error in between; z to its tolerance."""
     want = want.double()
     assert got.shape == want.shape
-    bound = EPS[dtype] * (1 + want.abs()) + (4e-6 + 2e-6 * (dtype is not torch.float64)) * rows**0.5 * 2
+    bound = (
+        EPS[dtype] * (1 + want.abs()) + (4e-6 + 2e-6 * (dtype is not torch.float64)) * rows**0.5 * 2
+    )
     assert ((got.double() - want).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("shape, dim", [((3, 9), -1), ((5, 70), -1), ((2, 7, 17), 1), ((3, 4, 6, 5), 1)])
-@pytest.mark.parametrize("name, dtype", [(name, DTYPES[i % 3]) for i, name in enumerate(NAMES)] + [("silu", DTYPES[1])])
+@pytest.mark.parametrize(
+    "shape, dim", [((3, 9), -1), ((5, 70), -1), ((2, 7, 17), 1), ((3, 4, 6, 5), 1)]
+)
+@pytest.mark.parametrize(
+    "name, dtype", [(name, DTYPES[i % 3]) for i, name in enumerate(NAMES)] + [("silu", DTYPES[1])]
+)
 def test_activations_and_gates_match_reference(shape, dim, name, dtype):
     a, b, du, sigma = make(shape, dim, dtype)
     where = (sigma, SEED, *draw(dim, name == "silu"), name)
     exact = (sigma.double(), *where[1:])
     rows = a.numel() // shape[dim]
     assert_near(gate.activate(a, *where, None), reference.activate(a.double(), *exact, None), dtype)
-    assert_near(gate.gate(a, b, *where, None), reference.gate(a.double(), b.double(), *exact, None), dtype)
+    assert_near(
+        gate.gate(a, b, *where, None), reference.gate(a.double(), b.double(), *exact, None), dtype
+    )
     dx, dsigma = gate.activate_bwd(du, a, *where)
     want, want_dsigma = reference.activate_bwd(du.double(), a.double(), *exact)
     assert_near(dx, want, dtype)
     assert_near(dsigma, want_dsigma, sigma.dtype, rows)
     grads = gate.gate_bwd(du, a, b, *where)
-    for got, want in zip(grads[:2], reference.gate_bwd(du.double(), a.double(), b.double(), *exact), strict=False):
+    for got, want in zip(
+        grads[:2], reference.gate_bwd(du.double(), a.double(), b.double(), *exact), strict=False
+    ):
         assert_near(got, want, dtype)
     assert torch.equal(grads[2], dsigma)
     none = gate.gate_bwd(du, a, b, None, *where[1:])
-    assert torch.equal(none[0], grads[0]) and torch.equal(none[1], grads[1]) and none[2].numel() == 0
+    assert (
+        torch.equal(none[0], grads[0]) and torch.equal(none[1], grads[1]) and none[2].numel() == 0
+    )
 
 
 # One row, past a block of rows, a prime, and rows of several column blocks.
-@pytest.mark.parametrize("shape, columns", [((1, 8), None), ((9, 40), None), ((2, 3, 61), None), ((3, 37), 16)])
-@pytest.mark.parametrize("kind, dtype", [("layer", torch.float32), ("rms", torch.float16), ("layer", torch.float64)])
+@pytest.mark.parametrize(
+    "shape, columns", [((1, 8), None), ((9, 40), None), ((2, 3, 61), None), ((3, 37), 16)]
+)
+@pytest.mark.parametrize(
+    "kind, dtype", [("layer", torch.float32), ("rms", torch.float16), ("layer", torch.float64)]
+)
 def test_norm_and_its_gradients_match_reference(shape, columns, kind, dtype, monkeypatch):
     if columns:
         monkeypatch.setattr(norm, "TILE_ELEMENTS", columns)
@@ -92,7 +109,9 @@ def test_producers_draw_what_perturb_draws_to_the_bit():
     assert torch.equal(gate.gate(x, torch.ones_like(x), sigma, SEED, *draw(), "relu", None), want)
     bias, zero = x[0], torch.zeros(33)
     want = perturb.perturb(bias.expand(5, 33).contiguous(), sigma, SEED, *draw(), None)
-    assert torch.equal(norm.norm(x, zero, bias, sigma, SEED, *draw(), "layer", 1e-5, 0.0, None)[0], want)
+    assert torch.equal(
+        norm.norm(x, zero, bias, sigma, SEED, *draw(), "layer", 1e-5, 0.0, None)[0], want
+    )
 
 
 def test_producers_take_any_strides_and_none():

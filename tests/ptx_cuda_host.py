@@ -1,4 +1,5 @@
-"""What nvcc makes of CUDA sources, host and device code apart: PTX, and a library whose launches a stub runtime hands on."""
+"""What nvcc makes of CUDA sources, host and device code apart: PTX, and a library whose launches a
+stub runtime hands on."""
 
 from __future__ import annotations
 
@@ -9,14 +10,21 @@ from pathlib import Path
 from cuda_support import FLAGS, ROOT, SOURCE, find_tool
 
 STUB = Path(__file__).resolve().parent / "ptx_cuda_runtime.cpp"
-_POINTERS = (ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
+_POINTERS = (
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+)
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, *_POINTERS, ctypes.c_size_t)
 
 
 def _has_ubsan() -> bool:
-    """Whether g++ brings the undefined-behaviour sanitizer; where it does not, its name comes back as it was"""
+    """Whether g++ brings the undefined-behaviour sanitizer; where it does not, its name comes back
+    as it was"""
     name = "libubsan.so"
-    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout
     return found.strip() != name
 
 
@@ -32,9 +40,14 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
         The library.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    nvcc, flags = find_tool("nvcc"), [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")]
+    nvcc, flags = (
+        find_tool("nvcc"),
+        [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")],
+    )
     flags = [f"-Xcompiler={flag}" if flag == "-fPIC" else flag for flag in flags]
-    if _has_ubsan():  # undefined behaviour of the host code ends the process, with a line that names it
+    if (
+        _has_ubsan()
+    ):  # undefined behaviour of the host code ends the process, with a line that names it
         sanitize = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
         flags += [f"-Xcompiler={flag}" for flag in sanitize]
     else:
@@ -44,7 +57,17 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
     objects = [folder / f"{source.stem}.o" for source in sources]
     for source, to in zip(sources, objects, strict=True):
         run(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", to)
-    run("g++", "-std=c++17", "-O1", "-fPIC", "-c", f"-I{ROOT / 'csrc'}", STUB, "-o", folder / "stub.o")
+    run(
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-c",
+        f"-I{ROOT / 'csrc'}",
+        STUB,
+        "-o",
+        folder / "stub.o",
+    )
     library = folder / f"{sources[-1].stem}.so"
     run("g++", "-shared", *sanitize, *objects, folder / "stub.o", "-o", library, "-Wl,-z,defs")
     return library

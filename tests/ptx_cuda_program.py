@@ -1,9 +1,11 @@
-"""tools/verify/sanitize_cuda.cu as nvcc compiles it, without a GPU: the stub runtime's memory and launches are tests/ptx.
+"""tools/verify/sanitize_cuda.cu as nvcc compiles it, without a GPU: the stub runtime's memory and
+launches are tests/ptx.
 
     python tests/ptx_cuda_program.py FOLDER [--record] MODE [PLANT]
 
-FOLDER holds what ptx_cuda_host.build made of SOURCES. What the program says and its exit code are its own; an access outside of a tensor, or
-a race, ends it with exit code 9, as under compute-sanitizer. --record: launches are counted by name and none runs.
+FOLDER holds what ptx_cuda_host.build made of SOURCES. What the program says and its exit code are
+its own; an access outside of a tensor, or a race, ends it with exit code 9, as under
+compute-sanitizer. --record: launches are counted by name and none runs.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Callbacks(ctypes.Structure):
 
 
 class Device:
-    """Memory of a device: allocations are freed in the opposite order, so that an address is a place in a list."""
+    """Memory of a device: allocations are freed in the opposite order, so that an address is a
+    place in a list."""
 
     def __init__(self):
         self.buffers: list[np.ndarray] = []
@@ -47,7 +50,9 @@ class Device:
         return len(self.buffers) << SEGMENT_BITS
 
     def release(self, address: int) -> None:
-        assert address == len(self.buffers) << SEGMENT_BITS, "expected the last allocation to be freed first"
+        assert address == len(self.buffers) << SEGMENT_BITS, (
+            "expected the last allocation to be freed first"
+        )
         self.buffers.pop()
 
     def at(self, address: int, size: int) -> np.ndarray:
@@ -105,7 +110,10 @@ def run(folder: Path, arguments: list[str], runs: bool) -> int:
         device.at(address, size)[:] = byte
 
     functions = zip(_CALLBACKS, (device.allocate, device.release, copy, fill), strict=True)
-    kept = LAUNCH(_ending(launch)), Callbacks(*(kind(_ending(function)) for kind, function in functions))
+    kept = (
+        LAUNCH(_ending(launch)),
+        Callbacks(*(kind(_ending(function)) for kind, function in functions)),
+    )
     library.stub_on_launch(kept[0])
     library.stub_on_memory(kept[1])
     library.stub_set(1, 0)

@@ -1,4 +1,5 @@
-"""csrc/cuda/perturb.cu as nvcc compiles it, host and device: its own launcher runs, and what it launches goes to tests/ptx."""
+"""csrc/cuda/perturb.cu as nvcc compiles it, host and device: its own launcher runs, and what it
+launches goes to tests/ptx."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def span(t: torch.Tensor) -> torch.Tensor:
     """The memory that t covers, gaps included, as one dimension"""
     if not t.numel():
         return t.flatten()
-    return torch.as_strided(t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n),), (1,))
+    return torch.as_strided(
+        t, (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True) if n),), (1,)
+    )
 
 
 # csrc/launch.h's CudaForm by its bits: writes_from_end, sums_from_end, one_launch.
@@ -67,7 +70,8 @@ class Library:
     Attributes:
         options: Of ptx.Kernel.run.
         launches: (kernel, grid, block) of each launch.
-        queue: None, or where launches wait: (stream, grid, run), with run(blocks) to run some of its blocks.
+        queue: None, or where launches wait: (stream, grid, run), with run(blocks) to run some of
+            its blocks.
         refuse: Of a kernel's name, the error that cudaLaunchKernel returns; 0: the kernel runs.
         host: Which copy of the host code runs; each has tickets of its own.
     """
@@ -83,14 +87,20 @@ class Library:
         self.host = 0
 
     def load(self, multiprocessors: int) -> ctypes.CDLL:
-        """The launcher asks once for the number of multiprocessors, so each number gets a copy of the library."""
+        """The launcher asks once for the number of multiprocessors, so each number gets a copy of
+        the library."""
         key = (multiprocessors, self.host)
         if key not in self.libraries:
             path = self.folder / f"perturb_{multiprocessors}_{self.host}_{os.getpid()}.so"
             shutil.copyfile(self.folder / "perturb.so", path)
             library = ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
             library.stub_perturb.restype = library.stub_problem.restype = ctypes.c_char_p
-            arguments = [ctypes.POINTER(PerturbArgs), ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+            arguments = [
+                ctypes.POINTER(PerturbArgs),
+                ctypes.c_int,
+                ctypes.c_void_p,
+                ctypes.c_void_p,
+            ]
             library.stub_perturb.argtypes = arguments
             library.stub_scratch.restype = ctypes.c_int64
             self.libraries[key] = library
@@ -147,15 +157,22 @@ class Library:
 
         Args:
             form: One of FORMS.
-            u: [M, K] is the rows layout, [B, C, inner] the channels one; gives the output's dtype, shape and strides. Outputs
-                start as NaN, and gaps between rows must stay so.
+            u: [M, K] is the rows layout, [B, C, inner] the channels one; gives the output's dtype,
+                shape and strides. Outputs start as NaN, and gaps between rows must stay so.
             misalign: Elements by which x, u and du begin beyond a boundary.
         """
         like = next(t for t in (u, du) if t is not None)
         a, memory = PerturbArgs(), ptx.Memory()
-        a.outer, a.features, a.inner = (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
+        a.outer, a.features, a.inner = (
+            (like.shape[0], like.shape[1], 1) if like.dim() == 2 else like.shape
+        )
         a.draw = Draw(
-            memory.add(seed.numpy(), writable=False), row0, col0, sample, factor=factor, log_variance=log_variance
+            memory.add(seed.numpy(), writable=False),
+            row0,
+            col0,
+            sample,
+            factor=factor,
+            log_variance=log_variance,
         )
         written = dsigma = None
         if sigma is not None:

@@ -1,9 +1,11 @@
-"""The launchers of triton_kernels/*.py on CPU tensors, with Triton's compiler and tests/ptx in place of a GPU.
+"""The launchers of triton_kernels/*.py on CPU tensors, with Triton's compiler and tests/ptx in
+place of a GPU.
 
     with compiled(noise, perturb, linear, activation, arch=80) as launches:
         u = perturb.perturb(x, sigma, seed, ...)  # compiled as for a GPU, run by the interpreter
 
-Arguments are bound, specialised (divisible by 16, equal to 1) and packed as Triton's own launcher does it.
+Arguments are bound, specialised (divisible by 16, equal to 1) and packed as Triton's own launcher
+does it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from triton.runtime.jit import create_function_from_signature
 
 _PACK = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _PACK |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
-_compiled: dict = {}  # what does not change between launches: a compiled kernel by its specialisation
+# what does not change between launches: a compiled kernel by its specialisation
+_compiled: dict = {}
 
 
 def _span(t: torch.Tensor) -> tuple[int, int]:
     """First byte and end of the memory that a tensor covers"""
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    last = (
+        sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1 if t.numel() else 0
+    )
     return t.data_ptr(), t.data_ptr() + last * t.element_size()
 
 
@@ -59,14 +64,17 @@ def _up_to_ptx(*arguments):
 
 
 def compile_kernel(kernel, args, kwargs, arch: int):
-    """(the bound arguments, their types, the parsed PTX, threads of a block, bytes of shared memory)"""
+    """(the bound arguments, their types, the parsed PTX, threads of a block, bytes of shared
+    memory)"""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kwargs = {"debug": False, **kwargs}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
     key = (kernel, arch, str(specialization), str(options))
-    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
     if key not in _compiled:
         source = ASTSource(kernel, signature, constexprs, attrs)
         before = triton.knobs.runtime.add_stages_inspection_hook
@@ -98,7 +106,9 @@ class _Launcher:
         return lambda *args, **kwargs: self._launch(grid, args, kwargs)
 
     def _launch(self, grid, args, kwargs):
-        bound, signature, parsed, threads, shared = compile_kernel(self.kernel, args, kwargs, self.arch)
+        bound, signature, parsed, threads, shared = compile_kernel(
+            self.kernel, args, kwargs, self.arch
+        )
         grid = tuple(grid(bound) if callable(grid) else grid)
         values = [(bound[name], kind) for name, kind in signature.items() if kind != "constexpr"]
         memory, addresses = ptx.Memory(), []
@@ -121,7 +131,9 @@ class _Launcher:
 
 def _address(tensor, addresses) -> int:
     first, last = _span(tensor)
-    return next(at + first - start for start, end, at in addresses if start <= first and last <= end)
+    return next(
+        at + first - start for start, end, at in addresses if start <= first and last <= end
+    )
 
 
 @contextlib.contextmanager

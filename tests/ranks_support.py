@@ -1,4 +1,5 @@
-"""Several processes on one machine, started once and given one function after another: `ranks.run(check, ...)`."""
+"""Several processes on one machine, started once and given one function after another:
+`ranks.run(check, ...)`."""
 
 import multiprocessing
 import os
@@ -10,13 +11,15 @@ TIMEOUT = 300  # seconds for one function; machines that run tests may pause
 
 
 class Ranks:
-    """`world` gloo processes. A function that raises in one of them ends them all; the next call starts new ones."""
+    """`world` gloo processes. A function that raises in one of them ends them all; the next call
+    starts new ones."""
 
     def __init__(self, world: int):
         self.world, self._processes, self._pipes = world, [], []
 
     def run(self, check, *args):
-        """check(rank, world, *args) on every rank, which share a process group. Returns what each returned."""
+        """check(rank, world, *args) on every rank, which share a process group. Returns what each
+        returned."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -29,7 +32,9 @@ class Ranks:
                 answers += [_answer(p, 2) for p in self._pipes[rank + 1 :]]
                 self.stop()
                 raise AssertionError(
-                    "\n".join(f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good)
+                    "\n".join(
+                        f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good
+                    )
                 )
         return [value for _, value in answers]
 
@@ -47,7 +52,9 @@ class Ranks:
         folder = tempfile.mkdtemp()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, folder, rank, self.world), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, folder, rank, self.world), daemon=True
+            )
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
@@ -78,7 +85,9 @@ def _serve(pipe, folder, rank, world):
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # accelerate asks
+    os.environ.update(
+        LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+    )  # accelerate asks
     number = 0
     while True:
         check, args = pipe.recv()

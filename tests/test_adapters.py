@@ -1,4 +1,5 @@
-"""PEFT: every adapter that PEFT has is noised as a whole at its input, Layer(x + sigma z), or named."""
+"""PEFT: every adapter that PEFT has is noised as a whole at its input, Layer(x + sigma z), or
+named."""
 
 import copy
 import os
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    with mock.patch.dict(os.environ):  # BOFT leaves CXX=gcc behind where its extension does not build
+    with mock.patch.dict(
+        os.environ
+    ):  # BOFT leaves CXX=gcc behind where its extension does not build
         yield
 
 
@@ -41,7 +44,8 @@ OPTIONS = {
     "WAVEFT": {"n_frequency": 16},
     "FOURIERFT": {"n_frequency": 16},
 }
-# What puts no layer around a linear one: prompts, and XLORA and SHADOW, which need a transformers model.
+# What puts no layer around a linear one: prompts, and XLORA and SHADOW, which need a transformers
+# model.
 NO_LAYER = {
     "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
     "SHADOW", "XLORA",
@@ -71,7 +75,9 @@ class Net(nn.Module):
 
 def adapted(kind, options, net=None, targets=("q",)):
     torch.manual_seed(0)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)]
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[
+        next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)
+    ]
     model = peft.get_peft_model(net or Net(), config(target_modules=list(targets), **options))
     with torch.no_grad():  # away from the start, where many adapters do nothing
         for parameter in model.parameters():
@@ -93,7 +99,11 @@ def converted(model, **options):
 def is_whole(layer, x, **options):
     """Whether what the layer draws is itself on x + sigma z."""
     u = dip.functional.perturb(
-        x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True, dim=layer.feature_dim
+        x,
+        layer.log_variance,
+        torch.tensor([2, layer.number]),
+        log_variance=True,
+        dim=layer.feature_dim,
     )
     with torch.no_grad():
         with dip.noise_off():
@@ -110,7 +120,9 @@ def test_every_kind_of_adapter_is_noised_as_a_whole(name):
     model = converted(adapted(kind, options))
     layer, x = the_adapter(model), torch.randn(16, 2, 32)
     assert isinstance(layer, DIPLayer)
-    assert [n for n in dip_layers(model) if ".q" in n] == ["base_model.model.q"]  # and nothing inside it
+    assert [n for n in dip_layers(model) if ".q" in n] == [
+        "base_model.model.q"
+    ]  # and nothing inside it
     task = {"task_ids": torch.zeros(16, dtype=torch.long)} if kind == "POLY" else {}
     assert is_whole(layer.eval(), x, **task)
     layer.train()(x, **task).square().sum().backward()
@@ -122,13 +134,19 @@ def test_every_kind_of_adapter_is_noised_as_a_whole(name):
 
 
 def test_no_kind_of_peft_is_left_out_here():
-    """A new kind in PEFT lands in the test above, or fails here until it is known to have no layer."""
+    """A new kind in PEFT lands in the test above, or fails here until it is known to have no
+    layer."""
     assert set(KINDS) >= NO_LAYER
-    modelled = {type(the_adapter(adapted(kind, OPTIONS.get(kind, {})))).__module__.split(".")[2] for kind in LAYERED}
+    modelled = {
+        type(the_adapter(adapted(kind, OPTIONS.get(kind, {})))).__module__.split(".")[2]
+        for kind in LAYERED
+    }
     assert len(modelled) == len(LAYERED)
 
 
-@pytest.mark.parametrize("kind", ["LORA", "LOHA", "LOKR", "BOFT", "OFT", "HRA", "IA3", "ADALORA", "HIRA"])
+@pytest.mark.parametrize(
+    "kind", ["LORA", "LOHA", "LOKR", "BOFT", "OFT", "HRA", "IA3", "ADALORA", "HIRA"]
+)
 def test_adapters_around_convolutions_have_a_variance_for_each_channel(kind):
     options = {**OPTIONS.get(kind, {}), **({"oft_block_size": 6} if kind == "OFT" else {})}
     options |= {"r": 2} if kind in ("LORA", "LOHA", "LOKR", "HRA", "HIRA") else {}
@@ -196,7 +214,10 @@ def test_adapters_over_norms_and_embeddings_are_left_alone():
     for kind in ("LORA", "HIRA", "TRAINABLE_TOKENS", "OFT"):
         try:
             model = adapted(
-                kind, {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {}, copy.deepcopy(net), ["0"]
+                kind,
+                {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {},
+                copy.deepcopy(net),
+                ["0"],
             )
         except (ValueError, TypeError) as error:
             assert "support" in str(error)
@@ -216,15 +237,21 @@ class Experts(nn.Module):
 def test_adapters_of_bare_parameters_are_named_and_can_be_noised_by_name():
     net = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(32, 4)})
     net.forward = lambda x: net["head"](net["experts"](x))
-    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=[], target_parameters=["experts.up"], r=2))
-    with pytest.warns(dip.DIPConversionWarning, match=r"experts \(ParamWrapper\): an adapter over Experts"):
+    model = peft.get_peft_model(
+        net, peft.LoraConfig(target_modules=[], target_parameters=["experts.up"], r=2)
+    )
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"experts \(ParamWrapper\): an adapter over Experts"
+    ):
         dip.convert(copy.deepcopy(model))
     layer = the_adapter(model)
-    dip.convert(model, 0.25, before=["*.experts"], batches=[torch.randn(3, 32)], exclude=["*.base_layer"])
+    dip.convert(
+        model, 0.25, before=["*.experts"], batches=[torch.randn(3, 32)], exclude=["*.base_layer"]
+    )
     assert isinstance(layer, DIPLayer) and is_whole(layer.eval(), torch.randn(8, 32))
 
 
-# ---- prompts and whole models ------------------------------------------------------------------------------------------
+# ---- prompts and whole models --------------------------------------------------------------------
 
 
 def llama():
@@ -232,7 +259,9 @@ def llama():
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+        transformers.LlamaConfig(
+            **sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False
+        )
     )
 
 
@@ -246,7 +275,9 @@ PROMPTS = {
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_prompts_leave_every_layer_noised_their_own_encoders_too(kind):
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)]
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[
+        next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)
+    ]
     model = converted(peft.get_peft_model(llama(), config(task_type="CAUSAL_LM", **PROMPTS[kind])))
     ids = torch.randint(32, (2, 6))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
@@ -259,9 +290,13 @@ def test_xlora_which_replaces_forwards_is_named(tmp_path):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
         peft.get_peft_model(llama(), config).save_pretrained(tmp_path / name)
     adapters = {name: str(tmp_path / name) for name in ("0", "1")}
-    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters)
+    config = peft.XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters
+    )
     model = peft.get_peft_model(llama(), config)
-    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"):
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"
+    ):
         dip.convert(model)
     assert not any("q_proj" in name for name in dip_layers(model))
 

@@ -1,4 +1,5 @@
-"""Automatic mixed precision: one rounding, straight to the product's type; sigma and its gradient stay float32."""
+"""Automatic mixed precision: one rounding, straight to the product's type; sigma and its gradient
+stay float32."""
 
 import pytest
 import torch
@@ -38,12 +39,17 @@ def watch(monkeypatch):
 
 @pytest.mark.parametrize("keep", ["u", "x"])
 def test_autocast_rounds_once_straight_to_the_products_type(dtype, keep, monkeypatch):
-    layer, x = DIPLinear(16, 8, keep=keep, init_variance=0.2), torch.randn(6, 16, requires_grad=True)
+    layer, x = (
+        DIPLinear(16, 8, keep=keep, init_variance=0.2),
+        torch.randn(6, 16, requires_grad=True),
+    )
     seen = watch(monkeypatch)
     with dip.fixed_noise(3), torch.autocast("cpu", dtype):
         y = layer(x)
     assert seen == [(torch.float32, torch.float32, dtype)]
-    u = functional.perturb(x, layer.log_variance, torch.tensor([3, layer.number]), log_variance=True, dtype=dtype)
+    u = functional.perturb(
+        x, layer.log_variance, torch.tensor([3, layer.number]), log_variance=True, dtype=dtype
+    )
     want = F.linear(u, layer.weight.to(dtype), layer.bias.to(dtype))
     torch.testing.assert_close(y, want, rtol=0, atol=0)
     y.float().square().sum().backward()
@@ -51,7 +57,9 @@ def test_autocast_rounds_once_straight_to_the_products_type(dtype, keep, monkeyp
 
 
 def test_autocast_of_convolutions_and_projections(dtype, monkeypatch):
-    model = number_layers(nn.Sequential(DIPInput(4, dim=1), DIPConv2d(4, 4, 3), nn.Flatten(), DIPLinear(64, 3)))
+    model = number_layers(
+        nn.Sequential(DIPInput(4, dim=1), DIPConv2d(4, 4, 3), nn.Flatten(), DIPLinear(64, 3))
+    )
     seen = watch(monkeypatch)
     with torch.autocast("cpu", dtype):
         y = model(torch.randn(2, 4, 6, 6))
@@ -97,7 +105,10 @@ def test_a_scaled_step_is_the_unscaled_one_and_skips_infinities():
         assert finals[1][name].dtype is torch.float32
         torch.testing.assert_close(finals[1][name], finals[0][name], rtol=2e-3, atol=2e-3)
     # an infinite gradient, of a variance alone, skips the step
-    scaler, before = torch.amp.GradScaler("cpu", init_scale=2.0**10), finals[1]["0.variance.log_variance"]
+    scaler, before = (
+        torch.amp.GradScaler("cpu", init_scale=2.0**10),
+        finals[1]["0.variance.log_variance"],
+    )
     scaler.scale(m(x).square().sum()).backward()
     m[0].log_variance.grad[0] = torch.inf
     scaler.step(optimizer)
@@ -117,12 +128,15 @@ def test_bfloat16_weights_keep_float32_variances_through_training():
         optimizer.zero_grad()
     moved = (model[0].log_variance - before).abs()
     assert model[0].log_variance.dtype is torch.float32
-    # three steps of at most 1e-4, where bfloat16 has steps of 3e-2 (at -4.6): all would have been lost
+    # three steps of at most 1e-4, where bfloat16 has steps of 3e-2 (at -4.6): all would have been
+    # lost
     assert bool((moved > 0).all()) and 5e-5 < moved.max() < 4e-4
 
 
 def test_a_double_input_stays_double_under_autocast(dtype):
     layer = DIPLinear(8, 8).double()
     with torch.autocast("cpu", dtype):
-        y = functional.perturb(torch.randn(2, 8).double(), layer.log_variance, torch.tensor([1, 2]), log_variance=True)
+        y = functional.perturb(
+            torch.randn(2, 8).double(), layer.log_variance, torch.tensor([1, 2]), log_variance=True
+        )
     assert y.dtype is torch.float64

@@ -1,4 +1,5 @@
-"""DIPMultiheadAttention: nn.MultiheadAttention of noised inputs, its out-projection too, in every calling form."""
+"""DIPMultiheadAttention: nn.MultiheadAttention of noised inputs, its out-projection too, in every
+calling form."""
 
 import copy
 import pickle
@@ -43,14 +44,19 @@ CALLS = [
     pytest.param({"attn_mask": "float", "need_weights": False}, id="float-mask"),
     pytest.param({"attn_mask": "per-head", "need_weights": False}, id="mask-per-head"),
     pytest.param({"key_padding_mask": "bool"}, id="padding"),
-    pytest.param({"key_padding_mask": "float", "attn_mask": "float", "need_weights": False}, id="both-masks"),
+    pytest.param(
+        {"key_padding_mask": "float", "attn_mask": "float", "need_weights": False}, id="both-masks"
+    ),
     pytest.param({"attn_mask": "causal", "is_causal": True, "need_weights": False}, id="causal"),
-    pytest.param({"attn_mask": "causal", "is_causal": True, "key_padding_mask": "float"}, id="causal-padding"),
+    pytest.param(
+        {"attn_mask": "causal", "is_causal": True, "key_padding_mask": "float"}, id="causal-padding"
+    ),
 ]
 
 
 def arguments(attention, how, call, batched=True):
-    """query, key, value and the call's keywords with their masks. how: "self", "cross" (key is value) or "three"."""
+    """query, key, value and the call's keywords with their masks. how: "self", "cross" (key is
+    value) or "three"."""
     generator = torch.Generator().manual_seed(1)
 
     def tensor(length, width):
@@ -83,7 +89,11 @@ def arguments(attention, how, call, batched=True):
 
 def hows(form):
     return (
-        ["three"] if "kdim" in form and "vdim" in form else ["three"] if "kdim" in form else ["self", "cross", "three"]
+        ["three"]
+        if "kdim" in form and "vdim" in form
+        else ["three"]
+        if "kdim" in form
+        else ["self", "cross", "three"]
     )
 
 
@@ -143,8 +153,13 @@ def test_the_out_projections_input_is_noised(form):
     with fixed_noise(5):
         got = attention(*inputs)[0]
     shape = tuple(got.shape)
-    noise = functional.noise(shape, torch.tensor([5, attention.out_proj.number])) * attention.out_proj.variance.sigma
-    torch.testing.assert_close(got, plain(*inputs)[0] + noise @ plain.out_proj.weight.T, rtol=1e-5, atol=1e-5)
+    noise = (
+        functional.noise(shape, torch.tensor([5, attention.out_proj.number]))
+        * attention.out_proj.variance.sigma
+    )
+    torch.testing.assert_close(
+        got, plain(*inputs)[0] + noise @ plain.out_proj.weight.T, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -186,7 +201,10 @@ def test_self_attention_draws_once_and_different_arguments_are_independent():
     attention(x, x, x)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
-    torch.randint(-(2**63), 2**63 - 1, (2,)), torch.randint(-(2**63), 2**63 - 1, (2,))  # in_proj, out_proj
+    (
+        torch.randint(-(2**63), 2**63 - 1, (2,)),
+        torch.randint(-(2**63), 2**63 - 1, (2,)),
+    )  # in_proj, out_proj
     assert torch.equal(torch.get_rng_state(), drawn)
     torch.set_rng_state(state)
 
@@ -233,7 +251,9 @@ def test_constructed_and_converted_attention_are_one_thing():
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_attention_dropout_acts_in_training_alone(need_weights):
-    attention = dip.convert(plain_attention(batch_first=True, dropout=0.999), 0.01, exclude="out_proj")
+    attention = dip.convert(
+        plain_attention(batch_first=True, dropout=0.999), 0.01, exclude="out_proj"
+    )
     x = torch.randn(N, L, E)
     # nearly every weight is dropped: most outputs are the bias alone
     out = attention(x, x, x, need_weights=need_weights)[0]
@@ -284,13 +304,15 @@ def test_bad_masks_and_flags_are_named():
         DIPMultiheadAttention(E, H, init_variance=-1.0)
 
 
-# ---- inside nn.Transformer's layers ----------------------------------------------------------------------------------
+# ---- inside nn.Transformer's layers --------------------------------------------------------------
 
 
 def encoder(**options):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True, **options)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not options.get("norm_first", False))
+    return nn.TransformerEncoder(
+        layer, 2, enable_nested_tensor=not options.get("norm_first", False)
+    )
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -300,8 +322,15 @@ def test_an_encoder_in_eval_mode_is_plain_through_every_path(norm_first):
     x = torch.randn(N, L, E)
     padding = torch.arange(L) >= torch.tensor([[5], [4], [3]])
     causal = nn.Transformer.generate_square_subsequent_mask(L)
-    for grad in (False, True):  # without gradients: the fast path, and nested tensors where there is padding
-        for keywords in ({}, {"src_key_padding_mask": padding}, {"mask": causal, "is_causal": True}):
+    for grad in (
+        False,
+        True,
+    ):  # without gradients: the fast path, and nested tensors where there is padding
+        for keywords in (
+            {},
+            {"src_key_padding_mask": padding},
+            {"mask": causal, "is_causal": True},
+        ):
             with torch.set_grad_enabled(grad):
                 assert torch.equal(model(x, **keywords), plain(x, **keywords))
 
@@ -319,7 +348,9 @@ def test_an_encoder_is_noised_in_training_under_predict_and_sampling_on():
         with sampling_on():
             assert not torch.equal(model(x, src_key_padding_mask=padding)[keep], base[keep])
         passes = dip.predict(model, x, src_key_padding_mask=padding, k=3, average=None)
-        assert not any(torch.equal(a[keep], b[keep]) for i, a in enumerate(passes) for b in passes[:i])
+        assert not any(
+            torch.equal(a[keep], b[keep]) for i, a in enumerate(passes) for b in passes[:i]
+        )
         for name, layer in dip_layers(model).items():
             model.train()
             for other in dip_layers(model).values():
@@ -346,14 +377,20 @@ def test_a_whole_transformer_converts_and_comes_back():
         for name, layer in dip_layers(model).items():
             for other in dip_layers(model).values():
                 other.training = other is layer
-            assert not torch.equal(model(source, target, tgt_mask=mask, tgt_is_causal=True), base), name
+            assert not torch.equal(
+                model(source, target, tgt_mask=mask, tgt_is_causal=True), base
+            ), name
     model.train()
     out = dip.trajectories(model, source, target, m=2, in_dims={"tgt_mask": None}, tgt_mask=mask)
-    (out * torch.randn_like(out)).sum().backward()  # a norm comes last: the sum of its outputs, or squares, is constant
+    (
+        out * torch.randn_like(out)
+    ).sum().backward()  # a norm comes last: the sum of its outputs, or squares, is constant
     assert all(layer.log_variance.grad.any() for layer in dip_layers(model).values())
     dip.to_plain(model)
     assert list(model.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values())
+    )
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
@@ -364,7 +401,9 @@ def test_attention_compiles_whole_and_trains():
     x = torch.randn(N, L, E)
     with fixed_noise(3):
         got = compiled(x, x, x, need_weights=False)[0]
-        torch.testing.assert_close(got, attention(x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got, attention(x, x, x, need_weights=False)[0], rtol=1e-5, atol=1e-5
+        )
         got.sum().backward()
     assert bool(attention.in_proj.log_variance.grad.any())
 
@@ -373,4 +412,7 @@ def test_out_projection_is_linear_by_its_class():
     attention = dip.convert(plain_attention())
     assert isinstance(attention.out_proj, nn.Linear)
     x = torch.randn(2, E)
-    assert torch.equal(attention.eval().out_proj(x), F.linear(x, attention.out_proj.weight, attention.out_proj.bias))
+    assert torch.equal(
+        attention.eval().out_proj(x),
+        F.linear(x, attention.out_proj.weight, attention.out_proj.bias),
+    )

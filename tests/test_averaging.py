@@ -1,4 +1,5 @@
-"""dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what memory they take.  docs/maths.md, sections 4, 7."""
+"""dip_linear(activation, estimator): S samples behind an activation, their exact mean, and what
+memory they take.  docs/maths.md, sections 4, 7."""
 
 import importlib
 import math
@@ -36,12 +37,15 @@ def run(x, weight, bias, sigma, dy, seed=SEED, **options):
 
 
 def assert_near(got, want, plain, like, slack):
-    """At most twice the error of the same expression in plain PyTorch, + what the draws may differ by."""
-    allowed = 2 * (plain.double() - want).abs().max() + (4 * EPS[like] + slack) * want.abs().max() + 1e-6
+    """At most twice the error of the same expression in plain PyTorch, + what the draws may differ
+    by."""
+    allowed = (
+        2 * (plain.double() - want).abs().max() + (4 * EPS[like] + slack) * want.abs().max() + 1e-6
+    )
     assert (got.double() - want).abs().max() <= allowed
 
 
-# ---- "sample" and "mean" ---------------------------------------------------------------------------------------------
+# ---- "sample" and "mean" -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -49,7 +53,10 @@ def test_sample_is_the_activation_of_one_draw(activation):
     x, weight, bias, sigma, _ = inputs()
     for options in ({}, {"num_samples": 4}, {"keep": "x"}, {"row0": 7, "sample": 2}):
         y = functional.dip_linear(x, weight, bias, sigma, SEED, activation=activation, **options)
-        assert torch.equal(y, ACTIVATIONS[activation](functional.dip_linear(x, weight, bias, sigma, SEED, **options)))
+        assert torch.equal(
+            y,
+            ACTIVATIONS[activation](functional.dip_linear(x, weight, bias, sigma, SEED, **options)),
+        )
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -59,16 +66,30 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
     """With its four gradients; rows cross 2^32, samples start at 3, columns inside a group."""
     x, weight, bias, sigma, dy = inputs(dtype=dtype, lead=(2,))
     where = {"row0": 2**32 - 9, "col0": 5, "log_variance": log_variance}
-    options = {"activation": activation, "estimator": "mean", "num_samples": 5, "sample": 3, **where}
+    options = {
+        "activation": activation,
+        "estimator": "mean",
+        "num_samples": 5,
+        "sample": 3,
+        **where,
+    }
     got = run(x, weight, bias, sigma, dy, **options)
 
     def explicit(dtype):
-        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)] + [sigma.double().requires_grad_()]
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)] + [
+            sigma.double().requires_grad_()
+        ]
         scale = torch.exp(leaves[3] / 2) if log_variance else leaves[3]
         y = 0
         for s in range(3, 8):
             z = reference.noise(SEED, x.shape, -1, 2**32 - 9, 5, s).double()
-            y = y + ACTIVATIONS[activation](F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])) / 5
+            y = (
+                y
+                + ACTIVATIONS[activation](
+                    F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])
+                )
+                / 5
+            )
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
 
     for ours, want, plain in zip(got, explicit(torch.float64), explicit(dtype), strict=True):
@@ -91,24 +112,44 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
 def test_mean_without_an_activation_is_one_sample(namespace):
     x, weight, bias, sigma, dy = inputs(5, 8, 3)
-    ops, how = getattr(torch.ops, namespace), (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity")
-    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+    ops, how = (
+        getattr(torch.ops, namespace),
+        (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity"),
+    )
+    with pytest.raises(
+        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
+    ):
         ops.linear(x, *how, None)
-    with pytest.raises(ValueError, match="num_samples: expected 1 with activation 'identity', got 2"):
+    with pytest.raises(
+        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
+    ):
         ops.linear_bwd(dy, x, *how)
 
 
 def test_mean_refuses_samples_beyond_the_contract():
     x, weight, bias, sigma, _ = inputs(5, 8, 3)
-    with pytest.raises(ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"):
+    with pytest.raises(
+        ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"
+    ):
         functional.dip_linear(
-            x, weight, bias, sigma, SEED, activation="relu", estimator="mean", num_samples=2, sample=65535
+            x,
+            weight,
+            bias,
+            sigma,
+            SEED,
+            activation="relu",
+            estimator="mean",
+            num_samples=2,
+            sample=65535,
         )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
-    tensors, options = inputs(41, 24, 12, dtype), {"activation": "tanh", "estimator": "mean", "num_samples": 10}
+    tensors, options = (
+        inputs(41, 24, 12, dtype),
+        {"activation": "tanh", "estimator": "mean", "num_samples": 10},
+    )
     whole = run(*tensors, **options)
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (32, 32))  # several samples in a product
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
@@ -120,13 +161,27 @@ def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):
     x, weight, bias, sigma, dy = inputs(dtype=dtype)
-    how = (weight, bias, sigma, SEED, 2, 3, 1, 0.5, True, 1 if activation == "identity" else 10, activation)
+    how = (
+        weight,
+        bias,
+        sigma,
+        SEED,
+        2,
+        3,
+        1,
+        0.5,
+        True,
+        1 if activation == "identity" else 10,
+        activation,
+    )
 
     def results():
         yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
 
     compiled = list(results())
-    monkeypatch.setattr(backends, "library", backends.Library)  # that of a tree where nothing was built
+    monkeypatch.setattr(
+        backends, "library", backends.Library
+    )  # that of a tree where nothing was built
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (40, 40))  # a sample after another
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for name in ("act_add", "act_add_bwd", "draw_samples"):
@@ -142,7 +197,12 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 def test_mean_gradcheck_and_gradgradcheck(activation):
     x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
     for log_variance in (False, True):
-        options = {"activation": activation, "estimator": "mean", "num_samples": 3, "log_variance": log_variance}
+        options = {
+            "activation": activation,
+            "estimator": "mean",
+            "num_samples": 3,
+            "log_variance": log_variance,
+        }
         run = lambda *t, options=options: functional.dip_linear(*t, SEED, **options)  # noqa: E731
         assert gradcheck(run, (x, weight, bias, sigma))
         assert log_variance or gradgradcheck(run, (x, weight, bias, sigma))
@@ -153,7 +213,10 @@ def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():
     options = {"activation": "gelu", "estimator": "mean", "num_samples": 6}
     first, second = (run(x, weight, bias, sigma, dy, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    rows = [functional.dip_linear(x[i : i + 16], weight, bias, sigma, SEED, row0=i, **options) for i in (0, 16, 32, 48)]
+    rows = [
+        functional.dip_linear(x[i : i + 16], weight, bias, sigma, SEED, row0=i, **options)
+        for i in (0, 16, 32, 48)
+    ]
     torch.testing.assert_close(torch.cat(rows), first[0], rtol=1e-6, atol=1e-6)
 
 
@@ -171,7 +234,9 @@ def saved_bytes(run):
 
 def peak_bytes(run):
     """The most that was allocated at once, by the profiler's account of the allocator."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
@@ -199,25 +264,40 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
     peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
     assert 0 < peaks[2] <= 1.02 * peaks[1]  # several products each
     assert peaks[2] <= 1.06 * peaks[0]  # one product
-    small, leaves[0], dy = (leaves[0], dy), x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
-    one = peak_bytes(lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy))
+    small, leaves[0], dy = (
+        (leaves[0], dy),
+        x.detach().repeat(16, 1).requires_grad_(),
+        dy.repeat(16, 1),
+    )
+    one = peak_bytes(
+        lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy)
+    )
     leaves[0].grad = None
-    assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS  # u, z, h and dh of a block
+    assert (
+        peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
+    )  # u, z, h and dh of a block
     leaves[0], dy = small
     with torch.no_grad():
         assert kept(9) == 0
 
 
-# ---- "analytic" ------------------------------------------------------------------------------------------------------
+# ---- "analytic" ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_analytic_is_what_the_mean_tends_to(activation):
-    """65536 real samples of the whole layer, within four standard errors nearly everywhere, and five everywhere."""
+    """65536 real samples of the whole layer, within four standard errors nearly everywhere, and
+    five everywhere."""
     x, weight, bias, sigma, _ = inputs(3, 24, 5)
-    y = functional.dip_linear(x, weight, bias, sigma, SEED, activation=activation, estimator="analytic")
+    y = functional.dip_linear(
+        x, weight, bias, sigma, SEED, activation=activation, estimator="analytic"
+    )
     copies = x.repeat(20000, 1)
-    draws = functional.dip_linear(copies, weight, bias, sigma, SEED, activation=activation).view(20000, 3, 5).double()
+    draws = (
+        functional.dip_linear(copies, weight, bias, sigma, SEED, activation=activation)
+        .view(20000, 3, 5)
+        .double()
+    )
     distance = (draws.mean(0) - y).abs() / (draws.std(0) / 20000**0.5 + 1e-6)
     assert distance.max() <= 4.5 and distance.square().mean() <= 2.5
 
@@ -228,7 +308,16 @@ def test_analytic_is_what_the_mean_tends_to(activation):
 def test_analytic_gradients_match_reference(activation, dtype, log_variance):
     x, weight, bias, sigma, dy = inputs(50, 40, 20, dtype, (2,))
     sigma = sigma.double() if dtype is torch.float64 else sigma
-    got = run(x, weight, bias, sigma, dy, activation=activation, estimator="analytic", log_variance=log_variance)
+    got = run(
+        x,
+        weight,
+        bias,
+        sigma,
+        dy,
+        activation=activation,
+        estimator="analytic",
+        log_variance=log_variance,
+    )
     x, weight, bias, sigma, dy = (t.double() for t in (x, weight, bias, sigma, dy))
     mu, v = F.linear(x, weight, bias), reference.affine_variance(weight, sigma, log_variance)
     dmu, dv, dbias = reference.expectation_bwd(dy, mu, v, activation)
@@ -237,7 +326,8 @@ def test_analytic_gradients_match_reference(activation, dtype, log_variance):
     want = (reference.expectation(mu, v, activation), dmu @ weight, dweight, dbias, dsigma)
     eps = EPS.get(dtype, 2**-24)
     for ours, theirs in zip(got, want, strict=True):
-        # PyTorch's own layer rounds mu and every sum to the data's type; the mixture for 16 bits adds its bound.
+        # PyTorch's own layer rounds mu and every sum to the data's type; the mixture for 16 bits
+        # adds its bound.
         assert (ours.double() - theirs).abs().max() <= (8 * eps + 2e-5) * (1 + theirs.abs().max())
 
 
@@ -247,15 +337,21 @@ def test_analytic_gradcheck_and_gradgradcheck(activation):
     for log_variance in (False, True):
         options = {"activation": activation, "estimator": "analytic", "log_variance": log_variance}
         run = lambda *t, options=options: functional.dip_linear(*t, SEED, **options)  # noqa: E731
-        assert gradcheck(run, (x, weight, bias, sigma)) and gradgradcheck(run, (x, weight, bias, sigma))
+        assert gradcheck(run, (x, weight, bias, sigma)) and gradgradcheck(
+            run, (x, weight, bias, sigma)
+        )
 
 
 def test_analytic_without_noise_or_activation_is_the_plain_layer():
     x, weight, bias, sigma, _ = inputs()
     plain = F.linear(x, weight, bias)
-    assert torch.equal(functional.dip_linear(x, weight, bias, sigma, SEED, estimator="analytic"), plain)
+    assert torch.equal(
+        functional.dip_linear(x, weight, bias, sigma, SEED, estimator="analytic"), plain
+    )
     for activation in NAMES:
-        y = functional.dip_linear(x, weight, bias, 0 * sigma, SEED, activation=activation, estimator="analytic")
+        y = functional.dip_linear(
+            x, weight, bias, 0 * sigma, SEED, activation=activation, estimator="analytic"
+        )
         torch.testing.assert_close(y, ACTIVATIONS[activation](plain), rtol=1e-6, atol=1e-6)
 
 
@@ -264,9 +360,17 @@ def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(na
     x, weight, bias, sigma, dy = inputs()
     for b in (bias, None):
         every = [t if t is None else t.clone().requires_grad_() for t in (x, weight, b, sigma)]
-        some = [t if t is None else t.clone().requires_grad_(n in names) for n, t in zip("xwbs", (x, weight, b, sigma))]
-        ys = [functional.dip_linear(*t, SEED, activation="silu", estimator="analytic") for t in (every, some)]
-        assert torch.equal(*ys) and ys[1].requires_grad == bool(set(names) - set("b" if b is None else ""))
+        some = [
+            t if t is None else t.clone().requires_grad_(n in names)
+            for n, t in zip("xwbs", (x, weight, b, sigma))
+        ]
+        ys = [
+            functional.dip_linear(*t, SEED, activation="silu", estimator="analytic")
+            for t in (every, some)
+        ]
+        assert torch.equal(*ys) and ys[1].requires_grad == bool(
+            set(names) - set("b" if b is None else "")
+        )
         ys[0].backward(dy)
         if ys[1].requires_grad:
             ys[1].backward(dy)
@@ -281,7 +385,15 @@ def test_analytic_takes_a_row_and_leading_dimensions(lead):
     x, dy = (x[0], dy[0]) if lead is None else (x, dy)
     y, dx, *grads = run(x, weight, bias, sigma, dy, activation="gelu", estimator="analytic")
     assert y.shape == dy.shape and dx.shape == x.shape
-    flat = run(x.reshape(-1, 24), weight, bias, sigma, dy.reshape(-1, 12), activation="gelu", estimator="analytic")
+    flat = run(
+        x.reshape(-1, 24),
+        weight,
+        bias,
+        sigma,
+        dy.reshape(-1, 12),
+        activation="gelu",
+        estimator="analytic",
+    )
     for ours, theirs in zip((y.reshape(-1, 12), dx.reshape(-1, 24), *grads), flat, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -301,7 +413,9 @@ def test_analytic_keeps_no_more_than_the_plain_layer():
 def test_analytic_refuses_a_weight_of_another_type():
     x, weight, bias, sigma, _ = inputs()
     with pytest.raises(TypeError, match=r"weight: expected dtype torch\.bfloat16, as x"):
-        functional.dip_linear(x.bfloat16(), weight, bias, sigma, SEED, activation="relu", estimator="analytic")
+        functional.dip_linear(
+            x.bfloat16(), weight, bias, sigma, SEED, activation="relu", estimator="analytic"
+        )
 
 
 def test_analytic_under_autocast_torch_func_and_compile():
@@ -321,7 +435,9 @@ def test_analytic_under_autocast_torch_func_and_compile():
     for ours, theirs in zip(*reversed(grads), strict=True):
         assert ours.dtype is torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03 * theirs.abs().max().item())
-    rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options))(x)
+    rows = torch.func.vmap(
+        lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options)
+    )(x)
     torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
     for estimator, count in (("analytic", 1), ("mean", 3)):
 
@@ -330,13 +446,15 @@ def test_analytic_under_autocast_torch_func_and_compile():
                                          num_samples=count, log_variance=True)  # fmt: skip
 
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
-        outs = [run(*leaves) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
+        outs = [
+            run(*leaves) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
+        ]
         grads = [torch.autograd.grad(out.sum(), leaves) for out in outs]
         torch.testing.assert_close(outs[0], outs[1])
         torch.testing.assert_close(grads[0], grads[1])
 
 
-# ---- operations ------------------------------------------------------------------------------------------------------
+# ---- operations ----------------------------------------------------------------------------------
 
 
 def examples():
@@ -359,7 +477,9 @@ def test_averaging_ops_pass_opcheck(namespace, index):
     name, arguments = list(examples())[index]
     overload = getattr(getattr(torch.ops, namespace), name).default
     torch.library.opcheck(
-        overload, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        overload,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 
 
@@ -371,7 +491,7 @@ def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
     assert dip.backends.choose("expectation", "cuda").backend == "reference"
 
 
-# ---- the layer -------------------------------------------------------------------------------------------------------
+# ---- the layer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -384,26 +504,34 @@ def test_layer_in_eval_mode_is_the_plain_layer_to_the_bit(activation, estimator)
     assert y.shape == (5, 12) and layer.weight.grad is None
     y.sum().backward()
     assert layer.log_variance.grad is not None
-    assert torch.equal(layer.eval()(x), ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias)))
+    assert torch.equal(
+        layer.eval()(x), ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
+    )
     assert f"activation={activation}" in repr(layer)
 
 
 def test_layer_means_what_the_function_means():
     x = torch.randn(5, 24)
-    layer = dip.DIPLinear(24, 12, activation="silu", estimator="mean", num_samples=3, init_variance=0.2)
+    layer = dip.DIPLinear(
+        24, 12, activation="silu", estimator="mean", num_samples=3, init_variance=0.2
+    )
     dip.number_layers(layer)
     with dip.fixed_noise(11, row0=4):
         got = layer(x)
     seed = torch.tensor([11, 0])
     options = {"log_variance": True, "activation": "silu", "row0": 4}
     parts = [
-        functional.dip_linear(x, layer.weight, layer.bias, layer.log_variance, seed, sample=s, **options)
+        functional.dip_linear(
+            x, layer.weight, layer.bias, layer.log_variance, seed, sample=s, **options
+        )
         for s in range(3)
     ]
     torch.testing.assert_close(got, sum(parts) / 3)
     analytic = dip.DIPLinear(24, 12, activation="silu", estimator="analytic")
     state = torch.get_rng_state()
-    assert torch.equal(analytic(x), analytic(x)) and torch.equal(state, torch.get_rng_state())  # nothing is drawn
+    assert torch.equal(analytic(x), analytic(x)) and torch.equal(
+        state, torch.get_rng_state()
+    )  # nothing is drawn
 
 
 @pytest.mark.parametrize(
@@ -411,7 +539,10 @@ def test_layer_means_what_the_function_means():
     [
         ({"activation": "selu"}, "activation: expected None or one of"),
         ({"estimator": "median"}, "estimator: expected one of"),
-        ({"estimator": "analytic", "num_samples": 2}, "num_samples: expected 1 with estimator='analytic', got 2"),
+        (
+            {"estimator": "analytic", "num_samples": 2},
+            "num_samples: expected 1 with estimator='analytic', got 2",
+        ),
         ({"estimator": "analytic", "keep": "u"}, "keep: expected 'auto' or 'x'"),
     ],
 )
@@ -428,36 +559,50 @@ def test_to_plain_refuses_a_layer_with_an_activation_inside():
         dip.to_plain(nn.Sequential(dip.DIPLinear(4, 4, activation="relu")))
 
 
-# ---- predict(method="analytic") --------------------------------------------------------------------------------------
+# ---- predict(method="analytic") ------------------------------------------------------------------
 
 
 def mlp(activation):
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(8, 32), activation, nn.Dropout(0.1), nn.Linear(32, 32), activation, nn.Linear(32, 4))
+    return nn.Sequential(
+        nn.Linear(8, 32),
+        activation,
+        nn.Dropout(0.1),
+        nn.Linear(32, 32),
+        activation,
+        nn.Linear(32, 4),
+    )
 
 
 @pytest.mark.parametrize(
-    "activation", [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()]
+    "activation",
+    [nn.ReLU(), nn.ReLU(inplace=True), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh()],
 )
 def test_analytic_prediction_is_each_layers_own_mean(activation):
     model = dip.convert(mlp(activation), init_variance=0.3)
     x = torch.randn(6, 8)
-    name = {"GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu"}.get(
-        type(activation).__name__, type(activation).__name__.lower()
-    )
+    name = {
+        "GELU": "gelu_tanh" if getattr(activation, "approximate", "") == "tanh" else "gelu"
+    }.get(type(activation).__name__, type(activation).__name__.lower())
     want = x
     for layer in (model[0], model[3]):
         how = {"log_variance": True, "activation": name, "estimator": "analytic"}
-        want = functional.dip_linear(want, layer.weight, layer.bias, layer.log_variance, SEED, **how)
+        want = functional.dip_linear(
+            want, layer.weight, layer.bias, layer.log_variance, SEED, **how
+        )
     want = F.linear(want, model[5].weight, model[5].bias)
     assert torch.equal(dip.predict(model, x, method="analytic", average="logits"), want.detach())
-    assert model.training and torch.equal(dip.predict(model, x, method="analytic"), want.detach().softmax(-1))
+    assert model.training and torch.equal(
+        dip.predict(model, x, method="analytic"), want.detach().softmax(-1)
+    )
 
 
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():
     """One noised layer before the activation and an affine one after: the logits' mean is exact."""
     torch.manual_seed(0)
-    model = dip.convert(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)), init_variance=0.3)
+    model = dip.convert(
+        nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4)), init_variance=0.3
+    )
     x = torch.randn(5, 8)
     exact = dip.predict(model, x, method="analytic", average="logits")
     outs = dip.predict(model, x, k=4000, chunk=1000, average=None)
@@ -468,11 +613,14 @@ def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_erro
 
 def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
     torch.manual_seed(0)
-    plain = dip.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3)
+    plain = dip.convert(
+        nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), init_variance=0.3
+    )
     x = torch.randn(5, 8)
     want = dip.predict(plain, x, method="analytic", average="logits")
     inside = nn.Sequential(
-        dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4), dip.DIPLinear(16, 3)
+        dip.DIPLinear(8, 16, activation="relu", estimator="mean", num_samples=4),
+        dip.DIPLinear(16, 3),
     )
     for ours, theirs in zip(inside, (plain[0], plain[2]), strict=True):
         ours.load_state_dict(theirs.state_dict())
@@ -481,7 +629,9 @@ def test_analytic_prediction_of_layers_with_their_own_activation_and_samples():
 
 def test_analytic_prediction_goes_through_transformer_blocks():
     torch.manual_seed(0)
-    block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, activation="gelu", norm_first=True, batch_first=True)
+    block = nn.TransformerEncoderLayer(
+        16, 2, 32, dropout=0.1, activation="gelu", norm_first=True, batch_first=True
+    )
     dip.convert(block, init_variance=0.2)
     x = torch.randn(2, 5, 16)
     got = dip.predict(block, x, method="analytic", average=None)
@@ -502,12 +652,16 @@ def test_analytic_prediction_goes_through_transformer_blocks():
     distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (
         outs.std(0) / 4000**0.5
     )
-    assert distance.max() <= 4.5  # gate and up draw apart, so the mean of the product is the product of the means
+    assert (
+        distance.max() <= 4.5
+    )  # gate and up draw apart, so the mean of the product is the product of the means
 
 
 class _OwnGelu(nn.Module):
     def forward(self, x):
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        return (
+            0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+        )
 
 
 @pytest.mark.parametrize("activation, match", [
@@ -521,7 +675,9 @@ def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, 
 
 
 def test_analytic_prediction_refuses_an_activation_behind_a_convolution():
-    model = dip.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)))
+    model = dip.convert(
+        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
+    )
     with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
         dip.predict(model, torch.randn(2, 1, 8, 8), method="analytic")
 

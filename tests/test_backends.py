@@ -25,7 +25,9 @@ def _choices():
 
 
 def with_library(monkeypatch, **fields):
-    found = Library(**{"path": "library.so", "cpu_capabilities": ("portable",), "cuda_archs": ("90",), **fields})
+    found = Library(
+        **{"path": "library.so", "cpu_capabilities": ("portable",), "cuda_archs": ("90",), **fields}
+    )
     monkeypatch.setattr(backends, "library", lambda: found)
 
 
@@ -79,7 +81,9 @@ def test_backend_that_cannot_run_on_a_device_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with (
         backend("triton"),
-        pytest.raises(RuntimeError, match="'triton' was asked for, and it cannot run on device 'cpu'"),
+        pytest.raises(
+            RuntimeError, match="'triton' was asked for, and it cannot run on device 'cpu'"
+        ),
     ):
         functional.noise((3, 8), SEED)
 
@@ -94,7 +98,11 @@ def test_reference_path_says_so(monkeypatch):
 
 def run_python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -113,7 +121,7 @@ def test_environment_decides_and_errors_name_the_variable(variable, value, code,
     assert expected in output and (status != 0) == ("expected" in expected)
 
 
-# ---- a forced backend that cannot run: the import is quiet, the first call is clear -------------------------------------
+# ---- a forced backend that cannot run: the import is quiet, the first call is clear --------------
 
 # What a process imports dipkernels into: the installation lacks it, whatever this one has.
 WITHOUT = {
@@ -177,7 +185,12 @@ def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(forced,
 
 
 def test_a_refusal_names_the_device_that_has_no_kernels():
-    with backend("cpu"), pytest.raises(RuntimeError, match="cannot run on device 'xpu' here: it runs on CPU tensors"):
+    with (
+        backend("cpu"),
+        pytest.raises(
+            RuntimeError, match="cannot run on device 'xpu' here: it runs on CPU tensors"
+        ),
+    ):
         choose("perturb", "xpu")
     refusal = registry._refusal("noise", RuntimeError(f"noise: not on {registry.OTHER!r}"))
     with pytest.raises(RuntimeError, match="noise: not on 'cpu'"):
@@ -207,7 +220,10 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
         monkeypatch.setattr(backends, "_c_functions", lambda path: build_info)
         backends.library.cache_clear()
-        assert "does not say its compiler, cuda: it was built from another release" in backends.library().error
+        assert (
+            "does not say its compiler, cuda: it was built from another release"
+            in backends.library().error
+        )
     finally:
         monkeypatch.undo()
         backends.library.cache_clear()
@@ -259,7 +275,8 @@ def test_fused_linear_equals_two_steps():
 
 
 class PTXASError(Exception):
-    """Named as Triton's own: that is how a failed compilation is told apart from a caller's error."""
+    """Named as Triton's own: that is how a failed compilation is told apart from a caller's
+    error."""
 
 
 def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkeypatch):
@@ -267,7 +284,9 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     monkeypatch.setattr(backends, "triton_problems", {})
     assert choose("linear", "cuda").backend == "triton"
-    with pytest.warns(RuntimeWarning, match=r"Triton \d.* cannot compile linear: no such instruction"):
+    with pytest.warns(
+        RuntimeWarning, match=r"Triton \d.* cannot compile linear: no such instruction"
+    ):
         backends.note_triton_problem("linear", PTXASError("no such instruction\nmore"))
     assert choose("linear", "cuda").backend == "cuda"
     assert backends.fuses("cuda", torch.float16, 32, 64, 64) is None
@@ -282,7 +301,9 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
 def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
     monkeypatch.setattr(backends, "triton_problems", {})
     failing = registry._triton("noise", "perturb")
-    monkeypatch.setattr(registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no")))
+    monkeypatch.setattr(
+        registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no"))
+    )
     with pytest.warns(RuntimeWarning, match="cannot compile noise"):
         z = failing(SEED, (3, 8), -1, 0, 0, 0)
     assert torch.equal(z, functional.noise((3, 8), SEED))
@@ -293,11 +314,16 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
     monkeypatch.setattr(backends, "_runs_on", lambda name, device: True)
     wide, narrow, small = (4096, 1024, 1024), (4096, 512, 1024), (8, 4096, 1024)
     for op in ("linear", "linear_bwd"):
-        how = {shape: choose(op, "cuda", torch.bfloat16, shape).backend for shape in (wide, narrow, small)}
+        how = {
+            shape: choose(op, "cuda", torch.bfloat16, shape).backend
+            for shape in (wide, narrow, small)
+        }
         assert how == {wide: "cuda", narrow: "triton", small: "triton"}
         assert choose(op, "cuda", torch.float32, narrow).backend == "cuda"
         assert choose(op, "cuda").backend == "triton"
-    monkeypatch.setattr(backends, "_runs_on", lambda name, device: name != "cuda")  # no library: Triton's at any width
+    monkeypatch.setattr(
+        backends, "_runs_on", lambda name, device: name != "cuda"
+    )  # no library: Triton's at any width
     assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"
 
 
@@ -306,7 +332,10 @@ def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):
     monkeypatch.setitem(registry._chosen, ("linear", "cuda"), found["narrow"])
     monkeypatch.setitem(registry._chosen, ("linear", registry.WIDE), found["wide"])
     for n, want in ((512, "narrow"), (1024, "wide")):
-        x, weight = torch.ones(64, 2048, dtype=torch.bfloat16), torch.ones(n, 2048, dtype=torch.bfloat16)
+        x, weight = (
+            torch.ones(64, 2048, dtype=torch.bfloat16),
+            torch.ones(n, 2048, dtype=torch.bfloat16),
+        )
 
         def step(x, weight, want=want):
             return x + (registry.kernel("linear", device_of("cuda", x, weight)) is found[want])

@@ -1,4 +1,5 @@
-"""convert(before=...): noise before any module; what holds weights and is no layer; variances by name."""
+"""convert(before=...): noise before any module; what holds weights and is no layer; variances by
+name."""
 
 import copy
 import pickle
@@ -14,7 +15,8 @@ from dipkernels.nn.numbering import dip_layers
 
 
 class Experts(nn.Module):
-    """Stacked weights, as transformers holds a mixture of experts; its input may come by keyword."""
+    """Stacked weights, as transformers holds a mixture of experts; its input may come by
+    keyword."""
 
     def __init__(self, features=8, number=3):
         super().__init__()
@@ -79,7 +81,10 @@ def test_noise_before_a_module_is_that_module_on_the_noised_input():
     ]
     layer, index = model.blocks[1].experts, torch.tensor([0, 1, 2, 0, 1, 2])
     u = X + 0.5 * dip.functional.noise((6, 8), torch.tensor([7, layer.number]))
-    for call in (lambda m, x: m(x, index, scale=2.0), lambda m, x: m(index=index, hidden_states=x, scale=2.0)):
+    for call in (
+        lambda m, x: m(x, index, scale=2.0),
+        lambda m, x: m(index=index, hidden_states=x, scale=2.0),
+    ):
         with dip.fixed_noise(7):
             torch.testing.assert_close(call(layer, X), call(plain.blocks[1].experts, u))
     with pytest.raises(TypeError, match="its input first"):
@@ -88,7 +93,11 @@ def test_noise_before_a_module_is_that_module_on_the_noised_input():
     assert torch.equal(model(X), plain.eval()(X))
     model.train()(X).sum().backward()
     routers = ["blocks.0.router", "blocks.1.router"]  # through whose argmax no gradient comes
-    assert list(dip.check(model, strict=False).faults) == list(dip.check(model, X, strict=False).faults) == routers
+    assert (
+        list(dip.check(model, strict=False).faults)
+        == list(dip.check(model, X, strict=False).faults)
+        == routers
+    )
 
 
 def test_everything_that_takes_dip_layers_takes_these():
@@ -98,7 +107,9 @@ def test_everything_that_takes_dip_layers_takes_these():
     plain_state = plain.state_dict()
     assert [row.features for row in dip.summary(model)] == [8] * 5
     dip.calibrate(model, [X], ratio=0.2)
-    assert dip.summary(model)[1].ratio == pytest.approx(0.2, rel=0.05)  # one sigma for all: the median feature's
+    assert dip.summary(model)[1].ratio == pytest.approx(
+        0.2, rel=0.05
+    )  # one sigma for all: the median feature's
     assert len(dip.param_groups(model, 1e-3)[-1]["params"]) == 5
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again.load_state_dict(model.state_dict())
@@ -129,9 +140,14 @@ def test_a_dimension_may_be_given_and_layers_that_convert_knows_asked_for():
     net = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), nn.Linear(4 * 25, 2))
     x = torch.randn(2, 3, 4, 4)
     model = dip.convert(copy.deepcopy(net), before={"0": -3, "2": -1}, batches=[x])
-    assert [(row.type, row.features) for row in dip.summary(model)] == [("DIPConvTranspose2d", 3), ("DIPLinear", 100)]
+    assert [(row.type, row.features) for row in dip.summary(model)] == [
+        ("DIPConvTranspose2d", 3),
+        ("DIPLinear", 100),
+    ]
     lstm = dip.convert(
-        nn.ModuleDict({"rnn": nn.LSTM(5, 7, batch_first=True)})["rnn"], before=[""], batches=[torch.randn(2, 3, 5)]
+        nn.ModuleDict({"rnn": nn.LSTM(5, 7, batch_first=True)})["rnn"],
+        before=[""],
+        batches=[torch.randn(2, 3, 5)],
     )
     assert lstm.log_variance.shape == (5,)
     lstm(torch.randn(2, 3, 5))[0].sum().backward()
@@ -141,7 +157,12 @@ def test_a_dimension_may_be_given_and_layers_that_convert_knows_asked_for():
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.off, self.ids, self.list = Router(), Router(), nn.Embedding(9, 8), nn.ModuleList([nn.Linear(8, 8)])
+        self.a, self.off, self.ids, self.list = (
+            Router(),
+            Router(),
+            nn.Embedding(9, 8),
+            nn.ModuleList([nn.Linear(8, 8)]),
+        )
         self.taken = Router()
         self.taken.keep = 3
 
@@ -162,24 +183,68 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (Net(), {"before": ["*.exprets"], "batches": [X]}, r"before: .*'\*\.exprets' that matches none"),
+        (
+            Net(),
+            {"before": ["*.exprets"], "batches": [X]},
+            r"before: .*'\*\.exprets' that matches none",
+        ),
         (Net(), {"before": ["*.experts"]}, "^batches: expected a batch"),
         (Net(), {"before": ["*.experts"], "batches": []}, "^batches: expected at least one"),
         (Net(), {"batches": [X]}, "^batches: expected None"),
-        (Net(), {"before": {"*.experts": 2}, "batches": [X]}, r"before: expected a dimension .*\(6, 8\), got 2"),
-        (Net(), {"before": {"*.experts": "last"}, "batches": [X]}, "before: expected a feature dimension"),
-        (Net(), {"before": ["blocks"], "batches": [X]}, "before: .*'blocks' .*: its forward takes no first argument"),
+        (
+            Net(),
+            {"before": {"*.experts": 2}, "batches": [X]},
+            r"before: expected a dimension .*\(6, 8\), got 2",
+        ),
+        (
+            Net(),
+            {"before": {"*.experts": "last"}, "batches": [X]},
+            "before: expected a feature dimension",
+        ),
+        (
+            Net(),
+            {"before": ["blocks"], "batches": [X]},
+            "before: .*'blocks' .*: its forward takes no first argument",
+        ),
         (Twice(), {"before": ["off"], "batches": [X]}, r"before: .*none reached \['off'\]"),
-        (Twice(), {"before": ["ids"], "batches": [X]}, r"before: expected a floating tensor .*'ids', got torch.int64"),
+        (
+            Twice(),
+            {"before": ["ids"], "batches": [X]},
+            r"before: expected a floating tensor .*'ids', got torch.int64",
+        ),
         (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['keep'\] of its own"),
-        (Wide(), {"before": ["any"], "batches": [X]}, "before: expected one number of features.*8 and 4"),
-        (nn.Sequential(Net()), {"before": [""], "batches": [X]}, "before: .*calls every child.*its first module"),
+        (
+            Wide(),
+            {"before": ["any"], "batches": [X]},
+            "before: expected one number of features.*8 and 4",
+        ),
+        (
+            nn.Sequential(Net()),
+            {"before": [""], "batches": [X]},
+            "before: .*calls every child.*its first module",
+        ),
         (nn.MultiheadAttention(8, 2), {"before": [""], "batches": [X]}, "before: .*three inputs"),
         (dip.DIPLinear(8, 8), {"before": [""], "batches": [X]}, "before: .*a DIP layer already"),
-        (Net(), {"init_variance": {"blocks.*": 0.1}, **ALL}, "init_variance: .*none that matches 'head'"),
-        (Net(), {"init_variance": {"*": 0.1, "x": 0.2}, **ALL}, r"init_variance: .*\['x'\] that match none"),
-        (Net(), {"init_variance": {"head": torch.ones(3), "*": 0.2}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
-        (Net(), {"init_variance": {"*.experts": torch.ones(3), "*": 1}, **ALL}, r"init_variance: .*\(8,\).*\(3,\)"),
+        (
+            Net(),
+            {"init_variance": {"blocks.*": 0.1}, **ALL},
+            "init_variance: .*none that matches 'head'",
+        ),
+        (
+            Net(),
+            {"init_variance": {"*": 0.1, "x": 0.2}, **ALL},
+            r"init_variance: .*\['x'\] that match none",
+        ),
+        (
+            Net(),
+            {"init_variance": {"head": torch.ones(3), "*": 0.2}, **ALL},
+            r"init_variance: .*\(8,\).*\(3,\)",
+        ),
+        (
+            Net(),
+            {"init_variance": {"*.experts": torch.ones(3), "*": 1}, **ALL},
+            r"init_variance: .*\(8,\).*\(3,\)",
+        ),
         (Net(), {"init_variance": {"*": -1}, **ALL}, "^init_variance: "),
         (
             nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
@@ -221,7 +286,7 @@ def test_noise_before_a_module_whose_forward_is_not_its_classs_is_refused(change
     assert not torch.equal(model(X), model(X))
 
 
-# ---- what holds weights and is no layer ------------------------------------------------------------------------------
+# ---- what holds weights and is no layer ----------------------------------------------------------
 
 
 class PygLinear(nn.Module):
@@ -229,7 +294,10 @@ class PygLinear(nn.Module):
 
     def __init__(self, fan_in, fan_out):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(fan_out, fan_in)), nn.Parameter(torch.zeros(fan_out))
+        self.weight, self.bias = (
+            nn.Parameter(torch.randn(fan_out, fan_in)),
+            nn.Parameter(torch.zeros(fan_out)),
+        )
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
@@ -260,7 +328,10 @@ class Listed(nn.Module):
             r"moe \(Listed\): 66\.7%.*experts\.0, experts\.1",
         ),
         (lambda: nn.ModuleDict({"rnn": nn.GRU(8, 8), "head": nn.Linear(8, 8)}), r"rnn \(GRU\)"),
-        (lambda: nn.ModuleDict({"two": nn.Bilinear(8, 8, 8), "head": nn.Linear(8, 8)}), r"two \(Bilinear\)"),
+        (
+            lambda: nn.ModuleDict({"two": nn.Bilinear(8, 8, 8), "head": nn.Linear(8, 8)}),
+            r"two \(Bilinear\)",
+        ),
         (
             lambda: nn.ModuleDict({"up": nn.ConvTranspose1d(8, 8, 3), "head": nn.Linear(8, 8)}),
             r"up \(ConvTranspose1d\)",
@@ -271,7 +342,9 @@ def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
     with pytest.warns(dip.DIPConversionWarning, match=message) as caught:
         dip.convert(make())
     assert len(caught) == 1
-    dip.convert(make(), filter=lambda module, name: isinstance(module, nn.Linear))  # a filter says which
+    dip.convert(
+        make(), filter=lambda module, name: isinstance(module, nn.Linear)
+    )  # a filter says which
     dip.convert(make(), filter=lambda module, name: module.in_features > 0)
 
 
@@ -279,9 +352,19 @@ def test_what_is_no_weight_is_not_named():
     class Quiet(nn.Module):
         def __init__(self):
             super().__init__()
-            self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 9, 8))
-            self.scale, self.table = nn.Parameter(torch.ones(8, 1, 1)), nn.Parameter(torch.randn(7, 3))
-            self.words, self.norm, self.head = nn.Embedding(99, 8), nn.LayerNorm([4, 8]), nn.Linear(8, 999)
+            self.token, self.positions = (
+                nn.Parameter(torch.randn(1, 1, 8)),
+                nn.Parameter(torch.randn(1, 9, 8)),
+            )
+            self.scale, self.table = (
+                nn.Parameter(torch.ones(8, 1, 1)),
+                nn.Parameter(torch.randn(7, 3)),
+            )
+            self.words, self.norm, self.head = (
+                nn.Embedding(99, 8),
+                nn.LayerNorm([4, 8]),
+                nn.Linear(8, 999),
+            )
             self.lazy = nn.LazyConvTranspose2d(3, 3)
 
     dip.convert(Quiet())
@@ -291,13 +374,15 @@ def test_what_is_no_weight_is_not_named():
     dip.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4)), types=(nn.Linear,))
 
 
-# ---- weights that are read past their layer --------------------------------------------------------------------------
+# ---- weights that are read past their layer ------------------------------------------------------
 
 
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.inner, self.called, self.handed, self.looked = (nn.Linear(8, 8) for _ in range(5))
+        self.qkv, self.inner, self.called, self.handed, self.looked = (
+            nn.Linear(8, 8) for _ in range(5)
+        )
         nn.init.zeros_(self.qkv.weight)
 
     def step(self, layer, x):
@@ -317,7 +402,9 @@ class Inherits(Reads):
 
 @pytest.mark.parametrize("kind", [Reads, Inherits])
 def test_a_layer_that_its_parent_only_reads_is_named_and_left_alone(kind):
-    with pytest.warns(dip.DIPConversionWarning, match=rf"qkv \(Linear\): {kind.__name__} reads its weight") as caught:
+    with pytest.warns(
+        dip.DIPConversionWarning, match=rf"qkv \(Linear\): {kind.__name__} reads its weight"
+    ) as caught:
         model = dip.convert(nn.Sequential(kind()))
     assert "2 module(s)" in str(caught[0].message) and "0.inner (Linear)" in str(caught[0].message)
     assert [n.rpartition(".")[2] for n in dip_layers(model)] == ["called", "handed", "looked"]
@@ -335,7 +422,9 @@ def test_torchs_fused_loss_is_named_and_can_be_noised_as_a_whole():
             return self.loss(self.body(x), y)
 
     y = torch.arange(6) % 4
-    with pytest.warns(dip.DIPConversionWarning, match=r"loss\.linear \(Linear\): LinearCrossEntropyLoss reads"):
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"loss\.linear \(Linear\): LinearCrossEntropyLoss reads"
+    ):
         assert dip.check(dip.convert(Model()), (X, y)).checked == 1
     model = Model()
     with pytest.warns(dip.DIPConversionWarning):
@@ -358,18 +447,23 @@ def test_torchs_own_modules_call_what_is_converted(make):
     assert dip.check(model, batch).ok
 
 
-# ---- variances by name -----------------------------------------------------------------------------------------------
+# ---- variances by name ---------------------------------------------------------------------------
 
 
 def test_the_first_pattern_that_matches_a_layers_name_sets_its_variance():
-    model = dip.convert(Net(), {"blocks.0.*": 0.04, "*.router": 0.09, "head": torch.arange(1.0, 9.0), "*": 0.01}, **ALL)
+    model = dip.convert(
+        Net(),
+        {"blocks.0.*": 0.04, "*.router": 0.09, "head": torch.arange(1.0, 9.0), "*": 0.01},
+        **ALL,
+    )
     sigmas = [layer.variance.sigma for layer in dip_layers(model).values()]
     assert [s[0].item() for s in sigmas] == pytest.approx([0.2, 0.2, 0.3, 0.1, 1.0])
     torch.testing.assert_close(sigmas[-1].square(), torch.arange(1.0, 9.0))
     model.head.reset_parameters()
     torch.testing.assert_close(model.head.variance.sigma.square(), torch.arange(1.0, 9.0))
     encoder = dip.convert(
-        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), {"*.in_proj": 0.04, "*.out_proj": 0.25, "*": 0.01}
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        {"*.in_proj": 0.04, "*.out_proj": 0.25, "*": 0.01},
     )
     assert {row.name: row.sigma_mean for row in dip.summary(encoder)} == pytest.approx(
         {"self_attn.in_proj": 0.2, "self_attn.out_proj": 0.5, "linear1": 0.1, "linear2": 0.1}
@@ -378,11 +472,16 @@ def test_the_first_pattern_that_matches_a_layers_name_sets_its_variance():
     assert [row.sigma_mean for row in dip.summary(cross)] == pytest.approx([0.1, 0.2, 0.1, 0.1])
 
 
-# ---- variances of wrapped models -------------------------------------------------------------------------------------
+# ---- variances of wrapped models -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel, torch.optim.swa_utils.AveragedModel]
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    ],
 )
 def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     plain, wrapped = (
@@ -392,9 +491,12 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     assert list(dip.variances(wrapped)) == ["0.variance.log_variance", "0.variance.log_prior"]
     dip.load_variances(wrapped, dip.variances(plain))
     assert torch.equal(
-        dip.variances(wrapped)["0.variance.log_variance"], dip.variances(plain)["0.variance.log_variance"]
+        dip.variances(wrapped)["0.variance.log_variance"],
+        dip.variances(plain)["0.variance.log_variance"],
     )
-    older = {n: t for n, t in wrapped.state_dict().items() if n.endswith("log_variance")}  # with the wrapper's name
+    older = {
+        n: t for n, t in wrapped.state_dict().items() if n.endswith("log_variance")
+    }  # with the wrapper's name
     assert list(older) != ["0.variance.log_variance"]
     dip.load_variances(plain, older)
     inner = nn.Sequential(torch.compile(dip.convert(nn.Linear(8, 8)), backend="eager"))

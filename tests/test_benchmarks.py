@@ -1,4 +1,5 @@
-"""The benchmarks run, check what they time, list what is missing, write what they say. No figure is judged."""
+"""The benchmarks run, check what they time, list what is missing, write what they say. No figure is
+judged."""
 
 import contextlib
 import json
@@ -39,7 +40,16 @@ def _threads():
 def run_quick(tmp_path, *options):
     out = tmp_path / "run.json"
     record = overhead.main(
-        ["--quick", "--threads=1", "--no-progress", "--dtypes", "float32", "--out", str(out), *options]
+        [
+            "--quick",
+            "--threads=1",
+            "--no-progress",
+            "--dtypes",
+            "float32",
+            "--out",
+            str(out),
+            *options,
+        ]
     )
     return out, record
 
@@ -53,13 +63,22 @@ def test_every_benchmark_runs(tmp_path):
     out = tmp_path / "bench.json"
     options = ["-q", "--quick", "--threads=1", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     # pytest-benchmark stores nothing inside a worker of pytest-xdist.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    alone = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
+    }
     command = [sys.executable, "-m", "pytest", "benchmarks", *options]
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     stored = json.loads(out.read_text())
     groups = {bench["group"].split(",")[0] for bench in stored["benchmarks"]}
-    wanted = {"noise", "perturb", "perturb backward", "layer forward", "layer training step", "block training step"}
+    wanted = {
+        "noise",
+        "perturb",
+        "perturb backward",
+        "layer forward",
+        "layer training step",
+        "block training step",
+    }
     assert wanted | {"model training step", "S = 64 averaged", "m = 8 trajectories"} <= groups
     for bench in stored["benchmarks"]:
         assert {"cpu", "torch", "commit", "date", "variant"} <= set(bench["extra_info"])
@@ -74,7 +93,9 @@ def test_overhead_writes_what_it_measured(quick):
     assert {"date", "commit", "cpu", "threads", "torch"} <= set(stored["machine"])
     assert {row["section"] for row in stored["rows"]} == {"linear", "perturb", "samples", "small"}
     rows = [row for row in stored["rows"] if row["section"] == "linear" and "saved_bytes" in row]
-    ours, plain = (next(row for row in rows if row["variant"] == name) for name in ("dip", "linear"))
+    ours, plain = (
+        next(row for row in rows if row["variant"] == name) for name in ("dip", "linear")
+    )
     assert plain["saved_bytes"] < ours["saved_bytes"] <= plain["saved_bytes"] + 64  # the seed
     assert ours["quartiles"][0] <= ours["ratio"] <= ours["quartiles"][1]
     printed = overhead.text(record)
@@ -97,7 +118,9 @@ def test_overhead_compares_with_an_earlier_run(quick, tmp_path, capsys):
 
 def test_overhead_times_nothing_that_is_wrong(monkeypatch, tmp_path):
     right = dip.reference.standard_normal
-    monkeypatch.setattr(dip.reference, "standard_normal", lambda *args, **kwargs: -right(*args, **kwargs))
+    monkeypatch.setattr(
+        dip.reference, "standard_normal", lambda *args, **kwargs: -right(*args, **kwargs)
+    )
     with pytest.raises(AssertionError, match="y: expected within"):
         run_quick(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -110,7 +133,9 @@ def test_overhead_lists_a_missing_peer(monkeypatch):
     run = overhead.Run(torch.device("cpu"), True, 0.1)
     monkeypatch.setattr(overhead, "LAYERS", ("linear", "dip", "flipout"))
     overhead.linear_case(run, torch.float32, (8, 8, 8))
-    assert [row["missing"] for row in run.rows if row["variant"] == "flipout"] == [missing.reason] * 2
+    assert [row["missing"] for row in run.rows if row["variant"] == "flipout"] == [
+        missing.reason
+    ] * 2
     assert "flipout: bayesian-torch is not installed" in overhead._missing(run.rows)
 
 
@@ -126,15 +151,16 @@ def test_interleaving_gives_ratios_within_rounds(monkeypatch):
     options = {"rounds": (9, 9), "always": ("double",), "seldom": 4}
     timed = timing.interleave(calls, "base", torch.device("cpu"), **options)
     assert timed["base"]["ratio"] == 1.0
-    assert timed["double"]["ratio"] == pytest.approx(2, rel=1e-3) and timed["slow"]["ratio"] == pytest.approx(
-        9, rel=1e-3
-    )
+    assert timed["double"]["ratio"] == pytest.approx(2, rel=1e-3) and timed["slow"][
+        "ratio"
+    ] == pytest.approx(9, rel=1e-3)
     assert (timed["double"]["rounds"], timed["slow"]["rounds"]) == (9, 3)
     assert timed["broken"]["error"].startswith("ZeroDivisionError")
 
 
 def test_a_short_call_follows_an_untimed_one(monkeypatch):
-    """Calls that no clock sees: three at the start, and of a short variant one more before each turn."""
+    """Calls that no clock sees: three at the start, and of a short variant one more before each
+    turn."""
     calls, timed = {"short": 0, "long": 0}, {"short": 0, "long": 0}
 
     def call(name):
@@ -151,13 +177,16 @@ def test_a_short_call_follows_an_untimed_one(monkeypatch):
     for name, variant in variants.items():
         variant.__name__ = name
     monkeypatch.setattr(timing, "seconds", seconds)
-    timing.interleave(variants, "short", torch.device("cpu"), budget_s=0, rounds=(5, 5), always=("long",))
+    timing.interleave(
+        variants, "short", torch.device("cpu"), budget_s=0, rounds=(5, 5), always=("long",)
+    )
     assert calls["short"] - timed["short"] == 3 + 5
     assert calls["long"] - timed["long"] == 3
 
 
 def test_memory_stays_in_place(tmp_path):
-    """A program that restarts gets the same memory for every tensor, without a page fault; one that may not restart does not."""
+    """A program that restarts gets the same memory for every tensor, without a page fault; one that
+    may not restart does not."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import resource, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
@@ -167,7 +196,8 @@ def test_memory_stays_in_place(tmp_path):
         "places = set()\n"
         "for _ in range(12):\n"
         "    before, seed = faults(), torch.randint(9, (2,))\n"
-        "    tensors = [torch.empty(size << 20, dtype=torch.uint8).fill_(1) for size in (8, 8, 64)]\n"
+        "    tensors = [torch.empty(size << 20, dtype=torch.uint8).fill_(1) for size in (8, 8, "
+        "64)]\n"
         "    places.add(tuple(tensor.data_ptr() for tensor in tensors))\n"
         "    del tensors\n"
         "print(sys.argv[1], len(places), faults() - before)\n"
@@ -205,7 +235,8 @@ def test_inputs_take_turns():
 
 
 def test_a_graph_holds_a_call_for_each_input_and_keeps_every_result(monkeypatch):
-    """On a stand-in for torch.cuda: warm first, then one capture of all; replaying launches nothing else."""
+    """On a stand-in for torch.cuda: warm first, then one capture of all; replaying launches nothing
+    else."""
     log = []
     cuda = types.SimpleNamespace(
         Stream=lambda: types.SimpleNamespace(wait_stream=lambda other: log.append("wait")),
@@ -233,7 +264,9 @@ def test_memory_counts_what_a_call_holds():
     x = torch.ones(1000, requires_grad=True)
     assert timing.saved_bytes(lambda: (x * 2).exp(), [x]) == 4000
     assert timing.saved_bytes(lambda: x * x, [x]) == 0
-    assert timing.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 12000
+    assert (
+        timing.peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu")) == 12000
+    )
 
 
 def test_peak_is_asked_for_again_where_the_profiler_returns_nothing(monkeypatch):
@@ -273,7 +306,8 @@ def test_documents_are_filled_between_their_marks(tmp_path):
 
 @pytest.mark.parametrize("page, program", [("measured", "overhead"), ("cost", "cost")])
 def test_tables_of_a_page_are_those_of_the_record(page, program):
-    """Every figure between the marks comes from the release's record, which git keeps; the runs it does not."""
+    """Every figure between the marks comes from the release's record, which git keeps; the runs it
+    does not."""
     (path,) = (ROOT / "benchmarks" / "results").glob("amd-*.json")
     run = report.load(path, program)
     text = {"overhead": overhead, "cost": cost}[program].text(run)
@@ -287,7 +321,10 @@ def test_records_are_small_and_whole(tmp_path, quick):
     runs = []
     for number in range(3):
         run = json.loads(out.read_text()) | {"quick": False}
-        run["machine"] = run["machine"] | {"date": f"2026-01-0{number + 1}T00:00:00+00:00", "cpu": "AMD EPYC"}
+        run["machine"] = run["machine"] | {
+            "date": f"2026-01-0{number + 1}T00:00:00+00:00",
+            "cpu": "AMD EPYC",
+        }
         for row in run["rows"]:
             if "ratio" in row:
                 row["ratio"] *= number + 1
@@ -297,15 +334,21 @@ def test_records_are_small_and_whole(tmp_path, quick):
     only_linear["rows"] = [row for row in only_linear["rows"] if row["section"] == "linear"]
     only_linear["machine"]["date"] = "2026-01-04"
     (tmp_path / "part.json").write_text(json.dumps(only_linear))
-    path = summary.main([*map(str, runs), str(tmp_path / "part.json"), "--out", str(tmp_path / "record.json")])
+    path = summary.main(
+        [*map(str, runs), str(tmp_path / "part.json"), "--out", str(tmp_path / "record.json")]
+    )
     found = json.loads(path.read_text())
     assert (found["release"], found["kind"]) == (dip.__version__, "amd")
-    assert found["overhead"]["machine"]["date"].startswith("2026-01-03")  # the newest of the whole runs
+    assert found["overhead"]["machine"]["date"].startswith(
+        "2026-01-03"
+    )  # the newest of the whole runs
     ratios = found["overhead, run by run"]["ratios"]
     first, second, third, part = next(ratios[key] for key in ratios if key.startswith("linear"))
     assert second == pytest.approx(2 * first, rel=1e-2) and third == part
     assert next(ratios[key] for key in ratios if key.startswith("small"))[3] is None
-    assert len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40  # a row a line
+    assert (
+        len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40
+    )  # a row a line
     whole = json.loads(runs[2].read_text())
     assert overhead.text(report.load(path, "overhead")) == overhead.text(whole)
     assert overhead.text(report.load(runs[2], "overhead")) == overhead.text(whole)
@@ -318,16 +361,29 @@ def test_records_refuse_what_means_nothing(quick):
     with pytest.raises(ValueError, match="expected full runs"):
         summary.summarise([record], "1.0")
     full = [
-        record | {"quick": False, "machine": record["machine"] | {"cpu": cpu}} for cpu in ("AMD EPYC", "Intel Xeon")
+        record | {"quick": False, "machine": record["machine"] | {"cpu": cpu}}
+        for cpu in ("AMD EPYC", "Intel Xeon")
     ]
     with pytest.raises(ValueError, match="one kind of machine, got amd, intel"):
         summary.summarise(full, "1.0")
     with pytest.raises(ValueError, match="expected a processor of amd, intel, arm"):
         summary.kind_of({"cpu": "abacus"})
-    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA A100-SXM4-80GB": "a100"}
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA A100-SXM4-80GB": "a100",
+    }
     assert {name: summary.kind_of({"gpu": name, "cpu": ""}) for name in names} == names
-    told = {"name": "P", "traceback": "long", "said": "much", "variants": {"copy": {"seconds": 1.23456789}}}
-    run = {"machine": {"gpu": "H100", "date": "1", "cpu": ""}, "sections": {"perturb": {"rows": [told]}}}
+    told = {
+        "name": "P",
+        "traceback": "long",
+        "said": "much",
+        "variants": {"copy": {"seconds": 1.23456789}},
+    }
+    run = {
+        "machine": {"gpu": "H100", "date": "1", "cpu": ""},
+        "sections": {"perturb": {"rows": [told]}},
+    }
     (row,) = summary.summarise([run], "1.0")["gpu_check"]["sections"]["perturb"]["rows"]
     assert row == {"name": "P", "variants": {"copy": {"seconds": 1.23457}}}
 
@@ -335,16 +391,23 @@ def test_records_refuse_what_means_nothing(quick):
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
     record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
-    assert all((tmp_path / f"cost_{name}.svg").stat().st_size > 1000 for name in ("training", "prediction", "buys"))
+    assert all(
+        (tmp_path / f"cost_{name}.svg").stat().st_size > 1000
+        for name in ("training", "prediction", "buys")
+    )
     for study in record["studies"]:
         assert study["training"]["m = 4"]["flops"] > 3 * study["training"]["plain"]["flops"]
         assert study["prediction"]["k = 0"]["flops"] == study["prediction"]["plain"]["flops"]
         assert study["prediction"]["k = 4"]["flops"] == 4 * study["prediction"]["plain"]["flops"]
-        assert study["prediction"]["k = 0"]["peak_bytes"] == study["prediction"]["plain"]["peak_bytes"]
+        assert (
+            study["prediction"]["k = 0"]["peak_bytes"] == study["prediction"]["plain"]["peak_bytes"]
+        )
 
 
 def test_profile_of_a_small_layer_runs(tmp_path, capsys):
-    rows = profile_small_layer.main(["--quick", "--threads=1", "--out", str(tmp_path / "small.json")])
+    rows = profile_small_layer.main(
+        ["--quick", "--threads=1", "--out", str(tmp_path / "small.json")]
+    )
     stored = json.loads((tmp_path / "small.json").read_text())
     assert summary.program_of(stored) == "small-layer" and stored["parts"] == rows
     assert {row[1] for row in rows} == {"forward", "backward"}
@@ -353,7 +416,18 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
 
 def test_averaging_is_timed(tmp_path, capsys):
     out = tmp_path / "averaging.json"
-    options = ["--rows", "8", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--out", str(out)]
+    options = [
+        "--rows",
+        "8",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--dtypes",
+        "float32",
+        "--out",
+        str(out),
+    ]
     analytic, mean = averaging.main(options)
     stored = json.loads(out.read_text())
     assert summary.program_of(stored) == "averaging" and stored["mean"] == mean
@@ -367,9 +441,23 @@ def test_averaging_is_timed(tmp_path, capsys):
 
 def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_path, capsys):
     out = tmp_path / "models.json"
-    options = ["--quick", "--rounds", "2", "--threads", "1", "--dtypes", "float32", "--only", "MLP", "--out", str(out)]
+    options = [
+        "--quick",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--dtypes",
+        "float32",
+        "--only",
+        "MLP",
+        "--out",
+        str(out),
+    ]
     rows = models.main(options)
-    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(row["ratio"] > 0 for row in rows)
+    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(
+        row["ratio"] > 0 for row in rows
+    )
     assert summary.program_of(json.loads(out.read_text())) == "models"
     with pytest.raises(SystemExit):
         models.main(["--quick", "--docs"])
@@ -391,7 +479,9 @@ def test_overhead_refuses_a_bad_shape(argument, capsys):
 
 
 def test_producers_benchmark_checks_times_and_prints(capsys):
-    rows = bench_producers.main(["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"])
+    rows = bench_producers.main(
+        ["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"]
+    )
     assert [(row["kind"], row["what"]) for row in rows] == [
         (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
     ]

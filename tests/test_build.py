@@ -1,4 +1,5 @@
-"""The build: what it says, what it honours, and that a machine without a compiler still gets a package that works."""
+"""The build: what it says, what it honours, and that a machine without a compiler still gets a
+package that works."""
 
 import os
 import shutil
@@ -10,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NO_COMPILER = {"CXX": "no-such-compiler", "NVCC": "no-such-nvcc", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
+NO_COMPILER = {
+    "CXX": "no-such-compiler",
+    "NVCC": "no-such-nvcc",
+    "DIPKERNELS_CPU": "",
+    "DIPKERNELS_CUDA": "",
+}
 
 
 def setup_py(*arguments, **environment):
@@ -45,7 +51,9 @@ def test_build_says_what_it_builds_and_why(environment, expected):
 @pytest.fixture
 def without_torch(tmp_path):
     """A folder for PYTHONPATH that stands for an environment without torch."""
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    (tmp_path / "torch.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+    )
     return {"PYTHONPATH": str(tmp_path), "DIPKERNELS_CPU": ""}
 
 
@@ -55,11 +63,17 @@ def without_torch(tmp_path):
 ])  # fmt: skip
 def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, arguments, cuda):
     folders = (
-        ["--egg-base", tmp_path] if arguments == ["egg_info"] else ["--build-lib", tmp_path, "--build-temp", tmp_path]
+        ["--egg-base", tmp_path]
+        if arguments == ["egg_info"]
+        else ["--build-lib", tmp_path, "--build-temp", tmp_path]
     )
     status, output = setup_py(*arguments, *folders, DIPKERNELS_CUDA=cuda, **without_torch)
     assert status != 0 and "Traceback" not in output
-    assert "torch is needed" in output and "pip install --no-build-isolation ." in output and "ninja" in output
+    assert (
+        "torch is needed" in output
+        and "pip install --no-build-isolation ." in output
+        and "ninja" in output
+    )
 
 
 def test_build_under_an_old_torch_says_so(tmp_path):
@@ -74,7 +88,7 @@ def test_build_under_an_old_setuptools_says_so(tmp_path):
     assert status != 0 and "setuptools >= 77 is needed, got 65.5.0" in output
 
 
-# ---- the sdist -------------------------------------------------------------------------------------------------------
+# ---- the sdist -----------------------------------------------------------------------------------
 
 
 def test_the_sdist_is_the_whole_source(tmp_path):
@@ -86,11 +100,17 @@ def test_the_sdist_is_the_whole_source(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()} - packed == set()
-    assert not [name for name in packed if name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name]
+    assert {
+        name for name in listed.stdout.splitlines() if (ROOT / name).is_file()
+    } - packed == set()
+    assert not [
+        name
+        for name in packed
+        if name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name
+    ]
 
 
-# ---- a checkout in any folder ----------------------------------------------------------------------------------------
+# ---- a checkout in any folder --------------------------------------------------------------------
 
 ODD = "a b$HOME:c'd\"e#(f)&"  # means something to ninja, the shell, make and the depfiles
 COMPILER = """#!/bin/sh
@@ -121,7 +141,9 @@ def odd_checkout(tmp_path):
 def build_in(folder, **environment):
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {**os.environ, "DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", **environment}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
 
 
 def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, tmp_path):
@@ -138,7 +160,9 @@ def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
     done = build_in(odd_checkout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     code = "import dipkernels as dip; print(dip.backends.library().path, dip.backends.library().error, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=odd_checkout, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=odd_checkout, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines() == [str(odd_checkout / "dipkernels" / "_C.so"), "None"]
 
 
@@ -196,9 +220,13 @@ def test_the_source_tree_works_where_it_was_never_installed(tmp_path):
 
 def test_library_has_no_python_symbols_and_needs_torch_cpu_alone():
     library = ROOT / "dipkernels" / "_C.so"
-    needed = subprocess.run(["readelf", "-d", library], check=True, capture_output=True, text=True).stdout
+    needed = subprocess.run(
+        ["readelf", "-d", library], check=True, capture_output=True, text=True
+    ).stdout
     names = {line.split("[")[1].rstrip("]") for line in needed.splitlines() if "NEEDED" in line}
-    assert {name for name in names if "torch" in name or "cuda" in name or "python" in name} == {"libtorch_cpu.so"}
+    assert {name for name in names if "torch" in name or "cuda" in name or "python" in name} == {
+        "libtorch_cpu.so"
+    }
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
     ).stdout

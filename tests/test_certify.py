@@ -1,4 +1,5 @@
-"""certify: the bound is Clopper and Pearson's, the radius is that of a linear classifier, inner noise is refused."""
+"""certify: the bound is Clopper and Pearson's, the radius is that of a linear classifier, inner
+noise is refused."""
 
 import math
 
@@ -10,7 +11,9 @@ import dipkernels as dip
 from dipkernels.training.certify import lower_bound
 
 
-@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (1, 10), (7, 10), (10, 10), (990, 1000), (50_000, 100_000)])
+@pytest.mark.parametrize(
+    ("hits", "trials"), [(0, 10), (1, 10), (7, 10), (10, 10), (990, 1000), (50_000, 100_000)]
+)
 def test_the_lower_bound_is_the_quantile_of_a_beta(hits, trials):
     stats = pytest.importorskip("scipy.stats")
     expected = stats.beta.ppf(1e-3, hits, trials - hits + 1) if hits else 0.0
@@ -46,7 +49,10 @@ def test_the_radius_of_a_linear_classifier_is_its_distance_from_below():
 
 
 def test_the_draws_replay_and_modes_and_bounds_stay():
-    model, x = nn.Sequential(dip.DIPInput(4, init_variance=0.04), nn.Linear(4, 3)), torch.randn(5, 4)
+    model, x = (
+        nn.Sequential(dip.DIPInput(4, init_variance=0.04), nn.Linear(4, 3)),
+        torch.randn(5, 4),
+    )
     model.train()
     results = []
     for _ in range(2):
@@ -57,7 +63,9 @@ def test_the_draws_replay_and_modes_and_bounds_stay():
     # all passes agree: the largest radius that k passes can show
     sure = dip.certify(linear(0.01), torch.tensor([[9.0, 0, 0]]), k=1000, confidence=0.99)
     p = 0.01 ** (1 / 1000)
-    assert sure.radius.item() == pytest.approx(0.01 * torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item())
+    assert sure.radius.item() == pytest.approx(
+        0.01 * torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()
+    )
 
 
 def test_images_are_noised_at_every_pixel_alike():
@@ -77,7 +85,11 @@ def spread():
     ("model", "options", "message"),
     [
         (lambda: nn.Linear(3, 2), {}, "^model: expected noise at its input alone.*got 0"),
-        (lambda: dip.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))), {}, "certifies nothing"),
+        (
+            lambda: dip.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))),
+            {},
+            "certifies nothing",
+        ),
         (
             lambda: nn.Sequential(nn.Linear(3, 3), dip.DIPLinear(3, 2)),
             {},
@@ -97,7 +109,9 @@ def test_what_certifies_nothing_is_refused(model, options, message):
 
 def test_a_smoothed_classifier_is_not_moved_within_its_radius():
     torch.manual_seed(0)
-    model = nn.Sequential(dip.DIPInput(2, init_variance=0.25), nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2))
+    model = nn.Sequential(
+        dip.DIPInput(2, init_variance=0.25), nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)
+    )
     x = torch.randn(6, 2)
     found = dip.certify(model, x, k=4000, chunk=500)
     for angle in torch.linspace(0, 2 * math.pi, 9)[:-1]:

@@ -1,4 +1,5 @@
-"""check: every way in which a converted layer draws nothing is named, and the check changes nothing."""
+"""check: every way in which a converted layer draws nothing is named, and the check changes
+nothing."""
 
 import copy
 
@@ -17,7 +18,11 @@ class Fused(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4, bias=False)
+        self.body, self.norm, self.head = (
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.Linear(8, 4, bias=False),
+        )
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x, y=None):
@@ -46,7 +51,7 @@ def faults(*args):
     return dip.check(*args, strict=False).faults
 
 
-# ---- a batch of its own ----------------------------------------------------------------------------------------------
+# ---- a batch of its own --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [(X, Y), [X, Y], {"x": X, "y": Y}])
@@ -59,7 +64,9 @@ def test_a_head_that_training_reads_past_is_named_by_a_batch(batch):
 
 
 def test_a_layer_that_nothing_calls_and_one_whose_output_is_lost_are_named():
-    found = faults(dip.convert(Half()), (X, Y))  # forward takes one argument: the labels stay behind
+    found = faults(
+        dip.convert(Half()), (X, Y)
+    )  # forward takes one argument: the labels stay behind
     assert list(found) == ["unused", "dropped"]
     assert "not called" in found["unused"] and "does not reach" in found["dropped"]
 
@@ -132,7 +139,7 @@ def test_checkpointed_blocks_pass(reentrant):
     assert dip.check(dip.convert(Block()), X).ok
 
 
-# ---- the gradients that are there ------------------------------------------------------------------------------------
+# ---- the gradients that are there ----------------------------------------------------------------
 
 
 def test_gradients_tell_a_weight_that_was_read_from_a_layer_that_was_not_called():
@@ -141,7 +148,10 @@ def test_gradients_tell_a_weight_that_was_read_from_a_layer_that_was_not_called(
     assert "read without calling" in faults(model)["head"]
     half = dip.convert(Half())
     half(X)["logits"].sum().backward()
-    assert {n: "was not called" in why for n, why in faults(half).items()} == {"unused": True, "dropped": True}
+    assert {n: "was not called" in why for n, why in faults(half).items()} == {
+        "unused": True,
+        "dropped": True,
+    }
     half.unused.eval()
     assert "eval mode" in faults(half)["unused"]
     with pytest.raises(ValueError, match=r"(?s)unused.*dropped"):
@@ -154,7 +164,9 @@ def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
         model(X).square().sum().backward()
     assert "noise_off" in faults(model)["0"] and len(faults(model)) == 2
     model.zero_grad()
-    nn.init.zeros_(model[1].weight)  # a start at zero, as of residual branches, has such gradients rightly
+    nn.init.zeros_(
+        model[1].weight
+    )  # a start at zero, as of residual branches, has such gradients rightly
     model(X).sum().backward()
     assert not faults(model)
 
@@ -195,11 +207,13 @@ def test_no_gradients_no_layers_and_no_finite_variance_are_said():
         dip.load_variances(model, state)
 
 
-# ---- replaced after conversion ---------------------------------------------------------------------------------------
+# ---- replaced after conversion -------------------------------------------------------------------
 
 
 def test_layers_that_were_replaced_after_conversion_are_named():
-    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 4)))
+    model = dip.convert(
+        nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 4))
+    )
     model[2] = nn.Linear(8, 10)  # a new head
     assert "by a torch.nn.modules.linear.Linear without noise" in faults(model, X)["2"]
     model[1] = nn.Identity()
@@ -228,10 +242,14 @@ def test_what_convert_remembers_survives_copies_and_goes_with_to_plain():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_sharded_model_is_checked_by_its_gradients_alone():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         model = dip.convert(Fused())
-        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        torch.distributed.fsdp.fully_shard(
+            model, mesh=torch.distributed.init_device_mesh("cpu", (1,))
+        )
         with pytest.raises(RuntimeError, match="FSDP has not sharded"):
             dip.check(model, (X, Y))
         model(X, Y).backward()

@@ -1,4 +1,5 @@
-"""Activation checkpointing: the gradients of the run without, or an error that says why not; never other noise in silence."""
+"""Activation checkpointing: the gradients of the run without, or an error that says why not; never
+other noise in silence."""
 
 import copy
 import functools
@@ -27,7 +28,11 @@ def save_products(ctx, op, *args, **kwargs):
 
 
 def save_seeds(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if op is torch.ops.aten.randint.low else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if op is torch.ops.aten.randint.low
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def save_noised(ctx, op, *args, **kwargs):
@@ -35,7 +40,10 @@ def save_noised(ctx, op, *args, **kwargs):
 
 
 def selective(policy):
-    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+    return {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, policy),
+    }
 
 
 KINDS = {
@@ -56,7 +64,14 @@ def _forget(monkeypatch):
 def block():
     torch.manual_seed(0)
     return number_layers(
-        nn.Sequential(DIPLinear(8, 16), nn.GELU(), nn.Dropout(0.1), DIPLinear(16, 8, keep="x"), nn.Tanh(), DIPInput(8))
+        nn.Sequential(
+            DIPLinear(8, 16),
+            nn.GELU(),
+            nn.Dropout(0.1),
+            DIPLinear(16, 8, keep="x"),
+            nn.Tanh(),
+            DIPInput(8),
+        )
     )
 
 
@@ -96,7 +111,9 @@ def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
     block[2].p = 0.0
     with dip.fixed_noise(7):
         want = gradients(block, x, block)
-        got = gradients(block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **KINDS[kind]))
+        got = gradients(
+            block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
+        )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -104,7 +121,8 @@ def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
 def test_noise_drawn_a_second_time_is_an_error(block, x, kind):
     y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
     with pytest.raises(
-        RuntimeError, match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise"
+        RuntimeError,
+        match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise",
     ):
         y.sum().backward()
 
@@ -117,7 +135,9 @@ def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
             return checkpoint(block, x, preserve_rng_state=preserve, **KINDS[kind])
 
     # a selective policy's own table misses the draw before this package does
-    with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed|randint.* not found in storage"):
+    with pytest.raises(
+        RuntimeError, match=r"checkpoint: .* draws a seed|randint.* not found in storage"
+    ):
         forward().sum().backward()
     for key, row0 in ((8, 4), (7, 0)):
         with (
@@ -135,14 +155,17 @@ def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
     want = gradients(block, x, block)
-    got = gradients(block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **selective(save_seeds)))
+    got = gradients(
+        block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **selective(save_seeds))
+    )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_checkpoint_sequential_and_several_forwards_before_a_backward(block, x):
     def run(x, segments):
         outs = [
-            checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x) for _ in range(3)
+            checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x)
+            for _ in range(3)
         ]
         return outs[2] + 2 * outs[0] - outs[1]
 
@@ -166,11 +189,13 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
 
 def test_draws_of_earlier_blocks_are_still_known(block, x, monkeypatch):
     monkeypatch.setattr(guards, "_MAX_DRAWS", 2 * len(dip.summary(block)))
-    checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False).sum().backward()
+    checkpoint(
+        block, checkpoint(block, x, use_reentrant=False), use_reentrant=False
+    ).sum().backward()
     assert guards._first_draws and guards._earlier_draws
 
 
-# ---- under torch.compile ---------------------------------------------------------------------------------------------
+# ---- under torch.compile -------------------------------------------------------------------------
 
 
 class Checkpointed(nn.Module):
@@ -180,7 +205,9 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return (
-            checkpoint(self.block, x, use_reentrant=False, **self.kwargs) if self.kwargs is not None else self.block(x)
+            checkpoint(self.block, x, use_reentrant=False, **self.kwargs)
+            if self.kwargs is not None
+            else self.block(x)
         )
 
 
@@ -207,7 +234,9 @@ def test_a_compiled_checkpoint_has_one_noise(preserve):
     torch._dynamo.reset()
     block, x = SineTanh(), torch.randn(4, 8, requires_grad=True)
     compiled = torch.compile(
-        Checkpointed(block, preserve_rng_state=preserve), backend="aot_eager_decomp_partition", fullgraph=True
+        Checkpointed(block, preserve_rng_state=preserve),
+        backend="aot_eager_decomp_partition",
+        fullgraph=True,
     )
     assert noise_agrees(block, compiled, x)
 

@@ -1,4 +1,5 @@
-"""examples/cluster: killed in mid-epoch and restarted it ends with the weights of a run that nobody disturbed."""
+"""examples/cluster: killed in mid-epoch and restarted it ends with the weights of a run that nobody
+disturbed."""
 
 import json
 import os
@@ -14,7 +15,9 @@ from ranks_support import Ranks
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,13 @@ def ranks():
 
 def configuration():
     config = json.loads((ROOT / "examples/cluster/digits.json").read_text())
-    small = {"model": {"width": 16, "depth": 1, "heads": 2}, "batch": 300, "steps": 12, "save_every": 4, "lr": 1e-2}
+    small = {
+        "model": {"width": 16, "depth": 1, "heads": 2},
+        "batch": 300,
+        "steps": 12,
+        "save_every": 4,
+        "lr": 1e-2,
+    }
     return config | small | {"print_every": 4}  # five steps an epoch
 
 
@@ -44,7 +53,9 @@ def check_train(rank, world, out, kill_after=None):
 def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, tmp_path):
     want = ranks.run(check_train, str(tmp_path / "undisturbed"))[0]
     with pytest.raises(AssertionError, match="died"):
-        ranks.run(check_train, str(tmp_path / "killed"), 7)  # in the second epoch, three steps after a checkpoint
+        ranks.run(
+            check_train, str(tmp_path / "killed"), 7
+        )  # in the second epoch, three steps after a checkpoint
     assert (tmp_path / "killed/latest").read_text() == "4"
     got = ranks.run(check_train, str(tmp_path / "killed"))[0]
     assert got.keys() == want.keys()
@@ -52,7 +63,9 @@ def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, tm
         assert torch.equal(got[name], want[name]), name
     assert any("log_variance" in name and (v - v[0]).abs().max() > 0 for name, v in want.items())
     # another number of processes: the same examples and the same noise, summed in another order
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         single = check_train(0, 1, str(tmp_path / "alone"))
     finally:
@@ -63,7 +76,9 @@ def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, tm
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(configuration() | {"steps": 60, "save_every": 5}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(configuration() | {"steps": 60, "save_every": 5})
+    )
     finals = []
     for kill in (False, True):
         out = tmp_path / str(kill)
@@ -75,7 +90,12 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
             "--nproc-per-node=2",
             "--max-restarts=1",
         ]
-        command += [str(ROOT / "examples/cluster/train.py"), str(tmp_path / "config.json"), "--out", str(out)]
+        command += [
+            str(ROOT / "examples/cluster/train.py"),
+            str(tmp_path / "config.json"),
+            "--out",
+            str(out),
+        ]
         process = subprocess.Popen(
             command,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
@@ -85,9 +105,13 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
         )
         if kill:
             deadline = time.time() + 300
-            while not (out / "latest").exists() and time.time() < deadline and process.poll() is None:
+            while (
+                not (out / "latest").exists() and time.time() < deadline and process.poll() is None
+            ):
                 time.sleep(0.05)
-            workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            workers = subprocess.run(
+                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+            ).stdout.split()
             os.kill(int(workers[-1]), signal.SIGKILL)
         text, _ = process.communicate(timeout=500)
         assert process.returncode == 0, text
@@ -101,13 +125,25 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
 @pytest.mark.slow
 def test_the_example_runs_without_torchrun(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(configuration() | {"steps": 4}))
-    command = [sys.executable, str(ROOT / "examples/cluster/train.py"), str(tmp_path / "config.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "examples/cluster/train.py"),
+        str(tmp_path / "config.json"),
+    ]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=300, env=without_ranks()
+        [*command, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=without_ranks(),
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/final.pt").exists()
 
 
 def without_ranks():
-    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }

@@ -1,4 +1,5 @@
-"""torch.compile, torch.export, AOTInductor and torch.func: whole graphs, one compilation, the noise of eager mode."""
+"""torch.compile, torch.export, AOTInductor and torch.func: whole graphs, one compilation, the noise
+of eager mode."""
 
 import contextlib
 import copy
@@ -105,7 +106,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
+# ---- torch.compile -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,7 +127,11 @@ def test_compile_is_whole_equals_eager_and_happens_once(name):
     assert compiler.count == 1
 
 
-WHOLE = ["layers", pytest.param("vit", marks=pytest.mark.slow), pytest.param("llama", marks=pytest.mark.slow)]
+WHOLE = [
+    "layers",
+    pytest.param("vit", marks=pytest.mark.slow),
+    pytest.param("llama", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -154,7 +159,9 @@ def test_compile_follows_batch_and_mode(name):
     for rows in (2, 3, 5, 6):
         more = x[:1].expand(rows, *x.shape[1:]).contiguous()
         with dip.fixed_noise(1):
-            torch.testing.assert_close(output(model, more), output(eager, more), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                output(model, more), output(eager, more), rtol=1e-4, atol=1e-5
+            )
     assert compiler.count == 2
     model.eval(), eager.eval()
     torch.testing.assert_close(output(model, x), output(eager, x), rtol=1e-4, atol=1e-5)
@@ -225,7 +232,8 @@ def test_inductor_equals_eager_for_whole_models(name):
 
 
 def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps():
-    """keep="auto" under torch.compile: the input once, however many layers read it, and no u beside it."""
+    """keep="auto" under torch.compile: the input once, however many layers read it, and no u beside
+    it."""
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
@@ -235,12 +243,20 @@ def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps()
         def partition(joint, inputs, **kwargs):
             forward, backward = min_cut_rematerialization_partition(joint, inputs, **kwargs)
             outputs = next(n for n in forward.graph.nodes if n.op == "output").args[0]
-            kept = [n for n in outputs[kwargs["num_fwd_outputs"] :] if getattr(n, "op", "placeholder") != "placeholder"]
+            kept = [
+                n
+                for n in outputs[kwargs["num_fwd_outputs"] :]
+                if getattr(n, "op", "placeholder") != "placeholder"
+            ]
             saved = [n.meta["val"] for n in kept]
-            sizes.append(sum(t.numel() * t.element_size() for t in saved if isinstance(t, torch.Tensor)))
+            sizes.append(
+                sum(t.numel() * t.element_size() for t in saved if isinstance(t, torch.Tensor))
+            )
             return forward, backward
 
-        backend = aot_autograd(fw_compiler=lambda g, i: g, bw_compiler=lambda g, i: g, partition_fn=partition)
+        backend = aot_autograd(
+            fw_compiler=lambda g, i: g, bw_compiler=lambda g, i: g, partition_fn=partition
+        )
         torch._dynamo.reset()
         torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
         return sizes[0]
@@ -259,7 +275,7 @@ def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps()
     assert noisy <= plain + 3 * 16, (plain, noisy)  # a seed a layer
 
 
-# ---- torch.export, AOTInductor ---------------------------------------------------------------------------------------
+# ---- torch.export, AOTInductor -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -267,9 +283,14 @@ def test_export_of_the_eval_forward_is_the_plain_network(name):
     model, x = make(name)
     model.eval()
     program = torch.export.export(model, (x,), strict=False)
-    assert not any("dipkernels" in str(node.target) or "randint" in str(node.target) for node in program.graph.nodes)
+    assert not any(
+        "dipkernels" in str(node.target) or "randint" in str(node.target)
+        for node in program.graph.nodes
+    )
     got = program.module()(x)
-    torch.testing.assert_close(got if isinstance(got, torch.Tensor) else got.logits, output(model, x))
+    torch.testing.assert_close(
+        got if isinstance(got, torch.Tensor) else got.logits, output(model, x)
+    )
 
 
 def output_and_gradients(model, x, parameters):
@@ -290,7 +311,10 @@ def test_export_of_the_training_forward_draws_afresh_and_trains(strict):
     assert sum("dipkernels.noise" in str(node.target) for node in program.graph.nodes) == 3
     module = program.module()
     assert not torch.equal(module(x), module(x))
-    outs = [output_and_gradients(each, torch.cat([x, x]), list(model.parameters())) for each in (model, module)]
+    outs = [
+        output_and_gradients(each, torch.cat([x, x]), list(model.parameters()))
+        for each in (model, module)
+    ]
     assert all(grad.any() for grad in outs[0][1:])
     for ours, theirs in zip(*outs, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -333,17 +357,22 @@ def test_a_saved_export_loads_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
 def test_aot_inductor_packages_a_model(noisy, tmp_path):
-    """An eval model needs nothing of this package at run time; one that samples needs its operations."""
+    """An eval model needs nothing of this package at run time; one that samples needs its
+    operations."""
     model, x = make("layers")
     model.eval()
     with torch.no_grad(), sampling_on() if noisy else contextlib.nullcontext(), dip.fixed_noise(6):
         program = torch.export.export(model, (x,), strict=False)
         want = model(x)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), want, rtol=1e-4, atol=1e-5)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    torch.testing.assert_close(
+        torch._inductor.aoti_load_package(path)(x), want, rtol=1e-4, atol=1e-5
+    )
 
 
-# ---- torch.func ------------------------------------------------------------------------------------------------------
+# ---- torch.func ----------------------------------------------------------------------------------
 
 
 def test_vmap_honours_its_randomness_argument():
@@ -375,7 +404,9 @@ def test_functional_call_with_jvp_vjp_and_ensembles():
     _, pull = torch.func.vjp(lambda p: f(p, x), parameters)
     w = torch.randn_like(y)
     back = pull(w)[0]
-    torch.testing.assert_close((dy * w).sum(), sum((back[n] * tangents[n]).sum() for n in parameters))
+    torch.testing.assert_close(
+        (dy * w).sum(), sum((back[n] * tangents[n]).sum() for n in parameters)
+    )
     step = {name: p + 1e-6 * tangents[name] for name, p in parameters.items()}
     torch.testing.assert_close(dy, (f(step, x) - y) / 1e-6, rtol=1e-3, atol=1e-4)
     stacked = {name: torch.stack([p, step[name]]) for name, p in parameters.items()}
@@ -439,5 +470,7 @@ def test_functional_perturb_compiles_with_changing_rows():
     sigma = torch.rand(8)
     for rows in (5, 6, 7):
         x = torch.randn(rows, 8)
-        torch.testing.assert_close(run(x, sigma, seed + rows), functional.perturb(x, sigma, seed + rows))
+        torch.testing.assert_close(
+            run(x, sigma, seed + rows), functional.perturb(x, sigma, seed + rows)
+        )
     assert compiler.count == 1

@@ -41,7 +41,11 @@ FULL = dip.DIPConfig(
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.body, self.head = nn.Linear(8, 16), nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 3)
+        self.up, self.body, self.head = (
+            nn.Linear(8, 16),
+            nn.ModuleList([nn.Linear(16, 16)]),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, x):
         return self.head(self.body[0](self.up(x).relu()).relu())
@@ -116,7 +120,9 @@ def test_apply_is_convert_and_calibrate():
     dip.convert(want)
     dip.calibrate(want, X.split(16))
     got, expected = dip.variances(model), dip.variances(want)
-    assert got.keys() == expected.keys() and all(torch.equal(got[n], v) for n, v in expected.items())
+    assert got.keys() == expected.keys() and all(
+        torch.equal(got[n], v) for n, v in expected.items()
+    )
     assert dip.config_of(model) == dip.config_of(copy.deepcopy(model)) == dip.DIPConfig()
     assert dip.config_of(dip.to_plain(model)) is None
     dip.apply(model, dip.DIPConfig(variance=0.04, types=["Linear"]))
@@ -150,7 +156,11 @@ def test_apply_noises_modules_by_name_and_shares():
         (dip.DIPConfig(), [torch.ones(4, 8)], "batches: expected inputs that vary"),
         (dip.DIPConfig(include=["nothing"]), [X], r"include: expected patterns .*'nothing'"),
         (dip.DIPConfig(exclude=["nothing"]), [X], "exclude: expected patterns"),
-        (dip.DIPConfig(ratio={"up": 1.0}), [X], r"ratio: expected patterns .*none for \['body.0', 'head'\]"),
+        (
+            dip.DIPConfig(ratio={"up": 1.0}),
+            [X],
+            r"ratio: expected patterns .*none for \['body.0', 'head'\]",
+        ),
         (dip.DIPConfig(ratio={"up": 1.0, "*": 1.0, "no": 1.0}), [X], r"\['no'\] that match none"),
         (dip.DIPConfig(before=["body.0"], variance=0.1), None, "batches: expected a batch"),
         ({"m": 2}, [X], "config: expected a DIPConfig, got dict"),
@@ -210,7 +220,9 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
     dip.save(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [VARIANCES_FILE, CONFIG_FILE]
     torch.save(dip.to_plain(copy.deepcopy(model)).state_dict(), tmp_path / "plain.pt")
-    subprocess.run([sys.executable, "-c", PREDICT, str(ROOT / "tests"), str(tmp_path)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, "-c", PREDICT, str(ROOT / "tests"), str(tmp_path)], check=True, cwd=ROOT
+    )
     assert torch.equal(torch.load(tmp_path / "predicted.pt"), want)
     loaded = dip.load(net(), tmp_path)
     assert dip.config_of(loaded) == dip.config_of(model)
@@ -220,8 +232,16 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
 def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path):
     model = dip.apply(net(), dip.DIPConfig(), [X])
     dip.save(model, tmp_path)
-    wide = nn.ModuleDict({"up": nn.Linear(9, 16), "body": nn.ModuleList([nn.Linear(16, 16)]), "head": nn.Linear(16, 3)})
-    with pytest.raises(ValueError, match=r"dip.safetensors: .*\(given, expected\).*up.variance.log_variance"):
+    wide = nn.ModuleDict(
+        {
+            "up": nn.Linear(9, 16),
+            "body": nn.ModuleList([nn.Linear(16, 16)]),
+            "head": nn.Linear(16, 3),
+        }
+    )
+    with pytest.raises(
+        ValueError, match=r"dip.safetensors: .*\(given, expected\).*up.variance.log_variance"
+    ):
         dip.load(wide, tmp_path)
     assert not dip_layers(wide)
     with pytest.raises(ValueError, match="expected the variances of this model"):
@@ -250,7 +270,9 @@ def test_a_loop_by_the_config_is_the_loop_by_hand():
         loss = config.objective(config.trajectories(model, X), Y, F.cross_entropy, model)
     with dip.fixed_noise(42, row0=6):
         out = dip.trajectories(model, X, m=3)
-        assert torch.equal(dip.objective(out, Y, F.cross_entropy, model, kl=0.5, lambda_s=0.1), loss)
+        assert torch.equal(
+            dip.objective(out, Y, F.cross_entropy, model, kl=0.5, lambda_s=0.1), loss
+        )
     with dip.fixed_noise(1):
         got = config.predict(model, X)
         assert torch.equal(got, dip.predict(model, X, k=5, average="logits"))
@@ -275,11 +297,16 @@ def check_sharded(rank, world, folder):
     dip.load_variances(model, {name: torch.zeros_like(v) for name, v in want.items()})
     dip.load(model, folder)
     got = dip.variances(model)
-    return all(torch.equal(got[name], v) for name, v in want.items()) and dip.config_of(model).ratio == 0.5
+    return (
+        all(torch.equal(got[name], v) for name, v in want.items())
+        and dip.config_of(model).ratio == 0.5
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
     ranks = Ranks(2)
     try:
@@ -292,6 +319,21 @@ def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
 
 def test_import_loads_no_integration_and_no_framework():
     code = "import sys, dipkernels; print([n for n in sys.modules if n.startswith('dipkernels.integrations') or n.split('.')[0] in %r])"
-    names = ("transformers", "trl", "peft", "lightning", "accelerate", "safetensors", "matplotlib", "rich")
-    done = subprocess.run([sys.executable, "-c", code % (names,)], capture_output=True, text=True, check=True, cwd=ROOT)
+    names = (
+        "transformers",
+        "trl",
+        "peft",
+        "lightning",
+        "accelerate",
+        "safetensors",
+        "matplotlib",
+        "rich",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code % (names,)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""A convolution of the network's own input: the gradients of the projection and nn's convolution, without an input gradient."""
+"""A convolution of the network's own input: the gradients of the projection and nn's convolution,
+without an input gradient."""
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ from dipkernels.ops.draw import Draw
 
 CASES = {
     "patches": (nn.Conv2d, (2, 3, 16, 16), dict(out_channels=8, kernel_size=4, stride=4)),
-    "stem": (nn.Conv2d, (2, 3, 17, 13), dict(out_channels=6, kernel_size=(7, 3), stride=2, padding=(3, 1))),
-    "groups": (nn.Conv2d, (2, 6, 9, 9), dict(out_channels=8, kernel_size=3, groups=2, dilation=2, bias=False)),
+    "stem": (
+        nn.Conv2d,
+        (2, 3, 17, 13),
+        dict(out_channels=6, kernel_size=(7, 3), stride=2, padding=(3, 1)),
+    ),
+    "groups": (
+        nn.Conv2d,
+        (2, 6, 9, 9),
+        dict(out_channels=8, kernel_size=3, groups=2, dilation=2, bias=False),
+    ),
     "sequence": (nn.Conv1d, (3, 5, 40), dict(out_channels=7, kernel_size=10, stride=5)),
     "volume": (nn.Conv3d, (2, 2, 6, 7, 8), dict(out_channels=4, kernel_size=(2, 3, 3), padding=1)),
 }
@@ -22,7 +31,9 @@ def layer_of(case, dtype=torch.float32, **options):
     kind, shape, arguments = CASES[case]
     torch.manual_seed(1)
     layer = kind(shape[1], dtype=dtype, **arguments)
-    layer = dip.convert(nn.Sequential(layer), init_variance=0.3, num_samples=4)[0]  # sigma times 1/2
+    layer = dip.convert(nn.Sequential(layer), init_variance=0.3, num_samples=4)[
+        0
+    ]  # sigma times 1/2
     return layer, torch.randn(shape).to(dtype)
 
 
@@ -40,7 +51,9 @@ def gradients(layer, x, needs_input):
 def test_own_input_gives_the_gradients_of_the_projection(case, dtype, monkeypatch):
     layer, x = layer_of(case, dtype)
     calls = []
-    monkeypatch.setattr(conv, "own_input", lambda *a, run=conv.own_input: calls.append(1) or run(*a))
+    monkeypatch.setattr(
+        conv, "own_input", lambda *a, run=conv.own_input: calls.append(1) or run(*a)
+    )
     y, got = gradients(layer, x, False)
     want_y, want = gradients(layer, x, True)
     assert calls == [1]
@@ -88,7 +101,10 @@ def test_own_input_differentiates_twice():
 @pytest.mark.parametrize("change", ["padding", "mode", "unbatched", "eval", "no_grad", "frozen"])
 def test_other_convolutions_go_the_common_way(change, monkeypatch):
     monkeypatch.setattr(conv, "own_input", lambda *a: pytest.fail("not this one"))
-    arguments = {"padding": dict(padding="same"), "mode": dict(padding=1, padding_mode="circular")}.get(change, {})
+    arguments = {
+        "padding": dict(padding="same"),
+        "mode": dict(padding=1, padding_mode="circular"),
+    }.get(change, {})
     layer = dip.DIPConv2d(3, 4, 3, **arguments)
     x = torch.randn(3, 8, 8) if change == "unbatched" else torch.randn(2, 3, 8, 8)
     if change == "eval":

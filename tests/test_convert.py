@@ -46,7 +46,7 @@ def names(model):
     return list(dip_layers(model))
 
 
-# ---- convert -------------------------------------------------------------------------------------------------------
+# ---- convert -------------------------------------------------------------------------------------
 
 
 def test_convert_keeps_identity_parameters_hooks_and_mode():
@@ -96,7 +96,9 @@ def test_variances_land_on_the_weights_device_in_float32():
     with torch.device("meta"):
         model = convert(Net().to(torch.bfloat16))
     assert all(layer.log_variance.is_meta for layer in dip_layers(model).values())
-    model = convert(Net().to("meta", torch.bfloat16))  # they have values where nobody asked for none
+    model = convert(
+        Net().to("meta", torch.bfloat16)
+    )  # they have values where nobody asked for none
     assert not any(layer.log_variance.is_meta for layer in dip_layers(model).values())
     assert all(layer.log_variance.dtype is torch.float32 for layer in dip_layers(model).values())
 
@@ -165,7 +167,11 @@ def test_converting_twice_says_so_and_a_second_pass_adds_the_rest():
 
 
 def test_converting_attention_twice_adds_the_rest():
-    model = convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 0.25, exclude=("*.out_proj", "linear1"))
+    model = convert(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        0.25,
+        exclude=("*.out_proj", "linear1"),
+    )
     assert names(model) == ["self_attn.in_proj", "linear2"]
     convert(model, 0.01)
     assert {row.name: row.sigma_mean for row in summary(model)} == pytest.approx(
@@ -173,7 +179,10 @@ def test_converting_attention_twice_adds_the_rest():
     )
     # a filter that leaves an attention out leaves its out_proj out too
     other = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert names(convert(other, filter=lambda m, _: type(m) is not nn.MultiheadAttention)) == ["linear1", "linear2"]
+    assert names(convert(other, filter=lambda m, _: type(m) is not nn.MultiheadAttention)) == [
+        "linear1",
+        "linear2",
+    ]
 
 
 def test_a_compiled_model_is_compiled_again_with_its_noise():
@@ -211,7 +220,9 @@ def test_an_optimizer_made_before_trains_the_weights_and_takes_the_variances_as_
 
 @pytest.fixture
 def one_rank():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -221,7 +232,9 @@ def fsdp1(model):
 
 
 def fsdp2(model):
-    return torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    return torch.distributed.fsdp.fully_shard(
+        model, mesh=torch.distributed.init_device_mesh("cpu", (1,))
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -239,11 +252,18 @@ def test_a_checkpoint_with_other_shapes_is_named():
     model, other = convert(nn.Sequential(nn.Linear(4, 4))), convert(nn.Sequential(nn.Linear(6, 4)))
     before = model[0].log_variance.detach().clone()
     state = {**model.state_dict(), "0.variance.log_variance": torch.zeros(6)}
-    with pytest.raises(RuntimeError, match=r"0\.variance\.log_variance.*\[6\].*current model is.*\[4\]"):
+    with pytest.raises(
+        RuntimeError, match=r"0\.variance\.log_variance.*\[6\].*current model is.*\[4\]"
+    ):
         model.load_state_dict(state, strict=False)
-    with pytest.raises(ValueError, match=r"^state: .*\(given, expected\).*0\.variance\.log_variance.*\(6,\), \(4,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^state: .*\(given, expected\).*0\.variance\.log_variance.*\(6,\), \(4,\)",
+    ):
         load_variances(model, variances(other))
-    with pytest.raises(ValueError, match=r"^state: .*none for \['0\.variance.*unknown \['1\.variance"):
+    with pytest.raises(
+        ValueError, match=r"^state: .*none for \['0\.variance.*unknown \['1\.variance"
+    ):
         load_variances(model, {"1.variance.log_variance": torch.zeros(4)})
     assert torch.equal(model[0].log_variance, before)
     for call in (variances, lambda m: load_variances(m, {})):
@@ -254,7 +274,9 @@ def test_a_checkpoint_with_other_shapes_is_named():
 def test_variances_come_back_as_they_were():
     model = convert(Net())
     saved = variances(model)
-    assert list(saved) == [n for n in model.state_dict() if n.endswith(("log_variance", "log_prior"))]
+    assert list(saved) == [
+        n for n in model.state_dict() if n.endswith(("log_variance", "log_prior"))
+    ]
     with torch.no_grad():
         model.head.log_variance.add_(1)
         model.head.variance.log_prior.sub_(1)
@@ -263,7 +285,9 @@ def test_variances_come_back_as_they_were():
     assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
     assert torch.equal(model.head.variance.log_prior.float(), saved["head.variance.log_prior"])
     model.head.variance.log_prior.fill_(-9.0)
-    load_variances(model, {n: t for n, t in saved.items() if n.endswith("log_variance")})  # of an older release
+    load_variances(
+        model, {n: t for n, t in saved.items() if n.endswith("log_variance")}
+    )  # of an older release
     assert bool((model.head.variance.log_prior == -9.0).all())
 
 
@@ -273,7 +297,7 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
         convert(Net())
 
 
-# ---- what cannot be honoured ---------------------------------------------------------------------------------------
+# ---- what cannot be honoured ---------------------------------------------------------------------
 
 
 class Scaled(nn.Linear):
@@ -325,7 +349,12 @@ def quantised_weight():
         (Lora, "a LoRA layer"),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
         (lambda: MyAttention(4, 2), "a subclass of nn.MultiheadAttention"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(
+                nn.MultiheadAttention(4, 2), "in_proj_weight"
+            ),
+            "parametrised",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
@@ -333,7 +362,9 @@ def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
     odd = make()
     model = nn.ModuleDict({"good": nn.Linear(4, 4), "odd": odd})
     kind = type(odd)
-    with pytest.warns(DIPConversionWarning, match=rf"(?s)1 module.*odd \({kind.__name__}\): .*{reason}"):
+    with pytest.warns(
+        DIPConversionWarning, match=rf"(?s)1 module.*odd \({kind.__name__}\): .*{reason}"
+    ):
         convert(model)
     assert names(model) == ["good"]
     assert type(odd) is kind
@@ -350,7 +381,9 @@ def test_attention_that_types_leave_out_is_named_once_for_the_whole_model():
         convert(model, types=(nn.Linear,))
     assert len(caught) == 1
     for i in range(2):
-        assert f"layers.{i}.self_attn.out_proj (NonDynamicallyQuantizableLinear)" in str(caught[0].message)
+        assert f"layers.{i}.self_attn.out_proj (NonDynamicallyQuantizableLinear)" in str(
+            caught[0].message
+        )
     assert names(model) == [f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]
 
 
@@ -374,7 +407,7 @@ def test_weight_norm_by_hooks_works():
     assert layer.log_variance.grad is not None
 
 
-# ---- to_plain ------------------------------------------------------------------------------------------------------
+# ---- to_plain ------------------------------------------------------------------------------------
 
 
 def test_to_plain_gives_the_original_back():
@@ -394,9 +427,10 @@ def test_to_plain_removes_every_occurrence_of_an_input_projection():
     shared = DIPInput(4)
     model = nn.Sequential(shared, DIPLinear(4, 4), nn.Sequential(shared, shared))
     to_plain(model)
-    assert [type(m) for m in model.modules() if not isinstance(m, nn.Sequential)] == [nn.Identity, nn.Linear] + 2 * [
-        nn.Identity
-    ]
+    assert [type(m) for m in model.modules() if not isinstance(m, nn.Sequential)] == [
+        nn.Identity,
+        nn.Linear,
+    ] + 2 * [nn.Identity]
     assert isinstance(to_plain(DIPInput(4)), nn.Identity)
 
 
@@ -416,7 +450,7 @@ def test_to_plain_refuses_what_it_cannot_turn_back():
     assert type(to_plain(normed)[0]) is nn.Linear
 
 
-# ---- param_groups --------------------------------------------------------------------------------------------------
+# ---- param_groups --------------------------------------------------------------------------------
 
 
 def test_param_groups_hold_every_trainable_parameter_once():
@@ -456,7 +490,7 @@ def test_param_groups_names_bad_input(model, options, name):
         param_groups(model, **options)
 
 
-# ---- calibrate and summary -----------------------------------------------------------------------------------------
+# ---- calibrate and summary -----------------------------------------------------------------------
 
 
 def test_calibrate_sets_sigma_to_ratio_times_the_spread():
@@ -482,7 +516,8 @@ def test_calibrate_gives_a_layer_one_sigma_from_its_root_mean_square_spread_and_
     torch.testing.assert_close(model[0].variance.sigma.double(), sigma.expand(5), rtol=1e-5, atol=0)
     for layer in model:
         assert torch.equal(layer.variance.log_prior, layer.log_variance)
-    # the median over the features that vary: of the ratios 0.5 rms / (0.1, 1, 3, 10) the lower middle one
+    # the median over the features that vary: of the ratios 0.5 rms / (0.1, 1, 3, 10) the lower
+    # middle one
     assert rows[0].ratio == pytest.approx((sigma / spread[3]).item(), rel=1e-5)
 
 
@@ -539,7 +574,9 @@ def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
             self.linear, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.9)
 
         def forward(self, x):
-            return self.norm(self.drop(self.linear(input=x)))  # by keyword: the hook finds it there too
+            return self.norm(
+                self.drop(self.linear(input=x))
+            )  # by keyword: the hook finds it there too
 
     model = convert(Named())
     model.drop.eval()
@@ -564,7 +601,9 @@ def test_calibrate_sees_through_torch_compile():
     with noise_off():
         model.eval()(x)
     calibrate(model, [x], ratio=1.0, per="feature")
-    torch.testing.assert_close(dip_layers(model)["_orig_mod.0"].variance.sigma, x.std(0, correction=0))
+    torch.testing.assert_close(
+        dip_layers(model)["_orig_mod.0"].variance.sigma, x.std(0, correction=0)
+    )
 
 
 def test_calibrate_passes_a_layer_without_features():

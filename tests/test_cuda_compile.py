@@ -1,4 +1,5 @@
-"""What nvcc makes of csrc/cuda: it compiles for every architecture, spills nothing, and keeps to its issue slots."""
+"""What nvcc makes of csrc/cuda: it compiles for every architecture, spills nothing, and keeps to
+its issue slots."""
 
 import re
 import subprocess
@@ -37,12 +38,15 @@ def test_cuda_kernels_spill_nothing(kernels):
 
 # Two rows of eight columns a turn.
 @needs_disassembler
-@pytest.mark.parametrize("form, mode", [("P", "true, false"), ("Q", "false, true"), ("PQ", "true, true")])
+@pytest.mark.parametrize(
+    "form, mode", [("P", "true, false"), ("Q", "false, true"), ("PQ", "true, true")]
+)
 def test_cuda_rows_issue_slots(kernels, form, mode):
     loop = find(kernels, "perturb_rows_kernel", NARROW, f"8>, {mode}").loop
     slots = sum(loop.values()) / 16
     print(f"{form}: {slots:.1f} issue slots per element")
-    # More would be slower than docs/measured_gpu_expectation.md says; many fewer mean that the wrong loop was read.
+    # More would be slower than docs/measured_gpu_expectation.md says; many fewer mean that the
+    # wrong loop was read.
     assert abs(slots - cuda_support.gpu_expectation.SLOTS[form, "CUDA"]) <= 2
     assert loop["IMAD.WIDE.U32"] in range(36, 44)
 
@@ -64,7 +68,8 @@ def test_cuda_rows_move_sixteen_bytes(kernels):
 
 @needs_disassembler
 def test_cuda_takes_one_special_function_for_two_elements(kernels):
-    """The reciprocal root, which is corrected; no approximate logarithm, sine or cosine is in the loop."""
+    """The reciprocal root, which is corrected; no approximate logarithm, sine or cosine is in the
+    loop."""
     loop = find(kernels, "perturb_rows_kernel", NARROW, "8>, true, false").loop
     assert {op: n for op, n in loop.items() if op.startswith("MUFU")} == {"MUFU.RSQ": 8}
 
@@ -85,9 +90,12 @@ def test_cuda_compiles_and_spills_nothing_for(arch, tmp_path):
 
 @pytest.mark.slow
 def test_cuda_library_loads_on_any_torch(tmp_path):
-    """All architectures and PTX, linked with static cudart as setup.py does: nothing is left undefined."""
+    """All architectures and PTX, linked with static cudart as setup.py does: nothing is left
+    undefined."""
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_support.ARCHS]
-    gencode.append(f"-gencode=arch=compute_{cuda_support.ARCHS[-1]},code=compute_{cuda_support.ARCHS[-1]}")
+    gencode.append(
+        f"-gencode=arch=compute_{cuda_support.ARCHS[-1]},code=compute_{cuda_support.ARCHS[-1]}"
+    )
     library = tmp_path / "libperturb.so"
     nvcc = [
         cuda_support.find_tool("nvcc"),
@@ -104,6 +112,8 @@ def test_cuda_library_loads_on_any_torch(tmp_path):
                     "const char* problem() { return dip::cuda_problem(); }\n")  # fmt: skip
     subprocess.run([*nvcc, str(glue), "-o", str(library)], check=True)
     code = f"import torch, ctypes; f = ctypes.CDLL({str(library)!r}).problem; f.restype = ctypes.c_char_p; print(f())"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert torch.cuda.is_available() or "driver" in answer
     assert library.stat().st_size < 64 * 2**20

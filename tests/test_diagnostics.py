@@ -1,4 +1,5 @@
-"""diagnostics: exact on linear and quadratic maps; the noised mean predictor is one fixed smooth function."""
+"""diagnostics: exact on linear and quadratic maps; the noised mean predictor is one fixed smooth
+function."""
 
 import math
 
@@ -8,7 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from dipkernels import functional
-from dipkernels.diagnostics import lipschitz, output_variance, predictor, signal_to_noise, smoothness
+from dipkernels.diagnostics import (
+    lipschitz,
+    output_variance,
+    predictor,
+    signal_to_noise,
+    smoothness,
+)
 from dipkernels.models.convert import convert
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
@@ -30,8 +37,12 @@ class Quadratic(nn.Module):
 
     def __init__(self, eigenvalues):
         super().__init__()
-        basis = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator()).double())[0]
-        self.register_buffer("A", basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T)
+        basis = torch.linalg.qr(
+            torch.randn(len(eigenvalues), len(eigenvalues), generator=generator()).double()
+        )[0]
+        self.register_buffer(
+            "A", basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.T
+        )
         self.noise = DIPInput(len(eigenvalues), init_variance=0.5)
 
     def forward(self, x):
@@ -49,13 +60,21 @@ def test_lipschitz_of_a_linear_map_is_its_spectral_norm(k):
 
 
 def test_lipschitz_of_a_quadratic_map_is_its_gradients_norm():
-    model, x = Quadratic([3.0, 1.0, -2.0]), torch.randn(4, 3, generator=generator(2), dtype=torch.float64)
+    model, x = (
+        Quadratic([3.0, 1.0, -2.0]),
+        torch.randn(4, 3, generator=generator(2), dtype=torch.float64),
+    )
     torch.testing.assert_close(lipschitz(model, x), (x @ model.A).norm(dim=1))
     # noised: the mean over k passes of A u_s, with the very noise of those passes
-    seeds_of_passes = [torch.tensor([contexts.signed(7 + s * contexts.GOLDEN), model.noise.number]) for s in range(3)]
+    seeds_of_passes = [
+        torch.tensor([contexts.signed(7 + s * contexts.GOLDEN), model.noise.number])
+        for s in range(3)
+    ]
     z = sum(functional.noise((4, 3), seed) for seed in seeds_of_passes) / 3
     mean_u = x + math.sqrt(0.5) * z
-    torch.testing.assert_close(lipschitz(model, x, k=3, key=7), (mean_u @ model.A).norm(dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        lipschitz(model, x, k=3, key=7), (mean_u @ model.A).norm(dim=1), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,18 +92,30 @@ def test_smoothness_of_a_quadratic_map_is_its_top_eigenvalue(eigenvalues, magnit
     options = {"k": k, "iterations": 200, "tolerance": 1e-9}
     for which, exact in (("magnitude", magnitude), ("largest", largest)):
         got = smoothness(model, x, lambda out: out.squeeze(-1), which=which, **options)
-        torch.testing.assert_close(got, torch.full((4,), exact, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got, torch.full((4,), exact, dtype=torch.float64), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_smoothness_agrees_with_the_whole_hessian_on_a_network():
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double())
     x, y = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 2, 1])
-    got = smoothness(model, x, lambda out: F.cross_entropy(out, y, reduction="none"), iterations=3000, tolerance=1e-13)
+    got = smoothness(
+        model,
+        x,
+        lambda out: F.cross_entropy(out, y, reduction="none"),
+        iterations=3000,
+        tolerance=1e-13,
+    )
     model.eval()
     for i in range(3):
-        hessian = torch.autograd.functional.hessian(lambda v, i=i: F.cross_entropy(model(v[None]), y[i : i + 1]), x[i])
-        torch.testing.assert_close(got[i], torch.linalg.eigvalsh(hessian).abs().max(), rtol=1e-5, atol=1e-7)
+        hessian = torch.autograd.functional.hessian(
+            lambda v, i=i: F.cross_entropy(model(v[None]), y[i : i + 1]), x[i]
+        )
+        torch.testing.assert_close(
+            got[i], torch.linalg.eigvalsh(hessian).abs().max(), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_attention_is_differentiated_and_every_mode_comes_back():
@@ -111,7 +142,9 @@ def test_predictor_repeats_itself_and_averages_passes():
     assert torch.equal(f(x), f(x))
     assert not torch.equal(f(x), predictor(model, 4, key=2)(x))
     assert torch.equal(predictor(model)(x), F.linear(x, model.weight))
-    torch.testing.assert_close(predictor(model, 3, average="probs")(x).sum(-1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        predictor(model, 3, average="probs")(x).sum(-1), torch.ones(3, dtype=torch.float64)
+    )
 
 
 def test_output_variance_of_a_linear_map_is_exact_in_the_limit():
@@ -123,7 +156,9 @@ def test_output_variance_of_a_linear_map_is_exact_in_the_limit():
 
 
 def test_signal_to_noise_is_variance_over_variance():
-    model = nn.Sequential(DIPLinear(3, 3, init_variance=0.04), DIPLinear(3, 2, init_variance=0.01, num_samples=4))
+    model = nn.Sequential(
+        DIPLinear(3, 3, init_variance=0.04), DIPLinear(3, 2, init_variance=0.01, num_samples=4)
+    )
     x = torch.randn(50, 3, generator=generator()) * torch.tensor([1.0, 2.0, 3.0])
     rows = signal_to_noise(model, [x[:20], x[20:]])
     assert rows[0].signal == pytest.approx(x.double().var(0, correction=0).mean().item(), rel=1e-6)

@@ -14,7 +14,8 @@ import digits
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Layers this small lose more to waiting threads than they gain when something else runs beside the tests."""
+    """Layers this small lose more to waiting threads than they gain when something else runs beside
+    the tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +30,10 @@ def test_the_quick_run_writes_its_table_plot_and_results(tmp_path, capsys):
     assert all(head in text for head in ("clean", "PGD eps 0.1", "noise 0.5", "over plain"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["accuracy"]) == set(digits.VARIANTS)
-    assert all(len(runs) == 1 and 0 <= runs[0]["clean"]["0"] <= 100 for runs in results["accuracy"].values())
+    assert all(
+        len(runs) == 1 and 0 <= runs[0]["clean"]["0"] <= 100
+        for runs in results["accuracy"].values()
+    )
     assert results["step_overhead"]["plain, m = 1"]["ratio"] == 1.0
     assert (tmp_path / "robustness.png").read_bytes().startswith(b"\x89PNG")
 
@@ -62,21 +66,29 @@ def test_pgd_stays_in_its_ball_and_hurts():
     assert loss(model(attacked), y_test) > loss(model(x_test), y_test)
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"], ["--threads", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], ["--epochs", "0", "--quick"], ["--threads", "0"]]
+)
 def test_bad_arguments_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         digits.main(arguments)
     assert "expected at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("fixed", "said"), [(80.0, "ahead here: fixed sigma;"), (10.0, "the recipe is ahead")])
+@pytest.mark.parametrize(
+    ("fixed", "said"), [(80.0, "ahead here: fixed sigma;"), (10.0, "the recipe is ahead")]
+)
 def test_the_words_at_the_end_are_those_of_the_figures(fixed, said):
     attacked = {"plain": 40.0, "fixed sigma": fixed, "input noise": 60.0, "dip": 70.4}
     results = {
-        name: [{"clean": {"0": 95.0 + i}, "pgd": {"0.1": value}}] for i, (name, value) in enumerate(attacked.items())
+        name: [{"clean": {"0": 95.0 + i}, "pgd": {"0.1": value}}]
+        for i, (name, value) in enumerate(attacked.items())
     }
     lines = digits.in_words(results, {"dip, m = 4": {"ratio": 2.08}})
     assert len(lines) == 3
-    assert "gets 40 of 100 digits right, the DIP recipe 70 (+30)" in lines[0] and "95.0 and 98.0 (+3.0)" in lines[0]
+    assert (
+        "gets 40 of 100 digits right, the DIP recipe 70 (+30)" in lines[0]
+        and "95.0 and 98.0 (+3.0)" in lines[0]
+    )
     assert said.rstrip(";") in lines[1] and "input noise 60" in lines[1]
     assert "2.1 times the plain step" in lines[2]

@@ -17,7 +17,9 @@ from dipkernels.noise import guards
 from dipkernels.ops import dtensor
 from dipkernels.worlds import is_dtensor
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +61,19 @@ def loss_of(model, x, y):
 
 
 def gradients(model):
-    return {n.removeprefix("module."): dtensor.full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        n.removeprefix("module."): dtensor.full(p.grad)
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def assert_same(got, want, **tolerance):
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def one_process():
@@ -75,7 +83,7 @@ def one_process():
     return gradients(model)
 
 
-# ---- DDP -------------------------------------------------------------------------------------------------------------
+# ---- DDP -----------------------------------------------------------------------------------------
 
 
 def check_ddp(rank, world):
@@ -98,7 +106,10 @@ def check_ddp(rank, world):
     for step in range(each):
         here = slice(first + step, first + step + 1)
         last = step == each - 1
-        with dip.fixed_noise(5, row0=first + step), torch.enable_grad() if last else model.no_sync():
+        with (
+            dip.fixed_noise(5, row0=first + step),
+            torch.enable_grad() if last else model.no_sync(),
+        ):
             (F.mse_loss(model(x[here]), y[here]) / each).backward()
     assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
     # a step without noise, and the one after it
@@ -113,7 +124,8 @@ def check_ddp(rank, world):
 
 
 def test_ddp_is_one_process(ranks):
-    """Outputs and gradients under fixed_noise(key, row0); accumulation, no_sync, steps without noise."""
+    """Outputs and gradients under fixed_noise(key, row0); accumulation, no_sync, steps without
+    noise."""
     a, b = ranks.run(check_ddp)
     assert torch.equal(a, b)  # reduced
 
@@ -145,7 +157,9 @@ def check_warning(rank, world, alike, compiled, way):
     return texts
 
 
-@pytest.mark.parametrize(("compiled", "way"), [(False, ""), (True, ""), (False, "explicit"), (False, "fixed")])
+@pytest.mark.parametrize(
+    ("compiled", "way"), [(False, ""), (True, ""), (False, "explicit"), (False, "fixed")]
+)
 def test_ranks_that_draw_alike_are_warned_of_once(ranks, compiled, way):
     a, b = ranks.run(check_warning, True, compiled, way)
     assert len(a) + len(b) == (1 if not way else 2)
@@ -153,7 +167,7 @@ def test_ranks_that_draw_alike_are_warned_of_once(ranks, compiled, way):
     assert ranks.run(check_warning, False, compiled, way) == [[], []]
 
 
-# ---- FSDP2 -----------------------------------------------------------------------------------------------------------
+# ---- FSDP2 ---------------------------------------------------------------------------------------
 
 
 def shard(model, dtype=None, apart=True, **kwargs):
@@ -194,7 +208,9 @@ def check_fsdp(rank, world, kind):
     assert all(g.dtype is torch.float32 for n, g in got.items() if "log_variance" in n)
     exact = kind.startswith("float32")
     got, want = ({n: g.float() for n, g in each.items()} for each in (got, want))
-    assert_same(got, want, **({"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.05, "atol": 2e-3}))
+    assert_same(
+        got, want, **({"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.05, "atol": 2e-3})
+    )
     # steps without noise do not break the next one
     for context in (dip.noise_off(), dip.fixed_noise(1)):
         model.zero_grad()
@@ -286,7 +302,9 @@ def check_kl(rank, world):
     torch.testing.assert_close(total, want)
     got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
     assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
-    layer = DIPInput(4, init_variance=0.5)  # a style of tensor parallelism may have made the prior a DTensor too
+    layer = DIPInput(
+        4, init_variance=0.5
+    )  # a style of tensor parallelism may have made the prior a DTensor too
     layer.variance.log_variance = nn.Parameter(layer.log_variance.detach() + 1)
     expected = dip.kl_penalty(layer)
     whole = dtensor.laid_out_as(layer.variance.log_prior, _replicated(world))
@@ -348,7 +366,10 @@ def check_meta_and_state(rank, world, folder):
         assert layer.stream.tolist() == [0, number]
         wanted = layer.variance.init_variance
         torch.testing.assert_close(
-            layer.variance.sigma.square(), torch.as_tensor(wanted).expand(layer.in_features), rtol=1e-5, atol=0
+            layer.variance.sigma.square(),
+            torch.as_tensor(wanted).expand(layer.in_features),
+            rtol=1e-5,
+            atol=0,
         )
     # a full state dict into a sharded model on meta, and back
     with torch.device("meta"):
@@ -371,7 +392,8 @@ def check_meta_and_state(rank, world, folder):
 
 
 def check_conversion_of_a_meta_model(rank, world, inside):
-    """Outside torch.device("meta") the variances have values, the weights none; inside neither has."""
+    """Outside torch.device("meta") the variances have values, the weights none; inside neither
+    has."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -439,7 +461,11 @@ def check_eval_backbone(rank, world, kind):
     torch.manual_seed(rank)
     plain = dip.convert(Net())
     plain.backbone.eval()
-    model = replicate(copy.deepcopy(plain)) if kind == "replicate" else DistributedDataParallel(copy.deepcopy(plain))
+    model = (
+        replicate(copy.deepcopy(plain))
+        if kind == "replicate"
+        else DistributedDataParallel(copy.deepcopy(plain))
+    )
     x = torch.randn(2, 3, 8)
     for _ in range(3):  # the second step is where DDP stops
         y = model(x)
@@ -471,7 +497,9 @@ def check_load(rank, world, folder, want):
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    assert_same({n: dtensor.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0)
+    assert_same(
+        {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0
+    )
     with dip.fixed_noise(6):
         loss_of(model, *batch()).backward()
     optimizer.step()
@@ -479,7 +507,8 @@ def check_load(rank, world, folder, want):
 
 
 def test_a_checkpoint_of_two_processes_loads_in_one(ranks, tmp_path):
-    """Meta-device init, full and sharded state dicts; training goes on the same on either number."""
+    """Meta-device init, full and sharded state dicts; training goes on the same on either
+    number."""
     want = ranks.run(check_meta_and_state, str(tmp_path))[0]
     alone = check_load(0, 1, str(tmp_path), want)
     again = ranks.run(check_load, str(tmp_path), want)[0]
@@ -499,7 +528,11 @@ def check_communication(rank, world, wrapper):
     counts = {}
     for noisy in (False, True):
         model = make_model(noisy=noisy)
-        model = DistributedDataParallel(model) if wrapper == "ddp" else shard(model, apart=noisy and wrapper == "apart")
+        model = (
+            DistributedDataParallel(model)
+            if wrapper == "ddp"
+            else shard(model, apart=noisy and wrapper == "apart")
+        )
         x, y = batch()
         loss_of(model, x, y).backward()
         with CommDebugMode() as mode:
@@ -512,7 +545,8 @@ def check_communication(rank, world, wrapper):
 
 @pytest.mark.parametrize("wrapper", ["ddp", "together", "apart"])
 def test_data_parallel_adds_no_collective(ranks, wrapper):
-    """log_variance travels with the other gradients; sharded apart it is one gather and one reduction a group."""
+    """log_variance travels with the other gradients; sharded apart it is one gather and one
+    reduction a group."""
     extra = ranks.run(check_communication, wrapper)[0]
     groups = 3 if wrapper == "apart" else 0
     assert sum(extra.values()) == 2 * groups, extra
@@ -551,17 +585,21 @@ def check_faults(rank, world):
 def test_faults_are_named_with_layers_and_ranks(ranks):
     for messages in ranks.run(check_faults):
         policy, at_op, empty, helper, numbers, priors, outside = messages
-        assert "rank 1: 0.up.variance.log_variance: FSDP would compute it in torch.bfloat16" in policy
+        assert (
+            "rank 1: 0.up.variance.log_variance: FSDP would compute it in torch.bfloat16" in policy
+        )
         assert "2.variance.log_variance" in policy
         assert "expected its variance in torch.float32, got torch.bfloat16" in at_op
         assert "module: expected DIP layers" in empty
         assert "mp_policy: expected" in helper
         assert "rank 1 numbers the layers ['1.up'] differently" in numbers
-        assert "rank 1 has other priors than rank 0 at ['0.up'," in priors and "same batches" in priors
+        assert (
+            "rank 1 has other priors than rank 0 at ['0.up'," in priors and "same batches" in priors
+        )
         assert "outside the forward" in outside
 
 
-# ---- pipelines -------------------------------------------------------------------------------------------------------
+# ---- pipelines -----------------------------------------------------------------------------------
 
 
 def check_pipeline(rank, world, traced):
@@ -589,8 +627,15 @@ def check_pipeline(rank, world, traced):
         assert got
         assert_same(got, {n: want[n] for n in got}, rtol=1e-4, atol=1e-5)
     else:
-        names = {n: (n if rank == 0 else f"{int(n.split('.')[0]) + 1}.{n.split('.', 1)[1]}") for n in got}
-        assert_same({names[n]: g for n, g in got.items()}, {n: want[n] for n in names.values()}, rtol=1e-4, atol=1e-5)
+        names = {
+            n: (n if rank == 0 else f"{int(n.split('.')[0]) + 1}.{n.split('.', 1)[1]}") for n in got
+        }
+        assert_same(
+            {names[n]: g for n, g in got.items()},
+            {n: want[n] for n in names.values()},
+            rtol=1e-4,
+            atol=1e-5,
+        )
     if traced:
         return
     # seeds drawn afresh for each microbatch

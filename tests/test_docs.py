@@ -1,4 +1,5 @@
-"""The documents keep to the code: tests they name exist, variables they list are the ones read, README's Python runs."""
+"""The documents keep to the code: tests they name exist, variables they list are the ones read,
+README's Python runs."""
 
 import json
 import re
@@ -21,7 +22,11 @@ SOURCES = [
 
 
 def test_maths_names_tests_that_exist():
-    defined = set(re.findall(r"def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))))
+    defined = set(
+        re.findall(
+            r"def (test_\w+)", "\n".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))
+        )
+    )
     named = set(re.findall(r"`(test_\w+)`", MATHS))
     assert len(named) > 20 and named <= defined, named - defined
 
@@ -35,11 +40,15 @@ def test_code_cites_sections_that_exist():
 
 def test_environment_lists_every_variable():
     listed = set(re.findall(r"DIPKERNELS_[A-Z_]+", (ROOT / "docs" / "environment.md").read_text()))
-    read = set(re.findall(r"[\"'](DIPKERNELS_[A-Z_]+)[\"']", "\n".join(p.read_text() for p in SOURCES)))
+    read = set(
+        re.findall(r"[\"'](DIPKERNELS_[A-Z_]+)[\"']", "\n".join(p.read_text() for p in SOURCES))
+    )
     assert read == listed
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+@pytest.mark.parametrize(
+    "block", re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+)
 def test_readme_python_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
@@ -62,7 +71,13 @@ def test_readme_figures_are_those_of_the_record():
 
     def layer(dtype, shape, what):
         for row in record["overhead"]["rows"]:
-            wanted = {"section": "linear", "dtype": dtype, "shape": shape, "what": what, "variant": "dip"}
+            wanted = {
+                "section": "linear",
+                "dtype": dtype,
+                "shape": shape,
+                "what": what,
+                "variant": "dip",
+            }
             if wanted.items() <= row.items():
                 return f"{row['ratio']:.2f}"
         raise KeyError(shape)
@@ -72,4 +87,6 @@ def test_readme_figures_are_those_of_the_record():
     assert large == {"1.02"} and f"{small[0]} times forward, {small[1]} with backward" in text
     for study in record["cost"]["studies"]:
         one, four = (f"{study['training'][f'm = {m}']['ratio']:.2f}" for m in (1, 4))
-        assert re.search(rf"{one} times (the plain step )?with m = 1; {four} with m = 4", text), study["name"]
+        assert re.search(rf"{one} times (the plain step )?with m = 1; {four} with m = 4", text), (
+            study["name"]
+        )

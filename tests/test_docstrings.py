@@ -1,4 +1,5 @@
-"""Docstrings of public functions: in Google form, their examples run, and the API page shows signatures that can be read."""
+"""Docstrings of public functions: in Google form, their examples run, and the API page shows
+signatures that can be read."""
 
 import doctest
 import importlib
@@ -19,10 +20,17 @@ from dipkernels.models.convertible import TWINS
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text()
 NAMES = re.findall(r"^::: (dipkernels\.[\w.]+)", PAGE, re.MULTILINE)
-NAMES += [f"dipkernels.diagnostics.{name}" for name in ("predictor", "lipschitz", "smoothness", "output_variance")]
+NAMES += [
+    f"dipkernels.diagnostics.{name}"
+    for name in ("predictor", "lipschitz", "smoothness", "output_variance")
+]
 NAMES += ["dipkernels.diagnostics.signal_to_noise"]
-# Each of these wants processes, another package or a result to be of use: docs/cluster.md and docs/guides/trainers.md have theirs.
-WITHOUT_EXAMPLE = {"dipkernels.distributed.shard_variances", "dipkernels.distributed.parallelize_module"}
+# Each of these wants processes, another package or a result to be of use: docs/cluster.md and
+# docs/guides/trainers.md have theirs.
+WITHOUT_EXAMPLE = {
+    "dipkernels.distributed.shard_variances",
+    "dipkernels.distributed.parallelize_module",
+}
 
 
 def found(name):
@@ -35,7 +43,9 @@ def public(kind):
         if name == "dipkernels.diagnostics":
             continue
         if name.startswith("dipkernels.integrations"):
-            continue  # their classes want packages that are not always installed; tests/test_trainers_guide.py runs them
+            # their classes want packages that are not always installed;
+            # tests/test_trainers_guide.py runs them
+            continue
         thing = found(name)
         if kind(thing) and not issubclass(type(thing), type(dip)):
             yield name, thing
@@ -44,11 +54,21 @@ def public(kind):
 EXAMPLES = [(name, thing) for name, thing in public(callable) if ">>>" in (thing.__doc__ or "")]
 
 
-@pytest.mark.parametrize(("name", "thing"), EXAMPLES, ids=[name.rpartition(".")[2] for name, _ in EXAMPLES])
+@pytest.mark.parametrize(
+    ("name", "thing"), EXAMPLES, ids=[name.rpartition(".")[2] for name, _ in EXAMPLES]
+)
 def test_the_example_runs(name, thing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {"torch": torch, "nn": nn, "F": F, "dip": dip, "io": io, "os": os, "folder": str(tmp_path / "folder")}
+    names = {
+        "torch": torch,
+        "nn": nn,
+        "F": F,
+        "dip": dip,
+        "io": io,
+        "os": os,
+        "folder": str(tmp_path / "folder"),
+    }
     test = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), names, name, None, None)
     told = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
@@ -73,10 +93,18 @@ def test_every_public_function_has_an_example():
 PUBLIC_ROUTINES = list(public(inspect.isroutine))
 
 
-@pytest.mark.parametrize(("name", "thing"), PUBLIC_ROUTINES, ids=[name for name, _ in PUBLIC_ROUTINES])
+@pytest.mark.parametrize(
+    ("name", "thing"), PUBLIC_ROUTINES, ids=[name for name, _ in PUBLIC_ROUTINES]
+)
 def test_a_docstring_names_every_argument_and_says_what_comes_back(name, thing):
     text = inspect.getdoc(thing)
-    listed = set(re.findall(r"^    (\w+(?:, \w+)*): ", text.partition("Args:\n")[2].partition("\n\n")[0], re.MULTILINE))
+    listed = set(
+        re.findall(
+            r"^    (\w+(?:, \w+)*): ",
+            text.partition("Args:\n")[2].partition("\n\n")[0],
+            re.MULTILINE,
+        )
+    )
     listed = {each for group in listed for each in group.split(", ")}
     assert listed == set(inspect.signature(thing).parameters), name
     if inspect.signature(thing).return_annotation not in ("None", None, inspect.Signature.empty):
@@ -87,7 +115,14 @@ def test_defaults_can_be_read():
     """A signature shows values that a reader can type: no private name, no expression."""
     for name, thing in public(inspect.isroutine):
         for parameter in inspect.signature(thing).parameters.values():
-            assert parameter.default is parameter.empty or "<" not in repr(parameter.default), (name, parameter)
-    tree = "".join((ROOT / "dipkernels" / path).read_text() for path in ("models/convert.py", "config.py"))
+            assert parameter.default is parameter.empty or "<" not in repr(parameter.default), (
+                name,
+                parameter,
+            )
+    tree = "".join(
+        (ROOT / "dipkernels" / path).read_text() for path in ("models/convert.py", "config.py")
+    )
     assert not re.search(r"^    \w+: [^\n]+ = tuple\(", tree, re.MULTILINE)
-    assert dip.DIPConfig().types == tuple(kind.__name__ for kind in TWINS)  # written out, for a reader
+    assert dip.DIPConfig().types == tuple(
+        kind.__name__ for kind in TWINS
+    )  # written out, for a reader

@@ -18,9 +18,15 @@ def test_the_report_names_versions_kernels_and_threads():
     report = env_report()
     assert report["torch"] == torch.__version__
     assert report["threads"] == torch.get_num_threads()
-    assert {"dipkernels", "python", "triton", "library", "kernels on cpu", "kernels on cuda", "environment"} <= set(
-        report
-    )
+    assert {
+        "dipkernels",
+        "python",
+        "triton",
+        "library",
+        "kernels on cpu",
+        "kernels on cuda",
+        "environment",
+    } <= set(report)
     assert all(name in str(report) for name in report)
 
 
@@ -64,16 +70,21 @@ def test_a_gpu_is_reported(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "triton, runs", [(True, "triton (its passes"), (False, "reference (the CUDA library has no kernel")]
+    "triton, runs",
+    [(True, "triton (its passes"), (False, "reference (the CUDA library has no kernel")],
 )
 def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(backends, "library", lambda: backends.Library("_C.so", None, ("portable",), ("90",), "g++"))
+    monkeypatch.setattr(
+        backends, "library", lambda: backends.Library("_C.so", None, ("portable",), ("90",), "g++")
+    )
     monkeypatch.setattr(backends, "cpu_capability", lambda: "portable")
     monkeypatch.setattr(backends, "has_triton", lambda: triton)
     report = env_report()
-    assert report["kernels on cuda"].startswith("cuda (") and report["expectation on cuda"].startswith(runs)
+    assert report["kernels on cuda"].startswith("cuda (") and report[
+        "expectation on cuda"
+    ].startswith(runs)
     assert "expectation on cpu" not in report
     monkeypatch.setattr(backends, "forced", "cuda")
     assert "has no kernel of it; use 'triton'" in env_report()["expectation on cuda"]

@@ -1,4 +1,5 @@
-"""The recipes run from end to end on tiny files in the published formats, resume to the bit, and share work."""
+"""The recipes run from end to end on tiny files in the published formats, resume to the bit, and
+share work."""
 
 import json
 import subprocess
@@ -27,7 +28,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-# ---- CIFAR-100: records of 3074 bytes --------------------------------------------------------------------------------
+# ---- CIFAR-100: records of 3074 bytes ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,18 @@ def cifar(tmp_path_factory):
 
 
 def cifar_run(cifar, out, *more):
-    flags = ["--blocks", "1", "--image-size", "32", "--patch-size", "16", "--batch", "4", "--precision", "fp32"]
+    flags = [
+        "--blocks",
+        "1",
+        "--image-size",
+        "32",
+        "--patch-size",
+        "16",
+        "--batch",
+        "4",
+        "--precision",
+        "fp32",
+    ]
     flags += ["--device", "cpu", "--log-every", "1", "--epochs", "2", "--lr", "1e-3"]
     recipe_cifar100.main(["--data", str(cifar), "--out", str(out), *flags, *more])
     return torch.load(out / "last.pt", weights_only=True)
@@ -73,7 +85,9 @@ def test_augmentation_moves_and_flips_whole_images():
     pixels = torch.stack([rows, rows.T, rows + 100])[None].expand(40, -1, -1, -1).contiguous()
     out = recipe_cifar100.augmented(pixels)
     assert out.shape == pixels.shape
-    assert out[:, 0].eq(out[:, 0, :, :1]).all()  # a row of the image stays a row, in every channel alike
+    assert (
+        out[:, 0].eq(out[:, 0, :, :1]).all()
+    )  # a row of the image stays a row, in every channel alike
     assert out[:, 2].eq(out[:, 0] + 100).all()
     slopes = (out[:, 1, 0, 16] - out[:, 1, 0, 15]).sign()
     assert set(slopes.tolist()) == {-1.0, 1.0}  # some images are flipped, some are not
@@ -118,7 +132,9 @@ def test_resuming_with_other_settings_is_refused(cifar, tmp_path):
 def test_methods_differ_in_noise_and_in_what_learns(cifar, tmp_path):
     ends = {}
     for method in ("plain", "input", "fixed", "dip"):
-        ends[method] = cifar_run(cifar, tmp_path / method, "--method", method, "--stop-after", "1")["model"]
+        ends[method] = cifar_run(cifar, tmp_path / method, "--method", method, "--stop-after", "1")[
+            "model"
+        ]
     assert [m for m, end in ends.items() if any("log_variance" in name for name in end)] == ["dip"]
     name = "vit.classifier.weight"
     assert (
@@ -144,12 +160,13 @@ def test_bad_flags_are_named(cifar, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-# ---- GSM8K: lines of question and answer -----------------------------------------------------------------------------
+# ---- GSM8K: lines of question and answer ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def gsm8k(tmp_path_factory):
-    """The data folder and a local checkpoint: a tiny Llama with a tokenizer of words, both made here."""
+    """The data folder and a local checkpoint: a tiny Llama with a tokenizer of words, both made
+    here."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -166,10 +183,19 @@ def gsm8k(tmp_path_factory):
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in chosen))
     words = " ".join(f"Question: {line['question']} Answer: {line['answer']}" for line in lines)
     splitter = pre_tokenizers.Whitespace()
-    vocabulary = ["[PAD]", "[UNK]", "[END]", *sorted({word for word, _ in splitter.pre_tokenize_str(words)})]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[END]",
+        *sorted({word for word, _ in splitter.pre_tokenize_str(words)}),
+    ]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = splitter
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]", unk_token="[UNK]")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]", unk_token="[UNK]"
+    )
     fast.save_pretrained(root / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -188,17 +214,43 @@ def gsm8k(tmp_path_factory):
 
 
 def gsm8k_flags(gsm8k, out, *more):
-    flags = ["--data", str(gsm8k), "--model", str(gsm8k / "model"), "--out", str(out), "--batch", "2", "--rank", "2"]
-    return [*flags, "--device", "cpu", "--precision", "fp32", "--log-every", "1", "--new-tokens", "4", *more]
+    flags = [
+        "--data",
+        str(gsm8k),
+        "--model",
+        str(gsm8k / "model"),
+        "--out",
+        str(out),
+        "--batch",
+        "2",
+        "--rank",
+        "2",
+    ]
+    return [
+        *flags,
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--log-every",
+        "1",
+        "--new-tokens",
+        "4",
+        *more,
+    ]
 
 
 def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
-    recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path, "--init-sigma", "0.2", "--m", "2", "--lambda-s", "0.01"))
+    recipe_gsm8k.main(
+        gsm8k_flags(gsm8k, tmp_path, "--init-sigma", "0.2", "--m", "2", "--lambda-s", "0.01")
+    )
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["step"] == 4  # one epoch of 8 examples
     names = set(content["model"])
     assert all("lora_" in name or name.endswith(("log_variance", "log_prior")) for name in names)
-    assert sum(name.endswith("log_variance") for name in names) == 7  # q, k, v, o, gate, up, down: once each
+    assert (
+        sum(name.endswith("log_variance") for name in names) == 7
+    )  # q, k, v, o, gate, up, down: once each
     results = json.loads((tmp_path / "results.json").read_text())
     assert 0 <= results["exact_match"] <= 100
     assert results["examples"] == 4
@@ -209,7 +261,9 @@ def test_gsm8k_resumes_to_the_bit(gsm8k, tmp_path):
     recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "whole"))
     recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "parts", "--stop-after", "2"))
     recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "parts", "--resume"))
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
     for name, value in whole["model"].items():
         assert value.equal(parts["model"][name]), name
 
@@ -227,7 +281,10 @@ def one_further_in(folder):
 @pytest.mark.parametrize(
     ("lay", "said"),
     [
-        (python_version, "got the python version (train, test, meta); unpack cifar-100-binary.tar.gz"),
+        (
+            python_version,
+            "got the python version (train, test, meta); unpack cifar-100-binary.tar.gz",
+        ),
         (one_further_in, "found it one folder further in"),
         (
             lambda folder: (folder / "cifar-100-binary.tar.gz").write_bytes(b""),
@@ -235,7 +292,10 @@ def one_further_in(folder):
         ),
         (lambda folder: folder.rmdir(), "--data: expected a folder"),
         (lambda folder: None, "found none; unpack cifar-100-binary.tar.gz"),
-        (lambda folder: (folder / "train.bin").write_bytes(b"12"), "expected records of 3074 bytes"),
+        (
+            lambda folder: (folder / "train.bin").write_bytes(b"12"),
+            "expected records of 3074 bytes",
+        ),
     ],
 )
 def test_a_folder_of_other_files_is_refused_in_a_sentence(tmp_path, capsys, lay, said):
@@ -243,11 +303,15 @@ def test_a_folder_of_other_files_is_refused_in_a_sentence(tmp_path, capsys, lay,
     folder.mkdir()
     lay(folder)
     with pytest.raises(SystemExit):
-        recipe_cifar100.main(["--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        recipe_cifar100.main(
+            ["--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        )
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("recipe", "files"), [(recipe_cifar100, "train.bin"), (recipe_gsm8k, "train.jsonl")])
+@pytest.mark.parametrize(
+    ("recipe", "files"), [(recipe_cifar100, "train.bin"), (recipe_gsm8k, "train.jsonl")]
+)
 def test_help_says_which_files_are_wanted(capsys, recipe, files):
     with pytest.raises(SystemExit):
         recipe.main(["--help"])
@@ -269,7 +333,9 @@ def test_a_batch_in_parts_has_the_same_gradient(gsm8k, tmp_path):
 
 @pytest.mark.parametrize("method", ["plain", "input", "fixed"])
 def test_gsm8k_baselines_run_in_mixed_precision(gsm8k, tmp_path, method):
-    recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path, "--method", method, "--precision", "bf16", "--stop-after", "1"))
+    recipe_gsm8k.main(
+        gsm8k_flags(gsm8k, tmp_path, "--method", method, "--precision", "bf16", "--stop-after", "1")
+    )
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
 
 
@@ -301,7 +367,9 @@ def test_final_number_reads_what_follows_the_marks(text, number):
     assert recipe_gsm8k.final_number(text) == number
 
 
-@pytest.mark.parametrize("text", ["", '{"question": "q"}\n', '{"question": "q", "answer": "no marks"}\n'])
+@pytest.mark.parametrize(
+    "text", ["", '{"question": "q"}\n', '{"question": "q", "answer": "no marks"}\n']
+)
 def test_gsm8k_refuses_other_files(tmp_path, text):
     (tmp_path / "train.jsonl").write_text(text)
     with pytest.raises(ValueError, match="--data"):
@@ -312,15 +380,46 @@ def test_gsm8k_refuses_other_files(tmp_path, text):
 @pytest.mark.parametrize("recipe", ["cifar100", "gsm8k"])
 def test_two_workers_under_torchrun_train_and_resume(cifar, gsm8k, tmp_path, recipe):
     if recipe == "cifar100":
-        flags = ["--data", str(cifar), "--blocks", "1", "--image-size", "32", "--patch-size", "16", "--epochs", "2"]
-        flags += ["--out", str(tmp_path), "--batch", "2", "--precision", "fp32", "--device", "cpu", "--log-every", "1"]
+        flags = [
+            "--data",
+            str(cifar),
+            "--blocks",
+            "1",
+            "--image-size",
+            "32",
+            "--patch-size",
+            "16",
+            "--epochs",
+            "2",
+        ]
+        flags += [
+            "--out",
+            str(tmp_path),
+            "--batch",
+            "2",
+            "--precision",
+            "fp32",
+            "--device",
+            "cpu",
+            "--log-every",
+            "1",
+        ]
     else:
         flags = gsm8k_flags(gsm8k, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += [str(EXAMPLES / f"recipe_{recipe}.py"), *flags]
     subprocess.run([*command, "--stop-after", "1"], check=True, timeout=500)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     subprocess.run([*command, "--resume"], check=True, timeout=500)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == (6 if recipe == "cifar100" else 2)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == (
+        6 if recipe == "cifar100" else 2
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["workers"] == 2

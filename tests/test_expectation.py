@@ -1,4 +1,5 @@
-"""activation: y = E[act(mu + sqrt(v) z)] and its derivatives, against quadrature, Monte Carlo and the limits.  docs/maths.md, section 7."""
+"""activation: y = E[act(mu + sqrt(v) z)] and its derivatives, against quadrature, Monte Carlo and
+the limits.  docs/maths.md, section 7."""
 
 import importlib.util
 import math
@@ -14,7 +15,12 @@ from scipy.special import expit, ndtr
 
 from dipkernels import backends, functional, reference
 from dipkernels.ops.activations import ACTIVATIONS
-from dipkernels.ops.expectation import affine_variance, affine_variance_bwd, expectation, expectation_bwd
+from dipkernels.ops.expectation import (
+    affine_variance,
+    affine_variance_bwd,
+    expectation,
+    expectation_bwd,
+)
 
 NAMES = list(ACTIVATIONS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -30,7 +36,8 @@ def inputs(m=33, n=300, dtype=torch.float32, lead=()):
 
 
 def quadrature(activation, mu, v):
-    """E act(mu + sqrt(v) z) by Simpson's rule, split at the kink of relu; nothing of the package in it."""
+    """E act(mu + sqrt(v) z) by Simpson's rule, split at the kink of relu; nothing of the package in
+    it."""
     functions = {
         "relu": lambda x: np.maximum(x, 0),
         "gelu": lambda x: x * ndtr(x),
@@ -53,12 +60,21 @@ def quadrature(activation, mu, v):
 def test_activation_matches_quadrature_to_a_millionth(activation):
     mu = torch.tensor([-30.0, -6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.7, 5.0, 40.0])
     v = torch.tensor([1e-8, 1e-3, 0.04, 0.5, 1.0, 4.0, 30.0, 200.0])
-    table = torch.tensor([[quadrature(activation, m, s) for s in v.tolist()] for m in mu.tolist()], dtype=torch.float64)
+    table = torch.tensor(
+        [[quadrature(activation, m, s) for s in v.tolist()] for m in mu.tolist()],
+        dtype=torch.float64,
+    )
     grid = mu[:, None].expand(len(mu), len(v))
-    assert (functional.expectation(grid.double(), v.double(), activation) - table).abs().max() <= 1e-6
+    assert (
+        functional.expectation(grid.double(), v.double(), activation) - table
+    ).abs().max() <= 1e-6
     rounding = 4 * EPS[torch.float32] * table.abs()
-    assert ((functional.expectation(grid, v, activation).double() - table).abs() <= 1e-6 + rounding).all()
-    assert (reference.expectation(grid.double(), v.double(), activation) - table).abs().max() <= 1e-9
+    assert (
+        (functional.expectation(grid, v, activation).double() - table).abs() <= 1e-6 + rounding
+    ).all()
+    assert (
+        reference.expectation(grid.double(), v.double(), activation) - table
+    ).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -74,15 +90,23 @@ def test_activation_matches_monte_carlo(activation):
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "m, n, lead", [(1, 1, ()), (65, 257, ()), (2100, 3, ()), (3, 40, (2, 5)), (0, 8, ()), (4, 0, ())]
+    "m, n, lead",
+    [(1, 1, ()), (65, 257, ()), (2100, 3, ()), (3, 40, (2, 5)), (0, 8, ()), (4, 0, ())],
 )
 def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activation):
-    """The mixture's bound, a rounding of the result and, for sums over rows, what float32 adds up to."""
+    """The mixture's bound, a rounding of the result and, for sums over rows, what float32 adds up
+    to."""
     mu, v, dy = inputs(m, n, dtype, lead)
     y, (dmu, dv, total) = expectation(mu, v, activation), expectation_bwd(dy, mu, v, activation)
-    assert y.dtype == dmu.dtype == dtype and dv.dtype == total.dtype == v.dtype and y.shape == dmu.shape == mu.shape
+    assert (
+        y.dtype == dmu.dtype == dtype
+        and dv.dtype == total.dtype == v.dtype
+        and y.shape == dmu.shape == mu.shape
+    )
     want = reference.expectation(mu.double(), v.double(), activation)
-    want_dmu, want_dv, _ = reference.expectation_bwd(dy.double(), mu.double(), v.double(), activation)
+    want_dmu, want_dv, _ = reference.expectation_bwd(
+        dy.double(), mu.double(), v.double(), activation
+    )
     if not mu.numel():
         assert not dv.any() and not total.any()
         return
@@ -91,11 +115,17 @@ def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activat
     # The kernels compute in float32 at least; the oracle's quadrature in float64 is good to 1e-13.
     rounding, inner = 4 * EPS[dtype], 1e-13 if dtype is torch.float64 else 8 * EPS[torch.float32]
     assert (error(y, want) <= bound + (rounding + inner) * (1 + mu.double().abs())).all()
-    # A fit of least error oscillates: its slope is some ten times, its curvature some hundred times further off.
+    # A fit of least error oscillates: its slope is some ten times, its curvature some hundred times
+    # further off.
     assert (error(dmu, want_dmu) <= (40 * bound + rounding + 2 * inner) * size).all()
-    assert (error(dv, want_dv) <= (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()).all()
+    assert (
+        error(dv, want_dv)
+        <= (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()
+    ).all()
     rows = dmu.double().reshape(-1, n)  # of what was not rounded yet
-    assert (error(total, rows.sum(0)) <= (2 * EPS[dtype] + inner) * (rows.abs().sum(0) + 1e-6)).all()
+    assert (
+        error(total, rows.sum(0)) <= (2 * EPS[dtype] + inner) * (rows.abs().sum(0) + 1e-6)
+    ).all()
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -109,11 +139,15 @@ def test_activation_without_variance_is_the_activation(activation):
         y, (dmu, dv, total) = expectation(mu, v, activation), expectation_bwd(dy, mu, v, activation)
         for ours, theirs in ((y, plain), (dmu, dplain)):
             ours, theirs = ours[:, ::2].double(), theirs.detach()[:, ::2]
-            torch.testing.assert_close(ours, theirs, rtol=4 * EPS[dtype], atol=max(1e-13, 1e-3 * EPS[dtype]))
+            torch.testing.assert_close(
+                ours, theirs, rtol=4 * EPS[dtype], atol=max(1e-13, 1e-3 * EPS[dtype])
+            )
         _, want_dv, _ = reference.expectation_bwd(dy.double(), mu.double(), v.double(), activation)
         assert (dv.double() - want_dv)[::2].abs().max() <= 1e-5 * dy.double().abs().sum(0).max()
         want = dplain.sum(0)[::2]
-        torch.testing.assert_close(total[::2].double(), want, rtol=1e-5, atol=max(1e-13, 20 * EPS[v.dtype]))
+        torch.testing.assert_close(
+            total[::2].double(), want, rtol=1e-5, atol=max(1e-13, 20 * EPS[v.dtype])
+        )
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -121,7 +155,10 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
     mu = torch.tensor([-1e30, -1e4, -20.0, -1e-20, 0.0, 1e-20, 20.0, 1e4, 1e30])
     for variance in (1e-38, 1e-20, 1e-8, 1.0, 1e8):
         v = torch.full((len(mu),), variance)
-        y, (dmu, dv, _) = expectation(mu, v, activation), expectation_bwd(torch.ones_like(mu), mu, v, activation)
+        y, (dmu, dv, _) = (
+            expectation(mu, v, activation),
+            expectation_bwd(torch.ones_like(mu), mu, v, activation),
+        )
         assert y.isfinite().all() and dmu.isfinite().all() and dv.isfinite().all()
         if variance <= 1e-8:
             torch.testing.assert_close(y, ACTIVATIONS[activation](mu), rtol=1e-6, atol=1e-4)
@@ -130,7 +167,10 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
 @pytest.mark.parametrize("activation", NAMES)
 def test_activation_of_a_variance_that_is_no_number_is_none(activation):
     mu, v = torch.randn(3, 2), torch.tensor([float("nan"), 1.0])
-    for forward, backward in ((expectation, expectation_bwd), (reference.expectation, reference.expectation_bwd)):
+    for forward, backward in (
+        (expectation, expectation_bwd),
+        (reference.expectation, reference.expectation_bwd),
+    ):
         y, (dmu, dv, total) = forward(mu, v, activation), backward(mu, mu, v, activation)
         for t in (y[:, 0], dmu[:, 0], dv[0], total[0]):
             assert t.isnan().all()
@@ -145,13 +185,24 @@ def test_activation_of_infinities_and_nans(activation, dtype):
     mu = torch.tensor([-infinity, infinity]).to(dtype)[:, None]
     nan = torch.full_like(mu, float("nan"))
     for variance in (0.0, 1e-8, 1.0):
-        v = torch.full((1,), variance, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
-        if variance or activation in ("relu", "tanh"):  # torch's own gelu and silu make NaNs of some infinities
-            y, sums = expectation(mu, v, activation), expectation_bwd(torch.ones_like(mu), mu, v, activation)
+        v = torch.full(
+            (1,), variance, dtype=torch.float64 if dtype is torch.float64 else torch.float32
+        )
+        if variance or activation in (
+            "relu",
+            "tanh",
+        ):  # torch's own gelu and silu make NaNs of some infinities
+            y, sums = (
+                expectation(mu, v, activation),
+                expectation_bwd(torch.ones_like(mu), mu, v, activation),
+            )
             limits = (-1, 1) if activation == "tanh" else (0, infinity)
             assert abs(y[0] - limits[0]) <= 1e-12 and y[1] == limits[1]
             assert all(t.isfinite().all() for t in sums) and abs(sums[0][0]) <= 1e-12
-        results = expectation(nan, v, activation), expectation_bwd(torch.ones_like(mu), nan, v, activation)[0]
+        results = (
+            expectation(nan, v, activation),
+            expectation_bwd(torch.ones_like(mu), nan, v, activation)[0],
+        )
         assert results[0].isnan().all() and (activation == "relu" or results[1].isnan().all())
 
 
@@ -161,9 +212,14 @@ def test_activation_hardly_makes_subnormal_numbers(variance, activation):
     """Each costs a CPU a hundred cycles: relu behind sigma = 0.1 would take three times as long."""
     mu = torch.linspace(-30, 30, 4001)[:, None]
     v = torch.tensor([variance])
-    y, (dmu, *_) = expectation(mu, v, activation), expectation_bwd(torch.ones_like(mu), mu, v, activation)
+    y, (dmu, *_) = (
+        expectation(mu, v, activation),
+        expectation_bwd(torch.ones_like(mu), mu, v, activation),
+    )
     for found in (y, dmu):
-        assert ((found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)).double().mean() < 0.01
+        assert (
+            (found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)
+        ).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -184,12 +240,16 @@ def test_activation_sums_in_one_order_on_every_instruction_set(activation):
             backends.cpu_capability(name)
             for count in (1, 2):
                 torch.set_num_threads(count)
-                results.append((expectation(mu, v, activation), *expectation_bwd(dy, mu, v, activation)))
+                results.append(
+                    (expectation(mu, v, activation), *expectation_bwd(dy, mu, v, activation))
+                )
     finally:
         torch.set_num_threads(threads)
         backends.cpu_capability(before)
     assert len(results) >= 2
-    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+    assert all(
+        torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True)
+    )
 
 
 def test_activation_takes_strided_and_expanded_tensors():
@@ -218,20 +278,24 @@ def test_activation_variance_and_its_gradients_match_reference(dtype, log_varian
             v = affine_variance(weight, sigma, log_variance)
             got = (v, *affine_variance_bwd(dv, weight, sigma, log_variance, given))
             added = None if given is None else given.double()
-            want = (reference.affine_variance(*wide), *reference.affine_variance_bwd(dv.double(), *wide, added))
+            want = (
+                reference.affine_variance(*wide),
+                *reference.affine_variance_bwd(dv.double(), *wide, added),
+            )
             for ours, theirs, like in zip(got, want, (sigma, weight, sigma), strict=True):
                 assert ours.dtype == like.dtype
-                assert (ours.double() - theirs).abs().max() <= 8 * EPS[ours.dtype] * theirs.abs().max() * math.sqrt(
-                    n + k
-                )
+                assert (ours.double() - theirs).abs().max() <= 8 * EPS[
+                    ours.dtype
+                ] * theirs.abs().max() * math.sqrt(n + k)
 
 
-# ---- the mixtures ----------------------------------------------------------------------------------------------------
+# ---- the mixtures --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", MIXTURES)
 def test_mixtures_keep_their_bounds(activation):
-    """An expectation of f - g is at most sup |f - g|: the bound at variance 0 holds for every mean and variance."""
+    """An expectation of f - g is at most sup |f - g|: the bound at variance 0 holds for every mean
+    and variance."""
     x = torch.linspace(-40, 40, 160001, dtype=torch.float64)
     want = reference._ACTIVATIONS[activation](x)[0]
     for (c, p, d), bound in zip(MIXTURES[activation], BOUNDS[activation], strict=True):
@@ -241,12 +305,15 @@ def test_mixtures_keep_their_bounds(activation):
             a = b * x
             value += q * (2 * torch.special.ndtr(a) - 1 if odd else x * torch.special.ndtr(a))
             density = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi)
-            value += density * sum((e * a ** (2 * n + odd) for n, e in enumerate(powers)), torch.zeros_like(a))
+            value += density * sum(
+                (e * a ** (2 * n + odd) for n, e in enumerate(powers)), torch.zeros_like(a)
+            )
         assert (value - want).abs().max() <= bound + 1e-13
 
 
 @pytest.mark.parametrize(
-    "activation, tier", [("silu", 0), ("tanh", 0), ("gelu_tanh", 0), ("gelu_tanh", 1), ("silu", 1), ("tanh", 1)]
+    "activation, tier",
+    [("silu", 0), ("tanh", 0), ("gelu_tanh", 0), ("gelu_tanh", 1), ("silu", 1), ("tanh", 1)],
 )
 def test_mixtures_are_what_their_command_fits(activation, tier):
     spec = importlib.util.spec_from_file_location(
@@ -267,7 +334,9 @@ def test_mixtures_are_the_same_numbers_in_cpp():
         body = re.search(rf"Mixture {constant}\[3\] = (.*?);", text, re.DOTALL)[1]
         numbers = [float(number) for number in re.findall(r"-?\d[\d.e-]*", body)]
         assert numbers == [
-            n for c, p, d in tiers for n in (len(c), *c, *p, len(d[0]), *(e for powers in d for e in powers))
+            n
+            for c, p, d in tiers
+            for n in (len(c), *c, *p, len(d[0]), *(e for powers in d for e in powers))
         ]
         assert all(len(powers) == len(d[0]) for _, _, d in tiers for powers in d)
 
@@ -277,7 +346,11 @@ def test_mixtures_are_the_same_numbers_in_cpp():
     [
         ({"activation": "selu"}, ValueError, "activation: expected one of .* got 'selu'"),
         ({"v": torch.ones(3)}, ValueError, r"v: expected shape \(N,\) = \(8,\), got \(3,\)"),
-        ({"v": torch.ones(8, dtype=torch.float16)}, TypeError, "v: expected torch.float32 or torch.float64"),
+        (
+            {"v": torch.ones(8, dtype=torch.float16)},
+            TypeError,
+            "v: expected torch.float32 or torch.float64",
+        ),
         ({"mu": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "mu: expected one of"),
     ],
 )
@@ -295,7 +368,11 @@ def test_compiled_gradients_stay_inside_their_buffers():
         ("expectation_bwd", (mu, mu, v[:3], "relu"), "v: expected shape"),
         ("affine_variance_bwd", (v[:3], weight, sigma, False, None), "dv: expected shape"),
         ("affine_variance_bwd", (v, weight, sigma[:3], False, None), "sigma: expected shape"),
-        ("affine_variance_bwd", (v, weight, sigma, False, weight[:3]), "given: expected the shape of weight"),
+        (
+            "affine_variance_bwd",
+            (v, weight, sigma, False, weight[:3]),
+            "given: expected the shape of weight",
+        ),
     ]:
         with pytest.raises(RuntimeError, match=match):
             getattr(torch.ops.dipkernels, op)(*arguments)

@@ -1,4 +1,5 @@
-"""What goes wrong around the package leaves a clear error and nothing lost: memory, exceptions, Ctrl-C, disks, checkpoints.
+"""What goes wrong around the package leaves a clear error and nothing lost: memory, exceptions,
+Ctrl-C, disks, checkpoints.
 
 docs/reliability.md. A failed allocation inside a kernel: test_guards.py.
 """
@@ -30,7 +31,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-# ---- memory ------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -55,7 +56,7 @@ def test_out_of_memory_is_an_error_and_the_next_call_works():
     assert torch.equal(functional.perturb(x[:10], sigma, SEED), want)
 
 
-# ---- exceptions --------------------------------------------------------------------------------------------------------
+# ---- exceptions ----------------------------------------------------------------------------------
 
 
 class Fails(torch.autograd.Function):
@@ -93,7 +94,12 @@ def test_an_exception_inside_a_context_restores_what_was_before(error):
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with dip.fixed_noise(1):
         outer = contexts.KEY
-        for context in (dip.fixed_noise(2), dip.noise_off(), contexts.sampling_on(), contexts.numbered_pass(3)):
+        for context in (
+            dip.fixed_noise(2),
+            dip.noise_off(),
+            contexts.sampling_on(),
+            contexts.numbered_pass(3),
+        ):
             with pytest.raises(error), context:
                 raise error
             assert contexts.KEY is outer and contexts.MODE is None and contexts.ROW0 == 0
@@ -122,7 +128,7 @@ def test_a_failed_conversion_changes_nothing():
         assert list(model.state_dict()) == before and all(type(m) is torch.nn.Linear for m in model)
 
 
-# ---- the examples' checkpoints: Ctrl-C, a full disk, what cannot be read -------------------------------------------------
+# ---- the examples' checkpoints: Ctrl-C, a full disk, what cannot be read -------------------------
 
 
 def trainer(out, resume=False, seed=0):
@@ -143,9 +149,13 @@ def trainer(out, resume=False, seed=0):
         "--epochs",
         "2",
     ]
-    args = parser.parse_args([*flags, "--lr", "0.01", "--seed", str(seed), *(["--resume"] if resume else [])])
+    args = parser.parse_args(
+        [*flags, "--lr", "0.01", "--seed", str(seed), *(["--resume"] if resume else [])]
+    )
     torch.manual_seed(seed)
-    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)))
+    model = dip.convert(
+        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+    )
     worker = recipe_training.Worker(0, 1, torch.device("cpu"))
     return recipe_training.Trainer(model, worker, args, 24, {"seed": seed})
 
@@ -179,7 +189,9 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_that_goes_on_to_the_same_end(
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ctrl_c_while_saving_leaves_the_last_checkpoint_and_no_temporary_file(tmp_path, monkeypatch):
+def test_ctrl_c_while_saving_leaves_the_last_checkpoint_and_no_temporary_file(
+    tmp_path, monkeypatch
+):
     t = trainer(tmp_path)
     t.save(tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
@@ -212,7 +224,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_temporary_file(tmp_path):
     t.save(tmp_path / "last.pt")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another file", "a step is missing"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "garbage", "another file", "a step is missing"]
+)
 def test_a_corrupt_checkpoint_is_named_in_the_error(tmp_path, damage):
     path = tmp_path / "last.pt"
     t = trainer(tmp_path)
@@ -221,19 +235,28 @@ def test_a_corrupt_checkpoint_is_named_in_the_error(tmp_path, damage):
     if damage == "another file":
         torch.save([1, 2], path)
     elif damage == "a step is missing":
-        torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "step"}, path)
+        torch.save(
+            {k: v for k, v in torch.load(path, weights_only=True).items() if k != "step"}, path
+        )
     else:
         path.write_bytes(
-            {"truncated": content[: len(content) // 2], "empty": b"", "garbage": bytes(range(256)) * 40}[damage]
+            {
+                "truncated": content[: len(content) // 2],
+                "empty": b"",
+                "garbage": bytes(range(256)) * 40,
+            }[damage]
         )
     kept = path.read_bytes()
-    with pytest.raises(ValueError, match=r"--resume: expected a checkpoint of this recipe in .*last.pt"):
+    with pytest.raises(
+        ValueError, match=r"--resume: expected a checkpoint of this recipe in .*last.pt"
+    ):
         trainer(tmp_path, resume=True)
     assert path.read_bytes() == kept
 
 
 def test_flipped_bytes_of_a_checkpoint_load_or_are_refused(tmp_path):
-    """80 damaged copies: one of Python's errors that names the file, or a file whose damage is in numbers alone."""
+    """80 damaged copies: one of Python's errors that names the file, or a file whose damage is in
+    numbers alone."""
     t = trainer(tmp_path)
     path = tmp_path / "last.pt"
     t.save(path)
@@ -252,20 +275,25 @@ def test_flipped_bytes_of_a_checkpoint_load_or_are_refused(tmp_path):
     assert refused > 5
 
 
-# ---- nothing silent: a step without noise ------------------------------------------------------------------------------
+# ---- nothing silent: a step without noise --------------------------------------------------------
 
 
 def test_a_step_without_noise_gives_every_variance_a_gradient_of_zeros():
-    """None would stop DistributedDataParallel at the next step, and keep an optimiser's old momentum going."""
+    """None would stop DistributedDataParallel at the next step, and keep an optimiser's old
+    momentum going."""
     model = dip.convert(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)))
     with dip.noise_off():
         model(torch.randn(3, 6)).sum().backward()
     for layer in model:
-        assert torch.equal(layer.log_variance.grad, torch.zeros(6)) and layer.weight.grad.abs().sum() > 0
+        assert (
+            torch.equal(layer.log_variance.grad, torch.zeros(6))
+            and layer.weight.grad.abs().sum() > 0
+        )
 
 
 def test_layers_built_by_hand_have_streams_of_their_own():
-    """Without convert, which numbers a model's layers: two layers of one key must not share their noise."""
+    """Without convert, which numbers a model's layers: two layers of one key must not share their
+    noise."""
     a, b = dip.DIPLinear(8, 8), dip.DIPLinear(8, 8)
     b.load_state_dict(a.state_dict())
     x = torch.ones(3, 8)

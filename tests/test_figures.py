@@ -1,4 +1,5 @@
-"""The documentation's figures: drawn from committed records, for both themes, each line in the legend, no baseline hidden."""
+"""The documentation's figures: drawn from committed records, for both themes, each line in the
+legend, no baseline hidden."""
 
 import json
 import re
@@ -42,16 +43,22 @@ def test_every_figure_is_shown_and_opens_large():
 def test_a_figure_follows_the_theme_and_keeps_its_text(path):
     text = path.read_text()
     assert "prefers-color-scheme:dark" in text
-    assert not [color for color in (figures.FOREGROUND, figures.BACKGROUND, figures.GRID) if color in text]
+    assert not [
+        color for color in (figures.FOREGROUND, figures.BACKGROUND, figures.GRID) if color in text
+    ]
     assert "<text" in text and len(words(path)) > 20
-    assert not re.search(r"#(000000|ffffff)\b", text.split("</style>")[1]), "a colour that one of the themes swallows"
+    assert not re.search(r"#(000000|ffffff)\b", text.split("</style>")[1]), (
+        "a colour that one of the themes swallows"
+    )
 
 
 def test_the_published_figures_are_those_of_the_records(tmp_path):
     """By their words: layout may move with matplotlib's release."""
     overhead.plot(report.load(RECORD, "overhead"), tmp_path / "overhead.svg")
     cost.plot(report.load(RECORD, "cost"), tmp_path / "cost.json")
-    defaults.plot_ratio(json.loads((ROOT / "docs" / "results" / "ratio.json").read_text()), tmp_path)
+    defaults.plot_ratio(
+        json.loads((ROOT / "docs" / "results" / "ratio.json").read_text()), tmp_path
+    )
     defaults.plot_gains((ROOT / "docs" / "results_defaults.md").read_text(), tmp_path)
     vision.plots(["MLP"], vision.TRAININGS, ROOT / "docs" / "results", tmp_path)
     drawn = list(tmp_path.glob("*.svg"))
@@ -65,11 +72,15 @@ def test_dip_lies_below_every_baseline_and_all_are_told_apart_without_colour():
     order = {method: figures.line_of(method)["zorder"] for method in figures.LINES}
     assert all(order["DIP"] < other for method, other in order.items() if method != "DIP")
     for several in (vision.METHODS, ("plain", "NEFTune", "DIP")):
-        looks = {(str(figures.line_of(m)["linestyle"]), figures.line_of(m)["marker"]) for m in several}
+        looks = {
+            (str(figures.line_of(m)["linestyle"]), figures.line_of(m)["marker"]) for m in several
+        }
         assert len(looks) == len(several)
 
 
 def test_a_curve_figure_names_every_method():
     text = words(ROOT / "docs" / "results" / "vision_vit_clean.svg")
     assert all(method in text for method in vision.METHODS)
-    assert "-55.0" in words(ROOT / "docs" / "assets" / "gains_clean.svg")  # what lies outside is said
+    assert "-55.0" in words(
+        ROOT / "docs" / "assets" / "gains_clean.svg"
+    )  # what lies outside is said

@@ -1,6 +1,8 @@
-"""Free arguments and untrusted text: Python exceptions, never a crash, and errors that name what was wrong.  docs/reliability.md.
+"""Free arguments and untrusted text: Python exceptions, never a crash, and errors that name what
+was wrong.  docs/reliability.md.
 
-The calls run in a process of their own, so that a crash is a failure with the case's number and not the end of the tests.
+The calls run in a process of their own, so that a crash is a failure with the case's number and not
+the end of the tests.
 """
 
 import os
@@ -106,7 +108,10 @@ print(f"ran {ran} refused {refused} {sorted(reasons)}")
 
 def fuzz_operations(first, number):
     done = subprocess.run(
-        [sys.executable, "-c", OPS, str(first), str(number)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", OPS, str(first), str(number)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     last = done.stdout.strip().splitlines()[-1:]
     assert done.returncode == 0, f"after {last}: status {done.returncode}\n{done.stderr[-3000:]}"

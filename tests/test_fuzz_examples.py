@@ -1,7 +1,9 @@
-"""The examples' checkpoints, data, configurations and flags, damaged at random: read as if whole, or refused by name.  docs/reliability.md.
+"""The examples' checkpoints, data, configurations and flags, damaged at random: read as if whole,
+or refused by name.  docs/reliability.md.
 
-A case passes where the example goes on, or ends in an error of its own: a ValueError, FileNotFoundError or argparse's that names the
-file, flag or entry. Any other exception is a failure. A few dozen cases of each kind by default, thousands slow.
+A case passes where the example goes on, or ends in an error of its own: a ValueError,
+FileNotFoundError or argparse's that names the file, flag or entry. Any other exception is a
+failure. A few dozen cases of each kind by default, thousands slow.
 """
 
 import copy
@@ -25,7 +27,9 @@ import dipkernels as dip
 
 CONFIG = Path(cluster.__file__).parent / "digits.json"
 few_or_many = pytest.mark.parametrize(
-    ("first", "number"), [(0, 60), pytest.param(1000, 2000, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("first", "number"),
+    [(0, 60), pytest.param(1000, 2000, marks=pytest.mark.slow)],
+    ids=["few", "many"],
 )
 VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.5, 1e-320, 1e308, math.nan, math.inf, "", "text",
           "\N{SNOWMAN}" * 9, [], [1, 2], {}, {"a": 1}]  # fmt: skip
@@ -33,14 +37,21 @@ VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, 
 
 def nodes(value, path=()):
     """The path of everything below value, through dicts and lists."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     for key, part in pairs:
         yield (*path, key)
         yield from nodes(part, (*path, key))
 
 
 def replaced(value, path, change):
-    """A copy of value with change(parent, key) done to what lies at path; tuples on the way become lists and tuples again."""
+    """A copy of value with change(parent, key) done to what lies at path; tuples on the way become
+    lists and tuples again."""
     value = copy.copy(value)
     if len(path) == 1:
         parent = list(value) if isinstance(value, tuple) else value
@@ -95,16 +106,32 @@ def damage(dice, content):
     return bytes(damaged)
 
 
-# ---- the recipes' checkpoints ------------------------------------------------------------------------------------------
+# ---- the recipes' checkpoints --------------------------------------------------------------------
 
 
 def trainer(out, *more):
     parser = recipe_training.make_parser("", "the data")
-    flags = ["--data", str(out), "--out", str(out), "--precision", "fp32", "--batch", "4", "--epochs", "2", *more]
+    flags = [
+        "--data",
+        str(out),
+        "--out",
+        str(out),
+        "--precision",
+        "fp32",
+        "--batch",
+        "4",
+        "--epochs",
+        "2",
+        *more,
+    ]
     torch.manual_seed(0)
-    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)))
+    model = dip.convert(
+        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
+    )
     worker = recipe_training.Worker(0, 1, torch.device("cpu"))
-    return recipe_training.Trainer(model, worker, parser.parse_args(flags), 24, {"seed": 0, "recipe": "fuzz"})
+    return recipe_training.Trainer(
+        model, worker, parser.parse_args(flags), 24, {"seed": 0, "recipe": "fuzz"}
+    )
 
 
 def train(t):
@@ -113,11 +140,14 @@ def train(t):
 
 
 def resumes(out):
-    """True where training goes on from out/last.pt to the end, False where the file is refused by name."""
+    """True where training goes on from out/last.pt to the end, False where the file is refused by
+    name."""
     try:
         t = trainer(out, "--resume", "--save-every", "100", "--log-every", "100")
     except ValueError as error:
-        assert str(error).startswith("--resume: ") and ("last.pt" in str(error) or "settings" in str(error)), error
+        assert str(error).startswith("--resume: ") and (
+            "last.pt" in str(error) or "settings" in str(error)
+        ), error
         return False
     t.args.out = out / "after"
     try:
@@ -148,24 +178,34 @@ def test_damaged_recipe_checkpoints_are_refused_or_go_on(tmp_path, first, number
     assert went_on < number // 2
 
 
-# ---- the cluster example: configuration, checkpoint ----------------------------------------------------------------------
+# ---- the cluster example: configuration, checkpoint ----------------------------------------------
 
 
 @pytest.fixture
 def alone():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
 
 def small():
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
-    return config | {"model": {"width": 4, "depth": 1, "heads": 2}, "batch": 20, "steps": 2, "save_every": 2}
+    return config | {
+        "model": {"width": 4, "depth": 1, "heads": 2},
+        "batch": 20,
+        "steps": 2,
+        "save_every": 2,
+    }
 
 
 @few_or_many
-def test_configurations_of_any_kind_are_checked_before_anything_runs(tmp_path, first, number, capsys, monkeypatch):
-    """What main() reads is a configuration within its ranges, or argparse's error with the file's name."""
+def test_configurations_of_any_kind_are_checked_before_anything_runs(
+    tmp_path, first, number, capsys, monkeypatch
+):
+    """What main() reads is a configuration within its ranges, or argparse's error with the file's
+    name."""
     path, taken = tmp_path / "config.json", []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
@@ -189,7 +229,9 @@ def test_configurations_of_any_kind_are_checked_before_anything_runs(tmp_path, f
         assert math.isfinite(sum(v for v in config.values() if isinstance(v, (int, float))))
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_configurations_at_their_edges_run(tmp_path, alone):
     for change in (
         {"batch": 1500},
@@ -198,16 +240,23 @@ def test_configurations_at_their_edges_run(tmp_path, alone):
         {"dip": {"version": 1, "variance": 1e-30}},
         {"dip": {"version": 1, "ratio": {"patches": 0.5, "*": 1.0}}},
     ):
-        cluster.train({**small(), "steps": 1, **change}, tmp_path / str(change), torch.device("cpu"))
+        cluster.train(
+            {**small(), "steps": 1, **change}, tmp_path / str(change), torch.device("cpu")
+        )
 
 
 @few_or_many
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_damaged_cluster_checkpoints_are_refused_or_go_on(tmp_path, first, number, alone, capsys):
-    """`latest`, the metadata or the data changed, a file missing, another model's: ValueError with the folder, or training goes on."""
+    """`latest`, the metadata or the data changed, a file missing, another model's: ValueError with
+    the folder, or training goes on."""
     device = torch.device("cpu")
     cluster.train(small(), tmp_path, device)
-    cluster.train({**small(), "model": {"width": 8, "depth": 1, "heads": 2}}, tmp_path / "wider", device)
+    cluster.train(
+        {**small(), "model": {"width": 8, "depth": 1, "heads": 2}}, tmp_path / "wider", device
+    )
     files = [tmp_path / "latest", *sorted((tmp_path / "step-2").iterdir())]
     assert len(files) == 3
     whole = {path: path.read_bytes() for path in files}
@@ -234,7 +283,7 @@ def test_damaged_cluster_checkpoints_are_refused_or_go_on(tmp_path, first, numbe
     assert refused > number // 12 and went_on > 0
 
 
-# ---- flags and data files ----------------------------------------------------------------------------------------------------
+# ---- flags and data files ------------------------------------------------------------------------
 
 
 NUMBERS = [
@@ -275,7 +324,16 @@ def test_flags_of_the_recipes_take_any_text(tmp_path, first, number, capsys):
     for case in range(first, first + 5 * number):
         dice = random.Random(case)
         parser = recipe_training.make_parser("", "the data")
-        always = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--precision", "fp32", "--batch", "2"]
+        always = [
+            "--data",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "out"),
+            "--precision",
+            "fp32",
+            "--batch",
+            "2",
+        ]
         given = [*always, *flags_of(dice, parser, 1)]
         try:
             args = parser.parse_args(given)
@@ -295,12 +353,17 @@ def test_flags_of_the_recipes_take_any_text(tmp_path, first, number, capsys):
 
                 def loss_of(model, i, m=args.m, lambda_s=args.lambda_s):
                     out = dip.trajectories(model, x[i], m=min(m, 4))
-                    return dip.objective(out, y[i], torch.nn.functional.cross_entropy, lambda_s=lambda_s)
+                    return dip.objective(
+                        out, y[i], torch.nn.functional.cross_entropy, lambda_s=lambda_s
+                    )
 
                 t.run(lambda i: i, loss_of)
                 ran += 1
             except (ValueError, RuntimeError) as error:
-                assert str(error).startswith(("--", "loss: expected a finite number")), (given, error)
+                assert str(error).startswith(("--", "loss: expected a finite number")), (
+                    given,
+                    error,
+                )
     assert ran > number // 5
 
 
@@ -318,7 +381,9 @@ def test_flags_of_the_digits_take_any_text(tmp_path, first, number, capsys, monk
     for case in range(first, first + number):
         dice = random.Random(case)
         given = []
-        for flag in dice.sample(["--seeds", "--epochs", "--out", "--quick", "--more"], dice.randint(1, 3)):
+        for flag in dice.sample(
+            ["--seeds", "--epochs", "--out", "--quick", "--more"], dice.randint(1, 3)
+        ):
             value = str(tmp_path / "a file") if flag == "--out" else dice.choice(NUMBERS)
             given += [flag] if flag == "--quick" else [flag, value]
         try:
@@ -337,12 +402,20 @@ def test_damaged_data_files_of_the_recipes_are_refused_by_name(tmp_path, first, 
     import recipe_gsm8k
 
     lines = [{"question": f"{a} and {a}?", "answer": f"{2 * a}\n#### {2 * a}"} for a in range(4)]
-    images, text = random.Random(0).randbytes(3074 * 2), "".join(json.dumps(line) + "\n" for line in lines).encode()
+    images, text = (
+        random.Random(0).randbytes(3074 * 2),
+        "".join(json.dumps(line) + "\n" for line in lines).encode(),
+    )
     for case in range(first, first + 3 * number):
         dice = random.Random(case)
-        for recipe, name, content in ((recipe_cifar100, "train.bin", images), (recipe_gsm8k, "train.jsonl", text)):
+        for recipe, name, content in (
+            (recipe_cifar100, "train.bin", images),
+            (recipe_gsm8k, "train.jsonl", text),
+        ):
             if case % 2 and name.endswith("l"):
-                content = "".join(json.dumps(mutate(dice, line, VALUES)) + "\n" for line in lines).encode()
+                content = "".join(
+                    json.dumps(mutate(dice, line, VALUES)) + "\n" for line in lines
+                ).encode()
             (tmp_path / name).write_bytes(content if case % 2 else damage(dice, content))
             try:
                 recipe.load(tmp_path / name)

@@ -1,4 +1,5 @@
-"""benchmarks/gpu_check.py without a GPU: its rehearsal, and that no failure costs more than itself."""
+"""benchmarks/gpu_check.py without a GPU: its rehearsal, and that no failure costs more than
+itself."""
 
 import importlib
 import json
@@ -62,35 +63,46 @@ def run(record, *names, limit_s=30.0, within_s=60.0):
 
 
 def alive(mark: str) -> list[str]:
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True
+    ).stdout.splitlines()
     return [line for line in lines if mark in line]
 
 
 def children_of(pid: int) -> set[int]:
     """All that it has started, and what those have."""
-    lines = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True
+    ).stdout.splitlines()
     parents = {int(child): int(parent) for child, parent in map(str.split, lines)}
     found = {child for child, parent in parents.items() if parent == pid}
     return found.union(*(children_of(child) for child in found))
 
 
-# ---- a failure costs itself ------------------------------------------------------------------------------------------
+# ---- a failure costs itself ----------------------------------------------------------------------
 
 
 def test_a_section_that_raises_costs_itself_alone(record):
     found = run(record, "raises", "fine")
     assert found["raises"]["status"] == "failed" and "no rows at all" in found["raises"]["error"]
-    assert found["fine"]["status"] == "ok" and [row["value"] for row in found["fine"]["rows"]] == [1, 2]
+    assert found["fine"]["status"] == "ok" and [row["value"] for row in found["fine"]["rows"]] == [
+        1,
+        2,
+    ]
     code, lines = report.verdict(record.data)
     assert code == 1 and lines == ["FAILED raises: ValueError: no rows at all"]
     assert "no rows at all" in report.text(record.data)
 
 
-@pytest.mark.parametrize("section, word", [("one_row_raises", "as broken"), ("one_row_dies", "signal 11")])
+@pytest.mark.parametrize(
+    "section, word", [("one_row_raises", "as broken"), ("one_row_dies", "signal 11")]
+)
 def test_a_row_costs_itself_alone(record, section, word):
     found = run(record, section)[section]
     assert [row["name"] for row in found["rows"]] == ["one", "two", "three"]
-    assert ["error" in row for row in found["rows"]] == [False, True, False] and word in found["rows"][1]["error"]
+    assert ["error" in row for row in found["rows"]] == [False, True, False] and word in found[
+        "rows"
+    ][1]["error"]
     assert found["status"] == "failed" and report.verdict(record.data)[0] == 1
 
 
@@ -112,7 +124,7 @@ def test_a_missing_tool_is_never_a_pass(record):
     assert report.verdict(record.data) == (3, ["NOT PROVEN missing: the tool is not installed"])
 
 
-# ---- time ------------------------------------------------------------------------------------------------------------
+# ---- time ----------------------------------------------------------------------------------------
 
 
 def test_a_hung_section_is_ended_with_all_its_processes_and_named(record, monkeypatch):
@@ -137,8 +149,14 @@ def test_a_hung_section_is_ended_with_all_its_processes_and_named(record, monkey
 def test_the_deadline_names_what_was_not_reached(record, monkeypatch):
     monkeypatch.setattr(driver, "ROOM_S", 0.5)
     found = run(record, "slow", "fine", within_s=child.LEAST_S + 6)
-    assert found["slow"]["status"] == "cut short" and found["slow"]["rows"][0].keys() >= {"elapsed_s"}
-    assert found["slow"]["rows"][-1] == {"name": "row 99", "rehearsal": True, "skipped": "no time was left"}
+    assert found["slow"]["status"] == "cut short" and found["slow"]["rows"][0].keys() >= {
+        "elapsed_s"
+    }
+    assert found["slow"]["rows"][-1] == {
+        "name": "row 99",
+        "rehearsal": True,
+        "skipped": "no time was left",
+    }
     code, lines = report.verdict(record.data)
     assert code == 3 and "row 99 (no time was left)" in lines[0]
 
@@ -168,7 +186,7 @@ def test_the_sections_fit_their_time():
     assert list(gpu_check.NAMES)[:9] == order.split() and gpu_check.NAMES[-1] == "sanitizer"
 
 
-# ---- killed ----------------------------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
 
 DRIVER = """
 import sys; from pathlib import Path
@@ -179,7 +197,8 @@ driver.run([driver.Section(n, 60, "gpu_check_support:" + n) for n in ("fine", "c
 
 
 def kill_after(command, rows, rest_s, environment):
-    """Start it, kill it with SIGKILL a moment after so many rows. Returns all of the rows that it has named."""
+    """Start it, kill it with SIGKILL a moment after so many rows. Returns all of the rows that it
+    has named."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     said = []
     for line in process.stdout:
@@ -195,7 +214,8 @@ def kill_after(command, rows, rest_s, environment):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_killed_run_keeps_every_finished_row(tmp_path, seed):
-    """SIGKILL at a random moment. Rows are named when they are on disk, so every name must be in the file."""
+    """SIGKILL at a random moment. Rows are named when they are on disk, so every name must be in
+    the file."""
     dice = random.Random(seed)
     path = tmp_path / "run.json"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
@@ -204,14 +224,22 @@ def test_a_killed_run_keeps_every_finished_row(tmp_path, seed):
     sections = json.loads(path.read_text())["sections"]
     for section, row in named:
         if not row.startswith("ok, "):
-            assert any(r["name"] == row and "value" in r for r in sections[section]["rows"]), (section, row)
+            assert any(r["name"] == row and "value" in r for r in sections[section]["rows"]), (
+                section,
+                row,
+            )
     assert not alive(str(path))
 
 
 def test_a_killed_run_takes_everything_with_it(tmp_path):
     """A child of a section in a session of its own too, though nobody is left to end it."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
-    command = [sys.executable, "-c", DRIVER.replace('"counting"', '"hangs_at_once"'), str(tmp_path / "run.json")]
+    command = [
+        sys.executable,
+        "-c",
+        DRIVER.replace('"counting"', '"hangs_at_once"'),
+        str(tmp_path / "run.json"),
+    ]
     process = subprocess.Popen(command, env=environment)
     until = time.monotonic() + 30
     while len(left := children_of(process.pid)) < 3 and time.monotonic() < until:
@@ -235,7 +263,10 @@ def test_a_killed_rehearsal_keeps_every_finished_row(tmp_path, seed):
     record = json.loads(path.read_text())
     for section, row in named:
         if not row.startswith("ok, "):
-            assert any(r["name"] == row for r in record["sections"][section]["rows"]), (section, row)
+            assert any(r["name"] == row for r in record["sections"][section]["rows"]), (
+                section,
+                row,
+            )
     assert record["rehearsal"] and not record["ended"] and not alive(str(path))
 
 
@@ -252,12 +283,14 @@ def test_sigterm_ends_the_section_too(tmp_path):
     assert not json.loads(path.read_text())["ended"] and not alive(str(path))
 
 
-# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+# ---- the rehearsal -------------------------------------------------------------------------------
 
 
 def rehearse(out, *options):
     command = [sys.executable, str(PROGRAM), "--dry-run", "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     (path,) = out.glob("*.json")
     return done, json.loads(path.read_text()), path
 
@@ -276,7 +309,10 @@ def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
     assert path.name.startswith("rehearsal-") and record["machine"]["torch"] == torch.__version__
     text = path.with_suffix(".txt").read_text()
     assert text.startswith("A REHEARSAL") and "P float32 64x24" in text and "cpu" in text
-    assert "left out, as asked: build, tests, graph" in done.stdout and "the rehearsal passed" in done.stdout
+    assert (
+        "left out, as asked: build, tests, graph" in done.stdout
+        and "the rehearsal passed" in done.stdout
+    )
     assert not list(tmp_path.glob(".*"))
 
 
@@ -294,7 +330,8 @@ def test_every_timed_section_runs(record, monkeypatch, name):
 
 
 def test_shapes_start_with_nothing_compiled(check, monkeypatch):
-    """Else a later shape meets the limit of recompilations; and meeting it is an error, not eager mode in silence."""
+    """Else a later shape meets the limit of recompilations; and meeting it is an error, not eager
+    mode in silence."""
     monkeypatch.setattr(layers.peers, "compile_backend", "eager")
     resets = []
     monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
@@ -312,39 +349,63 @@ def test_the_whole_rehearsal_passes(tmp_path, tool):
 
 
 @pytest.mark.parametrize("section, code", [("one_row_raises", 1), ("missing", 3)])
-def test_the_exit_code_and_the_last_lines_say_what_is_wrong(tmp_path, monkeypatch, capsys, section, code):
-    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
+    tmp_path, monkeypatch, capsys, section, code
+):
+    for name in (
+        "CUDA_VISIBLE_DEVICES",
+        "TRITON_INTERPRET",
+        "TRITON_CACHE_DIR",
+        "TORCHINDUCTOR_CACHE_DIR",
+    ):
         monkeypatch.setenv(name, "")  # main sets them, for its children
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     quick = driver.Section("machine", 30, "gpu_check_support:fine")
     monkeypatch.setattr(gpu_check, "MACHINE", quick)
-    monkeypatch.setattr(gpu_check, "SECTIONS", (driver.Section("copy", 30, f"gpu_check_support:{section}"),))
+    monkeypatch.setattr(
+        gpu_check, "SECTIONS", (driver.Section("copy", 30, f"gpu_check_support:{section}"),)
+    )
     monkeypatch.setattr(gpu_check, "NAMES", ("copy",))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == code
     *_, line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(("FAILED copy: two: ValueError", "NOT PROVEN copy: the tool")[code // 3])
-    assert last.startswith(f"gpu_check: the rehearsal {('FAILED', 'is not whole')[code // 3]}; {tmp_path}")
+    assert last.startswith(
+        f"gpu_check: the rehearsal {('FAILED', 'is not whole')[code // 3]}; {tmp_path}"
+    )
 
 
 def test_no_stored_result_is_a_rehearsal():
-    assert gpu_check.parse([]).out is None and gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
+    assert (
+        gpu_check.parse([]).out is None
+        and gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
+    )
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert not path.name.startswith("rehearsal") and not json.loads(path.read_text()).get("rehearsal"), path
+        assert not path.name.startswith("rehearsal") and not json.loads(path.read_text()).get(
+            "rehearsal"
+        ), path
 
 
 @pytest.mark.parametrize("arguments", [["--only", "copy,nothing"], ["--skip", "nothing"]])
 def test_an_unknown_section_is_refused(arguments):
-    done = subprocess.run([sys.executable, str(PROGRAM), "--dry-run", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and "expected names out of build, tests" in done.stderr and "got nothing" in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--dry-run", *arguments], capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and "expected names out of build, tests" in done.stderr
+        and "got nothing" in done.stderr
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, str(PROGRAM), "--out", str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), "--out", str(tmp_path)], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-# ---- what the sections prove -----------------------------------------------------------------------------------------
+# ---- what the sections prove ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -381,7 +442,9 @@ def test_a_share_of_the_copy_is_of_its_bytes_in_the_same_rounds(check, monkeypat
     monkeypatch.setattr(kernels, "kinds", lambda check: ("cpu",))
     for form, share in (("P", 1.0), ("Q", 0.5), ("PQ", 1.5)):
         variants = kernels.perturb_row(check, form, torch.float32, 64, 24)["variants"]
-        assert variants["cpu"]["share_of_copy"] == share and variants["cpu"]["seconds"] == 1.0  # of two sets
+        assert (
+            variants["cpu"]["share_of_copy"] == share and variants["cpu"]["seconds"] == 1.0
+        )  # of two sets
         assert "share_of_copy" not in variants["copy"]
 
 
@@ -400,7 +463,9 @@ def test_tests_run_in_parts_and_each_is_accounted_for(check):
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
         Path(folder, "test_some.py").write_text(TESTS)
-        assert child.run(check, lambda check: tools.tests(check, os.path.relpath(folder, ROOT))) == 0
+        assert (
+            child.run(check, lambda check: tools.tests(check, os.path.relpath(folder, ROOT))) == 0
+        )
     rows = {row["name"]: row for row in check.record.section("tests")["rows"]}
     assert rows["part 1 of 2"]["error"].startswith("pytest ended with 3")
     assert rows["part 2 of 2"]["outcomes"] == {"passed": 3, "failure": 1}
@@ -410,7 +475,11 @@ def test_tests_run_in_parts_and_each_is_accounted_for(check):
 
 def test_results_are_read_with_the_reasons_of_skips(tmp_path):
     case = '<testcase classname="a" name="b">{}</testcase>'
-    inside = case.format("") + case.format('<skipped message="no GPU"/>') + case.format("<failure>why</failure>")
+    inside = (
+        case.format("")
+        + case.format('<skipped message="no GPU"/>')
+        + case.format("<failure>why</failure>")
+    )
     (tmp_path / "r.xml").write_text(f"<testsuite>{inside}</testsuite>")
     outcomes, failures, reasons = tools.read_results(tmp_path / "r.xml")
     assert outcomes == {"passed": 1, "skipped": 1, "failure": 1}
@@ -427,7 +496,9 @@ def test_skipped_tests_prove_nothing_on_a_gpu(check):
 
 def watched(check, planted=False):
     """`true` stands for a program that sees everything through."""
-    return sanitizer.watched(check, "memcheck", ["echo", "done", *["overrun"] * planted], planted, "done")
+    return sanitizer.watched(
+        check, "memcheck", ["echo", "done", *["overrun"] * planted], planted, "done"
+    )
 
 
 def test_a_sanitizer_that_is_missing_or_blind_is_no_pass(check, tool, monkeypatch, tmp_path):
@@ -436,7 +507,10 @@ def test_a_sanitizer_that_is_missing_or_blind_is_no_pass(check, tool, monkeypatc
     assert watched(check, planted=True) == {"found": "the planted error"}
     tool(found=0)
     assert "expected the planted error to be found" in watched(check, planted=True)["error"]
-    assert "expected no finding and all calls" in sanitizer.expect_clean(0, "stopped early", "done")["error"]
+    assert (
+        "expected no finding and all calls"
+        in sanitizer.expect_clean(0, "stopped early", "done")["error"]
+    )
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert "not installed" in watched(check)["missing"]
 

@@ -26,7 +26,9 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     functions = SimpleNamespace(
         dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
     )
-    monkeypatch.setattr(backends, "library", lambda: SimpleNamespace(cuda_archs=("90",), path="none"))
+    monkeypatch.setattr(
+        backends, "library", lambda: SimpleNamespace(cuda_archs=("90",), path="none")
+    )
     monkeypatch.setattr(backends, "_c_functions", lambda path: functions)
     found = {}
     for name, context in {**forms.walk(), **forms.column_sum()}.items():

@@ -1,4 +1,5 @@
-"""No kernel touches a byte outside its tensors: exact extents between guard pages, gaps that hold a pattern.  docs/reliability.md."""
+"""No kernel touches a byte outside its tensors: exact extents between guard pages, gaps that hold a
+pattern.  docs/reliability.md."""
 
 import ctypes
 import mmap
@@ -30,14 +31,16 @@ def guarded():
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_stay_inside_their_buffers(guarded, threads):
-    """Values, edges and gaps of random cases, on every instruction set: a byte outside is a segmentation fault."""
+    """Values, edges and gaps of random cases, on every instruction set: a byte outside is a
+    segmentation fault."""
     assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads)
 
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_report_a_failed_allocation(guarded, threads):
-    """Each allocation of a kernel fails in turn: "out of memory" comes back, whichever thread it was."""
+    """Each allocation of a kernel fails in turn: "out of memory" comes back, whichever thread it
+    was."""
     assert "200 cases of perturb" in sanitize.run(guarded, 400, threads, threads, "fail")
 
 
@@ -50,7 +53,7 @@ def test_kernels_under_sanitizers(kind, tmp_path):
         assert "2000 cases of perturb" in sanitize.run(program, 4000, 7, 4, mode)
 
 
-# ---- the library, called from torch on tensors at the very edge of what may be read -----------------------------------------
+# ---- the library, called from torch on tensors at the very edge of what may be read --------------
 
 EDGES = """
 import ctypes, itertools, mmap, sys
@@ -93,12 +96,20 @@ print("inside")
 """
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS") or sys.platform != "linux", reason="needs mprotect")
-@pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
+@pytest.mark.skipif(
+    not hasattr(mmap, "MAP_ANONYMOUS") or sys.platform != "linux", reason="needs mprotect"
+)
+@pytest.mark.skipif(
+    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+)
 def test_operations_read_nothing_outside_their_tensors():
-    inside = subprocess.run([sys.executable, "-c", EDGES, "inside"], capture_output=True, text=True, cwd=ROOT)
+    inside = subprocess.run(
+        [sys.executable, "-c", EDGES, "inside"], capture_output=True, text=True, cwd=ROOT
+    )
     assert inside.returncode == 0 and inside.stdout == "inside\n", inside.stderr[-3000:]
-    outside = subprocess.run([sys.executable, "-c", EDGES, "overrun"], capture_output=True, cwd=ROOT)
+    outside = subprocess.run(
+        [sys.executable, "-c", EDGES, "overrun"], capture_output=True, cwd=ROOT
+    )
     assert outside.returncode < 0, "the guard page does not guard"
 
 
@@ -106,7 +117,8 @@ def test_operations_read_nothing_outside_their_tensors():
 @pytest.mark.parametrize("offset", [1, 3, 5])
 @pytest.mark.parametrize("shape, dim", [((6, 33), -1), ((6, 64), -1), ((2, 9, 20), 1)])
 def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, offset, dtype):
-    """A tensor that starts `offset` elements into its memory has the results of one that is aligned, and both margins keep their bytes."""
+    """A tensor that starts `offset` elements into its memory has the results of one that is
+    aligned, and both margins keep their bytes."""
     generator = torch.Generator().manual_seed(offset)
     x, du = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(dtype)
     sigma = torch.rand(shape[dim], generator=generator)

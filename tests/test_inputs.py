@@ -1,4 +1,5 @@
-"""An input that a noised layer cannot take is refused in the layer's words, never in those of its kernels."""
+"""An input that a noised layer cannot take is refused in the layer's words, never in those of its
+kernels."""
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def sharing():
     return layers[1]
 
 
-# A maker, the class that the message names, an input that fits, and what the message says of its shape.
+# A maker, the class that the message names, an input that fits, and what the message says of its
+# shape.
 LAYERS = [
     pytest.param(lambda: dip.DIPLinear(4, 2), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear"),
     pytest.param(lambda: dip.DIPLinear(4, 2, keep="x"), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-keep-x"),
@@ -49,7 +51,9 @@ LAYERS = [
     pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), "4 features along dimension 1", id="input"),
     pytest.param(twin, "DIPShifted", (3, 4), r"\[\.\.\., 4\]", id="twin"),
 ]  # fmt: skip
-DRAWING = [case for case in LAYERS if case.id != "linear-analytic"]  # of that torch's product says what it takes
+DRAWING = [
+    case for case in LAYERS if case.id != "linear-analytic"
+]  # of that torch's product says what it takes
 
 
 def refused(layer, x, error, text):
@@ -67,15 +71,21 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
     assert layer(torch.ones(shape)).isfinite().all()
     wrong = list(shape)
     wrong[dim] = 7
-    message = refused(layer, torch.ones(wrong), ValueError, rf"^{name}\(.*expected an input of shape .*{expected}")
+    message = refused(
+        layer, torch.ones(wrong), ValueError, rf"^{name}\(.*expected an input of shape .*{expected}"
+    )
     assert str(tuple(wrong)) in message
     refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)
 @pytest.mark.parametrize("make, name, shape, expected", DRAWING)
 def test_a_type_without_noise_is_named(make, name, shape, expected, dtype):
-    refused(make(), torch.ones(shape).to(dtype), TypeError, rf"^{name}\(.*torch\.float32.*got {dtype}")
+    refused(
+        make(), torch.ones(shape).to(dtype), TypeError, rf"^{name}\(.*torch\.float32.*got {dtype}"
+    )
 
 
 def unusual(x):
@@ -104,15 +114,24 @@ def test_a_tensor_on_another_device_is_named(make, name, shape, expected):
 
 
 def test_layers_on_the_meta_device_train():
-    layers = nn.Sequential(dip.DIPLinear(4, 4), nn.Unflatten(-1, (4, 1)), dip.DIPConv1d(4, 2, 1)).to("meta")
+    layers = nn.Sequential(
+        dip.DIPLinear(4, 4), nn.Unflatten(-1, (4, 1)), dip.DIPConv1d(4, 2, 1)
+    ).to("meta")
     assert layers(torch.ones(3, 4, device="meta")).shape == (3, 2, 1)
 
 
 def test_attention_names_itself():
     attention, x = dip.DIPMultiheadAttention(4, 2), torch.ones(3, 2, 4)
-    refused(lambda x: attention(x, x, x), x.to_sparse(), TypeError, "^in-projection of DIPMultiheadAttention.*dense")
+    refused(
+        lambda x: attention(x, x, x),
+        x.to_sparse(),
+        TypeError,
+        "^in-projection of DIPMultiheadAttention.*dense",
+    )
     x = x.long()
-    with pytest.raises(TypeError, match=r"^in-projection of DIPMultiheadAttention.*got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"^in-projection of DIPMultiheadAttention.*got torch\.int64"
+    ):
         attention(x, x, x)
 
 
@@ -129,7 +148,10 @@ def test_a_weight_of_another_type_is_what_the_plain_layer_says():
 def test_a_variance_in_half_precision_is_named():
     layer = dip.DIPLinear(4, 2)
     layer.variance.register_forward_hook(lambda module, args, log_variance: log_variance.bfloat16())
-    with pytest.raises(TypeError, match=r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP"):
+    with pytest.raises(
+        TypeError,
+        match=r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP",
+    ):
         layer(torch.ones(3, 4))
 
 
@@ -147,8 +169,13 @@ def test_compiled_layers_say_the_same():
 
 
 def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
-    layer, x = dip.convert(nn.Linear(4, 4, dtype=torch.complex64)), torch.ones(3, 4, dtype=torch.complex64)
-    assert "convert(exclude=...)" in refused(layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real")
+    layer, x = (
+        dip.convert(nn.Linear(4, 4, dtype=torch.complex64)),
+        torch.ones(3, 4, dtype=torch.complex64),
+    )
+    assert "convert(exclude=...)" in refused(
+        layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real"
+    )
     assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 

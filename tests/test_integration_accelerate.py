@@ -57,7 +57,9 @@ def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):
     accelerator, model = trained(8, folder=tmp_path)
     assert {CONFIG_FILE, VARIANCES_FILE} <= {path.name for path in tmp_path.iterdir()}
     want = {name: value.clone() for name, value in model.state_dict().items()}
-    dip.load_variances(model, {name: torch.zeros_like(v) for name, v in dip.variances(model).items()})
+    dip.load_variances(
+        model, {name: torch.zeros_like(v) for name, v in dip.variances(model).items()}
+    )
     accelerator.load_state(tmp_path)
     same(model.state_dict(), want)
     plain = net()
@@ -70,7 +72,10 @@ def test_a_saved_state_has_the_config_and_loads_in_another_process(tmp_path):
 
 def test_a_model_without_a_config_is_refused():
     accelerator, model = accelerate.Accelerator(cpu=True), dip.convert(net())
-    for call in (lambda: keep_config(accelerator, model), lambda: step_noise(accelerator, model, 0, 8)):
+    for call in (
+        lambda: keep_config(accelerator, model),
+        lambda: step_noise(accelerator, model, 0, 8),
+    ):
         with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
             call()
 
@@ -83,7 +88,9 @@ def check_train(rank, world, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     ranks = Ranks(2)
     try:

@@ -47,7 +47,12 @@ class Module(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
 
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+QUIET = {
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "logger": False,
+}
 
 
 def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, shuffle=False, **options):
@@ -55,7 +60,9 @@ def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, shuffle=
     given = {"max_steps": 4, "accelerator": "cpu", "default_root_dir": folder}
     callback = callback or DIPCallback(CONFIG)
     trainer = lightning.Trainer(callbacks=callback, **{**QUIET, **given, **options})
-    trainer.fit(module, DataLoader(TensorDataset(X, Y), batch, shuffle=shuffle), ckpt_path=ckpt_path)
+    trainer.fit(
+        module, DataLoader(TensorDataset(X, Y), batch, shuffle=shuffle), ckpt_path=ckpt_path
+    )
     return trainer, module
 
 
@@ -67,7 +74,9 @@ def same(a, b, **tolerance):
 
 
 @pytest.mark.parametrize("answer", ["tensor", "mapping"])
-@pytest.mark.parametrize("config", [CONFIG, dip.DIPConfig(m=1, kl=1.0, ratio=0.5), dip.DIPConfig(variance=0.1, kl=0)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, dip.DIPConfig(m=1, kl=1.0, ratio=0.5), dip.DIPConfig(variance=0.1, kl=0)]
+)
 def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
     module = Module(answer=answer)
     with warnings.catch_warnings():
@@ -89,21 +98,30 @@ def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
-    _, small = fitted(tmp_path, batch=4, accumulate_grad_batches=2, callback=DIPCallback(CONFIG, [X]))
+    _, small = fitted(
+        tmp_path, batch=4, accumulate_grad_batches=2, callback=DIPCallback(CONFIG, [X])
+    )
     _, big = fitted(tmp_path, callback=DIPCallback(CONFIG, [X]))
     same(small, big, rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
-    """From the end of an epoch: in the middle of one Lightning hands out its first batches again."""
-    keep = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+    """From the end of an epoch: in the middle of one Lightning hands out its first batches
+    again."""
+    keep = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+    )
     options = {"enable_checkpointing": True, "max_steps": -1, "max_epochs": 3}
     _, whole = fitted(tmp_path, callback=[DIPCallback(CONFIG), keep], **options)
     _, again = fitted(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
     assert len(whole.losses) == 12 and again.losses == whole.losses[4:]
     same(again, whole)
     with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.2, 1.0\)}"):
-        fitted(tmp_path, callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)), ckpt_path=tmp_path / "epoch=0.ckpt")
+        fitted(
+            tmp_path,
+            callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)),
+            ckpt_path=tmp_path / "epoch=0.ckpt",
+        )
 
 
 def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
@@ -129,7 +147,9 @@ def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
     _, module = fitted(tmp_path, logger=logger, log_every_n_steps=2)
     events = EventAccumulator(logger.log_dir).Reload()
     assert {"dip/sigma", "dip/share", "dip/kl", "dip/sigma/net"} <= set(events.Tags()["scalars"])
-    assert events.Scalars("dip/sigma")[-1].value == pytest.approx(dip.metrics(module)["dip/sigma"], rel=1e-6)
+    assert events.Scalars("dip/sigma")[-1].value == pytest.approx(
+        dip.metrics(module)["dip/sigma"], rel=1e-6
+    )
 
 
 class NoForward(Module):
@@ -148,17 +168,29 @@ class Manual(Module):
 @pytest.mark.parametrize(
     "make, callback, message",
     [
-        (Module, lambda: DIPCallback(dip.DIPConfig(lambda_s=0.1)), "config: expected lambda_s=0 and k=0"),
+        (
+            Module,
+            lambda: DIPCallback(dip.DIPConfig(lambda_s=0.1)),
+            "config: expected lambda_s=0 and k=0",
+        ),
         (Module, lambda: DIPCallback(dip.DIPConfig(k=4)), "config: expected lambda_s=0 and k=0"),
         (Module, lambda: DIPCallback(), "config: expected a DIPConfig, or a module"),
         (Manual, lambda: DIPCallback(CONFIG), "expected automatic optimisation"),
-        (NoForward, lambda: DIPCallback(CONFIG), "batches: expected some, for a module without a forward"),
+        (
+            NoForward,
+            lambda: DIPCallback(CONFIG),
+            "batches: expected some, for a module without a forward",
+        ),
         (
             lambda: Module(groups=False),
             lambda: DIPCallback(CONFIG),
             r"optimizer: .*decays 2 variance.*configure_optimizers",
         ),
-        (lambda: dip.convert(Module()), lambda: DIPCallback(CONFIG), "expected a plain one beside config"),
+        (
+            lambda: dip.convert(Module()),
+            lambda: DIPCallback(CONFIG),
+            "expected a plain one beside config",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused(make, callback, message, tmp_path):
@@ -208,17 +240,28 @@ def check_train(rank, world, folder):
     from lightning.pytorch.strategies import DDPStrategy
 
     strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": folder, "use_distributed_sampler": False}
-    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET)
+    options = {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+        "use_distributed_sampler": False,
+    }
+    trainer = lightning.Trainer(
+        callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET
+    )
     data, module = TensorDataset(X, Y), Module()
-    sampler = torch.utils.data.DistributedSampler(data, world, rank, shuffle=False)  # rank 0 has the even examples
+    sampler = torch.utils.data.DistributedSampler(
+        data, world, rank, shuffle=False
+    )  # rank 0 has the even examples
     trainer.fit(module, DataLoader(data, 8, sampler=sampler))
     dip.check_ranks(module)
     return trainer.world_size, {name: value.clone() for name, value in module.state_dict().items()}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     ranks = Ranks(2)
     try:
@@ -238,9 +281,15 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
 
 
 def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
-    """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among 10."""
+    """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among
+    10."""
     module = Module()
-    options = {"max_epochs": 1, "accumulate_grad_batches": 3, "accelerator": "cpu", "default_root_dir": tmp_path}
+    options = {
+        "max_epochs": 1,
+        "accumulate_grad_batches": 3,
+        "accelerator": "cpu",
+        "default_root_dir": tmp_path,
+    }
     trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X]), **options, **QUIET)
     trainer.fit(module, DataLoader(TensorDataset(X[:10], Y[:10]), 4))
     hand = dip.apply(Module(), CONFIG, [X])

@@ -1,4 +1,5 @@
-"""PEFT: variances are saved and loaded with the adapter, each adapter its own; merged layers keep their noise."""
+"""PEFT: variances are saved and loaded with the adapter, each adapter its own; merged layers keep
+their noise."""
 
 import copy
 import pickle
@@ -25,12 +26,16 @@ def llama():
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False)
+        transformers.LlamaConfig(
+            **sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False
+        )
     )
 
 
 def lora(*targets):
-    return peft.LoraConfig(r=2, target_modules=list(targets or ("q_proj", "v_proj")), task_type="CAUSAL_LM")
+    return peft.LoraConfig(
+        r=2, target_modules=list(targets or ("q_proj", "v_proj")), task_type="CAUSAL_LM"
+    )
 
 
 def adapted(config=CONFIG, base=None):
@@ -57,9 +62,13 @@ def noisy(model):
 def test_variances_are_saved_with_the_adapter_and_load_with_it(tmp_path):
     model = adapted()
     want = moved(model, 0.5)
-    assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(model, peft.PeftModelForCausalLM)
+    assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(
+        model, peft.PeftModelForCausalLM
+    )
     model.save_pretrained(tmp_path)
-    assert {CONFIG_FILE, VARIANCES_FILE, "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert {CONFIG_FILE, VARIANCES_FILE, "adapter_model.safetensors"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     loaded = dip.load(peft.PeftModel.from_pretrained(llama(), tmp_path), tmp_path)
     assert equal(dip.variances(loaded), want) and dip.config_of(loaded) == CONFIG
     assert torch.equal(noisy(loaded), noisy(model.eval()))
@@ -90,7 +99,10 @@ def test_two_adapters_have_variances_of_their_own(tmp_path):
     fresh.delete_adapter("other")
     assert fresh.active_adapter == "default" and equal(dip.variances(fresh), first)
     model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
-    assert not (tmp_path / "one" / VARIANCES_FILE).exists() and (tmp_path / "one" / "other" / VARIANCES_FILE).exists()
+    assert (
+        not (tmp_path / "one" / VARIANCES_FILE).exists()
+        and (tmp_path / "one" / "other" / VARIANCES_FILE).exists()
+    )
 
 
 def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
@@ -100,8 +112,14 @@ def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
     assert equal(dip.variances(model), before)
     model.set_adapter("wide")
     report = dip.check(model, BATCH)
-    assert report.checked == 7 and not report.frozen and "down_proj.variance.log_variance" in "".join(before)
-    shared = adapted(dip.DIPConfig(exclude=["*.lm_head"], share=[("gate_proj", "up_proj")], ratio=0.3))
+    assert (
+        report.checked == 7
+        and not report.frozen
+        and "down_proj.variance.log_variance" in "".join(before)
+    )
+    shared = adapted(
+        dip.DIPConfig(exclude=["*.lm_head"], share=[("gate_proj", "up_proj")], ratio=0.3)
+    )
     with pytest.raises(ValueError, match=r"add every adapter first, then dip\.apply"):
         shared.add_adapter("wide", lora("up_proj"))
 
@@ -120,7 +138,9 @@ def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):
     merged = getattr(model, method)()
     assert merged is base and len(dip_layers(merged)) == 7
     got = dip.variances(merged)
-    assert {f"base_model.model.{name}": v.sum() for name, v in got.items()} == {n: v.sum() for n, v in state.items()}
+    assert {f"base_model.model.{name}": v.sum() for name, v in got.items()} == {
+        n: v.sum() for n, v in state.items()
+    }
     torch.testing.assert_close(noisy(merged), want)
     torch.testing.assert_close(merged(input_ids=IDS).logits, quiet)
     assert dip.check(merged, BATCH).ok and dip.config_of(merged).share == share
@@ -128,10 +148,16 @@ def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):
 
 
 def test_a_head_that_the_adapter_trains_whole_keeps_its_noise():
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", modules_to_save=["lm_head"]
+    )
     model = dip.apply(peft.get_peft_model(llama(), config), dip.DIPConfig(), [BATCH])
-    want = moved(model, 0.5)["base_model.model.lm_head.modules_to_save.default.variance.log_variance"]
-    assert torch.equal(dip.variances(model.merge_and_unload())["lm_head.variance.log_variance"], want)
+    want = moved(model, 0.5)[
+        "base_model.model.lm_head.modules_to_save.default.variance.log_variance"
+    ]
+    assert torch.equal(
+        dip.variances(model.merge_and_unload())["lm_head.variance.log_variance"], want
+    )
 
 
 def test_copies_and_pickles_keep_their_variances_with_them(tmp_path):
@@ -161,7 +187,9 @@ def test_the_order_of_get_peft_model_and_apply_is_checked(tmp_path):
     base = dip.apply(llama(), dip.DIPConfig(exclude=["lm_head"]), [BATCH])
     model = peft.get_peft_model(base, lora())
     for call in (lambda: dip.save(model, tmp_path), lambda: dip.apply(model, CONFIG, [BATCH])):
-        with pytest.raises(ValueError, match=r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"):
+        with pytest.raises(
+            ValueError, match=r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"
+        ):
             call()
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)

@@ -1,4 +1,5 @@
-"""transformers' Trainer and TRL's SFTTrainer with DIPMixin, and DIPCallback: real training of tiny models."""
+"""transformers' Trainer and TRL's SFTTrainer with DIPMixin, and DIPCallback: real training of tiny
+models."""
 
 import os
 import subprocess
@@ -26,13 +27,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md says
 
 
-# ---- what is trained -------------------------------------------------------------------------------------------------
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 def vit(dropout=0.0):
     torch.manual_seed(0)
-    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "intermediate_size": 32}
-    depth = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3, "hidden_dropout_prob": dropout}
+    sizes = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+    }
+    depth = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": 3,
+        "hidden_dropout_prob": dropout,
+    }
     return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **depth))
 
 
@@ -45,7 +57,9 @@ def images(count=32):
 def llama():
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -55,8 +69,19 @@ def texts(count=16):
 
 
 def arguments(folder, **options):
-    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    given = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "weight_decay": 0.1}
+    quiet = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    given = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+    }
     return transformers.TrainingArguments(folder, **{**quiet, **given, **options})
 
 
@@ -85,31 +110,45 @@ def same(a, b, **tolerance):
 CONFIG = dip.DIPConfig(ratio=0.5)
 
 
-# ---- the step --------------------------------------------------------------------------------------------------------
+# ---- the step ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-@pytest.mark.parametrize("config", [CONFIG, dip.DIPConfig(ratio=0.5, m=3, kl=1.0, lambda_s=0.5), dip.DIPConfig(m=1)])
+@pytest.mark.parametrize(
+    "config", [CONFIG, dip.DIPConfig(ratio=0.5, m=3, kl=1.0, lambda_s=0.5), dip.DIPConfig(m=1)]
+)
 def test_the_loss_is_the_objective_written_by_hand(config, smoothing, tmp_path):
-    args = arguments(tmp_path, label_smoothing_factor=smoothing, lr_scheduler_type="constant", max_grad_norm=0, seed=3)
+    args = arguments(
+        tmp_path,
+        label_smoothing_factor=smoothing,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        seed=3,
+    )
     trainer = Seen(vit(), args, train_dataset=images(), dip=config)
     start = dip.variances(trainer.model)
     trainer.train()
     model = dip.convert(vit())
     dip.load_variances(model, start)
-    optimizer = torch.optim.AdamW(trainer.optimizer.param_groups[:0] or dip.param_groups(model, 1e-2, 0.1))
+    optimizer = torch.optim.AdamW(
+        trainer.optimizer.param_groups[:0] or dip.param_groups(model, 1e-2, 0.1)
+    )
     for step, batch in enumerate(trainer.batches):
         with dip.fixed_noise(3 * RUN + step):
             out = dip.trajectories(model.train(), batch["pixel_values"], m=config.m).logits
             cost = lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)  # noqa: E731
-            loss = dip.objective(out, batch["labels"], cost, model, kl=config.kl, lambda_s=config.lambda_s)
+            loss = dip.objective(
+                out, batch["labels"], cost, model, kl=config.kl, lambda_s=config.lambda_s
+            )
         assert losses(trainer)[step] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for name, want in dip.variances(model).items():
         torch.testing.assert_close(dip.variances(trainer.model)[name], want, rtol=1e-4, atol=1e-4)
-    assert not any(torch.equal(v, start[n]) for n, v in dip.variances(model).items() if "variance.log_var" in n)
+    assert not any(
+        torch.equal(v, start[n]) for n, v in dip.variances(model).items() if "variance.log_var" in n
+    )
 
 
 def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate(tmp_path):
@@ -123,7 +162,8 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
     assert groups[0]["weight_decay"] == 0 and groups[0]["initial_lr"] == pytest.approx(1e-1)
     assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.0, 0.1}
     assert dip.check(
-        trainer.model, {k: torch.stack([torch.as_tensor(i[k]) for i in images(4)]) for k in images(1)[0]}
+        trainer.model,
+        {k: torch.stack([torch.as_tensor(i[k]) for i in images(4)]) for k in images(1)[0]},
     ).ok
 
 
@@ -131,10 +171,21 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing, tmp_path):
     config = dip.DIPConfig(ratio=0.5, lambda_s=0.1)
-    args = {"label_smoothing_factor": smoothing, "max_grad_norm": 0, "optim": "sgd", "learning_rate": 0.1}
+    args = {
+        "label_smoothing_factor": smoothing,
+        "max_grad_norm": 0,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
     big = DIPTrainer(make(), arguments(tmp_path, **args), train_dataset=data(), dip=config)
     args |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    small = DIPTrainer(make(), arguments(tmp_path, **args), train_dataset=data(), dip=config, calibration_batches=16)
+    small = DIPTrainer(
+        make(),
+        arguments(tmp_path, **args),
+        train_dataset=data(),
+        dip=config,
+        calibration_batches=16,
+    )
     dip.load_variances(small.model, dip.variances(big.model))
     big.train()
     small.train()
@@ -144,15 +195,24 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing,
 
 @pytest.mark.parametrize("make, data", [(vit, images), (llama, texts)])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make, data, tmp_path):
-    args = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    args = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
     args |= {"per_device_train_batch_size": 2, "logging_steps": 1}
     whole = DIPTrainer(make(), arguments(tmp_path / "a", **args), train_dataset=data(), dip=CONFIG)
     whole.train()
     folder = tmp_path / "a" / "checkpoint-2"
-    assert {CONFIG_FILE, VARIANCES_FILE, "model.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert {CONFIG_FILE, VARIANCES_FILE, "model.safetensors"} <= {
+        path.name for path in folder.iterdir()
+    }
     for given in (CONFIG, None):  # by the same config, and by the checkpoint's
         torch.manual_seed(99)
-        again = DIPTrainer(make(), arguments(tmp_path / "b", **args), train_dataset=data(), dip=given)
+        again = DIPTrainer(
+            make(), arguments(tmp_path / "b", **args), train_dataset=data(), dip=given
+        )
         again.train(resume_from_checkpoint=str(folder))
         assert dip.config_of(again.model) == dip.config_of(whole.model)
         assert losses(again) == losses(whole)
@@ -160,17 +220,33 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make, data, tmp_path)
 
 
 def test_the_best_model_has_the_best_models_variances(tmp_path):
-    args = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.1}
+    args = {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 0.1,
+    }
     args |= {"load_best_model_at_end": True, "max_steps": 4}
-    trainer = DIPTrainer(vit(), arguments(tmp_path, **args), train_dataset=images(), eval_dataset=images(), dip=CONFIG)
+    trainer = DIPTrainer(
+        vit(),
+        arguments(tmp_path, **args),
+        train_dataset=images(),
+        eval_dataset=images(),
+        dip=CONFIG,
+    )
     trainer.train()
     assert trainer.state.best_global_step < 4
-    best = from_pretrained(transformers.ViTForImageClassification, trainer.state.best_model_checkpoint)
+    best = from_pretrained(
+        transformers.ViTForImageClassification, trainer.state.best_model_checkpoint
+    )
     same(trainer.model, best)
 
 
 def test_sigma_share_and_kl_are_logged_with_the_loss(tmp_path):
-    trainer = DIPTrainer(vit(), arguments(tmp_path, logging_steps=3), train_dataset=images(), dip=CONFIG)
+    trainer = DIPTrainer(
+        vit(), arguments(tmp_path, logging_steps=3), train_dataset=images(), dip=CONFIG
+    )
     before = dip.metrics(trainer.model)
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -193,7 +269,12 @@ def test_tensorboard_gets_sigma_from_the_trainers_own_logger(tmp_path, monkeypat
 @pytest.mark.parametrize("average", ["probs", "logits"])
 def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(average, tmp_path):
     config = dip.DIPConfig(ratio=1.0, k=64, average=average)
-    trainer = DIPTrainer(vit(), arguments(tmp_path, per_device_eval_batch_size=32), train_dataset=images(), dip=config)
+    trainer = DIPTrainer(
+        vit(),
+        arguments(tmp_path, per_device_eval_batch_size=32),
+        train_dataset=images(),
+        dip=config,
+    )
     found = trainer.predict(images())
     x = torch.stack([each["pixel_values"] for each in images()])
     want = dip.predict(trainer.model, x, k=512, average=average)
@@ -202,7 +283,9 @@ def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(averag
     plain = trainer.model.eval()(x).logits
     assert (got - want).abs().max() < 0.1
     labels = torch.tensor([each["labels"] for each in images()])
-    assert found.metrics["test_loss"] == pytest.approx(F.cross_entropy(plain, labels).item(), rel=1e-5)
+    assert found.metrics["test_loss"] == pytest.approx(
+        F.cross_entropy(plain, labels).item(), rel=1e-5
+    )
 
 
 LOAD = """
@@ -222,20 +305,26 @@ def test_a_saved_folder_is_plain_for_others_and_predicts_the_same_in_a_fresh_pro
     trainer = DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=config)
     trainer.train()
     trainer.save_model(tmp_path / "out")
-    plain, report = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    plain, report = transformers.ViTForImageClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not report["unexpected_keys"] and not report["missing_keys"] and not dip_layers(plain)
     x = torch.stack([each["pixel_values"] for each in images(4)])
     torch.save(x, tmp_path / "out/x.pt")
     subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "out")], check=True, cwd=ROOT)
     logits, predicted = torch.load(tmp_path / "out/out.pt")
     with dip.fixed_noise(1), torch.no_grad():
-        assert torch.equal(trainer.model.eval()(x).logits, logits) and torch.equal(plain.eval()(x).logits, logits)
+        assert torch.equal(trainer.model.eval()(x).logits, logits) and torch.equal(
+            plain.eval()(x).logits, logits
+        )
         assert torch.equal(config.predict(trainer.model, x), predicted)
 
 
 def test_model_init_gives_a_converted_model_each_time(tmp_path):
     args = arguments(tmp_path, max_steps=1)
-    trainer = DIPTrainer(args=args, model_init=lambda trial=None: vit(), train_dataset=images(), dip=CONFIG)
+    trainer = DIPTrainer(
+        args=args, model_init=lambda trial=None: vit(), train_dataset=images(), dip=CONFIG
+    )
     assert len(dip_layers(trainer.model)) == 14
     first = trainer.model
     trainer.train()
@@ -255,7 +344,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     x = {"pixel_values": torch.randn(4, 1, 8, 8)}
     model = dip.apply(vit(), CONFIG, [x])
     with pytest.raises(
-        ValueError, match=r"dip: expected the config of the model or None, got another in {'m': \(2, 3\)"
+        ValueError,
+        match=r"dip: expected the config of the model or None, got another in {'m': \(2, 3\)",
     ):
         DIPTrainer(model, args, train_dataset=data, dip=dip.DIPConfig(ratio=0.5, m=3))
     with pytest.raises(ValueError, match="model: expected a plain model beside dip"):
@@ -264,7 +354,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
         (torch.optim.AdamW(vit().parameters()), "lacks"),
         (torch.optim.AdamW(model.parameters(), weight_decay=0.1), "decays"),
     ):
-        with pytest.raises(ValueError, match=rf"optimizer: expected one made from dip\.param_groups.*{why} 14"):
+        with pytest.raises(
+            ValueError, match=rf"optimizer: expected one made from dip\.param_groups.*{why} 14"
+        ):
             DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
     optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-3, 0.1))
     DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
@@ -273,10 +365,14 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
 def test_replicas_that_would_share_noise_and_zero_3_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     args._n_gpu = 2
-    with pytest.raises(ValueError, match=r"key: expected None under nn\.DataParallel, whose 2 replicas"):
+    with pytest.raises(
+        ValueError, match=r"key: expected None under nn\.DataParallel, whose 2 replicas"
+    ):
         DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
     DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(key=None))
-    monkeypatch.setattr("dipkernels.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(
+        "dipkernels.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True
+    )
     with pytest.raises(ValueError, match="ZeRO up to stage 2, got stage 3"):
         DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG)
 
@@ -288,12 +384,15 @@ def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
 
     for m in (2, 1):
         config = dip.DIPConfig(m=m, ratio=0.5)
-        trainer = DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=config, data_collator=collate)
+        trainer = DIPTrainer(
+            vit(), arguments(tmp_path), train_dataset=images(), dip=config, data_collator=collate
+        )
         if m == 1:
             trainer.train()
             continue
         with pytest.raises(
-            ValueError, match=r"m: expected 1 where not every tensor .*'interpolate_pos_encoding': \(\)"
+            ValueError,
+            match=r"m: expected 1 where not every tensor .*'interpolate_pos_encoding': \(\)",
         ):
             trainer.train()
 
@@ -306,7 +405,9 @@ def test_another_config_on_resume_is_said(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
-        DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train(str(tmp_path / "checkpoint-2"))
+        DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train(
+            str(tmp_path / "checkpoint-2")
+        )
 
 
 def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path):
@@ -332,21 +433,29 @@ def test_checkpointed_activations_replay_the_noise(tmp_path):
     same(*results, rtol=1e-5, atol=1e-6)
 
 
-# ---- several processes -----------------------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def check_train(rank, world, folder):
-    args = arguments(folder, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1, max_grad_norm=0)
+    args = arguments(
+        folder, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1, max_grad_norm=0
+    )
     trainer = DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
     start = dip.variances(trainer.model)
     dip.check_ranks(trainer.model)
     trainer.train()
     trainer.save_model(folder + "/out")
-    return start, {name: value.clone() for name, value in trainer.model.state_dict().items()}, losses(trainer)
+    return (
+        start,
+        {name: value.clone() for name, value in trainer.model.state_dict().items()},
+        losses(trainer),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     ranks = Ranks(2)
     try:
@@ -366,7 +475,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     assert all(torch.equal(v, first[n]) for n, v in saved.state_dict().items())
 
 
-# ---- TRL and PEFT ----------------------------------------------------------------------------------------------------
+# ---- TRL and PEFT --------------------------------------------------------------------------------
 
 
 def sft(folder, *, adapter=True, dip_config=CONFIG, **options):
@@ -378,13 +487,35 @@ def sft(folder, *, adapter=True, dip_config=CONFIG, **options):
         pass
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
-    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_strategy": "no"}
-    given = {"per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1"
+    )
+    quiet = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "save_strategy": "no",
+    }
+    given = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
     args = trl.SFTConfig(folder, **{**quiet, **given, **options})
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if adapter else None
+    lora = (
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        if adapter
+        else None
+    )
     return DIPSFTTrainer(
-        llama(), args=args, train_dataset=texts(), processing_class=tokenizer, peft_config=lora, dip=dip_config
+        llama(),
+        args=args,
+        train_dataset=texts(),
+        processing_class=tokenizer,
+        peft_config=lora,
+        dip=dip_config,
     )
 
 
@@ -406,7 +537,9 @@ def test_sft_trains_the_objective_and_leaves_its_fused_head_alone(adapter, tmp_p
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="dipkernels.*")
         trainer.train()
-    assert not any(torch.equal(v, start[n]) for n, v in dip.variances(trainer.model).items() if "log_var" in n)
+    assert not any(
+        torch.equal(v, start[n]) for n, v in dip.variances(trainer.model).items() if "log_var" in n
+    )
     logged = losses(trainer)
     trainer.model.load_state_dict(plain)
     with dip.fixed_noise(42 * RUN):
@@ -422,7 +555,12 @@ def test_sft_trains_the_objective_and_leaves_its_fused_head_alone(adapter, tmp_p
 @pytest.mark.slow
 def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
     peft = pytest.importorskip("peft")
-    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 4}
+    args = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
     whole = sft(tmp_path / "a", **args)
     whole.train()
     again = sft(tmp_path / "b", **args)
@@ -439,38 +577,52 @@ def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
 @pytest.mark.slow
 def test_sft_refuses_smoothness_of_logits_that_its_loss_never_makes(tmp_path):
     trainer = sft(tmp_path, dip_config=dip.DIPConfig(lambda_s=0.1))
-    with pytest.raises(ValueError, match="lambda_s: expected logits that the trainer's loss is made of"):
+    with pytest.raises(
+        ValueError, match="lambda_s: expected logits that the trainer's loss is made of"
+    ):
         trainer.train()
 
 
 @pytest.mark.slow
 def test_sft_over_a_converted_base_is_refused_by_the_order(tmp_path, monkeypatch):
-    base = dip.apply(llama(), dip.DIPConfig(exclude=["lm_head"]), [{"input_ids": torch.randint(3, 32, (4, 6))}])
+    base = dip.apply(
+        llama(), dip.DIPConfig(exclude=["lm_head"]), [{"input_ids": torch.randint(3, 32, (4, 6))}]
+    )
     monkeypatch.setitem(globals(), "llama", lambda: base)
     with pytest.raises(ValueError, match=r"expected get_peft_model before dip\.apply"):
         sft(tmp_path)
 
 
-# ---- the callback ----------------------------------------------------------------------------------------------------
+# ---- the callback --------------------------------------------------------------------------------
 
 BATCH = {"pixel_values": torch.stack([each["pixel_values"] for each in images()])}
 
 
 def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp_path):
-    args = {"weight_decay": 0.0, "max_grad_norm": 0, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    args = {
+        "weight_decay": 0.0,
+        "max_grad_norm": 0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
     args |= {"optim": "sgd", "lr_scheduler_type": "constant"}
 
     def trainer(folder):
         batches = [{"input_ids": torch.tensor(texts()["input_ids"])}]
         callbacks = [DIPCallback(batches=batches)]
-        return transformers.Trainer(llama(), arguments(folder, **args), train_dataset=texts(), callbacks=callbacks)
+        return transformers.Trainer(
+            llama(), arguments(folder, **args), train_dataset=texts(), callbacks=callbacks
+        )
 
     with pytest.warns(UserWarning, match="the variances learn at the weights' learning rate"):
         whole = trainer(tmp_path / "a")
     before = dip.variances(whole.model)
     whole.train()
     assert whole.state.log_history[0].keys() >= {"dip/sigma", "dip/share", "dip/kl"}
-    assert not any(torch.equal(v, before[n]) for n, v in dip.variances(whole.model).items() if "log_var" in n)
+    assert not any(
+        torch.equal(v, before[n]) for n, v in dip.variances(whole.model).items() if "log_var" in n
+    )
     folder = tmp_path / "a/checkpoint-2"
     assert dip.DIPConfig.load(folder) == dip.DIPConfig(m=1, key=None)
     again = trainer(tmp_path / "b")
@@ -482,15 +634,21 @@ def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp
 
 
 def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
-    args = arguments(tmp_path, weight_decay=0.0, max_grad_norm=0, optim="sgd", max_steps=1, learning_rate=1.0)
+    args = arguments(
+        tmp_path, weight_decay=0.0, max_grad_norm=0, optim="sgd", max_steps=1, learning_rate=1.0
+    )
     args.lr_scheduler_type = "constant"
-    trainer = transformers.Trainer(vit(), args, train_dataset=images(8), callbacks=[DIPCallback(batches=[BATCH])])
+    trainer = transformers.Trainer(
+        vit(), args, train_dataset=images(8), callbacks=[DIPCallback(batches=[BATCH])]
+    )
     layers = dip_layers(trainer.model)
     with torch.no_grad():
         for layer in layers.values():
             layer.log_variance.sub_(1.0)  # away from the prior, where the KL term has no slope
     start = {name: layer.log_variance.detach().clone() for name, layer in layers.items()}
-    want = torch.autograd.grad(dip.kl_penalty(trainer.model, 0.2), [layer.log_variance for layer in layers.values()])
+    want = torch.autograd.grad(
+        dip.kl_penalty(trainer.model, 0.2), [layer.log_variance for layer in layers.values()]
+    )
     with dip.noise_off():  # so that the loss itself gives the variances no gradient
         trainer.train()
     for (name, layer), slope in zip(layers.items(), want):
@@ -500,8 +658,14 @@ def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: DIPCallback(dip.DIPConfig()), r"expected m=1, key=None, all that a callback can do, got m=2, key=0"),
-        (lambda: DIPCallback(dip.DIPConfig(lambda_s=1.0, k=4)), "expected m=1, lambda_s=0, k=0, key=None"),
+        (
+            lambda: DIPCallback(dip.DIPConfig()),
+            r"expected m=1, key=None, all that a callback can do, got m=2, key=0",
+        ),
+        (
+            lambda: DIPCallback(dip.DIPConfig(lambda_s=1.0, k=4)),
+            "expected m=1, lambda_s=0, k=0, key=None",
+        ),
         (lambda: DIPCallback(), "batches: expected some"),
     ],
 )
@@ -514,7 +678,9 @@ def test_the_callback_refuses_what_it_cannot_do(make, message, tmp_path):
 def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_additions(tmp_path):
     def trainer(model, **options):
         callbacks = [DIPCallback(batches=[BATCH])]
-        return transformers.Trainer(model, arguments(tmp_path), train_dataset=images(), callbacks=callbacks, **options)
+        return transformers.Trainer(
+            model, arguments(tmp_path), train_dataset=images(), callbacks=callbacks, **options
+        )
 
     with pytest.raises(ValueError, match=r"weight_decay: expected 0 with a DIPCallback, got 0\.1"):
         trainer(vit())
@@ -526,7 +692,9 @@ def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_a
     half = arguments(tmp_path, weight_decay=0.0)
     half.fp16 = True
     with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):
-        transformers.Trainer(vit(), half, train_dataset=images(), callbacks=[DIPCallback(batches=[BATCH])])
+        transformers.Trainer(
+            vit(), half, train_dataset=images(), callbacks=[DIPCallback(batches=[BATCH])]
+        )
     late = transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images())
     late.add_callback(DIPCallback(batches=[BATCH]))
     with pytest.raises(ValueError, match="got one that was added later"):

@@ -1,4 +1,5 @@
-"""layers: plain in eval mode, the projection in training; parameters survive what PyTorch does to modules."""
+"""layers: plain in eval mode, the projection in training; parameters survive what PyTorch does to
+modules."""
 
 import copy
 import math
@@ -24,7 +25,9 @@ CASES = [
     pytest.param(lambda **kw: DIPLinear(12, 7, bias=False, **kw), (2, 3, 12), id="linear-3d"),
     pytest.param(lambda **kw: DIPConv2d(6, 4, 3, padding=1, **kw), (2, 6, 5, 4), id="conv"),
     pytest.param(
-        lambda **kw: DIPConv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, **kw), (6, 5, 4), id="conv-chw"
+        lambda **kw: DIPConv2d(6, 4, 3, padding=1, padding_mode="circular", groups=2, **kw),
+        (6, 5, 4),
+        id="conv-chw",
     ),
     pytest.param(lambda **kw: DIPInput(12, **kw), (5, 12), id="input"),
     pytest.param(lambda **kw: DIPInput(12, dim=1, **kw), (5, 12, 3), id="input-dim1"),
@@ -132,7 +135,9 @@ def test_log_variance_is_float32_under_a_bfloat16_default():
 
 def test_a_plain_checkpoint_loads_strictly_and_leaves_the_variances():
     plain = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
-    model = nn.Sequential(DIPLinear(4, 4, init_variance=0.5), DIPConv2d(4, 4, 1, init_variance=0.25))
+    model = nn.Sequential(
+        DIPLinear(4, 4, init_variance=0.5), DIPConv2d(4, 4, 1, init_variance=0.25)
+    )
     with torch.no_grad():
         model[0].log_variance.fill_(3.0)
     model.load_state_dict(plain.state_dict(), strict=True)
@@ -195,7 +200,9 @@ def test_meta_then_to_empty_then_reset_is_a_working_layer(make, shape):
     assert layer(torch.randn(shape)).isfinite().all()
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
 @pytest.mark.parametrize(("make", "shape"), CASES)
 def test_copies_compute_the_same(clone, make, shape):
     layer, x = make(num_samples=2), torch.randn(shape)
@@ -221,13 +228,17 @@ def test_tied_weights_stay_tied():
 
 
 @pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 def test_fsdp_may_shard_the_variances_apart(reshard):
     from torch.distributed.fsdp import fully_shard
 
     plain = nn.Sequential(DIPLinear(8, 8), nn.ReLU(), DIPLinear(8, 8))
     sharded, x = copy.deepcopy(plain), torch.randn(4, 8)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         for layer in (sharded[0], sharded[2]):
@@ -245,8 +256,12 @@ def test_fsdp_may_shard_the_variances_apart(reshard):
 
 def test_number_layers_counts_from_zero_and_shared_layers_once():
     shared = DIPLinear(4, 4)
-    model = number_layers(nn.Sequential(shared, nn.Sequential(DIPInput(4), shared), DIPConv2d(4, 4, 1)))
-    assert [(name, layer.number, layer.stream.tolist()) for name, layer in dip_layers(model).items()] == [
+    model = number_layers(
+        nn.Sequential(shared, nn.Sequential(DIPInput(4), shared), DIPConv2d(4, 4, 1))
+    )
+    assert [
+        (name, layer.number, layer.stream.tolist()) for name, layer in dip_layers(model).items()
+    ] == [
         ("0", 0, [0, 0]),
         ("1.0", 1, [0, 1]),
         ("2", 2, [0, 2]),
@@ -260,9 +275,12 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "bad", [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])]
+    "bad",
+    [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])],
 )
-@pytest.mark.parametrize("make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)])
+@pytest.mark.parametrize(
+    "make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)]
+)
 def test_a_bad_init_variance_is_named(make, bad):
     with pytest.raises(ValueError, match=r"^init_variance: expected"):
         make(bad)
@@ -287,7 +305,9 @@ def test_repr_shows_the_initial_variance():
     assert "in_features=4, out_features=2, bias=True, init_variance=0.25, num_samples=3" in repr(
         DIPLinear(4, 2, init_variance=0.25, num_samples=3)
     )
-    assert "4, dim=1, init_variance=[0.5 .. 2]" in repr(DIPInput(4, dim=1, init_variance=torch.tensor([0.5, 1, 1, 2])))
+    assert "4, dim=1, init_variance=[0.5 .. 2]" in repr(
+        DIPInput(4, dim=1, init_variance=torch.tensor([0.5, 1, 1, 2]))
+    )
 
 
 @pytest.mark.parametrize("keep", ["auto", "u", "x"])
@@ -310,7 +330,9 @@ def test_keep_changes_nothing_but_memory(keep):
 
 
 def test_layers_compile_whole_and_train():
-    model = nn.Sequential(DIPInput(8), DIPLinear(8, 8), nn.Unflatten(1, (2, 2, 2)), DIPConv2d(2, 3, 2), nn.Flatten())
+    model = nn.Sequential(
+        DIPInput(8), DIPLinear(8, 8), nn.Unflatten(1, (2, 2, 2)), DIPConv2d(2, 3, 2), nn.Flatten()
+    )
     x = torch.randn(4, 8)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

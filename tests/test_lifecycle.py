@@ -1,4 +1,5 @@
-"""Threads, forks, workers, changing thread counts, shutdown, memory: the same numbers, no hang, nothing kept.  docs/reliability.md."""
+"""Threads, forks, workers, changing thread counts, shutdown, memory: the same numbers, no hang,
+nothing kept.  docs/reliability.md."""
 
 import gc
 import os
@@ -45,11 +46,12 @@ def in_threads(number, work):
     return results
 
 
-# ---- threads -----------------------------------------------------------------------------------------------------------
+# ---- threads -------------------------------------------------------------------------------------
 
 
 def test_forward_and_backward_from_python_threads_are_those_of_one():
-    """Functions of tensors hold no state: six threads on one set of parameters get the gradients that each gets alone."""
+    """Functions of tensors hold no state: six threads on one set of parameters get the gradients
+    that each gets alone."""
     x, weight = torch.randn(300, 70, dtype=torch.float64), torch.randn(20, 70, dtype=torch.float64)
     sigma = torch.rand(70)
 
@@ -57,7 +59,9 @@ def test_forward_and_backward_from_python_threads_are_those_of_one():
         torch.set_num_threads(1 + i % 3)
         leaves = [t.clone().requires_grad_() for t in (x, weight, sigma)]
         for _ in range(10):
-            y = functional.dip_linear(leaves[0], leaves[1], None, leaves[2], torch.tensor([i, 2]), keep="ux"[i % 2])
+            y = functional.dip_linear(
+                leaves[0], leaves[1], None, leaves[2], torch.tensor([i, 2]), keep="ux"[i % 2]
+            )
             grads = torch.autograd.grad(y.square().sum(), leaves)
         return [y.detach(), *grads]
 
@@ -96,7 +100,7 @@ def test_thread_count_may_change_between_forward_and_backward():
     assert all(torch.equal(a, b) for got in results for a, b in zip(got, results[0], strict=True))
 
 
-# ---- processes ---------------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------
 
 FORKS = """
 import os, sys, torch
@@ -203,19 +207,28 @@ def test_omp_num_threads_at_the_start_and_at_run_time_changes_no_bit():
 
 
 def test_interpreter_shuts_down_while_a_thread_runs():
-    """A thread inside kernels when the main one ends, and a context that was never left: exit status 0 and not a word."""
+    """A thread inside kernels when the main one ends, and a context that was never left: exit
+    status 0 and not a word."""
     done = run(SHUTDOWN)
-    assert done.returncode == 0 and done.stdout == "end\n" and done.stderr == "", (done.returncode, done.stderr[-3000:])
+    assert done.returncode == 0 and done.stdout == "end\n" and done.stderr == "", (
+        done.returncode,
+        done.stderr[-3000:],
+    )
 
 
 def check_loader(context):
     torch.manual_seed(3)
-    loader = torch.utils.data.DataLoader(Noised(), batch_size=4, num_workers=2, multiprocessing_context=context)
+    loader = torch.utils.data.DataLoader(
+        Noised(), batch_size=4, num_workers=2, multiprocessing_context=context
+    )
     fixed, drawn, workers = (
-        torch.cat(parts) if torch.is_tensor(parts[0]) else parts for parts in zip(*loader, strict=True)
+        torch.cat(parts) if torch.is_tensor(parts[0]) else parts
+        for parts in zip(*loader, strict=True)
     )
     assert torch.equal(fixed.flatten(0, 1), functional.noise((48, 16), torch.tensor([7, 1])))
-    assert len({tuple(row.tolist()) for row in drawn.flatten(0, 1)}) == 48, "two examples share their noise"
+    assert len({tuple(row.tolist()) for row in drawn.flatten(0, 1)}) == 48, (
+        "two examples share their noise"
+    )
     assert set(workers.tolist()) == {0, 1}
 
 
@@ -230,7 +243,7 @@ def test_spawned_dataloader_workers_draw_apart():
     check_loader("spawn")
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def resident():
@@ -272,7 +285,7 @@ def memory_stays_flat_over_many_steps():
     raise AssertionError(f"bytes more after each 400 steps: {grown}")
 
 
-# ---- noise is never shared by accident ---------------------------------------------------------------------------------------
+# ---- noise is never shared by accident -----------------------------------------------------------
 
 
 def correlation(a, b):
@@ -314,12 +327,14 @@ def test_layers_of_a_model_have_streams_of_their_own():
 
 
 def test_drawn_seeds_never_repeat_within_the_birthday_bound():
-    """80 bits of a drawn seed matter: n passes of layers share one with probability below n^2 / 2^81, 2e-16 here."""
+    """80 bits of a drawn seed matter: n passes of layers share one with probability below n^2 /
+    2^81, 2e-16 here."""
     torch.manual_seed(0)
     stream, x = torch.tensor([0, 0]), torch.ones(1)
     n = 20_000
     drawn = {
-        (int(key), int(number) & 0xFFFF) for key, number in (dip.noise.seeds.draw(stream, x).tolist() for _ in range(n))
+        (int(key), int(number) & 0xFFFF)
+        for key, number in (dip.noise.seeds.draw(stream, x).tolist() for _ in range(n))
     }
     assert len(drawn) == n and n**2 / 2**81 < 2e-16
     keys = torch.tensor([key for key, _ in drawn])
@@ -335,7 +350,9 @@ def test_ranks_seeded_apart_draw_apart_and_steps_too():
         torch.manual_seed(100 + rank)
         seen += [model(x).detach() for _ in range(3)]
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
-    assert all(len({tuple(row) for row in y.tolist()}) == 6 for y in seen), "two examples share their noise"
+    assert all(len({tuple(row) for row in y.tolist()}) == 6 for y in seen), (
+        "two examples share their noise"
+    )
     out = dip.trajectories(model, x, m=5).flatten(0, 1)
     assert len({tuple(row) for row in out.tolist()}) == 30, "two trajectories share their noise"
 

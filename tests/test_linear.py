@@ -1,4 +1,5 @@
-"""dip_linear: y = (x + sigma z) W^T + b and its four gradients, for each way to keep the input.  docs/maths.md, section 2."""
+"""dip_linear: y = (x + sigma z) W^T + b and its four gradients, for each way to keep the input.
+docs/maths.md, section 2."""
 
 import math
 
@@ -16,7 +17,9 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 def inputs(m=20, k=24, n=12, dtype=torch.float32, lead=()):
     generator = torch.Generator().manual_seed(m + k + n)
     shapes = {"x": (*lead, m, k), "weight": (n, k), "bias": (n,), "dy": (*lead, m, n)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
     tensors["weight"] /= math.sqrt(k)
     return *tensors.values(), torch.rand(k, generator=generator) + 0.1
 
@@ -30,10 +33,12 @@ def run(x, weight, bias, dy, sigma, **options):
 @pytest.mark.parametrize("keep", ["u", "x"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "m, k, n, lead", [(20, 24, 12, ()), (1, 1, 1, ()), (33, 129, 65, ()), (5, 40, 16, (2, 3)), (0, 8, 4, ())]
+    "m, k, n, lead",
+    [(20, 24, 12, ()), (1, 1, 1, ()), (33, 129, 65, ()), (5, 40, 16, (2, 3)), (0, 8, 4, ())],
 )
 def test_linear_matches_reference(m, k, n, lead, dtype, keep):
-    """Output and gradients: at most twice the error of the same expression in plain PyTorch, + 1e-6."""
+    """Output and gradients: at most twice the error of the same expression in plain PyTorch, +
+    1e-6."""
     x, weight, bias, dy, sigma = inputs(m, k, n, dtype, lead)
     y, gradients = run(x, weight, bias, dy, sigma, keep=keep)
     z = reference.standard_normal(SEED, max(1, x.numel() // k), k)[: x.numel() // k].view(*x.shape)
@@ -51,8 +56,11 @@ def test_linear_matches_reference(m, k, n, lead, dtype, keep):
             continue
         largest = true.abs().max()
         error, allowed = (ours.double() - true).abs().max(), (theirs.double() - true).abs().max()
-        # The few elements of a small case can be lucky for the plain expression: a rounding of the result is always allowed.
-        assert error <= 2 * allowed + 1e-6 + 4 * EPS[dtype] * largest + 4e-6 * math.sqrt(m + k), name
+        # The few elements of a small case can be lucky for the plain expression: a rounding of the
+        # result is always allowed.
+        assert error <= 2 * allowed + 1e-6 + 4 * EPS[dtype] * largest + 4e-6 * math.sqrt(m + k), (
+            name
+        )
 
 
 @pytest.mark.parametrize("keep", ["u", "x"])
@@ -87,20 +95,25 @@ def test_linear_gradcheck_and_gradgradcheck(keep, log_variance, bias):
     x, weight, b, _, sigma = (t.double().requires_grad_() for t in inputs(5, 7, 3))
 
     def run(x, weight, sigma, *b):
-        return functional.dip_linear(x, weight, b[0] if b else None, sigma, SEED, keep=keep, log_variance=log_variance)
+        return functional.dip_linear(
+            x, weight, b[0] if b else None, sigma, SEED, keep=keep, log_variance=log_variance
+        )
 
     arguments = (x, weight, sigma, b) if bias else (x, weight, sigma)
     assert gradcheck(run, arguments) and gradgradcheck(run, arguments)
 
 
 @pytest.mark.parametrize("keep", ["u", "x"])
-@pytest.mark.parametrize("needs", ["x", "weight", "bias", "sigma", "x weight", "weight sigma", "x sigma"])
+@pytest.mark.parametrize(
+    "needs", ["x", "weight", "bias", "sigma", "x weight", "weight sigma", "x sigma"]
+)
 def test_linear_backward_gives_each_input_only_what_it_needs(needs, keep):
     x, weight, bias, dy, sigma = inputs()
     _, want = run(x, weight, bias, dy, sigma, keep=keep)
     names = ("x", "weight", "bias", "sigma")
     leaves = {
-        name: t.requires_grad_(name in needs.split()) for name, t in zip(names, (x, weight, bias, sigma), strict=True)
+        name: t.requires_grad_(name in needs.split())
+        for name, t in zip(names, (x, weight, bias, sigma), strict=True)
     }
     functional.dip_linear(*leaves.values(), SEED, keep=keep).backward(dy)
     for name, gradient in zip(names, want, strict=True):
@@ -121,7 +134,9 @@ def saved_bytes(run, parameters):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run()
     return sum(
-        size for pointer, size in kept.items() if pointer not in {p.untyped_storage().data_ptr() for p in parameters}
+        size
+        for pointer, size in kept.items()
+        if pointer not in {p.untyped_storage().data_ptr() for p in parameters}
     ), out
 
 
@@ -130,7 +145,9 @@ def test_linear_keeps_for_backward_what_a_linear_keeps():
     leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
     plain, _ = saved_bytes(lambda: F.linear(x * 1, weight, bias), leaves)
     ours, _ = saved_bytes(lambda: functional.dip_linear(x * 1, weight, bias, sigma, SEED), leaves)
-    eager, _ = saved_bytes(lambda: F.linear(x * 1 + sigma * torch.randn_like(x), weight, bias), leaves)
+    eager, _ = saved_bytes(
+        lambda: F.linear(x * 1 + sigma * torch.randn_like(x), weight, bias), leaves
+    )
     assert plain == 256 * 64 * 4
     assert plain <= ours <= plain + 16 + 4 * 64
     assert eager >= 2 * plain
@@ -142,7 +159,10 @@ def test_linear_layers_of_one_input_keep_it_once():
 
     def three(keep):
         shared = x * 1
-        return [functional.dip_linear(shared, weight, bias, sigma, torch.tensor([i, 0]), keep=keep) for i in range(3)]
+        return [
+            functional.dip_linear(shared, weight, bias, sigma, torch.tensor([i, 0]), keep=keep)
+            for i in range(3)
+        ]
 
     one = 256 * 64 * 4
     assert saved_bytes(lambda: three("x"), leaves)[0] <= one + 3 * 16
@@ -173,10 +193,14 @@ def test_linear_replays_in_backward(keep):
     x, weight, bias, dy, sigma = inputs()
     seeds = [torch.tensor([k, 0]) for k in range(3)]
     sigma = sigma.requires_grad_()
-    together = sum((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum() for s in seeds)
+    together = sum(
+        (functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum() for s in seeds
+    )
     (got,) = torch.autograd.grad(together, sigma)
     apart = [
-        torch.autograd.grad((functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma)[0]
+        torch.autograd.grad(
+            (functional.dip_linear(x, weight, bias, sigma, s, keep=keep) * dy).sum(), sigma
+        )[0]
         for s in seeds
     ]
     torch.testing.assert_close(got, sum(apart))
@@ -190,7 +214,8 @@ def test_linear_under_torch_func():
 
     leaves = weight.clone().requires_grad_(), sigma.clone().requires_grad_()
     torch.testing.assert_close(
-        torch.func.grad(loss, argnums=(0, 1))(weight, sigma), torch.autograd.grad(loss(*leaves), leaves)
+        torch.func.grad(loss, argnums=(0, 1))(weight, sigma),
+        torch.autograd.grad(loss(*leaves), leaves),
     )
     rows = torch.func.vmap(lambda row: functional.dip_linear(row, weight, bias, sigma, SEED))(x)
     torch.testing.assert_close(rows[3], functional.dip_linear(x[3], weight, bias, sigma, SEED))
@@ -207,15 +232,23 @@ def test_linear_rejects(bad, error):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape, n", [((3, 0), 4), ((3, 5), 0), ((0, 5), 4), ((0, 0), 0), ((2, 0, 5), 3), ((0,), 4)])
+@pytest.mark.parametrize(
+    "shape, n", [((3, 0), 4), ((3, 5), 0), ((0, 5), 4), ((0, 0), 0), ((2, 0, 5), 3), ((0,), 4)]
+)
 def test_linear_takes_empty_tensors(shape, n, dtype):
-    x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (n, shape[-1]), (n,)))
+    x, weight, bias = (
+        torch.randn(s).to(dtype).requires_grad_() for s in (shape, (n, shape[-1]), (n,))
+    )
     leaves = [x, weight, bias, torch.ones(shape[-1], requires_grad=True)]
     means = [
-        dict(estimator="mean", num_samples=3, activation=a, keep=k) for a in ("relu", "gelu") for k in ("auto", "x")
+        dict(estimator="mean", num_samples=3, activation=a, keep=k)
+        for a in ("relu", "gelu")
+        for k in ("auto", "x")
     ]
     for options in (dict(), dict(keep="x"), *means, dict(estimator="analytic", activation="gelu")):
         y = functional.dip_linear(*leaves, SEED, **options)
         assert y.shape == (*shape[:-1], n) and not y.isnan().any()
         grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
-        assert all(g.shape == t.shape and not g.isnan().any() for g, t in zip(grads, leaves, strict=True))
+        assert all(
+            g.shape == t.shape and not g.isnan().any() for g, t in zip(grads, leaves, strict=True)
+        )

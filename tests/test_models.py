@@ -1,7 +1,9 @@
-"""convert on the model classes that people use: transformers, PEFT, and the structures of timm and torchvision.
+"""convert on the model classes that people use: transformers, PEFT, and the structures of timm and
+torchvision.
 
-Weights are random and the models small; nothing is downloaded. timm and torchvision are stood for by classes of their
-structure: timm imports torchvision, and torchvision has no build for a CPU-only torch on the package index.
+Weights are random and the models small; nothing is downloaded. timm and torchvision are stood for
+by classes of their structure: timm imports torchvision, and torchvision has no build for a CPU-only
+torch on the package index.
 """
 
 import copy
@@ -29,9 +31,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lm_he
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 TEXT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 64}
-DECODER = {**TEXT, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DECODER = {
+    **TEXT,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def vit():
@@ -41,8 +54,15 @@ def vit():
 
 
 def resnet():
-    config = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "bottleneck"}
-    return transformers.ResNetForImageClassification(transformers.ResNetConfig(**config, num_labels=5))
+    config = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "bottleneck",
+    }
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(**config, num_labels=5)
+    )
 
 
 def bert():
@@ -61,7 +81,9 @@ def llama():
 
 
 def qwen2():
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER, tie_word_embeddings=True))
+    return transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
+    )
 
 
 def gemma():
@@ -69,20 +91,33 @@ def gemma():
 
 
 def t5():
-    config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 60}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**config, decoder_start_token_id=0))
+    config = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 60,
+    }
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**config, decoder_start_token_id=0)
+    )
 
 
 def peft_llama(**options):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options
+    )
     model = peft.get_peft_model(llama(), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)  # at zero, the start, an adapter would hide whether it is noised
+            nn.init.normal_(
+                parameter, std=0.1
+            )  # at zero, the start, an adapter would hide whether it is noised
     return model
 
 
-# ---- timm and torchvision by their structure -------------------------------------------------------------------------
+# ---- timm and torchvision by their structure -----------------------------------------------------
 
 
 class TimmAttention(nn.Module):
@@ -102,7 +137,11 @@ class TimmAttention(nn.Module):
 class TimmBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), TimmAttention(dim, heads), nn.LayerNorm(dim)
+        self.norm1, self.attn, self.norm2 = (
+            nn.LayerNorm(dim),
+            TimmAttention(dim, heads),
+            nn.LayerNorm(dim),
+        )
         self.mlp = nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Linear(48, dim))
 
     def forward(self, x):
@@ -116,7 +155,10 @@ class TimmViT(nn.Module):
     def __init__(self):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 8, 8)})
-        self.cls_token, self.pos_embed = nn.Parameter(torch.randn(1, 1, 32)), nn.Parameter(torch.randn(1, 5, 32))
+        self.cls_token, self.pos_embed = (
+            nn.Parameter(torch.randn(1, 1, 32)),
+            nn.Parameter(torch.randn(1, 5, 32)),
+        )
         self.blocks = nn.Sequential(TimmBlock(32, 4), TimmBlock(32, 4))
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 5)
 
@@ -127,13 +169,16 @@ class TimmViT(nn.Module):
 
 
 class TorchvisionEncoderBlock(nn.Module):
-    """torchvision.models.vision_transformer.EncoderBlock: nn.MultiheadAttention, need_weights=False."""
+    """torchvision.models.vision_transformer.EncoderBlock: nn.MultiheadAttention,
+    need_weights=False."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Dropout(0.0), nn.Linear(48, dim), nn.Dropout(0.0))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 48), nn.GELU(), nn.Dropout(0.0), nn.Linear(48, dim), nn.Dropout(0.0)
+        )
 
     def forward(self, x):
         y = self.ln_1(x)
@@ -145,7 +190,9 @@ class TorchvisionViT(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv_proj = nn.Conv2d(3, 32, 8, 8)
-        self.encoder = nn.Sequential(TorchvisionEncoderBlock(32, 4), TorchvisionEncoderBlock(32, 4), nn.LayerNorm(32))
+        self.encoder = nn.Sequential(
+            TorchvisionEncoderBlock(32, 4), TorchvisionEncoderBlock(32, 4), nn.LayerNorm(32)
+        )
         self.heads = nn.Sequential(nn.Linear(32, 5))
 
     def forward(self, x):
@@ -161,7 +208,9 @@ class TorchvisionBottleneck(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, 2, padding=1, groups=2, bias=False)
         self.bn2, self.bn3 = nn.BatchNorm2d(width), nn.BatchNorm2d(4 * width)
         self.conv3, self.relu = nn.Conv2d(width, 4 * width, 1, bias=False), nn.ReLU(inplace=True)
-        self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, 2, bias=False), nn.BatchNorm2d(4 * width))
+        self.downsample = nn.Sequential(
+            nn.Conv2d(channels, 4 * width, 1, 2, bias=False), nn.BatchNorm2d(4 * width)
+        )
 
     def forward(self, x):
         y = self.relu(self.bn1(self.conv1(x)))
@@ -198,7 +247,9 @@ MODELS = {  # how to make it, its inputs, how many DIP layers
     "torchvision-resnet": (TorchvisionResNet, {"x": IMAGES}, 6),
 }
 ALL = pytest.mark.parametrize("name", MODELS)
-GENERATING = pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma", "t5", "peft-llama"])
+GENERATING = pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "qwen2", "gemma", "t5", "peft-llama"]
+)
 
 
 def make(name):
@@ -258,7 +309,9 @@ def test_every_linear_layer_and_convolution_is_converted_and_no_embedding(name):
     assert set(got) == {*expected, *(f"{n}.in_proj" for n in attention)}
     for (_, before), (_, after) in zip(plain.named_modules(), copy.deepcopy(plain).named_modules()):
         assert not isinstance(before, nn.Embedding) or type(after) is type(before)
-    assert all(type(m) is nn.Embedding for n, m in model.named_modules() if n.endswith(("wte", "shared")))
+    assert all(
+        type(m) is nn.Embedding for n, m in model.named_modules() if n.endswith(("wte", "shared"))
+    )
 
 
 @ALL
@@ -284,7 +337,9 @@ def test_to_plain_gives_the_original_back(name):
     assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in fresh.modules()]
     expected = dict(plain.state_dict())
     if "resnet" in name:  # training mode has moved BatchNorm's running statistics
-        expected = {n: t for n, t in expected.items() if "running" not in n and "num_batches" not in n}
+        expected = {
+            n: t for n, t in expected.items() if "running" not in n and "num_batches" not in n
+        }
     state = model.state_dict()
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(state[n], t) for n, t in expected.items())
@@ -334,7 +389,9 @@ def test_a_saved_model_comes_back(name, tmp_path):
     model.train()
     again.train()
     with fixed_noise(2), torch.no_grad():
-        for layer in (m for both in (model, again) for m in both.modules() if isinstance(m, nn.Dropout)):
+        for layer in (
+            m for both in (model, again) for m in both.modules() if isinstance(m, nn.Dropout)
+        ):
             layer.p = 0.0
         model.config.attention_dropout = again.config.attention_dropout = 0.0
         torch.manual_seed(0)
@@ -384,11 +441,12 @@ def test_diagnostics_read_model_outputs_and_embeddings():
     assert len(dip.diagnostics.signal_to_noise(model, [IDS])) == 15
 
 
-# ---- what looks converted and is not ---------------------------------------------------------------------------------
+# ---- what looks converted and is not -------------------------------------------------------------
 
 
 class SwinLike(nn.Module):
-    """torchvision's shifted_window_attention and timm's Beit read a layer's weight without calling the layer."""
+    """torchvision's shifted_window_attention and timm's Beit read a layer's weight without calling
+    the layer."""
 
     def __init__(self):
         super().__init__()
@@ -407,7 +465,8 @@ def test_a_layer_whose_weight_is_read_without_calling_it_is_named_and_left_alone
 
 
 class BeitLike(SwinLike):
-    """timm's Beit calls qkv where it has no bias of its own, and reads its weight otherwise: a batch tells."""
+    """timm's Beit calls qkv where it has no bias of its own, and reads its weight otherwise: a
+    batch tells."""
 
     def forward(self, x):
         return super().forward(x) if self.training else self.qkv(x)
@@ -441,11 +500,15 @@ def test_stacked_experts_are_named_and_noised_by_name(name):
         num_experts_per_tok=2, **options,
     )  # fmt: skip
     plain = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="):
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="
+    ):
         dip.convert(copy.deepcopy(plain))
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)
-        model = dip.convert(copy.deepcopy(plain), 0.04, before=modules, batches=[{"input_ids": IDS}])
+        model = dip.convert(
+            copy.deepcopy(plain), 0.04, before=modules, batches=[{"input_ids": IDS}]
+        )
     assert any(n.endswith("experts") for n in dip_layers(model))
     with torch.no_grad():
         assert torch.equal(model.eval()(IDS).logits, plain(IDS).logits)
@@ -463,7 +526,10 @@ def test_a_state_space_models_layers_that_are_only_read_are_named():
     model = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
-    with pytest.warns(dip.DIPConversionWarning, match=r"(?s)conv1d \(Conv1d\): MambaMixer reads.*dt_proj \(Linear\)"):
+    with pytest.warns(
+        dip.DIPConversionWarning,
+        match=r"(?s)conv1d \(Conv1d\): MambaMixer reads.*dt_proj \(Linear\)",
+    ):
         dip.convert(model)
     assert dip.check(model, {"input_ids": IDS, "labels": IDS}).ok
 
@@ -482,7 +548,7 @@ def test_timms_own_convolutions_are_named():
     assert type(model[0]) is Conv2dSame
 
 
-# ---- PEFT ------------------------------------------------------------------------------------------------------------
+# ---- PEFT ----------------------------------------------------------------------------------------
 
 
 def is_lora(module, name):
@@ -529,7 +595,9 @@ def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
     assert len(state) == 24  # two of LoRA, a variance and its prior for each of six
     model.save_pretrained(tmp_path)
     base = copy.deepcopy(model).unload()
-    again = dip.convert(peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True), filter=is_lora)
+    again = dip.convert(
+        peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True), filter=is_lora
+    )
     again.load_adapter(tmp_path, "default", is_trainable=True)
     loaded = dip.variances(again)
     assert loaded.keys() == dip.variances(model).keys()
@@ -550,14 +618,19 @@ def test_variances_outside_the_adapter_are_saved_apart(tmp_path):
     torch.manual_seed(0)
     again = dip.convert(peft_llama())
     dip.load_variances(again, torch.load(tmp_path / "variances.pt"))
-    assert all(torch.equal(a, b) for a, b in zip(dip.variances(model).values(), dip.variances(again).values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(dip.variances(model).values(), dip.variances(again).values())
+    )
 
 
 def test_a_head_trained_whole_is_noised_and_saved_with_the_adapter(tmp_path):
     torch.manual_seed(0)
     model = dip.convert(peft_llama(modules_to_save=["lm_head"]))
     heads = [n for n in dip_layers(model) if "lm_head" in n]
-    assert heads == ["base_model.model.lm_head.modules_to_save.default"]  # not the original, which nothing calls
+    assert heads == [
+        "base_model.model.lm_head.modules_to_save.default"
+    ]  # not the original, which nothing calls
     dip.calibrate(model, [IDS])
     state = peft.get_peft_model_state_dict(model)
     assert "base_model.model.lm_head.variance.log_variance" in state
@@ -633,18 +706,21 @@ def test_other_lora_layers_are_noised_at_their_input(kind):
 
 def test_lora_on_embeddings_is_left_alone_and_on_attention_named():
     embedding = peft.get_peft_model(
-        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)), peft.LoraConfig(r=2, target_modules=["0"])
+        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)),
+        peft.LoraConfig(r=2, target_modules=["0"]),
     )
     dip.convert(embedding)
     assert [n.rpartition(".")[2] for n in dip_layers(embedding)] == ["1"]
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     attention = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attn"]))
-    with pytest.warns(dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): an adapter over nn.Multi"):
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): an adapter over nn.Multi"
+    ):
         dip.convert(attention)
     assert [n.rpartition(".")[2] for n in dip_layers(attention)] == ["head"]
 
 
-# ---- one draw for layers that share an input -------------------------------------------------------------------------
+# ---- one draw for layers that share an input -----------------------------------------------------
 
 QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -663,7 +739,8 @@ class Calls(TorchDispatchMode):
 
 
 def saved_bytes(model):
-    """Bytes that the forward pass keeps for backward, parameters apart; each storage counted once."""
+    """Bytes that the forward pass keeps for backward, parameters apart; each storage counted
+    once."""
     storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def pack(t):
@@ -688,14 +765,20 @@ def test_sharing_saves_draws_passes_and_bytes():
         counts.append(dict(calls.count))
     # two blocks: q, k, v make one of three, gate and up one of two
     assert counts == [{"perturb": 15, "perturb_bwd": 15}, {"perturb": 9, "perturb_bwd": 9}]
-    (plain_bytes, _), (apart_bytes, _), (shared_bytes, _) = (saved_bytes(m) for m in (plain, apart, shared))
+    (plain_bytes, _), (apart_bytes, _), (shared_bytes, _) = (
+        saved_bytes(m) for m in (plain, apart, shared)
+    )
     print(f"calls: apart {counts[0]}, shared {counts[1]}")
-    print(f"bytes kept for backward: plain {plain_bytes:,}, apart {apart_bytes:,}, shared {shared_bytes:,}")
+    print(
+        f"bytes kept for backward: plain {plain_bytes:,}, apart {apart_bytes:,}, shared "
+        f"{shared_bytes:,}"
+    )
     one_input = 16 * 56 * 32 * 4
     small = 4096  # seeds and variances
     # each of two blocks keeps one u for three, and one for two
     assert abs(apart_bytes - shared_bytes - 2 * (2 + 1) * one_input) < small
-    # beyond the plain model only this: attention's backward keeps its output, which is the plain o_proj's input
+    # beyond the plain model only this: attention's backward keeps its output, which is the plain
+    # o_proj's input
     assert abs(shared_bytes - plain_bytes - 2 * one_input) < small
 
 
@@ -709,7 +792,11 @@ def test_shared_layers_read_one_u_and_learn_one_variance():
         "o_proj.variance.log_variance",
     ]
     numbers = {row.name: row.number for row in dip.summary(model)}
-    assert numbers["model.layers.0.self_attn.q_proj"] == numbers["model.layers.0.self_attn.v_proj"] == 0
+    assert (
+        numbers["model.layers.0.self_attn.q_proj"]
+        == numbers["model.layers.0.self_attn.v_proj"]
+        == 0
+    )
     assert sorted(set(numbers.values())) == list(range(11))
     x = torch.randn(2, 3, 32)
     with fixed_noise(1):
@@ -757,11 +844,17 @@ def test_a_share_draws_afresh_for_another_tensor_another_pass_and_another_mode()
 def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
     torch.manual_seed(0)
     model = dip.convert(llama(), share=[QKV, MLP])
-    model.model.layers[0].self_attn.q_proj(torch.randn(2, 32))  # a pass left unfinished goes into no copy
+    model.model.layers[0].self_attn.q_proj(
+        torch.randn(2, 32)
+    )  # a pass left unfinished goes into no copy
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attention = again.model.layers[0].self_attn
         assert attention.k_proj.variance is attention.q_proj.variance
-        assert attention.k_proj.share is attention.q_proj.share is not model.model.layers[0].self_attn.q_proj.share
+        assert (
+            attention.k_proj.share
+            is attention.q_proj.share
+            is not model.model.layers[0].self_attn.q_proj.share
+        )
         again.load_state_dict(model.state_dict())
         with fixed_noise(1):
             assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -787,7 +880,9 @@ def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_shared_layers_and_attention_train_under_fsdp():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         torch.manual_seed(0)
@@ -802,7 +897,12 @@ def test_shared_layers_and_attention_train_under_fsdp():
             for each in (plain, model):
                 with fixed_noise(4):
                     logits(each, inputs).square().sum().backward()
-                grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()])
+                grads.append(
+                    [
+                        getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
+                        for p in each.parameters()
+                    ]
+                )
             assert len(grads[0]) == len(grads[1])
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
     finally:
@@ -868,16 +968,20 @@ def test_sharing_compiles_into_one_graph():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), block(x))
     compiled(x).sum().backward()
-    calls = [str(node.target) for node in graphs[0].graph.nodes]  # torch 2.10 names a node after its variable
+    calls = [
+        str(node.target) for node in graphs[0].graph.nodes
+    ]  # torch 2.10 names a node after its variable
     assert calls.count("autograd_function_apply") == 1
     assert not block.q.share._entries
 
 
-# ---- convolutions of other ranks -------------------------------------------------------------------------------------
+# ---- convolutions of other ranks -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("options", [{}, {"padding_mode": "circular", "padding": 1, "groups": 2, "dilation": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_mode": "circular", "padding": 1, "groups": 2, "dilation": 2}]
+)
 @pytest.mark.parametrize("batched", [True, False])
 def test_convolutions_of_every_rank_have_a_variance_per_channel(rank, options, batched):
     plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 6, 3, **options)

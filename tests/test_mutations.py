@@ -1,4 +1,5 @@
-"""tools/verify/mutations.py: each kind of fault is found in the syntax, what holds no computation is left alone, keys last."""
+"""tools/verify/mutations.py: each kind of fault is found in the syntax, what holds no computation
+is left alone, keys last."""
 
 import ast
 import sys
@@ -67,7 +68,11 @@ CPP = {
     },
     "void f(int a, float b);": set(),
     "return smaller(a, b);": set(),
-    "return a <= b || c >= d;": {"return a < b || c >= d;", "return a <= b && c >= d;", "return a <= b || c > d;"},
+    "return a <= b || c >= d;": {
+        "return a < b || c >= d;",
+        "return a <= b && c >= d;",
+        "return a <= b || c > d;",
+    },
     "return !a && b;": {"return a && b;", "return !a || b;"},
     "return 0.5f * x;": {"return 0.505f * x;", "return 0.5f;"},
 }
@@ -126,8 +131,14 @@ def test_a_draw_has_every_kind_and_does_not_change_with_the_rest(tmp_path):
 def test_every_source_file_has_tests_that_must_notice():
     found = {path.relative_to(ROOT).as_posix(): tests for path, tests in mutants.areas(ROOT)}
     folders = {"dipkernels": "*.py", "triton_kernels": "*.py", "csrc": "*.[hc]*"}
-    sources = {p.relative_to(ROOT).as_posix() for name, glob in folders.items() for p in (ROOT / name).rglob(glob)}
-    assert {name for name in sources if not name.endswith(".pyc")} - found.keys() <= set(mutants.LEFT_OUT)
+    sources = {
+        p.relative_to(ROOT).as_posix()
+        for name, glob in folders.items()
+        for p in (ROOT / name).rglob(glob)
+    }
+    assert {name for name in sources if not name.endswith(".pyc")} - found.keys() <= set(
+        mutants.LEFT_OUT
+    )
     assert not set(mutants.LEFT_OUT) & found.keys()
     assert [name for name, tests in found.items() if not tests] == []
     for test in {test for tests in found.values() for test in tests if "::" in test}:
@@ -150,7 +161,7 @@ def test_what_does_not_build_is_replaced_and_what_is_equivalent_is_not_run(monke
     monkeypatch.setitem(mutants.EQUIVALENTS, listed[2].key, ("", "nothing reads it"))
     text = mutants.report(mutants.wanted(tmp_path, drawn, state, 40), state, 0)
     assert (
-        "2 of 2 drawn faults run (trees at c): 1 killed, 100.0% of those that could be, 0 survived, 1 equivalent"
-        in text
+        "2 of 2 drawn faults run (trees at c): 1 killed, 100.0% of those that could be, 0 "
+        "survived, 1 equivalent" in text
     )
     assert "(nothing reads it)" in text and "| csrc/noise.h | 1 | 1 |" in text

@@ -1,4 +1,5 @@
-"""The noise contract: the same integer words everywhere, z within 4e-6, the law, and the windows.  docs/maths.md, section 3."""
+"""The noise contract: the same integer words everywhere, z within 4e-6, the law, and the windows.
+docs/maths.md, section 3."""
 
 import hashlib
 
@@ -56,7 +57,9 @@ def test_philox_matches_known_answers_in_reference():
 def test_philox_lanes_are_independent(kind, lanes):
     rng = np.random.default_rng(0)
     counter = rng.integers(0, 2**32, (64, 4))
-    want = reference.philox4x32(tuple(torch.tensor(counter.T)), (torch.tensor(3), torch.tensor(2**31)))
+    want = reference.philox4x32(
+        tuple(torch.tensor(counter.T)), (torch.tensor(3), torch.tensor(2**31))
+    )
     got = lane(kind, lanes, "philox")(counter, 3, 2**31)
     assert (got == torch.stack(want, dim=1).numpy()).all()
 
@@ -65,7 +68,9 @@ def test_philox_lanes_are_independent(kind, lanes):
 def test_noise_matches_known_answers(name):
     with backend(name):
         for seed, where, z in noise_vectors():
-            assert (functional.noise((1, 8), seed, **where)[0] - z).abs().max() < (4e-6 if name == "cpu" else 2e-7)
+            assert (functional.noise((1, 8), seed, **where)[0] - z).abs().max() < (
+                4e-6 if name == "cpu" else 2e-7
+            )
 
 
 @pytest.mark.parametrize("kind, lanes", LANES[1:])
@@ -85,7 +90,8 @@ def test_noise_is_within_its_tolerance_for_every_radius_and_angle():
 
 
 def test_noise_law_has_the_stated_moments():
-    """By enumeration of every radius and every angle: variance 1 - 3e-7, kurtosis 2.99999, largest 5.396."""
+    """By enumeration of every radius and every angle: variance 1 - 3e-7, kurtosis 2.99999, largest
+    5.396."""
     r2 = -2 * np.log((np.arange(2**20) + 0.5) / 2**20)
     c = np.cos(2 * np.pi * (np.arange(2**12) + 0.5) / 2**12)
     variance = r2.mean() * (c**2).mean()
@@ -95,16 +101,24 @@ def test_noise_law_has_the_stated_moments():
 
 
 @pytest.mark.parametrize(
-    "kind, dtype", [("portable", torch.bfloat16), ("native", torch.bfloat16), ("portable", torch.float16)]
+    "kind, dtype",
+    [("portable", torch.bfloat16), ("native", torch.bfloat16), ("portable", torch.float16)],
 )
 def test_storage_types_round_as_torch_rounds(kind, dtype):
-    """Every value of the type, the ties between neighbours, both sides of the ties, infinities, NaNs of many payloads."""
+    """Every value of the type, the ties between neighbours, both sides of the ties, infinities,
+    NaNs of many payloads."""
     narrow = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype).float()
     bits = narrow.view(torch.int32)
     half = 2**15 if dtype is torch.bfloat16 else 2**12
     words = torch.cat([bits + step for step in (-1, 0, 1, half - 1, half, half + 1)])
     words = torch.cat(
-        [words, torch.tensor([0x7F800001, 0x7FFFFFFF, -1, -(2**23) + 1, 0x477FEFFF, 0x477FF000], dtype=torch.int32)]
+        [
+            words,
+            torch.tensor(
+                [0x7F800001, 0x7FFFFFFF, -1, -(2**23) + 1, 0x477FEFFF, 0x477FF000],
+                dtype=torch.int32,
+            ),
+        ]
     )
     values = words.view(torch.float32)
     got, back = getattr(header_module(kind), str(dtype).removeprefix("torch."))(values.numpy())
@@ -116,7 +130,9 @@ def test_storage_types_round_as_torch_rounds(kind, dtype):
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
-@pytest.mark.parametrize("shape, dim", [((37, 200), -1), ((5, 33), -1), ((3, 20, 7, 9), 1), ((130, 1), 0), ((40,), 0)])
+@pytest.mark.parametrize(
+    "shape, dim", [((37, 200), -1), ((5, 33), -1), ((3, 20, 7, 9), 1), ((130, 1), 0), ((40,), 0)]
+)
 def test_noise_ignores_instruction_set_and_threads(name, shape, dim):
     if name not in OFFERED:
         pytest.skip(f"not offered here: {name}")
@@ -126,7 +142,9 @@ def test_noise_ignores_instruction_set_and_threads(name, shape, dim):
         cpu_capability(name)
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            assert torch.equal(functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3), want)
+            assert torch.equal(
+                functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3), want
+            )
     finally:
         cpu_capability("auto")
         torch.set_num_threads(threads)
@@ -134,13 +152,16 @@ def test_noise_ignores_instruction_set_and_threads(name, shape, dim):
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    "rows, cols", [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))]
+    "rows, cols",
+    [(slice(0, 4), slice(0, 8)), (slice(3, 9), slice(5, 22)), (slice(8, 9), slice(16, 24))],
 )
 def test_noise_of_a_window_is_the_window_of_the_noise(name, rows, cols):
     with backend(name):
         whole = functional.noise((12, 24), SEED)
         shape = (rows.stop - rows.start, cols.stop - cols.start)
-        assert torch.equal(functional.noise(shape, SEED, row0=rows.start, col0=cols.start), whole[rows, cols])
+        assert torch.equal(
+            functional.noise(shape, SEED, row0=rows.start, col0=cols.start), whole[rows, cols]
+        )
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -163,7 +184,14 @@ def test_noise_rows_go_beyond_32_bits(k):
 def test_noise_depends_on_every_part_of_its_seed():
     draws = [
         functional.noise((4, 8), torch.tensor(seed), sample=s)
-        for seed, s in [([1, 0], 0), ([2, 0], 0), ([1 + 2**32, 0], 0), ([1, 1], 0), ([1, 0], 1), ([-1, 0], 0)]
+        for seed, s in [
+            ([1, 0], 0),
+            ([2, 0], 0),
+            ([1 + 2**32, 0], 0),
+            ([1, 1], 0),
+            ([1, 0], 1),
+            ([-1, 0], 0),
+        ]
     ]
     for a in range(len(draws)):
         for b in range(a):
@@ -172,9 +200,12 @@ def test_noise_depends_on_every_part_of_its_seed():
     assert torch.equal(draws[3], functional.noise((4, 8), torch.tensor([1, 1 + 2**16])))
 
 
-@pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
+@pytest.mark.skipif(
+    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+)
 def test_noise_keeps_its_bits_from_one_release_to_the_next():
-    """The contract allows 4e-6; the kernels' own bits change on purpose only, and then these digits and the release notes do."""
+    """The contract allows 4e-6; the kernels' own bits change on purpose only, and then these digits
+    and the release notes do."""
     with backend("cpu"):
         z = functional.noise((4096, 64), SEED, row0=2**32 - 7)
     assert hashlib.sha256(z.numpy().astype("<f4").tobytes()).hexdigest()[:16] == "ad737b5308ff64a4"
@@ -197,18 +228,21 @@ def test_noise_rejects(bad, error):
     arguments = {"seed": SEED, **bad}
     with pytest.raises((ValueError, TypeError), match=error):
         functional.noise(**arguments)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=error.split(":")[0]):  # the library by itself
+    with pytest.raises(
+        (ValueError, TypeError, RuntimeError), match=error.split(":")[0]
+    ):  # the library by itself
         where = {"dim": -1, "row0": 0, "col0": 0, "sample": 0} | {
             k: v for k, v in arguments.items() if k not in ("seed", "shape")
         }
         torch.ops.dipkernels.noise(arguments["seed"], arguments["shape"], *where.values())
 
 
-# ---- the law, by sampling ------------------------------------------------------------------------------------------
+# ---- the law, by sampling ------------------------------------------------------------------------
 
 
 def check_law(rows, cols):
-    """Moments to the sixth, Kolmogorov-Smirnov, tails, correlations: each within 5 standard errors."""
+    """Moments to the sixth, Kolmogorov-Smirnov, tails, correlations: each within 5 standard
+    errors."""
     from scipy import stats
 
     n = rows * cols

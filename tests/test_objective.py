@@ -33,7 +33,9 @@ def test_penalty_alone_is_least_at_beta_over_alpha():
         optimizer.zero_grad()
         penalty(layer, 0.4, 0.03).backward()
         optimizer.step()
-    torch.testing.assert_close(layer.variance.sigma.square(), torch.full((5,), 0.075), rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        layer.variance.sigma.square(), torch.full((5,), 0.075), rtol=5e-3, atol=0
+    )
 
 
 def test_kl_penalty_is_the_divergence_summed_over_layers_and_averaged_over_features():
@@ -59,11 +61,14 @@ def test_kl_penalty_is_least_at_the_prior():
         optimizer.zero_grad()
         kl_penalty(layer).backward()
         optimizer.step()
-    torch.testing.assert_close(layer.log_variance.detach(), layer.variance.log_prior, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        layer.log_variance.detach(), layer.variance.log_prior, rtol=0, atol=1e-3
+    )
 
 
 def test_alpha_and_beta_are_the_paper_form_of_the_divergence():
-    """alpha = w / (2 gamma), beta = w / 2: the gradient of a KL summed over features with weight w."""
+    """alpha = w / (2 gamma), beta = w / 2: the gradient of a KL summed over features with weight
+    w."""
     layer, gamma, w = DIPInput(6, init_variance=0.3), 0.04, 0.5
     layer.variance.log_prior.fill_(math.log(gamma))
     kl_penalty(layer, w * 6).backward()
@@ -87,7 +92,9 @@ def test_the_default_weight_needs_a_model_and_no_alpha():
     model = convert(nn.Linear(4, 3), 0.25)
     model.variance.log_prior.fill_(0.0)
     alone = objective(OUT, Y, F.cross_entropy)
-    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model), alone + KL * kl_penalty(model, 1.0))
+    torch.testing.assert_close(
+        objective(OUT, Y, F.cross_entropy, model), alone + KL * kl_penalty(model, 1.0)
+    )
     torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model, kl=0.0), alone)
     form = objective(OUT, Y, F.cross_entropy, model, alpha=0.1, beta=0.2)
     torch.testing.assert_close(form, alone + penalty(model, 0.1, 0.2))
@@ -112,8 +119,14 @@ def test_objective_is_the_mean_over_trajectories():
 
 def test_objective_adds_its_three_terms():
     model = DIPLinear(4, 3)
-    parts = objective(OUT, Y, F.cross_entropy) + penalty(model, 0.1, 0.2) + 0.3 * OUT.var(0).sum(-1).mean()
-    torch.testing.assert_close(objective(OUT, Y, F.cross_entropy, model, alpha=0.1, beta=0.2, lambda_s=0.3), parts)
+    parts = (
+        objective(OUT, Y, F.cross_entropy)
+        + penalty(model, 0.1, 0.2)
+        + 0.3 * OUT.var(0).sum(-1).mean()
+    )
+    torch.testing.assert_close(
+        objective(OUT, Y, F.cross_entropy, model, alpha=0.1, beta=0.2, lambda_s=0.3), parts
+    )
 
 
 def test_the_variance_over_trajectories_is_unbiased():
@@ -132,9 +145,17 @@ def test_gradients_reach_the_variances_through_every_term():
     model.variance.log_prior.fill_(-2.0)
     objective(torch.zeros(2, 5, 3), Y, F.cross_entropy, model).backward()  # the KL term alone
     assert bool(model.log_variance.grad.all())
-    for weights in ({}, {"kl": 0.0}, {"alpha": 1.0}, {"alpha": 1.0, "beta": 1.0}, {"lambda_s": 1.0}):
+    for weights in (
+        {},
+        {"kl": 0.0},
+        {"alpha": 1.0},
+        {"alpha": 1.0, "beta": 1.0},
+        {"lambda_s": 1.0},
+    ):
         model.zero_grad()
-        objective(torch.stack([model(x), model(x)]), Y, F.cross_entropy, model, **weights).backward()
+        objective(
+            torch.stack([model(x), model(x)]), Y, F.cross_entropy, model, **weights
+        ).backward()
         assert bool(model.log_variance.grad.any())
 
 
@@ -144,21 +165,37 @@ def test_gradients_reach_the_variances_through_every_term():
         (lambda: penalty(nn.Linear(2, 2), 1, 1), ValueError, "^model: expected DIP layers"),
         (lambda: penalty(DIPInput(2), -1, 1), ValueError, "^alpha: "),
         (lambda: penalty(DIPInput(2), 1, float("nan")), ValueError, "^beta: "),
-        (lambda: objective(OUT, Y, F.cross_entropy, alpha=1.0), ValueError, "^model: expected the model"),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, alpha=1.0),
+            ValueError,
+            "^model: expected the model",
+        ),
         (
             lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2), alpha=1.0),
             ValueError,
             "^model: expected DIP layers",
         ),
-        (lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2)), ValueError, "^model: expected DIP layers"),
-        (lambda: objective(OUT, Y, F.cross_entropy, kl=0.1), ValueError, "^model: expected the model"),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2)),
+            ValueError,
+            "^model: expected DIP layers",
+        ),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, kl=0.1),
+            ValueError,
+            "^model: expected the model",
+        ),
         (lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), kl=-1.0), ValueError, "^kl: "),
         (
             lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), kl=0.1, alpha=1.0),
             ValueError,
             "^kl: expected none beside alpha",
         ),
-        (lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), beta=1.0), ValueError, "^alpha: expected > 0 beside"),
+        (
+            lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), beta=1.0),
+            ValueError,
+            "^alpha: expected > 0 beside",
+        ),
         (lambda: penalty(DIPInput(2), 0.0, 1.0), ValueError, "^alpha: expected > 0 beside beta"),
         (lambda: kl_penalty(nn.Linear(2, 2)), ValueError, "^model: expected DIP layers"),
         (lambda: kl_penalty(DIPInput(2), float("inf")), ValueError, "^kl: "),
@@ -174,10 +211,22 @@ def test_gradients_reach_the_variances_through_every_term():
             r"^out: expected a tensor \[m, B, ...\].*\(3,\)",
         ),
         (lambda: objective(OUT[:0], Y, F.cross_entropy), ValueError, "^out: "),
-        (lambda: objective(OUT[0], Y, F.cross_entropy), ValueError, r"^out: .*B = 5, got shape \(5, 3\).*trajectories"),
+        (
+            lambda: objective(OUT[0], Y, F.cross_entropy),
+            ValueError,
+            r"^out: .*B = 5, got shape \(5, 3\).*trajectories",
+        ),
         (lambda: objective({"logits": OUT}, Y, F.cross_entropy), TypeError, "^out: .*dict"),
-        (lambda: objective(OUT, Y, lambda o, t: o), ValueError, r"^loss_fn: expected a scalar tensor, got \(5, 3\)"),
-        (lambda: objective(OUT, Y, lambda o, t: 1.0), ValueError, "^loss_fn: expected a scalar tensor, got float"),
+        (
+            lambda: objective(OUT, Y, lambda o, t: o),
+            ValueError,
+            r"^loss_fn: expected a scalar tensor, got \(5, 3\)",
+        ),
+        (
+            lambda: objective(OUT, Y, lambda o, t: 1.0),
+            ValueError,
+            "^loss_fn: expected a scalar tensor, got float",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):

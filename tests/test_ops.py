@@ -1,4 +1,5 @@
-"""Every operation of every namespace: schema, fake and implementation agree (opcheck); errors are Python's."""
+"""Every operation of every namespace: schema, fake and implementation agree (opcheck); errors are
+Python's."""
 
 import pytest
 import torch
@@ -61,7 +62,13 @@ def test_ops_meta_tensors_take_shapes_through():
 
 @pytest.mark.parametrize("name", ["weight", "bias", "sigma", "seed", "v"])
 def test_ops_name_what_is_on_another_device(name):
-    tensors = dict(weight=torch.randn(3, 4), bias=torch.randn(3), sigma=torch.rand(4), seed=SEED, v=torch.rand(4))
+    tensors = dict(
+        weight=torch.randn(3, 4),
+        bias=torch.randn(3),
+        sigma=torch.rand(4),
+        seed=SEED,
+        v=torch.rand(4),
+    )
     tensors[name] = tensors[name].to("meta")
     with pytest.raises(ValueError, match=f"{name}: expected device cpu, as .*, got meta"):
         if name == "v":
@@ -75,7 +82,9 @@ def test_ops_compile_without_a_graph_break(keep):
     weight, bias = torch.randn(8, 20), torch.randn(8)
 
     def step(x, sigma, seed):
-        return functional.dip_linear(x, weight, bias, sigma, seed, keep=keep, log_variance=True).relu()
+        return functional.dip_linear(
+            x, weight, bias, sigma, seed, keep=keep, log_variance=True
+        ).relu()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for key in (1, 2):

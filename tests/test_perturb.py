@@ -1,4 +1,5 @@
-"""P: u = x + sigma z, its adjoint Q, and both at once, against the float64 reference.  docs/maths.md, sections 1, 5, 6."""
+"""P: u = x + sigma z, its adjoint Q, and both at once, against the float64 reference.
+docs/maths.md, sections 1, 5, 6."""
 
 import math
 
@@ -24,7 +25,9 @@ def arguments(dim=-1, row0=0, col0=0, sample=0, factor=1.0, log_variance=False):
 
 def inputs(shape, dim=-1, dtype=torch.float32, log_variance=False):
     generator = torch.Generator().manual_seed(sum(shape) + 1)
-    x, du = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    x, du = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     sigma = torch.rand(shape[dim], generator=generator) + 0.1
     return x, du, sigma.square().log() if log_variance else sigma
 
@@ -53,7 +56,11 @@ def check_dsigma(dsigma, du, sigma, where):
 # One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
 SHAPES = [((1, 1), -1), ((3, 8), -1), ((17, 129), -1), ((16, 128), -1), ((5, 1031), -1), ((3, 768), -1), ((200, 24), -1), ((2, 3, 40), -1),
           ((7,), -1), ((0, 8), -1), ((4, 0), -1), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((3, 24, 200), 1), ((9, 31), 0), ((4, 5, 6), 1)]  # fmt: skip
-WHERES = [dict(), dict(row0=2**33 + 7, col0=24, sample=2), dict(col0=3, sample=9, factor=0.5, log_variance=True)]
+WHERES = [
+    dict(),
+    dict(row0=2**33 + 7, col0=24, sample=2),
+    dict(col0=3, sample=9, factor=0.5, log_variance=True),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -89,12 +96,16 @@ def test_perturb_of_a_large_tensor_is_that_of_its_parts(capability):
     """From 16 MiB of float32 on, u is written past the caches."""
     x, _, sigma = inputs((4102, 1032))
     u = perturb(x, sigma, SEED, Draw(*arguments(row0=5)), None)
-    parts = [perturb(x[i : i + 600], sigma, SEED, Draw(*arguments(row0=5 + i)), None) for i in range(0, 4102, 600)]
+    parts = [
+        perturb(x[i : i + 600], sigma, SEED, Draw(*arguments(row0=5 + i)), None)
+        for i in range(0, 4102, 600)
+    ]
     assert torch.equal(u, torch.cat(parts))
 
 
 def test_perturb_rounds_ties_to_even(capability):
-    """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of either kind."""
+    """In bfloat16, where one sum in 2^16 is a tie; of as many elements as it takes to meet some of
+    either kind."""
     x, _, sigma = inputs((1024, 1024), dtype=torch.bfloat16)
     where = arguments()
     wide, u = (perturb(x, sigma, SEED, Draw(*where), dtype) for dtype in (torch.float32, None))
@@ -107,7 +118,14 @@ def test_perturb_rounds_ties_to_even(capability):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape, dim",
-    [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((5, 768), -1), ((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)],
+    [
+        ((65, 200), -1),
+        ((40, 64), -1),
+        ((70, 13), -1),
+        ((5, 768), -1),
+        ((3, 20, 7, 9), 1),
+        ((2, 16, 20, 20), 1),
+    ],
 )
 def test_perturb_ignores_instruction_set_and_threads(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
@@ -172,9 +190,14 @@ def test_perturb_ignores_strides(shape, dim, dtype):
         assert got.stride() == torch.empty_like(other).stride()
         assert torch.equal(perturb_replay(du, other, sigma, SEED, Draw(*where), None)[0], u)
     for other in strided(du):
-        torch.testing.assert_close(perturb_bwd(other, sigma, SEED, Draw(*where)), dsigma, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(
-            perturb_replay(other, x, sigma, SEED, Draw(*where), None)[1], dsigma, rtol=1e-5, atol=1e-5
+            perturb_bwd(other, sigma, SEED, Draw(*where)), dsigma, rtol=1e-5, atol=1e-5
+        )
+        torch.testing.assert_close(
+            perturb_replay(other, x, sigma, SEED, Draw(*where), None)[1],
+            dsigma,
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -183,7 +206,10 @@ def test_perturb_takes_expanded_gradients():
     ones = torch.ones(()).expand(6, 20)
     where = arguments()
     torch.testing.assert_close(
-        perturb_bwd(ones, sigma, SEED, Draw(*where)), functional.noise((6, 20), SEED).sum(0), rtol=1e-5, atol=1e-5
+        perturb_bwd(ones, sigma, SEED, Draw(*where)),
+        functional.noise((6, 20), SEED).sum(0),
+        rtol=1e-5,
+        atol=1e-5,
     )
     x = x.requires_grad_()
     functional.perturb(x, sigma, SEED).sum().backward()
@@ -199,7 +225,9 @@ def test_perturb_takes_expanded_inputs(dim, expanded):
     u = perturb(x.contiguous(), sigma, SEED, Draw(*where), None)
     assert torch.equal(perturb(x, sigma, SEED, Draw(*where), None), u)
     dsigma = perturb_bwd(du, sigma, SEED, Draw(*where))
-    torch.testing.assert_close(dsigma, perturb_bwd(du.contiguous(), sigma, SEED, Draw(*where)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        dsigma, perturb_bwd(du.contiguous(), sigma, SEED, Draw(*where)), rtol=1e-5, atol=1e-5
+    )
     replayed = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
     assert torch.equal(replayed[0], u)
     torch.testing.assert_close(replayed[1], dsigma, rtol=1e-5, atol=1e-5)
@@ -209,7 +237,8 @@ def test_perturb_takes_a_strided_sigma():
     x, _, sigma = inputs((6, 20))
     wide = torch.stack((sigma, torch.full_like(sigma, math.nan)), dim=1)[:, 0]
     assert torch.equal(
-        perturb(x, wide, SEED, Draw(*arguments()), None), perturb(x, sigma, SEED, Draw(*arguments()), None)
+        perturb(x, wide, SEED, Draw(*arguments()), None),
+        perturb(x, sigma, SEED, Draw(*arguments()), None),
     )
 
 
@@ -226,7 +255,9 @@ def test_perturb_passes_nan_and_infinity_through():
     for dtype in DTYPES:
         u = functional.perturb(x.to(dtype), sigma, SEED)
         assert torch.equal(u.isnan(), x.isnan())
-        assert torch.equal(u == math.inf, x == math.inf) and torch.equal(u == -math.inf, x == -math.inf)
+        assert torch.equal(u == math.inf, x == math.inf) and torch.equal(
+            u == -math.inf, x == -math.inf
+        )
 
 
 def test_perturb_of_several_samples_has_the_law_of_their_mean():
@@ -265,7 +296,9 @@ def test_perturb_replays_in_backward():
     x, _, sigma = inputs((4, 9), dtype=torch.float64)
 
     def loss(sigma):
-        return sum(functional.perturb(x, sigma, seed).sin().sum() * (i + 1) for i, seed in enumerate(seeds))
+        return sum(
+            functional.perturb(x, sigma, seed).sin().sum() * (i + 1) for i, seed in enumerate(seeds)
+        )
 
     sigma = sigma.double().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(sigma), sigma)
@@ -280,7 +313,9 @@ def test_perturb_replays_in_backward():
 def test_perturb_backward_is_deterministic():
     _, du, sigma = inputs((3001, 130))
     first = perturb_bwd(du, sigma, SEED, Draw(*arguments()))
-    assert all(torch.equal(perturb_bwd(du, sigma, SEED, Draw(*arguments())), first) for _ in range(3))
+    assert all(
+        torch.equal(perturb_bwd(du, sigma, SEED, Draw(*arguments())), first) for _ in range(3)
+    )
 
 
 def test_perturb_sum_is_no_worse_than_torch():
@@ -310,7 +345,11 @@ class TestTorchFunc:
         torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
         assert torch.equal(u, self.run(self.x, self.sigma))
         for inputs, tangents in (((self.x,), (self.dx,)), ((self.sigma,), (self.dsigma,))):
-            run = (lambda x: self.run(x, self.sigma)) if inputs[0] is self.x else (lambda s: self.run(self.x, s))
+            run = (
+                (lambda x: self.run(x, self.sigma))
+                if inputs[0] is self.x
+                else (lambda s: self.run(self.x, s))
+            )
             assert torch.func.jvp(run, inputs, tangents)[1].shape == self.x.shape
 
     def test_perturb_vjp_matches_autograd(self):
@@ -334,7 +373,9 @@ class TestTorchFunc:
 
     def test_perturb_vmap_draws_by_a_batched_seed(self):
         seeds = torch.tensor([[1, 0], [2, 0]])
-        got = torch.func.vmap(lambda seed: functional.perturb(self.x, self.sigma, seed, log_variance=True))(seeds)
+        got = torch.func.vmap(
+            lambda seed: functional.perturb(self.x, self.sigma, seed, log_variance=True)
+        )(seeds)
         want = [functional.perturb(self.x, self.sigma, seed, log_variance=True) for seed in seeds]
         assert torch.equal(got, torch.stack(want))
 

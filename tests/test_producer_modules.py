@@ -1,4 +1,5 @@
-"""DIPLayerNorm, DIPRMSNorm, DIPActivation, DIPGatedActivation: plain in eval mode to the bit, f(x) + sigma z in training."""
+"""DIPLayerNorm, DIPRMSNorm, DIPActivation, DIPGatedActivation: plain in eval mode to the bit, f(x)
++ sigma z in training."""
 
 import copy
 import pickle
@@ -35,14 +36,18 @@ def gemma(**options):
     """The twin of another package's class, as convert makes it."""
     module = Gemma()
     module.__class__ = made_type(NormProducer, Gemma, kind="rms", offset=1.0, eps_name="epsilon")
-    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None)
+    module._set_up(
+        K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None
+    )
     return module
 
 
 def relu_in_place(**options):
     module = nn.ReLU(inplace=True)
     module.__class__ = made_type(ActivationProducer, nn.ReLU, kind="relu", feature_dim=-3)
-    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None)
+    module._set_up(
+        K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None
+    )
     return module
 
 
@@ -60,9 +65,17 @@ CASES = {  # how to make it, f of plain operations, shapes of its inputs
         lambda m, x: F.layer_norm(x, (K,)),
         [(5, K)],
     ),
-    "rms": (lambda **o: dip.DIPRMSNorm(K, **o), lambda m, x: F.rms_norm(x, (K,), m.weight), [(2, 5, K)]),
+    "rms": (
+        lambda **o: dip.DIPRMSNorm(K, **o),
+        lambda m, x: F.rms_norm(x, (K,), m.weight),
+        [(2, 5, K)],
+    ),
     "gemma": (gemma, lambda m, x: Gemma.forward(m, x), [(2, 5, K)]),
-    "relu": (lambda **o: dip.DIPActivation(K, "relu", 1, **o), lambda m, x: F.relu(x), [(2, K, 3, 4)]),
+    "relu": (
+        lambda **o: dip.DIPActivation(K, "relu", 1, **o),
+        lambda m, x: F.relu(x),
+        [(2, K, 3, 4)],
+    ),
     "relu-in-place": (relu_in_place, lambda m, x: F.relu(x), [(2, K, 3, 4)]),
     "gelu": (lambda **o: dip.DIPActivation(K, "gelu", **o), lambda m, x: F.gelu(x), [(2, 5, K)]),
     "gelu_tanh": (
@@ -71,8 +84,16 @@ CASES = {  # how to make it, f of plain operations, shapes of its inputs
         [(5, K)],
     ),
     "tanh": (lambda **o: dip.DIPActivation(K, "tanh", **o), lambda m, x: torch.tanh(x), [(5, K)]),
-    "gate": (lambda **o: dip.DIPGatedActivation(K, **o), lambda m, a, b: F.silu(a) * b, [(2, 5, K)] * 2),
-    "gate-gelu": (lambda **o: dip.DIPGatedActivation(K, "gelu", 0, **o), lambda m, a, b: F.gelu(a) * b, [(K, 5)] * 2),
+    "gate": (
+        lambda **o: dip.DIPGatedActivation(K, **o),
+        lambda m, a, b: F.silu(a) * b,
+        [(2, 5, K)] * 2,
+    ),
+    "gate-gelu": (
+        lambda **o: dip.DIPGatedActivation(K, "gelu", 0, **o),
+        lambda m, a, b: F.gelu(a) * b,
+        [(K, 5)] * 2,
+    ),
 }
 ALL = pytest.mark.parametrize("name", CASES)
 
@@ -99,14 +120,17 @@ def test_eval_mode_and_noise_off_are_f_to_the_bit(name):
 
 @ALL
 def test_training_is_f_and_the_projection_behind_it(name):
-    """u = f(x) + sigma z, z of the layer's stream, rows and columns where they are in f(x); samples averaged."""
+    """u = f(x) + sigma z, z of the layer's stream, rows and columns where they are in f(x); samples
+    averaged."""
     module, f, inputs = make(name, init_variance=torch.linspace(0.1, 2, K), num_samples=4)
     module.number = 5
     with fixed_noise(9, row0=3):
         u = call(module, inputs)
     y = f(module, *inputs)
     rows = y[0].numel() // K if module.feature_dim % y.ndim else y[0].numel()
-    want = functional.perturb(y, module.variance.sigma / 2, torch.tensor([9, 5]), dim=module.feature_dim, row0=3 * rows)
+    want = functional.perturb(
+        y, module.variance.sigma / 2, torch.tensor([9, 5]), dim=module.feature_dim, row0=3 * rows
+    )
     torch.testing.assert_close(u, want, rtol=1e-5, atol=1e-5)
     assert u.dtype is y.dtype
     assert not torch.equal(call(module, inputs), call(module, inputs))
@@ -159,7 +183,13 @@ def test_to_plain_computes_f(name):
 
 
 def test_to_plain_of_activations_is_torchs_class():
-    kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "gelu_tanh": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+    kinds = {
+        "relu": nn.ReLU,
+        "gelu": nn.GELU,
+        "gelu_tanh": nn.GELU,
+        "silu": nn.SiLU,
+        "tanh": nn.Tanh,
+    }
     for kind, plain in kinds.items():
         (module,) = dip.to_plain(nn.Sequential(dip.DIPActivation(4, kind)))
         assert type(module) is plain
@@ -191,7 +221,12 @@ def net():
 def test_calibrate_measures_what_is_noised():
     model, x = net()
     rows = {row.name: row for row in dip.calibrate(model, [x], ratio=0.5)}
-    assert {name: row.number for name, row in rows.items()} == {"norm": 0, "rms": 1, "act": 2, "gate": 3}
+    assert {name: row.number for name, row in rows.items()} == {
+        "norm": 0,
+        "rms": 1,
+        "act": 2,
+        "gate": 3,
+    }
     y = model.eval().norm(x).flatten(0, 1)
     want = 0.5 * y.var(0, unbiased=False).mean().sqrt()
     assert rows["norm"].sigma_mean == pytest.approx(want.item(), rel=1e-5)
@@ -213,7 +248,8 @@ def test_everything_that_works_on_dip_layers_works():
     dip.load_variances(model, {n: t + 1 for n, t in state.items()})
     assert torch.equal(model.act.log_variance, state["act.variance.log_variance"] + 1)
     with pytest.raises(
-        ValueError, match=r"method='analytic'.*\['norm', 'rms', 'act', 'gate'\] that noise their output"
+        ValueError,
+        match=r"method='analytic'.*\['norm', 'rms', 'act', 'gate'\] that noise their output",
     ):
         dip.predict(model, x, method="analytic", average="logits")
     with pytest.raises(ValueError, match="noises its output"):
@@ -236,7 +272,10 @@ def test_trajectories_replay_example_by_example():
 def test_checkpointing_replays_the_noise(reentrant):
     model, x = net()
     grads = []
-    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)):
+    for run in (
+        model,
+        lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant),
+    ):
         model.zero_grad()
         torch.manual_seed(5)
         run(x.requires_grad_()).square().sum().backward()
@@ -279,7 +318,9 @@ def test_traced_by_fx_it_is_a_leaf():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_fsdp_and_bfloat16_autocast():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         model, x = net()
@@ -289,12 +330,16 @@ def test_fsdp_and_bfloat16_autocast():
         for each in (plain, model):
             with fixed_noise(4):
                 each(x).square().sum().backward()
-            grads.append([getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()])
+            grads.append(
+                [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
+            )
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
     finally:
         torch.distributed.destroy_process_group()
     with torch.autocast("cpu", torch.bfloat16):
-        assert plain.norm(x).dtype is torch.bfloat16  # one rounding, to what the layers behind it multiply in
+        assert (
+            plain.norm(x).dtype is torch.bfloat16
+        )  # one rounding, to what the layers behind it multiply in
         plain(x).float().square().sum().backward()
     assert plain.norm.log_variance.grad.dtype is torch.float32
 
@@ -307,7 +352,11 @@ def test_ddp_gets_a_gradient_without_noise():
 
 
 def test_skip_init_and_meta_devices_leave_values():
-    for kind, args in ((dip.DIPLayerNorm, (4,)), (dip.DIPRMSNorm, (4,)), (dip.DIPGatedActivation, (4,))):
+    for kind, args in (
+        (dip.DIPLayerNorm, (4,)),
+        (dip.DIPRMSNorm, (4,)),
+        (dip.DIPGatedActivation, (4,)),
+    ):
         layer = nn.utils.skip_init(kind, *args, init_variance=0.25)
         assert torch.equal(layer.variance.sigma, torch.full((4,), 0.5))
     assert "init_variance=0.01" in repr(dip.DIPActivation(4, "relu", -3)) and "dim=-3" in repr(
@@ -323,8 +372,14 @@ def test_skip_init_and_meta_devices_leave_values():
         (lambda: dip.DIPActivation(4, "softmax"), "activation: expected one of"),
         (lambda: dip.DIPLayerNorm(4, init_variance=-1), "init_variance: "),
         (lambda: dip.DIPActivation(4, "relu", num_samples=0), "num_samples: "),
-        (lambda: dip.DIPLayerNorm(4)(torch.randn(2, 5)), r"DIPLayerNorm.*expected an input of shape \[\.\.\., 4\]"),
-        (lambda: dip.DIPGatedActivation(4)(torch.ones(2, 4), torch.ones(3, 4)), "b: expected shape"),
+        (
+            lambda: dip.DIPLayerNorm(4)(torch.randn(2, 5)),
+            r"DIPLayerNorm.*expected an input of shape \[\.\.\., 4\]",
+        ),
+        (
+            lambda: dip.DIPGatedActivation(4)(torch.ones(2, 4), torch.ones(3, 4)),
+            "b: expected shape",
+        ),
     ],
 )
 def test_bad_arguments_are_named(build, message):
@@ -333,5 +388,7 @@ def test_bad_arguments_are_named(build, message):
 
 
 def test_what_is_no_tensor_is_named():
-    with pytest.raises(TypeError, match=r"DIPLayerNorm\(.*expected a tensor where noise is drawn, got list"):
+    with pytest.raises(
+        TypeError, match=r"DIPLayerNorm\(.*expected a tensor where noise is drawn, got list"
+    ):
         dip.DIPLayerNorm(4)([1.0] * 4)

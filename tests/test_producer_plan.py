@@ -1,4 +1,5 @@
-"""convert(place="producer"): who reads what, what moves, what is left and why; the law is that of share=."""
+"""convert(place="producer"): who reads what, what moves, what is left and why; the law is that of
+share=."""
 
 import copy
 import fnmatch
@@ -19,14 +20,17 @@ from dipkernels.nn.numbering import dip_layers
 from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*converted apart have one number", "ignore::FutureWarning", "ignore:.*lm_head.*:UserWarning"
+    "ignore:.*converted apart have one number",
+    "ignore::FutureWarning",
+    "ignore:.*lm_head.*:UserWarning",
 )
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Net(nn.Module):
-    """A norm that two layers read, an activation, and what the forward of a subclass does with them."""
+    """A norm that two layers read, an activation, and what the forward of a subclass does with
+    them."""
 
     def __init__(self):
         super().__init__()
@@ -54,11 +58,12 @@ def left(plan):
     return {layer: row.reason for row in plan.left for layer in row.layers}
 
 
-# ---- the law -----------------------------------------------------------------------------------------------------------
+# ---- the law -------------------------------------------------------------------------------------
 
 
 def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
-    """Same key, same stream: u at the producer is the u that share= gives its layers, up to one rounding."""
+    """Same key, same stream: u at the producer is the u that share= gives its layers, up to one
+    rounding."""
     plain = net()
     at_producer = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[X])
     shared = dip.convert(copy.deepcopy(plain), 0.25, share=[("a", "b")])
@@ -70,7 +75,9 @@ def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
         with fixed_noise(3):
             y = model(X)
         y.square().sum().backward()
-        results.append([y, *(model.get_submodule(n).log_variance.grad for n in names), model.a.weight.grad])
+        results.append(
+            [y, *(model.get_submodule(n).log_variance.grad for n in names), model.a.weight.grad]
+        )
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
@@ -78,7 +85,12 @@ def test_layers_of_one_producer_draw_the_noise_of_layers_that_share():
 def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
     torch.manual_seed(0)
     convolutions = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 1)
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(6, 4, 3),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 1),
     )
     attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
     for plain, x, pairs in (
@@ -105,7 +117,9 @@ def test_a_layer_behind_a_producer_is_plain_and_reads_one_draw():
     model.stem.eval()
     read = {}
     for name in "ab":
-        getattr(model, name).register_forward_pre_hook(lambda m, args, name=name: read.update({name: args[0]}))
+        getattr(model, name).register_forward_pre_hook(
+            lambda m, args, name=name: read.update({name: args[0]})
+        )
     model(X)
     assert read["a"] is read["b"]
     u = read["a"].detach()
@@ -116,7 +130,7 @@ def test_a_layer_behind_a_producer_is_plain_and_reads_one_draw():
     assert [row.type for row in dip.summary(model)] == ["DIPLinear", "DIPLayerNorm", "DIPGELU"]
 
 
-# ---- the plan ------------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def test_the_plan_prints_what_moves_and_what_stays():
@@ -237,12 +251,22 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
         (variant(forward=returned), None, "a", "the model returns it"),
         (variant(forward=kept), None, "b", "the model, a hook or its output keeps it"),
         (variant(forward=twice), None, "a", "a layer reads it twice in a pass"),
-        (variant(forward=two_places), None, "b", "called in several places, which other layers read"),
+        (
+            variant(forward=two_places),
+            None,
+            "b",
+            "called in several places, which other layers read",
+        ),
         (variant(between=jitter), None, "a", r"mul in the model itself"),
         (variant(between=on_the_host), None, "a", "tolist in the model itself"),
         (variant(between=in_place), None, "a", "add_? in the model itself"),
         (variant(between=repeated_rows), None, "a", "with other features, or some entries twice"),
-        (variant(forward=two_dimensions), None, "b", "its layers read it along different dimensions"),
+        (
+            variant(forward=two_dimensions),
+            None,
+            "b",
+            "its layers read it along different dimensions",
+        ),
         (variant(forward=another_dimension), None, "b", "it is a norm over the last dimension"),
         (variant(forward=other_features), None, "b", r"a \(Linear\) reads it with other features"),
         (
@@ -251,7 +275,12 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             "head",
             r"a call of gelu in the model itself, no module: give it one, nn\.GELU",
         ),
-        (variant(between=lambda self, y: F.dropout(y, 0.1, self.training)), None, "b", "dropout in the model itself"),
+        (
+            variant(between=lambda self, y: F.dropout(y, 0.1, self.training)),
+            None,
+            "b",
+            "dropout in the model itself",
+        ),
         (
             Net,
             changes(act=nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
@@ -271,7 +300,11 @@ def test_what_cannot_move_is_left_and_named(kind, change, layer, reason):
     model = net(kind)
     if change is not None:
         change(model)
-    x = SQUARE if kind.forward in (two_dimensions, another_dimension) else X.to(model.stem.weight.dtype)
+    x = (
+        SQUARE
+        if kind.forward in (two_dimensions, another_dimension)
+        else X.to(model.stem.weight.dtype)
+    )
     found = left(dip.producer_plan(model, [x]))
     assert re.search(reason, found[layer]), found
     dip.convert(model, place="producer", batches=[x])
@@ -283,7 +316,10 @@ class Reshaped(Net):
 
     def forward(self, x):
         y = self.norm(self.stem(x)).flatten(0, 1).t().contiguous().t()
-        h = self.a(y.to(torch.float64).float()[None, :, None]) + self.b(y.unflatten(0, (3, -1))[:, 0])[:, None, None]
+        h = (
+            self.a(y.to(torch.float64).float()[None, :, None])
+            + self.b(y.unflatten(0, (3, -1))[:, 0])[:, None, None]
+        )
         return self.head(self.act(h).transpose(0, 1).reshape(-1, 12))
 
 
@@ -293,11 +329,17 @@ def test_views_copies_casts_and_slices_are_followed():
 
 
 class Permuted(nn.Module):
-    """ConvNeXt's way: a norm over channels that come last, and convolutions whose channels do not."""
+    """ConvNeXt's way: a norm over channels that come last, and convolutions whose channels do
+    not."""
 
     def __init__(self):
         super().__init__()
-        self.norm, self.conv, self.act, self.out = nn.LayerNorm(3), nn.Conv2d(3, 4, 1), nn.SiLU(), nn.Linear(4, 2)
+        self.norm, self.conv, self.act, self.out = (
+            nn.LayerNorm(3),
+            nn.Conv2d(3, 4, 1),
+            nn.SiLU(),
+            nn.Linear(4, 2),
+        )
 
     def forward(self, x):
         y = self.conv(self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
@@ -339,19 +381,29 @@ def test_a_block_that_is_called_again_moves_and_draws_afresh():
 
 def test_the_probe_changes_nothing():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)
+    ).train()
     model[3].eval()
     x = X.flatten(0, 1)
     model(x).sum().backward()
     before = pickle.dumps(
-        [model.state_dict(), [p.grad for p in model.parameters()], [m.training for m in model.modules()]]
+        [
+            model.state_dict(),
+            [p.grad for p in model.parameters()],
+            [m.training for m in model.modules()],
+        ]
     )
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     types = [type(m) for m in model.modules()]
     plan = dip.producer_plan(model, [x])
     assert "dropout in 3 (Dropout) reads it" in left(plan)["4"]
     after = pickle.dumps(
-        [model.state_dict(), [p.grad for p in model.parameters()], [m.training for m in model.modules()]]
+        [
+            model.state_dict(),
+            [p.grad for p in model.parameters()],
+            [m.training for m in model.modules()],
+        ]
     )
     assert before == after and types == [type(m) for m in model.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -367,11 +419,13 @@ def test_a_pass_that_fails_leaves_no_hook_and_no_mode():
     assert not dip_layers(model) and torch.equal(model(X), net().eval()(X))
 
 
-# ---- what convert's other arguments do -----------------------------------------------------------------------------------
+# ---- what convert's other arguments do -----------------------------------------------------------
 
 
 def test_filter_exclude_types_share_and_variances_by_name():
-    assert "linear in b (Linear) reads it" in left(dip.producer_plan(net(), [X], exclude=["b"]))["a"]
+    assert (
+        "linear in b (Linear) reads it" in left(dip.producer_plan(net(), [X], exclude=["b"]))["a"]
+    )
     assert left(dip.producer_plan(net(), [X], exclude=["norm"]))["a"] == "it is excluded"
     assert "act" in moved(dip.producer_plan(net(), [X], filter=lambda module, name: name == "head"))
     model = dip.convert(
@@ -384,7 +438,9 @@ def test_filter_exclude_types_share_and_variances_by_name():
     sigma = {row.name: row.sigma_mean for row in dip.summary(model)}
     assert sigma == pytest.approx({"stem": 1.0, "norm": 0.2, "act": 0.3})
     torch.manual_seed(0)
-    model = dip.convert(net(variant(forward=residual)), place="producer", batches=[X], share=[("a", "b")])
+    model = dip.convert(
+        net(variant(forward=residual)), place="producer", batches=[X], share=[("a", "b")]
+    )
     assert model.a.share is model.b.share is not None  # what is left shares as asked
     model = dip.convert(net(), place="producer", batches=iter([X]), before=["norm"])
     assert type(model.norm).__name__ == "DIPLayerNorm" and not model.norm.noises_output
@@ -395,7 +451,10 @@ def test_filter_exclude_types_share_and_variances_by_name():
     "options, message",
     [
         (dict(place="output"), "place: expected 'input' or 'producer', got 'output'"),
-        (dict(place="producer"), "batches: expected a batch, on which place='producer' sees who reads what, got None"),
+        (
+            dict(place="producer"),
+            "batches: expected a batch, on which place='producer' sees who reads what, got None",
+        ),
         (dict(place="producer", batches=[]), "batches: expected at least one batch"),
         (
             dict(place="producer", batches=[X], init_variance={"norm": 1.0}),
@@ -418,7 +477,9 @@ def test_bad_arguments_are_named_and_change_nothing(options, message):
 
 
 def test_converting_again_gives_no_layer_its_noise_twice():
-    model = dip.convert(net(), place="producer", batches=[X], filter=lambda module, name: name != "stem")
+    model = dip.convert(
+        net(), place="producer", batches=[X], filter=lambda module, name: name != "stem"
+    )
     assert list(dip_layers(model)) == ["norm", "act"]
     dip.convert(copy.deepcopy(model))
     dip.convert(model)
@@ -432,7 +493,11 @@ def test_an_adapter_put_around_a_plain_reader_is_not_noised_again():
     model = dip.convert(net(), place="producer", batches=[X])
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["a", "stem"]))
     dip.convert(adapted)
-    assert sorted(name.removeprefix("base_model.model.") for name in dip_layers(adapted)) == ["act", "norm", "stem"]
+    assert sorted(name.removeprefix("base_model.model.") for name in dip_layers(adapted)) == [
+        "act",
+        "norm",
+        "stem",
+    ]
 
 
 def test_to_plain_copies_and_state_dicts():
@@ -442,7 +507,11 @@ def test_to_plain_copies_and_state_dicts():
         again.load_state_dict(model.state_dict())
         with fixed_noise(1):
             assert torch.equal(again(X), model(X))
-    names = {n.removesuffix(".variance.log_variance") for n in dip.variances(model) if n.endswith("log_variance")}
+    names = {
+        n.removesuffix(".variance.log_variance")
+        for n in dip.variances(model)
+        if n.endswith("log_variance")
+    }
     assert names == {"stem", "norm", "act"}
     dip.to_plain(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
@@ -459,7 +528,7 @@ def test_check_names_a_producer_that_was_replaced():
     assert "was replaced since it was converted" in dip.check(model, X, strict=False).faults["norm"]
 
 
-# ---- blocks of torch -----------------------------------------------------------------------------------------------------
+# ---- blocks of torch -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -473,12 +542,18 @@ def test_torchs_encoder_layer(norm_first):
     assert found.pop("activation") == ("linear2",)
     if norm_first:
         assert found == {"norm1": ("self_attn",), "norm2": ("linear1",)}
-        assert "self_attn.in_proj" not in dip_layers(model) and "self_attn.out_proj" in dip_layers(model)
+        assert "self_attn.in_proj" not in dip_layers(model) and "self_attn.out_proj" in dip_layers(
+            model
+        )
     else:
         assert not found and "add in the model itself" in left(plan)["linear1"]
     assert torch.equal(model.eval()(X), plain.eval()(X))
     model.train()(X).square().sum().backward()
-    assert all(bool(layer.log_variance.grad.any()) for name, layer in dip_layers(model).items() if name != "norm2")
+    assert all(
+        bool(layer.log_variance.grad.any())
+        for name, layer in dip_layers(model).items()
+        if name != "norm2"
+    )
     dip.to_plain(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
@@ -500,13 +575,18 @@ def test_attention_on_several_tensors_keeps_its_projection():
     assert moved(plan) == {"layer.norm1": ("layer.self_attn",), "layer.norm3": ("layer.linear1",)}
 
 
-# ---- gated products ------------------------------------------------------------------------------------------------------
+# ---- gated products ------------------------------------------------------------------------------
 
 
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.w1, self.w2, self.w3, self.silu = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 12), nn.SiLU()
+        self.w1, self.w2, self.w3, self.silu = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 12),
+            nn.SiLU(),
+        )
 
     def forward(self, hidden):
         return self.w2(self.silu(self.w1(hidden)) * self.w3(hidden))
@@ -540,7 +620,11 @@ def test_a_gated_product_is_drawn_in_one_pass():
     assert "1.silu.variance.log_variance" in model.state_dict()
     dip.calibrate(model, [X])
     dip.to_plain(model)
-    assert type(model[1]) is Gated and type(model[1].silu) is nn.SiLU and vars(model[1]).keys() == vars(plain[1]).keys()
+    assert (
+        type(model[1]) is Gated
+        and type(model[1].silu) is nn.SiLU
+        and vars(model[1]).keys() == vars(plain[1]).keys()
+    )
 
 
 def test_another_product_is_left_with_the_way_out():
@@ -548,30 +632,53 @@ def test_another_product_is_left_with_the_way_out():
     assert "no block whose forward is down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
 
 
-# ---- the classes that people use -----------------------------------------------------------------------------------------
+# ---- the classes that people use -----------------------------------------------------------------
 
 MODELS = {  # how many projections move, into how many modules; patterns of what is left, and why
-    "vit": (11, 7, {"*patch_embeddings.projection": "own input", "*o_proj": "scaled_dot_product_attention"}),
-    "resnet": (6, 5, {"*embedder.convolution": "own input", "classifier.1": "AdaptiveAvgPool2d is no"}),
+    "vit": (
+        11,
+        7,
+        {"*patch_embeddings.projection": "own input", "*o_proj": "scaled_dot_product_attention"},
+    ),
+    "resnet": (
+        6,
+        5,
+        {"*embedder.convolution": "own input", "classifier.1": "AdaptiveAvgPool2d is no"},
+    ),
     "bert": (
         4,
         4,
-        {"*.0.intermediate.dense": "add in .*BertOutput.* reads it", "*.attention.self.key": "(add|dropout) in"},
+        {
+            "*.0.intermediate.dense": "add in .*BertOutput.* reads it",
+            "*.attention.self.key": "(add|dropout) in",
+        },
     ),
     "gpt2": (7, 7, {"*attn.c_proj": "scaled_dot_product_attention"}),
     "llama": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
     "qwen2": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
     "gemma": (13, 7, {"*o_proj": "scaled_dot_product_attention"}),
     "t5": (18, 10, {"*wo": "dropout in", "lm_head": "mul in the model itself"}),
-    "peft-llama": (5, 3, {"*down_proj": "the layer is an adapter", "*k_proj": "it is read by .*q_proj, .*v_proj too"}),
+    "peft-llama": (
+        5,
+        3,
+        {
+            "*down_proj": "the layer is an adapter",
+            "*k_proj": "it is read by .*q_proj, .*v_proj too",
+        },
+    ),
     "timm-vit": (7, 7, {"*attn.proj": "scaled_dot_product_attention"}),
     "torchvision-vit": (7, 7, {"*out_proj": "nn.MultiheadAttention makes its input"}),
-    "torchvision-resnet": (0, 0, {"layer1.0.conv2": "called in several places", "fc": "AdaptiveAvgPool2d is no"}),
+    "torchvision-resnet": (
+        0,
+        0,
+        {"layer1.0.conv2": "called in several places", "fc": "AdaptiveAvgPool2d is no"},
+    ),
 }
 
 
 def built(name):
-    """The plain model of tests/test_models.py in eval mode, its inputs, and what gives its logits."""
+    """The plain model of tests/test_models.py in eval mode, its inputs, and what gives its
+    logits."""
     models = pytest.importorskip("test_models")
     torch.manual_seed(0)
     build, inputs, _ = models.MODELS[name]
@@ -615,13 +722,22 @@ def test_models_draw_the_noise_of_layers_that_share(name):
     share = [row.layers for row in rows if len(row.layers) > 1]
     at_layers = dip.convert(copy.deepcopy(plain), 0.04, share=share).eval()
     numbers = {
-        layer: row.number for row in dip.summary(at_layers) for layer in [row.name, row.name.removesuffix(".in_proj")]
+        layer: row.number
+        for row in dip.summary(at_layers)
+        for layer in [row.name, row.name.removesuffix(".in_proj")]
     }
     producers = {row.producer: row.layers[0] for row in rows}
     for layer_name, layer in dip_layers(at_producer).items():
         layer.number = numbers[producers.get(layer_name, layer_name)]
-    for model in (at_producer, at_layers):  # a head that reads one row of all has another row of the draw
-        for each in ("vit.layernorm", "norm", "encoder.2", "classifier", "head", "heads.0") if "vit" in name else ():
+    for model in (
+        at_producer,
+        at_layers,
+    ):  # a head that reads one row of all has another row of the draw
+        for each in (
+            ("vit.layernorm", "norm", "encoder.2", "classifier", "head", "heads.0")
+            if "vit" in name
+            else ()
+        ):
             if each in dip_layers(model):
                 model.get_submodule(each).log_variance.data.fill_(-60)
     results = []
@@ -637,7 +753,9 @@ def test_generation_checkpointing_and_variances(name):
     model = dip.convert(copy.deepcopy(plain), 0.04, place="producer", batches=[inputs])
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     ids = inputs["input_ids"]
-    assert torch.equal(model.eval().generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+    assert torch.equal(
+        model.eval().generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options)
+    )
     with sampling_on(), fixed_noise(1):
         noisy = model.generate(input_ids=ids, **options)
         assert torch.equal(model.generate(input_ids=ids, **options), noisy)

@@ -1,4 +1,5 @@
-"""u = f(x) + sigma z with f a norm, an activation, a gated product, against the float64 reference.  docs/maths.md, section 10."""
+"""u = f(x) + sigma z with f a norm, an activation, a gated product, against the float64 reference.
+docs/maths.md, section 10."""
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ PLAIN = {
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def scale(k, log_variance=False, dtype=torch.float32):
@@ -30,7 +33,7 @@ def scale(k, log_variance=False, dtype=torch.float32):
     return (sigma.square().log() if log_variance else sigma).to(dtype)
 
 
-# ---- the reference: its gradients are the derivatives of its own forward ------------------------------------------------
+# ---- the reference: its gradients are the derivatives of its own forward -------------------------
 
 
 def derivative(f, t, dt, step=1e-6):
@@ -40,7 +43,9 @@ def derivative(f, t, dt, step=1e-6):
 def assert_adjoint(f, t, gradient, du):
     """<du, f'(t) dt> = <gradient, dt>"""
     dt = randn(*t.shape, seed=5)
-    assert abs((du * derivative(f, t, dt)).sum() - (gradient * dt).sum()) <= 1e-6 * (1 + du.abs().sum())
+    assert abs((du * derivative(f, t, dt)).sum() - (gradient * dt).sum()) <= 1e-6 * (
+        1 + du.abs().sum()
+    )
 
 
 @pytest.mark.parametrize("log_variance", [False, True])
@@ -78,7 +83,9 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
         return reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[0]
 
     stats = reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[1]
-    dx, dweight, dbias, dsigma = reference.norm_bwd(du, x, stats, weight, bias, sigma, *where, offset)
+    dx, dweight, dbias, dsigma = reference.norm_bwd(
+        du, x, stats, weight, bias, sigma, *where, offset
+    )
     assert_adjoint(lambda t: u(t, weight, bias, sigma), x, dx, du)
     assert_adjoint(lambda t: u(x, t, bias, sigma), weight, dweight, du)
     assert_adjoint(lambda t: u(x, weight, t, sigma), bias, dbias, du)
@@ -89,7 +96,9 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
 def test_reference_norms_are_torchs(kind):
     x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
     bias = randn(10, seed=1) if kind == "layer" else None
-    u, _ = reference.norm(x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None)
+    u, _ = reference.norm(
+        x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None
+    )
     functions = torch.nn.functional
     want = (
         functions.layer_norm(x, (10,), weight, bias, 1e-3)
@@ -99,18 +108,26 @@ def test_reference_norms_are_torchs(kind):
     torch.testing.assert_close(u, want, rtol=1e-12, atol=1e-12)
 
 
-# ---- the functions --------------------------------------------------------------------------------------------------------
+# ---- the functions -------------------------------------------------------------------------------
 
 
 def calls(kind, log_variance=False, dtype=torch.float64):
-    """A producer of this kind as a function of its differentiable tensors, the plain f of those but sigma, and the tensors."""
+    """A producer of this kind as a function of its differentiable tensors, the plain f of those but
+    sigma, and the tensors."""
     where = dict(row0=5, col0=2, sample=1, log_variance=log_variance)
     sigma = scale(10, log_variance, torch.float64 if dtype is torch.float64 else torch.float32)
     if kind in ("layer", "rms"):
-        tensors = randn(2, 3, 10, dtype=dtype), randn(10, dtype=dtype), randn(10, seed=1, dtype=dtype), sigma
+        tensors = (
+            randn(2, 3, 10, dtype=dtype),
+            randn(10, dtype=dtype),
+            randn(10, seed=1, dtype=dtype),
+            sigma,
+        )
 
         def run(x, weight, bias, sigma):
-            return producers.norm(x, weight, bias, sigma, SEED, kind=kind, eps=1e-3, offset=1.0, **where)
+            return producers.norm(
+                x, weight, bias, sigma, SEED, kind=kind, eps=1e-3, offset=1.0, **where
+            )
 
         def plain(x, weight, bias):
             if kind == "layer":
@@ -145,7 +162,14 @@ def test_producer_is_perturb_behind_the_plain_function(kind, log_variance):
     run, plain, tensors = calls(kind, log_variance)
     dim = -1 if kind in ("layer", "rms") else 1
     want = functional.perturb(
-        plain(*tensors[:-1]), tensors[-1], SEED, dim=dim, row0=5, col0=2, sample=1, log_variance=log_variance
+        plain(*tensors[:-1]),
+        tensors[-1],
+        SEED,
+        dim=dim,
+        row0=5,
+        col0=2,
+        sample=1,
+        log_variance=log_variance,
     )
     torch.testing.assert_close(run(*tensors), want, rtol=1e-9, atol=1e-9)
 
@@ -162,12 +186,18 @@ def test_producer_gradcheck_and_gradgradcheck(kind, log_variance):
     "change, error, match",
     [
         (dict(kind="batch"), ValueError, "kind: expected one of"),
-        (dict(sigma=torch.ones(7)), ValueError, r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
+        (
+            dict(sigma=torch.ones(7)),
+            ValueError,
+            r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", ["norm", "activate", "gate"])
 def test_producer_names_what_is_wrong(name, change, error, match):
-    arguments = dict(kind="layer" if name == "norm" else "silu", sigma=torch.ones(8), seed=SEED) | change
+    arguments = (
+        dict(kind="layer" if name == "norm" else "silu", sigma=torch.ones(8), seed=SEED) | change
+    )
     x = torch.ones(2, 8)
     with pytest.raises(error, match=match):
         if name == "norm":
@@ -178,12 +208,13 @@ def test_producer_names_what_is_wrong(name, change, error, match):
             producers.gate(x, x, **arguments)
 
 
-# ---- the kernels ------------------------------------------------------------------------------------------------------------
+# ---- the kernels ---------------------------------------------------------------------------------
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
 Z_ERROR = 4e-6  # the contract's tolerance on z
-# One lane, one group, rows that a tile holds several of, whole tiles, a row of several tiles, primes, empty.
+# One lane, one group, rows that a tile holds several of, whole tiles, a row of several tiles,
+# primes, empty.
 SHAPES = [
     (1, 1),
     (3, 8),
@@ -198,14 +229,24 @@ SHAPES = [
     (4, 0),
     (2, 1031),
 ]
-DRAWS = [Draw(), Draw(row0=2**33 + 7, col0=24, sample=2, factor=0.5), Draw(col0=3, log_variance=True)]
+DRAWS = [
+    Draw(),
+    Draw(row0=2**33 + 7, col0=24, sample=2, factor=0.5),
+    Draw(col0=3, log_variance=True),
+]
 
 
 def close(got, exact, tolerance, rounding):
     """Within one rounding to got's type of what is within `tolerance` of `exact`."""
     assert got.shape == exact.shape and torch.isfinite(got).all()
-    bound = rounding * 2 * EPS[got.dtype] * exact.abs() + tolerance + 6e-8 * (got.dtype is torch.float16)
-    assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() - bound).max()
+    bound = (
+        rounding * 2 * EPS[got.dtype] * exact.abs()
+        + tolerance
+        + 6e-8 * (got.dtype is torch.float16)
+    )
+    assert ((got.double() - exact).abs() <= bound).all(), (
+        (got.double() - exact).abs() - bound
+    ).max()
 
 
 def error(dtype):
@@ -215,8 +256,14 @@ def error(dtype):
 
 def assert_sum_close(got, exact, rows, dtype, size=4.0):
     assert got.shape == exact.shape
-    bound = (error(dtype) * size + Z_ERROR) * (rows + 1) ** 0.5 + 2 * EPS[got.dtype] * exact.abs() + 2e-6 * exact.abs()
-    assert ((got.double() - exact).abs() <= bound).all(), ((got.double() - exact).abs() - bound).max()
+    bound = (
+        (error(dtype) * size + Z_ERROR) * (rows + 1) ** 0.5
+        + 2 * EPS[got.dtype] * exact.abs()
+        + 2e-6 * exact.abs()
+    )
+    assert ((got.double() - exact).abs() <= bound).all(), (
+        (got.double() - exact).abs() - bound
+    ).max()
 
 
 # Every shape in two types; every draw and type at few shapes.
@@ -224,7 +271,12 @@ def assert_sum_close(got, exact, rows, dtype, size=4.0):
     "shape, draw, dtype",
     [
         *((shape, DRAWS[i % 3], dtype) for i, shape in enumerate(SHAPES) for dtype in DTYPES[:2]),
-        *((shape, draw, dtype) for shape in ((5, 64), (7, 129)) for draw in DRAWS for dtype in DTYPES),
+        *(
+            (shape, draw, dtype)
+            for shape in ((5, 64), (7, 129))
+            for draw in DRAWS
+            for dtype in DTYPES
+        ),
     ],
 )
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -254,9 +306,13 @@ def test_norm_without_weight_and_bias_and_sigma(capability):
     sigma = scale(192)
     for weight, bias in ((None, None), (scale(192), None), (None, scale(192))):
         u, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 1.0, None)
-        want, _ = reference.norm(x.double(), weight, bias, sigma, SEED, *Draw(), "layer", 1e-5, 1.0, None)
+        want, _ = reference.norm(
+            x.double(), weight, bias, sigma, SEED, *Draw(), "layer", 1e-5, 1.0, None
+        )
         torch.testing.assert_close(u.double(), want, rtol=1e-5, atol=1e-5)
-        dx, dweight, dbias, dsigma = norm.norm_bwd(du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0)
+        dx, dweight, dbias, dsigma = norm.norm_bwd(
+            du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0
+        )
         full = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 1.0)
         assert dsigma.numel() == 0 and (dweight.numel(), dbias.numel()) == tuple(
             192 * (t is not None) for t in (weight, bias)
@@ -276,9 +332,17 @@ CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
             for i, (shape, dim) in enumerate([*((shape, -1) for shape in SHAPES), *CHANNELS])
             for dtype in DTYPES[:2]
         ),
-        *((kind, (5, 64), -1, DRAWS[i % 3], dtype) for i, kind in enumerate(ACTIVATIONS) for dtype in DTYPES),
+        *(
+            (kind, (5, 64), -1, DRAWS[i % 3], dtype)
+            for i, kind in enumerate(ACTIVATIONS)
+            for dtype in DTYPES
+        ),
         *((kind, (20, 768), -1, Draw(), dtype) for kind in ACTIVATIONS for dtype in DTYPES[:2]),
-        *((kind, (2, 13, 5, 3), 1, DRAWS[i % 3], dtype) for i, kind in enumerate(ACTIVATIONS) for dtype in DTYPES),
+        *(
+            (kind, (2, 13, 5, 3), 1, DRAWS[i % 3], dtype)
+            for i, kind in enumerate(ACTIVATIONS)
+            for dtype in DTYPES
+        ),
     ],
 )
 def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
@@ -296,11 +360,15 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     exact = reference.gate(a.double(), b.double(), sigma, SEED, *draw, kind, None)
     close(u, exact, error(dtype) * (1 + exact.abs()) * (1 + b.double().abs()) + Z_ERROR, 1)
     dx, dsigma = gate.activate_bwd(du, a, sigma, SEED, draw, kind)
-    want, want_dsigma = reference.activate_bwd(du.double(), a.double(), sigma.double(), SEED, *draw, kind)
+    want, want_dsigma = reference.activate_bwd(
+        du.double(), a.double(), sigma.double(), SEED, *draw, kind
+    )
     close(dx, want, 4 * error(dtype) * (1 + du.double().abs()), 1)
     assert_sum_close(dsigma, want_dsigma.double(), rows, dtype)
     da, db, again = gate.gate_bwd(du, a, b, sigma, SEED, draw, kind)
-    want_da, want_db, _ = reference.gate_bwd(du.double(), a.double(), b.double(), sigma, SEED, *draw, kind)
+    want_da, want_db, _ = reference.gate_bwd(
+        du.double(), a.double(), b.double(), sigma, SEED, *draw, kind
+    )
     size = (1 + du.double().abs()) * (1 + b.double().abs()) * (1 + a.double().abs())
     close(da, want_da, 4 * error(dtype) * size, 1)
     close(db, want_db, 4 * error(dtype) * size, 1)
@@ -314,15 +382,22 @@ def reference_of(name):
 
 
 def everything(shape, dtype=torch.float32, transform=lambda t: t):
-    """Every result of every operation on rows of this shape; what is read may lie elsewhere in memory."""
+    """Every result of every operation on rows of this shape; what is read may lie elsewhere in
+    memory."""
     draw = Draw(row0=2**32 - 2, col0=16)
     x, b, du = (transform(randn(*shape, seed=i, dtype=dtype)) for i in range(3))
     k = shape[-1]
     sigma, weight, bias = scale(k), randn(k).to(dtype), randn(k, seed=1).to(dtype)
     for kind in ("layer", "rms"):
         u, stats = norm.norm(x, weight, bias, sigma, SEED, draw, kind, 1e-5, 0.0, None)
-        yield from (u, stats, *norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0))
-    for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):  # float64 calls the library's exp
+        yield from (
+            u,
+            stats,
+            *norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0),
+        )
+    for kind in (
+        ("gelu", "silu") if dtype is not torch.float64 else ("relu",)
+    ):  # float64 calls the library's exp
         yield gate.activate(x, sigma, SEED, draw, kind, None)
         yield from gate.activate_bwd(du, x, sigma, SEED, draw, kind)
         yield gate.gate(x, b, sigma, SEED, draw, kind, None)
@@ -368,19 +443,36 @@ def test_gate_takes_the_halves_of_one_tensor():
 def test_norm_sums_no_worse_than_torch():
     """Twice the error of the same sums in plain PyTorch, + 1e-6 a root of a row."""
     x, du = randn(6000, 40, dtype=torch.float32), randn(6000, 40, seed=1, dtype=torch.float32)
-    weight, bias, sigma = randn(40, dtype=torch.float32), randn(40, seed=1, dtype=torch.float32), scale(40)
+    weight, bias, sigma = (
+        randn(40, dtype=torch.float32),
+        randn(40, seed=1, dtype=torch.float32),
+        scale(40),
+    )
     _, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 0.0, None)
     got = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 0.0)
     exact = reference.norm_bwd(
-        du.double(), x.double(), stats, weight.double(), bias.double(), sigma.double(), SEED, *Draw(), "layer", 0.0
+        du.double(),
+        x.double(),
+        stats,
+        weight.double(),
+        bias.double(),
+        sigma.double(),
+        SEED,
+        *Draw(),
+        "layer",
+        0.0,
     )
     _, mean, rstd = torch.native_layer_norm(x, (40,), weight, bias, 1e-5)
-    plain = torch.ops.aten.native_layer_norm_backward(du, x, (40,), mean, rstd, weight, bias, [True] * 3)
+    plain = torch.ops.aten.native_layer_norm_backward(
+        du, x, (40,), mean, rstd, weight, bias, [True] * 3
+    )
     for i in range(3):
-        assert (got[i] - exact[i]).abs().max() <= 2 * (plain[i] - exact[i]).abs().max() + 1e-6 * 6000**0.5
+        assert (got[i] - exact[i]).abs().max() <= 2 * (
+            plain[i] - exact[i]
+        ).abs().max() + 1e-6 * 6000**0.5
 
 
-# ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------------------------------
+# ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -396,7 +488,9 @@ def test_producer_draws_what_perturb_draws_to_the_bit(shape, dim, dtype):
         k = shape[-1]
         zero, bias = torch.zeros(k, dtype=dtype), randn(k, dtype=dtype)
         want = functional.perturb(bias.expand(shape).contiguous(), sigma, SEED, **where)
-        assert torch.equal(producers.norm(x, zero, bias, sigma, SEED, kind="layer", eps=1e-5, **where), want)
+        assert torch.equal(
+            producers.norm(x, zero, bias, sigma, SEED, kind="layer", eps=1e-5, **where), want
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -409,12 +503,17 @@ def test_producer_of_16_bit_data_rounds_once(kind):
 def test_producer_of_a_window_is_the_window():
     x, sigma = randn(12, 40, dtype=torch.float32), scale(40)
     u = producers.activate(x, sigma, SEED, kind="gelu")
-    assert torch.equal(producers.activate(x[3:9, 5:22], sigma[5:22], SEED, kind="gelu", row0=3, col0=5), u[3:9, 5:22])
+    assert torch.equal(
+        producers.activate(x[3:9, 5:22], sigma[5:22], SEED, kind="gelu", row0=3, col0=5),
+        u[3:9, 5:22],
+    )
     u = producers.norm(x, None, None, sigma, SEED, kind="rms", eps=1e-5)
-    assert torch.equal(producers.norm(x[3:9], None, None, sigma, SEED, kind="rms", eps=1e-5, row0=3), u[3:9])
+    assert torch.equal(
+        producers.norm(x[3:9], None, None, sigma, SEED, kind="rms", eps=1e-5, row0=3), u[3:9]
+    )
 
 
-# ---- autograd -------------------------------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -431,7 +530,9 @@ def test_producer_keeps_for_backward_what_the_plain_function_keeps(kind):
         run(*tensors)
     rows, operands = tensors[0].numel() // 10, 2 if kind.startswith("gated") else 1
     of_rows = 4 * rows * {"layer": 2, "rms": 1}.get(kind, 0)
-    of_columns = 16 + sum(t.nbytes for t in tensors if t.dim() == 1)  # the seed, sigma, weight, bias
+    of_columns = 16 + sum(
+        t.nbytes for t in tensors if t.dim() == 1
+    )  # the seed, sigma, weight, bias
     assert sum(kept.values()) <= operands * tensors[0].nbytes + of_rows + of_columns
 
 
@@ -453,9 +554,13 @@ def test_producer_in_torch_func(kind):
     tangents = [randn(*t.shape, seed=7) for t in tensors]
     _, got = torch.func.jvp(run, tensors, tuple(tangents))
     step = 1e-6
-    ahead, behind = (run(*(t + sign * d for t, d in zip(tensors, tangents))) for sign in (step, -step))
+    ahead, behind = (
+        run(*(t + sign * d for t, d in zip(tensors, tangents))) for sign in (step, -step)
+    )
     torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
-    grads = torch.func.grad(lambda *t: run(*t).sin().sum(), argnums=tuple(range(len(tensors))))(*tensors)
+    grads = torch.func.grad(lambda *t: run(*t).sin().sum(), argnums=tuple(range(len(tensors))))(
+        *tensors
+    )
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.testing.assert_close(grads, torch.autograd.grad(run(*leaves).sin().sum(), leaves))
 
@@ -474,11 +579,15 @@ def test_producer_compiles_whole_and_exports(kind):
             return run(*tensors)
 
     exported = torch.export.export(Module(), tuple(tensors)).module()
-    torch.testing.assert_close(torch.autograd.grad(exported(*leaves).sin().sum(), leaves), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(exported(*leaves).sin().sum(), leaves), want, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_producer_under_autocast_rounds_once_to_its_type():
     x, sigma = randn(4, 16, dtype=torch.float32), scale(16)
     with torch.autocast("cpu", torch.bfloat16):
         u = producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5)
-    assert torch.equal(u, producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5).bfloat16())
+    assert torch.equal(
+        u, producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5).bfloat16()
+    )

@@ -1,4 +1,5 @@
-"""Random shapes, strides, types, origins, threads and instruction sets against the float64 reference, by hypothesis.
+"""Random shapes, strides, types, origins, threads and instruction sets against the float64
+reference, by hypothesis.
 
 500 cases of fixed seeds in `make test`, 20,000 in `make test-all`.
 """
@@ -22,13 +23,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torch.float64: 2**-53}
 Z_ERROR = 4e-6  # the contract's tolerance on z
 MOST = 1500  # elements of a case
-pytestmark = pytest.mark.skipif("portable" not in library().cpu_capabilities, reason="needs the compiled library")
+pytestmark = pytest.mark.skipif(
+    "portable" not in library().cpu_capabilities, reason="needs the compiled library"
+)
 
 
 def cases(number):
     """`number` cases of fixed seeds, the same on every machine."""
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    fixed = settings(max_examples=number, deadline=None, database=None, suppress_health_check=checks)
+    fixed = settings(
+        max_examples=number, deadline=None, database=None, suppress_health_check=checks
+    )
     return lambda test: seed(20261120)(fixed(test))
 
 
@@ -41,20 +46,25 @@ def restore():
         cpu_capability("auto")
 
 
-# ---- what a case is made of --------------------------------------------------------------------------------------------
+# ---- what a case is made of ----------------------------------------------------------------------
 
 LAST_ROW0 = 2**62 - 2**20  # the last row that the operations take, less the rows of any case
 rows0 = st.one_of(
-    st.integers(0, 9), st.sampled_from([2**32 - 5, 2**32 - 1, 2**33 + 7, LAST_ROW0]), st.integers(0, LAST_ROW0)
+    st.integers(0, 9),
+    st.sampled_from([2**32 - 5, 2**32 - 1, 2**33 + 7, LAST_ROW0]),
+    st.integers(0, LAST_ROW0),
 )
 columns0 = st.one_of(st.integers(0, 17), st.sampled_from([0, 8, 2**20 + 3, 2**35 - 4, 2**35 + 16]))
 keys = st.integers(-(2**63), 2**63 - 1)
-seeds = st.builds(lambda key, stream: torch.tensor([key, stream]), keys, st.integers(-3, 2**17) | keys)
+seeds = st.builds(
+    lambda key, stream: torch.tensor([key, stream]), keys, st.integers(-3, 2**17) | keys
+)
 
 
 @st.composite
 def shapes(draw, least=1):
-    """1 to 4 dimensions, some empty or of one element, MOST elements at most, and the feature dimension."""
+    """1 to 4 dimensions, some empty or of one element, MOST elements at most, and the feature
+    dimension."""
     ndim = draw(st.integers(least, 4))
     side = st.one_of(st.integers(1, 12), st.sampled_from([0, 1, 2, 8, 16, 17, 64, 129, 700]))
     shape, left = [], MOST
@@ -67,14 +77,23 @@ def shapes(draw, least=1):
 
 @st.composite
 def layouts(draw, values):
-    """`values` (contiguous) in other memory: any order of dimensions, gaps, steps, an offset, expanded dimensions, flips."""
-    kind = draw(st.sampled_from(["dense", "dense", "order", "gaps", "expand", "flip", "channels_last", "slice"]))
+    """`values` (contiguous) in other memory: any order of dimensions, gaps, steps, an offset,
+    expanded dimensions, flips."""
+    kind = draw(
+        st.sampled_from(
+            ["dense", "dense", "order", "gaps", "expand", "flip", "channels_last", "slice"]
+        )
+    )
     if kind == "dense" or values.numel() == 0:
         return values
     ndim = values.dim()
     if kind == "channels_last" and ndim == 4:
         return values.to(memory_format=torch.channels_last)
-    if kind == "flip":  # torch has no negative strides: a flip is a copy, of which the copy's flip is a view's worth
+    if (
+        kind == "flip"
+        # torch has no negative strides: a flip is a copy, of which the copy's flip is a view's
+        # worth
+    ):
         return values.flip(draw(st.integers(0, ndim - 1)))
     if kind == "expand":
         d = draw(st.integers(0, ndim - 1))
@@ -95,7 +114,9 @@ def layouts(draw, values):
         stride = stride * values.shape[d] + (0 if kind == "order" else draw(st.integers(0, 3)))
     offset = draw(st.integers(0, 5))
     memory = torch.full(
-        (offset + 1 + sum((n - 1) * s for n, s in zip(values.shape, strides)),), math.nan, dtype=values.dtype
+        (offset + 1 + sum((n - 1) * s for n, s in zip(values.shape, strides)),),
+        math.nan,
+        dtype=values.dtype,
     )
     return memory.as_strided(values.shape, strides, offset).copy_(values)
 
@@ -109,7 +130,12 @@ def perturbs(draw):
     du = torch.randn(shape, generator=generator, dtype=torch.float64).to(du_dtype)
     log_variance = draw(st.booleans())
     sigma = (
-        torch.rand(shape[dim], generator=generator, dtype=draw(st.sampled_from([torch.float32, torch.float64]))) + 0.1
+        torch.rand(
+            shape[dim],
+            generator=generator,
+            dtype=draw(st.sampled_from([torch.float32, torch.float64])),
+        )
+        + 0.1
     )
     sigma = sigma.square().log() if log_variance else sigma
     sample = draw(st.sampled_from([0, 1, 2**16 - 1]) | st.integers(0, 2**16 - 1))
@@ -123,10 +149,18 @@ def perturbs(draw):
     )
     out_dtype = draw(st.sampled_from([None, None, *DTYPES]))
     machine = draw(st.sampled_from(OFFERED)), draw(st.integers(1, 3))
-    return draw(layouts(x)), draw(layouts(du)), draw(layouts(sigma)), draw(seeds), where, out_dtype, machine
+    return (
+        draw(layouts(x)),
+        draw(layouts(du)),
+        draw(layouts(sigma)),
+        draw(seeds),
+        where,
+        out_dtype,
+        machine,
+    )
 
 
-# ---- the properties ----------------------------------------------------------------------------------------------------
+# ---- the properties ------------------------------------------------------------------------------
 
 
 def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
@@ -135,14 +169,22 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     dim, log_variance = where[0], where[-1]
     u = perturb(x, sigma, seed, Draw(*where), out_dtype)
     exact = reference.perturb(x, sigma, seed, *where, torch.float64)
-    scale = float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[4] if sigma.numel() else 0.0
+    scale = (
+        float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[4]
+        if sigma.numel()
+        else 0.0
+    )
     tiny = 6e-8 if u.dtype is torch.float16 else 0.0
     allowed = (
         2 * (EPS[u.dtype] + EPS[torch.float32]) * (exact.abs() + 6 * scale * EPS[torch.float32])
         + scale * Z_ERROR
         + tiny
     )
-    assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape and u.stride() == torch.empty_like(x).stride()
+    assert (
+        u.dtype == (out_dtype or x.dtype)
+        and u.shape == x.shape
+        and u.stride() == torch.empty_like(x).stride()
+    )
     assert ((u.double() - exact).abs() <= allowed).all()
     dsigma = perturb_bwd(du, sigma, seed, Draw(*where))
     exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
@@ -176,7 +218,11 @@ def check_noise(shape_dim, where, seed, data, machine):
     torch.set_num_threads(machine[1])
     z = functional.noise(shape, seed, dim=dim, row0=row0, col0=col0, sample=sample)
     exact = reference.noise(seed, shape, dim, row0, col0, sample)
-    assert z.is_contiguous() and z.dtype is torch.float32 and ((z - exact).abs() <= Z_ERROR + 1e-6).all()
+    assert (
+        z.is_contiguous()
+        and z.dtype is torch.float32
+        and ((z - exact).abs() <= Z_ERROR + 1e-6).all()
+    )
     if z.numel() == 0:
         return
     first = data.draw(st.integers(0, shape[dim] - 1))
@@ -224,18 +270,30 @@ def linears(draw):
                    log_variance=log_variance, keep=draw(st.sampled_from(["auto", "u", "x"])))  # fmt: skip
     bias = normal(n) if draw(st.booleans()) else None
     x = draw(layouts(normal(*shape)))
-    return x, normal(n, k), bias, sigma.log() if log_variance else sigma, draw(seeds), normal(*shape[:-1], n), options
+    return (
+        x,
+        normal(n, k),
+        bias,
+        sigma.log() if log_variance else sigma,
+        draw(seeds),
+        normal(*shape[:-1], n),
+        options,
+    )
 
 
 def check_linear(x, weight, bias, sigma, seed, dy, options):
-    """y and every gradient in float64, against the same layer written out with the reference's noise."""
+    """y and every gradient in float64, against the same layer written out with the reference's
+    noise."""
     keep = {k: v for k, v in options.items() if k != "keep" and k != "log_variance"}
     num_samples = keep.pop("num_samples")
     factor = num_samples**-0.5
     z = reference.noise(seed, x.shape, -1, keep["row0"], keep["col0"], keep["sample"]).double()
     results = []
     for ours in (True, False):
-        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
+        leaves = [
+            None if t is None else t.detach().clone().requires_grad_()
+            for t in (x, weight, bias, sigma)
+        ]
         lx, lw, lb, ls = leaves
         if ours:
             y = functional.dip_linear(lx, lw, lb, ls, seed, **options)
@@ -263,7 +321,8 @@ def test_dip_linear_and_its_gradients_match_reference_whatever_comes_2500(case):
 
 @pytest.mark.parametrize("name", backends.NAMES)
 def test_tensors_of_no_dimension_are_refused(name):
-    """Zero dimensions have no feature dimension: a clear error, from every backend that runs here."""
+    """Zero dimensions have no feature dimension: a clear error, from every backend that runs
+    here."""
     if name in ("cuda", "triton"):
         pytest.skip("needs a GPU")
     with backends.backend(name):
@@ -280,8 +339,15 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
     x, sigma = torch.zeros(3, 9, 5), torch.ones(9)
     exact = reference.noise(seed, x.shape, 1, far, far, 0)
     with backends.backend(name):
-        assert (functional.noise(x.shape, seed, dim=1, row0=far, col0=far) - exact).abs().max() < 1e-5
-        for bad in (dict(row0=far + 1), dict(col0=2**63 - 1), dict(row0=2**63 - 1), dict(row0=2**70)):
+        assert (
+            functional.noise(x.shape, seed, dim=1, row0=far, col0=far) - exact
+        ).abs().max() < 1e-5
+        for bad in (
+            dict(row0=far + 1),
+            dict(col0=2**63 - 1),
+            dict(row0=2**63 - 1),
+            dict(row0=2**70),
+        ):
             for call in (
                 lambda bad=bad: functional.noise(x.shape, seed, dim=1, **bad),
                 lambda bad=bad: functional.perturb(x, sigma, seed, dim=1, **bad),
@@ -291,11 +357,16 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
                 with pytest.raises(ValueError, match=r"row0, col0: expected 0 to 2\^62"):
                     call()
         layer = dip.DIPLinear(9, 4)
-        with dip.fixed_noise(1, row0=2**61), pytest.raises(ValueError, match="row0, col0: expected"):
+        with (
+            dip.fixed_noise(1, row0=2**61),
+            pytest.raises(ValueError, match="row0, col0: expected"),
+        ):
             layer(torch.zeros(2, 3, 9))  # three rows an entry
 
 
-@pytest.mark.parametrize("shape", [(0,), (1, 2, 0, 1), (0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 0, 1, 5), (2, 0, 0, 3)])
+@pytest.mark.parametrize(
+    "shape", [(0,), (1, 2, 0, 1), (0, 3, 2), (3, 0, 2), (2, 3, 0), (1, 0, 1, 5), (2, 0, 0, 3)]
+)
 def test_empty_tensors_are_as_good_as_others(shape):
     """Wherever the feature dimension is: an empty result, and sums of nothing."""
     seed = torch.tensor([1, 2])
@@ -349,9 +420,13 @@ def test_noise_sums_have_derivatives_forward_over_reverse():
 
 @pytest.mark.parametrize("activation", ["tanh", "silu"])
 def test_gradients_of_an_averaged_activation_are_the_same_with_and_without_a_graph(activation):
-    """Backward, backward under create_graph and torch.func compute three ways what one mean over samples defines."""
+    """Backward, backward under create_graph and torch.func compute three ways what one mean over
+    samples defines."""
     generator = torch.Generator().manual_seed(1)
-    x, weight, dy = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((5, 9), (4, 9), (5, 4)))
+    x, weight, dy = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((5, 9), (4, 9), (5, 4))
+    )
     sigma, seed = torch.rand(9, generator=generator, dtype=torch.float64), torch.tensor([1, 2])
     act = functional.ACTIVATIONS[activation]
 

@@ -1,4 +1,5 @@
-"""What threads do together in the PTX interpreter: the right kernels run, and each check meets the least kernel it must refuse."""
+"""What threads do together in the PTX interpreter: the right kernels run, and each check meets the
+least kernel it must refuse."""
 
 import numpy as np
 import pytest
@@ -14,15 +15,42 @@ HEADER = """.version 8.0
 mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [out]; mul.wide.u32 %rd2, %r1, 4; add.s64 %rd3, %rd1, %rd2; shl.b32 %r2, %r1, 2;
 mov.u32 %r3, s; add.s32 %r4, %r3, %r2; xor.b32 %r5, %r4, 4; setp.lt.u32 %p1, %r1, 32; setp.eq.u32 %p2, %r1, 5;
 """
-# Opcodes that test_ptx_opcodes.py leaves to this file and to the products of matrices in test_ptx_matrices.py.
-RUN_THERE = {"ld", "ldu", "st", "mov", "cvta", "atom", "red", "cp", "bar", "barrier", "shfl", "vote", "activemask"}
+# Opcodes that test_ptx_opcodes.py leaves to this file and to the products of matrices in
+# test_ptx_matrices.py.
+RUN_THERE = {
+    "ld",
+    "ldu",
+    "st",
+    "mov",
+    "cvta",
+    "atom",
+    "red",
+    "cp",
+    "bar",
+    "barrier",
+    "shfl",
+    "vote",
+    "activemask",
+}
 RUN_THERE |= {"match", "redux", "ldmatrix", "stmatrix", "mma", "wgmma"}
 NEIGHBOUR = "st.shared.u32 [%r4], %r1; {} ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd3], %r6;"
 STORE = "st.global.u32 [%rd3], %r8;"
 
 
-def run(body, *, size=256, threads=64, ctas=1, start=0, writable=True, together=16384, order=None, **options):
-    """Memory as words after a kernel that begins as HEADER; %r1: the thread, %rd3: its word, %r4: its word of shared memory"""
+def run(
+    body,
+    *,
+    size=256,
+    threads=64,
+    ctas=1,
+    start=0,
+    writable=True,
+    together=16384,
+    order=None,
+    **options,
+):
+    """Memory as words after a kernel that begins as HEADER; %r1: the thread, %rd3: its word, %r4:
+    its word of shared memory"""
     out, memory = np.full(size, start, np.uint8), Memory()
     address = memory.add(out, writable=writable)
     kernel = Module(HEADER + body + "ret; }").kernels["k"]
@@ -40,24 +68,29 @@ THREAD = np.arange(64)
 
 def test_threads_that_part_meet_again():
     assert run(NEIGHBOUR.format("bar.sync 0;"), ctas=3).tolist() == [i ^ 1 for i in range(64)]
-    loop = "mov.u32 %r8, 0; L: add.s32 %r8, %r8, 1; setp.lt.u32 %p3, %r8, %r1; @%p3 bra L; bar.sync 0;"
+    loop = (
+        "mov.u32 %r8, 0; L: add.s32 %r8, %r8, 1; setp.lt.u32 %p3, %r8, %r1; @%p3 bra L; bar.sync 0;"
+    )
     assert run(loop + STORE).tolist() == [max(1, i) for i in range(64)]
     branches = "@%p1 bra A; mov.u32 %r7, 9; bra.uni B; A: mov.u32 %r7, 7; B: shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1;"
     assert run(branches + STORE).tolist() == [7] * 32 + [9] * 32
     early = f"@%p2 ret; mov.u32 %r8, 3; {STORE}"
     assert run(early).tolist() == [0 if i == 5 else 3 for i in range(64)]
-    assert run(f"mov.u32 %r8, 1; @%p2 mov.u32 %r8, 4; @!%p1 add.u32 %r8, %r8, 1; {STORE}").tolist() == [
-        4 if i == 5 else 1 + (i >= 32) for i in range(64)
-    ]
+    assert run(
+        f"mov.u32 %r8, 1; @%p2 mov.u32 %r8, 4; @!%p1 add.u32 %r8, %r8, 1; {STORE}"
+    ).tolist() == [4 if i == 5 else 1 + (i >= 32) for i in range(64)]
 
 
 def test_moves_take_words_apart():
     body = "mov.b32 {%h1, %h2}, %r1; mov.b32 %r8, {%h2, %h1}; mov.b64 %rd4, {%r8, %r1}; mov.b64 {%r9, %r10}, %rd4;"
-    assert run(body + "add.u32 %r8, %r9, %r10;" + STORE).tolist() == [i << 16 | i for i in range(64)]
+    assert run(body + "add.u32 %r8, %r9, %r10;" + STORE).tolist() == [
+        i << 16 | i for i in range(64)
+    ]
 
 
 @pytest.mark.parametrize(
-    "load", ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32", "ldu.global.u32"]
+    "load",
+    ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32", "ldu.global.u32"],
 )
 def test_loads_and_stores(load):
     assert run(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", start=1).tolist() == [
@@ -66,13 +99,17 @@ def test_loads_and_stores(load):
     signed = "ld.global.s8 %r8, [%rd3]; st.global.u32 [%rd3], %r8;"
     assert run(signed, start=0x80).tolist() == [0xFFFFFF80] * 64
     vector = "and.b32 %r7, %r1, 60; mul.wide.u32 %rd5, %r7, 4; add.u64 %rd5, %rd1, %rd5; ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%rd5];"
-    assert run(f"st.global.u32 [%rd3], %r1; {vector} mov.u32 %r8, %r13; {STORE}").tolist() == [i | 3 for i in range(64)]
+    assert run(f"st.global.u32 [%rd3], %r1; {vector} mov.u32 %r8, %r13; {STORE}").tolist() == [
+        i | 3 for i in range(64)
+    ]
 
 
 def test_local_memory_is_each_threads_own():
     direct = "st.local.u32 [depot+4], %r1; ld.local.u32 %r8, [depot+4];"
     assert run(direct + STORE).tolist() == THREAD.tolist()
-    generic = "mov.u64 %rd4, depot; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5], %r1; ld.u32 %r8, [%rd5];"
+    generic = (
+        "mov.u64 %rd4, depot; cvta.local.u64 %rd5, %rd4; st.u32 [%rd5], %r1; ld.u32 %r8, [%rd5];"
+    )
     assert run(generic + STORE).tolist() == THREAD.tolist()
 
 
@@ -80,14 +117,19 @@ def test_generic_addresses_reach_shared_memory():
     body = "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; st.u32 [%rd5], %r1; cvta.to.shared.u64 %rd6, %rd5;"
     assert run(f"{body} ld.shared.u32 %r8, [%rd6]; {STORE}").tolist() == THREAD.tolist()
     assert (
-        run("cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;").tolist() == [7] * 64
+        run(
+            "cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;"
+        ).tolist()
+        == [7] * 64
     )
 
 
 def test_variables_of_a_module_outlive_a_launch():
     text = (
-        ".visible .global .align 4 .b8 counters[64]; .entry k() { .reg .b64 %a; .reg .b32 %r; mov.u64 %a, counters; "
-        "cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; red.global.add.u32 [counters+12], 2; ret; }"
+        ".visible .global .align 4 .b8 counters[64]; .entry k() { .reg .b64 %a; .reg .b32 %r; "
+        "mov.u64 %a, counters; "
+        "cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; red.global.add.u32 "
+        "[counters+12], 2; ret; }"
     )
     module = Module(text)
     for _ in range(2):
@@ -111,7 +153,9 @@ def test_shuffles():
     ):
         body = f"shfl.sync.{how}.b32 %r8|%p3, %r1, {b}, {c}, -1; @!%p3 add.u32 %r8, %r8, 1000;"
         got = run(body + STORE).tolist()
-        assert got == [want(i) + 1000 * (want(i) == i and how in ("up", "down")) for i in range(64)], how
+        assert got == [
+            want(i) + 1000 * (want(i) == i and how in ("up", "down")) for i in range(64)
+        ], how
 
 
 def test_shuffles_and_votes_of_a_part_of_a_warp():
@@ -126,7 +170,10 @@ def test_shuffles_and_votes_of_a_part_of_a_warp():
     with pytest.raises(PTXError, match="does not take part"):
         run(part.format("shfl.sync.idx.b32 %r8, %r1, 9, 31, 255;"))
     # The block's own end is no part: a warp of eight threads names all of itself with -1.
-    assert run("shfl.sync.idx.b32 %r8, %r1, 3, 31, -1;" + STORE, threads=8, size=32).tolist() == [3] * 8
+    assert (
+        run("shfl.sync.idx.b32 %r8, %r1, 3, 31, -1;" + STORE, threads=8, size=32).tolist()
+        == [3] * 8
+    )
 
 
 def test_votes_and_matches():
@@ -188,7 +235,11 @@ def test_reductions_at_a_barrier():
     ],
 )
 def test_atomic_operations_meet_in_one_word(operation, start, want, errors):
-    for name, target in (("red.global", ""), ("atom.global", "%r8, "), ("atom.relaxed.gpu.global", "%r8, ")):
+    for name, target in (
+        ("red.global", ""),
+        ("atom.global", "%r8, "),
+        ("atom.relaxed.gpu.global", "%r8, "),
+    ):
         got = run(f"{name}.{operation.format(d=target)}", start=start, errors=errors)
         assert got[0] == want and (got[1:] == start * 0x01010101).all()
 
@@ -227,13 +278,18 @@ def test_atomic_operations_of_shared_memory():
 
 
 def test_the_last_block_sums_what_the_others_left():
-    """A column sum in one launch: each block leaves a partial sum and takes a ticket; the last one adds them up."""
+    """A column sum in one launch: each block leaves a partial sum and takes a ticket; the last one
+    adds them up."""
     body = (
-        "mov.u32 %r20, %ctaid.x; mul.wide.u32 %rd5, %r20, 4; add.u64 %rd5, %rd1, %rd5; add.u32 %r21, %r20, 1; "
+        "mov.u32 %r20, %ctaid.x; mul.wide.u32 %rd5, %r20, 4; add.u64 %rd5, %rd1, %rd5; add.u32 "
+        "%r21, %r20, 1; "
         "setp.ne.u32 %p3, %r1, 0; @%p3 bra E; st.global.u32 [%rd5], %r21; membar.gl; "
-        "atom.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra E; fence.acq_rel.gpu; "
-        "mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: ld.global.u32 %r24, [%rd6]; add.u32 %r8, %r8, %r24; "
-        "add.u64 %rd6, %rd6, 4; add.u32 %r23, %r23, 1; setp.lt.u32 %p5, %r23, 10; @%p5 bra L; st.global.u32 [%rd1+240], %r8; E: "
+        "atom.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra E; "
+        "fence.acq_rel.gpu; "
+        "mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: ld.global.u32 %r24, [%rd6]; "
+        "add.u32 %r8, %r8, %r24; "
+        "add.u64 %rd6, %rd6, 4; add.u32 %r23, %r23, 1; setp.lt.u32 %p5, %r23, 10; @%p5 bra L; "
+        "st.global.u32 [%rd1+240], %r8; E: "
     )
     orders = (None, lambda grid: [(x, 0, 0) for x in reversed(range(grid[0]))])
     for threads in (64, 256, 16384):  # one block after the other, four together, all
@@ -291,10 +347,18 @@ def test_a_trap_that_no_thread_meets_is_none():
 
 def test_copies_arrive_with_their_group():
     body = "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; {} bar.sync 0; ld.shared.u32 %r8, [%r5]; bar.sync 0;"
-    assert (run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_group 0;") + STORE) == (THREAD ^ 1)).all()
-    assert (run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_all;") + STORE) == (THREAD ^ 1)).all()
+    assert (
+        run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_group 0;") + STORE)
+        == (THREAD ^ 1)
+    ).all()
+    assert (
+        run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_all;") + STORE)
+        == (THREAD ^ 1)
+    ).all()
     zeros = body.replace("[%rd3], 4;", "[%rd3], 4, 0;", 1)
-    assert (run("st.global.u32 [%rd3], %r1;" + zeros.format("cp.async.wait_all;") + STORE) == 0).all()
+    assert (
+        run("st.global.u32 [%rd3], %r1;" + zeros.format("cp.async.wait_all;") + STORE) == 0
+    ).all()
 
 
 def test_a_tensor_that_is_read_only_stays_so():
@@ -332,4 +396,6 @@ def test_the_interpreter_needs_numpy_alone():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module]
-            assert all(name.split(".")[0] in {*sys.stdlib_module_names, "numpy"} for name in names), path
+            assert all(
+                name.split(".")[0] in {*sys.stdlib_module_names, "numpy"} for name in names
+            ), path

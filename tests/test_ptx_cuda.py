@@ -1,7 +1,8 @@
-"""csrc/cuda/perturb.cu as nvcc compiled it, host and device code, executed by tests/ptx against the float64 reference, without a GPU.
+"""csrc/cuda/perturb.cu as nvcc compiled it, host and device code, executed by tests/ptx against the
+float64 reference, without a GPU.
 
-Every access is checked against the exact extent of its tensor, outputs start as NaN, and what an approximate instruction
-returns is as far off as the PTX manual allows.
+Every access is checked against the exact extent of its tensor, outputs start as NaN, and what an
+approximate instruction returns is as far off as the PTX manual allows.
 """
 
 import functools
@@ -22,7 +23,9 @@ from dipkernels.ops.draw import Draw
 from dipkernels.ops.perturb import noise, perturb
 
 reference = load_reference()
-missing = next((name for name in ("nvcc", "g++") if not (find_tool(name) or shutil.which(name))), None)
+missing = next(
+    (name for name in ("nvcc", "g++") if not (find_tool(name) or shutil.which(name))), None
+)
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"needs {missing}")
 
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
@@ -31,7 +34,10 @@ F32, F64, F16, BF16 = DTYPES
 # (architecture, which errors approximate instructions make: docs/reliability.md)
 CONFIGS = [
     (80, 1),
-    *(pytest.param((arch, errors), marks=pytest.mark.slow) for arch, errors in ((90, 2), (120, 3), (80, 0))),
+    *(
+        pytest.param((arch, errors), marks=pytest.mark.slow)
+        for arch, errors in ((90, 2), (120, 3), (80, 0))
+    ),
 ]
 
 
@@ -46,7 +52,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("cuda")
 
 
-@pytest.fixture(scope="session", params=CONFIGS, ids=lambda config: f"sm_{config[0]}-errors{config[1]}")
+@pytest.fixture(
+    scope="session", params=CONFIGS, ids=lambda config: f"sm_{config[0]}-errors{config[1]}"
+)
 def library(request, folder):
     arch, errors = request.param
     library = _built(folder, arch)
@@ -77,8 +85,13 @@ def check(library, x=None, u=None, du=None, sigma=None, **kwargs):
         want = reference.perturb(x, sigma, SEED, *where(kwargs, 1), torch.float64)
         eps = torch.finfo(u.dtype).eps if u.dtype is not torch.float64 else 0.0
         error = (got_u.double() - want).abs() - eps * want.abs() - 1e-7
-        assert not got_u.isnan().any() and (error.numel() == 0 or error.max() <= scale), (got_u, want)
-        if HAS_CPU and not kwargs.get("log_variance"):  # the C library's exp rounds otherwise than CUDA's
+        assert not got_u.isnan().any() and (error.numel() == 0 or error.max() <= scale), (
+            got_u,
+            want,
+        )
+        if HAS_CPU and not kwargs.get(
+            "log_variance"
+        ):  # the C library's exp rounds otherwise than CUDA's
             with backends.backend("cpu"):
                 assert torch.equal(got_u, perturb(x, sigma, SEED, Draw(*where(kwargs, 1)), u.dtype))
     if du is not None:
@@ -107,7 +120,16 @@ def take(mode, x, u, du):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "dtypes", [(F32,) * 3, (F16,) * 3, (BF16,) * 3, (F64,) * 3, (F32, BF16, BF16), (F32, F16, F16), (F64, F32, F16)]
+    "dtypes",
+    [
+        (F32,) * 3,
+        (F16,) * 3,
+        (BF16,) * 3,
+        (F64,) * 3,
+        (F32, BF16, BF16),
+        (F32, F16, F16),
+        (F64, F32, F16),
+    ],
 )
 @pytest.mark.parametrize("shape", [(19, 40), (3, 16, 12)], ids=["rows", "channels"])
 def test_compiled_cuda_matches_reference(library, mode, dtypes, shape):
@@ -115,10 +137,23 @@ def test_compiled_cuda_matches_reference(library, mode, dtypes, shape):
     check(library, **take(mode, x, u, du), sigma=sigma)
 
 
-# one element; one past a group; a prime; more columns than a block has, and more rows than the grid; empty both ways
+# one element; one past a group; a prime; more columns than a block has, and more rows than the
+# grid; empty both ways
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1), (5, 9), (13, 31), (3, 520), (300, 8), (0, 8), (4, 0), (1, 1, 7), (2, 13, 49), (40, 3, 2), (0, 8, 4)],
+    [
+        (1, 1),
+        (5, 9),
+        (13, 31),
+        (3, 520),
+        (300, 8),
+        (0, 8),
+        (4, 0),
+        (1, 1, 7),
+        (2, 13, 49),
+        (40, 3, 2),
+        (0, 8, 4),
+    ],
 )
 def test_compiled_cuda_odd_shapes(library, shape):
     x, u, du, sigma = tensors(*shape)
@@ -129,7 +164,14 @@ def test_compiled_cuda_odd_shapes(library, shape):
 @pytest.mark.parametrize("shape", [(6, 24), (2, 16, 8)], ids=["rows", "channels"])
 @pytest.mark.parametrize(
     "window",
-    [{"row0": 5}, {"row0": 2**33 - 3}, {"row0": 2**32 - 2}, {"col0": 8}, {"col0": 3, "row0": 2**40}, {"sample": 7}],
+    [
+        {"row0": 5},
+        {"row0": 2**33 - 3},
+        {"row0": 2**32 - 2},
+        {"col0": 8},
+        {"col0": 3, "row0": 2**40},
+        {"sample": 7},
+    ],
 )
 def test_compiled_cuda_windows(library, shape, window):
     x, u, du, sigma = tensors(*shape)
@@ -150,8 +192,12 @@ def test_compiled_cuda_strides(library):
     wide = torch.randn(9, 80).bfloat16()
     check(library, wide[:, :32], u, wide[:, 40:72], sigma)  # aligned slices
     check(library, wide[:, 3:35], u, wide[:, 8:40], sigma)  # x on no boundary
-    check(library, x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma)  # rows of u 8 bytes off a boundary
-    check(library, x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma)  # stride 0: the gradient of a sum
+    check(
+        library, x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma
+    )  # rows of u 8 bytes off a boundary
+    check(
+        library, x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma
+    )  # stride 0: the gradient of a sum
     x, u, du, sigma = tensors(3, 16, 8)
     wide = torch.randn(3, 20, 24)
     check(library, wide[:, 2:18, 8:16], u, wide[:, :16, 1:9], sigma)
@@ -173,7 +219,11 @@ def test_compiled_cuda_unaligned_pointers(library, dtype, shape, misalign):
 def test_compiled_cuda_ignores_the_order_of_blocks(library, shape, monkeypatch):
     x, u, du, sigma = tensors(*shape)
     want = run(library, x=x, u=u, du=du, sigma=sigma)
-    backwards = {"ctas": lambda grid: [(x, y, 0) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))]}
+    backwards = {
+        "ctas": lambda grid: [
+            (x, y, 0) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))
+        ]
+    }
     for options in (backwards, {"threads": 1}, {**backwards, "threads": 512}):
         monkeypatch.setattr(library, "options", library.options | options)
         got = run(library, x=x, u=u, du=du, sigma=sigma)
@@ -187,7 +237,8 @@ def test_compiled_cuda_noise_ignores_grid(library, shape):
     assert torch.equal(one, many)
 
 
-# Grids so small that a thread takes many rows, in pairs and alone, and runs of pixels that wrap to the next image.
+# Grids so small that a thread takes many rows, in pairs and alone, and runs of pixels that wrap to
+# the next image.
 @pytest.mark.parametrize("shape", [(501, 264), (500, 9), (230, 3, 20), (90, 3, 50)])
 def test_compiled_cuda_threads_stride_over_rows(library, shape):
     x, u, du, sigma = tensors(*shape)
@@ -206,12 +257,15 @@ def test_compiled_cuda_sums_many_partial_rows(library, shape):
 
 
 def quick_of(every, quick):
-    return [shape if shape in quick else pytest.param(shape, marks=pytest.mark.slow) for shape in every]
+    return [
+        shape if shape in quick else pytest.param(shape, marks=pytest.mark.slow) for shape in every
+    ]
 
 
 # One element; one column of blocks; several, of which the last is part; many rows; images
 FORM_SHAPES = quick_of(
-    [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)], [(13, 31), (9, 24, 20)]
+    [(1, 1), (301, 8), (70, 264), (13, 31), (40, 3, 14), (9, 24, 20), (5, 130, 6)],
+    [(13, 31), (9, 24, 20)],
 )
 
 
@@ -227,7 +281,9 @@ def test_compiled_cuda_rows_from_the_end_change_no_u(library, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(70, 264), (3, 16, 300)], ids=["rows", "channels"])
-@pytest.mark.parametrize("mode, forms", [("P", ["default", "from the end"]), ("PQ", ["from the end"])])
+@pytest.mark.parametrize(
+    "mode, forms", [("P", ["default", "from the end"]), ("PQ", ["from the end"])]
+)
 def test_compiled_cuda_walks_start_where_the_form_says(library, shape, mode, forms, monkeypatch):
     """The first block alone writes the first row, or the last one."""
     x, u, du, sigma = tensors(*shape)
@@ -239,7 +295,9 @@ def test_compiled_cuda_walks_start_where_the_form_says(library, shape, mode, for
 
 
 @pytest.mark.parametrize("form", ["from the end", "one launch", "one launch from the end"])
-@pytest.mark.parametrize("shape", [*FORM_SHAPES, *quick_of([(0, 8), (4, 0), (0, 8, 4), (3, 520)], [(0, 8)])])
+@pytest.mark.parametrize(
+    "shape", [*FORM_SHAPES, *quick_of([(0, 8), (4, 0), (0, 8, 4), (3, 520)], [(0, 8)])]
+)
 def test_compiled_cuda_sums_in_every_form_match_reference(library, shape, form):
     x, u, du, sigma = tensors(*shape)
     for mode in ("Q", "PQ"):
@@ -270,9 +328,15 @@ def without_tickets(library, **given):
 # Grids of several rows of blocks, which arrive one by one and together.
 @pytest.mark.parametrize(
     "shape, mode, dtype",
-    [((1500, 8), "Q", BF16), ((300, 70), "PQ", F32), pytest.param((3, 16, 900), "Q", F64, marks=pytest.mark.slow)],
+    [
+        ((1500, 8), "Q", BF16),
+        ((300, 70), "PQ", F32),
+        pytest.param((3, 16, 900), "Q", F64, marks=pytest.mark.slow),
+    ],
 )
-def test_compiled_cuda_sum_in_one_launch_ignores_which_block_is_last(library, shape, mode, dtype, monkeypatch):
+def test_compiled_cuda_sum_in_one_launch_ignores_which_block_is_last(
+    library, shape, mode, dtype, monkeypatch
+):
     x, u, du, sigma = tensors(*shape, dtypes=(dtype,) * 3)
     given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
     _, want, count = without_tickets(library, **given)  # a second launch adds the same partials up
@@ -286,7 +350,11 @@ def test_compiled_cuda_sum_in_one_launch_ignores_which_block_is_last(library, sh
 
         return {"ctas": blocks}
 
-    orders = [list, lambda every: every[::-1], *(functools.partial(_shuffled, seed=i) for i in range(2))]
+    orders = [
+        list,
+        lambda every: every[::-1],
+        *(functools.partial(_shuffled, seed=i) for i in range(2)),
+    ]
     for options in ({}, *({**arriving(order), "threads": 1} for order in orders)):
         with monkeypatch.context() as patch:
             patch.setattr(library, "options", library.options | options)
@@ -300,9 +368,12 @@ def _shuffled(every, seed):
 
 
 @pytest.mark.parametrize("capturing", [False, True])
-@pytest.mark.parametrize("shape, mode", [((1500, 8), "Q"), pytest.param((3, 16, 900), "PQ", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "shape, mode", [((1500, 8), "Q"), pytest.param((3, 16, 900), "PQ", marks=pytest.mark.slow)]
+)
 def test_compiled_cuda_streams_do_not_share_tickets(library, shape, mode, capturing, monkeypatch):
-    """The blocks of three streams' launches, interleaved; of captured launches too, which may be replayed side by side."""
+    """The blocks of three streams' launches, interleaved; of captured launches too, which may be
+    replayed side by side."""
     x, u, du, sigma = tensors(*shape)
     given = {**take(mode, x, u, du), "sigma": sigma, "form": "one launch", "multiprocessors": 8}
     want = run(library, **given)
@@ -310,7 +381,12 @@ def test_compiled_cuda_streams_do_not_share_tickets(library, shape, mode, captur
     streams = (1, 1, 1) if capturing else (11, 12, 13)
     results = [run(library, **given, stream=stream, capturing=capturing) for stream in streams]
     assert len(library.queue) == 3  # one launch each
-    blocks = [(i, (x, y, 0)) for i, (_, g, _) in enumerate(library.queue) for y in range(g[1]) for x in range(g[0])]
+    blocks = [
+        (i, (x, y, 0))
+        for i, (_, g, _) in enumerate(library.queue)
+        for y in range(g[1])
+        for x in range(g[0])
+    ]
     for i, block in _shuffled(blocks, seed=1):
         library.queue[i][2]([block])
     for got in results:
@@ -353,7 +429,9 @@ def _sum_in_order(terms, threads, blocks, lanes, from_end):
 )  # fmt: skip
 def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, lanes):
     z, _ = run(library, u=torch.empty(300, 264))
-    du = 2.0 ** torch.randint(-8, 8, z.shape, generator=torch.Generator().manual_seed(1))  # so that du z is exact
+    du = 2.0 ** torch.randint(
+        -8, 8, z.shape, generator=torch.Generator().manual_seed(1)
+    )  # so that du z is exact
     _, got = run(library, du=du, sigma=torch.ones(264), form=form, multiprocessors=20)
     from_end = form.endswith("from the end")
     assert torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, from_end))
@@ -391,11 +469,15 @@ def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, shape):
     logs = torch.tensor([-1e4, -200.0, -170.0, 0.0, 170.0, 200.0, float("inf"), float("-inf")])
     logs = logs.repeat(shape[1] // 8)
     got = run(library, x=torch.zeros_like(x), u=u, sigma=logs, log_variance=True)[0].movedim(1, -1)
-    assert not got.isnan().any() and (got[..., [0, 7]] == 0).all() and got[..., [5, 6]].isinf().all()
+    assert (
+        not got.isnan().any() and (got[..., [0, 7]] == 0).all() and got[..., [5, 6]].isinf().all()
+    )
     z = run(library, u=u)[0].movedim(1, -1)
     for column in (1, 2, 3, 4):
         want = torch.exp(logs[column].double() / 2) * z[..., column].double()
-        assert torch.allclose(got[..., column].double(), want, rtol=2e-6, atol=6e-45)  # s is a few quanta
+        assert torch.allclose(
+            got[..., column].double(), want, rtol=2e-6, atol=6e-45
+        )  # s is a few quanta
     first = du.view(*shape[:2], -1)[0, :, 0]
     first[0], first[1] = float("nan"), float("inf")
     sums = run(library, du=du, sigma=subnormal)[1]
@@ -456,7 +538,9 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))
     before, library.options = library.options, {"ctas": last}
     try:
-        library.call(a, "default", memory, 3000)  # so many multiprocessors that a thread has few rows
+        library.call(
+            a, "default", memory, 3000
+        )  # so many multiprocessors that a thread has few rows
     finally:
         library.options = before
     written = u[:, -8:].ne(0).any(1).nonzero()

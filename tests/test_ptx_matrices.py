@@ -1,4 +1,5 @@
-"""The PTX interpreter's ldmatrix, stmatrix, mma and wgmma against NumPy's products, in the layouts of the PTX manual."""
+"""The PTX interpreter's ldmatrix, stmatrix, mma and wgmma against NumPy's products, in the layouts
+of the PTX manual."""
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ def halves(shape, kind):
     """Random numbers that 16 bits hold, as float64 and as bits"""
     values = np.random.default_rng(0).integers(-64, 64, shape).astype(np.float32) / 8
     bits = (
-        values.astype(np.float16).view(np.uint16) if kind == "f16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+        values.astype(np.float16).view(np.uint16)
+        if kind == "f16"
+        else (values.view(np.uint32) >> 16).astype(np.uint16)
     )
     return values.astype(float), bits
 
@@ -23,19 +26,27 @@ def run(body, arrays, threads=32, shared=0):
     params = ", ".join(f".param .u64 {name}" for name in names)
     loads = " ".join(f"ld.param.u64 %q{i}, [{name}];" for i, name in enumerate(names))
     text = (
-        f".entry k({params}) {{ .reg .pred %p<4>; .reg .b32 %i, %r<99>; .reg .b64 %q<9>, %d<9>; .shared .align 1024 .b8 s[{max(shared, 16)}]; "
+        f".entry k({params}) {{ .reg .pred %p<4>; .reg .b32 %i, %r<99>; .reg .b64 %q<9>, %d<9>; "
+        f".shared .align 1024 .b8 s[{max(shared, 16)}]; "
         f"mov.u32 %i, %tid.x; {loads} {body} ret; }}"
     )
-    Module(text).kernels["k"].run((1,), (threads,), np.array(addresses, np.uint64).tobytes(), memory)
+    Module(text).kernels["k"].run(
+        (1,), (threads,), np.array(addresses, np.uint64).tobytes(), memory
+    )
     memory.copy_back()
 
 
 def registers(count, first, pointer, op):
-    """Loads or stores `count` registers a thread, from %r<first>, at [pointer + 4 (count thread + register)]"""
+    """Loads or stores `count` registers a thread, from %r<first>, at [pointer + 4 (count thread +
+    register)]"""
     lines = [f"mad.wide.u32 %d0, %i, {4 * count}, {pointer};"]
     for j in range(count):
         register, place = f"%r{first + j}", f"[%d0+{4 * j}]"
-        lines.append(f"ld.global.b32 {register}, {place};" if op == "ld" else f"st.global.b32 {place}, {register};")
+        lines.append(
+            f"ld.global.b32 {register}, {place};"
+            if op == "ld"
+            else f"st.global.b32 {place}, {register};"
+        )
     return " ".join(lines)
 
 
@@ -44,9 +55,14 @@ def names(first, count):
 
 
 def fragments(matrix, pairs):
-    """Words of two neighbours, [lanes, registers]; pairs: (row, column) of each register's first element, by lane"""
+    """Words of two neighbours, [lanes, registers]; pairs: (row, column) of each register's first
+    element, by lane"""
     return np.stack(
-        [matrix[row, col].astype(np.uint32) | matrix[row, col + 1].astype(np.uint32) << 16 for row, col in pairs], 1
+        [
+            matrix[row, col].astype(np.uint32) | matrix[row, col + 1].astype(np.uint32) << 16
+            for row, col in pairs
+        ],
+        1,
     )
 
 
@@ -73,7 +89,10 @@ def test_mma_of_16_bit_data(kind):
 
 def test_mma_of_tf32_reads_10_bits_of_mantissa():
     r = np.random.default_rng(2)
-    a, b = r.standard_normal((16, 8)).astype(np.float32), r.standard_normal((8, 8)).astype(np.float32)
+    a, b = (
+        r.standard_normal((16, 8)).astype(np.float32),
+        r.standard_normal((8, 8)).astype(np.float32),
+    )
     a_words = np.stack([a[GROUP + 8 * (i & 1), WITHIN + 4 * (i >> 1)] for i in range(4)], 1)
     b_words = np.stack([b[WITHIN + 4 * i, GROUP] for i in range(2)], 1)
     c_words = np.zeros((32, 4), np.float32)
@@ -83,7 +102,9 @@ def test_mma_of_tf32_reads_10_bits_of_mantissa():
         + registers(4, 8, "%q2", "st")
     )  # fmt: skip
     run(body, [a_words, b_words, c_words])
-    cut = [(v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(float) for v in (a, b)]
+    cut = [
+        (v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(float) for v in (a, b)
+    ]
     want = (cut[0] @ cut[1]).astype(np.float32)
     places = [(GROUP + 8 * (i >> 1), 2 * WITHIN + (i & 1)) for i in range(4)]
     assert (c_words == np.stack([want[row, col] for row, col in places], 1)).all()
@@ -95,24 +116,36 @@ def test_matrices_go_to_registers_and_back(trans):
     words, back = np.zeros((32, 4), np.uint32), np.zeros((32, 4), np.uint32)
     copy = (
         "mov.u32 %r50, s; mad.lo.u32 %r51, %i, 16, %r50; mad.wide.u32 %d1, %i, 16, %q0; "
-        "ld.global.v4.b32 {%r60, %r61, %r62, %r63}, [%d1]; st.shared.v4.b32 [%r51], {%r60, %r61, %r62, %r63}; bar.sync 0; "
+        "ld.global.v4.b32 {%r60, %r61, %r62, %r63}, [%d1]; st.shared.v4.b32 [%r51], {%r60, %r61, "
+        "%r62, %r63}; bar.sync 0; "
     )
     load = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {names(0, 4)}, [%r51]; "
     store = (
-        f"add.u32 %r52, %r51, 512; stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r52], {names(0, 4)}; bar.sync 0; "
-        "ld.shared.v4.b32 {%r60, %r61, %r62, %r63}, [%r52]; mad.wide.u32 %d1, %i, 16, %q2; st.global.v4.b32 [%d1], {%r60, %r61, %r62, %r63}; "
+        f"add.u32 %r52, %r51, 512; stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r52], "
+        f"{names(0, 4)}; bar.sync 0; "
+        "ld.shared.v4.b32 {%r60, %r61, %r62, %r63}, [%r52]; mad.wide.u32 %d1, %i, 16, %q2; "
+        "st.global.v4.b32 [%d1], {%r60, %r61, %r62, %r63}; "
     )
     run(copy + load + registers(4, 0, "%q1", "st") + store, [matrices, words, back], shared=1024)
     of = matrices.transpose(0, 2, 1) if trans else matrices
     want = [
-        of[i][GROUP, 2 * WITHIN].astype(np.uint32) | of[i][GROUP, 2 * WITHIN + 1].astype(np.uint32) << 16
+        of[i][GROUP, 2 * WITHIN].astype(np.uint32)
+        | of[i][GROUP, 2 * WITHIN + 1].astype(np.uint32) << 16
         for i in range(4)
     ]
     assert (words == np.stack(want, 1)).all()
     assert (back.view(np.uint16).reshape(4, 8, 8) == matrices).all()
 
 
-def wgmma(kind, *, in_registers, fence="bar.sync 0;", wait="wgmma.wait_group.sync.aligned 0;", after="", threads=128):
+def wgmma(
+    kind,
+    *,
+    in_registers,
+    fence="bar.sync 0;",
+    wait="wgmma.wait_group.sync.aligned 0;",
+    after="",
+    threads=128,
+):
     """D [64, 8] = A [64, 16] B [16, 8]^T of matrices without swizzle, and what it should be"""
     (a, a_bits), (b, b_bits) = halves((64, 16), kind), halves((8, 16), kind)
     # Core matrices of 8 rows by 16 bytes, one after the other along the depth, then along the rows.
@@ -120,12 +153,17 @@ def wgmma(kind, *, in_registers, fence="bar.sync 0;", wait="wgmma.wait_group.syn
     memory = np.ascontiguousarray(np.concatenate([p.reshape(-1) for p in pieces]))
     lane = np.arange(128)
     warp, group, within = lane // 32, lane % 32 // 4, lane % 4
-    a_words = fragments(a_bits, [(16 * warp + group + 8 * (i & 1), 2 * within + 8 * (i >> 1)) for i in range(4)])
+    a_words = fragments(
+        a_bits, [(16 * warp + group + 8 * (i & 1), 2 * within + 8 * (i >> 1)) for i in range(4)]
+    )
     d_words = np.zeros((128, 4), np.float32)
     copy = (
-        "mov.u32 %r50, s; mad.lo.u32 %r51, %i, 4, %r50; mad.wide.u32 %d1, %i, 4, %q0; mov.u32 %r53, 0; "
-        "L: ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; add.u32 %r51, %r51, 512; add.u64 %d1, %d1, 512; "
-        "add.u32 %r53, %r53, 1; setp.lt.u32 %p1, %r53, 4; @%p1 bra L; setp.ge.u32 %p2, %i, 64; @%p2 bra M; "
+        "mov.u32 %r50, s; mad.lo.u32 %r51, %i, 4, %r50; mad.wide.u32 %d1, %i, 4, %q0; mov.u32 "
+        "%r53, 0; "
+        "L: ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; add.u32 %r51, %r51, 512; "
+        "add.u64 %d1, %d1, 512; "
+        "add.u32 %r53, %r53, 1; setp.lt.u32 %p1, %r53, 4; @%p1 bra L; setp.ge.u32 %p2, %i, 64; "
+        "@%p2 bra M; "
         f"ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; M: {fence} "
     )
     describe = lambda at: at >> 4 | (128 >> 4) << 16 | (256 >> 4) << 32  # noqa: E731
@@ -137,10 +175,16 @@ def wgmma(kind, *, in_registers, fence="bar.sync 0;", wait="wgmma.wait_group.syn
         + zeros
         + f"mov.b64 %d2, {describe(0)}; mov.b64 %d3, {describe(2048)}; setp.eq.u32 %p3, %i, %i; "
         "wgmma.fence.sync.aligned; "
-        f"wgmma.mma_async.sync.aligned.m64n8k16.f32.{kind}.{kind} {names(8, 4)}, {left}, %d3, %p3, 1, 1, {transposed}; "
+        f"wgmma.mma_async.sync.aligned.m64n8k16.f32.{kind}.{kind} {names(8, 4)}, {left}, %d3, %p3, "
+        f"1, 1, {transposed}; "
         f"wgmma.commit_group.sync.aligned; {after} {wait} "
     )
-    run(copy + product + registers(4, 8, "%q2", "st"), [memory, a_words, d_words], threads=threads, shared=2304)
+    run(
+        copy + product + registers(4, 8, "%q2", "st"),
+        [memory, a_words, d_words],
+        threads=threads,
+        shared=2304,
+    )
     want = (a @ b.T).astype(np.float32)
     places = [(16 * warp + group + 8 * (i >> 1), 2 * within + (i & 1)) for i in range(4)]
     return d_words, np.stack([want[row, col] for row, col in places], 1)

@@ -1,4 +1,5 @@
-"""Every opcode of the PTX interpreter against exact rationals, Python's integers or NumPy: no GPU, no kernel of ours."""
+"""Every opcode of the PTX interpreter against exact rationals, Python's integers or NumPy: no GPU,
+no kernel of ours."""
 
 import math
 from fractions import Fraction
@@ -42,10 +43,15 @@ def evaluate(opcode, out, *inputs, immediates=(), errors=0):
     for i, (kind, array) in enumerate(inputs):
         addresses.append(memory.add(np.ascontiguousarray(array).view(UNSIGNED[width_of(kind)])))
         lines.append(f".reg {register(kind)} %a{i}; ld.param.u64 %q, [p+{8 * i + 8}];")
-        lines.append(f"mad.wide.u32 %q, %i, {width_of(kind)}, %q; ld.global{register(kind)} %a{i}, [%q];")
+        lines.append(
+            f"mad.wide.u32 %q, %i, {width_of(kind)}, %q; ld.global{register(kind)} %a{i}, [%q];"
+        )
         operands.append(f"%a{i}")
     lines.append(f".reg {register(out)} %d; {opcode} {', '.join(['%d', *operands, *immediates])};")
-    lines.append(f"ld.param.u64 %q, [p]; mad.wide.u32 %q, %i, {width_of(out)}, %q; st.global{register(out)} [%q], %d;")
+    lines.append(
+        f"ld.param.u64 %q, [p]; mad.wide.u32 %q, %i, {width_of(out)}, %q; st.global{register(out)} "
+        "[%q], %d;"
+    )
     size = 8 * len(addresses)
     text = (
         f".entry k(.param .align 8 .b8 p[{size}]) {{ .reg .b32 %i, %c, %n; .reg .b64 %q; "
@@ -74,7 +80,12 @@ def rounded(exact, bits, lowest, how="rn"):
     return math.copysign(float(whole * unit), exact)  # of what became 0 the sign stays
 
 
-FORMATS = {"f32": (24, -149, 2.0**128), "f64": (53, -1074, INF), "f16": (11, -24, 65520.0), "bf16": (8, -133, INF)}
+FORMATS = {
+    "f32": (24, -149, 2.0**128),
+    "f64": (53, -1074, INF),
+    "f16": (11, -24, 65520.0),
+    "bf16": (8, -133, INF),
+}
 WIDE = {"f32": np.float32, "f64": np.float64, "f16": np.float16}
 
 
@@ -92,7 +103,8 @@ def as_floats(array, kind):
 
 
 def operands(kind, count, n=1024):
-    """Numbers of every size that the type holds, many of them close to halfway cases and some subnormal"""
+    """Numbers of every size that the type holds, many of them close to halfway cases and some
+    subnormal"""
     bits = FORMATS[kind][0]
     spread = {"f32": 30, "f64": 40, "f16": 6, "bf16": 20}[kind]
     r = rng()
@@ -100,7 +112,9 @@ def operands(kind, count, n=1024):
     for _ in range(count):
         mantissa = r.integers(-(2**bits) + 1, 2**bits, n).astype(float)
         mantissa[: n // 2] = r.integers(-8, 9, n // 2)
-        values = mantissa * 2.0 ** (r.integers(-spread, spread, n) - bits + (0 if kind != "f16" else 2))
+        values = mantissa * 2.0 ** (
+            r.integers(-spread, spread, n) - bits + (0 if kind != "f16" else 2)
+        )
         if kind == "f32":
             values[: n // 8] = r.integers(-99, 99, n // 8) * 2.0**-149
         if kind == "f16":
@@ -119,7 +133,10 @@ def check(got, want, kind):
 
 def signed_zeros(exact, values, how, opposite):
     """IEEE 754's sign of an exact zero: down it is -0 where the terms are opposite"""
-    return [v if x else (-0.0 if how == "rm" else 0.0) if mixed else v for x, v, mixed in zip(exact, values, opposite)]
+    return [
+        v if x else (-0.0 if how == "rm" else 0.0) if mixed else v
+        for x, v, mixed in zip(exact, values, opposite)
+    ]
 
 
 # ---- sums and products
@@ -165,7 +182,9 @@ def test_fma_of_float64_rounds_once():
     a, b, c = operands("f64", 3)
     c[:512] = -(a[:512] * b[:512])  # nothing is left but the product's error
     got = evaluate("fma.rn.f64", "f64", *(("f64", v) for v in (a, b, c)))
-    assert got.tolist() == [rounded(Fraction(x) * Fraction(y) + Fraction(z), 53, -1074) for x, y, z in zip(a, b, c)]
+    assert got.tolist() == [
+        rounded(Fraction(x) * Fraction(y) + Fraction(z), 53, -1074) for x, y, z in zip(a, b, c)
+    ]
     with pytest.raises(PTXError, match="not implemented"):
         evaluate("fma.rz.f64", "f64", *(("f64", v) for v in (a, b, c)))
 
@@ -186,7 +205,9 @@ def test_16_bit_floats_round_once(kind):
     for name, values in exact.items():
         used = pairs[: 3 if name == "fma.rn" else 2]
         got = evaluate(f"{name}.{kind}", kind, *used)
-        want = np.array([math.copysign(INF, x) if abs(x) >= over else rounded(x, bits, lowest) for x in values])
+        want = np.array(
+            [math.copysign(INF, x) if abs(x) >= over else rounded(x, bits, lowest) for x in values]
+        )
         keep = np.array([x != 0 for x in values])
         check(got[keep], want[keep], kind)
         two = [(f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for _, v in used]
@@ -222,7 +243,11 @@ def test_quotients_and_roots_round_once(kind, how):
     pairs = [(kind, as_bits(v, kind)) for v in (a, b)]
     ratios = [rounded(Fraction(x) / Fraction(y), bits, lowest, how) for x, y in zip(a, b)]
     check(evaluate(f"div.{how}.{kind}", kind, *pairs), ratios, kind)
-    check(evaluate(f"rcp.{how}.{kind}", kind, pairs[1]), [rounded(1 / Fraction(y), bits, lowest, how) for y in b], kind)
+    check(
+        evaluate(f"rcp.{how}.{kind}", kind, pairs[1]),
+        [rounded(1 / Fraction(y), bits, lowest, how) for y in b],
+        kind,
+    )
     roots = evaluate(f"sqrt.{how}.{kind}", kind, (kind, as_bits(abs(a), kind)))
     for x, root in zip(as_floats(as_bits(abs(a), kind), kind), roots):
         beside = [Fraction(float(np.nextafter(root, type(root)(to)))) for to in (0, INF)]
@@ -236,7 +261,26 @@ def test_quotients_and_roots_round_once(kind, how):
 
 
 SPECIAL = np.array(
-    [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, 1.2e-38, 0.5, 2.0, -2.5, 7.25, 1e-30] * 4, np.float32
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        INF,
+        -INF,
+        NAN,
+        1e-40,
+        -1e-40,
+        3e38,
+        1.2e-38,
+        0.5,
+        2.0,
+        -2.5,
+        7.25,
+        1e-30,
+    ]
+    * 4,
+    np.float32,
 )
 APPROXIMATE = {
     "ex2": np.exp2,
@@ -255,7 +299,13 @@ def test_approximations_stay_within_the_manuals_bounds(name):
     x = (rng().random(4096) * 6 + 0.01).astype(np.float32)
     exact = APPROXIMATE[name](x.astype(float))
     kind, size = BOUNDS[name]
-    scale = np.abs(exact) if kind == "relative" else np.maximum(1, np.abs(exact)) if name == "lg2" else 1
+    scale = (
+        np.abs(exact)
+        if kind == "relative"
+        else np.maximum(1, np.abs(exact))
+        if name == "lg2"
+        else 1
+    )
     nearest = evaluate(f"{name}.approx.ftz.f32", "f32", ("f32", x))
     assert (nearest == exact.astype(np.float32)).all()
     worst = 0.0
@@ -268,10 +318,14 @@ def test_approximations_stay_within_the_manuals_bounds(name):
     assert worst > 0.9  # it errs, and nearly as much as it may
     with np.errstate(all="ignore"):
         for flush in ("", ".ftz"):
-            small = np.where(np.abs(SPECIAL) < 1.17549435e-38, np.copysign(np.float32(0), SPECIAL), SPECIAL)
+            small = np.where(
+                np.abs(SPECIAL) < 1.17549435e-38, np.copysign(np.float32(0), SPECIAL), SPECIAL
+            )
             want = APPROXIMATE[name]((small if flush else SPECIAL).astype(float)).astype(np.float32)
             if flush:
-                want = np.where(np.abs(want) < 1.17549435e-38, np.copysign(np.float32(0), want), want)
+                want = np.where(
+                    np.abs(want) < 1.17549435e-38, np.copysign(np.float32(0), want), want
+                )
             got = evaluate(f"{name}.approx{flush}.f32", "f32", ("f32", SPECIAL))
             assert np.array_equal(got, want, equal_nan=True)
             assert (np.signbit(got) == np.signbit(want))[~np.isnan(want)].all()
@@ -307,8 +361,14 @@ def test_signs_and_extremes_of_floats(kind):
                     want = (min if least else max)(numbers, key=key)
                     assert z == want and math.copysign(1, z) == math.copysign(1, want)
             if kind in ("f16", "bf16"):
-                two = [(f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for _, v in pair]
-                both = evaluate(f"{name}{nan}.{kind}x2", f"{kind}x2", *two).view(np.uint16).reshape(-1, 2)
+                two = [
+                    (f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for _, v in pair
+                ]
+                both = (
+                    evaluate(f"{name}{nan}.{kind}x2", f"{kind}x2", *two)
+                    .view(np.uint16)
+                    .reshape(-1, 2)
+                )
                 assert (both[:, 0] == both[:, 1]).all()
     for name, function in (("abs", abs), ("neg", lambda v: -v)):
         got = as_floats(evaluate(f"{name}.{kind}", kind, pair[0]), kind)
@@ -336,7 +396,11 @@ def integers(kind, count, n=512):
 
 def wrapped(values, kind):
     bits = 8 * width_of(kind)
-    return np.array([int(v) % 2**bits for v in values], np.uint64).astype(UNSIGNED[bits // 8]).view(KINDS[kind])
+    return (
+        np.array([int(v) % 2**bits for v in values], np.uint64)
+        .astype(UNSIGNED[bits // 8])
+        .view(KINDS[kind])
+    )
 
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
@@ -355,7 +419,9 @@ def test_integer_arithmetic(kind):
         "rem": [p if q == 0 else p - q * int(Fraction(p, q)) for p, q in zip(x, y)],
     }
     for name, values in want.items():
-        assert np.array_equal(evaluate(f"{name}.{kind}", kind, *pairs[:2]), wrapped(values, kind)), name
+        assert np.array_equal(
+            evaluate(f"{name}.{kind}", kind, *pairs[:2]), wrapped(values, kind)
+        ), name
     for name, values in (("mad.lo", want["mul.lo"]), ("mad.hi", want["mul.hi"])):
         got = evaluate(f"{name}.{kind}", kind, *pairs)
         assert np.array_equal(got, wrapped([v + r for v, r in zip(values, z)], kind))
@@ -367,8 +433,12 @@ def test_integer_arithmetic(kind):
         got = evaluate(f"mad.wide.{kind}", wide, *pairs[:2], (wide, d))
         assert np.array_equal(got, wrapped([v + int(r) for v, r in zip(exact, d)], wide))
     if kind[0] == "s":
-        assert np.array_equal(evaluate(f"abs.{kind}", kind, pairs[0]), wrapped([abs(p) for p in x], kind))
-        assert np.array_equal(evaluate(f"neg.{kind}", kind, pairs[0]), wrapped([-p for p in x], kind))
+        assert np.array_equal(
+            evaluate(f"abs.{kind}", kind, pairs[0]), wrapped([abs(p) for p in x], kind)
+        )
+        assert np.array_equal(
+            evaluate(f"neg.{kind}", kind, pairs[0]), wrapped([-p for p in x], kind)
+        )
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
@@ -385,14 +455,22 @@ def test_logic_and_shifts(bits):
     assert evaluate(f"shl.{kind}", kind, pair[0], ("u32", n)).tolist() == [
         (p << int(k)) % 2**bits for p, k in zip(x, n)
     ]
-    assert evaluate(f"shr.u{bits}", kind, pair[0], ("u32", n)).tolist() == [p >> int(k) for p, k in zip(x, n)]
+    assert evaluate(f"shr.u{bits}", kind, pair[0], ("u32", n)).tolist() == [
+        p >> int(k) for p, k in zip(x, n)
+    ]
     want = [int(v) >> int(k) for v, k in zip(a.view(KINDS[signed]), n)]
     assert evaluate(f"shr.{signed}", signed, (signed, a), ("u32", n)).tolist() == want
-    assert evaluate(f"shl.{kind}", kind, pair[0], immediates=("3",)).tolist() == [(p << 3) % 2**bits for p in x]
+    assert evaluate(f"shl.{kind}", kind, pair[0], immediates=("3",)).tolist() == [
+        (p << 3) % 2**bits for p in x
+    ]
     if bits > 16:
         assert evaluate(f"popc.{kind}", "u32", pair[0]).tolist() == [p.bit_count() for p in x]
-        assert evaluate(f"clz.{kind}", "u32", pair[0]).tolist() == [bits - p.bit_length() for p in x]
-        assert evaluate(f"brev.{kind}", kind, pair[0]).tolist() == [int(f"{p:0{bits}b}"[::-1], 2) for p in x]
+        assert evaluate(f"clz.{kind}", "u32", pair[0]).tolist() == [
+            bits - p.bit_length() for p in x
+        ]
+        assert evaluate(f"brev.{kind}", kind, pair[0]).tolist() == [
+            int(f"{p:0{bits}b}"[::-1], 2) for p in x
+        ]
 
 
 def test_fields_bytes_and_tables():
@@ -429,7 +507,10 @@ def test_fields_bytes_and_tables():
     for table in (0x96, 0xE8, 0x01, 0x40):
         got = evaluate("lop3.b32", "b32", *pair, ("b32", c), immediates=(hex(table),))
         for p, q, r, g in zip(x, y, z, got):
-            want = sum((table >> ((p >> i & 1) << 2 | (q >> i & 1) << 1 | (r >> i & 1)) & 1) << i for i in range(32))
+            want = sum(
+                (table >> ((p >> i & 1) << 2 | (q >> i & 1) << 1 | (r >> i & 1)) & 1) << i
+                for i in range(32)
+            )
             assert int(g) == want
 
 
@@ -446,7 +527,9 @@ def test_conversions_between_floats():
         for v, g in zip(a[finite], got[finite]):
             want = rounded(Fraction(float(v)), 11, -24, how)
             if abs(want) > 65504:
-                want = math.copysign(INF if how == "rn" or ((how == "rp") == (v > 0) and how != "rz") else 65504, v)
+                want = math.copysign(
+                    INF if how == "rn" or ((how == "rp") == (v > 0) and how != "rz") else 65504, v
+                )
             assert float(g) == want
     for how in ("rn", "rz"):
         got = as_floats(evaluate(f"cvt.{how}.bf16.f32", "bf16", pair), "bf16")
@@ -459,7 +542,9 @@ def test_conversions_between_floats():
             assert ((two >> 16) == one).all() and ((two & 0xFFFF) == np.roll(one, 1)).all()
     assert np.isnan(as_floats(evaluate("cvt.rn.bf16.f32", "bf16", pair), "bf16"))[np.isnan(a)].all()
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
-    assert np.array_equal(evaluate("cvt.f32.f16", "f32", ("f16", half)), half.astype(np.float32), equal_nan=True)
+    assert np.array_equal(
+        evaluate("cvt.f32.f16", "f32", ("f16", half)), half.astype(np.float32), equal_nan=True
+    )
     brain = np.arange(65536, dtype=np.uint16)
     want = (brain.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(evaluate("cvt.f32.bf16", "f32", ("bf16", brain)), want, equal_nan=True)
@@ -473,19 +558,38 @@ def test_conversions_between_floats():
         unit = Fraction(2) ** (math.frexp(v)[1] - 11) if abs(v) >= 1.2e-38 else Fraction(2) ** -136
         steps = Fraction(float(v)) / unit
         assert g == float(int(abs(steps) + Fraction(1, 2)) * unit * (1 if v > 0 else -1))
-    for name, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
-        assert np.array_equal(evaluate(f"cvt.{name}.f32.f32", "f32", pair), function(a), equal_nan=True)
+    for name, function in (
+        ("rni", np.rint),
+        ("rzi", np.trunc),
+        ("rmi", np.floor),
+        ("rpi", np.ceil),
+    ):
+        assert np.array_equal(
+            evaluate(f"cvt.{name}.f32.f32", "f32", pair), function(a), equal_nan=True
+        )
     assert evaluate("cvt.sat.f32.f32", "f32", pair).max() == 1
-    assert evaluate("cvt.ftz.f64.f32", "f64", ("f32", np.full(64, 1e-40, np.float32))).tolist() == [0] * 64
+    assert (
+        evaluate("cvt.ftz.f64.f32", "f64", ("f32", np.full(64, 1e-40, np.float32))).tolist()
+        == [0] * 64
+    )
 
 
 @pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
 def test_conversions_of_integers(kind):
     info = np.iinfo(KINDS[kind])
-    a = np.concatenate([*operands("f32", 1), SPECIAL.astype(float), [127.5, -128.5, 3e9, -3e9] * 16])
+    a = np.concatenate(
+        [*operands("f32", 1), SPECIAL.astype(float), [127.5, -128.5, 3e9, -3e9] * 16]
+    )
     a = a.astype(np.float32)
-    holder = "s16" if kind == "s8" else "u16" if kind == "u8" else kind  # a register has 16 bits at least
-    for name, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
+    holder = (
+        "s16" if kind == "s8" else "u16" if kind == "u8" else kind
+    )  # a register has 16 bits at least
+    for name, function in (
+        ("rni", np.rint),
+        ("rzi", np.trunc),
+        ("rmi", np.floor),
+        ("rpi", np.ceil),
+    ):
         got = evaluate(f"cvt.{name}.{kind}.f32", holder, ("f32", a))
         for v, g in zip(function(a.astype(float)), got):
             assert int(g) == (0 if math.isnan(v) else min(max(v, info.min), info.max))
@@ -497,8 +601,16 @@ def test_conversions_of_integers(kind):
         limits = np.iinfo(KINDS[other])
         got = evaluate(f"cvt.sat.{other}.{kind}", other, source)
         assert got.tolist() == [min(max(int(v), limits.min), limits.max) for v in b]
-    check(evaluate(f"cvt.rn.f32.{kind}", "f32", source), [rounded(Fraction(int(v)), 24, -149) for v in b], "f32")
-    check(evaluate(f"cvt.rn.f64.{kind}", "f64", source), [rounded(Fraction(int(v)), 53, -1074) for v in b], "f64")
+    check(
+        evaluate(f"cvt.rn.f32.{kind}", "f32", source),
+        [rounded(Fraction(int(v)), 24, -149) for v in b],
+        "f32",
+    )
+    check(
+        evaluate(f"cvt.rn.f64.{kind}", "f64", source),
+        [rounded(Fraction(int(v)), 53, -1074) for v in b],
+        "f64",
+    )
     for how in ("rz", "rm", "rp"):
         if width_of(kind) < 8:
             want = [rounded(Fraction(int(v)), 24, -149, how) for v in b]
@@ -510,10 +622,14 @@ def test_conversions_of_integers(kind):
 
 def _predicate(opcode, kind, a, b, more=""):
     out, memory = np.zeros(len(a), np.uint32), Memory()
-    at = [memory.add(v) for v in (out, a.view(UNSIGNED[width_of(kind)]), b.view(UNSIGNED[width_of(kind)]))]
+    at = [
+        memory.add(v)
+        for v in (out, a.view(UNSIGNED[width_of(kind)]), b.view(UNSIGNED[width_of(kind)]))
+    ]
     r, w = register(kind), width_of(kind)
     text = (
-        f".entry k(.param .u64 o, .param .u64 a, .param .u64 b) {{ .reg .b32 %i, %d; .reg .b64 %q; .reg .pred %p, %t, %f; "
+        f".entry k(.param .u64 o, .param .u64 a, .param .u64 b) {{ .reg .b32 %i, %d; .reg .b64 %q; "
+        ".reg .pred %p, %t, %f; "
         f".reg {r} %a, %b; mov.u32 %i, %tid.x; setp.lt.u32 %p, %i, 32; "
         f"ld.param.u64 %q, [a]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %a, [%q]; "
         f"ld.param.u64 %q, [b]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %b, [%q]; "
@@ -531,15 +647,26 @@ def test_comparisons_of_floats(kind):
     values = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
     a, b = (np.array(v) for v in zip(*[(x, y) for x in values for y in values]))
     tests = {"eq": lambda x, y: x == y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y}
-    tests |= {"gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "ne": lambda x, y: x < y or x > y}
+    tests |= {
+        "gt": lambda x, y: x > y,
+        "ge": lambda x, y: x >= y,
+        "ne": lambda x, y: x < y or x > y,
+    }
     for name, test in tests.items():
         for unordered in ("", "u"):
-            want = [test(x, y) or bool(unordered and (math.isnan(x) or math.isnan(y))) for x, y in zip(a, b)]
-            got = _predicate(f"setp.{name}{unordered}.{kind}", kind, as_bits(a, kind), as_bits(b, kind))
+            want = [
+                test(x, y) or bool(unordered and (math.isnan(x) or math.isnan(y)))
+                for x, y in zip(a, b)
+            ]
+            got = _predicate(
+                f"setp.{name}{unordered}.{kind}", kind, as_bits(a, kind), as_bits(b, kind)
+            )
             assert got.tolist() == [1 if w else 2 for w in want]
     for name, wanted in (("num", False), ("nan", True)):
         got = _predicate(f"setp.{name}.{kind}", kind, as_bits(a, kind), as_bits(b, kind))
-        assert got.tolist() == [1 if (math.isnan(x) or math.isnan(y)) == wanted else 2 for x, y in zip(a, b)]
+        assert got.tolist() == [
+            1 if (math.isnan(x) or math.isnan(y)) == wanted else 2 for x, y in zip(a, b)
+        ]
 
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64", "b32"])
@@ -596,7 +723,9 @@ def test_every_opcode_is_tested_here_or_beside(request):
     """Last, after the others have noted what they ran; test_ptx_checks.py runs the rest."""
     from test_ptx_checks import RUN_THERE
 
-    if [item for item in request.session.items if item.path == request.path][-1] is not request.node:
+    if [item for item in request.session.items if item.path == request.path][
+        -1
+    ] is not request.node:
         pytest.skip("the order is shuffled: others have not noted yet what they run")
 
     known = {name.removeprefix("op_") for name in dir(Writer) if name.startswith("op_")}

@@ -1,4 +1,5 @@
-"""The noise contract's root is the correctly rounded one, whatever rsqrt.approx returns: docs/maths.md, section 3."""
+"""The noise contract's root is the correctly rounded one, whatever rsqrt.approx returns:
+docs/maths.md, section 3."""
 
 import numpy as np
 import pytest

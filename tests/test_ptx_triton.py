@@ -1,7 +1,8 @@
-"""Triton's kernels as its compiler made them, executed by tests/ptx against the float64 reference, without a GPU.
+"""Triton's kernels as its compiler made them, executed by tests/ptx against the float64 reference,
+without a GPU.
 
-The launchers are the real ones. What an approximate instruction returns is as far off as the PTX manual allows, and memory
-that a kernel has to write starts as NaN.
+The launchers are the real ones. What an approximate instruction returns is as far off as the PTX
+manual allows, and memory that a kernel has to write starts as NaN.
 """
 
 import itertools
@@ -42,7 +43,10 @@ def quick_of(every, quick):
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory():
-    before, precision = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    before, precision = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+    )
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     yield
@@ -112,7 +116,11 @@ def strided():
 
 @pytest.mark.parametrize("arch", [80, slow(90)])
 @pytest.mark.parametrize(
-    "name", ["transposed", *map(slow, ("channels_last", "sliced columns", "expanded rows", "cropped image"))]
+    "name",
+    [
+        "transposed",
+        *map(slow, ("channels_last", "sliced columns", "expanded rows", "cropped image")),
+    ],
 )
 def test_compiled_perturb_takes_any_strides(name, arch):
     x, dim = next((x, dim) for known, x, dim in strided() if known == name)
@@ -161,10 +169,23 @@ LINEARS = {  # m, k, n, col0, samples, activation
     "silu": (40, 96, 64, 0, 1, "silu"),
     "tanh": (17, 24, 16, 0, 2, "tanh"),
 }
-PRECISIONS = [(BF16, BF16, "high"), (F16, F16, "high"), (BF16, F32, "high"), (F32, F32, "high"), (F32, F32, "highest")]
+PRECISIONS = [
+    (BF16, BF16, "high"),
+    (F16, F16, "high"),
+    (BF16, F32, "high"),
+    (F32, F32, "high"),
+    (F32, F32, "highest"),
+]
 LINEAR_CASES = quick_of(
-    [(case, *precision, arch) for case, precision, arch in itertools.product(LINEARS, PRECISIONS, CONFIGS)],
-    [("square", BF16, BF16, "high", 90), ("odd", F16, F16, "high", 80), ("relu", BF16, F32, "high", 80)],
+    [
+        (case, *precision, arch)
+        for case, precision, arch in itertools.product(LINEARS, PRECISIONS, CONFIGS)
+    ],
+    [
+        ("square", BF16, BF16, "high", 90),
+        ("odd", F16, F16, "high", 80),
+        ("relu", BF16, F32, "high", 80),
+    ],
 )
 
 
@@ -181,11 +202,14 @@ def test_compiled_linear_and_its_gradients_match_reference(case, dtype, x_dtype,
     wide = [t.double() for t in (x, weight, bias, sigma)]
     want = reference.linear_bwd(dy.double(), *wide, SEED, *how, act or "identity")
     want = (reference.linear(*wide, SEED, *how, act or "identity", F64), *want)
-    # A product of operands rounded to eps errs, entry by entry, by about eps sqrt(depth) of the entries' spread.
+    # A product of operands rounded to eps errs, entry by entry, by about eps sqrt(depth) of the
+    # entries' spread.
     eps = 2e-6 if precision == "highest" else 2.0**-10 if dtype is F32 else EPS[dtype]
     for name, a, b in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *got), want, strict=True):
         assert a.isfinite().all(), name
-        if act == "relu":  # next to 0 rounding takes an entry to the other side, whose slope is another
+        if (
+            act == "relu"
+        ):  # next to 0 rounding takes an entry to the other side, whose slope is another
             assert (a.double() - b).norm() <= 40 * eps * b.norm(), name
         else:
             assert (a.double() - b).abs().max() <= 12 * eps * (b.std().item() + 1e-3), name
@@ -212,10 +236,12 @@ PLAIN = {
 
 
 @pytest.mark.parametrize(
-    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("gelu_tanh", 80)])
+    "name, arch",
+    quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("gelu_tanh", 80)]),
 )
 def test_compiled_linear_far_out_and_not_numbers(name, arch):
-    """x W^T is FAR: with W one column, sigma 0 and the bias nothing, what is behind the activation is x itself."""
+    """x W^T is FAR: with W one column, sigma 0 and the bias nothing, what is behind the activation
+    is x itself."""
     torch.set_float32_matmul_precision("highest")
     x, one, zero = torch.tensor(FAR)[:, None], torch.ones(1, 1), torch.zeros(1)
     how = (0, 0, 0, 1.0, False, 1)
@@ -225,7 +251,9 @@ def test_compiled_linear_far_out_and_not_numbers(name, arch):
     leaf = x.double().requires_grad_()
     want = PLAIN[name](leaf)
     (slope,) = torch.autograd.grad(want, leaf, torch.ones_like(want))
-    slope = torch.where(slope.isnan(), (leaf > 0).double(), slope)  # of numbers whose square even float64 does not hold
+    slope = torch.where(
+        slope.isnan(), (leaf > 0).double(), slope
+    )  # of numbers whose square even float64 does not hold
     ordinary = x.isfinite()
     torch.testing.assert_close(y[ordinary].double(), want[ordinary].detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx[ordinary].double(), slope[ordinary], rtol=1e-5, atol=2e-5)
@@ -247,13 +275,20 @@ def test_compiled_activation_matches_reference(name, dtype, arch):
     v = (4 * torch.rand(200) ** 3).to(F64 if dtype is F64 else F32)
     v[100] = 0
     with on_gpu(arch, CONFIGS[arch]):
-        y, (dmu, dv, total) = expectation.expectation(mu, v, name), expectation.expectation_bwd(dy, mu, v, name)
+        y, (dmu, dv, total) = (
+            expectation.expectation(mu, v, name),
+            expectation.expectation_bwd(dy, mu, v, name),
+        )
     want = reference.expectation(mu.double(), v.double(), name)
-    want_dmu, want_dv, want_total = reference.expectation_bwd(dy.double(), mu.double(), v.double(), name)
+    want_dmu, want_dv, want_total = reference.expectation_bwd(
+        dy.double(), mu.double(), v.double(), name
+    )
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]] + (2.1e-6 if dtype is BF16 else 3e-7)
     size, rounding = 1 + mu.double().abs(), EPS[dtype] if dtype is not F64 else 0
     assert ((y - want).abs() <= bound * size + rounding * want.abs() + 1e-6).all()
-    assert ((dmu - want_dmu).abs() <= (40 * bound + 2e-6 + rounding) * (1 + dy.double().abs())).all()
+    assert (
+        (dmu - want_dmu).abs() <= (40 * bound + 2e-6 + rounding) * (1 + dy.double().abs())
+    ).all()
     keep = v > 1e-3  # the curvature of relu and its like grows as 1 / sqrt(v)
     assert ((dv - want_dv).abs() <= (600 * bound + 1e-4) * 37)[keep].all()
     assert ((total - want_total).abs() <= 37 * (60 * bound + 4e-6)).all()
@@ -264,10 +299,14 @@ VARIANCES = [0.0, 1e-45, 1e-40, 1e-38, 1e-30, 1.0, 1e37, 8.6e37, 2e38, 3.2e38]
 
 @pytest.mark.parametrize("errors", [0, 1])
 @pytest.mark.parametrize(
-    "name, arch", quick_of(list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("silu", 80), ("gelu_tanh", 80)])
+    "name, arch",
+    quick_of(
+        list(itertools.product(NAMES, CONFIGS)), [("relu", 80), ("silu", 80), ("gelu_tanh", 80)]
+    ),
 )
 def test_compiled_activation_of_any_variance(name, arch, errors):
-    """Subnormal ones, whose root a GPU takes for 0, ordinary and huge ones, whose reciprocal is subnormal."""
+    """Subnormal ones, whose root a GPU takes for 0, ordinary and huge ones, whose reciprocal is
+    subnormal."""
     mu = torch.tensor([-1e30, -1e20, -2.0, -1e-20, -1e-40, 0.0, 1e-40, 1e-20, 2.0, 1e20, 1e30])
     v = torch.tensor(VARIANCES)
     grid = mu[:, None].expand(-1, len(v)).contiguous()
@@ -278,7 +317,9 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     deviation = v.double().sqrt()
     near = grid.double().abs() <= 2
     if name == "tanh":
-        assert (y.abs() <= 1 + 1e-6).all() and (y[near].abs()[(v > 1e30).expand_as(grid)[near]] <= 1e-6).all()
+        assert (y.abs() <= 1 + 1e-6).all() and (
+            y[near].abs()[(v > 1e30).expand_as(grid)[near]] <= 1e-6
+        ).all()
     else:
         # Behind a huge variance each is relu: E = deviation phi(0) next to mu = 0.
         huge = near & (v > 1e30)
@@ -299,7 +340,10 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
 
 @pytest.mark.parametrize(
     "name, dtype, arch",
-    quick_of(list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)), [("relu", F32, 80), ("silu", F32, 80)]),
+    quick_of(
+        list(itertools.product(NAMES, [F32, BF16, F64], CONFIGS)),
+        [("relu", F32, 80), ("silu", F32, 80)],
+    ),
 )
 def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
     wide = F64 if dtype is F64 else F32
@@ -312,7 +356,9 @@ def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
     low = -1 if name == "tanh" else 0
     assert (y[0, :3] - low).abs().max() <= 1e-6
     assert ((y[1, :3] - 1).abs() <= 1e-6).all() if name == "tanh" else (y[1, :3] == INF).all()
-    assert (dmu[0, :3].abs() <= 1e-5).all() and ((dmu[1, :3] - float(name != "tanh")).abs() <= 1e-5).all()
+    assert (dmu[0, :3].abs() <= 1e-5).all() and (
+        (dmu[1, :3] - float(name != "tanh")).abs() <= 1e-5
+    ).all()
     assert y[2, :3].isnan().all() and y[3, :3].isfinite().all()
     # A variance that is no number makes none.
     assert y[:, 3].isnan().all() and dmu[:, 3].isnan().all() and dv[3].isnan()
@@ -321,7 +367,9 @@ def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
 @pytest.mark.parametrize("arch", [80, slow(90)])
 @pytest.mark.parametrize("weight_dtype, sigma_dtype", [(BF16, F32), slow(F32, F32), slow(F64, F64)])
 @pytest.mark.parametrize("log_variance", [True, slow(False)])
-def test_compiled_activation_variance_matches_reference(weight_dtype, sigma_dtype, log_variance, arch):
+def test_compiled_activation_variance_matches_reference(
+    weight_dtype, sigma_dtype, log_variance, arch
+):
     for n, k in ((5, 7), (70, 264)):
         weight, sigma = randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
         dv, given = torch.randn(n, dtype=sigma_dtype), randn(k, n).t().to(weight_dtype)

@@ -1,4 +1,5 @@
-"""The recommended recipe, all by default: convert, calibrate, objective and param_groups help without a setting."""
+"""The recommended recipe, all by default: convert, calibrate, objective and param_groups help
+without a setting."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ def digits(seed):
 
 def trained(x, y, seed, recipe, epochs=80):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
     if recipe:
         dip.convert(model)
         dip.calibrate(model, x.split(100))
@@ -47,7 +50,9 @@ def scores(model, x, y):
         adversarial = torch.minimum(torch.maximum(moved, x - EPS), x + EPS).clamp(0, 1)
     noisy = x + NOISE * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hits = [(model(each).argmax(-1) == y).float().mean().item() for each in (x, adversarial, noisy)]
+        hits = [
+            (model(each).argmax(-1) == y).float().mean().item() for each in (x, adversarial, noisy)
+        ]
     return 100 * torch.tensor(hits)
 
 
@@ -62,12 +67,15 @@ def test_three_lines_help_by_default():
 
 
 def test_variances_that_cost_the_fit_shrink_and_others_stay():
-    """What one ratio cannot do: the likelihood pulls noise down where it hurts, the prior holds it where it does not."""
+    """What one ratio cannot do: the likelihood pulls noise down where it hurts, the prior holds it
+    where it does not."""
     torch.manual_seed(0)
     x = torch.randn(600, 8)
     y = (x[:, 0] * x[:, 1] > 0).long()  # needs two features sharply; the other six say nothing
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    model = nn.Sequential(
+        nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+    )
     dip.convert(model)
     dip.calibrate(model, [x])
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))

@@ -1,4 +1,5 @@
-"""What a release promises: one version, pinned inputs, workflows that are Makefile targets, documents whose code runs, types."""
+"""What a release promises: one version, pinned inputs, workflows that are Makefile targets,
+documents whose code runs, types."""
 
 import contextlib
 import inspect
@@ -20,13 +21,18 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]
 PAGES = [page for page in PAGES if "```python" in page.read_text()]
-PAGES.remove(ROOT / "docs" / "guides" / "trainers.md")  # tests/test_trainers_guide.py: each block is a program
+PAGES.remove(
+    ROOT / "docs" / "guides" / "trainers.md"
+)  # tests/test_trainers_guide.py: each block is a program
 
 
 def test_version_is_one_and_semantic():
     version = dip.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?", version)
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1) == version
+    assert (
+        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+        == version
+    )
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     paper = citation["preferred-citation"]
@@ -37,7 +43,7 @@ def test_version_is_one_and_semantic():
     )
 
 
-# ---- workflows -------------------------------------------------------------------------------------------------------
+# ---- workflows -----------------------------------------------------------------------------------
 
 
 def steps(workflow):
@@ -48,7 +54,9 @@ def steps(workflow):
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_runs_targets_that_exist_and_actions_pinned_by_commit(workflow):
     text = workflow.read_text()
-    called = set(re.findall(r"make ([a-z][\w-]*)", text)) | set(re.findall(r'target: "?([a-z][\w-]*)', text))
+    called = set(re.findall(r"make ([a-z][\w-]*)", text)) | set(
+        re.findall(r'target: "?([a-z][\w-]*)', text)
+    )
     assert called and called <= TARGETS, called - TARGETS
     used = [step["uses"] for step in steps(workflow) if "uses" in step]
     assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used), used
@@ -58,7 +66,9 @@ def test_workflow_runs_targets_that_exist_and_actions_pinned_by_commit(workflow)
 
 def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
-    assert {name for name, job in jobs.items() if "id-token" in str(job.get("permissions"))} == {"publish"}
+    assert {name for name, job in jobs.items() if "id-token" in str(job.get("permissions"))} == {
+        "publish"
+    }
     assert (
         jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')")
         and jobs["publish"]["needs"] == "build"
@@ -67,7 +77,7 @@ def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
     assert uses.index("actions/attest-build-provenance") < uses.index("pypa/gh-action-pypi-publish")
 
 
-# ---- pinned inputs ---------------------------------------------------------------------------------------------------
+# ---- pinned inputs -------------------------------------------------------------------------------
 
 
 def requirements(name):
@@ -77,12 +87,20 @@ def requirements(name):
 
 def test_development_requirements_are_pinned_and_locked_by_hash():
     wanted = {}
-    for line in [line for name in ("dev", "docs", "release") for line in requirements(f"requirements-{name}.txt")]:
+    for line in [
+        line
+        for name in ("dev", "docs", "release")
+        for line in requirements(f"requirements-{name}.txt")
+    ]:
         name, _, version = line.partition("==")
         wanted[re.sub(r"\[.*\]", "", name).lower().replace("_", "-")] = version
     lock = (ROOT / "requirements-dev.lock").read_text()
-    entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n\s+--hash=sha256:[0-9a-f]{64})+)", lock, re.MULTILINE)
-    assert len(entries) == len(re.findall(r"^[\w.-]+(?:\[.*\])?[=<>]=", lock, re.MULTILINE))  # none without a hash
+    entries = re.findall(
+        r"^([\w.-]+)==(\S+)((?: \\\n\s+--hash=sha256:[0-9a-f]{64})+)", lock, re.MULTILINE
+    )
+    assert len(entries) == len(
+        re.findall(r"^[\w.-]+(?:\[.*\])?[=<>]=", lock, re.MULTILINE)
+    )  # none without a hash
     locked = {name.lower(): version for name, version, _ in entries}
     del wanted["torch"]  # which build of it is the machine's choice
     assert wanted.keys() <= locked.keys(), wanted.keys() - locked.keys()
@@ -102,7 +120,7 @@ def test_dockerfile_installs_the_wheel_and_nothing_from_the_net():
     assert re.search(r"^USER \d+", text, re.MULTILINE)
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -119,13 +137,23 @@ def test_code_of_a_page_runs(page):
 def test_site_lists_every_page_and_every_public_name():
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    assert {page for page in pages if page not in navigation and not page.startswith("results/")} == set()
-    listed = set(re.findall(r"^::: dipkernels\.(?:\w+\.)*(\w+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    assert {
+        page for page in pages if page not in navigation and not page.startswith("results/")
+    } == set()
+    listed = set(
+        re.findall(
+            r"^::: dipkernels\.(?:\w+\.)*(\w+)",
+            (ROOT / "docs" / "api.md").read_text(),
+            re.MULTILINE,
+        )
+    )
     assert set(dip.__all__) - {"functional", "reference"} <= listed, set(dip.__all__) - listed
 
 
 @pytest.mark.parametrize(
-    "page", [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"], ids=lambda p: p.stem
+    "page",
+    [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"],
+    ids=lambda p: p.stem,
 )
 def test_lists_of_a_page_follow_an_empty_line(page):
     """Without one the site shows a list as running text, although other viewers do not."""
@@ -150,7 +178,7 @@ def test_site_builds_without_a_warning(tmp_path):
         assert [target for target in named if not (page.parent / target).exists()] == [], page
 
 
-# ---- types -----------------------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------------------
 
 
 def public_functions():
@@ -158,7 +186,11 @@ def public_functions():
         value = getattr(dip, name)
         if inspect.isclass(value):
             wanted = ("__init__", "__enter__", "__exit__")
-            members = {key: member for key, member in vars(value).items() if key in wanted or not key.startswith("_")}
+            members = {
+                key: member
+                for key, member in vars(value).items()
+                if key in wanted or not key.startswith("_")
+            }
             yield from (
                 (f"{name}.{key}", member)
                 for key, member in members.items()
@@ -167,17 +199,27 @@ def public_functions():
         elif inspect.ismodule(value):
             if name != "reference":  # the oracle: signatures of the operations, and equations
                 own = {
-                    key: f for key, f in vars(value).items() if inspect.isfunction(f) and f.__module__ == value.__name__
+                    key: f
+                    for key, f in vars(value).items()
+                    if inspect.isfunction(f) and f.__module__ == value.__name__
                 }
-                yield from ((f"{name}.{key}", f) for key, f in own.items() if not key.startswith("_"))
+                yield from (
+                    (f"{name}.{key}", f) for key, f in own.items() if not key.startswith("_")
+                )
         else:
             yield name, value
 
 
-@pytest.mark.parametrize("name, function", [pytest.param(*item, id=item[0]) for item in public_functions()])
+@pytest.mark.parametrize(
+    "name, function", [pytest.param(*item, id=item[0]) for item in public_functions()]
+)
 def test_public_api_has_types(name, function):
     signature = inspect.signature(function)
-    missing = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
+    missing = [
+        p.name
+        for p in signature.parameters.values()
+        if p.annotation is p.empty and p.name != "self"
+    ]
     assert missing == [] and signature.return_annotation is not signature.empty
 
 
@@ -185,7 +227,11 @@ def test_mypy_is_strict_for_the_whole_package():
     """What `make typecheck` and the slow test below run: no module is left out."""
     section = (ROOT / "pyproject.toml").read_text().split("[tool.mypy]")[1]
     assert "strict = true" in section and 'packages = ["dipkernels"]' in section
-    assert "ignore_errors" not in section and "follow_imports" not in section and "overrides" not in section
+    assert (
+        "ignore_errors" not in section
+        and "follow_imports" not in section
+        and "overrides" not in section
+    )
 
 
 @pytest.mark.slow
@@ -193,5 +239,7 @@ def test_types_hold_here_and_for_strict_users():
     if shutil.which("mypy") is None:
         pytest.importorskip("mypy")
     for arguments in ([], ["--strict", "--follow-imports=silent", "tests/typing_use.py"]):
-        done = subprocess.run([sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout

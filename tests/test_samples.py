@@ -1,4 +1,5 @@
-"""The passes of "mean" on a CPU, in the compiled library alone: draws of several samples, their activations summed, and back.  docs/maths.md, section 4."""
+"""The passes of "mean" on a CPU, in the compiled library alone: draws of several samples, their
+activations summed, and back.  docs/maths.md, section 4."""
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def back(h, dy, activation, out=None, factor=1.0):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("x_dtype, z_dtype", [(torch.float32, None), (None, None), (None, torch.float32)])
+@pytest.mark.parametrize(
+    "x_dtype, z_dtype", [(torch.float32, None), (None, None), (None, torch.float32)]
+)
 def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
     for rows, columns, col0 in ((1, 1, 0), (13, 136, 8), (300, 64, 0), (9, 37, 3)):
         x, sigma = torch.randn(rows, columns).to(x_dtype or dtype), torch.rand(columns)
@@ -49,7 +52,10 @@ def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
 def test_samples_behind_an_activation_and_back(capability, dtype, activation):
     act = ACTIVATIONS | {"identity": lambda h: h}
     for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (9, 300, 37), (2, 90, 1024)):
-        h, dy = (torch.randn(samples, rows, columns) * 4).to(dtype), torch.randn(rows, columns).to(dtype)
+        h, dy = (
+            (torch.randn(samples, rows, columns) * 4).to(dtype),
+            torch.randn(rows, columns).to(dtype),
+        )
         leaf = h.double().requires_grad_()
         values = act[activation](leaf)
         (want,) = torch.autograd.grad(values, leaf, dy.double().expand_as(leaf))
@@ -70,7 +76,10 @@ def test_relu_of_a_sample_and_back(capability):
         h.view(-1)[::5] = special.to(dtype).repeat(h.numel() // 25)
         dy = torch.randn(40, 700).to(dtype)
         total = forward(h, "relu")
-        assert torch.equal(total.nan_to_num(7), (1 + torch.relu(h[0]).float() + torch.relu(h[1]).float()).nan_to_num(7))
+        assert torch.equal(
+            total.nan_to_num(7),
+            (1 + torch.relu(h[0]).float() + torch.relu(h[1]).float()).nan_to_num(7),
+        )
         dh, total = back(h, dy, "relu")
         assert torch.equal(dh, torch.where(h <= 0, 0, dy))
         assert torch.equal(total, 1 + dh[0].float() + dh[1].float())
@@ -97,25 +106,35 @@ def test_samples_ignore_instruction_set_and_threads(activation):
 @pytest.mark.parametrize("activation", NAMES)
 def test_samples_far_out_and_not_numbers(activation):
     far, infinity, nan = (60.0, 300.0, 3e4, 1e38), float("inf"), float("nan")
-    h = torch.tensor([1e-30, -1e-30, 3e-5, -3e-5, *far, *(-x for x in far), infinity, nan]).view(1, 1, -1)
+    h = torch.tensor([1e-30, -1e-30, 3e-5, -3e-5, *far, *(-x for x in far), infinity, nan]).view(
+        1, 1, -1
+    )
     want = ACTIVATIONS[activation](h[0].double()).float()
     total = torch.zeros_like(h[0])
     OPS.act_add(total, h, activation, None, 1.0)
     torch.testing.assert_close(total, want, rtol=2e-6, atol=0, equal_nan=True)
     lowest = torch.full_like(h, float("-inf"))
-    torch.testing.assert_close(forward(lowest, activation), 1 + ACTIVATIONS[activation](lowest[0]), equal_nan=True)
+    torch.testing.assert_close(
+        forward(lowest, activation), 1 + ACTIVATIONS[activation](lowest[0]), equal_nan=True
+    )
 
 
 def test_passes_over_samples_stay_inside_their_buffers():
     h, dy, total = torch.randn(2, 4, 6), torch.randn(4, 6), torch.zeros(4, 6)
     for changed, match in [
         ({"total": torch.zeros(4, 5)}, "h: expected shape .samples, 4, 5."),
-        ({"total": torch.zeros(4, 6).double()}, "total: expected shape .outer, inner., contiguous, float32"),
+        (
+            {"total": torch.zeros(4, 6).double()},
+            "total: expected shape .outer, inner., contiguous, float32",
+        ),
         ({"total": torch.zeros(6, 4).t()}, "total: expected shape .outer, inner., contiguous"),
         ({"h": h[0]}, "h: expected shape"),
         ({"h": h.repeat(1, 1, 2)[:, :, ::2]}, "h: expected shape .* elements side by side"),
         ({"h": h.double()}, "h: expected float32, float16 or bfloat16, got float64"),
-        ({"activation": "elu"}, "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu"),
+        (
+            {"activation": "elu"},
+            "activation: expected relu, gelu, gelu_tanh, silu or tanh, got elu",
+        ),
         ({"out": torch.zeros(4, 5)}, "out: expected shape .4, 6."),
         ({"out": torch.zeros(6, 4).t()}, "out: expected shape .4, 6. and elements side by side"),
         ({"dy": dy[:3]}, "dy: expected shape .4, 6."),

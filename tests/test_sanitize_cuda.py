@@ -1,4 +1,5 @@
-"""tools/verify/sanitize_cuda.cu as nvcc compiles it, on tests/ptx: it reaches every kernel, and finds what is planted. On a GPU: gpu_check.py."""
+"""tools/verify/sanitize_cuda.cu as nvcc compiles it, on tests/ptx: it reaches every kernel, and
+finds what is planted. On a GPU: gpu_check.py."""
 
 import shutil
 import subprocess
@@ -10,7 +11,10 @@ import pytest
 from ptx_cuda_host import build
 from ptx_cuda_program import ERROR_CODE, PROGRAM, SOURCES
 
-missing = next((name for name in ("nvcc", "g++") if not (cuda_support.find_tool(name) or shutil.which(name))), None)
+missing = next(
+    (name for name in ("nvcc", "g++") if not (cuda_support.find_tool(name) or shutil.which(name))),
+    None,
+)
 pytestmark = pytest.mark.skipif(missing is not None, reason=f"needs {missing}")
 
 
@@ -22,13 +26,19 @@ def program(tmp_path_factory):
 
 
 def run(program, *arguments):
-    command = [sys.executable, str(Path(__file__).with_name("ptx_cuda_program.py")), str(program), *arguments]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("ptx_cuda_program.py")),
+        str(program),
+        *arguments,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 def test_every_kernel_is_launched(program):
-    """As many as there are: a new one that the program does not launch fails here. A plant, for nothing is looked at."""
+    """As many as there are: a new one that the program does not launch fails here. A plant, for
+    nothing is looked at."""
     code, said = run(program, "--record", "exact", "uninitialised")
     (line,) = (line for line in said.splitlines() if line.startswith("kernels launched"))
     launched, of = (int(word) for word in line.split()[2::2])
@@ -71,5 +81,9 @@ def test_the_program_compiles_for_a_gpu(tmp_path):
         "-Xcompiler",
         "-Wall",
     ]
-    done = subprocess.run([*command, "-c", str(PROGRAM), "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-c", str(PROGRAM), "-o", str(tmp_path / "out.o")],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,9 @@ def test_manual_seed_replays_a_draw():
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("key", [0, -1, 2**63, 2**64 - 1, 2**64 + 5, torch.tensor(7), torch.tensor([-7])])
+@pytest.mark.parametrize(
+    "key", [0, -1, 2**63, 2**64 - 1, 2**64 + 5, torch.tensor(7), torch.tensor([-7])]
+)
 def test_key_is_taken_mod_2_64(key):
     with fixed_noise(key):
         value = contexts.KEY
@@ -183,7 +185,9 @@ def test_checkpointing_replays_noise_with_and_without_a_key():
         else:
             with fixed_noise(1):
                 plain = gradient(layer)
-                run = gradient(lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False))
+                run = gradient(
+                    lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+                )
             assert torch.equal(plain, run)
 
 

@@ -1,4 +1,5 @@
-"""What a reader copies from README and docs/ runs: indented lines of Python with stand-ins for their names, and commands."""
+"""What a reader copies from README and docs/ runs: indented lines of Python with stand-ins for
+their names, and commands."""
 
 import copy
 import re
@@ -25,14 +26,22 @@ COMMAND = re.compile(r"(?:^|[\s`])(?:python|torchrun [\w -]+?|pytest) ((?:[\w/]+
 def indented(page):
     """The indented blocks outside of fences and lists, each as its lines."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    return [block.strip("\n") for block in re.findall(r"(?:(?:^ {4}[^\n]*\n)(?:\n(?= {4}))?)+", text, re.MULTILINE)]
+    return [
+        block.strip("\n")
+        for block in re.findall(r"(?:(?:^ {4}[^\n]*\n)(?:\n(?= {4}))?)+", text, re.MULTILINE)
+    ]
 
 
 def is_python(block):
-    return bool(re.match(r"    (dip\.|print\(dip\.|diagnostics\.|from \w+|import |model = |loss\.|torch\.save)", block))
+    return bool(
+        re.match(
+            r"    (dip\.|print\(dip\.|diagnostics\.|from \w+|import |model = |loss\.|torch\.save)",
+            block,
+        )
+    )
 
 
-# ---- Python -----------------------------------------------------------------------------------------------------------
+# ---- Python --------------------------------------------------------------------------------------
 
 
 def experts():
@@ -47,7 +56,11 @@ def experts():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.experts, self.gate = nn.Embedding(16, 8), Experts(), nn.Linear(8, 8, bias=False)
+            self.embed, self.experts, self.gate = (
+                nn.Embedding(16, 8),
+                Experts(),
+                nn.Linear(8, 8, bias=False),
+            )
 
         def forward(self, input_ids):
             h = self.embed(input_ids)
@@ -83,7 +96,16 @@ def small(**names):
     x, y = torch.randn(6, 8), torch.randint(3, (6,))
     model = dip.convert(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 3)))
     loss = F.cross_entropy(model(x), y)
-    return {"model": model, "x": x, "y": y, "batch": x, "batches": [x], "loss": loss, "F": F, **names}
+    return {
+        "model": model,
+        "x": x,
+        "y": y,
+        "batch": x,
+        "batches": [x],
+        "loss": loss,
+        "F": F,
+        **names,
+    }
 
 
 def stand_ins(line):
@@ -92,9 +114,15 @@ def stand_ins(line):
         model, tokens = experts()
         return {"model": Wrapped(block=model["block"]), "tokens": tokens}
     if "*.upsample" in line:
-        return {"model": Wrapped(upsample=nn.ConvTranspose2d(3, 3, 2)), "images": torch.rand(2, 3, 4, 4)}
+        return {
+            "model": Wrapped(upsample=nn.ConvTranspose2d(3, 3, 2)),
+            "images": torch.rand(2, 3, 4, 4),
+        }
     if "*.mixer" in line:
-        return {"model": Wrapped(mixer=nn.Conv1d(6, 6, 3, padding=1)), "images": torch.rand(2, 6, 5)}
+        return {
+            "model": Wrapped(mixer=nn.Conv1d(6, 6, 3, padding=1)),
+            "images": torch.rand(2, 6, 5),
+        }
     if "q_proj" in line:
         names = Attention("q_proj", "k_proj", "v_proj"), Attention("gate_proj", "up_proj")
         return {"model": nn.Sequential(*names)}
@@ -109,23 +137,33 @@ def stand_ins(line):
         peft = pytest.importorskip("peft")
         transformers = pytest.importorskip("transformers")
         config = transformers.LlamaConfig(
-            vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
         )
         return {"peft": peft, "base": transformers.LlamaForCausalLM(config), "r": 2}
     return small()
 
 
 # tests/test_trainers_guide.py loads by from_pretrained what its recipe has saved.
-BLOCKS = [(page, b) for page in PAGES for b in indented(page) if is_python(b) and "AutoModel" not in b]
+BLOCKS = [
+    (page, b) for page in PAGES for b in indented(page) if is_python(b) and "AutoModel" not in b
+]
 
 
-@pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(BLOCKS)])
+@pytest.mark.parametrize(
+    ("page", "block"), BLOCKS, ids=[f"{page.stem}-{i}" for i, (page, _) in enumerate(BLOCKS)]
+)
 def test_indented_python_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     torch.manual_seed(0)
     lines = [line[4:] for line in block.splitlines() if line.strip()]
-    apart = all(line.startswith("dip.convert") for line in lines)  # alternatives, each for another model
+    apart = all(
+        line.startswith("dip.convert") for line in lines
+    )  # alternatives, each for another model
     for part in [[line] for line in lines] if apart else [lines]:
         names = {"dip": dip, "torch": torch, "nn": nn, **stand_ins(" ".join(part))}
         code = "\n".join(part).replace("LoraConfig(...)", 'LoraConfig(target_modules=["q_proj"])')
@@ -142,7 +180,7 @@ def test_blocks_of_python_are_found():
     assert {"models", "trainers"} <= found and len(BLOCKS) >= 7
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
 def sources(script):
@@ -176,8 +214,14 @@ def test_make_targets_exist():
 
 
 def test_a_fence_is_python_or_runs_nowhere():
-    """Every fenced block is run by a test: those of README by tests/test_docs.py, of guides by tests/test_release.py."""
-    run = {"README.md", "quickstart.md", "cluster.md", *(page.name for page in (ROOT / "docs" / "guides").glob("*.md"))}
+    """Every fenced block is run by a test: those of README by tests/test_docs.py, of guides by
+    tests/test_release.py."""
+    run = {
+        "README.md",
+        "quickstart.md",
+        "cluster.md",
+        *(page.name for page in (ROOT / "docs" / "guides").glob("*.md")),
+    }
     for page in PAGES:
         if "```python" in page.read_text():
             assert page.name in run, page
@@ -186,21 +230,31 @@ def test_a_fence_is_python_or_runs_nowhere():
 @pytest.mark.parametrize("number", range(3))
 def test_code_of_the_cluster_page_runs(number, ranks_of_one):
     """On one process, with stand-ins for what a launcher and a model give."""
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)[number]
+    block = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL
+    )[number]
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)])
+            self.blocks = nn.ModuleList(
+                [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)]
+            )
 
         def forward(self, x):
             for each in self.blocks:
                 x = each(x)
             return x
 
-    names = {"torch": torch, "dip": dip, "model": dip.convert(Model()), "seed": 1, "data_parallel_rank": 0}
+    names = {
+        "torch": torch,
+        "dip": dip,
+        "model": dip.convert(Model()),
+        "seed": 1,
+        "data_parallel_rank": 0,
+    }
     names |= {
         "run_key": 100,
         "step": 3,
@@ -217,6 +271,8 @@ def test_code_of_the_cluster_page_runs(number, ranks_of_one):
 @pytest.fixture(scope="module")
 def ranks_of_one(tmp_path_factory):
     store = tmp_path_factory.mktemp("store") / "file"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""One stem per operation: every operation has its files in every place, and imports point one way."""
+"""One stem per operation: every operation has its files in every place, and imports point one
+way."""
 
 import ast
 import importlib
@@ -15,7 +16,12 @@ from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
 ROOT = Path(__file__).parent.parent
 STEMS = {
     "noise": ["csrc/noise.h", "triton_kernels/noise.py", "tests/test_noise.py"],
-    "perturb": ["csrc/cpu/perturb.cpp", "csrc/cuda/perturb.cu", "triton_kernels/perturb.py", "tests/test_perturb.py"],
+    "perturb": [
+        "csrc/cpu/perturb.cpp",
+        "csrc/cuda/perturb.cu",
+        "triton_kernels/perturb.py",
+        "tests/test_perturb.py",
+    ],
     "linear": [
         "dipkernels/ops/row_blocks.py",
         "triton_kernels/linear.py",
@@ -25,13 +31,27 @@ STEMS = {
     "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
     "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
     "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py", "tests/test_producers.py"],
-    "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py", "tests/test_expectation.py"],
+    "expectation": [
+        "csrc/cpu/expectation.cpp",
+        "triton_kernels/expectation.py",
+        "tests/test_expectation.py",
+    ],
 }
 # A module may import the ones before it, never one after.
 ORDER = ["worlds", "reference", "backends"]
 ORDER += [
     f"ops.{m}"
-    for m in ("draw", "activations", "pieces", "registry", "dtensor", "perturb", "row_blocks", "linear", "conv")
+    for m in (
+        "draw",
+        "activations",
+        "pieces",
+        "registry",
+        "dtensor",
+        "perturb",
+        "row_blocks",
+        "linear",
+        "conv",
+    )
 ]
 ORDER += [
     "ops.expectation",
@@ -44,7 +64,19 @@ ORDER += [
     "noise.seeds",
 ]
 ORDER += [
-    f"nn.{m}" for m in ("decay", "variance", "inputs", "tracing", "layer", "sharing", "linear", "conv", "input", "twin")
+    f"nn.{m}"
+    for m in (
+        "decay",
+        "variance",
+        "inputs",
+        "tracing",
+        "layer",
+        "sharing",
+        "linear",
+        "conv",
+        "input",
+        "twin",
+    )
 ]
 ORDER += ["nn.producer", "nn.norm", "nn.activation"]
 ORDER += ["nn.numbering", "nn.attention", "distributed"]
@@ -63,9 +95,13 @@ ORDER += [
         "convert",
     )
 ]
-ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")]
+ORDER += [
+    f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")
+]
 ORDER += ["diagnostics", "config", "reports", "testing"]
-ORDER += [f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")] + ["env_report"]
+ORDER += [
+    f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")
+] + ["env_report"]
 ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 
 
@@ -77,9 +113,16 @@ def test_stems_have_their_files(stem):
 
 def test_stems_of_operations_are_known():
     for name in registry.SCHEMAS:
-        assert any(callable(getattr(module, name, None)) for module in (perturb, linear, expectation, gate, norm)), name
+        assert any(
+            callable(getattr(module, name, None))
+            for module in (perturb, linear, expectation, gate, norm)
+        ), name
         assert callable(getattr(reference, name))
-    assert callable(functional.noise) and callable(functional.perturb) and callable(functional.dip_linear)
+    assert (
+        callable(functional.noise)
+        and callable(functional.perturb)
+        and callable(functional.dip_linear)
+    )
 
 
 def path_of(module):
@@ -90,12 +133,16 @@ def relative_imports(module):
     """The modules of the package that this one imports when it runs, by the names in ORDER."""
     package, tree = module.split(".")[:-1], ast.parse(path_of(module).read_text())
     tree.body = [
-        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        node
+        for node in tree.body
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
     ]
     for node in ast.walk(tree):
         if not (isinstance(node, ast.ImportFrom) and node.level):
             continue
-        base = ".".join([*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])])
+        base = ".".join(
+            [*package[: len(package) + 1 - node.level], *([node.module] if node.module else [])]
+        )
         for alias in node.names:
             name = f"{base}.{alias.name}".lstrip(".")
             yield name if name in ORDER else base
@@ -119,13 +166,18 @@ def test_no_module_imports_a_private_name_of_another():
         for node in ast.walk(ast.parse(path_of(module).read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert not [
-                    alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"
+                    alias.name
+                    for alias in node.names
+                    if alias.name.startswith("_") and alias.name != "__version__"
                 ]
 
 
 def test_every_module_is_placed():
     folder = ROOT / "dipkernels"
-    modules = {p.relative_to(folder).with_suffix("").as_posix().replace("/", ".") for p in folder.rglob("*.py")}
+    modules = {
+        p.relative_to(folder).with_suffix("").as_posix().replace("/", ".")
+        for p in folder.rglob("*.py")
+    }
     assert {m for m in modules if not m.split(".")[-1].startswith("__")} == set(ORDER)
     assert {p.parent.name for p in folder.glob("*/__init__.py")} == set(ROOMS)
 
@@ -135,7 +187,11 @@ def test_public_names_are_those_of_their_modules_and_wait_for_their_first_use():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("dipkernels.") for name in done.stdout.split()}
     assert {"functional", "reference", "backends", "ops.perturb"} <= loaded
-    assert not {name for name in loaded if name.startswith(("nn", "models", "training", "config", "reports"))}
+    assert not {
+        name
+        for name in loaded
+        if name.startswith(("nn", "models", "training", "config", "reports"))
+    }
     for name in dip.__all__:
         value = getattr(dip, name)
         home = dip._HOME.get(name)

@@ -1,4 +1,5 @@
-"""studies/: parts are stored and resumed, intervals are Student's, splits keep test data out, each study runs."""
+"""studies/: parts are stored and resumed, intervals are Student's, splits keep test data out, each
+study runs."""
 
 import importlib
 import json
@@ -45,7 +46,10 @@ def test_parts_are_stored_and_not_run_twice(tmp_path):
     keys = [{"n": n} for n in range(4)]
     with pytest.raises(KeyboardInterrupt):
         parts.run(part, keys, tmp_path)
-    assert parts.run(part, keys, tmp_path, stored=True) == [{"n": 0, "square": 0}, {"n": 1, "square": 1}]
+    assert parts.run(part, keys, tmp_path, stored=True) == [
+        {"n": 0, "square": 0},
+        {"n": 1, "square": 1},
+    ]
     assert [r["square"] for r in parts.run(part, keys, tmp_path)] == [0, 1, 4, 9]
     assert calls == [0, 1, 2, 2, 3]
 
@@ -66,11 +70,17 @@ def test_methods_of_a_seed_share_weights_and_start():
         training.train(task, data, 0, method, {"epochs": 0})
         for method in (None, {"ratio": 1.0}, {"ratio": 0.5, "fixed": True})
     )
-    assert torch.equal(plain[0].weight, noisy[0].weight) and torch.equal(plain[0].weight, fixed[0].weight)
+    assert torch.equal(plain[0].weight, noisy[0].weight) and torch.equal(
+        plain[0].weight, fixed[0].weight
+    )
     assert training.kept(noisy) == [1.0] * 3
     assert fixed[0].variance.sigma[0] == pytest.approx(noisy[0].variance.sigma[0].item() / 2)
     only = training.prepare(task.net(), data.x, {"where": "input"})
-    assert [type(m) for m in only if hasattr(m, "weight")] == [dip.DIPLinear, torch.nn.Linear, torch.nn.Linear]
+    assert [type(m) for m in only if hasattr(m, "weight")] == [
+        dip.DIPLinear,
+        torch.nn.Linear,
+        torch.nn.Linear,
+    ]
 
 
 def test_pgd_stays_in_its_ball():
@@ -86,11 +96,15 @@ def test_pgd_stays_in_its_ball():
 def test_scores_of_several_draws():
     out, y = torch.randn(3, 5, 2), torch.randn(5, 2)
     near = torch.stack([(out[s] - y).square().sum(-1).sqrt() for s in range(3)]).mean()
-    pairs = [(out[s] - out[t]).square().sum(-1).sqrt() for s in range(3) for t in range(3) if s != t]
+    pairs = [
+        (out[s] - out[t]).square().sum(-1).sqrt() for s in range(3) for t in range(3) if s != t
+    ]
     torch.testing.assert_close(training.energy(out, y), near - torch.stack(pairs).mean() / 2)
     labels = torch.tensor([0, 1, 1, 0, 1])
     one_hot = torch.nn.functional.one_hot(labels, 2).float()
-    assert training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels).item() == pytest.approx(0.0, abs=1e-6)
+    assert training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels).item() == pytest.approx(
+        0.0, abs=1e-6
+    )
     probs = out.softmax(-1).mean(0)[range(5), labels]
     torch.testing.assert_close(training.mixture(out, labels), -probs.log().mean())
 
@@ -99,18 +113,24 @@ def test_a_held_budget_keeps_the_mean_and_moves_the_allocation():
     task = tasks.TASKS["friedman"]
     data = tasks.split(task, 0)
     layer, model = (
-        training.train(task, data, 0, {"budget": each, "kl": 0.0}, {"epochs": 3}) for each in ("layer", "model")
+        training.train(task, data, 0, {"budget": each, "kl": 0.0}, {"epochs": 3})
+        for each in ("layer", "model")
     )
     assert training.kept(layer) == pytest.approx([1.0] * 3, abs=1e-4)
     assert layer[0].log_variance.std() > 0.05
-    moved = torch.cat([m.log_variance - m.variance.log_prior for m in model if isinstance(m, dip.DIPLinear)])
+    moved = torch.cat(
+        [m.log_variance - m.variance.log_prior for m in model if isinstance(m, dip.DIPLinear)]
+    )
     assert moved.mean().abs() < 1e-4
     assert max(abs(each - 1) for each in training.kept(model)) > 0.01
 
 
 def test_the_variances_follow_the_schedule_or_do_not():
     model = dip.convert(torch.nn.Linear(3, 2))
-    for method, wanted in (({}, [0.5, 0.5, 0.5]), ({"variance_schedule": "constant"}, [0.5, 0.5, 1.0])):
+    for method, wanted in (
+        ({}, [0.5, 0.5, 0.5]),
+        ({"variance_schedule": "constant"}, [0.5, 0.5, 1.0]),
+    ):
         optimizer = torch.optim.SGD(dip.param_groups(model, lr=1.0, variance_lr=1.0))
         schedule = training.cosine(optimizer, 4, method)
         for _ in range(2):
@@ -121,8 +141,12 @@ def test_the_variances_follow_the_schedule_or_do_not():
 
 def test_calibration_error_and_auroc():
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(10.0)  # 0.1 / 2 + 0.1 / 2
-    assert uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])) == pytest.approx(87.5)
+    assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(
+        10.0
+    )  # 0.1 / 2 + 0.1 / 2
+    assert uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])) == pytest.approx(
+        87.5
+    )
 
 
 def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out():
@@ -135,7 +159,9 @@ def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"])
+@pytest.mark.parametrize(
+    "name", ["defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"]
+)
 def test_each_study_runs(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     if name == "extrapolation":

@@ -1,4 +1,5 @@
-"""studies/arithmetic.py: problems are right and kept apart, exact match counts what it says, the command runs."""
+"""studies/arithmetic.py: problems are right and kept apart, exact match counts what it says, the
+command runs."""
 
 import json
 import random
@@ -42,7 +43,7 @@ def base():
     return task.llama(32, 1).state_dict()
 
 
-# ---- the task --------------------------------------------------------------------------------------------------------
+# ---- the task ------------------------------------------------------------------------------------
 
 
 def test_worked_steps_are_right():
@@ -59,7 +60,10 @@ def test_worked_steps_are_right():
 
 
 def test_parts_share_no_calculation():
-    parts = [{tuple(p.prompt) for p in task.problems(0, 300, 2, "+-", part)} for part in ("train", "val", "test")]
+    parts = [
+        {tuple(p.prompt) for p in task.problems(0, 300, 2, "+-", part)}
+        for part in ("train", "val", "test")
+    ]
     assert not parts[0] & parts[1]
     assert not parts[0] & parts[2]
     assert not parts[1] & parts[2]
@@ -89,7 +93,8 @@ def test_the_loss_counts_worked_steps_only():
 
 
 class Oracle:
-    """Answers as the problems say, but for the rows in `wrong`, whose token number `place` is another."""
+    """Answers as the problems say, but for the rows in `wrong`, whose token number `place` is
+    another."""
 
     def __init__(self, problems, wrong, place):
         self.solutions = torch.tensor([task.encode(p.solution) for p in problems])
@@ -100,15 +105,22 @@ class Oracle:
         return self
 
     def __call__(self, input_ids, **kwargs):
-        logits = torch.nn.functional.one_hot(self.solutions[:, self.calls : self.calls + 1], len(task.VOCABULARY))
+        logits = torch.nn.functional.one_hot(
+            self.solutions[:, self.calls : self.calls + 1], len(task.VOCABULARY)
+        )
         self.calls += 1
         return type("Out", (), {"logits": logits.float(), "past_key_values": None})()
 
 
-@pytest.mark.parametrize(("place", "answer", "solution"), [(1, 100, 75), (-2, 75, 75), (-1, 75, 75)])
+@pytest.mark.parametrize(
+    ("place", "answer", "solution"), [(1, 100, 75), (-2, 75, 75), (-1, 75, 75)]
+)
 def test_exact_match_counts_the_answer_and_the_whole_solution(place, answer, solution):
     chosen = task.problems(0, 8, 3, "+-", "test")
-    assert task.exact_match(Oracle(chosen, [0, 3], place), chosen) == {"answer": answer, "solution": solution}
+    assert task.exact_match(Oracle(chosen, [0, 3], place), chosen) == {
+        "answer": answer,
+        "solution": solution,
+    }
 
 
 def test_greedy_decoding_with_the_cache_is_what_one_pass_says():
@@ -124,7 +136,7 @@ def test_greedy_decoding_with_the_cache_is_what_one_pass_says():
     assert found == 100 * forced.double().mean().item()
 
 
-# ---- methods ---------------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", arithmetic.STAGES)
@@ -139,7 +151,9 @@ def test_every_method_predicts_alike_before_training_and_noises_in_it(stage):
         layers[method] = sum(isinstance(module, dip.Variance) for module in model.modules())
     assert all(out.equal(outs["plain"]) for out in outs.values())
     assert noisy == {method: method != "plain" for method in SETTINGS}
-    assert layers["DIP"] == layers["fixed variance"] == (8 if stage == "scratch" else 7)  # q k v o gate up down (head)
+    assert (
+        layers["DIP"] == layers["fixed variance"] == (8 if stage == "scratch" else 7)
+    )  # q k v o gate up down (head)
 
 
 def test_lora_trains_adapters_and_variances_only():
@@ -150,7 +164,9 @@ def test_lora_trains_adapters_and_variances_only():
     arithmetic.train(model, config | {"lr": 1e-2}, data)
     changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
     assert all("lora_" in name or "log_variance" in name for name in changed)
-    assert any("log_variance" in name for name in changed) and any("lora_" in name for name in changed)
+    assert any("log_variance" in name for name in changed) and any(
+        "lora_" in name for name in changed
+    )
 
 
 def test_neftune_noise_has_its_bound():
@@ -164,7 +180,7 @@ def test_neftune_noise_has_its_bound():
     assert hook(module.eval(), (), out) is None
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
@@ -176,7 +192,10 @@ def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
         assert all(f"| {method} |" in section for method in arithmetic.METHODS)
         runs = json.loads((tmp_path / f"arithmetic_{stage}.json").read_text())["runs"]
         assert {run["config"]["part"] for run in runs} == {"val", "test"}
-    assert all((tmp_path / f"arithmetic_{stage}.svg").stat().st_size > 1000 for stage in ("scratch", "lora"))
+    assert all(
+        (tmp_path / f"arithmetic_{stage}.svg").stat().st_size > 1000
+        for stage in ("scratch", "lora")
+    )
     arithmetic.main([*flags, "--parts", "report"])
     assert (tmp_path / "results.md").read_text() == text
 

@@ -1,4 +1,5 @@
-"""studies/vision.py: attacks and corruptions do what they say, methods differ where they should, the command runs."""
+"""studies/vision.py: attacks and corruptions do what they say, methods differ where they should,
+the command runs."""
 
 import json
 import sys
@@ -18,7 +19,15 @@ import vision_setup
 
 import dipkernels as dip
 
-SHARED = {"seed": 1, "lr": 1e-3, "weight_decay": 0.01, "m": 2, "batch": 50, "epochs": 1, "training": "clean"}
+SHARED = {
+    "seed": 1,
+    "lr": 1e-3,
+    "weight_decay": 0.01,
+    "m": 2,
+    "batch": 50,
+    "epochs": 1,
+    "training": "clean",
+}
 SETTINGS = {
     "plain": {"m": 1},
     "input noise": {"sigma": 0.2},
@@ -41,7 +50,7 @@ def config_of(method, arch="MLP"):
     return SHARED | SETTINGS[method] | {"method": method, "arch": arch}
 
 
-# ---- data, corruptions, attacks --------------------------------------------------------------------------------------
+# ---- data, corruptions, attacks ------------------------------------------------------------------
 
 
 def test_test_images_are_never_trained_or_validated_on():
@@ -51,7 +60,9 @@ def test_test_images_are_never_trained_or_validated_on():
         parts = vision_setup.split(seed)
         assert [len(parts[name][0]) for name in ("train", "val", "test")] == [500, 400, 897]
         assert parts["test"][0].equal(x[vision_setup.NUM_DEV :])
-        train, val = ({image.numpy().tobytes() for image in parts[name][0]} for name in ("train", "val"))
+        train, val = (
+            {image.numpy().tobytes() for image in parts[name][0]} for name in ("train", "val")
+        )
         assert not train & val
         assert len((train | val) & test) == 0
     assert not vision_setup.split(0)["train"][0].equal(vision_setup.split(1)["train"][0])
@@ -93,7 +104,7 @@ def test_attacks_stay_in_their_ball_and_pgd_hurts_most():
     assert losses[0] < losses[1] and losses[0] < losses[2]
 
 
-# ---- methods ---------------------------------------------------------------------------------------------------------
+# ---- methods -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", vision_setup.NETWORKS)
@@ -156,7 +167,14 @@ def test_sam_takes_its_gradient_at_the_ascended_weights():
 
 @pytest.mark.parametrize(
     ("placement", "count"),
-    [("every layer", 10), ("first layer", 1), ("blocks", 8), ("attention", 4), ("block MLPs", 4), ("head", 1)],
+    [
+        ("every layer", 10),
+        ("first layer", 1),
+        ("blocks", 8),
+        ("attention", 4),
+        ("block MLPs", 4),
+        ("head", 1),
+    ],
 )
 def test_placements_reach_their_layers(placement, count):
     model, _ = vision_methods.build(config_of("DIP", "ViT") | {"placement": placement})
@@ -170,7 +188,7 @@ def test_batch_norm_is_settled_without_noise():
     assert model[1].running_mean.allclose(first.mean((0, 2, 3)), atol=1e-5)
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def test_a_section_is_replaced_between_its_markers_only(tmp_path):
@@ -204,12 +222,17 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
 
 
 def test_processes_that_share_a_store_lose_nothing(tmp_path):
-    one, two = results_page.Store(tmp_path / "runs.json"), results_page.Store(tmp_path / "runs.json")
+    one, two = (
+        results_page.Store(tmp_path / "runs.json"),
+        results_page.Store(tmp_path / "runs.json"),
+    )
     one.run({"a": 1}, lambda: {"by": "one"})
     two.value("v", lambda: 5)
     two.run({"a": 2}, lambda: {"by": "two"})
     one.run({"a": 3}, lambda: {"by": "one"})
-    assert two.run({"a": 1}, lambda: {"by": "two"})["result"] == {"by": "one"}  # found, not made again
+    assert two.run({"a": 1}, lambda: {"by": "two"})["result"] == {
+        "by": "one"
+    }  # found, not made again
     whole = results_page.Store(tmp_path / "runs.json")
     assert [run["config"]["a"] for run in whole.runs] == [1, 2, 3]
     assert whole.values == {"v": 5}
@@ -220,20 +243,35 @@ def test_the_published_table_is_that_of_the_summary(arch):
     """Git keeps no run: what a table shows must stand in docs/results."""
     summary = json.loads((results_page.FOLDER / "vision.json").read_text())
     found = {
-        (run["setting"].get("training"), run["setting"]["method"], run["setting"]["epochs"] > vision.EPOCHS[arch]): run
+        (
+            run["setting"].get("training"),
+            run["setting"]["method"],
+            run["setting"]["epochs"] > vision.EPOCHS[arch],
+        ): run
         for run in summary["runs"]
-        if run["setting"]["of"] == f"vision_{arch.lower()}" and is_main(run["setting"], summary["values"], arch)
+        if run["setting"]["of"] == f"vision_{arch.lower()}"
+        and is_main(run["setting"], summary["values"], arch)
     }
     text = (
-        results_page.PAGE.read_text(encoding="utf-8").split(f"<!-- begin vision-{arch.lower()} -->")[1].split("<!--")[0]
+        results_page.PAGE.read_text(encoding="utf-8")
+        .split(f"<!-- begin vision-{arch.lower()} -->")[1]
+        .split("<!--")[0]
     )
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if " ± " in line and line.startswith("| ")]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if " ± " in line and line.startswith("| ")
+    ]
     assert len(rows) == len(found) == len(vision.TRAININGS) * len(vision.METHODS)
     for training, method, *cells in rows:
         run = found[training, method.split(",")[0], method.endswith("equal time")]
         for (kind, strength), cell in zip(vision.COLUMNS, cells):
             shown = [float(part) for part in cell.split(" ± ")]
-            assert shown == pytest.approx(run["result"]["scores"][kind][strength], abs=0.056), (training, method, kind)
+            assert shown == pytest.approx(run["result"]["scores"][kind][strength], abs=0.056), (
+                training,
+                method,
+                kind,
+            )
 
 
 def is_main(setting, values, arch):
@@ -242,7 +280,11 @@ def is_main(setting, values, arch):
     wanted = chosen["plain"] | chosen[setting["method"]] | {"split": "test"}
     extra = {"variance_lr", "placement", "beta_factor", "lambda_s"} & setting.keys()
     several = vision.M[arch] if setting["method"] in vision.SEVERAL else 1
-    return not extra and setting["m"] == several and all(setting.get(name) == value for name, value in wanted.items())
+    return (
+        not extra
+        and setting["m"] == several
+        and all(setting.get(name) == value for name, value in wanted.items())
+    )
 
 
 def test_a_summary_has_mean_and_spread_of_each_setting(tmp_path):
@@ -254,7 +296,9 @@ def test_a_summary_has_mean_and_spread_of_each_setting(tmp_path):
     store.value("chosen", lambda: {"a": 1})
     results_page.summarise([store], tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert [run["setting"] for run in found["runs"]] == [{"of": "runs", "method": name} for name in "ab"]
+    assert [run["setting"] for run in found["runs"]] == [
+        {"of": "runs", "method": name} for name in "ab"
+    ]
     assert found["runs"][0]["result"] == {"clean": {"0": [90.5, 0.71]}, "sigma": {"1": 0.5}}
     assert found["runs"][0]["seeds"] == 2 and found["values"] == {"runs": {"chosen": {"a": 1}}}
     assert len(found["environments"]) == 1
@@ -267,10 +311,16 @@ def test_the_published_page_has_every_section():
     names = ["averages", "search", "needs", "k", "smoothness", "mlp", "resnet", "vit"]
     names += [f"ablations-{arch.lower()}" for arch in vision.ABLATIONS]
     for name in names:
-        assert text.count(f"<!-- begin vision-{name} -->") == text.count(f"<!-- end vision-{name} -->") == 1
+        assert (
+            text.count(f"<!-- begin vision-{name} -->")
+            == text.count(f"<!-- end vision-{name} -->")
+            == 1
+        )
 
 
-@pytest.mark.parametrize("arch", ["MLP", *(pytest.param(a, marks=pytest.mark.slow) for a in ("ResNet", "ViT"))])
+@pytest.mark.parametrize(
+    "arch", ["MLP", *(pytest.param(a, marks=pytest.mark.slow) for a in ("ResNet", "ViT"))]
+)
 def test_the_quick_run_writes_tables_figures_and_results(tmp_path, arch, monkeypatch):
     monkeypatch.setattr(vision, "KS", (1, 2))
     monkeypatch.setattr(vision, "SMOOTH_IMAGES", 4)

@@ -1,4 +1,5 @@
-"""Tensor and sequence parallel: stock styles, the noise of one process bit for bit, and nothing communicated but dsigma."""
+"""Tensor and sequence parallel: stock styles, the noise of one process bit for bit, and nothing
+communicated but dsigma."""
 
 import copy
 
@@ -17,7 +18,9 @@ from dipkernels.nn.numbering import number_layers
 from dipkernels.ops import dtensor
 from dipkernels.worlds import is_dtensor
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
 SEED = torch.tensor([0x0123456789ABCDEF, 7])
 
 
@@ -43,7 +46,10 @@ class MLP(nn.Module):
     def __init__(self, k=16, hidden=32):
         super().__init__()
         self.norm = nn.LayerNorm(k)
-        self.up, self.down = DIPLinear(k, hidden, init_variance=0.2), DIPLinear(hidden, k, init_variance=0.3)
+        self.up, self.down = (
+            DIPLinear(k, hidden, init_variance=0.2),
+            DIPLinear(hidden, k, init_variance=0.3),
+        )
         number_layers(self)
 
     def forward(self, x):
@@ -51,7 +57,10 @@ class MLP(nn.Module):
 
 
 def gradients(model):
-    return {name: p.grad.full_tensor() if is_dtensor(p.grad) else p.grad for name, p in model.named_parameters()}
+    return {
+        name: p.grad.full_tensor() if is_dtensor(p.grad) else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 def assert_equal_training(plain, parallel, x, key=5, **tolerance):
@@ -67,10 +76,12 @@ def assert_equal_training(plain, parallel, x, key=5, **tolerance):
     want, got = gradients(plain), gradients(parallel)
     assert want.keys() == got.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
-# ---- u, bit for bit --------------------------------------------------------------------------------------------------
+# ---- u, bit for bit ------------------------------------------------------------------------------
 
 
 def layouts(world):
@@ -113,7 +124,11 @@ def check_u(rank, world, shape_of_mesh=None):
         want.backward(g)
         for sigma_is_dtensor in (False, True):
             dx = distribute_tensor(x, mesh, placements).requires_grad_()
-            s = distribute_tensor(sigma, mesh, [Replicate()] * mesh.ndim) if sigma_is_dtensor else sigma.clone()
+            s = (
+                distribute_tensor(sigma, mesh, [Replicate()] * mesh.ndim)
+                if sigma_is_dtensor
+                else sigma.clone()
+            )
             s.requires_grad_()
             u = functional.perturb(dx, s, SEED, **where)
             assert u.placements == tuple(placements)
@@ -126,7 +141,9 @@ def check_u(rank, world, shape_of_mesh=None):
     part = torch.full((4, 8), float(rank))
     from torch.distributed.tensor import DTensor
 
-    u = functional.perturb(DTensor.from_local(part, mesh, [Partial()] * mesh.ndim), torch.ones(8), SEED)
+    u = functional.perturb(
+        DTensor.from_local(part, mesh, [Partial()] * mesh.ndim), torch.ones(8), SEED
+    )
     whole = torch.full((4, 8), float(sum(range(world))))
     assert torch.equal(u.full_tensor(), functional.perturb(whole, torch.ones(8), SEED))
 
@@ -155,7 +172,10 @@ def check_double_backward(rank, world):
 
     want = second(x.clone().requires_grad_(), log_variance.clone().requires_grad_())
     for dim in (0, 1, 2):
-        got = second(distribute_tensor(x, mesh, [Shard(dim)]).requires_grad_(), log_variance.clone().requires_grad_())
+        got = second(
+            distribute_tensor(x, mesh, [Shard(dim)]).requires_grad_(),
+            log_variance.clone().requires_grad_(),
+        )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -163,7 +183,7 @@ def test_double_backward_through_shards_is_that_of_one_process(ranks):
     ranks.run(check_double_backward)
 
 
-# ---- the stock styles ------------------------------------------------------------------------------------------------
+# ---- the stock styles ----------------------------------------------------------------------------
 
 
 def parallel_mlp(model, mesh, sequence=False):
@@ -176,7 +196,9 @@ def parallel_mlp(model, mesh, sequence=False):
     )
 
     if not sequence:
-        return dip.parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return dip.parallelize_module(
+            model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        )
     plan = {
         "": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
         "norm": SequenceParallel(),
@@ -207,7 +229,9 @@ def check_styles(rank, world, sequence):
     torch.testing.assert_close(outs[1], outs[0])
     with dip.noise_off():  # a step without noise goes on
         dtensor.full(model(x)).sum().backward()
-    again = number_layers(parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64))
+    again = number_layers(
+        parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64)
+    )
     assert again.up.log_variance.dtype is torch.float64 and again.down.stream.tolist() == [0, 1]
 
 
@@ -281,19 +305,24 @@ def check_communication(rank, world, sequence):
         counts.append([forward.get_comm_counts(), backward.get_comm_counts()])
     (plain_forward, plain_backward), (dip_forward, dip_backward) = counts
     assert dip_forward == plain_forward, (plain_forward, dip_forward)
-    extra = {str(op): n - plain_backward.get(op, 0) for op, n in dip_backward.items() if n != plain_backward.get(op, 0)}
+    extra = {
+        str(op): n - plain_backward.get(op, 0)
+        for op, n in dip_backward.items()
+        if n != plain_backward.get(op, 0)
+    }
     return extra
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 def test_noise_communicates_nothing_but_dsigma(ranks, sequence):
-    """Forward: nothing. Backward: the two layers' dsigma, summed (column-wise) and gathered (row-wise)."""
+    """Forward: nothing. Backward: the two layers' dsigma, summed (column-wise) and gathered
+    (row-wise)."""
     extra = ranks.run(check_communication, sequence)[0]
     print(extra)
     assert sum(extra.values()) == 2 and min(extra.values()) > 0
 
 
-# ---- with FSDP2 ------------------------------------------------------------------------------------------------------
+# ---- with FSDP2 ----------------------------------------------------------------------------------
 
 
 def check_two_dimensions(rank, world):
@@ -322,7 +351,7 @@ def test_fsdp_over_tensor_parallel_is_one_process(four_ranks):
     four_ranks.run(check_two_dimensions)
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def raised(call):
@@ -366,7 +395,12 @@ def check_wrong_layouts(rank, world):
     model.up.variance._parameters["log_variance"] = nn.Parameter(sharded)
     x = distribute_tensor(whole, mesh, [Replicate()])
     local = DTensor.from_local(
-        torch.randn(4, 7 + rank), mesh, [Shard(1)], run_check=False, shape=torch.Size((4, 15)), stride=(15, 1)
+        torch.randn(4, 7 + rank),
+        mesh,
+        [Shard(1)],
+        run_check=False,
+        shape=torch.Size((4, 15)),
+        stride=(15, 1),
     )
     return [
         raised(lambda: odd.down(torch.randn(4, 17 - rank))),
@@ -384,7 +418,10 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
         odd, at_op, plain_x, at_layer, by_name, shard, keep = messages
         assert f"rank {rank}" in odd and "a mesh that does not divide the features" in odd
         for message in (at_op, at_layer):
-            assert "expected a log_variance whole on every rank" in message and f"rank {rank}" in message
+            assert (
+                "expected a log_variance whole on every rank" in message
+                and f"rank {rank}" in message
+            )
         assert "x is a plain tensor" in plain_x and f"rank {rank}" in plain_x
         assert "rank 0: up.variance.log_variance: expected it whole" in by_name
         assert "rank 1: up.variance.log_variance: expected it whole" in by_name
@@ -393,23 +430,36 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
 
 
 def check_stock_styles_are_refused(rank, world):
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
     mesh = mesh_of(world)
     styles = [ColwiseParallel(), RowwiseParallel(), SequenceParallel()]
-    return [raised(lambda style=style: parallelize_module(MLP(), mesh, {"up": style})) for style in styles]
+    return [
+        raised(lambda style=style: parallelize_module(MLP(), mesh, {"up": style}))
+        for style in styles
+    ]
 
 
 def test_torchs_own_call_is_refused_with_the_name_of_ours(ranks):
     for messages in ranks.run(check_stock_styles_are_refused):
         assert all(
-            "ValueError: DIPLinear: expected tensor parallelism by dip.parallelize_module" in m for m in messages
+            "ValueError: DIPLinear: expected tensor parallelism by dip.parallelize_module" in m
+            for m in messages
         )
 
 
 def check_conversion_of_a_parallel_model(rank, world):
     """The plain model by torch's own call, then converted: as parallelising the converted one."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     class Plain(nn.Module):
         def __init__(self):
@@ -422,9 +472,13 @@ def check_conversion_of_a_parallel_model(rank, world):
     torch.manual_seed(1)
     model = Plain()
     plain = dip.convert(copy.deepcopy(model), 0.2)
-    model = parallelize_module(model, mesh_of(world), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    model = parallelize_module(
+        model, mesh_of(world), {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
     dip.convert(model, 0.2)
-    assert all(p.is_replicate() for layer in (model.up, model.down) for p in layer.log_variance.placements)
+    assert all(
+        p.is_replicate() for layer in (model.up, model.down) for p in layer.log_variance.placements
+    )
     assert_equal_training(plain, model, torch.randn(3, 4, 16))
 
 
@@ -443,7 +497,10 @@ def check_llama(rank, world):
     model, block = copy.deepcopy(plain), "model.layers.*."
     plan = {f"{block}self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
     plan |= {f"{block}mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-    plan |= {f"{block}self_attn.o_proj": RowwiseParallel(), f"{block}mlp.down_proj": RowwiseParallel()}
+    plan |= {
+        f"{block}self_attn.o_proj": RowwiseParallel(),
+        f"{block}mlp.down_proj": RowwiseParallel(),
+    }
     dip.parallelize_module(model, mesh_of(world), plan)
     ids, logits = torch.arange(6).reshape(2, 3), []
     for each in (plain, model):
@@ -453,7 +510,9 @@ def check_llama(rank, world):
     torch.testing.assert_close(*logits)
     want, got = gradients(plain), gradients(model)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.slow
@@ -463,7 +522,8 @@ def test_a_llama_is_parallelised_by_a_plan_of_patterns(ranks):
 
 
 def check_parallel_variances(rank, world):
-    """Loads, loops and frozen ones behind parallelize_module; layers outside the plan stay as they were."""
+    """Loads, loops and frozen ones behind parallelize_module; layers outside the plan stay as they
+    were."""
     from torch.distributed.tensor.parallel import ColwiseParallel
 
     model = MLP()

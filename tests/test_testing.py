@@ -41,7 +41,11 @@ def test_the_first_element_that_differs_is_named_with_its_draw(monkeypatch):
 
 def test_a_nan_and_a_wrong_shape_differ(monkeypatch):
     right = reference.perturb_bwd
-    monkeypatch.setattr(reference, "perturb_bwd", lambda *a: right(*a).index_fill(0, torch.tensor([2]), float("nan")))
+    monkeypatch.setattr(
+        reference,
+        "perturb_bwd",
+        lambda *a: right(*a).index_fill(0, torch.tensor([2]), float("nan")),
+    )
     assert testing.compare("perturb_bwd", BACKENDS[-1]).index == (2,)
     monkeypatch.setattr(reference, "perturb_bwd", lambda *a: right(*a)[:-1])
     assert not testing.compare("perturb_bwd", BACKENDS[-1])

@@ -1,4 +1,5 @@
-"""The tools that people train with, for real: what holds, what is refused, what `check` finds.  docs/models.md."""
+"""The tools that people train with, for real: what holds, what is refused, what `check` finds.
+docs/models.md."""
 
 import copy
 import socket
@@ -30,7 +31,9 @@ def learned(state):
 
 
 def is_whole(layer, x):
-    u = dip.functional.perturb(x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True)
+    u = dip.functional.perturb(
+        x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True
+    )
     with torch.no_grad():
         with dip.noise_off():
             want = layer(u)
@@ -38,19 +41,25 @@ def is_whole(layer, x):
             return torch.allclose(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
-# ---- torch -------------------------------------------------------------------------------------------------------------
+# ---- torch ---------------------------------------------------------------------------------------
 
 
 def test_an_average_of_the_weights_averages_the_variances_and_keeps_the_streams():
     model = dip.convert(mlp())
-    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
+    )
     ema.update_parameters(model)  # the first one copies
     before = dip.variances(ema)
     with torch.no_grad():
         for layer in dip_layers(model).values():
             layer.log_variance.add_(1.0)
     ema.update_parameters(model)
-    assert all(torch.allclose(v, before[n] + 0.5) for n, v in dip.variances(ema).items() if "prior" not in n)
+    assert all(
+        torch.allclose(v, before[n] + 0.5)
+        for n, v in dip.variances(ema).items()
+        if "prior" not in n
+    )
     with dip.fixed_noise(1), dip.sampling_on():
         first = ema(X)
         dip.load_variances(model, dip.variances(ema))
@@ -73,7 +82,9 @@ def test_weight_and_spectral_norm_go_on_after_conversion_or_take_noise_by_name(n
     before = mlp()
     norm(before[0])
     if hasattr(before[0], "parametrizations"):
-        with pytest.warns(dip.DIPConversionWarning, match=r"0 \(ParametrizedLinear\): parametrised"):
+        with pytest.warns(
+            dip.DIPConversionWarning, match=r"0 \(ParametrizedLinear\): parametrised"
+        ):
             dip.convert(copy.deepcopy(before))
         dip.convert(before, before=["0"], batches=[X])
     else:
@@ -98,14 +109,16 @@ def test_onnx_takes_the_model_in_eval_mode():
     torch.testing.assert_close(torch.from_numpy(out), model(X), rtol=1e-4, atol=1e-5)
 
 
-# ---- torchao -----------------------------------------------------------------------------------------------------------
+# ---- torchao -------------------------------------------------------------------------------------
 
 
 def qat(step):
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerGroup
     from torchao.quantization.qat import QATConfig
 
-    config = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
+    config = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+    )
     return QATConfig(config, step=step)
 
 
@@ -143,12 +156,17 @@ def test_training_in_lower_precision_goes_before_conversion_and_check_finds_the_
     from torchao.quantization import quantize_
 
     def prepare(model):
-        return quantize_(model, qat("prepare")) if tool == "qat" else convert_to_float8_training(model)
+        return (
+            quantize_(model, qat("prepare")) if tool == "qat" else convert_to_float8_training(model)
+        )
 
     swapped = dip.convert(mlp())
     prepare(swapped)
     found = dip.check(swapped, X, strict=False).faults
-    assert list(found) == ["0", "2"] and "was replaced since it was converted, by a torchao" in found["0"]
+    assert (
+        list(found) == ["0", "2"]
+        and "was replaced since it was converted, by a torchao" in found["0"]
+    )
     dip.convert(swapped)
     assert dip.check(swapped, X).ok
     model = mlp()
@@ -168,7 +186,7 @@ def test_training_in_lower_precision_goes_before_conversion_and_check_finds_the_
         assert model(X).shape == (32, 4)
 
 
-# ---- trainers ------------------------------------------------------------------------------------------------------------
+# ---- trainers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -191,8 +209,14 @@ def test_lightning_trains_checks_saves_and_loads(tmp_path):
 
     module = Module()
     before = dip.variances(module)
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **quiet)
+    quiet = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, **quiet
+    )
     trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8))
     assert module.report.ok and module.report.checked == 2
     after = dip.variances(module)
@@ -208,7 +232,9 @@ def test_accelerate_prepares_trains_and_saves(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model = dip.convert(mlp())
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
-    model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(dip.param_groups(model, 1e-3)), data)
+    model, optimizer, data = accelerator.prepare(
+        model, torch.optim.AdamW(dip.param_groups(model, 1e-3)), data
+    )
     before = dip.variances(model)
     for x, y in data:
         optimizer.zero_grad()
@@ -228,7 +254,9 @@ def llama():
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1)
+        transformers.LlamaConfig(
+            **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1
+        )
     )
 
 
@@ -255,12 +283,18 @@ QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_tra
 @pytest.mark.slow
 def test_transformers_trainer_trains_checks_and_resumes(tmp_path):
     transformers = pytest.importorskip("transformers")
-    arguments = transformers.TrainingArguments(tmp_path, max_steps=2, save_steps=1, learning_rate=1e-2, **QUIET)
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=2, save_steps=1, learning_rate=1e-2, **QUIET
+    )
 
     def trainer(model, callbacks=()):
         optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2))
         return transformers.Trainer(
-            model, arguments, train_dataset=texts(), callbacks=list(callbacks), optimizers=(optimizer, None)
+            model,
+            arguments,
+            train_dataset=texts(),
+            callbacks=list(callbacks),
+            optimizers=(optimizer, None),
         )
 
     model, check = dip.convert(llama()), checking()
@@ -282,16 +316,22 @@ def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", eos_token="w1"
+    )
     model, check = llama(), checking()
     if adapter:
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
         dip.convert(model, filter=lambda module, name: hasattr(module, "lora_A"))
     else:
         dip.convert(model)
     config = trl.SFTConfig(tmp_path, max_steps=1, save_strategy="no", bf16=False, **QUIET)
-    trl.SFTTrainer(model, args=config, train_dataset=texts(), processing_class=tokenizer, callbacks=[check]).train()
+    trl.SFTTrainer(
+        model, args=config, train_dataset=texts(), processing_class=tokenizer, callbacks=[check]
+    ).train()
     if adapter:
         assert check.report.ok and check.report.checked == 1
     else:
@@ -301,14 +341,19 @@ def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
 
 @pytest.mark.slow
 def test_opacus_refuses_dip_layers_and_takes_fixed_noise_before_plain_ones():
-    """Its per-example gradients need a layer's own input, which is not what a DIP layer multiplies."""
+    """Its per-example gradients need a layer's own input, which is not what a DIP layer
+    multiplies."""
     opacus = pytest.importorskip("opacus")
 
     def step(model):
         optimizer = torch.optim.SGD(dip.param_groups(model, 0.1), 0.1)
         data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
         model, optimizer, data = opacus.PrivacyEngine().make_private(
-            module=model, optimizer=optimizer, data_loader=data, noise_multiplier=1.0, max_grad_norm=1.0
+            module=model,
+            optimizer=optimizer,
+            data_loader=data,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
         )
         x, y = next(iter(data))
         F.cross_entropy(model(x), y).backward()
@@ -328,7 +373,13 @@ def one_rank(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(name, str(value))
     yield
@@ -338,7 +389,8 @@ def one_rank(monkeypatch):
 
 @pytest.mark.slow
 def test_deepspeed_trains_the_variances(one_rank):
-    """Not in requirements-tools.txt: it is built against the torch at hand, pip install --no-build-isolation."""
+    """Not in requirements-tools.txt: it is built against the torch at hand, pip install
+    --no-build-isolation."""
     deepspeed = pytest.importorskip("deepspeed")
     deepspeed.init_distributed("gloo")
     for stage in (0, 1, 2):  # of one process group, which DeepSpeed keeps

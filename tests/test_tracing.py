@@ -1,4 +1,5 @@
-"""torch.fx keeps every DIP layer as a leaf; torch.jit and ONNX take the plain network, and refuse noise with the way out."""
+"""torch.fx keeps every DIP layer as a leaf; torch.jit and ONNX take the plain network, and refuse
+noise with the way out."""
 
 import copy
 import io
@@ -85,7 +86,9 @@ def test_a_graph_lives_on_as_the_model_does(x):
     others.append(pickle.loads(pickle.dumps(graph)))
     with fixed_noise(3):
         for other in others:
-            model.load_state_dict(other.state_dict())  # the statistics of BatchNorm move in each pass
+            model.load_state_dict(
+                other.state_dict()
+            )  # the statistics of BatchNorm move in each pass
             assert torch.equal(other(x), model(x))
 
 
@@ -100,9 +103,13 @@ def test_hooks_on_a_layer_run_once():
     assert not torch.equal(graph(torch.ones(3, 4)), graph(torch.ones(3, 4)))
 
 
-@pytest.mark.parametrize("layer", [dip.DIPLinear(4, 2), dip.DIPInput(4), dip.DIPMultiheadAttention(4, 2)])
+@pytest.mark.parametrize(
+    "layer", [dip.DIPLinear(4, 2), dip.DIPInput(4), dip.DIPMultiheadAttention(4, 2)]
+)
 def test_a_layer_alone_is_no_graph(layer):
-    with pytest.raises(RuntimeError, match=r"dipkernels: torch\.fx keeps DIP.*torch\.nn\.Sequential\(layer\)"):
+    with pytest.raises(
+        RuntimeError, match=r"dipkernels: torch\.fx keeps DIP.*torch\.nn\.Sequential\(layer\)"
+    ):
         fx.symbolic_trace(layer)
 
 
@@ -134,14 +141,16 @@ def test_make_fx_records_the_draw():
             assert not torch.equal(graph(x), graph(x))
 
 
-# ---- torch.jit -------------------------------------------------------------------------------------------------------
+# ---- torch.jit -----------------------------------------------------------------------------------
 
 LAYERS = [
     pytest.param(lambda: dip.DIPLinear(4, 4), id="linear"),
     pytest.param(lambda: dip.DIPInput(4), id="input"),
     pytest.param(lambda: dip.DIPConv1d(3, 4, 1), id="conv"),
     pytest.param(lambda: dip.DIPMultiheadAttention(4, 2), id="attention"),
-    pytest.param(lambda: dip.convert(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)), id="encoder"),
+    pytest.param(
+        lambda: dip.convert(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)), id="encoder"
+    ),
     pytest.param(lambda: Everything(), id="everything"),
 ]
 
@@ -151,7 +160,9 @@ LAYERS = [
 def test_script_names_the_way_out(make, training):
     model = nn.Sequential(nn.ReLU(), make()).train(training)
     before = [(name, type(module)) for name, module in model.named_modules()]
-    with pytest.raises(RuntimeError, match=r"dipkernels: torch\.jit\.script .*to_plain.*torch\.export"):
+    with pytest.raises(
+        RuntimeError, match=r"dipkernels: torch\.jit\.script .*to_plain.*torch\.export"
+    ):
         torch.jit.script(model)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
 
@@ -165,7 +176,11 @@ def test_the_way_out_of_script_works():
 @pytest.mark.parametrize("how", ["training", "fixed_noise", "sampling_on", "no_grad"])
 def test_trace_refuses_to_freeze_noise(how):
     model, x = nn.Sequential(nn.ReLU(), dip.DIPLinear(4, 2)), torch.ones(3, 4)
-    contexts = {"fixed_noise": fixed_noise(3), "sampling_on": dip.sampling_on(), "no_grad": torch.no_grad()}
+    contexts = {
+        "fixed_noise": fixed_noise(3),
+        "sampling_on": dip.sampling_on(),
+        "no_grad": torch.no_grad(),
+    }
     model.train(how != "sampling_on")
     with (
         contexts.get(how, torch.enable_grad()),
@@ -176,7 +191,8 @@ def test_trace_refuses_to_freeze_noise(how):
 
 def test_trace_in_eval_mode_is_the_plain_network(x):
     model = Everything().eval()
-    # The check compares graphs, and fails for nn.MultiheadAttention itself, whose fast path depends on gradients.
+    # The check compares graphs, and fails for nn.MultiheadAttention itself, whose fast path depends
+    # on gradients.
     traced = torch.jit.trace(model, x, check_trace=False)
     saved = io.BytesIO()
     torch.jit.save(torch.jit.freeze(traced), saved)
@@ -185,7 +201,7 @@ def test_trace_in_eval_mode_is_the_plain_network(x):
     torch.testing.assert_close(torch.jit.load(saved)(x), model(x))
 
 
-# ---- ONNX ------------------------------------------------------------------------------------------------------------
+# ---- ONNX ----------------------------------------------------------------------------------------
 
 
 def small_network():

@@ -1,4 +1,5 @@
-"""docs/guides/trainers.md: each recipe runs, trains its variances, saves what loads, and is few lines more than without."""
+"""docs/guides/trainers.md: each recipe runs, trains its variances, saves what loads, and is few
+lines more than without."""
 
 import contextlib
 import io
@@ -38,15 +39,22 @@ def ran(name, folder, monkeypatch):
 
 
 def learned(model):
-    assert not any(torch.equal(layer.log_variance, layer.variance.log_prior) for layer in dip_layers(model).values())
+    assert not any(
+        torch.equal(layer.log_variance, layer.variance.log_prior)
+        for layer in dip_layers(model).values()
+    )
     return len(dip_layers(model))
 
 
 def test_there_is_a_recipe_for_each_audience_and_each_is_short():
-    assert [next(need for need in NEEDS if title.startswith(need)) for title in RECIPES] == list(NEEDS)
+    assert [next(need for need in NEEDS if title.startswith(need)) for title in RECIPES] == list(
+        NEEDS
+    )
     for name, code in RECIPES.items():
         added = [
-            line for line in code.splitlines() if re.search(r"dip|config\.(noise|traj|obj)|line\.", line, re.IGNORECASE)
+            line
+            for line in code.splitlines()
+            if re.search(r"dip|config\.(noise|traj|obj)|line\.", line, re.IGNORECASE)
         ]
         assert 3 <= len(added) <= 15, (name, added)
 
@@ -60,7 +68,9 @@ def test_the_vision_recipe(tmp_path, monkeypatch):
 
     assert learned(trainer.model) == 14
     loaded = from_pretrained(AutoModelForImageClassification, tmp_path / "out/vit/final")
-    assert all(torch.equal(v, dip.variances(loaded)[n]) for n, v in dip.variances(trainer.model).items())
+    assert all(
+        torch.equal(v, dip.variances(loaded)[n]) for n, v in dip.variances(trainer.model).items()
+    )
 
 
 @pytest.mark.slow
@@ -70,7 +80,9 @@ def test_the_lora_recipe(tmp_path, monkeypatch):
 
     assert learned(left["trainer"].model) == 14
     folder = tmp_path / "out/sft/final"
-    loaded = dip.load(peft.PeftModel.from_pretrained(left["LlamaForCausalLM"](left["config"]), folder), folder)
+    loaded = dip.load(
+        peft.PeftModel.from_pretrained(left["LlamaForCausalLM"](left["config"]), folder), folder
+    )
     want = dip.variances(left["trainer"].model)
     assert all(torch.equal(v, dip.variances(loaded)[n]) for n, v in want.items())
 

@@ -1,4 +1,5 @@
-"""trajectories and predict: independent noise per trajectory, any structure in and out, and clear errors."""
+"""trajectories and predict: independent noise per trajectory, any structure in and out, and clear
+errors."""
 
 import dataclasses
 import math
@@ -25,7 +26,7 @@ def mlp():
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
 
-# ---- trajectories --------------------------------------------------------------------------------------------------
+# ---- trajectories --------------------------------------------------------------------------------
 
 
 def test_trajectories_are_independent_passes_of_the_folded_batch():
@@ -82,7 +83,9 @@ class Many(nn.Module):
 
 def test_any_arguments_and_any_outputs():
     more, bias = torch.randn(5, 6), torch.randn(5, 3)
-    out = trajectories(Many(), (X, {"more": more}), torch.ones(3), 2.0, bias=bias, m=2, in_dims={1: None})
+    out = trajectories(
+        Many(), (X, {"more": more}), torch.ones(3), 2.0, bias=bias, m=2, in_dims={1: None}
+    )
     assert isinstance(out, Output)
     assert out.logits.shape == (2, 5, 3)
     torch.testing.assert_close(out.extra["list"][0], out.logits + 1)
@@ -91,10 +94,13 @@ def test_any_arguments_and_any_outputs():
 
 
 @pytest.mark.parametrize(
-    "in_dims", [(0, None, None), (((0, {"more": 0})), None, 0), ((0, 0), None, 0), {1: None, "bias": 0}]
+    "in_dims",
+    [(0, None, None), (((0, {"more": 0})), None, 0), ((0, 0), None, 0), {1: None, "bias": 0}],
 )
 def test_in_dims_may_be_prefixes(in_dims):
-    out = trajectories(Many(), (X, {"more": X}), torch.ones(3), 2.0, bias=torch.zeros(5, 1), m=2, in_dims=in_dims)
+    out = trajectories(
+        Many(), (X, {"more": X}), torch.ones(3), 2.0, bias=torch.zeros(5, 1), m=2, in_dims=in_dims
+    )
     assert out.logits.shape == (2, 5, 3)
 
 
@@ -113,7 +119,12 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
             ValueError,
             r"^args\[1\]: expected a tensor whose first size is 5, as args\[0\], got shape \(3,\).*in_dims=None",
         ),
-        ((X,), {"mask": {"a": torch.ones(1, 5)}}, ValueError, r"^mask\['a'\]: .*got shape \(1, 5\)"),
+        (
+            (X,),
+            {"mask": {"a": torch.ones(1, 5)}},
+            ValueError,
+            r"^mask\['a'\]: .*got shape \(1, 5\)",
+        ),
         ((X, torch.tensor(1.0)), {}, ValueError, r"^args\[1\]: .*got shape \(\)"),
         ((torch.tensor(1.0),), {}, ValueError, r"^args\[0\]: .*the batch"),
         ((X,), {"in_dims": 1}, ValueError, "^in_dims: expected 0 or None for args"),
@@ -134,7 +145,9 @@ def test_bad_input_is_named(args, kwargs, error, message):
 
 def test_a_loss_in_the_output_is_explained():
     model = mlp()
-    with pytest.raises(ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"):
+    with pytest.raises(
+        ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"
+    ):
         trajectories(lambda x: {"loss": model(x).mean()}, X, m=2)
     with pytest.raises(ValueError, match=r"output: .*B \* m = 10, got shape \(3, 10\)"):
         trajectories(lambda x: model(x).t(), X, m=2)
@@ -158,14 +171,18 @@ def test_empty_and_single_batches_work(shape):
 def test_trajectories_compile_whole():
     model = mlp()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: trajectories(model, x, m=3), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: trajectories(model, x, m=3), backend="aot_eager", fullgraph=True
+    )
     with fixed_noise(2):
         torch.testing.assert_close(compiled(X), trajectories(model, X, m=3))
 
 
 def test_a_transformers_output_keeps_its_type():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, use_cache=False)
+    config = transformers.GPT2Config(
+        vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, use_cache=False
+    )
     model = transformers.GPT2LMHeadModel(config)
     model.lm_head = nn.Sequential(DIPInput(8), model.lm_head)
     ids = torch.randint(11, (3, 5))
@@ -176,7 +193,7 @@ def test_a_transformers_output_keeps_its_type():
         trajectories(model, input_ids=ids, labels=ids, m=2)
 
 
-# ---- predict -------------------------------------------------------------------------------------------------------
+# ---- predict -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
@@ -204,7 +221,9 @@ def test_predict_approaches_the_mean_of_the_noised_network():
 
 def test_zero_passes_are_the_plain_network():
     model = mlp()
-    plain = F.linear(F.relu(F.linear(X, model[0].weight, model[0].bias)), model[2].weight, model[2].bias)
+    plain = F.linear(
+        F.relu(F.linear(X, model[0].weight, model[0].bias)), model[2].weight, model[2].bias
+    )
     assert torch.equal(predict(model, X, k=0, average="logits"), plain)
     assert torch.equal(predict(model, X, k=0, average=None), plain[None])
     torch.testing.assert_close(predict(model, X, k=0), plain.softmax(-1))
@@ -212,7 +231,9 @@ def test_zero_passes_are_the_plain_network():
 
 
 def test_predict_restores_modes_and_leaves_dropout_and_batchnorm_alone():
-    model = convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.99), nn.Linear(8, 3)), 1e-12)
+    model = convert(
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.99), nn.Linear(8, 3)), 1e-12
+    )
     model[2].eval()
     modes = [m.training for m in model.modules()]
     out = predict(model, X, k=2, average="logits")
@@ -233,7 +254,9 @@ def test_predict_replays_under_a_key_wherever_the_shard_is():
 
 
 def test_predict_reaches_layers_behind_the_encoders_fast_path():
-    model = convert(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 0.25, exclude="self_attn")
+    model = convert(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 0.25, exclude="self_attn"
+    )
     outs = predict(model, torch.randn(2, 5, 16), k=2, average=None)
     assert not torch.allclose(outs[0], outs[1])
 
@@ -297,7 +320,7 @@ def test_half_precision_is_averaged_in_float32():
     torch.testing.assert_close(out.sum(-1), torch.ones(5))
 
 
-# ---- what outputs mean -------------------------------------------------------------------------------------------------
+# ---- what outputs mean ---------------------------------------------------------------------------
 
 
 class Outputs(nn.Module):
@@ -340,7 +363,13 @@ def test_predict_refuses_a_softmax_that_says_nothing(shape, options, message, k)
 
 def test_predict_averages_over_the_dimension_of_the_classes_or_takes_sigmoids():
     x = torch.randn(5, 4)
-    for shape, dim in (((3, 2, 2), 1), ((3, 2, 2), -3), ((2, 3), None), ((2, 3), 1), ((2, 2, 3), -1)):
+    for shape, dim in (
+        ((3, 2, 2), 1),
+        ((3, 2, 2), -3),
+        ((2, 3), None),
+        ((2, 3), 1),
+        ((2, 2, 3), -1),
+    ):
         model = dip.convert(Outputs(*shape))
         for chunk in (1, 2):
             probs = dip.predict(model, x, k=2, dim=dim, chunk=chunk)
@@ -362,7 +391,11 @@ def test_trajectories_of_a_model_without_noise_are_refused():
     plain, x = Outputs(3), torch.randn(5, 4)
     with pytest.raises(ValueError, match="model: expected DIP layers, found none"):
         dip.trajectories(plain, x, m=2)
-    assert dip.trajectories(plain, x, m=1).shape == (1, 5, 3)  # one pass of a plain model is what it says
+    assert dip.trajectories(plain, x, m=1).shape == (
+        1,
+        5,
+        3,
+    )  # one pass of a plain model is what it says
     assert dip.trajectories(lambda x: plain(x), x, m=2).shape == (2, 5, 3)
 
 

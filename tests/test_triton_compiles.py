@@ -1,4 +1,5 @@
-"""Every Triton launch that ships, compiled for GPUs that are not here: spills, shared memory, instruction counts."""
+"""Every Triton launch that ships, compiled for GPUs that are not here: spills, shared memory,
+instruction counts."""
 
 import itertools
 
@@ -47,7 +48,8 @@ def slots_per_element(compiled, launch):
 
 @pytest.mark.parametrize("name, bound", [("P", 35.0), ("Q", 33.0), ("PQ", 38.0)])
 def test_perturb_issue_slots_per_element(name, bound):
-    """The pass is bound by instruction issue: one row tile's loop body on sm_90, bfloat16, K a multiple of 16."""
+    """The pass is bound by instruction issue: one row tile's loop body on sm_90, bfloat16, K a
+    multiple of 16."""
     launch = perturb_launches((8192, 8192), -1, torch.bfloat16)[name]
     compiled = compile_launch(launch, 90)
     check(compiled, 90)
@@ -75,7 +77,11 @@ QUICK = [("rows", torch.bfloat16, arch) for arch in ARCHS] + [
 
 def slow_unless(quick, *axes):
     return [
-        pytest.param(*case, marks=[] if case in quick else pytest.mark.slow, id="-".join(str(v) for v in case))
+        pytest.param(
+            *case,
+            marks=[] if case in quick else pytest.mark.slow,
+            id="-".join(str(v) for v in case),
+        )
         for case in itertools.product(*axes)
     ]
 
@@ -86,11 +92,18 @@ def test_perturb_compiles_without_spills(case, dtype, arch):
         check(compile_launch(launch, arch), arch)
 
 
-def linear_launches(m, k, n, dtype, arch, monkeypatch, num_samples=1, activation=None, x_dtype=None, col0=0):
+def linear_launches(
+    m, k, n, dtype, arch, monkeypatch, num_samples=1, activation=None, x_dtype=None, col0=0
+):
     """Every kernel of the fused linear, with the tiles that `blocks` picks for the architecture."""
     monkeypatch.setattr(linear, "_architecture", lambda device: arch)
     monkeypatch.setattr(linear, "num_multiprocessors", lambda device: 132)
-    x, dy, weight, bias = meta(m, k, dtype=x_dtype or dtype), meta(m, n, dtype=dtype), meta(n, k, dtype=dtype), meta(n)
+    x, dy, weight, bias = (
+        meta(m, k, dtype=x_dtype or dtype),
+        meta(m, n, dtype=dtype),
+        meta(n, k, dtype=dtype),
+        meta(n),
+    )
     sigma, seed = meta(k), meta(2, dtype=torch.int64)
     how = (0, col0, 0, 1.0, True)
     with recorded_launches(noise, perturb, linear) as launches:
@@ -101,7 +114,8 @@ def linear_launches(m, k, n, dtype, arch, monkeypatch, num_samples=1, activation
 
 
 MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-# Large; few rows; K a multiple of 8 but not of 16; nothing aligned; float32 activations under autocast; averaging.
+# Large; few rows; K a multiple of 8 but not of 16; nothing aligned; float32 activations under
+# autocast; averaging.
 LINEARS = {
     "large": dict(m=4096, k=1024, n=1024),
     "few rows": dict(m=32, k=1024, n=1024),
@@ -119,7 +133,9 @@ QUICK_LINEARS = [("large", torch.bfloat16, arch) for arch in ARCHS] + [
 ]
 
 
-@pytest.mark.parametrize("case, dtype, arch", slow_unless(QUICK_LINEARS, LINEARS, DTYPES[:3], ARCHS))
+@pytest.mark.parametrize(
+    "case, dtype, arch", slow_unless(QUICK_LINEARS, LINEARS, DTYPES[:3], ARCHS)
+)
 def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, monkeypatch):
     launches = linear_launches(dtype=dtype, arch=arch, monkeypatch=monkeypatch, **LINEARS[case])
     assert len(launches) >= 4
@@ -134,7 +150,10 @@ def test_linear_compiles_without_spills_for_the_matrix_units(case, dtype, arch, 
         else:
             # wgmma takes 64 rows at least; fewer go to the older instruction.
             large = LINEARS[case]["m"] >= 64
-            assert MATRIX_UNIT[arch if large else 80] in compiled.ptx or MATRIX_UNIT[arch] in compiled.ptx
+            assert (
+                MATRIX_UNIT[arch if large else 80] in compiled.ptx
+                or MATRIX_UNIT[arch] in compiled.ptx
+            )
 
 
 @pytest.mark.parametrize("op", blocks.TABLE[80])

@@ -1,4 +1,5 @@
-"""The launches of triton_kernels/expectation.py, compiled for GPUs that are not here: no spills, 16-byte accesses."""
+"""The launches of triton_kernels/expectation.py, compiled for GPUs that are not here: no spills,
+16-byte accesses."""
 
 import pytest
 import torch
@@ -15,22 +16,33 @@ expectation, perturb = load_kernels("expectation", "perturb")
 ARCHS = [80, 90, 100]
 NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-QUICK = [("gelu_tanh", torch.bfloat16, 80), ("relu", torch.float32, 80), ("silu", torch.float32, 100)]
+QUICK = [
+    ("gelu_tanh", torch.bfloat16, 80),
+    ("relu", torch.float32, 80),
+    ("silu", torch.float32, 100),
+]
 
 
 @pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, NAMES, DTYPES, ARCHS))
 def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
     monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
-    mu, v = meta(4096, 1024, dtype=dtype), meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
+    mu, v = (
+        meta(4096, 1024, dtype=dtype),
+        meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32),
+    )
     with recorded_launches(expectation, perturb) as launches:
         expectation.expectation(mu, v, name)
         expectation.expectation_bwd(mu, mu, v, name)
-    assert [launch[0].__name__ for launch in launches] == ["_expectation_kernel"] * 2 + ["_column_sum_kernel"] * 2
+    assert [launch[0].__name__ for launch in launches] == ["_expectation_kernel"] * 2 + [
+        "_column_sum_kernel"
+    ] * 2
     for launch in launches:
         check(compile_launch(launch, arch), arch)
 
 
-@pytest.mark.parametrize("dtype, arch", slow_unless([(torch.bfloat16, 90), (torch.float64, 80)], DTYPES, ARCHS))
+@pytest.mark.parametrize(
+    "dtype, arch", slow_unless([(torch.bfloat16, 90), (torch.float64, 80)], DTYPES, ARCHS)
+)
 def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
     monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -45,7 +57,9 @@ def test_activation_variance_compiles_without_spills(dtype, arch, monkeypatch):
             compiled = compile_launch(launch, arch)
             check(compiled, arch)
             if k % 16 == 0:
-                assert any(op.startswith("LDG") and op.endswith(("128", "64")) for op in compiled.count())
+                assert any(
+                    op.startswith("LDG") and op.endswith(("128", "64")) for op in compiled.count()
+                )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,4 +76,7 @@ def test_activation_issue_slots_per_element(name, monkeypatch):
         assert "min.NaN.f32" in compiled.ptx  # the interpreter keeps a NaN anyway
         of_an_element = 32 * compiled.num_warps / (sizes["BLOCK_R"] * sizes["BLOCK_N"])
         assert abs(sum(compiled.count().values()) * of_an_element - expected) <= 2
-        assert sum(n for op, n in compiled.count().items() if op.startswith("MUFU")) * of_an_element <= 2
+        assert (
+            sum(n for op, n in compiled.count().items() if op.startswith("MUFU")) * of_an_element
+            <= 2
+        )

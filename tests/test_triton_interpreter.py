@@ -1,4 +1,5 @@
-"""Runs the interpreted_*.py files, and what gpu_check runs of Triton on small shapes, so that it does not rot where there is no GPU.
+"""Runs the interpreted_*.py files, and what gpu_check runs of Triton on small shapes, so that it
+does not rot where there is no GPU.
 
 TRITON_INTERPRET must be set before triton is imported, hence one process a file.
 """
@@ -15,10 +16,26 @@ HERE = Path(__file__).parent
 
 
 def run(path):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "seeding", "-c", os.devnull]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "seeding",
+        "-c",
+        os.devnull,
+    ]
     paths = os.pathsep.join((str(HERE.parent), str(HERE)))
     # NumPy's products are small here: threads would only wait for each other.
-    environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [*command, "--noconftest", str(HERE / path)],
         env={**os.environ, **environment},

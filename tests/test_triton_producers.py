@@ -1,4 +1,5 @@
-"""The launches of triton_kernels/norm.py and gate.py, compiled for GPUs that are not here: no spills, 16-byte accesses."""
+"""The launches of triton_kernels/norm.py and gate.py, compiled for GPUs that are not here: no
+spills, 16-byte accesses."""
 
 import pytest
 import torch
@@ -32,11 +33,16 @@ QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 4096, torch.float32,
 
 # Above 4096 columns, 2048 of float64, a program does not hold a row.
 @pytest.mark.parametrize(
-    "kind, k, dtype, arch", slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS)
+    "kind, k, dtype, arch",
+    slow_unless(QUICK_NORMS, ["layer", "rms"], [192, 1024, 4096, 9000], DTYPES, ARCHS),
 )
 def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
     monkeypatch.setattr(norm, "num_multiprocessors", lambda device: 132)
-    x, sigma, seed = meta(4096, k, dtype=dtype), meta(k, dtype=wide(dtype)), meta(2, dtype=torch.int64)
+    x, sigma, seed = (
+        meta(4096, k, dtype=dtype),
+        meta(k, dtype=wide(dtype)),
+        meta(2, dtype=torch.int64),
+    )
     weight, stats = meta(k, dtype=dtype), meta(2 if kind == "layer" else 1, 4096, dtype=wide(dtype))
     bias = weight if kind == "layer" else None
     with recorded_launches(norm, perturb) as launches:
@@ -44,17 +50,26 @@ def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
         norm.norm_bwd(x, x, stats, weight, bias, sigma, seed, *DRAW, kind, 0.0)
     names = [launch[0].__name__ for launch in launches]
     sums = ["_norm_sums_kernel"] if k > (2048 if dtype is torch.float64 else 4096) else []
-    assert names == ["_norm_fwd_kernel", *sums, "_norm_bwd_kernel", *["_column_sum_kernel"] * (2 + (kind == "layer"))]
+    assert names == [
+        "_norm_fwd_kernel",
+        *sums,
+        "_norm_bwd_kernel",
+        *["_column_sum_kernel"] * (2 + (kind == "layer")),
+    ]
     results = list(compiled(launches, arch))
     if k % 16 == 0:
-        assert all(any(op.startswith("LDG") and op.endswith(("128", "64")) for op in r.count()) for r in results[:2])
+        assert all(
+            any(op.startswith("LDG") and op.endswith(("128", "64")) for op in r.count())
+            for r in results[:2]
+        )
 
 
 QUICK_GATES = [("silu", torch.bfloat16, 90)]
 
 
 @pytest.mark.parametrize(
-    "name, dtype, arch", slow_unless(QUICK_GATES, ["relu", "gelu", "gelu_tanh", "silu", "tanh"], DTYPES, ARCHS)
+    "name, dtype, arch",
+    slow_unless(QUICK_GATES, ["relu", "gelu", "gelu_tanh", "silu", "tanh"], DTYPES, ARCHS),
 )
 def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
     monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 132)
@@ -69,5 +84,7 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
         names = ["_gate_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
         assert [launch[0].__name__ for launch in launches] == names
         results = list(compiled(launches, arch))
-        wide_loads = [any(op.startswith("LDG") and op.endswith("128") for op in r.count()) for r in results]
+        wide_loads = [
+            any(op.startswith("LDG") and op.endswith("128") for op in r.count()) for r in results
+        ]
         assert all(wide_loads[i] for i in (0, 1, 3, 4))

@@ -1,4 +1,5 @@
-"""docs/guides/troubleshooting.md has every error and warning that the package can give, read from its source."""
+"""docs/guides/troubleshooting.md has every error and warning that the package can give, read from
+its source."""
 
 import ast
 import re
@@ -26,7 +27,8 @@ def template(node, constants):
 
 
 def messages_in(source):
-    """Of one module: what it raises, warns of, and any text of the form of its errors, for helpers that only make one."""
+    """Of one module: what it raises, warns of, and any text of the form of its errors, for helpers
+    that only make one."""
     tree = ast.parse(source)
     constants = {
         target.id: template(node.value, {})
@@ -36,13 +38,17 @@ def messages_in(source):
         if isinstance(target, ast.Name)
     }
     inner = {
-        id(part) for node in ast.walk(tree) if isinstance(node, (ast.JoinedStr, ast.BinOp)) for part in ast.walk(node)
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.JoinedStr, ast.BinOp))
+        for part in ast.walk(node)
     }
     inner -= {id(node) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)}
     docs = {
         id(node.body[0].value)
         for node in ast.walk(tree)
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        and isinstance(node.body[0], ast.Expr)
     }
     found = set()
     for node in ast.walk(tree):
@@ -86,10 +92,13 @@ def rows():
 
 
 def as_regex(row):
-    return re.compile(".*".join(re.escape(part) for part in re.split(r"\s*\.\.\.\s*", row)), re.DOTALL)
+    return re.compile(
+        ".*".join(re.escape(part) for part in re.split(r"\s*\.\.\.\s*", row)), re.DOTALL
+    )
 
 
-# Lines of a report or an axis, a docstring's words, one word of a sentence that another message ends.
+# Lines of a report or an axis, a docstring's words, one word of a sentence that another message
+# ends.
 UNSEEN = (
     r"fixed_noise\(key, row0\) = ", r"generator state ", r"gradients of|numbers of", r"it runs on CUDA tensors|it runs on CPU tensors",
     r"unset DIPKERNELS_BACKEND", rf"{HOLE} and (newer|PTX)", r"pip install --no-build", rf"{HOLE}, (dim|init_variance)=", rf"{HOLE} \({HOLE}\)$", rf"{HOLE}, {HOLE}, dim=",
@@ -109,7 +118,8 @@ def test_every_message_of_the_source_has_a_row(known):
     missing = [
         f"{name}: {text}"
         for text, name in found.items()
-        if not any(row.match(text) for row in known) and not any(re.match(unseen, text) for unseen in UNSEEN)
+        if not any(row.match(text) for row in known)
+        and not any(re.match(unseen, text) for unseen in UNSEEN)
     ]
     assert not missing, "\n".join(missing)
 

@@ -1,4 +1,5 @@
-"""tune: successive halving spends what it was given and picks the robust pair among those that stay clean."""
+"""tune: successive halving spends what it was given and picks the robust pair among those that stay
+clean."""
 
 import builtins
 
@@ -12,8 +13,12 @@ from dipkernels.training.tune import plan
 
 
 def made_up(ratio, kl, budget):
-    """Noise helps robustness and, beyond ratio 0.6, costs clean accuracy; kl 0.2 is the best of the weights."""
-    return {"clean": 0.9 - max(0.0, ratio - 0.6) * 0.1, "robust": 0.5 + 0.2 * ratio - abs(kl - 0.2) / 10}
+    """Noise helps robustness and, beyond ratio 0.6, costs clean accuracy; kl 0.2 is the best of the
+    weights."""
+    return {
+        "clean": 0.9 - max(0.0, ratio - 0.6) * 0.1,
+        "robust": 0.5 + 0.2 * ratio - abs(kl - 0.2) / 10,
+    }
 
 
 def test_the_most_robust_pair_that_stays_clean_is_chosen():
@@ -52,13 +57,17 @@ def test_it_tunes_a_network_on_validation_data():
         dip.calibrate(model, [x[:120]], ratio=ratio)
         optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2))
         for _ in range(epochs):
-            loss = dip.objective(dip.trajectories(model, x[:120], m=2), y[:120], F.cross_entropy, model, kl=kl)
+            loss = dip.objective(
+                dip.trajectories(model, x[:120], m=2), y[:120], F.cross_entropy, model, kl=kl
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         model.eval()
         with torch.no_grad():
-            scores = [(model(v).argmax(-1) == y[120:]).double().mean() for v in (x[120:], x[120:] + 0.5)]
+            scores = [
+                (model(v).argmax(-1) == y[120:]).double().mean() for v in (x[120:], x[120:] + 0.5)
+            ]
         return {"clean": scores[0], "robust": scores[1]}
 
     found = dip.tune(run, 40, ratios=(0.3, 1.0), kls=(0.2, 1.0), progress=False)
@@ -94,7 +103,11 @@ def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys
         (made_up, {"budget": 100, "tolerance": -1}, "^tolerance: "),
         (lambda *a: {"clean": 1}, {"budget": 100}, "^run: expected a mapping"),
         (lambda *a: 0.5, {"budget": 100}, "^run: expected a mapping"),
-        (lambda *a: {"clean": 1, "robust": float("nan")}, {"budget": 100}, "^run: expected finite scores"),
+        (
+            lambda *a: {"clean": 1, "robust": float("nan")},
+            {"budget": 100},
+            "^run: expected finite scores",
+        ),
     ],
 )
 def test_bad_input_is_named(run, options, message):

@@ -1,4 +1,5 @@
-"""Loads and offload by transformers, accelerate and PEFT: a variance is trained, computed or refused, never left over."""
+"""Loads and offload by transformers, accelerate and PEFT: a variance is trained, computed or
+refused, never left over."""
 
 import math
 
@@ -43,7 +44,7 @@ def spoil():
     del held
 
 
-# ---- transformers: from_pretrained -----------------------------------------------------------------------------------
+# ---- transformers: from_pretrained ---------------------------------------------------------------
 
 
 class ToyConfig(transformers.PretrainedConfig):
@@ -94,14 +95,20 @@ def test_from_pretrained_gives_back_what_was_saved(tmp_path, how):
     spoil()
     again, report = Toy.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert all((v.log_variance == -3).all() and v.log_variance.requires_grad for v in variances(again))
-    assert [layer.stream.tolist() for layer in dip_layers(again).values()] == [[0, i] for i in range(4)]
+    assert all(
+        (v.log_variance == -3).all() and v.log_variance.requires_grad for v in variances(again)
+    )
+    assert [layer.stream.tolist() for layer in dip_layers(again).values()] == [
+        [0, i] for i in range(4)
+    ]
     assert torch.equal(noise(again, IDS), noise(model, IDS))
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_from_pretrained_of_a_plain_checkpoint_starts_from_the_initial_variance(tmp_path, how, dtype):
+def test_from_pretrained_of_a_plain_checkpoint_starts_from_the_initial_variance(
+    tmp_path, how, dtype
+):
     plain = Toy(ToyConfig(noisy=False))
     plain.save_pretrained(tmp_path)
     spoil()
@@ -146,14 +153,22 @@ def test_the_trainer_is_told_that_it_decays_variances(tmp_path):
     ))  # fmt: skip
     data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": 0}] * 4
     args = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2, weight_decay=0.1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+        str(tmp_path),
+        max_steps=2,
+        weight_decay=0.1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     with pytest.warns(UserWarning, match="param_groups"):
         transformers.Trainer(model, args, train_dataset=data).train()
 
 
 def test_a_head_that_transformers_resizes_is_plain_again():
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, tie_word_embeddings=False)
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=1, n_head=2, vocab_size=20, tie_word_embeddings=False
+    )
     model = dip.convert(transformers.GPT2LMHeadModel(config))
     assert isinstance(model.lm_head, dip.DIPLinear)
     model.resize_token_embeddings(24)
@@ -162,22 +177,26 @@ def test_a_head_that_transformers_resizes_is_plain_again():
     assert isinstance(model.lm_head, dip.DIPLinear)
 
 
-# ---- PEFT ------------------------------------------------------------------------------------------------------------
+# ---- PEFT ----------------------------------------------------------------------------------------
 
 
 def test_an_adapter_file_leaves_the_variances_that_it_does_not_name(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["0", "2"], r=2)
     peft.get_peft_model(net(), config).save_pretrained(tmp_path)
-    model = trained(dip.convert(peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0", "2"], r=2))))
+    model = trained(
+        dip.convert(peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0", "2"], r=2)))
+    )
     model.load_adapter(tmp_path, "second")
-    assert len(variances(model)) == 2 and all((v.log_variance == -3).all() for v in variances(model))
+    assert len(variances(model)) == 2 and all(
+        (v.log_variance == -3).all() for v in variances(model)
+    )
     model.set_adapter("second")
     model.train()(torch.randn(3, 4)).sum().backward()
     assert all(v.log_variance.grad.any() for v in variances(model))
 
 
-# ---- accelerate: offload, dispatch, empty models ---------------------------------------------------------------------
+# ---- accelerate: offload, dispatch, empty models -------------------------------------------------
 
 MAPS = [{"": "cpu"}, {"0": "cpu", "1": "cpu", "2": "cpu"}, {"0": "cpu", "1": "cpu", "2": "disk"}]
 
@@ -217,7 +236,10 @@ def test_an_empty_model_takes_a_whole_checkpoint(tmp_path, device_map):
     with accelerate.init_empty_weights():
         again = dip.convert(net())
     accelerate.load_checkpoint_and_dispatch(
-        again, str(tmp_path / "model.safetensors"), device_map=device_map, offload_folder=str(tmp_path)
+        again,
+        str(tmp_path / "model.safetensors"),
+        device_map=device_map,
+        offload_folder=str(tmp_path),
     )
     assert torch.equal(noise(again, x), noise(model, x))
 
@@ -230,7 +252,11 @@ def test_a_checkpoint_that_accelerate_casts_gives_variances_in_float32(tmp_path,
         with accelerate.init_empty_weights():
             again = dip.convert(net())
         accelerate.load_checkpoint_and_dispatch(
-            again, str(tmp_path / "model.safetensors"), device_map, dtype=dtype, offload_folder=str(tmp_path / "disk")
+            again,
+            str(tmp_path / "model.safetensors"),
+            device_map,
+            dtype=dtype,
+            offload_folder=str(tmp_path / "disk"),
         )
         assert noise(again, x).isfinite().all() and again.train()(x).dtype is dtype
 
@@ -257,13 +283,17 @@ def test_an_empty_model_takes_a_plain_checkpoint(tmp_path, device_map, made):
     safetensors.save_file(plain.state_dict(), tmp_path / "model.safetensors")
     with accelerate.init_empty_weights(include_buffers=made == "with buffers"):
         if made == "by hand":
-            model = dip.number_layers(nn.Sequential(dip.DIPLinear(4, 8), nn.ReLU(), dip.DIPLinear(8, 2)))
+            model = dip.number_layers(
+                nn.Sequential(dip.DIPLinear(4, 8), nn.ReLU(), dip.DIPLinear(8, 2))
+            )
         else:
             model = net() if made == "afterwards" else dip.convert(net())
     if made == "afterwards":
         dip.convert(model)
     spoil()
-    accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "model.safetensors"), device_map=device_map)
+    accelerate.load_checkpoint_and_dispatch(
+        model, str(tmp_path / "model.safetensors"), device_map=device_map
+    )
     assert all((v.log_variance == torch.tensor(START)).all() for v in variances(model))
     same = net()
     same.load_state_dict(plain.state_dict())
@@ -291,7 +321,9 @@ def test_conversion_after_dispatch_is_refused_and_the_way_out_works(tmp_path):
     accelerate.hooks.remove_hook_from_submodules(model)
     dip.convert(model)
     expected = noise(model, x)
-    accelerate.dispatch_model(model, model.hf_device_map, main_device="cpu", offload_dir=str(tmp_path / "again"))
+    accelerate.dispatch_model(
+        model, model.hf_device_map, main_device="cpu", offload_dir=str(tmp_path / "again")
+    )
     assert torch.equal(noise(model, x), expected)
 
 
@@ -322,7 +354,9 @@ def test_the_objective_of_an_offloaded_model_counts_the_variances_that_learn(tmp
     torch.testing.assert_close(dip.kl_penalty(model), kl)
     torch.testing.assert_close(dip.penalty(model, 0.1, 0.2), weight)
     out = dip.trajectories(model.train(), x, m=2)
-    dip.objective(out, torch.zeros(3, 4)[:, : out.shape[-1]], nn.functional.mse_loss, model).backward()
+    dip.objective(
+        out, torch.zeros(3, 4)[:, : out.shape[-1]], nn.functional.mse_loss, model
+    ).backward()
     assert bool(model[0].log_variance.grad.any())
     accelerate.hooks.remove_hook_from_submodules(model)
     accelerate.disk_offload(model, str(tmp_path / "all"), execution_device=torch.device("cpu"))

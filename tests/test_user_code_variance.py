@@ -1,4 +1,5 @@
-"""What other people's loops, loads and wrappers do to a variance: nothing that they do not name.  docs/models.md."""
+"""What other people's loops, loads and wrappers do to a variance: nothing that they do not name.
+docs/models.md."""
 
 import contextlib
 import copy
@@ -51,7 +52,7 @@ def noise(model, x, key=3):
         return model(x)
 
 
-# ---- loops over modules ----------------------------------------------------------------------------------------------
+# ---- loops over modules --------------------------------------------------------------------------
 
 
 def initialise(m):
@@ -88,7 +89,10 @@ def test_loops_over_modules_leave_variances_alone(loop):
     assert torch.equal(values(model), torch.full((14,), math.log(0.04)))
     for module in model.modules():
         loop(module)
-    assert torch.equal(values(model), torch.full((14,), math.log(0.04))) and values(model).dtype is torch.float32
+    assert (
+        torch.equal(values(model), torch.full((14,), math.log(0.04)))
+        and values(model).dtype is torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -100,7 +104,11 @@ def test_a_cast_past_the_module_is_undone_and_said(dtype):
         y = model(x.to(dtype))
     assert values(model).dtype is torch.float32
     y.sum().backward()
-    assert all(m.log_variance.grad.dtype is torch.float32 for m in model.modules() if isinstance(m, Variance))
+    assert all(
+        m.log_variance.grad.dtype is torch.float32
+        for m in model.modules()
+        if isinstance(m, Variance)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(x.to(dtype)), model.double()(x.double())
@@ -122,7 +130,11 @@ def test_global_pruning_and_norms_of_weights_leave_variances_alone():
     assert len(parts) == 2
     prune.global_unstructured(parts, pruning_method=prune.L1Unstructured, amount=0.5)
     assert (values(model) == -1).all() and (model[0].weight == 0).any()
-    for wrap in (nn.utils.weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm):
+    for wrap in (
+        nn.utils.weight_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ):
         model = trained(make())
         for module in list(model.modules()):
             if hasattr(module, "weight"):
@@ -149,7 +161,9 @@ def test_frozen_variances_stay_frozen():
     dip.calibrate(copied, [torch.randn(8, 6)])
     dip.load_variances(copied, dip.variances(copied))
     for each in (model, copied):
-        assert not any(m.log_variance.requires_grad for m in each.modules() if isinstance(m, Variance))
+        assert not any(
+            m.log_variance.requires_grad for m in each.modules() if isinstance(m, Variance)
+        )
         with dip.noise_off():
             each(torch.randn(3, 6)).sum().backward()
         each(torch.randn(3, 6)).sum().backward()
@@ -157,7 +171,7 @@ def test_frozen_variances_stay_frozen():
         assert [g["name"] for g in dip.param_groups(each, 1e-3)] == ["weights", "biases"]
 
 
-# ---- loads -----------------------------------------------------------------------------------------------------------
+# ---- loads ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -181,11 +195,15 @@ def test_an_entry_that_a_later_release_adds_is_left_as_it_is_too():
     model = nn.ModuleDict({"variance": Wider(3, 0.25)})
     old = {"variance.log_variance": torch.full((3,), -2.0)}
     assert not model.load_state_dict(old, strict=True).missing_keys
-    assert (model["variance"].log_prior == math.log(0.25)).all() and (model["variance"].log_variance == -2).all()
+    assert (model["variance"].log_prior == math.log(0.25)).all() and (
+        model["variance"].log_variance == -2
+    ).all()
     with torch.device("meta"):
         model = nn.ModuleDict({"variance": Wider(3, 0.25)})
     model.load_state_dict({**old, "weight": torch.ones(1)}, strict=False, assign=True)
-    assert (model["variance"].log_prior == math.log(0.25)).all() and (model["variance"].log_variance == -2).all()
+    assert (model["variance"].log_prior == math.log(0.25)).all() and (
+        model["variance"].log_variance == -2
+    ).all()
     with torch.device("meta"):
         model = nn.ModuleDict({"variance": Wider(3, 0.25)})
     assert (model.to_empty(device="cpu")["variance"].log_prior == math.log(0.25)).all()
@@ -259,7 +277,9 @@ def test_skip_init_takes_every_class(kind, args):
     assert not any(p.is_meta for p in layer.parameters())
 
 
-@pytest.mark.parametrize(("kind", "args"), CLASSES[1:4], ids=[kind.__name__ for kind, _ in CLASSES[1:4]])
+@pytest.mark.parametrize(
+    ("kind", "args"), CLASSES[1:4], ids=[kind.__name__ for kind, _ in CLASSES[1:4]]
+)
 def test_convolutions_take_the_plain_ones_arguments(kind, args):
     plain = [p for p in inspect.signature(kind.plain_type).parameters.values()]
     own = list(inspect.signature(kind).parameters.values())
@@ -272,7 +292,7 @@ def test_attention_takes_the_plain_ones_arguments():
     assert [(p.name, p.default) for p in own[: len(plain)]] == [(p.name, p.default) for p in plain]
 
 
-# ---- streams ---------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------
 
 
 def test_no_buffer_holds_a_stream_and_averages_keep_them():
@@ -315,7 +335,10 @@ def test_models_joined_after_conversion_say_that_they_share_streams():
     joined = nn.ModuleList([a, b])
     with pytest.warns(UserWarning, match="number_layers"), dip.fixed_noise(1):
         a(x), b(x)
-    with pytest.warns(UserWarning, match=r"'0.0' and '1.0' have one number \(0\)"), dip.fixed_noise(1):
+    with (
+        pytest.warns(UserWarning, match=r"'0.0' and '1.0' have one number \(0\)"),
+        dip.fixed_noise(1),
+    ):
         dip.check_ranks(joined)
     deep = nn.Sequential(DIPLinear(6, 6))
     deep.append(copy.deepcopy(deep[0]))
@@ -330,7 +353,9 @@ def test_models_joined_after_conversion_say_that_they_share_streams():
     with warnings.catch_warnings(), dip.fixed_noise(1):
         warnings.simplefilter("error")
         dip.predict(deep, x, k=2)
-    with warnings.catch_warnings():  # each its own context, or one model and its copy: nothing to say
+    with (
+        warnings.catch_warnings()
+    ):  # each its own context, or one model and its copy: nothing to say
         warnings.simplefilter("error")
         one, other = make(), make()
         noise(one, x), noise(other, x)
@@ -349,7 +374,7 @@ def test_a_block_that_is_compiled_by_itself_compiles_once_for_all_layers():
         torch.testing.assert_close(blocks(x), expected)
 
 
-# ---- replicas: nn.DataParallel ---------------------------------------------------------------------------------------
+# ---- replicas: nn.DataParallel -------------------------------------------------------------------
 
 
 def replicas(model, count=2):
@@ -394,7 +419,9 @@ def test_replicas_run_and_every_variance_gets_its_gradient(share, mode):
 
 @pytest.mark.parametrize("estimator", ["sample", "mean", "analytic"])
 def test_replicas_of_every_estimator_run(estimator):
-    model = DIPLinear(6, 3, activation="gelu", estimator=estimator, num_samples=2 if estimator == "mean" else 1)
+    model = DIPLinear(
+        6, 3, activation="gelu", estimator=estimator, num_samples=2 if estimator == "mean" else 1
+    )
     model.variance.requires_grad_(False)
     x = torch.randn(4, 6)
     with dip.fixed_noise(1):
@@ -408,14 +435,16 @@ def test_replicas_of_every_estimator_run(estimator):
 def test_layers_of_replicas_that_share_draw_once_for_each_replica(monkeypatch):
     model = dip.convert(Attending(), share=[("q", "k")], exclude=["attention", "conv"])
     drawn, fresh = [], sharing.fresh
-    monkeypatch.setattr(sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest))
+    monkeypatch.setattr(
+        sharing, "fresh", lambda layer, x, *rest: drawn.append(layer) or fresh(layer, x, *rest)
+    )
     a, b = replicas(model)
     x = torch.randn(2, 3, 6)
     a(x), b(x.clone())
     assert drawn == [a.q, b.q]
 
 
-# ---- sharing ---------------------------------------------------------------------------------------------------------
+# ---- sharing -------------------------------------------------------------------------------------
 
 
 def test_a_layer_that_is_skipped_keeps_neither_input_nor_noise_alive():
@@ -444,7 +473,7 @@ def test_a_layer_that_is_skipped_takes_no_noise_of_the_step_before():
     model.k(x).sum().backward()
 
 
-# ---- hooks on the child ----------------------------------------------------------------------------------------------
+# ---- hooks on the child --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["forward", "pre-hook", "hook", "global", "replaced"])
@@ -462,14 +491,16 @@ def test_what_is_hooked_to_a_variance_is_called(how):
             lambda module, *_: called.append(1) if module is variance else None
         )
     else:
-        layer.variance = type("Other", (Variance,), {"forward": lambda self: called.append(1) or self.log_variance})(4)
+        layer.variance = type(
+            "Other", (Variance,), {"forward": lambda self: called.append(1) or self.log_variance}
+        )(4)
     layer(torch.randn(2, 4)).sum().backward()
     if handle is not None:
         handle.remove()
     assert called == [1] and layer.log_variance.grad.any()
 
 
-# ---- weight decay ----------------------------------------------------------------------------------------------------
+# ---- weight decay --------------------------------------------------------------------------------
 
 OPTIMIZERS = [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop]
 
@@ -489,7 +520,9 @@ def test_the_first_step_that_decays_a_variance_says_so_once(kind):
     model = make()
     optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1)
     said = step(optimizer, model, 3)
-    assert len(said) == 1 and f"{kind.__name__} decays the log_variance of 2 DIP layer(s)" in said[0]
+    assert (
+        len(said) == 1 and f"{kind.__name__} decays the log_variance of 2 DIP layer(s)" in said[0]
+    )
     assert step(optimizer, model) == []
     copied = copy.deepcopy(model)  # a copy does not come from __init__
     assert len(step(kind(copied.parameters(), lr=1e-3, weight_decay=0.1), copied)) == 1
@@ -533,7 +566,7 @@ def test_looking_for_decay_costs_a_comparison_and_keeps_nothing_alive():
     assert [ref() for ref in seen] == [None, None]
 
 
-# ---- parametrised variances ------------------------------------------------------------------------------------------
+# ---- parametrised variances ----------------------------------------------------------------------
 
 
 class Clamped(nn.Module):
@@ -566,7 +599,9 @@ def test_a_parametrised_variance_is_calibrated_loaded_summed_and_reset_through_i
                           for name, value in model.state_dict().items()})  # fmt: skip
     rows, want = dip.calibrate(model, batches, 0.2), dip.calibrate(same, batches, 0.2)
     for row, other in zip(rows, want, strict=True):
-        assert row.sigma_mean == pytest.approx(other.sigma_mean) and row.ratio == pytest.approx(other.ratio)
+        assert row.sigma_mean == pytest.approx(other.sigma_mean) and row.ratio == pytest.approx(
+            other.ratio
+        )
     state = {name: torch.full_like(value, -2.5) for name, value in dip.variances(model).items()}
     dip.load_variances(model, state)
     assert all((m.log_variance == -2.5).all() for m in model.modules() if isinstance(m, Variance))
@@ -577,7 +612,9 @@ def test_a_parametrised_variance_is_calibrated_loaded_summed_and_reset_through_i
     model[0].reset_parameters()
     torch.testing.assert_close(model[0].log_variance, torch.full((6,), math.log(0.01)))
     model.half()
-    assert all(m.log_variance.dtype is torch.float32 for m in model.modules() if isinstance(m, Variance))
+    assert all(
+        m.log_variance.dtype is torch.float32 for m in model.modules() if isinstance(m, Variance)
+    )
     assert dip.param_groups(model.float(), 1e-3)[2]["name"] == "variances"
     model(batches[0]).sum().backward()
     originals = [p for name, p in model.named_parameters() if name.endswith("original")]
@@ -592,16 +629,23 @@ def test_a_parametrised_variance_that_cannot_be_set_is_refused_by_name():
         lambda: dip.load_variances(model, dip.variances(make())),
     ):
         with pytest.raises(
-            ValueError, match=r"0\.variance\.log_variance is parametrised by OneWay without a right_inv"
+            ValueError,
+            match=r"0\.variance\.log_variance is parametrised by OneWay without a right_inv",
         ):
             call()
     model = parametrised(Clamped)
-    with pytest.raises(ValueError, match=r"0\.variance\.log_variance: .*its parametrisation can take"):
-        dip.load_variances(model, {name: torch.full_like(v, 3.0) for name, v in dip.variances(model).items()})
+    with pytest.raises(
+        ValueError, match=r"0\.variance\.log_variance: .*its parametrisation can take"
+    ):
+        dip.load_variances(
+            model, {name: torch.full_like(v, 3.0) for name, v in dip.variances(model).items()}
+        )
     assert torch.equal(values(model), before)
     pruned = make()
     prune.l1_unstructured(pruned[0].variance, "log_variance", 2)
-    with pytest.raises(ValueError, match=r"0\.variance\.log_variance is that a hook|0.variance.log_variance is"):
+    with pytest.raises(
+        ValueError, match=r"0\.variance\.log_variance is that a hook|0.variance.log_variance is"
+    ):
         dip.calibrate(pruned, batches)
 
 
@@ -616,9 +660,15 @@ def test_a_plain_checkpoint_and_a_part_load_beside_a_parametrised_variance():
     assert (values(model) == -3).all()
 
 
-# ---- neighbours that work in place -----------------------------------------------------------------------------------
+# ---- neighbours that work in place ---------------------------------------------------------------
 
-SHAPES = {"linear": (5, 6), "linear-3d": (2, 5, 6), "linear-1d": (6,), "input": (5, 6), "conv": (2, 6, 4, 4)}
+SHAPES = {
+    "linear": (5, 6),
+    "linear-3d": (2, 5, 6),
+    "linear-1d": (6,),
+    "input": (5, 6),
+    "conv": (2, 6, 4, 4),
+}
 
 
 def in_place_net(kind, keep, estimator):
@@ -630,7 +680,9 @@ def in_place_net(kind, keep, estimator):
     else:
         activation = None if estimator == "sample" else "gelu"
         samples = 2 if estimator == "mean" else 1
-        layer = DIPLinear(6, 6, keep=keep, estimator=estimator, activation=activation, num_samples=samples)
+        layer = DIPLinear(
+            6, 6, keep=keep, estimator=estimator, activation=activation, num_samples=samples
+        )
     first = nn.Conv2d(6, 6, 1) if kind == "conv" else nn.Linear(6, 6)
     # In eval mode a DIPInput is nn.Identity, and nobody may change one tensor in place twice.
     before = nn.Identity() if kind == "input" else nn.ReLU(inplace=True)
@@ -643,7 +695,11 @@ def in_place_net(kind, keep, estimator):
     [
         *[(kind, "auto", "sample") for kind in SHAPES],
         *[(kind, "x", "sample") for kind in ("linear", "linear-3d", "linear-1d")],
-        *[(kind, "auto", estimator) for kind in ("linear", "linear-3d") for estimator in ("mean", "analytic")],
+        *[
+            (kind, "auto", estimator)
+            for kind in ("linear", "linear-3d")
+            for estimator in ("mean", "analytic")
+        ],
     ],
 )
 def test_neighbours_may_work_in_place(kind, keep, estimator, mode):
@@ -666,7 +722,9 @@ def test_neighbours_may_work_in_place(kind, keep, estimator, mode):
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("kind", "keep"), [("linear", "auto"), ("linear-3d", "auto"), ("linear-1d", "x")])
+@pytest.mark.parametrize(
+    ("kind", "keep"), [("linear", "auto"), ("linear-3d", "auto"), ("linear-1d", "x")]
+)
 def test_neighbours_of_compiled_layers_may_work_in_place(kind, keep):
     model, x = in_place_net(kind, keep, "sample"), torch.randn(SHAPES[kind])
     torch._dynamo.reset()

@@ -1,4 +1,5 @@
-"""The wheel and its library: what they need, carry and say; what the loader says when something is wrong."""
+"""The wheel and its library: what they need, carry and say; what the loader says when something is
+wrong."""
 
 import ast
 import importlib
@@ -35,7 +36,7 @@ def script(name):
 audit, older_glibc = script("audit"), script("older_glibc")
 
 
-# ---- the library -----------------------------------------------------------------------------------------------------
+# ---- the library ---------------------------------------------------------------------------------
 
 
 def test_library_needs_and_exports_nothing_but_its_own():
@@ -51,7 +52,9 @@ def test_library_asks_torch_for_functions_that_it_has():
 def compiled(folder, source, *flags):
     (folder / "some.c").write_text(source)
     library = folder / "some.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", folder / "some.c", "-o", library, *flags], check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", folder / "some.c", "-o", library, *flags], check=True
+    )
     return library
 
 
@@ -70,12 +73,16 @@ def test_audit_finds(tmp_path, source, flags, problem):
 
 
 @on_linux
-@pytest.mark.skipif(platform.libc_ver()[1] < "2.34", reason="a system of that age needs no stand-ins")
+@pytest.mark.skipif(
+    platform.libc_ver()[1] < "2.34", reason="a system of that age needs no stand-ins"
+)
 def test_stand_ins_link_for_an_older_glibc(tmp_path):
     source = "#include <dlfcn.h>\n#include <math.h>\ndouble dip_f(double x) { return dlopen(0, 1) ? exp(x) : 0; }"
     new = compiled(tmp_path, source, "-lm")
     assert audit.newest(new, "GLIBC") >= (2, 34)  # dlopen moved into libc
-    old = compiled(tmp_path, source, *shlex.split(older_glibc.link_flags("gcc", tmp_path / "stand ins")))
+    old = compiled(
+        tmp_path, source, *shlex.split(older_glibc.link_flags("gcc", tmp_path / "stand ins"))
+    )
     assert audit.newest(old, "GLIBC") <= (2, 28)
     assert audit.honest_tag(old) == f"manylinux_2_28_{platform.machine()}"
     done = subprocess.run(
@@ -85,7 +92,7 @@ def test_stand_ins_link_for_an_older_glibc(tmp_path):
     assert abs(float(done.stdout) - 2.718281828) < 1e-8
 
 
-# ---- importing -------------------------------------------------------------------------------------------------------
+# ---- importing -----------------------------------------------------------------------------------
 
 IMPORT = """
 import json, os, sys, torch
@@ -99,13 +106,24 @@ print(json.dumps({"new": new, "cuda": cuda, "files": [f for _, _, files in os.wa
 
 
 def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
-    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", IMPORT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     found = json.loads(done.stdout)
-    # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds (tools/release/smoke.py measures it).
+    # Each of these takes 0.1 to 4 s; the package's own modules together tens of milliseconds
+    # (tools/release/smoke.py measures it).
     heavy = (
         "torch._dynamo",
         "torch._inductor",
@@ -120,7 +138,18 @@ def test_import_is_light_touches_no_gpu_and_writes_nothing(tmp_path):
     assert not found["cuda"] and found["files"] == []
 
 
-FETCH_OR_RUN = {"pickle", "dill", "urllib", "requests", "http", "socket", "subprocess", "marshal", "shelve", "joblib"}
+FETCH_OR_RUN = {
+    "pickle",
+    "dill",
+    "urllib",
+    "requests",
+    "http",
+    "socket",
+    "subprocess",
+    "marshal",
+    "shelve",
+    "joblib",
+}
 
 
 def calls_and_imports(path):
@@ -131,21 +160,36 @@ def calls_and_imports(path):
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield "import", node.module.split(".")[0]
         elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             owner = getattr(getattr(node.func, "value", None), "id", "")
             yield f"{owner}.{name}".lstrip("."), ast.unparse(node)
 
 
 def test_nothing_is_unpickled_fetched_or_run_from_text():
-    """No pickle, no download, no eval in the package; torch.load in the examples with weights_only=True."""
+    """No pickle, no download, no eval in the package; torch.load in the examples with
+    weights_only=True."""
     for path in [*(ROOT / "dipkernels").glob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]:
         found = list(calls_and_imports(path))
         assert {what for kind, what in found if kind == "import"} & FETCH_OR_RUN == set(), path
-        assert {kind for kind, _ in found} & {"eval", "exec", "compile", "torch.load", "os.system"} == set(), path
+        assert {kind for kind, _ in found} & {
+            "eval",
+            "exec",
+            "compile",
+            "torch.load",
+            "os.system",
+        } == set(), path
         # Collectives of objects pickle: SECURITY.md names the one that there is.
         pickled = {call for kind, call in found if kind.endswith(("_object", "_object_list"))}
         assert pickled <= {"distributed.all_gather_object(ranks, mine)"}, path
-    for path in [p for folder in ("examples", "studies", "benchmarks", "tools") for p in (ROOT / folder).rglob("*.py")]:
+    for path in [
+        p
+        for folder in ("examples", "studies", "benchmarks", "tools")
+        for p in (ROOT / folder).rglob("*.py")
+    ]:
         found = list(calls_and_imports(path))
         loads = [call for kind, call in found if kind == "torch.load"]
         assert [call for call in loads if "weights_only=True" not in call] == [], path
@@ -167,16 +211,16 @@ def test_building_downloads_nothing():
     ]:
         imports = {what for kind, what in calls_and_imports(path) if kind == "import"}
         assert imports & (FETCH_OR_RUN - {"subprocess"}) == set(), path
-        assert not re.search(r"\b(curl|wget|git clone)\b|[\"']pip[\"'], *[\"'](install|download)", path.read_text()), (
-            path
-        )
+        assert not re.search(
+            r"\b(curl|wget|git clone)\b|[\"']pip[\"'], *[\"'](install|download)", path.read_text()
+        ), path
     project = (ROOT / "pyproject.toml").read_text()
     assert re.search(
         r'^requires = \["setuptools>=\d+", "ninja"\]$', project, re.MULTILINE
     )  # an isolated build gets no torch
 
 
-# ---- what the loader says --------------------------------------------------------------------------------------------
+# ---- what the loader says ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -213,8 +257,12 @@ def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
     )
 
 
-WHEEL_12 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "12.8")
-WHEEL_13 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "13.0")
+WHEEL_12 = Library(
+    "_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "12.8"
+)
+WHEEL_13 = Library(
+    "_C.so", None, ("portable",), ("80", "86", "89", "90", "100", "120"), "g++", "13.0"
+)
 
 
 @pytest.mark.parametrize("library, driver, gpu, parts", [
@@ -223,7 +271,8 @@ WHEEL_13 = Library("_C.so", None, ("portable",), ("80", "86", "89", "90", "100",
     (WHEEL_12, 11080, (8, 0), ["offers CUDA 11.8", "need CUDA 12.0 (driver >= 525)", "update the driver"]),
     (WHEEL_13, 12080, (9, 0), ["offers CUDA 12.8", "need CUDA 13.0 (driver >= 580)", "update the driver"]),
     (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "DIPKERNELS_CUDA_ARCHS=75"]),
-    (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),  # older than the PTX, and no code of its own
+    # older than the PTX, and no code of its own
+    (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),
     (WHEEL_12, 12080, (12, 1), None),
     (WHEEL_12, 13000, (13, 0), None),  # newer than all: from PTX
     (WHEEL_12, 12060, (13, 0), ["PTX", "must offer CUDA 12.8 and offers 12.6", "update the driver"]),
@@ -295,7 +344,7 @@ def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
     assert backends.check_cuda() is None
 
 
-# ---- building: long ---------------------------------------------------------------------------------------------------
+# ---- building: long ------------------------------------------------------------------------------
 
 
 def build(out, *arguments):
@@ -308,7 +357,8 @@ def build(out, *arguments):
 def smoke(wheel, folder, expect):
     """The smoke test on the wheel alone, in a folder of its own."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel], check=True
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, wheel],
+        check=True,
     )
     code = (ROOT / "tools" / "release" / "smoke.py").read_text()
     (folder.parent / "smoke.py").write_text(code)
@@ -330,7 +380,9 @@ def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl") and audit.wheel_problems(wheel) == []
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dipkernels").rglob("*.py")}
-    wanted |= {f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
+    wanted |= {
+        f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")
+    }
     assert wanted <= names
     smoke(wheel, tmp_path / "site", "none")
 
@@ -347,7 +399,10 @@ def test_audit_of_a_wheel_finds_files_that_are_not_the_packages(tmp_path):
             "x.pth",
         ):
             archive.writestr(name, "")
-    assert audit.wheel_problems(wheel) == ["has the file triton_kernels/noise.py", "has the file x.pth"]
+    assert audit.wheel_problems(wheel) == [
+        "has the file triton_kernels/noise.py",
+        "has the file x.pth",
+    ]
     assert audit.main([str(wheel)]) == 1
 
 

@@ -19,8 +19,14 @@ DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytes
 LAYERS = {
     "wide": (lambda: dip.DIPLinear(256, 512), (64, 256)),
     "narrow": (lambda: dip.DIPLinear(256, 64), (64, 256)),
-    "mean": (lambda: dip.DIPLinear(32, 16, activation="gelu", estimator="mean", num_samples=4), (8, 32)),
-    "relu mean": (lambda: dip.DIPLinear(32, 16, activation="relu", estimator="mean", num_samples=4), (8, 32)),
+    "mean": (
+        lambda: dip.DIPLinear(32, 16, activation="gelu", estimator="mean", num_samples=4),
+        (8, 32),
+    ),
+    "relu mean": (
+        lambda: dip.DIPLinear(32, 16, activation="relu", estimator="mean", num_samples=4),
+        (8, 32),
+    ),
     "exact": (lambda: dip.DIPLinear(32, 16, activation="tanh", estimator="analytic"), (8, 32)),
     "keep x": (lambda: dip.DIPLinear(32, 16, keep="x"), (8, 32)),
     "keep u": (lambda: dip.DIPLinear(32, 16, keep="u"), (8, 32)),
@@ -55,14 +61,20 @@ def make(name, dtype=torch.float32):
     return layer, [torch.randn(shape).to(dtype).requires_grad_() for _ in range(inputs)]
 
 
-# ---- which world -----------------------------------------------------------------------------------------------------
+# ---- which world ---------------------------------------------------------------------------------
 
 
 class Asks(nn.Module):
     """Adds a number that names the worlds of its call."""
 
     def forward(self, x):
-        said = (worlds.tracing(), worlds.compiling(), worlds.exporting(), worlds.transforming(), worlds.wants_pieces())
+        said = (
+            worlds.tracing(),
+            worlds.compiling(),
+            worlds.exporting(),
+            worlds.transforming(),
+            worlds.wants_pieces(),
+        )
         return x + sum(2**i * answer for i, answer in enumerate(said))
 
 
@@ -74,13 +86,17 @@ def test_each_world_is_told_from_the_others():
     answers = {
         "eager": asks(x),
         "compile": torch.compile(asks, backend="eager", fullgraph=True)(x),
-        "compile under no_grad": torch.no_grad()(torch.compile(asks, backend="aot_eager", fullgraph=True))(x),
+        "compile under no_grad": torch.no_grad()(
+            torch.compile(asks, backend="aot_eager", fullgraph=True)
+        )(x),
         "vmap": torch.vmap(asks)(x),
         "compile of vmap": torch.compile(torch.vmap(asks), backend="eager", fullgraph=True)(x),
         "make_fx": make_fx(asks)(x)(x),
     }
     for strict in (False, True):
-        answers[f"export, strict={strict}"] = torch.export.export(asks, (x,), strict=strict).module()(x)
+        answers[f"export, strict={strict}"] = torch.export.export(
+            asks, (x,), strict=strict
+        ).module()(x)
         with torch.no_grad():
             program = torch.export.export(asks, (x,), strict=strict)
         answers[f"export under no_grad, strict={strict}"] = program.module()(x)
@@ -122,7 +138,7 @@ def test_sigma_is_checked_where_it_has_values_and_nowhere_else():
         assert run(torch.randn(3, 8), torch.ones(8)).shape == (3, 8)
 
 
-# ---- one whole graph -------------------------------------------------------------------------------------------------
+# ---- one whole graph -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -145,7 +161,8 @@ def test_so_it_is_with_the_choices_of_a_gpu(name, dtype, triton_on_cpu):
 
 
 def check_passes(name, graphs, namespace="dipkernels", fused=False):
-    """P forward, Q backward (or both of a mean), and none of the pieces that torch.export is given."""
+    """P forward, Q backward (or both of a mean), and none of the pieces that torch.export is
+    given."""
     forward, backward = set(graphs.forward[0]), set(graphs.backward[0])
     assert not any("noise" in op for op in forward | backward), (forward, backward)
     passes = {
@@ -153,7 +170,9 @@ def check_passes(name, graphs, namespace="dipkernels", fused=False):
         "relu mean": ({"linear"}, {"linear_bwd"}),
         "exact": ({"expectation"}, {"expectation_bwd"}),
     }
-    plain = ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
+    plain = (
+        ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
+    )
     for ran, wanted in zip((forward, backward), passes.get(name, plain)):
         assert ran & {f"{namespace}.{op}.default" for op in wanted}, (ran, wanted)
 
@@ -186,14 +205,15 @@ def test_a_device_without_kernels_of_its_own_is_a_look_up(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_compiled_layer_keeps_no_noise_for_backward(dtype):
-    """Beside its inputs: a seed, and of a convolution the input that the plain one keeps, in its own type."""
+    """Beside its inputs: a seed, and of a convolution the input that the plain one keeps, in its
+    own type."""
     for name in ("wide", "input", "conv"):
         layer, (x,) = make(name, dtype)
         plain = x.numel() * x.element_size() if name == "conv" else 0
         assert compiled(layer, x).saved[0] <= plain + 64, name
 
 
-# ---- what keep="auto" keeps under torch.compile: docs/maths.md, section 2 -----------------------------------------------
+# ---- what keep="auto" keeps under torch.compile: docs/maths.md, section 2 ------------------------
 
 
 class Readers(nn.Module):
@@ -201,7 +221,10 @@ class Readers(nn.Module):
 
     def __init__(self, before, number):
         super().__init__()
-        self.before, self.layers = before, nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number))
+        self.before, self.layers = (
+            before,
+            nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number)),
+        )
 
     def forward(self, x):
         h = self.before(x)

@@ -1,4 +1,5 @@
-"""What the Triton tests share: an exact fma for the interpreter, and compiling a launch for a GPU that is not there."""
+"""What the Triton tests share: an exact fma for the interpreter, and compiling a launch for a GPU
+that is not there."""
 
 import contextlib
 import importlib
@@ -22,7 +23,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a blo
 
 
 def load_kernels(*names: str):
-    """Modules of triton_kernels, from the source tree: they need neither an installed nor a built package."""
+    """Modules of triton_kernels, from the source tree: they need neither an installed nor a built
+    package."""
     package = "triton_kernels_under_test"
     if package not in sys.modules:
         folder = ROOT / "triton_kernels"
@@ -35,7 +37,9 @@ def load_kernels(*names: str):
 
 
 def load_reference():
-    spec = importlib.util.spec_from_file_location("reference_under_test", ROOT / "dipkernels" / "reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "reference_under_test", ROOT / "dipkernels" / "reference.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -50,9 +54,12 @@ def exact_fma(a, b, c):
     total = np.asarray(product + c)
     back = total - product
     error = (product - (total - back)) + (c - back)
-    # Round to odd, so that the rounding to float32 that follows sees which side the exact sum lies on.
+    # Round to odd, so that the rounding to float32 that follows sees which side the exact sum lies
+    # on.
     inexact = (error != 0) & ((total.view(np.int64) & 1) == 0)
-    return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
+    return np.where(
+        inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total
+    ).astype(np.float32)
 
 
 def patch_interpreter() -> None:
@@ -76,7 +83,8 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recorded_launches(*modules):
-    """The launches that host code makes inside, as (kernel, args, kwargs); nothing runs. Give it meta tensors."""
+    """The launches that host code makes inside, as (kernel, args, kwargs); nothing runs. Give it
+    meta tensors."""
     launches, replaced = [], []
     for module in modules:
         for name, value in list(vars(module).items()):
@@ -107,7 +115,8 @@ class Compiled:
     num_warps: int
 
     def count(self) -> Counter:
-        """Instructions by opcode: of the hottest loop where there is one, else of the whole kernel."""
+        """Instructions by opcode: of the hottest loop where there is one, else of the whole
+        kernel."""
         return count_instructions(self.sass)
 
 
@@ -121,11 +130,15 @@ def compile_launch(launch, arch: int) -> Compiled:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kwargs = {"debug": False, **kwargs}
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        *args, **kwargs
+    bound, specialization, options = create_function_from_signature(
+        kernel.signature, kernel.params, backend
+    )(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
     )
-    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -144,7 +157,9 @@ def compile_launch(launch, arch: int) -> Compiled:
     )
 
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);")
+_INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);"
+)
 
 
 def count_instructions(sass: str) -> Counter:
@@ -155,7 +170,12 @@ def count_instructions(sass: str) -> Counter:
         elif instruction := _INSTRUCTION.match(line):
             opcode, rest = instruction[1], instruction[2]
             target = re.search(r"\(?(\.L_\w+)\)?", rest)
-            if opcode.startswith("BRA") and target and target[1] in labels and labels[target[1]] < len(lines):
+            if (
+                opcode.startswith("BRA")
+                and target
+                and target[1] in labels
+                and labels[target[1]] < len(lines)
+            ):
                 loops.append((labels[target[1]], len(lines) + 1))
             lines.append(opcode)
     if loops:

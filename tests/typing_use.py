@@ -1,4 +1,5 @@
-"""What users write, for mypy --strict (`make typecheck`): every public call has types, so that users may be strict too. Never run."""
+"""What users write, for mypy --strict (`make typecheck`): every public call has types, so that
+users may be strict too. Never run."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ import dipkernels as dip
 def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     dip.convert(model, init_variance=0.01, exclude=["head"])
     dip.calibrate(model, [x for x, _ in batches], ratio=0.5, per="layer")
-    optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3, weight_decay=0.05, variance_lr=1e-2))
+    optimizer = torch.optim.AdamW(
+        dip.param_groups(model, lr=1e-3, weight_decay=0.05, variance_lr=1e-2)
+    )
     for x, y in batches:
         out = dip.trajectories(model, x, m=4)
         loss: Tensor = dip.objective(out, y, F.cross_entropy, model)
@@ -28,7 +31,14 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
 
 def layers() -> list[nn.Module]:
     linear = dip.DIPLinear(
-        8, 4, bias=False, init_variance=0.1, num_samples=2, keep="x", device="cpu", dtype=torch.float32
+        8,
+        4,
+        bias=False,
+        init_variance=0.1,
+        num_samples=2,
+        keep="x",
+        device="cpu",
+        dtype=torch.float32,
     )
     variance: Tensor = linear.log_variance
     print(variance)

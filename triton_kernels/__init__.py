@@ -1,1 +1,2 @@
-"""Triton kernels of the operations: noise, perturb and linear, one file each; tiles says how tensors map to tiles."""
+"""Triton kernels of the operations: noise, perturb and linear, one file each; tiles says how
+tensors map to tiles."""

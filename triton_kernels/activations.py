@@ -6,7 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def within(x, bound: tl.constexpr):
-    """x, or the end of [-bound, bound]; a NaN stays one. tl.clamp does not compile for float64 on sm_90."""
+    """x, or the end of [-bound, bound]; a NaN stays one. tl.clamp does not compile for float64 on
+    sm_90."""
     x = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
 
@@ -37,11 +38,15 @@ def slope(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         d = tl.where(h <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
-        d = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        d = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(
+            -0.5 * h * h
+        )
     elif ACTIVATION == "gelu_tanh":
         h = within(h, 6.0)  # 0 or 1 beyond: _plain in expectation.py
         t = _tanh(0.7978845608028654 * (h + 0.044715 * h * h * h))
-        d = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * h * h)
+        d = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * 0.7978845608028654 * (
+            1.0 + 0.134145 * h * h
+        )
     elif ACTIVATION == "silu":
         h = within(h, 20.0)
         s = tl.sigmoid(h)

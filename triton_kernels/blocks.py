@@ -1,4 +1,5 @@
-"""triton_kernels/blocks.py: the tiles of the fused linear; run as a script, prints them.  docs/maths.md, section 2."""
+"""triton_kernels/blocks.py: the tiles of the fused linear; run as a script, prints them.
+docs/maths.md, section 2."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile of a product: M rows, N out-features, K in-features; which of them is the loop depends on the operation."""
+    """Tile of a product: M rows, N out-features, K in-features; which of them is the loop depends
+    on the operation."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -20,9 +22,9 @@ class Blocks:
         return asdict(self)
 
 
-# Not measured yet: the largest tiles that compile without spills and fit the shared memory of the architecture.
-# 16-bit data. Per architecture (the nearest one below counts): fwd, fwd over several samples, bwd_x, bwd_x with
-# unaligned rows, bwd_weight.
+# Not measured yet: the largest tiles that compile without spills and fit the shared memory of the
+# architecture. 16-bit data. Per architecture (the nearest one below counts): fwd, fwd over several
+# samples, bwd_x, bwd_x with unaligned rows, bwd_weight.
 TABLE = {
     80: {
         "fwd": Blocks(128, 128, 32, 8, 3),
@@ -46,8 +48,8 @@ TABLE = {
         "bwd_weight": Blocks(64, 128, 128, 8, 3),
     },
 }
-# float32 in full precision has no tensor cores: fused multiply-adds, on tiles of 32 rows, because Triton 3.7 gives
-# larger ones to sm_100's tf32 matrix unit in spite of input_precision="ieee".
+# float32 in full precision has no tensor cores: fused multiply-adds, on tiles of 32 rows, because
+# Triton 3.7 gives larger ones to sm_100's tf32 matrix unit in spite of input_precision="ieee".
 FLOAT32 = {
     80: {
         "fwd": Blocks(32, 64, 16, 4, 2),
@@ -58,19 +60,24 @@ FLOAT32 = {
     },
 }
 FLOAT32[90] = {**FLOAT32[80], "fwd_mean": Blocks(32, 32, 16, 4, 1)}
-# Tiles from which a device is busy: about half of the 108 to 148 multiprocessors of the table's GPUs.
+# Tiles from which a device is busy: about half of the 108 to 148 multiprocessors of the table's
+# GPUs.
 FULL = 64
 
 
 def _fit(size: int, block: int) -> int:
-    """The smallest power of two that holds `size`, from 16 (what a matrix instruction takes) to `block`."""
+    """The smallest power of two that holds `size`, from 16 (what a matrix instruction takes) to
+    `block`."""
     return min(block, max(16, 1 << (size - 1).bit_length()))
 
 
-def blocks(op: str, arch: int, m: int, n: int, k: int, itemsize: int, regular: bool = True) -> Blocks:
+def blocks(
+    op: str, arch: int, m: int, n: int, k: int, itemsize: int, regular: bool = True
+) -> Blocks:
     """The tile of op (a name of TABLE) on sm_<arch> for weights of itemsize bytes.
 
-    regular: every row starts at a multiple of 8 elements and x is no wider than the weight. Other loads need registers.
+    regular: every row starts at a multiple of 8 elements and x is no wider than the weight. Other
+    loads need registers.
     """
     table = FLOAT32 if itemsize >= 4 else TABLE
     chosen = table[max((a for a in table if a <= arch), default=80)][op]
@@ -78,8 +85,13 @@ def blocks(op: str, arch: int, m: int, n: int, k: int, itemsize: int, regular: b
         chosen = replace(chosen, BLOCK_M=max(16, chosen.BLOCK_M // 2), BLOCK_N=chosen.BLOCK_N // 2)
     elif not regular and itemsize < 4 and op in ("fwd", "fwd_mean"):
         chosen = replace(chosen, BLOCK_K=max(16, chosen.BLOCK_K // 2), BLOCK_N=chosen.BLOCK_N // 2)
-    block_m, block_n, block_k = _fit(m, chosen.BLOCK_M), _fit(n, chosen.BLOCK_N), _fit(k, chosen.BLOCK_K)
-    # Few tiles: narrower ones fill more of the device, and each draws its noise on a multiprocessor of its own.
+    block_m, block_n, block_k = (
+        _fit(m, chosen.BLOCK_M),
+        _fit(n, chosen.BLOCK_N),
+        _fit(k, chosen.BLOCK_K),
+    )
+    # Few tiles: narrower ones fill more of the device, and each draws its noise on a multiprocessor
+    # of its own.
     rows = -(-m // block_m)
     if op in ("fwd", "fwd_mean"):
         while block_n > 32 and rows * -(-n // block_n) < FULL:
@@ -94,12 +106,14 @@ def blocks(op: str, arch: int, m: int, n: int, k: int, itemsize: int, regular: b
 
 
 def splits(tiles: int, m: int, multiprocessors: int) -> int:
-    """Into how many row ranges bwd_weight splits: enough to fill the device, each of at least 512 rows."""
+    """Into how many row ranges bwd_weight splits: enough to fill the device, each of at least 512
+    rows."""
     return max(1, min(multiprocessors // max(tiles, 1), m // 512))
 
 
 def candidates(chosen: Blocks, op: str) -> list[Blocks]:
-    """What DIPKERNELS_AUTOTUNE=1 tries: the table's tile and its neighbours; BLOCK_M stays, partial sums rest on it."""
+    """What DIPKERNELS_AUTOTUNE=1 tries: the table's tile and its neighbours; BLOCK_M stays, partial
+    sums rest on it."""
     found = [chosen]
     for warps in (4, 8):
         for stages in (2, 3, 4):
@@ -112,5 +126,10 @@ def candidates(chosen: Blocks, op: str) -> list[Blocks]:
 if __name__ == "__main__":
     for arch, ops in TABLE.items():
         for op in ops:
-            for size in ((8192, 4096, 4096, 2), (32, 1024, 1024, 2), (65536, 64, 64, 2), (4096, 1024, 1024, 4)):
+            for size in (
+                (8192, 4096, 4096, 2),
+                (32, 1024, 1024, 2),
+                (65536, 64, 64, 2),
+                (4096, 1024, 1024, 4),
+            ):
                 print(f"sm_{arch} {op:10} M, N, K, itemsize = {size}: {blocks(op, arch, *size)}")

@@ -1,4 +1,5 @@
-"""triton_kernels/expectation.py: y = E[act(mu + sqrt(v) z)], v = W^2 s^2, and back, each in one pass.  docs/maths.md, section 7."""
+"""triton_kernels/expectation.py: y = E[act(mu + sqrt(v) z)], v = W^2 s^2, and back, each in one
+pass.  docs/maths.md, section 7."""
 
 import math
 
@@ -19,12 +20,15 @@ BLOCK_N = 128
 def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
     """(2^(-b^2), P Phi(-|a|) over it), b >= 0; NARROW: Phi to 2.1e-6, for 16-bit data"""
     if b.dtype == tl.float64:
-        b = tl.minimum(b, 25.0, propagate_nan=tl.PropagateNan.ALL)  # the power is no subnormal number
+        b = tl.minimum(
+            b, 25.0, propagate_nan=tl.PropagateNan.ALL
+        )  # the power is no subnormal number
         power = tl.exp(-0.6931471805599453 * b * b)
         return power, P * (0.5 - 0.5 * tl.erf(b * 0.8325546111576977)) / power
     else:
-        # r q(r), r = 1 / (1 + g b): polynomials of the least error of (1 + |a|) Phi(-|a|), the long one that of
-        # csrc/cpu/vector_math.h times 0.3989. A root is one instruction, a quotient several.
+        # r q(r), r = 1 / (1 + g b): polynomials of the least error of (1 + |a|) Phi(-|a|), the long
+        # one that of csrc/cpu/vector_math.h times 0.3989. A root is one instruction, a quotient
+        # several.
         if NARROW:
             root = tl.rsqrt(0.5062863096816541 * b + 1.0)
             r = root * root
@@ -42,7 +46,8 @@ def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
         return tl.exp2(-b * b), q * r
 
 
-# With a = alpha mu, t = a^2 and phi its density, of a column: polynomials in t, the tuples of their coefficients.
+# With a = alpha mu, t = a^2 and phi its density, of a column: polynomials in t, the tuples of their
+# coefficients.
 @triton.jit
 def _values(beta, SERIES: tl.constexpr, FIRST: tl.constexpr, M: tl.constexpr, ODD: tl.constexpr):
     """P of E[sum_j d_j (c x)^2j phi(c x)] = phi P(t), or with ODD of a phi P(t), by _series"""
@@ -50,8 +55,12 @@ def _values(beta, SERIES: tl.constexpr, FIRST: tl.constexpr, M: tl.constexpr, OD
     power = beta if ODD else tl.sqrt(beta)
     for degree in tl.static_range(M):
         total = beta * 0.0
-        for i in tl.static_range(M - degree):  # in powers of 1 - beta = c^2 v beta, from the highest on
-            total = total * (1.0 - beta) + SERIES[FIRST + degree * M - degree * (degree - 1) // 2 + i]
+        for i in tl.static_range(
+            M - degree
+        ):  # in powers of 1 - beta = c^2 v beta, from the highest on
+            total = (
+                total * (1.0 - beta) + SERIES[FIRST + degree * M - degree * (degree - 1) // 2 + i]
+            )
         coefficients = coefficients + (power * total,)
         power = power * beta
     return coefficients
@@ -125,9 +134,11 @@ def _plain(x, ACTIVATION: tl.constexpr):
         t = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
         return t, 1.0 - t * t, -t * (1.0 - t * t)
     else:
-        # What a 0 multiplies stays finite: infinity times 0 is no number. Beyond FAR slopes are 0 or 1, and a quotient that is
-        # 1 but for its last bits is not blown up by x.
-        FAR: tl.constexpr = 1000.0 if x.dtype == tl.float64 else 6.0 if ACTIVATION == "gelu_tanh" else 20.0
+        # What a 0 multiplies stays finite: infinity times 0 is no number. Beyond FAR slopes are 0
+        # or 1, and a quotient that is 1 but for its last bits is not blown up by x.
+        FAR: tl.constexpr = (
+            1000.0 if x.dtype == tl.float64 else 6.0 if ACTIVATION == "gelu_tanh" else 20.0
+        )
         above = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
         near = within(x, FAR)
         d0, d1, d2 = x, near * 0.0 + 1.0, near * 0.0
@@ -137,7 +148,11 @@ def _plain(x, ACTIVATION: tl.constexpr):
             d2 = 1.5957691216057308 * 0.26829 * near
         s = 1.0 / (1.0 + tl.exp(-d0))
         ds = s * (1.0 - s) * d1
-        return above * s, s + near * ds, ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2)
+        return (
+            above * s,
+            s + near * ds,
+            ds + 0.5 * near * ((1.0 - 2.0 * s) * d1 * ds + s * (1.0 - s) * d2),
+        )
 
 
 @triton.jit
@@ -150,7 +165,9 @@ def _tile(block, M, N, col, col_mask, BLOCK_R: tl.constexpr):
 @triton.jit
 def _expectation_kernel(
     y_ptr,  # [M, N] contiguous, written: y, or dmu if GRAD
-    partial_ptr,  # [2, row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv and of dmu
+    # [2, row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv
+    # and of dmu
+    partial_ptr,
     mu_ptr,  # [M, N] contiguous
     dy_ptr,  # [M, N] contiguous, read if GRAD
     v_ptr,  # [N] float32 or float64
@@ -172,7 +189,8 @@ def _expectation_kernel(
     v_of = tl.load(v_ptr + col, mask=col_mask, other=1.0).to(dtype)
     v = v_of[None, :]
     zero = v <= 0.0  # not of a NaN, which stays one
-    # A root takes subnormal numbers for 0, and their reciprocal for infinity: the least normal one stands in for them.
+    # A root takes subnormal numbers for 0, and their reciprocal for infinity: the least normal one
+    # stands in for them.
     least = tl.maximum(v, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
     safe = tl.where(zero, 1.0, least)
     deviation = tl.sqrt(safe)
@@ -184,9 +202,12 @@ def _expectation_kernel(
         # load
         mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
         # compute
-        # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + sum phi P, tanh's is sign(mu) (1 - 2 T) + sum a phi P, and
-        # slopes are alike: small terms, each a multiple of its power, are added to what is exact, however the p cancel.
-        size = tl.minimum(tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL)  # its square is finite
+        # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + sum phi P, tanh's is
+        # sign(mu) (1 - 2 T) + sum a phi P, and slopes are alike: small terms, each a multiple of
+        # its power, are added to what is exact, however the p cancel.
+        size = tl.minimum(
+            tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL
+        )  # its square is finite
         small = tl.zeros([BLOCK_R, BLOCK_N], dtype)
         small_slope = tl.zeros([BLOCK_R, BLOCK_N], dtype)
         half_curvature = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -196,16 +217,19 @@ def _expectation_kernel(
             small_slope = -power * ratio
             half_curvature = (0.5 * inverse * 0.3989422804014327) * power
         for i in tl.static_range(len(TERMS) // 2):
-            # c = TERMS[2 i] and p = TERMS[2 i + 1], never in a variable: that would be float32 for float64 data too.
-            # What depends on v alone is computed once, before the loop over rows.
+            # c = TERMS[2 i] and p = TERMS[2 i + 1], never in a variable: that would be float32 for
+            # float64 data too. What depends on v alone is computed once, before the loop over rows.
             variance = v if ACTIVATION == "gelu" else safe
             beta = 1.0 / (1.0 + (TERMS[2 * i] * TERMS[2 * i]) * variance)
-            # Not c sqrt(beta): behind a huge variance beta is subnormal, then 0, and v alpha would be 0 with it.
+            # Not c sqrt(beta): behind a huge variance beta is subnormal, then 0, and v alpha would
+            # be 0 with it.
             alpha = 1.0 / tl.sqrt(variance + 1.0 / (TERMS[2 * i] * TERMS[2 * i]))
             b = size * (alpha * 0.8493218002880191)
             if M_SERIES > 0:  # powers of it are finite, and its power of two is 0 or next to it
                 b = tl.minimum(b, 16.0, propagate_nan=tl.PropagateNan.ALL)
-            values = _values(beta, SERIES, i * (M_SERIES * (M_SERIES + 1) // 2), M_SERIES, ACTIVATION == "tanh")
+            values = _values(
+                beta, SERIES, i * (M_SERIES * (M_SERIES + 1) // 2), M_SERIES, ACTIVATION == "tanh"
+            )
             if ACTIVATION == "tanh":
                 power, ratio = _normal(b, 2.0 * TERMS[2 * i + 1], NARROW)
                 small += power * ratio
@@ -214,15 +238,25 @@ def _expectation_kernel(
                 slopes = _product_rule(values, M_SERIES + 1, alpha, 2.0 * TERMS[2 * i + 1])
                 curvatures = _bell_rule(slopes, M_SERIES + 1, 0.5 * alpha)
                 small_slope += power * _polynomial(_in_b(slopes, 0.3989422804014327), b * b)
-                half_curvature += (b * power) * _polynomial(_in_b(curvatures, 0.4697186393498257), b * b)
+                half_curvature += (b * power) * _polynomial(
+                    _in_b(curvatures, 0.4697186393498257), b * b
+                )
             else:
                 power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
                 slopes = _bell_rule(values, M_SERIES if M_SERIES > 0 else 1, alpha)
                 slopes = _plus(slopes, TERMS[2 * i + 1] * beta)
-                values = _plus(values, TERMS[2 * i + 1] * alpha * variance)  # in an order that stays finite
-                curvatures = _product_rule(slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1])
-                small += power * (_polynomial(_in_b(values, 0.3989422804014327), b * b) - size * ratio)
-                small_slope += power * (b * _polynomial(_in_b(slopes, 0.4697186393498257), b * b) - ratio)
+                values = _plus(
+                    values, TERMS[2 * i + 1] * alpha * variance
+                )  # in an order that stays finite
+                curvatures = _product_rule(
+                    slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1]
+                )
+                small += power * (
+                    _polynomial(_in_b(values, 0.3989422804014327), b * b) - size * ratio
+                )
+                small_slope += power * (
+                    b * _polynomial(_in_b(slopes, 0.4697186393498257), b * b) - ratio
+                )
                 half_curvature += power * _polynomial(_in_b(curvatures, 0.3989422804014327), b * b)
         if ACTIVATION == "tanh":
             y = tl.where(mu < 0.0, small - 1.0, 1.0 - small)
@@ -239,7 +273,8 @@ def _expectation_kernel(
             total_dmu += y
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if ACTIVATION != "gelu":  # noqa: SIM102
-        # Rarely, and known only when it runs: over what was stored, so that it costs the others nothing.
+        # Rarely, and known only when it runs: over what was stored, so that it costs the others
+        # nothing.
         if tl.min(v_of) <= 0.0:
             plain_dv = tl.zeros([BLOCK_R, BLOCK_N], dtype)
             plain_dmu = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -270,18 +305,21 @@ def _mixture(activation: str, dtype: torch.dtype):
 
 
 def _series(d: tuple[float, ...], odd: bool) -> list[float]:
-    """E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i): for l = 0 .. m - 1, d_j times that of n = 2 j (+ 1), i = j - l,
-    j = m - 1 .. l"""
+    """E (x + s z)^n has n! / ((n - 2 i)! i! 2^i) x^(n - 2 i) s^(2 i): for l = 0 .. m - 1, d_j times
+    that of n = 2 j (+ 1), i = j - l, j = m - 1 .. l"""
     numbers = []
     for last in range(len(d)):
         for j in range(len(d) - 1, last - 1, -1):
             n, i = 2 * j + odd, j - last
-            numbers.append(d[j] * math.factorial(n) / (math.factorial(n - 2 * i) * math.factorial(i) * 2**i))
+            numbers.append(
+                d[j] * math.factorial(n) / (math.factorial(n - 2 * i) * math.factorial(i) * 2**i)
+            )
     return numbers
 
 
 def _rows(activation: str, dtype: torch.dtype) -> int:
-    """Rows of a tile, which are the elements of a thread: few enough that every term's values fit the registers."""
+    """Rows of a tile, which are the elements of a thread: few enough that every term's values fit
+    the registers."""
     if dtype is torch.float64:
         return 1
     if len(_mixture(activation, dtype)[0]) > 1:
@@ -290,9 +328,13 @@ def _rows(activation: str, dtype: torch.dtype) -> int:
 
 
 def _grid(mu, activation):
-    """Blocks of columns, and programs that share the rows of one: few, as each first computes what depends on v alone."""
+    """Blocks of columns, and programs that share the rows of one: few, as each first computes what
+    depends on v alone."""
     n = mu.shape[-1]
-    col_blocks, row_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
+    col_blocks, row_blocks = (
+        triton.cdiv(n, BLOCK_N),
+        triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype)),
+    )
     return col_blocks, min(row_blocks, triton.cdiv(4 * num_multiprocessors(mu.device), col_blocks))
 
 
@@ -300,12 +342,23 @@ def _launch(out, partial, mu, dy, v, activation, grid):
     n, (c, p, d) = mu.shape[-1], _mixture(activation, mu.dtype)
     with on_device(mu):
         _expectation_kernel[grid](
-            out, partial, mu, dy, v.contiguous(), mu.numel() // n, n,
-            GRAD=dy is not None, ACTIVATION=activation, TERMS=tuple(x for term in zip(c, p, strict=True) for x in term),
-            SERIES=tuple(x for term in d for x in _series(term, activation == "tanh")), M_SERIES=len(d[0]) if d else 0,
-            BLOCK_R=_rows(activation, mu.dtype), BLOCK_N=BLOCK_N,
-            maxnreg=255,  # else the compiler would now and then rather spill than take what there are
-        )  # fmt: skip
+            out,
+            partial,
+            mu,
+            dy,
+            v.contiguous(),
+            mu.numel() // n,
+            n,
+            GRAD=dy is not None,
+            ACTIVATION=activation,
+            TERMS=tuple(x for term in zip(c, p, strict=True) for x in term),
+            SERIES=tuple(x for term in d for x in _series(term, activation == "tanh")),
+            M_SERIES=len(d[0]) if d else 0,
+            BLOCK_R=_rows(activation, mu.dtype),
+            BLOCK_N=BLOCK_N,
+            # else the compiler would now and then rather spill than take what there are
+            maxnreg=255,
+        )
 
 
 def expectation(mu, v, activation):
@@ -318,19 +371,24 @@ def expectation(mu, v, activation):
 
 
 def expectation_bwd(dy, mu, v, activation):
-    """(dmu, dv [N], sum [N]): dy times d/dmu, and the sums over rows of dy times d/dv and of dmu, in one pass and a fixed order."""
+    """(dmu, dv [N], sum [N]): dy times d/dmu, and the sums over rows of dy times d/dv and of dmu,
+    in one pass and a fixed order."""
     mu, dy = mu.contiguous(), dy.contiguous()
     dmu = torch.empty_like(mu)
     if dmu.numel() == 0:
         return dmu, torch.zeros_like(v), torch.zeros_like(v)
     n, grid = mu.shape[-1], _grid(mu, activation)
-    partial = torch.empty(2, grid[1], n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device)
+    partial = torch.empty(
+        2, grid[1], n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device
+    )
     _launch(dmu, partial, mu, dy, v, activation, grid)
-    dv, total = (column_sum(torch.empty(n, dtype=v.dtype, device=v.device), part) for part in partial)
+    dv, total = (
+        column_sum(torch.empty(n, dtype=v.dtype, device=v.device), part) for part in partial
+    )
     return dmu, dv, total
 
 
-# ---- the variance v, and back -------------------------------------------------------------------------------------------
+# ---- the variance v, and back --------------------------------------------------------------------
 
 
 @triton.jit
@@ -369,7 +427,9 @@ def _variance_kernel(
         col = first + tl.arange(0, BLOCK_K)
         mask = (row < N)[:, None] & (col < K)[None, :]
         # load
-        weight = tl.load(weight_ptr + (row * K)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
+        weight = tl.load(weight_ptr + (row * K)[:, None] + col[None, :], mask=mask, other=0.0).to(
+            dtype
+        )
         square, _ = _square(sigma_ptr, col, col < K, LOG_VARIANCE, dtype)
         # compute
         total += weight * weight * square[None, :]
@@ -419,7 +479,9 @@ def _variance_bwd_kernel(
 def _weight_tile(sigma, n, k):
     """(BLOCK_N, BLOCK_K)"""
     block_k = min(triton.next_power_of_2(k), 256)
-    return min(triton.next_power_of_2(n), (1024 if sigma.dtype is torch.float64 else 2048) // block_k), block_k
+    return min(
+        triton.next_power_of_2(n), (1024 if sigma.dtype is torch.float64 else 2048) // block_k
+    ), block_k
 
 
 def affine_variance(weight, sigma, log_variance):
@@ -429,7 +491,9 @@ def affine_variance(weight, sigma, log_variance):
     if weight.numel() == 0:
         return v.zero_()
     block_k = min(triton.next_power_of_2(k), 512)
-    block_n = 4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1  # rows enough for every multiprocessor
+    block_n = (
+        4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1
+    )  # rows enough for every multiprocessor
     with on_device(weight):
         _variance_kernel[(triton.cdiv(n, block_n),)](
             v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k
@@ -440,7 +504,12 @@ def affine_variance(weight, sigma, log_variance):
 def affine_variance_bwd(dv, weight, sigma, log_variance, given):
     """(given + dweight, dsigma) of `affine_variance`, in one pass and a fixed order."""
     given = None if given is None else given.contiguous()
-    weight, sigma, dv, (n, k) = weight.contiguous(), sigma.contiguous(), dv.contiguous(), weight.shape
+    weight, sigma, dv, (n, k) = (
+        weight.contiguous(),
+        sigma.contiguous(),
+        dv.contiguous(),
+        weight.shape,
+    )
     dweight, dsigma = torch.empty_like(weight), torch.empty_like(sigma)
     if weight.numel() == 0:
         return dweight, dsigma.zero_()
@@ -450,7 +519,16 @@ def affine_variance_bwd(dv, weight, sigma, log_variance, given):
     partial = torch.empty(programs, k, dtype=sigma.dtype, device=sigma.device)
     with on_device(weight):
         _variance_bwd_kernel[(col_blocks, programs)](
-            dweight, given, partial, dv, weight, sigma, n, k,
-            LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k,
-        )  # fmt: skip
+            dweight,
+            given,
+            partial,
+            dv,
+            weight,
+            sigma,
+            n,
+            k,
+            LOG_VARIANCE=log_variance,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+        )
     return dweight, column_sum(dsigma, partial)

@@ -23,8 +23,8 @@ from .tiles import (
 
 
 def _resources(dtype):
-    """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers, which the compiler would now
-    and then rather spill than take."""
+    """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers,
+    which the compiler would now and then rather spill than take."""
     return {"num_warps": 8 if dtype is torch.float64 else 4, "maxnreg": 255}
 
 
@@ -70,7 +70,9 @@ def _gate_fwd_kernel(
     dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
-        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        outer, inner, row = rows_at(
+            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
+        )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # load
         a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
@@ -137,7 +139,9 @@ def _gate_bwd_kernel(
     dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
     for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
-        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        outer, inner, row = rows_at(
+            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
+        )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # load
         du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
@@ -149,8 +153,12 @@ def _gate_bwd_kernel(
         if GATED:
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
             da *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
-            db_off = tile_offsets(outer, inner, col, db_outer * VEC, db_inner * VEC, db_col, ROWS_LAST)
-            tl.store(db_ptr + db_off, (du * act(a, ACTIVATION)).to(db_ptr.dtype.element_ty), mask=mask)
+            db_off = tile_offsets(
+                outer, inner, col, db_outer * VEC, db_inner * VEC, db_col, ROWS_LAST
+            )
+            tl.store(
+                db_ptr + db_off, (du * act(a, ACTIVATION)).to(db_ptr.dtype.element_ty), mask=mask
+            )
         # store
         da_off = tile_offsets(outer, inner, col, da_outer * VEC, da_inner * VEC, da_col, ROWS_LAST)
         tl.store(da_ptr + da_off, da.to(da_ptr.dtype.element_ty), mask=mask)
@@ -162,7 +170,9 @@ def _gate_bwd_kernel(
         tl.store(partial_ptr + out, tl.sum(total, axis=1 if ROWS_LAST else 0), mask=col_mask)
 
 
-def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
+def _forward(
+    a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
+):
     u = torch.empty_like(a, dtype=out_dtype)
     if u.numel() == 0:
         return u
@@ -172,26 +182,61 @@ def _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, a
     tile = tiling(dim, col0, elements, *operands)
     if tile is None:  # three or more row dimensions that do not merge
         b = None if b is None else b.contiguous()
-        dense = (a.contiguous(), b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+        dense = (
+            a.contiguous(),
+            b,
+            sigma,
+            seed,
+            dim,
+            row0,
+            col0,
+            sample,
+            factor,
+            log_variance,
+            activation,
+            out_dtype,
+        )
         return u.copy_(_forward(*dense))
     strides = [tile.strides_of(i) for i in range(len(operands))] + [(0, 0, 0)] * (b is None)
     with on_device(a):
         _gate_fwd_kernel[tile.grid(a.device)](
-            u, a, b, sigma.contiguous(), seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
-            row0, col0 // 8, tile.shift, sample, factor,
-            ACTIVATION=activation, GATED=b is not None, LOG_VARIANCE=log_variance, **tile.constants(), **EXACT, **_resources(a.dtype),
-        )  # fmt: skip
+            u,
+            a,
+            b,
+            sigma.contiguous(),
+            seed,
+            *tile.sizes(),
+            *strides[0],
+            *strides[1],
+            *strides[2],
+            row0,
+            col0 // 8,
+            tile.shift,
+            sample,
+            factor,
+            ACTIVATION=activation,
+            GATED=b is not None,
+            LOG_VARIANCE=log_variance,
+            **tile.constants(),
+            **EXACT,
+            **_resources(a.dtype),
+        )
     return u
 
 
 def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(da, db, dsigma)"""
     da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
-    dsigma = du.new_empty(0, dtype=torch.float32) if sigma is None else torch.zeros_like(sigma).contiguous()
+    dsigma = (
+        du.new_empty(0, dtype=torch.float32)
+        if sigma is None
+        else torch.zeros_like(sigma).contiguous()
+    )
     if row_count(a.shape, dim) == 0 or a.numel() == 0:
         return da, db, dsigma
     operands = [t for t in (da, db, du, a, b) if t is not None]
-    # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside it.
+    # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside
+    # it.
     elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
     tile = tiling(dim, col0, SUM_ELEMENTS // 8 if a.element_size() == 8 else elements, *operands)
     if tile is None:
@@ -208,31 +253,60 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
     of = [(0, 0, 0) if t is None else next(strides) for t in (da, db, du, a, b)]
     with on_device(du):
         _gate_bwd_kernel[grid](
-            partial, da, db, du, a, b, seed, *tile.sizes(), *of[0], *of[1], *of[2], *of[3], *of[4],
-            row0, col0 // 8, tile.shift, sample,
-            ACTIVATION=activation, GATED=b is not None, DRAWS=sigma is not None, **tile.constants(), **EXACT, **_resources(a.dtype),
-        )  # fmt: skip
+            partial,
+            da,
+            db,
+            du,
+            a,
+            b,
+            seed,
+            *tile.sizes(),
+            *of[0],
+            *of[1],
+            *of[2],
+            *of[3],
+            *of[4],
+            row0,
+            col0 // 8,
+            tile.shift,
+            sample,
+            ACTIVATION=activation,
+            GATED=b is not None,
+            DRAWS=sigma is not None,
+            **tile.constants(),
+            **EXACT,
+            **_resources(a.dtype),
+        )
     if sigma is not None:
         column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)
     return da, db, dsigma
 
 
 def activate(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
-    """u [x.shape] = act(x) + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
-    return _forward(x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+    """u [x.shape] = act(x) + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if
+    log_variance."""
+    return _forward(
+        x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
+    )
 
 
 def activate_bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(dx, dsigma) of `activate`; without a sigma nothing is drawn."""
-    dx, _, dsigma = _backward(du, x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
+    dx, _, dsigma = _backward(
+        du, x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation
+    )
     return dx, dsigma
 
 
 def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
     """u [a.shape] = act(a) * b + factor * s * z."""
-    return _forward(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+    return _forward(
+        a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
+    )
 
 
 def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(da, db, dsigma) of `gate`; without a sigma nothing is drawn."""
-    return _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
+    return _backward(
+        du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation
+    )

@@ -1,4 +1,5 @@
-"""triton_kernels/linear.py: y = mean_i act((x + factor s z_i) W^T + b), u unstored.  docs/maths.md, sections 2, 4."""
+"""triton_kernels/linear.py: y = mean_i act((x + factor s z_i) W^T + b), u unstored.  docs/maths.md,
+sections 2, 4."""
 
 import functools
 import os
@@ -41,7 +42,9 @@ def _noised_tile(
     group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
     col_mask = (col >= 0) & (col < K)
     mask = (row < M)[:, None] & col_mask[None, :]
-    x = tl.load(x_ptr + (row * x_stride_m)[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + (row * x_stride_m)[:, None] + col[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     # A masked column has sigma 0, and a masked row meets a zero or is not stored.
     s = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, tl.float32)
     if LOG_VARIANCE:
@@ -136,7 +139,9 @@ def _linear_fwd_kernel(
             h = tl.dot(u, w, h, input_precision=PRECISION)
         h += bias
         if GRAD:
-            dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
             y = dy * slope(h, ACTIVATION) * tl.cast(inv_num_samples, tl.float32)
         elif PASSES:
             y += activate(h, ACTIVATION)
@@ -174,7 +179,9 @@ def _linear_bwd_x_kernel(
     # where
     N, K, dy_stride_m, weight_stride_n = N * VEC, K * VEC, dy_stride_m * VEC, weight_stride_n * VEC
     key, last_word = load_seed(seed_ptr, sample)
-    pid_m, pid_k = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
+    pid_m, pid_k = _tile_of(
+        tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K + shift, BLOCK_K), GROUP_M
+    )
     row = tl.cast(pid_m, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.cast(pid_k, tl.int64) * BLOCK_K
     col = first + tl.arange(0, BLOCK_K) - shift
@@ -201,7 +208,9 @@ def _linear_bwd_x_kernel(
     # Rows past the end are zero in dx, so they add nothing.
     group = group0 + first // 8 + tl.arange(0, BLOCK_K // 8)
     z = normal_tile(key, last_word, row0 + row, group, False)
-    tl.store(partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask)
+    tl.store(
+        partial_ptr + tl.cast(pid_m, tl.int64) * K + col, tl.sum(dx * z, axis=0), mask=col_mask
+    )
 
 
 @triton.jit
@@ -234,7 +243,9 @@ def _linear_bwd_weight_kernel(
     # where
     N, K, dy_stride_m, x_stride_m = N * VEC, K * VEC, dy_stride_m * VEC, x_stride_m * VEC
     key, last_word = load_seed(seed_ptr, sample)
-    pid_n, pid_k = _tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M)
+    pid_n, pid_k = _tile_of(
+        tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K + shift, BLOCK_K), GROUP_M
+    )
     split = tl.cast(tl.program_id(1), tl.int64)
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.cast(pid_k, tl.int64) * BLOCK_K
@@ -285,11 +296,17 @@ def _architecture(device: torch.device) -> int:
 
 
 @functools.cache
-def _tuned(kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int):
+def _tuned(
+    kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int
+):
     """The kernel with its candidates; a tile's choice holds for every number of rows."""
     chosen = Blocks(block_m, block_n, block_k, num_warps, num_stages)
     configs = [
-        triton.Config({name: value for name, value in c.kwargs().items() if name.isupper()}, c.num_warps, c.num_stages)
+        triton.Config(
+            {name: value for name, value in c.kwargs().items() if name.isupper()},
+            c.num_warps,
+            c.num_stages,
+        )
         for c in candidates(chosen, op)
     ]
     return triton.autotune(configs, key=["N", "K"])(kernel)
@@ -323,7 +340,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def _vec(shift: int, *sizes: int) -> int:
-    """8 where every size and stride is a multiple of 8: passed divided by 8, they tell the compiler of aligned rows."""
+    """8 where every size and stride is a multiple of 8: passed divided by 8, they tell the compiler
+    of aligned rows."""
     return 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
 
 
@@ -332,9 +350,13 @@ def _check(x, weight, sigma, num_samples, activation) -> None:
         if tensor.dtype not in OPERANDS:
             raise TypeError(f"{name}: expected one of {tuple(OPERANDS)}, got {tensor.dtype}")
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}"
+        )
     if sigma.shape != weight.shape[1:]:
-        raise ValueError(f"sigma: expected shape (K,) = ({weight.shape[1]},), got {tuple(sigma.shape)}")
+        raise ValueError(
+            f"sigma: expected shape (K,) = ({weight.shape[1]},), got {tuple(sigma.shape)}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
     if activation is None and num_samples != 1:
@@ -342,9 +364,23 @@ def _check(x, weight, sigma, num_samples, activation) -> None:
 
 
 def _forward(
-    x, weight, bias, sigma, seed, row0, col0, sample, factor, log_variance, num_samples, activation, out_dtype, dy=None
-):  # fmt: skip
-    """y [M, N] of a flat x; with dy the gradient at the pre-activation of the first sample, over num_samples"""
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    row0,
+    col0,
+    sample,
+    factor,
+    log_variance,
+    num_samples,
+    activation,
+    out_dtype,
+    dy=None,
+):
+    """y [M, N] of a flat x; with dy the gradient at the pre-activation of the first sample, over
+    num_samples"""
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
@@ -357,13 +393,37 @@ def _forward(
     chosen = blocks(op, _architecture(x.device), m, n, k, weight.element_size(), regular)
     with on_device(x):
         _launch(
-            _linear_fwd_kernel, op,
-            lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),), chosen,
-            y, x, weight, bias, sigma, dy, seed, m, n // vec, k // vec, x.stride(0) // vec, weight.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, sample, num_samples if passes else 1, 1.0 / num_samples, factor,
-            LOG_VARIANCE=log_variance, HAS_BIAS=bias is not None, ACTIVATION=activation, PASSES=passes,
-            GRAD=dy is not None, PRECISION=_precision(), VEC=vec,
-        )  # fmt: skip
+            _linear_fwd_kernel,
+            op,
+            lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),),
+            chosen,
+            y,
+            x,
+            weight,
+            bias,
+            sigma,
+            dy,
+            seed,
+            m,
+            n // vec,
+            k // vec,
+            x.stride(0) // vec,
+            weight.stride(0) // vec,
+            row0,
+            col0 // 8,
+            col0 % 8,
+            sample,
+            num_samples if passes else 1,
+            1.0 / num_samples,
+            factor,
+            LOG_VARIANCE=log_variance,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            PASSES=passes,
+            GRAD=dy is not None,
+            PRECISION=_precision(),
+            VEC=vec,
+        )
     return y
 
 
@@ -382,23 +442,37 @@ def linear(
     activation="identity",
     out_dtype=None,
 ):
-    """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K], sigma [K].
+    """y [..., N] = mean over samples of act((x + factor s z_s) W^T + b); x [..., K], weight [N, K],
+    sigma [K].
 
-    u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation num_samples is 1.
-    out_dtype: default x's. Raises ValueError or TypeError for shapes, types or activations it cannot take.
+    u is rounded to the weight's type, as the layer's two-step form rounds it. Without an activation
+    num_samples is 1. out_dtype: default x's. Raises ValueError or TypeError for shapes, types or
+    activations it cannot take.
     """
     activation = None if activation == "identity" else activation
     _check(x, weight, sigma, num_samples, activation)
     flat = _flat(x)
     y = _forward(
-        flat, _flat(weight), bias, sigma.contiguous(), seed, row0, col0, sample, factor, log_variance, num_samples,
-        activation, out_dtype or x.dtype,
-    )  # fmt: skip
+        flat,
+        _flat(weight),
+        bias,
+        sigma.contiguous(),
+        seed,
+        row0,
+        col0,
+        sample,
+        factor,
+        log_variance,
+        num_samples,
+        activation,
+        out_dtype or x.dtype,
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_variance, out_dtype=None):
-    """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over rows of dx z."""
+    """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over
+    rows of dx z."""
     flat, weight, sigma = _flat(dy), _flat(weight), sigma.contiguous()
     (m, n), k = flat.shape, weight.shape[1]
     dx = torch.empty(m, k, dtype=out_dtype or dy.dtype, device=dy.device)
@@ -411,19 +485,39 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_varian
     partial = torch.empty(row_blocks, k, dtype=torch.float32, device=dy.device)
     with on_device(dy):
         _launch(
-            _linear_bwd_x_kernel, op,
-            lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),), chosen,
-            dx, partial, flat, weight, seed, m, n // vec, k // vec, flat.stride(0) // vec, weight.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, sample, PRECISION=_precision(), VEC=vec,
-        )  # fmt: skip
+            _linear_bwd_x_kernel,
+            op,
+            lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),),
+            chosen,
+            dx,
+            partial,
+            flat,
+            weight,
+            seed,
+            m,
+            n // vec,
+            k // vec,
+            flat.stride(0) // vec,
+            weight.stride(0) // vec,
+            row0,
+            col0 // 8,
+            col0 % 8,
+            sample,
+            PRECISION=_precision(),
+            VEC=vec,
+        )
     dsigma = column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
     return dx.reshape(*dy.shape[:-1], k), dsigma
 
 
-def linear_bwd_weight(dy, x, sigma, seed, row0, col0, sample, factor, log_variance, weight_dtype=None, out_dtype=None):
-    """(dweight [N, K], dbias [N]) of an affine layer: dweight = dy^T u with u regenerated from x, dbias = sum over dy.
+def linear_bwd_weight(
+    dy, x, sigma, seed, row0, col0, sample, factor, log_variance, weight_dtype=None, out_dtype=None
+):
+    """(dweight [N, K], dbias [N]) of an affine layer: dweight = dy^T u with u regenerated from x,
+    dbias = sum over dy.
 
-    weight_dtype: of the product's operands, by default dy's; out_dtype: of the results, by default weight_dtype.
+    weight_dtype: of the product's operands, by default dy's; out_dtype: of the results, by default
+    weight_dtype.
     """
     dy, x, sigma = _flat(dy), _flat(x), sigma.contiguous()
     (m, n), k, operand = dy.shape, x.shape[1], weight_dtype or dy.dtype
@@ -438,15 +532,39 @@ def linear_bwd_weight(dy, x, sigma, seed, row0, col0, sample, factor, log_varian
     count = splits(tiles, m, num_multiprocessors(dy.device))
     split_rows = triton.cdiv(triton.cdiv(m, count), chosen.BLOCK_M) * chosen.BLOCK_M
     count = triton.cdiv(m, split_rows)
-    dweight = torch.empty(count, n, k, dtype=torch.float32 if count > 1 else dtype, device=dy.device)
+    dweight = torch.empty(
+        count, n, k, dtype=torch.float32 if count > 1 else dtype, device=dy.device
+    )
     with on_device(dy):
         _launch(
-            _linear_bwd_weight_kernel, "bwd_weight",
-            lambda meta: (triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]), count), chosen,
-            dweight, dy, x, sigma, seed, m, n // vec, k // vec, split_rows, dy.stride(0) // vec, x.stride(0) // vec,
-            row0, col0 // 8, col0 % 8, sample, factor,
-            DTYPE=OPERANDS[operand], LOG_VARIANCE=log_variance, PRECISION=_precision(), VEC=vec,
-        )  # fmt: skip
+            _linear_bwd_weight_kernel,
+            "bwd_weight",
+            lambda meta: (
+                triton.cdiv(n, meta["BLOCK_N"]) * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),
+                count,
+            ),
+            chosen,
+            dweight,
+            dy,
+            x,
+            sigma,
+            seed,
+            m,
+            n // vec,
+            k // vec,
+            split_rows,
+            dy.stride(0) // vec,
+            x.stride(0) // vec,
+            row0,
+            col0 // 8,
+            col0 % 8,
+            sample,
+            factor,
+            DTYPE=OPERANDS[operand],
+            LOG_VARIANCE=log_variance,
+            PRECISION=_precision(),
+            VEC=vec,
+        )
     if count == 1:
         return dweight[0], dbias
     whole = torch.empty(n, k, dtype=dtype, device=dy.device)
@@ -454,9 +572,22 @@ def linear_bwd_weight(dy, x, sigma, seed, row0, col0, sample, factor, log_varian
 
 
 def linear_bwd(
-    dy, x, weight, bias, sigma, seed, row0, col0, sample, factor, log_variance, num_samples=1, activation="identity"
+    dy,
+    x,
+    weight,
+    bias,
+    sigma,
+    seed,
+    row0,
+    col0,
+    sample,
+    factor,
+    log_variance,
+    num_samples=1,
+    activation="identity",
 ):
-    """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in memory for one.
+    """(dx, dweight, dbias, dsigma) of `linear`: with an activation one sample after another, in
+    memory for one.
 
     dbias [N] also without a bias.
     """
@@ -469,15 +600,28 @@ def linear_bwd(
         draw = (row0, col0, s, factor, log_variance)
         dh = flat_dy
         if activation is not None:
-            arguments = (flat_x, flat_weight, bias, sigma.contiguous(), seed, *draw, num_samples, activation)
+            arguments = (
+                flat_x,
+                flat_weight,
+                bias,
+                sigma.contiguous(),
+                seed,
+                *draw,
+                num_samples,
+                activation,
+            )
             dh = _forward(*arguments, weight.dtype, dy=flat_dy)
         # Sums over samples are kept in float32 and rounded once.
-        dx, dsigma = linear_bwd_x(dh, flat_weight, sigma, seed, *draw, x.dtype if single else torch.float32)
+        dx, dsigma = linear_bwd_x(
+            dh, flat_weight, sigma, seed, *draw, x.dtype if single else torch.float32
+        )
         dweight, dbias = linear_bwd_weight(
             dh, flat_x, sigma, seed, *draw, weight.dtype, weight.dtype if single else torch.float32
         )
         grads = (dx, dweight, dbias, dsigma)
-        total = grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
+        total = (
+            grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
+        )
     dx, dweight, dbias, dsigma = total
     dbias = dbias.to(weight.dtype if bias is None else bias.dtype)
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias, dsigma

@@ -1,16 +1,23 @@
-"""The activations by normal distribution functions and densities; no kernel.  docs/maths.md, section 7.
+"""The activations by normal distribution functions and densities; no kernel.  docs/maths.md,
+section 7.
 
-x S(x) for gelu, gelu_tanh and silu with S(x) = sum_k p_k Phi(c_k x), plus sum_kj d_kj (c_k x)^(2j) phi(c_k x); for tanh
-sum_k p_k (2 Phi(c_k x) - 1), plus sum_kj d_kj (c_k x)^(2j + 1) phi(c_k x). gelu is one term exactly, relu its limit c = infinity. The
-others were fitted for the least largest error over all x (for float32 and 16-bit data by studies/fit_mixtures.py); BOUNDS are those
-errors, and tests/test_expectation.py measures them. csrc/activation.h holds the same numbers.
+x S(x) for gelu, gelu_tanh and silu with S(x) = sum_k p_k Phi(c_k x), plus sum_kj d_kj (c_k x)^(2j)
+phi(c_k x); for tanh sum_k p_k (2 Phi(c_k x) - 1), plus sum_kj d_kj (c_k x)^(2j + 1) phi(c_k x).
+gelu is one term exactly, relu its limit c = infinity. The others were fitted for the least largest
+error over all x (for float32 and 16-bit data by studies/fit_mixtures.py); BOUNDS are those errors,
+and tests/test_expectation.py measures them. csrc/activation.h holds the same numbers.
 """
 
-# For 16-bit data, for float32, for float64: (c_1 .. c_T), (p_1 .. p_T), and of each term (d_0 .. d_m-1).
+# For 16-bit data, for float32, for float64: (c_1 .. c_T), (p_1 .. p_T), and of each term (d_0 ..
+# d_m-1).
 MIXTURES = {
     "gelu": (((1.0,), (1.0,), ((),)), ((1.0,), (1.0,), ((),)), ((1.0,), (1.0,), ((),))),
     "gelu_tanh": (
-        ((1.13143108670835,), (1.0,), ((-0.000102625996526033, -0.101887669061539, -0.00697818507343212),)),
+        (
+            (1.13143108670835,),
+            (1.0,),
+            ((-0.000102625996526033, -0.101887669061539, -0.00697818507343212),),
+        ),
         (
             (1.09343229152587,),
             (1.0,),
@@ -73,7 +80,12 @@ MIXTURES = {
             (0.313168516247743, 0.974317183675575),
             (-0.72707795726484, 1.72707795726484),
             (
-                (-2.01218271539462, -0.0456938806051567, 0.00293498218846893, -0.000116703475757024),
+                (
+                    -2.01218271539462,
+                    -0.0456938806051567,
+                    0.00293498218846893,
+                    -0.000116703475757024,
+                ),
                 (2.01218118264438, 0.0342582829483493, 0.00137878579546143, 0.000127569425231584),
             ),
         ),
@@ -167,7 +179,8 @@ MIXTURES = {
         ),
     ),
 }
-# sup over all x of |mixture - activation|, so also of any expectation, whatever the mean and the variance.
+# sup over all x of |mixture - activation|, so also of any expectation, whatever the mean and the
+# variance.
 BOUNDS = {
     "gelu": (0.0, 0.0, 0.0),
     "gelu_tanh": (4.1e-05, 2e-07, 9.5e-09),

@@ -1,15 +1,26 @@
-"""triton_kernels/noise.py: z = r cos a, r sin a with (r, a) from Philox4x32-10 words.  docs/maths.md, section 3."""
+"""triton_kernels/noise.py: z = r cos a, r sin a with (r, a) from Philox4x32-10 words.
+docs/maths.md, section 3."""
 
 import torch
 import triton
 import triton.language as tl
 
-from .tiles import EXACT, TILE_ELEMENTS, columns_at, on_device, rows_at, tile_mask, tile_offsets, tiling
+from .tiles import (
+    EXACT,
+    TILE_ELEMENTS,
+    columns_at,
+    on_device,
+    rows_at,
+    tile_mask,
+    tile_offsets,
+    tiling,
+)
 
 
 @triton.jit
 def _mul_wide(word, multiplier: tl.constexpr):
-    """High and low word of the 64-bit product: one wide multiplication, where umulhi and mul would be two."""
+    """High and low word of the 64-bit product: one wide multiplication, where umulhi and mul would
+    be two."""
     product = word.to(tl.uint64) * multiplier
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
@@ -30,7 +41,8 @@ def philox4x32(key, c0, c1, c2, c3):
 
 @triton.jit
 def _flip_sign(value, bit31):
-    # An exclusive or, which the compiler turns into a free negation where bit31 is constant; -value is 0 - value.
+    # An exclusive or, which the compiler turns into a free negation where bit31 is constant; -value
+    # is 0 - value.
     return (value.to(tl.uint32, bitcast=True) ^ (bit31 & 0x80000000)).to(tl.float32, bitcast=True)
 
 
@@ -59,7 +71,8 @@ def _radius(w):
 
 @triton.jit
 def normal_pair(w):
-    """(r cos a, r sin a) of one Philox word: the draws of an even column and of the odd one after it"""
+    """(r cos a, r sin a) of one Philox word: the draws of an even column and of the odd one after
+    it"""
     r = _radius(w)
     # Angle inside its quadrant, from the middle: x = (j mod 1024 + 1/2) / 1024 - 1/2.
     x = ((w << 13) & 0x7FE000 | 0x3F801000).to(tl.float32, bitcast=True) - 1.5
@@ -109,7 +122,8 @@ def normal_tile(key, last_word, row, group, ROWS_LAST: tl.constexpr):
     z2, z3 = normal_pair(w1)
     z4, z5 = normal_pair(w2)
     z6, z7 = normal_pair(w3)
-    # Each join appends an axis of two, so the last join is the lowest bit of the column: no data leaves its thread.
+    # Each join appends an axis of two, so the last join is the lowest bit of the column: no data
+    # leaves its thread.
     even = tl.join(tl.join(z0, z4), tl.join(z2, z6))
     odd = tl.join(tl.join(z1, z5), tl.join(z3, z7))
     z = tl.join(even, odd)
@@ -122,7 +136,8 @@ def normal_tile(key, last_word, row, group, ROWS_LAST: tl.constexpr):
 
 @triton.jit
 def load_seed(seed_ptr, sample):
-    """(key, last_word) of a draw: the seed's key, and its stream with the sample, the last word of every counter"""
+    """(key, last_word) of a draw: the seed's key, and its stream with the sample, the last word of
+    every counter"""
     stream = tl.load(seed_ptr + 1)
     return tl.load(seed_ptr), (((stream & 0xFFFF) << 16) + sample).to(tl.uint32)
 
@@ -153,7 +168,9 @@ def _noise_kernel(
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
         # where
-        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        outer, inner, row = rows_at(
+            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
+        )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # compute
         z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST)
@@ -163,14 +180,23 @@ def _noise_kernel(
 
 
 def noise(seed, shape, dim, row0, col0, sample):
-    """z [shape] float32, contiguous, on the seed's device: the draws of rows row0 .., columns col0 .. along `dim`."""
+    """z [shape] float32, contiguous, on the seed's device: the draws of rows row0 .., columns col0
+    .. along `dim`."""
     z = torch.empty(shape, dtype=torch.float32, device=seed.device)
     if z.numel() == 0:
         return z
     tile = tiling(dim, col0, TILE_ELEMENTS, z)
     with on_device(z):
         _noise_kernel[tile.grid(z.device)](
-            z, seed, *tile.sizes(), *tile.strides_of(0), row0, col0 // 8, tile.shift, sample,
-            **tile.constants(), **EXACT,
-        )  # fmt: skip
+            z,
+            seed,
+            *tile.sizes(),
+            *tile.strides_of(0),
+            row0,
+            col0 // 8,
+            tile.shift,
+            sample,
+            **tile.constants(),
+            **EXACT,
+        )
     return z

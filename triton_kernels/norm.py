@@ -1,7 +1,8 @@
-"""triton_kernels/norm.py: h = (x - mean) rstd, u = h (offset + weight) + bias + factor s z, and back.  docs/maths.md, section 10.
+"""triton_kernels/norm.py: h = (x - mean) rstd, u = h (offset + weight) + bias + factor s z, and
+back.  docs/maths.md, section 10.
 
-Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes whole rows up to what MAX_WARPS
-hold; beyond, a kernel before it sums along the rows.
+Forward a program takes whole rows, in column blocks where one does not hold them. Back it takes
+whole rows up to what MAX_WARPS hold; beyond, a kernel before it sums along the rows.
 """
 
 import torch
@@ -106,10 +107,18 @@ def _norm_fwd_kernel(
             scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
             z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
             h = (x - mean[:, None]) * rstd[:, None]
-            y = tl.fma(h, tl.broadcast_to(weight[None, :], h.shape), tl.broadcast_to(bias[None, :], h.shape))
+            y = tl.fma(
+                h,
+                tl.broadcast_to(weight[None, :], h.shape),
+                tl.broadcast_to(bias[None, :], h.shape),
+            )
             u = tl.fma(tl.broadcast_to(scale[None, :], z.shape), z, y)
             # store
-            tl.store(u_ptr + (row * u_row)[:, None] + col[None, :], u.to(u_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                u_ptr + (row * u_row)[:, None] + col[None, :],
+                u.to(u_ptr.dtype.element_ty),
+                mask=mask,
+            )
 
 
 @triton.jit
@@ -207,7 +216,11 @@ def _norm_bwd_kernel(
             shift_of = tl.load(means_ptr + row, mask=row < M, other=0.0) if CENTRED else slope * 0.0
         dx = rstd[:, None] * (g - shift_of[:, None] - h * slope[:, None])
         # store
-        tl.store(dx_ptr + (row * dx_row)[:, None] + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            dx_ptr + (row * dx_row)[:, None] + col[None, :],
+            dx.to(dx_ptr.dtype.element_ty),
+            mask=mask,
+        )
         if HAS_WEIGHT:
             dweight = tl.fma(du, h, dweight)
         if HAS_BIAS:
@@ -261,10 +274,14 @@ def norm(
     offset,
     out_dtype,
 ):
-    """(u, stats): u [x.shape] = h (offset + weight) + bias + factor * s * z, h the normalised x; stats [mean, rstd] or [rstd]."""
+    """(u, stats): u [x.shape] = h (offset + weight) + bias + factor * s * z, h the normalised x;
+    stats [mean, rstd] or [rstd]."""
     m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    u, stats = torch.empty_like(x, dtype=out_dtype), torch.empty(1 + centred, m, dtype=wide, device=x.device)
+    u, stats = (
+        torch.empty_like(x, dtype=out_dtype),
+        torch.empty(1 + centred, m, dtype=wide, device=x.device),
+    )
     if u.numel() == 0:
         return u, stats
     rows, flat_u = _flat(x), _flat(u)
@@ -272,30 +289,76 @@ def norm(
     grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
     with on_device(x):
         _norm_fwd_kernel[grid](
-            flat_u, stats, rows, weight, bias, sigma.contiguous(), seed, m, k, flat_u.stride(0), rows.stride(0),
-            row0, col0 // 8, shift, sample, factor, eps, offset,
-            CENTRED=centred, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, LOG_VARIANCE=log_variance,
-            COL_BLOCKS=triton.cdiv(k + shift, block_k), BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
-            **EXACT, **ALL_REGISTERS,
-        )  # fmt: skip
+            flat_u,
+            stats,
+            rows,
+            weight,
+            bias,
+            sigma.contiguous(),
+            seed,
+            m,
+            k,
+            flat_u.stride(0),
+            rows.stride(0),
+            row0,
+            col0 // 8,
+            shift,
+            sample,
+            factor,
+            eps,
+            offset,
+            CENTRED=centred,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            LOG_VARIANCE=log_variance,
+            COL_BLOCKS=triton.cdiv(k + shift, block_k),
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            num_warps=num_warps,
+            **EXACT,
+            **ALL_REGISTERS,
+        )
     return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
 
 
-def norm_bwd(du, x, stats, weight, bias, sigma, seed, dim, row0, col0, sample, factor, log_variance, kind, offset):
-    """(dx, dweight, dbias, dsigma) of `norm`, empty for what is None; without a sigma nothing is drawn."""
+def norm_bwd(
+    du,
+    x,
+    stats,
+    weight,
+    bias,
+    sigma,
+    seed,
+    dim,
+    row0,
+    col0,
+    sample,
+    factor,
+    log_variance,
+    kind,
+    offset,
+):
+    """(dx, dweight, dbias, dsigma) of `norm`, empty for what is None; without a sigma nothing is
+    drawn."""
     dx = torch.empty_like(x)
     m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
     grads = [
-        du.new_empty(0, dtype=torch.float32) if t is None else torch.zeros(k, dtype=t.dtype, device=x.device)
+        du.new_empty(0, dtype=torch.float32)
+        if t is None
+        else torch.zeros(k, dtype=t.dtype, device=x.device)
         for t in (weight, bias, sigma)
     ]
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
     whole = k + shift <= _whole_columns(x.dtype)
-    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
+    block_r, block_k, num_warps = _tile(
+        m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256
+    )
     col_blocks = triton.cdiv(k + shift, block_k)
-    programs = max(1, min(triton.cdiv(m, block_r), triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)))
+    programs = max(
+        1, min(triton.cdiv(m, block_r), triton.cdiv(4 * num_multiprocessors(x.device), col_blocks))
+    )
     partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
     flags = dict(CENTRED=centred, HAS_WEIGHT=weight is not None)
     means = None
@@ -303,16 +366,50 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, dim, row0, col0, sample, f
         if not whole:
             means = torch.empty(2, m, dtype=wide, device=x.device)
             _norm_sums_kernel[(m,)](
-                means, flat_du, rows, stats, weight, m, k, flat_du.stride(0), rows.stride(0), offset,
-                **flags, COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS), BLOCK_K=TILE_ELEMENTS, **EXACT,
-            )  # fmt: skip
+                means,
+                flat_du,
+                rows,
+                stats,
+                weight,
+                m,
+                k,
+                flat_du.stride(0),
+                rows.stride(0),
+                offset,
+                **flags,
+                COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS),
+                BLOCK_K=TILE_ELEMENTS,
+                **EXACT,
+            )
         _norm_bwd_kernel[(col_blocks, programs)](
-            partial, flat_dx, flat_du, rows, stats, means, weight, seed, m, k,
-            flat_dx.stride(0), flat_du.stride(0), rows.stride(0), row0, col0 // 8, shift, sample, offset,
-            **flags, HAS_BIAS=bias is not None, DRAWS=sigma is not None, WHOLE=whole,
-            BLOCK_R=block_r, BLOCK_K=block_k, num_warps=num_warps,
-            **EXACT, **ALL_REGISTERS,
-        )  # fmt: skip
+            partial,
+            flat_dx,
+            flat_du,
+            rows,
+            stats,
+            means,
+            weight,
+            seed,
+            m,
+            k,
+            flat_dx.stride(0),
+            flat_du.stride(0),
+            rows.stride(0),
+            row0,
+            col0 // 8,
+            shift,
+            sample,
+            offset,
+            **flags,
+            HAS_BIAS=bias is not None,
+            DRAWS=sigma is not None,
+            WHOLE=whole,
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            num_warps=num_warps,
+            **EXACT,
+            **ALL_REGISTERS,
+        )
     if weight is not None:
         column_sum(grads[0], partial[0])
     if bias is not None:

@@ -1,4 +1,5 @@
-"""triton_kernels/perturb.py: u = x + factor s z, dsigma = factor sum(du z) over rows.  docs/maths.md, sections 1, 5."""
+"""triton_kernels/perturb.py: u = x + factor s z, dsigma = factor sum(du z) over rows.
+docs/maths.md, sections 1, 5."""
 
 import torch
 import triton
@@ -20,11 +21,12 @@ from .tiles import (
 
 __all__ = ["noise", "perturb", "perturb_bwd", "perturb_replay"]
 
-# Accumulators stay in registers across row tiles, so the tiles of the sums are half as large; a quarter for the
-# combined form of 4-byte data, which holds two inputs.
+# Accumulators stay in registers across row tiles, so the tiles of the sums are half as large; a
+# quarter for the combined form of 4-byte data, which holds two inputs.
 SUM_ELEMENTS = 2048
-# Whether P, and Q and the combined form, take their rows from the last to the first, which the kernel before left in L2.
-# P's results are the same bits, Q's may differ in the last ones. Not measured yet; P then holds 72 registers instead of 64.
+# Whether P, and Q and the combined form, take their rows from the last to the first, which the
+# kernel before left in L2. P's results are the same bits, Q's may differ in the last ones. Not
+# measured yet; P then holds 72 registers instead of 64.
 P_FROM_END, SUMS_FROM_END = False, False
 
 
@@ -82,12 +84,15 @@ def _perturb_fwd_kernel(
     scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     first, last, step = tl.program_id(1), num_row_blocks, tl.num_programs(1)
     if FROM_END:
-        # Neighbours, for not all programs run at once: strided blocks would be a walk in four places.
+        # Neighbours, for not all programs run at once: strided blocks would be a walk in four
+        # places.
         each = tl.cdiv(num_row_blocks, step)
         first, last, step = first * each, tl.minimum(first * each + each, num_row_blocks), 1
     for i in range(first, last, step):
         row_block = num_row_blocks - 1 - i if FROM_END else i
-        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        outer, inner, row = rows_at(
+            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
+        )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # load
         x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
@@ -148,7 +153,9 @@ def _perturb_bwd_kernel(
     total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
     for i in range(row_program, num_row_blocks, tl.num_programs(1)):
         row_block = num_row_blocks - 1 - i if FROM_END else i
-        outer, inner, row = rows_at(row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R)
+        outer, inner, row = rows_at(
+            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
+        )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # load
         du_off = tile_offsets(outer, inner, col, du_outer * VEC, du_inner * VEC, du_col, ROWS_LAST)
@@ -191,42 +198,71 @@ def _column_sum_kernel(
     total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
     for first in range(0, num_partials, BLOCK_P):
         p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0)
+        total += tl.load(
+            partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0
+        )
     scale = tl.cast(factor, dtype)
     if LOG_VARIANCE:
         # ds / d ln(sigma^2) = s / 2
         scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
     # store
-    tl.store(dsigma_ptr + col, (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        dsigma_ptr + col, (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty), mask=mask
+    )
 
 
 def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
-    """out = factor * sum over partial [P, K], times s / 2 if log_variance: the second stage of every sum over rows"""
+    """out = factor * sum over partial [P, K], times s / 2 if log_variance: the second stage of
+    every sum over rows"""
     num_partials, k = partial.shape
     block_k = 32
     with on_device(partial):
         _column_sum_kernel[(triton.cdiv(k, block_k),)](
-            out, partial, sigma, num_partials, k, factor,
-            LOG_VARIANCE=log_variance, BLOCK_P=32, BLOCK_K=block_k, **EXACT,
-        )  # fmt: skip
+            out,
+            partial,
+            sigma,
+            num_partials,
+            k,
+            factor,
+            LOG_VARIANCE=log_variance,
+            BLOCK_P=32,
+            BLOCK_K=block_k,
+            **EXACT,
+        )
     return out
 
 
 def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
-    """u [x.shape] = x + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if log_variance."""
+    """u [x.shape] = x + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if
+    log_variance."""
     u = torch.empty_like(x, dtype=out_dtype)
     if u.numel() == 0:
         return u
     tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
     if tile is None:  # three or more row dimensions that do not merge
         dense = x.contiguous()
-        return u.copy_(perturb(dense, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype))
+        return u.copy_(
+            perturb(dense, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype)
+        )
     with on_device(x):
         _perturb_fwd_kernel[tile.grid(x.device)](
-            u, x, sigma.contiguous(), seed, *tile.sizes(), *tile.strides_of(0), *tile.strides_of(1),
-            row0, col0 // 8, tile.shift, sample, factor,
-            LOG_VARIANCE=log_variance, **tile.constants(), FROM_END=P_FROM_END, **EXACT,
-        )  # fmt: skip
+            u,
+            x,
+            sigma.contiguous(),
+            seed,
+            *tile.sizes(),
+            *tile.strides_of(0),
+            *tile.strides_of(1),
+            row0,
+            col0 // 8,
+            tile.shift,
+            sample,
+            factor,
+            LOG_VARIANCE=log_variance,
+            **tile.constants(),
+            FROM_END=P_FROM_END,
+            **EXACT,
+        )
     return u
 
 
@@ -237,27 +273,56 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     if row_count(du.shape, dim) == 0 or sigma.numel() == 0:
         return u, torch.zeros_like(sigma)
     wide = replay and max(du.element_size(), x.element_size()) >= 4
-    tile = tiling(dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *((u, du, x) if replay else (du,)))
+    tile = tiling(
+        dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *((u, du, x) if replay else (du,))
+    )
     if tile is None:
         du, x = du.contiguous(), x.contiguous() if replay else None
-        dense, dsigma = _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype)
+        dense, dsigma = _bwd(
+            du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype
+        )
         return u.copy_(dense) if replay else None, dsigma
     grid = tile.sum_grid(du.device)
-    dtype = torch.float64 if torch.float64 in (du.dtype, x.dtype if replay else du.dtype) else torch.float32
+    dtype = (
+        torch.float64
+        if torch.float64 in (du.dtype, x.dtype if replay else du.dtype)
+        else torch.float32
+    )
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
-    strides = [tile.strides_of(i) for i in range(3)] if replay else [(0, 0, 0), tile.strides_of(0), (0, 0, 0)]
+    strides = (
+        [tile.strides_of(i) for i in range(3)]
+        if replay
+        else [(0, 0, 0), tile.strides_of(0), (0, 0, 0)]
+    )
     with on_device(du):
         _perturb_bwd_kernel[grid](
-            partial, u, du, x, sigma, seed, *tile.sizes(), *strides[0], *strides[1], *strides[2],
-            row0, col0 // 8, tile.shift, sample, factor,
-            REPLAY=replay, LOG_VARIANCE=log_variance, **tile.constants(),
-            FROM_END=SUMS_FROM_END, **EXACT,
-        )  # fmt: skip
+            partial,
+            u,
+            du,
+            x,
+            sigma,
+            seed,
+            *tile.sizes(),
+            *strides[0],
+            *strides[1],
+            *strides[2],
+            row0,
+            col0 // 8,
+            tile.shift,
+            sample,
+            factor,
+            REPLAY=replay,
+            LOG_VARIANCE=log_variance,
+            **tile.constants(),
+            FROM_END=SUMS_FROM_END,
+            **EXACT,
+        )
     return u, column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
 
 
 def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, factor, log_variance):
-    """dsigma [K] = factor * ds/dsigma * sum over rows of du * z, the adjoint of `perturb` in sigma."""
+    """dsigma [K] = factor * ds/dsigma * sum over rows of du * z, the adjoint of `perturb` in
+    sigma."""
     return _bwd(du, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, None)[1]
 
 

@@ -1,8 +1,9 @@
 """triton_kernels/tiles.py: how the rows and columns of strided tensors map to tiles and addresses.
 
-The rows of a tensor are all its dimensions but one, flattened in order. Once neighbours that can be merged are merged,
-a kernel sees at most two of them: `inner`, which tiles run along, and `outer`, of which a tile holds one index. A row's
-number is outer * outer_step + inner * inner_step, whichever of the two varies faster.
+The rows of a tensor are all its dimensions but one, flattened in order. Once neighbours that can be
+merged are merged, a kernel sees at most two of them: `inner`, which tiles run along, and `outer`,
+of which a tile holds one index. A row's number is outer * outer_step + inner * inner_step,
+whichever of the two varies faster.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def columns_at(
     shift,  # scalar: col0 % 8; the first tile starts `shift` columns before the first column
     BLOCK_K: tl.constexpr,
 ):
-    """Philox groups [BLOCK_K / 8] and columns [BLOCK_K] of a column block, int64; a column may be negative"""
+    """Philox groups [BLOCK_K / 8] and columns [BLOCK_K] of a column block, int64; a column may be
+    negative"""
     first = tl.cast(col_block, tl.int64) * BLOCK_K
     return group0 + first // 8 + tl.arange(0, BLOCK_K // 8), first + tl.arange(0, BLOCK_K) - shift
 
@@ -63,7 +65,9 @@ def across(row, col, ROWS_LAST: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(outer, inner, col, stride_outer, stride_inner, stride_col, ROWS_LAST: tl.constexpr):
+def tile_offsets(
+    outer, inner, col, stride_outer, stride_inner, stride_col, ROWS_LAST: tl.constexpr
+):
     """Offsets in elements, int64."""
     row, col = across(outer * stride_outer + inner * stride_inner, col * stride_col, ROWS_LAST)
     return row + col
@@ -86,7 +90,9 @@ class Tiling:
     inner_step: int
     strides: tuple[tuple[int, int, int], ...]  # of each tensor: outer, inner, column
     rows_last: bool  # tiles are [columns, rows]: memory is contiguous along the rows
-    vec: int  # 8: K and the row strides are multiples of 8 and are passed divided by it, so that the compiler knows
+    # 8: K and the row strides are multiples of 8 and are passed divided by it, so that the compiler
+    # knows
+    vec: int
     shift: int
     block_r: int
     block_k: int
@@ -100,9 +106,12 @@ class Tiling:
         return triton.cdiv(self.k + self.shift, self.block_k)
 
     def grid(self, device: torch.device) -> tuple[int, int]:
-        """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the device is full."""
+        """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the
+        device is full."""
         fill = 8 * num_multiprocessors(device) // self.col_blocks
-        return self.col_blocks, min(self.row_blocks, max(triton.cdiv(self.row_blocks, 4), fill), 65535)
+        return self.col_blocks, min(
+            self.row_blocks, max(triton.cdiv(self.row_blocks, 4), fill), 65535
+        )
 
     def sum_grid(self, device: torch.device) -> tuple[int, int]:
         """The same where every row program leaves a partial sum: four programs a multiprocessor."""
@@ -110,26 +119,42 @@ class Tiling:
         return self.col_blocks, min(self.row_blocks, fill)
 
     def sizes(self) -> tuple[int, ...]:
-        """num_row_blocks, num_outer, num_inner, outer_step, inner_step, K as the kernels take them"""
-        return self.row_blocks, self.num_outer, self.num_inner, self.outer_step, self.inner_step, self.k // self.vec
+        """num_row_blocks, num_outer, num_inner, outer_step, inner_step, K as the kernels take
+        them"""
+        return (
+            self.row_blocks,
+            self.num_outer,
+            self.num_inner,
+            self.outer_step,
+            self.inner_step,
+            self.k // self.vec,
+        )
 
     def strides_of(self, index: int) -> tuple[int, int, int]:
         outer, inner, col = self.strides[index]
         return outer // self.vec, inner // self.vec, col
 
     def constants(self) -> dict[str, int | bool]:
-        return {"ROWS_LAST": self.rows_last, "VEC": self.vec, "BLOCK_R": self.block_r, "BLOCK_K": self.block_k}
+        return {
+            "ROWS_LAST": self.rows_last,
+            "VEC": self.vec,
+            "BLOCK_R": self.block_r,
+            "BLOCK_K": self.block_k,
+        }
 
 
 def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(size, step of the row number, strides of the tensors) of the row dimensions, outermost first"""
+    """(size, step of the row number, strides of the tensors) of the row dimensions, outermost
+    first"""
     rows: list[tuple[int, int, tuple[int, ...]]] = []
     step = 1
     for axis in reversed([axis for axis in range(len(shape)) if axis != dim]):
         size, strides = shape[axis], tuple(t.stride(axis) for t in tensors)
         if size == 1:
             continue
-        if rows and all(stride == rows[0][0] * inner for stride, inner in zip(strides, rows[0][2], strict=True)):
+        if rows and all(
+            stride == rows[0][0] * inner for stride, inner in zip(strides, rows[0][2], strict=True)
+        ):
             rows[0] = (size * rows[0][0], rows[0][1], rows[0][2])
         else:
             rows.insert(0, (size, step, strides))
@@ -137,7 +162,9 @@ def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ..
     return rows
 
 
-def block_shape(num_inner: int, k: int, rows_last: bool, elements: int = TILE_ELEMENTS) -> tuple[int, int]:
+def block_shape(
+    num_inner: int, k: int, rows_last: bool, elements: int = TILE_ELEMENTS
+) -> tuple[int, int]:
     """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines"""
     if rows_last:
         block_r = min(triton.next_power_of_2(num_inner), 256)
@@ -149,7 +176,8 @@ def block_shape(num_inner: int, k: int, rows_last: bool, elements: int = TILE_EL
 
 
 def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling | None:
-    """How to address tensors of one shape together; None where more than two row dimensions stay apart."""
+    """How to address tensors of one shape together; None where more than two row dimensions stay
+    apart."""
     shape, lead = tensors[0].shape, tensors[0]
     dim %= len(shape)
     rows = _merged_rows(shape, dim, tensors)
@@ -158,7 +186,8 @@ def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling
     nothing = (1, 0, (0,) * len(tensors))
     outer, inner = [nothing] * (2 - len(rows)) + rows
     k, shift = shape[dim], col0 % 8
-    # The first tensor decides the orientation: it is the one that is written, or the only large one.
+    # The first tensor decides the orientation: it is the one that is written, or the only large
+    # one.
     contiguous = [row for row in (inner, outer) if row[2][0] == 1 and row[0] > 1]
     rows_last = bool(contiguous) and not (lead.stride(dim) == 1 and k > 1)
     if (rows_last and contiguous[0] is outer) or (not rows_last and outer[0] > inner[0]):
@@ -167,9 +196,21 @@ def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling
     vectors = not rows_last and shift == 0 and k % 8 == 0
     vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
     # Single loads need more registers: the ordinary tile would spill.
-    block_r, block_k = block_shape(inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2)
+    block_r, block_k = block_shape(
+        inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2
+    )
     return Tiling(
-        k, outer[0], outer[1], inner[0], inner[1], strides, rows_last, 8 if vectors else 1, shift, block_r, block_k
+        k,
+        outer[0],
+        outer[1],
+        inner[0],
+        inner[1],
+        strides,
+        rows_last,
+        8 if vectors else 1,
+        shift,
+        block_r,
+        block_k,
     )
 
 
@@ -187,4 +228,8 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )

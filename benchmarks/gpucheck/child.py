@@ -1,7 +1,8 @@
 """One section in its own process: python -m gpucheck.child RECORD NAME MODULE:FUNCTION ENDS
 
-FUNCTION(check) lists the section's rows as (name, call) pairs; call() returns a row. Rows that the record already
-holds are not run again, so that the driver can start a section anew behind a row that ended its process.
+FUNCTION(check) lists the section's rows as (name, call) pairs; call() returns a row. Rows that the
+record already holds are not run again, so that the driver can start a section anew behind a row
+that ended its process.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class Check:
 
 
 def describe(error: BaseException) -> dict:
-    return {"error": f"{type(error).__name__}: {error}"[:8000], "traceback": traceback.format_exc()[-8000:]}
+    return {
+        "error": f"{type(error).__name__}: {error}"[:8000],
+        "traceback": traceback.format_exc()[-8000:],
+    }
 
 
 def device_is_lost() -> bool:
@@ -133,7 +137,8 @@ def kill(pids: list[int]) -> None:
 
 
 def _end_with_the_driver() -> None:
-    """Nothing is ever sent: the pipe closes when the driver has died, and then the section's processes go too."""
+    """Nothing is ever sent: the pipe closes when the driver has died, and then the section's
+    processes go too."""
     while os.read(0, 1):
         pass
     kill([pid for pid in marked(os.environ[MARK]) if pid != os.getpid()])

@@ -1,7 +1,9 @@
-"""Runs sections one after another, each in a process group of its own, and lets none of them cost another one.
+"""Runs sections one after another, each in a process group of its own, and lets none of them cost
+another one.
 
-A section may use its own limit and what the ones before it have left over. Past that every process that it started is
-killed, in whatever session it is. What a section wrote before stays in the record.
+A section may use its own limit and what the ones before it have left over. Past that every process
+that it started is killed, in whatever session it is. What a section wrote before stays in the
+record.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Section:
 
 
 def end_all(process: subprocess.Popen, mark: str) -> None:
-    """Kill the group, then whatever left the group but still carries the mark, until nothing does."""
+    """Kill the group, then whatever left the group but still carries the mark, until nothing
+    does."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -46,16 +49,28 @@ def end_all(process: subprocess.Popen, mark: str) -> None:
 
 
 def run_once(record: Record, section: Section, ends: float) -> tuple[int | None, str]:
-    """(exit code, or None where time ran out; the end of what the section said on standard error)"""
+    """(exit code, or None where time ran out; the end of what the section said on standard
+    error)"""
     mark = uuid.uuid4().hex
     paths = [str(ROOT / "benchmarks"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "gpucheck.child", str(record.path), section.name, section.target]
+    command = [
+        sys.executable,
+        "-m",
+        "gpucheck.child",
+        str(record.path),
+        section.name,
+        section.target,
+    ]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [*command, str(ends - ROOM_S)],
-            cwd=ROOT, env=environment, stdin=subprocess.PIPE, stderr=said, start_new_session=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stderr=said,
+            start_new_session=True,
+        )
         code: int | None = None
         try:
             code = process.wait(timeout=max(0.0, ends - time.monotonic()))
@@ -69,7 +84,8 @@ def run_once(record: Record, section: Section, ends: float) -> tuple[int | None,
 
 
 def note_end(entry: dict, section: Section, code: int | None, said: str, seconds: float) -> bool:
-    """Write into the section what its process did not say itself. Returns whether to start it again."""
+    """Write into the section what its process did not say itself. Returns whether to start it
+    again."""
     row = entry.pop("running", None)
     if code in (0, START_AGAIN):
         return code == START_AGAIN
@@ -79,7 +95,9 @@ def note_end(entry: dict, section: Section, code: int | None, said: str, seconds
     else:
         ended = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
     if row is not None:
-        entry["rows"].append({"name": row, "error": f"{section.name}: {ended}", "said": said[-2000:]})
+        entry["rows"].append(
+            {"name": row, "error": f"{section.name}: {ended}", "said": said[-2000:]}
+        )
         return code is not None
     if "error" not in entry:
         entry |= {"error": f"{section.name}: {ended}", "said": said[-2000:]}
@@ -96,7 +114,10 @@ def run_section(record: Record, section: Section, ends: float) -> None:
         code, said = run_once(record, section, ends)
         record.data = Record.load(record.path).data
         entry = record.section(section.name)
-        again = note_end(entry, section, code, said, time.monotonic() - begin) and time.monotonic() < ends
+        again = (
+            note_end(entry, section, code, said, time.monotonic() - begin)
+            and time.monotonic() < ends
+        )
         record.save()
     entry["elapsed_s"] = round(time.monotonic() - begin, 1)
     entry["status"] = status(entry)
@@ -105,13 +126,16 @@ def run_section(record: Record, section: Section, ends: float) -> None:
 
 
 def run(sections: Iterable[Section], record: Record, within_s: float, after=lambda: None) -> None:
-    """All sections within so many seconds; one for which nothing is left is named and not begun. after(): after each."""
+    """All sections within so many seconds; one for which nothing is left is named and not begun.
+    after(): after each."""
     start = time.monotonic()
     ends = start
     for section in sections:
         ends = min(ends + section.limit_s, start + within_s)
         if time.monotonic() > ends - ROOM_S:
-            record.section(section.name).update(status="cut short", planned=["all"], note=NO_TIME, elapsed_s=0.0)
+            record.section(section.name).update(
+                status="cut short", planned=["all"], note=NO_TIME, elapsed_s=0.0
+            )
             record.save()
             print(f"{section.name}: {NO_TIME}", flush=True)
             continue

@@ -1,4 +1,5 @@
-"""Settings of how the kernels walk their rows and where Q's sum ends: docs/measured_gpu_expectation.md says what each may gain."""
+"""Settings of how the kernels walk their rows and where Q's sum ends:
+docs/measured_gpu_expectation.md says what each may gain."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 
 @contextlib.contextmanager
 def forms(bits: int) -> Iterator[None]:
-    """CUDA's kernels, and Triton's but for ONE_LAUNCH, in this form inside. A captured graph keeps what it was captured with."""
+    """CUDA's kernels, and Triton's but for ONE_LAUNCH, in this form inside. A captured graph keeps
+    what it was captured with."""
     from dipkernels import backends
 
     restore = []
@@ -26,7 +28,10 @@ def forms(bits: int) -> Iterator[None]:
         from dipkernels.triton_kernels import perturb
 
         restore.append(functools.partial(vars(perturb).update, _triton_form(vars(perturb))))
-        perturb.P_FROM_END, perturb.SUMS_FROM_END = bool(bits & P_FROM_END), bool(bits & SUMS_FROM_END)
+        perturb.P_FROM_END, perturb.SUMS_FROM_END = (
+            bool(bits & P_FROM_END),
+            bool(bits & SUMS_FROM_END),
+        )
     try:
         yield
     finally:
@@ -39,8 +44,13 @@ def _triton_form(names: dict) -> dict[str, bool]:
 
 
 def walk(check: object = None) -> Settings:
-    """Rows from the first on, as before; P's from the last; all from the last. The default is P's on CUDA, none on Triton."""
-    named = {"from the start": 0, "P from the end": P_FROM_END, "from the end": P_FROM_END | SUMS_FROM_END}
+    """Rows from the first on, as before; P's from the last; all from the last. The default is P's
+    on CUDA, none on Triton."""
+    named = {
+        "from the start": 0,
+        "P from the end": P_FROM_END,
+        "from the end": P_FROM_END | SUMS_FROM_END,
+    }
     return {name: functools.partial(forms, bits) for name, bits in named.items()}
 
 

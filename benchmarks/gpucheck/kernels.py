@@ -1,4 +1,5 @@
-"""Kernels: the copy and the product that all is measured against, P and Q, a small layer's graph, the fused linear."""
+"""Kernels: the copy and the product that all is measured against, P and Q, a small layer's graph,
+the fused linear."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def rounds(check: Check) -> dict:
 
 
 def half(check: Check) -> torch.dtype:
-    return torch.float32 if check.rehearsal else torch.bfloat16  # Triton's interpreter has no bfloat16
+    return (
+        torch.float32 if check.rehearsal else torch.bfloat16
+    )  # Triton's interpreter has no bfloat16
 
 
 def kinds(check: Check) -> tuple[str, ...]:
@@ -45,36 +48,49 @@ def seed(check: Check) -> Tensor:
     return torch.tensor([KEY, 0], device=check.device)
 
 
-# ---- copy ------------------------------------------------------------------------------------------------------------
+# ---- copy ----------------------------------------------------------------------------------------
 
 
 def copy(check: Check) -> Rows:
     size, side = (1 << 16, 32) if check.rehearsal else (1 << 30, 8192)
     return [
         ("copy", lambda: {"bytes_per_s": timing.copy_rate(check.device, size), "bytes": 2 * size}),
-        ("product", lambda: {"flop_per_s": timing.matmul_rate(check.device, half(check), side), "side": side}),
+        (
+            "product",
+            lambda: {
+                "flop_per_s": timing.matmul_rate(check.device, half(check), side),
+                "side": side,
+            },
+        ),
     ]
 
 
-# ---- perturb ---------------------------------------------------------------------------------------------------------
+# ---- perturb -------------------------------------------------------------------------------------
 
 
 def check_values(x: Tensor, sigma: Tensor, key: Tensor) -> None:
-    """The last rows of u, and all of dsigma where that is affordable, against the float64 reference."""
+    """The last rows of u, and all of dsigma where that is affordable, against the float64
+    reference."""
     u, dsigma = (
         projection.perturb(x, sigma, key, DRAW, None),
         projection.perturb_bwd(x, sigma, key, DRAW),
     )
     rows = min(64, x.shape[0])
-    want = reference.perturb(x[-rows:], sigma, key, *DRAW._replace(row0=x.shape[0] - rows), torch.float64)
+    want = reference.perturb(
+        x[-rows:], sigma, key, *DRAW._replace(row0=x.shape[0] - rows), torch.float64
+    )
     error = (u[-rows:].double() - want).abs() - torch.finfo(u.dtype).eps * want.abs()
     if not error.max() <= 1e-5:
-        raise AssertionError(f"perturb: expected u within 1e-5 of the reference, got {error.max().item():.2e}")
+        raise AssertionError(
+            f"perturb: expected u within 1e-5 of the reference, got {error.max().item():.2e}"
+        )
     if x.numel() <= 1 << 22:
         want = reference.perturb_bwd(x, sigma, key, *DRAW)
         error = (dsigma - want).abs() - 1e-3 * want.abs()
         if not error.max() <= 1e-3 * x.shape[0] ** 0.5:
-            raise AssertionError(f"perturb_bwd: expected dsigma of the reference, off by {error.max().item():.2e}")
+            raise AssertionError(
+                f"perturb_bwd: expected dsigma of the reference, off by {error.max().item():.2e}"
+            )
 
 
 class Inputs:
@@ -83,7 +99,9 @@ class Inputs:
     def __init__(self, check: Check, dtype: torch.dtype, m: int, k: int) -> None:
         self.bytes = m * k * dtype.itemsize
         self.count = timing.sets_beyond_cache(self.bytes, check.device)
-        self.beyond_cache = self.count == timing.sets_beyond_cache(self.bytes, check.device, most=1 << 30)
+        self.beyond_cache = self.count == timing.sets_beyond_cache(
+            self.bytes, check.device, most=1 << 30
+        )
         self.xs = [torch.randn(m, k, device=check.device).to(dtype) for _ in range(self.count)]
         self.targets = [torch.empty_like(x) for x in self.xs]
         self.sigma, self.key = torch.full((k,), 0.1, device=check.device), seed(check)
@@ -93,7 +111,9 @@ class Inputs:
 
     def in_a_row(self, call: Callable[..., object], device: torch.device) -> Callable[[], object]:
         """call(x, du, target) for every set."""
-        return timing.captured(call, self.xs, self.xs[1:] + self.xs[:1], self.targets, device=device)
+        return timing.captured(
+            call, self.xs, self.xs[1:] + self.xs[:1], self.targets, device=device
+        )
 
 
 inputs = functools.lru_cache(maxsize=1)(Inputs)
@@ -114,7 +134,8 @@ TRAFFIC = {"P": 2, "Q": 1, "PQ": 3}
 
 
 def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> dict:
-    """Time over that of a copy of x in the same rounds; the share is that of the copy's bytes a second."""
+    """Time over that of a copy of x in the same rounds; the share is that of the copy's bytes a
+    second."""
     given = inputs(check, dtype, m, k)
     sigma, key, narrow = given.sigma, given.key, given.sigma.to(dtype)
     call = {
@@ -127,12 +148,16 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
         with backends.backend(kind):  # what a graph captures here, it replays anywhere
             variants[kind] = given.in_a_row(call, check.device)
         if check.device.type != "cuda":
-            variants[kind] = timing.Within(functools.partial(backends.backend, kind), variants[kind])
+            variants[kind] = timing.Within(
+                functools.partial(backends.backend, kind), variants[kind]
+            )
     if form == "P":
         variants["x + sigma * randn_like(x)"] = given.in_a_row(
             lambda x, du, target: x + narrow * torch.randn_like(x), check.device
         )
-    timed = timing.interleave(variants, "copy", check.device, budget_s=0.4, always=tuple(variants), **rounds(check))
+    timed = timing.interleave(
+        variants, "copy", check.device, budget_s=0.4, always=tuple(variants), **rounds(check)
+    )
     for kind in kinds(check):
         if given.beyond_cache and "ratio" in timed[kind]:
             timed[kind]["share_of_copy"] = TRAFFIC[form] / 2 / timed[kind]["ratio"]
@@ -140,13 +165,19 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
             name = check.machine.get("gpu", "")
             timed[kind]["expected_s"] = gpu_expectation.pass_seconds(name, form, kind, m * k)
     row = {"form": form, "dtype": str(dtype), "m": m, "k": k}
-    return row | {"sets": given.count, "beyond_cache": given.beyond_cache, "variants": per_call(timed, given.count)}
+    return row | {
+        "sets": given.count,
+        "beyond_cache": given.beyond_cache,
+        "variants": per_call(timed, given.count),
+    }
 
 
 def perturb(check: Check) -> Rows:
     """P, Q and both in one pass."""
     shapes = [(8192, 8192), (8192, 4096), (4096, 1024), (65536, 64), (32, 1024)]
-    cases = [(half(check), shape) for shape in shapes] + [(torch.float32, shape) for shape in shapes[:2]]
+    cases = [(half(check), shape) for shape in shapes] + [
+        (torch.float32, shape) for shape in shapes[:2]
+    ]
     cases = [(torch.float32, (64, 24))] if check.rehearsal else cases
     rows: Rows = []
     for (dtype, (m, k)), form in itertools.product(cases, TRAFFIC):
@@ -155,7 +186,7 @@ def perturb(check: Check) -> Rows:
     return rows
 
 
-# ---- a small layer in a graph ----------------------------------------------------------------------------------------
+# ---- a small layer in a graph --------------------------------------------------------------------
 
 
 def graph_row(check: Check, m: int, k: int, n: int) -> dict:
@@ -172,17 +203,25 @@ def graph_row(check: Check, m: int, k: int, n: int) -> dict:
 
 
 def graph(check: Check) -> Rows:
-    shapes = [(8, 16, 16)] if check.rehearsal else [(32, 1024, 1024), (512, 1024, 1024), (4096, 1024, 1024)]
+    shapes = (
+        [(8, 16, 16)]
+        if check.rehearsal
+        else [(32, 1024, 1024), (512, 1024, 1024), (4096, 1024, 1024)]
+    )
     return [(f"{m}x{k}x{n}", functools.partial(graph_row, check, m, k, n)) for m, k, n in shapes]
 
 
-# ---- the fused linear ------------------------------------------------------------------------------------------------
+# ---- the fused linear ----------------------------------------------------------------------------
 
 
 def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
-    """Triton's fused linear, which samples inside the product, over P and then the vendor's product."""
+    """Triton's fused linear, which samples inside the product, over P and then the vendor's
+    product."""
     options = {"device": check.device, "dtype": half(check)}
-    xs = [torch.randn(m, k, **options) for _ in range(timing.sets_beyond_cache(2 * m * k, check.device, most=8))]
+    xs = [
+        torch.randn(m, k, **options)
+        for _ in range(timing.sets_beyond_cache(2 * m * k, check.device, most=8))
+    ]
     weight, bias = torch.randn(n, k, **options) / k**0.5, torch.randn(n, **options)
     sigma, key = torch.full((k,), 0.1, device=check.device), seed(check)
 
@@ -203,10 +242,15 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
             results[name] = call(xs[0]).float()
             variants[name] = timing.captured(call, xs, device=check.device)
     if "fused" in results:
-        error, largest = (results["fused"] - results["two-step"]).abs().max(), results["two-step"].abs().max()
+        error, largest = (
+            (results["fused"] - results["two-step"]).abs().max(),
+            results["two-step"].abs().max(),
+        )
         if not error <= 0.05 * largest:
             raise AssertionError(f"fused: expected the two steps' y, off by {error.item():.2e}")
-    timed = timing.interleave(variants, "two-step", check.device, budget_s=0.3, always=tuple(variants), **rounds(check))
+    timed = timing.interleave(
+        variants, "two-step", check.device, budget_s=0.3, always=tuple(variants), **rounds(check)
+    )
     return {"m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": per_call(timed, len(xs))}
 
 
@@ -214,4 +258,6 @@ def crossover(check: Check) -> Rows:
     sizes = [(m, k) for m in (4096, 256) for k in (4096, 1024)] + [(16, 1024)]
     shapes = [(m, k, n) for m, k in sizes for n in (128, 256, 64, 512, 1024)]
     shapes = [(8, 16, 16)] if check.rehearsal else shapes
-    return [(f"{m}x{k}x{n}", functools.partial(crossover_row, check, m, k, n)) for m, k, n in shapes]
+    return [
+        (f"{m}x{k}x{n}", functools.partial(crossover_row, check, m, k, n)) for m, k, n in shapes
+    ]

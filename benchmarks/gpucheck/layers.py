@@ -1,4 +1,5 @@
-"""Layers and a block beside nn.Linear and the eager expression, compiled and not, and averages behind an activation."""
+"""Layers and a block beside nn.Linear and the eager expression, compiled and not, and averages
+behind an activation."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from gpucheck.kernels import half, kinds, rounds
 
 
 def prepare(check: Check) -> None:
-    """Before each shape: nothing compiled is left, so that the limit of recompilations is never near.
+    """Before each shape: nothing compiled is left, so that the limit of recompilations is never
+    near.
 
-    peers.build makes reaching it an error; torch alone would run the rest in eager mode and say nothing.
+    peers.build makes reaching it an error; torch alone would run the rest in eager mode and say
+    nothing.
     """
     peers.forget_compiled()
     if check.rehearsal:
@@ -32,7 +35,7 @@ def peak(call, device: torch.device) -> int | None:
     return timing.peak_bytes(call, device) if device.type == "cuda" else None
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 class Shape:
@@ -46,7 +49,10 @@ class Shape:
         self.xs = [torch.randn(m, k, **options, requires_grad=True) for _ in range(count)]
         self.dy = torch.randn(m, n, **options)
         self.modules = {name: peers.build(name, plain) for name in ("linear", "eager", "dip")}
-        self.modules |= {f"{name}, compiled": peers.build(f"{name}, compiled", plain) for name in ("eager", "dip")}
+        self.modules |= {
+            f"{name}, compiled": peers.build(f"{name}, compiled", plain)
+            for name in ("eager", "dip")
+        }
         self.failed: dict[str, dict] = {}
         for name, module in self.modules.items():
             try:
@@ -77,10 +83,19 @@ def layer_row(check: Check, what: str, m: int, k: int, n: int) -> dict:
                 variants[f"dip {kind}"] = timing.Within(context, given.call(name, what))
         else:
             variants[name] = given.call(name, what)
-    timed = timing.interleave(variants, "linear", check.device, budget_s=1.5, always=tuple(variants), **rounds(check))
+    timed = timing.interleave(
+        variants, "linear", check.device, budget_s=1.5, always=tuple(variants), **rounds(check)
+    )
     flops = 2 * m * n * k * (1 if what == "forward" else 3)
     timed["linear"]["flop_per_s"] = flops / timed["linear"]["seconds"]
-    row = {"what": what, "m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": timed | given.failed}
+    row = {
+        "what": what,
+        "m": m,
+        "k": k,
+        "n": n,
+        "dtype": str(half(check)),
+        "variants": timed | given.failed,
+    }
     if what == "step":
         right = [name for name in ("linear", "eager", "dip") if name not in given.failed]
         row["memory"] = {name: memory(check, given, name) for name in right}
@@ -109,17 +124,22 @@ def layers(check: Check) -> Rows:
     ]
 
 
-# ---- a block ---------------------------------------------------------------------------------------------------------
+# ---- a block -------------------------------------------------------------------------------------
 
 
 def block_row(check: Check, batch: int, tokens: int, width: int, heads: int) -> dict:
     """The training step of a transformer block over torch.compile of the eager expression."""
     prepare(check)
     plain = networks.TransformerBlock(width, heads).to(check.device, half(check))
-    x = torch.randn(batch, tokens, width, device=check.device, dtype=half(check), requires_grad=True)
+    x = torch.randn(
+        batch, tokens, width, device=check.device, dtype=half(check), requires_grad=True
+    )
     dy = torch.randn_like(x)
     names = ("linear", "dip", "eager")
-    modules = {name: peers.build(name, plain) for name in (*names, *(f"{name}, compiled" for name in names))}
+    modules = {
+        name: peers.build(name, plain)
+        for name in (*names, *(f"{name}, compiled" for name in names))
+    }
     peers.check_converted(modules["dip"], x.detach()[:1])
     steps = {name: timing.training_step(module, x, dy) for name, module in modules.items()}
     timed = timing.interleave(
@@ -143,7 +163,7 @@ def block(check: Check) -> Rows:
     return [("transformer block", functools.partial(block_row, check, *sizes))]
 
 
-# ---- averages behind an activation -----------------------------------------------------------------------------------
+# ---- averages behind an activation ---------------------------------------------------------------
 
 
 class Averaged(nn.Module):
@@ -178,23 +198,40 @@ def averaging_row(check: Check, activation: str, what: str, m: int, k: int, n: i
         modules[name].load_state_dict(plain.state_dict(), strict=False)
         off = (modules[name](x) - modules[base](x)).float().abs().mean().item()
         if not off < 0.2:  # the noise is small: both are near the plain layer
-            raise AssertionError(f"{name}: expected outputs near {base}'s, off by {off:.3f} on average")
+            raise AssertionError(
+                f"{name}: expected outputs near {base}'s, off by {off:.3f} on average"
+            )
     run = timing.forward if what == "forward" else functools.partial(timing.training_step, dy=dy)
     runs = {name: run(module, x) for name, module in modules.items()}
     timed: dict[str, dict] = {}
     names = list(runs)
     for first, second in (names[:2], names[2:]):
         pair = {first: runs[first], second: runs[second]}
-        timed |= timing.interleave(pair, first, check.device, budget_s=0.35, always=(second,), **rounds(check))
+        timed |= timing.interleave(
+            pair, first, check.device, budget_s=0.35, always=(second,), **rounds(check)
+        )
     if what == "step":
         for name, call in runs.items():
             timed[name]["peak_bytes"] = peak(call, check.device)
-    return {"form": activation, "what": what, "m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": timed}
+    return {
+        "form": activation,
+        "what": what,
+        "m": m,
+        "k": k,
+        "n": n,
+        "dtype": str(half(check)),
+        "variants": timed,
+    }
 
 
 def averaging(check: Check) -> Rows:
     shapes = [(16, 24, 16)] if check.rehearsal else [(8192, 4096, 4096), (4096, 1024, 1024)]
     return [
-        (f"{activation} {what} {m}x{k}x{n}", functools.partial(averaging_row, check, activation, what, m, k, n))
-        for (m, k, n), activation, what in itertools.product(shapes, ("relu", "gelu", "silu"), ("forward", "step"))
+        (
+            f"{activation} {what} {m}x{k}x{n}",
+            functools.partial(averaging_row, check, activation, what, m, k, n),
+        )
+        for (m, k, n), activation, what in itertools.product(
+            shapes, ("relu", "gelu", "silu"), ("forward", "step")
+        )
     ]

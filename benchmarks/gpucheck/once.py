@@ -1,6 +1,8 @@
-"""Every kernel that torch reaches, once, for compute-sanitizer: python -m gpucheck.once DEVICE [overrun]
+"""Every kernel that torch reaches, once, for compute-sanitizer: python -m gpucheck.once DEVICE
+[overrun]
 
-Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: each tensor then has memory of its own, and an access past its end is seen.
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: each tensor then has memory of its own, and an access past its
+end is seen.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dipkernels.ops.expectation import expectation, expectation_bwd
 DRAW = Draw(1)
 
 
-def perturb(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, overrun: bool = False) -> None:
+def perturb(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, overrun: bool = False
+) -> None:
     seed = torch.tensor([1, 2], device=device)
     x, sigma = torch.randn(shape, device=device).to(dtype), torch.ones(shape[1], device=device)
     if overrun:

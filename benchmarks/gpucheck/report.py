@@ -8,7 +8,17 @@ from gpucheck.child import Check, Rows
 from gpucheck.record import NO_TIME, not_reached, row_errors
 
 SIZES = ("m", "k", "n", "batch", "tokens", "width")
-PROSE = ("error", "missing", "skipped", "outcomes", "collected", "bytes_per_s", "flop_per_s", "gpu", "found")
+PROSE = (
+    "error",
+    "missing",
+    "skipped",
+    "outcomes",
+    "collected",
+    "bytes_per_s",
+    "flop_per_s",
+    "gpu",
+    "found",
+)
 
 
 def _variant(name: str, entry: dict) -> str:
@@ -40,8 +50,16 @@ def _row(row: dict) -> list[str]:
 
 
 def text(data: dict) -> str:
-    lines = ["A REHEARSAL ON A CPU: nothing here is a measurement of anything."] if data["rehearsal"] else []
-    lines.append(", ".join(f"{key} {value}" for key, value in data["machine"].items() if value not in (None, "")))
+    lines = (
+        ["A REHEARSAL ON A CPU: nothing here is a measurement of anything."]
+        if data["rehearsal"]
+        else []
+    )
+    lines.append(
+        ", ".join(
+            f"{key} {value}" for key, value in data["machine"].items() if value not in (None, "")
+        )
+    )
     for name, section in data["sections"].items():
         lines.append(f"\n{name}: {section['status']}, {section.get('elapsed_s', 0):.0f} s")
         for key in ("error", "note"):
@@ -55,7 +73,8 @@ def text(data: dict) -> str:
 
 
 def verdict(data: dict) -> tuple[int, list[str]]:
-    """(exit code, lines). 0: all passed. 1: something failed. 3: nothing failed, and something was not proven."""
+    """(exit code, lines). 0: all passed. 1: something failed. 3: nothing failed, and something was
+    not proven."""
     by_status: dict[str, list[str]] = {}
     for name, section in data["sections"].items():
         by_status.setdefault(section["status"], []).append(name)
@@ -63,13 +82,17 @@ def verdict(data: dict) -> tuple[int, list[str]]:
     for name in by_status.get("failed", []):
         section = data["sections"][name]
         errors = [section["error"]] if "error" in section else []
-        errors += [f"{row['name']}: {error}" for row in section["rows"] for error in row_errors(row)]
+        errors += [
+            f"{row['name']}: {error}" for row in section["rows"] for error in row_errors(row)
+        ]
         lines += [f"FAILED {name}: {error.splitlines()[0]}" for error in dict.fromkeys(errors)]
     for name in by_status.get("missing", []):
         missing = [row["missing"] for row in data["sections"][name]["rows"] if "missing" in row]
         lines.append(f"NOT PROVEN {name}: {missing[0]}")
     for name in by_status.get("cut short", []):
-        lines.append(f"NOT REACHED {name}: {', '.join(not_reached(data['sections'][name]))} ({NO_TIME})")
+        lines.append(
+            f"NOT REACHED {name}: {', '.join(not_reached(data['sections'][name]))} ({NO_TIME})"
+        )
     for name in (*by_status.get("running", []), *by_status.get("waiting", [])):
         lines.append(f"NOT REACHED {name}: the run ended before")
     if problem := data["machine"].get("interpreter_problem"):
@@ -81,7 +104,7 @@ def verdict(data: dict) -> tuple[int, list[str]]:
     return (0 if by_status.keys() <= {"ok", "skipped"} else 3), lines
 
 
-# ---- the plot --------------------------------------------------------------------------------------------------------
+# ---- the plot ------------------------------------------------------------------------------------
 
 
 def draw(data: dict, path: Path) -> dict:
@@ -97,7 +120,9 @@ def draw(data: dict, path: Path) -> dict:
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
     for axis, what in zip(axes, ("forward", "step")):
         chosen = [row for row in rows if row["what"] == what]
-        names = list(dict.fromkeys(name for row in chosen for name in row["variants"] if name != "linear"))
+        names = list(
+            dict.fromkeys(name for row in chosen for name in row["variants"] if name != "linear")
+        )
         width = 0.8 / max(len(names), 1)
         for i, name in enumerate(names):
             points = [

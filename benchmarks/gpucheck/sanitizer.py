@@ -1,7 +1,9 @@
-"""compute-sanitizer over every CUDA kernel, and proof that it sees: each tool also has to find a planted error.
+"""compute-sanitizer over every CUDA kernel, and proof that it sees: each tool also has to find a
+planted error.
 
-The program without torch, tools/verify/sanitize_cuda.cu, gives every tensor memory of its own of exactly its size. What runs
-under torch, Triton's kernels among it, does so without torch's caching allocator, whose segments hide an overrun.
+The program without torch, tools/verify/sanitize_cuda.cu, gives every tensor memory of its own of
+exactly its size. What runs under torch, Triton's kernels among it, does so without torch's caching
+allocator, whose segments hide an overrun.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from gpucheck.child import Check, Rows
 from gpucheck.driver import ROOT
 
 PROGRAM = ROOT / "build" / "sanitize_cuda"
-ERROR_CODE = 9  # of compute-sanitizer where it has found something; the program's own codes are others
+ERROR_CODE = (
+    9  # of compute-sanitizer where it has found something; the program's own codes are others
+)
 PLANTED = {"memcheck": "overrun", "racecheck": "race", "initcheck": "uninitialised"}
 CALLS = "sanitize_cuda: "  # the program's last words, with the number of calls
 CACHE_OFF = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -27,17 +31,30 @@ def compile_command(capability: str) -> list[str]:
     """The program with the objects that the library was linked from."""
     objects = sorted(ROOT.glob(OBJECTS), key=lambda path: path.stat().st_mtime)
     if not objects:
-        raise RuntimeError(f"sanitizer: expected the library's CUDA objects, {OBJECTS}, and found none: build it first")
+        raise RuntimeError(
+            f"sanitizer: expected the library's CUDA objects, {OBJECTS}, and found none: build it "
+            "first"
+        )
     newest = sorted(objects[-1].parent.glob("cuda_*.o"))
     nvcc = [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O2", f"-arch=sm_{capability}"]
-    return [*nvcc, str(ROOT / "tools" / "verify" / "sanitize_cuda.cu"), *map(str, newest), "-o", str(PROGRAM)]
+    return [
+        *nvcc,
+        str(ROOT / "tools" / "verify" / "sanitize_cuda.cu"),
+        *map(str, newest),
+        "-o",
+        str(PROGRAM),
+    ]
 
 
 def run(command: list[str], **environment: str) -> tuple[int, str]:
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     return done.returncode, done.stdout.decode(errors="replace")
 
 
@@ -50,11 +67,13 @@ def expect_clean(code: int, said: str, last_words: str) -> dict:
 def expect_found(code: int, said: str, wanted: int) -> dict:
     """A planted error that goes unseen means that the clean runs prove nothing."""
     if code != wanted:
-        return {"error": f"expected the planted error to be found, exit code {wanted}, got {code}\n{said[-3000:]}"}
+        return {
+            "error": f"expected the planted error to be found, exit code {wanted}, got {code}\n{said[-3000:]}"
+        }
     return {"found": "the planted error"}
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------
 
 
 def guards(planted: str | None) -> dict:
@@ -65,7 +84,9 @@ def guards(planted: str | None) -> dict:
     return expect_clean(code, said, CALLS)
 
 
-def watched(check: Check, tool: str, command: list[str], planted: bool, last_words: str, **environment: str) -> dict:
+def watched(
+    check: Check, tool: str, command: list[str], planted: bool, last_words: str, **environment: str
+) -> dict:
     """The command under one of compute-sanitizer's tools."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
@@ -76,12 +97,16 @@ def watched(check: Check, tool: str, command: list[str], planted: bool, last_wor
 
 
 def without_torch(check: Check) -> Rows:
-    """The program's rows. A rehearsal has none: tests/test_sanitize_cuda.py runs it without a GPU."""
+    """The program's rows. A rehearsal has none: tests/test_sanitize_cuda.py runs it without a
+    GPU."""
     if check.rehearsal:
         return []
     if not PROGRAM.exists():
         raise RuntimeError(f"sanitizer: expected {PROGRAM}, which the section build makes")
-    rows: Rows = [("guards", lambda: guards(None)), ("guards, overrun planted", lambda: guards("overrun"))]
+    rows: Rows = [
+        ("guards", lambda: guards(None)),
+        ("guards, overrun planted", lambda: guards("overrun")),
+    ]
     own = [str(PROGRAM), "exact"]
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         rows.append((tool, functools.partial(watched, check, tool, own, False, CALLS)))
@@ -95,8 +120,13 @@ def sanitizer(check: Check) -> Rows:
     rows = without_torch(check)
     device = "cpu" if check.rehearsal else "cuda"
     torch_part = [sys.executable, "-m", "gpucheck.once", device]
-    for name, extra in (("memcheck of torch and Triton", []), ("memcheck of torch, overrun planted", ["overrun"])):
+    for name, extra in (
+        ("memcheck of torch and Triton", []),
+        ("memcheck of torch, overrun planted", ["overrun"]),
+    ):
         command = [*torch_part, *extra]
-        call = functools.partial(watched, check, "memcheck", command, bool(extra), "once: done", **CACHE_OFF)
+        call = functools.partial(
+            watched, check, "memcheck", command, bool(extra), "once: done", **CACHE_OFF
+        )
         rows.append((name, call))
     return rows

@@ -1,6 +1,8 @@
-"""Choices inside the kernels, each setting timed against today's form in the same rounds, so that a run decides.
+"""Choices inside the kernels, each setting timed against today's form in the same rounds, so that a
+run decides.
 
-To add one: a function that gives a context for each setting, today's form first, and its line in SWITCHES.
+To add one: a function that gives a context for each setting, today's form first, and its line in
+SWITCHES.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ SWITCHES = (
 
 
 def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -> dict:
-    """The training step over nn.Linear and over today's form: called, replayed as a CUDA graph, or compiled and called."""
+    """The training step over nn.Linear and over today's form: called, replayed as a CUDA graph, or
+    compiled and called."""
     prepare(check)
     options = {"device": check.device, "dtype": half(check)}
     plain = nn.Linear(k, n, **options)
@@ -70,16 +73,29 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
                 call()
         variants[name] = timing.Within(context, call)
     today = next(iter(settings))
-    timed = timing.interleave(variants, today, check.device, budget_s=1.2, always=tuple(variants), **rounds(check))
+    timed = timing.interleave(
+        variants, today, check.device, budget_s=1.2, always=tuple(variants), **rounds(check)
+    )
     timed = per_call(timed, count) if how == "graph" else timed
-    return {"switch": switch.name, "what": f"step, {how}", "m": m, "k": k, "n": n, "base": today, "variants": timed}
+    return {
+        "switch": switch.name,
+        "what": f"step, {how}",
+        "m": m,
+        "k": k,
+        "n": n,
+        "base": today,
+        "variants": timed,
+    }
 
 
 def switches(check: Check) -> Rows:
     shapes = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
     shapes = [(32, 16, 24)] if check.rehearsal else shapes
     return [
-        (f"{switch.name} {how} {m}x{k}x{n}", functools.partial(switch_row, check, switch, how, m, k, n))
+        (
+            f"{switch.name} {how} {m}x{k}x{n}",
+            functools.partial(switch_row, check, switch, how, m, k, n),
+        )
         for switch, (m, k, n) in itertools.product(SWITCHES, shapes)
         for how in switch.how
     ]

@@ -1,4 +1,5 @@
-"""The sections that run other programs: what machine this is, the build for its GPU, and tests/gpu over all cores."""
+"""The sections that run other programs: what machine this is, the build for its GPU, and tests/gpu
+over all cores."""
 
 from __future__ import annotations
 
@@ -20,22 +21,27 @@ from gpucheck.driver import ROOT
 
 
 def run_tool(command: list[str], **environment: str) -> str:
-    """What the command said; raises RuntimeError with the end of it where it fails. The section's limit is its limit."""
+    """What the command said; raises RuntimeError with the end of it where it fails. The section's
+    limit is its limit."""
     code, said = sanitizer.run(command, **environment)
     if code:
         raise RuntimeError(f"{' '.join(command[:4])}: exit code {code}\n{said[-6000:]}")
     return said
 
 
-# ---- the machine -----------------------------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 def _tool_version(name: str) -> str | None:
     path = shutil.which(name)
     if path is None:
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
-    return next((line.strip() for line in said.splitlines() if re.search(r"\d+\.\d+", line)), "unknown")
+    said = subprocess.run(
+        [path, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    ).stdout
+    return next(
+        (line.strip() for line in said.splitlines() if re.search(r"\d+\.\d+", line)), "unknown"
+    )
 
 
 def _driver() -> str | None:
@@ -44,7 +50,8 @@ def _driver() -> str | None:
 
 
 def interpreter_problem() -> str | None:
-    """Why Triton's interpreter cannot run here: that of Triton 3.6 does not under NumPy 2.4 or newer. A GPU needs none."""
+    """Why Triton's interpreter cannot run here: that of Triton 3.6 does not under NumPy 2.4 or
+    newer. A GPU needs none."""
     import torch
 
     from dipkernels import backends
@@ -67,7 +74,10 @@ def describe_machine(check: Check) -> dict:
 
     found = machine.describe(check.device)
     del found["backend"]  # of the library before it is built
-    found |= {"nvcc": _tool_version("nvcc"), "compute_sanitizer": _tool_version("compute-sanitizer")}
+    found |= {
+        "nvcc": _tool_version("nvcc"),
+        "compute_sanitizer": _tool_version("compute-sanitizer"),
+    }
     if check.rehearsal:
         found["interpreter_problem"] = interpreter_problem()
     if check.device.type == "cuda":
@@ -88,12 +98,13 @@ def machine(check: Check) -> Rows:
 
     if not check.rehearsal and not torch.cuda.is_available():
         raise RuntimeError(
-            f"torch {torch.__version__} finds no CUDA device; --dry-run rehearses the program without one"
+            f"torch {torch.__version__} finds no CUDA device; --dry-run rehearses the program "
+            "without one"
         )
     return [("machine", lambda: describe_machine(check))]
 
 
-# ---- build -----------------------------------------------------------------------------------------------------------
+# ---- build ---------------------------------------------------------------------------------------
 
 
 def _compile(check: Check) -> dict:
@@ -139,7 +150,7 @@ def build(check: Check) -> Rows:
     ]
 
 
-# ---- tests -----------------------------------------------------------------------------------------------------------
+# ---- tests ---------------------------------------------------------------------------------------
 
 
 def _pytest(*arguments: str) -> list[str]:
@@ -172,7 +183,8 @@ def read_results(path: Path) -> tuple[Counter, list[str], list[str]]:
 
 
 class Shards:
-    """The tests dealt out to processes that run side by side: Triton compiles in series within one, on one core."""
+    """The tests dealt out to processes that run side by side: Triton compiles in series within one,
+    on one core."""
 
     def __init__(self, check: Check, names: list[str], count: int) -> None:
         self.check = check
@@ -189,9 +201,13 @@ class Shards:
             results = self.folder / f"{name.replace(' ', '-')}.xml"
             log = results.with_suffix(".txt").open("wb")
             process = subprocess.Popen(
-                _pytest(f"--junitxml={results}", *tests), cwd=ROOT, env={**os.environ, **one_core},
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                _pytest(f"--junitxml={results}", *tests),
+                cwd=ROOT,
+                env={**os.environ, **one_core},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
             self.running[name] = process, results
 
     def result(self, name: str) -> dict:
@@ -203,7 +219,9 @@ class Shards:
         outcomes, failures, reasons = read_results(results)
         row = {"outcomes": dict(outcomes), "skips": reasons}
         if outcomes.total() != len(self.parts[name]):
-            row["error"] = f"expected {len(self.parts[name])} results, got {outcomes.total()}\n{said[-2000:]}"
+            row["error"] = (
+                f"expected {len(self.parts[name])} results, got {outcomes.total()}\n{said[-2000:]}"
+            )
         if failures:
             row["error"] = "\n".join(failures)
         return row
@@ -213,7 +231,9 @@ class Shards:
         if not self.running:
             self.start()
         while self.running[name][0].poll() is None:
-            for other in [key for key, (process, _) in self.running.items() if process.poll() is not None]:
+            for other in [
+                key for key, (process, _) in self.running.items() if process.poll() is not None
+            ]:
                 if other != name:
                     self.check.add(other, self.result(other))
                     self.check.begin(name)

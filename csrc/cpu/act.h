@@ -44,7 +44,8 @@ DIP_HD Act<double> act(double x) {
   if constexpr (kKind == kReluActivation) {
     return {x <= 0 ? 0.0 : x, x <= 0 ? 0.0 : 1.0};  // a NaN stays one
   } else if constexpr (kKind == kGeluActivation) {
-    const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x), cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
+    const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x),
+                 cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
     return {x * cdf, fma_of(x, density, cdf)};
   } else if constexpr (kKind == kGeluTanhActivation) {
     constexpr double c = 1.59576912160573071176;  // 2 sqrt(2 / pi)

@@ -10,32 +10,40 @@ namespace {
 
 constexpr int kRun = 1024;
 
-DIP_HD float bfloat16_to_float(uint16_t h) { return ScalarLane::as_float(static_cast<uint32_t>(h) << 16); }
+DIP_HD float bfloat16_to_float(uint16_t h) {
+  return ScalarLane::as_float(static_cast<uint32_t>(h) << 16);
+}
 
 DIP_HD uint16_t float_to_bfloat16(float f) {
   const uint32_t bits = ScalarLane::as_uint(f);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded =
+      (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   return f != f ? 0x7FC0 : static_cast<uint16_t>(rounded);
 }
 
 #if !defined(__F16C__)
 inline float float16_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
-  if (magnitude >= 0x7C00u) return ScalarLane::as_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  // 2^-112 scales the shifted exponent to its value, subnormals included: a product of powers of two, so exact.
+  if (magnitude >= 0x7C00u)
+    return ScalarLane::as_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  // 2^-112 scales the shifted exponent to its value, subnormals included: a product of powers of
+  // two, so exact.
   const float value = ScalarLane::as_float(magnitude << 13) * 0x1p112f;
   return ScalarLane::as_float(sign | ScalarLane::as_uint(value));
 }
 
 inline uint16_t float_to_float16(float f) {
-  const uint32_t bits = ScalarLane::as_uint(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t bits = ScalarLane::as_uint(f), sign = bits >> 16 & 0x8000u,
+                 magnitude = bits & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return static_cast<uint16_t>(sign | 0x7E00u);
-  if (magnitude >= 0x477FF000u) return static_cast<uint16_t>(sign | 0x7C00u);  // from 65520 on: infinity
+  if (magnitude >= 0x477FF000u)
+    return static_cast<uint16_t>(sign | 0x7C00u);  // from 65520 on: infinity
   if (magnitude < 0x38800000u) {  // subnormal: the addition rounds to a multiple of 2^-24
     const float rounded = ScalarLane::as_float(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (ScalarLane::as_uint(rounded) - 0x3F000000u));
   }
-  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13));
+  return static_cast<uint16_t>(
+      sign | ((magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13));
 }
 #endif
 
@@ -43,7 +51,8 @@ inline void store_bfloat16(uint16_t* p, int n, const float* in) {
   int i = 0;
 #if defined(__AVX512BW__)
   for (; i + 32 <= n; i += 32)
-    Avx512::store_pair(reinterpret_cast<BFloat16Bits*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
+    Avx512::store_pair(
+        reinterpret_cast<BFloat16Bits*>(p + i), Avx512::load(in + i), Avx512::load(in + i + 16));
 #endif
   for (; i < n; ++i) p[i] = float_to_bfloat16(in[i]);
 }
@@ -51,7 +60,9 @@ inline void store_bfloat16(uint16_t* p, int n, const float* in) {
 inline void load_float16(const uint16_t* p, int n, float* out) {
 #if defined(__F16C__)
   int i = 0;
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(
+        out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
   for (; i < n; ++i) out[i] = _cvtsh_ss(p[i]);
 #else
   for (int i = 0; i < n; ++i) out[i] = float16_to_float(p[i]);
@@ -62,16 +73,21 @@ inline void store_float16(uint16_t* p, int n, const float* in) {
 #if defined(__F16C__)
   int i = 0;
   for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p + i),
+        _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
   for (; i < n; ++i) p[i] = _cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT);
 #else
   for (int i = 0; i < n; ++i) p[i] = float_to_float16(in[i]);
 #endif
 }
 
-constexpr int size_of(DType type) { return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2; }
+constexpr int size_of(DType type) {
+  return type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+}
 
-// Asks for the lines of a run before other work that takes longer than their way here; kWrite: to be written.
+// Asks for the lines of a run before other work that takes longer than their way here; kWrite: to
+// be written.
 template <int kWrite>
 DIP_HD void prefetch_run(const Operand& a, int64_t offset, int n) {
   if (!a.data) return;
@@ -119,7 +135,8 @@ DIP_HD const C* load_run(const Operand& a, int64_t offset, int n, C* buffer) {
 // Where a run is computed: in place where u has the compute type, else in `buffer`.
 template <class C>
 DIP_HD C* run_target(const Operand& a, int64_t offset, C* buffer) {
-  if (a.dtype == (sizeof(C) == 4 ? DType::kFloat32 : DType::kFloat64)) return static_cast<C*>(a.data) + offset;
+  if (a.dtype == (sizeof(C) == 4 ? DType::kFloat32 : DType::kFloat64))
+    return static_cast<C*>(a.data) + offset;
   return buffer;
 }
 

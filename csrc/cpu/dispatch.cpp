@@ -1,4 +1,5 @@
-// Which instruction set runs: the best that the library carries and the machine offers, unless DIPKERNELS_CPU_CAPABILITY says.
+// Which instruction set runs: the best that the library carries and the machine offers, unless
+// DIPKERNELS_CPU_CAPABILITY says.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -34,14 +35,17 @@ namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
 const char* const kUnknownCapability =
-    "DIPKERNELS_CPU_CAPABILITY: expected auto, portable, avx2 or avx512, and one that this machine offers";
+    "DIPKERNELS_CPU_CAPABILITY: expected auto, portable, avx2 or avx512, and one that this machine "
+    "offers";
 
 bool offered(int capability) {
 #ifdef DIP_HAS_X86
   if (capability == 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && offered(1);
-  if (capability == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && offered(1);
+  if (capability == 1)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 #endif
   return capability == 0;
 }
@@ -87,13 +91,23 @@ const char* run(const Kernel<Args>* kernels, const Args& args, ParallelFor paral
 
 }  // namespace
 
-const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) { return run(perturb_kernels, args, parallel_for); }
+const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) {
+  return run(perturb_kernels, args, parallel_for);
+}
 const char* expectation_cpu(const ExpectationArgs& args, ParallelFor parallel_for) {
   return run(expectation_kernels, args, parallel_for);
 }
-const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) { return run(variance_kernels, args, parallel_for); }
-const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) { return run(samples_kernels, args, parallel_for); }
-const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) { return run(gate_kernels, args, parallel_for); }
-const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) { return run(norm_kernels, args, parallel_for); }
+const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) {
+  return run(variance_kernels, args, parallel_for);
+}
+const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) {
+  return run(samples_kernels, args, parallel_for);
+}
+const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) {
+  return run(gate_kernels, args, parallel_for);
+}
+const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) {
+  return run(norm_kernels, args, parallel_for);
+}
 
 }  // namespace dip

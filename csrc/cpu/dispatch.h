@@ -3,7 +3,8 @@
 
 namespace dip {
 
-int cpu_capability();                    // -1: DIPKERNELS_CPU_CAPABILITY is not one of them, or not offered here
-int set_cpu_capability(int capability);  // negative: the best; returns nonzero where it is not offered
+int cpu_capability();  // -1: DIPKERNELS_CPU_CAPABILITY is not one of them, or not offered here
+int set_cpu_capability(
+    int capability);  // negative: the best; returns nonzero where it is not offered
 
 }  // namespace dip

@@ -1,6 +1,7 @@
 // The draw of z: tiles of counters, their words and their normals.  docs/maths.md, section 3.
-// For files that are compiled once per instruction set: DIP_LANES names the lane type. No STL here: an inline function of the
-// library, compiled with such a file's flags, could be linked into code that runs on an older machine.
+// For files that are compiled once per instruction set: DIP_LANES names the lane type. No STL here:
+// an inline function of the library, compiled with such a file's flags, could be linked into code
+// that runs on an older machine.
 #pragma once
 #include <cmath>
 
@@ -13,16 +14,19 @@ namespace {
 using V = DIP_LANES;
 using One = V::One;
 
-constexpr int kTileGroups = 128;  // Philox calls of one tile: the same on every instruction set, so that sums associate alike
+constexpr int kTileGroups = 128;  // Philox calls of one tile: the same on every instruction set, so
+                                  // that sums associate alike
 constexpr int kTile = 8 * kTileGroups;  // elements
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole vectors");
 
-// ---- a tile -----------------------------------------------------------------------------------------------------------
+// ---- a tile
+// -----------------------------------------------------------------------------------------------------------
 
 #ifndef DIP_STREAM_BYTES
 #define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
 #endif
-constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
+constexpr int64_t kStreamBytes =
+    DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
 
 struct Counters {
   alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
@@ -35,10 +39,12 @@ struct Generator {
   uint32_t last_word;  // of every counter: stream and sample
 
   explicit Generator(const Draw& draw)
-      : keys(philox_key(draw.seed)), last_word(stream_sample(draw.seed, static_cast<uint32_t>(draw.sample))) {}
+      : keys(philox_key(draw.seed)),
+        last_word(stream_sample(draw.seed, static_cast<uint32_t>(draw.sample))) {}
 };
 
-// Word t of counter i: in groups at words[4 * i + t], up to the order of V::store_words; planar at words[kTileGroups * t + i].
+// Word t of counter i: in groups at words[4 * i + t], up to the order of V::store_words; planar at
+// words[kTileGroups * t + i].
 template <bool kPlanar>
 DIP_HD void store_words(const typename V::Wide ctr[4], int i, uint32_t* words) {
   typename V::U w[4];
@@ -53,7 +59,8 @@ template <bool kPlanar>
 void draw_words(const Counters& c, const Generator& generator, int count, uint32_t* words) {
   const PhiloxKeys& keys = generator.keys;
   if (!kPlanar && c.one_row) {
-    const PhiloxRow row(static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], generator.last_word, keys);
+    const PhiloxRow row(
+        static_cast<uint64_t>(c.row_hi[0]) << 32 | c.row_lo[0], generator.last_word, keys);
     for (int i = 0; i < count; i += V::kLanes) {
       typename V::Wide ctr[4];
       philox4x32_10<V>(V::load_counters(c.group + i), row, keys, ctr);
@@ -61,17 +68,21 @@ void draw_words(const Counters& c, const Generator& generator, int count, uint32
     }
     return;
   }
-  const auto load = [&](const uint32_t* p) { return V::widen(kPlanar ? V::load(p) : V::load_counters(p)); };
+  const auto load = [&](const uint32_t* p) {
+    return V::widen(kPlanar ? V::load(p) : V::load_counters(p));
+  };
   for (int i = 0; i < count; i += V::kLanes) {
     typename V::Wide ctr[4] = {
-        load(c.group + i), load(c.row_lo + i), load(c.row_hi + i), V::widen(V::splat(generator.last_word))};
+        load(c.group + i), load(c.row_lo + i), load(c.row_hi + i),
+        V::widen(V::splat(generator.last_word))};
     philox4x32_10<V>(ctr, keys);
     store_words<kPlanar>(ctr, i, words);
   }
 }
 
-// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long chain of dependent instructions
-// per vector, and too few such chains fit into what a core looks ahead.
+// A draw before its last step, cos_sin. A loop for each step: all of them at once are one long
+// chain of dependent instructions per vector, and too few such chains fit into what a core looks
+// ahead.
 struct Polar {
   alignas(64) uint32_t words[4 * kTileGroups];  // in the order of store_words
   alignas(64) float radii[4 * kTileGroups];
@@ -86,7 +97,8 @@ void draw_polar(const Counters& counters, const Generator& generator, int count,
       V::store(out->radii + i, radius<V>(V::load(out->words + i)));
 }
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter i. Planar: out[kTileGroups * t
+// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter
+// i. Planar: out[kTileGroups * t
 // + i].
 template <bool kPlanar>
 void normal_tile(const Counters& counters, const Generator& generator, int count, float* out) {
@@ -96,32 +108,36 @@ void normal_tile(const Counters& counters, const Generator& generator, int count
   for (int t = 0; t < rows; ++t)
     for (int i = 0; i < width; i += V::kLanes) {
       typename V::F even, odd;
-      cos_sin<V>(V::load(polar.words + kTileGroups * t + i), V::load(polar.radii + kTileGroups * t + i), &even, &odd);
+      cos_sin<V>(
+          V::load(polar.words + kTileGroups * t + i), V::load(polar.radii + kTileGroups * t + i),
+          &even, &odd);
       if constexpr (kPlanar) {
         V::store(out + kTileGroups * 2 * t + i, even);
         V::store(out + kTileGroups * (2 * t + 1) + i, odd);
       } else {
-        V::zip(even, odd, [&](int j, One::F a, One::F b) { One::store_pair(out + 2 * i + j, a, b); });
+        V::zip(
+            even, odd, [&](int j, One::F a, One::F b) { One::store_pair(out + 2 * i + j, a, b); });
       }
     }
 }
 
-// Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once would fill what a core can ask
-// for, and stop it. What is read comes into the second-level cache, since the first holds no two rows of all operands.
+// Asks for the lines of the columns that one step of a loop over V's lanes takes: a tile's at once
+// would fill what a core can ask for, and stop it. What is read comes into the second-level cache,
+// since the first holds no two rows of all operands.
 template <int kWrite, class T>
 DIP_HD void prefetch_step(const T* p) {
   for (int i = 0; i < 2 * V::kLanes * static_cast<int>(sizeof(T)); i += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
 }
 
-// ---- a whole tile, used in the registers of its last step -------------------------------------------------
-// Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns [begin, end), and
-// x is that of column `begin`.
+// ---- a whole tile, used in the registers of its last step
+// ------------------------------------------------- Loads, conversions and stores fit in between.
+// ahead(i) is called before columns i on. Columns [begin, end), and x is that of column `begin`.
 
 template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
 void use_tile(
-    const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc, F&& ahead, int begin = 0,
-    int end = kTile) {
+    const Polar& polar, const X* x, const T* du, T* u, T* z, const float* scale, float* acc,
+    F&& ahead, int begin = 0, int end = kTile) {
   for (int i = begin / 2; i < end / 2; i += V::kLanes) {
     typename V::F even, odd;
     cos_sin<V>(V::load(polar.words + i), V::load(polar.radii + i), &even, &odd);
@@ -143,7 +159,8 @@ void use_tile(
   }
 }
 
-// ---- rows of groups, and sigma of their columns --------------------------------------------------------------------------
+// ---- rows of groups, and sigma of their columns
+// --------------------------------------------------------------------------
 
 // Continues a period of n numbers by a tile.
 template <class C>
@@ -158,12 +175,16 @@ struct Groups {
   int64_t phase;         // the first group's leading columns that are outside
 
   Groups(const Draw& draw, int64_t features)
-      : draw(draw), first(draw.col0 / 8), count(ceil_div(draw.col0 % 8 + features, 8)), phase(draw.col0 % 8) {}
+      : draw(draw),
+        first(draw.col0 / 8),
+        count(ceil_div(draw.col0 % 8 + features, 8)),
+        phase(draw.col0 % 8) {}
 
   // Counters of a tile's first `wanted` groups, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
     const uint64_t r0 = static_cast<uint64_t>(draw.row0 + row), r1 = r0 + 1;
-    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32), start = static_cast<uint32_t>(first);
+    const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
+                   start = static_cast<uint32_t>(first);
     c.one_row = g + wanted <= count;
     if (c.one_row) {
       const uint32_t here = start + static_cast<uint32_t>(g);
@@ -174,7 +195,8 @@ struct Groups {
     }
     if (count >= kTileGroups) {
       const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
-      const uint32_t here = start + static_cast<uint32_t>(g), there = here - static_cast<uint32_t>(count);
+      const uint32_t here = start + static_cast<uint32_t>(g),
+                     there = here - static_cast<uint32_t>(count);
       const int left = static_cast<int>(smaller(kTileGroups, count - g));
       for (int i = 0; i < kTileGroups; ++i) {
         c.group[i] = (i < left ? here : there) + static_cast<uint32_t>(i);

@@ -1,6 +1,6 @@
-// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in v; and v.  docs/maths.md,
-// section 7. Compiled once per instruction set; DIP_EXPECTATION and DIP_VARIANCE name the entry points. Plain loops that
-// compilers vectorise; no STL (draw.h).
+// y = E[act(mu + sqrt(v) z)] over z ~ N(0, 1), with its derivatives in mu and, summed over rows, in
+// v; and v.  docs/maths.md, section 7. Compiled once per instruction set; DIP_EXPECTATION and
+// DIP_VARIANCE name the entry points. Plain loops that compilers vectorise; no STL (draw.h).
 #include <cmath>
 #include <cstdlib>
 
@@ -17,17 +17,22 @@ constexpr int64_t kRows = 64;       // of a tile, and of a sum in the compute ty
 constexpr int64_t kMaxBlocks = 32;  // row blocks of the two-stage sum
 static_assert(kColumns <= kRun, "a row of a tile is one run");
 
-// ---- one run of columns ----------------------------------------------------------------------------------------------
+// ---- one run of columns
+// ----------------------------------------------------------------------------------------------
 
-// What is known of a column, for each term: alpha, and with a = alpha mu the coefficients of polynomials in a^2: P's forward,
-// those of the slope and of the curvature back. m: the mixture's d. kOdd: tanh, with a sign and without a term mu Phi.
+// What is known of a column, for each term: alpha, and with a = alpha mu the coefficients of
+// polynomials in a^2: P's forward, those of the slope and of the curvature back. m: the mixture's
+// d. kOdd: tanh, with a sign and without a term mu Phi.
 template <int m, bool kOdd>
 struct Numbers {
-  static constexpr int kValues = kOdd || m ? m : 1, kSlopes = kOdd ? m + 1 : kValues, kCurvatures = kValues + 1;
-  static constexpr int kValue = 1, kSlope = kValue + kValues, kCurvature = kSlope + kSlopes, kAll = kCurvature + kCurvatures;
+  static constexpr int kValues = kOdd || m ? m : 1, kSlopes = kOdd ? m + 1 : kValues,
+                       kCurvatures = kValues + 1;
+  static constexpr int kValue = 1, kSlope = kValue + kValues, kCurvature = kSlope + kSlopes,
+                       kAll = kCurvature + kCurvatures;
 };
 
-// Number i of a term lies at [i * kStride + column of the tile]: not a multiple of 4096 bytes apart, of which a cache holds few.
+// Number i of a term lies at [i * kStride + column of the tile]: not a multiple of 4096 bytes
+// apart, of which a cache holds few.
 constexpr int kStride = kColumns + 16;
 
 template <class C>
@@ -43,8 +48,9 @@ DIP_HD C polynomial(const C* coefficients, C t) {
   else return fma_of(polynomial<C, n - 1>(coefficients + kStride, t), t, coefficients[0]);
 }
 
-// With T = sum of p Phi(-|a|) and sum of p = 1: tanh is sign(mu) (1 - 2 T) + sum of a phi(a) P, the others
-// max(mu, 0) - |mu| T + sum of phi(a) P. Small terms are added to what is exact, however the p cancel.
+// With T = sum of p Phi(-|a|) and sum of p = 1: tanh is sign(mu) (1 - 2 T) + sum of a phi(a) P, the
+// others max(mu, 0) - |mu| T + sum of phi(a) P. Small terms are added to what is exact, however the
+// p cancel.
 template <class C, int kTerms, int m, bool kOdd, int t = 0>
 DIP_HD void sum_terms(const C* p, const C* column, C mu, C& tails, C& rest) {
   using N = Numbers<m, kOdd>;
@@ -55,11 +61,13 @@ DIP_HD void sum_terms(const C* p, const C* column, C mu, C& tails, C& rest) {
     const C value = polynomial<C, N::kValues>(column + N::kValue * kStride, a * a);
     rest = fma_of(kOdd ? a * density : density, value, rest);
   }
-  if constexpr (t + 1 < kTerms) sum_terms<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, rest);
+  if constexpr (t + 1 < kTerms)
+    sum_terms<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, rest);
 }
 
 template <class C, int kTerms, int m, bool kOdd>
-DIP_HD void forward_run(const C* p, const C* __restrict columns, int n, const C* __restrict mu, C* __restrict y) {
+DIP_HD void forward_run(
+    const C* p, const C* __restrict columns, int n, const C* __restrict mu, C* __restrict y) {
   for (int i = 0; i < n; ++i) {
     const C x = mu[i];
     C tails = 0, rest = 0;
@@ -87,13 +95,14 @@ DIP_HD void sum_slopes(const C* p, const C* column, C mu, C& tails, C& dmu, C& d
   dmu = fma_of(kOdd ? density : odd, slope, dmu);
   dv = fma_of(kOdd ? odd : density, curvature, dv);
   if constexpr (!kOdd) tails = fma_of(p[t], tail, tails);
-  if constexpr (t + 1 < kTerms) sum_slopes<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, dmu, dv);
+  if constexpr (t + 1 < kTerms)
+    sum_slopes<C, kTerms, m, kOdd, t + 1>(p, column + N::kAll * kStride, mu, tails, dmu, dv);
 }
 
 template <class C, int kTerms, int m, bool kOdd>
 DIP_HD void backward_run(
-    const C* p, const C* __restrict columns, int n, const C* __restrict mu, const C* __restrict dy, C* __restrict dmu,
-    C* __restrict dv) {
+    const C* p, const C* __restrict columns, int n, const C* __restrict mu, const C* __restrict dy,
+    C* __restrict dmu, C* __restrict dv) {
   for (int i = 0; i < n; ++i) {
     const C x = mu[i];
     C tails = 0, slope = 0, half_curvature = 0;
@@ -122,11 +131,13 @@ struct Series {
   }
 };
 
-// The coefficients of one term for a column of variance v; relu is the limit c = infinity.  docs/maths.md, section 7.
+// The coefficients of one term for a column of variance v; relu is the limit c = infinity.
+// docs/maths.md, section 7.
 template <int m, bool kOdd>
 struct Term {
   using N = Numbers<m, kOdd>;
-  double alpha, value[N::kValues + 2] = {}, slope[N::kSlopes + 2] = {}, curvature[N::kCurvatures] = {};
+  double alpha, value[N::kValues + 2] = {}, slope[N::kSlopes + 2] = {},
+                                   curvature[N::kCurvatures] = {};
 
   Term(double c, double p, const Series<m, kOdd>& series, double v, bool is_relu) {
     const double beta = is_relu ? 0 : 1 / (1 + c * c * v);
@@ -155,11 +166,13 @@ struct Term {
   }
   // a phi(a) from(t) by mu, and more phi(a): phi(a) to(t)
   static void product_rule(const double* from, double* to, int n, double factor, double more) {
-    for (int l = 0; l < n; ++l) to[l] = factor * ((2 * l + 1) * from[l] - (l ? from[l - 1] : 0) + (l ? 0 : more));
+    for (int l = 0; l < n; ++l)
+      to[l] = factor * ((2 * l + 1) * from[l] - (l ? from[l - 1] : 0) + (l ? 0 : more));
   }
 };
 
-// ---- columns without variance: the activation itself -----------------------------------------------------------------
+// ---- columns without variance: the activation itself
+// -----------------------------------------------------------------
 
 struct Plain {
   double value, slope, half_curvature;
@@ -169,12 +182,15 @@ Plain plain(int kind, double x) {
   switch (kind) {
     case kReluActivation: return {x <= 0 ? 0.0 : x, x <= 0 ? 0.0 : 1.0, 0.0};
     case kGeluActivation: {
-      const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x), cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
+      const double density = 0.39894228040143267794 * std::exp(-0.5 * x * x),
+                   cdf = 0.5 * std::erfc(-0.70710678118654752440 * x);
       return {x * cdf, cdf + x * density, 0.5 * density * (2 - x * x)};
     }
     case kGeluTanhActivation: {
-      const double c = 0.79788456080286535588, d1 = c * (1 + 0.134145 * x * x), d2 = c * 0.26829 * x;
-      const double s = 1 / (1 + std::exp(-2 * c * (x + 0.044715 * x * x * x))), ds = 2 * s * (1 - s) * d1;
+      const double c = 0.79788456080286535588, d1 = c * (1 + 0.134145 * x * x),
+                   d2 = c * 0.26829 * x;
+      const double s = 1 / (1 + std::exp(-2 * c * (x + 0.044715 * x * x * x))),
+                   ds = 2 * s * (1 - s) * d1;
       return {x * s, s + x * ds, ds + 0.5 * x * (2 * (1 - 2 * s) * d1 * ds + 2 * s * (1 - s) * d2)};
     }
     case kSiluActivation: {
@@ -192,7 +208,8 @@ double variance_at(const ExpectationArgs& a, int64_t j) {
   return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
 }
 
-// ---- the passes ------------------------------------------------------------------------------------------------------
+// ---- the passes
+// ------------------------------------------------------------------------------------------------------
 
 template <class C, int kTerms, int m, bool kOdd>
 struct Pass {
@@ -200,7 +217,9 @@ struct Pass {
   Coefficients<C> k;
   bool any_plain;
 
-  const C* tile(int64_t first) const { return k.columns + first / kColumns * kTerms * Numbers<m, kOdd>::kAll * kStride; }
+  const C* tile(int64_t first) const {
+    return k.columns + first / kColumns * kTerms * Numbers<m, kOdd>::kAll * kStride;
+  }
 
   // The processor's own prefetching does not follow short runs a row apart.
   template <int kWrite>
@@ -233,7 +252,8 @@ struct Pass {
     C* __restrict dmu = run_target<C>(args.dmu, at, target);
     backward_run<C, kTerms, m, kOdd>(k.p, tile(first), n, mu, dy, dmu, dv);
     for (int i = 0; any_plain && i < n; ++i) {
-      if (variance_at(args, first + i) != 0) continue;  // there the curvature is 0, so dv has nothing of it yet
+      if (variance_at(args, first + i) != 0)
+        continue;  // there the curvature is 0, so dv has nothing of it yet
       const Plain f = plain(args.kind, mu[i]);
       dmu[i] = dy[i] * static_cast<C>(f.slope);
       dv[i] += dy[i] * static_cast<C>(f.half_curvature);
@@ -244,26 +264,31 @@ struct Pass {
 
   void write_only(ParallelFor parallel_for) const {
     const int64_t tiles = ceil_div(args.features, kColumns);
-    run_parallel(parallel_for, ceil_div(args.rows, kRows) * tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % tiles * kColumns, row = i / tiles * kRows;
-        const int n = static_cast<int>(smaller(kColumns, args.features - first));
-        for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) forward(r, first, n);
-      }
-    });
+    run_parallel(
+        parallel_for, ceil_div(args.rows, kRows) * tiles, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i % tiles * kColumns, row = i / tiles * kRows;
+            const int n = static_cast<int>(smaller(kColumns, args.features - first));
+            for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) forward(r, first, n);
+          }
+        });
   }
 
-  // partials: [2, blocks, features], of d/dv and of dmu; each is a sum over its rows in their order, whatever runs it.
-  void sum_rows(ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) const {
+  // partials: [2, blocks, features], of d/dv and of dmu; each is a sum over its rows in their
+  // order, whatever runs it.
+  void sum_rows(
+      ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) const {
     const int64_t tiles = ceil_div(args.features, kColumns);
     run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % tiles * kColumns, block = i / tiles;
         const int n = static_cast<int>(smaller(kColumns, args.features - first));
         double *dv = partials + block * args.features + first, *sum = dv + blocks * args.features;
-        for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, args.rows); row += kRows) {
+        for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, args.rows);
+             row += kRows) {
           alignas(64) C dv_part[kColumns] = {}, part[kColumns] = {};
-          for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r) backward(r, first, n, dv_part, part);
+          for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r)
+            backward(r, first, n, dv_part, part);
           for (int j = 0; j < n; ++j) dv[j] += dv_part[j], sum[j] += part[j];
         }
       }
@@ -277,8 +302,11 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
   const int64_t n = a.features, tiles = ceil_div(n, kColumns);
   const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
   const int64_t blocks = ceil_div(a.rows, block_rows);
-  C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(tiles * kTerms * N::kAll * kStride + 1)));
-  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(2 * blocks * n + 1), sizeof(double))) : nullptr;
+  C* columns = static_cast<C*>(
+      std::malloc(sizeof(C) * static_cast<size_t>(tiles * kTerms * N::kAll * kStride + 1)));
+  double* partials = a.dv ? static_cast<double*>(std::calloc(
+                                static_cast<size_t>(2 * blocks * n + 1), sizeof(double)))
+                          : nullptr;
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
     Pass<C, kTerms, m, kOdd> pass{a, {columns, {}}, false};
@@ -313,47 +341,54 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
   return error;
 }
 
-// ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2 ----------------------------------------------------
+// ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2
+// ----------------------------------------------------
 
 // Rows of the weight in parallel. Sums go to 32 lanes in order, whatever the vectors' width.
 template <class C>
 void variance_rows(const VarianceArgs& a, const C* s2, ParallelFor parallel_for) {
-  run_parallel(parallel_for, a.rows, larger(1, 16384 / larger(1, a.features)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      double v = 0;
-      for (int64_t first = 0; first < a.features; first += kColumns) {
-        alignas(64) C buffer[kRun], acc[32] = {};
-        const int n = static_cast<int>(smaller(kColumns, a.features - first));
-        const C* w = load_run<C>(a.weight, row * a.features + first, n, buffer);
-        const C* s = s2 + first;
-        int i = 0;
-        for (; i + 32 <= n; i += 32)
-          for (int j = 0; j < 32; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
-        for (int j = 0; i + j < n; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
-        for (int j = 0; j < 32; ++j) v += acc[j];
-      }
-      if (a.is_double) static_cast<double*>(a.v)[row] = v;
-      else static_cast<float*>(a.v)[row] = static_cast<float>(v);
-    }
-  });
+  run_parallel(
+      parallel_for, a.rows, larger(1, 16384 / larger(1, a.features)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          double v = 0;
+          for (int64_t first = 0; first < a.features; first += kColumns) {
+            alignas(64) C buffer[kRun], acc[32] = {};
+            const int n = static_cast<int>(smaller(kColumns, a.features - first));
+            const C* w = load_run<C>(a.weight, row * a.features + first, n, buffer);
+            const C* s = s2 + first;
+            int i = 0;
+            for (; i + 32 <= n; i += 32)
+              for (int j = 0; j < 32; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
+            for (int j = 0; i + j < n; ++j) acc[j] = fma_of(w[i + j] * w[i + j], s[i + j], acc[j]);
+            for (int j = 0; j < 32; ++j) v += acc[j];
+          }
+          if (a.is_double) static_cast<double*>(a.v)[row] = v;
+          else static_cast<float*>(a.v)[row] = static_cast<float>(v);
+        }
+      });
 }
 
 // dW = what is given + 2 dv s^2 W, and partials [blocks, features] of sum over rows of dv W^2.
 template <class C>
 void variance_slopes(
-    const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) {
+    const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials, int64_t blocks,
+    int64_t block_rows) {
   const int64_t tiles = ceil_div(a.features, kColumns);
   run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % tiles * kColumns, block = i / tiles;
       const int n = static_cast<int>(smaller(kColumns, a.features - first));
       double* sums = partials + block * a.features + first;
-      for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, a.rows); row += kRows) {
+      for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, a.rows);
+           row += kRows) {
         alignas(64) C acc[kColumns] = {};
         for (int64_t r = row; r < smaller(row + kRows, a.rows); ++r) {
           alignas(64) C buffer[kRun], more[kRun], target[kRun];
           const int64_t at = r * a.features + first;
-          const C dv = static_cast<C>(a.is_double ? static_cast<const double*>(a.dv)[r] : static_cast<const float*>(a.dv)[r]);
+          const C dv = static_cast<C>(
+              a.is_double ? static_cast<const double*>(a.dv)[r]
+                          : static_cast<const float*>(a.dv)[r]);
           const C* __restrict w = load_run<C>(a.weight, at, n, buffer);
           C* __restrict dw = run_target<C>(a.dweight, at, target);
           const C* s = s2 + first;
@@ -380,13 +415,18 @@ const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
   const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
   const int64_t blocks = ceil_div(a.rows, block_rows);
   C* s2 = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + 1)));
-  double* partials = a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * k + 1), sizeof(double))) : nullptr;
+  double* partials =
+      a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * k + 1), sizeof(double)))
+           : nullptr;
   const char* error = !s2 || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
     const auto sigma = [&](int64_t j) {
-      return a.is_double ? static_cast<const double*>(a.sigma)[j] : static_cast<const float*>(a.sigma)[j];
+      return a.is_double ? static_cast<const double*>(a.sigma)[j]
+                         : static_cast<const float*>(a.sigma)[j];
     };
-    const auto square = [&](int64_t j) { return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j); };
+    const auto square = [&](int64_t j) {
+      return a.log_variance ? std::exp(sigma(j)) : sigma(j) * sigma(j);
+    };
     for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
     if (a.dv) {
       variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
@@ -407,7 +447,8 @@ const char* choose_terms(const ExpectationArgs& a, ParallelFor parallel_for) {
   switch (a.kind) {
     case kReluActivation:
     case kGeluActivation: return run<C, 1, 0, false>(a, kGelu[tier], parallel_for);
-    case kGeluTanhActivation: return run<C, gelu_tanh.terms, gelu_tanh.m, false>(a, gelu_tanh, parallel_for);
+    case kGeluTanhActivation:
+      return run<C, gelu_tanh.terms, gelu_tanh.m, false>(a, gelu_tanh, parallel_for);
     case kSiluActivation: return run<C, silu.terms, silu.m, false>(a, silu, parallel_for);
     case kTanhActivation: return run<C, tanh.terms, tanh.m, true>(a, tanh, parallel_for);
     default: return "activation: unknown";

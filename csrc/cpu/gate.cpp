@@ -1,5 +1,6 @@
-// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of du * z.  docs/maths.md,
-// section 10. Compiled once per instruction set: DIP_LANES names the lane type, DIP_GATE the entry point.
+// u = act(a) * b + sigma * z;  da = du * b * act'(a), db = du * act(a), dsigma = sum over rows of
+// du * z.  docs/maths.md, section 10. Compiled once per instruction set: DIP_LANES names the lane
+// type, DIP_GATE the entry point.
 #include <type_traits>
 
 #include "act.h"
@@ -8,7 +9,8 @@
 namespace dip {
 namespace {
 
-// ---- n <= kTile numbers that lie side by side ------------------------------------------------------------------------
+// ---- n <= kTile numbers that lie side by side
+// ------------------------------------------------------------------------
 
 template <int kKind, class C>
 void forward_run(int n, const C* __restrict a, const C* __restrict b, C* __restrict y) {
@@ -21,7 +23,8 @@ void forward_run(int n, const C* __restrict a, const C* __restrict b, C* __restr
 
 template <int kKind, class C>
 void backward_run(
-    int n, const C* __restrict a, const C* __restrict b, const C* __restrict du, C* __restrict da, C* __restrict db) {
+    int n, const C* __restrict a, const C* __restrict b, const C* __restrict du, C* __restrict da,
+    C* __restrict db) {
   if (b) {
     for (int i = 0; i < n; ++i) {
       const Act<C> f = act<kKind>(a[i]);
@@ -54,7 +57,8 @@ struct Functions {
   }
 };
 
-// ---- the pass --------------------------------------------------------------------------------------------------------
+// ---- the pass
+// --------------------------------------------------------------------------------------------------------
 
 constexpr int kPart = 512;  // columns of a tile
 
@@ -66,12 +70,14 @@ struct Job {
 
   explicit Job(const GateArgs& g) : args(g), functions(Functions<C>::of(g.kind)) {
     const auto follows = [&](const Operand& o) { return !o.data || o.outer_stride == g.features; };
-    dense = g.inner == 1 && follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) && follows(g.da) && follows(g.db);
+    dense = g.inner == 1 && follows(g.a) && follows(g.b) && follows(g.u) && follows(g.du) &&
+            follows(g.da) && follows(g.db);
     draws = g.u.data || g.dsigma;
     const DType dtype = g.u.data ? g.u.dtype : g.du.dtype;
     in_registers = dense && draws && (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data && dtype == DType::kFloat32 &&
-              g.outer * g.features * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;
+    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && g.u.data &&
+              dtype == DType::kFloat32 && g.outer * g.features * 4 >= kStreamBytes &&
+              reinterpret_cast<uintptr_t>(g.u.data) % 64 == 0;
     prefetches_ahead = in_registers && V::kLanes > 1 && sizeof(C) == 4;
   }
 
@@ -117,11 +123,13 @@ struct Job {
     values(p, n, y);
     C* u = run_target<C>(args.u, p.at(args.u), target);
     const C one = *scale;
-    for (int i = 0; i < n; ++i) u[i] = fma_of(kChannel ? one : scale[i], static_cast<C>(z[i]), y[i]);
+    for (int i = 0; i < n; ++i)
+      u[i] = fma_of(kChannel ? one : scale[i], static_cast<C>(z[i]), y[i]);
     store_run<C>(args.u, p.at(args.u), n, u);
   }
 
-  // In parts, so that what is computed of one is still at hand for the next step, and the next one's lines come in the meantime.
+  // In parts, so that what is computed of one is still at hand for the next step, and the next
+  // one's lines come in the meantime.
   void tile(const Place& p, const Polar& polar, const float* scale, float* acc) const {
     for (int begin = 0; begin < kTile; begin += kPart) {
       const Place part{p.outer, p.feature + begin, p.inner};
@@ -144,7 +152,8 @@ struct Job {
     const auto step = [&](const Operand& o, auto write) {
       if (!o.data) return;
       const int64_t at = p.at(o) + kPart + i;
-      if (o.dtype == DType::kFloat32) prefetch_step<write.value>(static_cast<const float*>(o.data) + at);
+      if (o.dtype == DType::kFloat32)
+        prefetch_step<write.value>(static_cast<const float*>(o.data) + at);
       else prefetch_step<write.value>(static_cast<const uint16_t*>(o.data) + at);
     };
     const std::integral_constant<int, 0> read;
@@ -161,14 +170,17 @@ struct Job {
   void sum_of(const Place& p, const Polar& polar, int begin, const float* scale, float* acc) const {
     const T* du = static_cast<const T*>(args.du.data) + p.at(args.du);
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<T, T, false, true, false, false>(polar, du, du, nullptr, nullptr, scale, acc, ahead, begin, begin + kPart);
+    use_tile<T, T, false, true, false, false>(
+        polar, du, du, nullptr, nullptr, scale, acc, ahead, begin, begin + kPart);
   }
 
   template <class T, bool kStream>
-  void write_of(const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
+  void write_of(
+      const Place& p, const Polar& polar, int begin, const float* y, const float* scale) const {
     T* u = static_cast<T*>(args.u.data) + p.at(args.u);
     const auto ahead = [&](int i) { prefetch_next(p, i); };
-    use_tile<float, T, true, false, false, kStream>(polar, y, nullptr, u, nullptr, scale, nullptr, ahead, begin, begin + kPart);
+    use_tile<float, T, true, false, false, kStream>(
+        polar, y, nullptr, u, nullptr, scale, nullptr, ahead, begin, begin + kPart);
   }
 };
 
@@ -182,7 +194,8 @@ const char* gate(const GateArgs& g, ParallelFor parallel_for) {
 }  // namespace
 
 const char* DIP_GATE(const GateArgs& g, ParallelFor parallel_for) {
-  return g.a.dtype == DType::kFloat64 ? gate<double>(g, parallel_for) : gate<float>(g, parallel_for);
+  return g.a.dtype == DType::kFloat64 ? gate<double>(g, parallel_for)
+                                      : gate<float>(g, parallel_for);
 }
 
 }  // namespace dip

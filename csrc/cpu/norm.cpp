@@ -1,5 +1,6 @@
-// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z, and back.  docs/maths.md, section 10.
-// Compiled once per instruction set: DIP_LANES names the lane type, DIP_NORM the entry point.
+// h = (x - mean) * rstd;  u = h * (offset + weight) + bias + sigma * z, and back.  docs/maths.md,
+// section 10. Compiled once per instruction set: DIP_LANES names the lane type, DIP_NORM the entry
+// point.
 #include <type_traits>
 
 #include "vector_math.h"
@@ -8,8 +9,10 @@
 namespace dip {
 namespace {
 
-// ---- sums along a row ------------------------------------------------------------------------------------------------
-// In 32 lanes, whatever the vectors' width; runs of kRun, so that a lane takes 32 terms before they go to double.
+// ---- sums along a row
+// ------------------------------------------------------------------------------------------------
+// In 32 lanes, whatever the vectors' width; runs of kRun, so that a lane takes 32 terms before they
+// go to double.
 
 constexpr int kSumLanes = 32;
 
@@ -54,15 +57,18 @@ DIP_HD double sum_run(int n, F&& term) {
   return sum_lanes(lanes);
 }
 
-// ---- the pass --------------------------------------------------------------------------------------------------------
+// ---- the pass
+// --------------------------------------------------------------------------------------------------------
 
 template <class C>
 struct Row {
   C mean, rstd;
-  C shift, slope;  // back: rstd times the means over the row of g and of g h, g = du (offset + weight)
+  C shift,
+      slope;  // back: rstd times the means over the row of g and of g h, g = du (offset + weight)
 };
 
-constexpr int kAhead = 256;  // columns from where one is written to where the next ones are asked for
+constexpr int kAhead =
+    256;  // columns from where one is written to where the next ones are asked for
 
 // A run of one row that lies in a tile.
 struct Segment {
@@ -80,27 +86,38 @@ struct Norm {
   bool in_registers, streams, draws, row_tiles;
 
   Norm(const NormArgs& a, const C* scale, const C* weight, const C* bias)
-      : args(a), generator(a.draw), groups(a.draw, a.features), k(a.features), scale(scale), weight(weight), bias(bias) {
+      : args(a),
+        generator(a.draw),
+        groups(a.draw, a.features),
+        k(a.features),
+        scale(scale),
+        weight(weight),
+        bias(bias) {
     draws = a.u.data || a.dsigma;
-    // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of than 64.
+    // Whole steps of use_row_*: of 2 * V::kLanes columns, which no instruction set has more of
+    // than 64.
     const DType data = a.x.dtype, other = a.u.data ? a.u.dtype : a.du.dtype;
     in_registers = V::kLanes > 1 && sizeof(C) == 4 && draws && groups.phase == 0 && k % 64 == 0 &&
                    (data == DType::kFloat32 || data == DType::kBFloat16) &&
                    (other == data || (data == DType::kFloat32 && other == DType::kBFloat16)) &&
                    (!a.dx.data || a.dx.dtype == data);
-    streams = in_registers && a.u.data && other == DType::kFloat32 && a.rows * k * 4 >= kStreamBytes &&
-              a.u.outer_stride % 16 == 0 && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    streams = in_registers && a.u.data && other == DType::kFloat32 &&
+              a.rows * k * 4 >= kStreamBytes && a.u.outer_stride % 16 == 0 &&
+              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
     // Tiles of one row draw faster, unless too much of their vectors is for nothing.
     const int64_t drawn = ceil_div(groups.count, V::kLanes) * V::kLanes;
     row_tiles = 10 * drawn <= 11 * groups.count;
   }
 
-  int64_t at(const Operand& o, int64_t row, int64_t col) const { return row * o.outer_stride + col; }
+  int64_t at(const Operand& o, int64_t row, int64_t col) const {
+    return row * o.outer_stride + col;
+  }
 
   // Calls f(first, n) for the runs of a row.
   template <class F>
   DIP_HD void for_runs(F&& f) const {
-    for (int64_t first = 0; first < k; first += kRun) f(first, static_cast<int>(smaller(kRun, k - first)));
+    for (int64_t first = 0; first < k; first += kRun)
+      f(first, static_cast<int>(smaller(kRun, k - first)));
   }
 
   // ---- what a row needs first
@@ -132,16 +149,21 @@ struct Norm {
 
   Row<C> projections(int64_t row) const {
     alignas(64) C buffer[kRun], gradient[kRun];
-    Row<C> r{args.mean ? static_cast<const C*>(args.mean)[row] : C(0), static_cast<const C*>(args.rstd)[row], 0, 0};
+    Row<C> r{
+        args.mean ? static_cast<const C*>(args.mean)[row] : C(0),
+        static_cast<const C*>(args.rstd)[row], 0, 0};
     double sum = 0, product = 0;
     for_runs([&](int64_t first, int n) {
       const C* x = load_run<C>(args.x, at(args.x, row, first), n, buffer);
       const C* du = load_run<C>(args.du, at(args.du, row, first), n, gradient);
       const C* w = weight + first;
-      const auto g = [&](auto lanes, int i) { return lanes.mul(lanes.load(du + i), lanes.load(w + i)); };
+      const auto g = [&](auto lanes, int i) {
+        return lanes.mul(lanes.load(du + i), lanes.load(w + i));
+      };
       if (args.centred) sum += sum_run<C>(n, g);
-      product += sum_run<C>(
-          n, [&](auto lanes, int i) { return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean))); });
+      product += sum_run<C>(n, [&](auto lanes, int i) {
+        return lanes.mul(g(lanes, i), lanes.sub(lanes.load(x + i), lanes.splat_f(r.mean)));
+      });
     });
     r.shift = static_cast<C>(r.rstd * (sum / static_cast<double>(k)));
     r.slope = static_cast<C>(r.rstd * (r.rstd * product / static_cast<double>(k)));
@@ -154,7 +176,8 @@ struct Norm {
     alignas(64) C buffer[kRun], target[kRun];
     const C* x = load_run<C>(args.x, at(args.x, s.row, s.col), s.n, buffer);
     C* u = run_target<C>(args.u, at(args.u, s.row, s.col), target);
-    const C *w = weight + s.col, *b = bias + s.col, *sigma = scale + s.col, mean = r.mean, rstd = r.rstd;
+    const C *w = weight + s.col, *b = bias + s.col, *sigma = scale + s.col, mean = r.mean,
+            rstd = r.rstd;
     for (int i = 0; i < s.n; ++i) {
       const C y = fma_of((x[i] - mean) * rstd, w[i], b[i]);
       u[i] = fma_of(sigma[i], static_cast<C>(z[i]), y);
@@ -184,7 +207,8 @@ struct Norm {
   // ---- a segment in the registers of its draw's last step: words [begin, end) of the tile
 
   template <class X, class T, bool kStream>
-  void write_tile(const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end) const {
+  void write_tile(
+      const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end) const {
     const X* x = static_cast<const X*>(args.x.data) + at(args.x, s.row, s.col) - 2 * begin;
     T* u = static_cast<T*>(args.u.data) + at(args.u, s.row, s.col) - 2 * begin;
     const int64_t col = s.col - 2 * begin;
@@ -209,15 +233,17 @@ struct Norm {
   }
 
   template <class X, class T>
-  void back_tile(const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
+  void back_tile(
+      const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end,
+      float* sums) const {
     const X* x = static_cast<const X*>(args.x.data) + at(args.x, s.row, s.col) - 2 * begin;
     const T* du = static_cast<const T*>(args.du.data) + at(args.du, s.row, s.col) - 2 * begin;
     X* dx = static_cast<X*>(args.dx.data) + at(args.dx, s.row, s.col) - 2 * begin;
     const int64_t col = s.col - 2 * begin;
     const float* w = weight + col;
     float *dweight = sums + col, *dbias = dweight + k, *dsigma = dbias + k;
-    const One::F mean = One::splat_f(r.mean), rstd = One::splat_f(r.rstd), minus_shift = One::splat_f(-r.shift),
-                 minus_slope = One::splat_f(-r.slope);
+    const One::F mean = One::splat_f(r.mean), rstd = One::splat_f(r.rstd),
+                 minus_shift = One::splat_f(-r.shift), minus_slope = One::splat_f(-r.slope);
     const auto compute = [&](int at, One::F z) {
       const One::F h = One::mul(One::sub(One::load(x + at), mean), rstd), g = One::load(du + at);
       One::store(dweight + at, One::fma(g, h, One::load(dweight + at)));
@@ -239,16 +265,20 @@ struct Norm {
     }
   }
 
-  void segment_in_registers(const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end, float* sums) const {
+  void segment_in_registers(
+      const Segment& s, const Row<float>& r, const Polar& polar, int begin, int end,
+      float* sums) const {
     const bool wide = args.x.dtype == DType::kFloat32;
     if (args.u.data) {
       if (streams) write_tile<float, float, true>(s, r, polar, begin, end);
       else if (!wide) write_tile<BFloat16Bits, BFloat16Bits, false>(s, r, polar, begin, end);
-      else if (args.u.dtype == DType::kFloat32) write_tile<float, float, false>(s, r, polar, begin, end);
+      else if (args.u.dtype == DType::kFloat32)
+        write_tile<float, float, false>(s, r, polar, begin, end);
       else write_tile<float, BFloat16Bits, false>(s, r, polar, begin, end);
     } else {
       if (!wide) back_tile<BFloat16Bits, BFloat16Bits>(s, r, polar, begin, end, sums);
-      else if (args.du.dtype == DType::kFloat32) back_tile<float, float>(s, r, polar, begin, end, sums);
+      else if (args.du.dtype == DType::kFloat32)
+        back_tile<float, float>(s, r, polar, begin, end, sums);
       else back_tile<float, BFloat16Bits>(s, r, polar, begin, end, sums);
     }
   }
@@ -267,7 +297,8 @@ struct Norm {
       const int64_t rest = row_tiles ? groups.count - g : (end - row) * groups.count - g;
       const int count = static_cast<int>(smaller(kTileGroups, rest));
       const auto begin_row = [&] { r = args.u.data ? moments(row) : projections(row); };
-      if (g == 0) begin_row();  // before the draw, which a processor begins while it waits for the sums
+      if (g == 0)
+        begin_row();  // before the draw, which a processor begins while it waits for the sums
       if (draws) {
         groups.fill(counters, row, g, count);
         if (in_registers) draw_polar<false>(counters, generator, count, &polar);
@@ -276,10 +307,12 @@ struct Norm {
       for (int done = 0; done < count;) {
         if (g == 0 && done) begin_row();
         const int here = static_cast<int>(smaller(count - done, groups.count - g));
-        const int64_t col = larger(0, 8 * g - groups.phase), col_end = smaller(k, 8 * (g + here) - groups.phase);
+        const int64_t col = larger(0, 8 * g - groups.phase),
+                      col_end = smaller(k, 8 * (g + here) - groups.phase);
         const Segment s{row, col, static_cast<int>(col_end - col)};
         if (in_registers) {
-          if constexpr (V::kLanes > 1 && sizeof(C) == 4) segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
+          if constexpr (V::kLanes > 1 && sizeof(C) == 4)
+            segment_in_registers(s, r, polar, 4 * done, 4 * (done + here), sums);
         } else {
           const float* z_of = z + 8 * done + (col + groups.phase - 8 * g);
           if (args.u.data) write(s, r, z_of);
@@ -327,27 +360,33 @@ void get_columns(const Operand& data, int64_t n, C offset, C absent, C* to) {
 template <class C>
 const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor parallel_for) {
   const int64_t k = a.features;
-  const int64_t block_rows = larger(64, ceil_div(ceil_div(a.rows, kMaxBlocks), 64) * 64), blocks = ceil_div(a.rows, block_rows);
-  double* partials = static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks) * 3 * k + 1), sizeof(double)));
+  const int64_t block_rows = larger(64, ceil_div(ceil_div(a.rows, kMaxBlocks), 64) * 64),
+                blocks = ceil_div(a.rows, block_rows);
+  double* partials = static_cast<double*>(
+      std::calloc(static_cast<size_t>(larger(1, blocks) * 3 * k + 1), sizeof(double)));
   if (!partials) return "out of memory";
   bool failed = false;
-  run_parallel(parallel_for, blocks, larger(1, kGrainTiles * kTile / larger(1, k * block_rows)), [&](int64_t begin, int64_t end) {
-    C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k + 1), sizeof(C)));
-    if (!sums) {
-      __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
-      return;
-    }
-    for (int64_t b = begin; b < end; ++b)
-      norm.walk(b * block_rows, smaller(a.rows, (b + 1) * block_rows), sums, partials + 3 * b * k);
-    std::free(sums);
-  });
+  run_parallel(
+      parallel_for, blocks, larger(1, kGrainTiles * kTile / larger(1, k * block_rows)),
+      [&](int64_t begin, int64_t end) {
+        C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k + 1), sizeof(C)));
+        if (!sums) {
+          __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
+          return;
+        }
+        for (int64_t b = begin; b < end; ++b)
+          norm.walk(
+              b * block_rows, smaller(a.rows, (b + 1) * block_rows), sums, partials + 3 * b * k);
+        std::free(sums);
+      });
   if (!failed) {
     add_blocks(partials, blocks, 3 * k);
     const auto one = [](int64_t) { return 1.0; };
     put_columns(partials, k, a.dweight, one);
     put_columns(partials + k, k, a.dbias, one);
     put_columns(
-        partials + 2 * k, k, {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
+        partials + 2 * k, k,
+        {a.dsigma, a.draw.sigma_is_double ? DType::kFloat64 : DType::kFloat32, 0, 1},
         [&](int64_t j) { return slope_at(a.draw, j); });
   }
   std::free(partials);
@@ -360,7 +399,8 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   C* columns = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(3 * k + kTile)));
   if (!columns) return "out of memory";
   C *scale = columns, *weight = columns + k, *bias = weight + k;
-  for (int64_t j = 0; j < k; ++j) scale[j] = a.draw.sigma ? static_cast<C>(scale_at(a.draw, j)) : C(0);
+  for (int64_t j = 0; j < k; ++j)
+    scale[j] = a.draw.sigma ? static_cast<C>(scale_at(a.draw, j)) : C(0);
   get_columns<C>(a.weight, k, static_cast<C>(a.offset), 1, weight);
   get_columns<C>(a.bias, k, 0, 0, bias);
   const char* error = nullptr;
@@ -368,9 +408,9 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
   if (!a.u.data) {
     error = run_back<C>(a, norm, parallel_for);
   } else {
-    run_parallel(parallel_for, a.rows, larger(1, kGrainTiles * kTile / larger(1, k)), [&](int64_t begin, int64_t end) {
-      norm.walk(begin, end, nullptr, nullptr);
-    });
+    run_parallel(
+        parallel_for, a.rows, larger(1, kGrainTiles * kTile / larger(1, k)),
+        [&](int64_t begin, int64_t end) { norm.walk(begin, end, nullptr, nullptr); });
   }
   std::free(columns);
   return error;
@@ -379,7 +419,8 @@ const char* run_norm(const NormArgs& a, ParallelFor parallel_for) {
 }  // namespace
 
 const char* DIP_NORM(const NormArgs& a, ParallelFor parallel_for) {
-  return a.x.dtype == DType::kFloat64 ? run_norm<double>(a, parallel_for) : run_norm<float>(a, parallel_for);
+  return a.x.dtype == DType::kFloat64 ? run_norm<double>(a, parallel_for)
+                                      : run_norm<float>(a, parallel_for);
 }
 
 }  // namespace dip

@@ -9,8 +9,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is done with one: a thread that
-// wakes late, or shares its core, keeps nobody waiting.
+// f(begin, end) over parts of [0, total) of `grain`. Every thread takes the next part when it is
+// done with one: a thread that wakes late, or shares its core, keeps nobody waiting.
 template <class F>
 void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f) {
   struct Work {

@@ -1,12 +1,14 @@
-// u = x + factor * sigma * z;  dsigma = factor * sum over rows of du * z.  docs/maths.md, sections 1, 5 and 6.
-// Compiled once per instruction set: DIP_LANES names the lane type, DIP_PERTURB the entry point.
+// u = x + factor * sigma * z;  dsigma = factor * sum over rows of du * z.  docs/maths.md, sections
+// 1, 5 and 6. Compiled once per instruction set: DIP_LANES names the lane type, DIP_PERTURB the
+// entry point.
 #include "vector_math.h"
 #include "walk.h"
 
 namespace dip {
 namespace {
 
-// ---- a run: n elements that lie side by side -------------------------------------------------------------------------
+// ---- a run: n elements that lie side by side
+// -------------------------------------------------------------------------
 
 template <class C>
 struct Job {
@@ -22,9 +24,12 @@ struct Job {
     const auto same = [&](const Operand& o) { return !o.data || o.dtype == dtype; };
     in_registers = dense && (a.x.data || !a.u.data) && same(a.x) && same(a.z) && same(a.du) &&
                    (dtype == DType::kFloat32 || dtype == DType::kBFloat16);
-    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data && !a.dsigma && dtype == DType::kFloat32 &&
-              a.outer * a.features * 4 >= kStreamBytes && reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
-    prefetches_u = !streams && !(in_registers && dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
+    streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data &&
+              !a.dsigma && dtype == DType::kFloat32 && a.outer * a.features * 4 >= kStreamBytes &&
+              reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
+    prefetches_u =
+        !streams && !(in_registers &&
+                      dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
   }
 
   void prefetch(const Place& p, int n) const {
@@ -68,13 +73,18 @@ struct Job {
   template <class T, bool kStream>
   void tile_of(const Place& p, const Polar& polar, const float* scale, float* acc) const {
     const PerturbArgs& a = args;
-    const T *x = static_cast<const T*>(a.x.data) + p.at(a.x), *du = static_cast<const T*>(a.du.data) + p.at(a.du);
+    const T *x = static_cast<const T*>(a.x.data) + p.at(a.x),
+            *du = static_cast<const T*>(a.du.data) + p.at(a.du);
     T *u = static_cast<T*>(a.u.data) + p.at(a.u), *z = static_cast<T*>(a.z.data) + p.at(a.z);
     const auto nothing = [](int) {};
-    if (!acc && !a.z.data) use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc, nothing);
-    else if (!acc && !a.u.data) use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
-    else if (!acc) use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
-    else if (!a.u.data) use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
+    if (!acc && !a.z.data)
+      use_tile<T, T, true, false, false, kStream>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!acc && !a.u.data)
+      use_tile<T, T, false, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!acc)
+      use_tile<T, T, true, false, true, false>(polar, x, du, u, z, scale, acc, nothing);
+    else if (!a.u.data)
+      use_tile<T, T, false, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
     else use_tile<T, T, true, true, false, false>(polar, x, du, u, z, scale, acc, nothing);
   }
 };
@@ -89,7 +99,9 @@ const char* perturb(const PerturbArgs& a, ParallelFor parallel_for) {
 
 // Computed in double where the data are: x, or the gradient alone.
 const char* DIP_PERTURB(const PerturbArgs& a, ParallelFor parallel_for) {
-  const bool is_double = (a.x.data ? a.x.dtype : a.du.data ? a.du.dtype : DType::kFloat32) == DType::kFloat64;
+  const bool is_double = (a.x.data    ? a.x.dtype
+                          : a.du.data ? a.du.dtype
+                                      : DType::kFloat32) == DType::kFloat64;
   return is_double ? perturb<double>(a, parallel_for) : perturb<float>(a, parallel_for);
 }
 

@@ -1,6 +1,6 @@
-// Samples behind an activation, summed: total += sum over s of act(h_s), and back.  docs/maths.md, section 4.
-// Compiled once per instruction set; DIP_SAMPLES names the entry point. Plain loops that compilers vectorise; no STL
-// (draw.h).
+// Samples behind an activation, summed: total += sum over s of act(h_s), and back.  docs/maths.md,
+// section 4. Compiled once per instruction set; DIP_SAMPLES names the entry point. Plain loops that
+// compilers vectorise; no STL (draw.h).
 #include "act.h"
 #include "convert.h"
 #include "parallel.h"
@@ -13,7 +13,9 @@ struct Run {
   int64_t outer, inner;  // of its first one
   int n;
 
-  int64_t at(const Samples& t, int64_t sample) const { return sample * t.sample_stride + outer * t.outer_stride + inner; }
+  int64_t at(const Samples& t, int64_t sample) const {
+    return sample * t.sample_stride + outer * t.outer_stride + inner;
+  }
 };
 
 Operand values(const Samples& t) { return {t.data, t.dtype, 0, 1}; }
@@ -54,7 +56,8 @@ template <int kKind>
 void back(const SamplesArgs& a, const Run& run) {
   alignas(64) float buffer[kRun], gradient[kRun];
   float* __restrict total = a.total + run.outer * a.inner + run.inner;
-  const float* __restrict dy = load_run<float>(a.dy, run.outer * a.dy.outer_stride + run.inner, run.n, gradient);
+  const float* __restrict dy =
+      load_run<float>(a.dy, run.outer * a.dy.outer_stride + run.inner, run.n, gradient);
   for (int64_t s = 0; s < a.samples; ++s) {
     if (s + 1 < a.samples) {
       prefetch_run<0>(values(a.h), run.at(a.h, s + 1), run.n);
@@ -72,7 +75,8 @@ void back(const SamplesArgs& a, const Run& run) {
 template <int kKind>
 void sum(const SamplesArgs& a, ParallelFor parallel_for) {
   const int64_t runs = ceil_div(a.inner, kRun);
-  const int64_t work = larger(1, smaller(a.inner, kRun) * a.samples), grain = larger(1, 16 * kRun / work);
+  const int64_t work = larger(1, smaller(a.inner, kRun) * a.samples),
+                grain = larger(1, 16 * kRun / work);
   run_parallel(parallel_for, a.outer * runs, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t outer = i / runs, inner = i % runs * kRun;

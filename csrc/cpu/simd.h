@@ -1,5 +1,6 @@
-// The lane types of noise.h for x86: 8 lanes of AVX2, 16 lanes of AVX-512. Compiled where the flags allow.
-// Wide keeps 64-bit products of the even and the odd lanes apart, so that a Philox round shuffles nothing.
+// The lane types of noise.h for x86: 8 lanes of AVX2, 16 lanes of AVX-512. Compiled where the flags
+// allow. Wide keeps 64-bit products of the even and the odd lanes apart, so that a Philox round
+// shuffles nothing.
 #pragma once
 #include "../noise.h"
 
@@ -22,19 +23,25 @@ struct Avx512 {
     __m512i even, odd;
   };
   static DIP_HD Wide widen(U a) { return {a, _mm512_srli_epi64(a, 32)}; }
-  static DIP_HD U narrow(Wide a) { return _mm512_mask_mov_epi32(a.even, 0xAAAA, _mm512_slli_epi64(a.odd, 32)); }
+  static DIP_HD U narrow(Wide a) {
+    return _mm512_mask_mov_epi32(a.even, 0xAAAA, _mm512_slli_epi64(a.odd, 32));
+  }
   static DIP_HD Wide multiply(Wide a, uint32_t m) {
     const __m512i b = _mm512_set1_epi64(m);
     return {_mm512_mul_epu32(a.even, b), _mm512_mul_epu32(a.odd, b)};
   }
-  static DIP_HD Wide high(Wide a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+  static DIP_HD Wide high(Wide a) {
+    return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)};
+  }
   static DIP_HD Wide xor2(Wide a, uint64_t c) {
     const __m512i k = _mm512_set1_epi64(static_cast<int64_t>(c));
     return {_mm512_xor_si512(a.even, k), _mm512_xor_si512(a.odd, k)};
   }
   static DIP_HD Wide xor3(Wide a, Wide b, uint64_t c) {
     const __m512i k = _mm512_set1_epi64(static_cast<int64_t>(c));
-    return {_mm512_ternarylogic_epi64(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi64(a.odd, b.odd, k, 0x96)};
+    return {
+        _mm512_ternarylogic_epi64(a.even, b.even, k, 0x96),
+        _mm512_ternarylogic_epi64(a.odd, b.odd, k, 0x96)};
   }
   static DIP_HD U splat(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm512_set1_ps(a); }
@@ -68,18 +75,22 @@ struct Avx512 {
   static DIP_HD void store(uint32_t* p, U a) { _mm512_storeu_si512(p, a); }
   static DIP_HD void store(float* p, F a) { _mm512_storeu_ps(p, a); }
 
-  // w[t]: word t of 16 counters. Vector q of the 64 words at p has those of counters 4 * q on, in the lanes that zip needs.
+  // w[t]: word t of 16 counters. Vector q of the 64 words at p has those of counters 4 * q on, in
+  // the lanes that zip needs.
   static DIP_HD void store_words(uint32_t* p, const U w[4]) {
     const U low[2] = {_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpacklo_epi32(w[2], w[3])};
     const U high[2] = {_mm512_unpackhi_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[2], w[3])};
-    const U first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const U first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+            second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     store(p, _mm512_permutex2var_epi64(low[0], first, low[1]));
     store(p + 16, _mm512_permutex2var_epi64(low[0], second, low[1]));
     store(p + 32, _mm512_permutex2var_epi64(high[0], first, high[1]));
     store(p + 48, _mm512_permutex2var_epi64(high[0], second, high[1]));
   }
   // The columns of such a vector, *a before *b.
-  static DIP_HD void zip(F even, F odd, F* a, F* b) { *a = _mm512_unpacklo_ps(even, odd), *b = _mm512_unpackhi_ps(even, odd); }
+  static DIP_HD void zip(F even, F odd, F* a, F* b) {
+    *a = _mm512_unpacklo_ps(even, odd), *b = _mm512_unpackhi_ps(even, odd);
+  }
 
   static DIP_HD F load(const float* p) { return _mm512_loadu_ps(p); }
   static DIP_HD F load(const BFloat16Bits* p) {
@@ -88,22 +99,28 @@ struct Avx512 {
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 16, b); }
   static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
-    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
-                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     U x = round_number(a), y = round_number(b);
-    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0)) x = keep_nan(a, x), y = keep_nan(b, y);
+    if (__builtin_expect(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), 0))
+      x = keep_nan(a, x), y = keep_nan(b, y);
     _mm512_storeu_si512(p, _mm512_permutex2var_epi16(x, _mm512_load_si512(kUpper), y));
   }
   // Past the caches, to p aligned to a vector; other threads may read it after end_stream.
-  static DIP_HD void stream_pair(float* p, F a, F b) { _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b); }
+  static DIP_HD void stream_pair(float* p, F a, F b) {
+    _mm512_stream_ps(p, a), _mm512_stream_ps(p + 16, b);
+  }
   static DIP_HD void end_stream() { _mm_sfence(); }
   // In the upper half of each lane: to nearest, ties to even.
   static DIP_HD U round_number(F f) {
     const U bits = as_uint(f), up = _mm512_add_epi32(bits, splat(0x7FFF));
-    return _mm512_mask_sub_epi32(up, _mm512_test_epi32_mask(bits, splat(0x10000)), up, _mm512_set1_epi32(-1));
+    return _mm512_mask_sub_epi32(
+        up, _mm512_test_epi32_mask(bits, splat(0x10000)), up, _mm512_set1_epi32(-1));
   }
   static DIP_HD U keep_nan(F f, U rounded) {  // the canonical one
-    return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), splat(0x7FC00000));
+    return _mm512_mask_mov_epi32(
+        rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), splat(0x7FC00000));
   }
 };
 #endif
@@ -117,19 +134,25 @@ struct Avx2 {
     __m256i even, odd;
   };
   static DIP_HD Wide widen(U a) { return {a, _mm256_srli_epi64(a, 32)}; }
-  static DIP_HD U narrow(Wide a) { return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA); }
+  static DIP_HD U narrow(Wide a) {
+    return _mm256_blend_epi32(a.even, _mm256_slli_epi64(a.odd, 32), 0xAA);
+  }
   static DIP_HD Wide multiply(Wide a, uint32_t m) {
     const __m256i b = _mm256_set1_epi64x(m);
     return {_mm256_mul_epu32(a.even, b), _mm256_mul_epu32(a.odd, b)};
   }
-  static DIP_HD Wide high(Wide a) { return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)}; }
+  static DIP_HD Wide high(Wide a) {
+    return {_mm256_srli_epi64(a.even, 32), _mm256_srli_epi64(a.odd, 32)};
+  }
   static DIP_HD Wide xor2(Wide a, uint64_t c) {
     const __m256i k = _mm256_set1_epi64x(static_cast<int64_t>(c));
     return {_mm256_xor_si256(a.even, k), _mm256_xor_si256(a.odd, k)};
   }
   static DIP_HD Wide xor3(Wide a, Wide b, uint64_t c) {
     const __m256i k = _mm256_set1_epi64x(static_cast<int64_t>(c));
-    return {_mm256_xor_si256(_mm256_xor_si256(a.even, b.even), k), _mm256_xor_si256(_mm256_xor_si256(a.odd, b.odd), k)};
+    return {
+        _mm256_xor_si256(_mm256_xor_si256(a.even, b.even), k),
+        _mm256_xor_si256(_mm256_xor_si256(a.odd, b.odd), k)};
   }
   static DIP_HD U splat(uint32_t a) { return _mm256_set1_epi32(static_cast<int>(a)); }
   static DIP_HD F splat_f(float a) { return _mm256_set1_ps(a); }
@@ -154,12 +177,17 @@ struct Avx2 {
   static DIP_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static DIP_HD F sqrt(F a) { return _mm256_sqrt_ps(a); }
 
-  static DIP_HD U load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static DIP_HD U load(const uint32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
   static DIP_HD U load_counters(const uint32_t* p) { return load(p); }
-  static DIP_HD void store(uint32_t* p, U a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static DIP_HD void store(uint32_t* p, U a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+  }
   static DIP_HD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
 
-  // w[t]: word t of 8 counters. Vector q of the 32 words at p has those of counters 2 * q on, in the lanes that zip needs.
+  // w[t]: word t of 8 counters. Vector q of the 32 words at p has those of counters 2 * q on, in
+  // the lanes that zip needs.
   static DIP_HD void store_words(uint32_t* p, const U w[4]) {
     const U low[2] = {_mm256_unpacklo_epi32(w[0], w[1]), _mm256_unpacklo_epi32(w[2], w[3])};
     const U high[2] = {_mm256_unpackhi_epi32(w[0], w[1]), _mm256_unpackhi_epi32(w[2], w[3])};
@@ -169,7 +197,9 @@ struct Avx2 {
     store(p + 24, _mm256_permute2x128_si256(high[0], high[1], 0x31));
   }
   // The columns of such a vector, *a before *b.
-  static DIP_HD void zip(F even, F odd, F* a, F* b) { *a = _mm256_unpacklo_ps(even, odd), *b = _mm256_unpackhi_ps(even, odd); }
+  static DIP_HD void zip(F even, F odd, F* a, F* b) {
+    *a = _mm256_unpacklo_ps(even, odd), *b = _mm256_unpackhi_ps(even, odd);
+  }
 
   static DIP_HD F load(const float* p) { return _mm256_loadu_ps(p); }
   static DIP_HD F load(const BFloat16Bits* p) {
@@ -178,16 +208,20 @@ struct Avx2 {
   }
   static DIP_HD void store_pair(float* p, F a, F b) { store(p, a), store(p + 8, b); }
   static DIP_HD void store_pair(BFloat16Bits* p, F a, F b) {
-    const U packed = _mm256_packus_epi32(shift_right<16>(round_to_bfloat16(a)), shift_right<16>(round_to_bfloat16(b)));
+    const U packed = _mm256_packus_epi32(
+        shift_right<16>(round_to_bfloat16(a)), shift_right<16>(round_to_bfloat16(b)));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
-  static DIP_HD void stream_pair(float* p, F a, F b) { _mm256_stream_ps(p, a), _mm256_stream_ps(p + 8, b); }
+  static DIP_HD void stream_pair(float* p, F a, F b) {
+    _mm256_stream_ps(p, a), _mm256_stream_ps(p + 8, b);
+  }
   static DIP_HD void end_stream() { _mm_sfence(); }
   // In the upper half of each lane, to nearest, ties to even; a NaN becomes the canonical one.
   static DIP_HD U round_to_bfloat16(F f) {
     const U bits = as_uint(f), last = and_(shift_right<16>(bits), splat(1));
     const U rounded = _mm256_add_epi32(_mm256_add_epi32(bits, splat(0x7FFF)), last);
-    return _mm256_blendv_epi8(rounded, splat(0x7FC00000), as_uint(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
+    return _mm256_blendv_epi8(
+        rounded, splat(0x7FC00000), as_uint(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
   }
 };
 #endif
@@ -208,15 +242,23 @@ struct Twice {
   };
   static DIP_HD Wide widen(U x) { return {V::widen(x.a), V::widen(x.b)}; }
   static DIP_HD U narrow(Wide x) { return {V::narrow(x.a), V::narrow(x.b)}; }
-  static DIP_HD Wide multiply(Wide x, uint32_t m) { return {V::multiply(x.a, m), V::multiply(x.b, m)}; }
+  static DIP_HD Wide multiply(Wide x, uint32_t m) {
+    return {V::multiply(x.a, m), V::multiply(x.b, m)};
+  }
   static DIP_HD Wide high(Wide x) { return {V::high(x.a), V::high(x.b)}; }
   static DIP_HD Wide xor2(Wide x, uint64_t c) { return {V::xor2(x.a, c), V::xor2(x.b, c)}; }
-  static DIP_HD Wide xor3(Wide x, Wide y, uint64_t c) { return {V::xor3(x.a, y.a, c), V::xor3(x.b, y.b, c)}; }
+  static DIP_HD Wide xor3(Wide x, Wide y, uint64_t c) {
+    return {V::xor3(x.a, y.a, c), V::xor3(x.b, y.b, c)};
+  }
   static DIP_HD U splat(uint32_t x) { return {V::splat(x), V::splat(x)}; }
   static DIP_HD F splat_f(float x) { return {V::splat_f(x), V::splat_f(x)}; }
   static DIP_HD U and_(U x, U y) { return {V::and_(x.a, y.a), V::and_(x.b, y.b)}; }
-  static DIP_HD U xor_and(U x, U y, U z) { return {V::xor_and(x.a, y.a, z.a), V::xor_and(x.b, y.b, z.b)}; }
-  static DIP_HD U and_or(U x, U y, U z) { return {V::and_or(x.a, y.a, z.a), V::and_or(x.b, y.b, z.b)}; }
+  static DIP_HD U xor_and(U x, U y, U z) {
+    return {V::xor_and(x.a, y.a, z.a), V::xor_and(x.b, y.b, z.b)};
+  }
+  static DIP_HD U and_or(U x, U y, U z) {
+    return {V::and_or(x.a, y.a, z.a), V::and_or(x.b, y.b, z.b)};
+  }
   static DIP_HD U sub_u(U x, U y) { return {V::sub_u(x.a, y.a), V::sub_u(x.b, y.b)}; }
   template <int kBits>
   static DIP_HD U shift_left(U x) {
@@ -237,15 +279,19 @@ struct Twice {
 
   static DIP_HD U load(const uint32_t* p) { return {V::load(p), V::load(p + V::kLanes)}; }
   static DIP_HD F load(const float* p) { return {V::load(p), V::load(p + V::kLanes)}; }
-  static DIP_HD U load_counters(const uint32_t* p) { return {V::load_counters(p), V::load_counters(p + V::kLanes)}; }
+  static DIP_HD U load_counters(const uint32_t* p) {
+    return {V::load_counters(p), V::load_counters(p + V::kLanes)};
+  }
   static DIP_HD void store(uint32_t* p, U x) { V::store(p, x.a), V::store(p + V::kLanes, x.b); }
   static DIP_HD void store(float* p, F x) { V::store(p, x.a), V::store(p + V::kLanes, x.b); }
   static DIP_HD void store_words(uint32_t* p, const U w[4]) {
-    const typename V::U first[4] = {w[0].a, w[1].a, w[2].a, w[3].a}, second[4] = {w[0].b, w[1].b, w[2].b, w[3].b};
+    const typename V::U first[4] = {w[0].a, w[1].a, w[2].a, w[3].a},
+                        second[4] = {w[0].b, w[1].b, w[2].b, w[3].b};
     V::store_words(p, first);
     V::store_words(p + 4 * V::kLanes, second);
   }
-  // Calls f(i, x, y) for the vectors of columns i on and i + V::kLanes on, of those that belong to these words.
+  // Calls f(i, x, y) for the vectors of columns i on and i + V::kLanes on, of those that belong to
+  // these words.
   template <class G>
   static DIP_HD void zip(F even, F odd, G&& f) {
     typename V::F x, y;

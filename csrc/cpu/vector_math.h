@@ -1,4 +1,5 @@
-// Functions of one number that compilers vectorise: no branches, no calls in float32.  No STL (draw.h).
+// Functions of one number that compilers vectorise: no branches, no calls in float32.  No STL
+// (draw.h).
 #pragma once
 #include <cmath>
 
@@ -10,8 +11,8 @@ namespace {
 DIP_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DIP_HD double fma_of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// phi(a) and Phi(-|a|); a is brought into the range where neither, nor their products with usual variances, is a subnormal
-// number: arithmetic on those takes a processor a hundred cycles.
+// phi(a) and Phi(-|a|); a is brought into the range where neither, nor their products with usual
+// variances, is a subnormal number: arithmetic on those takes a processor a hundred cycles.
 DIP_HD void normal(float& a, float* density, float* tail) {
   a = a > 12.5f ? 12.5f : a;
   a = a < -12.5f ? -12.5f : a;
@@ -25,7 +26,8 @@ DIP_HD void normal(float& a, float* density, float* tail) {
   e = fma_of(e, f, 0.27652563169478506f);
   e = fma_of(e, f, 0.3989423089303472f);
   *density = ScalarLane::as_float(ScalarLane::as_uint(e) + (ScalarLane::as_uint(shifted) << 23));
-  // The ratio Phi(-x) / phi(x) by a polynomial in 1 / (1 + 0.28 x), fitted for the least error of (1 + x) Phi(-x): 1.5e-8.
+  // The ratio Phi(-x) / phi(x) by a polynomial in 1 / (1 + 0.28 x), fitted for the least error of
+  // (1 + x) Phi(-x): 1.5e-8.
   const float r = 1.0f / fma_of(x, 0.28f, 1.0f);
   float q = fma_of(r, -0.26708350881075804f, 0.9849908563345496f);
   q = fma_of(q, r, -0.6067879639947539f);
@@ -42,9 +44,11 @@ DIP_HD void normal(double& a, double* density, double* tail) {
   *tail = 0.5 * std::erfc(0.70710678118654752440 * std::fabs(a));
 }
 
-// e^x = *power * (1 + *rest), power the nearest power of two; both exact enough for e^x - 1 to 2e-7 of itself. |x| <= 87.
+// e^x = *power * (1 + *rest), power the nearest power of two; both exact enough for e^x - 1 to 2e-7
+// of itself. |x| <= 87.
 DIP_HD void exp_parts(float x, float* power, float* rest) {
-  const float shifted = fma_of(x, 1.4426950408889634f, 12582912.0f);  // the integer nearest to x / ln 2, in the low bits
+  const float shifted = fma_of(
+      x, 1.4426950408889634f, 12582912.0f);  // the integer nearest to x / ln 2, in the low bits
   const float k = shifted - 12582912.0f;
   const float f = fma_of(k, -1.42860677e-6f, fma_of(k, -0.693145752f, x));  // ln 2 in two parts
   float p = fma_of(f, 0.0013888872927054763f, 0.008369140326976776f);
@@ -56,7 +60,8 @@ DIP_HD void exp_parts(float x, float* power, float* rest) {
   *power = ScalarLane::as_float((ScalarLane::as_uint(shifted) << 23) + 0x3F800000u);
 }
 
-// 2^t to 1.3e-7 of itself, given the integer nearest to t in the low bits of 12582912 + t, and what t is more.
+// 2^t to 1.3e-7 of itself, given the integer nearest to t in the low bits of 12582912 + t, and what
+// t is more.
 DIP_HD float power_of_two(float shifted, float f) {
   float p = fma_of(f, 0.0013264729641377926f, 0.009671512991189957f);
   p = fma_of(p, f, 0.05550733581185341f);
@@ -77,8 +82,8 @@ DIP_HD float logistic(float x, float* complement) {
   return x < -87.0f ? 0.0f : s;
 }
 
-// Phi(x), to 9e-8 and times |x| too: Phi(-|x|) = 2^q(|x|) with a polynomial of the least error of (1 + |x|) Phi(-|x|), and 0
-// from 5.7 on, where it is less than 6e-9.
+// Phi(x), to 9e-8 and times |x| too: Phi(-|x|) = 2^q(|x|) with a polynomial of the least error of
+// (1 + |x|) Phi(-|x|), and 0 from 5.7 on, where it is less than 6e-9.
 DIP_HD float normal_cdf(float x) {
   const float size = __builtin_fabsf(x), a = size > 5.7f ? 5.7f : size;
   float t = fma_of(a, 6.122426839283435e-06f, -3.196616307832301e-05f);

@@ -1,5 +1,5 @@
-// How passes with a draw walk through the layouts of docs/maths.md, section 6, and sum over rows, section 5. A job says what is
-// done with a run or a tile: perturb.cpp, gate.cpp. No STL (draw.h).
+// How passes with a draw walk through the layouts of docs/maths.md, section 6, and sum over rows,
+// section 5. A job says what is done with a run or a tile: perturb.cpp, gate.cpp. No STL (draw.h).
 #pragma once
 #include <cstdlib>
 
@@ -19,7 +19,9 @@ struct Space {
 struct Place {
   int64_t outer, feature, inner;
 
-  int64_t at(const Operand& o) const { return outer * o.outer_stride + feature * o.feature_stride + inner; }
+  int64_t at(const Operand& o) const {
+    return outer * o.outer_stride + feature * o.feature_stride + inner;
+  }
 };
 
 // A job of the compute type C has
@@ -29,8 +31,9 @@ struct Place {
 //   bool prefetches_ahead   tile() asks for the next one's lines itself
 //   bool draws          z is wanted; else run() is given none
 //   void prefetch(place, n)
-//   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side; kChannel: of one feature
-//   void tile(place, polar, scale, acc)           kTile elements of dense rows
+//   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side;
+//   kChannel: of one feature void tile(place, polar, scale, acc)           kTile elements of dense
+//   rows
 // scale: factor * sigma, from the run's first feature on. acc: sums of the run's columns, or null.
 template <class C>
 struct Pass {
@@ -40,7 +43,8 @@ struct Pass {
   const C* scale;  // [features + kTile], continued periodically
 };
 
-// ---- rows: [M, K], columns side by side ------------------------------------------------------------------------------
+// ---- rows: [M, K], columns side by side
+// ------------------------------------------------------------------------------
 
 template <class C, class Job>
 struct Rows {
@@ -69,7 +73,8 @@ struct Rows {
       const Place place{row, 8 * g, 0};
       if (linear && (item == begin || !job.prefetches_ahead)) job.prefetch(place, 8 * count);
       if (job.draws) groups.fill(counters, row, g, count);
-      const bool in_registers = V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
+      const bool in_registers =
+          V::kLanes > 1 && sizeof(C) == 4 && linear && job.in_registers && count == kTileGroups;
       if (job.draws && !in_registers) normal_tile<false>(counters, pass.generator, count, z);
       if (linear) {
         C* at = acc ? acc + 8 * g : nullptr;
@@ -91,10 +96,11 @@ struct Rows {
       } else {
         for (int done = 0; done < count;) {
           const int64_t here = smaller(count - done, count_of_row - g);
-          const int64_t col = larger(0, 8 * g - phase), col_end = smaller(k, 8 * (g + here) - phase);
+          const int64_t col = larger(0, 8 * g - phase),
+                        col_end = smaller(k, 8 * (g + here) - phase);
           job.template run<false>(
-              Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col, acc ? acc + col : nullptr,
-              z + 8 * done + (col + phase - 8 * g));
+              Place{row, col, 0}, static_cast<int>(col_end - col), pass.scale + col,
+              acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g));
           done += static_cast<int>(here);
           g += here;
           if (g == count_of_row) g = 0, ++row;
@@ -102,7 +108,8 @@ struct Rows {
       }
       if (acc && (++tiles == flush_every || item + kTileGroups >= end)) {
         for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
-        for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1) sum[col] += acc[k + j];
+        for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1)
+          sum[col] += acc[k + j];
         std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));
         tiles = 0;
       }
@@ -111,7 +118,8 @@ struct Rows {
   }
 };
 
-// ---- channels: [N, C, inner], rows side by side ----------------------------------------------------------------------
+// ---- channels: [N, C, inner], rows side by side
+// ----------------------------------------------------------------------
 
 template <class C, class Job>
 struct Channels {
@@ -121,7 +129,10 @@ struct Channels {
   int64_t rows;
 
   Channels(const Pass<C>& pass, const Job& job)
-      : pass(pass), job(job), groups(pass.draw, pass.space.features), rows(pass.space.outer * pass.space.inner) {}
+      : pass(pass),
+        job(job),
+        groups(pass.draw, pass.space.features),
+        rows(pass.space.outer * pass.space.inner) {}
 
   // Rows [begin, end) of the 8 channels of group g. sum: [8], or null.
   void walk(int64_t g, int64_t begin, int64_t end, double* sum) const {
@@ -129,9 +140,11 @@ struct Channels {
     alignas(64) float z[kTile];
     alignas(64) C acc[kTile] = {};
     Counters counters;
-    for (int i = 0; i < kTileGroups; ++i) counters.group[i] = static_cast<uint32_t>(groups.first + g);
+    for (int i = 0; i < kTileGroups; ++i)
+      counters.group[i] = static_cast<uint32_t>(groups.first + g);
     const int64_t first_channel = 8 * g - groups.phase;
-    const int from = static_cast<int>(larger(0, -first_channel)), to = static_cast<int>(smaller(8, s.features - first_channel));
+    const int from = static_cast<int>(larger(0, -first_channel)),
+              to = static_cast<int>(smaller(8, s.features - first_channel));
     for (int64_t row = begin; row < end; row += kTileGroups) {
       const int n = static_cast<int>(smaller(kTileGroups, end - row));
       for (int i = 0; i < kTileGroups; ++i) {
@@ -141,8 +154,10 @@ struct Channels {
       }
       const int64_t image = row / s.inner, pixel = row % s.inner;
       const int first_run = static_cast<int>(smaller(n, s.inner - pixel));
-      // Planes far apart: a processor's own prefetching does not follow, and waits longest for what is to be written.
-      for (int t = from; t < to; ++t) job.prefetch(Place{image, first_channel + t, pixel}, first_run);
+      // Planes far apart: a processor's own prefetching does not follow, and waits longest for what
+      // is to be written.
+      for (int t = from; t < to; ++t)
+        job.prefetch(Place{image, first_channel + t, pixel}, first_run);
       if (job.draws) normal_tile<true>(counters, pass.generator, n, z);
       for (int t = from; t < to; ++t) {
         const int64_t channel = first_channel + t;
@@ -150,8 +165,8 @@ struct Channels {
         for (int done = 0; done < n;) {
           const int here = static_cast<int>(smaller(n - done, s.inner - inner));
           job.template run<true>(
-              Place{outer, channel, inner}, here, pass.scale + channel, sum ? acc + kTileGroups * t + done : nullptr,
-              z + kTileGroups * t + done);
+              Place{outer, channel, inner}, here, pass.scale + channel,
+              sum ? acc + kTileGroups * t + done : nullptr, z + kTileGroups * t + done);
           done += here;
           inner = 0;
           ++outer;
@@ -164,24 +179,30 @@ struct Channels {
   }
 };
 
-// ---- the two-stage sum -----------------------------------------------------------------------------------------------
+// ---- the two-stage sum
+// -----------------------------------------------------------------------------------------------
 
-// partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not depend on the threads.
+// partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not
+// depend on the threads.
 template <class C, class Job>
 const char* sum_rows(
-    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) {
+    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks,
+    int64_t block_rows) {
   const Rows<C, Job> rows(pass, job);
   const int64_t m = pass.space.outer, groups = rows.groups.count;
   bool failed = false;
   run_parallel(
-      parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (groups * block_rows)), [&](int64_t begin, int64_t end) {
+      parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (groups * block_rows)),
+      [&](int64_t begin, int64_t end) {
         C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
         if (!acc) {
           __atomic_store_n(&failed, true, __ATOMIC_RELAXED);  // by several threads, maybe
           return;
         }
         for (int64_t b = begin; b < end; ++b)
-          rows.walk(b * block_rows * groups, smaller(m, (b + 1) * block_rows) * groups, acc, partials + b * rows.k);
+          rows.walk(
+              b * block_rows * groups, smaller(m, (b + 1) * block_rows) * groups, acc,
+              partials + b * rows.k);
         std::free(acc);
       });
   return failed ? "out of memory" : nullptr;
@@ -189,7 +210,8 @@ const char* sum_rows(
 
 template <class C, class Job>
 void sum_channels(
-    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) {
+    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks,
+    int64_t block_rows) {
   const Channels<C, Job> channels(pass, job);
   const int64_t k = pass.space.features, groups = channels.groups.count;
   run_parallel(parallel_for, blocks * groups, 1, [&](int64_t begin, int64_t end) {
@@ -210,9 +232,10 @@ void write_only(const Pass<C>& pass, const Job& job, ParallelFor parallel_for) {
   if (pass.space.inner == 1) {
     const Rows<C, Job> rows(pass, job);
     const int64_t items = pass.space.outer * rows.groups.count;
-    run_parallel(parallel_for, ceil_div(items, kTileGroups), kGrainTiles, [&](int64_t begin, int64_t end) {
-      rows.walk(begin * kTileGroups, smaller(items, end * kTileGroups), nullptr, nullptr);
-    });
+    run_parallel(
+        parallel_for, ceil_div(items, kTileGroups), kGrainTiles, [&](int64_t begin, int64_t end) {
+          rows.walk(begin * kTileGroups, smaller(items, end * kTileGroups), nullptr, nullptr);
+        });
     return;
   }
   const Channels<C, Job> channels(pass, job);
@@ -225,27 +248,33 @@ void write_only(const Pass<C>& pass, const Job& job, ParallelFor parallel_for) {
   });
 }
 
-// The job's pass over all elements, and where dsigma is set the sum over rows of what the job adds to its accumulators, times the
-// factor, as the gradient of what sigma holds.
+// The job's pass over all elements, and where dsigma is set the sum over rows of what the job adds
+// to its accumulators, times the factor, as the gradient of what sigma holds.
 template <class C, class Job>
-const char* walk(const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
+const char* walk(
+    const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
   const int64_t k = s.features, m = s.outer * s.inner;
   const int64_t unit = s.inner == 1 ? 64 : kTileGroups;
-  const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit), blocks = ceil_div(m, block_rows);
+  const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit),
+                blocks = ceil_div(m, block_rows);
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
-  double* partials =
-      dsigma ? static_cast<double*>(std::calloc(static_cast<size_t>(larger(1, blocks * k)), sizeof(double))) : nullptr;
+  double* partials = dsigma ? static_cast<double*>(std::calloc(
+                                  static_cast<size_t>(larger(1, blocks * k)), sizeof(double)))
+                            : nullptr;
   const char* error = !scale || (dsigma && !partials) ? "out of memory" : nullptr;
   if (!error) {
     scales(draw, k, scale);
     const Pass<C> pass{s, draw, Generator(draw), scale};
     if (m && k) {
       if (!dsigma) write_only(pass, job, parallel_for);
-      else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials, blocks, block_rows);
+      else if (s.inner == 1)
+        error = sum_rows(pass, job, parallel_for, partials, blocks, block_rows);
       else sum_channels(pass, job, parallel_for, partials, blocks, block_rows);
     }
     if (dsigma && !error)
-      sum_blocks(partials, blocks, k, draw.sigma_is_double, dsigma, [&](int64_t j) { return slope_at(draw, j); });
+      sum_blocks(partials, blocks, k, draw.sigma_is_double, dsigma, [&](int64_t j) {
+        return slope_at(draw, j);
+      });
   }
   std::free(scale);
   std::free(partials);

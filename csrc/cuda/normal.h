@@ -1,4 +1,5 @@
-// z on a GPU: the words of noise.h's normals, drawn for several rows in lockstep.  docs/maths.md, section 3.
+// z on a GPU: the words of noise.h's normals, drawn for several rows in lockstep.  docs/maths.md,
+// section 3.
 #pragma once
 #include "../noise.h"
 
@@ -6,7 +7,8 @@
 
 namespace dip {
 
-// The key schedule, made once a block: reading two rounds' keys from shared memory takes one issue slot, adding them four.
+// The key schedule, made once a block: reading two rounds' keys from shared memory takes one issue
+// slot, adding them four.
 struct alignas(16) RoundKeys {
   uint32_t words[20];  // key of round i: words 2i, 2i + 1
 };
@@ -27,15 +29,18 @@ DIP_DEVICE void load_round_keys(const RoundKeys& keys, int i, PhiloxKey pair[2])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(keys.words + 4 * i))));
 }
 
-// z[i][t]: column 8 * group + t of row `row + i * step`, for N rows in lockstep. last_word: stream and sample.
+// z[i][t]: column 8 * group + t of row `row + i * step`, for N rows in lockstep. last_word: stream
+// and sample.
 template <int N>
 DIP_DEVICE void draw_groups(
-    const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step, float z[N][8]) {
+    const RoundKeys& keys, uint32_t last_word, uint32_t group, uint64_t row, uint64_t step,
+    float z[N][8]) {
   uint64_t ctr[N][4];
   DIP_UNROLL
   for (int i = 0; i < N; ++i) {
     const uint64_t at = row + i * step;
-    ctr[i][0] = group, ctr[i][1] = static_cast<uint32_t>(at), ctr[i][2] = at >> 32, ctr[i][3] = last_word;
+    ctr[i][0] = group, ctr[i][1] = static_cast<uint32_t>(at), ctr[i][2] = at >> 32,
+    ctr[i][3] = last_word;
   }
   DIP_UNROLL
   for (int round = 0; round < 10; round += 2) {
@@ -48,7 +53,8 @@ DIP_DEVICE void draw_groups(
   for (int i = 0; i < N; ++i) {
     DIP_UNROLL
     for (int t = 0; t < 4; ++t)
-      standard_normal_pair<ScalarLane>(static_cast<uint32_t>(ctr[i][t]), &z[i][2 * t], &z[i][2 * t + 1]);
+      standard_normal_pair<ScalarLane>(
+          static_cast<uint32_t>(ctr[i][t]), &z[i][2 * t], &z[i][2 * t + 1]);
   }
 }
 

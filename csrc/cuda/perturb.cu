@@ -1,4 +1,5 @@
-// u = x + factor * sigma * z;  dsigma = factor * sum over rows of du * z.  docs/maths.md, sections 1, 5 and 6.
+// u = x + factor * sigma * z;  dsigma = factor * sum over rows of du * z.  docs/maths.md, sections
+// 1, 5 and 6.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -13,7 +14,8 @@ namespace {
 constexpr int kGroup = 8;      // columns of one Philox call
 constexpr int kSumLanes = 32;  // partial rows that one block of the second stage reads at a time
 
-// A block of a sum is large, so that few rows of partials are left; one that only writes is small, so that small problems spread.
+// A block of a sum is large, so that few rows of partials are left; one that only writes is small,
+// so that small problems spread.
 template <bool kSum>
 constexpr int kRowThreads = kSum ? 256 : 128;
 constexpr int kChannelThreads = 128;
@@ -35,13 +37,14 @@ struct Params {
   int ticket = 0;       // that of the grid's first column, where a column has several blocks
 };
 
-// ---- device functions ------------------------------------------------------------------------------------------------
+// ---- device functions
+// ------------------------------------------------------------------------------------------------
 
 DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
 DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
 
-// The same value, which the compiler then holds in registers instead of computing it again in every turn of a loop; where
-// registers are short, it may.
+// The same value, which the compiler then holds in registers instead of computing it again in every
+// turn of a loop; where registers are short, it may.
 template <bool kHold = true, class T>
 DIP_DEVICE T keep(T value) {
   if constexpr (kHold && sizeof(T) == 8) asm volatile("" : "+l"(value));
@@ -49,16 +52,20 @@ DIP_DEVICE T keep(T value) {
   return value;
 }
 
-// Whether 0 <= i < n. One comparison, for a negative i is a large number: a walk in either direction costs the same.
-DIP_DEVICE bool inside(int64_t i, int64_t n) { return static_cast<uint64_t>(i) < static_cast<uint64_t>(n); }
+// Whether 0 <= i < n. One comparison, for a negative i is a large number: a walk in either
+// direction costs the same.
+DIP_DEVICE bool inside(int64_t i, int64_t n) {
+  return static_cast<uint64_t>(i) < static_cast<uint64_t>(n);
+}
 constexpr int64_t kNowhere = -(int64_t{1} << 62);  // no step leads from there to a row
 
 // sigma as a standard deviation, without the factor.
 template <class C>
 DIP_DEVICE C sigma_at(const Draw& draw, int64_t j) {
   if (!draw.sigma) return C(1);
-  const C s =
-      static_cast<C>(draw.sigma_is_double ? static_cast<const double*>(draw.sigma)[j] : static_cast<const float*>(draw.sigma)[j]);
+  const C s = static_cast<C>(
+      draw.sigma_is_double ? static_cast<const double*>(draw.sigma)[j]
+                           : static_cast<const float*>(draw.sigma)[j]);
   return draw.log_variance ? static_cast<C>(exp(C(0.5) * s)) : s;
 }
 
@@ -66,7 +73,9 @@ DIP_DEVICE C sigma_at(const Draw& draw, int64_t j) {
 template <class C>
 DIP_DEVICE C scale_at(const Draw& draw, int64_t j) {
   const C s = sigma_at<C>(draw, j);
-  return draw.factor == 1.0 ? s : static_cast<C>(draw.factor * s);  // double arithmetic is slow on most GPUs
+  return draw.factor == 1.0
+             ? s
+             : static_cast<C>(draw.factor * s);  // double arithmetic is slow on most GPUs
 }
 
 // The block's key schedule. Every thread of the block calls this.
@@ -95,18 +104,21 @@ DIP_DEVICE void store_sum(const PerturbArgs& a, int64_t j, double sum) {
   else static_cast<float*>(a.dsigma)[j] = static_cast<float>(sum);
 }
 
-// dsigma of columns [first, first + width) from their partials: `threads / width` lanes take the rows of partials in turn, then
-// their sums are added in order. Every thread of the block calls this; shared: a number for each.
+// dsigma of columns [first, first + width) from their partials: `threads / width` lanes take the
+// rows of partials in turn, then their sums are added in order. Every thread of the block calls
+// this; shared: a number for each.
 template <class C>
 DIP_DEVICE void add_partials(
-    const PerturbArgs& a, const void* partials, int num_partials, int64_t first, int width, double* shared) {
+    const PerturbArgs& a, const void* partials, int num_partials, int64_t first, int width,
+    double* shared) {
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int lanes = static_cast<int>(blockDim.x * blockDim.y) / width, lane = thread / width;
   const int64_t col = first + thread % width;
   const bool is_used = inside(col, a.features);
   double sum = 0;
   if (is_used)
-    for (int i = lane; i < num_partials; i += lanes) sum += static_cast<const C*>(partials)[i * a.features + col];
+    for (int i = lane; i < num_partials; i += lanes)
+      sum += static_cast<const C*>(partials)[i * a.features + col];
   shared[thread] = sum;
   __syncthreads();
   if (lane != 0 || !is_used) return;
@@ -114,11 +126,13 @@ DIP_DEVICE void add_partials(
   store_sum<C>(a, col, sum);
 }
 
-// ---- kernels: rows, [M, K] with columns side by side -------------------------------------------------------------------
-// Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
+// ---- kernels: rows, [M, K] with columns side by side
+// ------------------------------------------------------------------- Threads x: groups of eight
+// columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
 
 template <class Types, bool kWrite, bool kSum>
-__global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, kWrite && kSum> / kRowThreads<kSum>)
+__global__ void __launch_bounds__(
+    kRowThreads<kSum>, kRowResident<Types::kAny, kWrite && kSum> / kRowThreads<kSum>)
     perturb_rows_kernel(const Params p) {
   using C = typename Types::Compute;
   using X = typename Types::X;
@@ -130,9 +144,10 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t col = kGroup * group - p.phase;
   const int first = col < 0 ? static_cast<int>(-col) : 0;
-  const int last =
-      a.features - col < kGroup ? static_cast<int>(a.features - col) : kGroup;  // [first, last) of the group is inside
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.y, step = p.from_end ? -stride : stride;
+  const int last = a.features - col < kGroup ? static_cast<int>(a.features - col)
+                                             : kGroup;  // [first, last) of the group is inside
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.y,
+                step = p.from_end ? -stride : stride;
   const bool is_used = group < p.groups;
   const uint32_t counter = keep(static_cast<uint32_t>(p.first_group + group));
   const uint32_t last_word = stream_sample(a.draw.seed, static_cast<uint32_t>(a.draw.sample));
@@ -142,7 +157,8 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, col + t) : C(0);
+    if constexpr (kWrite)
+      scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, col + t) : C(0);
   }
 
   int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
@@ -185,7 +201,9 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
         U u;
         DIP_UNROLL
         for (int t = 0; t < kGroup; t += 2)
-          u.set(t, fma_of(scale[t], C(z[i][t]), C(x[i].get(t))), fma_of(scale[t + 1], C(z[i][t + 1]), C(x[i].get(t + 1))));
+          u.set(
+              t, fma_of(scale[t], C(z[i][t]), C(x[i].get(t))),
+              fma_of(scale[t + 1], C(z[i][t + 1]), C(x[i].get(t + 1))));
         // store
         u.store(u_at, a.u.dtype, first, last);
         u_at += u_step;
@@ -226,16 +244,19 @@ __global__ void __launch_bounds__(kRowThreads<kSum>, kRowResident<Types::kAny, k
     __shared__ bool is_last;
     if (p.finish && is_last_block(&tickets[p.ticket + blockIdx.x], gridDim.y, &is_last)) {
       const int width = static_cast<int>(kGroup * blockDim.x);
-      add_partials<C>(a, p.partials, static_cast<int>(gridDim.y), kGroup * strip - p.phase, width, lane_sums);
+      add_partials<C>(
+          a, p.partials, static_cast<int>(gridDim.y), kGroup * strip - p.phase, width, lane_sums);
     }
   }
 }
 
-// ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side ---------------------------------
-// Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call still serves eight elements.
+// ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side
+// --------------------------------- Threads x: runs of adjacent rows ("pixels"), y: groups of eight
+// channels, so that a Philox call still serves eight elements.
 
 template <class Types, bool kWrite, bool kSum>
-__global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads) perturb_channels_kernel(const Params p) {
+__global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads)
+    perturb_channels_kernel(const Params p) {
   using C = typename Types::Compute;
   using X = typename Types::X;
   using U = typename Types::U;
@@ -249,7 +270,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   const int first = channel < 0 ? static_cast<int>(-channel) : 0;
   const int last = a.features - channel < kGroup ? static_cast<int>(a.features - channel) : kGroup;
   const bool is_used = group < p.groups;
-  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels, step = p.from_end ? -stride : stride;
+  const int64_t stride = static_cast<int64_t>(gridDim.y) * blockDim.x * kPixels,
+                step = p.from_end ? -stride : stride;
   const int64_t outer_step = step / a.inner, inner_step = step % a.inner;
   const int64_t wrap = p.from_end ? -a.inner : a.inner, turn = p.from_end ? -1 : 1;
   const uint32_t counter = static_cast<uint32_t>(p.first_group + group);
@@ -260,7 +282,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   DIP_UNROLL
   for (int t = 0; t < kGroup; ++t) {
     sum[t] = C(0);
-    if constexpr (kWrite) scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, channel + t) : C(0);
+    if constexpr (kWrite)
+      scale[t] = is_used && first <= t && t < last ? scale_at<C>(a.draw, channel + t) : C(0);
   }
 
   int64_t row = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * kPixels;
@@ -271,11 +294,14 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     // load
     [[maybe_unused]] X x[kGroup];
     [[maybe_unused]] Du du[kGroup];
-    const auto at = [&](const Operand& o, int t) { return outer * o.outer_stride + (channel + t) * o.feature_stride + inner; };
+    const auto at = [&](const Operand& o, int t) {
+      return outer * o.outer_stride + (channel + t) * o.feature_stride + inner;
+    };
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) {
       const bool is_channel = first <= t && t < last;
-      if constexpr (kWrite) x[t] = is_channel ? load_or_zero<X>(place<X>(a.x, at(a.x, t)), a.x, 0, kPixels) : X{};
+      if constexpr (kWrite)
+        x[t] = is_channel ? load_or_zero<X>(place<X>(a.x, at(a.x, t)), a.x, 0, kPixels) : X{};
       if constexpr (kSum) {
         du[t] = {};
         if (is_channel) du[t].load(place<Du>(a.du, at(a.du, t)), a.du.dtype, 0, kPixels);
@@ -286,7 +312,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     DIP_UNROLL
     for (int i = 0; i < kPixels; i += kPair) {
       float z[kPair][kGroup];
-      draw_groups<kPair>(keys, last_word, counter, static_cast<uint64_t>(a.draw.row0 + row + i), 1, z);
+      draw_groups<kPair>(
+          keys, last_word, counter, static_cast<uint64_t>(a.draw.row0 + row + i), 1, z);
       DIP_UNROLL
       for (int t = 0; t < kGroup; ++t) {
         if constexpr (kSum) {
@@ -296,7 +323,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
         if constexpr (kWrite) {
           C value[kPair];
           DIP_UNROLL
-          for (int j = 0; j < kPair; ++j) value[j] = fma_of(scale[t], C(z[j][t]), C(x[t].get(i + j)));
+          for (int j = 0; j < kPair; ++j)
+            value[j] = fma_of(scale[t], C(z[j][t]), C(x[t].get(i + j)));
           u[t].set(i, value[0], value[kPair - 1]);
         }
       }
@@ -318,7 +346,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
     const int warp = (threadIdx.y * blockDim.x + threadIdx.x) / 32, warps = blockDim.x / 32;
     DIP_UNROLL
     for (int t = 0; t < kGroup; ++t) {
-      for (int delta = 16; delta > 0; delta /= 2) sum[t] += __shfl_down_sync(0xFFFFFFFFu, sum[t], delta);
+      for (int delta = 16; delta > 0; delta /= 2)
+        sum[t] += __shfl_down_sync(0xFFFFFFFFu, sum[t], delta);
       if (threadIdx.x % 32 == 0) shared[warp][t] = sum[t];
     }
     __syncthreads();
@@ -339,7 +368,8 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   }
 }
 
-// ---- kernels: the second stage of the sum, where the first does not finish it --------------------------------------------
+// ---- kernels: the second stage of the sum, where the first does not finish it
+// --------------------------------------------
 
 struct SumParams {
   PerturbArgs args;
@@ -350,12 +380,15 @@ struct SumParams {
 template <class C>
 __global__ void __launch_bounds__(32 * kSumLanes) column_sum_kernel(const SumParams p) {
   __shared__ double lane_sums[32 * kSumLanes];
-  add_partials<C>(p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32, lane_sums);
+  add_partials<C>(
+      p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32, lane_sums);
 }
 
-// ---- launch ----------------------------------------------------------------------------------------------------------
+// ---- launch
+// ----------------------------------------------------------------------------------------------------------
 
-// What a kernel is compiled for. The pairs of types that training meets, all aligned, have their own; Any takes the rest.
+// What a kernel is compiled for. The pairs of types that training meets, all aligned, have their
+// own; Any takes the rest.
 template <class XT, class UT, class DuT, int N>
 struct Exactly {
   enum : bool { kAny = false };  // a constant that a kernel may leave unused without a warning
@@ -386,7 +419,8 @@ int num_multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (device < kMaxDevices && known[device]) return known[device];
-  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
   if (device < kMaxDevices) known[device] = count;
   return count;
 }
@@ -397,14 +431,19 @@ int power_of_two(int64_t n, int lowest, int highest) {
   return p;
 }
 
-int64_t num_groups(const PerturbArgs& a) { return ceil_div(a.draw.col0 % kGroup + a.features, kGroup); }
+int64_t num_groups(const PerturbArgs& a) {
+  return ceil_div(a.draw.col0 % kGroup + a.features, kGroup);
+}
 
-// One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time; `resident`: threads that a
-// multiprocessor holds. `narrow`: four columns of blocks or more where K allows, of a cache line each, so that little is left
-// for the last block of each, which it adds up alone.
+// One wave of blocks, each striding over the rows. `pixels`: rows that one thread takes at a time;
+// `resident`: threads that a multiprocessor holds. `narrow`: four columns of blocks or more where K
+// allows, of a cache line each, so that little is left for the last block of each, which it adds up
+// alone.
 Plan make_plan(const PerturbArgs& a, int64_t pixels, int resident, bool narrow) {
   const bool rows_layout = a.inner == 1;
-  const unsigned threads = !rows_layout ? kChannelThreads : a.dsigma ? kRowThreads<true> : kRowThreads<false>;
+  const unsigned threads = !rows_layout ? kChannelThreads
+                           : a.dsigma   ? kRowThreads<true>
+                                        : kRowThreads<false>;
   const int64_t groups = num_groups(a), rows = ceil_div(a.outer * a.inner, pixels);
   int64_t col_blocks, row_blocks;
   Plan plan;
@@ -435,7 +474,8 @@ const char* describe(cudaError_t error) {
     if (!driver) return "there is no NVIDIA driver here";
     std::snprintf(
         message, sizeof(message),
-        "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, or set "
+        "the NVIDIA driver offers CUDA %d.%d and the CUDA kernels need %d.%d: update the driver, "
+        "or set "
         "DIPKERNELS_BACKEND=triton",
         driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
   } else if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion) {
@@ -444,11 +484,14 @@ const char* describe(cudaError_t error) {
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     std::snprintf(
         message, sizeof(message),
-        "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, and this one is %d.%d: set "
+        "the CUDA kernels need a GPU of compute capability 8.0 or newer, or were built for others, "
+        "and this one is %d.%d: set "
         "DIPKERNELS_BACKEND=triton or reference",
         major, minor);
   } else {
-    std::snprintf(message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
+    std::snprintf(
+        message, sizeof(message), "CUDA error %s: %s", cudaGetErrorName(error),
+        cudaGetErrorString(error));
   }
   cudaGetLastError();  // so that the next call does not meet it again
   return message;
@@ -457,7 +500,8 @@ const char* describe(cudaError_t error) {
 template <class P>
 const char* launch(void (*kernel)(P), const Plan& plan, P params, void* stream) {
   void* arguments[] = {&params};
-  const cudaError_t error = cudaLaunchKernel(kernel, plan.grid, plan.block, arguments, 0, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(
+      kernel, plan.grid, plan.block, arguments, 0, static_cast<cudaStream_t>(stream));
   return describe(error == cudaSuccess ? cudaGetLastError() : error);
 }
 
@@ -472,18 +516,24 @@ template <class RowTypes, class ChannelTypes, bool kWrite, bool kSum>
 const char* launch_pass(const Call& call) {
   const PerturbArgs& a = call.args;
   const bool narrow = kSum && call.form.one_launch;
-  const Plan plan = a.inner == 1 ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >, narrow)
-                                 : make_plan(a, ChannelTypes::X::kElements, kChannelResident, narrow);
+  const Plan plan = a.inner == 1
+                        ? make_plan(a, 1, kRowResident < RowTypes::kAny, kWrite && kSum >, narrow)
+                        : make_plan(a, ChannelTypes::X::kElements, kChannelResident, narrow);
   const bool from_end = kSum ? call.form.sums_from_end : call.form.writes_from_end;
   const int phase = static_cast<int>(a.draw.col0 % kGroup);
-  Params params{a, a.outer * a.inner, num_groups(a), a.draw.col0 / kGroup, phase, call.partials, from_end};
+  Params params{a,     a.outer * a.inner, num_groups(a), a.draw.col0 / kGroup,
+                phase, call.partials,     from_end};
   const char* error = nullptr;
   if (params.rows) {
     if (narrow && plan.grid.y > 1)
-      params.ticket = take_tickets(static_cast<cudaStream_t>(call.stream), static_cast<int>(plan.grid.x));
+      params.ticket =
+          take_tickets(static_cast<cudaStream_t>(call.stream), static_cast<int>(plan.grid.x));
     params.finish = kSum && (plan.grid.y == 1 || (narrow && params.ticket >= 0));
-    if (a.inner == 1) error = launch(&perturb_rows_kernel<RowTypes, kWrite, kSum>, plan, params, call.stream);
-    else error = launch(&perturb_channels_kernel<ChannelTypes, kWrite, kSum>, plan, params, call.stream);
+    if (a.inner == 1)
+      error = launch(&perturb_rows_kernel<RowTypes, kWrite, kSum>, plan, params, call.stream);
+    else
+      error =
+          launch(&perturb_channels_kernel<ChannelTypes, kWrite, kSum>, plan, params, call.stream);
   }
   if constexpr (kSum) {
     using C = typename RowTypes::Compute;
@@ -498,11 +548,13 @@ const char* launch_pass(const Call& call) {
   return error;
 }
 
-// Pixels that a channels kernel takes at a time; with twice as many, registers spill on one architecture or another.
+// Pixels that a channels kernel takes at a time; with twice as many, registers spill on one
+// architecture or another.
 template <class XT, class UT, bool kBoth>
 constexpr int kPixels = kBoth || sizeof(XT) != sizeof(UT) ? 2 : 4;
 
-// Whether every run of n elements, side by side in memory, lies on a boundary of its own size, at most 16 bytes.
+// Whether every run of n elements, side by side in memory, lies on a boundary of its own size, at
+// most 16 bytes.
 bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
   if (!o.data) return true;
   const int64_t size = AnyRun<float, 1>::bytes(o.dtype, 1), bytes = smaller(16, n * size);
@@ -514,15 +566,19 @@ bool aligned(const Operand& o, const PerturbArgs& a, int64_t n) {
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 bool fits(const PerturbArgs& a, DType x, DType u, DType du) {
   constexpr int n = kPixels < XT, UT, kWrite && kSum > ;
-  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du)) return false;
+  if ((kWrite && (!a.x.data || a.x.dtype != x || a.u.dtype != u)) || (kSum && a.du.dtype != du))
+    return false;
   if (a.inner == 1 ? a.draw.col0 % kGroup || a.features % kGroup : a.inner % n) return false;
   const int64_t run = a.inner == 1 ? kGroup : n;
-  return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) && (!kSum || aligned(a.du, a, run));
+  return (!kWrite || (aligned(a.x, a, run) && aligned(a.u, a, run))) &&
+         (!kSum || aligned(a.du, a, run));
 }
 
 template <class XT, class UT, class DuT, bool kWrite, bool kSum>
 const char* launch_exactly(const Call& call) {
-  return launch_pass<Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, kWrite && kSum>>, kWrite, kSum>(call);
+  return launch_pass<
+      Exactly<XT, UT, DuT, kGroup>, Exactly<XT, UT, DuT, kPixels<XT, UT, kWrite && kSum>>, kWrite,
+      kSum>(call);
 }
 
 // Computed in double where the data are: x, or the gradient alone.
@@ -534,8 +590,9 @@ template <bool kWrite, bool kSum>
 const char* launch_types(const Call& call) {
   const PerturbArgs& a = call.args;
   constexpr DType f32 = DType::kFloat32, f16 = DType::kFloat16, bf16 = DType::kBFloat16;
-#define DIP_TRY(XT, x, UT, u, DuT, du) \
-  if (fits<XT, UT, DuT, kWrite, kSum>(a, x, u, du)) return launch_exactly<XT, UT, DuT, kWrite, kSum>(call)
+#define DIP_TRY(XT, x, UT, u, DuT, du)              \
+  if (fits<XT, UT, DuT, kWrite, kSum>(a, x, u, du)) \
+  return launch_exactly<XT, UT, DuT, kWrite, kSum>(call)
   DIP_TRY(BFloat16, bf16, BFloat16, bf16, BFloat16, bf16);
   DIP_TRY(Float16, f16, Float16, f16, Float16, f16);
   DIP_TRY(float, f32, float, f32, float, f32);
@@ -553,7 +610,8 @@ const char* launch_types(const Call& call) {
 int64_t perturb_cuda_scratch(const PerturbArgs& a, const CudaForm& form) {
   if (!a.dsigma || !a.features) return 0;
   // The most that any of the kernels asks for: one pixel at a time gives the most blocks.
-  return int64_t{make_plan(a, 1, kMostResident, form.one_launch).grid.y} * a.features * (is_double(a) ? 8 : 4);
+  return int64_t{make_plan(a, 1, kMostResident, form.one_launch).grid.y} * a.features *
+         (is_double(a) ? 8 : 4);
 }
 
 const char* perturb_cuda(const PerturbArgs& a, const CudaForm& form, void* partials, void* stream) {

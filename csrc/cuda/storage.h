@@ -14,7 +14,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// ---- values: two 16-bit elements share a word, the lower address in the low half ----------------------------------------
+// ---- values: two 16-bit elements share a word, the lower address in the low half
+// ----------------------------------------
 
 DIP_DEVICE float low_value(BFloat16, uint32_t word) { return __uint_as_float(word << 16); }
 DIP_DEVICE float high_value(BFloat16, uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
@@ -58,11 +59,14 @@ DIP_DEVICE void set_element(T* p, C a) {
   p->bits = static_cast<uint16_t>(pack(T{}, static_cast<float>(a), 0.0f));
 }
 
-// ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes -----------------------------------
+// ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes
+// -----------------------------------
 
 // nvcc splits a plain store of a uint4 into four.
 DIP_DEVICE void store_vector(uint4* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
 }
 DIP_DEVICE void store_vector(uint2* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
@@ -91,7 +95,9 @@ DIP_DEVICE void store_words(char* p, const uint32_t* words) {
   if constexpr (kWords % 4 == 0) {
     DIP_UNROLL
     for (int i = 0; i < kWords; i += 4)
-      store_vector(reinterpret_cast<uint4*>(p) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+      store_vector(
+          reinterpret_cast<uint4*>(p) + i / 4,
+          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
   } else if constexpr (kWords == 2) {
     store_vector(reinterpret_cast<uint2*>(p), make_uint2(words[0], words[1]));
   } else {
@@ -100,7 +106,8 @@ DIP_DEVICE void store_words(char* p, const uint32_t* words) {
   }
 }
 
-// load, store: the run at p. get(i): element i. set(i, a, b): elements i and i + 1, i even. bytes(n): of n elements.
+// load, store: the run at p. get(i): element i. set(i, a, b): elements i and i + 1, i even.
+// bytes(n): of n elements.
 template <class T, int N>
 struct Run {
   static constexpr int kElements = N;
@@ -109,7 +116,9 @@ struct Run {
   static DIP_DEVICE int64_t bytes(DType, int64_t n) { return n * int64_t{sizeof(T)}; }
   DIP_DEVICE void load(const char* p, DType, int, int) { load_words<N / 2>(p, words); }
   DIP_DEVICE void store(char* p, DType, int, int) const { store_words<N / 2>(p, words); }
-  DIP_DEVICE float get(int i) const { return i % 2 ? high_value(T{}, words[i / 2]) : low_value(T{}, words[i / 2]); }
+  DIP_DEVICE float get(int i) const {
+    return i % 2 ? high_value(T{}, words[i / 2]) : low_value(T{}, words[i / 2]);
+  }
   DIP_DEVICE void set(int i, float a, float b) { words[i / 2] = pack(T{}, a, b); }
 };
 
@@ -128,7 +137,8 @@ struct Run<float, N> {
   }
 };
 
-// Any storage type, any alignment: elements [first, last) of N, one by one; the others are 0 and are not written.
+// Any storage type, any alignment: elements [first, last) of N, one by one; the others are 0 and
+// are not written.
 template <class C, int N>
 struct AnyRun {
   static constexpr int kElements = N;
@@ -142,7 +152,8 @@ struct AnyRun {
   DIP_DEVICE void load_as(const char* p, int first, int last) {
     DIP_UNROLL
     for (int i = 0; i < N; ++i)
-      values[i] = first <= i && i < last ? static_cast<C>(element(reinterpret_cast<const T*>(p)[i])) : C(0);
+      values[i] =
+          first <= i && i < last ? static_cast<C>(element(reinterpret_cast<const T*>(p)[i])) : C(0);
   }
   template <class T>
   DIP_DEVICE void store_as(char* p, int first, int last) const {

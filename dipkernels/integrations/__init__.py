@@ -1,1 +1,2 @@
-"""At home in other people's trainers; each module needs its framework, and none is imported by `import dipkernels`."""
+"""At home in other people's trainers; each module needs its framework, and none is imported by
+`import dipkernels`."""

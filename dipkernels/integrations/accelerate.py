@@ -1,4 +1,5 @@
-"""accelerate: the noise of a step of a loop written by hand, and the config with its checkpoints.  docs/guides/trainers.md."""
+"""accelerate: the noise of a step of a loop written by hand, and the config with its checkpoints.
+docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from .parts import differing, place_in_batch
 def _config(model: nn.Module) -> DIPConfig:
     config = config_of(model)
     if config is None:
-        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+        raise ValueError(
+            "model: expected one that dip.apply has converted, got one without a config"
+        )
     return config
 
 
@@ -24,14 +27,15 @@ def step_noise(
 ) -> contextlib.AbstractContextManager[object]:
     """The noise of one micro-batch of a step: forward and backward belong inside.
 
-    The rows are the examples' places in the batch of all processes and micro-batches, so that a step has the same noise
-    on any number of them.
+    The rows are the examples' places in the batch of all processes and micro-batches, so that a
+    step has the same noise on any number of them.
 
     Args:
         accelerator: The Accelerator.
         model: That `dip.apply` has converted, prepared or not.
         step: The optimiser step, >= 0; one number for each, and for its micro-batches.
-        batch_size: Examples of a batch of one process; the same for all, the last and smaller one too.
+        batch_size: Examples of a batch of one process; the same for all, the last and smaller one
+            too.
         micro: The micro-batch in the step, under gradient accumulation.
 
     Returns:
@@ -46,14 +50,16 @@ def step_noise(
 
 
 def keep_config(accelerator: Any, model: nn.Module) -> None:
-    """Let `accelerator.save_state` write dip_config.json and dip.safetensors too, and `load_state` compare the config.
+    """Let `accelerator.save_state` write dip_config.json and dip.safetensors too, and `load_state`
+    compare the config.
 
     Args:
         accelerator: The Accelerator.
         model: That `dip.apply` has converted, prepared or not.
 
     Raises:
-        ValueError: The model has no config. On loading: the folder has none, or one that cannot be read.
+        ValueError: The model has no config. On loading: the folder has none, or one that cannot be
+            read.
 
     Warns:
         UserWarning: On loading, where the folder's config is another.
@@ -67,7 +73,8 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
         stored, own = DIPConfig.load(input_dir), _config(model)
         if stored != own:
             warnings.warn(
-                f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} (the folder's, this "
+                f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} "
+                "(the folder's, this "
                 "run's). This run's holds",
                 stacklevel=2,
             )

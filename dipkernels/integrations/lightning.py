@@ -1,4 +1,5 @@
-"""Lightning: a callback that makes a LightningModule train by a DIPConfig.  docs/guides/trainers.md."""
+"""Lightning: a callback that makes a LightningModule train by a DIPConfig.
+docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -25,42 +26,52 @@ from ..training.trajectories import trajectories
 from .parts import differing, one_start, place_in_batch, require_groups
 
 _KEY = "dip_config"  # in a checkpoint
-_WAY_OUT = "return such a one from configure_optimizers, which is called after the model was converted"
+_WAY_OUT = (
+    "return such a one from configure_optimizers, which is called after the model was converted"
+)
 
 
 _Callback: Any = pl.Callback  # without types where lightning is not installed
 
 
 class DIPCallback(_Callback):  # type: ignore[misc]
-    """`Trainer(callbacks=[DIPCallback(DIPConfig())])`: convert, calibrate, train by the config, log, save, resume.
+    """`Trainer(callbacks=[DIPCallback(DIPConfig())])`: convert, calibrate, train by the config,
+    log, save, resume.
 
-    The module is converted before `configure_optimizers` is called, which takes `dip.param_groups(self, lr)`. `training_step`
-    gets each batch with its examples m times over, so that the mean that it returns is the mean over m trajectories, and
-    the KL term is added to its loss. Noise is a function of the step and of the example's place in the global batch.
-    Sigma, its share of the prior's and the KL term are logged. The config is in each checkpoint.
+    The module is converted before `configure_optimizers` is called, which takes
+    `dip.param_groups(self, lr)`. `training_step` gets each batch with its examples m times over, so
+    that the mean that it returns is the mean over m trajectories, and the KL term is added to its
+    loss. Noise is a function of the step and of the example's place in the global batch. Sigma, its
+    share of the prior's and the KL term are logged. The config is in each checkpoint.
 
     m trajectories are m copies of each batch: m times the time and the activations' memory.
 
     Args:
         config: What to do. None for a module that `dip.apply` has converted.
-        batches: As `dip.apply`'s; needed for `before` and place="producer". None takes the first batches of the training
-            data, and the module's forward must then take what `calibrate` hands it: a mapping as keywords, of a tuple the
-            first element.
+        batches: As `dip.apply`'s; needed for `before` and place="producer". None takes the first
+            batches of the training data, and the module's forward must then take what `calibrate`
+            hands it: a mapping as keywords, of a tuple the first element.
         calibration_batches: How many of them, >= 1.
 
     Raises:
-        ValueError: Where it cannot do what the config says, when training starts: lambda_s > 0 and k > 0 (the loss and
-            `predict_step` are the module's), manual optimisation, a `training_step` of dataloader_iter, FSDP and DeepSpeed
-            strategies, an optimiser that lacks the variances or decays them.
+        ValueError: Where it cannot do what the config says, when training starts: lambda_s > 0 and
+            k > 0 (the loss and `predict_step` are the module's), manual optimisation, a
+            `training_step` of dataloader_iter, FSDP and DeepSpeed strategies, an optimiser that
+            lacks the variances or decays them.
     """
 
     def __init__(
-        self, config: DIPConfig | None = None, batches: Iterable[Any] | None = None, calibration_batches: int = 8
+        self,
+        config: DIPConfig | None = None,
+        batches: Iterable[Any] | None = None,
+        calibration_batches: int = 8,
     ) -> None:
         if config is not None and not isinstance(config, DIPConfig):
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}")
+            raise ValueError(
+                f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}"
+            )
         self.asked, self.batches, self.calibration_batches = config, batches, calibration_batches
         self._calibrate, self._checked, self._at = False, False, (-1, 0)
         self._noise = contextlib.ExitStack()
@@ -73,13 +84,21 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         require_order(pl_module)
         own, config = config_of(pl_module), self.asked or config_of(pl_module)
         if config is None:
-            raise ValueError("config: expected a DIPConfig, or a module that dip.apply has converted, got neither")
+            raise ValueError(
+                "config: expected a DIPConfig, or a module that dip.apply has converted, got "
+                "neither"
+            )
         if own is not None and own != config:
-            raise ValueError(f"config: expected the module's or None, got another in {differing(own, config)}")
+            raise ValueError(
+                f"config: expected the module's or None, got another in {differing(own, config)}"
+            )
         self._require_possible(trainer, pl_module, config)
         if own is None:
             if dip_layers(pl_module):
-                raise ValueError("pl_module: expected a plain one beside config, got DIP layers; dip.to_plain first")
+                raise ValueError(
+                    "pl_module: expected a plain one beside config, got DIP layers; dip.to_plain "
+                    "first"
+                )
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
                 one_start(pl_module)
@@ -93,19 +112,24 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         asked = {name: getattr(config, name) for name in ("lambda_s", "k") if getattr(config, name)}
         if asked:
             raise ValueError(
-                f"config: expected lambda_s=0 and k=0, for loss and prediction are the module's, got {asked}; write "
+                "config: expected lambda_s=0 and k=0, for loss and prediction are the module's, "
+                f"got {asked}; write "
                 "dip.objective and dip.predict into it"
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "pl_module: expected automatic optimisation, got manual; dip.apply and config.objective there"
+                "pl_module: expected automatic optimisation, got manual; dip.apply and "
+                "config.objective there"
             )
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
-            raise ValueError("pl_module: expected training_step(batch, ...), got one of dataloader_iter")
+            raise ValueError(
+                "pl_module: expected training_step(batch, ...), got one of dataloader_iter"
+            )
         strategy = type(trainer.strategy).__name__
         if "FSDP" in strategy or "DeepSpeed" in strategy:
             raise ValueError(
-                f"strategy: expected one process or DDP, got {strategy}; docs/cluster.md has FSDP2 by hand"
+                f"strategy: expected one process or DDP, got {strategy}; docs/cluster.md has FSDP2 "
+                "by hand"
             )
 
     def _wrap(self, trainer: Any, pl_module: Any) -> None:
@@ -139,7 +163,9 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     # ---- a step
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         step, config = trainer.global_step, _config(pl_module)
         micro = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, micro)
@@ -155,10 +181,16 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             if not report.ok:
                 warnings.warn(f"dipkernels: after the first step {report}", stacklevel=2)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._noise.close()
         step = trainer.global_step
-        if step != self._at[0] and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
+        if (
+            step != self._at[0]
+            and trainer.log_every_n_steps
+            and step % trainer.log_every_n_steps == 0
+        ):
             pl_module.log_dict(metrics(pl_module), batch_size=1)
 
     # ---- after it
@@ -175,19 +207,26 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if _KEY not in checkpoint:
-            raise ValueError("ckpt_path: expected a checkpoint of a DIPCallback, got one without a config")
+            raise ValueError(
+                "ckpt_path: expected a checkpoint of a DIPCallback, got one without a config"
+            )
         self._calibrate = False  # the variances are the checkpoint's
         stored, own = DIPConfig.from_dict(checkpoint[_KEY]), config_of(pl_module)
         if own is not None and stored != own:
             warnings.warn(
-                f"dipkernels: the checkpoint was trained by another config: {differing(stored, own)} (the checkpoint's, "
+                "dipkernels: the checkpoint was trained by another config: "
+                f"{differing(stored, own)} (the checkpoint's, "
                 "this callback's). The callback's holds",
                 stacklevel=2,
             )
 
 
 def load_from_checkpoint(
-    kind: type[Any], path: str | os.PathLike[str], *, batches: Iterable[Any] | None = None, **options: Any
+    kind: type[Any],
+    path: str | os.PathLike[str],
+    *,
+    batches: Iterable[Any] | None = None,
+    **options: Any,
 ) -> Any:
     """kind.load_from_checkpoint(path), converted and with its variances.
 
@@ -206,7 +245,9 @@ def load_from_checkpoint(
     module = kind.load_from_checkpoint(path, strict=False, **options)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if _KEY not in checkpoint:
-        raise ValueError(f"path: expected a checkpoint of a DIPCallback, got one without a config: {path}")
+        raise ValueError(
+            f"path: expected a checkpoint of a DIPCallback, got one without a config: {path}"
+        )
     convert_as(module, DIPConfig.from_dict(checkpoint[_KEY]), batches)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
@@ -215,7 +256,9 @@ def load_from_checkpoint(
 def _config(pl_module: nn.Module) -> DIPConfig:
     config = config_of(pl_module)
     if config is None:
-        raise ValueError("pl_module: expected one that the callback has converted, got one without a config")
+        raise ValueError(
+            "pl_module: expected one that the callback has converted, got one without a config"
+        )
     return config
 
 
@@ -233,11 +276,17 @@ def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:
 def _require_forward(pl_module: Any) -> None:
     if type(pl_module).forward is pl.LightningModule.forward:
         raise ValueError(
-            "batches: expected some, for a module without a forward to calibrate by, got None; give the callback batches and "
-            "the module a forward, call dip.apply on its network before, or say variance=... in the config"
+            "batches: expected some, for a module without a forward to calibrate by, got None; "
+            "give the callback batches and "
+            "the module a forward, call dip.apply on its network before, or say variance=... in "
+            "the config"
         )
 
 
 def _first_size(batch: Any) -> int:
-    sizes = [len(leaf) for leaf in torch.utils._pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    sizes = [
+        len(leaf)
+        for leaf in torch.utils._pytree.tree_leaves(batch)
+        if isinstance(leaf, Tensor) and leaf.ndim
+    ]
     return sizes[0] if sizes else 1

@@ -1,4 +1,5 @@
-"""What more than one trainer needs: an optimiser's groups, one start for all ranks, two configs compared."""
+"""What more than one trainer needs: an optimiser's groups, one start for all ranks, two configs
+compared."""
 
 from __future__ import annotations
 
@@ -37,23 +38,35 @@ def own_group(model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> 
 
 
 def require_groups(model: nn.Module, optimizer: Any, way_out: str) -> None:
-    """Raise ValueError unless every variance that learns is in a group of the optimiser that has no weight decay."""
+    """Raise ValueError unless every variance that learns is in a group of the optimiser that has no
+    weight decay."""
     names = {id(p): name for name, p in learning_variances(model).items()}
     kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay", 0) for p in group["params"]}
+    decayed = {
+        id(p)
+        for group in optimizer.param_groups
+        if group.get("weight_decay", 0)
+        for p in group["params"]
+    }
     for which, ids in (("lacks", names.keys() - kept), ("decays", names.keys() & decayed)):
         if ids:
             example = min(names[each] for each in ids)
             raise ValueError(
-                "optimizer: expected one made from dip.param_groups(model, lr, weight_decay) of the converted model, got one "
+                "optimizer: expected one made from dip.param_groups(model, lr, weight_decay) of "
+                "the converted model, got one "
                 f"that {which} {len(ids)} variance(s), such as {example}; {way_out}"
             )
 
 
 def one_start(model: nn.Module) -> None:
-    """Every rank takes the variances and priors of the first, for each may have been calibrated on other batches."""
+    """Every rank takes the variances and priors of the first, for each may have been calibrated on
+    other batches."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
         state = [variances(model)]
         distributed.broadcast_object_list(state, src=0)
         load_variances(model, state[0])
@@ -66,9 +79,10 @@ def differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]]
 
 
 def place_in_batch(micro: int, rank: int, world: int, batch_size: int, rows: int = 1) -> int:
-    """Index of a micro-batch's first row in the batch of an optimiser step: of all micro-batches of all ranks.
+    """Index of a micro-batch's first row in the batch of an optimiser step: of all micro-batches of
+    all ranks.
 
-    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. rows: of this one, which may be
-    more: a preference batch has two for each example.
+    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. rows: of
+    this one, which may be more: a preference batch has two for each example.
     """
     return (micro * world + rank) * batch_size * max(1, -(-rows // batch_size))

@@ -26,12 +26,14 @@ else:
 
 
 def keep_variances(model: nn.Module) -> nn.Module:
-    """Let a converted model of PEFT carry its variances with each adapter; `dip.apply` and `dip.load` call this.
+    """Let a converted model of PEFT carry its variances with each adapter; `dip.apply` and
+    `dip.load` call this.
 
-    Afterwards `save_pretrained` writes dip_config.json and dip.safetensors beside each adapter, `load_adapter` reads them,
-    `set_adapter` changes the variances too, an adapter that is added starts with those of the moment, and
-    `merge_and_unload` and `unload` give a model whose layers have the noise that the adapters around them had. The
-    model's class becomes a subclass of the same name.
+    Afterwards `save_pretrained` writes dip_config.json and dip.safetensors beside each adapter,
+    `load_adapter` reads them, `set_adapter` changes the variances too, an adapter that is added
+    starts with those of the moment, and `merge_and_unload` and `unload` give a model whose layers
+    have the noise that the adapters around them had. The model's class becomes a subclass of the
+    same name.
 
     Args:
         model: A PeftModel that `dip.apply` or `dip.load` has converted.
@@ -49,14 +51,18 @@ def keep_variances(model: nn.Module) -> nn.Module:
     if not isinstance(model, _KeepsVariances):
         model.__class__ = _keeping(type(model))
         start = variances(model)
-        model.__dict__[_WAITING] = {name: start for name in model.peft_config if name != model.active_adapter}
+        model.__dict__[_WAITING] = {
+            name: start for name in model.peft_config if name != model.active_adapter
+        }
     return model
 
 
 def _config(model: nn.Module) -> DIPConfig:
     config = config_of(model)
     if config is None:
-        raise ValueError("model: expected one that dip.apply has converted, got one without a config")
+        raise ValueError(
+            "model: expected one that dip.apply has converted, got one without a config"
+        )
     return config
 
 
@@ -95,7 +101,9 @@ class _KeepsVariances(_Mixin):
         **options: Any,
     ) -> None:
         asked = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
-        super().save_pretrained(save_directory, *asked, path_initial_model_for_weight_conversion, **options)
+        super().save_pretrained(
+            save_directory, *asked, path_initial_model_for_weight_conversion, **options
+        )
         if not dip_layers(self):
             return
         own = variances(self)
@@ -108,7 +116,8 @@ class _KeepsVariances(_Mixin):
         if not dip_layers(self):
             return super().load_adapter(model_id, adapter_name, *args, **options)
         own = variances(self)
-        # PEFT's file has the variances of the layers that it is around, and puts them into those that are active now.
+        # PEFT's file has the variances of the layers that it is around, and puts them into those
+        # that are active now.
         loaded = super().load_adapter(model_id, adapter_name, *args, **options)
         own = {_around(name): values for name, values in own.items()}
         folder = Path(model_id) / (options.get("subfolder") or "")
@@ -144,25 +153,29 @@ class _KeepsVariances(_Mixin):
         self.__dict__[_WAITING].pop(adapter_name, None)
 
     def _change(self, before: str) -> None:
-        """Put the variances of the adapter that is active now in the place of those of the one before."""
+        """Put the variances of the adapter that is active now in the place of those of the one
+        before."""
         if self.active_adapter != before and dip_layers(self):
             waiting = self.__dict__[_WAITING]
             waiting[before] = variances(self)
             load_variances(self, waiting.pop(self.active_adapter))
 
     def merge_and_unload(self, *args: Any, **options: Any) -> nn.Module:
-        """PEFT's, with the noise of an adapter at the layer that it is merged into; dip.to_plain removes it."""
+        """PEFT's, with the noise of an adapter at the layer that it is merged into; dip.to_plain
+        removes it."""
         tuner: Any = self.base_model
         return _with_noise(self, lambda: tuner.merge_and_unload(*args, **options))
 
     def unload(self, *args: Any, **options: Any) -> nn.Module:
-        """PEFT's, with the noise of an adapter at the layer that it was around; dip.to_plain removes it."""
+        """PEFT's, with the noise of an adapter at the layer that it was around; dip.to_plain
+        removes it."""
         tuner: Any = self.base_model
         return _with_noise(self, lambda: tuner.unload(*args, **options))
 
 
 def _move_to_adapters(model: _KeepsVariances) -> None:
-    """Over a layer that had noise without an adapter: the noise goes before the whole, base layer and adapter."""
+    """Over a layer that had noise without an adapter: the noise goes before the whole, base layer
+    and adapter."""
     inside = {n: base_layer(m) for n, m in model.named_modules() if is_adapter(m)}
     inside = {name: base for name, base in inside.items() if isinstance(base, DIPLayer)}
     if not inside:
@@ -170,7 +183,8 @@ def _move_to_adapters(model: _KeepsVariances) -> None:
     shared = [name for name, base in inside.items() if base.share is not None]
     if shared:
         raise ValueError(
-            f"add_adapter: expected layers that share no noise, got an adapter around {shared}; add every adapter first, "
+            f"add_adapter: expected layers that share no noise, got an adapter around {shared}; "
+            "add every adapter first, "
             "then dip.apply with share"
         )
     config = _config(model)

@@ -1,4 +1,5 @@
-"""transformers' Trainer and TRL's trainers: a mixin, a callback, from_pretrained.  docs/guides/trainers.md."""
+"""transformers' Trainer and TRL's trainers: a mixin, a callback, from_pretrained.
+docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -27,11 +28,19 @@ from ..nn.variance import Variance
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
 from ..training.trajectories import trajectories
-from .parts import differing, learning_variances, one_start, own_group, place_in_batch, require_groups
+from .parts import (
+    differing,
+    learning_variances,
+    one_start,
+    own_group,
+    place_in_batch,
+    require_groups,
+)
 
 _RUN = 2**32  # keys between the runs of two seeds
 _NO_CONFIG = (
-    "dip: expected a DIPConfig, or a model that dip.apply has converted, got neither; a resumed run takes the config of its "
+    "dip: expected a DIPConfig, or a model that dip.apply has converted, got neither; a resumed "
+    "run takes the config of its "
     "checkpoint"
 )
 
@@ -39,43 +48,52 @@ _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
 
 
 class DIPMixin(_Trainer):  # type: ignore[misc]
-    """Before a trainer of transformers or TRL in the bases of a class: `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
+    """Before a trainer of transformers or TRL in the bases of a class:
+    `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
 
-    The trainer then converts its model (after it has put adapters around it), calibrates it with the first batches of its
-    training data, and trains by the config: the trainer's own loss, meaned over m trajectories, plus the KL term;
-    variances in a group of their own, not decayed, at ten times the learning rate; noise that is a function of the seed,
-    the step and the example's place in the global batch, so that a resumed run draws what the uninterrupted one does.
-    Each checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain model's. Sigma, its share of
-    the prior's and the KL term are logged with the loss.
+    The trainer then converts its model (after it has put adapters around it), calibrates it with
+    the first batches of its training data, and trains by the config: the trainer's own loss, meaned
+    over m trajectories, plus the KL term; variances in a group of their own, not decayed, at ten
+    times the learning rate; noise that is a function of the seed, the step and the example's place
+    in the global batch, so that a resumed run draws what the uninterrupted one does. Each
+    checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain model's.
+    Sigma, its share of the prior's and the KL term are logged with the loss.
 
     m trajectories are m copies of each batch: m times the time and the activations' memory; halve
-    per_device_train_batch_size and double gradient_accumulation_steps for m = 2 where memory is short. Evaluation is of the
-    plain network; with k > 0 in the config the predictions are the means of k noisy passes, as logits.
+    per_device_train_batch_size and double gradient_accumulation_steps for m = 2 where memory is
+    short. Evaluation is of the plain network; with k > 0 in the config the predictions are the
+    means of k noisy passes, as logits.
 
     Args:
-        dip: The config. None for a model that `dip.apply` has converted, or for a run that is resumed, by the config in
-            the checkpoint.
+        dip: The config. None for a model that `dip.apply` has converted, or for a run that is
+            resumed, by the config in the checkpoint.
         calibration_batches: Number of batches of the training data to calibrate with, >= 1.
         args, options: The trainer's own.
 
     Raises:
-        ValueError: There is no config, the model has another, an optimiser was given that lacks the variances or decays
-            them, or the trainer runs nn.DataParallel with a key, or DeepSpeed's ZeRO-3. At a step: a batch that m > 1
-            cannot repeat, or lambda_s > 0 where the trainer's loss has no logits.
+        ValueError: There is no config, the model has another, an optimiser was given that lacks the
+            variances or decays them, or the trainer runs nn.DataParallel with a key, or DeepSpeed's
+            ZeRO-3. At a step: a batch that m > 1 cannot repeat, or lambda_s > 0 where the trainer's
+            loss has no logits.
     """
 
-    def __init__(self, *args: Any, dip: DIPConfig | None = None, calibration_batches: int = 8, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, dip: DIPConfig | None = None, calibration_batches: int = 8, **options: Any
+    ) -> None:
         if dip is not None and not isinstance(dip, DIPConfig):
             raise TypeError(f"dip: expected a DIPConfig, got {type(dip).__name__}")
         if not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}")
+            raise ValueError(
+                f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}"
+            )
         self._dip_asked, self._dip_batches, self._dip_started = dip, calibration_batches, False
         self._dip_at, self._dip_checked = (-1, 0), False
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps log_variance from PyTorch; use "
+                "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps "
+                "log_variance from PyTorch; use "
                 "FSDP2 there"
             )
         self._dip_start(self.model)
@@ -103,10 +121,16 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         require_order(model)
         own, asked = config_of(model), self._dip_asked
         if own is not None and asked is not None and own != asked:
-            raise ValueError(f"dip: expected the config of the model or None, got another in {differing(own, asked)}")
+            raise ValueError(
+                "dip: expected the config of the model or None, got another in "
+                f"{differing(own, asked)}"
+            )
         if own is None and asked is not None:
             if dip_layers(model):
-                raise ValueError("model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) first")
+                raise ValueError(
+                    "model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) "
+                    "first"
+                )
             config = self._dip_without_fused_head(model, asked)
             needs = config.variance is None or config.watches_batches
             apply(model, config, self._dip_first_batches(model) if needs else None)
@@ -117,37 +141,58 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _dip_check_setting(self, key: int | None) -> None:
         if self.args.n_gpu > 1 and key is not None:
             raise ValueError(
-                f"key: expected None under nn.DataParallel, whose {self.args.n_gpu} replicas would share their noise, got "
+                f"key: expected None under nn.DataParallel, whose {self.args.n_gpu} replicas would "
+                "share their noise, got "
                 f"{key}; or start one process for each GPU by torchrun"
             )
 
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
-        """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and Liger's."""
-        fused = self.args.use_liger_kernel or any(c.__module__.startswith("trl.") for c in type(self).__mro__)
-        head = model.get_output_embeddings() if fused and hasattr(model, "get_output_embeddings") else None
-        names = [name for name, module in model.named_modules() if module is head] if head is not None else []
-        return dataclasses.replace(config, exclude=(*config.exclude, *(n for n in names if n not in config.exclude)))
+        """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and
+        Liger's."""
+        fused = self.args.use_liger_kernel or any(
+            c.__module__.startswith("trl.") for c in type(self).__mro__
+        )
+        head = (
+            model.get_output_embeddings()
+            if fused and hasattr(model, "get_output_embeddings")
+            else None
+        )
+        names = (
+            [name for name, module in model.named_modules() if module is head]
+            if head is not None
+            else []
+        )
+        return dataclasses.replace(
+            config, exclude=(*config.exclude, *(n for n in names if n not in config.exclude))
+        )
 
     def _dip_first_batches(self, model: Any) -> list[Any]:
         """What the model's forward takes of the first training batches, on the device."""
         if self.train_dataset is None:
             raise ValueError(
-                "train_dataset: expected one, whose first batches set the noise (ratio), got None; say variance=... in the "
+                "train_dataset: expected one, whose first batches set the noise (ratio), got None; "
+                "say variance=... in the "
                 "config, or call dip.apply(model, config, batches) before"
             )
         with untouched(model):
             prepared: Any = self.get_train_dataloader()
-            loader = getattr(prepared, "base_dataloader", prepared)  # accelerate's own would count as begun
+            loader = getattr(
+                prepared, "base_dataloader", prepared
+            )  # accelerate's own would count as begun
             batches = list(itertools.islice(loader, self._dip_batches))
         if not all(isinstance(batch, Mapping) for batch in batches):
             raise ValueError(
-                f"train_dataset: expected batches that are mappings, got {type(batches[0]).__name__}; call "
+                "train_dataset: expected batches that are mappings, got "
+                f"{type(batches[0]).__name__}; call "
                 "dip.apply(model, config, batches) before"
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
         prepared_batches = [dict(self._prepare_inputs(batch)) for batch in batches]
-        return [{name: value for name, value in batch.items() if name in taken} for batch in prepared_batches]
+        return [
+            {name: value for name, value in batch.items() if name in taken}
+            for batch in prepared_batches
+        ]
 
     # ---- the optimiser
 
@@ -172,12 +217,15 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         return loss
 
     def _dip_noise(self, inputs: Any) -> Any:
-        """The noise of this micro-batch: its rows are its place in the batch of all processes and micro-batches."""
+        """The noise of this micro-batch: its rows are its place in the batch of all processes and
+        micro-batches."""
         step, config = self.state.global_step, self.dip_config
         micro = self._dip_at[1] + 1 if self._dip_at[0] == step else 0
         self._dip_at = (step, micro)
         sizes = (
-            [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim] if isinstance(inputs, Mapping) else []
+            [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim]
+            if isinstance(inputs, Mapping)
+            else []
         )
         where = (micro, self.args.process_index, self.args.world_size)
         first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
@@ -190,7 +238,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             return
         if not report.ok:
             warnings.warn(
-                f"dipkernels: after the first step {report}\n  Leave out what the loss reads past: exclude=[...] in the "
+                f"dipkernels: after the first step {report}\n  Leave out what the loss reads past: "
+                "exclude=[...] in the "
                 "config; an expert that the batch did not reach is none",
                 stacklevel=2,
             )
@@ -205,14 +254,20 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     ) -> Any:
         if not model.training:
             items = {"num_items_in_batch": num_items_in_batch}
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **items, **options)
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, **items, **options
+            )
         config, own = self.dip_config, super().compute_loss
         counted = None if num_items_in_batch is None else num_items_in_batch * config.m
         with_outputs = return_outputs or config.lambda_s > 0
         answers: list[Any] = []
 
         def folded(batch: Any) -> Any:
-            answers.append(own(model, batch, return_outputs=with_outputs, num_items_in_batch=counted, **options))
+            answers.append(
+                own(
+                    model, batch, return_outputs=with_outputs, num_items_in_batch=counted, **options
+                )
+            )
             return _logits(answers[0][1]) if config.lambda_s > 0 else None
 
         if config.m == 1:
@@ -222,20 +277,33 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             logits = trajectories(folded, self._dip_repeatable(inputs), m=config.m)
         loss, outputs = answers[0] if with_outputs else (answers[0], None)
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
-        part = 1 / self.current_gradient_accumulation_steps if self._dip_adds_up(num_items_in_batch) else 1.0
-        loss = loss + part * kl_penalty(self.model, config.kl).to(loss.device) if config.kl > 0 else loss
+        part = (
+            1 / self.current_gradient_accumulation_steps
+            if self._dip_adds_up(num_items_in_batch)
+            else 1.0
+        )
+        loss = (
+            loss + part * kl_penalty(self.model, config.kl).to(loss.device)
+            if config.kl > 0
+            else loss
+        )
         if config.lambda_s > 0:
             loss = loss + part * config.lambda_s * smoothness(logits)
         return (loss, outputs) if return_outputs else loss
 
     def _dip_repeatable(self, inputs: Any) -> dict[str, Any]:
-        """The batch, each tensor of which has the examples first. Raises ValueError naming one that has not."""
+        """The batch, each tensor of which has the examples first. Raises ValueError naming one that
+        has not."""
         if not isinstance(inputs, Mapping):
-            raise ValueError(f"m: expected 1 where batches are no mappings, got {self.dip_config.m}, {type(inputs)}")
+            raise ValueError(
+                f"m: expected 1 where batches are no mappings, got {self.dip_config.m}, "
+                f"{type(inputs)}"
+            )
         sizes = {name: tuple(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
         if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
             raise ValueError(
-                f"m: expected 1 where not every tensor of a batch has the examples first, got {self.dip_config.m} and "
+                "m: expected 1 where not every tensor of a batch has the examples first, got "
+                f"{self.dip_config.m} and "
                 f"{sizes}"
             )
         return dict(inputs)
@@ -251,13 +319,28 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     # ---- predictions and logs
 
     def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Any,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> Any:
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
         config = config_of(self.model)
-        if config is None or config.k == 0 or prediction_loss_only or not isinstance(logits, Tensor):
+        if (
+            config is None
+            or config.k == 0
+            or prediction_loss_only
+            or not isinstance(logits, Tensor)
+        ):
             return loss, logits, labels
-        own = {name: v for name, v in self._prepare_inputs(inputs).items() if name not in self.label_names}
+        own = {
+            name: v
+            for name, v in self._prepare_inputs(inputs).items()
+            if name not in self.label_names
+        }
         mean: Tensor = config.predict(model, **own)
         tiny = torch.finfo(mean.dtype).tiny
         if config.average == "probs":
@@ -275,12 +358,18 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if config_of(self.model) is not None and not is_peft(self.model):  # which has done so, for each adapter
+        if config_of(self.model) is not None and not is_peft(
+            self.model
+        ):  # which has done so, for each adapter
             save(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         if config_of(self.model) is not None and not is_peft(self.model):
-            state_dict = _without_variances(self.model, self.model.state_dict() if state_dict is None else state_dict)
+            state_dict = _without_variances(
+                self.model, self.model.state_dict() if state_dict is None else state_dict
+            )
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -307,24 +396,30 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         load_variances(model, load_state(folder))
         if stored != own:
             warnings.warn(
-                f"dipkernels: the checkpoint {folder} was trained by another config: {differing(stored, own)} (the "
-                "checkpoint's, this trainer's). The trainer's holds; dip=DIPConfig.load(folder) takes the checkpoint's",
+                f"dipkernels: the checkpoint {folder} was trained by another config: "
+                f"{differing(stored, own)} (the "
+                "checkpoint's, this trainer's). The trainer's holds; dip=DIPConfig.load(folder) "
+                "takes the checkpoint's",
                 stacklevel=2,
             )
 
 
 class DIPTrainer(DIPMixin, transformers.Trainer):
-    """transformers' Trainer with a config of DIP: `DIPTrainer(model, args, train_dataset=data, dip=DIPConfig())`."""
+    """transformers' Trainer with a config of DIP:
+    `DIPTrainer(model, args, train_dataset=data, dip=DIPConfig())`."""
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    found = (
+        outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    )
     if not isinstance(found, Tensor) or not found.requires_grad:
         raise ValueError(
-            "lambda_s: expected logits that the trainer's loss is made of, got none (a fused loss); set lambda_s=0"
+            "lambda_s: expected logits that the trainer's loss is made of, got none (a fused "
+            "loss); set lambda_s=0"
         )
     return found
 
@@ -342,9 +437,11 @@ def _names_of_variances(model: nn.Module) -> set[str]:
 
 
 def _load_renamed(model: Any, folder: str) -> None:
-    """Load what the trainer has not: its load_state_dict does not know the names by which save_pretrained wrote some models.
+    """Load what the trainer has not: its load_state_dict does not know the names by which
+    save_pretrained wrote some models.
 
-    transformers 5.23 writes a ViT by its former names, and says no more than "There were missing keys" on resuming.
+    transformers 5.23 writes a ViT by its former names, and says no more than "There were missing
+    keys" on resuming.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         return
@@ -354,12 +451,16 @@ def _load_renamed(model: Any, folder: str) -> None:
         loaded = type(model).from_pretrained(folder).state_dict()
         missing = model.load_state_dict(loaded, strict=False).missing_keys
         if missing:
-            raise ValueError(f"folder: expected the weights of this model in {folder}, got none for {missing}")
+            raise ValueError(
+                f"folder: expected the weights of this model in {folder}, got none for {missing}"
+            )
 
 
 def _stored_names(folder: str) -> set[str]:
     """The names of the weights that save_pretrained wrote into the folder."""
-    index, whole = (os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    index, whole = (
+        os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
+    )
     if os.path.isfile(index):
         with open(index, encoding="utf-8") as file:
             return set(json.load(file)["weight_map"])
@@ -369,11 +470,15 @@ def _stored_names(folder: str) -> set[str]:
         return set(weights.keys())
 
 
-def from_pretrained(kind: Any, folder: str | os.PathLike[str], *args: Any, batches: Any = None, **options: Any) -> Any:
-    """kind.from_pretrained(folder), converted and with its variances: what a trainer or `save` left in the folder.
+def from_pretrained(
+    kind: Any, folder: str | os.PathLike[str], *args: Any, batches: Any = None, **options: Any
+) -> Any:
+    """kind.from_pretrained(folder), converted and with its variances: what a trainer or `save` left
+    in the folder.
 
     Args:
-        kind: A class of transformers, such as AutoModelForCausalLM, or PEFT's AutoPeftModelForCausalLM.
+        kind: A class of transformers, such as AutoModelForCausalLM, or PEFT's
+            AutoPeftModelForCausalLM.
         folder: With dip_config.json and dip.safetensors.
         args, options: Of kind.from_pretrained.
         batches: As `dip.load`'s.
@@ -387,20 +492,24 @@ def from_pretrained(kind: Any, folder: str | os.PathLike[str], *args: Any, batch
     return load(kind.from_pretrained(folder, *args, **options), folder, batches)
 
 
-# ---- where no class can be changed ----------------------------------------------------------------------------------
+# ---- where no class can be changed ---------------------------------------------------------------
 
 
 class DIPCallback(transformers.TrainerCallback):
-    """DIP in a Trainer whose class cannot be changed: `Trainer(model, args, callbacks=[DIPCallback(batches=batches)])`.
+    """DIP in a Trainer whose class cannot be changed:
+    `Trainer(model, args, callbacks=[DIPCallback(batches=batches)])`.
 
-    It converts and calibrates the model when the trainer is made, adds the gradient of the KL term before each optimiser
-    step, writes dip_config.json and dip.safetensors into each checkpoint, and puts sigma into state.log_history.
+    It converts and calibrates the model when the trainer is made, adds the gradient of the KL term
+    before each optimiser step, writes dip_config.json and dip.safetensors into each checkpoint, and
+    puts sigma into state.log_history.
 
-    What a callback cannot do, and refuses: m > 1 and lambda_s > 0 (the batch and the loss are the trainer's), a key (the
-    noise is drawn from torch's generator, whose state the trainer keeps in its checkpoints), predictions with k > 0,
-    weight decay by the trainer's own optimiser, FSDP, DeepSpeed, and KL under fp16. What it cannot do, and says: the variances
-    learn at the weights' rate unless `optimizers` is made from `param_groups` after `dip.apply`. What else differs: the logged loss and the
-    clipped norm are without the KL term, and the trainer's loggers do not see sigma. `DIPMixin` does all of it.
+    What a callback cannot do, and refuses: m > 1 and lambda_s > 0 (the batch and the loss are the
+    trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps in
+    its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser, FSDP,
+    DeepSpeed, and KL under fp16. What it cannot do, and says: the variances learn at the weights'
+    rate unless `optimizers` is made from `param_groups` after `dip.apply`. What else differs: the
+    logged loss and the clipped norm are without the KL term, and the trainer's loggers do not see
+    sigma. `DIPMixin` does all of it.
 
     Args:
         config: With m=1 and key=None; DIPConfig(m=1, key=None) by default.
@@ -422,14 +531,19 @@ class DIPCallback(transformers.TrainerCallback):
             self.config = own
         elif self.batches is None and self.config.variance is None:
             raise ValueError(
-                "batches: expected some, by which ratio sets the noise, got None; or variance=... in the config"
+                "batches: expected some, by which ratio sets the noise, got None; or variance=... "
+                "in the config"
             )
         if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
-            raise ValueError("args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin")
+            raise ValueError(
+                "args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin"
+            )
         if optimizer is None and args.weight_decay > 0:
             raise ValueError(
-                f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the trainer's optimiser would decay "
-                "the variances. Call dip.apply(model, config, batches) and pass optimizers=(torch.optim.AdamW("
+                f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the "
+                "trainer's optimiser would decay "
+                "the variances. Call dip.apply(model, config, batches) and pass "
+                "optimizers=(torch.optim.AdamW("
                 "dip.param_groups(model, lr, weight_decay)), None), or use DIPMixin"
             )
         if own is None:
@@ -438,15 +552,18 @@ class DIPCallback(transformers.TrainerCallback):
             require_groups(model, optimizer, "or leave it to DIPMixin")
         else:
             warnings.warn(
-                "DIPCallback: the variances learn at the weights' learning rate, a tenth of the recipe's; pass optimizers=("
-                "torch.optim.AdamW(dip.param_groups(model, lr)), None) after dip.apply, or use DIPMixin",
+                "DIPCallback: the variances learn at the weights' learning rate, a tenth of the "
+                "recipe's; pass optimizers=("
+                "torch.optim.AdamW(dip.param_groups(model, lr)), None) after dip.apply, or use "
+                "DIPMixin",
                 stacklevel=2,
             )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         if config_of(options["model"]) is None:
             raise ValueError(
-                "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was added later"
+                "callbacks: expected DIPCallback in Trainer(callbacks=[...]), got one that was "
+                "added later"
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **options: Any) -> None:
@@ -464,15 +581,25 @@ class DIPCallback(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model = options["model"]
         if not is_peft(model):
-            save(model, os.path.join(args.output_dir, f"checkpoint-{state.global_step}"), write=args.should_save)
+            save(
+                model,
+                os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
+                write=args.should_save,
+            )
 
 
 def _require_little(config: DIPConfig) -> None:
     """Raise ValueError naming all of the config that a callback cannot do."""
     wanted = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
-    asked = {name: getattr(config, name) for name, value in wanted.items() if getattr(config, name) != value}
+    asked = {
+        name: getattr(config, name)
+        for name, value in wanted.items()
+        if getattr(config, name) != value
+    }
     if asked:
         raise ValueError(
-            f"config: expected {', '.join(f'{n}={wanted[n]}' for n in asked)}, all that a callback can do, got "
-            f"{', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the trainer's class"
+            f"config: expected {', '.join(f'{n}={wanted[n]}' for n in asked)}, all that a callback "
+            "can do, got "
+            f"{', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the trainer's "
+            "class"
         )

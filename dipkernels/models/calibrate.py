@@ -14,36 +14,46 @@ from .parameters import check_settable, set_named
 from .spreads import measured_inputs, need_layers
 from .summary import Summary, summary
 
-FEW = 16  # values of an example below which the default ratio is less than 1: studies/alternatives.py
+FEW = (
+    16  # values of an example below which the default ratio is less than 1: studies/alternatives.py
+)
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Any], ratio: float | None = None, *, per: str = "layer", floor: float = 0.01
+    model: nn.Module,
+    batches: Iterable[Any],
+    ratio: float | None = None,
+    *,
+    per: str = "layer",
+    floor: float = 0.01,
 ) -> Summary:
-    """Set each variance, and the prior of the objective's KL term, from the spread of real activations.
+    """Set each variance, and the prior of the objective's KL term, from the spread of real
+    activations.
 
-    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one for all of them.
-    per="feature": sigma_j = ratio * the spread (standard deviation) of feature j itself; features that hardly vary then
-    get hardly any noise, and attacks use them (docs/guides/variance.md).
+    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one
+    for all of them. per="feature": sigma_j = ratio * the spread (standard deviation) of feature j
+    itself; features that hardly vary then get hardly any noise, and attacks use them
+    (docs/guides/variance.md).
 
     Args:
         model: with DIP layers; run in eval mode without noise, each module's mode is restored.
-        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose first element is
-            the input; on the model's device.
-        ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has only n < 16 values
-            of an example: few values cannot make up for one another's noise. An image has channels x height x width
-            values, a sequence length x features, a row of a table its features.
+        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose
+            first element is the input; on the model's device.
+        ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has
+            only n < 16 values of an example: few values cannot make up for one another's noise. An
+            image has channels x height x width values, a sequence length x features, a row of a
+            table its features.
         per: "layer" or "feature".
-        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a spread of floor
-            times the root mean square spread of its layer.
+        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a
+            spread of floor times the root mean square spread of its layer.
 
     Returns:
         The `summary`.
 
     Raises:
-        ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is constant or not
-            finite (naming the layer).
+        ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is
+            constant or not finite (naming the layer).
 
     Examples:
         >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)
@@ -59,15 +69,26 @@ def calibrate(
     if per not in ("layer", "feature"):
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
     layers = need_layers(model)
-    check_settable({f"{name}.variance.log_variance".lstrip("."): layer.variance for name, layer in layers.items()})
+    check_settable(
+        {
+            f"{name}.variance.log_variance".lstrip("."): layer.variance
+            for name, layer in layers.items()
+        }
+    )
     inputs = measured_inputs(model, batches)
     levels = {name: found.spread.square().mean().sqrt() for name, found in inputs.items()}
-    constant = [name or "(root)" for name, level in levels.items() if len(inputs[name].spread) and not level > 0]
+    constant = [
+        name or "(root)"
+        for name, level in levels.items()
+        if len(inputs[name].spread) and not level > 0
+    ]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     for name, layer in layers.items():
         (spread, values), level = inputs[name], levels[name]
-        spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
+        spread = (
+            level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
+        )
         share = min(1.0, math.sqrt(values / FEW)) if ratio is None else ratio
         log_variance, prior = 2 * (share * spread).log(), layer.variance.log_prior
         set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)

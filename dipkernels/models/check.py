@@ -1,4 +1,5 @@
-"""Whether every layer that was converted draws noise and learns: `check`, for a training loop's first step."""
+"""Whether every layer that was converted draws noise and learns: `check`, for a training loop's
+first step."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Report:
 
     Attributes:
         faults: {name: reason} of the layers that draw no noise, or whose variance gets no gradient.
-        frozen: The names of the layers whose variance requires no gradient: fixed on purpose, or by a tool that freezes
-            every parameter it does not know.
+        frozen: The names of the layers whose variance requires no gradient: fixed on purpose, or by
+            a tool that freezes every parameter it does not know.
         checked: The number of DIP layers looked at.
     """
 
@@ -41,34 +42,45 @@ class Report:
         return not self.faults
 
     def __str__(self) -> str:
-        lines = [f"check: {len(self.faults)} of {self.checked} DIP layer(s) at fault" + ":" * bool(self.faults)]
-        lines += [f"  {name or 'the model itself'}: {reason}" for name, reason in self.faults.items()]
+        lines = [
+            f"check: {len(self.faults)} of {self.checked} DIP layer(s) at fault"
+            + ":" * bool(self.faults)
+        ]
+        lines += [
+            f"  {name or 'the model itself'}: {reason}" for name, reason in self.faults.items()
+        ]
         if self.frozen:
-            lines.append(f"  {len(self.frozen)} variance(s) require no gradient and stay as they are: {self.frozen}")
+            lines.append(
+                f"  {len(self.frozen)} variance(s) require no gradient and stay as they are: "
+                f"{self.frozen}"
+            )
         return "\n".join(lines)
 
 
 def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report:
-    """Name every converted layer that draws no noise, or whose variance does not learn, and the likely reason.
+    """Name every converted layer that draws no noise, or whose variance does not learn, and the
+    likely reason.
 
-    Two ways to call it: `check(model)` after the first backward pass, before zero_grad, looks at the gradients that are
-    there; `check(model, batch)` runs a training step of its own on the batch and sees which layers are called. Both
-    find layers that were replaced after `convert` (quantisation-aware training, a new head), layers that eval mode
-    alone calls, and weights that are read without calling their layer (fused losses).
+    Two ways to call it: `check(model)` after the first backward pass, before zero_grad, looks at
+    the gradients that are there; `check(model, batch)` runs a training step of its own on the batch
+    and sees which layers are called. Both find layers that were replaced after `convert`
+    (quantisation-aware training, a new head), layers that eval mode alone calls, and weights that
+    are read without calling their layer (fused losses).
 
     Args:
         model: With DIP layers; wrapped or not. For `check(model, batch)` not sharded by FSDP.
-        batch: A tensor; a mapping, passed as keywords; or a list or tuple, passed as positional arguments where the
-            model takes so many, otherwise its first element alone. With labels where the model computes its loss. The
-            step changes no parameter, gradient, buffer or random state.
+        batch: A tensor; a mapping, passed as keywords; or a list or tuple, passed as positional
+            arguments where the model takes so many, otherwise its first element alone. With labels
+            where the model computes its loss. The step changes no parameter, gradient, buffer or
+            random state.
         strict: Raise where there is a fault; otherwise the report is returned all the same.
 
     Returns:
         A `Report`, which prints.
 
     Raises:
-        ValueError: There is a fault and strict is true (the report is the message), a variance is not finite, the model
-            has no DIP layers and never had, or no gradients to look at.
+        ValueError: There is a fault and strict is true (the report is the message), a variance is
+            not finite, the model has no DIP layers and never had, or no gradients to look at.
         RuntimeError: A batch is given for a model that FSDP has sharded.
 
     Examples:
@@ -95,7 +107,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 
 
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
-    """Raise ValueError naming the layers whose variance holds NaN or infinity. A collective where it is sharded."""
+    """Raise ValueError naming the layers whose variance holds NaN or infinity. A collective where
+    it is sharded."""
     broken = []
     for name, layer in layers.items():
         values = full(layer.log_variance.detach())
@@ -103,12 +116,13 @@ def require_finite(layers: Mapping[str, DIPLayer]) -> None:
             broken.append(name or "(root)")
     if broken:
         raise ValueError(
-            f"model: expected finite variances, got NaN or infinity in log_variance of {broken}; a step with such "
+            f"model: expected finite variances, got NaN or infinity in log_variance of {broken}; a "
+            "step with such "
             "gradients spoils them: load_variances or calibrate sets them anew"
         )
 
 
-# ---- replaced after conversion -----------------------------------------------------------------------------------------
+# ---- replaced after conversion -------------------------------------------------------------------
 
 
 def _replaced(model: nn.Module) -> dict[str, str]:
@@ -122,22 +136,29 @@ def _replaced(model: nn.Module) -> dict[str, str]:
             continue
         if isinstance(module, DIPLayer):
             continue
-        full_name, kind = f"{prefix}.{name}".lstrip("."), f"{type(module).__module__}.{type(module).__name__}"
+        full_name, kind = (
+            f"{prefix}.{name}".lstrip("."),
+            f"{type(module).__module__}.{type(module).__name__}",
+        )
         if any(isinstance(inner, DIPLayer) for inner in module.modules()):
             found[full_name] = f"was put inside a {kind} since it was converted: convert again"
         else:
-            found[full_name] = f"was replaced since it was converted, by a {kind} without noise: convert again"
+            found[full_name] = (
+                f"was replaced since it was converted, by a {kind} without noise: convert again"
+            )
     return found
 
 
-# ---- by the gradients that are there -----------------------------------------------------------------------------------
+# ---- by the gradients that are there -------------------------------------------------------------
 
 
 def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, str]:
     if all(p.grad is None for p in model.parameters()):
         raise ValueError(
-            "model: expected gradients to look at, got none: call check(model) after backward() and before "
-            "zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), check(model, batch)"
+            "model: expected gradients to look at, got none: call check(model) after backward() "
+            "and before "
+            "zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), check(model, "
+            "batch)"
         )
     faults = {}
     for name, layer in layers.items():
@@ -150,7 +171,8 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
         elif _nonzero(slope) and _nonzero(weight) and not any(_nonzero(p.grad) for p in variance):
             faults[name] = (
-                "its variance got a gradient of zeros and its weight did not: it ran without noise (noise_off, or an "
+                "its variance got a gradient of zeros and its weight did not: it ran without noise "
+                "(noise_off, or an "
                 "eval mode inside the step)"
             )
     return faults
@@ -161,7 +183,8 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
         return "the layer is in eval mode, where it draws nothing"
     if learns:
         return (
-            "its weight got one, so the weight is read without calling the layer (a fused loss, a functional form), or "
+            "its weight got one, so the weight is read without calling the layer (a fused loss, a "
+            "functional form), or "
             "it was called in eval mode only"
         )
     return "it was not called in training (an expert without examples), or what it returned does not reach the loss"
@@ -171,13 +194,18 @@ def _nonzero(values: Tensor | None) -> bool:
     return values is not None and bool(full(values.detach()).any())
 
 
-# ---- by a training step on a batch -------------------------------------------------------------------------------------
+# ---- by a training step on a batch ---------------------------------------------------------------
 
 
 def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dict[str, str]:
-    if any(c.__name__ in ("FSDPModule", "FullyShardedDataParallel") for m in model.modules() for c in type(m).__mro__):
+    if any(
+        c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
+        for m in model.modules()
+        for c in type(m).__mro__
+    ):
         raise RuntimeError(
-            "model: expected one that FSDP has not sharded; check(model, batch) before sharding it, or check(model) "
+            "model: expected one that FSDP has not sharded; check(model, batch) before sharding "
+            "it, or check(model) "
             "after a backward pass"
         )
     called: dict[DIPLayer, list[bool]] = {layer: [] for layer in layers.values()}
@@ -185,7 +213,10 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: tuple[Any, ...]) -> None:
         called[layer].append(layer.noisy())
 
-    variances = {name: [p for p in layer.variance.parameters() if p.requires_grad] for name, layer in layers.items()}
+    variances = {
+        name: [p for p in layer.variance.parameters() if p.requires_grad]
+        for name, layer in layers.items()
+    }
     wanted = list({id(p): p for each in variances.values() for p in each}.values())
     handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
     try:
@@ -201,7 +232,8 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     for name, layer in layers.items():
         if not called[layer]:
             faults[name] = (
-                "it was not called: its weight is read past it, or eval mode alone calls it, or nothing does (an expert "
+                "it was not called: its weight is read past it, or eval mode alone calls it, or "
+                "nothing does (an expert "
                 "that this batch does not reach)"
             )
         elif not any(called[layer]):
@@ -209,11 +241,14 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
             faults[name] = f"it was called and drew nothing: it is {why}"
         elif any(p.is_meta for p in variances[name]):
             faults[name] = (
-                "it drew noise, and accelerate has offloaded it: what is offloaded gets no gradient, so neither its "
+                "it drew noise, and accelerate has offloaded it: what is offloaded gets no "
+                "gradient, so neither its "
                 "weight nor its variance learns"
             )
         elif variances[name] and not any(id(p) in reached for p in variances[name]):
-            faults[name] = "it drew noise, and what it returned does not reach the model's loss or outputs"
+            faults[name] = (
+                "it drew noise, and what it returned does not reach the model's loss or outputs"
+            )
     return faults
 
 
@@ -230,7 +265,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if isinstance(batch, (list, tuple)):
         if not batch:
-            raise ValueError("batch: expected a list or tuple that holds the input, got an empty one")
+            raise ValueError(
+                "batch: expected a list or tuple that holds the input, got an empty one"
+            )
         try:
             inspect.signature(model.forward).bind(*batch)
         except TypeError:
@@ -250,7 +287,9 @@ def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if "CheckpointFunction" in node.name():  # a reentrant checkpoint, whose inside is in no graph yet
+        if (
+            "CheckpointFunction" in node.name()
+        ):  # a reentrant checkpoint, whose inside is in no graph yet
             return {id(p) for p in wanted}
         if hasattr(node, "variable"):
             found.add(id(node.variable))

@@ -64,48 +64,56 @@ def convert(
     num_samples: int = 1,
     keep: str = "auto",
 ) -> nn.Module:
-    """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma * z), in place.
+    """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma *
+    z), in place.
 
-    A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and Parameters, and
-    shared ones stay shared. Name patterns are fnmatch's: `"head"`, `"*.down_proj"`, `"blocks.0*"`.
+    A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and
+    Parameters, and shared ones stay shared. Name patterns are fnmatch's: `"head"`, `"*.down_proj"`,
+    `"blocks.0*"`.
 
     Args:
-        model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet; on PEFT over a
-            converted model it moves each variance to the adapter around it.
-        init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor [features], where the
-            first pattern that matches a layer's name holds. An attention's layers are NAME.in_proj (or q_proj, k_proj,
-            v_proj) and NAME.out_proj.
-        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, by default all; modules of exactly these.
-            transformers' Conv1D and torchao's float8 and QAT layers count as nn.Linear; an adapter of PEFT counts as
-            the layer inside it and is noised at the input of the whole.
+        model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet;
+            on PEFT over a converted model it moves each variance to the adapter around it.
+        init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor
+            [features], where the first pattern that matches a layer's name holds. An attention's
+            layers are NAME.in_proj (or q_proj, k_proj, v_proj) and NAME.out_proj.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, by default
+            all; modules of exactly these. transformers' Conv1D and torchao's float8 and QAT layers
+            count as nn.Linear; an adapter of PEFT counts as the layer inside it and is noised at
+            the input of the whole.
         filter: filter(module, name), true for a layer to convert.
-        exclude: Patterns; a layer is left out where its name, or that of a module around it, matches.
-        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent that match, by their
-            own name or the full one, share one variance, one draw and one u while they are handed the same tensor.
-        before: Patterns of any other modules to put noise before, such as ["*.experts"], or {pattern: feature
-            dimension} where it is not the last, nor a convolution's channels: each becomes the twin of its own class,
-            whose forward takes the input first.
-        place: "input", each layer noises its own input; or "producer": where a norm, activation or gated product makes
-            an input that these layers alone read, it draws the noise with its own pass, its readers share it, and
-            become plain. `summary(model).plan` and `producer_plan` say what moves, what stays, and why. A pattern of
-            init_variance is then asked for the producer's name.
-        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in eval mode to learn
-            the features, in both modes to see who reads what.
+        exclude: Patterns; a layer is left out where its name, or that of a module around it,
+            matches.
+        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent
+            that match, by their own name or the full one, share one variance, one draw and one u
+            while they are handed the same tensor.
+        before: Patterns of any other modules to put noise before, such as ["*.experts"], or
+            {pattern: feature dimension} where it is not the last, nor a convolution's channels:
+            each becomes the twin of its own class, whose forward takes the input first.
+        place: "input", each layer noises its own input; or "producer": where a norm, activation or
+            gated product makes an input that these layers alone read, it draws the noise with its
+            own pass, its readers share it, and become plain. `summary(model).plan` and
+            `producer_plan` say what moves, what stays, and why. A pattern of init_variance is then
+            asked for the producer's name.
+        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in
+            eval mode to learn the features, in both modes to see who reads what.
         num_samples: As DIPLinear's.
         keep: As DIPLinear's; of linear layers.
 
     Returns:
-        The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the variances: make it
+        The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the
+            variances: make it
         from `param_groups`, or give it that list's group "variances".
 
     Raises:
-        ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be put before, or a
-            value is bad. The model is as it was.
-        RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be synchronised.
+        ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be
+            put before, or a value is bad. The model is as it was.
+        RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be
+            synchronised.
 
     Warns:
-        DIPConversionWarning: Once, naming every module that stays without noise though it looks like a layer or holds
-            weights of its own, and why.
+        DIPConversionWarning: Once, naming every module that stays without noise though it looks
+            like a layer or holds weights of its own, and why.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -127,17 +135,33 @@ def convert(
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = _choose(model, types, filter, exclude, before)
-    types, names, asked, wanted, matched = choice.types, choice.names, choice.asked, choice.wanted, choice.matched
-    count = sum(1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3 for m in [*matched, *asked])
+    types, names, asked, wanted, matched = (
+        choice.types,
+        choice.names,
+        choice.asked,
+        choice.wanted,
+        choice.matched,
+    )
+    count = sum(
+        1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3
+        for m in [*matched, *asked]
+    )
     if count + len(dip_layers(model)) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
-    groups = _groups({m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share)
+    groups = _groups(
+        {m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
+    )
     plan, moves = _placed(model, choice, place, batches)
     moved = {layer: move for move in moves for layer in move.layers}
-    groups = [group for group in ([m for m in each if m not in moved] for each in groups) if len(group) > 1]
+    groups = [
+        group
+        for group in ([m for m in each if m not in moved] for each in groups)
+        if len(group) > 1
+    ]
     staying = [m for m in matched if m not in moved]
     variance_of = _variances_by_name(
-        init_variance, {m: names[m][0] for m in [*staying, *asked, *(move.producer for move in moves)]}
+        init_variance,
+        {m: names[m][0] for m in [*staying, *asked, *(move.producer for move in moves)]},
     )
     for move in moves:
         check_init_variance(variance_of[move.producer], move.features)
@@ -148,7 +172,9 @@ def convert(
         {m: (names[m][0], dim) for m, dim in asked.items()},
         None if place == "producer" and not asked else batches,
     )
-    twins = {m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()}
+    twins = {
+        m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()
+    }
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
     for move in moves:
@@ -176,16 +202,18 @@ def producer_plan(
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
 ) -> ProducerPlan:
-    """What convert(model, place="producer", batches=batches) would move, what it would leave, and why; changes nothing.
+    """What convert(model, place="producer", batches=batches) would move, what it would leave, and
+    why; changes nothing.
 
-    A layer's projection moves into the module that makes its input where that is a norm over the last dimension, an
-    activation, or the product in a block down(act(gate(x)) * up(x)), and the layers to convert are all that reads it.
-    Who reads what is watched on the batches, in training and in eval mode without noise, through views, copies and
-    casts.
+    A layer's projection moves into the module that makes its input where that is a norm over the
+    last dimension, an activation, or the product in a block down(act(gate(x)) * up(x)), and the
+    layers to convert are all that reads it. Who reads what is watched on the batches, in training
+    and in eval mode without noise, through views, copies and casts.
 
     Args:
         model: Any module that is not converted yet, or in part.
-        batches: As `calibrate`'s; two examples or more where BatchNorm wants them. They are run twice.
+        batches: As `calibrate`'s; two examples or more where BatchNorm wants them. They are run
+            twice.
         types, filter, exclude: As `convert`'s. An excluded norm or activation stays as it is.
 
     Returns:
@@ -240,7 +268,9 @@ def _choose(
         and not _reads_noise(module)
         and (filter is None or _passes(filter, module, every_name[0], types))
     }
-    reasons = {m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked}
+    reasons = {
+        m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked
+    }
     matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
     if not matched and not asked:
         raise ValueError(_nothing_matched(model, types, reasons))
@@ -248,7 +278,8 @@ def _choose(
 
 
 def _reads_noise(module: nn.Module) -> bool:
-    """Whether the input of this layer, or of the one inside this adapter, is noised where it is made."""
+    """Whether the input of this layer, or of the one inside this adapter, is noised where it is
+    made."""
     return NOISED_BY in vars(base_layer(module) if is_adapter(module) else module)
 
 
@@ -259,7 +290,9 @@ def _placed(
     if place == "input":
         return None, []
     if batches is None:
-        raise ValueError("batches: expected a batch, on which place='producer' sees who reads what, got None")
+        raise ValueError(
+            "batches: expected a batch, on which place='producer' sees who reads what, got None"
+        )
     stay = dict.fromkeys(choice.excluded, "it is excluded") | dict.fromkeys(
         choice.asked, "its own input is noised: before"
     )
@@ -273,8 +306,13 @@ def _read_inside(whole: Any) -> list[nn.Module]:
     return [child for name, child in whole.named_children() if name in past]
 
 
-def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]) -> None:
-    lines = [f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}" for m, reason in reasons.items()]
+def _warn(
+    names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]
+) -> None:
+    lines = [
+        f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}"
+        for m, reason in reasons.items()
+    ]
     lines += [f"  {which}: {reason}" for which, reason in holders.items()]
     if lines:
         text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
@@ -282,7 +320,10 @@ def _warn(names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], hold
 
 
 def _passes(
-    filter: Callable[[nn.Module, str], bool], module: nn.Module, name: str, types: tuple[type[nn.Module], ...]
+    filter: Callable[[nn.Module, str], bool],
+    module: nn.Module,
+    name: str,
+    types: tuple[type[nn.Module], ...],
 ) -> bool:
     if is_candidate(module, types):
         return filter(module, name)
@@ -294,7 +335,9 @@ def _passes(
         return False
 
 
-def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
+def _asked_before(
+    names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]
+) -> dict[nn.Module, int]:
     """The modules that `before` names, each with its feature dimension."""
     if isinstance(before, str):
         before = (before,)
@@ -302,15 +345,25 @@ def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Map
     asked: dict[nn.Module, int] = {}
     for pattern, dim in dims.items():
         if isinstance(before, Mapping) and (not isinstance(dim, int) or isinstance(dim, bool)):
-            raise ValueError(f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}")
-        hits = [m for m, every_name in names.items() if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)]
+            raise ValueError(
+                f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}"
+            )
+        hits = [
+            m
+            for m, every_name in names.items()
+            if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)
+        ]
         if not hits:
-            raise ValueError(f"before: expected patterns that match a module's name, got {pattern!r} that matches none")
+            raise ValueError(
+                f"before: expected patterns that match a module's name, got {pattern!r} that "
+                "matches none"
+            )
         for module in hits:
             reason = no_twin(module)
             if reason is not None:
                 raise ValueError(
-                    f"before: expected modules that noise can be put before, got {names[module][0]!r} "
+                    "before: expected modules that noise can be put before, got "
+                    f"{names[module][0]!r} "
                     f"({type(module).__name__}): {reason}"
                 )
             asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
@@ -320,7 +373,8 @@ def _asked_before(names: dict[nn.Module, list[str]], before: Sequence[str] | Map
 def _variances_by_name(
     init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
 ) -> dict[nn.Module, Any]:
-    """The initial variance of each module to convert; of an attention, one for each of its layers by name."""
+    """The initial variance of each module to convert; of an attention, one for each of its layers
+    by name."""
     if not isinstance(init_variance, Mapping):
         value = float(check_init_variance(init_variance, 1))
         return dict.fromkeys(modules, value)
@@ -330,15 +384,22 @@ def _variances_by_name(
         for pattern, value in init_variance.items():
             if fnmatch.fnmatchcase(name, pattern):
                 used.add(pattern)
-                return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
+                return (
+                    value
+                    if isinstance(value, Tensor) and value.ndim
+                    else check_init_variance(value, 1)
+                )
         raise ValueError(
-            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; end with '*'"
+            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; "
+            "end with '*'"
         )
 
     values: dict[nn.Module, Any] = {}
     for module, name in modules.items():
         if isinstance(module, nn.MultiheadAttention):
-            values[module] = {part: value_of(f"{name}.{part}".lstrip(".")) for part in in_projections(module)}
+            values[module] = {
+                part: value_of(f"{name}.{part}".lstrip(".")) for part in in_projections(module)
+            }
         else:
             values[module] = value_of(name)
             if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
@@ -346,19 +407,25 @@ def _variances_by_name(
     unused = [pattern for pattern in init_variance if pattern not in used]
     if unused:
         raise ValueError(
-            f"init_variance: expected patterns that match a layer to convert, got {unused} that match none"
+            f"init_variance: expected patterns that match a layer to convert, got {unused} that "
+            "match none"
         )
     return values
 
 
 def _one_variance_each(
-    groups: list[list[nn.Module]], variance_of: dict[nn.Module, Any], names: dict[nn.Module, list[str]]
+    groups: list[list[nn.Module]],
+    variance_of: dict[nn.Module, Any],
+    names: dict[nn.Module, list[str]],
 ) -> None:
     for group in groups:
         first = variance_of[group[0]]
-        if any(not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group):
+        if any(
+            not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group
+        ):
             raise ValueError(
-                f"init_variance: expected one value for layers that share a variance, got different ones for "
+                "init_variance: expected one value for layers that share a variance, got "
+                "different ones for "
                 f"{[names[m][0] for m in group]}; let one pattern match them all"
             )
 
@@ -369,7 +436,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
         wrapper = kinds & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
         if wrapper:
             raise RuntimeError(
-                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at {name or 'the root'!r}, which "
+                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at "
+                f"{name or 'the root'!r}, which "
                 "would not synchronise variances added now; convert first, then shard or wrap"
             )
 
@@ -380,11 +448,19 @@ def _matched(
     reasons: dict[nn.Module, str],
     types: tuple[type[nn.Module], ...],
 ) -> list[nn.Module]:
-    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its attention."""
+    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
+    attention."""
     blocks = block_names(names, types)
-    matched = [m for m in wanted if counts_as(m) in types and m not in reasons and not is_inside(names[m], blocks)]
+    matched = [
+        m
+        for m in wanted
+        if counts_as(m) in types and m not in reasons and not is_inside(names[m], blocks)
+    ]
     spare = {
-        m for wrapper in names if keeps_original(wrapper) for m in wrapper.get_submodule("original_module").modules()
+        m
+        for wrapper in names
+        if keeps_original(wrapper)
+        for m in wrapper.get_submodule("original_module").modules()
     }
     matched = [m for m in matched if m not in spare]
     owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
@@ -393,33 +469,47 @@ def _matched(
 
 
 def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
-    """The layers that are to share their noise: those of one parent that one group of patterns matches."""
+    """The layers that are to share their noise: those of one parent that one group of patterns
+    matches."""
     groups, taken = [], {}
     for patterns in share:
         if isinstance(patterns, str) or len(patterns) < 2:
-            raise ValueError(f"share: expected groups of two or more name patterns, got {patterns!r}")
+            raise ValueError(
+                f"share: expected groups of two or more name patterns, got {patterns!r}"
+            )
         by_parent: dict[str, list[nn.Module]] = {}
         used = set()
         for module, name in matched.items():
             parent, _, own = name.rpartition(".")
-            hits = {p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)}
+            hits = {
+                p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)
+            }
             used |= hits
             if hits:
                 by_parent.setdefault(parent, []).append(module)
         unused = [p for p in patterns if p not in used]
         if unused:
-            raise ValueError(f"share: expected patterns that match a layer to convert, got {unused} that match none")
+            raise ValueError(
+                f"share: expected patterns that match a layer to convert, got {unused} that match "
+                "none"
+            )
         for group in (group for group in by_parent.values() if len(group) > 1):
             for module in group:
                 if module in taken:
-                    raise ValueError(f"share: expected each layer in one group, got {matched[module]!r} in two")
+                    raise ValueError(
+                        f"share: expected each layer in one group, got {matched[module]!r} in two"
+                    )
                 taken[module] = group
             features = {matched[m]: (features_of(m), twin_of(m).feature_dim) for m in group}
             if len(set(features.values())) > 1:
-                raise ValueError(f"share: expected layers of one number of input features, got {features}")
+                raise ValueError(
+                    f"share: expected layers of one number of input features, got {features}"
+                )
             groups.append(group)
     if share and not groups:
-        raise ValueError(f"share: expected two layers of one parent in a group, got none for {list(share)}")
+        raise ValueError(
+            f"share: expected two layers of one parent in a group, got none for {list(share)}"
+        )
     return groups
 
 
@@ -442,11 +532,15 @@ def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[
                 excluded.add(module)
     unused = [p for p in patterns if p not in used]
     if unused:
-        raise ValueError(f"exclude: expected patterns that match a module's name, got {unused} that match none")
+        raise ValueError(
+            f"exclude: expected patterns that match a module's name, got {unused} that match none"
+        )
     return excluded
 
 
-def _nothing_matched(model: nn.Module, types: tuple[type[nn.Module], ...], reasons: dict[nn.Module, str]) -> str:
+def _nothing_matched(
+    model: nn.Module, types: tuple[type[nn.Module], ...], reasons: dict[nn.Module, str]
+) -> str:
     wanted = " or ".join(f"nn.{t.__name__}" for t in types)
     text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
     already = len(dip_layers(model))
@@ -470,7 +564,9 @@ def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> ty
         module.__class__ = twin
         module.__class__ = plain
     except TypeError as error:
-        raise ValueError(f"before: expected modules whose class can change, got a {plain.__name__}: {error}") from None
+        raise ValueError(
+            f"before: expected modules whose class can change, got a {plain.__name__}: {error}"
+        ) from None
     return twin
 
 
@@ -498,7 +594,8 @@ def _become_dip(
         module.__class__ = plain
         raise
     if is_adapter(module) and isinstance(base_layer(module), DIPLayer):
-        # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and adapter both read.
+        # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and
+        # adapter both read.
         base: Any = base_layer(module)
         module.variance, module.num_samples = base.variance, base.num_samples
         module.variance.requires_grad_(True)
@@ -510,7 +607,9 @@ def _become_dip(
 
 def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
     """The move's module noises its output; the layers that read it are plain, and know it."""
-    _become_dip(move.producer, move.twin, init_variance, num_samples, "auto", move.features, move.device)
+    _become_dip(
+        move.producer, move.twin, init_variance, num_samples, "auto", move.features, move.device
+    )
     if move.block is not None:
         block, twin = move.block
         block.__class__ = twin
@@ -528,10 +627,11 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def to_plain(model: nn.Module) -> nn.Module:
-    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of `convert`.
+    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of
+    `convert`.
 
-    Parameters keep their identity, and the state dict is the plain network's; the learned variances are gone. A
-    DIPInput becomes nn.Identity.
+    Parameters keep their identity, and the state dict is the plain network's; the learned variances
+    are gone. A DIPInput becomes nn.Identity.
 
     Args:
         model: Any module with DIP layers.
@@ -554,7 +654,9 @@ def to_plain(model: nn.Module) -> nn.Module:
     layers = dip_layers(model)
     if not layers:
         raise ValueError("model: expected a DIP layer to turn back, found none")
-    attentions = {name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)}
+    attentions = {
+        name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)
+    }
     unknown = [
         name
         for name, m in {**layers, **attentions}.items()
@@ -562,23 +664,35 @@ def to_plain(model: nn.Module) -> nn.Module:
     ]
     if unknown:
         raise ValueError(
-            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of parametrised ones "
+            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of "
+            "parametrised ones "
             "(weight_norm) torch.nn.utils.parametrize.remove_parametrizations first"
         )
     hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
     if hooked:
         raise ValueError(
-            f"model: expected one that accelerate has not dispatched, got hooks that call the DIP forward at {hooked}: "
-            "accelerate.hooks.remove_hook_from_submodules(model), to_plain, and accelerate.dispatch_model again"
+            "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
+            f"forward at {hooked}: "
+            "accelerate.hooks.remove_hook_from_submodules(model), to_plain, and "
+            "accelerate.dispatch_model again"
         )
-    activated = [name for name, m in layers.items() if getattr(m, "activation", None) and isinstance(m, DIPLinear)]
+    activated = [
+        name
+        for name, m in layers.items()
+        if getattr(m, "activation", None) and isinstance(m, DIPLinear)
+    ]
     if activated:
         raise ValueError(
-            f"model: expected layers that an nn.Linear can stand for, got {activated} with an activation inside; "
+            f"model: expected layers that an nn.Linear can stand for, got {activated} with an "
+            "activation inside; "
             "give it a module of its own behind the layer"
         )
     buffers = own_buffers(layers)
-    others = [name for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ()) if name not in buffers]
+    others = [
+        name
+        for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ())
+        if name not in buffers
+    ]
     if others:
         model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
     for attention in attentions.values():
@@ -602,7 +716,9 @@ def to_plain(model: nn.Module) -> nn.Module:
 def _become_plain(module: Any) -> None:
     del module.variance, module.num_samples, module.keep
     own = module.__dict__.get("forward")
-    if getattr(own, "__func__", None) is type(module).forward:  # the DIP class's, as accelerate leaves behind
+    if (
+        getattr(own, "__func__", None) is type(module).forward
+    ):  # the DIP class's, as accelerate leaves behind
         del module.forward
     for name in ("share", "_number", "_stream", "_counted_in"):
         module.__dict__.pop(name, None)

@@ -1,4 +1,5 @@
-"""What `convert` knows of classes: which it converts, what they stand for, and which it cannot convert and why."""
+"""What `convert` knows of classes: which it converts, what they stand for, and which it cannot
+convert and why."""
 
 from __future__ import annotations
 
@@ -20,17 +21,40 @@ from ..nn.linear import DIPLinear
 from ..nn.twin import first_parameter, twin_type
 
 TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
-    twin.plain_type: twin for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
+    twin.plain_type: twin
+    for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
 }
 OUT_PROJECTION = DIPOutProjection.plain_type
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where quantised layers and weights are defined: parts of the names of their Python modules.
-_QUANTISED = ("quantiz", "quanto", ".qat", "bitsandbytes", "torchao", "awq", "gptq", "hqq", "eetq", "finegrained_fp8")
-# What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no twin.
-_OWN_NAMES = ("variance", "stream", "num_samples", "keep", "number", "share", "noisy", "log_variance", "plain_type")
+_QUANTISED = (
+    "quantiz",
+    "quanto",
+    ".qat",
+    "bitsandbytes",
+    "torchao",
+    "awq",
+    "gptq",
+    "hqq",
+    "eetq",
+    "finegrained_fp8",
+)
+# What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no
+# twin.
+_OWN_NAMES = (
+    "variance",
+    "stream",
+    "num_samples",
+    "keep",
+    "number",
+    "share",
+    "noisy",
+    "log_variance",
+    "plain_type",
+)
 
 
-# ---- what a module is ----------------------------------------------------------------------------------------------
+# ---- what a module is ----------------------------------------------------------------------------
 
 
 def counts_as(module: nn.Module) -> type[nn.Module] | None:
@@ -45,7 +69,9 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
     if is_adapter(module):
         return _stands_for(base_layer(module)) if first_parameter(kind) else None
     if isinstance(module, nn.Linear) and kind.__module__.startswith("torchao."):
-        return nn.Linear  # for training in float8 or with fake quantisation: their forward takes the input alone
+        return (
+            nn.Linear
+        )  # for training in float8 or with fake quantisation: their forward takes the input alone
     return None
 
 
@@ -57,13 +83,18 @@ def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer whose weight is transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return (
+        type(module).__name__ == "Conv1D"
+        and type(module).__module__ == "transformers.pytorch_utils"
+    )
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether PEFT made it around another layer: what its forward computes is one function of its input."""
+    """Whether PEFT made it around another layer: what its forward computes is one function of its
+    input."""
     return any(
-        c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.") for c in type(module).__mro__
+        c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.")
+        for c in type(module).__mro__
     ) and hasattr(module, "base_layer")
 
 
@@ -74,12 +105,16 @@ def base_layer(adapter: Any) -> nn.Module:
 
 
 def keeps_original(module: nn.Module) -> bool:
-    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not called."""
-    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith("peft.")
+    """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not
+    called."""
+    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith(
+        "peft."
+    )
 
 
 def _stands_for(base: nn.Module) -> type[nn.Module] | None:
-    """What an adapter around this layer is converted as: its input has the features of the base's."""
+    """What an adapter around this layer is converted as: its input has the features of the
+    base's."""
     if isinstance(base, nn.Linear) or is_conv1d(base):
         return nn.Linear
     for convolution in _CONVOLUTIONS:
@@ -112,17 +147,24 @@ def twin_of(module: nn.Module) -> type[Any]:
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer: Any = base_layer(module) if is_adapter(module) else module
-    name = "nx" if is_conv1d(layer) else "in_channels" if hasattr(layer, "in_channels") else "in_features"
+    name = (
+        "nx"
+        if is_conv1d(layer)
+        else "in_channels"
+        if hasattr(layer, "in_channels")
+        else "in_features"
+    )
     return int(getattr(layer, name))
 
 
 def feature_dim_of(module: nn.Module) -> int:
-    """Where the features of a module's input are, as far as its class says: a convolution's channels, or the last."""
+    """Where the features of a module's input are, as far as its class says: a convolution's
+    channels, or the last."""
     layer = base_layer(module) if is_adapter(module) else module
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
-# ---- what cannot be honoured -----------------------------------------------------------------------------------------
+# ---- what cannot be honoured ---------------------------------------------------------------------
 
 
 def around(name: str) -> list[str]:
@@ -140,8 +182,11 @@ def block_names(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module],
     return {name for module in names if _blocks(module, types) for name in names[module]}
 
 
-def cannot(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> dict[nn.Module, str]:
-    """The modules that would look converted and draw no noise, or the wrong noise, each with the reason."""
+def cannot(
+    names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]
+) -> dict[nn.Module, str]:
+    """The modules that would look converted and draw no noise, or the wrong noise, each with the
+    reason."""
     reasons = {module: reason for module in names if (reason := _reason(module, types))}
     by_name = {name: module for module, every_name in names.items() for name in every_name}
     for module, every_name in names.items():
@@ -164,7 +209,11 @@ def _blocks(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
         return True
     if is_adapter(module):
         return counts_as(module) is not None or _adapter_reason(module) is not None
-    return isinstance(module, nn.MultiheadAttention) and nn.MultiheadAttention in types and bool(_reason(module, types))
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and nn.MultiheadAttention in types
+        and bool(_reason(module, types))
+    )
 
 
 def _looks_like_lora(module: nn.Module) -> bool:
@@ -175,7 +224,11 @@ def _adapter_reason(module: nn.Module) -> str | None:
     base = base_layer(module)
     if isinstance(base, DIPLayer) and base.share is not None:
         return "an adapter over a layer whose noise is shared: convert after PEFT, with share"
-    if counts_as(module) is not None or not own_matrices(base) or "Embedding" in type(base).__name__:
+    if (
+        counts_as(module) is not None
+        or not own_matrices(base)
+        or "Embedding" in type(base).__name__
+    ):
         return None  # a norm or a whole block, whose layers are converted by themselves
     if isinstance(base, nn.MultiheadAttention):
         return "an adapter over nn.MultiheadAttention, whose three inputs it reads: put a DIPInput before each"
@@ -195,10 +248,13 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if _looks_like_lora(module):
         return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
-    if of_a_kind and kind is not OUT_PROJECTION and _is_quantised(kind) and counts_as(module) is None:
-        return (
-            "quantised: give its name in before=[...] to noise its input; a converted model is quantised after to_plain"
-        )
+    if (
+        of_a_kind
+        and kind is not OUT_PROJECTION
+        and _is_quantised(kind)
+        and counts_as(module) is None
+    ):
+        return "quantised: give its name in before=[...] to noise its input; a converted model is quantised after to_plain"
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -222,18 +278,22 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
 
 
 def _forward_replaced(module: nn.Module) -> str | None:
-    """Why the forward of the class would not run; None where the object has that one, as accelerate leaves behind."""
+    """Why the forward of the class would not run; None where the object has that one, as accelerate
+    leaves behind."""
     if "forward" in vars(module) and hasattr(module, "_hf_hook"):
         return (
-            "accelerate dispatched it, and its hook calls the plain forward: convert before dispatching, or "
-            "accelerate.hooks.remove_hook_from_submodules(model), convert, and accelerate.dispatch_model again"
+            "accelerate dispatched it, and its hook calls the plain forward: convert before "
+            "dispatching, or "
+            "accelerate.hooks.remove_hook_from_submodules(model), convert, and "
+            "accelerate.dispatch_model again"
         )
     own = vars(module).get("forward")
     if own is None or getattr(own, "__func__", None) is type(module).forward:
         return None
     if getattr(module, "_is_hooked", False):
         return (
-            "a tp_plan of transformers replaced its forward: load the model without one, convert, then "
+            "a tp_plan of transformers replaced its forward: load the model without one, convert, "
+            "then "
             "dip.parallelize_module(model, mesh, plan)"
         )
     return "its forward was replaced on the object, so that a DIP layer's would not run"
@@ -262,10 +322,24 @@ def no_twin(module: nn.Module) -> str | None:
     return None
 
 
-# ---- layers whose weight is read past them ---------------------------------------------------------------------------
+# ---- layers whose weight is read past them -------------------------------------------------------
 
-_PLAIN_LOOKS = re.compile(r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training")
-_HARMLESS = ("dtype", "device", "shape", "ndim", "data", "grad", "requires_grad", "is_cuda", "numel", "size", "dim")
+_PLAIN_LOOKS = re.compile(
+    r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training"
+)
+_HARMLESS = (
+    "dtype",
+    "device",
+    "shape",
+    "ndim",
+    "data",
+    "grad",
+    "requires_grad",
+    "is_cuda",
+    "numel",
+    "size",
+    "dim",
+)
 _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
 
 
@@ -273,14 +347,17 @@ _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
 def read_past(kind: Any) -> frozenset[str]:
     """The children that this class's own code never calls or hands on, and whose weight it reads.
 
-    Found in the bytecode of its methods: `F.linear(x, self.qkv.weight)` where no method mentions `self.qkv` otherwise.
+    Found in the bytecode of its methods: `F.linear(x, self.qkv.weight)` where no method mentions
+    `self.qkv` otherwise.
     """
     read, used = set(), set()
     for base in kind.__mro__:
         if base in (nn.Module, object) or (base in TWINS and base is not kind):
             continue
         for name, member in vars(base).items():
-            function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
+            function = (
+                inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else member
+            )
             code = getattr(function, "__code__", None)
             if code is not None:
                 for child, is_read in _mentions(code, code.co_varnames[:1]):
@@ -292,19 +369,30 @@ def read_past(kind: Any) -> frozenset[str]:
 
 
 def _mentions(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
-    """(child, whether its weight is read) for every `self.child` in this code that is more than a harmless look."""
+    """(child, whether its weight is read) for every `self.child` in this code that is more than a
+    harmless look."""
     for constant in code.co_consts:
         if isinstance(constant, python_types.CodeType):
             yield from _mentions(constant, own)
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "NOP", "PRECALL", "EXTENDED_ARG")]
+    steps = [
+        s
+        for s in dis.get_instructions(code)
+        if s.opname not in ("CACHE", "NOP", "PRECALL", "EXTENDED_ARG")
+    ]
     for i, step in enumerate(steps):
         if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             continue
-        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)  # two in one from 3.13 on
+        loaded = (
+            step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
+        )  # two in one from 3.13 on
         if loaded != own:
             continue
         following = [
-            s.argval if s.opname in ("LOAD_ATTR", "LOAD_METHOD") else "" if s.opname == "STORE_ATTR" else None
+            s.argval
+            if s.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            else ""
+            if s.opname == "STORE_ATTR"
+            else None
             for s in steps[i + 1 : i + 4]
         ]
         child, attribute, further = (*following, None, None, None)[:3]
@@ -317,15 +405,26 @@ def _mentions(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[tup
             yield child, False
 
 
-# ---- weights that are in no layer ------------------------------------------------------------------------------------
+# ---- weights that are in no layer ----------------------------------------------------------------
 
-_QUIET = (nn.Embedding, nn.EmbeddingBag, nn.utils.parametrize.ParametrizationList, nn.ParameterList, nn.ParameterDict)
+_QUIET = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.utils.parametrize.ParametrizationList,
+    nn.ParameterList,
+    nn.ParameterDict,
+)
 _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the look of it
 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The floating Parameters of two dimensions or more that are the module's own, or in a list of its own."""
-    lists = {n: m for n, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))}
+    """The floating Parameters of two dimensions or more that are the module's own, or in a list of
+    its own."""
+    lists = {
+        n: m
+        for n, m in module.named_children()
+        if isinstance(m, (nn.ParameterList, nn.ParameterDict))
+    }
     parameters = dict(module.named_parameters(recurse=False))
     for name, each in lists.items():
         parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
@@ -339,13 +438,18 @@ def _is_matrix(p: Tensor) -> bool:
     return sum(size != 1 for size in p.shape) >= 2 and not embedded
 
 
-def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: set[str]) -> dict[str, str]:
-    """{names: reason} for the modules that are no layer of `types` and hold matrix weights, one line for each class.
+def unnoised(
+    names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: set[str]
+) -> dict[str, str]:
+    """{names: reason} for the modules that are no layer of `types` and hold matrix weights, one
+    line for each class.
 
-    known: what is converted, left out on purpose, or named already. Small ones, such as a table of relative positions,
-    count as layers only where their matrix is called `weight`.
+    known: what is converted, left out on purpose, or named already. Small ones, such as a table of
+    relative positions, count as layers only where their matrix is called `weight`.
     """
-    matrices_of = [own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
+    matrices_of = [
+        own_matrices(m) for m in names if not isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    ]
     total = sum({id(p): p.numel() for each in matrices_of for p in each.values()}.values())
     by_class: dict[type[nn.Module], list[nn.Module]] = {}
     for module, every_name in names.items():
@@ -367,7 +471,8 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
-            f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which get no noise: "
+            f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
+            "get no noise: "
             f"before={patterns} with batches=[...] puts noise at its input"
         )
     return lines
@@ -376,7 +481,9 @@ def unnoised(names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: s
 def _is_quiet(module: nn.Module) -> bool:
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
     name, package = type(module).__name__, type(module).__module__
-    table = len(inspect.signature(type(module).forward).parameters) == 1  # takes no input: of positions, a bias
+    table = (
+        len(inspect.signature(type(module).forward).parameters) == 1
+    )  # takes no input: of positions, a bias
     return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
 
 

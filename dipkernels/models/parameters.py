@@ -19,17 +19,19 @@ from .spreads import need_layers
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.0, variance_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own learning rate.
+    """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own
+    learning rate.
 
     Args:
         model: Any module.
         lr: Learning rate of weights, biases and norms, >= 0.
         weight_decay: Of parameters of two dimensions or more, >= 0.
-        variance_lr: Of every log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of steps to move one by 2.
+        variance_lr: Of every log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of
+            steps to move one by 2.
 
     Returns:
-        A list of dicts, each with a "name". Parameters that require no gradient are left out, each other appears once,
-        and
+        A list of dicts, each with a "name". Parameters that require no gradient are left out, each
+        other appears once, and
         an empty group is left out.
 
     Raises:
@@ -51,7 +53,12 @@ def param_groups(
     groups: list[dict[str, Any]] = [
         {"name": "weights", "params": [], "lr": lr, "weight_decay": weight_decay},
         {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
-        {"name": "variances", "params": [], "lr": 10 * lr if variance_lr is None else variance_lr, "weight_decay": 0.0},
+        {
+            "name": "variances",
+            "params": [],
+            "lr": 10 * lr if variance_lr is None else variance_lr,
+            "weight_decay": 0.0,
+        },
     ]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -69,8 +76,9 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     It holds what an adapter checkpoint leaves out.
 
     Args:
-        model: Any module with DIP layers. Of one that torch.compile, DDP or the like has wrapped, the names are the
-            plain model's. A variance that layers share appears once, under the first one's name.
+        model: Any module with DIP layers. Of one that torch.compile, DDP or the like has wrapped,
+            the names are the plain model's. A variance that layers share appears once, under the
+            first one's name.
 
     Returns:
         {name: float32 tensor [K] on the CPU}, fit for torch.save and safetensors.
@@ -94,7 +102,8 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names and shapes all agree.
+    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names
+    and shapes all agree.
 
     Args:
         model: With the same DIP layers, wrapped (torch.compile, DDP) or not.
@@ -120,11 +129,16 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     missing = [n for n in own if n not in state and n.endswith(".log_variance")]
     unknown = [n for n in state if n not in own]
     if missing or unknown:
-        raise ValueError(f"state: expected the variances of this model, got none for {missing} and unknown {unknown}")
+        raise ValueError(
+            f"state: expected the variances of this model, got none for {missing} and unknown "
+            f"{unknown}"
+        )
     shapes = {n: (tuple(values.shape), (own[n].num_features,)) for n, values in state.items()}
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
-        raise ValueError(f"state: expected the shapes of this model's variances, got (given, expected) {other}")
+        raise ValueError(
+            f"state: expected the shapes of this model's variances, got (given, expected) {other}"
+        )
     broken = [n for n, values in state.items() if not bool(values.isfinite().all())]
     if broken:
         raise ValueError(f"state: expected finite variances, got NaN or infinity in {broken}")
@@ -139,7 +153,9 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def check_settable(variances: Mapping[str, Variance]) -> None:
     """Raise ValueError naming the variances that cannot be set, and why."""
-    reasons = {name: reason for name, m in variances.items() if (reason := m.cannot_set()) is not None}
+    reasons = {
+        name: reason for name, m in variances.items() if (reason := m.cannot_set()) is not None
+    }
     if reasons:
         listed = "; ".join(f"{name} is {reason}" for name, reason in reasons.items())
         raise ValueError(f"model: expected variances that can be set, got {listed}")

@@ -1,4 +1,5 @@
-"""Which modules can noise what they make in place of the layers that read it: the plan of convert(place="producer").
+"""Which modules can noise what they make in place of the layers that read it: the plan of
+convert(place="producer").
 
 docs/maths.md, section 10.
 """
@@ -31,10 +32,16 @@ _FUNCTIONS = {
     "rms_norm": "nn.RMSNorm",
 }
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
-_TAKEN = ("kind", "offset", "eps_name", "noises_output", "made_of")  # of a producer, beside a DIP layer's
+_TAKEN = (
+    "kind",
+    "offset",
+    "eps_name",
+    "noises_output",
+    "made_of",
+)  # of a producer, beside a DIP layer's
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +69,14 @@ class PlanRow:
 
 @dataclasses.dataclass(frozen=True)
 class ProducerPlan:
-    """Which projections move into the module that makes their layers' input, and which stay, and why; prints as a list.
+    """Which projections move into the module that makes their layers' input, and which stay, and
+    why; prints as a list.
 
     Attributes:
-        moved: One row for each module that noises its output, with the layers that read it and are plain.
-        left: The layers that keep a projection of their own, by what makes their input and the reason.
+        moved: One row for each module that noises its output, with the layers that read it and are
+            plain.
+        left: The layers that keep a projection of their own, by what makes their input and the
+            reason.
     """
 
     moved: tuple[PlanRow, ...]
@@ -75,7 +85,8 @@ class ProducerPlan:
     def __str__(self) -> str:
         moved, left = (sum(len(row.layers) for row in rows) for rows in (self.moved, self.left))
         lines = [
-            f"plan: {moved} of {moved + left} projections move into {len(self.moved)} module(s) that make their input"
+            f"plan: {moved} of {moved + left} projections move into {len(self.moved)} module(s) "
+            "that make their input"
         ]
         lines += [f"  moved  {row}" for row in self.moved]
         lines += [f"  left   {row}" for row in self.left]
@@ -168,15 +179,22 @@ class _Planner:
     # ---- what makes a layer's input
 
     def _origin(self, layer: nn.Module) -> tuple[nn.Module | None, str]:
-        """The module that makes this layer's input, or (it, or None, and why the layer keeps its projection)."""
+        """The module that makes this layer's input, or (it, or None, and why the layer keeps its
+        projection)."""
         sources = self._sources[layer]
         if not sources and type(layer) is OUT_PROJECTION:
             return None, "nn.MultiheadAttention makes its input, in no module"
         if not sources:
-            return None, "the batches do not reach it, or what is around it reads its weight without calling it"
+            return (
+                None,
+                "the batches do not reach it, or what is around it reads its weight without "
+                "calling it",
+            )
         if any(source is None for source in sources):
             beside = isinstance(layer, nn.MultiheadAttention)
-            return None, "it reads the network's own input" + (", or tensors that differ" if beside else "")
+            return None, "it reads the network's own input" + (
+                ", or tensors that differ" if beside else ""
+            )
         made = [source for source in sources if source is not None]
         block = self._gated(layer, made)
         if block is not None:
@@ -206,22 +224,26 @@ class _Planner:
         op, module = made[0].op.strip("_"), made[0].module
         if made[0].call is not None:
             module = made[0].call.module
-        where = "the model itself" if module is None or module is self._model else self._shown(module)
+        where = (
+            "the model itself" if module is None or module is self._model else self._shown(module)
+        )
         if op in _FUNCTIONS:
-            return (
-                f"its input is made by a call of {op} in {where}, no module: give it one, {_FUNCTIONS[op]}, to move it"
-            )
+            return f"its input is made by a call of {op} in {where}, no module: give it one, {_FUNCTIONS[op]}, to move it"
         if op == "mul":
             return (
-                f"its input is made by mul in {where}, which is no block whose forward is down(act(gate(x)) * up(x)) and no "
-                "more: where it is a gated product all the same, put a DIPGatedActivation there by hand"
+                f"its input is made by mul in {where}, which is no block whose forward is "
+                "down(act(gate(x)) * up(x)) and no "
+                "more: where it is a gated product all the same, put a DIPGatedActivation there by "
+                "hand"
             )
         return f"its input is made by {op} in {where}: no norm, activation or gated product"
 
     # ---- what can move
 
     def _move(self, producer: nn.Module, layers: list[nn.Module]) -> Move | str:
-        block = self._gated(layers[0], [source for source in self._sources[layers[0]] if source is not None])
+        block = self._gated(
+            layers[0], [source for source in self._sources[layers[0]] if source is not None]
+        )
         calls = self._calls.get(producer, [])
         what = self._module_reason(producer) or self._form(producer, block is not None)
         if isinstance(what, str):
@@ -266,7 +288,9 @@ class _Planner:
 
     def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
         readers = {layer for call in calls for layer in call.readers}
-        others = [self._name(layer) for layer in self._dims if layer in readers and layer not in layers]
+        others = [
+            self._name(layer) for layer in self._dims if layer in readers and layer not in layers
+        ]
         if len({frozenset(call.readers) for call in calls}) > 1:
             return "it is called in several places, which other layers read: give each place a module of its own"
         for call in calls:
@@ -295,7 +319,9 @@ class _Planner:
     def _gated(self, layer: nn.Module, made: list[Made]) -> nn.Module | None:
         """The block down(act(gate(x)) * up(x)) whose `down` this layer is, in every call."""
         blocks = {source.module for source in made}
-        if len(blocks) != 1 or any(source.op.strip("_") != "mul" or source.call is not None for source in made):
+        if len(blocks) != 1 or any(
+            source.op.strip("_") != "mul" or source.call is not None for source in made
+        ):
             return None
         (block,) = blocks
         if block is None or gated_parts(type(block)) is None:
@@ -322,16 +348,19 @@ def producer_features(layer: nn.Module) -> int:
     return int(layer.embed_dim) if isinstance(layer, nn.MultiheadAttention) else features_of(layer)
 
 
-# ---- what a module computes ----------------------------------------------------------------------------------------------
+# ---- what a module computes ----------------------------------------------------------------------
 
 
 def _may_produce(module: nn.Module) -> bool:
-    """By the look of it: a norm, or a leaf without weights. What it computes is looked at where a layer reads it."""
+    """By the look of it: a norm, or a leaf without weights. What it computes is looked at where a
+    layer reads it."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     if "Norm" in type(module).__name__ or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True
-    return not any(True for each in (module.parameters(), module.buffers(), module.children()) for _ in each)
+    return not any(
+        True for each in (module.parameters(), module.buffers(), module.children()) for _ in each
+    )
 
 
 def _takes_one_input(module: nn.Module) -> bool:
@@ -352,7 +381,11 @@ def activation_kind(module: nn.Module) -> str | None:
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return None
-        close = [k for k, act in ACTIVATIONS.items() if torch.allclose(y.double(), act(x), rtol=1e-5, atol=1e-6)]
+        close = [
+            k
+            for k, act in ACTIVATIONS.items()
+            if torch.allclose(y.double(), act(x), rtol=1e-5, atol=1e-6)
+        ]
         if len(close) != 1:
             return None
     return close[0]
@@ -376,7 +409,9 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
         return DIPRMSNorm, {}
     none = f"{kind.__name__} is no LayerNorm, RMSNorm or activation that the kernels know"
     weight = parameters.get("weight")
-    eps_name = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+    eps_name = next(
+        (name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None
+    )
     if (
         not _takes_one_input(module)
         or eps_name is None
@@ -400,8 +435,16 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
         return none
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
         wide = x.double() - (x.double().mean(-1, keepdim=True) if form == "layer" else 0)
-        want = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (tensors["weight"].double() + offset)
+        want = (
+            wide
+            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            * (tensors["weight"].double() + offset)
+        )
         want = want + tensors.get("bias", torch.zeros(k, device=device))
-        if isinstance(y, Tensor) and y.shape == want.shape and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4):
+        if (
+            isinstance(y, Tensor)
+            and y.shape == want.shape
+            and torch.allclose(y.double(), want, rtol=1e-4, atol=1e-4)
+        ):
             return NormProducer, {"kind": form, "offset": offset, "eps_name": eps_name}
     return none

@@ -1,4 +1,5 @@
-"""A batch through a model that leaves no trace: what a forward pass hands to its modules; what convert has converted."""
+"""A batch through a model that leaves no trace: what a forward pass hands to its modules; what
+convert has converted."""
 
 from __future__ import annotations
 
@@ -15,21 +16,28 @@ from ..nn.numbering import dip_layers
 from ..nn.twin import first_parameter
 from ..noise import contexts
 
-_CONVERTED = "_dip_converted"  # in the __dict__ of a model that was converted: the names of its DIP layers
+_CONVERTED = (
+    "_dip_converted"  # in the __dict__ of a model that was converted: the names of its DIP layers
+)
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
-NOISED_BY = "_dip_noised_by"  # in that of a layer whose input is noised where it is made: the name of what makes it
+# in that of a layer whose input is noised where it is made: the name of what makes it
+NOISED_BY = "_dip_noised_by"
 
 
-# ---- running ---------------------------------------------------------------------------------------------------------
+# ---- running -------------------------------------------------------------------------------------
 
 
 def run_batch(model: nn.Module, batch: object) -> Any:
-    """model(batch): a mapping as keywords, of a list or tuple the first element, a tensor as it is."""
+    """model(batch): a mapping as keywords, of a list or tuple the first element, a tensor as it
+    is."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (list, tuple)):
         if not batch:
-            raise ValueError("batches: expected a list or tuple whose first element is the input, got an empty one")
+            raise ValueError(
+                "batches: expected a list or tuple whose first element is the input, got an empty "
+                "one"
+            )
         return model(batch[0])
     return model(batch)
 
@@ -71,10 +79,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    devices = {
+        t.device
+        for t in (*model.parameters(), *model.buffers())
+        if t.device.type not in ("cpu", "meta")
+    }
     kind = next(iter(devices)).type if devices else "cuda"
     states = random.getstate(), np.random.get_state()
-    with kept_modes(model), torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind):
+    with (
+        kept_modes(model),
+        torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind),
+    ):
         try:
             yield
         finally:
@@ -92,7 +107,8 @@ def listed(batches: Iterable[Any]) -> list[Any]:
 
 
 def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> None:
-    """Call run(batch) for each, without noise and uncompiled. Raises ValueError where there is none."""
+    """Call run(batch) for each, without noise and uncompiled. Raises ValueError where there is
+    none."""
     count = 0
     # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
     with contexts.sampling_on(), contexts.noise_off(), eager(model):
@@ -107,15 +123,23 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """What a call hands to forward's first parameter."""
     if args:
         return args[0]
-    return kwargs.get(getattr(module, "input_name", None) or first_parameter(type(module)) or "input")
+    return kwargs.get(
+        getattr(module, "input_name", None) or first_parameter(type(module)) or "input"
+    )
 
 
-# ---- features of modules by a probe ------------------------------------------------------------------------------------
+# ---- features of modules by a probe --------------------------------------------------------------
 
 
 @torch.no_grad()
-def watch(model: nn.Module, modules: Iterable[nn.Module], observe: Callable[..., None], batches: Iterable[Any]) -> None:
-    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each call of the modules.
+def watch(
+    model: nn.Module,
+    modules: Iterable[nn.Module],
+    observe: Callable[..., None],
+    batches: Iterable[Any],
+) -> None:
+    """Run the batches in eval mode without noise, with observe(module, args, kwargs) before each
+    call of the modules.
 
     Of a module that noises its output, args is that output.
     """
@@ -142,15 +166,21 @@ def probed(
 ) -> dict[nn.Module, tuple[int, int]]:
     """(features, dimension) of each module's input, from one pass in eval mode without noise.
 
-    modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do not reach, an input
-    that is no floating tensor, has no such dimension, or has other features in another call.
+    modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
+    not reach, an input that is no floating tensor, has no such dimension, or has other features in
+    another call.
     """
     if not modules and batches is not None:
-        raise ValueError("batches: expected None without before=[...], for which alone they are run")
+        raise ValueError(
+            "batches: expected None without before=[...], for which alone they are run"
+        )
     if not modules:
         return {}
     if batches is None:
-        raise ValueError("batches: expected a batch, from which before=[...] learns the number of features, got None")
+        raise ValueError(
+            "batches: expected a batch, from which before=[...] learns the number of features, got "
+            "None"
+        )
     found: dict[nn.Module, int] = {}
 
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,7 +191,9 @@ def probed(
         watch(model, modules, observe, listed(batches))
     unreached = [name for module, (name, _) in modules.items() if module not in found]
     if unreached:
-        raise ValueError(f"before: expected modules that the batches reach, none reached {unreached}")
+        raise ValueError(
+            f"before: expected modules that the batches reach, none reached {unreached}"
+        )
     return {module: (features, modules[module][1]) for module, features in found.items()}
 
 
@@ -169,25 +201,30 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"before: expected a floating tensor as the first argument of {name!r}, got {got}; noise goes where "
+            f"before: expected a floating tensor as the first argument of {name!r}, got {got}; "
+            "noise goes where "
             "numbers are: before the module that reads its output"
         )
     if not -x.ndim <= dim < x.ndim:
-        raise ValueError(f"before: expected a dimension of the input of {name!r}, {tuple(x.shape)}, got {dim}")
+        raise ValueError(
+            f"before: expected a dimension of the input of {name!r}, {tuple(x.shape)}, got {dim}"
+        )
     features = x.shape[dim]
     if before not in (None, features):
         raise ValueError(
-            f"before: expected one number of features in every call of {name!r}, got {before} and {features}; choose "
+            f"before: expected one number of features in every call of {name!r}, got {before} and "
+            f"{features}; choose "
             "another dimension by before={pattern: dimension}"
         )
     return features
 
 
-# ---- what convert has converted ----------------------------------------------------------------------------------------
+# ---- what convert has converted ------------------------------------------------------------------
 
 
 def remember(model: nn.Module) -> None:
-    """Leave the names of its DIP layers with the model and with their parents, by which `check` misses the replaced."""
+    """Leave the names of its DIP layers with the model and with their parents, by which `check`
+    misses the replaced."""
     layers = tuple(dip_layers(model))
     inside: dict[str, list[str]] = {}
     for name in layers:
@@ -205,13 +242,14 @@ def forget(model: nn.Module) -> None:
 
 
 def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(the module that was converted, its own name, the name in it) of every layer that was converted."""
+    """(the module that was converted, its own name, the name in it) of every layer that was
+    converted."""
     for name, module in model.named_modules():
         for layer in vars(module).get(_CONVERTED, ()):
             yield module, name, layer
 
 
-# ---- names without wrappers ----------------------------------------------------------------------------------------
+# ---- names without wrappers ----------------------------------------------------------------------
 
 _INNER = {  # the child by which a wrapper holds the model
     "OptimizedModule": "_orig_mod",
@@ -242,4 +280,8 @@ def without_wrappers(name: str, known: Mapping[str, object]) -> str:
     """A name from a wrapped model's state dict as the plain model has it."""
     inner = set(_INNER.values()) - {"module"}
     name = ".".join(part for part in name.split(".") if part not in inner)
-    return name.removeprefix("module.") if name not in known and name.removeprefix("module.") in known else name
+    return (
+        name.removeprefix("module.")
+        if name not in known and name.removeprefix("module.") in known
+        else name
+    )

@@ -1,4 +1,5 @@
-"""Who reads what a module makes, watched on a batch: shapes and identities alone, and no trace left."""
+"""Who reads what a module makes, watched on a batch: shapes and identities alone, and no trace
+left."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .probe import for_each, input_of, listed, run_batch, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
-_HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")  # which torch's dispatcher does not see
+_HOST_READS = (
+    "data_ptr",
+    "numpy",
+    "tolist",
+    "__array__",
+    "__dlpack__",
+)  # which torch's dispatcher does not see
 
 
 class Layout(NamedTuple):
@@ -34,17 +41,23 @@ def layout_of(x: Tensor) -> Layout:
 
 
 def dimension_in(made: Layout, seen: Layout, dim: int) -> int | None:
-    """The dimension of a tensor `made` that is dimension `dim` of a view `seen` of its storage, from its first entry to its last.
+    """The dimension of a tensor `made` that is dimension `dim` of a view `seen` of its storage,
+    from its first entry to its last.
 
-    None where there is none, where the view's other dimensions run through features too, or where the view reads an entry
-    twice: then noise at what is made would not be noise of the same law at what is read.
+    None where there is none, where the view's other dimensions run through features too, or where
+    the view reads an entry twice: then noise at what is made would not be noise of the same law at
+    what is read.
     """
     k, stride = seen.sizes[dim], seen.strides[dim]
     found = [i for i, size in enumerate(made.sizes) if size == k > 1 and made.strides[i] == stride]
     if len(found) != 1:
         return None
     for layout, own in ((made, found[0]), (seen, dim % len(seen.sizes))):
-        rows = [(s, n) for i, (n, s) in enumerate(zip(layout.sizes, layout.strides)) if i != own and n > 1]
+        rows = [
+            (s, n)
+            for i, (n, s) in enumerate(zip(layout.sizes, layout.strides))
+            if i != own and n > 1
+        ]
         below = sum((n - 1) * s for s, n in rows if s < stride)
         start = layout.offset - made.offset
         if (
@@ -109,7 +122,8 @@ class Made:
     source: tuple[Made, Layout] | None = None
 
     def dimension(self, seen: Layout, dim: int) -> int | None:
-        """The output's dimension that is dimension `dim` of a view of this storage; see `dimension_in`."""
+        """The output's dimension that is dimension `dim` of a view of this storage; see
+        `dimension_in`."""
         found = None if self.layout is None else dimension_in(self.layout, seen, dim)
         if found is None or self.source is None:
             return found
@@ -125,7 +139,11 @@ class _Functions(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = getattr(func, "__name__", "")
         if name in _HOST_READS:
@@ -138,17 +156,21 @@ class _Functions(TorchFunctionMode):
 
 
 class Watch(TorchDispatchMode):
-    """Follows what candidates make through views and copies to the layers that read it, and notes any other reader.
+    """Follows what candidates make through views and copies to the layers that read it, and notes
+    any other reader.
 
-    names: every module's name. layers: {layer: its feature dimension}. candidates: modules that may make an input.
-    After a pass `sources` has for each layer what each of its calls read, None for what no operation of the pass made,
-    and `calls` every call of a candidate.
+    names: every module's name. layers: {layer: its feature dimension}. candidates: modules that may
+    make an input. After a pass `sources` has for each layer what each of its calls read, None for
+    what no operation of the pass made, and `calls` every call of a candidate.
     """
 
     supports_higher_order_operators = True
 
     def __init__(
-        self, names: Mapping[nn.Module, str], layers: Mapping[nn.Module, int], candidates: Iterable[nn.Module]
+        self,
+        names: Mapping[nn.Module, str],
+        layers: Mapping[nn.Module, int],
+        candidates: Iterable[nn.Module],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
@@ -156,7 +178,9 @@ class Watch(TorchDispatchMode):
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
-        self._stack: list[tuple[nn.Module, int]] = []  # the modules that are running, and how much was made before each
+        self._stack: list[
+            tuple[nn.Module, int]
+        ] = []  # the modules that are running, and how much was made before each
         self._count = 0
         self._reading = 0  # layers around the current operation
         self._functions = _Functions(self)
@@ -170,7 +194,9 @@ class Watch(TorchDispatchMode):
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
+                handles.append(
+                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                )
 
         def both(batch: Any) -> None:
             for training in (True, False):
@@ -202,14 +228,22 @@ class Watch(TorchDispatchMode):
         self._stack.append((module, self._count))
         self._reading += module in self._layers
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         _, before = self._stack.pop()
         self._reading -= module in self._layers
         if module not in self._candidates or self._reading or not isinstance(out, Tensor):
             return
         made = self._found(out)
-        # What was there before is passed through or looked at in another shape, as a dropout does in eval mode.
-        if made is None or made.number <= before or made.call is not None or not out.is_floating_point():
+        # What was there before is passed through or looked at in another shape, as a dropout does
+        # in eval mode.
+        if (
+            made is None
+            or made.number <= before
+            or made.call is not None
+            or not out.is_floating_point()
+        ):
             return
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
@@ -217,7 +251,9 @@ class Watch(TorchDispatchMode):
         made.layout, made.module = layout_of(out), module
         self.calls.append(made.call)
 
-    def _read_by_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_by_layer(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         x = input_of(layer, args, kwargs)
         if isinstance(layer, nn.MultiheadAttention):
             given = dict(zip(("query", "key", "value"), args)) | kwargs
@@ -233,7 +269,9 @@ class Watch(TorchDispatchMode):
         call, seen = made.call, layout_of(x)
         dim = made.dimension(seen, self._layers[layer])
         if dim is None:
-            call.read_by(f"{self._shown(layer)} reads it with other features, or some entries twice")
+            call.read_by(
+                f"{self._shown(layer)} reads it with other features, or some entries twice"
+            )
         else:
             call.readers[layer] += 1
             call.dims.add(dim - call.ndim)
@@ -241,12 +279,20 @@ class Watch(TorchDispatchMode):
     # ---- operations
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
-        name = schema.name.partition("::")[2] if schema is not None else getattr(func, "__name__", str(func))
+        name = (
+            schema.name.partition("::")[2]
+            if schema is not None
+            else getattr(func, "__name__", str(func))
+        )
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         storages = {_storage(t) for t in given}
@@ -255,7 +301,12 @@ class Watch(TorchDispatchMode):
             return out  # a view
         read = [(t, made) for t in given if (made := self._found(t)) is not None]
         source = None
-        if name in _COPIES and len(read) == 1 and len(outputs) == 1 and outputs[0].is_floating_point():
+        if (
+            name in _COPIES
+            and len(read) == 1
+            and len(outputs) == 1
+            and outputs[0].is_floating_point()
+        ):
             source = read[0][1], layout_of(read[0][0])
         elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
             self.read([t for t, _ in read], self.function or name.strip("_"))
@@ -263,7 +314,9 @@ class Watch(TorchDispatchMode):
             self._fill(t, name, source, changes)
         return out
 
-    def _fill(self, t: Tensor, name: str, source: tuple[Made, Layout] | None, changes: bool) -> None:
+    def _fill(
+        self, t: Tensor, name: str, source: tuple[Made, Layout] | None, changes: bool
+    ) -> None:
         key = _storage(t)
         known = self._found(t)
         if key is None or (known is not None and not changes):
@@ -311,7 +364,9 @@ def _storage(t: object) -> int | None:
 
 def _leaves(out: Any) -> list[Any]:
     leaves = pytree.tree_leaves(out)
-    for leaf in [each for each in leaves if dataclasses.is_dataclass(each) and not isinstance(each, type)]:
+    for leaf in [
+        each for each in leaves if dataclasses.is_dataclass(each) and not isinstance(each, type)
+    ]:
         leaves += pytree.tree_leaves(vars(leaf))
     return leaves
 
@@ -323,7 +378,8 @@ def watched(
     candidates: Iterable[nn.Module],
     batches: Iterable[Any],
 ) -> Watch:
-    """Who reads what in passes over the batches; nothing of the model's state, modes or random states changes."""
+    """Who reads what in passes over the batches; nothing of the model's state, modes or random
+    states changes."""
     watch = Watch(names, layers, candidates)
     with untouched(model):
         watch.run(model, listed(batches))

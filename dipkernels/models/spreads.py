@@ -1,4 +1,5 @@
-"""The spread of each layer's input, and how many values of an example it has, measured on batches."""
+"""The spread of each layer's input, and how many values of an example it has, measured on
+batches."""
 
 from __future__ import annotations
 
@@ -21,9 +22,11 @@ def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
 
 
 class Measured(NamedTuple):
-    """Of a layer's input: each feature's standard deviation, [K], and how many values an example has there.
+    """Of a layer's input: each feature's standard deviation, [K], and how many values an example
+    has there.
 
-    An image has channels x height x width, a sequence length x features, a row of a table its features.
+    An image has channels x height x width, a sequence length x features, a row of a table its
+    features.
     """
 
     spread: Tensor
@@ -31,7 +34,8 @@ class Measured(NamedTuple):
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch; examples and values."""
+    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch;
+    examples and values."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -43,12 +47,18 @@ class _Moments:
         rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
         if len(rows) == 0:
             return
-        self.examples += x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1  # without a batch: one
+        self.examples += (
+            x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1
+        )  # without a batch: one
         self.values += x.numel()
         rows = rows.double()
         mean, total = rows.mean(0), self.count + len(rows)
         delta = mean - self.mean
-        self.squares = self.squares + (rows - mean).square().sum(0) + delta.square() * (self.count * len(rows) / total)
+        self.squares = (
+            self.squares
+            + (rows - mean).square().sum(0)
+            + delta.square() * (self.count * len(rows) / total)
+        )
         self.mean = self.mean + delta * (len(rows) / total)
         self.count = total
 
@@ -58,13 +68,15 @@ class _Moments:
 
 
 def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The spread of every DIP layer's input features over the batches; left in each layer's variance.spread too."""
+    """The spread of every DIP layer's input features over the batches; left in each layer's
+    variance.spread too."""
     return {name: found.spread for name, found in measured_inputs(model, batches).items()}
 
 
 @torch.no_grad()
 def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measured]:
-    """What the batches look like at every DIP layer's input; the spread is left in each layer's variance.spread too."""
+    """What the batches look like at every DIP layer's input; the spread is left in each layer's
+    variance.spread too."""
     layers = need_layers(model)
     moments = {name: _Moments() for name in layers}
     moments_of = {layer: moments[name] for name, layer in layers.items()}
@@ -77,7 +89,9 @@ def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measu
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
     found = {name: moments[name].measured() for name in layers}
-    infinite = [name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())]
+    infinite = [
+        name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())
+    ]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
     for name, layer in layers.items():

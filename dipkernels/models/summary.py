@@ -17,7 +17,8 @@ from .spreads import measured_spreads, need_layers
 
 @dataclass(frozen=True)
 class Row:
-    """One DIP layer: sigma (not variance) over its features; ratio = median of sigma / the input's spread, or None."""
+    """One DIP layer: sigma (not variance) over its features; ratio = median of sigma / the input's
+    spread, or None."""
 
     name: str
     type: str
@@ -30,14 +31,18 @@ class Row:
 
 
 class Summary(list[Row]):
-    """A list of Row that prints as a table; `plan` is that of convert(place="producer"), printed below it."""
+    """A list of Row that prints as a table; `plan` is that of convert(place="producer"), printed
+    below it."""
 
     plan: ProducerPlan | None = None
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{name of the layer: its other fields}, fit for JSON."""
         rows = {row.name: asdict(row) for row in self}
-        return {name: {field: value for field, value in row.items() if field != "name"} for name, row in rows.items()}
+        return {
+            name: {field: value for field, value in row.items() if field != "name"}
+            for name, row in rows.items()
+        }
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
@@ -55,20 +60,22 @@ class Summary(list[Row]):
 
 
 def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
-    """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of sigma_j / spread_j.
+    """One row for each DIP layer: features, sigma min / mean / max, ratio = median over features of
+    sigma_j / spread_j.
 
     Args:
         model: Any module with DIP layers.
-        batches: As `calibrate`'s, to measure the spread (standard deviation) of each layer's input features. Without it
-            the ratio uses the spread measured last, and is None where there is none.
+        batches: As `calibrate`'s, to measure the spread (standard deviation) of each layer's input
+            features. Without it the ratio uses the spread measured last, and is None where there is
+            none.
 
     Returns:
-        A Summary, a list of Row that prints as a table. Features whose spread is below a hundredth of the layer's root
-        mean square spread are left out of the ratio.
+        A Summary, a list of Row that prints as a table. Features whose spread is below a hundredth
+        of the layer's root mean square spread are left out of the ratio.
 
     Raises:
-        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as `calibrate` refuses
-            them.
+        ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as
+            `calibrate` refuses them.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), init_variance=0.04)
@@ -89,6 +96,12 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
             varies = spread > 0.01 * spread.square().mean().sqrt()
             # The median: a few features that hardly vary would rule a mean.
             ratio = (sigma / spread)[varies].median().item() if bool(varies.any()) else None
-        low, mean, high = (f(sigma).item() for f in (torch.min, torch.mean, torch.max)) if len(sigma) else (0.0,) * 3
-        rows.append(Row(name, type(layer).__name__, len(sigma), low, mean, high, ratio, layer.number))
+        low, mean, high = (
+            (f(sigma).item() for f in (torch.min, torch.mean, torch.max))
+            if len(sigma)
+            else (0.0,) * 3
+        )
+        rows.append(
+            Row(name, type(layer).__name__, len(sigma), low, mean, high, ratio, layer.number)
+        )
     return rows

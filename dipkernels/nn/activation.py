@@ -1,4 +1,5 @@
-"""Activations and gated products whose output is noised, for the layers that read it.  docs/maths.md, section 10."""
+"""Activations and gated products whose output is noised, for the layers that read it.
+docs/maths.md, section 10."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class ActivationProducer(Producer):
 
 
 class GateProducer(Producer):
-    """Before the class of an activation that a gated product calls: act(a) * b + sigma * z of two inputs."""
+    """Before the class of an activation that a gated product calls: act(a) * b + sigma * z of two
+    inputs."""
 
     kind: str
 
@@ -65,7 +67,8 @@ class Activation(nn.Module):
 
 
 class GatedActivation(Activation):
-    """act(a) * b: SwiGLU with "silu", GEGLU with "gelu" or "gelu_tanh"; what a DIPGatedActivation becomes by to_plain.
+    """act(a) * b: SwiGLU with "silu", GEGLU with "gelu" or "gelu_tanh"; what a DIPGatedActivation
+    becomes by to_plain.
 
     Args:
         num_features: K.
@@ -91,15 +94,17 @@ class GatedActivation(Activation):
 
 
 class DIPActivation(ActivationProducer, Activation):
-    """An activation with noise behind it: u = act(x) + sigma * z in training, act(x) in eval mode, to the bit.
+    """An activation with noise behind it: u = act(x) + sigma * z in training, act(x) in eval mode,
+    to the bit.
 
-    One pass forward and one in backward, which keeps x alone. For layers that read this output alone, which are then
-    plain. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU or nn.Tanh.
+    One pass forward and one in backward, which keeps x alone. For layers that read this output
+    alone, which are then plain. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU or nn.Tanh.
 
     Args:
         num_features: K.
         kind: "relu", "gelu", "gelu_tanh", "silu" or "tanh".
-        dim: The feature dimension, x.shape[dim] = K: -1 before linear layers, -3 before 2d convolutions.
+        dim: The feature dimension, x.shape[dim] = K: -1 before linear layers, -3 before 2d
+            convolutions.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
         num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
         device: Of the variance.
@@ -129,7 +134,13 @@ class DIPActivation(ActivationProducer, Activation):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_features, kind, dim)
-        vars(self).update({k: v for k, v in vars(PLAIN[kind]()).items() if not k.startswith("_") and k != "training"})
+        vars(self).update(
+            {
+                k: v
+                for k, v in vars(PLAIN[kind]()).items()
+                if not k.startswith("_") and k != "training"
+            }
+        )
         self._set_up(num_features, init_variance, num_samples, "auto", device)
 
     @property
@@ -142,11 +153,13 @@ class DIPActivation(ActivationProducer, Activation):
 
 
 class DIPGatedActivation(GateProducer, GatedActivation):
-    """A gated product with noise behind it: u = act(a) * b + sigma * z in training, act(a) * b in eval mode, to the bit.
+    """A gated product with noise behind it: u = act(a) * b + sigma * z in training, act(a) * b in
+    eval mode, to the bit.
 
         u = layer(gate_proj(x), up_proj(x))
 
-    One pass forward and one in backward, which keeps a and b alone. `to_plain` turns it into a `GatedActivation`.
+    One pass forward and one in backward, which keeps a and b alone. `to_plain` turns it into a
+    `GatedActivation`.
 
     Args:
         num_features: K.
@@ -187,11 +200,12 @@ class DIPGatedActivation(GateProducer, GatedActivation):
         return self.dim
 
 
-# ---- a block that multiplies two branches ----------------------------------------------------------------------------
+# ---- a block that multiplies two branches --------------------------------------------------------
 
 
 class GatedBlock(nn.Module):
-    """Before the class of a block down(act(gate(x)) * up(x)), whose activation is a GateProducer: down(act(gate(x), up(x)))."""
+    """Before the class of a block down(act(gate(x)) * up(x)), whose activation is a GateProducer:
+    down(act(gate(x), up(x)))."""
 
     plain_type: type[nn.Module]
     parts: tuple[str, str, str, str]  # the names of down, act, gate, up
@@ -226,9 +240,11 @@ _FORMS = [f.__code__ for f in (_gate_first, _up_first, _gate_first_named, _up_fi
 
 
 def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
-    """The names of down, act, gate and up where the class's forward is down(act(gate(x)) * up(x)) and nothing else.
+    """The names of down, act, gate and up where the class's forward is down(act(gate(x)) * up(x))
+    and nothing else.
 
-    Told by its bytecode, which must be that of the same expression compiled here, but for the names.
+    Told by its bytecode, which must be that of the same expression compiled here, but for the
+    names.
     """
     code = getattr(kind.forward, "__code__", None)
     if not isinstance(code, CodeType):
@@ -241,7 +257,12 @@ def gated_parts(kind: type[nn.Module]) -> tuple[str, str, str, str] | None:
 
 
 def _shape(code: CodeType) -> tuple[Any, ...]:
-    return code.co_code, code.co_argcount, code.co_flags & (CO_VARARGS | CO_VARKEYWORDS), len(code.co_names)
+    return (
+        code.co_code,
+        code.co_argcount,
+        code.co_flags & (CO_VARARGS | CO_VARKEYWORDS),
+        len(code.co_names),
+    )
 
 
 def gated_block_type(kind: type[nn.Module], parts: tuple[str, str, str, str]) -> type[Any]:

@@ -1,4 +1,5 @@
-"""nn.MultiheadAttention on noised inputs: of its in-projection and of its out-projection.  docs/models.md."""
+"""nn.MultiheadAttention on noised inputs: of its in-projection and of its out-projection.
+docs/models.md."""
 
 from __future__ import annotations
 
@@ -22,13 +23,15 @@ from .variance import device_of_variance
 
 
 class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
-    """The out-projection of DIPMultiheadAttention, which calls it; nn.MultiheadAttention takes its weight alone."""
+    """The out-projection of DIPMultiheadAttention, which calls it; nn.MultiheadAttention takes its
+    weight alone."""
 
     plain_type = NonDynamicallyQuantizableLinear
 
 
 class _InProjection(DIPInput):
-    """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1 key, 2 value."""
+    """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1
+    key, 2 value."""
 
     shown_as = "in-projection of DIPMultiheadAttention"
 
@@ -39,17 +42,20 @@ class _InProjection(DIPInput):
 
 
 class DIPMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are noised in training.
+    """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are
+    noised in training.
 
-    q = W_q (query + sigma * z) and so for k and v; y = W_o (heads + sigma_o * z) + b_o. In eval mode it is
-    nn.MultiheadAttention itself, its fast path included. Call it as nn.MultiheadAttention; the other arguments are that
-    one's.
+    q = W_q (query + sigma * z) and so for k and v; y = W_o (heads + sigma_o * z) + b_o. In eval
+    mode it is nn.MultiheadAttention itself, its fast path included. Call it as
+    nn.MultiheadAttention; the other arguments are that one's.
 
-    Where query, key and value have one width, the in-projection is one matrix and has one variance per feature, in the
-    child `in_proj`; arguments that are one tensor share u, so that self-attention draws once; different tensors get
-    independent noise of that variance. With kdim or vdim there are three: `q_proj`, `k_proj`, `v_proj`. `out_proj` has
-    its own. The plain parameters keep their names, and a plain state dict loads. Noise is numbered in the order of the
-    tensors passed: with batch_first=True an example's noise does not depend on what else is in its batch.
+    Where query, key and value have one width, the in-projection is one matrix and has one variance
+    per feature, in the child `in_proj`; arguments that are one tensor share u, so that
+    self-attention draws once; different tensors get independent noise of that variance. With kdim
+    or vdim there are three: `q_proj`, `k_proj`, `v_proj`. `out_proj` has its own. The plain
+    parameters keep their names, and a plain state dict loads. Noise is numbered in the order of the
+    tensors passed: with batch_first=True an example's noise does not depend on what else is in its
+    batch.
 
     Args:
         init_variance: sigma^2 to start from, a number > 0.
@@ -64,7 +70,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         >>> y.shape, weights.shape
         (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]))
 
-    Source: arXiv 2506.04690, for every linear layer; where noise sits in attention is not stated there.
+    Source: arXiv 2506.04690, for every linear layer; where noise sits in attention is not stated
+        there.
     """
 
     plain_type = nn.MultiheadAttention
@@ -104,7 +111,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         num_samples: int,
         device: torch.device | str | None = None,
     ) -> None:
-        """init_variance: of every in-projection, or of each by its name; none where what makes their input is noised."""
+        """init_variance: of every in-projection, or of each by its name; none where what makes
+        their input is noised."""
         if self._qkv_same_embed_dim:
             widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
         else:
@@ -128,7 +136,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             setattr(self, name, layer.train(self.training))
 
     def to_plain_in_place(self) -> None:
-        """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer is."""
+        """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer
+        is."""
         for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
             self._modules.pop(name, None)
         self.__class__ = self.plain_type  # type: ignore[assignment]
@@ -157,14 +166,22 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
-            masks = dict(key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal)
+            masks = dict(
+                key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal
+            )
             weights = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
-            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **masks, **weights)
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(
+                self, query, key, value, **masks, **weights
+            )
             return proxy
         parts = self._parts()
-        # Hooks on the parts, by which calibrate reads their inputs, need them called; so does noise_off in training.
+        # Hooks on the parts, by which calibrate reads their inputs, need them called; so does
+        # noise_off in training.
         watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        if not (watched or any(part.noisy() or (part.training and contexts.MODE == "off") for part in parts)):
+        if not (
+            watched
+            or any(part.noisy() or (part.training and contexts.MODE == "off") for part in parts)
+        ):
             if ddp_waits():
                 query, key, value = self._with_unused_variances(query, key, value)
             return super().forward(
@@ -178,11 +195,21 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
                 is_causal=is_causal,
             )
         return self._noised_forward(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            query,
+            key,
+            value,
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
         )
 
-    def _with_unused_variances(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same tensors, one where they were one, through which every variance gets a gradient of zeros."""
+    def _with_unused_variances(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same tensors, one where they were one, through which every variance gets a gradient
+        of zeros."""
         same = query
         for part in self._parts():
             same = without_noise(same, part._log_variance())
@@ -200,12 +227,17 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
-            raise RuntimeError("attn_mask: expected the causal mask that is_causal=True promises, got None")
+            raise RuntimeError(
+                "attn_mask: expected the causal mask that is_causal=True promises, got None"
+            )
         batched = query.dim() == 3
         batch_dim = 0 if self.batch_first or not batched else 1
         self._check_shapes(query, key, value, key_padding_mask, attn_mask, batch_dim)
         query, key, value = self._noised_inputs(query, key, value)
-        q, k, v = (self._heads(y if batched else y[None], batch_dim) for y in self._project(query, key, value))
+        q, k, v = (
+            self._heads(y if batched else y[None], batch_dim)
+            for y in self._project(query, key, value)
+        )
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
         if is_causal and key_padding_mask is None and not need_weights:
@@ -236,23 +268,38 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         batch_dim: int,
     ) -> None:
-        for name, x, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+        for name, x, width in (
+            ("query", query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
                 wanted = f"[..., {width}] of {query.dim() if query.dim() in (2, 3) else '2 or 3'} dimensions"
                 raise ValueError(f"{name}: expected a tensor {wanted}, got shape {tuple(x.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
-            raise ValueError(f"value: expected key's shape {tuple(key.shape[:-1])}, got {tuple(value.shape[:-1])}")
+            raise ValueError(
+                f"value: expected key's shape {tuple(key.shape[:-1])}, got "
+                f"{tuple(value.shape[:-1])}"
+            )
         batch = query.shape[batch_dim] if query.dim() == 3 else 1
         length, source = (x.shape[-2 if batch_dim == 0 else 0] for x in (query, key))
         masks: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
             "attn_mask": (attn_mask, [(length, source), (batch * self.num_heads, length, source)]),
-            "key_padding_mask": (key_padding_mask, [(batch, source) if query.dim() == 3 else (source,)]),
+            "key_padding_mask": (
+                key_padding_mask,
+                [(batch, source) if query.dim() == 3 else (source,)],
+            ),
         }
         for name, (mask, shapes) in masks.items():
             if mask is not None and mask.shape not in shapes:
-                raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+                raise ValueError(
+                    f"{name}: expected shape {' or '.join(map(str, shapes))}, got "
+                    f"{tuple(mask.shape)}"
+                )
 
-    def _noised_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _noised_inputs(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not self._qkv_same_embed_dim:
             return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
         if "in_proj" not in self._modules:  # noised where they were made
@@ -284,24 +331,35 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return split.permute(0, 2, 1, 3) if batch_dim == 0 else split.permute(1, 2, 0, 3)
 
     def _mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, num_examples: int, dtype: torch.dtype
+        self,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        num_examples: int,
+        dtype: torch.dtype,
     ) -> Tensor | None:
         """Both masks as one that is added to the scores, or None."""
         parts = []
         if attn_mask is not None:
             mask = _additive("attn_mask", attn_mask, dtype)
-            parts.append(mask if mask.dim() == 2 else mask.unflatten(0, (num_examples, self.num_heads)))
+            parts.append(
+                mask if mask.dim() == 2 else mask.unflatten(0, (num_examples, self.num_heads))
+            )
         if key_padding_mask is not None:
             parts.append(_additive("key_padding_mask", key_padding_mask, dtype)[:, None, None])
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With bias_k and bias_v, and a zero, behind the keys and values, where the attention was made so."""
+    def _extended(
+        self, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With bias_k and bias_v, and a zero, behind the keys and values, where the attention was
+        made so."""
         added = int(self.bias_k is not None) + int(self.add_zero_attn)
         if self.bias_k is not None and self.bias_v is not None:
             shape = (len(k), self.num_heads, 1, self.head_dim)
             k, v = (
-                torch.cat([t, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape).to(t.dtype)], 2)
+                torch.cat(
+                    [t, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape).to(t.dtype)], 2
+                )
                 for t, bias in ((k, self.bias_k), (v, self.bias_v))
             )
         if self.add_zero_attn:

@@ -43,9 +43,21 @@ class _DIPConv(DIPLayer):
         num_samples: int = 1,
         keep: str = "auto",
     ) -> None:
-        places = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        places = (
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+        )
         super().__init__(*places, device, dtype)
-        self._set_up(in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device))
+        self._set_up(
+            in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device)
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor:
@@ -63,14 +75,22 @@ class _DIPConv(DIPLayer):
         sigma = beside(input, self)
         try:
             return conv.own_input(
-                input, self.weight, self.bias, sigma, self._seed(input), self.draw(input), dtype, window
+                input,
+                self.weight,
+                self.bias,
+                sigma,
+                self._seed(input),
+                self.draw(input),
+                dtype,
+                window,
             )
         except inputs.FAILURES:
             inputs.explain(self, input, sigma)
             raise
 
     def _window(self, input: Tensor) -> conv.Window | None:
-        """How this layer's window moves over a batch; None where torch pads or groups the input in another way."""
+        """How this layer's window moves over a batch; None where torch pads or groups the input in
+        another way."""
         plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
         if not plain or self.share is not None or input.dim() != 1 - self.feature_dim:
             return None
@@ -93,10 +113,11 @@ class DIPConv1d(_DIPConv, nn.Conv1d):
 
 
 class DIPConv2d(_DIPConv, nn.Conv2d):
-    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d itself in eval mode.
+    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d
+    itself in eval mode.
 
-    z is drawn afresh for every pixel and added before the padding. channels_last stays channels_last. The other
-    arguments are nn.Conv2d's.
+    z is drawn afresh for every pixel and added before the padding. channels_last stays
+    channels_last. The other arguments are nn.Conv2d's.
 
     Args:
         init_variance: sigma^2 to start from, a number > 0 or a tensor [in_channels].

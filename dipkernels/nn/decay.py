@@ -1,4 +1,5 @@
-"""Says when an optimiser decays a variance: towards log_variance 0, which is sigma = 1.  docs/guides/variance.md."""
+"""Says when an optimiser decays a variance: towards log_variance 0, which is sigma = 1.
+docs/guides/variance.md."""
 
 from __future__ import annotations
 
@@ -33,13 +34,20 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _checked.get(optimizer) == seen:
         return
     _checked[optimizer] = seen
-    decayed = {id(p) for group in groups if _decays(group) for p in group["params"] if p.requires_grad}
-    count = sum(any(id(p) in decayed for p in variance.parameters()) for variance in list(_variances))
+    decayed = {
+        id(p) for group in groups if _decays(group) for p in group["params"] if p.requires_grad
+    }
+    count = sum(
+        any(id(p) in decayed for p in variance.parameters()) for variance in list(_variances)
+    )
     if count:
         warnings.warn(
-            f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP layer(s): weight decay "
-            "pulls it towards 0, which is sigma = 1. Make the optimiser from dip.param_groups(model, lr, weight_decay),"
-            " whose group of variances has none, or put the parameters named *.log_variance into a group with "
+            f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP "
+            "layer(s): weight decay "
+            "pulls it towards 0, which is sigma = 1. Make the optimiser from "
+            "dip.param_groups(model, lr, weight_decay),"
+            " whose group of variances has none, or put the parameters named *.log_variance into a "
+            "group with "
             "weight_decay=0",
             stacklevel=3,
         )

@@ -11,7 +11,8 @@ from .variance import short
 
 
 class DIPInput(DIPLayer, nn.Module):
-    """A projection alone, for a network's input or an embedding: u = x + sigma * z while training, x in eval mode.
+    """A projection alone, for a network's input or an embedding: u = x + sigma * z while training,
+    x in eval mode.
 
     Args:
         num_features: K.

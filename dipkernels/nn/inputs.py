@@ -1,4 +1,5 @@
-"""What is wrong with a layer's input, in the layer's own words: looked at where a call has failed."""
+"""What is wrong with a layer's input, in the layer's own words: looked at where a call has
+failed."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ _BATCHED[-4] = "[N, {0}, D, H, W] or [{0}, D, H, W]"
 
 
 def require_tensor(layer: Any, x: object) -> None:
-    """Raise TypeError where a layer would draw noise for what is no tensor: a list, None, a PackedSequence."""
+    """Raise TypeError where a layer would draw noise for what is no tensor: a list, None, a
+    PackedSequence."""
     if not isinstance(x, Tensor) and layer.noisy():
         raise TypeError(
-            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in eval mode the plain "
+            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in "
+            "eval mode the plain "
             "layer takes what it always took"
         )
 
@@ -34,8 +37,10 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         sigma: What its variance gave, ln(sigma^2).
 
     Raises:
-        TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half precision.
-        ValueError: If x has another number of features, or another device, than the layer's variance.
+        TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half
+            precision.
+        ValueError: If x has another number of features, or another device, than the layer's
+            variance.
     """
     if is_dtensor(x) or is_dtensor(sigma):  # tensor_parallel names the ranks and layouts too
         return
@@ -45,22 +50,31 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
         way_out = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
         raise TypeError(
-            f"{name}: expected a dense tensor where noise is drawn, got {kind}; pass {way_out}. In eval mode the plain "
+            f"{name}: expected a dense tensor where noise is drawn, got {kind}; pass {way_out}. In "
+            "eval mode the plain "
             "layer takes what it always took"
         )
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
-        way_out = "; noise is real: leave complex layers out, convert(exclude=...)" if x.is_complex() else ""
+        way_out = (
+            "; noise is real: leave complex layers out, convert(exclude=...)"
+            if x.is_complex()
+            else ""
+        )
         raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         axis = "" if dim in _BATCHED else f" along dimension {dim}"
         shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"
         raise ValueError(f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}")
     if x.device != sigma.device:
-        raise ValueError(f"{name}: expected an input on {sigma.device}, where its variance is, got one on {x.device}")
+        raise ValueError(
+            f"{name}: expected an input on {sigma.device}, where its variance is, got one on "
+            f"{x.device}"
+        )
     if sigma.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of mixed precision "
+            f"{name}: expected its variance in torch.float32, got {sigma.dtype}; keep it out of "
+            "mixed precision "
             "(dipkernels.shard_variances, for FSDP)"
         )
 

@@ -1,4 +1,5 @@
-"""What every DIP layer is made of: a variance, a stream, and a projection of its input.  docs/maths.md, section 1."""
+"""What every DIP layer is made of: a variance, a stream, and a projection of its input.
+docs/maths.md, section 1."""
 
 from __future__ import annotations
 
@@ -31,23 +32,42 @@ else:
 
 
 class DIPLayer(_Mixin):
-    """What the DIP layers share: the child `variance`, the number of its stream, and when there is noise."""
+    """What the DIP layers share: the child `variance`, the number of its stream, and when there is
+    noise."""
 
     _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
-    noises_output = False  # true of what makes another layer's input and noises that: producer.Producer
+    noises_output = (
+        False  # true of what makes another layer's input and noises that: producer.Producer
+    )
     _number: int
-    _counted_in: str  # which count of layers gave the number: a call of number_layers, or "" for the process's
+    # which count of layers gave the number: a call of number_layers, or "" for the process's
+    _counted_in: str
     _stream: Tensor
-    share: Share | None = None  # with the layers that read the same input, if asked for: share_noise
+    share: Share | None = (
+        None  # with the layers that read the same input, if asked for: share_noise
+    )
 
     def _set_up(
-        self, num_features: int, init_variance: float | Tensor, num_samples: int, keep: str, device: Any
+        self,
+        num_features: int,
+        init_variance: float | Tensor,
+        num_samples: int,
+        keep: str,
+        device: Any,
     ) -> None:
-        if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples <= 65536:
-            raise ValueError(f"num_samples: expected an integer from 1 to 65536, got {num_samples!r}")
+        if (
+            not isinstance(num_samples, int)
+            or isinstance(num_samples, bool)
+            or not 1 <= num_samples <= 65536
+        ):
+            raise ValueError(
+                f"num_samples: expected an integer from 1 to 65536, got {num_samples!r}"
+            )
         if keep not in self._KEEPS:
-            raise ValueError(f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}")
+            raise ValueError(
+                f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}"
+            )
         self.num_samples, self.keep = num_samples, keep
         self.variance = Variance(num_features, init_variance, device)
         self.number = next(_NUMBERS) % MAX_LAYERS
@@ -62,7 +82,9 @@ class DIPLayer(_Mixin):
         variance = self._modules.get("variance") or self.variance
         if type(variance) is Variance and not (worlds.tracing() or _is_hooked(variance)):
             parameter = variance._parameters.get("log_variance")
-            if parameter is not None:  # nn.DataParallel's replicas have tensors in place of parameters
+            if (
+                parameter is not None
+            ):  # nn.DataParallel's replicas have tensors in place of parameters
                 if parameter.dtype is not torch.float32:
                     variance.widen()
                 return parameter
@@ -70,11 +92,18 @@ class DIPLayer(_Mixin):
             gathered: Tensor = variance()
         except KeyError as error:
             raise RuntimeError(
-                f"variance: expected its offloaded values to be at hand, got none for {error}; a checkpoint of the "
-                "plain model was dispatched with offload. Load it, convert, then dispatch the converted model"
+                f"variance: expected its offloaded values to be at hand, got none for {error}; a "
+                "checkpoint of the "
+                "plain model was dispatched with offload. Load it, convert, then dispatch the "
+                "converted model"
             ) from error
-        # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that names it.
-        return gathered.float() if "forward" in variance.__dict__ and gathered.dtype.itemsize < 4 else gathered
+        # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that
+        # names it.
+        return (
+            gathered.float()
+            if "forward" in variance.__dict__ and gathered.dtype.itemsize < 4
+            else gathered
+        )
 
     def noisy(self) -> bool:
         """Whether a forward pass now would draw noise."""
@@ -84,13 +113,15 @@ class DIPLayer(_Mixin):
         tracing.refuse_script(self)
 
     def without_noise(self, input: Tensor) -> Tensor:
-        """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for gradients of 0."""
+        """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for
+        gradients of 0."""
         if (contexts.MODE == "off" and self.training) or ddp_waits():
             return without_noise(input, self._log_variance())
         return input
 
     def copied_without_noise(self, input: Tensor) -> Tensor:
-        """The same for what others may change in place, which autograd refuses for the view made there."""
+        """The same for what others may change in place, which autograd refuses for the view made
+        there."""
         same = self.without_noise(input)
         return same if same is input else same.clone()
 
@@ -106,9 +137,12 @@ class DIPLayer(_Mixin):
         self.set_number(number)
 
     def set_number(self, number: int, model: str = "") -> None:
-        """Set the stream that fixed_noise gives this layer, 0 <= number < 65536. model: what it was counted in."""
+        """Set the stream that fixed_noise gives this layer, 0 <= number < 65536. model: what it was
+        counted in."""
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_LAYERS:
-            raise ValueError(f"number: expected an integer from 0 to {MAX_LAYERS - 1}, got {number!r}")
+            raise ValueError(
+                f"number: expected an integer from 0 to {MAX_LAYERS - 1}, got {number!r}"
+            )
         self.__dict__["_number"], self.__dict__["_counted_in"] = number, model
         self._keep_stream()
 
@@ -120,7 +154,9 @@ class DIPLayer(_Mixin):
     def _keep_stream(self) -> None:
         # No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
         device = self.variance.log_variance.device
-        self.__dict__["_stream"] = torch.tensor([0, self._number], device="cpu" if device.type == "meta" else device)
+        self.__dict__["_stream"] = torch.tensor(
+            [0, self._number], device="cpu" if device.type == "meta" else device
+        )
 
     def _stream_on(self, device: torch.device) -> Tensor:
         """`stream` on this device, without a copy from the host."""
@@ -142,7 +178,14 @@ class DIPLayer(_Mixin):
     def draw(self, x: Tensor, sample: int = 0) -> Draw:
         """Where the noise of one forward pass on x lies, and how log_variance scales it."""
         dim = self.feature_dim
-        return Draw(dim, seeds.first_row(x, dim), 0, sample, factor=self.num_samples**-0.5, log_variance=True)
+        return Draw(
+            dim,
+            seeds.first_row(x, dim),
+            0,
+            sample,
+            factor=self.num_samples**-0.5,
+            log_variance=True,
+        )
 
     # ---- moves
 
@@ -152,7 +195,9 @@ class DIPLayer(_Mixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         weight = getattr(self, "weight", None)
-        empty = isinstance(weight, Tensor) and weight.is_meta  # now: what follows may change the tensor itself
+        empty = (
+            isinstance(weight, Tensor) and weight.is_meta
+        )  # now: what follows may change the tensor itself
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse and empty and not self.weight.is_meta and "variance" in self._modules:
             self.variance.start_anew()
@@ -160,11 +205,16 @@ class DIPLayer(_Mixin):
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance inside."""
-        if "variance" in self._modules and (name.startswith("variance.") or self._is_cut(name, param)):
+        """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance
+        inside."""
+        if "variance" in self._modules and (
+            name.startswith("variance.") or self._is_cut(name, param)
+        ):
             raise ValueError(
-                f"{type(self).__name__}: expected tensor parallelism by dip.parallelize_module(model, mesh, plan), "
-                "which takes the same plan and keeps log_variance whole, got a style of torch's own; or parallelise "
+                f"{type(self).__name__}: expected tensor parallelism by "
+                "dip.parallelize_module(model, mesh, plan), "
+                "which takes the same plan and keeps log_variance whole, got a style of torch's "
+                "own; or parallelise "
                 "the plain model, then convert it"
             )
         super().register_parameter(name, param)
@@ -193,8 +243,13 @@ class DIPLayer(_Mixin):
 
 
 def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
-    """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by default."""
-    return fresh(layer, x, dtype, sample) if layer.share is None else layer.share.noised(layer, x, dtype)
+    """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by
+    default."""
+    return (
+        fresh(layer, x, dtype, sample)
+        if layer.share is None
+        else layer.share.noised(layer, x, dtype)
+    )
 
 
 def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
@@ -207,7 +262,8 @@ def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: 
 
 
 def beside(x: Tensor, layer: DIPLayer) -> Tensor:
-    """The layer's log_variance; for nn.DataParallel's replica of a layer that shares the first one's, on x's device."""
+    """The layer's log_variance; for nn.DataParallel's replica of a layer that shares the first
+    one's, on x's device."""
     log_variance = layer._log_variance()
     elsewhere = layer.share is not None and getattr(layer, "_is_replica", False)
     return log_variance.to(x.device) if elsewhere else log_variance
@@ -227,5 +283,9 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def ddp_waits() -> bool:
-    """Whether DDP runs this forward pass: it stops at the next one where a parameter got no gradient."""
-    return torch.is_grad_enabled() and nn.parallel.DistributedDataParallel._active_ddp_module is not None
+    """Whether DDP runs this forward pass: it stops at the next one where a parameter got no
+    gradient."""
+    return (
+        torch.is_grad_enabled()
+        and nn.parallel.DistributedDataParallel._active_ddp_module is not None
+    )

@@ -16,9 +16,11 @@ from .variance import device_of_variance
 
 
 class DIPLinear(DIPLayer, nn.Linear):
-    """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in eval mode, to the bit.
+    """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in
+    eval mode, to the bit.
 
-    z is drawn afresh for every element. In bfloat16 a sigma below a few thousandths of |x| mostly rounds away.
+    z is drawn afresh for every element. In bfloat16 a sigma below a few thousandths of |x| mostly
+    rounds away.
 
     Args:
         in_features: As nn.Linear's.
@@ -28,11 +30,12 @@ class DIPLinear(DIPLayer, nn.Linear):
         dtype: As nn.Linear's; of the weights, the variance stays float32.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [in_features].
         num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
-        keep: What backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an input, or "auto"
-            (see functional.dip_linear).
+        keep: What backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an
+            input, or "auto" (see functional.dip_linear).
         activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh", applied here.
-        estimator: "sample", act of one draw; "mean", the mean of act over num_samples draws; "analytic", the exact mean
-            over all draws, for which nothing is drawn (see functional.dip_linear).
+        estimator: "sample", act of one draw; "mean", the mean of act over num_samples draws;
+            "analytic", the exact mean over all draws, for which nothing is drawn (see
+            functional.dip_linear).
 
     Raises:
         ValueError: Naming the argument.
@@ -65,13 +68,21 @@ class DIPLinear(DIPLayer, nn.Linear):
         estimator: str = "sample",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_up(in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device))
+        self._set_up(
+            in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device)
+        )
         if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(
+                f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
+            )
         if estimator not in functional.ESTIMATORS:
-            raise ValueError(f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}")
+            raise ValueError(
+                f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}"
+            )
         if estimator == "analytic" and num_samples != 1:
-            raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+            raise ValueError(
+                f"num_samples: expected 1 with estimator='analytic', got {num_samples}"
+            )
         if estimator != "sample" and keep == "u":
             raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
         self.activation, self.estimator = activation, estimator
@@ -89,14 +100,18 @@ class DIPLinear(DIPLayer, nn.Linear):
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
             if self.estimator == "mean" and self.activation is not None:
-                raise ValueError("estimator: expected 'sample' or 'analytic' where noise is shared, got 'mean'")
+                raise ValueError(
+                    "estimator: expected 'sample' or 'analytic' where noise is shared, got 'mean'"
+                )
             u = noised(self, input, worlds.autocast_dtype(input))
             return self._activated(F.linear(u, self.weight, self.bias))
         if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
             seed, dtype = self._seed(input), worlds.autocast_dtype(input)
             sigma = self._log_variance()
             try:
-                y = affine(input, self.weight, self.bias, sigma, seed, self.draw(input), self.keep, dtype)
+                y = affine(
+                    input, self.weight, self.bias, sigma, seed, self.draw(input), self.keep, dtype
+                )
             except inputs.FAILURES:
                 inputs.explain(self, input, sigma)
                 raise

@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm whose output is noised, for the linear layers that read it.  docs/maths.md, section 10."""
+"""LayerNorm and RMSNorm whose output is noised, for the linear layers that read it.  docs/maths.md,
+section 10."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ class NormProducer(Producer):
         weight: Tensor | None = getattr(self, "weight", None)
         bias: Tensor | None = getattr(self, "bias", None)
         dtype = worlds.autocast_dtype(x)
-        return noised_norm(x, weight, bias, sigma, seed, self.draw(x), self.kind, eps, self.offset, dtype)
+        return noised_norm(
+            x, weight, bias, sigma, seed, self.draw(x), self.kind, eps, self.offset, dtype
+        )
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
         shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]
         if len(shape) != 1:
             raise ValueError(
-                f"normalized_shape: expected one dimension, the last, whose features have a variance each, got {shape}; "
+                "normalized_shape: expected one dimension, the last, whose features have a "
+                f"variance each, got {shape}; "
                 f"put a DIPInput behind an nn.{self.plain_type.__name__}"  # type: ignore[union-attr]
             )
         weight: Any = self.weight
@@ -43,13 +47,15 @@ class NormProducer(Producer):
 
 
 class DIPLayerNorm(NormProducer, nn.LayerNorm):
-    """nn.LayerNorm with noise behind it: u = LayerNorm(x) + sigma * z in training, LayerNorm(x) in eval mode, to the bit.
+    """nn.LayerNorm with noise behind it: u = LayerNorm(x) + sigma * z in training, LayerNorm(x) in
+    eval mode, to the bit.
 
-    One pass forward and one in backward, which keeps what nn.LayerNorm keeps. For layers that read this output alone,
-    which are then plain: `convert(place="producer")` puts it where that holds.
+    One pass forward and one in backward, which keeps what nn.LayerNorm keeps. For layers that read
+    this output alone, which are then plain: `convert(place="producer")` puts it where that holds.
 
     Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: As nn.LayerNorm; one dimension, K features.
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: As nn.LayerNorm; one
+            dimension, K features.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
         num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
 
@@ -89,7 +95,8 @@ class DIPRMSNorm(NormProducer, nn.RMSNorm):
     """nn.RMSNorm with noise behind it: u = RMSNorm(x) + sigma * z in training, as `DIPLayerNorm`.
 
     Args:
-        normalized_shape, eps, elementwise_affine, device, dtype: As nn.RMSNorm; one dimension, K features.
+        normalized_shape, eps, elementwise_affine, device, dtype: As nn.RMSNorm; one dimension, K
+            features.
         init_variance, num_samples: As DIPLayerNorm's.
 
     Shape:

@@ -21,12 +21,14 @@ def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
 
 
 def number_layers(model: nn.Module) -> nn.Module:
-    """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i under fixed_noise.
+    """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
+    under fixed_noise.
 
-    `convert` calls this. A model built by hand needs it for noise that does not depend on what was built before it. So
-    does one joined from models that were converted apart, or from deep-copied layers, for its layers to differ: under
-    fixed_noise the first warns, and `predict` and `trajectories` of either. A copy that is called by itself draws its
-    original's noise. Adding a layer renumbers those after it. Layers that share one draw have one number.
+    `convert` calls this. A model built by hand needs it for noise that does not depend on what was
+    built before it. So does one joined from models that were converted apart, or from deep-copied
+    layers, for its layers to differ: under fixed_noise the first warns, and `predict` and
+    `trajectories` of either. A copy that is called by itself draws its original's noise. Adding a
+    layer renumbers those after it. Layers that share one draw have one number.
 
     Args:
         model: Any module.
@@ -60,12 +62,14 @@ def number_layers(model: nn.Module) -> nn.Module:
 
 
 def own_buffers(layers: Iterable[str]) -> set[str]:
-    """The buffers of layers of these names: the same on every rank, and DDP would broadcast them before each pass."""
+    """The buffers of layers of these names: the same on every rank, and DDP would broadcast them
+    before each pass."""
     return {f"{name}.variance.log_prior".lstrip(".") for name in layers}
 
 
 def warn_of_equal_numbers(model: nn.Module) -> None:
-    """Warn under fixed_noise where layers of the model have one number, and so one noise, without sharing it."""
+    """Warn under fixed_noise where layers of the model have one number, and so one noise, without
+    sharing it."""
     if contexts.KEY is None or worlds.tracing():
         return
     owners: dict[int, tuple[str, Share | None]] = {}
@@ -73,7 +77,8 @@ def warn_of_equal_numbers(model: nn.Module) -> None:
         first, share = owners.setdefault(layer.number, (name, layer.share))
         if first != name and (share is None or share is not layer.share):
             warnings.warn(
-                f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), so that fixed_noise "
+                f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), "
+                "so that fixed_noise "
                 "gives them one noise; call dip.number_layers(model) on the whole model",
                 stacklevel=3,
             )

@@ -1,4 +1,5 @@
-"""A module that makes a layer's input and noises what it makes: u = f(x) + sigma * z.  docs/maths.md, section 10."""
+"""A module that makes a layer's input and noises what it makes: u = f(x) + sigma * z.
+docs/maths.md, section 10."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from .layer import DIPLayer, beside
 
 
 class Producer(DIPLayer):
-    """Before the class of an f: f's own forward without noise, to the bit, and f(x) + sigma * z in one pass with it."""
+    """Before the class of an f: f's own forward without noise, to the bit, and f(x) + sigma * z in
+    one pass with it."""
 
     noises_output = True
     input_name: str = "input"  # of forward's first parameter, by which callers may pass the input

@@ -15,17 +15,19 @@ from .layer import DIPLayer, fresh
 
 
 class Share:
-    """One u for the layers that read one tensor: the first to be called draws it, the others take it.
+    """One u for the layers that read one tensor: the first to be called draws it, the others take
+    it.
 
-    A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when every layer has had
-    it, when x is gone, or when its gradient is there: a layer that is skipped (an expert, an early exit) keeps
-    neither alive, and takes no u of a step before.
+    A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when
+    every layer has had it, when x is gone, or when its gradient is there: a layer that is skipped
+    (an expert, an early exit) keeps neither alive, and takes no u of a step before.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        # By device, for nn.DataParallel's replicas share this object: (x, what u depends on beside x, the key, layers
-        # served, u); x by a weak reference, but in a graph that torch.compile makes.
+        # By device, for nn.DataParallel's replicas share this object: (x, what u depends on beside
+        # x, the key, layers served, u); x by a weak reference, but in a graph that torch.compile
+        # makes.
         self._entries: dict[Any, tuple[Any, ...]] = {}
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -45,7 +47,8 @@ class Share:
             held = x if compiling else weakref.ref(x, self._forget(device))
             self._entries[device] = (held, place, contexts.KEY, served, u)
             if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
-                # A model's input outlives the step: a layer that this one skips would take u in the next.
+                # A model's input outlives the step: a layer that this one skips would take u in the
+                # next.
                 u.register_hook(self._let_go(device, weakref.ref(u)))
         return u
 
@@ -74,8 +77,8 @@ class Share:
 def share_noise(layers: list[DIPLayer]) -> None:
     """Make these layers, in the model's order, share the first one's variance, its draw, and u.
 
-    The others' variances are gone from the state dict, and `layer.variance` of each is the first one's.
-    Raises ValueError for layers of another number of features or another feature dimension.
+    The others' variances are gone from the state dict, and `layer.variance` of each is the first
+    one's. Raises ValueError for layers of another number of features or another feature dimension.
     """
     first = layers[0]
     wanted = (first.variance.log_variance.numel(), first.feature_dim, first.num_samples)
@@ -83,11 +86,14 @@ def share_noise(layers: list[DIPLayer]) -> None:
         got = (layer.variance.log_variance.numel(), layer.feature_dim, layer.num_samples)
         if got != wanted:
             raise ValueError(
-                f"share: expected layers of one (features, feature dimension, num_samples) = {wanted}, got {got}"
+                "share: expected layers of one (features, feature dimension, num_samples) = "
+                f"{wanted}, got {got}"
             )
     share = Share(len(layers))
     for layer in layers:
         layer.__dict__["share"] = share
         if layer is not first:
             del layer.variance
-            layer.__dict__["variance"] = first.variance  # no child: a state dict and FSDP see one owner
+            layer.__dict__["variance"] = (
+                first.variance
+            )  # no child: a state dict and FSDP see one owner

@@ -1,4 +1,5 @@
-"""A layer in other graphs than torch.compile's: a leaf under torch.fx, a refusal under torch.jit and torch.onnx."""
+"""A layer in other graphs than torch.compile's: a leaf under torch.fx, a refusal under torch.jit
+and torch.onnx."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
 
 
 def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of a layer as one node of the graph that torch.fx traces, so that its noise stays what it is.
+    """The call of a layer as one node of the graph that torch.fx traces, so that its noise stays
+    what it is.
 
     Args:
         layer: The DIP layer that was called.
@@ -29,12 +31,14 @@ def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not path:
         name = type(layer).__name__
         raise RuntimeError(
-            f"dipkernels: torch.fx keeps {name} as a module that the graph calls, so it must be a submodule of what is "
+            f"dipkernels: torch.fx keeps {name} as a module that the graph calls, so it must be a "
+            "submodule of what is "
             f"traced, got {name} itself; trace torch.nn.Sequential(layer)"
         )
     if not (layer._forward_pre_hooks or layer._forward_hooks):
         return tracer.create_proxy("call_module", path, args, kwargs)
-    # The tracer has followed the hooks into the graph; called as a module, the layer would run them again.
+    # The tracer has followed the hooks into the graph; called as a module, the layer would run them
+    # again.
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_method", "forward", (module, *args), kwargs)
 
@@ -42,7 +46,9 @@ def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def refuse_script(layer: nn.Module) -> None:
     """Raise where torch.jit.script prepares a model that holds the layer."""
     raise RuntimeError(
-        f"dipkernels: torch.jit.script cannot compile {type(layer).__name__}. Script the plain model, "
-        f"torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or use torch.jit.trace in eval "
+        f"dipkernels: torch.jit.script cannot compile {type(layer).__name__}. Script the plain "
+        "model, "
+        f"torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or use "
+        "torch.jit.trace in eval "
         "mode or torch.export"
     )

@@ -25,18 +25,24 @@ class _Twin(DIPLayer):
             if isinstance(x, tracing.Proxy):
                 return tracing.record(self, *args, **kwargs)
             inputs.require_tensor(self, x)
-        u = noised(self, x, worlds.autocast_dtype(x)) if self.noisy() else self.copied_without_noise(x)
+        u = (
+            noised(self, x, worlds.autocast_dtype(x))
+            if self.noisy()
+            else self.copied_without_noise(x)
+        )
         if args:
             return super().forward(u, *args[1:], **kwargs)
         return super().forward(**{**kwargs, self.input_name: u})
 
 
-def twin_type(plain_type: type[nn.Module], feature_dim: int = -1, name: str = "") -> type[nn.Module]:
+def twin_type(
+    plain_type: type[nn.Module], feature_dim: int = -1, name: str = ""
+) -> type[nn.Module]:
     """The DIP twin of a class that another package defines, made once; `name` for its first use."""
     return made_type(_Twin, plain_type, name, feature_dim=feature_dim)
 
 
-# ---- classes made at run time ------------------------------------------------------------------------------------------
+# ---- classes made at run time --------------------------------------------------------------------
 
 
 if TYPE_CHECKING:
@@ -46,7 +52,8 @@ else:
 
 
 class MadeTwin(_Mixin):
-    """Of a class made at run time, which a pickle cannot name: it names what the class was made of."""
+    """Of a class made at run time, which a pickle cannot name: it names what the class was made
+    of."""
 
     made_of: tuple[type[Any], type[nn.Module], tuple[tuple[str, Any], ...]]
 
@@ -57,8 +64,11 @@ class MadeTwin(_Mixin):
 _MADE: dict[tuple[Any, ...], type[nn.Module]] = {}
 
 
-def made_type(base: type[Any], plain_type: type[nn.Module], name: str = "", **facts: Any) -> type[Any]:
-    """The class `base` in front of plain_type, with these attributes; made once, and picklable. name: for its first use."""
+def made_type(
+    base: type[Any], plain_type: type[nn.Module], name: str = "", **facts: Any
+) -> type[Any]:
+    """The class `base` in front of plain_type, with these attributes; made once, and picklable.
+    name: for its first use."""
     made_of = (base, plain_type, tuple(sorted(facts.items())))
     if made_of not in _MADE:
         body = {
@@ -68,11 +78,15 @@ def made_type(base: type[Any], plain_type: type[nn.Module], name: str = "", **fa
             "made_of": made_of,
             "__module__": __name__,
         }
-        _MADE[made_of] = type(name or f"DIP{plain_type.__name__}", (base, MadeTwin, plain_type), body)
+        _MADE[made_of] = type(
+            name or f"DIP{plain_type.__name__}", (base, MadeTwin, plain_type), body
+        )
     return _MADE[made_of]
 
 
-def _new(base: type[Any], plain_type: type[nn.Module], facts: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _new(
+    base: type[Any], plain_type: type[nn.Module], facts: tuple[tuple[str, Any], ...]
+) -> nn.Module:
     kind: Any = made_type(base, plain_type, **dict(facts))
     made: nn.Module = kind.__new__(kind)
     return made

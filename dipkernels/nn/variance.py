@@ -20,7 +20,8 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
     if isinstance(init_variance, Tensor) and init_variance.ndim > 0:
         if init_variance.shape != (num_features,):
             raise ValueError(
-                f"init_variance: expected a number or shape ({num_features},), got shape {tuple(init_variance.shape)}"
+                f"init_variance: expected a number or shape ({num_features},), got shape "
+                f"{tuple(init_variance.shape)}"
             )
         values = init_variance.detach().to("cpu", torch.float32).clone()
         if not bool((values.isfinite() & (values > 0)).all()):
@@ -29,7 +30,9 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
     try:
         value = float(init_variance)
     except (TypeError, ValueError):
-        raise ValueError(f"init_variance: expected a number or a tensor, got {init_variance!r}") from None
+        raise ValueError(
+            f"init_variance: expected a number or a tensor, got {init_variance!r}"
+        ) from None
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"init_variance: expected a finite number > 0, got {init_variance!r}")
     return value
@@ -38,11 +41,12 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
 class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
-    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the device only, for in
-    bfloat16 an optimiser's small steps would round away. A state dict without it leaves it as it is; where it is on the
-    meta device, and so has no value yet, it becomes ln(init_variance) when it is moved, filled or loaded. The buffer
-    `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to:
-    init_variance until `calibrate` sets it. A module of its own, so that FSDP can shard it apart from weights of
+    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the
+    device only, for in bfloat16 an optimiser's small steps would round away. A state dict without
+    it leaves it as it is; where it is on the meta device, and so has no value yet, it becomes
+    ln(init_variance) when it is moved, filled or loaded. The buffer `log_prior` [K], float32 too,
+    is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to: init_variance until
+    `calibrate` sets it. A module of its own, so that FSDP can shard it apart from weights of
     another type; calling it returns log_variance.
 
     Args:
@@ -63,19 +67,27 @@ class Variance(nn.Module):
     log_variance: nn.Parameter
 
     def __init__(
-        self, num_features: int, init_variance: float | Tensor = 0.01, device: torch.device | str | None = None
+        self,
+        num_features: int,
+        init_variance: float | Tensor = 0.01,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.num_features = num_features
         self.init_variance = check_init_variance(init_variance, num_features)
         self.register_parameter("log_variance", None)
-        # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has to hold this one.
-        self._parameters["log_variance"] = nn.Parameter(torch.empty(num_features, dtype=torch.float32, device=device))
+        # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has
+        # to hold this one.
+        self._parameters["log_variance"] = nn.Parameter(
+            torch.empty(num_features, dtype=torch.float32, device=device)
+        )
         self.log_prior: Tensor
         self.register_buffer("log_prior", None)  # the same for include_buffers
         self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
         self._from_meta = self.log_variance.is_meta  # until it has values
-        self.spread: Tensor | None = None  # [K] standard deviation of the input, once measured: calibrate, summary
+        self.spread: Tensor | None = (
+            None  # [K] standard deviation of the input, once measured: calibrate, summary
+        )
         self.reset_parameters()
         decay.watch(self)
 
@@ -94,12 +106,14 @@ class Variance(nn.Module):
             self.set_log_variance(self._initial())
 
     def start_anew(self) -> None:
-        """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation lets it be set."""
+        """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation
+        lets it be set."""
         if self.cannot_set() is None:
             self.reset_parameters()
 
     def set_log_variance(self, values: Tensor) -> None:
-        """log_variance = values [K], the same on every rank; through the right_inverse of a parametrisation.
+        """log_variance = values [K], the same on every rank; through the right_inverse of a
+        parametrisation.
 
         Raises ValueError saying why where that cannot be.
         """
@@ -114,7 +128,9 @@ class Variance(nn.Module):
             self.log_variance = values  # type: ignore[assignment]  # what parametrize makes of an assignment
             if not torch.allclose(self.log_variance, values, rtol=1e-3, atol=1e-3):
                 self.log_variance = before  # type: ignore[assignment]
-                raise ValueError("log_variance: expected values that its parametrisation can take, got others")
+                raise ValueError(
+                    "log_variance: expected values that its parametrisation can take, got others"
+                )
 
     def cannot_set(self) -> str | None:
         """Why log_variance cannot be set, as the end of a sentence; None where it can."""
@@ -126,16 +142,24 @@ class Variance(nn.Module):
             return "that a hook computes (pruning, weight_norm): remove that first"
         steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
         one_way = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
-        return f"parametrised by {', '.join(one_way)} without a right_inverse: give it one" if one_way else None
+        return (
+            f"parametrised by {', '.join(one_way)} without a right_inverse: give it one"
+            if one_way
+            else None
+        )
 
     def widen(self) -> None:
-        """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype. Warns."""
+        """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype.
+        Warns."""
         parameter = self.log_variance
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if parameter.dtype.itemsize >= 4 or distributed:  # FSDP's mixed precision has an error that names it
+        if (
+            parameter.dtype.itemsize >= 4 or distributed
+        ):  # FSDP's mixed precision has an error that names it
             return
         warnings.warn(
-            f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round away; it is float32 "
+            f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round "
+            "away; it is float32 "
             "again, with the values rounded. Cast by model.to(dtype), which leaves it as it is",
             stacklevel=4,
         )
@@ -144,13 +168,19 @@ class Variance(nn.Module):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Its own parameters and buffers."""
-        return {name: t for name, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        return {
+            name: t
+            for name, t in (*self._parameters.items(), *self._buffers.items())
+            if t is not None
+        }
 
     def _initial(self) -> Tensor:
         """ln(init_variance), [K], on the CPU."""
         if isinstance(self.init_variance, Tensor):
             return self.init_variance.log()
-        return torch.full((self.num_features,), math.log(self.init_variance), dtype=torch.float32, device="cpu")
+        return torch.full(
+            (self.num_features,), math.log(self.init_variance), dtype=torch.float32, device="cpu"
+        )
 
     @torch.no_grad()
     def _fill(self, tensors: dict[str, Tensor]) -> None:
@@ -161,18 +191,25 @@ class Variance(nn.Module):
                 tensor.fill_(math.log(self.init_variance))
 
     def forward(self) -> Tensor:
-        # FSDP makes a subclass of this one, and after this call may free what it had gathered for it.
+        # FSDP makes a subclass of this one, and after this call may free what it had gathered for
+        # it.
         return self.log_variance if type(self) is Variance else self.log_variance.clone()
 
     def detached(self) -> Tensor:
-        """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a collective."""
+        """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a
+        collective."""
         # accelerate's offload has it on meta, but for the time of a call.
-        value = self() if self.log_variance.is_meta and "forward" in self.__dict__ else self.log_variance
+        value = (
+            self()
+            if self.log_variance.is_meta and "forward" in self.__dict__
+            else self.log_variance
+        )
         return dtensor.full(value.detach())
 
     @property
     def sigma(self) -> Tensor:
-        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded one the whole, a collective."""
+        """sigma = exp(log_variance / 2), [K], float32, without gradient; of a sharded one the
+        whole, a collective."""
         return torch.exp(self.detached() / 2)
 
     def extra_repr(self) -> str:
@@ -193,9 +230,15 @@ class Variance(nn.Module):
                     raise
                 t, computed = self._initial(), True
                 moved = fn(t)
-            narrowed = t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize and t.dtype.itemsize >= 4
+            narrowed = (
+                t.is_floating_point()
+                and moved.dtype.itemsize < t.dtype.itemsize
+                and t.dtype.itemsize >= 4
+            )
             return (
-                t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32)) if narrowed else moved
+                t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32))
+                if narrowed
+                else moved
             )
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
@@ -220,10 +263,18 @@ class Variance(nn.Module):
         for name, tensor in self._tensors().items():
             key = prefix + name
             value = state_dict.get(key)
-            # torch's set_model_state_dict fills in the model's own tensor for what is missing: nothing, on meta.
-            if key in state_dict and not (assigns and tensor.is_meta and getattr(value, "is_meta", False)):
-                # With assign=True the tensor itself would become the parameter, half precision and all.
-                if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4:
+            # torch's set_model_state_dict fills in the model's own tensor for what is missing:
+            # nothing, on meta.
+            if key in state_dict and not (
+                assigns and tensor.is_meta and getattr(value, "is_meta", False)
+            ):
+                # With assign=True the tensor itself would become the parameter, half precision and
+                # all.
+                if (
+                    isinstance(value, Tensor)
+                    and value.is_floating_point()
+                    and value.dtype.itemsize < 4
+                ):
                     state_dict[key] = value.float()
             elif assigns and tensor.is_meta:
                 sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
@@ -235,15 +286,20 @@ class Variance(nn.Module):
         for key, value in below.items():  # a parametrisation's tensors: they stay as they are too
             if key not in state_dict and key not in absent:
                 state_dict[key] = value.detach()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
         missing[:] = [key for key in missing if key not in absent]
 
     @property
     def _is_hf_initialized(self) -> bool:
-        """Always true; transformers asks after loading, and what its checkpoint lacked is then undefined memory."""
+        """Always true; transformers asks after loading, and what its checkpoint lacked is then
+        undefined memory."""
         tensors = self._tensors()
         if self._from_meta and not any(t.is_meta for t in tensors.values()):
-            loaded = (name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False))
+            loaded = (
+                name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False)
+            )
             self._fill({name: tensors[name] for name in tensors.keys() - set(loaded)})
             self._from_meta = False
         return True
@@ -254,7 +310,8 @@ class Variance(nn.Module):
 
 
 def device_of_variance(weight: Tensor, device: torch.device | str | None) -> torch.device:
-    """The weight's; beside a weight without data, where it was asked for, so that it has values all the same."""
+    """The weight's; beside a weight without data, where it was asked for, so that it has values all
+    the same."""
     if not weight.is_meta:
         return weight.device
     return torch.get_default_device() if device is None else torch.device(device)

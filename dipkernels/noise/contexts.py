@@ -1,7 +1,9 @@
-"""Under which key layers draw, and whether: fixed_noise, noise_off, sampling_on.  docs/maths.md, section 3.
+"""Under which key layers draw, and whether: fixed_noise, noise_off, sampling_on.  docs/maths.md,
+section 3.
 
-The state is module-level. torch.compile reads it through guards on tensor properties, so that a new key recompiles
-nothing; a context variable would break the trace, and a thread-local would be missed by the backward thread.
+The state is module-level. torch.compile reads it through guards on tensor properties, so that a new
+key recompiles nothing; a context variable would break the trace, and a thread-local would be missed
+by the backward thread.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
-TAG: tuple[Any, ...] | None = None  # what KEY and ROW0 came from, on the host: reading a key would stop a GPU
+TAG: tuple[Any, ...] | None = (
+    None  # what KEY and ROW0 came from, on the host: reading a key would stop a GPU
+)
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
 
 
@@ -32,7 +36,8 @@ def signed(value: int) -> int:
 
 
 class _State(contextlib.ContextDecorator):
-    """Saves the state on entry and restores it on exit. One instance may be entered again, nested or as a decorator."""
+    """Saves the state on entry and restores it on exit. One instance may be entered again, nested
+    or as a decorator."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[Any, ...]] = []
@@ -51,16 +56,18 @@ class _State(contextlib.ContextDecorator):
 
 
 class fixed_noise(_State):
-    """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same key, same noise.
+    """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same
+    key, same noise.
 
-    The backward pass belongs inside too when blocks are checkpointed, for they are computed again there; outside, it
-    raises RuntimeError. A layer called twice inside repeats its noise. Nests; restores on exceptions; works as a
-    decorator.
+    The backward pass belongs inside too when blocks are checkpointed, for they are computed again
+    there; outside, it raises RuntimeError. A layer called twice inside repeats its noise. Nests;
+    restores on exceptions; works as a decorator.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.
-        row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker that holds examples
-            b0 .. b1 of a larger batch passes row0=b0 and gets their noise of that batch. Under `trajectories` the
+        row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker
+            that holds examples b0 .. b1 of a larger batch passes row0=b0 and gets their noise of
+            that batch. Under `trajectories` the
             leading dimension is batch * m: pass row0=b0 * m there.
 
     Raises:
@@ -98,7 +105,8 @@ class fixed_noise(_State):
 
 
 class noise_off(_State):
-    """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation and debugging.
+    """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation
+    and debugging.
 
     Nests; restores on exceptions; works as a decorator.
 
@@ -118,8 +126,8 @@ class noise_off(_State):
 class sampling_on(_State):
     """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
 
-    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside. Nests; restores on
-    exceptions; works as a decorator.
+    nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside.
+    Nests; restores on exceptions; works as a decorator.
 
     Examples:
         >>> layer, x = dip.DIPLinear(4, 2).eval(), torch.randn(8, 4)
@@ -134,7 +142,10 @@ class sampling_on(_State):
         MODE = "on"
 
     def __enter__(self) -> Self:
-        self._saved_fast_path = [*getattr(self, "_saved_fast_path", ()), torch.backends.mha.get_fastpath_enabled()]
+        self._saved_fast_path = [
+            *getattr(self, "_saved_fast_path", ()),
+            torch.backends.mha.get_fastpath_enabled(),
+        ]
         torch.backends.mha.set_fastpath_enabled(False)
         return super().__enter__()
 
@@ -144,7 +155,8 @@ class sampling_on(_State):
 
 
 class numbered_pass(_State):
-    """Under fixed_noise: key + number * 0x9E3779B97F4A7C15 (mod 2^64), and row0 * rows_per_entry. Otherwise nothing."""
+    """Under fixed_noise: key + number * 0x9E3779B97F4A7C15 (mod 2^64), and row0 * rows_per_entry.
+    Otherwise nothing."""
 
     def __init__(self, number: int, rows_per_entry: int = 1) -> None:
         super().__init__()
@@ -161,32 +173,39 @@ def _key_tensor(key: int | Tensor) -> Tensor:
     if isinstance(key, Tensor):
         if key.dtype is not torch.int64 or key.numel() != 1:
             raise TypeError(
-                f"key: expected an int64 tensor of one element, got {key.dtype} of shape {tuple(key.shape)}"
+                f"key: expected an int64 tensor of one element, got {key.dtype} of shape "
+                f"{tuple(key.shape)}"
             )
         key = key.detach().reshape(1)
         return torch.cat([key, torch.zeros_like(key)])
     try:
         number = operator.index(key)
     except TypeError:
-        raise TypeError(f"key: expected an integer or an int64 tensor of one element, got {key!r}") from None
+        raise TypeError(
+            f"key: expected an integer or an int64 tensor of one element, got {key!r}"
+        ) from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.tensor([signed(number), 0], device=device or "cpu")
 
 
-# Which count each number came from, in this fixed_noise context, and the pairs of counts that a warning has named.
+# Which count each number came from, in this fixed_noise context, and the pairs of counts that a
+# warning has named.
 _counted_in: dict[int, str] = {}
 _named: set[frozenset[str]] = set()
 
 
 def note_number(number: int, counted_in: str) -> None:
-    """Warn, once, where layers that were numbered apart draw the noise of one number under one key."""
+    """Warn, once, where layers that were numbered apart draw the noise of one number under one
+    key."""
     other = _counted_in.setdefault(number, counted_in)
     if other == counted_in or (pair := frozenset((other, counted_in))) in _named:
         return
     _named.add(pair)
     warnings.warn(
-        f"dipkernels: layers of two models that were converted apart have one number ({number}) and draw under one "
-        "fixed_noise key, so that their noise is the same. If they are parts of one model, call dip.number_layers(model) "
+        f"dipkernels: layers of two models that were converted apart have one number ({number}) "
+        "and draw under one "
+        "fixed_noise key, so that their noise is the same. If they are parts of one model, call "
+        "dip.number_layers(model) "
         "on the whole; if not, and their noise should differ, give each model a key of its own",
         stacklevel=2,
     )

@@ -13,7 +13,8 @@ from .. import worlds
 from . import contexts
 
 # ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
-# Of blocks that a backward pass may compute again: the newest, and those before, dropped when the newest are as many.
+# Of blocks that a backward pass may compute again: the newest, and those before, dropped when the
+# newest are as many.
 _first_draws: set[tuple[Any, ...]] = set()
 _earlier_draws: set[tuple[Any, ...]] = set()
 _MAX_DRAWS = 2**16  # of both
@@ -22,7 +23,8 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def watch_checkpoint(seed: Tensor) -> None:
-    """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at first."""
+    """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
+    first."""
     global _first_draws, _earlier_draws
     if _in_backward() == -1 and torch.is_grad_enabled() and _saved_tensor_hooks(False) is None:
         return  # no checkpointed block's first forward
@@ -32,12 +34,23 @@ def watch_checkpoint(seed: Tensor) -> None:
                 _first_draws, _earlier_draws = set(), _first_draws
             _first_draws.add(mark)
         return
-    if not _first_draws or (mark := _mark_of(seed)) is None or mark in _first_draws or mark in _earlier_draws:
+    if (
+        not _first_draws
+        or (mark := _mark_of(seed)) is None
+        or mark in _first_draws
+        or mark in _earlier_draws
+    ):
         return
-    what = "draws a seed" if contexts.KEY is None else f"takes its noise from fixed_noise(key, row0) = {contexts.TAG}"
+    what = (
+        "draws a seed"
+        if contexts.KEY is None
+        else f"takes its noise from fixed_noise(key, row0) = {contexts.TAG}"
+    )
     raise RuntimeError(
-        f"checkpoint: a block that is computed again in the backward pass {what}, which is not what its forward pass "
-        "had, so that its gradients would be wrong. Keep preserve_rng_state=True, or run forward and backward inside "
+        f"checkpoint: a block that is computed again in the backward pass {what}, which is not "
+        "what its forward pass "
+        "had, so that its gradients would be wrong. Keep preserve_rng_state=True, or run forward "
+        "and backward inside "
         "one fixed_noise(key)"
     )
 
@@ -72,22 +85,27 @@ def _check_memory_budget() -> None:
 
     if config.activation_memory_budget < 1:
         warnings.warn(
-            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a layer afresh in "
-            "backward (as it does torch.randn), which makes gradients wrong; run forward and backward inside "
+            "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a "
+            "layer afresh in "
+            "backward (as it does torch.randn), which makes gradients wrong; run forward and "
+            "backward inside "
             "fixed_noise(key)",
             stacklevel=2,
         )
 
 
-# ---- data parallel: ranks that would draw one noise for different examples -------------------------------------------
-ranks_to_compare = torch.distributed.is_available()  # until this process drew for the first time as one of several
+# ---- data parallel: ranks that would draw one noise for different examples -----------------------
+ranks_to_compare = (
+    torch.distributed.is_available()
+)  # until this process drew for the first time as one of several
 
 
 def compare_ranks(device: str, shared: bool) -> None:
-    """Leave a digest of the generator's state in the process group's store, and warn where another rank left the same.
+    """Leave a digest of the generator's state in the process group's store, and warn where another
+    rank left the same.
 
-    shared: whether the ranks share the tensor (DTensor) and have to draw alike. No collective: a rank that never gets
-    here keeps none waiting.
+    shared: whether the ranks share the tensor (DTensor) and have to draw alike. No collective: a
+    rank that never gets here keeps none waiting.
     """
     global ranks_to_compare
     distributed = torch.distributed
@@ -102,13 +120,15 @@ def compare_ranks(device: str, shared: bool) -> None:
     else:
         other = store.get(f"{place}/rank").decode() if store.check([f"{place}/rank"]) else "another"
         warnings.warn(
-            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold different examples should "
-            "differ: torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first example)",
+            f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold "
+            "different examples should "
+            "differ: torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's "
+            "first example)",
             stacklevel=2,
         )
 
 
-# ---- graphs that keep no noise ---------------------------------------------------------------------------------------
+# ---- graphs that keep no noise -------------------------------------------------------------------
 
 _PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
 
@@ -117,15 +137,18 @@ def refuse_in_trace() -> None:
     """Raise where noise is drawn while torch.jit.trace or torch.onnx.export records."""
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
-            "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in eval mode, "
+            "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in "
+            "eval mode, "
             f"model.eval(), or the plain model, {_PLAIN}; torch.export keeps the noise"
         )
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
-            "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, model.eval(), or the "
+            "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, "
+            "model.eval(), or the "
             f"plain model, {_PLAIN}"
         )
 
 
-# torch.compile runs it while it traces (torch.compiler.assume_constant_result, whose import takes seconds).
+# torch.compile runs it while it traces (torch.compiler.assume_constant_result, whose import takes
+# seconds).
 refuse_in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -11,12 +11,13 @@ from . import contexts, guards
 
 
 def draw(stream: Tensor, x: Tensor) -> Tensor:
-    """The seed of one forward pass, int64 [2]: (key, number) under fixed_noise, otherwise two random integers.
+    """The seed of one forward pass, int64 [2]: (key, number) under fixed_noise, otherwise two
+    random integers.
 
-    stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the default generator of
-    that device, in one call, as dropout's does.
-    Raises RuntimeError in a checkpointed block's second computation that would draw other noise than its first, and
-    under torch.jit.trace and torch.onnx.export.
+    stream: int64 [2] = (0, the layer's number), on x's device. The random seed comes from the
+    default generator of that device, in one call, as dropout's does.
+    Raises RuntimeError in a checkpointed block's second computation that would draw other noise
+    than its first, and under torch.jit.trace and torch.onnx.export.
     """
     traced = worlds.tracing()
     if worlds.exporting() if traced else torch._C._get_tracing_state() is not None:
@@ -36,7 +37,8 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 
 def first_row(x: Tensor, dim: int = -1) -> int:
-    """The row of x's first element: contexts.ROW0 * the rows of one entry of the leading dimension; dim is the feature one."""
+    """The row of x's first element: contexts.ROW0 * the rows of one entry of the leading dimension;
+    dim is the feature one."""
     if contexts.ROW0 == 0:
         return 0
     rows, feature = contexts.ROW0, dim % x.ndim

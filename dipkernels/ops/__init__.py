@@ -1,4 +1,5 @@
-"""The operations, one file each: schema, checks, fake, autograd; `registry` says which kernel runs. docs/maths.md."""
+"""The operations, one file each: schema, checks, fake, autograd; `registry` says which kernel runs.
+docs/maths.md."""
 
 from .. import backends
 from . import expectation as expectation

@@ -1,8 +1,9 @@
-"""A convolution of the network's own input: dsigma without an input gradient.  docs/maths.md, section 11.
+"""A convolution of the network's own input: dsigma without an input gradient.  docs/maths.md,
+section 11.
 
-Where x needs no gradient, plain training computes none for the convolution's input, and dsigma need not ask for it:
-dsigma_c = sum over du_c z_c = sum over n and the window of W_nc G_nc, where G is the weight's gradient with z in the
-input's place.
+Where x needs no gradient, plain training computes none for the convolution's input, and dsigma need
+not ask for it: dsigma_c = sum over du_c z_c = sum over n and the window of W_nc G_nc, where G is
+the weight's gradient with z in the input's place.
 """
 
 from __future__ import annotations
@@ -41,9 +42,18 @@ class Window(NamedTuple):
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
         nothing = [0] * len(self.stride)
         _, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, u, weight.to(u.dtype), None, self.stride, self.padding, self.dilation, False, nothing, self.groups,
+            dy,
+            u,
+            weight.to(u.dtype),
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            nothing,
+            self.groups,
             [False, True, False],
-        )  # fmt: skip
+        )
         gradient: Tensor = dweight
         return gradient
 
@@ -65,7 +75,8 @@ def own_input(
     dtype: torch.dtype | None,
     window: Window,
 ) -> Tensor:
-    """conv(x + factor sigma z) + b for an x [N, C, ...] that needs no gradient. dtype: of u and y, or None for x's."""
+    """conv(x + factor sigma z) + b for an x [N, C, ...] that needs no gradient. dtype: of u and y,
+    or None for x's."""
     y: Tensor = _OwnInput.apply(x, weight, bias, sigma, seed, draw, dtype, window)
     return y
 
@@ -98,17 +109,23 @@ class _OwnInput(Function):
             y = window.convolve(projection(x, sigma, seed, draw, ctx.dtype), weight, bias)
             return *gradients(y, (x, weight, bias, sigma), dy, needs), *rest
         dweight = window.weight_gradient(dy, u, weight).to(weight.dtype) if needs_dweight else None
-        dbias = dy.sum([d for d in range(dy.dim()) if d != 1]).to(bias.dtype) if needs_dbias else None
+        dbias = (
+            dy.sum([d for d in range(dy.dim()) if d != 1]).to(bias.dtype) if needs_dbias else None
+        )
         dsigma = _dsigma(window, dy, u, weight, sigma, seed, draw) if needs_dsigma else None
         return None, dweight, dbias, dsigma, *rest
 
 
-def _dsigma(window: Window, dy: Tensor, u: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
+def _dsigma(
+    window: Window, dy: Tensor, u: Tensor, weight: Tensor, sigma: Tensor, seed: Tensor, draw: Draw
+) -> Tensor:
     z = noise(seed, u.shape, draw).to(u.dtype)
     if u.is_contiguous(memory_format=torch.channels_last) and u.dim() == 4:
         z = z.contiguous(memory_format=torch.channels_last)
     wide = torch.promote_types(sigma.dtype, torch.promote_types(u.dtype, torch.float32))
-    products = window.weight_gradient(dy, z, weight).to(wide) * weight.to(wide)  # [N, C / groups, ...]
+    products = window.weight_gradient(dy, z, weight).to(wide) * weight.to(
+        wide
+    )  # [N, C / groups, ...]
     sums = products.unflatten(0, (window.groups, -1)).flatten(3).sum((1, 3)).flatten()  # [C]
     dsigma = draw.factor * sums
     if draw.log_variance:

@@ -1,4 +1,5 @@
-"""Where a draw of noise lies and how it is scaled: one value, made by the layer, handed on whole, unpacked by the schema."""
+"""Where a draw of noise lies and how it is scaled: one value, made by the layer, handed on whole,
+unpacked by the schema."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ MAX_ORIGIN = 2**62  # of row0 and col0: with the rows of any tensor added it is 
 
 
 class Draw(NamedTuple):
-    """One draw z of the noise contract (docs/maths.md, section 3) and the scale factor * sigma of what is added.
+    """One draw z of the noise contract (docs/maths.md, section 3) and the scale factor * sigma of
+    what is added.
 
     The seed is not in it: autograd and torch.compile want tensors as arguments of their own.
     """
@@ -55,7 +57,9 @@ def check_projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> None
         raise TypeError(f"x: expected one of {DTYPES}, got {x.dtype}")
     draw.check(x.dim())
     if sigma.shape != x.shape[draw.dim : draw.dim + 1 or None]:
-        raise ValueError(f"sigma: expected shape (K,) = ({x.shape[draw.dim]},), got {tuple(sigma.shape)}")
+        raise ValueError(
+            f"sigma: expected shape (K,) = ({x.shape[draw.dim]},), got {tuple(sigma.shape)}"
+        )
     if sigma.dtype is not torch.float32 and sigma.dtype is not torch.float64:
         raise TypeError(f"sigma: expected torch.float32 or torch.float64, got {sigma.dtype}")
     if sigma.device != x.device:

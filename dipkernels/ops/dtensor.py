@@ -1,7 +1,9 @@
-"""P and Q on DTensors: each rank treats its shard with the noise of the whole tensor.  docs/cluster.md.
+"""P and Q on DTensors: each rank treats its shard with the noise of the whole tensor.
+docs/cluster.md.
 
-`perturb` and `perturb_bwd` have the signatures of those in perturb.py and run the operation on the local shard, at its rows
-and columns. They communicate nothing but dsigma, and sigma where its own layout differs from what x needs.
+`perturb` and `perturb_bwd` have the signatures of those in perturb.py and run the operation on the
+local shard, at its rows and columns. They communicate nothing but dsigma, and sigma where its own
+layout differs from what x needs.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def full(x: Tensor) -> Tensor:
 
 
 def laid_out_as(values: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
-    """values, the same on every rank, with the layout of `like`, and on its device unless another is named."""
+    """values, the same on every rank, with the layout of `like`, and on its device unless another
+    is named."""
     if not is_dtensor(like):
         return values
     from torch.distributed.tensor import DTensor, Replicate
@@ -47,11 +50,12 @@ def laid_out_as(values: Tensor, like: Tensor, device: torch.device | None = None
     return whole.redistribute(placements=like.placements)
 
 
-# ---- where a shard lies --------------------------------------------------------------------------------------------
+# ---- where a shard lies --------------------------------------------------------------------------
 
 
 def _window(x: DTensor) -> tuple[list[int], list[int]]:
-    """Offset and size of the local shard along each dimension: torch.chunk's, one mesh dimension after another."""
+    """Offset and size of the local shard along each dimension: torch.chunk's, one mesh dimension
+    after another."""
     offset, size = [0] * x.ndim, list(x.shape)
     for i, placement in enumerate(x.placements):
         if placement.is_shard():
@@ -64,7 +68,8 @@ def _window(x: DTensor) -> tuple[list[int], list[int]]:
 
 
 def _blocks(x: DTensor, draw: Draw) -> list[tuple[tuple[slice, ...], Draw]]:
-    """(index, draw) of the parts of the local shard whose rows follow one another in the whole tensor."""
+    """(index, draw) of the parts of the local shard whose rows follow one another in the whole
+    tensor."""
     dim = draw.dim % x.ndim
     offset, size = _window(x)
 
@@ -76,7 +81,8 @@ def _blocks(x: DTensor, draw: Draw) -> list[tuple[tuple[slice, ...], Draw]]:
     for d in reversed(rows):
         stride[d], first, count = count, first + offset[d] * count, count * x.shape[d]
     cut = max([d for d in rows if size[d] != x.shape[d]], default=0)
-    # [B, S, K] cut along S: each entry of the batch is a block. Cut along the leading dimension only, all is one block.
+    # [B, S, K] cut along S: each entry of the batch is a block. Cut along the leading dimension
+    # only, all is one block.
     outer = [d for d in rows if d < cut]
     if all([size[d] == 1 for d in outer]):
         return [((), at(first))]
@@ -85,7 +91,12 @@ def _blocks(x: DTensor, draw: Draw) -> list[tuple[tuple[slice, ...], Draw]]:
         index = [slice(None)] * cut
         for d, i in zip(outer, place, strict=True):
             index[d] = slice(i, i + 1)
-        blocks.append((tuple(index), at(first + sum(i * stride[d] for d, i in zip(outer, place, strict=True)))))
+        blocks.append(
+            (
+                tuple(index),
+                at(first + sum(i * stride[d] for d, i in zip(outer, place, strict=True))),
+            )
+        )
     return blocks
 
 
@@ -100,10 +111,12 @@ def _sigma_of_shard(sigma: Tensor, x: DTensor, dim: int) -> Tensor:
     return sigma.narrow(0, offset[dim], size[dim])
 
 
-# ---- the operations ------------------------------------------------------------------------------------------------
+# ---- the operations ------------------------------------------------------------------------------
 
 
-def perturb(x: DTensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None) -> DTensor:
+def perturb(
+    x: DTensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
+) -> DTensor:
     """u, laid out as x."""
     from torch.distributed.tensor import DTensor
 
@@ -118,12 +131,17 @@ def perturb(x: DTensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torc
         u = torch.empty_like(shard, dtype=out_dtype)
         for index, part in blocks:
             u[index] = run(shard[index], scale, seed, *part, out_dtype)
-    stride = x.stride() if u.stride() == shard.stride() else torch.empty(x.shape, device="meta").stride()
-    return DTensor.from_local(u, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride)
+    stride = (
+        x.stride() if u.stride() == shard.stride() else torch.empty(x.shape, device="meta").stride()
+    )
+    return DTensor.from_local(
+        u, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
+    )
 
 
 def perturb_bwd(du: DTensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
-    """dsigma, laid out as sigma. du may be a sum still to be made over ranks (Partial): dsigma is linear in it."""
+    """dsigma, laid out as sigma. du may be a sum still to be made over ranks (Partial): dsigma is
+    linear in it."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     du, dim = _with_linear_partials(du), draw.dim % du.ndim
@@ -131,7 +149,9 @@ def perturb_bwd(du: DTensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
     run = registry.kernel("perturb_bwd", shard.device.type)
     parts = [run(shard[index], scale, seed, *part) for index, part in _blocks(du, draw)]
     dsigma = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-    layout = [Shard(0) if p.is_shard(dim) else Partial() if p.is_shard() else p for p in du.placements]
+    layout = [
+        Shard(0) if p.is_shard(dim) else Partial() if p.is_shard() else p for p in du.placements
+    ]
     mesh, shape = du.device_mesh, torch.Size((du.shape[dim],))
     dsigma = DTensor.from_local(dsigma, mesh, layout, run_check=False, shape=shape, stride=(1,))
     if is_dtensor(sigma):
@@ -143,11 +163,16 @@ def _with_linear_partials(x: DTensor) -> DTensor:
     """x with partial maxima and the like reduced; partial sums and means stay."""
     from torch.distributed.tensor import Partial, Replicate
 
-    kept = [p if not isinstance(p, Partial) or p.reduce_op in ("sum", "avg") else Replicate() for p in x.placements]
+    kept = [
+        p if not isinstance(p, Partial) or p.reduce_op in ("sum", "avg") else Replicate()
+        for p in x.placements
+    ]
     return x.redistribute(placements=kept)
 
 
-def new_zeros(h: Tensor, shape: Sequence[int], dtype: torch.dtype, like_dtensor: tuple[DeviceMesh] | None) -> Tensor:
+def new_zeros(
+    h: Tensor, shape: Sequence[int], dtype: torch.dtype, like_dtensor: tuple[DeviceMesh] | None
+) -> Tensor:
     """Zeros on h's device; a replicated DTensor on like_dtensor = (mesh,) where that is given."""
     zeros = local(h).new_zeros(shape, dtype=dtype)
     if like_dtensor is None:
@@ -158,26 +183,32 @@ def new_zeros(h: Tensor, shape: Sequence[int], dtype: torch.dtype, like_dtensor:
     return DTensor.from_local(zeros, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def prepare(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """(x, seed) for the functions above: partial sums reduced, the seed a plain tensor.
 
-    Raises TypeError, ValueError or RuntimeError for layouts and seeds that cannot be right, naming the rank. The first
-    time that a mesh is seen outside torch.compile its ranks compare seeds, a collective of 16 bytes a rank.
+    Raises TypeError, ValueError or RuntimeError for layouts and seeds that cannot be right, naming
+    the rank. The first time that a mesh is seen outside torch.compile its ranks compare seeds, a
+    collective of 16 bytes a rank.
     """
     if not is_dtensor(x):
         assert is_dtensor(sigma)  # one of the two is, or this is not called
         raise TypeError(
-            f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on {sigma.device_mesh} "
-            "while x is a plain tensor; a log_variance is split over ranks by mistake, or its layer was called outside "
-            "the forward of the module that FSDP or tensor parallelism wrapped (dip.check_ranks names the layers)"
+            f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on "
+            f"{sigma.device_mesh} "
+            "while x is a plain tensor; a log_variance is split over ranks by mistake, or its "
+            "layer was called outside "
+            "the forward of the module that FSDP or tensor parallelism wrapped (dip.check_ranks "
+            "names the layers)"
         )
     draw.check(x.ndim)
     dim = draw.dim % x.ndim
     if any(type(p).__name__ not in ("Shard", "Replicate", "Partial") for p in x.placements):
-        raise ValueError(f"x: expected placements Shard, Replicate or Partial, got {tuple(x.placements)}")
+        raise ValueError(
+            f"x: expected placements Shard, Replicate or Partial, got {tuple(x.placements)}"
+        )
     if any(p.is_partial() for p in x.placements):
         from torch.distributed.tensor import Replicate
 
@@ -205,20 +236,26 @@ def _check_features(x: DTensor, sigma: Tensor, dim: int) -> None:
         if split:
             ranks = math.prod(x.device_mesh.size(i) for i in split)
             why = (
-                f"; {_rank(x)} holds {x.to_local().shape[dim]} features, one of {ranks} ranks: a mesh that does not "
+                f"; {_rank(x)} holds {x.to_local().shape[dim]} features, one of {ranks} ranks: a "
+                "mesh that does not "
                 "divide the features needs DTensor.from_local with the whole shape"
             )
-        raise ValueError(f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}{why}")
+        raise ValueError(
+            f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}{why}"
+        )
     if list(x.to_local().shape) != _window(x)[1]:
         raise ValueError(
-            f"x: expected a shard of shape {tuple(_window(x)[1])} on {_rank(x)}, got {tuple(x.to_local().shape)}; x is "
+            f"x: expected a shard of shape {tuple(_window(x)[1])} on {_rank(x)}, got "
+            f"{tuple(x.to_local().shape)}; x is "
             f"{tuple(x.shape)} with placements {tuple(x.placements)} on {x.device_mesh}"
         )
 
 
 def _check_layout(x: DTensor, sigma: DTensor, dim: int) -> None:
     if sigma.device_mesh != x.device_mesh:
-        raise ValueError(f"sigma: expected x's mesh {x.device_mesh}, got {sigma.device_mesh} on {_rank(x)}")
+        raise ValueError(
+            f"sigma: expected x's mesh {x.device_mesh}, got {sigma.device_mesh} on {_rank(x)}"
+        )
     wrong = [
         i
         for i, p in enumerate(sigma.placements)
@@ -226,8 +263,10 @@ def _check_layout(x: DTensor, sigma: DTensor, dim: int) -> None:
     ]
     if wrong:
         raise ValueError(
-            "sigma: expected a log_variance whole on every rank (Replicate), or split where x's features are, got "
-            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} (dip.check_ranks names "
+            "sigma: expected a log_variance whole on every rank (Replicate), or split where x's "
+            "features are, got "
+            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} "
+            "(dip.check_ranks names "
             "the layers)"
         )
 
@@ -245,6 +284,7 @@ def check_agreement(seed: Tensor, mesh: DeviceMesh) -> None:
             ranks = distributed.get_process_group_ranks(group)
             got = ", ".join(f"rank {r}: {pair}" for r, pair in zip(ranks, pairs, strict=True))
             raise RuntimeError(
-                f"seed: expected the same (key, stream) on every rank that shares a tensor, got {got}; seed these "
+                "seed: expected the same (key, stream) on every rank that shares a tensor, got "
+                f"{got}; seed these "
                 "ranks alike with torch.manual_seed, or give fixed_noise the same key on each"
             )

@@ -1,6 +1,8 @@
-"""The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b.  docs/maths.md, section 7.
+"""The mean over infinitely many samples: y = E[act(mu + sqrt(v) z)], mu = x W^T + b.
+docs/maths.md, section 7.
 
-One pass over mu after the product, and one in backward, which sums d/dv and the bias's gradient on its way.
+One pass over mu after the product, and one in backward, which sums d/dv and the bias's gradient on
+its way.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from .activations import ACTIVATIONS, check_activation
 from .draw import DTYPES
 from .pieces import flat_rows, gradients, linear_as
 
-# ---- the operations --------------------------------------------------------------------------------------------------
+# ---- the operations ------------------------------------------------------------------------------
 
 
 def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
@@ -37,9 +39,13 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return y
 
 
-def expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def expectation_bwd(
+    dy: Tensor, mu: Tensor, v: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """dmu = dy d/dmu, and of v's dtype the sums over rows of dy d/dv and of dmu."""
-    grads: tuple[Tensor, Tensor, Tensor] = registry.kernel("expectation_bwd", mu.device.type)(dy, mu, v, activation)
+    grads: tuple[Tensor, Tensor, Tensor] = registry.kernel("expectation_bwd", mu.device.type)(
+        dy, mu, v, activation
+    )
     return grads
 
 
@@ -63,18 +69,29 @@ def _fake_expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
 
 def _fake_expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(like, memory_format=torch.contiguous_format) for like in (mu, v, v))
+    return tuple(
+        torch.empty_like(like, memory_format=torch.contiguous_format) for like in (mu, v, v)
+    )
 
 
 def _fake_affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     return sigma.new_empty(weight.shape[:1])
 
 
-def _fake_affine_variance_bwd(dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma))
+def _fake_affine_variance_bwd(
+    dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma)
+    )
 
 
-registry.define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation, "expectation")
+registry.define(
+    "expectation",
+    "(Tensor mu, Tensor v, str activation) -> Tensor",
+    _fake_expectation,
+    "expectation",
+)
 registry.define(
     "expectation_bwd",
     "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
@@ -89,24 +106,30 @@ registry.define(
 )
 registry.define(
     "affine_variance_bwd",
-    "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, Tensor)",
+    "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, "
+    "Tensor)",
     _fake_affine_variance_bwd,
     "expectation",
 )
 
-# ---- what the layers call --------------------------------------------------------------------------------------------
+# ---- what the layers call ------------------------------------------------------------------------
 
 
 def _variance_pieces(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
-    return torch.mv(weight.to(sigma.dtype).square(), torch.exp(sigma) if log_variance else sigma.square())
+    return torch.mv(
+        weight.to(sigma.dtype).square(), torch.exp(sigma) if log_variance else sigma.square()
+    )
 
 
 def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
-    return sigma.double() if weight.dtype is torch.float64 and sigma.dtype is torch.float32 else sigma
+    return (
+        sigma.double() if weight.dtype is torch.float64 and sigma.dtype is torch.float32 else sigma
+    )
 
 
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
-    """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same for every row."""
+    """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same
+    for every row."""
     sigma = _as_wide_as(weight, sigma)
     if torch.is_grad_enabled() or worlds.transforming():
         return _variance_pieces(weight, sigma, log_variance)
@@ -124,13 +147,16 @@ class _Expectation(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mu, v = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *gradients(_pieces(mu, v, ctx.activation), (mu, v), dy, ctx.needs_input_grad), None
+            return *gradients(
+                _pieces(mu, v, ctx.activation), (mu, v), dy, ctx.needs_input_grad
+            ), None
         dmu, dv, _ = expectation_bwd(dy, mu, v, ctx.activation)
         return dmu, dv, None
 
 
 def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    """The same expectation in plain PyTorch, differentiable to any order; where v is 0, the activation itself."""
+    """The same expectation in plain PyTorch, differentiable to any order; where v is 0, the
+    activation itself."""
     positive = v > 0
     v = torch.where(positive, v, 1.0)
     if activation == "relu":
@@ -157,12 +183,18 @@ def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
 
 class _Linear(Function):
-    """The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv, and the variance's
-    part of the weight's is added to the product's where it is computed."""
+    """The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with
+    d/dv, and the variance's part of the weight's is added to the product's where it is computed."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sigma: Tensor,
+        log_variance: bool,
+        activation: str,
     ) -> Tensor:
         mu = linear_as(x, weight, bias)
         v = affine_variance(weight, sigma, log_variance)
@@ -189,13 +221,25 @@ class _Linear(Function):
 
 
 def _linear_pieces(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    log_variance: bool,
+    activation: str,
 ) -> Tensor:
-    return _pieces(linear_as(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation)
+    return _pieces(
+        linear_as(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation
+    )
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, log_variance: bool, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    log_variance: bool,
+    activation: str,
 ) -> Tensor:
     """The layer and its activation, in x's dtype."""
     arguments = (x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)

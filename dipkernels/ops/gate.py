@@ -1,4 +1,5 @@
-"""u = act(x) + factor * sigma * z, and u = act(a) * b + factor * sigma * z, in one pass forward and one back.  docs/maths.md, section 10.
+"""u = act(x) + factor * sigma * z, and u = act(a) * b + factor * sigma * z, in one pass forward and
+one back.  docs/maths.md, section 10.
 
 Backward keeps what act, or the gated product, keeps: x, or a and b; never u nor z.
 """
@@ -19,10 +20,12 @@ from .draw import Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
 from .pieces import fake_gradient, gradients, widened
 
-# ---- the operations --------------------------------------------------------------------------------------------------
+# ---- the operations ------------------------------------------------------------------------------
 
 
-def activate(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, activation: str, dtype: torch.dtype | None) -> Tensor:
+def activate(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, activation: str, dtype: torch.dtype | None
+) -> Tensor:
     """u, of x's shape and of dtype, x's where that is None."""
     _check(x, sigma, seed, draw, activation, dtype)
     u: Tensor = registry.kernel("activate", x.device.type)(x, sigma, seed, *draw, activation, dtype)
@@ -39,7 +42,13 @@ def activate_bwd(
 
 
 def gate(
-    a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, activation: str, dtype: torch.dtype | None
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    activation: str,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """u, of a's shape and of dtype, a's where that is None."""
     _check(a, sigma, seed, draw, activation, dtype)
@@ -49,7 +58,13 @@ def gate(
 
 
 def gate_bwd(
-    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, draw: Draw, activation: str
+    du: Tensor,
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor | None,
+    seed: Tensor,
+    draw: Draw,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da, db, dsigma), the last empty without a sigma: then nothing is drawn."""
     run = registry.kernel("gate_bwd", a.device.type)
@@ -57,7 +72,9 @@ def gate_bwd(
     return grads
 
 
-def _check(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype | None) -> None:
+def _check(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype | None
+) -> None:
     check_projection(x, sigma, seed, draw)
     check_out_dtype(dtype)
     check_kind(kind)
@@ -82,16 +99,23 @@ def _fake_activate(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x, dtype=rest[-1])
 
 
-def _fake_activate_bwd(du: Tensor, x: Tensor, sigma: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _fake_activate_bwd(
+    du: Tensor, x: Tensor, sigma: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), fake_gradient(sigma, x)
 
 
-def _fake_gate_bwd(du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_gate_bwd(
+    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     return torch.empty_like(a), torch.empty_like(b), fake_gradient(sigma, a)
 
 
 registry.define(
-    "activate", f"(Tensor x, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate, "gate"
+    "activate",
+    f"(Tensor x, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor",
+    _fake_activate,
+    "gate",
 )
 registry.define(
     "activate_bwd",
@@ -100,7 +124,10 @@ registry.define(
     "gate",
 )
 registry.define(
-    "gate", f"(Tensor a, Tensor b, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor", _fake_activate, "gate"
+    "gate",
+    f"(Tensor a, Tensor b, {DRAW}, str activation, ScalarType? out_dtype) -> Tensor",
+    _fake_activate,
+    "gate",
 )
 registry.define(
     "gate_bwd",
@@ -109,11 +136,17 @@ registry.define(
     "gate",
 )
 
-# ---- what the modules call -------------------------------------------------------------------------------------------
+# ---- what the modules call -----------------------------------------------------------------------
 
 
 def _pieces(
-    a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor | None,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The same of operations that have their own derivatives."""
     y = ACTIVATIONS[kind](widened(a))
@@ -122,7 +155,9 @@ def _pieces(
 
 class _Activate(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(x, sigma, seed)
         ctx.how = draw, kind, dtype
         return activate(x, sigma, seed, draw, kind, dtype)
@@ -143,7 +178,14 @@ class _Activate(Function):
 class _Gate(Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
+        kind: str,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(a, b, sigma, seed)
         ctx.how = draw, kind, dtype
@@ -175,7 +217,13 @@ def noised_activation(
 
 
 def noised_gate(
-    a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype | None
+    a: Tensor,
+    b: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    draw: Draw,
+    kind: str,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """u = act(a) * b + factor * sigma * z, differentiable in every world."""
     out = dtype or a.dtype

@@ -1,4 +1,5 @@
-"""Layers: y = (x + sigma z) W^T + b, and the mean over samples of act(y).  docs/maths.md, sections 2 and 4."""
+"""Layers: y = (x + sigma z) W^T + b, and the mean over samples of act(y).  docs/maths.md, sections
+2 and 4."""
 
 from __future__ import annotations
 
@@ -14,13 +15,24 @@ from ..worlds import is_dtensor
 from . import registry, row_blocks
 from .activations import ACTIVATIONS, act_of
 from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
-from .perturb import DRAW, Grads, no_view, perturb, perturb_bwd, perturb_replay, projection, projection_backward
+from .perturb import (
+    DRAW,
+    Grads,
+    no_view,
+    perturb,
+    perturb_bwd,
+    perturb_replay,
+    projection,
+    projection_backward,
+)
 from .pieces import flat_rows, gradients, linear_as
 
-# ---- the operations: the mean over samples of act(affine), and its derivatives -----------------------------------------
+# ---- the operations: the mean over samples of act(affine), and its derivatives -------------------
 
 # The draw of the first of num_samples samples, which follow one another; dim is the last.
-_LAYER = f"Tensor weight, Tensor? bias, {DRAW}, int num_samples, str activation".replace("int dim, ", "")
+_LAYER = f"Tensor weight, Tensor? bias, {DRAW}, int num_samples, str activation".replace(
+    "int dim, ", ""
+)
 
 
 def linear(
@@ -34,15 +46,23 @@ def linear(
     activation: str,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation "identity": none, of one."""
+    """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation
+    "identity": none, of one."""
     check_projection(x, sigma, seed, draw)
     if draw.sample + num_samples > MAX_SAMPLES:
-        raise ValueError(f"sample: expected sample + num_samples <= {MAX_SAMPLES}, got {draw.sample} + {num_samples}")
+        raise ValueError(
+            f"sample: expected sample + num_samples <= {MAX_SAMPLES}, got {draw.sample} + "
+            f"{num_samples}"
+        )
     check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
     if weight.device != x.device:
         raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
     if bias is not None and bias.device != x.device:
@@ -87,7 +107,9 @@ def _fake_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     like = weight.new_empty(weight.shape[:1]) if bias is None else bias
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma))
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma)
+    )
 
 
 registry.define(
@@ -107,18 +129,23 @@ registry.define(
 # u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.
 registry.define_pass(
     "draw_samples",
-    "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, int sample,"
+    "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, "
+    "int sample,"
     " float factor) -> ()",
 )
-# total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total, where it is wanted.
-registry.define_pass("act_add", "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? out, float factor) -> ()")
+# total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total,
+# where it is wanted.
+registry.define_pass(
+    "act_add", "(Tensor(a!) total, Tensor h, str activation, Tensor(b!)? out, float factor) -> ()"
+)
 # Back: dh = dy act'(h), [samples, A, B], total += its sum.
 registry.define_pass(
     "act_add_bwd",
-    "(Tensor(a!) total, Tensor h, Tensor dy, str activation, Tensor(b!)? out, float factor) -> Tensor",
+    "(Tensor(a!) total, Tensor h, Tensor dy, str activation, Tensor(b!)? out, float factor) -> "
+    "Tensor",
 )
 
-# ---- one draw ----------------------------------------------------------------------------------------------------------
+# ---- one draw ------------------------------------------------------------------------------------
 
 
 def affine(
@@ -131,7 +158,8 @@ def affine(
     keep: str,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """(x + factor sigma z) W^T + b for arguments that were checked. dtype: of u and y, or None for x's."""
+    """(x + factor sigma z) W^T + b for arguments that were checked. dtype: of u and y, or None for
+    x's."""
     if is_dtensor(x):
         if keep == "x":
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
@@ -144,7 +172,9 @@ def affine(
 
 
 def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
-    if x.device.type == "cpu" and backends.forced is None:  # the common case at once: no GPU, nothing to fuse
+    if (
+        x.device.type == "cpu" and backends.forced is None
+    ):  # the common case at once: no GPU, nothing to fuse
         return False
     m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     return weight.dim() == 2 and registry.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
@@ -189,7 +219,9 @@ class _LinearReplay(Function):
         du: Any = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces
             if du is not None:
-                dx, dsigma = projection_backward(du, x.dtype, sigma, seed, draw, (needs_dx, needs_dsigma))
+                dx, dsigma = projection_backward(
+                    du, x.dtype, sigma, seed, draw, (needs_dx, needs_dsigma)
+                )
             u = projection(x, sigma, seed, draw, ctx.dtype) if needs_dweight else None
         else:
             dx = du.to(x.dtype) if needs_dx else None
@@ -205,7 +237,7 @@ class _LinearReplay(Function):
         return dx, dweight, dbias, dsigma, None, None, None
 
 
-# ---- the mean over samples behind an activation --------------------------------------------------------------------------
+# ---- the mean over samples behind an activation --------------------------------------------------
 
 
 def mean(
@@ -219,9 +251,12 @@ def mean(
     activation: str,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """The mean over num_samples samples from the draw's on of act(affine), in the memory of one, differentiable in every world."""
+    """The mean over num_samples samples from the draw's on of act(affine), in the memory of one,
+    differentiable in every world."""
     check_weight(x, weight, dtype)
-    fused = x.device.type == "cpu" or x.dtype is not torch.float64  # no Triton kernel multiplies in float64
+    fused = (
+        x.device.type == "cpu" or x.dtype is not torch.float64
+    )  # no Triton kernel multiplies in float64
     arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
     if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
@@ -258,12 +293,18 @@ class _Mean(Function):
     def backward(ctx: Any, dy: Tensor) -> Grads:
         x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces, whose memory grows with the samples
-            y = _mean_pieces(x, weight, bias, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype)
+        if (
+            torch.is_grad_enabled()
+        ):  # under create_graph: differentiable pieces, whose memory grows with the samples
+            y = _mean_pieces(
+                x, weight, bias, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype
+            )
             return *gradients(y, tensors, dy, needs), *(None,) * 5
         pair = _cast(ctx.dtype, weight, bias)
         grads = linear_bwd(dy, x, *pair, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation)
-        return *(grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)), *(None,) * 5
+        return *(
+            grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)
+        ), *(None,) * 5
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

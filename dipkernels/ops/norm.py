@@ -1,7 +1,8 @@
-"""u = h * (offset + weight) + bias + factor * sigma * z, h = (x - mean) * rstd: LayerNorm and RMSNorm with noise.
+"""u = h * (offset + weight) + bias + factor * sigma * z, h = (x - mean) * rstd: LayerNorm and
+RMSNorm with noise.
 
-One pass forward and one back. Backward keeps x and stats: [mean, rstd] of every row, or [rstd]; never u nor z.
-docs/maths.md, section 10.
+One pass forward and one back. Backward keeps x and stats: [mean, rstd] of every row, or [rstd];
+never u nor z. docs/maths.md, section 10.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .pieces import fake_gradient, gradients, widened
 
 KINDS = ("layer", "rms")
 
-# ---- the operations --------------------------------------------------------------------------------------------------
+# ---- the operations ------------------------------------------------------------------------------
 
 
 def norm(
@@ -59,11 +60,15 @@ def norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dsigma), empty for what is None; without a sigma nothing is drawn."""
     run = registry.kernel("norm_bwd", x.device.type)
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(du, x, stats, weight, bias, sigma, seed, *draw, kind, offset)
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(
+        du, x, stats, weight, bias, sigma, seed, *draw, kind, offset
+    )
     return grads
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, kind: str) -> None:
+def check_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, kind: str
+) -> None:
     """Raise TypeError or ValueError for what no norm is made of."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
@@ -73,7 +78,9 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw
         if t is None:
             continue
         if t.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: expected shape (K,) = ({x.shape[-1]},), got {tuple(t.shape)}")
+            raise ValueError(
+                f"{name}: expected shape (K,) = ({x.shape[-1]},), got {tuple(t.shape)}"
+            )
         if t.dtype not in DTYPES:
             raise TypeError(f"{name}: expected one of {DTYPES}, got {t.dtype}")
         if t.device != x.device:
@@ -84,7 +91,9 @@ def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind, dtype = rest[-4], rest[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.shape[:-1].numel()
-    return torch.empty_like(x, dtype=dtype), x.new_empty((2 if kind == "layer" else 1, rows), dtype=wide)
+    return torch.empty_like(x, dtype=dtype), x.new_empty(
+        (2 if kind == "layer" else 1, rows), dtype=wide
+    )
 
 
 def _fake_norm_bwd(
@@ -101,20 +110,22 @@ def _fake_norm_bwd(
 
 registry.define(
     "norm",
-    f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, ScalarType? out_dtype)"
+    f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, "
+    "ScalarType? out_dtype)"
     " -> (Tensor, Tensor)",
     _fake_norm,
     "norm",
 )
 registry.define(
     "norm_bwd",
-    f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, float offset)"
+    f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
+    "float offset)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_bwd,
     "norm",
 )
 
-# ---- what the modules call -------------------------------------------------------------------------------------------
+# ---- what the modules call -----------------------------------------------------------------------
 
 
 def _pieces(
@@ -170,7 +181,9 @@ class _Norm(Function):
         if torch.is_grad_enabled():  # under create_graph: differentiable pieces
             y = _pieces(x, weight, bias, sigma, seed, *ctx.how)
             return *gradients(y, tensors, du, needs), *nothing
-        grads = norm_bwd(du, x, stats, weight, bias, sigma if needs[3] else None, seed, draw, kind, offset)
+        grads = norm_bwd(
+            du, x, stats, weight, bias, sigma if needs[3] else None, seed, draw, kind, offset
+        )
         return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
 
 

@@ -1,7 +1,8 @@
-"""P, u = x + factor * sigma * z, and Q, dsigma = factor * sum over rows of du * z.  docs/maths.md, section 1.
+"""P, u = x + factor * sigma * z, and Q, dsigma = factor * sum over rows of du * z.  docs/maths.md,
+section 1.
 
-The operations, and `projection`, the differentiable function made of them: P and Q are each other's derivative, so that
-every order of differentiation is made of the same two passes.
+The operations, and `projection`, the differentiable function made of them: P and Q are each other's
+derivative, so that every order of differentiation is made of the same two passes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from .draw import Draw, check_out_dtype, check_projection, check_seed
 
 Grads = tuple[Tensor | None, ...]
 
-# ---- the operations --------------------------------------------------------------------------------------------------
+# ---- the operations ------------------------------------------------------------------------------
 
 _PLACE = "int dim, SymInt row0, SymInt col0, int sample"
-DRAW = (
-    f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"  # a sigma, its seed and the fields of Draw
-)
-OPTIONAL_DRAW = DRAW.replace("Tensor sigma", "Tensor? sigma", 1)  # of a backward pass that may do without dsigma
+# a sigma, its seed and the fields of Draw
+DRAW = f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"
+OPTIONAL_DRAW = DRAW.replace(
+    "Tensor sigma", "Tensor? sigma", 1
+)  # of a backward pass that may do without dsigma
 
 
 def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
@@ -37,7 +39,9 @@ def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
     return z
 
 
-def perturb(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None) -> Tensor:
+def perturb(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
+) -> Tensor:
     """P: u, of x's shape and out_dtype, x's where that is None."""
     if is_dtensor(x):
         return dtensor.perturb(x, sigma, seed, draw, out_dtype)
@@ -59,7 +63,9 @@ def perturb_replay(
     du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """(u, dsigma) of one draw, made once. Unchecked, as `perturb_bwd`."""
-    both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
+    both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(
+        du, x, sigma, seed, *draw, out_dtype
+    )
     return both
 
 
@@ -79,8 +85,12 @@ def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tu
     return _fake_perturb(x, *rest), _fake_perturb_bwd(du, sigma)
 
 
-registry.define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise, "perturb")
-registry.define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb, "perturb")
+registry.define(
+    "noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise, "perturb"
+)
+registry.define(
+    "perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb, "perturb"
+)
 registry.define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd, "perturb")
 registry.define(
     "perturb_replay",
@@ -89,7 +99,7 @@ registry.define(
     "perturb",
 )
 
-# ---- their derivatives -----------------------------------------------------------------------------------------------
+# ---- their derivatives ---------------------------------------------------------------------------
 
 
 def projection_backward(
@@ -122,7 +132,9 @@ class _Perturb(Function):
     """P: u = x + factor * sigma * z."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(sigma, seed)
         ctx.draw, ctx.x_dtype = draw, x.dtype
         return perturb(x, sigma, seed, draw, dtype)
@@ -130,16 +142,20 @@ class _Perturb(Function):
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
-        dx, dsigma = projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, ctx.needs_input_grad[:2])
+        dx, dsigma = projection_backward(
+            du, ctx.x_dtype, sigma, seed, ctx.draw, ctx.needs_input_grad[:2]
+        )
         return dx, dsigma, None, None, None
 
 
-# Bypasses Function.apply's Python wrapper; safe where no functorch transform is active. A small layer feels it.
+# Bypasses Function.apply's Python wrapper; safe where no functorch transform is active. A small
+# layer feels it.
 _apply_perturb: Callable[..., Tensor] = super(Function, _Perturb).apply
 
 
 class _NoiseSum(Function):
-    """Q: factor * sum over rows of g * z, of sigma's dtype. `sigma` gives that dtype; it has no gradient."""
+    """Q: factor * sum over rows of g * z, of sigma's dtype. `sigma` gives that dtype; it has no
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
@@ -158,15 +174,20 @@ class _NoiseSum(Function):
 # ---- the same two for torch.func: a jvp or a vmap rule on the classes above would break torch.compile ---------------
 
 
-def _slices(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed and so its noise."""
+def _slices(
+    info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> Iterator[list[Tensor]]:
+    """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed
+    and so its noise."""
     for i in range(info.batch_size):
         yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
 
 
 class _PerturbFunc(Function):
     @staticmethod
-    def forward(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
+    ) -> Tensor:
         return perturb(x, sigma, seed, draw, dtype)
 
     @staticmethod
@@ -234,17 +255,25 @@ class _NoiseSumFunc(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        g: Tensor,
+        sigma: Tensor,
+        seed: Tensor,
+        draw: Draw,
     ) -> tuple[Tensor, int]:
         calls = _slices(info, in_dims[:3], (g, sigma, seed))
         return torch.stack([_NoiseSumFunc.apply(*tensors, draw) for tensors in calls]), 0
 
 
-# ---- what the layers call ----------------------------------------------------------------------------------------------
+# ---- what the layers call ------------------------------------------------------------------------
 
 
-def projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
-    """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma in every world."""
+def projection(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
+) -> Tensor:
+    """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma
+    in every world."""
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = dtensor.prepare(x, sigma, seed, draw)
@@ -259,8 +288,11 @@ def projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.
     return u
 
 
-def _exported(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None) -> Tensor:
-    # torch.export loses the derivative of an autograd.Function, in silence: P of operations that have their own.
+def _exported(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
+) -> Tensor:
+    # torch.export loses the derivative of an autograd.Function, in silence: P of operations that
+    # have their own.
     wide = torch.promote_types(x.dtype, torch.float32)
     s = (torch.exp(sigma.to(wide) / 2) if draw.log_variance else sigma.to(wide)) * draw.factor
     s = s.view([-1 if d == draw.dim % x.ndim else 1 for d in range(x.ndim)])
@@ -268,7 +300,8 @@ def _exported(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.d
 
 
 def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
-    """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next step."""
+    """x itself, with a gradient of zeros for sigma, whose absence DDP takes for a fault at the next
+    step."""
     if not (torch.is_grad_enabled() and sigma.requires_grad) or worlds.wants_pieces():
         return x
     same: Tensor = _Unused.apply(x, sigma)
@@ -289,7 +322,8 @@ class _Unused(Function):
 
 
 def no_view(y: Tensor) -> Tensor:
-    """y, which a Function made, as no view: what follows may then work in place (nn.ReLU(inplace=True))."""
+    """y, which a Function made, as no view: what follows may then work in place
+    (nn.ReLU(inplace=True))."""
     if not (worlds.tracing() or y._is_view()):
         return y
     same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)

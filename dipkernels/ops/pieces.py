@@ -22,7 +22,8 @@ def linear_as(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def gradients(
     y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
 ) -> Iterator[Tensor | None]:
-    """Those of differentiable pieces y of these tensors, under create_graph; None where one is not needed."""
+    """Those of differentiable pieces y of these tensors, under create_graph; None where one is not
+    needed."""
     wanted = [t for t, need in zip(tensors, needs) if t is not None and need]
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return (next(grads) if need else None for _, need in zip(tensors, needs))

@@ -1,10 +1,12 @@
-"""torch.library operations: each has one schema in three namespaces, and a table says which of them runs.
+"""torch.library operations: each has one schema in three namespaces, and a table says which of them
+runs.
 
     dipkernels            the compiled library (CPU, CUDA)
     dipkernels_triton     the Triton kernels
     dipkernels_reference  plain PyTorch
 
-The operations are deterministic functions of tensors, seed included; what autograd needs lies around them, in their files.
+The operations are deterministic functions of tensors, seed included; what autograd needs lies
+around them, in their files.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ NAMESPACES = {
     "reference": "dipkernels_reference",
 }
 SCHEMAS: dict[str, str] = {}
-_libraries = {name: torch.library.Library(name, "DEF") for name in dict.fromkeys(NAMESPACES.values())}  # live as we do
+_libraries = {
+    name: torch.library.Library(name, "DEF") for name in dict.fromkeys(NAMESPACES.values())
+}  # live as we do
 
 
 def define(
@@ -42,7 +46,8 @@ def define(
         schema: Its schema, without the name.
         fake: Its results' shapes, dtypes and strides, without data.
         module: Of triton_kernels, which has a launcher of its name.
-        anywhere: An implementation made of other operations, where the compiled library has no kernel.
+        anywhere: An implementation made of other operations, where the compiled library has no
+            kernel.
     """
     SCHEMAS[op] = schema
     for namespace, library in _libraries.items():
@@ -61,12 +66,15 @@ def define_pass(op: str, schema: str) -> None:
 
 
 def _triton(op: str, module: str) -> Callable[..., Any]:
-    """The Triton kernel's launcher, and where this Triton cannot compile it, what is chosen then."""
+    """The Triton kernel's launcher, and where this Triton cannot compile it, what is chosen
+    then."""
 
     def run(*args: Any) -> Any:
         if op not in backends.triton_problems:
             try:  # imported at the first call: Triton takes a while
-                return getattr(importlib.import_module(f"dipkernels.triton_kernels.{module}"), op)(*args)
+                return getattr(importlib.import_module(f"dipkernels.triton_kernels.{module}"), op)(
+                    *args
+                )
             except Exception as error:
                 backends.note_triton_problem(op, error)
         return _overload(op, backends.choose(op, _device_of(args)))(*args)  # no longer Triton
@@ -74,9 +82,10 @@ def _triton(op: str, module: str) -> Callable[..., Any]:
     return run
 
 
-# ---- which runs --------------------------------------------------------------------------------------------------------
+# ---- which runs ----------------------------------------------------------------------------------
 
-# What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is one look-up, eager or traced.
+# What `choose` said for the devices at hand: filled at import and by `backend`, so that a call is
+# one look-up, eager or traced.
 _chosen: dict[tuple[str, str], Callable[..., Any]] = {}
 _fusers: set[str] = set()  # devices where an affine layer may sample inside its GEMM
 # In place of a device: a shape that is backends.is_wide, and any device without kernels of its own.
@@ -89,7 +98,8 @@ def kernel(op: str, device: str) -> Callable[..., Any]:
 
 
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether an affine layer of these sizes samples inside its GEMM: backends.fuses as a look-up."""
+    """Whether an affine layer of these sizes samples inside its GEMM: backends.fuses as a
+    look-up."""
     return device in _fusers and backends.is_narrow(dtype, m, n, k)
 
 

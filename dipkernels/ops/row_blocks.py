@@ -1,8 +1,9 @@
-"""y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section 4.
+"""y = mean over samples of act((x + sigma z_s) W^T + b) by blocks of rows.  docs/maths.md, section
+4.
 
-The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised rows and
-pre-activations live for a few samples at a time, so memory does not grow with the samples. Backward draws and
-multiplies again.
+The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised
+rows and pre-activations live for a few samples at a time, so memory does not grow with the samples.
+Backward draws and multiplies again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ from .. import backends
 from .activations import BACKWARDS, act_of
 from .pieces import flat_rows
 
-# Of one product, rows times samples: on a CPU as many as x has, within these, so that it is no larger than that of one draw.
+# Of one product, rows times samples: on a CPU as many as x has, within these, so that it is no
+# larger than that of one draw.
 _CPU_ROWS = (1024, 4096)
 _GPU_ROWS = 16384
-_ELEMENTS = 2**20  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
+_ELEMENTS = (
+    2**20
+)  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 
 
-def _blocks(x: Tensor, n: int, num_samples: int, activation: str) -> tuple[list[slice], list[range]]:
+def _blocks(
+    x: Tensor, n: int, num_samples: int, activation: str
+) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
-    if activation == "identity" and num_samples != 1:  # a mean of affine samples is one draw with less sigma
+    if (
+        activation == "identity" and num_samples != 1
+    ):  # a mean of affine samples is one draw with less sigma
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
-    if not 1 <= num_samples <= 2**16:  # whoever calls the operation itself passes no check of Python's
+    if (
+        not 1 <= num_samples <= 2**16
+    ):  # whoever calls the operation itself passes no check of Python's
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, (least, most) = x.shape[0], _CPU_ROWS if x.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
     size = max(min(max(m, least), most), min(m, _ELEMENTS // max(1, n, x.shape[1])))
@@ -49,19 +59,27 @@ def _draws(
     dtype: torch.dtype,
     with_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    """u_s = rows + factor sigma z_s, sigma a standard deviation, and z_s, or none; [samples, rows, K] each."""
+    """u_s = rows + factor sigma z_s, sigma a standard deviation, and z_s, or none; [samples, rows,
+    K] each."""
     if rows.device.type == "cpu" and backends.library().cpu_capabilities:
         u = rows.new_empty(len(samples), *rows.shape, dtype=dtype)
         z = torch.empty_like(u) if with_z else None
-        torch.ops.dipkernels.draw_samples(u, z, rows, sigma, seed, row0, col0, samples.start, factor)
+        torch.ops.dipkernels.draw_samples(
+            u, z, rows, sigma, seed, row0, col0, samples.start, factor
+        )
         return u, u if z is None else z
 
     def draw(x: Tensor, sigma: Tensor, factor: float) -> Tensor:
-        draws = [torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, factor, False, dtype) for s in samples]
+        draws = [
+            torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, factor, False, dtype)
+            for s in samples
+        ]
         return _stack(draws)
 
     u = draw(rows, sigma, factor)
-    return u, draw(rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma), 1.0) if with_z else u
+    return u, draw(
+        rows.new_zeros(rows.shape[-1]).expand(rows.shape), torch.ones_like(sigma), 1.0
+    ) if with_z else u
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -73,11 +91,18 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _has_passes(h: Tensor) -> bool:
-    return h.device.type == "cpu" and bool(backends.library().cpu_capabilities) and h.dtype is not torch.float64
+    return (
+        h.device.type == "cpu"
+        and bool(backends.library().cpu_capabilities)
+        and h.dtype is not torch.float64
+    )
 
 
-def _act_add(total: Tensor, h: Tensor, activation: str, out: Tensor | None = None, factor: float = 1.0) -> None:
-    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]; factor total into out."""
+def _act_add(
+    total: Tensor, h: Tensor, activation: str, out: Tensor | None = None, factor: float = 1.0
+) -> None:
+    """total [rows, N] += the sum over samples of act(h), h [samples, rows, N]; factor total into
+    out."""
     if _has_passes(h):
         torch.ops.dipkernels.act_add(total, h, activation, out, factor)
         return
@@ -87,8 +112,11 @@ def _act_add(total: Tensor, h: Tensor, activation: str, out: Tensor | None = Non
         torch.mul(total, factor, out=out)
 
 
-def _act_add_bwd(total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float) -> Tensor:
-    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total into out."""
+def _act_add_bwd(
+    total: Tensor, h: Tensor, dy: Tensor, activation: str, out: Tensor | None, factor: float
+) -> Tensor:
+    """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total
+    into out."""
     if _has_passes(h):
         fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
         return fused
@@ -125,9 +153,13 @@ def linear(
         total = torch.zeros(rows.shape[0], n, dtype=_accumulator(dtype), device=x.device)
         for group in groups:
             part = samples[group.start : group.stop]
-            u, _ = _draws(rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=False)
+            u, _ = _draws(
+                rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=False
+            )
             h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), rows.shape[0], n)
-            _act_add(total, h, activation, y[block] if group is groups[-1] else None, 1 / num_samples)
+            _act_add(
+                total, h, activation, y[block] if group is groups[-1] else None, 1 / num_samples
+            )
             del u, h  # before the next ones
     return y.reshape(*x.shape[:-1], n)
 
@@ -150,8 +182,9 @@ def linear_bwd(
     """The operation `linear_bwd`.
 
     With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
-    dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs two products.
-    h_s is made by the product that made it in forward: behind relu another rounding would be another sign.
+    dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs
+    two products. h_s is made by the product that made it in forward: behind relu another rounding
+    would be another sign.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
@@ -165,10 +198,17 @@ def linear_bwd(
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
         for group in groups:
             part = samples[group.start : group.stop]
-            u, z = _draws(rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True)
+            u, z = _draws(
+                rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True
+            )
             h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), len(rows), n)
             dh = _act_add_bwd(
-                total, h, block_dy, activation, sums[block] if group is groups[-1] else None, 1 / num_samples
+                total,
+                h,
+                block_dy,
+                activation,
+                sums[block] if group is groups[-1] else None,
+                1 / num_samples,
             )
             noise_sum.add_(dh.flatten(0, 1).t() @ z.flatten(0, 1))
             del u, z, h, dh  # before the next ones

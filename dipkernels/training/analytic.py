@@ -1,9 +1,10 @@
-"""A whole network by each layer's own mean: what `predict(method="analytic")` runs.  docs/maths.md, section 7.
+"""A whole network by each layer's own mean: what `predict(method="analytic")` runs.  docs/maths.md,
+section 7.
 
-One deterministic pass. Behind a DIPLinear the pre-activation is normal, so the activation that follows is replaced by
-its exact expectation, and that number is what the next layer reads: the spread of one layer's output is not carried
-into the next. So this is not Algorithm 2, whose passes stay noisy through the whole depth, nor Algorithm 3, which
-leaves the activations as they are.
+One deterministic pass. Behind a DIPLinear the pre-activation is normal, so the activation that
+follows is replaced by its exact expectation, and that number is what the next layer reads: the
+spread of one layer's output is not carried into the next. So this is not Algorithm 2, whose passes
+stay noisy through the whole depth, nor Algorithm 3, which leaves the activations as they are.
 """
 
 from __future__ import annotations
@@ -26,21 +27,83 @@ from ..ops import expectation
 
 _ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
 # Keep columns columns: the same values in another shape.
-_SHAPES = {"view", "reshape", "flatten", "unflatten", "contiguous", "clone", "to", "float", "unsqueeze", "squeeze"}
-# Linear in one pre-activation, or in each of several layers', whose noises are independent: the mean goes through.
-_LINEAR = {"add", "sub", "rsub", "neg", "matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d"}
-_LINEAR |= {"conv2d", "cat", "stack", "mean", "sum", "chunk", "split", "getitem", "transpose", "permute", "t", "T"}
-_LINEAR |= {"mT", "movedim", "expand", "repeat", "repeat_interleave", "index_select", "select", "narrow", "unbind"}
+_SHAPES = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "contiguous",
+    "clone",
+    "to",
+    "float",
+    "unsqueeze",
+    "squeeze",
+}
+# Linear in one pre-activation, or in each of several layers', whose noises are independent: the
+# mean goes through.
+_LINEAR = {
+    "add",
+    "sub",
+    "rsub",
+    "neg",
+    "matmul",
+    "mm",
+    "bmm",
+    "baddbmm",
+    "addmm",
+    "einsum",
+    "linear",
+    "conv1d",
+}
+_LINEAR |= {
+    "conv2d",
+    "cat",
+    "stack",
+    "mean",
+    "sum",
+    "chunk",
+    "split",
+    "getitem",
+    "transpose",
+    "permute",
+    "t",
+    "T",
+}
+_LINEAR |= {
+    "mT",
+    "movedim",
+    "expand",
+    "repeat",
+    "repeat_interleave",
+    "index_select",
+    "select",
+    "narrow",
+    "unbind",
+}
 _LINEAR |= {"roll", "pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
 _LINEAR |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d"}
 # Not linear: they read the mean, as in Algorithm 3.
-_READ_MEAN = {"softmax", "log_softmax", "layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
-_READ_MEAN |= {"scaled_dot_product_attention", "multi_head_attention_forward", "cross_entropy", "argmax"}
+_READ_MEAN = {
+    "softmax",
+    "log_softmax",
+    "layer_norm",
+    "rms_norm",
+    "batch_norm",
+    "group_norm",
+    "normalize",
+}
+_READ_MEAN |= {
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "cross_entropy",
+    "argmax",
+}
 _THROUGH = _LINEAR | _READ_MEAN
 
 
 class _Normal(NamedTuple):
-    """What is known of a tensor: its values are means, v [N] the variances; None where they differ from row to row."""
+    """What is known of a tensor: its values are means, v [N] the variances; None where they differ
+    from row to row."""
 
     tensor: weakref.ref[Tensor]
     v: Tensor | None
@@ -56,17 +119,25 @@ class _Expectations(TorchFunctionMode):
 
     def mark(self, tensor: Tensor, v: Tensor | None, layer: str) -> None:
         key = id(tensor)
-        self._normals[key] = _Normal(weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer)
+        self._normals[key] = _Normal(
+            weakref.ref(tensor, lambda _: self._normals.pop(key, None)), v, layer
+        )
 
     def _find(self, value: object) -> _Normal | None:
         normal = self._normals.get(id(value)) if isinstance(value, Tensor) else None
         return normal if normal is not None and normal.tensor() is value else None
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        found = [n for leaf in pytree.tree_leaves((args, kwargs)) if (n := self._find(leaf)) is not None]
+        found = [
+            n for leaf in pytree.tree_leaves((args, kwargs)) if (n := self._find(leaf)) is not None
+        ]
         if not found:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
@@ -88,7 +159,9 @@ class _Expectations(TorchFunctionMode):
         if name in _THROUGH and not self._twice(found):
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)) and not name.startswith(("get", "size")):
+        if any(
+            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)
+        ) and not name.startswith(("get", "size")):
             same = "products of one layer's output with itself" if self._twice(found) else f"{name}"
             raise self._error(normal, same)
         return out
@@ -98,22 +171,32 @@ class _Expectations(TorchFunctionMode):
         return len({n.layer for n in found}) < len(found)
 
     def _like(self, out: Tensor, normal: _Normal) -> Tensor:
-        """The same values in another shape. Whose columns are no longer the layer's outputs has no v."""
+        """The same values in another shape. Whose columns are no longer the layer's outputs has no
+        v."""
         kept = normal.v is not None and out.shape[-1:] == normal.v.shape
         self.mark(out, normal.v if kept else None, normal.layer)
         return out
 
     def _activate(
-        self, name: str, normal: _Normal, args: tuple[Any, ...], kwargs: dict[str, Any], func: Callable[..., Any]
+        self,
+        name: str,
+        normal: _Normal,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        func: Callable[..., Any],
     ) -> Tensor:
         if normal.v is None:
             raise self._error(normal, f"{name}, and its variance is not one number for each output")
-        approximate = kwargs.get("approximate", args[1] if name == "gelu" and len(args) > 1 else "none")
+        approximate = kwargs.get(
+            "approximate", args[1] if name == "gelu" and len(args) > 1 else "none"
+        )
         kind = "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
         mu = normal.tensor()
         assert mu is not None  # it is among args
         y = expectation.expected(mu, normal.v.to(mu.device), kind)
-        in_place = getattr(func, "__name__", "").endswith("_") or kwargs.get("inplace") or True in args[1:]
+        in_place = (
+            getattr(func, "__name__", "").endswith("_") or kwargs.get("inplace") or True in args[1:]
+        )
         if not in_place:
             return y
         del self._normals[id(mu)]
@@ -122,29 +205,37 @@ class _Expectations(TorchFunctionMode):
     @staticmethod
     def _error(normal: _Normal, what: str) -> ValueError:
         return ValueError(
-            "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, tanh, sums, "
-            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes into {what}. "
+            "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, "
+            "tanh, sums, "
+            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes "
+            f"into {what}. "
             "Use method='sample'"
         )
 
 
 def _variance(layer: DIPLinear) -> Tensor:
     v = expectation.variance(layer.weight, layer._log_variance(), True)
-    # "sample" averages its draws before the activation; "mean" behind it, where each draw has the whole variance.
+    # "sample" averages its draws before the activation; "mean" behind it, where each draw has the
+    # whole variance.
     return v / layer.num_samples if layer.estimator == "sample" else v
 
 
 def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation (see above).
+    """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation
+    (see above).
 
-    model: in eval mode. Raises ValueError for an activation without a closed form here, and for one behind a
-    convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows a DIP layer, the result is
-    the plain network's. Raises it too for a model some of whose modules noise their output, convert(place="producer").
+    model: in eval mode. Raises ValueError for an activation without a closed form here, and for one
+    behind a convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows
+    a DIP layer, the result is the plain network's. Raises it too for a model some of whose modules
+    noise their output, convert(place="producer").
     """
-    producers = [name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output]
+    producers = [
+        name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output
+    ]
     if producers:
         raise ValueError(
-            f"model: method='analytic' takes layers that noise their own input, got {producers} that noise their output "
+            f"model: method='analytic' takes layers that noise their own input, got {producers} "
+            "that noise their output "
             "(convert with place='producer'). Use method='sample'"
         )
     mode = _Expectations()

@@ -1,4 +1,5 @@
-"""Certified radii of a network whose input alone is noised: randomised smoothing.  docs/maths.md, section 9."""
+"""Certified radii of a network whose input alone is noised: randomised smoothing.  docs/maths.md,
+section 9."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ ABSTAIN = -1
 
 @dataclass(frozen=True)
 class Certificate:
-    """For each example the smoothed classifier's class, or -1 where it abstains, and its radius in L2."""
+    """For each example the smoothed classifier's class, or -1 where it abstains, and its radius in
+    L2."""
 
     classes: Tensor  # [B] int64
     radius: Tensor  # [B] float64, 0 where it abstains
@@ -26,21 +28,30 @@ class Certificate:
     confidence: float
 
     def accuracy(self, target: Tensor, radius: float) -> float:
-        """Certified accuracy: the share of examples of the right class whose radius is at least this, 0 .. 1."""
+        """Certified accuracy: the share of examples of the right class whose radius is at least
+        this, 0 .. 1."""
         sure = (self.classes == target.to(self.classes.device)) & (self.radius >= radius)
         return sure.double().mean().item()
 
 
 @torch.no_grad()
 def certify(
-    model: nn.Module, x: Tensor, *, k: int = 1000, k0: int = 64, confidence: float = 0.999, chunk: int = 16
+    model: nn.Module,
+    x: Tensor,
+    *,
+    k: int = 1000,
+    k0: int = 64,
+    confidence: float = 0.999,
+    chunk: int = 16,
 ) -> Certificate:
-    """The class that most noisy passes give, and the L2 radius around x within which no attack changes it.
+    """The class that most noisy passes give, and the L2 radius around x within which no attack
+    changes it.
 
-    Holds for noise at the network's own input and nowhere else, with one sigma for all its features: the smoothed
-    classifier is then a function of x + N(0, sigma^2 I). Noise further in certifies nothing, for how far an attack
-    on x moves a hidden layer is not known. Convert with a filter that lets the first layer through, or put a
-    DIPInput first. Draws are `predict`'s: under fixed_noise they replay.
+    Holds for noise at the network's own input and nowhere else, with one sigma for all its
+    features: the smoothed classifier is then a function of x + N(0, sigma^2 I). Noise further in
+    certifies nothing, for how far an attack on x moves a hidden layer is not known. Convert with a
+    filter that lets the first layer through, or put a DIPInput first. Draws are `predict`'s: under
+    fixed_noise they replay.
 
     Args:
         model: a classifier with logits [B, C] and one DIP layer, which reads x.
@@ -51,11 +62,13 @@ def certify(
         chunk: passes at a time, folded into the batch.
 
     Returns:
-        A Certificate: radius = sigma * Phi^-1(p), p the Clopper-Pearson lower bound of the class's probability;
+        A Certificate: radius = sigma * Phi^-1(p), p the Clopper-Pearson lower bound of the class's
+            probability;
         where p <= 1/2 it abstains.
 
     Raises:
-        ValueError: for bad values, a model whose noise is not at its input alone, or several sigmas.
+        ValueError: for bad values, a model whose noise is not at its input alone, or several
+            sigmas.
 
     Examples:
         >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))
@@ -86,7 +99,8 @@ def certify(
 
 
 def lower_bound(successes: int, trials: int, confidence: float) -> float:
-    """Clopper and Pearson's one-sided lower bound of a probability: the p with P(X >= successes) = 1 - confidence."""
+    """Clopper and Pearson's one-sided lower bound of a probability: the p with P(X >= successes) =
+    1 - confidence."""
     if successes == 0:
         return 0.0
     counts = torch.arange(successes, trials + 1, dtype=torch.float64)
@@ -104,14 +118,17 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
     layers = dip_layers(model)
     if len(layers) != 1:
         raise ValueError(
-            f"model: expected noise at its input alone, from one DIP layer, got {len(layers)}: {list(layers)}; noise "
-            "further in certifies nothing. convert(model, filter=...) lets the first layer through, or put a DIPInput "
+            f"model: expected noise at its input alone, from one DIP layer, got {len(layers)}: "
+            f"{list(layers)}; noise "
+            "further in certifies nothing. convert(model, filter=...) lets the first layer "
+            "through, or put a DIPInput "
             "before a plain model"
         )
     ((name, layer),) = layers.items()
     if layer.noises_output:
         raise ValueError(
-            f"model: expected noise at its input, got one DIP module, {name or '(root)'}, that noises its output; put a "
+            f"model: expected noise at its input, got one DIP module, {name or '(root)'}, that "
+            "noises its output; put a "
             "DIPInput before a plain model"
         )
     read: list[Tensor] = []
@@ -128,16 +145,22 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         handle.remove()
         for module, training in modes:
             module.training = training
-    if len(read) != 1 or read[0].numel() != x[:1].numel() or not torch.equal(read[0].flatten(), x[:1].flatten()):
+    if (
+        len(read) != 1
+        or read[0].numel() != x[:1].numel()
+        or not torch.equal(read[0].flatten(), x[:1].flatten())
+    ):
         raise ValueError(
-            f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got another input"
+            f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got "
+            "another input"
         )
     sigma = layer.variance.sigma
     if layer.num_samples != 1:
         raise ValueError(f"model: expected num_samples=1 at its input, got {layer.num_samples}")
     if not torch.allclose(sigma, sigma[0], rtol=1e-3, atol=0):
         raise ValueError(
-            f"model: expected one sigma for all features of its input, got {sigma.min():.4g} to {sigma.max():.4g}; fill "
+            f"model: expected one sigma for all features of its input, got {sigma.min():.4g} to "
+            f"{sigma.max():.4g}; fill "
             "log_variance with one value, the smallest for a bound that holds"
         )
     return sigma.min().item()

@@ -22,13 +22,16 @@ def _check_weight(name: str, value: float) -> None:
 
 
 def _variances(model: nn.Module) -> list[Variance]:
-    """Those with a log_variance of their own and at hand: one that modules share counts once, an offloaded one not."""
-    # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of the dead return.
+    """Those with a log_variance of their own and at hand: one that modules share counts once, an
+    offloaded one not."""
+    # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of
+    # the dead return.
     found = [(m.log_variance, m) for m in model.modules() if isinstance(m, Variance)]
     if not found:
         raise ValueError("model: expected DIP layers, found none; convert it first")
     unique = {id(tensor): variance for tensor, variance in found}
-    # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term would be a constant.
+    # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term
+    # would be a constant.
     return [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
 
 
@@ -79,10 +82,11 @@ def _divergence(variance: Variance) -> Tensor:
 
 
 def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
-    """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer, lambda = sigma^2.
+    """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer,
+    lambda = sigma^2.
 
-    The paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL summed over features of weight w.
-    With no pull from the data the optimum is lambda = beta / alpha.
+    The paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL summed over
+    features of weight w. With no pull from the data the optimum is lambda = beta / alpha.
 
     Args:
         model: With DIP layers; a variance that layers share counts once.
@@ -90,8 +94,8 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
         beta: >= 0, and only beside an alpha > 0, which bounds the variances.
 
     Returns:
-        A scalar, float32, differentiable. Of sharded parameters (FSDP2, DTensor) each rank gets the whole, so all must
-        call it.
+        A scalar, float32, differentiable. Of sharded parameters (FSDP2, DTensor) each rank gets the
+        whole, so all must call it.
 
     Raises:
         ValueError: There are no DIP layers, or alpha or beta is bad.
@@ -121,7 +125,8 @@ def _check_pair(alpha: float, beta: float) -> None:
     _check_weight("beta", beta)
     if beta > 0 and alpha == 0:
         raise ValueError(
-            f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows without bound; "
+            f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows "
+            "without bound; "
             "use kl=, or alpha = beta / variance"
         )
 
@@ -139,17 +144,19 @@ def objective(
 ) -> Tensor:
     """mean_s loss_fn(out[s], target) + kl * KL(variances || prior) + lambda_s * Var_s[out].
 
-    The KL term is `kl_penalty`'s: summed over layers, averaged over a layer's features. alpha and beta are the
-    paper's form of it, alpha * sum lambda - beta * sum ln lambda: `penalty`'s. Var_s is the unbiased variance over the
-    m trajectories, summed over the last dimension where out has three or more, then averaged over the others (the
-    paper does not state it; this is the project's choice).
+    The KL term is `kl_penalty`'s: summed over layers, averaged over a layer's features. alpha and
+    beta are the paper's form of it, alpha * sum lambda - beta * sum ln lambda: `penalty`'s. Var_s
+    is the unbiased variance over the m trajectories, summed over the last dimension where out has
+    three or more, then averaged over the others (the paper does not state it; this is the project's
+    choice).
 
     Args:
         out: [m, B, ...], from `trajectories`.
         target: what loss_fn takes beside [B, ...].
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: for the terms on its variances; without it there are none.
-        kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone move the variances.
+        kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone
+            move the variances.
         alpha: >= 0.
         beta: >= 0, and only beside an alpha > 0.
         lambda_s: >= 0; m >= 2 where it is > 0.
@@ -170,13 +177,22 @@ def objective(
     """
     if not isinstance(out, Tensor):
         raise TypeError(
-            f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the model's output"
+            f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the "
+            "model's output"
         )
     if out.ndim < 2 or out.shape[0] == 0:
-        raise ValueError(f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}")
-    if out.ndim == 2 and isinstance(target, Tensor) and target.ndim > 0 and len(target) != out.shape[1]:
         raise ValueError(
-            f"out: expected [m, B] beside a target of B = {len(target)}, got shape {tuple(out.shape)}; pass "
+            f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}"
+        )
+    if (
+        out.ndim == 2
+        and isinstance(target, Tensor)
+        and target.ndim > 0
+        and len(target) != out.shape[1]
+    ):
+        raise ValueError(
+            f"out: expected [m, B] beside a target of B = {len(target)}, got shape "
+            f"{tuple(out.shape)}; pass "
             "dip.trajectories(model, x, m=...), or model(x)[None] for one pass"
         )
     _check_pair(alpha, beta)
@@ -184,14 +200,19 @@ def objective(
     if kl is not None:
         _check_weight("kl", kl)
         if kl > 0 and alpha > 0:
-            raise ValueError(f"kl: expected none beside alpha, two forms of one term, got kl={kl}, alpha={alpha}")
+            raise ValueError(
+                f"kl: expected none beside alpha, two forms of one term, got kl={kl}, alpha={alpha}"
+            )
     else:
         kl = KL if model is not None and alpha == 0 else 0.0
     if model is None and (kl > 0 or alpha > 0):
-        raise ValueError("model: expected the model, whose variances kl, alpha and beta weigh, got None")
+        raise ValueError(
+            "model: expected the model, whose variances kl, alpha and beta weigh, got None"
+        )
     if lambda_s > 0 and out.shape[0] < 2:
         raise ValueError(
-            f"lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got {lambda_s}"
+            "lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got "
+            f"{lambda_s}"
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
@@ -208,6 +229,7 @@ def objective(
 
 
 def smoothness(out: Tensor) -> Tensor:
-    """Var_s[out] of out [m, B, ...], m >= 2: the term that `objective` weighs by lambda_s; a scalar, at least float32."""
+    """Var_s[out] of out [m, B, ...], m >= 2: the term that `objective` weighs by lambda_s; a
+    scalar, at least float32."""
     variance = out.to(torch.promote_types(out.dtype, torch.float32)).var(0)  # [B, ...]
     return variance.sum(-1).mean() if out.ndim >= 3 else variance.mean()

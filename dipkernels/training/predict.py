@@ -48,38 +48,42 @@ def predict(
     dim: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain network.
+    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain
+    network.
 
-    Dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored; no gradients are kept. Under
-    fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15 mod 2^64: passes differ, and replay for the same
-    chunk; row0 counts examples.
+    Dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored; no
+    gradients are kept. Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15
+    mod 2^64: passes differ, and replay for the same chunk; row0 counts examples.
 
     Args:
         model: With DIP layers.
         args: The model's positional arguments.
         k: Passes, >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
-        average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the sigmoid, for one
-            logit or several labels), "logits" (mean of the outputs, at least float32), or None (all outputs).
-        chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory grows with chunk, not
-            with k.
-        method: "sample", or "analytic": one deterministic pass in which every activation behind a DIPLinear is replaced
-            by its exact expectation over that layer's noise, for the cost of k = 0; k and chunk do not apply. Each
-            layer reads the mean of the one before: this approximates Algorithm 2 and is neither it nor Algorithm 3. For
+        average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the
+            sigmoid, for one logit or several labels), "logits" (mean of the outputs, at least
+            float32), or None (all outputs).
+        chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory grows
+            with chunk, not with k.
+        method: "sample", or "analytic": one deterministic pass in which every activation behind a
+            DIPLinear is replaced by its exact expectation over that layer's noise, for the cost of
+            k = 0; k and chunk do not apply. Each
+            layer reads the mean of the one before: this approximates Algorithm 2 and is neither it
+                nor Algorithm 3. For
             MLPs and transformer blocks of linear layers.
-        dim: Of the classes, for "probs": the last one by default where the output is [B, K] or [B, T, K]; to be given
-            where it has more dimensions, such as 1 for a map [B, K, H, W].
+        dim: Of the classes, for "probs": the last one by default where the output is [B, K] or [B,
+            T, K]; to be given where it has more dimensions, such as 1 for a map [B, K, H, W].
         kwargs: The model's named arguments.
 
     Returns:
-        [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic"). The model's output must be a
-        tensor
-        [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not tensors are those of
-        the
+        [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic"). The
+        model's output must be a tensor
+        [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not
+        tensors are those of the
         first pass.
 
     Raises:
-        ValueError, TypeError, RuntimeError: Naming the argument, or for "analytic" the layer where a model's structure
-            does not allow it.
+        ValueError, TypeError, RuntimeError: Naming the argument, or for "analytic" the layer where
+            a model's structure does not allow it.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))
@@ -87,12 +91,15 @@ def predict(
         >>> probabilities.shape, probabilities.sum(-1).allclose(torch.ones(8))
         (torch.Size([8, 3]), True)
 
-    Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits or probabilities are averaged is not stated there.
+    Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits or probabilities are averaged is
+        not stated there.
     """
     if method not in ("sample", "analytic"):
         raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")
     if method == "analytic" and not (k is None and chunk is None):
-        raise ValueError(f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}")
+        raise ValueError(
+            f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}"
+        )
     k, chunk = 16 if k is None else k, 1 if chunk is None else chunk
     check_count("k", k, 0)
     check_count("chunk", chunk, 1)
@@ -100,7 +107,8 @@ def predict(
     layers = dip_layers(model)
     if k > 0 and not layers:
         raise ValueError(
-            "model: expected DIP layers, found none: its k passes would be equal; convert it first, or pass k=0"
+            "model: expected DIP layers, found none: its k passes would be equal; convert it "
+            "first, or pass k=0"
         )
     warn_of_equal_numbers(model)
     if k > 0:
@@ -109,7 +117,9 @@ def predict(
     if method == "analytic":
         with torch.no_grad(), eval_mode(model):
             out = analytic.expected(model, *args, **kwargs)
-        return map_tensors(_add_leading, out) if average is None else tensor_output(out, average, dim)
+        return (
+            map_tensors(_add_leading, out) if average is None else tensor_output(out, average, dim)
+        )
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)
@@ -128,7 +138,9 @@ def predict(
     return parts[0] / max(k, 1)
 
 
-def _passes(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> Any:
+def _passes(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
+) -> Any:
     if count == 1:
         return map_tensors(_add_leading, model(*args, **kwargs))
     return folded(model, args, kwargs, count, 0)
@@ -141,16 +153,21 @@ def _add_leading(name: str, value: Tensor) -> Tensor:
 _AVERAGES = ("probs", "sigmoid", "logits", None)
 
 
-def check_average(average: str | None, dim: int | None, known: tuple[str | None, ...] = _AVERAGES) -> None:
+def check_average(
+    average: str | None, dim: int | None, known: tuple[str | None, ...] = _AVERAGES
+) -> None:
     """Raise ValueError for an unknown `average`, or a `dim` without a softmax to take over it."""
     if average not in known:
         raise ValueError(f"average: expected one of {known}, got {average!r}")
     if dim is not None and average != "probs":
-        raise ValueError(f"dim: expected None with average={average!r}, which has no softmax, got {dim!r}")
+        raise ValueError(
+            f"dim: expected None with average={average!r}, which has no softmax, got {dim!r}"
+        )
 
 
 def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int = 0) -> Tensor:
-    """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid for "sigmoid".
+    """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid
+    for "sigmoid".
 
     stacked: the number of dimensions in front of the model's own, which dim does not count.
     """
@@ -158,7 +175,8 @@ def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int =
         out = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
     if not isinstance(out, Tensor) or not out.is_floating_point():
         raise TypeError(
-            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass average=None"
+            f"model: expected a floating output, or one named 'logits', got {_kind(out)}; or pass "
+            "average=None"
         )
     values: Tensor = out.to(torch.promote_types(out.dtype, torch.float32))
     if average == "sigmoid":
@@ -169,19 +187,26 @@ def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int =
 
 
 def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
-    """The dimension of the classes of an output [B, ...]; ValueError where a softmax would say nothing."""
+    """The dimension of the classes of an output [B, ...]; ValueError where a softmax would say
+    nothing."""
     ndim = len(shape)
-    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or not -ndim < dim < ndim or dim == 0):
-        raise ValueError(f"dim: expected a dimension of the output {shape} behind the batch's, got {dim!r}")
+    if dim is not None and (
+        not isinstance(dim, int) or isinstance(dim, bool) or not -ndim < dim < ndim or dim == 0
+    ):
+        raise ValueError(
+            f"dim: expected a dimension of the output {shape} behind the batch's, got {dim!r}"
+        )
     if dim is None and ndim > 3:
         raise ValueError(
-            f"dim: expected the dimension of the classes for an output of shape {shape}, got None; dim=1 for a map "
+            f"dim: expected the dimension of the classes for an output of shape {shape}, got None; "
+            "dim=1 for a map "
             "[B, K, H, W], dim=-1 where the classes come last"
         )
     found = -1 if dim is None else dim
     if ndim < 2 or shape[found] == 1:
         raise ValueError(
-            f"average: expected 'sigmoid' (one logit) or 'logits' for an output of shape {shape}, got 'probs', whose "
+            f"average: expected 'sigmoid' (one logit) or 'logits' for an output of shape {shape}, "
+            "got 'probs', whose "
             "softmax over one class is 1"
         )
     return found % ndim
@@ -190,4 +215,6 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 def _kind(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )

@@ -14,32 +14,35 @@ from ..nn.numbering import dip_layers, warn_of_equal_numbers
 from ..noise import contexts
 
 
-def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any) -> Any:
-    """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m into the batch.
+def trajectories(
+    model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any
+) -> Any:
+    """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m
+    into the batch.
 
-    Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b * m + s), so that the
-    noise of an example does not depend on what else is in the batch. BatchNorm in training mode sees all B * m rows at
-    once.
+    Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
+    m + s), so that the noise of an example does not depend on what else is in the batch. BatchNorm
+    in training mode sees all B * m rows at once.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
         args: Its positional arguments, any pytrees.
         m: Trajectories, >= 1.
-        in_dims: 0 folds a tensor, None passes it as it is: one for all; a tuple for args as in torch.vmap (kwargs are
-            then folded); or a dict from argument position or name for those that differ from 0, such as
-            {"position_ids": None}. Entries may be prefixes.
+        in_dims: 0 folds a tensor, None passes it as it is: one for all; a tuple for args as in
+            torch.vmap (kwargs are then folded); or a dict from argument position or name for those
+            that differ from 0, such as {"position_ids": None}. Entries may be prefixes.
         kwargs: Its named arguments, any pytrees.
 
     Returns:
-        The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What is neither a tensor
-        nor a
-        pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key, row0), row0 counts
-        folded
+        The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What
+        is neither a tensor nor a
+        pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key,
+        row0), row0 counts folded
         entries.
 
     Raises:
-        ValueError: A module without DIP layers where m > 1, an input whose first size is not B, or an output whose
-            first size is not B * m, naming it.
+        ValueError: A module without DIP layers where m > 1, an input whose first size is not B, or
+            an output whose first size is not B * m, naming it.
         RuntimeError: A model in eval mode, which would give m equal copies.
 
     Examples:
@@ -52,14 +55,16 @@ def trajectories(model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0
     check_count("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and contexts.MODE != "on":
         raise RuntimeError(
-            "model: expected training mode, got eval mode, where the m trajectories would be equal; "
+            "model: expected training mode, got eval mode, where the m trajectories would be "
+            "equal; "
             "call model.train(), or use dip.predict(model, ..., k=m)"
         )
     if isinstance(model, nn.Module):
         warn_of_equal_numbers(model)
         if m > 1 and not dip_layers(model):
             raise ValueError(
-                "model: expected DIP layers, found none: its m trajectories would be equal; convert it first, or pass a "
+                "model: expected DIP layers, found none: its m trajectories would be equal; "
+                "convert it first, or pass a "
                 "function that draws noise of its own"
             )
     return folded(model, args, kwargs, m, in_dims)
@@ -72,31 +77,44 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
 
 
-def folded(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], m: int, in_dims: Any) -> Any:
+def folded(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], m: int, in_dims: Any
+) -> Any:
     arg_dims, kwarg_dims = _dims_of(in_dims, args, kwargs)
     fold = _Fold(m)
-    folded_args = [fold(value, dims, f"args[{i}]") for i, (value, dims) in enumerate(zip(args, arg_dims, strict=True))]
+    folded_args = [
+        fold(value, dims, f"args[{i}]")
+        for i, (value, dims) in enumerate(zip(args, arg_dims, strict=True))
+    ]
     folded_kwargs = {name: fold(value, kwarg_dims[name], name) for name, value in kwargs.items()}
     batch = fold.batch
     if batch is None:
-        raise ValueError("args: expected a tensor [B, ...] to repeat, found none (in_dims=None passes one as it is)")
+        raise ValueError(
+            "args: expected a tensor [B, ...] to repeat, found none (in_dims=None passes one as it "
+            "is)"
+        )
     out = model(*folded_args, **folded_kwargs)
     return map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
 
 
-def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _dims_of(
+    in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
     """in_dims of every argument, positional and named."""
     if isinstance(in_dims, (tuple, list)):
         if len(in_dims) != len(args):
             raise ValueError(
-                f"in_dims: expected one entry for each of {len(args)} positional arguments, got {len(in_dims)}"
+                f"in_dims: expected one entry for each of {len(args)} positional arguments, got "
+                f"{len(in_dims)}"
             )
         return list(in_dims), dict.fromkeys(kwargs, 0)
     if isinstance(in_dims, dict):
         unknown = [key for key in in_dims if key not in kwargs and key not in range(len(args))]
         if unknown:
             raise ValueError(f"in_dims: expected positions or names of arguments, got {unknown}")
-        return [in_dims.get(i, 0) for i in range(len(args))], {name: in_dims.get(name, 0) for name in kwargs}
+        return [in_dims.get(i, 0) for i in range(len(args))], {
+            name: in_dims.get(name, 0) for name in kwargs
+        }
     return [in_dims] * len(args), dict.fromkeys(kwargs, in_dims)
 
 
@@ -114,9 +132,12 @@ class _Fold:
         except ValueError:
             flat_dims = None
         if flat_dims is None:
-            raise ValueError(f"in_dims: expected 0, None or a prefix of {name}'s structure, got {dims!r}")
+            raise ValueError(
+                f"in_dims: expected 0, None or a prefix of {name}'s structure, got {dims!r}"
+            )
         leaves = [
-            self._leaf(leaf, d, name + pytree.keystr(path)) for (path, leaf), d in zip(pairs, flat_dims, strict=True)
+            self._leaf(leaf, d, name + pytree.keystr(path))
+            for (path, leaf), d in zip(pairs, flat_dims, strict=True)
         ]
         return pytree.tree_unflatten(leaves, spec)
 
@@ -131,7 +152,8 @@ class _Fold:
         if size is None or size != self.batch:
             wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
             raise ValueError(
-                f"{name}: expected a tensor whose first size is {wanted}, got shape {tuple(leaf.shape)}; "
+                f"{name}: expected a tensor whose first size is {wanted}, got shape "
+                f"{tuple(leaf.shape)}; "
                 "in_dims=None for it passes it as it is"
             )
         if self.m == 1:
@@ -142,20 +164,23 @@ class _Fold:
 def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     if value.ndim == 0:
         raise ValueError(
-            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a loss made "
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a "
+            "loss made "
             "inside the model has lost its trajectories. Take it from logits with dip.objective, "
             "or use model(...).loss + dip.kl_penalty(model)"
         )
     if value.shape[0] != batch * m:
         raise ValueError(
-            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape {tuple(value.shape)}"
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape "
+            f"{tuple(value.shape)}"
         )
     by_example: Tensor = value.unflatten(0, (batch, m))
     return by_example.transpose(0, 1)
 
 
 def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
-    """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are the first one's."""
+    """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are
+    the first one's."""
     first = outs[0]
     if isinstance(first, Tensor):
         return fn(name, *outs)
@@ -170,9 +195,14 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         changed = copy.copy(first)
         for field in (f.name for f in dataclasses.fields(first)):
-            content = map_tensors(fn, *(getattr(out, field) for out in outs), name=f"{name}.{field}")
+            content = map_tensors(
+                fn, *(getattr(out, field) for out in outs), name=f"{name}.{field}"
+            )
             object.__setattr__(changed, field, content)
         return changed
     if isinstance(first, Mapping):
-        return {key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]") for key in first}
+        return {
+            key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]")
+            for key in first
+        }
     return first

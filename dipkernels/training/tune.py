@@ -16,7 +16,8 @@ WEIGHTS = (0.1, 0.2, 1.0)
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run: its settings, what it might spend, and its two scores on validation data."""
+    """One training run: its settings, what it might spend, and its two scores on validation
+    data."""
 
     ratio: float
     kl: float
@@ -38,16 +39,21 @@ class Tuned:
         lines = [f"{'ratio':>6}  {'kl':>6}  {'budget':>7}  {'clean':>8}  {'robust':>8}"]
         for t in self.trials:
             chosen = "  <- chosen" if t is self.best else ""
-            lines.append(f"{t.ratio:6g}  {t.kl:6g}  {t.budget:7d}  {t.clean:8.4g}  {t.robust:8.4g}{chosen}")
+            lines.append(
+                f"{t.ratio:6g}  {t.kl:6g}  {t.budget:7d}  {t.clean:8.4g}  {t.robust:8.4g}{chosen}"
+            )
         return "\n".join(lines)
 
     @property
     def best(self) -> Trial:
         """The chosen trial, at the largest budget."""
-        return ranked([t for t in self.trials if t.budget == self.trials[-1].budget], self.tolerance)[0]
+        return ranked(
+            [t for t in self.trials if t.budget == self.trials[-1].budget], self.tolerance
+        )[0]
 
     def plot(self, path: str | Path) -> None:
-        """Robust against clean score, one point for each trial, larger for a larger budget. Needs matplotlib."""
+        """Robust against clean score, one point for each trial, larger for a larger budget. Needs
+        matplotlib."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4.5), layout="constrained")
@@ -55,13 +61,29 @@ class Tuned:
         largest = max(t.budget for t in self.trials)
         sizes = [20 + 80 * t.budget / largest for t in self.trials]
         shown = axis.scatter(
-            [t.clean for t in self.trials], [t.robust for t in self.trials], sizes, [t.ratio for t in self.trials]
+            [t.clean for t in self.trials],
+            [t.robust for t in self.trials],
+            sizes,
+            [t.ratio for t in self.trials],
         )
         figure.colorbar(shown, label="ratio")
         for t in self.trials:
             if t.budget == largest:
-                axis.annotate(f"kl {t.kl:g}", (t.clean, t.robust), (4, 4), textcoords="offset points", fontsize=8)
-        axis.scatter([self.best.clean], [self.best.robust], 200, facecolors="none", edgecolors="red", label="chosen")
+                axis.annotate(
+                    f"kl {t.kl:g}",
+                    (t.clean, t.robust),
+                    (4, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                )
+        axis.scatter(
+            [self.best.clean],
+            [self.best.robust],
+            200,
+            facecolors="none",
+            edgecolors="red",
+            label="chosen",
+        )
         axis.set(xlabel="clean score on validation data", ylabel="robust score on validation data")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -77,23 +99,27 @@ def tune(
     tolerance: float = 0.01,
     progress: bool = True,
 ) -> Tuned:
-    """Pick calibrate's ratio and objective's kl: all pairs for a short run, the better half for twice as long, and so on.
+    """Pick calibrate's ratio and objective's kl: all pairs for a short run, the better half for
+    twice as long, and so on.
 
-    A pair is better if its clean score is within `tolerance` of the best one's and its robust score is higher; pairs
-    that cost more clean score come after, the cleanest first.
+    A pair is better if its clean score is within `tolerance` of the best one's and its robust score
+    is higher; pairs that cost more clean score come after, the cleanest first.
 
     Args:
-        run: run(ratio, kl, budget) trains a fresh model for that many units, say epochs, and returns the mapping
-            {"clean": ..., "robust": ...}, both higher for better, on validation data (accuracy as it is, and under
-            an attack or noise). The same seed for all pairs compares them best.
+        run: run(ratio, kl, budget) trains a fresh model for that many units, say epochs, and
+            returns the mapping {"clean": ..., "robust": ...}, both higher for better, on validation
+            data (accuracy as it is, and under an attack or noise). The same seed for all pairs
+            compares them best.
         budget: units in all; at least one for each pair and round.
         ratios: of `calibrate`, > 0.
         kls: of `objective`, >= 0.
-        tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of accuracies in 0 .. 1).
+        tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of
+            accuracies in 0 .. 1).
         progress: show a progress bar if tqdm is installed.
 
     Returns:
-        A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the trade.
+        A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the
+            trade.
 
     Raises:
         ValueError: for bad values, a budget too small, or scores that are missing or not finite.
@@ -106,8 +132,12 @@ def tune(
         (1.0, 0.2)
     """
     pairs = list(itertools.product(ratios, kls))
-    if not pairs or not all(math.isfinite(r) and r > 0 and math.isfinite(w) and w >= 0 for r, w in pairs):
-        raise ValueError(f"ratios, kls: expected numbers > 0 and >= 0, got {list(ratios)} and {list(kls)}")
+    if not pairs or not all(
+        math.isfinite(r) and r > 0 and math.isfinite(w) and w >= 0 for r, w in pairs
+    ):
+        raise ValueError(
+            f"ratios, kls: expected numbers > 0 and >= 0, got {list(ratios)} and {list(kls)}"
+        )
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
     rounds = plan(len(pairs), budget)
@@ -125,7 +155,8 @@ def tune(
 
 
 def plan(pairs: int, budget: int) -> list[tuple[int, int]]:
-    """(pairs, units for each) of every round: half the pairs and twice the units from one to the next."""
+    """(pairs, units for each) of every round: half the pairs and twice the units from one to the
+    next."""
     counts = [pairs]
     while counts[-1] > 2:
         counts.append(-(-counts[-1] // 2))
@@ -146,7 +177,9 @@ def _scores(result: Mapping[str, float]) -> dict[str, float]:
     try:
         scores = {name: float(result[name]) for name in ("clean", "robust")}
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f'run: expected a mapping {{"clean": ..., "robust": ...}}, got {result!r}') from None
+        raise ValueError(
+            f'run: expected a mapping {{"clean": ..., "robust": ...}}, got {result!r}'
+        ) from None
     if not all(math.isfinite(value) for value in scores.values()):
         raise ValueError(f"run: expected finite scores, got {scores}")
     return scores

@@ -1,14 +1,17 @@
-"""A vision transformer with DIP layers, trained with FSDP2 on any number of processes; resumable.  docs/cluster.md.
+"""A vision transformer with DIP layers, trained with FSDP2 on any number of processes; resumable.
+docs/cluster.md.
 
-    python examples/cluster/train.py examples/cluster/digits.json --out out/cluster                     one process
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                       for restarts: docs/cluster.md
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py examples/cluster/digits.json
-    sbatch examples/cluster/train.sbatch                                                                 many nodes
+    python examples/cluster/train.py examples/cluster/digits.json --out out/cluster
+       one process export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                       for restarts:
+       docs/cluster.md
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py
+    examples/cluster/digits.json sbatch examples/cluster/train.sbatch
+                                     many nodes
 
-Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the process: the order of
-examples of (seed, epoch), the noise of (key + step, the example's place in the global batch). So a run that was killed
-and restarted, on the same number of processes, ends with the same weights; on another number, with the same up to
-rounding.
+Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the
+process: the order of examples of (seed, epoch), the noise of (key + step, the example's place in
+the global batch). So a run that was killed and restarted, on the same number of processes, ends
+with the same weights; on another number, with the same up to rounding.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import dipkernels as dip
 NUM_TEST, NUM_TRAIN = 297, 1500
 
 
-# ---- the configuration ---------------------------------------------------------------------------------------------
+# ---- the configuration ---------------------------------------------------------------------------
 
 # Each number's type, its least and its largest value.
 MODEL = {"width": (int, 1, 2**16), "depth": (int, 1, 2**10), "heads": (int, 1, 2**10)}
@@ -56,7 +59,8 @@ CONFIG = {
 
 
 def check_config(config: dict) -> dict:
-    """The configuration itself. Raises ValueError naming the first entry that is missing, unknown or out of its range."""
+    """The configuration itself. Raises ValueError naming the first entry that is missing, unknown
+    or out of its range."""
     _check_entries(config, "config", {**CONFIG, "model": None, "dip": None})
     _check_entries(config["model"], "model", MODEL)
     if config["model"]["width"] % config["model"]["heads"]:
@@ -76,7 +80,9 @@ def _check_entries(entries: object, name: str, expected: dict) -> None:
         value = entries[entry]
         typed = type(value) is kind or (kind is float and type(value) is int)
         if not (typed and least <= value <= most):
-            raise ValueError(f"{entry}: expected {kind.__name__} from {least} to {most}, got {value!r}")
+            raise ValueError(
+                f"{entry}: expected {kind.__name__} from {least} to {most}, got {value!r}"
+            )
 
 
 class Block(nn.Module):
@@ -88,7 +94,12 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-2, -3)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .unflatten(-1, (3, self.heads, -1))
+            .movedim(-3, 0)
+            .transpose(-2, -3)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -104,7 +115,13 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (4, 2)).unflatten(-3, (4, 2)).transpose(-2, -3).flatten(-2).flatten(-3, -2)  # [B, 16, 4]
+        x = (
+            x.unflatten(-1, (4, 2))
+            .unflatten(-3, (4, 2))
+            .transpose(-2, -3)
+            .flatten(-2)
+            .flatten(-3, -2)
+        )  # [B, 16, 4]
         x = self.patches(x) + self.place
         for block in self.blocks:
             x = block(x)
@@ -114,8 +131,16 @@ class ViT(nn.Module):
 def build(config: dict, device: torch.device, x: Tensor) -> nn.Module:
     torch.manual_seed(config["seed"])  # the same weights on every rank
     # The same examples on every rank, for a config with a ratio, so that every rank has one prior.
-    model = dip.apply(ViT(**config["model"]).to(device), dip.DIPConfig.from_dict(config["dip"]), [x[: config["batch"]]])
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if config["bfloat16"] else MixedPrecisionPolicy()
+    model = dip.apply(
+        ViT(**config["model"]).to(device),
+        dip.DIPConfig.from_dict(config["dip"]),
+        [x[: config["batch"]]],
+    )
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        if config["bfloat16"]
+        else MixedPrecisionPolicy()
+    )
     mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
     for module in (*model.blocks, model):
         fully_shard(dip.shard_variances(module, mesh=mesh), mesh=mesh, mp_policy=policy)
@@ -125,7 +150,9 @@ def build(config: dict, device: torch.device, x: Tensor) -> nn.Module:
 def load() -> tuple[Tensor, Tensor]:
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(digits.images / 16.0, dtype=torch.float32)[order], torch.tensor(digits.target)[order]
+    return torch.tensor(digits.images / 16.0, dtype=torch.float32)[order], torch.tensor(
+        digits.target
+    )[order]
 
 
 def examples_of(step: int, config: dict, count: int) -> Tensor:
@@ -136,7 +163,7 @@ def examples_of(step: int, config: dict, count: int) -> Tensor:
     return torch.randperm(count, generator=generator)[first : first + config["batch"]]
 
 
-# ---- checkpoints: written whole before `latest` names them ---------------------------------------------------------
+# ---- checkpoints: written whole before `latest` names them ---------------------------------------
 
 
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Path) -> None:
@@ -149,15 +176,19 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, out: Pat
 
 
 def resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    """The step to go on from: 0, or that of the last whole checkpoint, whatever number of processes wrote it.
+    """The step to go on from: 0, or that of the last whole checkpoint, whatever number of processes
+    wrote it.
 
-    Raises ValueError where `latest` or the checkpoint that it names cannot be read, or is another model's.
+    Raises ValueError where `latest` or the checkpoint that it names cannot be read, or is another
+    model's.
     """
     if not (out / "latest").exists():
         return 0
     latest = (out / "latest").read_bytes()
     if not latest.isdigit() or not (out / f"step-{int(latest[:20])}").is_dir():
-        raise ValueError(f"--out: expected the step of a checkpoint in {out / 'latest'}, got {latest[:40]!r}")
+        raise ValueError(
+            f"--out: expected the step of a checkpoint in {out / 'latest'}, got {latest[:40]!r}"
+        )
     step = int(latest)
     weights, state = get_state_dict(model, optimizer)
     folder = out / f"step-{step}"
@@ -166,30 +197,42 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     except (Exception, CheckpointException) as error:
         raise ValueError(
-            f"--out: expected this model's checkpoint in {folder}, got another, or a damaged one: {error!r}"
+            f"--out: expected this model's checkpoint in {folder}, got another, or a damaged one: "
+            f"{error!r}"
         ) from error
     return step
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
-def train(config: dict, out: Path, device: torch.device, after_step: Callable[[int], None] = lambda step: None) -> dict:
-    """Train from the last checkpoint in `out` to the end. Returns the whole state dict on rank 0, {} elsewhere."""
+def train(
+    config: dict,
+    out: Path,
+    device: torch.device,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> dict:
+    """Train from the last checkpoint in `out` to the end. Returns the whole state dict on rank 0,
+    {} elsewhere."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     check_config(config)
     if config["batch"] % world:
-        raise ValueError(f"batch: expected a multiple of the {world} processes, got {config['batch']}")
+        raise ValueError(
+            f"batch: expected a multiple of the {world} processes, got {config['batch']}"
+        )
     each = config["batch"] // world
     x, y = (t.to(device) for t in load())
     count = len(x) - NUM_TEST
     model, how = build(config, device, x), dip.DIPConfig.from_dict(config["dip"])
-    optimizer = torch.optim.AdamW(dip.param_groups(model, config["lr"], config["weight_decay"], config["variance_lr"]))
+    optimizer = torch.optim.AdamW(
+        dip.param_groups(model, config["lr"], config["weight_decay"], config["variance_lr"])
+    )
     out.mkdir(parents=True, exist_ok=True)
     start, loss = resume(model, optimizer, out), torch.zeros(())
     for step in range(start, config["steps"]):
         mine = examples_of(step, config, count)[rank * each : (rank + 1) * each].to(device)
-        # trajectories folds m passes into the batch, so this rank's first row of it is rank * each * m
+        # trajectories folds m passes into the batch, so this rank's first row of it is rank * each
+        # * m
         with how.noise(step, row0=rank * each * how.m):
             if step == start:
                 dip.check_ranks(model)
@@ -205,11 +248,16 @@ def train(config: dict, out: Path, device: torch.device, after_step: Callable[[i
     model.eval()
     with torch.no_grad():  # every rank the whole test set: no rank waits for another's batches
         correct = (model(x[count:]).argmax(-1) == y[count:]).float().mean().item()
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if rank == 0:
         torch.save(state, out / "final.pt")
         print(
-            json.dumps({"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}), flush=True
+            json.dumps(
+                {"steps": config["steps"], "test_accuracy": round(correct, 4), "processes": world}
+            ),
+            flush=True,
         )
     return state
 
@@ -228,10 +276,16 @@ def main() -> None:
     except (OSError, ValueError, RecursionError) as error:
         parser.error(f"{arguments.config}: {error}")
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    )
     if gpu:
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    alone = (
+        {}
+        if "RANK" in os.environ
+        else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    )
     distributed.init_process_group("nccl" if gpu else "gloo", **alone)
     train(config, arguments.out, device)
     distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Tests that need a CUDA device. `make gpu-check` runs them; elsewhere they are skipped with the reason."""
+"""Tests that need a CUDA device. `make gpu-check` runs them; elsewhere they are skipped with the
+reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""CUDA graphs, reduce-overhead, checkpointing and mixed precision on a device: fresh noise, right gradients."""
+"""CUDA graphs, reduce-overhead, checkpointing and mixed precision on a device: fresh noise, right
+gradients."""
 
 import copy
 
@@ -50,7 +51,9 @@ def test_a_captured_step_draws_fresh_noise_and_has_its_gradients(x):
         graph.replay()
         torch.cuda.synchronize()
         outs.append(y.clone())
-        torch.testing.assert_close(layer.log_variance.grad, (w * (y - x)).sum(0) / 2, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            layer.log_variance.grad, (w * (y - x)).sum(0) / 2, rtol=1e-3, atol=1e-3
+        )
     assert not torch.equal(outs[0], outs[1]) and not torch.equal(outs[1], outs[2])
 
 
@@ -101,7 +104,10 @@ def test_checkpointing_on_a_device_changes_no_gradient_or_raises(model, x, reent
 
 
 def test_a_scaled_float16_step_on_a_device(model, x):
-    scaler, optimizer = torch.amp.GradScaler("cuda"), torch.optim.AdamW(dip.param_groups(model, 1e-3))
+    scaler, optimizer = (
+        torch.amp.GradScaler("cuda"),
+        torch.optim.AdamW(dip.param_groups(model, 1e-3)),
+    )
     before = model[0].log_variance.detach().clone()
     with torch.autocast("cuda", torch.float16):
         loss = model(x).float().square().mean()

@@ -1,4 +1,5 @@
-"""Every CUDA and Triton kernel on a device against the float64 reference, and what may not change a result."""
+"""Every CUDA and Triton kernel on a device against the float64 reference, and what may not change a
+result."""
 
 import pytest
 import torch
@@ -35,12 +36,19 @@ def tensors(shape, dtype=F32, device="cuda"):
     return x, du, sigma
 
 
-def check(x, du, sigma, dim=1, row0=0, col0=0, sample=0, factor=1.0, log_variance=False, dtype=None):
+def check(
+    x, du, sigma, dim=1, row0=0, col0=0, sample=0, factor=1.0, log_variance=False, dtype=None
+):
     where = (dim, row0, col0, sample, factor, log_variance)
     s = seed(x.device)
-    u, again = perturb(x, sigma, s, Draw(*where), dtype), perturb_replay(du, x, sigma, s, Draw(*where), dtype)
+    u, again = (
+        perturb(x, sigma, s, Draw(*where), dtype),
+        perturb_replay(du, x, sigma, s, Draw(*where), dtype),
+    )
     want = reference.perturb(x, sigma, s, *where, F64)
-    spread = (torch.exp(sigma / 2) if log_variance else sigma).max().item() if sigma.numel() else 0.0
+    spread = (
+        (torch.exp(sigma / 2) if log_variance else sigma).max().item() if sigma.numel() else 0.0
+    )
     eps = 0.0 if u.dtype is F64 else torch.finfo(u.dtype).eps
     assert torch.equal(u, again[0])
     assert u.dtype is (dtype or x.dtype) and not u.isnan().any()
@@ -54,7 +62,8 @@ def check(x, du, sigma, dim=1, row0=0, col0=0, sample=0, factor=1.0, log_varianc
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16, F64])
 @pytest.mark.parametrize(
-    "shape", [ROWS, (64, 512), (1, 1), (5, 9), (0, 8), (1000, 13), CHANNELS, (2, 13, 7, 7), (2, 16, 32)]
+    "shape",
+    [ROWS, (64, 512), (1, 1), (5, 9), (0, 8), (1000, 13), CHANNELS, (2, 13, 7, 7), (2, 16, 32)],
 )
 def test_kernels_match_reference(kernels, dtype, shape):
     check(*tensors(shape, dtype))
@@ -112,7 +121,9 @@ def test_noise_is_one_for_all_backends():
         except RuntimeError as missing:
             print(f"{name}: {missing}")
             continue
-        assert (got - want).abs().max() <= (0 if to_the_bit else 4e-6), f"{name}: {(got != want).sum()} differ"
+        assert (got - want).abs().max() <= (0 if to_the_bit else 4e-6), (
+            f"{name}: {(got != want).sum()} differ"
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -174,7 +185,8 @@ def test_graph_replays_with_fresh_noise(kernels):
 
 
 def test_kernels_run_on_the_current_stream(kernels):
-    """Enough work ahead of it on the side stream that a launch on another stream would read x before it is filled."""
+    """Enough work ahead of it on the side stream that a launch on another stream would read x
+    before it is filled."""
     sigma, side = torch.zeros(1024, device="cuda"), torch.cuda.Stream()
     x = torch.zeros(1024, 1024, device="cuda")
     perturb(x, sigma, seed(), Draw(1), None)
@@ -211,7 +223,8 @@ def test_kernels_past_two_to_the_31_elements(kernels):
     tail = noise(seed(), (5, k), Draw(1, m - 5))
     assert torch.equal(u[-5:], tail.bfloat16())
     del x
-    # The noise's own second moment: a wrapped offset would read what was never written, or the wrong rows.
+    # The noise's own second moment: a wrapped offset would read what was never written, or the
+    # wrong rows.
     dsigma = perturb_bwd(u, sigma, seed(), Draw(1))
     assert ((dsigma / m - 1).abs() < 0.02).all()
 

@@ -1,4 +1,5 @@
-"""The noise contract on a device, over every argument: words, radii and angles are the host's bit for bit."""
+"""The noise contract on a device, over every argument: words, radii and angles are the host's bit
+for bit."""
 
 import ctypes
 import math
@@ -76,7 +77,8 @@ def test_words_match_known_answers(probe):
 
 
 def test_radius_is_the_hosts_on_all_arguments(probe):
-    """The corrected reciprocal square root is the IEEE root on all 2^20 radii, so device and host agree to the bit."""
+    """The corrected reciprocal square root is the IEEE root on all 2^20 radii, so device and host
+    agree to the bit."""
     device, host = device_and_host(probe, "radii", 2**20)
     different = torch.nonzero(device != host).flatten()
     assert not len(different), f"{len(different)} radii differ, the first at i = {different[0]}"

@@ -25,8 +25,8 @@ def approximate(name, exact, errors, flush):
     Args:
         name: Of the instruction.
         exact: The exact value, in float64.
-        errors: 0: rounded to nearest. Else a seed: off by a part of the bound between -1 and 1, drawn by a hash of the
-            value, for the same number has the same error, as on a GPU.
+        errors: 0: rounded to nearest. Else a seed: off by a part of the bound between -1 and 1,
+            drawn by a hash of the value, for the same number has the same error, as on a GPU.
         flush: .ftz of the result.
     """
     exact = np.asarray(exact, f64)
@@ -48,7 +48,8 @@ def approximate(name, exact, errors, flush):
 
 
 def fast_quotient(a, b, full):
-    """div.full and div.approx in float64: the latter gives 0 beyond 2^126, which it does not scale"""
+    """div.full and div.approx in float64: the latter gives 0 beyond 2^126, which it does not
+    scale"""
     exact = a.astype(f64) / b.astype(f64)
     if full:
         return exact

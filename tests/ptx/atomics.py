@@ -33,7 +33,8 @@ class Atomics:
     """Part of a Run."""
 
     def atomic(self, mask, space, how, kind, address, b, c, size):
-        """The old values. Threads come in the order of their numbers, or with errors=n in the n-th random one."""
+        """The old values. Threads come in the order of their numbers, or with errors=n in the n-th
+        random one."""
         where = np.flatnonzero(self._spread(self.active(mask)))
         olds = np.zeros(self.T, UNSIGNED[size])
         if not len(where):
@@ -55,7 +56,9 @@ class Atomics:
         operands = [None if v is None else self._spread(v)[where] for v in (b, c)]
         order = np.argsort(at, kind="stable")
         start = np.r_[True, at[order][1:] != at[order][:-1]]
-        rank = np.arange(len(order)) - np.maximum.accumulate(np.where(start, np.arange(len(order)), 0))
+        rank = np.arange(len(order)) - np.maximum.accumulate(
+            np.where(start, np.arange(len(order)), 0)
+        )
         # The first thread of every address, then the second, and so on.
         by_rank = np.argsort(rank, kind="stable")
         for picked in np.split(order[by_rank], np.cumsum(np.bincount(rank))[:-1]):

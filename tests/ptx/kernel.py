@@ -1,4 +1,5 @@
-"""Kernels and their launch: divergent threads run one path after the other and meet at the branch's post-dominator."""
+"""Kernels and their launch: divergent threads run one path after the other and meet at the branch's
+post-dominator."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ class Module:
     def __init__(self, text: str):
         outside, kernels = split_module(text)
         self.variables = np.zeros(max(outside.variable_bytes, 16), u8)  # they outlive a launch
-        self.kernels = {name: Kernel(name, *rest, outside, self.variables) for name, *rest in kernels}
+        self.kernels = {
+            name: Kernel(name, *rest, outside, self.variables) for name, *rest in kernels
+        }
 
 
 class Kernel:
@@ -66,9 +69,13 @@ class Kernel:
         if not 0 < size <= 1024 or min(grid) < 1 or grid[0] >= 2**31 or max(grid[1:]) > 65535:
             raise PTXError(f"no GPU launches grid {grid} of block {block}")
         if self.max_threads and size > self.max_threads:
-            raise PTXError(f"{self.name}: a block of {size} threads, where it takes {self.max_threads}")
+            raise PTXError(
+                f"{self.name}: a block of {size} threads, where it takes {self.max_threads}"
+            )
         if len(params) != self.param_bytes:
-            raise PTXError(f"{self.name}: {len(params)} bytes of parameters, where it takes {self.param_bytes}")
+            raise PTXError(
+                f"{self.name}: {len(params)} bytes of parameters, where it takes {self.param_bytes}"
+            )
         return size
 
     def run(
@@ -95,8 +102,10 @@ class Kernel:
             memory: The tensors.
             shared: Bytes of dynamic shared memory.
             races: Whether to look for races in shared memory.
-            errors: Not 0: of approximations and of the order of atomic operations, each number another choice.
-            contract: Products and sums without .rn are fused, as ptxas may do with all of them or none.
+            errors: Not 0: of approximations and of the order of atomic operations, each number
+                another choice.
+            contract: Products and sums without .rn are fused, as ptxas may do with all of them or
+                none.
             threads: How many run together, at least one block.
             ctas: A function of the grid: the blocks to run, in their order. None: all.
             steps: Basic blocks after which a kernel counts as one that never ends.
@@ -114,12 +123,26 @@ class Kernel:
             memory.freeze()
         buffer = np.zeros(-(-max(len(params), 16) // 16) * 16, u8)
         buffer[: len(params)] = np.frombuffer(params, u8)
-        of = ctas(grid) if ctas else [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        of = (
+            ctas(grid)
+            if ctas
+            else [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+        )
         together = max(1, threads // (-(-size // WARP) * WARP))
         self.count = 0
         with np.errstate(all="ignore"):
             for first in range(0, len(of), together):
-                run = Run(self, grid, block, of[first : first + together], buffer, memory, shared, races, errors)
+                run = Run(
+                    self,
+                    grid,
+                    block,
+                    of[first : first + together],
+                    buffer,
+                    memory,
+                    shared,
+                    races,
+                    errors,
+                )
                 self._run(run, contract, steps)
                 self.count += run.instructions
         return self.count
@@ -144,7 +167,9 @@ class Kernel:
                 run.steps += 1
                 if run.steps > steps:
                     raise PTXError(f"{self.name}: did not end within {steps} basic blocks")
-                run.instructions += len(blocks[pc].instructions) * (everyone if mask is None else int(mask.sum()))
+                run.instructions += len(blocks[pc].instructions) * (
+                    everyone if mask is None else int(mask.sum())
+                )
                 try:
                     result = self._function(pc, mask is not None, contract)(run, registers, mask)
                 except PTXError as error:

@@ -1,4 +1,5 @@
-"""Types of PTX and the NumPy types that hold them. A register holds bits: an unsigned type, or truths for predicates."""
+"""Types of PTX and the NumPy types that hold them. A register holds bits: an unsigned type, or
+truths for predicates."""
 
 import re
 

@@ -1,4 +1,5 @@
-"""ldmatrix, stmatrix, mma and wgmma: exact products, added in float64 and rounded once per instruction."""
+"""ldmatrix, stmatrix, mma and wgmma: exact products, added in float64 and rounded once per
+instruction."""
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class Matrices:
         address = self._spread(address)
         where = np.flatnonzero(mask & (self.lane < 8 * count))
         place = self.place_in_shared(address[where], 16, where)
-        # A row is read by the whole warp; its thread stands for it, and another warp is another thread.
+        # A row is read by the whole warp; its thread stands for it, and another warp is another
+        # thread.
         self.note_read(place, 16, where)
         rows = np.zeros((self.T, 8), u16)
         rows[where] = self.shared.view(u16).reshape(-1, 8)[place // 16]
@@ -75,12 +77,15 @@ class Matrices:
         for (row, col), register in zip(places, c, strict=True):
             sums[:, row, col] = self._spread(register).view(f32).reshape(-1, WARP)
         total = (left @ right + sums).astype(f32)
-        return [np.ascontiguousarray(total[:, row, col]).reshape(-1).view(u32) for row, col in places]
+        return [
+            np.ascontiguousarray(total[:, row, col]).reshape(-1).view(u32) for row, col in places
+        ]
 
     # ---- wgmma
 
     def _described(self, descriptor, rows, transposed, leaders):
-        """Byte offsets [warpgroups, rows, 16] of a matrix in shared memory, by a descriptor; rows: those of A or B's columns"""
+        """Byte offsets [warpgroups, rows, 16] of a matrix in shared memory, by a descriptor; rows:
+        those of A or B's columns"""
         descriptor = self._spread(descriptor).reshape(-1, GROUP)
         if np.any(descriptor != descriptor[:, :1]):
             raise PTXError("wgmma: the threads of a warpgroup disagree about a descriptor")
@@ -89,7 +94,9 @@ class Matrices:
         start, leading, stride = (field[:, None, None] for field in fields)
         modes = set((d >> u64(62)).tolist())
         if len(modes) != 1 or np.any((d >> u64(49)) & u64(7)):
-            raise PTXError("wgmma: a descriptor with a base offset, or of several modes, is not implemented")
+            raise PTXError(
+                "wgmma: a descriptor with a base offset, or of several modes, is not implemented"
+            )
         mode = modes.pop()
         pitch = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
         i, k = np.arange(rows)[:, None], np.arange(16)[None, :]
@@ -109,16 +116,22 @@ class Matrices:
         """Its values, and from here on its units are being read"""
         address = self._described(descriptor, rows, transposed, leaders)
         if np.any((address < 0) | (address + 2 > self.shared_size)):
-            raise PTXError(f"wgmma reads byte {int(address.max())} of {self.shared_size} of shared memory")
+            raise PTXError(
+                f"wgmma reads byte {int(address.max())} of {self.shared_size} of shared memory"
+            )
         place = address + self.shared_base.reshape(-1, GROUP)[leaders, 0][:, None, None]
         units = place // self.unit
         last = self.written[units]
         if not last.all() or (self.in_flight is not None and self.in_flight[units].any()):
-            raise PTXError("wgmma reads shared memory that nobody wrote, or that cp.async has not delivered")
+            raise PTXError(
+                "wgmma reads shared memory that nobody wrote, or that cp.async has not delivered"
+            )
         epoch = self.epoch[self.cta.reshape(-1, GROUP)[leaders, 0]][:, None, None]
         mine = self.stamp.reshape(-1, GROUP)[leaders, 0][:, None, None]
         if self.races and np.any(((last >> 11) == epoch) & (last != mine)):
-            raise PTXError("race: wgmma reads shared memory that was written since the last barrier")
+            raise PTXError(
+                "race: wgmma reads shared memory that was written since the last barrier"
+            )
         self.busy[units] = True
         self.reading.append((self.group, units, leaders))
         halves = self.shared.view(u16)[place // 2]

@@ -1,4 +1,5 @@
-"""Global memory: segments at addresses far apart, so that no small error leads from one tensor to another."""
+"""Global memory: segments at addresses far apart, so that no small error leads from one tensor to
+another."""
 
 import numpy as np
 
@@ -9,7 +10,8 @@ OFFSET = (1 << SEGMENT_BITS) - 1
 
 
 class _Process:
-    """All memory of this process as one array, from FIRST on; Memory.locate lets nothing but segments through."""
+    """All memory of this process as one array, from FIRST on; Memory.locate lets nothing but
+    segments through."""
 
     FIRST = 1 << 16
     __array_interface__ = {  # noqa: RUF012
@@ -23,8 +25,8 @@ class _Process:
 class Memory:
     """The tensors that a launch may touch.
 
-    Small ones are copied into an arena. Those of LARGE bytes are used where they lie, so that a tensor beyond 2^31 elements
-    costs the pages that a kernel touches.
+    Small ones are copied into an arena. Those of LARGE bytes are used where they lie, so that a
+    tensor beyond 2^31 elements costs the pages that a kernel touches.
     """
 
     LARGE = 1 << 26

@@ -22,7 +22,8 @@ class BitOpcodes:
             pieces = self.vector(o[1])
             bits = total // len(pieces)
             terms = [
-                f"({self.operand(p, f'b{bits}')}.astype(u{total}) << {self._count(i * bits, total)})"
+                f"({self.operand(p, f'b{bits}')}.astype(u{total}) << "
+                f"{self._count(i * bits, total)})"
                 for i, p in enumerate(pieces)
             ]
             return self.assign(o[0], " | ".join(terms))
@@ -71,7 +72,9 @@ class BitOpcodes:
         if rest:
             info = f"np.iinfo({name_of(to)})"
             wide = f"({a}).astype(object)" if source == "u64" else f"({a}).astype(i64)"
-            return self.assign(o[0], f"np.clip({wide}, int({info}.min), int({info}.max)).astype({name_of(to)})", to)
+            return self.assign(
+                o[0], f"np.clip({wide}, int({info}.min), int({info}.max)).astype({name_of(to)})", to
+            )
         return self.assign(o[0], f"({a}).astype({name_of(to)})", to)
 
     def _convert_pair(self, parts, to, how, o):

@@ -32,7 +32,12 @@ class FloatOpcodes:
         one, minus = (self.constant(u16(_ONE[kind] | sign)) for sign in (0, 0x8000))
         zero = self.constant(u16(0x8000))
         values = [self.operand(v, "b32" if parts[-1].endswith("x2") else "b16") for v in o[1:]]
-        order = {"+": "{one}, {0}, {1}", "-": "{minus}, {1}, {0}", "*": "{0}, {1}, {zero}", "fma": "{0}, {1}, {2}"}[how]
+        order = {
+            "+": "{one}, {0}, {1}",
+            "-": "{minus}, {1}, {0}",
+            "*": "{0}, {1}, {zero}",
+            "fma": "{0}, {1}, {2}",
+        }[how]
 
         def of(*names):
             return f"sum16({kind!r}, {order.format(*names, one=one, minus=minus, zero=zero)})"
@@ -153,7 +158,9 @@ class FloatOpcodes:
     def op_rem(self, parts, o):
         kind = parts[-1]
         self.only(parts)
-        self.assign(o[0], f"remainder({self.operand(o[1], kind)}, {self.operand(o[2], kind)})", kind)
+        self.assign(
+            o[0], f"remainder({self.operand(o[1], kind)}, {self.operand(o[2], kind)})", kind
+        )
 
     def _approximate(self, name, expression, parts, o):
         """expression: of {}, in float64"""
@@ -186,7 +193,9 @@ class FloatOpcodes:
             return self._approximate("sqrt", "np.sqrt({})", parts, o)
         self.only(parts, *MODES, "ftz")
         (a,) = self._inputs(o[1:2], parts[-1], parts)
-        return self._finish(o[0], f"sqrt{parts[-1][1:]}({a}, {self._mode(parts)!r})", parts[-1], parts)
+        return self._finish(
+            o[0], f"sqrt{parts[-1][1:]}({a}, {self._mode(parts)!r})", parts[-1], parts
+        )
 
     def op_rcp(self, parts, o):
         if "approx" in parts:
@@ -194,7 +203,9 @@ class FloatOpcodes:
         self.only(parts, *MODES, "ftz")
         kind = parts[-1]
         (a,) = self._inputs(o[1:2], kind, parts)
-        return self._finish(o[0], f"div{kind[1:]}({name_of(kind)}(1), {a}, {self._mode(parts)!r})", kind, parts)
+        return self._finish(
+            o[0], f"div{kind[1:]}({name_of(kind)}(1), {a}, {self._mode(parts)!r})", kind, parts
+        )
 
     # ---- signs, the least and the greatest
 
@@ -243,7 +254,9 @@ class FloatOpcodes:
         half = f"{name}16({kind.removesuffix('x2')!r}, {{0}}, {{1}}, {nan})"
         if not kind.endswith("x2"):
             return self.assign(o[0], half.format(*(self.operand(v, "b16") for v in o[1:3])), "b16")
-        self.lines.append("h = [" + ", ".join(f"halves({self.operand(v, 'b32')})" for v in o[1:3]) + "]")
+        self.lines.append(
+            "h = [" + ", ".join(f"halves({self.operand(v, 'b32')})" for v in o[1:3]) + "]"
+        )
         low, high = (half.format(f"h[0][{side}]", f"h[1][{side}]") for side in (0, 1))
         return self.assign(o[0], f"packed({low}, {high})")
 

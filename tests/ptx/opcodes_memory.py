@@ -6,9 +6,45 @@ from .kinds import WINDOWS, PTXError, u64, width_of
 
 _SPACES = ("global", "shared", "param", "local")
 # What says how soon others see an access, or how it is cached: no matter here.
-_ORDER = {"relaxed", "acquire", "release", "acq_rel", "volatile", "weak", "cta", "cluster", "gpu", "sys"}
-_CACHES = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "cop", "v2", "v4", "L1", "L2", "no_allocate"}
-_CACHES |= {"evict_first", "evict_last", "evict_normal", "evict_unchanged", "L2", "64B", "128B", "256B", "cache_hint"}
+_ORDER = {
+    "relaxed",
+    "acquire",
+    "release",
+    "acq_rel",
+    "volatile",
+    "weak",
+    "cta",
+    "cluster",
+    "gpu",
+    "sys",
+}
+_CACHES = {
+    "nc",
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "cop",
+    "v2",
+    "v4",
+    "L1",
+    "L2",
+    "no_allocate",
+}
+_CACHES |= {
+    "evict_first",
+    "evict_last",
+    "evict_normal",
+    "evict_unchanged",
+    "L2",
+    "64B",
+    "128B",
+    "256B",
+    "cache_hint",
+}
 
 
 class MemoryOpcodes:
@@ -25,7 +61,9 @@ class MemoryOpcodes:
         self.only(parts, *_SPACES, *_ORDER, *_CACHES)
         kind, targets, space = parts[-1], self.vector(o[0]), self.space(parts)
         size = width_of(kind)
-        self.lines.append(f"v = E.load({space!r}, {self.address(o[1])}, {size}, {len(targets)}, {self.mask})")
+        self.lines.append(
+            f"v = E.load({space!r}, {self.address(o[1])}, {size}, {len(targets)}, {self.mask})"
+        )
         for i, target in enumerate(targets):
             if kind.startswith("s"):
                 self.assign(target, f"v[{i}].view(i{8 * size})", kind)
@@ -63,7 +101,10 @@ class MemoryOpcodes:
         allowed = {"add": ("u32", "s32", "u64", "f32", "f64"), "inc": ("u32",), "dec": ("u32",)}
         if kind not in allowed.get(how, ("u32", "s32", "u64", "s64", "b32", "b64")):
             raise PTXError(f"{'.'.join(parts)} is not implemented")
-        bits, values = f"b{8 * width_of(kind)}", [self.operand(v, f"b{8 * width_of(kind)}") for v in o[1:]]
+        bits, values = (
+            f"b{8 * width_of(kind)}",
+            [self.operand(v, f"b{8 * width_of(kind)}") for v in o[1:]],
+        )
         b, c = (*values, "None")[:2]
         where = f"{self.space(parts)!r}, {how!r}, {kind!r}, {self.address(o[0])}"
         self.lines.append(f"v = E.atomic({self.mask}, {where}, {b}, {c}, {width_of(kind)})")
@@ -88,7 +129,9 @@ class MemoryOpcodes:
 
     def op_bar(self, parts, o):
         if parts[1:] == ["warp", "sync"]:
-            self.lines.append(f"E.check_members({self.mask}, {self.operand(o[0], 'u32')}, 'bar.warp.sync')")
+            self.lines.append(
+                f"E.check_members({self.mask}, {self.operand(o[0], 'u32')}, 'bar.warp.sync')"
+            )
         elif parts[1:] in (["sync"], ["sync", "aligned"]) and o == ["0"]:
             self.lines.append(f"E.barrier({self.mask})")
         elif parts[1] == "red" and o[1] == "0" and len(o) == 3:
@@ -144,7 +187,9 @@ class MemoryOpcodes:
     def op_stmatrix(self, parts, o):
         assert "m8n8" in parts and parts[-1] == "b16"
         registers = self.listed(o[1])
-        self.lines.append(f"E.stmatrix({self.mask}, {self.address(o[0])}, {registers}, {'trans' in parts})")
+        self.lines.append(
+            f"E.stmatrix({self.mask}, {self.address(o[0])}, {registers}, {'trans' in parts})"
+        )
 
     def op_mma(self, parts, o):
         shape, kind = parts[3], parts[7]

@@ -1,4 +1,5 @@
-"""PTX text to kernels: parameters, registers, shared and local variables, basic blocks and where their threads meet again."""
+"""PTX text to kernels: parameters, registers, shared and local variables, basic blocks and where
+their threads meet again."""
 
 from __future__ import annotations
 
@@ -14,9 +15,13 @@ _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+"
     r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?([\w$]+)(?:\[(\d+)\])?"
 )
-_VARIABLE = re.compile(r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
+_VARIABLE = re.compile(
+    r"\.(shared|local)\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?"
+)
 _DYNAMIC = re.compile(r"\.extern\s+\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\s*\[\s*\]")
-_MODULE_VARIABLE = re.compile(r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?")
+_MODULE_VARIABLE = re.compile(
+    r"\.global\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?\s*(=)?"
+)
 _LAUNCH_BOUND = re.compile(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?")
 LEAVES = ("bra", "ret", "exit")
 
@@ -60,21 +65,26 @@ def _closing(text: str, start: int, opening: str, closing: str) -> int:
 def split_module(text: str):
     """(what the kernels share, (name, parameters, directives, body) of every kernel)"""
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
-    text = re.sub(r'//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*|\.pragma\s+"[^"]*"\s*;', "", text, flags=re.M)
+    text = re.sub(
+        r'//[^\n]*|^[ \t]*\.(?:loc|file)\b[^\n]*|\.pragma\s+"[^"]*"\s*;', "", text, flags=re.M
+    )
     text = re.sub(r"\.section\s[^{]*\{[^}]*\}", "", text)
     kernels, outside, position = [], "", 0
     while match := _ENTRY.search(text, position):
         close = _closing(text, match.end() - 1, "(", ")")
         start = text.index("{", close)
         end = _closing(text, start, "{", "}")
-        kernels.append((match[1], text[match.end() : close], text[close + 1 : start], text[start + 1 : end]))
+        kernels.append(
+            (match[1], text[match.end() : close], text[close + 1 : start], text[start + 1 : end])
+        )
         outside += text[position : match.start()]
         position = end + 1
     return Outside(outside + text[position:]), kernels
 
 
 class Outside:
-    """Between the kernels: the names of dynamic shared memory, and variables of the module, which begin as zeros.
+    """Between the kernels: the names of dynamic shared memory, and variables of the module, which
+    begin as zeros.
 
     A variable with an initial value is left out: who reads it meets an unknown name.
     """
@@ -117,7 +127,9 @@ class Body:
     def __init__(self, text: str, outside: Outside, parameters):
         self.symbols = {name: (offset, "param") for name, offset, _ in parameters}
         window = WINDOWS["variable"]
-        self.symbols |= {name: (window + offset, "global") for name, offset in outside.variables.items()}
+        self.symbols |= {
+            name: (window + offset, "global") for name, offset in outside.variables.items()
+        }
         self.registers: dict[str, tuple[int, int]] = {}  # name: (index, bytes; 0: predicate)
         self.shared_bytes = self.local_bytes = 0
         self.blocks, labels = [Block()], {}
@@ -132,14 +144,16 @@ class Body:
             if not match:
                 raise PTXError(f"instruction not understood: {statement}")
             parts = match[3].replace("::", ".").split(".")
-            instruction = Instruction(match[3], parts, split_operands(match[4]), match[2], match[1] == "!")
+            instruction = Instruction(
+                match[3], parts, split_operands(match[4]), match[2], match[1] == "!"
+            )
             self.blocks[-1].instructions.append(instruction)
             if parts[0] in (*LEAVES, "trap"):
                 self.blocks.append(Block())
         self.exit = len(self.blocks)
         self._link(labels)
-        # Dynamic shared memory follows the static one, at a multiple of 128: kernels may count on more than its
-        # declared alignment.
+        # Dynamic shared memory follows the static one, at a multiple of 128: kernels may count on
+        # more than its declared alignment.
         if outside.dynamic:
             self.shared_bytes = -(-self.shared_bytes // 128) * 128
             self.symbols.update((name, (self.shared_bytes, "shared")) for name in outside.dynamic)
@@ -164,9 +178,14 @@ class Body:
                 ranged = re.match(r"([%\w$]+)<(\d+)>", name)
                 names = [f"{ranged[1]}{i}" for i in range(int(ranged[2]))] if ranged else [name]
                 for one in names:
-                    known = self.registers.setdefault(one, (len(self.registers), width_of(match[1])))
+                    known = self.registers.setdefault(
+                        one, (len(self.registers), width_of(match[1]))
+                    )
                     if known[1] != width_of(match[1]):
-                        raise PTXError(f"two scopes declare {one} with different types, which is not implemented")
+                        raise PTXError(
+                            f"two scopes declare {one} with different types, which is not "
+                            "implemented"
+                        )
         elif match := _VARIABLE.match(text):
             align, size = int(match[2] or 1), width_of(match[3]) * int(match[5] or 1)
             counter = f"{match[1]}_bytes"

@@ -1,4 +1,5 @@
-"""Float arithmetic with one rounding, in each of PTX's modes: rn (nearest, ties to even), rz (to 0), rm (down), rp (up)."""
+"""Float arithmetic with one rounding, in each of PTX's modes: rn (nearest, ties to even), rz (to
+0), rm (down), rp (up)."""
 
 import numpy as np
 
@@ -15,14 +16,16 @@ def two_sum(a, b):
 
 
 def to_odd(total, error):
-    """total + error, rounded to odd: a further rounding to fewer bits then gives what one would have given."""
+    """total + error, rounded to odd: a further rounding to fewer bits then gives what one would
+    have given."""
     total, error = np.asarray(total, f64), np.asarray(error, f64)
     inexact = (error != 0) & ((total.view(i64) & 1) == 0) & np.isfinite(total)
     return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
 
 
 def step(nearest, error, how):
-    """The result of mode `how` from one within a unit of the exact value, which lies `error` beside it."""
+    """The result of mode `how` from one within a unit of the exact value, which lies `error` beside
+    it."""
     if how == "rn":
         return nearest
     lowest, highest = nearest.dtype.type(-np.inf), nearest.dtype.type(np.inf)
@@ -44,7 +47,8 @@ def to_f32(high, low, how="rn"):
         nearest = high.astype(f32)
         gap = high - nearest
         return step(nearest, np.where(gap != 0, gap, low), how)
-    # Two roundings differ from one only where the first one's result lies halfway between two float32.
+    # Two roundings differ from one only where the first one's result lies halfway between two
+    # float32.
     bits = high.view(u64) & u64(0x1FFFFFFF)
     doubtful = (bits == u64(0x10000000)) | ((np.abs(high) < 2.4e-38) & (high != 0))
     result = high.astype(f32)
@@ -94,7 +98,7 @@ def sqrt32(a, how="rn"):
     return step(root, np.asarray(a, f64) - np.multiply(root, root, dtype=f64), how)
 
 
-# ---- float64 -----------------------------------------------------------------------------------------------------------
+# ---- float64 -------------------------------------------------------------------------------------
 
 
 def _split(a):
@@ -104,7 +108,8 @@ def _split(a):
 
 
 def fma64(a, b, c, how="rn"):
-    """Boldo and Melquiond's, by a sum rounded to odd; for numbers far from overflow and underflow"""
+    """Boldo and Melquiond's, by a sum rounded to odd; for numbers far from overflow and
+    underflow"""
     if how != "rn":
         raise NotImplementedError(how)
     a, b, c = (np.asarray(v, f64) for v in (a, b, c))
@@ -149,7 +154,7 @@ def sqrt64(a, how="rn"):
     return root if how == "rn" else step(root, fma64(-root, root, a), how)
 
 
-# ---- 16 bits, flushing, least and greatest --------------------------------------------------------------------------------
+# ---- 16 bits, flushing, least and greatest -------------------------------------------------------
 
 
 def ftz(a):
@@ -170,8 +175,11 @@ def f32_to_bf16(a, how="rn"):
 
 
 def sum16(kind, a, b, c, how="rn"):
-    """a b + c of 16-bit floats, as their bits: the exact value is at most two float64, rounded once"""
-    wide = [bf16_to_f32(v).astype(f64) if kind == "bf16" else v.view(f16).astype(f64) for v in (a, b, c)]
+    """a b + c of 16-bit floats, as their bits: the exact value is at most two float64, rounded
+    once"""
+    wide = [
+        bf16_to_f32(v).astype(f64) if kind == "bf16" else v.view(f16).astype(f64) for v in (a, b, c)
+    ]
     product = wide[0] * wide[1]
     total = product + wide[2]
     exact = np.where(np.isfinite(total), to_odd(*two_sum(product, wide[2])), total)
@@ -205,7 +213,7 @@ def float_max(a, b, nan, kind):
     return np.where(a == b, (a.view(kind) & b.view(kind)), large.view(kind))
 
 
-# ---- conversions ---------------------------------------------------------------------------------------------------------
+# ---- conversions ---------------------------------------------------------------------------------
 
 
 def to_integer(a, kind, how):

@@ -20,7 +20,8 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
         self.size = -(-size // WARP) * WARP
         self.ctas, self.T = len(ctas), len(ctas) * self.size
         linear = np.tile(np.arange(self.size), self.ctas)
-        # Who is who in the search for races: threads, or warps where bar.warp.sync orders the threads of one.
+        # Who is who in the search for races: threads, or warps where bar.warp.sync orders the
+        # threads of one.
         self.thread = (linear >> 5 if kernel.has_warp_barriers else linear).astype(i32)
         self.cta = np.repeat(np.arange(self.ctas), self.size)
         self.exists = linear < size
@@ -47,7 +48,13 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
             "%warpid": linear // WARP,
             "%nwarpid": self.size // WARP,
         }
-        for name, compare in (("eq", "__eq__"), ("lt", "__lt__"), ("le", "__le__"), ("gt", "__gt__"), ("ge", "__ge__")):
+        for name, compare in (
+            ("eq", "__eq__"),
+            ("lt", "__lt__"),
+            ("le", "__le__"),
+            ("gt", "__gt__"),
+            ("ge", "__ge__"),
+        ):
             of = getattr(np.arange(WARP)[None, :], compare)(np.arange(WARP)[:, None])
             bits = (of.astype(i64) << np.arange(WARP)).sum(1)
             special[f"%lanemask_{name}"] = bits[linear % WARP]
@@ -67,7 +74,8 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
     # ---- loads and stores
 
     def resolve(self, space, address):
-        """(the memory that addresses lie in, where in it); of generic and global addresses their upper bits tell"""
+        """(the memory that addresses lie in, where in it); of generic and global addresses their
+        upper bits tell"""
         if space not in ("generic", "global"):
             return space, address
         for name, window in WINDOWS.items():
@@ -97,14 +105,19 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
     def place_in_variables(self, address, size):
         address = address.astype(i64)
         if np.any((address & (size - 1)) | (address + size > len(self.kernel.variables))):
-            raise PTXError(f"access of {size} bytes outside of the module's variables, or misaligned")
+            raise PTXError(
+                f"access of {size} bytes outside of the module's variables, or misaligned"
+            )
         return address
 
     def _place_in_local(self, address, size, where):
         address = address.astype(i64)
-        if np.any((address & (size - 1)) | (address < 0) | (address + size > self.kernel.local_bytes)):
+        if np.any(
+            (address & (size - 1)) | (address < 0) | (address + size > self.kernel.local_bytes)
+        ):
             raise PTXError(
-                f"access of {size} bytes outside of {self.kernel.local_bytes} of local memory, or misaligned"
+                f"access of {size} bytes outside of {self.kernel.local_bytes} of local memory, or "
+                "misaligned"
             )
         threads = np.arange(self.T) if where is None else where
         return address + threads * self.local_size
@@ -144,7 +157,9 @@ class Run(Warps, SharedMemory, Atomics, Matrices):
         if first != last:
             raise PTXError("threads read different parameters by one instruction")
         if first < 0 or first + size * count > len(self.params) or first % size:
-            raise PTXError(f"read of {size * count} bytes at byte {first} of {len(self.params)} of parameters")
+            raise PTXError(
+                f"read of {size * count} bytes at byte {first} of {len(self.params)} of parameters"
+            )
         return list(words_of(self.params, size)[first // size : first // size + count])
 
     def store(self, space, address, values, size, mask):

@@ -1,10 +1,12 @@
-"""Shared memory: who wrote and who read each unit last, between which barriers, and what cp.async has on its way."""
+"""Shared memory: who wrote and who read each unit last, between which barriers, and what cp.async
+has on its way."""
 
 import numpy as np
 
 from .kinds import PTXError, i32, i64, u8, u64
 
-# A stamp is epoch << 11 | thread: between two barriers of its block an epoch lasts. These are no threads:
+# A stamp is epoch << 11 | thread: between two barriers of its block an epoch lasts. These are no
+# threads:
 SEVERAL, ATOMIC = 2047, 2046
 
 
@@ -18,7 +20,10 @@ class SharedMemory:
         self.shared_base = self.cta * self.stride
         self.unit, self.races = kernel.shared_unit, races
         units = len(self.shared) // self.unit
-        self.written, self.read = np.zeros(units, i32), np.zeros(units, i32)  # stamps; 0: nobody yet
+        self.written, self.read = (
+            np.zeros(units, i32),
+            np.zeros(units, i32),
+        )  # stamps; 0: nobody yet
         self.pending: list = []  # cp.async on its way: (threads, their group, places, data)
         self.in_flight = np.zeros(units, bool) if kernel.has_cp_async else None
         self.committed = np.zeros(self.T, i32)
@@ -34,7 +39,8 @@ class SharedMemory:
             raise PTXError(f"misaligned access of {size} bytes of shared memory")
         if np.any((address < 0) | (address + size > self.shared_size)):
             raise PTXError(
-                f"access of {size} bytes at byte {int(address.max())} of {self.shared_size} of shared memory"
+                f"access of {size} bytes at byte {int(address.max())} of {self.shared_size} of "
+                "shared memory"
             )
         return address + (self.shared_base if where is None else self.shared_base[where])
 
@@ -61,7 +67,9 @@ class SharedMemory:
         if not self.races:
             return
         bad = ((written >> 11) == (stamp >> 11)) & (written != stamp)
-        self._refuse(bad, place, "race: {} is read and was written by another thread since the last barrier")
+        self._refuse(
+            bad, place, "race: {} is read and was written by another thread since the last barrier"
+        )
         old = self.read[units]
         new = np.where(((old >> 11) == (stamp >> 11)) & (old != stamp), stamp | SEVERAL, stamp)
         self.read[units] = new
@@ -80,11 +88,16 @@ class SharedMemory:
             bad = ((written >> 11) == epoch) & (written != stamp) & (written != mark)
             self._refuse(bad, place, "race: {} is written by two threads between two barriers")
             bad = ((read >> 11) == epoch) & (read != stamp)
-            self._refuse(bad, place, "race: {} is written and was read by another thread since the last barrier")
+            self._refuse(
+                bad,
+                place,
+                "race: {} is written and was read by another thread since the last barrier",
+            )
         self.written[units] = np.broadcast_to(mark, units.shape)
 
     def note_atomic(self, place, size, where):
-        """Read and written, which atomic operations of several threads may do between two barriers"""
+        """Read and written, which atomic operations of several threads may do between two
+        barriers"""
         units = self._units(place, size)
         self._refuse(self.written[units] == 0, place, "read of {} that nobody wrote")
         self.note_write(place, size, where, atomic=True)

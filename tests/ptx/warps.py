@@ -24,13 +24,15 @@ class Warps:
         return np.broadcast_to(value, self.T)
 
     def whole_warps(self, mask, what):
-        """Raises where a part of a warp is active: those that have left count as inactive, as in .aligned forms."""
+        """Raises where a part of a warp is active: those that have left count as inactive, as in
+        .aligned forms."""
         of = self._spread(self.active(mask)).reshape(-1, WARP)
         if np.any(of.any(1) & ~of.all(1)):
             raise PTXError(f"{what} executed by a part of a warp")
 
     def check_members(self, mask, members, what):
-        """Every active thread names itself, and all that it names are active: else they wait for ever."""
+        """Every active thread names itself, and all that it names are active: else they wait for
+        ever."""
         active = self._spread(self.active(mask)).reshape(-1, WARP)
         members = self._spread(members).reshape(-1, WARP).astype(i64)
         arrived = (active << np.arange(WARP)).sum(1)[:, None]
@@ -98,7 +100,8 @@ class Warps:
         return np.repeat((active.astype(i64) << np.arange(WARP)).sum(1).astype(u32), WARP)
 
     def match(self, mask, how, value, members):
-        """(lanes that hold the same value, whether all do); of match.all the lanes are 0 where they differ"""
+        """(lanes that hold the same value, whether all do); of match.all the lanes are 0 where they
+        differ"""
         self.check_members(mask, members, "match.sync")
         active = self._spread(self.active(mask)).reshape(-1, WARP)
         value = self._spread(value).reshape(-1, WARP)

@@ -1,4 +1,5 @@
-"""From a basic block's instructions to a Python function of NumPy statements: operands, assignments, the loop over them."""
+"""From a basic block's instructions to a Python function of NumPy statements: operands,
+assignments, the loop over them."""
 
 from __future__ import annotations
 
@@ -14,8 +15,11 @@ from .opcodes_memory import MemoryOpcodes
 from .parser import LEAVES, Block, Instruction, split_operands
 
 SPECIAL = {f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
-SPECIAL |= {"%laneid", "%warpid", "%nwarpid"} | {f"%lanemask_{how}" for how in ("eq", "lt", "le", "gt", "ge")}
-# Without effect here: blocks run in lockstep or one after the other, and see each other's writes at once.
+SPECIAL |= {"%laneid", "%warpid", "%nwarpid"} | {
+    f"%lanemask_{how}" for how in ("eq", "lt", "le", "gt", "ge")
+}
+# Without effect here: blocks run in lockstep or one after the other, and see each other's writes at
+# once.
 IGNORED = {"fence", "membar", "prefetch", "griddepcontrol", "nanosleep", "discard", "applypriority"}
 _LIBRARY = {**vars(kinds), **vars(rounding), **vars(integers), **vars(approximations), "np": np}
 
@@ -34,7 +38,9 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
     def __init__(self, kernel, masked: bool, contract: bool):
         self.kernel, self.masked, self.contract = kernel, masked, contract
         self.registers, self.symbols = kernel.body.registers, kernel.body.symbols
-        self.products: dict[str, tuple[str, str]] = {}  # registers of the block that hold a product which may be fused
+        self.products: dict[
+            str, tuple[str, str]
+        ] = {}  # registers of the block that hold a product which may be fused
         self.lines: list[str] = []
         self.constants: dict[str, object] = {}
         self.cached: dict[tuple, str] = {}
@@ -46,7 +52,9 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
                 ended = self._instruction(instruction, block)
             except (KeyError, IndexError, ValueError, NotImplementedError, AssertionError) as error:
                 what = f"{instruction.opcode} {', '.join(instruction.operands)}"
-                raise PTXError(f"{self.kernel.name}: {what} is not implemented ({error!r})") from error
+                raise PTXError(
+                    f"{self.kernel.name}: {what} is not implemented ({error!r})"
+                ) from error
         if not ended:
             self.lines.append(f"return {block.next[0]}")
         source = "def function(E, R, m):\n" + "".join(f"    {line}\n" for line in self.lines)
@@ -162,7 +170,9 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
         if name == "_":
             return
         index, width = self.registers[name]
-        if self.products:  # one whose factors change, or that is overwritten, is no product any more
+        if (
+            self.products
+        ):  # one whose factors change, or that is overwritten, is no product any more
             self.products = {
                 k: v
                 for k, v in self.products.items()

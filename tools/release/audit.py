@@ -1,11 +1,14 @@
-"""Is a wheel, or a compiled library, what its name says?  Exit status 1 and one line for each thing that is not.
+"""Is a wheel, or a compiled library, what its name says?  Exit status 1 and one line for each thing
+that is not.
 
     python tools/release/audit.py dist/dipkernels-0.1.0-py3-none-manylinux_2_28_x86_64.whl
     python tools/release/audit.py dipkernels/_C.so
 
-Of the library: what it needs (NEEDED) is on every system of its tag or is libtorch_cpu.so; the symbol versions fit the tag; it takes from
-torch the C functions of the stable ABI alone, which a CPU build and a CUDA build both have; no Python symbols; exports only dip_*;
-carries no path of the machine that built it. Of the wheel: its files are the package's own, the tag is the library's, nothing is pickled.
+Of the library: what it needs (NEEDED) is on every system of its tag or is libtorch_cpu.so; the
+symbol versions fit the tag; it takes from torch the C functions of the stable ABI alone, which a
+CPU build and a CUDA build both have; no Python symbols; exports only dip_*; carries no path of the
+machine that built it. Of the wheel: its files are the package's own, the tag is the library's,
+nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +20,15 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-SYSTEM = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libstdc++.so.6", "libgcc_s.so.1"}
+SYSTEM = {
+    "libc.so.6",
+    "libm.so.6",
+    "libdl.so.2",
+    "libpthread.so.0",
+    "librt.so.1",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+}
 LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 TORCH = "libtorch_cpu.so"
 STABLE_ABI = re.compile(r"(aoti_torch_|torch_)\w+")
@@ -26,7 +37,8 @@ LINKER = {
     "_ITM_registerTMCloneTable",
     "__gmon_start__",
 }  # weak, looked up and never needed
-# The newest GLIBCXX and CXXABI of each manylinux tag, as auditwheel's policies have them; none below torch's own wheels.
+# The newest GLIBCXX and CXXABI of each manylinux tag, as auditwheel's policies have them; none
+# below torch's own wheels.
 TAGS = {
     (2, 28): ((3, 4, 24), (1, 3, 11)),
     (2, 31): ((3, 4, 28), (1, 3, 12)),
@@ -38,7 +50,9 @@ PATHS = re.compile(rb"/(?:home|root|tmp|work|build|usr/local|opt|__w|github)/[\w
 
 
 def output(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def needed(library: Path) -> set[str]:
@@ -47,12 +61,17 @@ def needed(library: Path) -> set[str]:
 
 def undefined(library: Path) -> dict[str, str]:
     """{symbol: its version, or ""}."""
-    names = [line.split()[-1] for line in output("nm", "-D", "--undefined-only", library).splitlines()]
+    names = [
+        line.split()[-1] for line in output("nm", "-D", "--undefined-only", library).splitlines()
+    ]
     return {name.partition("@")[0]: name.partition("@")[2].lstrip("@") for name in names}
 
 
 def exported(library: Path) -> set[str]:
-    return {line.split()[-1].partition("@")[0] for line in output("nm", "-D", "--defined-only", library).splitlines()}
+    return {
+        line.split()[-1].partition("@")[0]
+        for line in output("nm", "-D", "--defined-only", library).splitlines()
+    }
 
 
 def machine(library: Path) -> str:
@@ -66,7 +85,8 @@ def newest(library: Path, family: str) -> tuple[int, ...]:
 
 
 def honest_tag(library: Path) -> str:
-    """The lowest manylinux tag, from torch's own on, whose systems have every symbol version that the library asks for."""
+    """The lowest manylinux tag, from torch's own on, whose systems have every symbol version that
+    the library asks for."""
     glibc, glibcxx, cxxabi = (newest(library, family) for family in ("GLIBC", "GLIBCXX", "CXXABI"))
     for tag, (has_glibcxx, has_cxxabi) in TAGS.items():
         if glibc <= tag and glibcxx <= has_glibcxx and cxxabi <= has_cxxabi:
@@ -83,7 +103,9 @@ def library_problems(library: Path) -> list[str]:
             problems.append(f"asks for the Python symbol {name}")
         elif not version and name not in LINKER and not STABLE_ABI.fullmatch(name):
             problems.append(f"asks for {name}, which is no function of torch's stable ABI")
-    problems += [f"exports {name}" for name in sorted(exported(library)) if not name.startswith("dip_")]
+    problems += [
+        f"exports {name}" for name in sorted(exported(library)) if not name.startswith("dip_")
+    ]
     found = {path.decode() for path in PATHS.findall(library.read_bytes())} - KNOWN_PATHS
     problems += [f"carries the path {path}" for path in sorted(found)]
     return problems
@@ -102,9 +124,19 @@ def wheel_problems(wheel: Path) -> list[str]:
     problems = []
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
-        problems += [f"has the file {n}" for n in names if not PACKAGE.fullmatch(n) and not METADATA.fullmatch(n)]
-        problems += [f"has the path {n}" for n in names if PurePosixPath(n).is_absolute() or ".." in n]
-        for name in ("dipkernels/__init__.py", "dipkernels/py.typed", "dipkernels/triton_kernels/noise.py"):
+        problems += [
+            f"has the file {n}"
+            for n in names
+            if not PACKAGE.fullmatch(n) and not METADATA.fullmatch(n)
+        ]
+        problems += [
+            f"has the path {n}" for n in names if PurePosixPath(n).is_absolute() or ".." in n
+        ]
+        for name in (
+            "dipkernels/__init__.py",
+            "dipkernels/py.typed",
+            "dipkernels/triton_kernels/noise.py",
+        ):
             if name not in names:
                 problems.append(f"lacks {name}")
         platform = wheel.stem.rpartition("-")[2]

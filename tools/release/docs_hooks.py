@@ -24,8 +24,16 @@ def on_page_markdown(markdown, page, config, files):
     def link(found):
         path = (folder / found.group(2)).resolve()
         outside = (
-            path.is_relative_to(ROOT) and path.exists() and (path.is_dir() or not path.is_relative_to(ROOT / "docs"))
+            path.is_relative_to(ROOT)
+            and path.exists()
+            and (path.is_dir() or not path.is_relative_to(ROOT / "docs"))
         )
-        return f"`{found.group(1)}`" if outside and not (root_page and path.parent == ROOT / "docs") else found.group(0)
+        return (
+            f"`{found.group(1)}`"
+            if outside and not (root_page and path.parent == ROOT / "docs")
+            else found.group(0)
+        )
 
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([\w./-]+)(?:#[\w-]+)?\)", link, markdown)
+    return re.sub(
+        r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([\w./-]+)(?:#[\w-]+)?\)", link, markdown
+    )

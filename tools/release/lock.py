@@ -1,9 +1,11 @@
-"""Writes requirements-dev.lock: every package of the development environment at one version, with the hash of each of its files.
+"""Writes requirements-dev.lock: every package of the development environment at one version, with
+the hash of each of its files.
 
     make lock        # needs uv, which asks the index for hashes without downloading the files
 
-pip resolves requirements-dev.txt, requirements-docs.txt and requirements-release.txt together; torch itself is left out, for which build
-of it (CPU, CUDA) is the machine's choice, and with it what only its CUDA build needs. For Python 3.11 and newer.
+pip resolves requirements-dev.txt, requirements-docs.txt and requirements-release.txt together;
+torch itself is left out, for which build of it (CPU, CUDA) is the machine's choice, and with it
+what only its CUDA build needs. For Python 3.11 and newer.
 """
 
 import json
@@ -13,14 +15,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEADER = "# Written by `make lock` from requirements-*.txt. Install with --require-hashes --no-deps.\n"
+HEADER = (
+    "# Written by `make lock` from requirements-*.txt. Install with --require-hashes --no-deps.\n"
+)
 
 
 def resolved(folder: Path) -> list[str]:
     """name==version of everything that pip would install."""
     report = folder / "report.json"
     files = [
-        argument for name in ("dev", "docs", "release") for argument in ("-r", str(ROOT / f"requirements-{name}.txt"))
+        argument
+        for name in ("dev", "docs", "release")
+        for argument in ("-r", str(ROOT / f"requirements-{name}.txt"))
     ]
     command = [
         sys.executable,
@@ -36,7 +42,11 @@ def resolved(folder: Path) -> list[str]:
     ]
     subprocess.run(command, check=True)
     found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
-    ours = [item for item in found if item["name"] != "torch" and not item["name"].startswith(("nvidia-", "cuda-"))]
+    ours = [
+        item
+        for item in found
+        if item["name"] != "torch" and not item["name"].startswith(("nvidia-", "cuda-"))
+    ]
     return sorted(f"{item['name']}=={item['version']}" for item in ours)
 
 
@@ -58,7 +68,9 @@ def main() -> None:
         version = ".".join(map(str, sys.version_info[:3]))
         lock = Path(name) / "lock"
         subprocess.run(
-            [*command, "--python-version", version, "--output-file", lock, pins], check=True, stdout=subprocess.DEVNULL
+            [*command, "--python-version", version, "--output-file", lock, pins],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         (ROOT / "requirements-dev.lock").write_text(HEADER + lock.read_text())
 

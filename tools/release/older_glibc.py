@@ -1,8 +1,10 @@
-"""Link against an older glibc than this machine's: stand-ins that offer only the symbol versions of manylinux_2_28.
+"""Link against an older glibc than this machine's: stand-ins that offer only the symbol versions of
+manylinux_2_28.
 
-A library linked on a new system asks for the newest version of every C function, and then loads on no older system, though the
-older versions are still there. The stand-ins written here hold, of each system library, its symbols at the newest version that the
-limit allows, so that the linker can choose no other: what it would choose on a system of that age. What is missing there comes from
+A library linked on a new system asks for the newest version of every C function, and then loads on
+no older system, though the older versions are still there. The stand-ins written here hold, of each
+system library, its symbols at the newest version that the limit allows, so that the linker can
+choose no other: what it would choose on a system of that age. What is missing there comes from
 libstdc++.a. In a container of that age this is not needed.
 
     flags = older_glibc.link_flags("g++", folder)       # put before the other libraries
@@ -13,7 +15,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
-# What manylinux_2_28 allows (auditwheel's policy), and the libraries that the compiled library may name.
+# What manylinux_2_28 allows (auditwheel's policy), and the libraries that the compiled library may
+# name.
 LIMITS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 LIBRARIES = {
     "c": "libc.so.6",
@@ -25,7 +28,8 @@ LIBRARIES = {
     "gcc_s": "libgcc_s.so.1",
 }
 LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-# Read by libstdc++'s headers since glibc 2.32, to skip atomics in a program of one thread: 0, "there may be threads", is always true.
+# Read by libstdc++'s headers since glibc 2.32, to skip atomics in a program of one thread: 0,
+# "there may be threads", is always true.
 COMPAT = '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;\n'
 TYPES = {"FUNC": "@function", "IFUNC": "@function", "OBJECT": "@object", "TLS": "@tls_object"}
 
@@ -42,9 +46,12 @@ def allowed(text):
 
 
 def symbols(library):
-    """{name: (version, type, size)} of a shared library: each name at its newest allowed version."""
+    """{name: (version, type, size)} of a shared library: each name at its newest allowed
+    version."""
     found = {}
-    table = subprocess.run(["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True).stdout
+    table = subprocess.run(
+        ["readelf", "-W", "--dyn-syms", library], check=True, capture_output=True, text=True
+    ).stdout
     for line in table.splitlines():
         fields = line.split()
         if len(fields) < 8 or fields[6] == "UND" or fields[3] not in TYPES or fields[4] == "LOCAL":
@@ -58,24 +65,37 @@ def symbols(library):
 
 
 def write_stand_in(compiler, folder, short, soname, offered, versioned=True):
-    """A shared library of that name with these symbols and nothing behind them; to link against, never to load."""
+    """A shared library of that name with these symbols and nothing behind them; to link against,
+    never to load."""
     lines, nodes = [".data"], {}
     for name, (tag, kind, size) in sorted(offered.items()):
         nodes.setdefault(tag, []).append(name)
         if kind == "TLS":
             lines += ['.section .tdata,"awT",@progbits']
-        lines += [f".globl {name}", f".type {name},{TYPES[kind]}", f".size {name},{size}", f"{name}: .byte 0", ".data"]
+        lines += [
+            f".globl {name}",
+            f".type {name},{TYPES[kind]}",
+            f".size {name},{size}",
+            f"{name}: .byte 0",
+            ".data",
+        ]
     source, script = folder / f"{short}.s", folder / f"{short}.map"
     source.write_text("\n".join(lines) + "\n")
-    script.write_text("".join(f"{tag} {{ {'; '.join(names)}; }};\n" for tag, names in nodes.items()))
+    script.write_text(
+        "".join(f"{tag} {{ {'; '.join(names)}; }};\n" for tag, names in nodes.items())
+    )
     out = folder / f"lib{short}.so"
     options = [f"-Wl,--version-script={script}"] if nodes and versioned else []
-    subprocess.run([compiler, "-shared", "-nostdlib", source, "-o", out, f"-Wl,-soname,{soname}", *options], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-nostdlib", source, "-o", out, f"-Wl,-soname,{soname}", *options],
+        check=True,
+    )
     return out
 
 
 def link_flags(compiler, folder):
-    """Writes the stand-ins for `compiler`'s target into `folder`; the flags that link against them."""
+    """Writes the stand-ins for `compiler`'s target into `folder`; the flags that link against
+    them."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def where(name):
@@ -83,19 +103,23 @@ def link_flags(compiler, folder):
             [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
         ).stdout.strip()
 
-    machine = subprocess.run([compiler, "-dumpmachine"], check=True, capture_output=True, text=True).stdout.split("-")[
-        0
-    ]
+    machine = subprocess.run(
+        [compiler, "-dumpmachine"], check=True, capture_output=True, text=True
+    ).stdout.split("-")[0]
     for short, soname in {**LIBRARIES, "loader": LOADERS[machine]}.items():
         write_stand_in(compiler, folder, short, soname, symbols(where(soname)))
     (folder / "compat.c").write_text(COMPAT)
     compat = folder / "compat.o"
-    subprocess.run([compiler, "-x", "c", "-fPIC", "-c", folder / "compat.c", "-o", compat], check=True)
+    subprocess.run(
+        [compiler, "-x", "c", "-fPIC", "-c", folder / "compat.c", "-o", compat], check=True
+    )
     archives = where("libstdc++.a"), where("libc_nonshared.a")
-    # Before glibc 2.34 dlopen, threads and timers lay in libraries of their own: name them, whatever this system thinks.
+    # Before glibc 2.34 dlopen, threads and timers lay in libraries of their own: name them,
+    # whatever this system thinks.
     compat, folder, *archives = (shlex.quote(str(path)) for path in (compat, folder, *archives))
     return (
-        f"{compat} -L{folder} -Wl,--no-as-needed -ldl -lpthread -lrt -Wl,--as-needed -lstdc++ -lm -lc -lgcc_s -lloader "
+        f"{compat} -L{folder} -Wl,--no-as-needed -ldl -lpthread -lrt -Wl,--as-needed -lstdc++ -lm "
+        "-lc -lgcc_s -lloader "
         f"{' '.join(archives)} -lgcc -Wl,-z,defs"
     )
 

@@ -1,9 +1,11 @@
-"""Does the installed package work?  Run it in an environment with the wheel, torch and numpy, outside the source tree:
+"""Does the installed package work?  Run it in an environment with the wheel, torch and numpy,
+outside the source tree:
 
     cd /tmp && python smoke.py [--expect cpu|cuda|none] [--import-ms 60]
 
---expect: what the compiled library must carry: CPU kernels, CPU and CUDA kernels, or nothing (the pure Python wheel).
---import-ms: the limit for `import dipkernels` after `import torch`, the least of five new processes. Reads nothing but the package.
+--expect: what the compiled library must carry: CPU kernels, CPU and CUDA kernels, or nothing (the
+pure Python wheel). --import-ms: the limit for `import dipkernels` after `import torch`, the least
+of five new processes. Reads nothing but the package.
 """
 
 import argparse
@@ -40,9 +42,15 @@ def check_installed(dip, expect):
     check("installed, not a source tree", not (folder.parent / "setup.py").exists(), str(folder))
     library = backends.library()
     check(
-        "the library loads, or was not asked for", library.loaded == (expect != "none"), library.error or library.path
+        "the library loads, or was not asked for",
+        library.loaded == (expect != "none"),
+        library.error or library.path,
     )
-    check("CPU kernels", bool(library.cpu_capabilities) == (expect != "none"), " ".join(library.cpu_capabilities))
+    check(
+        "CPU kernels",
+        bool(library.cpu_capabilities) == (expect != "none"),
+        " ".join(library.cpu_capabilities),
+    )
     check(
         "CUDA kernels",
         bool(library.cuda_archs) == (expect == "cuda"),
@@ -65,7 +73,9 @@ def check_values(torch, dip):
 def check_training(torch, dip, device):
     nn = torch.nn
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).to(device)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).to(
+        device
+    )
     x, y = torch.randn(16, 3, 8, 8, device=device), torch.randint(10, (16,), device=device)
     plain = model.eval()(x)
     dip.convert(model)
@@ -81,7 +91,11 @@ def check_training(torch, dip, device):
             loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    check(f"{device}: twenty steps learn", losses[-1] < 0.5 * losses[0], f"{losses[0]:.3f} -> {losses[-1]:.3f}")
+    check(
+        f"{device}: twenty steps learn",
+        losses[-1] < 0.5 * losses[0],
+        f"{losses[0]:.3f} -> {losses[-1]:.3f}",
+    )
     with dip.fixed_noise(1):
         a = model(x)
     with dip.fixed_noise(1):
@@ -101,9 +115,12 @@ def check_triton():
 
 
 def check_import_time(limit):
-    """In new processes, the least of five: what else the machine does only adds. The first one may write bytecode."""
+    """In new processes, the least of five: what else the machine does only adds. The first one may
+    write bytecode."""
     runs = [
-        subprocess.run([sys.executable, "-c", TIME_IMPORT], check=True, capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, "-c", TIME_IMPORT], check=True, capture_output=True, text=True
+        )
         for _ in range(6)
     ]
     walls, processors = zip(*(map(float, run.stdout.split()) for run in runs[1:]))
@@ -123,7 +140,10 @@ def main():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if arguments.expect == "none" else "error")
         import dipkernels as dip
-    print(f"     dipkernels {dip.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(
+        f"     dipkernels {dip.__version__}, torch {torch.__version__}, Python "
+        f"{sys.version.split()[0]}"
+    )
     print(f"     first import after torch: {1e3 * (time.perf_counter() - start):.0f} ms")
     check("import touches no GPU", not torch.cuda.is_initialized())
     check_installed(dip, arguments.expect)

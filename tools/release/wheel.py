@@ -1,13 +1,16 @@
-"""Builds the sdist, and from it the wheel: one for every Python 3.10+ and every torch >= 2.10 of a platform.
+"""Builds the sdist, and from it the wheel: one for every Python 3.10+ and every torch >= 2.10 of a
+platform.
 
     python tools/release/wheel.py                    CPU and CUDA kernels: needs nvcc, no GPU
     python tools/release/wheel.py --cuda 0           CPU kernels alone
-    python tools/release/wheel.py --cpu 0 --cuda 0   pure Python: the Triton and the reference kernels
-    python tools/release/wheel.py --machine aarch64 --cuda 0      cross-compiled by aarch64-linux-gnu-g++
+    python tools/release/wheel.py --cpu 0 --cuda 0   pure Python: the Triton and the reference
+    kernels python tools/release/wheel.py --machine aarch64 --cuda 0      cross-compiled by
+    aarch64-linux-gnu-g++
 
-Needs torch >= 2.10 (its headers; a CPU build does), setuptools, wheel, ninja and g++. Nothing is downloaded. The wheel is built in a
-temporary folder from the sdist, so that nothing of the working tree but the sdist's files is in it; its tag is the lowest manylinux
-tag that its symbols allow (audit.py). On a system newer than manylinux_2_28 it is linked through older_glibc.py.
+Needs torch >= 2.10 (its headers; a CPU build does), setuptools, wheel, ninja and g++. Nothing is
+downloaded. The wheel is built in a temporary folder from the sdist, so that nothing of the working
+tree but the sdist's files is in it; its tag is the lowest manylinux tag that its symbols allow
+(audit.py). On a system newer than manylinux_2_28 it is linked through older_glibc.py.
 """
 
 from __future__ import annotations
@@ -31,16 +34,30 @@ import audit
 import older_glibc
 
 ROOT = Path(__file__).parents[2]
-NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", ".coverage*", "build", "dist", "out", "site", "*.egg-info")
+NOT_SOURCE = (
+    ".git",
+    ".venv",
+    ".*_cache",
+    ".hypothesis",
+    ".coverage*",
+    "build",
+    "dist",
+    "out",
+    "site",
+    "*.egg-info",
+)
 NOT_SOURCE += ("__pycache__", "*.so", "shared")
 COMPILERS = {"x86_64": "g++", "aarch64": "aarch64-linux-gnu-g++"}
 MIN_DRIVERS = {"12": "525", "13": "580"}
 
 
 def backend(step: str, out: Path, folder: Path, environment: dict[str, str]) -> Path:
-    """The file that `step` (build_sdist, build_wheel) of setuptools makes of `folder`, as pip would, without its isolation."""
+    """The file that `step` (build_sdist, build_wheel) of setuptools makes of `folder`, as pip
+    would, without its isolation."""
     code = f"from setuptools import build_meta; print('made', build_meta.{step}({str(out)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
     for line in done.stdout.splitlines():
         if line.startswith("dipkernels build:") or done.returncode:
             print(line)
@@ -50,8 +67,11 @@ def backend(step: str, out: Path, folder: Path, environment: dict[str, str]) -> 
 
 
 def commit_time() -> str:
-    """Seconds since 1970 of the last commit: the date of every file in the wheel, so that two builds of it are alike."""
-    done = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
+    """Seconds since 1970 of the last commit: the date of every file in the wheel, so that two
+    builds of it are alike."""
+    done = subprocess.run(
+        ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else "1704067200"
 
 
@@ -63,18 +83,26 @@ def toolkit() -> str:
     """The release of nvcc, such as 12.8, and what it means to the user."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     if nvcc is None:
-        raise SystemExit("--cuda 1: there is no nvcc (NVCC, PATH); --cuda 0 builds a wheel without CUDA kernels")
+        raise SystemExit(
+            "--cuda 1: there is no nvcc (NVCC, PATH); --cuda 0 builds a wheel without CUDA kernels"
+        )
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+\.\d+)", text).group(1)
     print(
-        f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= {MIN_DRIVERS.get(release.split('.')[0], '?')}"
+        f"wheel: CUDA {release}, so the CUDA kernels need an NVIDIA driver >= "
+        f"{MIN_DRIVERS.get(release.split('.')[0], '?')}"
     )
     return release
 
 
 def make_sdist(out: Path) -> Path:
     """From a copy: setuptools writes into the folder that it packs."""
-    environment = {**os.environ, "DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", "SOURCE_DATE_EPOCH": commit_time()}
+    environment = {
+        **os.environ,
+        "DIPKERNELS_CPU": "1",
+        "DIPKERNELS_CUDA": "0",
+        "SOURCE_DATE_EPOCH": commit_time(),
+    }
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "dipkernels"
         shutil.copytree(
@@ -93,7 +121,9 @@ def make_wheel(sdist: Path, out: Path, cpu: bool, cuda: bool, machine: str) -> P
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
         if cpu or cuda:
-            compiler = os.environ.get("CXX") or ("g++" if machine == platform.machine() else COMPILERS[machine])
+            compiler = os.environ.get("CXX") or (
+                "g++" if machine == platform.machine() else COMPILERS[machine]
+            )
             environment["CXX"] = compiler
             flags = [os.environ.get("LDFLAGS", ""), "-Wl,-s"]
             if machine != platform.machine():
@@ -101,16 +131,25 @@ def make_wheel(sdist: Path, out: Path, cpu: bool, cuda: bool, machine: str) -> P
             if glibc() > older_glibc.LIMITS["GLIBC"]:
                 flags.append(older_glibc.link_flags(compiler, folder / "stand-ins"))
             environment["LDFLAGS"] = " ".join(flags)
-        built = backend("build_wheel", folder / "out", next(folder.glob("dipkernels-*")), environment)
+        built = backend(
+            "build_wheel", folder / "out", next(folder.glob("dipkernels-*")), environment
+        )
         return retagged(built, out)
 
 
 def stand_in_for_torch(compiler: str, folder: Path) -> str:
-    """Flags that name libtorch_cpu.so without having one of that machine: torch's symbols stay for the loader to find."""
+    """Flags that name libtorch_cpu.so without having one of that machine: torch's symbols stay for
+    the loader to find."""
     folder.mkdir(parents=True, exist_ok=True)
-    needed = subprocess.run(["nm", "-D", "--defined-only", torch_library()], check=True, capture_output=True, text=True)
+    needed = subprocess.run(
+        ["nm", "-D", "--defined-only", torch_library()], check=True, capture_output=True, text=True
+    )
     names = sorted(
-        {line.split()[-1] for line in needed.stdout.splitlines() if audit.STABLE_ABI.fullmatch(line.split()[-1])}
+        {
+            line.split()[-1]
+            for line in needed.stdout.splitlines()
+            if audit.STABLE_ABI.fullmatch(line.split()[-1])
+        }
     )
     offered = {name: ("TORCH", "FUNC", 0) for name in names}
     older_glibc.write_stand_in(compiler, folder, "torch_cpu", audit.TORCH, offered, versioned=False)
@@ -136,7 +175,9 @@ def retagged(wheel: Path, out: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cpu", type=int, choices=(0, 1), default=1)
     parser.add_argument("--cuda", type=int, choices=(0, 1), default=1)
     parser.add_argument("--machine", choices=sorted(COMPILERS), default=platform.machine())
@@ -154,10 +195,13 @@ def main() -> int:
     if arguments.sdist_only:
         return 0
     start = time.perf_counter()
-    wheel = make_wheel(sdist, arguments.out, bool(arguments.cpu), bool(arguments.cuda), arguments.machine)
+    wheel = make_wheel(
+        sdist, arguments.out, bool(arguments.cpu), bool(arguments.cuda), arguments.machine
+    )
     seconds = time.perf_counter() - start
     print(
-        f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB, built in {seconds:.0f} s on {os.cpu_count()} cores"
+        f"wheel: {wheel.name}, {wheel.stat().st_size / 1e6:.2f} MB, built in {seconds:.0f} s on "
+        f"{os.cpu_count()} cores"
     )
     return audit.main([str(wheel)])
 

@@ -1,13 +1,15 @@
-"""The contract's raw words through dieharder, a standard battery of tests of random numbers.  docs/reliability.md.
+"""The contract's raw words through dieharder, a standard battery of tests of random numbers.
+docs/reliability.md.
 
     apt-get install dieharder
-    python tools/verify/battery.py --minutes 10       # what fits; every stream gets its share of the time
-    python tools/verify/battery.py --record           # the same, and the figures go to docs/reliability.md
+    python tools/verify/battery.py --minutes 10       # what fits; every stream gets its share of
+    the time python tools/verify/battery.py --record           # the same, and the figures go to
+    docs/reliability.md
 
-Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the layer, in the
-sample, in the step (keys one apart) or in the row (2^32 apart): correlated draws fail there though each is good alone.
-dieharder calls a p-value below 1e-6 (or above 1 - 1e-6) FAILED and below 0.005 WEAK; of good words one test in a
-hundred is WEAK.
+Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the
+layer, in the sample, in the step (keys one apart) or in the row (2^32 apart): correlated draws fail
+there though each is good alone. dieharder calls a p-value below 1e-6 (or above 1 - 1e-6) FAILED and
+below 0.005 WEAK; of good words one test in a hundred is WEAK.
 """
 
 from __future__ import annotations
@@ -25,14 +27,45 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reliability import ROOT, record
 
 STREAMS = ("layer", "layers", "samples", "steps", "rows")
-# dieharder's numbers; those in doubt upstream (5, 6, 7, 14: OPSO, OQSO, DNA, sums) left out. Quick ones first.
-TESTS = (100, 101, 15, 0, 2, 3, 8, 9, 10, 11, 12, 13, 16, 17, 1, 4, 102, 200, 201, 202, 204, 205, 206, 207, 208, 209)
+# dieharder's numbers; those in doubt upstream (5, 6, 7, 14: OPSO, OQSO, DNA, sums) left out. Quick
+# ones first.
+TESTS = (
+    100,
+    101,
+    15,
+    0,
+    2,
+    3,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+    16,
+    17,
+    1,
+    4,
+    102,
+    200,
+    201,
+    202,
+    204,
+    205,
+    206,
+    207,
+    208,
+    209,
+)
 
 
 def build(folder: Path) -> Path:
     program = folder / "battery_words"
     source = ROOT / "tools" / "verify" / "battery_words.cpp"
-    subprocess.run(["g++", "-std=c++17", "-O3", "-ffp-contract=off", str(source), "-o", str(program)], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-O3", "-ffp-contract=off", str(source), "-o", str(program)],
+        check=True,
+    )
     return program
 
 
@@ -55,16 +88,26 @@ def run_test(
     words.wait()
     if not done:
         return None
-    found = re.findall(r"^\s*(\w+)\|\s*(\d+)\|\s*\d+\|\s*\d+\|([\d.]+)\|\s*(PASSED|WEAK|FAILED)", text, re.MULTILINE)
+    found = re.findall(
+        r"^\s*(\w+)\|\s*(\d+)\|\s*\d+\|\s*\d+\|([\d.]+)\|\s*(PASSED|WEAK|FAILED)",
+        text,
+        re.MULTILINE,
+    )
     if not found:
-        raise RuntimeError(f"dieharder -d {number}: expected a line with a verdict, got {text[-500:]!r}")
-    return [(f"{name} {n}", float(p), verdict) for name, n, p, verdict in found], int(count.read_text())
+        raise RuntimeError(
+            f"dieharder -d {number}: expected a line with a verdict, got {text[-500:]!r}"
+        )
+    return [(f"{name} {n}", float(p), verdict) for name, n, p, verdict in found], int(
+        count.read_text()
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10, help="time box (10)")
-    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures into docs/reliability.md"
+    )
     args = parser.parse_args()
     if shutil.which("dieharder") is None:
         raise SystemExit("dieharder: expected on the PATH, found none: apt-get install dieharder")
@@ -89,14 +132,19 @@ def main() -> int:
                 for name, p, verdict in lines:
                     print(f"{stream:8s} {name:28s} p = {p:.6f} {verdict}", flush=True)
                     if verdict != "PASSED":
-                        (weak if verdict == "WEAK" else failed).append(f"{stream} {name}, p = {p:.6f}")
+                        (weak if verdict == "WEAK" else failed).append(
+                            f"{stream} {name}, p = {p:.6f}"
+                        )
             rows.append((stream, tests, verdicts, total, len(skipped)))
             print(
-                f"{stream}: {verdicts} p-values, {total / 2**30:.2f} GiB of words, {len(skipped)} tests past the time"
+                f"{stream}: {verdicts} p-values, {total / 2**30:.2f} GiB of words, {len(skipped)} "
+                "tests past the time"
             )
     lines = [
-        f"dieharder {version.group(1) if version else ''}, {args.minutes:g} minutes: {sum(r[2] for r in rows)} p-values, "
-        f"{sum(r[3] for r in rows) / 2**30:.2f} GiB of words: {len(failed)} FAILED, {len(weak)} WEAK.",
+        f"dieharder {version.group(1) if version else ''}, {args.minutes:g} minutes: "
+        f"{sum(r[2] for r in rows)} p-values, "
+        f"{sum(r[3] for r in rows) / 2**30:.2f} GiB of words: {len(failed)} FAILED, {len(weak)} "
+        "WEAK.",
         "",
         "| words of | tests | p-values | bytes | tests that did not fit |",
         "|---|---|---|---|---|",

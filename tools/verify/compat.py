@@ -1,12 +1,13 @@
-"""The suite under another release of torch, in an environment of its own: .compat/<torch>.  docs/install.md has the table.
+"""The suite under another release of torch, in an environment of its own: .compat/<torch>.
+docs/install.md has the table.
 
-    make compat TORCH=2.11.0                            # the whole suite, with the Triton that this torch asks for
-    make compat TORCH=2.11.0 QUICK=1                    # without the files of LONG
+    make compat TORCH=2.11.0                            # the whole suite, with the Triton that this
+    torch asks for make compat TORCH=2.11.0 QUICK=1                    # without the files of LONG
     make compat TORCH=2.11.0 COMPAT_PYTHON=python3.12   # under another Python
 
-The package is this checkout and its library the one that `make setup` built, by another torch: one library serves all.
-The last line is the row for the table: all, quick, or some where pytest was told more. An environment takes about 6 GB;
-`make clean` removes all of them.
+The package is this checkout and its library the one that `make setup` built, by another torch: one
+library serves all. The last line is the row for the table: all, quick, or some where pytest was
+told more. An environment takes about 6 GB; `make clean` removes all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # What says little of a release of torch and takes long: QUICK leaves these files out.
 LONG = (
-    "test_triton_interpreter", "test_triton_expectation", "test_triton_compiles",  # no code of torch in them
-    "test_cuda_compile", "test_noise", "test_faults",  # the library's own C++
-    "test_build", "test_wheel", "test_release", "test_docs", "test_stems",  # the release
-    "test_benchmarks", "test_gpu_check",
-    "test_fuzz", "test_fuzz_examples", "test_properties",  # random cases
-    "test_digits", "test_cluster_example", "test_examples_recipes", "test_studies_arithmetic", "test_studies_vision",
-)  # fmt: skip
+    # no code of torch in them
+    "test_triton_interpreter",
+    "test_triton_expectation",
+    "test_triton_compiles",
+    "test_cuda_compile",
+    "test_noise",
+    "test_faults",  # the library's own C++
+    "test_build",
+    "test_wheel",
+    "test_release",
+    "test_docs",
+    "test_stems",  # the release
+    "test_benchmarks",
+    "test_gpu_check",
+    "test_fuzz",
+    "test_fuzz_examples",
+    "test_properties",  # random cases
+    "test_digits",
+    "test_cluster_example",
+    "test_examples_recipes",
+    "test_studies_arithmetic",
+    "test_studies_vision",
+)
 _VERSIONS = """
 import importlib.metadata as m, platform
 names = ("torch", "triton", "numpy")
@@ -43,13 +60,28 @@ def environment(torch: str, python: str) -> Path:
     inside = folder / "bin" / "python"
     if not inside.exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
-    wanted = [line.split("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines()]
-    wanted = ["setuptools" if line.startswith("setuptools==") else line for line in wanted]  # torch 2.11 caps it
-    if torch.startswith(("2.10.", "2.11.")):  # the interpreter of their Triton, 3.6, does not know NumPy 2.4
+    wanted = [
+        line.split("#")[0].strip()
+        for line in (ROOT / "requirements-dev.txt").read_text().splitlines()
+    ]
+    wanted = [
+        "setuptools" if line.startswith("setuptools==") else line for line in wanted
+    ]  # torch 2.11 caps it
+    if torch.startswith(
+        ("2.10.", "2.11.")
+    ):  # the interpreter of their Triton, 3.6, does not know NumPy 2.4
         wanted = ["numpy<2.4" if line.startswith("numpy==") else line for line in wanted]
     others = [line for line in wanted if line and not re.match(r"(torch|triton)==", line)]
     # Both in one call: alone, the second would bring the newest torch along.
-    pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"torch=={torch}"]
+    pip = [
+        inside,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        f"torch=={torch}",
+    ]
     subprocess.run([*pip, *others], check=True)
     return inside
 
@@ -60,7 +92,11 @@ def counts(report: Path) -> dict[str, int]:
     assert suite is not None
     number = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = number["failures"] + number["errors"]
-    return {"passed": number["tests"] - failed - number["skipped"], "failed": failed, "skipped": number["skipped"]}
+    return {
+        "passed": number["tests"] - failed - number["skipped"],
+        "failed": failed,
+        "skipped": number["skipped"],
+    }
 
 
 def main() -> int:
@@ -82,7 +118,9 @@ def main() -> int:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
     if not report.exists():
         return done.returncode or 1
-    versions = subprocess.run([inside, "-c", _VERSIONS], check=True, capture_output=True, text=True).stdout.split()
+    versions = subprocess.run(
+        [inside, "-c", _VERSIONS], check=True, capture_output=True, text=True
+    ).stdout.split()
     what = "some" if args.rest else "quick" if args.quick else "all"
     print("|", " | ".join([*versions, what, *map(str, counts(report).values())]), "|")
     return done.returncode

@@ -1,8 +1,9 @@
 """The slow tests of the promises, file by file.  docs/reliability.md.
 
 python tools/verify/long_tests.py                       # all of them
-python tools/verify/long_tests.py --only properties     # those whose file says so; the others' last results stay
-python tools/verify/long_tests.py --record              # runs nothing: the last results go to docs/reliability.md
+python tools/verify/long_tests.py --only properties     # those whose file says so; the others' last
+results stay python tools/verify/long_tests.py --record              # runs nothing: the last
+results go to docs/reliability.md
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of a file's name")
     parser.add_argument(
-        "--record", action="store_true", help="write the figures into docs/reliability.md and run nothing"
+        "--record",
+        action="store_true",
+        help="write the figures into docs/reliability.md and run nothing",
     )
     args = parser.parse_args()
     state = json.loads(STATE.read_text()) if STATE.exists() else {}
@@ -41,7 +44,11 @@ def main() -> int:
             continue
         command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", "--durations=0", name]
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         lines = done.stdout.strip().splitlines()
         print("\n".join(lines[-40:] if done.returncode else lines[-1:]), flush=True)
@@ -49,10 +56,21 @@ def main() -> int:
         STATE.parent.mkdir(exist_ok=True)
         STATE.write_text(json.dumps(state, indent=1) + "\n")
     if args.record:
-        rows = [f"| {name} | {what} | {state.get(name, 'not run yet')} |" for name, what in FILES.items()]
-        record("long tests", "\n".join(["| file | what its slow tests do | the last run |", "|---|---|---|", *rows]))
+        rows = [
+            f"| {name} | {what} | {state.get(name, 'not run yet')} |"
+            for name, what in FILES.items()
+        ]
+        record(
+            "long tests",
+            "\n".join(["| file | what its slow tests do | the last run |", "|---|---|---|", *rows]),
+        )
     return (
-        0 if all(" failed" not in state.get(name, "") and "error" not in state.get(name, "") for name in FILES) else 1
+        0
+        if all(
+            " failed" not in state.get(name, "") and "error" not in state.get(name, "")
+            for name in FILES
+        )
+        else 1
     )
 
 

@@ -1,14 +1,17 @@
-"""Breaks the code on purpose, one fault at a time, and sees whether the tests notice.  docs/reliability.md.
+"""Breaks the code on purpose, one fault at a time, and sees whether the tests notice.
+docs/reliability.md.
 
-    python tools/verify/mutants.py                    # every drawn fault, in a copy of the working tree
-    python tools/verify/mutants.py --minutes 30       # what fits; the next run goes on
+    python tools/verify/mutants.py                    # every drawn fault, in a copy of the working
+    tree python tools/verify/mutants.py --minutes 30       # what fits; the next run goes on
     python tools/verify/mutants.py --only functional  # of files whose path says so
-    python tools/verify/mutants.py --list             # what is drawn, and what is known of it; runs nothing
-    python tools/verify/mutants.py --record           # writes the figures into docs/reliability.md; runs nothing
+    python tools/verify/mutants.py --list             # what is drawn, and what is known of it; runs
+    nothing python tools/verify/mutants.py --record           # writes the figures into
+    docs/reliability.md; runs nothing
 
-mutations.py finds the faults in the syntax; a seed draws of each file one for LINES_EACH lines, of all kinds in turn. The
-working tree is never touched: the faults live in a copy, which is built and tested there. One is killed when a test of its area
-fails, and survives when all pass; one that does not compile is replaced by the next. To add a file, add nothing: AREAS are globs.
+mutations.py finds the faults in the syntax; a seed draws of each file one for LINES_EACH lines, of
+all kinds in turn. The working tree is never touched: the faults live in a copy, which is built and
+tested there. One is killed when a test of its area fails, and survives when all pass; one that does
+not compile is replaced by the next. To add a file, add nothing: AREAS are globs.
 """
 
 from __future__ import annotations
@@ -44,13 +47,15 @@ KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "doe
 
 
 class Area(NamedTuple):
-    """Files, and the tests that must notice a fault in them; for a module of dipkernels tests/test_<module>.py comes first."""
+    """Files, and the tests that must notice a fault in them; for a module of dipkernels
+    tests/test_<module>.py comes first."""
 
     patterns: tuple[str, ...]
     tests: tuple[str, ...]
 
 
-# The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may move.
+# The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may
+# move.
 AREAS = (
     Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
     Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
@@ -61,13 +66,21 @@ AREAS = (
     Area(
         ("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")
     ),  # need nvcc: without it they are skipped, and everything survives
-    Area(("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")),
-    Area(("triton_kernels/perturb.py", "triton_kernels/noise.py"), ("triton_interpreter.py::TestPerturb",)),
+    Area(
+        ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
+    ),
+    Area(
+        ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
+        ("triton_interpreter.py::TestPerturb",),
+    ),
     Area(
         ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
         ("triton_interpreter.py::TestProducers",),
     ),
-    Area(("triton_kernels/linear.py", "triton_kernels/tiles.py"), ("triton_interpreter.py::TestLinear",)),
+    Area(
+        ("triton_kernels/linear.py", "triton_kernels/tiles.py"),
+        ("triton_interpreter.py::TestLinear",),
+    ),
     Area(
         ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
         ("expectation", "triton_interpreter.py::TestActivation"),
@@ -77,20 +90,33 @@ AREAS = (
         ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
         ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds"),
     ),
-    Area(("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")),
     Area(
-        ("dipkernels/**/functional.py",), ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds")
+        ("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")
+    ),
+    Area(
+        ("dipkernels/**/functional.py",),
+        ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds"),
     ),
     Area(("dipkernels/**/attention.py",), ("attention", "layers")),
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
     Area(
         ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
-        ("layers", "seeds", "inputs", "user_code_variance", "user_code_loaders", "faults", "convert"),
+        (
+            "layers",
+            "seeds",
+            "inputs",
+            "user_code_variance",
+            "user_code_loaders",
+            "faults",
+            "convert",
+        ),
     ),
     Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
     Area(("dipkernels/**/distributed.py",), ("distributed", "user_code_loaders")),
     Area(("dipkernels/**/analytic.py",), ("averaging",)),
-    Area(("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")),
+    Area(
+        ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")
+    ),
     Area(("dipkernels/training/*.py",), ("objective", "trajectories", "recipe")),
     Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before")),
     Area(
@@ -98,12 +124,14 @@ AREAS = (
         ("convert", "before", "recipe", "user_code_variance", "check", "user_code_loaders"),
     ),
     Area(
-        ("dipkernels/**/ops.py", "dipkernels/ops/*.py"), ("ops", "perturb", "linear", "averaging", "noise", "backends")
+        ("dipkernels/**/ops.py", "dipkernels/ops/*.py"),
+        ("ops", "perturb", "linear", "averaging", "noise", "backends"),
     ),
     Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
     Area(("dipkernels/**/*.py",), ("layers", "convert")),
 )
-# Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no code.
+# Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no
+# code.
 LEFT_OUT = (
     "triton_kernels/blocks.py",
     "dipkernels/__init__.py",
@@ -147,17 +175,23 @@ def draw(root: Path, seed: int, only: str = "") -> dict[str, list[Drawn]]:
     for path, tests in areas(root):
         name = path.relative_to(root).as_posix()
         if only in name:
-            found[name] = [Drawn(name, mutation, tests) for mutation in shuffled(mutations(path), seed)]
+            found[name] = [
+                Drawn(name, mutation, tests) for mutation in shuffled(mutations(path), seed)
+            ]
     return {name: listed for name, listed in found.items() if listed}
 
 
 def share(root: Path, name: str, lines_each: int) -> int:
-    return min(MOST, max(LEAST, round((root / name).read_text(encoding="utf-8").count("\n") / lines_each)))
+    return min(
+        MOST, max(LEAST, round((root / name).read_text(encoding="utf-8").count("\n") / lines_each))
+    )
 
 
 def wanted(root: Path, drawn: dict[str, list[Drawn]], state: dict, lines_each: int) -> list[Drawn]:
     """The share of each file, without those that are known not to build."""
-    builds = {name: [d for d in listed if status(d, state) != INVALID] for name, listed in drawn.items()}
+    builds = {
+        name: [d for d in listed if status(d, state) != INVALID] for name, listed in drawn.items()
+    }
     return [d for name, listed in builds.items() for d in listed[: share(root, name, lines_each)]]
 
 
@@ -166,7 +200,8 @@ def status(drawn: Drawn, state: dict) -> str | None:
 
 
 class Copy:
-    """The tree, copied to a folder of its own and built there, without optimisation to speak of: -O1."""
+    """The tree, copied to a folder of its own and built there, without optimisation to speak of:
+    -O1."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -196,7 +231,12 @@ class Copy:
 
     def python(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [PYTHON, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout
+            [PYTHON, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
 
     def build(self) -> str | None:
@@ -206,7 +246,9 @@ class Copy:
             done = self.python("setup.py", "-q", "build_ext", "--inplace")
         else:  # setup.py has written what ninja does, and would take seconds to import torch again
             ninja = shutil.which("ninja") or str(Path(PYTHON).parent / "ninja")
-            done = subprocess.run([ninja, "-C", str(written[0]), "-j", "2"], capture_output=True, text=True)
+            done = subprocess.run(
+                [ninja, "-C", str(written[0]), "-j", "2"], capture_output=True, text=True
+            )
         if done.returncode:
             return (done.stdout + done.stderr)[-2000:]
         if written:
@@ -216,7 +258,8 @@ class Copy:
         return None
 
     def test(self, names: Iterable[str], timeout: float) -> tuple[str, str]:
-        """("killed" | "survived" | "error", the first failing test or the reason); in a fork, which has torch already."""
+        """("killed" | "survived" | "error", the first failing test or the reason); in a fork, which
+        has torch already."""
         output = self.folder / "output.txt"
         child = os.fork()
         if child == 0:
@@ -227,9 +270,22 @@ class Copy:
             sys.path.insert(0, str(self.folder))
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1), os.dup2(to, 2)
-            interpreted = ["-m", "slow or not slow"] if any("triton_interpreter" in name for name in names) else []
+            interpreted = (
+                ["-m", "slow or not slow"]
+                if any("triton_interpreter" in name for name in names)
+                else []
+            )
             code = pytest.main(
-                ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *interpreted, *names]
+                [
+                    "-x",
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    "--durations=0",
+                    "--tb=line",
+                    *interpreted,
+                    *names,
+                ]
             )
             sys.stdout.flush()
             os._exit(int(code))
@@ -268,18 +324,23 @@ def save(state: dict) -> None:
     part.replace(STATE)
 
 
-# ---- report ------------------------------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 
 
 def report(chosen: list[Drawn], state: dict, seed: int) -> str:
     run = [d for d in chosen if status(d, state)]
-    by_status = {what: [d for d in run if status(d, state) == what] for what in (KILLED, SURVIVED, EQUIVALENT, "error")}
+    by_status = {
+        what: [d for d in run if status(d, state) == what]
+        for what in (KILLED, SURVIVED, EQUIVALENT, "error")
+    }
     judged = len(by_status[KILLED]) + len(by_status[SURVIVED])
     commits = sorted({state[d.key]["commit"] for d in run if d.key in state})
     rate = f", {len(by_status[KILLED]) / judged:.1%} of those that could be" if judged else ""
     lines = [
-        f"Seed {seed}: {len(run)} of {len(chosen)} drawn faults run (trees at {', '.join(commits)}): {len(by_status[KILLED])} "
-        f"killed{rate}, {len(by_status[SURVIVED])} survived, {len(by_status[EQUIVALENT])} equivalent, "
+        f"Seed {seed}: {len(run)} of {len(chosen)} drawn faults run (trees at "
+        f"{', '.join(commits)}): {len(by_status[KILLED])} "
+        f"killed{rate}, {len(by_status[SURVIVED])} survived, {len(by_status[EQUIVALENT])} "
+        "equivalent, "
         f"{len(by_status['error'])} could not be run.",
         "",
     ]
@@ -293,11 +354,13 @@ def report(chosen: list[Drawn], state: dict, seed: int) -> str:
     for what in (SURVIVED, EQUIVALENT, "error"):
         for d in by_status[what]:
             why = f" ({EQUIVALENTS[d.key][1]})" if what == EQUIVALENT else ""
-            lines.append(f"- {what}, {d.mutation.kind}, {d.key}: {d.path}: `{d.mutation.text}`{why}")
+            lines.append(
+                f"- {what}, {d.mutation.kind}, {d.key}: {d.path}: `{d.mutation.text}`{why}"
+            )
     return "\n".join(lines)
 
 
-# ---- run ---------------------------------------------------------------------------------------------------------------
+# ---- run -----------------------------------------------------------------------------------------
 
 
 class Runner:
@@ -307,7 +370,9 @@ class Runner:
         self.copy, self.timeout = copy, timeout
         self.state: dict = {}  # of this run
         self.stale = False  # whether the library is still that of a fault
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
         self.commit = done.stdout.strip()
 
     def try_one(self, drawn: Drawn) -> str:
@@ -325,15 +390,25 @@ class Runner:
                     found, why = self.copy.test([name], self.timeout)
         finally:
             path.write_text(before, encoding="utf-8")
-        self.state[drawn.key] = {"name": drawn.name, "status": found, "why": why, "commit": self.commit}
+        self.state[drawn.key] = {
+            "name": drawn.name,
+            "status": found,
+            "why": why,
+            "commit": self.commit,
+        }
         save(self.state)
         return found
 
     def check_killers(self) -> None:
-        """What killed a fault has to pass where nothing is broken; what does not, killed nothing."""
+        """What killed a fault has to pass where nothing is broken; what does not, killed
+        nothing."""
         if self.stale and self.copy.build():
             raise SystemExit("the copy no longer builds")
-        killers = {row["why"] for row in self.state.values() if row["status"] == KILLED and "::" in row["why"]}
+        killers = {
+            row["why"]
+            for row in self.state.values()
+            if row["status"] == KILLED and "::" in row["why"]
+        }
         while killers:
             found, why = self.copy.test(sorted(killers), 10 * self.timeout)
             if found == SURVIVED:
@@ -352,7 +427,9 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
     """Until every file's share is done, or the time is."""
     start = time.monotonic()
     again: set[str] = set()
-    rank = {d.key: i for listed in drawn.values() for i, d in enumerate(listed)}  # of every file the first one first
+    rank = {
+        d.key: i for listed in drawn.values() for i, d in enumerate(listed)
+    }  # of every file the first one first
     with tempfile.TemporaryDirectory(prefix="mutants") as temporary:
         runner = Runner(Copy(args.folder or Path(temporary)), args.timeout)
         if problem := runner.copy.build():
@@ -363,18 +440,26 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
                 d
                 for d in wanted(runner.copy.folder, drawn, state, args.lines_each)
                 if status(d, state) is None
-                or ((args.again or status(d, state) in ("error", SURVIVED)) and status(d, state) != EQUIVALENT)
+                or (
+                    (args.again or status(d, state) in ("error", SURVIVED))
+                    and status(d, state) != EQUIVALENT
+                )
             ]
             todo = [d for d in todo if d.key not in again]
             if not todo or time.monotonic() - start > 60 * args.minutes:
                 if todo:
                     print(f"{len(todo)} left for the next run")
                 break
-            chosen = min(todo, key=lambda d: (rank[d.key], needs_build(d.path), status(d, state) is not None))
+            chosen = min(
+                todo, key=lambda d: (rank[d.key], needs_build(d.path), status(d, state) is not None)
+            )
             again.add(chosen.key)
             found = runner.try_one(chosen)
             why = " ".join(runner.state[chosen.key]["why"].split())[:90]
-            print(f"{found:14s} {chosen.name[:170]}  [{why}] {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{found:14s} {chosen.name[:170]}  [{why}] {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
         runner.check_killers()
 
 
@@ -385,11 +470,29 @@ def main() -> int:
     add("--only", default="", help="part of a file's path")
     add("--again", action="store_true", help="also those that were killed before")
     add("--seed", type=int, default=SEED, help="draws other faults (%(default)s)")
-    add("--lines-each", type=int, default=LINES_EACH, help="lines of a file for one fault (%(default)s)")
+    add(
+        "--lines-each",
+        type=int,
+        default=LINES_EACH,
+        help="lines of a file for one fault (%(default)s)",
+    )
     add("--folder", type=Path, help="an empty folder for the copy (a temporary one)")
-    add("--timeout", type=float, default=300, help="seconds of processor time for one test file (%(default)s)")
-    add("--list", action="store_true", help="show what is drawn and what is known of it; runs nothing")
-    add("--record", action="store_true", help="write the figures into docs/reliability.md; runs nothing")
+    add(
+        "--timeout",
+        type=float,
+        default=300,
+        help="seconds of processor time for one test file (%(default)s)",
+    )
+    add(
+        "--list",
+        action="store_true",
+        help="show what is drawn and what is known of it; runs nothing",
+    )
+    add(
+        "--record",
+        action="store_true",
+        help="write the figures into docs/reliability.md; runs nothing",
+    )
     args = parser.parse_args()
     if args.lines_each < 1:
         parser.error(f"--lines-each: expected at least 1, got {args.lines_each}")

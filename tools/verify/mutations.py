@@ -1,4 +1,5 @@
-"""Faults that a programmer could have made, from the syntax of a source file: Python by its tree, C++ by its tokens.
+"""Faults that a programmer could have made, from the syntax of a source file: Python by its tree,
+C++ by its tokens.
 
 | kind      | fault                                                              |
 |-----------|--------------------------------------------------------------------|
@@ -13,8 +14,9 @@
 | constant  | another number, True for False                                     |
 | statement | a call, an assignment to memory, an addition left out              |
 
-What cannot change a result is left alone: comments, documentation, annotations, messages of errors, imports, assertions of
-types, and in C++ named sizes (`constexpr int`), the sizes of arrays and alignments.
+What cannot change a result is left alone: comments, documentation, annotations, messages of errors,
+imports, assertions of types, and in C++ named sizes (`constexpr int`), the sizes of arrays and
+alignments.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Mutation:
 
     @property
     def key(self) -> str:
-        """Ten hexadecimal digits that stay the same while the line does, wherever it and its file move."""
+        """Ten hexadecimal digits that stay the same while the line does, wherever it and its file
+        move."""
         said = "\0".join((self.file, self.kind, self.before, self.after, str(self.count)))
         return hashlib.sha256(said.encode()).hexdigest()[:10]
 
@@ -77,7 +80,16 @@ def mutations(path: Path) -> list[Mutation]:
             _flat(source[first:start] + new + source[end:last]),
         )
         listed.append(
-            Mutation(path.name, kind, start, end, new, source.count("\n", 0, start) + 1, *words[2:], seen.get(words, 0))
+            Mutation(
+                path.name,
+                kind,
+                start,
+                end,
+                new,
+                source.count("\n", 0, start) + 1,
+                *words[2:],
+                seen.get(words, 0),
+            )
         )
         seen[words] = seen.get(words, 0) + 1
     return listed
@@ -87,18 +99,22 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def in_turns(by_kind: dict[str, list[T]], kinds: Iterable[str], count: int) -> list[T]:
-    """`count` of the lists' elements: the first of each kind, then the second, until there are no more."""
+    """`count` of the lists' elements: the first of each kind, then the second, until there are no
+    more."""
     kinds = list(kinds)
-    turns = (by_kind[kind][i] for i in itertools.count() for kind in kinds if i < len(by_kind[kind]))
+    turns = (
+        by_kind[kind][i] for i in itertools.count() for kind in kinds if i < len(by_kind[kind])
+    )
     return list(itertools.islice(turns, min(count, sum(len(by_kind[kind]) for kind in kinds))))
 
 
 def shuffled(found: list[Mutation], seed: int) -> list[Mutation]:
-    """All, of every kind in turn, in an order of the seed's and of each mutation's own: others may come and go."""
+    """All, of every kind in turn, in an order of the seed's and of each mutation's own: others may
+    come and go."""
 
     def order(name: str) -> str:
         return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
@@ -110,7 +126,7 @@ def shuffled(found: list[Mutation], seed: int) -> list[Mutation]:
     return in_turns(by_kind, sorted(by_kind, key=lambda kind: order(f"{file} {kind}")), len(found))
 
 
-# ---- Python ------------------------------------------------------------------------------------------------------------
+# ---- Python --------------------------------------------------------------------------------------
 
 Found = tuple[int, int, str, str]  # start, end, kind, new text
 
@@ -135,7 +151,18 @@ _COMPARED: dict[type, tuple[str, str, str]] = {
     ast.In: ("in", "not in", "condition"),
     ast.NotIn: ("not in", "in", "condition"),
 }
-_COMMUTATIVE = {"min", "max", "smaller", "larger", "minimum", "maximum", "add", "mul", "promote_types", "logical_and"}
+_COMMUTATIVE = {
+    "min",
+    "max",
+    "smaller",
+    "larger",
+    "minimum",
+    "maximum",
+    "add",
+    "mul",
+    "promote_types",
+    "logical_and",
+}
 
 
 def _commutes(name: str, number: int) -> bool:
@@ -143,7 +170,14 @@ def _commutes(name: str, number: int) -> bool:
     return name in _COMMUTATIVE or (number == 0 and name in ("fma", "fma_of"))
 
 
-_SILENT = {"warn", "print", "cast", "TypeVar", "getLogger", "__init__"}  # calls that change no result, or all of them
+_SILENT = {
+    "warn",
+    "print",
+    "cast",
+    "TypeVar",
+    "getLogger",
+    "__init__",
+}  # calls that change no result, or all of them
 
 
 class _Python(ast.NodeVisitor):
@@ -158,7 +192,9 @@ class _Python(ast.NodeVisitor):
         return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
 
     def _span(self, node: ast.AST) -> tuple[int, int]:
-        return self._at(node.lineno, node.col_offset), self._at(node.end_lineno, node.end_col_offset)
+        return self._at(node.lineno, node.col_offset), self._at(
+            node.end_lineno, node.end_col_offset
+        )
 
     def _text(self, node: ast.AST) -> str:
         start, end = self._span(node)
@@ -203,7 +239,9 @@ class _Python(ast.NodeVisitor):
         for statement in node.body:
             target = statement.targets[0] if isinstance(statement, ast.Assign) else None
             name = target.id if isinstance(target, ast.Name) else ""
-            is_type = re.match(r"[A-Z][a-z]", name) is not None  # an alias, such as Grads = tuple[Tensor | None, ...]
+            is_type = (
+                re.match(r"[A-Z][a-z]", name) is not None
+            )  # an alias, such as Grads = tuple[Tensor | None, ...]
             if not (name.startswith("__") or is_type):
                 self.visit(statement)
 
@@ -266,7 +304,9 @@ class _Python(ast.NodeVisitor):
             self._put(test, "condition", "True")
 
     def visit_Call(self, node: ast.Call) -> None:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         if name in _SILENT:
             return
         self.generic_visit(node)
@@ -277,12 +317,18 @@ class _Python(ast.NodeVisitor):
             stop = min(1, len(args) - 1)
             shorter = [f"{arg} - 1" if i == stop else arg for i, arg in enumerate(args)]
             self._put(node, "bound", f"range({', '.join(shorter)})")
-        for i in range(len(args) - 1 if not starred and name not in ("isinstance", "getattr", "hasattr") else 0):
+        for i in range(
+            len(args) - 1 if not starred and name not in ("isinstance", "getattr", "hasattr") else 0
+        ):
             swapped = [*args[:i], args[i + 1], args[i], *args[i + 2 :]]
             if swapped != args and not _commutes(name, i):
                 self._put(node, "operand", f"{function}({', '.join([*swapped, *keywords])})")
         for left_out in node.keywords:
-            if left_out.arg not in (None, "device", "stacklevel"):  # where there is one device only, it is the default
+            if left_out.arg not in (
+                None,
+                "device",
+                "stacklevel",
+            ):  # where there is one device only, it is the default
                 kept = [self._text(keyword) for keyword in node.keywords if keyword is not left_out]
                 kind = "mask" if left_out.arg == "mask" else "argument"
                 self._put(node, kind, f"{function}({', '.join([*args, *kept])})")
@@ -309,13 +355,24 @@ class _Python(ast.NodeVisitor):
         elif isinstance(value, int):
             text = self._text(node)
             hexadecimal = text.lower().startswith("0x")
-            self._put(node, "mask" if hexadecimal else "constant", hex(value ^ 1) if hexadecimal else str(value + 1))
+            self._put(
+                node,
+                "mask" if hexadecimal else "constant",
+                hex(value ^ 1) if hexadecimal else str(value + 1),
+            )
         elif isinstance(value, float):
             self._put(node, "constant", repr(value * 1.01 if value else 1.0))
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         self.generic_visit(node)
-        sign = {ast.Add: "+=", ast.Sub: "-=", ast.Mult: "*=", ast.Div: "/=", ast.BitOr: "|=", ast.BitAnd: "&="}
+        sign = {
+            ast.Add: "+=",
+            ast.Sub: "-=",
+            ast.Mult: "*=",
+            ast.Div: "/=",
+            ast.BitOr: "|=",
+            ast.BitAnd: "&=",
+        }
         if old := sign.get(type(node.op)):
             self._between(node.target, node.value, old, "=", "term")
             other = {"+=": "-=", "-=": "+="}.get(old)
@@ -345,7 +402,7 @@ def _python(source: str) -> list[Found]:
     return visitor.found
 
 
-# ---- C++ -----------------------------------------------------------------------------------------------------------------
+# ---- C++ -----------------------------------------------------------------------------------------
 
 _TOKENS = re.compile(
     r"""
@@ -374,9 +431,36 @@ _SWAPPED = {
 }
 _ASSIGNED = {"+=", "-=", "*=", "/=", "|=", "&=", "^=", "<<=", ">>="}
 _OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}"}, {")", "]", "}"}
-_DECLARES = {"using", "typedef", "template", "static_assert", "alignas", "namespace", "enum", "extern", "friend", "asm"}
-_HINTS = {"__builtin_expect", "__builtin_prefetch", "_mm_prefetch"}  # to the processor and the compiler: no result
-_NO_CALL = {"if", "for", "while", "switch", "return", "sizeof", "alignof", "decltype", "catch", "operator", *_DECLARES}
+_DECLARES = {
+    "using",
+    "typedef",
+    "template",
+    "static_assert",
+    "alignas",
+    "namespace",
+    "enum",
+    "extern",
+    "friend",
+    "asm",
+}
+_HINTS = {
+    "__builtin_expect",
+    "__builtin_prefetch",
+    "_mm_prefetch",
+}  # to the processor and the compiler: no result
+_NO_CALL = {
+    "if",
+    "for",
+    "while",
+    "switch",
+    "return",
+    "sizeof",
+    "alignof",
+    "decltype",
+    "catch",
+    "operator",
+    *_DECLARES,
+}
 
 
 @dataclass(frozen=True)
@@ -389,7 +473,11 @@ class _Token:
     @property
     def is_value(self) -> bool:
         """Whether an expression can end here, so that the next sign joins two operands."""
-        return self.what == "number" or self.text in (")", "]") or (self.what == "name" and self.text != "return")
+        return (
+            self.what == "number"
+            or self.text in (")", "]")
+            or (self.what == "name" and self.text != "return")
+        )
 
 
 class _Cpp:
@@ -411,10 +499,17 @@ class _Cpp:
         self.left_alone = self._declarations()
 
     def _declarations(self) -> set[int]:
-        """Tokens of declarations that hold no computation: template heads, static_assert, named sizes, alignments."""
+        """Tokens of declarations that hold no computation: template heads, static_assert, named
+        sizes, alignments."""
         found: set[int] = set()
         for i, token in enumerate(self.tokens):
-            if token.text in ("static_assert", "alignas", "asm", "decltype", "operator") and i + 1 < len(self.tokens):
+            if token.text in (
+                "static_assert",
+                "alignas",
+                "asm",
+                "decltype",
+                "operator",
+            ) and i + 1 < len(self.tokens):
                 last = self.partner.get(i + 1, i + 1)
                 last = self.partner.get(last + 1, last) if token.text == "operator" else last
                 found |= set(range(i, last + 1))
@@ -442,9 +537,13 @@ class _Cpp:
         self.found.append((start, end, kind, new))
 
     def _spaced(self, i: int) -> bool:
-        """A space or line end on both sides: as clang-format writes what joins two operands, and no pointer or template."""
+        """A space or line end on both sides: as clang-format writes what joins two operands, and no
+        pointer or template."""
         token = self.tokens[i]
-        return self.source[token.start - 1].isspace() and self.source[token.end : token.end + 1].isspace()
+        return (
+            self.source[token.start - 1].isspace()
+            and self.source[token.end : token.end + 1].isspace()
+        )
 
     def _parts(self, i: int) -> list[tuple[int, int]]:
         """Start and end of each argument inside the parenthesis that token i opens."""
@@ -467,7 +566,12 @@ class _Cpp:
         elif token.text in _SWAPPED and before is not None and before.is_value and self._spaced(i):
             new, kind = _SWAPPED[token.text]
             self._put(token.start, token.end, kind, new)
-        elif token.text == "-" and before is not None and not before.is_value and not source[token.end].isspace():
+        elif (
+            token.text == "-"
+            and before is not None
+            and not before.is_value
+            and not source[token.end].isspace()
+        ):
             self._put(token.start, token.end, "sign", "")
         elif token.text == "!" and tokens[i + 1].text != "=":
             self._put(token.start, token.end, "condition", "")
@@ -480,9 +584,16 @@ class _Cpp:
             if ";" not in source[low:high]:
                 self._put(low, high, "condition", "false")
                 self._put(low, high, "condition", "true")
-        elif token.text == "[" and before is not None and before.is_value and before.what != "number":
+        elif (
+            token.text == "[" and before is not None and before.is_value and before.what != "number"
+        ):
             self._subscript(i)
-        elif token.text == "(" and before is not None and before.what == "name" and before.text not in _NO_CALL:
+        elif (
+            token.text == "("
+            and before is not None
+            and before.what == "name"
+            and before.text not in _NO_CALL
+        ):
             self._call(i)
         if token.text in ("*", "+") and before is not None and before.is_value and self._spaced(i):
             self._term(i)
@@ -494,18 +605,27 @@ class _Cpp:
         text = token.text
         digits, suffix = re.fullmatch(r"(.*?)([uUlL]*)", text).groups()
         if digits.lower().startswith("0x"):
-            self._put(token.start, token.end, "mask", hex(int(digits.replace("'", ""), 16) ^ 1) + suffix)
+            self._put(
+                token.start, token.end, "mask", hex(int(digits.replace("'", ""), 16) ^ 1) + suffix
+            )
         elif re.fullmatch(r"[\d']+", digits):
-            self._put(token.start, token.end, "constant", str(int(digits.replace("'", "")) + 1) + suffix)
+            self._put(
+                token.start, token.end, "constant", str(int(digits.replace("'", "")) + 1) + suffix
+            )
         else:
             number, suffix = re.fullmatch(r"(.*?)([fF]?)", digits).groups()
             value = float(number.replace("'", ""))
-            self._put(token.start, token.end, "constant", repr(value * 1.01 if value else 1.0) + suffix)
+            self._put(
+                token.start, token.end, "constant", repr(value * 1.01 if value else 1.0) + suffix
+            )
 
     def _declares_array(self, i: int) -> bool:
         """`float z[8]`, `static C* part[n]`: a type stands before the name."""
         return i >= 2 and (
-            (self.tokens[i - 2].what == "name" and self.tokens[i - 2].text not in ("return", "else", "case"))
+            (
+                self.tokens[i - 2].what == "name"
+                and self.tokens[i - 2].text not in ("return", "else", "case")
+            )
             or (self.tokens[i - 2].text in ("*", "&", ">") and not self._spaced(i - 2))
         )
 
@@ -528,7 +648,9 @@ class _Cpp:
         if i not in self.partner:
             return
         name, before = self.tokens[i - 1].text, self.tokens[i - 2] if i >= 2 else self.tokens[i]
-        expression = before.text in ("return", "else") or (before.text in ("*", "&") and self._spaced(i - 2))
+        expression = before.text in ("return", "else") or (
+            before.text in ("*", "&") and self._spaced(i - 2)
+        )
         if not expression and (before.what == "name" or before.text in ("*", "&", ">", "~")):
             return  # a declaration: a type stands before the name
         if name in _HINTS:
@@ -537,11 +659,14 @@ class _Cpp:
         parts = self._parts(i)
         texts = [self.source[low:high] for low, high in parts]
         if any(
-            re.search(r"\w[*&]?\s+[*&]?\w+\s*$", text) and not re.search(r"[-+/%<>=?|]|\breturn\b", text)
+            re.search(r"\w[*&]?\s+[*&]?\w+\s*$", text)
+            and not re.search(r"[-+/%<>=?|]|\breturn\b", text)
             for text in texts
         ):
             return
-        for number, ((low, _), (_, high), a, b) in enumerate(zip(parts, parts[1:], texts, texts[1:])):
+        for number, ((low, _), (_, high), a, b) in enumerate(
+            zip(parts, parts[1:], texts, texts[1:])
+        ):
             if a.strip() != b.strip() and not _commutes(name, number):
                 gap = re.match(r"\s*", b).group()
                 self._put(low, high, "operand", f"{b.strip()},{gap or ' '}{a.strip()}")
@@ -568,7 +693,11 @@ class _Cpp:
     def _statement(self, i: int) -> None:
         """What follows token i, where it is a call or an assignment to memory, left out."""
         j = i + 1
-        if j + 1 >= len(self.tokens) or self.tokens[j].what != "name" or self.tokens[j].text in _NO_CALL | _HINTS:
+        if (
+            j + 1 >= len(self.tokens)
+            or self.tokens[j].what != "name"
+            or self.tokens[j].text in _NO_CALL | _HINTS
+        ):
             return
         first = self.tokens[j + 1].text
         if first not in ("(", "[", ".", "->", "::", "=", "<") and first not in _ASSIGNED:
@@ -576,7 +705,11 @@ class _Cpp:
         end = j
         while end < len(self.tokens) and self.tokens[end].text not in (";", "{", "}"):
             end = self.partner.get(end, end) + 1 if self.tokens[end].text in _OPEN else end + 1
-        if end < len(self.tokens) and self.tokens[end].text == ";" and self.tokens[end - 1].text != ":":
+        if (
+            end < len(self.tokens)
+            and self.tokens[end].text == ";"
+            and self.tokens[end - 1].text != ":"
+        ):
             self._put(self.tokens[j].start, self.tokens[end].start, "statement", "")
 
 
@@ -588,10 +721,12 @@ def _cpp(source: str) -> list[Found]:
     return reader.found
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
-def found_table(title: str, rows: Iterable[T], of: Callable[[T], str], is_found: Callable[[T], bool]) -> list[str]:
+def found_table(
+    title: str, rows: Iterable[T], of: Callable[[T], str], is_found: Callable[[T], bool]
+) -> list[str]:
     """| title | faults | found |, one line for each value of `of`."""
     counts: dict[str, list[int]] = {}
     for row in rows:
@@ -604,4 +739,6 @@ def found_table(title: str, rows: Iterable[T], of: Callable[[T], str], is_found:
 
 def sources(root: Path, patterns: Iterable[str]) -> Iterator[Path]:
     """The files below root that a pattern matches, each once, in order."""
-    yield from dict.fromkeys(path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_file())
+    yield from dict.fromkeys(
+        path for pattern in patterns for path in sorted(root.glob(pattern)) if path.is_file()
+    )

@@ -1,11 +1,14 @@
-"""Plants faults in the code that nvcc and Triton generated, and sees whether executing it finds them.  docs/reliability.md.
+"""Plants faults in the code that nvcc and Triton generated, and sees whether executing it finds
+them.  docs/reliability.md.
 
-    python tools/verify/ptx_mutants.py                    # two faults in each CUDA kernel, four in each Triton kernel
-    python tools/verify/ptx_mutants.py --only activation  # of kernels whose name says so
-    python tools/verify/ptx_mutants.py --record           # and writes the figures into docs/reliability.md
+    python tools/verify/ptx_mutants.py                    # two faults in each CUDA kernel, four in
+    each Triton kernel python tools/verify/ptx_mutants.py --only activation  # of kernels whose name
+    says so python tools/verify/ptx_mutants.py --record           # and writes the figures into
+    docs/reliability.md
 
-A fault is one changed instruction among those that the kernel's case executes, drawn by a fixed seed. It is found where the
-checks of tests/test_ptx_cuda.py or tests/test_ptx_triton.py fail or tests/ptx refuses to go on. Needs nvcc, no GPU.
+A fault is one changed instruction among those that the kernel's case executes, drawn by a fixed
+seed. It is found where the checks of tests/test_ptx_cuda.py or tests/test_ptx_triton.py fail or
+tests/ptx refuses to go on. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
@@ -77,11 +80,15 @@ def written(ins: Instruction) -> str:
 
 def with_opcode(ins: Instruction, old: str, new: str) -> Instruction:
     opcode = re.sub(rf"(^|\.){old}(\.|$)", rf"\g<1>{new}\g<2>", ins.opcode, count=1)
-    return dataclasses.replace(ins, opcode=opcode, parts=[new if p == old else p for p in ins.parts])
+    return dataclasses.replace(
+        ins, opcode=opcode, parts=[new if p == old else p for p in ins.parts]
+    )
 
 
 def with_operand(ins: Instruction, index: int, text: str) -> Instruction:
-    return dataclasses.replace(ins, operands=[*ins.operands[:index], text, *ins.operands[index + 1 :]])
+    return dataclasses.replace(
+        ins, operands=[*ins.operands[:index], text, *ins.operands[index + 1 :]]
+    )
 
 
 def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
@@ -98,7 +105,13 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
             if operand.startswith("["):
                 inner = operand.strip("[] ")
                 base, _, offset = inner.partition("+")
-                step = 16 if op in ("ldmatrix", "stmatrix", "cp") else 8 if ins.parts[-1].endswith("64") else 4
+                step = (
+                    16
+                    if op in ("ldmatrix", "stmatrix", "cp")
+                    else 8
+                    if ins.parts[-1].endswith("64")
+                    else 4
+                )
                 yield "address", with_operand(ins, i, f"[{base}+{int(offset or 0) + step}]")
     if op == "setp" and ins.parts[1] in _COMPARISONS:
         yield "comparison", with_opcode(ins, ins.parts[1], _COMPARISONS[ins.parts[1]])
@@ -117,7 +130,11 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
         yield (
             "mask",
             with_operand(
-                ins, 2, str(int(ins.operands[2], 0) // 2 or 2) if not ins.operands[2].startswith("%") else "1"
+                ins,
+                2,
+                str(int(ins.operands[2], 0) // 2 or 2)
+                if not ins.operands[2].startswith("%")
+                else "1",
             ),
         )
     if op in ("and", "add", "mul", "mad", "bfe", "lop3", "mov", "xor", "or"):
@@ -125,7 +142,10 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
             if re.fullmatch(r"-?\d+", operand):
                 number = int(operand)
                 changed = number + 1 if abs(number) < 4096 else number ^ 0xFF00
-                yield ("mask" if op in ("and", "or", "xor") else "constant"), with_operand(ins, i, str(changed))
+                yield (
+                    ("mask" if op in ("and", "or", "xor") else "constant"),
+                    with_operand(ins, i, str(changed)),
+                )
 
 
 def planted(kernel: Kernel, fault: Fault) -> Kernel:
@@ -133,7 +153,11 @@ def planted(kernel: Kernel, fault: Fault) -> Kernel:
     body.blocks = list(body.blocks)
     block = copy.copy(body.blocks[fault.block])
     after = [] if fault.after is None else [fault.after]
-    block.instructions = [*block.instructions[: fault.index], *after, *block.instructions[fault.index + 1 :]]
+    block.instructions = [
+        *block.instructions[: fault.index],
+        *after,
+        *block.instructions[fault.index + 1 :],
+    ]
     body.blocks[fault.block], mutant.body = block, body
     mutant.functions = {key: f for key, f in kernel.functions.items() if key[0] != fault.block}
     return mutant
@@ -155,7 +179,8 @@ def drawn(name: str, kernel: Kernel, count: int, seed: int) -> list[Fault]:
 
 
 class Memories:
-    """Digests of all global memory after each launch: whether a fault that was not found changed anything at all"""
+    """Digests of all global memory after each launch: whether a fault that was not found changed
+    anything at all"""
 
     def __init__(self) -> None:
         self.digests: list[str] = []
@@ -168,7 +193,10 @@ class Memories:
                 (place + low, array.nbytes)
                 for array, place, low in zip(memory.arrays, memory.places, memory.low, strict=True)
             ]
-            parts = [hashlib.sha256(memory.arena[at : at + size].tobytes()).hexdigest() for at, size in ends]
+            parts = [
+                hashlib.sha256(memory.arena[at : at + size].tobytes()).hexdigest()
+                for at, size in ends
+            ]
             self.digests.append(" ".join(sorted(parts)))
             return count
 
@@ -238,7 +266,11 @@ def triton_cases() -> Iterator[tuple[str, int, Callable]]:
     """(name, architecture, test) that together reach every kernel"""
     bf16, f32 = torch.bfloat16, torch.float32
     for case in ("many rows", "odd", "nchw odd", "mean"):
-        yield f"perturb {case}", 80, lambda case=case: triton.test_compiled_perturb_matches_reference(case, f32, 80)
+        yield (
+            f"perturb {case}",
+            80,
+            lambda case=case: triton.test_compiled_perturb_matches_reference(case, f32, 80),
+        )
     linear = triton.test_compiled_linear_and_its_gradients_match_reference
     yield "linear", 90, lambda: linear("square", bf16, bf16, "high", 90)
     yield "linear odd", 80, lambda: linear("odd", torch.float16, torch.float16, "high", 80)
@@ -249,7 +281,11 @@ def triton_cases() -> Iterator[tuple[str, int, Callable]]:
             80,
             lambda name=name: triton.test_compiled_activation_matches_reference(name, f32, 80),
         )
-    yield "variance", 80, lambda: triton.test_compiled_activation_variance_matches_reference(f32, f32, True, 80)
+    yield (
+        "variance",
+        80,
+        lambda: triton.test_compiled_activation_variance_matches_reference(f32, f32, True, 80),
+    )
 
 
 def of_triton(count: int, seed: int, only: str) -> Iterator[tuple[str, Fault, str]]:
@@ -304,13 +340,22 @@ def of_triton(count: int, seed: int, only: str) -> Iterator[tuple[str, Fault, st
 def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
     count = Counter(how for *_, how in results)
     lines = [
-        f"Seed {seed}: {len(results)} faults planted, {count[FOUND]} found. Of the others {count[SAME]} changed no bit of any "
-        f"result of their case, and {count[NEAR]} changed results within the tolerance of the checks."
+        f"Seed {seed}: {len(results)} faults planted, {count[FOUND]} found. Of the others "
+        f"{count[SAME]} changed no bit of any "
+        f"result of their case, and {count[NEAR]} changed results within the tolerance of the "
+        "checks."
     ]
-    for title, of in (("kernels", lambda row: row[0]), ("what was changed", lambda row: row[1].kind)):
+    for title, of in (
+        ("kernels", lambda row: row[0]),
+        ("what was changed", lambda row: row[1].kind),
+    ):
         lines += ["", *found_table(title, results, of, lambda row: row[2] == FOUND)]
     lines += ["", "Not found:", ""]
-    lines += [f"- {group}, {fault.kind}: `{fault.text}`: {how}" for group, fault, how in results if how != FOUND]
+    lines += [
+        f"- {group}, {fault.kind}: `{fault.text}`: {how}"
+        for group, fault, how in results
+        if how != FOUND
+    ]
     return "\n".join(lines)
 
 
@@ -318,10 +363,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", type=int, default=2, help="faults in each CUDA kernel (2)")
-    parser.add_argument("--triton", type=int, default=4, help="faults in each Triton kernel as a case compiles it (4)")
+    parser.add_argument(
+        "--triton",
+        type=int,
+        default=4,
+        help="faults in each Triton kernel as a case compiles it (4)",
+    )
     parser.add_argument("--only", default="", help="part of a kernel's name")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after this long; the report says so")
-    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="stop after this long; the report says so"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures into docs/reliability.md"
+    )
     args = parser.parse_args()
     results, start, stopped = [], time.monotonic(), ""
     with tempfile.TemporaryDirectory(prefix="ptx_mutants") as folder:

@@ -1,11 +1,13 @@
 """The compiled CPU kernels under g++'s sanitizers and between guard pages.  docs/reliability.md.
 
-    python tools/verify/sanitize.py                   # address, undefined, thread, guard pages; then the tests under the first two
-    python tools/verify/sanitize.py --cases 2000      # fewer cases
-    python tools/verify/sanitize.py --record          # the same, and the figures go to docs/reliability.md
+    python tools/verify/sanitize.py                   # address, undefined, thread, guard pages;
+    then the tests under the first two python tools/verify/sanitize.py --cases 2000      # fewer
+    cases python tools/verify/sanitize.py --record          # the same, and the figures go to
+    docs/reliability.md
 
-sanitize_kernels.cpp drives the kernels on random cases, without torch, on several threads of its own. Then the library itself is
-built with the address and undefined-behaviour sanitizers in a copy of the tree, and the kernels' tests run on it in Python.
+sanitize_kernels.cpp drives the kernels on random cases, without torch, on several threads of its
+own. Then the library itself is built with the address and undefined-behaviour sanitizers in a copy
+of the tree, and the kernels' tests run on it in Python.
 """
 
 from __future__ import annotations
@@ -23,10 +25,19 @@ from reliability import ROOT, record
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-CAPABILITIES = {"portable": ("Portable", []), "avx2": ("Twice<Avx2>", AVX2), "avx512": ("Twice<Avx512>", AVX512)}
+CAPABILITIES = {
+    "portable": ("Portable", []),
+    "avx2": ("Twice<Avx2>", AVX2),
+    "avx512": ("Twice<Avx512>", AVX512),
+}
 KINDS = {
     "guard": ["-O1"],
-    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DDIP_SANITIZED"],
+    "address": [
+        "-O1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-DDIP_SANITIZED",
+    ],
     "thread": ["-O1", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
 TESTS = (
@@ -58,7 +69,15 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", "-g", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w", *KINDS[kind]]
+    flags = [
+        "-std=c++17",
+        "-g",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-w",
+        *KINDS[kind],
+    ]
     flags += ["-DDIP_HAS_X86"] * x86
     units = [
         (ROOT / "tools" / "verify" / "sanitize_kernels.cpp", "main", []),
@@ -67,13 +86,25 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     for name, (lanes, extra) in CAPABILITIES.items():
         if name != "portable" and not x86:
             continue
-        defines = [f"-DDIP_LANES={lanes}", f"-DDIP_PERTURB=perturb_{name}", "-DDIP_STREAM_BYTES=4096"]
+        defines = [
+            f"-DDIP_LANES={lanes}",
+            f"-DDIP_PERTURB=perturb_{name}",
+            "-DDIP_STREAM_BYTES=4096",
+        ]
         units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
         defines = [f"-DDIP_EXPECTATION=expectation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
-        units.append((ROOT / "csrc" / "cpu" / "expectation.cpp", f"expectation_{name}", [*extra, *defines]))
+        units.append(
+            (ROOT / "csrc" / "cpu" / "expectation.cpp", f"expectation_{name}", [*extra, *defines])
+        )
         for stem in ("gate", "norm"):
-            defines = [f"-DDIP_LANES={lanes}", f"-DDIP_{stem.upper()}={stem}_{name}", "-DDIP_STREAM_BYTES=4096"]
-            units.append((ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}_{name}", [*extra, *defines]))
+            defines = [
+                f"-DDIP_LANES={lanes}",
+                f"-DDIP_{stem.upper()}={stem}_{name}",
+                "-DDIP_STREAM_BYTES=4096",
+            ]
+            units.append(
+                (ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}_{name}", [*extra, *defines])
+            )
         defines = [f"-DDIP_SAMPLES=samples_{name}"]
         units.append((ROOT / "csrc" / "cpu" / "samples.cpp", f"samples_{name}", [*extra, *defines]))
     running: list[tuple[str, subprocess.Popen]] = []
@@ -83,7 +114,12 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
         objects.append(str(target))
         while len([p for _, p in running if p.poll() is None]) >= jobs:
             time.sleep(0.05)
-        running.append((name, subprocess.Popen([compiler, *flags, *extra, "-c", str(source), "-o", str(target)])))
+        running.append(
+            (
+                name,
+                subprocess.Popen([compiler, *flags, *extra, "-c", str(source), "-o", str(target)]),
+            )
+        )
     for name, process in running:
         if process.wait():
             raise RuntimeError(f"{compiler} on {name}: exit status {process.returncode}")
@@ -93,7 +129,8 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
 
 
 def run(program: Path, cases: int, seed: int, threads: int, mode: str = "run") -> str:
-    """What it counted. Raises RuntimeError with what the sanitizer, the kernel or the guard page said."""
+    """What it counted. Raises RuntimeError with what the sanitizer, the kernel or the guard page
+    said."""
     environment = {
         **os.environ,
         "ASAN_OPTIONS": "detect_leaks=1:allocator_may_return_null=1",
@@ -103,17 +140,22 @@ def run(program: Path, cases: int, seed: int, threads: int, mode: str = "run") -
     command = [str(program), str(cases), str(seed), str(threads), mode]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:])}: exit status {done.returncode}\n{done.stderr[-4000:]}")
+        raise RuntimeError(
+            f"{' '.join(command[1:])}: exit status {done.returncode}\n{done.stderr[-4000:]}"
+        )
     return done.stdout.strip()
 
 
 def in_python() -> str:
-    """The kernels' tests in Python on a library built with the sanitizers; the last line of pytest."""
+    """The kernels' tests in Python on a library built with the sanitizers; the last line of
+    pytest."""
     from mutants import Copy
 
     # The runtime looks for the library's exceptions when it starts, and Python itself has none.
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}.so"], capture_output=True, text=True
+        ).stdout.strip()
         for name in ("libasan", "libubsan", "libstdc++")
     ]
     with tempfile.TemporaryDirectory(prefix="sanitize") as folder:
@@ -131,7 +173,15 @@ def in_python() -> str:
             PYTHONMALLOC="malloc",
         )
         done = copy.python(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", "--durations-min=1e9", *TESTS, timeout=3600
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-x",
+            "--durations-min=1e9",
+            *TESTS,
+            timeout=3600,
         )
     last = (done.stdout.strip().splitlines() or [""])[-1].strip("= ")
     if done.returncode:
@@ -141,11 +191,15 @@ def in_python() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=20000, help="random cases under each sanitizer (20000)")
+    parser.add_argument(
+        "--cases", type=int, default=20000, help="random cases under each sanitizer (20000)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the cases (1)")
     parser.add_argument("--threads", type=int, default=4, help="of the driver's own (4)")
     parser.add_argument("--no-python", action="store_true", help="leave out the tests in Python")
-    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures into docs/reliability.md"
+    )
     args = parser.parse_args()
     folder = ROOT / "build" / "sanitize"
     what = {
@@ -166,7 +220,8 @@ def main() -> int:
         last = in_python()
         print(last)
         lines.append(
-            f"| AddressSanitizer, UndefinedBehaviorSanitizer, in Python: {', '.join(TESTS)} | {last} | nothing |"
+            f"| AddressSanitizer, UndefinedBehaviorSanitizer, in Python: {', '.join(TESTS)} | "
+            f"{last} | nothing |"
         )
     if args.record:
         record("sanitize", f"Seed {args.seed}, {args.threads} threads.\n\n" + "\n".join(lines))

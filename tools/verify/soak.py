@@ -1,11 +1,12 @@
 """Many small calls in one process: memory stays flat, results stay the same.  docs/reliability.md.
 
-    python tools/verify/soak.py --calls 1000000       # layers' forward passes, backward too in every fourth
-    python tools/verify/soak.py --minutes 120         # training steps for as long
-    python tools/verify/soak.py --record              # the same, and the figures go to docs/reliability.md
+    python tools/verify/soak.py --calls 1000000       # layers' forward passes, backward too in
+    every fourth python tools/verify/soak.py --minutes 120         # training steps for as long
+    python tools/verify/soak.py --record              # the same, and the figures go to
+    docs/reliability.md
 
-Memory is sampled a hundred times; the slope is fitted to the last half: before, the marks of drawn seeds fill their 2^16 places
-(seeds.py). It fails above one byte for each call.
+Memory is sampled a hundred times; the slope is fitted to the last half: before, the marks of drawn
+seeds fill their 2^16 places (seeds.py). It fails above one byte for each call.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=1_000_000, help="of a layer (1,000,000)")
     parser.add_argument("--minutes", type=float, help="instead of a number of calls: this long")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
-    parser.add_argument("--record", action="store_true", help="write the figures into docs/reliability.md")
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures into docs/reliability.md"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)))
+    model = dip.convert(
+        torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    )
     layers = len(dip.summary(model))
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
     x = torch.randn(8, 16)
@@ -58,7 +63,9 @@ def main() -> int:
     samples: list[tuple[int, int]] = []
     start = time.monotonic()
     rounds_done = 0
-    while calls < args.calls if args.minutes is None else time.monotonic() - start < 60 * args.minutes:
+    while (
+        calls < args.calls if args.minutes is None else time.monotonic() - start < 60 * args.minutes
+    ):
         for i in range(50):
             if i % 4:
                 with torch.no_grad():
@@ -80,9 +87,12 @@ def main() -> int:
     growth = samples[-1][1] - samples[len(samples) // 2][1]
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     text = (
-        f"{calls:,} forward passes of a layer, {steps:,} training steps among them, in {seconds / 60:.1f} minutes on {args.threads} "
-        f"thread(s): memory {samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} samples, {samples[-1][1] / 2**20:.1f} MiB at "
-        f"the last; {growth / 2**10:+.0f} KiB over the last half, {slope(samples):+.4f} bytes a call by least squares. "
+        f"{calls:,} forward passes of a layer, {steps:,} training steps among them, in "
+        f"{seconds / 60:.1f} minutes on {args.threads} "
+        f"thread(s): memory {samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} "
+        f"samples, {samples[-1][1] / 2**20:.1f} MiB at "
+        f"the last; {growth / 2**10:+.0f} KiB over the last half, {slope(samples):+.4f} bytes a "
+        "call by least squares. "
         f"The same key gave the same bits before and after: {'yes' if same else 'NO'}."
     )
     print(text)
