@@ -209,9 +209,8 @@ def find_ninja():
 
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name):
-        return (
-            str(Path(*name.split("."))) + ".so"
-        )  # no Python version in it: the library has no Python symbols
+        # no Python version in it: the library has no Python symbols
+        return str(Path(*name.split("."))) + ".so"
 
     def build_extension(self, ext):
         torch = find_torch()

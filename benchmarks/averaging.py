@@ -1,5 +1,6 @@
-"""The cost of averaging behind an activation here: python benchmarks/averaging.py [--rows 4096]
-[--rounds 9] [--docs]
+"""The cost of averaging behind an activation here:
+
+    python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
 
 "analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user
 writes. Interleaved, round by round, in one process: the median of the per-round ratios and its
@@ -123,13 +124,11 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     text = "\n\n".join(
         [
             f"{args.rows} x {K} x {N}, sigma 0.1. {machine.sentence(found)}. `python "
-            "benchmarks/averaging.py`, "
-            f"{args.rounds} rounds, {took:.0f} s.",
+            f"benchmarks/averaging.py`, {args.rounds} rounds, {took:.0f} s.",
             '"analytic": time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
             f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept '
-            "for backward and at the "
-            "peak, over those of act(DIPLinear) with one draw.",
+            "for backward and at the peak, over those of act(DIPLinear) with one draw.",
             report.table(
                 [
                     "",

@@ -67,9 +67,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption(
-        "--quick"
-    ):  # the first and the last number of samples or trajectories are enough
+    # the first and the last number of samples or trajectories are enough
+    if config.getoption("--quick"):
         middle = {"samples": (4, 16), "m": (2, 4)}
         items[:] = [
             item

@@ -1,4 +1,6 @@
-"""What trajectories cost and what they buy:  python benchmarks/cost.py [--docs]
+"""What trajectories cost and what they buy:
+
+    python benchmarks/cost.py [--docs]
 
 Training with m = 1, 2, 4, 8 trajectories and prediction with k = 0, 1, 4, 16, 50 noisy passes, on
 scikit-learn's handwritten digits, for an MLP and a small vision transformer: time (interleaved,

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 PANEL = (3.7, 3.2)  # inches: 355 pixels, a phone's column
+# stand-ins, which `save` turns into the theme's
 FOREGROUND, BACKGROUND, GRID = (
     "#010203",
     "#fdfcfb",
     "#a1a2a3",
-)  # stand-ins, which `save` turns into the theme's
+)
 THEMES = {"light": ("#222222", "#ffffff", "#d0d0d0"), "dark": ("#e6e6e6", "#1e2129", "#4a4d57")}
 # colour, marker, dash of each method
 LINES: dict[str, tuple[str, str, Any]] = {
@@ -32,13 +33,14 @@ LINES: dict[str, tuple[str, str, Any]] = {
     "SAM": ("#e69f00", "v", (0, (5, 1, 1, 1))),
     "NEFTune": ("#e69f00", "v", (0, (5, 1, 1, 1))),
 }
+# where a figure compares something else
 ORDER = (
     "#d55e00",
     "#0a83c4",
     "#e69f00",
     "#009e73",
     "#cc79a7",
-)  # where a figure compares something else
+)
 _RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dipkernels",

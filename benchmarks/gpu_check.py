@@ -130,9 +130,8 @@ def run(record: Record, options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # so that the section's processes end
+    # so that the section's processes end
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if options.dry_run:
         # Triton's kernels run too, in its interpreter, where it is installed.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

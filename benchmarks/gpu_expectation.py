@@ -94,9 +94,8 @@ def analytic_over_plain(gpu: Gpu, m: int, k: int, n: int, activation: str) -> fl
     """Forward and backward of the exact mean over act(nn.Linear)'s, whose own passes take the time
     of memory."""
     products, traffic = 6 * m * k * n / gpu.flops, (4, 6)  # bytes: mu and y; mu, dy and dmu
-    plain = (
-        m * n * (sum(traffic) + 2) / gpu.bytes
-    )  # the bias's gradient reads dmu again; ours sums it on the way
+    # the bias's gradient reads dmu again; ours sums it on the way
+    plain = m * n * (sum(traffic) + 2) / gpu.bytes
     passes = zip(traffic, EXPECTATION_SLOTS[activation], strict=True)
     ours = m * n * sum(max(b / gpu.bytes, slots / gpu.issues) for b, slots in passes)
     weights = n * k * (2 + 6) / gpu.bytes  # the variance; its gradient, added to the product's
@@ -108,9 +107,8 @@ def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, fl
     randn_like."""
     draws = -(-n // TILE_N) * SLOTS["P", "Triton"]
     of_output = n / k / gpu.bytes  # a byte per element of the output
-    blocks = (
-        noise_pass(gpu, "P", "CUDA") + product(gpu, n) + (4 + 10) * of_output
-    )  # act; the sum in float32
+    # act; the sum in float32
+    blocks = noise_pass(gpu, "P", "CUDA") + product(gpu, n) + (4 + 10) * of_output
     calls = 12 / gpu.bytes + product(gpu, n) + (4 + 6) * of_output  # randn, *, +; act; the sum
     return product(gpu, n, draws), blocks, calls
 

@@ -70,9 +70,8 @@ def describe(device: torch.device | str) -> dict:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load_average": round(
-            os.getloadavg()[0], 2
-        ),  # over the minute before: others' work as well
+        # over the minute before: others' work as well
+        "load_average": round(os.getloadavg()[0], 2),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "backend": backends.choose("perturb", device.type).backend,
         "python": platform.python_version(),
@@ -99,8 +98,7 @@ def sentence(found: dict) -> str:
     where = found.get("gpu") or cpu
     return (
         f"{where}; torch {found['torch']}; commit {found['commit']}{changed}; "
-        f"{found['date'][:10]}; "
-        f"load average before the run {found['load_average']}"
+        f"{found['date'][:10]}; load average before the run {found['load_average']}"
     )
 
 

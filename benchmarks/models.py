@@ -1,4 +1,6 @@
-"""Training steps of whole models over the plain model's:  python benchmarks/models.py [--docs]
+"""Training steps of whole models over the plain model's:
+
+    python benchmarks/models.py [--docs]
 
 Forward, loss, backward and AdamW, in turns within one process. Noise in front of every layer
 ("dip"), in the norm or activation that makes a layer's input where that can be ("dip, producer":
@@ -169,8 +171,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     took = time.perf_counter() - start
     text = (
         f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, "
-        f"{took:.0f} s: time over the plain "
-        f"model's, with quartiles.\n\n{table(rows)}"
+        f"{took:.0f} s: time over the plain model's, with quartiles.\n\n{table(rows)}"
     )
     print(text)
     run = {

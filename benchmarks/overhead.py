@@ -1,15 +1,16 @@
-"""What a DIP layer costs over nn.Linear, beside what one would otherwise use:  python
-benchmarks/overhead.py
+"""What a DIP layer costs over nn.Linear, beside what one would otherwise use:
+
+    python benchmarks/overhead.py
 
 Every case checks its results against dipkernels.reference, then times all variants in turn, round
 by round; the figure is the median of the ratios within a round, its spread their quartiles. About
 three minutes on two quiet cores.
 
-    --quick                     tiny shapes: does it run?
-    --shapes 4096x1024x1024     other layers, M x K x N; --dtypes float32 bfloat16
-    --against run.json          what moved beyond the spread since that run
-    --from record.json          the tables of a stored run, or of a record of summary.py
-    --docs                      write the tables and plots of docs/measured.md and README.md
+    --quick                  tiny shapes: does it run?
+    --shapes 4096x1024x1024  other layers, M x K x N; --dtypes float32 bfloat16
+    --against run.json       what moved beyond the spread since that run
+    --from record.json       the tables of a stored run, or of a record of summary.py
+    --docs                   write the tables and plots of docs/measured.md and README.md
 """
 
 from __future__ import annotations

@@ -141,9 +141,8 @@ def _compile(model: nn.Module) -> nn.Module:
     else of the whole."""
     import torch._dynamo
 
-    torch._dynamo.config.fail_on_recompile_limit_hit = (
-        True  # otherwise it runs in eager mode and says nothing
-    )
+    # otherwise it runs in eager mode and says nothing
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     units = [module for module in model.modules() if getattr(module, "compile_unit", False)] or [
         model
     ]

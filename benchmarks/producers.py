@@ -1,13 +1,14 @@
-"""What noise costs in the norm, activation or gated product that makes a layer's input:  python
-benchmarks/producers.py
+"""What noise costs in the norm, activation or gated product that makes a layer's input:
+
+    python benchmarks/producers.py
 
 Each fused operation beside torch's f alone, P alone, f then P, and the compiled expression: all
 take turns in one process, and the figures are medians of the ratios to the fused one within a
 round. Results are checked against the reference first.
 
-    --quick                  tiny shapes: does it run?
-    --shapes 4096x1024       others, rows x features; --dtypes float32 bfloat16; --only layer silu
-    --budget 4               seconds for each table row
+    --quick             tiny shapes: does it run?
+    --shapes 4096x1024  others, rows x features; --dtypes float32 bfloat16; --only layer silu
+    --budget 4          seconds for each table row
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Where a small DIP layer's microseconds go:  python benchmarks/profile_small_layer.py
+"""Where a small DIP layer's microseconds go:
+
+    python benchmarks/profile_small_layer.py
 
 Each part of DIPLinear's forward and backward pass is called alone, in loops that take turns, and
 timed to the microsecond; a profiler would distort figures of this size. Then the parts' sum stands

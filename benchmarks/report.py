@@ -11,9 +11,8 @@ from pathlib import Path
 from machine import ROOT
 
 RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
-RECORDS = (
-    ROOT / "benchmarks" / "results"
-)  # what summary.py makes of them, one file a release and kind of machine
+# what summary.py makes of them, one file a release and kind of machine
+RECORDS = ROOT / "benchmarks" / "results"
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,5 +1,6 @@
-"""One small record of a release and a kind of machine:  python benchmarks/summary.py
-out/benchmarks/*.json
+"""One small record of a release and a kind of machine:
+
+    python benchmarks/summary.py out/benchmarks/*.json
 
 Takes runs that overhead.py, cost.py, averaging.py, profile_small_layer.py and gpu_check.py stored,
 and writes benchmarks/results/<kind>-<release>.json, which git keeps; the runs themselves stay in
@@ -26,10 +27,11 @@ import dipkernels as dip
 
 DIGITS = 6  # significant; the tables show three
 VENDORS = {"amd": "amd|epyc|ryzen", "intel": "intel|xeon", "arm": "arm|aarch64|neoverse|graviton"}
+# of use where microseconds are compared, in the section small
 DIFFERENCES = (
     "over_base_s",
     "over_base_quartiles_s",
-)  # of use where microseconds are compared, in the section small
+)
 
 
 def kind_of(machine: dict) -> str:

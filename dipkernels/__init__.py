@@ -8,9 +8,8 @@ import os.path as _path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-if not _path.isdir(
-    _path.join(__path__[0], "triton_kernels")
-):  # a source tree, where that folder lies beside this one
+# a source tree, where that folder lies beside this one
+if not _path.isdir(_path.join(__path__[0], "triton_kernels")):
     __path__.append(_path.dirname(__path__[0]))
 
 from . import functional as functional

@@ -6,8 +6,7 @@ import sys
 from .env_report import env_report
 
 if __name__ == "__main__":
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a variable may hold what the terminal cannot show
+    # a variable may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     print(env_report())

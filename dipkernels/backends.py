@@ -159,9 +159,8 @@ def cpu_capability(name: str | None = None) -> str:
 
 # ---- the GPUs at hand ----------------------------------------------------------------------------
 
-_cuda_problem: str | None = (
-    None  # why the library's CUDA kernels cannot run here, once torch has initialised CUDA
-)
+# why the library's CUDA kernels cannot run here, once torch has initialised CUDA
+_cuda_problem: str | None = None
 
 
 def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]]) -> str | None:
@@ -436,9 +435,8 @@ _FUSED_BY_TRITON = ("linear", *_OF_EXPECTATION)
 # yet; `make gpu-check` times both forms around them. N: one tile of columns draws the noise once,
 # and u's 2 M K elements of traffic go; two would draw it twice
 FUSED_COLUMNS = 128
-FUSED_WORK = (
-    2**25
-)  # M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
+# M N K = 32 x 1024 x 1024: the product takes microseconds, as each of the two kernels saved does
+FUSED_WORK = 2**25
 # N of the mean over samples behind an activation: each tile of columns draws again, and beyond,
 # that takes longer than a sample's way through memory.
 FUSED_MEAN_COLUMNS = 512
@@ -499,8 +497,7 @@ def choose(
         if not _runs_on(forced, device):
             raise RuntimeError(
                 f"{op}: {asked}, and it cannot run on device {device!r} here: "
-                f"{_obstacle(forced, device)}; "
-                f"{_way_out()} to have each device choose its own"
+                f"{_obstacle(forced, device)}; {_way_out()} to have each device choose its own"
             )
         if forced == "cuda" and op.startswith(_OF_EXPECTATION):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")

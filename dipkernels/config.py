@@ -171,8 +171,7 @@ class DIPConfig:
         if data.get("version") != VERSION:
             raise ValueError(
                 f"version: expected {VERSION}, which this release of dipkernels reads, got "
-                f"{data.get('version')!r}; "
-                "read it with the release that wrote it"
+                f"{data.get('version')!r}; read it with the release that wrote it"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(data.keys() - known - {"version"})
@@ -380,10 +379,9 @@ def require_order(model: nn.Module) -> None:
     if around_dip:
         raise ValueError(
             f"model: expected get_peft_model before dip.apply, got {len(around_dip)} adapter(s) "
-            "around DIP layers, such "
-            f"as {around_dip[0]!r}, whose variances PEFT froze; give get_peft_model the plain "
-            "model and apply afterwards, "
-            "or dip.convert(model) moves the noise to the adapters"
+            f"around DIP layers, such as {around_dip[0]!r}, whose variances PEFT froze; give "
+            "get_peft_model the plain model and apply afterwards, or dip.convert(model) moves the "
+            "noise to the adapters"
         )
 
 
@@ -457,8 +455,7 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
     if without or unused:
         raise ValueError(
             f"ratio: expected patterns for every layer, and each for one, got none for {without} "
-            f"and {unused} that match "
-            "none; end with '*'"
+            f"and {unused} that match none; end with '*'"
         )
     calibrate(model, batches, 1.0, per=config.per)
     state = variances(model)

@@ -163,8 +163,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         if each["noise"] != ranks[first]["noise"]:
             problems.append(
                 f"rank {rank} would draw other noise than rank {first}, with which it shares "
-                "tensors: "
-                f"{_shown(each)}, {_shown(ranks[first])}"
+                f"tensors: {_shown(each)}, {_shown(ranks[first])}"
             )
     if problems:
         raise RuntimeError("check_ranks:\n  " + "\n  ".join(problems))
@@ -208,8 +207,7 @@ def _faults(model: nn.Module) -> list[str]:
             ):
                 faults.append(
                     f"{full_name}: expected it whole on every rank (Replicate), got "
-                    f"{tuple(parameter.placements)} on "
-                    f"{parameter.device_mesh}"
+                    f"{tuple(parameter.placements)} on {parameter.device_mesh}"
                 )
     return faults
 
@@ -272,7 +270,7 @@ def _warn_equal(ranks: list[dict[str, Any]]) -> None:
     if equal:
         warnings.warn(
             f"dipkernels: ranks {equal} draw the same noise for different examples; "
-            "torch.manual_seed(seed + rank), or "
-            "fixed_noise(key, row0=index of the rank's first example)",
+            "torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's first "
+            "example)",
             stacklevel=3,
         )

@@ -140,15 +140,14 @@ def dip_linear(
         log_variance: What sigma holds.
         keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made
             again in backward, in the pass that sums dsigma: for layers that share an input), or
-                "auto": "u", and under torch.compile what
-            `backends.compiled_keep` says, "x" by default.
+            "auto": "u", and under torch.compile what `backends.compiled_keep` says, "x" by
+            default.
         activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh".
         estimator: Where the mean over z is taken.
             "sample": act of one draw; num_samples draws are averaged before the activation.
             "mean": mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one
             after another: the time of S layers in the memory of one. Backward draws and multiplies
-                again. Without an activation as
-            "sample".
+            again. Without an activation as "sample".
             "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and
             variance sum_k sigma_k^2 W_nk^2. Nothing is drawn, seed and its origin are not used;
             num_samples must be 1. Error: docs/maths.md, section 7.

@@ -49,14 +49,12 @@ def standard_normal(
     """z [num_rows, num_cols], float64.  docs/maths.md, section 3."""
     rows = torch.arange(num_rows, device=seed.device) + row0
     first, last = col0 // 8, -(-(col0 + num_cols) // 8)
-    w = words(
-        seed, rows, torch.arange(first, last, device=seed.device), sample
-    )  # [rows, groups, 4]
+    # [rows, groups, 4]
+    w = words(seed, rows, torch.arange(first, last, device=seed.device), sample)
     radius = torch.sqrt(-2 * torch.log(((w >> 12).double() + 0.5) / 2**20))
     angle = 2 * math.pi * ((w & 0xFFF).double() + 0.5) / 2**12
-    z = torch.stack(
-        (radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1
-    )  # [rows, groups, 4, 2]
+    # [rows, groups, 4, 2]
+    z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return z.reshape(num_rows, 8 * (last - first))[
         :, col0 - 8 * first : col0 - 8 * first + num_cols
     ]

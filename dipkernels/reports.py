@@ -29,11 +29,8 @@ def metrics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         "dip/sigma": mean over layers of the mean sigma. "dip/share": mean over layers of sigma over
-        the prior's, which
-        is the sigma that `calibrate` set: 1 at the start, below 1 where the loss made the noise
-            smaller. "dip/kl": the
-        KL
-        term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names
+        the prior's, which is the sigma that `calibrate` set: 1 at the start, below 1 where the
+        loss made the noise smaller. "dip/kl": the KL term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names
         differ in numbers alone, such as blocks.q_proj.
 
     Raises:

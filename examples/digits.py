@@ -1,9 +1,8 @@
 """Handwritten digits: an MLP against the same MLP with DIP layers: accuracy, robustness, time of a
 step.
 
-    python examples/digits.py            under two minutes; writes
-    out/digits/{results.json,robustness.png} python examples/digits.py --quick    one seed, a few
-    epochs
+    python examples/digits.py  under two minutes; writes out/digits/{results.json,robustness.png}
+    python examples/digits.py --quick  one seed, a few epochs
 
 scikit-learn's digits (8x8 scans, pixels scaled to 0 .. 1), 500 for training, the rest for testing;
 an MLP 64-256-256-10. plain: ordinary training. dip: the recommended recipe, everything by default
@@ -154,9 +153,8 @@ def stepper(model: nn.Module, m: int, x: Tensor, y: Tensor):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        out = dip.trajectories(
-            model.__call__, x, m=m
-        )  # a function: EagerNoiseLinear is no DIP layer
+        # a function: EagerNoiseLinear is no DIP layer
+        out = dip.trajectories(model.__call__, x, m=m)
         loss = dip.objective(out, y, F.cross_entropy)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -241,14 +239,13 @@ def in_words(results: dict[str, list[dict]], overhead: dict[str, dict[str, float
     name = f"dip, m = {M}"
     return [
         f"1. Under attack (PGD 0.1) plain training gets {attacked['plain']:.0f} of 100 digits "
-        "right, the DIP recipe "
-        f"{attacked['dip']:.0f} ({gain:+.0f}); on clean digits {clean['plain']:.1f} and "
-        f"{clean['dip']:.1f} ({change:+.1f}).",
+        f"right, the DIP recipe {attacked['dip']:.0f} ({gain:+.0f}); on clean digits "
+        f"{clean['plain']:.1f} and {clean['dip']:.1f} ({change:+.1f}).",
         f"2. Simpler noise, under the same attack: {', '.join(others)}; {verdict}. DIP finds the "
         "amount of noise by itself.",
-        f"3. A training step with m = {M} took {overhead[name]['ratio']:.1f} times the plain step, "
-        "of a network so small that noise "
-        "costs most; in eval mode the network is the plain one, and costs what that costs.",
+        f"3. A training step with m = {M} took {overhead[name]['ratio']:.1f} times the plain "
+        "step, of a network so small that noise costs most; in eval mode the network is the "
+        "plain one, and costs what that costs.",
     ]
 
 

@@ -1,11 +1,10 @@
 """CIFAR-100 on ViT-Tiny, Small or Base, trained clean, with Gaussian noise or with FGSM: the
 paper's vision setting.
 
-    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny
-    --pretrained DIR \
-        --method dip --m 4 --training FGSM --epochs 10
-    torchrun --nproc-per-node 8 examples/recipe_cifar100.py ...       the same on eight GPUs
-    python examples/recipe_cifar100.py ... --resume                   goes on from OUT/last.pt
+    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny \
+        --pretrained DIR --method dip --m 4 --training FGSM --epochs 10
+    torchrun --nproc-per-node 8 examples/recipe_cifar100.py ...  the same on eight GPUs
+    python examples/recipe_cifar100.py ... --resume              goes on from OUT/last.pt
 
 --data: the folder with train.bin and test.bin of CIFAR-100's binary version (records of 3074 bytes:
 coarse label, fine label, red, green and blue plane). --pretrained: a local folder of a transformers

@@ -439,9 +439,8 @@ class Trainer:
         own = self.content()
         optimizer = content["optimizer"]
         state = optimizer.get("state") if isinstance(optimizer, dict) else None
-        if isinstance(
-            state, dict
-        ):  # of the parameters that had a gradient; ours is empty before the first step
+        # of the parameters that had a gradient; ours is empty before the first step
+        if isinstance(state, dict):
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             own["optimizer"]["state"] = {
                 i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}

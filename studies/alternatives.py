@@ -1,8 +1,8 @@
 """What else might keep the noise useful: other amounts, a held budget, other scores, other rates of
 the variances.
 
-    python studies/alternatives.py           writes out/studies/alternatives/{summary.json,table.md}
-    python studies/alternatives.py --quick   one small task, one seed: does it run?
+    python studies/alternatives.py          writes out/studies/alternatives/{summary.json,table.md}
+    python studies/alternatives.py --quick  one small task, one seed: does it run?
 
 The bench and the scores of defaults.py; each method changes one thing of the recipe. n: the values
 of an example that a layer's input has. About 35 minutes of one core.

@@ -1,12 +1,11 @@
 """Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against
 six baselines.
 
-    python studies/arithmetic.py                     both stages, about 35 minutes; goes on where it
-    was stopped python studies/arithmetic.py --stages LoRA       one of them (the other may run in
-    another process) python studies/arithmetic.py --parts report      tables and figures from the
-    stored results python studies/arithmetic.py --figures           figures alone, from
-    docs/results/arithmetic.json python studies/arithmetic.py --quick             does it run? into
-    out/arithmetic
+    python studies/arithmetic.py  both stages, about 35 minutes; goes on where it was stopped
+    python studies/arithmetic.py --stages LoRA  one of them (the other may run in another process)
+    python studies/arithmetic.py --parts report  tables and figures from the stored results
+    python studies/arithmetic.py --figures  figures alone, from docs/results/arithmetic.json
+    python studies/arithmetic.py --quick  does it run? into out/arithmetic
 
 Stage scratch: every method trains the same Llama (3.1 million parameters) on chains of 2 to 4 sums
 modulo 5; tested by greedy generation and exact match on chains of 4, and on longer ones than it has

@@ -1,9 +1,8 @@
 """Attacks that count: AutoAttack, PGD with restarts, attacks through the noise, and certified
 accuracy.
 
-    python studies/attacks.py           writes
-    out/studies/attacks/{summary.json,table.md,attacks.png} python studies/attacks.py --quick
-    digits, one seed, few steps: does it run?
+    python studies/attacks.py  writes out/studies/attacks/{summary.json,table.md,attacks.png}
+    python studies/attacks.py --quick  digits, one seed, few steps: does it run?
 
 All but the last two columns attack the deterministic forward. k = 8 is the prediction of eight
 noisy passes, attacked by PGD on the loss averaged over fresh draws in every step (expectation over

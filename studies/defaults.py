@@ -1,10 +1,10 @@
 """Where the defaults of calibrate, objective and param_groups come from: a bench of seventeen small
 tasks.
 
-    python studies/defaults.py              writes
-    out/studies/defaults/{summary.json,table.md,ratio_*.svg} python studies/defaults.py --figures
-    the figures of docs/, from docs/results/ratio.json and docs/results_defaults.md python
-    studies/defaults.py --quick      two small tasks, one seed: does it run?
+    python studies/defaults.py  writes out/studies/defaults/{summary.json,table.md,ratio_*.svg}
+    python studies/defaults.py --figures
+        # the figures of docs/, from docs/results/ratio.json and docs/results_defaults.md
+    python studies/defaults.py --quick  two small tasks, one seed: does it run?
 
 Each method trains the same weights on the same batches as plain training does, and all is scored
 on the plain forward: clean accuracy, PGD and input noise at strengths that hurt plain training a

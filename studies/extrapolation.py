@@ -1,9 +1,9 @@
 """Beyond the training data: engression's own simulators y = g(x + noise), squared loss and energy
 score, plain and DIP.
 
-    python studies/extrapolation.py           writes
-    out/studies/extrapolation/{summary.json,table.md,extrapolation.png} python
-    studies/extrapolation.py --quick   one function, two seeds, few steps: does it run?
+    python studies/extrapolation.py
+        # writes out/studies/extrapolation/{summary.json,table.md,extrapolation.png}
+    python studies/extrapolation.py --quick  one function, two seeds, few steps: does it run?
 
 Trained on x up to 2, scored on 2 .. 4 (outside) and below 2 (inside): root mean square distance of
 the predicted median and mean to the true ones. Needs engression (pip install --no-deps engression),

@@ -1,9 +1,8 @@
 """Irrelevant and unequal features: learned variances against isotropic, per-feature, frozen,
 shuffled and levelled ones.
 
-    python studies/features.py           writes
-    out/studies/features/{summary.json,table.md,features.png} python studies/features.py --quick
-    one small task, two seeds: does it run?
+    python studies/features.py  writes out/studies/features/{summary.json,table.md,features.png}
+    python studies/features.py --quick  one small task, two seeds: does it run?
 
 Every method has the same number of settings to choose from, tried on validation data that is no
 part of training or test. frozen, shuffled and levelled train anew with fixed variances that take

@@ -1,5 +1,6 @@
-"""Fits a row of triton_kernels/mixtures.py for float32 or 16-bit data: python
-studies/fit_mixtures.py silu --terms 1 --powers 7
+"""Fits a row of triton_kernels/mixtures.py for float32 or 16-bit data:
+
+    python studies/fit_mixtures.py silu --terms 1 --powers 7
 
 For given c the least largest error over x is a linear programme in p and d; c is searched. Prints
 c, p, d and the error.
@@ -13,9 +14,8 @@ import numpy as np
 from scipy.optimize import linprog, minimize
 from scipy.special import expit, ndtr
 
-X = np.concatenate(
-    [np.linspace(0, 12, 500), np.linspace(12.2, 40, 40)]
-)  # the error is even or odd in x
+# the error is even or odd in x
+X = np.concatenate([np.linspace(0, 12, 500), np.linspace(12.2, 40, 40)])
 # Less x / 2, which x Phi(c x) has too; and where to begin with c.
 TARGETS = {
     "silu": (X * expit(X) - X / 2, (0.55, 0.31, 0.97)),

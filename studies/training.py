@@ -51,9 +51,8 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model)
     options = {name: method[name] for name in ("ratio", "per") if name in method}
     dip.calibrate(model, [x], **options)
-    if (
-        "values" in method
-    ):  # a candidate for calibrate: less noise before layers that see few values of an example
+    # a candidate for calibrate: less noise before layers that see few values of an example
+    if "values" in method:
         seen = values_seen(model, x[:1])
         for name, layer in dip_layers(model).items():
             shift = method.get("power", 0.5) * math.log(min(1.0, seen[name] / method["values"]))

@@ -1,9 +1,9 @@
 """Wrong labels and doubt: accuracy, NLL and calibration after training with 0, 20 and 40 % of the
 labels drawn anew, and whether a network knows classes that it never saw.
 
-    python studies/uncertainty.py           writes
-    out/studies/uncertainty/{summary.json,table.md,uncertainty.png} python studies/uncertainty.py
-    --quick   one task, two seeds, few epochs: does it run?
+    python studies/uncertainty.py
+        # writes out/studies/uncertainty/{summary.json,table.md,uncertainty.png}
+    python studies/uncertainty.py --quick  one task, two seeds, few epochs: does it run?
 
 The last class of each task is left out of training; AUROC says how well the largest probability
 tells its examples from the others'. Everything is scored on right labels. k = 16: the mean

@@ -1,11 +1,11 @@
 """Digits: MLP, ResNet and ViT, DIP against six baselines, under attack and corruption, with
 ablations.
 
-    python studies/vision.py                    everything, about 35 minutes of one core; goes on
-    where it was stopped python studies/vision.py --archs MLP        one network
-    python studies/vision.py --parts report     tables and figures from the stored results
-    python studies/vision.py --figures           figures alone, from docs/results/vision.json
-    python studies/vision.py --quick            does it run? into out/vision
+    python studies/vision.py  everything, about 35 minutes of one core; goes on where it was stopped
+    python studies/vision.py --archs MLP  one network
+    python studies/vision.py --parts report  tables and figures from the stored results
+    python studies/vision.py --figures  figures alone, from docs/results/vision.json
+    python studies/vision.py --quick  does it run? into out/vision
 
 scikit-learn's digits (8x8 scans): 500 images to train on, drawn anew by every seed from the first
 900; 400 to validate; the other 897, which nothing is chosen on, for the figures. Every method has
@@ -456,11 +456,9 @@ def main_table(study: Study) -> str:
     missing = [training for training in study.trainings() if training not in trainings]
     return (
         f"{len(study.seeds)} seed(s), mean ± standard deviation; the best mean of each training in "
-        "bold. "
-        f"Chosen on validation images: {settings}. {M[study.arch]} trajectories for the methods "
-        "with noise; a DIP step "
-        f"costs {study.time_ratio()} plain steps, which plain training at equal time gets in "
-        f"epochs.\n\n{text}\n\n"
+        f"bold. Chosen on validation images: {settings}. {M[study.arch]} trajectories for the "
+        f"methods with noise; a DIP step costs {study.time_ratio()} plain steps, which plain "
+        f"training at equal time gets in epochs.\n\n{text}\n\n"
         + (f"Trained {' and '.join(missing)}: {NOT_RUN}\n\n" if missing else "")
         + _environments(study)
     )

@@ -47,12 +47,13 @@ METHODS = (
     "SAM",
     "DIP",
 )
+# these take m trajectories per example
 SEVERAL = (
     "input noise",
     "fixed variance",
     "GaussianDropout",
     "DIP",
-)  # these take m trajectories per example
+)
 TRAININGS = ("clean", "Gaussian", "FGSM")
 TRAIN_NOISE, TRAIN_EPS = 0.2, 0.1  # of training under Gaussian noise and under FGSM
 
@@ -112,9 +113,8 @@ def perturbed(model: nn.Module, x: Tensor, y: Tensor, training: str) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor, config: dict) -> Tensor:
-    out = dip.trajectories(
-        model.__call__, x, m=config["m"]
-    )  # a function: baselines have no DIP layers
+    # a function: baselines have no DIP layers
+    out = dip.trajectories(model.__call__, x, m=config["m"])
     if config["method"] != "DIP":
         return dip.objective(out, y, F.cross_entropy)
     alpha, spread = config["alpha"], config["sigma"] ** 2 * config.get("beta_factor", 1.0)

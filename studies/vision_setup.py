@@ -165,9 +165,8 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, dim // self.heads)
-        attended = F.scaled_dot_product_attention(
-            *qkv.permute(2, 0, 3, 1, 4)
-        )  # [B, heads, tokens, dim / heads]
+        # [B, heads, tokens, dim / heads]
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
         x = x + self.proj(attended.transpose(1, 2).reshape(batch, tokens, dim))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -1,8 +1,8 @@
 """Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
-    python studies/where_to_average.py            three seeds; writes its results, table and plot
-    into out/where_to_average python studies/where_to_average.py --quick    one seed, a few epochs:
-    does it run?
+    python studies/where_to_average.py
+        # three seeds; writes its results, table and plot into out/where_to_average
+    python studies/where_to_average.py --quick  one seed, a few epochs: does it run?
 
 An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma =
 0.1), 500 images for training and 400 for testing; sigma is fixed, so that only the estimator

@@ -71,6 +71,7 @@ def assert_close(got, want, eager, name):
         ((1,), 1, 1, 0, 1, None, torch.float32, False),  # the smallest
         ((5,), 24, 10, 0, 1, None, torch.float32, False),  # rows aligned to eight elements
         ((5,), 24, 10, 0, 1, None, torch.float32, True),
+        # nothing aligned, columns from inside a group
         (
             (3, 7),
             37,
@@ -80,7 +81,7 @@ def assert_close(got, want, eager, name):
             None,
             torch.float32,
             False,
-        ),  # nothing aligned, columns from inside a group
+        ),
         ((3, 7), 37, 19, 5, 1, None, torch.float32, True),
         ((3, 7), 37, 19, 5, 2, "gelu", torch.float32, True),  # real samples
         ((33,), 40, 72, 0, 1, None, torch.float16, True),  # more than one tile each way

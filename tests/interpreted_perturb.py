@@ -259,9 +259,8 @@ def test_perturb_rounds_to_the_asked_type():
 
 
 def test_perturb_bwd_sums_many_row_blocks_in_a_fixed_order(monkeypatch):
-    monkeypatch.setattr(
-        tiles, "block_shape", lambda *sizes: (2, 8)
-    )  # 20 row blocks over 8 programs
+    # 20 row blocks over 8 programs
+    monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))
     _, du, sigma = make((39, 8), -1)
     where = (sigma, make_seed(), -1, 0, 0, 0, 1.0, False)
     first = perturb.perturb_bwd(du, *where)

@@ -45,9 +45,8 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
         [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")],
     )
     flags = [f"-Xcompiler={flag}" if flag == "-fPIC" else flag for flag in flags]
-    if (
-        _has_ubsan()
-    ):  # undefined behaviour of the host code ends the process, with a line that names it
+    # undefined behaviour of the host code ends the process, with a line that names it
+    if _has_ubsan():
         sanitize = ["-fsanitize=undefined", "-fno-sanitize-recover=all"]
         flags += [f"-Xcompiler={flag}" for flag in sanitize]
     else:

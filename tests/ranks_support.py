@@ -85,9 +85,8 @@ def _serve(pipe, folder, rank, world):
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    os.environ.update(
-        LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
-    )  # accelerate asks
+    # accelerate asks
+    os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
     number = 0
     while True:
         check, args = pipe.recv()

@@ -24,9 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    with mock.patch.dict(
-        os.environ
-    ):  # BOFT leaves CXX=gcc behind where its extension does not build
+    # BOFT leaves CXX=gcc behind where its extension does not build
+    with mock.patch.dict(os.environ):
         yield
 
 

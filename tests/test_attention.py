@@ -201,10 +201,11 @@ def test_self_attention_draws_once_and_different_arguments_are_independent():
     attention(x, x, x)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
+    # in_proj, out_proj
     (
         torch.randint(-(2**63), 2**63 - 1, (2,)),
         torch.randint(-(2**63), 2**63 - 1, (2,)),
-    )  # in_proj, out_proj
+    )
     assert torch.equal(torch.get_rng_state(), drawn)
     torch.set_rng_state(state)
 
@@ -322,10 +323,11 @@ def test_an_encoder_in_eval_mode_is_plain_through_every_path(norm_first):
     x = torch.randn(N, L, E)
     padding = torch.arange(L) >= torch.tensor([[5], [4], [3]])
     causal = nn.Transformer.generate_square_subsequent_mask(L)
+    # without gradients: the fast path, and nested tensors where there is padding
     for grad in (
         False,
         True,
-    ):  # without gradients: the fast path, and nested tensors where there is padding
+    ):
         for keywords in (
             {},
             {"src_key_padding_mask": padding},

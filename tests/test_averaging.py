@@ -179,9 +179,8 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
         yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
 
     compiled = list(results())
-    monkeypatch.setattr(
-        backends, "library", backends.Library
-    )  # that of a tree where nothing was built
+    # that of a tree where nothing was built
+    monkeypatch.setattr(backends, "library", backends.Library)
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (40, 40))  # a sample after another
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
     for name in ("act_add", "act_add_bwd", "draw_samples"):
@@ -273,9 +272,8 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
         lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy)
     )
     leaves[0].grad = None
-    assert (
-        peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
-    )  # u, z, h and dh of a block
+    # u, z, h and dh of a block
+    assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
     leaves[0], dy = small
     with torch.no_grad():
         assert kept(9) == 0
@@ -529,9 +527,8 @@ def test_layer_means_what_the_function_means():
     torch.testing.assert_close(got, sum(parts) / 3)
     analytic = dip.DIPLinear(24, 12, activation="silu", estimator="analytic")
     state = torch.get_rng_state()
-    assert torch.equal(analytic(x), analytic(x)) and torch.equal(
-        state, torch.get_rng_state()
-    )  # nothing is drawn
+    # nothing is drawn
+    assert torch.equal(analytic(x), analytic(x)) and torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
@@ -652,9 +649,8 @@ def test_analytic_prediction_goes_through_transformer_blocks():
     distance = (outs.mean(0) - dip.predict(gated, x, method="analytic", average="logits")).abs() / (
         outs.std(0) / 4000**0.5
     )
-    assert (
-        distance.max() <= 4.5
-    )  # gate and up draw apart, so the mean of the product is the product of the means
+    # gate and up draw apart, so the mean of the product is the product of the means
+    assert distance.max() <= 4.5
 
 
 class _OwnGelu(nn.Module):

@@ -321,9 +321,8 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
         assert how == {wide: "cuda", narrow: "triton", small: "triton"}
         assert choose(op, "cuda", torch.float32, narrow).backend == "cuda"
         assert choose(op, "cuda").backend == "triton"
-    monkeypatch.setattr(
-        backends, "_runs_on", lambda name, device: name != "cuda"
-    )  # no library: Triton's at any width
+    # no library: Triton's at any width
+    monkeypatch.setattr(backends, "_runs_on", lambda name, device: name != "cuda")
     assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"
 
 

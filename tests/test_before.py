@@ -107,9 +107,8 @@ def test_everything_that_takes_dip_layers_takes_these():
     plain_state = plain.state_dict()
     assert [row.features for row in dip.summary(model)] == [8] * 5
     dip.calibrate(model, [X], ratio=0.2)
-    assert dip.summary(model)[1].ratio == pytest.approx(
-        0.2, rel=0.05
-    )  # one sigma for all: the median feature's
+    # one sigma for all: the median feature's
+    assert dip.summary(model)[1].ratio == pytest.approx(0.2, rel=0.05)
     assert len(dip.param_groups(model, 1e-3)[-1]["params"]) == 5
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         again.load_state_dict(model.state_dict())
@@ -342,9 +341,8 @@ def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
     with pytest.warns(dip.DIPConversionWarning, match=message) as caught:
         dip.convert(make())
     assert len(caught) == 1
-    dip.convert(
-        make(), filter=lambda module, name: isinstance(module, nn.Linear)
-    )  # a filter says which
+    # a filter says which
+    dip.convert(make(), filter=lambda module, name: isinstance(module, nn.Linear))
     dip.convert(make(), filter=lambda module, name: module.in_features > 0)
 
 

@@ -339,16 +339,14 @@ def test_records_are_small_and_whole(tmp_path, quick):
     )
     found = json.loads(path.read_text())
     assert (found["release"], found["kind"]) == (dip.__version__, "amd")
-    assert found["overhead"]["machine"]["date"].startswith(
-        "2026-01-03"
-    )  # the newest of the whole runs
+    # the newest of the whole runs
+    assert found["overhead"]["machine"]["date"].startswith("2026-01-03")
     ratios = found["overhead, run by run"]["ratios"]
     first, second, third, part = next(ratios[key] for key in ratios if key.startswith("linear"))
     assert second == pytest.approx(2 * first, rel=1e-2) and third == part
     assert next(ratios[key] for key in ratios if key.startswith("small"))[3] is None
-    assert (
-        len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40
-    )  # a row a line
+    # a row a line
+    assert len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40
     whole = json.loads(runs[2].read_text())
     assert overhead.text(report.load(path, "overhead")) == overhead.text(whole)
     assert overhead.text(report.load(runs[2], "overhead")) == overhead.text(whole)

@@ -64,9 +64,8 @@ def test_a_head_that_training_reads_past_is_named_by_a_batch(batch):
 
 
 def test_a_layer_that_nothing_calls_and_one_whose_output_is_lost_are_named():
-    found = faults(
-        dip.convert(Half()), (X, Y)
-    )  # forward takes one argument: the labels stay behind
+    # forward takes one argument: the labels stay behind
+    found = faults(dip.convert(Half()), (X, Y))
     assert list(found) == ["unused", "dropped"]
     assert "not called" in found["unused"] and "does not reach" in found["dropped"]
 
@@ -164,9 +163,8 @@ def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
         model(X).square().sum().backward()
     assert "noise_off" in faults(model)["0"] and len(faults(model)) == 2
     model.zero_grad()
-    nn.init.zeros_(
-        model[1].weight
-    )  # a start at zero, as of residual branches, has such gradients rightly
+    # a start at zero, as of residual branches, has such gradients rightly
+    nn.init.zeros_(model[1].weight)
     model(X).sum().backward()
     assert not faults(model)
 

@@ -53,9 +53,8 @@ def check_train(rank, world, out, kill_after=None):
 def test_a_run_that_is_killed_and_restarted_ends_with_the_same_weights(ranks, tmp_path):
     want = ranks.run(check_train, str(tmp_path / "undisturbed"))[0]
     with pytest.raises(AssertionError, match="died"):
-        ranks.run(
-            check_train, str(tmp_path / "killed"), 7
-        )  # in the second epoch, three steps after a checkpoint
+        # in the second epoch, three steps after a checkpoint
+        ranks.run(check_train, str(tmp_path / "killed"), 7)
     assert (tmp_path / "killed/latest").read_text() == "4"
     got = ranks.run(check_train, str(tmp_path / "killed"))[0]
     assert got.keys() == want.keys()

@@ -96,9 +96,8 @@ def test_variances_land_on_the_weights_device_in_float32():
     with torch.device("meta"):
         model = convert(Net().to(torch.bfloat16))
     assert all(layer.log_variance.is_meta for layer in dip_layers(model).values())
-    model = convert(
-        Net().to("meta", torch.bfloat16)
-    )  # they have values where nobody asked for none
+    # they have values where nobody asked for none
+    model = convert(Net().to("meta", torch.bfloat16))
     assert not any(layer.log_variance.is_meta for layer in dip_layers(model).values())
     assert all(layer.log_variance.dtype is torch.float32 for layer in dip_layers(model).values())
 
@@ -285,9 +284,8 @@ def test_variances_come_back_as_they_were():
     assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
     assert torch.equal(model.head.variance.log_prior.float(), saved["head.variance.log_prior"])
     model.head.variance.log_prior.fill_(-9.0)
-    load_variances(
-        model, {n: t for n, t in saved.items() if n.endswith("log_variance")}
-    )  # of an older release
+    # of an older release
+    load_variances(model, {n: t for n, t in saved.items() if n.endswith("log_variance")})
     assert bool((model.head.variance.log_prior == -9.0).all())
 
 
@@ -574,9 +572,8 @@ def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
             self.linear, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.9)
 
         def forward(self, x):
-            return self.norm(
-                self.drop(self.linear(input=x))
-            )  # by keyword: the hook finds it there too
+            # by keyword: the hook finds it there too
+            return self.norm(self.drop(self.linear(input=x)))
 
     model = convert(Named())
     model.drop.eval()

@@ -302,9 +302,8 @@ def check_kl(rank, world):
     torch.testing.assert_close(total, want)
     got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
     assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
-    layer = DIPInput(
-        4, init_variance=0.5
-    )  # a style of tensor parallelism may have made the prior a DTensor too
+    # a style of tensor parallelism may have made the prior a DTensor too
+    layer = DIPInput(4, init_variance=0.5)
     layer.variance.log_variance = nn.Parameter(layer.log_variance.detach() + 1)
     expected = dip.kl_penalty(layer)
     whole = dtensor.laid_out_as(layer.variance.log_prior, _replicated(world))

@@ -123,6 +123,5 @@ def test_defaults_can_be_read():
         (ROOT / "dipkernels" / path).read_text() for path in ("models/convert.py", "config.py")
     )
     assert not re.search(r"^    \w+: [^\n]+ = tuple\(", tree, re.MULTILINE)
-    assert dip.DIPConfig().types == tuple(
-        kind.__name__ for kind in TWINS
-    )  # written out, for a reader
+    # written out, for a reader
+    assert dip.DIPConfig().types == tuple(kind.__name__ for kind in TWINS)

@@ -85,9 +85,8 @@ def test_augmentation_moves_and_flips_whole_images():
     pixels = torch.stack([rows, rows.T, rows + 100])[None].expand(40, -1, -1, -1).contiguous()
     out = recipe_cifar100.augmented(pixels)
     assert out.shape == pixels.shape
-    assert (
-        out[:, 0].eq(out[:, 0, :, :1]).all()
-    )  # a row of the image stays a row, in every channel alike
+    # a row of the image stays a row, in every channel alike
+    assert out[:, 0].eq(out[:, 0, :, :1]).all()
     assert out[:, 2].eq(out[:, 0] + 100).all()
     slopes = (out[:, 1, 0, 16] - out[:, 1, 0, 15]).sign()
     assert set(slopes.tolist()) == {-1.0, 1.0}  # some images are flipped, some are not
@@ -137,9 +136,8 @@ def test_methods_differ_in_noise_and_in_what_learns(cifar, tmp_path):
         ]
     assert [m for m, end in ends.items() if any("log_variance" in name for name in end)] == ["dip"]
     name = "vit.classifier.weight"
-    assert (
-        len({tuple(end[name].flatten().tolist()) for end in ends.values()}) >= 3
-    )  # dip and fixed: the same first step
+    # dip and fixed: the same first step
+    assert len({tuple(end[name].flatten().tolist()) for end in ends.values()}) >= 3
     assert ends["fixed"][name].allclose(ends["dip"][name], atol=1e-2)
 
 
@@ -248,9 +246,8 @@ def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
     assert content["step"] == 4  # one epoch of 8 examples
     names = set(content["model"])
     assert all("lora_" in name or name.endswith(("log_variance", "log_prior")) for name in names)
-    assert (
-        sum(name.endswith("log_variance") for name in names) == 7
-    )  # q, k, v, o, gate, up, down: once each
+    # q, k, v, o, gate, up, down: once each
+    assert sum(name.endswith("log_variance") for name in names) == 7
     results = json.loads((tmp_path / "results.json").read_text())
     assert 0 <= results["exact_match"] <= 100
     assert results["examples"] == 4

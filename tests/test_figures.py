@@ -81,6 +81,5 @@ def test_dip_lies_below_every_baseline_and_all_are_told_apart_without_colour():
 def test_a_curve_figure_names_every_method():
     text = words(ROOT / "docs" / "results" / "vision_vit_clean.svg")
     assert all(method in text for method in vision.METHODS)
-    assert "-55.0" in words(
-        ROOT / "docs" / "assets" / "gains_clean.svg"
-    )  # what lies outside is said
+    # what lies outside is said
+    assert "-55.0" in words(ROOT / "docs" / "assets" / "gains_clean.svg")

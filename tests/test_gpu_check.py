@@ -442,9 +442,8 @@ def test_a_share_of_the_copy_is_of_its_bytes_in_the_same_rounds(check, monkeypat
     monkeypatch.setattr(kernels, "kinds", lambda check: ("cpu",))
     for form, share in (("P", 1.0), ("Q", 0.5), ("PQ", 1.5)):
         variants = kernels.perturb_row(check, form, torch.float32, 64, 24)["variants"]
-        assert (
-            variants["cpu"]["share_of_copy"] == share and variants["cpu"]["seconds"] == 1.0
-        )  # of two sets
+        # of two sets
+        assert variants["cpu"]["share_of_copy"] == share and variants["cpu"]["seconds"] == 1.0
         assert "share_of_copy" not in variants["copy"]
 
 

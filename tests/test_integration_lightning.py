@@ -250,9 +250,8 @@ def check_train(rank, world, folder):
         callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET
     )
     data, module = TensorDataset(X, Y), Module()
-    sampler = torch.utils.data.DistributedSampler(
-        data, world, rank, shuffle=False
-    )  # rank 0 has the even examples
+    # rank 0 has the even examples
+    sampler = torch.utils.data.DistributedSampler(data, world, rank, shuffle=False)
     trainer.fit(module, DataLoader(data, 8, sampler=sampler))
     dip.check_ranks(module)
     return trainer.world_size, {name: value.clone() for name, value in module.state_dict().items()}

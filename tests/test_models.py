@@ -111,9 +111,8 @@ def peft_llama(**options):
     model = peft.get_peft_model(llama(), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(
-                parameter, std=0.1
-            )  # at zero, the start, an adapter would hide whether it is noised
+            # at zero, the start, an adapter would hide whether it is noised
+            nn.init.normal_(parameter, std=0.1)
     return model
 
 
@@ -844,9 +843,8 @@ def test_a_share_draws_afresh_for_another_tensor_another_pass_and_another_mode()
 def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
     torch.manual_seed(0)
     model = dip.convert(llama(), share=[QKV, MLP])
-    model.model.layers[0].self_attn.q_proj(
-        torch.randn(2, 32)
-    )  # a pass left unfinished goes into no copy
+    # a pass left unfinished goes into no copy
+    model.model.layers[0].self_attn.q_proj(torch.randn(2, 32))
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attention = again.model.layers[0].self_attn
         assert attention.k_proj.variance is attention.q_proj.variance

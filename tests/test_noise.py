@@ -228,9 +228,8 @@ def test_noise_rejects(bad, error):
     arguments = {"seed": SEED, **bad}
     with pytest.raises((ValueError, TypeError), match=error):
         functional.noise(**arguments)
-    with pytest.raises(
-        (ValueError, TypeError, RuntimeError), match=error.split(":")[0]
-    ):  # the library by itself
+    # the library by itself
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=error.split(":")[0]):
         where = {"dim": -1, "row0": 0, "col0": 0, "sample": 0} | {
             k: v for k, v in arguments.items() if k not in ("seed", "shape")
         }

@@ -337,9 +337,8 @@ def test_fsdp_and_bfloat16_autocast():
     finally:
         torch.distributed.destroy_process_group()
     with torch.autocast("cpu", torch.bfloat16):
-        assert (
-            plain.norm(x).dtype is torch.bfloat16
-        )  # one rounding, to what the layers behind it multiply in
+        # one rounding, to what the layers behind it multiply in
+        assert plain.norm(x).dtype is torch.bfloat16
         plain(x).float().square().sum().backward()
     assert plain.norm.log_variance.grad.dtype is torch.float32
 

@@ -729,10 +729,11 @@ def test_models_draw_the_noise_of_layers_that_share(name):
     producers = {row.producer: row.layers[0] for row in rows}
     for layer_name, layer in dip_layers(at_producer).items():
         layer.number = numbers[producers.get(layer_name, layer_name)]
+    # a head that reads one row of all has another row of the draw
     for model in (
         at_producer,
         at_layers,
-    ):  # a head that reads one row of all has another row of the draw
+    ):
         for each in (
             ("vit.layernorm", "norm", "encoder.2", "classifier", "head", "heads.0")
             if "vit" in name

@@ -395,9 +395,8 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
             stats,
             *norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0),
         )
-    for kind in (
-        ("gelu", "silu") if dtype is not torch.float64 else ("relu",)
-    ):  # float64 calls the library's exp
+    # float64 calls the library's exp
+    for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):
         yield gate.activate(x, sigma, SEED, draw, kind, None)
         yield from gate.activate_bwd(du, x, sigma, SEED, draw, kind)
         yield gate.gate(x, b, sigma, SEED, draw, kind, None)
@@ -530,9 +529,8 @@ def test_producer_keeps_for_backward_what_the_plain_function_keeps(kind):
         run(*tensors)
     rows, operands = tensors[0].numel() // 10, 2 if kind.startswith("gated") else 1
     of_rows = 4 * rows * {"layer": 2, "rms": 1}.get(kind, 0)
-    of_columns = 16 + sum(
-        t.nbytes for t in tensors if t.dim() == 1
-    )  # the seed, sigma, weight, bias
+    # the seed, sigma, weight, bias
+    of_columns = 16 + sum(t.nbytes for t in tensors if t.dim() == 1)
     assert sum(kept.values()) <= operands * tensors[0].nbytes + of_rows + of_columns
 
 

@@ -127,9 +127,8 @@ def test_generic_addresses_reach_shared_memory():
 def test_variables_of_a_module_outlive_a_launch():
     text = (
         ".visible .global .align 4 .b8 counters[64]; .entry k() { .reg .b64 %a; .reg .b32 %r; "
-        "mov.u64 %a, counters; "
-        "cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; red.global.add.u32 "
-        "[counters+12], 2; ret; }"
+        "mov.u64 %a, counters; cvta.global.u64 %a, %a; atom.global.inc.u32 %r, [%a+8], 100; "
+        "red.global.add.u32 [counters+12], 2; ret; }"
     )
     module = Module(text)
     for _ in range(2):
@@ -282,14 +281,11 @@ def test_the_last_block_sums_what_the_others_left():
     adds them up."""
     body = (
         "mov.u32 %r20, %ctaid.x; mul.wide.u32 %rd5, %r20, 4; add.u64 %rd5, %rd1, %rd5; add.u32 "
-        "%r21, %r20, 1; "
-        "setp.ne.u32 %p3, %r1, 0; @%p3 bra E; st.global.u32 [%rd5], %r21; membar.gl; "
-        "atom.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra E; "
-        "fence.acq_rel.gpu; "
-        "mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: ld.global.u32 %r24, [%rd6]; "
-        "add.u32 %r8, %r8, %r24; "
-        "add.u64 %rd6, %rd6, 4; add.u32 %r23, %r23, 1; setp.lt.u32 %p5, %r23, 10; @%p5 bra L; "
-        "st.global.u32 [%rd1+240], %r8; E: "
+        "%r21, %r20, 1; setp.ne.u32 %p3, %r1, 0; @%p3 bra E; st.global.u32 [%rd5], %r21; "
+        "membar.gl; atom.global.inc.u32 %r22, [%rd1+252], 9; setp.ne.u32 %p4, %r22, 9; @%p4 bra "
+        "E; fence.acq_rel.gpu; mov.u32 %r8, 0; mov.u32 %r23, 0; mov.u64 %rd6, %rd1; L: "
+        "ld.global.u32 %r24, [%rd6]; add.u32 %r8, %r8, %r24; add.u64 %rd6, %rd6, 4; add.u32 %r23, "
+        "%r23, 1; setp.lt.u32 %p5, %r23, 10; @%p5 bra L; st.global.u32 [%rd1+240], %r8; E: "
     )
     orders = (None, lambda grid: [(x, 0, 0) for x in reversed(range(grid[0]))])
     for threads in (64, 256, 16384):  # one block after the other, four together, all

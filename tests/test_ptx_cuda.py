@@ -89,9 +89,8 @@ def check(library, x=None, u=None, du=None, sigma=None, **kwargs):
             got_u,
             want,
         )
-        if HAS_CPU and not kwargs.get(
-            "log_variance"
-        ):  # the C library's exp rounds otherwise than CUDA's
+        # the C library's exp rounds otherwise than CUDA's
+        if HAS_CPU and not kwargs.get("log_variance"):
             with backends.backend("cpu"):
                 assert torch.equal(got_u, perturb(x, sigma, SEED, Draw(*where(kwargs, 1)), u.dtype))
     if du is not None:
@@ -192,12 +191,10 @@ def test_compiled_cuda_strides(library):
     wide = torch.randn(9, 80).bfloat16()
     check(library, wide[:, :32], u, wide[:, 40:72], sigma)  # aligned slices
     check(library, wide[:, 3:35], u, wide[:, 8:40], sigma)  # x on no boundary
-    check(
-        library, x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma
-    )  # rows of u 8 bytes off a boundary
-    check(
-        library, x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma
-    )  # stride 0: the gradient of a sum
+    # rows of u 8 bytes off a boundary
+    check(library, x, torch.empty(9, 44, dtype=BF16)[:, :32], du, sigma)
+    # stride 0: the gradient of a sum
+    check(library, x, u, torch.ones(1, 32).bfloat16().expand(9, 32), sigma)
     x, u, du, sigma = tensors(3, 16, 8)
     wide = torch.randn(3, 20, 24)
     check(library, wide[:, 2:18, 8:16], u, wide[:, :16, 1:9], sigma)
@@ -429,9 +426,8 @@ def _sum_in_order(terms, threads, blocks, lanes, from_end):
 )  # fmt: skip
 def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, lanes):
     z, _ = run(library, u=torch.empty(300, 264))
-    du = 2.0 ** torch.randint(
-        -8, 8, z.shape, generator=torch.Generator().manual_seed(1)
-    )  # so that du z is exact
+    # so that du z is exact
+    du = 2.0 ** torch.randint(-8, 8, z.shape, generator=torch.Generator().manual_seed(1))
     _, got = run(library, du=du, sigma=torch.ones(264), form=form, multiprocessors=20)
     from_end = form.endswith("from the end")
     assert torch.equal(got, _sum_in_order(du * z, threads, blocks, lanes, from_end))
@@ -475,9 +471,8 @@ def test_compiled_cuda_passes_on_what_is_no_ordinary_number(library, shape):
     z = run(library, u=u)[0].movedim(1, -1)
     for column in (1, 2, 3, 4):
         want = torch.exp(logs[column].double() / 2) * z[..., column].double()
-        assert torch.allclose(
-            got[..., column].double(), want, rtol=2e-6, atol=6e-45
-        )  # s is a few quanta
+        # s is a few quanta
+        assert torch.allclose(got[..., column].double(), want, rtol=2e-6, atol=6e-45)
     first = du.view(*shape[:2], -1)[0, :, 0]
     first[0], first[1] = float("nan"), float("inf")
     sums = run(library, du=du, sigma=subnormal)[1]
@@ -538,9 +533,8 @@ def test_compiled_cuda_beyond_two_to_the_31_elements(folder, inner):
         setattr(a, name, Operand(address, 3, t.stride(0), t.stride(1)))
     before, library.options = library.options, {"ctas": last}
     try:
-        library.call(
-            a, "default", memory, 3000
-        )  # so many multiprocessors that a thread has few rows
+        # so many multiprocessors that a thread has few rows
+        library.call(a, "default", memory, 3000)
     finally:
         library.options = before
     written = u[:, -8:].ne(0).any(1).nonzero()

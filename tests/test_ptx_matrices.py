@@ -27,8 +27,7 @@ def run(body, arrays, threads=32, shared=0):
     loads = " ".join(f"ld.param.u64 %q{i}, [{name}];" for i, name in enumerate(names))
     text = (
         f".entry k({params}) {{ .reg .pred %p<4>; .reg .b32 %i, %r<99>; .reg .b64 %q<9>, %d<9>; "
-        f".shared .align 1024 .b8 s[{max(shared, 16)}]; "
-        f"mov.u32 %i, %tid.x; {loads} {body} ret; }}"
+        f".shared .align 1024 .b8 s[{max(shared, 16)}]; mov.u32 %i, %tid.x; {loads} {body} ret; }}"
     )
     Module(text).kernels["k"].run(
         (1,), (threads,), np.array(addresses, np.uint64).tobytes(), memory
@@ -122,9 +121,8 @@ def test_matrices_go_to_registers_and_back(trans):
     load = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {names(0, 4)}, [%r51]; "
     store = (
         f"add.u32 %r52, %r51, 512; stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r52], "
-        f"{names(0, 4)}; bar.sync 0; "
-        "ld.shared.v4.b32 {%r60, %r61, %r62, %r63}, [%r52]; mad.wide.u32 %d1, %i, 16, %q2; "
-        "st.global.v4.b32 [%d1], {%r60, %r61, %r62, %r63}; "
+        f"{names(0, 4)}; bar.sync 0; ld.shared.v4.b32 {{%r60, %r61, %r62, %r63}}, [%r52]; "
+        "mad.wide.u32 %d1, %i, 16, %q2; st.global.v4.b32 [%d1], {%r60, %r61, %r62, %r63}; "
     )
     run(copy + load + registers(4, 0, "%q1", "st") + store, [matrices, words, back], shared=1024)
     of = matrices.transpose(0, 2, 1) if trans else matrices
@@ -159,12 +157,10 @@ def wgmma(
     d_words = np.zeros((128, 4), np.float32)
     copy = (
         "mov.u32 %r50, s; mad.lo.u32 %r51, %i, 4, %r50; mad.wide.u32 %d1, %i, 4, %q0; mov.u32 "
-        "%r53, 0; "
-        "L: ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; add.u32 %r51, %r51, 512; "
-        "add.u64 %d1, %d1, 512; "
-        "add.u32 %r53, %r53, 1; setp.lt.u32 %p1, %r53, 4; @%p1 bra L; setp.ge.u32 %p2, %i, 64; "
-        "@%p2 bra M; "
-        f"ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; M: {fence} "
+        "%r53, 0; L: ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], %r52; add.u32 %r51, %r51, "
+        "512; add.u64 %d1, %d1, 512; add.u32 %r53, %r53, 1; setp.lt.u32 %p1, %r53, 4; @%p1 bra L; "
+        "setp.ge.u32 %p2, %i, 64; @%p2 bra M; ld.global.b32 %r52, [%d1]; st.shared.b32 [%r51], "
+        f"%r52; M: {fence} "
     )
     describe = lambda at: at >> 4 | (128 >> 4) << 16 | (256 >> 4) << 32  # noqa: E731
     zeros = " ".join(f"mov.b32 %r{8 + j}, 0;" for j in range(4))
@@ -174,10 +170,9 @@ def wgmma(
         registers(4, 0, "%q1", "ld")
         + zeros
         + f"mov.b64 %d2, {describe(0)}; mov.b64 %d3, {describe(2048)}; setp.eq.u32 %p3, %i, %i; "
-        "wgmma.fence.sync.aligned; "
-        f"wgmma.mma_async.sync.aligned.m64n8k16.f32.{kind}.{kind} {names(8, 4)}, {left}, %d3, %p3, "
-        f"1, 1, {transposed}; "
-        f"wgmma.commit_group.sync.aligned; {after} {wait} "
+        f"wgmma.fence.sync.aligned; wgmma.mma_async.sync.aligned.m64n8k16.f32.{kind}.{kind} "
+        f"{names(8, 4)}, {left}, %d3, %p3, 1, 1, {transposed}; wgmma.commit_group.sync.aligned; "
+        f"{after} {wait} "
     )
     run(
         copy + product + registers(4, 8, "%q2", "st"),

@@ -581,9 +581,8 @@ def test_conversions_of_integers(kind):
         [*operands("f32", 1), SPECIAL.astype(float), [127.5, -128.5, 3e9, -3e9] * 16]
     )
     a = a.astype(np.float32)
-    holder = (
-        "s16" if kind == "s8" else "u16" if kind == "u8" else kind
-    )  # a register has 16 bits at least
+    # a register has 16 bits at least
+    holder = "s16" if kind == "s8" else "u16" if kind == "u8" else kind
     for name, function in (
         ("rni", np.rint),
         ("rzi", np.trunc),
@@ -628,13 +627,12 @@ def _predicate(opcode, kind, a, b, more=""):
     ]
     r, w = register(kind), width_of(kind)
     text = (
-        f".entry k(.param .u64 o, .param .u64 a, .param .u64 b) {{ .reg .b32 %i, %d; .reg .b64 %q; "
-        ".reg .pred %p, %t, %f; "
-        f".reg {r} %a, %b; mov.u32 %i, %tid.x; setp.lt.u32 %p, %i, 32; "
-        f"ld.param.u64 %q, [a]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %a, [%q]; "
-        f"ld.param.u64 %q, [b]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %b, [%q]; "
-        f"{opcode} %t|%f, %a, %b{more}; selp.u32 %d, 1, 0, %t; @%f add.u32 %d, %d, 2; "
-        "ld.param.u64 %q, [o]; mad.wide.u32 %q, %i, 4, %q; st.global.u32 [%q], %d; ret; }"
+        ".entry k(.param .u64 o, .param .u64 a, .param .u64 b) { .reg .b32 %i, %d; .reg .b64 %q; "
+        f".reg .pred %p, %t, %f; .reg {r} %a, %b; mov.u32 %i, %tid.x; setp.lt.u32 %p, %i, 32; "
+        f"ld.param.u64 %q, [a]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %a, [%q]; ld.param.u64 "
+        f"%q, [b]; mad.wide.u32 %q, %i, {w}, %q; ld.global{r} %b, [%q]; {opcode} %t|%f, %a, "
+        f"%b{more}; selp.u32 %d, 1, 0, %t; @%f add.u32 %d, %d, 2; ld.param.u64 %q, [o]; "
+        "mad.wide.u32 %q, %i, 4, %q; st.global.u32 [%q], %d; ret; }"
     )
     SEEN.update(("setp", "selp"))
     Module(text).kernels["k"].run((1,), (len(a),), np.array(at, np.uint64).tobytes(), memory)

@@ -207,9 +207,8 @@ def test_compiled_linear_and_its_gradients_match_reference(case, dtype, x_dtype,
     eps = 2e-6 if precision == "highest" else 2.0**-10 if dtype is F32 else EPS[dtype]
     for name, a, b in zip(("y", "dx", "dweight", "dbias", "dsigma"), (y, *got), want, strict=True):
         assert a.isfinite().all(), name
-        if (
-            act == "relu"
-        ):  # next to 0 rounding takes an entry to the other side, whose slope is another
+        # next to 0 rounding takes an entry to the other side, whose slope is another
+        if act == "relu":
             assert (a.double() - b).norm() <= 40 * eps * b.norm(), name
         else:
             assert (a.double() - b).abs().max() <= 12 * eps * (b.std().item() + 1e-3), name
@@ -251,9 +250,8 @@ def test_compiled_linear_far_out_and_not_numbers(name, arch):
     leaf = x.double().requires_grad_()
     want = PLAIN[name](leaf)
     (slope,) = torch.autograd.grad(want, leaf, torch.ones_like(want))
-    slope = torch.where(
-        slope.isnan(), (leaf > 0).double(), slope
-    )  # of numbers whose square even float64 does not hold
+    # of numbers whose square even float64 does not hold
+    slope = torch.where(slope.isnan(), (leaf > 0).double(), slope)
     ordinary = x.isfinite()
     torch.testing.assert_close(y[ordinary].double(), want[ordinary].detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dx[ordinary].double(), slope[ordinary], rtol=1e-5, atol=2e-5)

@@ -21,9 +21,8 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PAGES = [*(ROOT / "docs" / "guides").glob("*.md"), ROOT / "docs" / "quickstart.md"]
 PAGES = [page for page in PAGES if "```python" in page.read_text()]
-PAGES.remove(
-    ROOT / "docs" / "guides" / "trainers.md"
-)  # tests/test_trainers_guide.py: each block is a program
+# tests/test_trainers_guide.py: each block is a program
+PAGES.remove(ROOT / "docs" / "guides" / "trainers.md")
 
 
 def test_version_is_one_and_semantic():
@@ -98,9 +97,8 @@ def test_development_requirements_are_pinned_and_locked_by_hash():
     entries = re.findall(
         r"^([\w.-]+)==(\S+)((?: \\\n\s+--hash=sha256:[0-9a-f]{64})+)", lock, re.MULTILINE
     )
-    assert len(entries) == len(
-        re.findall(r"^[\w.-]+(?:\[.*\])?[=<>]=", lock, re.MULTILINE)
-    )  # none without a hash
+    # none without a hash
+    assert len(entries) == len(re.findall(r"^[\w.-]+(?:\[.*\])?[=<>]=", lock, re.MULTILINE))
     locked = {name.lower(): version for name, version, _ in entries}
     del wanted["torch"]  # which build of it is the machine's choice
     assert wanted.keys() <= locked.keys(), wanted.keys() - locked.keys()

@@ -161,9 +161,8 @@ def test_indented_python_runs(page, block, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     torch.manual_seed(0)
     lines = [line[4:] for line in block.splitlines() if line.strip()]
-    apart = all(
-        line.startswith("dip.convert") for line in lines
-    )  # alternatives, each for another model
+    # alternatives, each for another model
+    apart = all(line.startswith("dip.convert") for line in lines)
     for part in [[line] for line in lines] if apart else [lines]:
         names = {"dip": dip, "torch": torch, "nn": nn, **stand_ins(" ".join(part))}
         code = "\n".join(part).replace("LoraConfig(...)", 'LoraConfig(target_modules=["q_proj"])')

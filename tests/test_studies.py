@@ -141,9 +141,8 @@ def test_the_variances_follow_the_schedule_or_do_not():
 
 def test_calibration_error_and_auroc():
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(
-        10.0
-    )  # 0.1 / 2 + 0.1 / 2
+    # 0.1 / 2 + 0.1 / 2
+    assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(10.0)
     assert uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])) == pytest.approx(
         87.5
     )

@@ -151,9 +151,8 @@ def test_every_method_predicts_alike_before_training_and_noises_in_it(stage):
         layers[method] = sum(isinstance(module, dip.Variance) for module in model.modules())
     assert all(out.equal(outs["plain"]) for out in outs.values())
     assert noisy == {method: method != "plain" for method in SETTINGS}
-    assert (
-        layers["DIP"] == layers["fixed variance"] == (8 if stage == "scratch" else 7)
-    )  # q k v o gate up down (head)
+    # q k v o gate up down (head)
+    assert layers["DIP"] == layers["fixed variance"] == (8 if stage == "scratch" else 7)
 
 
 def test_lora_trains_adapters_and_variances_only():

@@ -86,9 +86,8 @@ def test_a_graph_lives_on_as_the_model_does(x):
     others.append(pickle.loads(pickle.dumps(graph)))
     with fixed_noise(3):
         for other in others:
-            model.load_state_dict(
-                other.state_dict()
-            )  # the statistics of BatchNorm move in each pass
+            # the statistics of BatchNorm move in each pass
+            model.load_state_dict(other.state_dict())
             assert torch.equal(other(x), model(x))
 
 

@@ -391,11 +391,12 @@ def test_trajectories_of_a_model_without_noise_are_refused():
     plain, x = Outputs(3), torch.randn(5, 4)
     with pytest.raises(ValueError, match="model: expected DIP layers, found none"):
         dip.trajectories(plain, x, m=2)
+    # one pass of a plain model is what it says
     assert dip.trajectories(plain, x, m=1).shape == (
         1,
         5,
         3,
-    )  # one pass of a plain model is what it says
+    )
     assert dip.trajectories(lambda x: plain(x), x, m=2).shape == (2, 5, 3)
 
 

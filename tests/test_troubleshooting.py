@@ -67,12 +67,13 @@ def messages_in(source):
     return {text for text in found if text and text not in NOT_MESSAGES}
 
 
+# whose functions return reasons that others print
 REASONS = (
     "models/convertible.py",
     "models/check.py",
     "nn/variance.py",
     "backends.py",
-)  # whose functions return reasons that others print
+)
 
 
 def messages():

@@ -353,9 +353,8 @@ def test_models_joined_after_conversion_say_that_they_share_streams():
     with warnings.catch_warnings(), dip.fixed_noise(1):
         warnings.simplefilter("error")
         dip.predict(deep, x, k=2)
-    with (
-        warnings.catch_warnings()
-    ):  # each its own context, or one model and its copy: nothing to say
+    # each its own context, or one model and its copy: nothing to say
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         one, other = make(), make()
         noise(one, x), noise(other, x)

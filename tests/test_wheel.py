@@ -215,9 +215,8 @@ def test_building_downloads_nothing():
             r"\b(curl|wget|git clone)\b|[\"']pip[\"'], *[\"'](install|download)", path.read_text()
         ), path
     project = (ROOT / "pyproject.toml").read_text()
-    assert re.search(
-        r'^requires = \["setuptools>=\d+", "ninja"\]$', project, re.MULTILINE
-    )  # an isolated build gets no torch
+    # an isolated build gets no torch
+    assert re.search(r'^requires = \["setuptools>=\d+", "ninja"\]$', project, re.MULTILINE)
 
 
 # ---- what the loader says ------------------------------------------------------------------------

@@ -20,9 +20,8 @@ BLOCK_N = 128
 def _normal(b, P: tl.constexpr, NARROW: tl.constexpr):
     """(2^(-b^2), P Phi(-|a|) over it), b >= 0; NARROW: Phi to 2.1e-6, for 16-bit data"""
     if b.dtype == tl.float64:
-        b = tl.minimum(
-            b, 25.0, propagate_nan=tl.PropagateNan.ALL
-        )  # the power is no subnormal number
+        # the power is no subnormal number
+        b = tl.minimum(b, 25.0, propagate_nan=tl.PropagateNan.ALL)
         power = tl.exp(-0.6931471805599453 * b * b)
         return power, P * (0.5 - 0.5 * tl.erf(b * 0.8325546111576977)) / power
     else:
@@ -55,9 +54,8 @@ def _values(beta, SERIES: tl.constexpr, FIRST: tl.constexpr, M: tl.constexpr, OD
     power = beta if ODD else tl.sqrt(beta)
     for degree in tl.static_range(M):
         total = beta * 0.0
-        for i in tl.static_range(
-            M - degree
-        ):  # in powers of 1 - beta = c^2 v beta, from the highest on
+        # in powers of 1 - beta = c^2 v beta, from the highest on
+        for i in tl.static_range(M - degree):
             total = (
                 total * (1.0 - beta) + SERIES[FIRST + degree * M - degree * (degree - 1) // 2 + i]
             )
@@ -205,9 +203,8 @@ def _expectation_kernel(
         # With sum p = 1 and T = sum p Phi(-|a|), y = max(mu, 0) - |mu| T + sum phi P, tanh's is
         # sign(mu) (1 - 2 T) + sum a phi P, and slopes are alike: small terms, each a multiple of
         # its power, are added to what is exact, however the p cancel.
-        size = tl.minimum(
-            tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL
-        )  # its square is finite
+        # its square is finite
+        size = tl.minimum(tl.abs(mu), 1e15, propagate_nan=tl.PropagateNan.ALL)
         small = tl.zeros([BLOCK_R, BLOCK_N], dtype)
         small_slope = tl.zeros([BLOCK_R, BLOCK_N], dtype)
         half_curvature = tl.zeros([BLOCK_R, BLOCK_N], dtype)
@@ -245,9 +242,8 @@ def _expectation_kernel(
                 power, ratio = _normal(b, TERMS[2 * i + 1], NARROW)
                 slopes = _bell_rule(values, M_SERIES if M_SERIES > 0 else 1, alpha)
                 slopes = _plus(slopes, TERMS[2 * i + 1] * beta)
-                values = _plus(
-                    values, TERMS[2 * i + 1] * alpha * variance
-                )  # in an order that stays finite
+                # in an order that stays finite
+                values = _plus(values, TERMS[2 * i + 1] * alpha * variance)
                 curvatures = _product_rule(
                     slopes, M_SERIES + 1 if M_SERIES > 0 else 2, 0.5 * alpha, TERMS[2 * i + 1]
                 )
@@ -491,9 +487,8 @@ def affine_variance(weight, sigma, log_variance):
     if weight.numel() == 0:
         return v.zero_()
     block_k = min(triton.next_power_of_2(k), 512)
-    block_n = (
-        4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1
-    )  # rows enough for every multiprocessor
+    # rows enough for every multiprocessor
+    block_n = 4 if n >= 4 * 2 * num_multiprocessors(weight.device) else 1
     with on_device(weight):
         _variance_kernel[(triton.cdiv(n, block_n),)](
             v, weight, sigma, n, k, LOG_VARIANCE=log_variance, BLOCK_N=block_n, BLOCK_K=block_k

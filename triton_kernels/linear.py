@@ -112,6 +112,7 @@ def _linear_fwd_kernel(
     for i in range(passes):
         h = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in range(0, K + shift, BLOCK_K):
+            # [BM, BK]
             u = _noised_tile(
                 x_ptr,
                 sigma_ptr,
@@ -129,13 +130,14 @@ def _linear_fwd_kernel(
                 dtype,
                 LOG_VARIANCE,
                 BLOCK_K,
-            )  # [BM, BK]
+            )
             col = first + tl.arange(0, BLOCK_K) - shift
+            # [BK, BN]
             w = tl.load(
                 weight_ptr + (out * weight_stride_n)[None, :] + col[:, None],
                 mask=(out < N)[None, :] & ((col >= 0) & (col < K))[:, None],
                 other=0.0,
-            )  # [BK, BN]
+            )
             h = tl.dot(u, w, h, input_precision=PRECISION)
         h += bias
         if GRAD:
@@ -191,16 +193,18 @@ def _linear_bwd_x_kernel(
     dx = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in range(0, N, BLOCK_N):
         out = start + tl.arange(0, BLOCK_N)
+        # [BM, BN]
         dy = tl.load(
             dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
             mask=(row < M)[:, None] & (out < N)[None, :],
             other=0.0,
-        )  # [BM, BN]
+        )
+        # [BN, BK]
         w = tl.load(
             weight_ptr + (tl.cast(out, tl.int64) * weight_stride_n)[:, None] + col[None, :],
             mask=(out < N)[:, None] & col_mask[None, :],
             other=0.0,
-        )  # [BN, BK]
+        )
         dx = tl.dot(dy.to(dtype), w, dx, input_precision=PRECISION)
     # store
     mask = (row < M)[:, None] & col_mask[None, :]
@@ -254,11 +258,13 @@ def _linear_bwd_weight_kernel(
     dweight = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(split * split_rows, end, BLOCK_M):
         row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        # [BM, BN]
         dy = tl.load(
             dy_ptr + (row * dy_stride_m)[:, None] + out[None, :],
             mask=(row < end)[:, None] & (out < N)[None, :],
             other=0.0,
-        )  # [BM, BN]
+        )
+        # [BM, BK]
         u = _noised_tile(
             x_ptr,
             sigma_ptr,
@@ -276,7 +282,7 @@ def _linear_bwd_weight_kernel(
             DTYPE,
             LOG_VARIANCE,
             BLOCK_K,
-        )  # [BM, BK]
+        )
         dweight = tl.dot(tl.trans(dy.to(DTYPE)), u, dweight, input_precision=PRECISION)
     # store
     col = first + tl.arange(0, BLOCK_K) - shift

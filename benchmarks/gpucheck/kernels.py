@@ -29,9 +29,8 @@ def rounds(check: Check) -> dict:
 
 
 def half(check: Check) -> torch.dtype:
-    return (
-        torch.float32 if check.rehearsal else torch.bfloat16
-    )  # Triton's interpreter has no bfloat16
+    # Triton's interpreter has no bfloat16
+    return torch.float32 if check.rehearsal else torch.bfloat16
 
 
 def kinds(check: Check) -> tuple[str, ...]:

@@ -18,9 +18,8 @@ from gpucheck.child import Check, Rows
 from gpucheck.driver import ROOT
 
 PROGRAM = ROOT / "build" / "sanitize_cuda"
-ERROR_CODE = (
-    9  # of compute-sanitizer where it has found something; the program's own codes are others
-)
+# of compute-sanitizer where it has found something; the program's own codes are others
+ERROR_CODE = 9
 PLANTED = {"memcheck": "overrun", "racecheck": "race", "initcheck": "uninitialised"}
 CALLS = "sanitize_cuda: "  # the program's last words, with the number of calls
 CACHE_OFF = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -74,8 +74,7 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
         if stored != own:
             warnings.warn(
                 f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} "
-                "(the folder's, this "
-                "run's). This run's holds",
+                "(the folder's, this run's). This run's holds",
                 stacklevel=2,
             )
 

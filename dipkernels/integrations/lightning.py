@@ -113,8 +113,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         if asked:
             raise ValueError(
                 "config: expected lambda_s=0 and k=0, for loss and prediction are the module's, "
-                f"got {asked}; write "
-                "dip.objective and dip.predict into it"
+                f"got {asked}; write dip.objective and dip.predict into it"
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
@@ -215,8 +214,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         if own is not None and stored != own:
             warnings.warn(
                 "dipkernels: the checkpoint was trained by another config: "
-                f"{differing(stored, own)} (the checkpoint's, "
-                "this callback's). The callback's holds",
+                f"{differing(stored, own)} (the checkpoint's, this callback's). The callback's "
+                "holds",
                 stacklevel=2,
             )
 
@@ -277,9 +276,8 @@ def _require_forward(pl_module: Any) -> None:
     if type(pl_module).forward is pl.LightningModule.forward:
         raise ValueError(
             "batches: expected some, for a module without a forward to calibrate by, got None; "
-            "give the callback batches and "
-            "the module a forward, call dip.apply on its network before, or say variance=... in "
-            "the config"
+            "give the callback batches and the module a forward, call dip.apply on its network "
+            "before, or say variance=... in the config"
         )
 
 

@@ -53,8 +53,8 @@ def require_groups(model: nn.Module, optimizer: Any, way_out: str) -> None:
             example = min(names[each] for each in ids)
             raise ValueError(
                 "optimizer: expected one made from dip.param_groups(model, lr, weight_decay) of "
-                "the converted model, got one "
-                f"that {which} {len(ids)} variance(s), such as {example}; {way_out}"
+                f"the converted model, got one that {which} {len(ids)} variance(s), such as "
+                f"{example}; {way_out}"
             )
 
 

@@ -184,8 +184,7 @@ def _move_to_adapters(model: _KeepsVariances) -> None:
     if shared:
         raise ValueError(
             f"add_adapter: expected layers that share no noise, got an adapter around {shared}; "
-            "add every adapter first, "
-            "then dip.apply with share"
+            "add every adapter first, then dip.apply with share"
         )
     config = _config(model)
     convert(model, filter=lambda module, name: name in inside)

@@ -40,8 +40,7 @@ from .parts import (
 _RUN = 2**32  # keys between the runs of two seeds
 _NO_CONFIG = (
     "dip: expected a DIPConfig, or a model that dip.apply has converted, got neither; a resumed "
-    "run takes the config of its "
-    "checkpoint"
+    "run takes the config of its checkpoint"
 )
 
 _Trainer: Any = object  # a transformers.Trainer, or a subclass of it
@@ -93,8 +92,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if is_deepspeed_zero3_enabled():
             raise ValueError(
                 "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps "
-                "log_variance from PyTorch; use "
-                "FSDP2 there"
+                "log_variance from PyTorch; use FSDP2 there"
             )
         self._dip_start(self.model)
 
@@ -142,8 +140,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if self.args.n_gpu > 1 and key is not None:
             raise ValueError(
                 f"key: expected None under nn.DataParallel, whose {self.args.n_gpu} replicas would "
-                "share their noise, got "
-                f"{key}; or start one process for each GPU by torchrun"
+                f"share their noise, got {key}; or start one process for each GPU by torchrun"
             )
 
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
@@ -170,21 +167,19 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """What the model's forward takes of the first training batches, on the device."""
         if self.train_dataset is None:
             raise ValueError(
-                "train_dataset: expected one, whose first batches set the noise (ratio), got None; "
-                "say variance=... in the "
-                "config, or call dip.apply(model, config, batches) before"
+                "train_dataset: expected one, whose first batches set the noise (ratio), got "
+                "None; say variance=... in the config, or call dip.apply(model, config, batches) "
+                "before"
             )
         with untouched(model):
             prepared: Any = self.get_train_dataloader()
-            loader = getattr(
-                prepared, "base_dataloader", prepared
-            )  # accelerate's own would count as begun
+            # accelerate's own would count as begun
+            loader = getattr(prepared, "base_dataloader", prepared)
             batches = list(itertools.islice(loader, self._dip_batches))
         if not all(isinstance(batch, Mapping) for batch in batches):
             raise ValueError(
                 "train_dataset: expected batches that are mappings, got "
-                f"{type(batches[0]).__name__}; call "
-                "dip.apply(model, config, batches) before"
+                f"{type(batches[0]).__name__}; call dip.apply(model, config, batches) before"
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
@@ -238,9 +233,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             return
         if not report.ok:
             warnings.warn(
-                f"dipkernels: after the first step {report}\n  Leave out what the loss reads past: "
-                "exclude=[...] in the "
-                "config; an expert that the batch did not reach is none",
+                f"dipkernels: after the first step {report}\n  Leave out what the loss reads "
+                "past: exclude=[...] in the config; an expert that the batch did not reach is "
+                "none",
                 stacklevel=2,
             )
 
@@ -303,8 +298,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
             raise ValueError(
                 "m: expected 1 where not every tensor of a batch has the examples first, got "
-                f"{self.dip_config.m} and "
-                f"{sizes}"
+                f"{self.dip_config.m} and {sizes}"
             )
         return dict(inputs)
 
@@ -358,9 +352,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        if config_of(self.model) is not None and not is_peft(
-            self.model
-        ):  # which has done so, for each adapter
+        # which has done so, for each adapter
+        if config_of(self.model) is not None and not is_peft(self.model):
             save(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
 
     def _save(
@@ -397,9 +390,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if stored != own:
             warnings.warn(
                 f"dipkernels: the checkpoint {folder} was trained by another config: "
-                f"{differing(stored, own)} (the "
-                "checkpoint's, this trainer's). The trainer's holds; dip=DIPConfig.load(folder) "
-                "takes the checkpoint's",
+                f"{differing(stored, own)} (the checkpoint's, this trainer's). The trainer's "
+                "holds; dip=DIPConfig.load(folder) takes the checkpoint's",
                 stacklevel=2,
             )
 
@@ -599,7 +591,6 @@ def _require_little(config: DIPConfig) -> None:
     if asked:
         raise ValueError(
             f"config: expected {', '.join(f'{n}={wanted[n]}' for n in asked)}, all that a callback "
-            "can do, got "
-            f"{', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the trainer's "
-            "class"
+            f"can do, got {', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the "
+            "trainer's class"
         )

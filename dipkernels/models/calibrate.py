@@ -14,9 +14,8 @@ from .parameters import check_settable, set_named
 from .spreads import measured_inputs, need_layers
 from .summary import Summary, summary
 
-FEW = (
-    16  # values of an example below which the default ratio is less than 1: studies/alternatives.py
-)
+# values of an example below which the default ratio is less than 1: studies/alternatives.py
+FEW = 16
 
 
 @torch.no_grad()

@@ -117,8 +117,7 @@ def require_finite(layers: Mapping[str, DIPLayer]) -> None:
     if broken:
         raise ValueError(
             f"model: expected finite variances, got NaN or infinity in log_variance of {broken}; a "
-            "step with such "
-            "gradients spoils them: load_variances or calibrate sets them anew"
+            "step with such gradients spoils them: load_variances or calibrate sets them anew"
         )
 
 
@@ -156,9 +155,8 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
     if all(p.grad is None for p in model.parameters()):
         raise ValueError(
             "model: expected gradients to look at, got none: call check(model) after backward() "
-            "and before "
-            "zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), check(model, "
-            "batch)"
+            "and before zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), "
+            "check(model, batch)"
         )
     faults = {}
     for name, layer in layers.items():
@@ -171,9 +169,8 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
         elif _nonzero(slope) and _nonzero(weight) and not any(_nonzero(p.grad) for p in variance):
             faults[name] = (
-                "its variance got a gradient of zeros and its weight did not: it ran without noise "
-                "(noise_off, or an "
-                "eval mode inside the step)"
+                "its variance got a gradient of zeros and its weight did not: it ran without "
+                "noise (noise_off, or an eval mode inside the step)"
             )
     return faults
 
@@ -184,8 +181,7 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
     if learns:
         return (
             "its weight got one, so the weight is read without calling the layer (a fused loss, a "
-            "functional form), or "
-            "it was called in eval mode only"
+            "functional form), or it was called in eval mode only"
         )
     return "it was not called in training (an expert without examples), or what it returned does not reach the loss"
 
@@ -205,8 +201,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     ):
         raise RuntimeError(
             "model: expected one that FSDP has not sharded; check(model, batch) before sharding "
-            "it, or check(model) "
-            "after a backward pass"
+            "it, or check(model) after a backward pass"
         )
     called: dict[DIPLayer, list[bool]] = {layer: [] for layer in layers.values()}
 
@@ -233,8 +228,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         if not called[layer]:
             faults[name] = (
                 "it was not called: its weight is read past it, or eval mode alone calls it, or "
-                "nothing does (an expert "
-                "that this batch does not reach)"
+                "nothing does (an expert that this batch does not reach)"
             )
         elif not any(called[layer]):
             why = "inside noise_off" if contexts.MODE == "off" else "in eval mode"
@@ -242,8 +236,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         elif any(p.is_meta for p in variances[name]):
             faults[name] = (
                 "it drew noise, and accelerate has offloaded it: what is offloaded gets no "
-                "gradient, so neither its "
-                "weight nor its variance learns"
+                "gradient, so neither its weight nor its variance learns"
             )
         elif variances[name] and not any(id(p) in reached for p in variances[name]):
             faults[name] = (
@@ -287,9 +280,8 @@ def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if (
-            "CheckpointFunction" in node.name()
-        ):  # a reentrant checkpoint, whose inside is in no graph yet
+        # a reentrant checkpoint, whose inside is in no graph yet
+        if "CheckpointFunction" in node.name():
             return {id(p) for p in wanted}
         if hasattr(node, "variable"):
             found.add(id(node.variable))

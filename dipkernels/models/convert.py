@@ -102,8 +102,7 @@ def convert(
 
     Returns:
         The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the
-            variances: make it
-        from `param_groups`, or give it that list's group "variances".
+        variances: make it from `param_groups`, or give it that list's group "variances".
 
     Raises:
         ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be
@@ -363,8 +362,7 @@ def _asked_before(
             if reason is not None:
                 raise ValueError(
                     "before: expected modules that noise can be put before, got "
-                    f"{names[module][0]!r} "
-                    f"({type(module).__name__}): {reason}"
+                    f"{names[module][0]!r} ({type(module).__name__}): {reason}"
                 )
             asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
     return asked
@@ -425,8 +423,7 @@ def _one_variance_each(
         ):
             raise ValueError(
                 "init_variance: expected one value for layers that share a variance, got "
-                "different ones for "
-                f"{[names[m][0] for m in group]}; let one pattern match them all"
+                f"different ones for {[names[m][0] for m in group]}; let one pattern match them all"
             )
 
 
@@ -437,8 +434,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
         if wrapper:
             raise RuntimeError(
                 f"model: expected one that is not yet wrapped, got {wrapper.pop()} at "
-                f"{name or 'the root'!r}, which "
-                "would not synchronise variances added now; convert first, then shard or wrap"
+                f"{name or 'the root'!r}, which would not synchronise variances added now; convert "
+                "first, then shard or wrap"
             )
 
 
@@ -665,16 +662,15 @@ def to_plain(model: nn.Module) -> nn.Module:
     if unknown:
         raise ValueError(
             f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of "
-            "parametrised ones "
-            "(weight_norm) torch.nn.utils.parametrize.remove_parametrizations first"
+            "parametrised ones (weight_norm) torch.nn.utils.parametrize.remove_parametrizations "
+            "first"
         )
     hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
     if hooked:
         raise ValueError(
             "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
-            f"forward at {hooked}: "
-            "accelerate.hooks.remove_hook_from_submodules(model), to_plain, and "
-            "accelerate.dispatch_model again"
+            f"forward at {hooked}: accelerate.hooks.remove_hook_from_submodules(model), to_plain, "
+            "and accelerate.dispatch_model again"
         )
     activated = [
         name
@@ -684,8 +680,7 @@ def to_plain(model: nn.Module) -> nn.Module:
     if activated:
         raise ValueError(
             f"model: expected layers that an nn.Linear can stand for, got {activated} with an "
-            "activation inside; "
-            "give it a module of its own behind the layer"
+            "activation inside; give it a module of its own behind the layer"
         )
     buffers = own_buffers(layers)
     others = [
@@ -716,9 +711,8 @@ def to_plain(model: nn.Module) -> nn.Module:
 def _become_plain(module: Any) -> None:
     del module.variance, module.num_samples, module.keep
     own = module.__dict__.get("forward")
-    if (
-        getattr(own, "__func__", None) is type(module).forward
-    ):  # the DIP class's, as accelerate leaves behind
+    # the DIP class's, as accelerate leaves behind
+    if getattr(own, "__func__", None) is type(module).forward:
         del module.forward
     for name in ("share", "_number", "_stream", "_counted_in"):
         module.__dict__.pop(name, None)

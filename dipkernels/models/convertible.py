@@ -69,9 +69,8 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
     if is_adapter(module):
         return _stands_for(base_layer(module)) if first_parameter(kind) else None
     if isinstance(module, nn.Linear) and kind.__module__.startswith("torchao."):
-        return (
-            nn.Linear
-        )  # for training in float8 or with fake quantisation: their forward takes the input alone
+        # for training in float8 or with fake quantisation: their forward takes the input alone
+        return nn.Linear
     return None
 
 
@@ -283,8 +282,7 @@ def _forward_replaced(module: nn.Module) -> str | None:
     if "forward" in vars(module) and hasattr(module, "_hf_hook"):
         return (
             "accelerate dispatched it, and its hook calls the plain forward: convert before "
-            "dispatching, or "
-            "accelerate.hooks.remove_hook_from_submodules(model), convert, and "
+            "dispatching, or accelerate.hooks.remove_hook_from_submodules(model), convert, and "
             "accelerate.dispatch_model again"
         )
     own = vars(module).get("forward")
@@ -293,8 +291,7 @@ def _forward_replaced(module: nn.Module) -> str | None:
     if getattr(module, "_is_hooked", False):
         return (
             "a tp_plan of transformers replaced its forward: load the model without one, convert, "
-            "then "
-            "dip.parallelize_module(model, mesh, plan)"
+            "then dip.parallelize_module(model, mesh, plan)"
         )
     return "its forward was replaced on the object, so that a DIP layer's would not run"
 
@@ -382,9 +379,8 @@ def _mentions(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[tup
     for i, step in enumerate(steps):
         if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
             continue
-        loaded = (
-            step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-        )  # two in one from 3.13 on
+        # two in one from 3.13 on
+        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
         if loaded != own:
             continue
         following = [
@@ -472,8 +468,7 @@ def unnoised(
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
             f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
-            "get no noise: "
-            f"before={patterns} with batches=[...] puts noise at its input"
+            f"get no noise: before={patterns} with batches=[...] puts noise at its input"
         )
     return lines
 
@@ -481,9 +476,8 @@ def unnoised(
 def _is_quiet(module: nn.Module) -> bool:
     plain = counts_as(module) is not None or isinstance(module, (*TWINS, DIPLayer, *_QUIET))
     name, package = type(module).__name__, type(module).__module__
-    table = (
-        len(inspect.signature(type(module).forward).parameters) == 1
-    )  # takes no input: of positions, a bias
+    # takes no input: of positions, a bias
+    table = len(inspect.signature(type(module).forward).parameters) == 1
     return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
 
 

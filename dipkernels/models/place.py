@@ -32,13 +32,14 @@ _FUNCTIONS = {
     "rms_norm": "nn.RMSNorm",
 }
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+# of a producer, beside a DIP layer's
 _TAKEN = (
     "kind",
     "offset",
     "eps_name",
     "noises_output",
     "made_of",
-)  # of a producer, beside a DIP layer's
+)
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -232,9 +233,8 @@ class _Planner:
         if op == "mul":
             return (
                 f"its input is made by mul in {where}, which is no block whose forward is "
-                "down(act(gate(x)) * up(x)) and no "
-                "more: where it is a gated product all the same, put a DIPGatedActivation there by "
-                "hand"
+                "down(act(gate(x)) * up(x)) and no more: where it is a gated product all the "
+                "same, put a DIPGatedActivation there by hand"
             )
         return f"its input is made by {op} in {where}: no norm, activation or gated product"
 

@@ -16,9 +16,8 @@ from ..nn.numbering import dip_layers
 from ..nn.twin import first_parameter
 from ..noise import contexts
 
-_CONVERTED = (
-    "_dip_converted"  # in the __dict__ of a model that was converted: the names of its DIP layers
-)
+# in the __dict__ of a model that was converted: the names of its DIP layers
+_CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
 # in that of a layer whose input is noised where it is made: the name of what makes it
 NOISED_BY = "_dip_noised_by"
@@ -202,8 +201,7 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"before: expected a floating tensor as the first argument of {name!r}, got {got}; "
-            "noise goes where "
-            "numbers are: before the module that reads its output"
+            "noise goes where numbers are: before the module that reads its output"
         )
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(
@@ -213,8 +211,7 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
     if before not in (None, features):
         raise ValueError(
             f"before: expected one number of features in every call of {name!r}, got {before} and "
-            f"{features}; choose "
-            "another dimension by before={pattern: dimension}"
+            f"{features}; choose another dimension by before={{pattern: dimension}}"
         )
     return features
 

@@ -19,13 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .probe import for_each, input_of, listed, run_batch, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
+# which torch's dispatcher does not see
 _HOST_READS = (
     "data_ptr",
     "numpy",
     "tolist",
     "__array__",
     "__dlpack__",
-)  # which torch's dispatcher does not see
+)
 
 
 class Layout(NamedTuple):

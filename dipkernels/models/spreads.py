@@ -47,9 +47,8 @@ class _Moments:
         rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
         if len(rows) == 0:
             return
-        self.examples += (
-            x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1
-        )  # without a batch: one
+        # without a batch: one
+        self.examples += x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1
         self.values += x.numel()
         rows = rows.double()
         mean, total = rows.mean(0), self.count + len(rows)

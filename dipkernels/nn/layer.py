@@ -37,16 +37,14 @@ class DIPLayer(_Mixin):
 
     _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
-    noises_output = (
-        False  # true of what makes another layer's input and noises that: producer.Producer
-    )
+    # true of what makes another layer's input and noises that: producer.Producer
+    noises_output = False
     _number: int
     # which count of layers gave the number: a call of number_layers, or "" for the process's
     _counted_in: str
     _stream: Tensor
-    share: Share | None = (
-        None  # with the layers that read the same input, if asked for: share_noise
-    )
+    # with the layers that read the same input, if asked for: share_noise
+    share: Share | None = None
 
     def _set_up(
         self,
@@ -82,9 +80,8 @@ class DIPLayer(_Mixin):
         variance = self._modules.get("variance") or self.variance
         if type(variance) is Variance and not (worlds.tracing() or _is_hooked(variance)):
             parameter = variance._parameters.get("log_variance")
-            if (
-                parameter is not None
-            ):  # nn.DataParallel's replicas have tensors in place of parameters
+            # nn.DataParallel's replicas have tensors in place of parameters
+            if parameter is not None:
                 if parameter.dtype is not torch.float32:
                     variance.widen()
                 return parameter
@@ -93,9 +90,8 @@ class DIPLayer(_Mixin):
         except KeyError as error:
             raise RuntimeError(
                 f"variance: expected its offloaded values to be at hand, got none for {error}; a "
-                "checkpoint of the "
-                "plain model was dispatched with offload. Load it, convert, then dispatch the "
-                "converted model"
+                "checkpoint of the plain model was dispatched with offload. Load it, convert, "
+                "then dispatch the converted model"
             ) from error
         # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that
         # names it.
@@ -195,9 +191,8 @@ class DIPLayer(_Mixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         weight = getattr(self, "weight", None)
-        empty = (
-            isinstance(weight, Tensor) and weight.is_meta
-        )  # now: what follows may change the tensor itself
+        # now: what follows may change the tensor itself
+        empty = isinstance(weight, Tensor) and weight.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if recurse and empty and not self.weight.is_meta and "variance" in self._modules:
             self.variance.start_anew()
@@ -212,10 +207,9 @@ class DIPLayer(_Mixin):
         ):
             raise ValueError(
                 f"{type(self).__name__}: expected tensor parallelism by "
-                "dip.parallelize_module(model, mesh, plan), "
-                "which takes the same plan and keeps log_variance whole, got a style of torch's "
-                "own; or parallelise "
-                "the plain model, then convert it"
+                "dip.parallelize_module(model, mesh, plan), which takes the same plan and keeps "
+                "log_variance whole, got a style of torch's own; or parallelise the plain model, "
+                "then convert it"
             )
         super().register_parameter(name, param)
 

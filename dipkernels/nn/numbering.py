@@ -78,8 +78,8 @@ def warn_of_equal_numbers(model: nn.Module) -> None:
         if first != name and (share is None or share is not layer.share):
             warnings.warn(
                 f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), "
-                "so that fixed_noise "
-                "gives them one noise; call dip.number_layers(model) on the whole model",
+                "so that fixed_noise gives them one noise; call dip.number_layers(model) on the "
+                "whole model",
                 stacklevel=3,
             )
             return

@@ -94,6 +94,5 @@ def share_noise(layers: list[DIPLayer]) -> None:
         layer.__dict__["share"] = share
         if layer is not first:
             del layer.variance
-            layer.__dict__["variance"] = (
-                first.variance
-            )  # no child: a state dict and FSDP see one owner
+            # no child: a state dict and FSDP see one owner
+            layer.__dict__["variance"] = first.variance

@@ -32,8 +32,7 @@ def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         name = type(layer).__name__
         raise RuntimeError(
             f"dipkernels: torch.fx keeps {name} as a module that the graph calls, so it must be a "
-            "submodule of what is "
-            f"traced, got {name} itself; trace torch.nn.Sequential(layer)"
+            f"submodule of what is traced, got {name} itself; trace torch.nn.Sequential(layer)"
         )
     if not (layer._forward_pre_hooks or layer._forward_hooks):
         return tracer.create_proxy("call_module", path, args, kwargs)
@@ -47,8 +46,6 @@ def refuse_script(layer: nn.Module) -> None:
     """Raise where torch.jit.script prepares a model that holds the layer."""
     raise RuntimeError(
         f"dipkernels: torch.jit.script cannot compile {type(layer).__name__}. Script the plain "
-        "model, "
-        f"torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or use "
-        "torch.jit.trace in eval "
-        "mode or torch.export"
+        f"model, torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or "
+        "use torch.jit.trace in eval mode or torch.export"
     )

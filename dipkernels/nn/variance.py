@@ -85,9 +85,8 @@ class Variance(nn.Module):
         self.register_buffer("log_prior", None)  # the same for include_buffers
         self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
         self._from_meta = self.log_variance.is_meta  # until it has values
-        self.spread: Tensor | None = (
-            None  # [K] standard deviation of the input, once measured: calibrate, summary
-        )
+        # [K] standard deviation of the input, once measured: calibrate, summary
+        self.spread: Tensor | None = None
         self.reset_parameters()
         decay.watch(self)
 
@@ -153,14 +152,13 @@ class Variance(nn.Module):
         Warns."""
         parameter = self.log_variance
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if (
-            parameter.dtype.itemsize >= 4 or distributed
-        ):  # FSDP's mixed precision has an error that names it
+        # FSDP's mixed precision has an error that names it
+        if parameter.dtype.itemsize >= 4 or distributed:
             return
         warnings.warn(
             f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round "
-            "away; it is float32 "
-            "again, with the values rounded. Cast by model.to(dtype), which leaves it as it is",
+            "away; it is float32 again, with the values rounded. Cast by model.to(dtype), which "
+            "leaves it as it is",
             stacklevel=4,
         )
         parameter.data = parameter.data.float()

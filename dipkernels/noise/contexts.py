@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
-TAG: tuple[Any, ...] | None = (
-    None  # what KEY and ROW0 came from, on the host: reading a key would stop a GPU
-)
+# what KEY and ROW0 came from, on the host: reading a key would stop a GPU
+TAG: tuple[Any, ...] | None = None
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
 
 
@@ -203,9 +202,8 @@ def note_number(number: int, counted_in: str) -> None:
     _named.add(pair)
     warnings.warn(
         f"dipkernels: layers of two models that were converted apart have one number ({number}) "
-        "and draw under one "
-        "fixed_noise key, so that their noise is the same. If they are parts of one model, call "
-        "dip.number_layers(model) "
-        "on the whole; if not, and their noise should differ, give each model a key of its own",
+        "and draw under one fixed_noise key, so that their noise is the same. If they are parts "
+        "of one model, call dip.number_layers(model) on the whole; if not, and their noise "
+        "should differ, give each model a key of its own",
         stacklevel=2,
     )

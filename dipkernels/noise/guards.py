@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import worlds
 from . import contexts
 
-# ---- noise that would be drawn a second time: activation checkpointing and the partitioner of torch.compile ---------
+# ---- noise that would be drawn twice: checkpointing, and torch.compile's partitioner -------------
 # Of blocks that a backward pass may compute again: the newest, and those before, dropped when the
 # newest are as many.
 _first_draws: set[tuple[Any, ...]] = set()
@@ -48,10 +48,8 @@ def watch_checkpoint(seed: Tensor) -> None:
     )
     raise RuntimeError(
         f"checkpoint: a block that is computed again in the backward pass {what}, which is not "
-        "what its forward pass "
-        "had, so that its gradients would be wrong. Keep preserve_rng_state=True, or run forward "
-        "and backward inside "
-        "one fixed_noise(key)"
+        "what its forward pass had, so that its gradients would be wrong. Keep "
+        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key)"
     )
 
 
@@ -86,18 +84,15 @@ def _check_memory_budget() -> None:
     if config.activation_memory_budget < 1:
         warnings.warn(
             "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a "
-            "layer afresh in "
-            "backward (as it does torch.randn), which makes gradients wrong; run forward and "
-            "backward inside "
-            "fixed_noise(key)",
+            "layer afresh in backward (as it does torch.randn), which makes gradients wrong; run "
+            "forward and backward inside fixed_noise(key)",
             stacklevel=2,
         )
 
 
 # ---- data parallel: ranks that would draw one noise for different examples -----------------------
-ranks_to_compare = (
-    torch.distributed.is_available()
-)  # until this process drew for the first time as one of several
+# until this process drew for the first time as one of several
+ranks_to_compare = torch.distributed.is_available()
 
 
 def compare_ranks(device: str, shared: bool) -> None:
@@ -121,9 +116,8 @@ def compare_ranks(device: str, shared: bool) -> None:
         other = store.get(f"{place}/rank").decode() if store.check([f"{place}/rank"]) else "another"
         warnings.warn(
             f"dipkernels: rank {rank} draws the same noise as rank {other}. Ranks that hold "
-            "different examples should "
-            "differ: torch.manual_seed(seed + rank), or fixed_noise(key, row0=index of the rank's "
-            "first example)",
+            "different examples should differ: torch.manual_seed(seed + rank), or "
+            "fixed_noise(key, row0=index of the rank's first example)",
             stacklevel=2,
         )
 
@@ -138,14 +132,12 @@ def refuse_in_trace() -> None:
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "dipkernels: torch.jit.trace cannot keep noise that is drawn at each call. Trace in "
-            "eval mode, "
-            f"model.eval(), or the plain model, {_PLAIN}; torch.export keeps the noise"
+            f"eval mode, model.eval(), or the plain model, {_PLAIN}; torch.export keeps the noise"
         )
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError(
             "dipkernels: ONNX has no operation for the noise of a DIP layer. Export in eval mode, "
-            "model.eval(), or the "
-            f"plain model, {_PLAIN}"
+            f"model.eval(), or the plain model, {_PLAIN}"
         )
 
 

@@ -123,9 +123,8 @@ def _dsigma(
     if u.is_contiguous(memory_format=torch.channels_last) and u.dim() == 4:
         z = z.contiguous(memory_format=torch.channels_last)
     wide = torch.promote_types(sigma.dtype, torch.promote_types(u.dtype, torch.float32))
-    products = window.weight_gradient(dy, z, weight).to(wide) * weight.to(
-        wide
-    )  # [N, C / groups, ...]
+    # [N, C / groups, ...]
+    products = window.weight_gradient(dy, z, weight).to(wide) * weight.to(wide)
     sums = products.unflatten(0, (window.groups, -1)).flatten(3).sum((1, 3)).flatten()  # [C]
     dsigma = draw.factor * sums
     if draw.log_variance:

@@ -197,11 +197,9 @@ def prepare(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> tuple[Tensor,
         assert is_dtensor(sigma)  # one of the two is, or this is not called
         raise TypeError(
             f"sigma: {_rank(sigma)} holds a DTensor of placements {tuple(sigma.placements)} on "
-            f"{sigma.device_mesh} "
-            "while x is a plain tensor; a log_variance is split over ranks by mistake, or its "
-            "layer was called outside "
-            "the forward of the module that FSDP or tensor parallelism wrapped (dip.check_ranks "
-            "names the layers)"
+            f"{sigma.device_mesh} while x is a plain tensor; a log_variance is split over ranks by "
+            "mistake, or its layer was called outside the forward of the module that FSDP or "
+            "tensor parallelism wrapped (dip.check_ranks names the layers)"
         )
     draw.check(x.ndim)
     dim = draw.dim % x.ndim
@@ -237,8 +235,8 @@ def _check_features(x: DTensor, sigma: Tensor, dim: int) -> None:
             ranks = math.prod(x.device_mesh.size(i) for i in split)
             why = (
                 f"; {_rank(x)} holds {x.to_local().shape[dim]} features, one of {ranks} ranks: a "
-                "mesh that does not "
-                "divide the features needs DTensor.from_local with the whole shape"
+                "mesh that does not divide the features needs DTensor.from_local with the whole "
+                "shape"
             )
         raise ValueError(
             f"sigma: expected shape (K,) = ({x.shape[dim]},), got {tuple(sigma.shape)}{why}"
@@ -246,8 +244,8 @@ def _check_features(x: DTensor, sigma: Tensor, dim: int) -> None:
     if list(x.to_local().shape) != _window(x)[1]:
         raise ValueError(
             f"x: expected a shard of shape {tuple(_window(x)[1])} on {_rank(x)}, got "
-            f"{tuple(x.to_local().shape)}; x is "
-            f"{tuple(x.shape)} with placements {tuple(x.placements)} on {x.device_mesh}"
+            f"{tuple(x.to_local().shape)}; x is {tuple(x.shape)} with placements "
+            f"{tuple(x.placements)} on {x.device_mesh}"
         )
 
 
@@ -264,10 +262,8 @@ def _check_layout(x: DTensor, sigma: DTensor, dim: int) -> None:
     if wrong:
         raise ValueError(
             "sigma: expected a log_variance whole on every rank (Replicate), or split where x's "
-            "features are, got "
-            f"placements {tuple(sigma.placements)} for x {tuple(x.placements)} on {_rank(x)} "
-            "(dip.check_ranks names "
-            "the layers)"
+            f"features are, got placements {tuple(sigma.placements)} for x {tuple(x.placements)} "
+            f"on {_rank(x)} (dip.check_ranks names the layers)"
         )
 
 
@@ -285,6 +281,6 @@ def check_agreement(seed: Tensor, mesh: DeviceMesh) -> None:
             got = ", ".join(f"rank {r}: {pair}" for r, pair in zip(ranks, pairs, strict=True))
             raise RuntimeError(
                 "seed: expected the same (key, stream) on every rank that shares a tensor, got "
-                f"{got}; seed these "
-                "ranks alike with torch.manual_seed, or give fixed_noise the same key on each"
+                f"{got}; seed these ranks alike with torch.manual_seed, or give fixed_noise the "
+                "same key on each"
             )

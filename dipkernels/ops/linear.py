@@ -172,9 +172,8 @@ def affine(
 
 
 def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
-    if (
-        x.device.type == "cpu" and backends.forced is None
-    ):  # the common case at once: no GPU, nothing to fuse
+    # the common case at once: no GPU, nothing to fuse
+    if x.device.type == "cpu" and backends.forced is None:
         return False
     m = x.numel() // x.shape[-1] if x.dim() and x.shape[-1] else 0
     return weight.dim() == 2 and registry.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
@@ -254,9 +253,8 @@ def mean(
     """The mean over num_samples samples from the draw's on of act(affine), in the memory of one,
     differentiable in every world."""
     check_weight(x, weight, dtype)
-    fused = (
-        x.device.type == "cpu" or x.dtype is not torch.float64
-    )  # no Triton kernel multiplies in float64
+    # no Triton kernel multiplies in float64
+    fused = x.device.type == "cpu" or x.dtype is not torch.float64
     arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
     if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
@@ -293,9 +291,8 @@ class _Mean(Function):
     def backward(ctx: Any, dy: Tensor) -> Grads:
         x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        if (
-            torch.is_grad_enabled()
-        ):  # under create_graph: differentiable pieces, whose memory grows with the samples
+        # under create_graph: differentiable pieces, whose memory grows with the samples
+        if torch.is_grad_enabled():
             y = _mean_pieces(
                 x, weight, bias, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype
             )

@@ -26,9 +26,8 @@ Grads = tuple[Tensor | None, ...]
 _PLACE = "int dim, SymInt row0, SymInt col0, int sample"
 # a sigma, its seed and the fields of Draw
 DRAW = f"Tensor sigma, Tensor seed, {_PLACE}, float factor, bool log_variance"
-OPTIONAL_DRAW = DRAW.replace(
-    "Tensor sigma", "Tensor? sigma", 1
-)  # of a backward pass that may do without dsigma
+# of a backward pass that may do without dsigma
+OPTIONAL_DRAW = DRAW.replace("Tensor sigma", "Tensor? sigma", 1)
 
 
 def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
@@ -171,7 +170,8 @@ class _NoiseSum(Function):
         return _Perturb.apply(zeros, h, seed, ctx.draw, None), None, None, None
 
 
-# ---- the same two for torch.func: a jvp or a vmap rule on the classes above would break torch.compile ---------------
+# ---- the same two for torch.func -----------------------------------------------------------------
+# A jvp or a vmap rule on the classes above would break torch.compile.
 
 
 def _slices(

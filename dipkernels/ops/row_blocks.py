@@ -20,22 +20,19 @@ from .pieces import flat_rows
 # larger than that of one draw.
 _CPU_ROWS = (1024, 4096)
 _GPU_ROWS = 16384
-_ELEMENTS = (
-    2**20
-)  # of one product's result, at least: a narrow layer takes more rows, but no more than it has
+# of one product's result, at least: a narrow layer takes more rows, but no more than it has
+_ELEMENTS = 2**20
 
 
 def _blocks(
     x: Tensor, n: int, num_samples: int, activation: str
 ) -> tuple[list[slice], list[range]]:
     """Ranges of the rows x [M, K], and those of samples that go through one product."""
-    if (
-        activation == "identity" and num_samples != 1
-    ):  # a mean of affine samples is one draw with less sigma
+    # a mean of affine samples is one draw with less sigma
+    if activation == "identity" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
-    if (
-        not 1 <= num_samples <= 2**16
-    ):  # whoever calls the operation itself passes no check of Python's
+    # whoever calls the operation itself passes no check of Python's
+    if not 1 <= num_samples <= 2**16:
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
     m, (least, most) = x.shape[0], _CPU_ROWS if x.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
     size = max(min(max(m, least), most), min(m, _ELEMENTS // max(1, n, x.shape[1])))

@@ -206,10 +206,8 @@ class _Expectations(TorchFunctionMode):
     def _error(normal: _Normal, what: str) -> ValueError:
         return ValueError(
             "model: method='analytic' takes a DIPLinear whose output goes into relu, gelu, silu, "
-            "tanh, sums, "
-            f"products of two layers, normalisation or attention; that of {normal.layer!r} goes "
-            f"into {what}. "
-            "Use method='sample'"
+            "tanh, sums, products of two layers, normalisation or attention; that of "
+            f"{normal.layer!r} goes into {what}. Use method='sample'"
         )
 
 
@@ -235,8 +233,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if producers:
         raise ValueError(
             f"model: method='analytic' takes layers that noise their own input, got {producers} "
-            "that noise their output "
-            "(convert with place='producer'). Use method='sample'"
+            "that noise their output (convert with place='producer'). Use method='sample'"
         )
     mode = _Expectations()
 

@@ -63,8 +63,7 @@ def certify(
 
     Returns:
         A Certificate: radius = sigma * Phi^-1(p), p the Clopper-Pearson lower bound of the class's
-            probability;
-        where p <= 1/2 it abstains.
+        probability; where p <= 1/2 it abstains.
 
     Raises:
         ValueError: for bad values, a model whose noise is not at its input alone, or several
@@ -119,17 +118,14 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
     if len(layers) != 1:
         raise ValueError(
             f"model: expected noise at its input alone, from one DIP layer, got {len(layers)}: "
-            f"{list(layers)}; noise "
-            "further in certifies nothing. convert(model, filter=...) lets the first layer "
-            "through, or put a DIPInput "
-            "before a plain model"
+            f"{list(layers)}; noise further in certifies nothing. convert(model, filter=...) lets "
+            "the first layer through, or put a DIPInput before a plain model"
         )
     ((name, layer),) = layers.items()
     if layer.noises_output:
         raise ValueError(
             f"model: expected noise at its input, got one DIP module, {name or '(root)'}, that "
-            "noises its output; put a "
-            "DIPInput before a plain model"
+            "noises its output; put a DIPInput before a plain model"
         )
     read: list[Tensor] = []
 
@@ -160,7 +156,7 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
     if not torch.allclose(sigma, sigma[0], rtol=1e-3, atol=0):
         raise ValueError(
             f"model: expected one sigma for all features of its input, got {sigma.min():.4g} to "
-            f"{sigma.max():.4g}; fill "
-            "log_variance with one value, the smallest for a bound that holds"
+            f"{sigma.max():.4g}; fill log_variance with one value, the smallest for a bound that "
+            "holds"
         )
     return sigma.min().item()

@@ -126,8 +126,7 @@ def _check_pair(alpha: float, beta: float) -> None:
     if beta > 0 and alpha == 0:
         raise ValueError(
             f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows "
-            "without bound; "
-            "use kl=, or alpha = beta / variance"
+            "without bound; use kl=, or alpha = beta / variance"
         )
 
 
@@ -192,8 +191,8 @@ def objective(
     ):
         raise ValueError(
             f"out: expected [m, B] beside a target of B = {len(target)}, got shape "
-            f"{tuple(out.shape)}; pass "
-            "dip.trajectories(model, x, m=...), or model(x)[None] for one pass"
+            f"{tuple(out.shape)}; pass dip.trajectories(model, x, m=...), or model(x)[None] for "
+            "one pass"
         )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)

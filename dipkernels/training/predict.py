@@ -66,10 +66,9 @@ def predict(
             with chunk, not with k.
         method: "sample", or "analytic": one deterministic pass in which every activation behind a
             DIPLinear is replaced by its exact expectation over that layer's noise, for the cost of
-            k = 0; k and chunk do not apply. Each
-            layer reads the mean of the one before: this approximates Algorithm 2 and is neither it
-                nor Algorithm 3. For
-            MLPs and transformer blocks of linear layers.
+            k = 0; k and chunk do not apply. Each layer reads the mean of the one before: this
+            approximates Algorithm 2 and is neither it nor Algorithm 3. For MLPs and transformer
+            blocks of linear layers.
         dim: Of the classes, for "probs": the last one by default where the output is [B, K] or [B,
             T, K]; to be given where it has more dimensions, such as 1 for a map [B, K, H, W].
         kwargs: The model's named arguments.
@@ -199,15 +198,13 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
     if dim is None and ndim > 3:
         raise ValueError(
             f"dim: expected the dimension of the classes for an output of shape {shape}, got None; "
-            "dim=1 for a map "
-            "[B, K, H, W], dim=-1 where the classes come last"
+            "dim=1 for a map [B, K, H, W], dim=-1 where the classes come last"
         )
     found = -1 if dim is None else dim
     if ndim < 2 or shape[found] == 1:
         raise ValueError(
             f"average: expected 'sigmoid' (one logit) or 'logits' for an output of shape {shape}, "
-            "got 'probs', whose "
-            "softmax over one class is 1"
+            "got 'probs', whose softmax over one class is 1"
         )
     return found % ndim
 

@@ -56,16 +56,14 @@ def trajectories(
     if isinstance(model, nn.Module) and not model.training and contexts.MODE != "on":
         raise RuntimeError(
             "model: expected training mode, got eval mode, where the m trajectories would be "
-            "equal; "
-            "call model.train(), or use dip.predict(model, ..., k=m)"
+            "equal; call model.train(), or use dip.predict(model, ..., k=m)"
         )
     if isinstance(model, nn.Module):
         warn_of_equal_numbers(model)
         if m > 1 and not dip_layers(model):
             raise ValueError(
                 "model: expected DIP layers, found none: its m trajectories would be equal; "
-                "convert it first, or pass a "
-                "function that draws noise of its own"
+                "convert it first, or pass a function that draws noise of its own"
             )
     return folded(model, args, kwargs, m, in_dims)
 
@@ -153,8 +151,7 @@ class _Fold:
             wanted = f"{self.batch}, as {self.first}" if self.batch is not None else "the batch"
             raise ValueError(
                 f"{name}: expected a tensor whose first size is {wanted}, got shape "
-                f"{tuple(leaf.shape)}; "
-                "in_dims=None for it passes it as it is"
+                f"{tuple(leaf.shape)}; in_dims=None for it passes it as it is"
             )
         if self.m == 1:
             return leaf
@@ -165,9 +162,8 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     if value.ndim == 0:
         raise ValueError(
             f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a "
-            "loss made "
-            "inside the model has lost its trajectories. Take it from logits with dip.objective, "
-            "or use model(...).loss + dip.kl_penalty(model)"
+            "loss made inside the model has lost its trajectories. Take it from logits with "
+            "dip.objective, or use model(...).loss + dip.kl_penalty(model)"
         )
     if value.shape[0] != batch * m:
         raise ValueError(

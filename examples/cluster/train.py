@@ -1,12 +1,11 @@
 """A vision transformer with DIP layers, trained with FSDP2 on any number of processes; resumable.
 docs/cluster.md.
 
-    python examples/cluster/train.py examples/cluster/digits.json --out out/cluster
-       one process export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1                       for restarts:
-       docs/cluster.md
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 examples/cluster/train.py
-    examples/cluster/digits.json sbatch examples/cluster/train.sbatch
-                                     many nodes
+    python examples/cluster/train.py examples/cluster/digits.json --out out/cluster  one process
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  for restarts: docs/cluster.md
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 \
+        examples/cluster/train.py examples/cluster/digits.json
+    sbatch examples/cluster/train.sbatch  many nodes
 
 Data: scikit-learn's digits (8x8 scans). Every random choice is a function of the step, not of the
 process: the order of examples of (seed, epoch), the noise of (key + step, the example's place in
@@ -115,13 +114,14 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
+        # [B, 16, 4]
         x = (
             x.unflatten(-1, (4, 2))
             .unflatten(-3, (4, 2))
             .transpose(-2, -3)
             .flatten(-2)
             .flatten(-3, -2)
-        )  # [B, 16, 4]
+        )
         x = self.patches(x) + self.place
         for block in self.blocks:
             x = block(x)

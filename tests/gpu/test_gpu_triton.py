@@ -75,9 +75,8 @@ def in_pytorch(tensors, sigma, dy, seed, where, activation, dtype):
 
 
 @pytest.mark.parametrize("shape, dtype, activation, num_samples", CASES)
-@pytest.mark.parametrize(
-    "namespace", ["dipkernels_triton", "dipkernels"]
-)  # fused, and by row blocks
+# fused, and by row blocks
+@pytest.mark.parametrize("namespace", ["dipkernels_triton", "dipkernels"])
 def test_fused_linear_and_its_gradients_match_reference(
     namespace, shape, dtype, activation, num_samples
 ):

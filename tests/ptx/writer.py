@@ -170,9 +170,8 @@ class Writer(MemoryOpcodes, FloatOpcodes, BitOpcodes):
         if name == "_":
             return
         index, width = self.registers[name]
-        if (
-            self.products
-        ):  # one whose factors change, or that is overwritten, is no product any more
+        # one whose factors change, or that is overwritten, is no product any more
+        if self.products:
             self.products = {
                 k: v
                 for k, v in self.products.items()

@@ -1,7 +1,7 @@
 """Writes requirements-dev.lock: every package of the development environment at one version, with
 the hash of each of its files.
 
-    make lock        # needs uv, which asks the index for hashes without downloading the files
+    make lock  # needs uv, which asks the index for hashes without downloading the files
 
 pip resolves requirements-dev.txt, requirements-docs.txt and requirements-release.txt together;
 torch itself is left out, for which build of it (CPU, CUDA) is the machine's choice, and with it

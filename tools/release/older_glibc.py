@@ -119,8 +119,7 @@ def link_flags(compiler, folder):
     compat, folder, *archives = (shlex.quote(str(path)) for path in (compat, folder, *archives))
     return (
         f"{compat} -L{folder} -Wl,--no-as-needed -ldl -lpthread -lrt -Wl,--as-needed -lstdc++ -lm "
-        "-lc -lgcc_s -lloader "
-        f"{' '.join(archives)} -lgcc -Wl,-z,defs"
+        f"-lc -lgcc_s -lloader {' '.join(archives)} -lgcc -Wl,-z,defs"
     )
 
 

@@ -1,11 +1,12 @@
 """Builds the sdist, and from it the wheel: one for every Python 3.10+ and every torch >= 2.10 of a
 platform.
 
-    python tools/release/wheel.py                    CPU and CUDA kernels: needs nvcc, no GPU
-    python tools/release/wheel.py --cuda 0           CPU kernels alone
-    python tools/release/wheel.py --cpu 0 --cuda 0   pure Python: the Triton and the reference
-    kernels python tools/release/wheel.py --machine aarch64 --cuda 0      cross-compiled by
-    aarch64-linux-gnu-g++
+    python tools/release/wheel.py  CPU and CUDA kernels: needs nvcc, no GPU
+    python tools/release/wheel.py --cuda 0  CPU kernels alone
+    python tools/release/wheel.py --cpu 0 --cuda 0
+        # pure Python: the Triton and the reference kernels
+    python tools/release/wheel.py --machine aarch64 --cuda 0
+        # cross-compiled by aarch64-linux-gnu-g++
 
 Needs torch >= 2.10 (its headers; a CPU build does), setuptools, wheel, ninja and g++. Nothing is
 downloaded. The wheel is built in a temporary folder from the sdist, so that nothing of the working

@@ -2,9 +2,9 @@
 docs/reliability.md.
 
     apt-get install dieharder
-    python tools/verify/battery.py --minutes 10       # what fits; every stream gets its share of
-    the time python tools/verify/battery.py --record           # the same, and the figures go to
-    docs/reliability.md
+    python tools/verify/battery.py --minutes 10
+        # what fits; every stream gets its share of the time
+    python tools/verify/battery.py --record  # the same, and the figures go to docs/reliability.md
 
 Streams: the words of one draw, row by row; and eight draws mixed word by word, which differ in the
 layer, in the sample, in the step (keys one apart) or in the row (2^32 apart): correlated draws fail
@@ -142,9 +142,8 @@ def main() -> int:
             )
     lines = [
         f"dieharder {version.group(1) if version else ''}, {args.minutes:g} minutes: "
-        f"{sum(r[2] for r in rows)} p-values, "
-        f"{sum(r[3] for r in rows) / 2**30:.2f} GiB of words: {len(failed)} FAILED, {len(weak)} "
-        "WEAK.",
+        f"{sum(r[2] for r in rows)} p-values, {sum(r[3] for r in rows) / 2**30:.2f} GiB of words: "
+        f"{len(failed)} FAILED, {len(weak)} WEAK.",
         "",
         "| words of | tests | p-values | bytes | tests that did not fit |",
         "|---|---|---|---|---|",

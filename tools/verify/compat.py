@@ -1,9 +1,9 @@
 """The suite under another release of torch, in an environment of its own: .compat/<torch>.
 docs/install.md has the table.
 
-    make compat TORCH=2.11.0                            # the whole suite, with the Triton that this
-    torch asks for make compat TORCH=2.11.0 QUICK=1                    # without the files of LONG
-    make compat TORCH=2.11.0 COMPAT_PYTHON=python3.12   # under another Python
+    make compat TORCH=2.11.0  # the whole suite, with the Triton that this torch asks for
+    make compat TORCH=2.11.0 QUICK=1  # without the files of LONG
+    make compat TORCH=2.11.0 COMPAT_PYTHON=python3.12  # under another Python
 
 The package is this checkout and its library the one that `make setup` built, by another torch: one
 library serves all. The last line is the row for the table: all, quick, or some where pytest was
@@ -67,9 +67,8 @@ def environment(torch: str, python: str) -> Path:
     wanted = [
         "setuptools" if line.startswith("setuptools==") else line for line in wanted
     ]  # torch 2.11 caps it
-    if torch.startswith(
-        ("2.10.", "2.11.")
-    ):  # the interpreter of their Triton, 3.6, does not know NumPy 2.4
+    # the interpreter of their Triton, 3.6, does not know NumPy 2.4
+    if torch.startswith(("2.10.", "2.11.")):
         wanted = ["numpy<2.4" if line.startswith("numpy==") else line for line in wanted]
     others = [line for line in wanted if line and not re.match(r"(torch|triton)==", line)]
     # Both in one call: alone, the second would bring the newest torch along.

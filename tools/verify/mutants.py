@@ -1,12 +1,12 @@
 """Breaks the code on purpose, one fault at a time, and sees whether the tests notice.
 docs/reliability.md.
 
-    python tools/verify/mutants.py                    # every drawn fault, in a copy of the working
-    tree python tools/verify/mutants.py --minutes 30       # what fits; the next run goes on
+    python tools/verify/mutants.py  # every drawn fault, in a copy of the working tree
+    python tools/verify/mutants.py --minutes 30  # what fits; the next run goes on
     python tools/verify/mutants.py --only functional  # of files whose path says so
-    python tools/verify/mutants.py --list             # what is drawn, and what is known of it; runs
-    nothing python tools/verify/mutants.py --record           # writes the figures into
-    docs/reliability.md; runs nothing
+    python tools/verify/mutants.py --list  # what is drawn, and what is known of it; runs nothing
+    python tools/verify/mutants.py --record
+        # writes the figures into docs/reliability.md; runs nothing
 
 mutations.py finds the faults in the syntax; a seed draws of each file one for LINES_EACH lines, of
 all kinds in turn. The working tree is never touched: the faults live in a copy, which is built and
@@ -63,9 +63,8 @@ AREAS = (
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
-    Area(
-        ("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")
-    ),  # need nvcc: without it they are skipped, and everything survives
+    # need nvcc: without it they are skipped, and everything survives
+    Area(("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")),
     Area(
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
@@ -338,9 +337,8 @@ def report(chosen: list[Drawn], state: dict, seed: int) -> str:
     rate = f", {len(by_status[KILLED]) / judged:.1%} of those that could be" if judged else ""
     lines = [
         f"Seed {seed}: {len(run)} of {len(chosen)} drawn faults run (trees at "
-        f"{', '.join(commits)}): {len(by_status[KILLED])} "
-        f"killed{rate}, {len(by_status[SURVIVED])} survived, {len(by_status[EQUIVALENT])} "
-        "equivalent, "
+        f"{', '.join(commits)}): {len(by_status[KILLED])} killed{rate}, "
+        f"{len(by_status[SURVIVED])} survived, {len(by_status[EQUIVALENT])} equivalent, "
         f"{len(by_status['error'])} could not be run.",
         "",
     ]

@@ -239,9 +239,8 @@ class _Python(ast.NodeVisitor):
         for statement in node.body:
             target = statement.targets[0] if isinstance(statement, ast.Assign) else None
             name = target.id if isinstance(target, ast.Name) else ""
-            is_type = (
-                re.match(r"[A-Z][a-z]", name) is not None
-            )  # an alias, such as Grads = tuple[Tensor | None, ...]
+            # an alias, such as Grads = tuple[Tensor | None, ...]
+            is_type = re.match(r"[A-Z][a-z]", name) is not None
             if not (name.startswith("__") or is_type):
                 self.visit(statement)
 
@@ -324,11 +323,12 @@ class _Python(ast.NodeVisitor):
             if swapped != args and not _commutes(name, i):
                 self._put(node, "operand", f"{function}({', '.join([*swapped, *keywords])})")
         for left_out in node.keywords:
+            # where there is one device only, it is the default
             if left_out.arg not in (
                 None,
                 "device",
                 "stacklevel",
-            ):  # where there is one device only, it is the default
+            ):
                 kept = [self._text(keyword) for keyword in node.keywords if keyword is not left_out]
                 kind = "mask" if left_out.arg == "mask" else "argument"
                 self._put(node, kind, f"{function}({', '.join([*args, *kept])})")

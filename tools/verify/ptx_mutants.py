@@ -1,10 +1,9 @@
 """Plants faults in the code that nvcc and Triton generated, and sees whether executing it finds
 them.  docs/reliability.md.
 
-    python tools/verify/ptx_mutants.py                    # two faults in each CUDA kernel, four in
-    each Triton kernel python tools/verify/ptx_mutants.py --only activation  # of kernels whose name
-    says so python tools/verify/ptx_mutants.py --record           # and writes the figures into
-    docs/reliability.md
+    python tools/verify/ptx_mutants.py  # two faults in each CUDA kernel, four in each Triton kernel
+    python tools/verify/ptx_mutants.py --only activation  # of kernels whose name says so
+    python tools/verify/ptx_mutants.py --record  # and writes the figures into docs/reliability.md
 
 A fault is one changed instruction among those that the kernel's case executes, drawn by a fixed
 seed. It is found where the checks of tests/test_ptx_cuda.py or tests/test_ptx_triton.py fail or
@@ -341,9 +340,8 @@ def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
     count = Counter(how for *_, how in results)
     lines = [
         f"Seed {seed}: {len(results)} faults planted, {count[FOUND]} found. Of the others "
-        f"{count[SAME]} changed no bit of any "
-        f"result of their case, and {count[NEAR]} changed results within the tolerance of the "
-        "checks."
+        f"{count[SAME]} changed no bit of any result of their case, and {count[NEAR]} changed "
+        "results within the tolerance of the checks."
     ]
     for title, of in (
         ("kernels", lambda row: row[0]),

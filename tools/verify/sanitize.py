@@ -1,9 +1,9 @@
 """The compiled CPU kernels under g++'s sanitizers and between guard pages.  docs/reliability.md.
 
-    python tools/verify/sanitize.py                   # address, undefined, thread, guard pages;
-    then the tests under the first two python tools/verify/sanitize.py --cases 2000      # fewer
-    cases python tools/verify/sanitize.py --record          # the same, and the figures go to
-    docs/reliability.md
+    python tools/verify/sanitize.py
+        # address, undefined, thread, guard pages; then the tests under the first two
+    python tools/verify/sanitize.py --cases 2000  # fewer cases
+    python tools/verify/sanitize.py --record  # the same, and the figures go to docs/reliability.md
 
 sanitize_kernels.cpp drives the kernels on random cases, without torch, on several threads of its
 own. Then the library itself is built with the address and undefined-behaviour sanitizers in a copy

@@ -1,9 +1,9 @@
 """Many small calls in one process: memory stays flat, results stay the same.  docs/reliability.md.
 
-    python tools/verify/soak.py --calls 1000000       # layers' forward passes, backward too in
-    every fourth python tools/verify/soak.py --minutes 120         # training steps for as long
-    python tools/verify/soak.py --record              # the same, and the figures go to
-    docs/reliability.md
+    python tools/verify/soak.py --calls 1000000
+        # layers' forward passes, backward too in every fourth
+    python tools/verify/soak.py --minutes 120  # training steps for as long
+    python tools/verify/soak.py --record  # the same, and the figures go to docs/reliability.md
 
 Memory is sampled a hundred times; the slope is fitted to the last half: before, the marks of drawn
 seeds fill their 2^16 places (seeds.py). It fails above one byte for each call.
@@ -88,12 +88,11 @@ def main() -> int:
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     text = (
         f"{calls:,} forward passes of a layer, {steps:,} training steps among them, in "
-        f"{seconds / 60:.1f} minutes on {args.threads} "
-        f"thread(s): memory {samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} "
-        f"samples, {samples[-1][1] / 2**20:.1f} MiB at "
-        f"the last; {growth / 2**10:+.0f} KiB over the last half, {slope(samples):+.4f} bytes a "
-        "call by least squares. "
-        f"The same key gave the same bits before and after: {'yes' if same else 'NO'}."
+        f"{seconds / 60:.1f} minutes on {args.threads} thread(s): memory "
+        f"{samples[0][1] / 2**20:.1f} MiB at the first of {len(samples)} samples, "
+        f"{samples[-1][1] / 2**20:.1f} MiB at the last; {growth / 2**10:+.0f} KiB over the last "
+        f"half, {slope(samples):+.4f} bytes a call by least squares. The same key gave the same "
+        f"bits before and after: {'yes' if same else 'NO'}."
     )
     print(text)
     if args.record:
