@@ -21,8 +21,8 @@ from dipkernels import backends  # noqa: E402
 from dipkernels.ops import perturb as projection  # noqa: E402
 from dipkernels.ops.draw import Draw  # noqa: E402
 
-MODULES = noise, perturb, linear, expectation, tiles = load_kernels(
-    "noise", "perturb", "linear", "expectation", "tiles"
+MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
+    "noise", "perturb", "linear", "expectation", "gate", "norm", "tiles"
 )
 (mixtures,) = load_kernels("mixtures")
 reference = load_reference()
