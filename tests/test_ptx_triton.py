@@ -385,7 +385,7 @@ def test_compiled_activation_variance_matches_reference(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["rows", "nchw odd", "mean"])
+@pytest.mark.parametrize("case", ["rows", "nchw odd"])
 def test_compiled_perturb_keeps_its_bits_where_products_and_sums_may_be_fused(case):
     shape, dim, col0 = CASES[case]
     x, sigma = randn(*shape), torch.rand(shape[dim]) + 0.1
