@@ -42,7 +42,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .place import Move, ProducerPlan, find_moves
+from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
 
 
@@ -186,6 +186,7 @@ def convert(
     remember(model)
     if plan is not None:
         model.__dict__[PLAN] = plan
+        _warn_unreached(plan)
     filtered = set() if filter is None else {m for m in names if m not in wanted}
     quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
     open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
@@ -316,6 +317,19 @@ def _warn(
     if lines:
         text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
         warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
+
+
+def _warn_unreached(plan: ProducerPlan) -> None:
+    """Of layers that no batch entered nobody knows what they read."""
+    unreached = [name for row in plan.left if row.reason == UNREACHED for name in row.layers]
+    if plan.moved and unreached:
+        warnings.warn(
+            f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
+            f"of their own: {', '.join(unreached)}. One that reads what a module of the plan makes "
+            "would be noised twice: give batches that reach every layer, or exclude=[...] these",
+            DIPConversionWarning,
+            stacklevel=3,
+        )
 
 
 def _passes(
