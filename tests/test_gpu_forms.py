@@ -31,14 +31,22 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     )
     monkeypatch.setattr(backends, "_c_functions", lambda path: functions)
     found = {}
-    for name, context in {**forms.walk(), **forms.column_sum()}.items():
+
+    def now():
+        return state[0], perturb.P_FROM_END, perturb.SUMS_FROM_END, perturb.ONE_LAUNCH
+
+    settings = (forms.walk(), forms.column_sum(), forms.triton_column_sum())
+    for name, context in (item for each in settings for item in each.items()):
         with context():
-            found[name] = (state[0], perturb.P_FROM_END, perturb.SUMS_FROM_END)
+            found[name] = now()
+            assert backends.forced == ("triton" if name.startswith("Triton") else None)
     assert found == {
-        "from the start": (0, False, False),
-        "P from the end": (1, True, False),
-        "from the end": (3, True, True),
-        "two launches": (1, True, False),
-        "last block": (5, True, False),
+        "from the start": (0, False, False, False),
+        "P from the end": (1, True, False, False),
+        "from the end": (3, True, True, False),
+        "two launches": (1, True, False, False),
+        "last block": (5, True, False, True),
+        "Triton, two launches": (0, False, False, False),
+        "Triton, last program": (4, False, False, True),
     }
-    assert (state[0], perturb.P_FROM_END, perturb.SUMS_FROM_END) == (1, False, False)
+    assert now() == (1, False, False, False) and backends.forced is None
