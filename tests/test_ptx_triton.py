@@ -5,6 +5,7 @@ The launchers are the real ones. What an approximate instruction returns is as f
 manual allows, and memory that a kernel has to write starts as NaN.
 """
 
+import contextlib
 import itertools
 import random
 from types import SimpleNamespace
@@ -212,7 +213,8 @@ def test_tickets_are_no_other_launchs(monkeypatch):
     state = SimpleNamespace(capturing=False, stream=0)
     cuda = SimpleNamespace(
         is_current_stream_capturing=lambda: state.capturing,
-        current_stream=lambda device: SimpleNamespace(stream_id=state.stream),
+        current_stream=lambda: SimpleNamespace(stream_id=state.stream),
+        device=contextlib.nullcontext,
     )
     zeros = lambda n, dtype, device: torch.zeros(n, dtype=dtype)  # noqa: E731
     monkeypatch.setattr(
@@ -223,7 +225,7 @@ def test_tickets_are_no_other_launchs(monkeypatch):
     device = torch.device("cuda", 0)
 
     def take(count=8, device=device, **now):
-        vars(state).update(capturing=False, stream=0, **now) if not now else vars(state).update(now)
+        vars(state).update(now)
         return tickets.take_tickets(device, count)
 
     assert take(capturing=True) is None  # the pool would belong to the graph

@@ -45,8 +45,9 @@ def take_tickets(device: torch.device, count: int) -> torch.Tensor | None:
     """
     captured, stream = False, 0
     if device.type == "cuda":
-        captured = torch.cuda.is_current_stream_capturing()
-        stream = torch.cuda.current_stream(device).stream_id
+        with torch.cuda.device(device):
+            captured = torch.cuda.is_current_stream_capturing()
+            stream = torch.cuda.current_stream().stream_id
     # Of a stream that torch did not make, which is an even number, the id may come back.
     if count > OF_STREAM or (stream and stream % 2 == 0):
         return None
