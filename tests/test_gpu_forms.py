@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dipkernels import backends
+from dipkernels.ops import registry
 
 pytest.importorskip("triton")
 PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpucheck" / "forms.py"
@@ -19,6 +20,13 @@ def load():
     return module
 
 
+@pytest.fixture(autouse=True)
+def _choices():
+    """What a test chose for another installation is forgotten."""
+    yield
+    registry.choose_all()
+
+
 def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     from dipkernels.triton_kernels import perturb
 
@@ -26,9 +34,8 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     functions = SimpleNamespace(
         dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
     )
-    monkeypatch.setattr(
-        backends, "library", lambda: SimpleNamespace(cuda_archs=("90",), path="none")
-    )
+    library = backends.Library("none", cpu_capabilities=("portable",), cuda_archs=("90",))
+    monkeypatch.setattr(backends, "library", lambda: library)
     monkeypatch.setattr(backends, "_c_functions", lambda path: functions)
     found = {}
 
