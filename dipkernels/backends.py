@@ -333,7 +333,8 @@ class compiled_keep:
     It is read while torch.compile traces, so that a change compiles anew. Not per thread.
 
     Args:
-        keep: "x" or "u" (functional.dip_linear).
+        keep: "x" or "u" (functional.dip_linear); or "bytes", "u" where u's numbers are narrower
+            than x's, as under autocast, and else "x".
 
     Raises:
         ValueError: for another value.
@@ -357,8 +358,8 @@ class compiled_keep:
 
 
 def _check_keep(keep: str, source: str) -> str:
-    if keep not in ("x", "u"):
-        raise ValueError(f"{source}: expected 'x' or 'u', got {keep!r}")
+    if keep not in ("x", "u", "bytes"):
+        raise ValueError(f"{source}: expected 'x', 'u' or 'bytes', got {keep!r}")
     return keep
 
 
@@ -424,10 +425,10 @@ def _way_out() -> str:
     return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
-_OF_EXPECTATION = ("expectation", "affine_variance")
-# The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an
-# activation's expectation.
-_FUSED_BY_TRITON = ("linear", *_OF_EXPECTATION)
+# The stems of which the CUDA library has no kernel, and those whose work it does not fuse: samples
+# behind an activation.
+_NOT_IN_CUDA = ("expectation", "affine_variance", "norm", "activate", "gate")
+_FUSED_BY_TRITON = ("linear", *_NOT_IN_CUDA)
 
 
 # Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing
@@ -499,7 +500,7 @@ def choose(
                 f"{op}: {asked}, and it cannot run on device {device!r} here: "
                 f"{_obstacle(forced, device)}; {_way_out()} to have each device choose its own"
             )
-        if forced == "cuda" and op.startswith(_OF_EXPECTATION):
+        if forced == "cuda" and op.startswith(_NOT_IN_CUDA):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
         return Plan(forced, "asked for")
     if (
@@ -519,7 +520,7 @@ def choose(
         and op not in triton_problems
     ):
         return Plan("triton", "its passes are fused in Triton alone")
-    if device == "cuda" and op.startswith(_OF_EXPECTATION):
+    if device == "cuda" and op.startswith(_NOT_IN_CUDA):
         return Plan(
             "reference",
             triton_problems.get(op)
