@@ -63,21 +63,22 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     variances = _variances(model)
     sharded = [v for v in variances if is_dtensor(v.log_variance)]
     whole = [v for v in variances if not is_dtensor(v.log_variance)]
-    terms: list[Tensor] = [full(_divergence(v).sum() / v.log_variance.numel()) for v in sharded]
+    terms: list[Tensor] = []
+    for v in sharded:  # laid out over ranks as log_variance is
+        prior = laid_out_as(full(v.log_prior), v.log_variance)
+        terms.append(full(_divergence(v.log_variance - prior).sum() / v.log_variance.numel()))
     if whole:
         # All layers in one go: a few operations instead of a few for each layer.
         device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        parts = ((ratio.expm1() - ratio) / 2).split(sizes)
+        parts = _divergence(ratio).split(sizes)
         terms.append(torch.stack([part.mean() for part in parts]).sum())
     return kl * sum(terms, torch.zeros(()))
 
 
-def _divergence(variance: Variance) -> Tensor:
-    """KL(N(0, lambda) || N(0, gamma)) of each feature, laid out over ranks as log_variance is."""
-    parameter = variance.log_variance
-    ratio = parameter - laid_out_as(full(variance.log_prior), parameter)
+def _divergence(ratio: Tensor) -> Tensor:
+    """KL(N(0, lambda) || N(0, gamma)) of each feature by ratio = ln(lambda / gamma)."""
     return (ratio.expm1() - ratio) / 2
 
 
