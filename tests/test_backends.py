@@ -260,6 +260,7 @@ def test_cpu_capability_rejects():
 def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(sys, "path", [])
     backends.library.cache_clear()
     try:
         found = backends.library()
