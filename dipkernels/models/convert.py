@@ -257,8 +257,8 @@ def _choose(
 ) -> _Choice:
     require_module(model)
     given: Any = tuple(TWINS) if types is None else types
-    types = (given,) if isinstance(given, (type, str)) else tuple(given)
-    if not types or not all(t in TWINS for t in types):
+    kinds: tuple[Any, ...] = (given,) if isinstance(given, (type, str)) else tuple(given)
+    if not kinds or not all(t in TWINS for t in kinds):
         known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
         raise ValueError(f"types: expected some of the classes {known}, got {given!r}")
     _refuse_wrapped(model)
@@ -270,15 +270,15 @@ def _choose(
         for module, every_name in names.items()
         if module not in excluded
         and not _reads_noise(module)
-        and (filter is None or _passes(filter, module, every_name[0], types))
+        and (filter is None or _passes(filter, module, every_name[0], kinds))
     }
     reasons = {
-        m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked
+        m: reason for m, reason in cannot(names, kinds).items() if m in wanted and m not in asked
     }
-    matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
+    matched = [m for m in _matched(names, wanted, reasons, kinds) if m not in asked]
     if not matched and not asked:
-        raise ValueError(_nothing_matched(model, types, reasons))
-    return _Choice(types, names, excluded, asked, wanted, reasons, matched)
+        raise ValueError(_nothing_matched(model, kinds, reasons))
+    return _Choice(kinds, names, excluded, asked, wanted, reasons, matched)
 
 
 def _reads_noise(module: nn.Module) -> bool:

@@ -222,7 +222,8 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
+        loss: object = losses[0]
+        got = str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:
