@@ -166,7 +166,7 @@ def objective(
 
     Raises:
         ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
-        TypeError: for an out that is no tensor.
+        TypeError: for an out that is no tensor, or a loss_fn that cannot be called.
 
     Examples:
         >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
@@ -195,6 +195,12 @@ def objective(
             f"{tuple(out.shape)}; pass dip.trajectories(model, x, m=...), or model(x)[None] for "
             "one pass"
         )
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        got = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
+        raise TypeError(
+            "loss_fn: expected a function such as F.cross_entropy, or a loss module such as "
+            f"nn.CrossEntropyLoss(), got {got}"
+        )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)
     if kl is not None:
@@ -216,7 +222,8 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
+        loss: object = losses[0]
+        got = str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:
