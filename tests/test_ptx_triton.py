@@ -27,7 +27,7 @@ from dipkernels.ops.draw import Draw  # noqa: E402
 MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
     "noise", "perturb", "linear", "expectation", "gate", "norm", "tiles"
 )
-gate, mixtures, tickets = load_kernels("gate", "mixtures", "tickets")
+mixtures, tickets = load_kernels("mixtures", "tickets")
 reference = load_reference()
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -197,7 +197,7 @@ def test_compiled_sum_in_one_launch_ignores_which_program_is_last(
     orders = [{}, *({"ctas": order, "threads": 1} for order in (None, backwards, shuffled))]
     found = []
     for order in orders:
-        with compiled(*MODULES, gate, arch=arch, errors=CONFIGS[arch], **order) as launches:
+        with compiled(*MODULES, arch=arch, errors=CONFIGS[arch], **order) as launches:
             found.append(calls[op]())
         assert len(launches) == 1
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
