@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,11 +80,26 @@ def _how_to_build() -> str:
     )
 
 
+def _installed_elsewhere() -> Path | None:
+    """Where sys.path has another dipkernels, which has a compiled library: Python started in a
+    folder of source takes that for the package."""
+    here = Path(__file__).resolve().parent
+    folders = [Path(entry, "dipkernels") for entry in sys.path]
+    return next((f for f in folders if f.resolve() != here and any(f.glob("_C*.so"))), None)
+
+
 @functools.cache
 def library() -> Library:
     """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls
     this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found and (installed := _installed_elsewhere()):
+        return Library(
+            error="no compiled library in the folder of source from which dipkernels was imported, "
+            f"{Path(__file__).resolve().parent.parent}; the installed package, in {installed}, has "
+            "one. Run Python from another folder, or build it here, with g++ and ninja at hand: "
+            f"{_how_to_build()}"
+        )
     if not found:
         return Library(
             error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0. "

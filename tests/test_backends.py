@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -145,6 +146,35 @@ def test_environment_decides_and_errors_name_the_variable(variable, value, code,
     assert expected in output and (status != 0) == ("expected" in expected)
 
 
+DISPATCH = """
+#include <cstdio>
+#include "launch.h"
+namespace dip {
+#define KERNEL(op, Args) \\
+  const char* op##_portable(const Args&, ParallelFor) { return "ran"; }
+KERNEL(perturb, PerturbArgs) KERNEL(expectation, ExpectationArgs) KERNEL(variance, VarianceArgs)
+KERNEL(samples, SamplesArgs) KERNEL(gate, GateArgs) KERNEL(norm, NormArgs)
+}
+int main() { std::puts(dip::perturb_cpu({}, nullptr)); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_capability_that_the_machine_lacks_is_an_error_by_name(tmp_path):
+    """As on a machine that offers the portable kernels alone."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    (tmp_path / "main.cpp").write_text(DISPATCH)
+    program = tmp_path / "dispatch"
+    command = ["g++", "-std=c++17", "-w", f"-I{csrc}", str(tmp_path / "main.cpp")]
+    command += [str(csrc / "cpu" / "dispatch.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    for value, said in [("", "ran"), ("auto", "ran"), ("portable", "ran"), ("sse9", "expected auto"),
+                        ("avx2", "expected auto"), ("avx512", "expected auto")]:  # fmt: skip
+        variables = {**os.environ, "DIPKERNELS_CPU_CAPABILITY": value}
+        done = subprocess.run([program], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, value
+
+
 # ---- a forced backend that cannot run: the import is quiet, the first call is clear --------------
 
 # What a process imports dipkernels into: the installation lacks it, whatever this one has.
@@ -230,6 +260,7 @@ def test_cpu_capability_rejects():
 def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(sys, "path", [])
     backends.library.cache_clear()
     try:
         found = backends.library()

@@ -6,6 +6,7 @@ import fnmatch
 import pickle
 import random
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -105,6 +106,29 @@ def test_convolutions_and_attention_draw_the_noise_of_their_own_layers():
             layer.number = numbers[pairs.get(name, name)]
         with fixed_noise(3):
             torch.testing.assert_close(at_producer(x), at_layers(x), rtol=1e-4, atol=1e-5)
+
+
+class Experts(nn.Module):
+    """Two layers on one norm, one of them asked for by an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x, second=False):
+        x = self.norm(x)
+        return self.b(x) if second else self.a(x)
+
+
+def test_a_layer_that_the_batches_do_not_reach_is_named_at_once():
+    with pytest.warns(dip.DIPConversionWarning, match=r"not reach 1 layer\(s\).*: b\. One that"):
+        dip.convert(Experts(), place="producer", batches=[X])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", dip.DIPConversionWarning)
+        dip.convert(Experts(), place="producer", batches=[X], exclude=["b"])
+        both = [X, {"x": X, "second": True}]
+        model = dip.convert(Experts(), place="producer", batches=both)
+    assert list(dip_layers(model)) == ["a", "b"]  # which one reads depends on the call
 
 
 def test_a_layer_behind_a_producer_is_plain_and_reads_one_draw():

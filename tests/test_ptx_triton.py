@@ -24,8 +24,8 @@ from dipkernels import backends  # noqa: E402
 from dipkernels.ops import perturb as projection  # noqa: E402
 from dipkernels.ops.draw import Draw  # noqa: E402
 
-MODULES = noise, perturb, linear, expectation, tiles = load_kernels(
-    "noise", "perturb", "linear", "expectation", "tiles"
+MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
+    "noise", "perturb", "linear", "expectation", "gate", "norm", "tiles"
 )
 gate, mixtures, tickets = load_kernels("gate", "mixtures", "tickets")
 reference = load_reference()

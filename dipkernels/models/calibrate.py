@@ -37,8 +37,9 @@ def calibrate(
 
     Args:
         model: with DIP layers; run in eval mode without noise, each module's mode is restored.
-        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose
-            first element is the input; on the model's device.
+        batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
+            batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
+            element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has
             only n < 16 values of an example: few values cannot make up for one another's noise. An
             image has channels x height x width values, a sequence length x features, a row of a

@@ -32,6 +32,8 @@ _FUNCTIONS = {
     "rms_norm": "nn.RMSNorm",
 }
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+# why a layer stays that no batch was seen to enter
+UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
 # of a producer, beside a DIP layer's
 _TAKEN = (
     "kind",
@@ -186,11 +188,7 @@ class _Planner:
         if not sources and type(layer) is OUT_PROJECTION:
             return None, "nn.MultiheadAttention makes its input, in no module"
         if not sources:
-            return (
-                None,
-                "the batches do not reach it, or what is around it reads its weight without "
-                "calling it",
-            )
+            return None, UNREACHED
         if any(source is None for source in sources):
             beside = isinstance(layer, nn.MultiheadAttention)
             return None, "it reads the network's own input" + (
