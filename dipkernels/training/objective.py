@@ -196,10 +196,10 @@ def objective(
             "one pass"
         )
     if isinstance(loss_fn, type) or not callable(loss_fn):
-        got = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
+        came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
         raise TypeError(
             "loss_fn: expected a function such as F.cross_entropy, or a loss module such as "
-            f"nn.CrossEntropyLoss(), got {got}"
+            f"nn.CrossEntropyLoss(), got {came}"
         )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)
