@@ -36,10 +36,11 @@ def _variances(model: nn.Module) -> list[Variance]:
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
-    """kl * sum over layers of the mean over features of KL(N(0, lambda) || N(0, gamma)).
+    """kl * sum over layers of the mean over features of pull * KL(N(0, lambda) || N(0, gamma)).
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
-    prior's, gamma = exp(log_prior), which `calibrate` sets. For a model that computes its own loss:
+    prior's, gamma = exp(log_prior). The pull is 1, or n / 32 for a model whose examples have only
+    n < 32 values; `calibrate` sets both. For a model that computes its own loss:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
@@ -69,16 +70,19 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        parts = ((ratio.expm1() - ratio) / 2).split(sizes)
+        pull = torch.cat([full(v.pull).to(device) for v in whole])
+        parts = (pull * (ratio.expm1() - ratio) / 2).split(sizes)
         terms.append(torch.stack([part.mean() for part in parts]).sum())
     return kl * sum(terms, torch.zeros(()))
 
 
 def _divergence(variance: Variance) -> Tensor:
-    """KL(N(0, lambda) || N(0, gamma)) of each feature, laid out over ranks as log_variance is."""
+    """pull * KL(N(0, lambda) || N(0, gamma)) of each feature, laid out over ranks as log_variance
+    is."""
     parameter = variance.log_variance
     ratio = parameter - laid_out_as(full(variance.log_prior), parameter)
-    return (ratio.expm1() - ratio) / 2
+    pull = laid_out_as(full(variance.pull), parameter)
+    return pull * (ratio.expm1() - ratio) / 2
 
 
 def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
