@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .models.calibrate import calibrate
 from .models.convert import convert, to_plain
-from .models.convertible import TWINS, around, base_layer, is_adapter
+from .models.convertible import TWINS, around, base_layer, is_adapter, no_match
 from .models.parameters import load_variances, variances
 from .models.probe import listed
 from .nn.layer import DIPLayer
-from .nn.numbering import dip_layers
+from .nn.numbering import dip_layers, require_module
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -371,6 +371,7 @@ def config_of(model: nn.Module) -> DIPConfig | None:
 def require_order(model: nn.Module) -> None:
     """Raise ValueError where an adapter was put around DIP layers, which freezes their
     variances."""
+    require_module(model)
     around_dip = [
         name
         for name, m in model.named_modules()
@@ -402,9 +403,7 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     names = [name for name, _ in model.named_modules()]
     unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
     if unused:
-        raise ValueError(
-            f"include: expected patterns that match a module's name, got {unused} that match none"
-        )
+        raise ValueError(no_match("include", unused, names))
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
@@ -492,7 +491,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
     config = config_of(model)
     if config is None:
         raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config"
+            "model: expected one that dip.apply has converted, got one without a config. Save it "
+            "by torch.save(model.state_dict(), path), or convert by dip.apply(model, "
+            "dip.DIPConfig(), batches)"
         )
     require_order(model)
     save_state(config, variances(model), folder, write)

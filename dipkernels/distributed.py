@@ -107,7 +107,10 @@ def replicate_variance(variance: Variance, mesh: Any) -> None:
     from torch.distributed.tensor import distribute_module
 
     if not any(is_dtensor(t) for t in variance._tensors().values()):
+        trained = {name: p.requires_grad for name, p in variance.named_parameters()}
         distribute_module(variance, mesh)
+        for name, p in variance.named_parameters():
+            p.requires_grad_(trained[name])  # torch 2.10 makes each of them trained
 
 
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:

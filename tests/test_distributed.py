@@ -482,7 +482,19 @@ def check_eval_backbone(rank, world, kind):
     assert plain.backbone["fc"].log_variance.grad is None
 
 
-@pytest.mark.parametrize("kind", ["ddp", "replicate"])
+SILENT = torch.__version__.startswith("2.10.")  # of when `replicate` runs
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        pytest.param(
+            "replicate",
+            marks=pytest.mark.skipif(SILENT, reason="torch 2.10 does not say when replicate runs"),
+        ),
+    ],
+)
 def test_ddp_trains_on_with_a_backbone_in_eval_mode(ranks, kind):
     ranks.run(check_eval_backbone, kind)
 

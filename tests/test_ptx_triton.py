@@ -5,7 +5,10 @@ The launchers are the real ones. What an approximate instruction returns is as f
 manual allows, and memory that a kernel has to write starts as NaN.
 """
 
+import contextlib
 import itertools
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +24,10 @@ from dipkernels import backends  # noqa: E402
 from dipkernels.ops import perturb as projection  # noqa: E402
 from dipkernels.ops.draw import Draw  # noqa: E402
 
-MODULES = noise, perturb, linear, expectation, tiles = load_kernels(
-    "noise", "perturb", "linear", "expectation", "tiles"
+MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
+    "noise", "perturb", "linear", "expectation", "gate", "norm", "tiles"
 )
-(mixtures,) = load_kernels("mixtures")
+gate, mixtures, tickets = load_kernels("gate", "mixtures", "tickets")
 reference = load_reference()
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -153,6 +156,93 @@ def test_compiled_perturb_passes_on_what_is_no_ordinary_number(arch):
     # exp takes subnormal results for 0: at most 1.2e-38 off, times z.
     torch.testing.assert_close(u[:, 1:5].double(), want, rtol=2e-5, atol=7e-38)
     assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
+
+
+# ---- sums in one launch
+
+
+def backwards(grid):
+    return [(x, y, 0) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))]
+
+
+def shuffled(grid):
+    return random.Random(1).sample(backwards(grid), grid[0] * grid[1])
+
+
+@pytest.mark.parametrize(
+    "op, case, dtype, arch",
+    [
+        ("Q", "many rows", BF16, 90),
+        ("gate", "odd", F32, 80),
+        *map(
+            lambda v: slow(*v), itertools.product(["Q", "PQ", "gate"], CASES, [F16, F64], CONFIGS)
+        ),
+    ],
+)
+def test_compiled_sum_in_one_launch_ignores_which_program_is_last(
+    op, case, dtype, arch, monkeypatch
+):
+    """One by one in three orders, and together; each gives the bits of the others, and every ticket
+    is 0 again."""
+    shape, dim, col0 = CASES[case]
+    x, du = randn(*shape, dtype=dtype), randn(*shape[::-1]).reshape(shape).to(dtype)
+    sigma = torch.rand(shape[dim], dtype=F64 if dtype is F64 else F32) + 0.1
+    where = (sigma, SEED, dim, 2**32 - 7, col0, 2, 0.5, True)
+    calls = {
+        "Q": lambda: (perturb.perturb_bwd(du, *where),),
+        "PQ": lambda: perturb.perturb_replay(du, x, *where, None),
+        "gate": lambda: gate.gate_bwd(du, x, x, *where, "silu"),
+    }
+    monkeypatch.setattr(perturb, "ONE_LAUNCH", True)
+    orders = [{}, *({"ctas": order, "threads": 1} for order in (None, backwards, shuffled))]
+    found = []
+    for order in orders:
+        with compiled(*MODULES, gate, arch=arch, errors=CONFIGS[arch], **order) as launches:
+            found.append(calls[op]())
+        assert len(launches) == 1
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
+    assert not any(pool.any() for pool in tickets._pools.values())
+    want = reference.perturb_bwd(du.double(), sigma.double(), *where[1:])
+    rows = du.numel() / shape[dim]
+    assert (found[0][-1].double() - want).abs().max() <= 3e-5 * rows**0.5
+
+
+def test_tickets_are_no_other_launchs(monkeypatch):
+    """A stream keeps its own, a captured launch gets new ones every time; what is not torch's
+    stream gets none."""
+    state = SimpleNamespace(capturing=False, stream=0)
+    cuda = SimpleNamespace(
+        is_current_stream_capturing=lambda: state.capturing,
+        current_stream=lambda: SimpleNamespace(stream_id=state.stream),
+        device=contextlib.nullcontext,
+    )
+    zeros = lambda n, dtype, device: torch.zeros(n, dtype=dtype)  # noqa: E731
+    monkeypatch.setattr(
+        tickets, "torch", SimpleNamespace(cuda=cuda, zeros=zeros, int32=torch.int32)
+    )
+    for name in ("_pools", "_taken", "_of_stream"):
+        monkeypatch.setattr(tickets, name, {})
+    device = torch.device("cuda", 0)
+
+    def take(count=8, device=device, **now):
+        vars(state).update(now)
+        return tickets.take_tickets(device, count)
+
+    assert take(capturing=True) is None  # the pool would belong to the graph
+    state.capturing = False
+    first = take(stream=0)
+    assert first.numel() == tickets.OF_STREAM and take(stream=0).data_ptr() == first.data_ptr()
+    others = [take(stream=3), take(stream=35), take(device=torch.device("cuda", 1), stream=0)]
+    captured = [take(7, capturing=True, stream=3) for _ in range(3)]
+    taken = [first, *others, *captured]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(t.data_ptr() % 16 == first.data_ptr() % 16 for t in captured)
+    state.capturing = False
+    assert take(stream=2**20) is None and take(tickets.OF_STREAM + 1, stream=0) is None
+    while take(tickets.OF_STREAM, capturing=True) is not None:
+        pass
+    assert take(capturing=False, stream=5) is None and take(stream=0) is first
 
 
 # ---- linear

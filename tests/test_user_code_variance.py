@@ -514,6 +514,11 @@ def step(optimizer, model, times=1):
     return [str(w.message) for w in said if "param_groups" in str(w.message)]
 
 
+def test_an_optimizer_that_knows_no_decay_says_nothing():
+    model = make()
+    assert step(torch.optim.Rprop(model.parameters(), lr=1e-3), model) == []
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_first_step_that_decays_a_variance_says_so_once(kind):
     model = make()

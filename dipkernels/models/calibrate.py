@@ -42,8 +42,9 @@ def calibrate(
 
     Args:
         model: with DIP layers; run in eval mode without noise, each module's mode is restored.
-        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose
-            first element is the input; on the model's device.
+        batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
+            batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
+            element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread.
         per: "layer" or "feature".
         floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.numbering import require_module
 from ..nn.variance import TENSORS, Variance
 from ..ops import dtensor
 from .check import require_finite
@@ -47,6 +48,7 @@ def param_groups(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    require_module(model)
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")

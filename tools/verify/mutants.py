@@ -111,7 +111,9 @@ AREAS = (
         ),
     ),
     Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
-    Area(("dipkernels/**/distributed.py",), ("distributed", "user_code_loaders")),
+    Area(
+        ("dipkernels/**/distributed.py",), ("distributed", "tensor_parallel", "user_code_loaders")
+    ),
     Area(("dipkernels/**/analytic.py",), ("averaging",)),
     Area(
         ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")
