@@ -256,11 +256,7 @@ def _choose(
     before: Sequence[str] | Mapping[str, int],
 ) -> _Choice:
     require_module(model)
-    given: Any = tuple(TWINS) if types is None else types
-    kinds: tuple[Any, ...] = (given,) if isinstance(given, (type, str)) else tuple(given)
-    if not kinds or not all(t in TWINS for t in kinds):
-        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
-        raise ValueError(f"types: expected some of the classes {known}, got {given!r}")
+    kinds = _kinds(types)
     _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
@@ -279,6 +275,16 @@ def _choose(
     if not matched and not asked:
         raise ValueError(_nothing_matched(model, kinds, reasons))
     return _Choice(kinds, names, excluded, asked, wanted, reasons, matched)
+
+
+def _kinds(types: Any) -> tuple[type[nn.Module], ...]:
+    """The classes to convert; a single one stands for a list of one."""
+    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
+    kinds = tuple(given)
+    if not kinds or not all(t in TWINS for t in kinds):
+        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
+        raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
+    return kinds
 
 
 def _reads_noise(module: nn.Module) -> bool:
