@@ -174,7 +174,7 @@ def plot_gains(table: str, folder: Path) -> None:
     for case, method, *scores in (row for row in rows if row[0].endswith(", AdamW")):
         gains.setdefault(case.removesuffix(", AdamW"), {})[method] = scores
     tasks = [task for task, methods in gains.items() if {"default", "fixed 1"} <= methods.keys()]
-    least = -30.0  # what lies further left is drawn there, with its figure
+    least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure
     for number, score in enumerate(SCORES[:2]):
         with figures.style():
             figure, axes = figures.panels(height=3.9)
@@ -185,22 +185,22 @@ def plot_gains(table: str, folder: Path) -> None:
             ):
                 for i, task in enumerate(tasks):
                     mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
-                    shown = max(float(mean), least)
+                    shown = min(max(float(mean), least), most)
                     axis.errorbar(
                         shown,
                         shift - i,
-                        xerr=float(half or 0) if shown > least else 0,
+                        xerr=float(half or 0) if shown == float(mean) else 0,
                         fmt=marker,
                         color=color,
                         capsize=2,
                         elinewidth=1,
                         label=label if i == 0 else None,
                     )
-                    if shown > float(mean):
+                    if shown != float(mean):
                         axis.annotate(
                             mean,
                             (shown, shift - i),
-                            (6, -3),
+                            (6 if shown == least else -30, -3),
                             textcoords="offset points",
                             fontsize=8,
                         )
