@@ -299,6 +299,8 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "small-layer"),
         ("measured", "averaging"),
         ("measured", "models"),
+        ("measured", "producers"),
+        ("../README", "models"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -476,12 +478,20 @@ def test_overhead_refuses_a_bad_shape(argument, capsys):
     assert "--shapes" in capsys.readouterr().err
 
 
-def test_producers_benchmark_checks_times_and_prints(capsys):
+def test_producers_benchmark_checks_times_and_prints(tmp_path, capsys):
     rows = bench_producers.main(
-        ["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"]
+        [
+            *("--quick", "--clock", "processor", "--dtypes", "float32"),
+            *("--only", "rms", "gated silu", "--out", str(tmp_path / "producers.json")),
+        ]
     )
+    assert summary.program_of(json.loads((tmp_path / "producers.json").read_text())) == "producers"
+    with pytest.raises(SystemExit):
+        bench_producers.main(["--quick", "--docs"])
     assert [(row["kind"], row["what"]) for row in rows] == [
         (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
     ]
     assert all("ratio" in row[name] for row in rows for name in ("f", "P", "f, P", "fused"))
-    assert "over the slower of f, P" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "over the slower of f, P" in shown.out and "processor time" in shown.out
+    assert "--docs: expected a full run" in shown.err
