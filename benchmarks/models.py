@@ -70,6 +70,14 @@ def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
     return dip.convert(model, init_variance=peers.VARIANCE, place="producer", batches=[x])
 
 
+def inputs_of(case: Network, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The plain model, a batch of random inputs and its targets."""
+    plain, x = case.make().to(dtype), torch.randn(case.shape).to(dtype)
+    if case.classes is None:
+        return plain, x, torch.randn_like(x)
+    return plain, x, torch.randint(case.classes, case.shape[:1])
+
+
 def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
     """One training step of the model on this batch."""
     optimizer = torch.optim.AdamW(
@@ -97,13 +105,7 @@ def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int, clock:
         for dtype in dtypes:
             for case in cases:
                 torch.manual_seed(0)
-                plain = case.make().to(dtype)
-                x = torch.randn(case.shape).to(dtype)
-                target = (
-                    torch.randn_like(x)
-                    if case.classes is None
-                    else torch.randint(case.classes, case.shape[:1])
-                )
+                plain, x, target = inputs_of(case, dtype)
                 steps = {name: step_of(build(name, plain, x), x, target) for name in VARIANTS}
                 timed = timing.interleave(
                     steps,
