@@ -256,11 +256,7 @@ def _choose(
     before: Sequence[str] | Mapping[str, int],
 ) -> _Choice:
     require_module(model)
-    given: Any = tuple(TWINS) if types is None else types
-    types = (given,) if isinstance(given, (type, str)) else tuple(given)
-    if not types or not all(t in TWINS for t in types):
-        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
-        raise ValueError(f"types: expected some of the classes {known}, got {given!r}")
+    kinds = _kinds(types)
     _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
@@ -270,15 +266,25 @@ def _choose(
         for module, every_name in names.items()
         if module not in excluded
         and not _reads_noise(module)
-        and (filter is None or _passes(filter, module, every_name[0], types))
+        and (filter is None or _passes(filter, module, every_name[0], kinds))
     }
     reasons = {
-        m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked
+        m: reason for m, reason in cannot(names, kinds).items() if m in wanted and m not in asked
     }
-    matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
+    matched = [m for m in _matched(names, wanted, reasons, kinds) if m not in asked]
     if not matched and not asked:
-        raise ValueError(_nothing_matched(model, types, reasons))
-    return _Choice(types, names, excluded, asked, wanted, reasons, matched)
+        raise ValueError(_nothing_matched(model, kinds, reasons))
+    return _Choice(kinds, names, excluded, asked, wanted, reasons, matched)
+
+
+def _kinds(types: Any) -> tuple[type[nn.Module], ...]:
+    """The classes to convert; a single one stands for a list of one."""
+    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
+    kinds = tuple(given)
+    if not kinds or not all(t in TWINS for t in kinds):
+        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
+        raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
+    return kinds
 
 
 def _reads_noise(module: nn.Module) -> bool:
