@@ -30,23 +30,25 @@ def calibrate(
     """Set each variance, and the prior of the objective's KL term, from the spread of real
     activations.
 
-    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one
-    for all of them. per="feature": sigma_j = ratio * the spread (standard deviation) of feature j
-    itself; features that hardly vary then get hardly any noise, and attacks use them
+    per="layer": one sigma for all features of a layer, sigma = ratio * the root mean square of the
+    spreads (standard deviations) of its input features. per="feature": sigma_j = ratio * the spread
+    of feature j itself. Then features that vary little get little noise, and attacks use them
     (docs/guides/variance.md).
 
     Args:
-        model: with DIP layers; run in eval mode without noise, each module's mode is restored.
+        model: with DIP layers. It is run in eval mode without noise; each module's mode is restored
+            afterwards.
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
-        ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has
-            only n < 16 values of an example: few values cannot make up for one another's noise. An
-            image has channels x height x width values, a sequence length x features, a row of a
-            table its features.
+        ratio: > 0, sigma over spread. The default is 1, but sqrt(n / 16) before a layer whose input
+            has only n < 16 values of an example, because few values cannot make up for each other's
+            noise. An image has channels x height x width values, a sequence length x features, a
+            row of a table its features.
         per: "layer" or "feature".
-        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a
-            spread of floor times the root mean square spread of its layer.
+        floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
+            the root mean square spread of its layer. It matters for features that hardly vary, such
+            as blank pixels.
 
     Returns:
         The `summary`.

@@ -152,7 +152,7 @@ def objective(
 
     Args:
         out: [m, B, ...], from `trajectories`.
-        target: what loss_fn takes beside [B, ...].
+        target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: for the terms on its variances; without it there are none.
         kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone
