@@ -147,7 +147,10 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     mine = {
         "faults": _faults(model),
         "numbers": {name: layer.number for name, layer in layers.items()},
-        "priors": {name: _digest(layer.variance.log_prior) for name, layer in layers.items()},
+        "priors": {
+            name: _digest(layer.variance.log_prior) + _digest(layer.variance.pull)
+            for name, layer in layers.items()
+        },
         "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
         "place": None
         if tensor_parallel is None

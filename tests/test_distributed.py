@@ -290,6 +290,7 @@ def check_kl(rank, world):
         for m in model.modules():
             if isinstance(m, dip.Variance):
                 m.log_prior.copy_(torch.linspace(-4, -1, m.log_prior.numel()))
+                m.pull.copy_(torch.linspace(0.2, 1, m.pull.numel()))
         return model
 
     plain = with_priors()
@@ -308,6 +309,7 @@ def check_kl(rank, world):
     expected = dip.kl_penalty(layer)
     whole = dtensor.laid_out_as(layer.variance.log_prior, _replicated(world))
     layer.variance.log_prior = whole
+    layer.variance.pull = dtensor.laid_out_as(layer.variance.pull, _replicated(world))
     torch.testing.assert_close(dip.kl_penalty(layer), expected)
 
 

@@ -117,7 +117,8 @@ def test_compiled_activations_and_gates_match_reference(case, name, dtype, arch)
         assert_near(got, want, dtype, size=size)
     rows = a.numel() / shape[dim]
     assert_near(dsigma, want_dsigma, sigma.dtype, noise=2e-5 * rows**0.5)
-    assert torch.equal(total, dsigma)
+    # tiles of other sizes add in another order
+    torch.testing.assert_close(total, dsigma, rtol=1e-5, atol=2e-5 * rows**0.5)
     assert torch.equal(none[0], da) and torch.equal(none[1], db) and none[2].numel() == 0
 
 

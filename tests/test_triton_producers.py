@@ -100,7 +100,9 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
         names = ["_gate_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
         assert [launch[0].__name__ for launch in launches] == names
         results = list(compiled(launches, arch))
+        # of float64, tiles are so small that a thread has one number of each operand
+        widths = ("128", "64") if dtype is torch.float64 else ("128",)
         wide_loads = [
-            any(op.startswith("LDG") and op.endswith("128") for op in r.count()) for r in results
+            any(op.startswith("LDG") and op.endswith(widths) for op in r.count()) for r in results
         ]
         assert all(wide_loads[i] for i in (0, 1, 3, 4))

@@ -253,6 +253,11 @@ def _flat(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _dense(*columns):
+    """The vectors side by side in memory, None as it is"""
+    return [None if t is None else t.contiguous() for t in columns]
+
+
 def _whole_columns(dtype):
     """Of a row that a program holds"""
     return TILE_ELEMENTS * MAX_WARPS // (8 if dtype is torch.float64 else 4)
@@ -294,6 +299,7 @@ def norm(
     if u.numel() == 0:
         return u, stats
     rows, flat_u = _flat(x), _flat(u)
+    weight, bias, sigma = _dense(weight, bias, sigma)
     block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
     grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
     with on_device(x):
@@ -303,7 +309,7 @@ def norm(
             rows,
             weight,
             bias,
-            sigma.contiguous(),
+            sigma,
             seed,
             m,
             k,
@@ -360,6 +366,7 @@ def norm_bwd(
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
+    weight, bias, sigma = _dense(weight, bias, sigma)
     whole = k + shift <= _whole_columns(x.dtype)
     block_r, block_k, num_warps = _tile(
         m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256
@@ -424,5 +431,5 @@ def norm_bwd(
     if bias is not None:
         column_sum(grads[1], partial[1])
     if sigma is not None:
-        column_sum(grads[2], partial[2], sigma.contiguous(), factor, log_variance)
+        column_sum(grads[2], partial[2], sigma, factor, log_variance)
     return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads

@@ -71,7 +71,9 @@ def number_layers(model: nn.Module) -> nn.Module:
 def own_buffers(layers: Iterable[str]) -> set[str]:
     """The buffers of layers of these names: the same on every rank, and DDP would broadcast them
     before each pass."""
-    return {f"{name}.variance.log_prior".lstrip(".") for name in layers}
+    return {
+        f"{name}.variance.{part}".lstrip(".") for name in layers for part in ("log_prior", "pull")
+    }
 
 
 def warn_of_equal_numbers(model: nn.Module) -> None:

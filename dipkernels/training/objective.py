@@ -36,10 +36,11 @@ def _variances(model: nn.Module) -> list[Variance]:
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
-    """kl * sum over layers of the mean over features of KL(N(0, lambda) || N(0, gamma)).
+    """kl * sum over layers of the mean over features of pull * KL(N(0, lambda) || N(0, gamma)).
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
-    prior's, gamma = exp(log_prior), which `calibrate` sets. For a model that computes its own loss:
+    prior's, gamma = exp(log_prior). The pull is 1, or n / 32 for a model whose examples have only
+    n < 32 values; `calibrate` sets both. For a model that computes its own loss:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
@@ -66,13 +67,16 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     terms: list[Tensor] = []
     for v in sharded:  # laid out over ranks as log_variance is
         prior = laid_out_as(full(v.log_prior), v.log_variance)
-        terms.append(full(_divergence(v.log_variance - prior).sum() / v.log_variance.numel()))
+        pull = laid_out_as(full(v.pull), v.log_variance)
+        each = pull * _divergence(v.log_variance - prior)
+        terms.append(full(each.sum() / v.log_variance.numel()))
     if whole:
         # All layers in one go: a few operations instead of a few for each layer.
         device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        parts = _divergence(ratio).split(sizes)
+        pulls = torch.cat([full(v.pull).to(device) for v in whole])
+        parts = (pulls * _divergence(ratio)).split(sizes)
         terms.append(torch.stack([part.mean() for part in parts]).sum())
     return kl * sum(terms, torch.zeros(()))
 
@@ -222,7 +226,8 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
+        loss: object = losses[0]
+        got = str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:

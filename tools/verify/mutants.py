@@ -72,6 +72,7 @@ AREAS = (
         ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
         ("triton_interpreter.py::TestPerturb",),
     ),
+    Area(("triton_kernels/tickets.py",), ("ptx_triton",)),
     Area(
         ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
         ("triton_interpreter.py::TestProducers",),
