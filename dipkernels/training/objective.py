@@ -169,7 +169,7 @@ def objective(
         A scalar.
 
     Raises:
-        ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
+        ValueError: naming the argument; also for kl beside alpha, two forms of one term.
         TypeError: for an out that is no tensor, or a loss_fn that cannot be called.
 
     Examples:
