@@ -38,22 +38,22 @@ _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 @dataclass(frozen=True)
 class DIPConfig:
-    """What to convert, how much noise, the objective, the prediction and the noise's key; by
-    default the recipe.
+    """A whole training in one value: what to convert, how much noise, the objective, the prediction
+    and the noise's key. The defaults are the recipe.
 
     Args:
         types: Names of some of the classes that `convert` takes, such as ("Linear",).
-        include: Name patterns; where there are any, only layers whose name, or that of a module
-            around them, matches.
+        include: Name patterns. If there are any, only layers are converted whose name, or the name
+            of a module around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first
-            pattern that matches a layer's name holds. By default, where variance is None,
-            calibrate's, 1.
-        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is
-            calibrated then.
+        ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
+            pattern that matches a layer's name counts. If ratio and variance are None, the default
+            of `calibrate` holds: 1.
+        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
+            calibrated.
         per: "layer" or "feature", as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
         kl: Weight of the KL term, >= 0, as `objective`'s.
@@ -285,11 +285,11 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
     variances with each adapter from then on (docs/guides/trainers.md).
 
     Args:
-        model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it;
-            after `get_peft_model`.
+        model: Without DIP layers. Call this after `get_peft_model`, before you make an optimiser,
+            and before DDP or FSDP wraps the model.
         config: What to do.
-        batches: As `calibrate`'s; needed where the config has a ratio, `before` or
-            place="producer".
+        batches: The same as for `calibrate`. Needed unless the config sets `variance`, and for
+            `before` and place="producer".
 
     Returns:
         The model.

@@ -1,7 +1,7 @@
 """CIFAR-100 on ViT-Tiny, Small or Base, trained clean, with Gaussian noise or with FGSM: the
 paper's vision setting.
 
-    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny \
+    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny \\
         --pretrained DIR --method dip --m 4 --training FGSM --epochs 10
     torchrun --nproc-per-node 8 examples/recipe_cifar100.py ...  the same on eight GPUs
     python examples/recipe_cifar100.py ... --resume              goes on from OUT/last.pt

@@ -120,6 +120,23 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 
 
+# The tasks of a figure, for readers who do not know their names in studies/tasks.py.
+TITLES = {
+    "digits MLP": "digits",
+    "fashion MLP": "Fashion-\nMNIST",
+    "breast_cancer": "breast cancer",
+    "classes 20": "20 features,\nsome matter",
+    "classes 60": "60 features,\n6 matter",
+    "quantiles": "8 features,\nall matter",
+    "cover": "covertype-\nlike table",
+    "friedman": "regression",
+}
+
+
+def title_of(task: str) -> str:
+    return TITLES.get(task, task).replace("-\n", "-").replace("\n", " ")
+
+
 def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
     """Score against the ratio of a fixed sigma, beside the recipe and plain training: one SVG for
     each task."""
@@ -145,25 +162,14 @@ def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
                         label=f"{score}: {name}",
                     )
             axis.set(
-                xscale="log", xlabel="fixed sigma / spread of the input", title=f"{case}: score, %"
+                xscale="log",
+                xlabel="fixed sigma / spread of the input",
+                title=f"{title_of(case.partition(',')[0])}: score, %",
             )
             axis.set_xticks(FIXED, [f"{ratio:g}" for ratio in FIXED])
             axis.minorticks_off()
             figures.legend(figure, axis)
             figures.save(figure, folder / f"ratio_{case.split()[0].strip(',')}.svg")
-
-
-# The tasks of a figure, for readers who do not know their names in studies/tasks.py.
-TITLES = {
-    "digits MLP": "digits",
-    "fashion MLP": "Fashion-\nMNIST",
-    "breast_cancer": "breast cancer",
-    "classes 20": "20 features,\nsome matter",
-    "classes 60": "60 features,\n6 matter",
-    "quantiles": "8 features,\nall matter",
-    "cover": "covertype-\nlike table",
-    "friedman": "regression",
-}
 
 
 def plot_gains(table: str, folder: Path) -> None:
