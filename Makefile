@@ -34,7 +34,7 @@ test-all: setup
 COMPAT_PYTHON ?= $(PYTHON)
 compat: setup
 	test -n "$(TORCH)" || (echo "compat: expected a release of torch, such as: make compat TORCH=2.11.0" && false)
-	$(PY) tools/verify/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) $(if $(QUICK),--quick)
+	$(PY) tools/verify/compat.py --torch $(TORCH) --python $(COMPAT_PYTHON) --jobs $(JOBS) $(if $(QUICK),--quick)
 
 # nvcc into .venv, 270 MB, where there is no CUDA toolkit: without one the tests of the CUDA kernels' compiled code are skipped.
 nvcc: | $(VENV)/.deps

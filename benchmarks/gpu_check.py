@@ -33,16 +33,18 @@ from gpucheck.record import Record
 MACHINE = Section("machine", 45, "gpucheck.tools:machine")
 SECTIONS = (
     Section("build", 55, "gpucheck.tools:build"),
-    Section("tests", 70, "gpucheck.tools:tests"),
+    Section("tests", 60, "gpucheck.tools:tests"),
     Section("copy", 10, "gpucheck.kernels:copy"),
-    Section("perturb", 35, "gpucheck.kernels:perturb"),
-    Section("graph", 15, "gpucheck.kernels:graph"),
-    Section("block", 45, "gpucheck.layers:block"),
-    Section("layers", 70, "gpucheck.layers:layers"),
-    Section("averaging", 25, "gpucheck.layers:averaging"),
-    Section("crossover", 25, "gpucheck.kernels:crossover"),
-    Section("switches", 35, "gpucheck.switches:switches"),
-    Section("sanitizer", 50, "gpucheck.sanitizer:sanitizer"),
+    Section("perturb", 30, "gpucheck.kernels:perturb"),
+    Section("graph", 10, "gpucheck.kernels:graph"),
+    Section("block", 40, "gpucheck.layers:block"),
+    Section("layers", 55, "gpucheck.layers:layers"),
+    Section("averaging", 20, "gpucheck.layers:averaging"),
+    Section("crossover", 20, "gpucheck.kernels:crossover"),
+    Section("producers", 25, "gpucheck.producers:producers"),
+    Section("models", 30, "gpucheck.producers:whole_models"),
+    Section("switches", 40, "gpucheck.switches:switches"),
+    Section("sanitizer", 40, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
 NAMES = tuple(section.name for section in SECTIONS)

@@ -37,7 +37,7 @@ VARIANTS = ("linear", "dip", "dip, producer", "eager")
 
 def _bert() -> nn.Module:
     return nn.TransformerEncoderLayer(
-        768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True
+        768, 12, 3072, dropout=0.0, activation=nn.GELU(), batch_first=True
     )
 
 

@@ -38,15 +38,15 @@ class AttentionBlock(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """x + down(gelu(up(norm(x))))"""
+    """x + down(gelu(up(norm(x)))), its activation a module, as timm and transformers write it."""
 
     def __init__(self, width: int, ratio: int = 4) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.act = nn.LayerNorm(width), nn.GELU()
         self.up, self.down = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.down(self.act(self.up(self.norm(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -60,6 +60,19 @@ class TransformerBlock(nn.Module):
         return self.mlp(self.attention(x))
 
 
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), as transformers' LlamaMLP."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.down, self.act = nn.Linear(hidden, width, bias=False), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
 class LlamaBlock(nn.Module):
     """RMSNorm, causal attention with rotary positions and grouped keys, RMSNorm, SwiGLU; no
     biases."""
@@ -71,11 +84,7 @@ class LlamaBlock(nn.Module):
         self.q, self.o = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
         self.k = nn.Linear(width, kv_heads * self.head_width, bias=False)
         self.v = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.gate, self.up = (
-            nn.Linear(width, hidden, bias=False),
-            nn.Linear(width, hidden, bias=False),
-        )
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.mlp = GatedMLP(width, hidden)
 
     def _rotated(self, x: Tensor) -> Tensor:  # [B, heads, T, head_width]
         half = self.head_width // 2
@@ -93,8 +102,7 @@ class LlamaBlock(nn.Module):
         v = self.v(h).view(batch, tokens, self.kv_heads, -1).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        h = self.norm2(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.mlp(self.norm2(x))
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -135,6 +143,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.act1, self.act2 = nn.ReLU(), nn.ReLU()
         self.shortcut = None
         if stride != 1 or channels_in != channels:
             self.shortcut = nn.Sequential(
@@ -142,8 +151,8 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return F.relu(h + (x if self.shortcut is None else self.shortcut(x)))
+        h = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
+        return self.act2(h + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ResNet18(nn.Module):
@@ -153,7 +162,7 @@ class ResNet18(nn.Module):
     def __init__(self, classes: int = 10, width: int = 64, stages: int = 4) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm, self.act = nn.BatchNorm2d(width), nn.ReLU()
         blocks, channels_in = [], width
         for stage in range(stages):
             channels = width << stage
@@ -164,7 +173,7 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(channels_in, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.blocks(F.relu(self.norm(self.stem(x))))
+        h = self.blocks(self.act(self.norm(self.stem(x))))
         return self.head(h.mean((2, 3)))
 
 

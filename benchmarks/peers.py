@@ -136,7 +136,7 @@ def _bayesian(model: nn.Module, kind: str) -> nn.Module:
     return model.to(weight.device, weight.dtype)
 
 
-def _compile(model: nn.Module) -> nn.Module:
+def compiled_in_place(model: nn.Module) -> nn.Module:
     """torch.compile of every module that says `compile_unit` (a repeated block is compiled once),
     else of the whole."""
     import torch._dynamo
@@ -173,7 +173,7 @@ def build(name: str, model: nn.Module) -> nn.Module | Missing:
             return Missing(name, f"bayesian-torch is not installed ({error}): {INSTALL_BAYESIAN}")
     elif kind != PLAIN:
         raise ValueError(f"name: expected one of {(*NAMES, *COMPILED)}, got {name!r}")
-    return _compile(model) if compiled else model
+    return compiled_in_place(model) if compiled else model
 
 
 def forget_compiled() -> None:

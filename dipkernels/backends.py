@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,11 +80,26 @@ def _how_to_build() -> str:
     )
 
 
+def _installed_elsewhere() -> Path | None:
+    """Where sys.path has another dipkernels, which has a compiled library: Python started in a
+    folder of source takes that for the package."""
+    here = Path(__file__).resolve().parent
+    folders = [Path(entry, "dipkernels") for entry in sys.path]
+    return next((f for f in folders if f.resolve() != here and any(f.glob("_C*.so"))), None)
+
+
 @functools.cache
 def library() -> Library:
     """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls
     this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not found and (installed := _installed_elsewhere()):
+        return Library(
+            error="no compiled library in the folder of source from which dipkernels was imported, "
+            f"{Path(__file__).resolve().parent.parent}; the installed package, in {installed}, has "
+            "one. Run Python from another folder, or build it here, with g++ and ninja at hand: "
+            f"{_how_to_build()}"
+        )
     if not found:
         return Library(
             error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0. "
@@ -333,7 +349,8 @@ class compiled_keep:
     It is read while torch.compile traces, so that a change compiles anew. Not per thread.
 
     Args:
-        keep: "x" or "u" (functional.dip_linear).
+        keep: "x" or "u" (functional.dip_linear); or "bytes", "u" where u's numbers are narrower
+            than x's, as under autocast, and else "x".
 
     Raises:
         ValueError: for another value.
@@ -357,8 +374,8 @@ class compiled_keep:
 
 
 def _check_keep(keep: str, source: str) -> str:
-    if keep not in ("x", "u"):
-        raise ValueError(f"{source}: expected 'x' or 'u', got {keep!r}")
+    if keep not in ("x", "u", "bytes"):
+        raise ValueError(f"{source}: expected 'x', 'u' or 'bytes', got {keep!r}")
     return keep
 
 
@@ -424,10 +441,10 @@ def _way_out() -> str:
     return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
-_OF_EXPECTATION = ("expectation", "affine_variance")
-# The stems whose work the CUDA kernels do not fuse: samples behind an activation, and an
-# activation's expectation.
-_FUSED_BY_TRITON = ("linear", *_OF_EXPECTATION)
+# The stems of which the CUDA library has no kernel, and those whose work it does not fuse: samples
+# behind an activation.
+_NOT_IN_CUDA = ("expectation", "affine_variance", "norm", "activate", "gate")
+_FUSED_BY_TRITON = ("linear", *_NOT_IN_CUDA)
 
 
 # Where an affine layer on a GPU samples inside its own GEMM (Triton's `linear`) instead of writing
@@ -499,7 +516,7 @@ def choose(
                 f"{op}: {asked}, and it cannot run on device {device!r} here: "
                 f"{_obstacle(forced, device)}; {_way_out()} to have each device choose its own"
             )
-        if forced == "cuda" and op.startswith(_OF_EXPECTATION):
+        if forced == "cuda" and op.startswith(_NOT_IN_CUDA):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
         return Plan(forced, "asked for")
     if (
@@ -519,7 +536,7 @@ def choose(
         and op not in triton_problems
     ):
         return Plan("triton", "its passes are fused in Triton alone")
-    if device == "cuda" and op.startswith(_OF_EXPECTATION):
+    if device == "cuda" and op.startswith(_NOT_IN_CUDA):
         return Plan(
             "reference",
             triton_problems.get(op)

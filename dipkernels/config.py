@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .models.calibrate import calibrate
 from .models.convert import convert, to_plain
-from .models.convertible import TWINS, around, base_layer, is_adapter
+from .models.convertible import TWINS, around, base_layer, is_adapter, no_match
 from .models.parameters import load_variances, variances
 from .models.probe import listed
 from .nn.layer import DIPLayer
-from .nn.numbering import dip_layers
+from .nn.numbering import dip_layers, require_module
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -51,7 +51,7 @@ class DIPConfig:
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first
             pattern that matches a layer's name holds. By default, where variance is None,
-            calibrate's: 1, less before layers that see few values.
+            calibrate's, 1.
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is
             calibrated then.
         per: "layer" or "feature", as `calibrate`'s.
@@ -373,7 +373,9 @@ def require_config(model: nn.Module) -> DIPConfig:
     config = config_of(model)
     if config is None:
         raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config"
+            "model: expected one that dip.apply has converted, got one without a config. Save it "
+            "by torch.save(model.state_dict(), path), or convert by dip.apply(model, "
+            "dip.DIPConfig(), batches)"
         )
     return config
 
@@ -381,6 +383,7 @@ def require_config(model: nn.Module) -> DIPConfig:
 def require_order(model: nn.Module) -> None:
     """Raise ValueError where an adapter was put around DIP layers, which freezes their
     variances."""
+    require_module(model)
     around_dip = [
         name
         for name, m in model.named_modules()
@@ -412,9 +415,7 @@ def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None)
     names = [name for name, _ in model.named_modules()]
     unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
     if unused:
-        raise ValueError(
-            f"include: expected patterns that match a module's name, got {unused} that match none"
-        )
+        raise ValueError(no_match("include", unused, names))
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
@@ -452,7 +453,7 @@ def _matches(name: str, patterns: Iterable[str]) -> str | None:
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     ratio = config.ratio
     if not isinstance(ratio, Mapping):
-        calibrate(model, batches, ratio, per=config.per)
+        calibrate(model, batches, 1.0 if ratio is None else ratio, per=config.per)
         return
     found = {
         name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)
@@ -471,7 +472,8 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
     state = variances(model)
     for name, values in state.items():
         pattern = found[name.rpartition(".variance.")[0]]
-        values += 2 * math.log(ratio[pattern])  # type: ignore[index]
+        if not name.endswith(".pull"):
+            values += 2 * math.log(ratio[pattern])  # type: ignore[index]
     load_variances(model, state)
 
 

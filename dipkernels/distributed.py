@@ -107,7 +107,10 @@ def replicate_variance(variance: Variance, mesh: Any) -> None:
     from torch.distributed.tensor import distribute_module
 
     if not any(is_dtensor(t) for t in variance._tensors().values()):
+        trained = {name: p.requires_grad for name, p in variance.named_parameters()}
         distribute_module(variance, mesh)
+        for name, p in variance.named_parameters():
+            p.requires_grad_(trained[name])  # torch 2.10 makes each of them trained
 
 
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
@@ -144,7 +147,10 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     mine = {
         "faults": _faults(model),
         "numbers": {name: layer.number for name, layer in layers.items()},
-        "priors": {name: _digest(layer.variance.log_prior) for name, layer in layers.items()},
+        "priors": {
+            name: _digest(layer.variance.log_prior) + _digest(layer.variance.pull)
+            for name, layer in layers.items()
+        },
         "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
         "place": None
         if tensor_parallel is None

@@ -21,17 +21,20 @@ from defaults import DEFAULTS, SCORES, part, summarise
 from tables import markdown
 from tasks import TASKS
 
-# How much noise: less before a layer that sees few values of an example, less everywhere, or a
-# weaker pull.
+# How much noise. n: the values of an example that the first layer's input has; before a layer of
+# fewer values its own. The default's pull to the prior is n / 32 at most; "pull": 1 is the whole.
 AMOUNT: dict[str, dict[str, Any] | None] = {
     "default": {},
-    "ratio 1": {"ratio": 1.0},
-    "ratio 0.5": {"ratio": 0.5},
-    "sqrt(n / 32)": {"ratio": 1.0, "values": 32},
-    "sqrt(n / 64)": {"ratio": 1.0, "values": 64},
-    "n / 32": {"ratio": 1.0, "values": 32, "power": 1.0},
-    "kl 0.05, ratio 1": {"ratio": 1.0, "kl": 0.05},
-    "kl 0.1, ratio 1": {"ratio": 1.0, "kl": 0.1},
+    "pull n / 16": {"pull": 16},
+    "pull n / 64": {"pull": 64},
+    "ratio 1": {"pull": 1},
+    "sqrt(n / 16)": {"values": 16, "pull": 1},
+    "ratio 0.5": {"ratio": 0.5, "pull": 1},
+    "sqrt(n / 32)": {"values": 32, "pull": 1},
+    "sqrt(n / 64)": {"values": 64, "pull": 1},
+    "n / 32": {"values": 32, "power": 1.0, "pull": 1},
+    "kl 0.05, ratio 1": {"kl": 0.05, "pull": 1},
+    "kl 0.1, ratio 1": {"kl": 0.1, "pull": 1},
 }
 # The first eight were looked at to choose, the last two held back.
 AMOUNT_CASES = (
@@ -46,9 +49,9 @@ AMOUNT_CASES = (
     "quantiles",
     "moons",
 )
-# What else to change; all start at ratio 1 in every layer.
+# What else to change; all with the whole pull.
 CHANGES: dict[str, dict[str, Any] | None] = {
-    name: {"ratio": 1.0, **options}
+    name: {"pull": 1, **options}
     for name, options in {
         "budget of each layer": {"budget": "layer", "kl": 0.0},
         "budget of each layer, kl 0.2": {"budget": "layer", "kl": 0.2},

@@ -155,6 +155,8 @@ def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None 
         loss = model(**batches[number % len(batches)]).loss
         if alpha > 0:
             loss = loss + dip.penalty(model, alpha, beta=alpha * config["sigma"] ** 2)
+        if "kl" in config:
+            loss = loss + dip.kl_penalty(model, config["kl"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -8,6 +8,7 @@ trained network a lot.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 from collections.abc import Callable
@@ -70,17 +71,22 @@ def _data(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 # ---- data ----------------------------------------------------------------------------------------
 
 
-def _tensors(x: np.ndarray, y: np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def tensors(x: np.ndarray, y: np.ndarray, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     target = torch.as_tensor(y)
     target = target.float()[:, None] if target.is_floating_point() else target.long()
     return torch.tensor(x, dtype=torch.float32) / scale, target
 
 
-def _sklearn(name: str, scale: float = 1.0) -> Callable[[], tuple[Tensor, Tensor]]:
+def from_sklearn(
+    name: str, scale: float = 1.0, **options: float
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What sklearn.datasets.NAME gives: load_... or make_... with its options."""
+
     def load() -> tuple[Tensor, Tensor]:
         import sklearn.datasets
 
-        return _tensors(*getattr(sklearn.datasets, name)(return_X_y=True), scale=scale)
+        given = {"return_X_y": True} if name.startswith("load_") else options
+        return tensors(*getattr(sklearn.datasets, name)(**given), scale=scale)
 
     return load
 
@@ -96,7 +102,7 @@ def _fashion() -> tuple[Tensor, Tensor]:
             return np.frombuffer(file.read(), np.uint8, offset=header)
 
     x = read("train-images-idx3-ubyte.gz", 16).reshape(-1, 784)[:6000]
-    return _tensors(x, read("train-labels-idx1-ubyte.gz", 8)[:6000].astype(np.int64), 255.0)
+    return tensors(x, read("train-labels-idx1-ubyte.gz", 8)[:6000].astype(np.int64), 255.0)
 
 
 def _fashion_images() -> tuple[Tensor, Tensor]:
@@ -108,31 +114,8 @@ def _mnist1d() -> tuple[Tensor, Tensor]:
     from mnist1d.data import get_dataset_args, make_dataset
 
     data = make_dataset(get_dataset_args())
-    return _tensors(
+    return tensors(
         np.concatenate([data["x"], data["x_test"]]), np.concatenate([data["y"], data["y_test"]])
-    )
-
-
-def _classification(**options: float) -> Callable[[], tuple[Tensor, Tensor]]:
-    def load() -> tuple[Tensor, Tensor]:
-        from sklearn.datasets import make_classification
-
-        return _tensors(*make_classification(n_samples=3000, random_state=0, **options))
-
-    return load
-
-
-def _moons() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import make_moons
-
-    return _tensors(*make_moons(3000, noise=0.15, random_state=0))
-
-
-def _quantiles() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import make_gaussian_quantiles
-
-    return _tensors(
-        *make_gaussian_quantiles(n_samples=4000, n_features=8, n_classes=3, random_state=0)
     )
 
 
@@ -144,9 +127,7 @@ def _cover() -> tuple[Tensor, Tensor]:
     area, soil = rng.integers(0, 4, 4000), rng.integers(0, 16, 4000)
     score = np.tanh(hidden @ rng.standard_normal((5, 24))) @ rng.standard_normal((24, 5))
     score += 1.5 * rng.standard_normal((4, 5))[area] + 1.5 * rng.standard_normal((16, 5))[soil]
-    return _tensors(
-        np.concatenate([numbers, np.eye(4)[area], np.eye(16)[soil]], 1), score.argmax(1)
-    )
+    return tensors(np.concatenate([numbers, np.eye(4)[area], np.eye(16)[soil]], 1), score.argmax(1))
 
 
 def _topics() -> tuple[Tensor, Tensor]:
@@ -157,13 +138,7 @@ def _topics() -> tuple[Tensor, Tensor]:
     label = rng.integers(0, 8, 3000)
     mixed = [0.4 * topics[y] + 0.6 * topics.mean(0) for y in range(8)]
     x = np.stack([rng.multinomial(60, mixed[y] / mixed[y].sum()) @ words / 60 for y in label])
-    return _tensors(x, label)
-
-
-def _friedman() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import make_friedman1
-
-    return _tensors(*make_friedman1(3000, n_features=10, noise=1.0, random_state=0))
+    return tensors(x, label)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -214,7 +189,10 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(tokens)).mean(1))
 
 
-DIGITS = _sklearn("load_digits", 16.0)
+_classes = functools.partial(
+    from_sklearn, "make_classification", n_samples=3000, class_sep=1.5, random_state=0
+)
+DIGITS = from_sklearn("load_digits", 16.0)
 TASKS = {
     "digits MLP": Task(DIGITS, mlp(64, 256, 256, 10), 500, 100, 100, 0.1, 0.5, image=True),
     "digits CNN": Task(_digit_images, cnn(8, 1), 500, 50, 50, 0.1, 0.4, image=True),
@@ -223,12 +201,12 @@ TASKS = {
     "fashion CNN": Task(_fashion_images, cnn(28, 2), 1000, 50, 50, 0.05, 0.3, image=True),
     "mnist1d": Task(_mnist1d, mlp(40, 128, 128, 10), 2000, 60, 100, 0.1, 0.4),
     "breast_cancer": Task(
-        _sklearn("load_breast_cancer"), mlp(30, 64, 64, 2), 300, 100, 50, 0.4, 1.5
+        from_sklearn("load_breast_cancer"), mlp(30, 64, 64, 2), 300, 100, 50, 0.4, 1.5
     ),
-    "wine": Task(_sklearn("load_wine"), mlp(13, 64, 64, 3), 90, 100, 30, 0.6, 1.5),
-    "iris": Task(_sklearn("load_iris"), mlp(4, 32, 32, 3), 75, 150, 25, 0.3, 0.5),
+    "wine": Task(from_sklearn("load_wine"), mlp(13, 64, 64, 3), 90, 100, 30, 0.6, 1.5),
+    "iris": Task(from_sklearn("load_iris"), mlp(4, 32, 32, 3), 75, 150, 25, 0.3, 0.5),
     "classes 20": Task(
-        _classification(n_features=20, n_informative=8, n_redundant=6, n_classes=4, class_sep=1.5),
+        _classes(n_features=20, n_informative=8, n_redundant=6, n_classes=4),
         mlp(20, 128, 128, 4),
         600,
         60,
@@ -237,7 +215,7 @@ TASKS = {
         1.0,
     ),
     "classes 60": Task(
-        _classification(n_features=60, n_informative=6, n_redundant=0, n_classes=3, class_sep=1.5),
+        _classes(n_features=60, n_informative=6, n_redundant=0, n_classes=3),
         mlp(60, 128, 128, 3),
         600,
         60,
@@ -245,12 +223,39 @@ TASKS = {
         0.2,
         1.0,
     ),
-    "moons": Task(_moons, mlp(2, 64, 64, 2), 300, 100, 50, 0.2, 0.4),
-    "quantiles": Task(_quantiles, mlp(8, 64, 64, 3), 1000, 80, 50, 0.1, 0.3),
+    "moons": Task(
+        from_sklearn("make_moons", n_samples=3000, noise=0.15, random_state=0),
+        mlp(2, 64, 64, 2),
+        300,
+        100,
+        50,
+        0.2,
+        0.4,
+    ),
+    "quantiles": Task(
+        from_sklearn(
+            "make_gaussian_quantiles", n_samples=4000, n_features=8, n_classes=3, random_state=0
+        ),
+        mlp(8, 64, 64, 3),
+        1000,
+        80,
+        50,
+        0.1,
+        0.3,
+    ),
     "cover": Task(_cover, mlp(30, 128, 128, 5), 1500, 50, 100, 0.2, 0.5),
     "topics": Task(_topics, mlp(64, 128, 128, 8), 600, 60, 50, 0.3, 1.0),
     "diabetes": Task(
-        _sklearn("load_diabetes"), mlp(10, 64, 64, 1), 250, 100, 50, 0.3, 1.0, regression=True
+        from_sklearn("load_diabetes"), mlp(10, 64, 64, 1), 250, 100, 50, 0.3, 1.0, regression=True
     ),
-    "friedman": Task(_friedman, mlp(10, 64, 64, 1), 500, 100, 50, 0.1, 0.3, regression=True),
+    "friedman": Task(
+        from_sklearn("make_friedman1", n_samples=3000, n_features=10, noise=1.0, random_state=0),
+        mlp(10, 64, 64, 1),
+        500,
+        100,
+        50,
+        0.1,
+        0.3,
+        regression=True,
+    ),
 }

@@ -51,7 +51,12 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model)
     options = {name: method[name] for name in ("ratio", "per") if name in method}
     dip.calibrate(model, [x], **options)
-    # a candidate for calibrate: less noise before layers that see few values of an example
+    # candidates for calibrate: less pull, or less noise before layers, where an example has few
+    # values; "pull": 1 is the whole pull always
+    if "pull" in method:
+        n = next(iter(values_seen(model, x[:1]).values()))
+        for layer in dip_layers(model).values():
+            layer.variance.pull.fill_(min(1.0, n / method["pull"]))
     if "values" in method:
         seen = values_seen(model, x[:1])
         for name, layer in dip_layers(model).items():

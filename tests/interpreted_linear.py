@@ -165,6 +165,16 @@ def test_linear_bwd_weight_splits_the_rows_in_a_fixed_order(monkeypatch):
     )
 
 
+def test_linear_bwd_weight_gives_the_type_that_is_asked_for(monkeypatch):
+    x, _, _, sigma, dy = make((150,), 24, 17, torch.float16)
+    how = (0, 0, 0, 1.0, False)
+    for count in (1, 3):
+        monkeypatch.setattr(linear, "splits", lambda *sizes, count=count: count)
+        for asked in (None, torch.float32):
+            results = linear.linear_bwd_weight(dy, x, sigma, SEED, *how, out_dtype=asked)
+            assert all(t.dtype is (asked or torch.float16) for t in results)
+
+
 def test_linear_takes_strided_inputs():
     x, weight, bias, sigma, _ = make((6, 9), 20, 12)
     how = (0, 0, 0, 1.0, True)

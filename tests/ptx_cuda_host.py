@@ -68,5 +68,16 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
         folder / "stub.o",
     )
     library = folder / f"{sources[-1].stem}.so"
-    run("g++", "-shared", *sanitize, *objects, folder / "stub.o", "-o", library, "-Wl,-z,defs")
+    # Its own symbols first: a torch for CUDA has brought the real runtime's into the process.
+    run(
+        "g++",
+        "-shared",
+        *sanitize,
+        *objects,
+        folder / "stub.o",
+        "-o",
+        library,
+        "-Wl,-z,defs",
+        "-Wl,-Bsymbolic",
+    )
     return library

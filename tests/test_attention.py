@@ -228,7 +228,9 @@ def test_plain_parameters_keep_their_names_and_a_plain_checkpoint_loads():
         attention = DIPMultiheadAttention(E, H, init_variance=0.25, num_samples=2, **form)
         attention.load_state_dict(state)
         added = set(attention.state_dict()) - set(state)
-        assert all(name.rpartition(".")[2] in ("log_variance", "log_prior") for name in added)
+        assert all(
+            name.rpartition(".")[2] in ("log_variance", "log_prior", "pull") for name in added
+        )
         assert set(state) <= set(attention.state_dict())
         assert all(layer.num_samples == 2 for layer in dip_layers(attention).values())
         assert list(dip.to_plain(attention).state_dict()) == list(state)

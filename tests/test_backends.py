@@ -1,9 +1,12 @@
 """Choosing: pure, printable, forceable, and loud where what was asked for is missing."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from dipkernels.ops import registry
 from dipkernels.ops.linear import device_of
 
 SEED = torch.tensor([1, 2])
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +49,27 @@ def test_choose_falls_back_in_order(monkeypatch):
     assert choose("perturb", "cpu") == Plan("reference", "not built")
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert choose("perturb", "cuda").backend == "reference"
+
+
+def test_what_the_cuda_library_lacks_runs_elsewhere(monkeypatch):
+    """Of every operation: a kernel in csrc/ for CUDA, one made of other operations, or Triton."""
+    found = "".join(path.read_text() for path in CSRC.glob("*_op.cpp"))
+    blocks = re.findall(r"_IMPL\(dipkernels, CUDA, m\) \{(.*?)\n\}", found, re.DOTALL)
+    carried = set(re.findall(r'm\.impl\("(\w+)"', "".join(blocks)))
+    assert {"perturb", "perturb_bwd"} <= carried < registry.SCHEMAS.keys()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    with_library(monkeypatch)
+    for op in registry.SCHEMAS:
+        made_of_others = has_kernel(f"dipkernels::{op}", "CompositeExplicitAutograd")
+        for triton, runs in ((True, "triton"), (False, "reference")):
+            monkeypatch.setattr(backends, "has_triton", lambda triton=triton: triton)
+            wanted = ("cuda",) if op in carried else (runs, "cuda") if made_of_others else (runs,)
+            assert choose(op, "cuda").backend in wanted, op
+        if not (op in carried or made_of_others):
+            monkeypatch.setattr(backends, "forced", "cuda")
+            with pytest.raises(RuntimeError, match="it has no kernel of it; use 'triton'"):
+                choose(op, "cuda")
+            monkeypatch.setattr(backends, "forced", None)
 
 
 def test_backend_forces_and_restores():
@@ -111,7 +136,7 @@ def run_python(code, **environment):
     ("DIPKERNELS_BACKEND", "reference", "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)", "asked for"),
     ("DIPKERNELS_BACKEND", "quick", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_BACKEND: expected one of"),
     ("DIPKERNELS_COMPILED_KEEP", "u", "import dipkernels.backends as b; print(b.kept_when_compiled * 3)", "uuu"),
-    ("DIPKERNELS_COMPILED_KEEP", "both", "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u'"),
+    ("DIPKERNELS_COMPILED_KEEP", "both", "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))", "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
     ("DIPKERNELS_CPU_CAPABILITY", "portable", "import dipkernels.backends as b; print(b.cpu_capability())", "portable"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels.backends as b; b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
@@ -119,6 +144,35 @@ def run_python(code, **environment):
 def test_environment_decides_and_errors_name_the_variable(variable, value, code, expected):
     status, output = run_python(code, **{variable: value})
     assert expected in output and (status != 0) == ("expected" in expected)
+
+
+DISPATCH = """
+#include <cstdio>
+#include "launch.h"
+namespace dip {
+#define KERNEL(op, Args) \\
+  const char* op##_portable(const Args&, ParallelFor) { return "ran"; }
+KERNEL(perturb, PerturbArgs) KERNEL(expectation, ExpectationArgs) KERNEL(variance, VarianceArgs)
+KERNEL(samples, SamplesArgs) KERNEL(gate, GateArgs) KERNEL(norm, NormArgs)
+}
+int main() { std::puts(dip::perturb_cpu({}, nullptr)); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_capability_that_the_machine_lacks_is_an_error_by_name(tmp_path):
+    """As on a machine that offers the portable kernels alone."""
+    csrc = Path(__file__).parent.parent / "csrc"
+    (tmp_path / "main.cpp").write_text(DISPATCH)
+    program = tmp_path / "dispatch"
+    command = ["g++", "-std=c++17", "-w", f"-I{csrc}", str(tmp_path / "main.cpp")]
+    command += [str(csrc / "cpu" / "dispatch.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True)
+    for value, said in [("", "ran"), ("auto", "ran"), ("portable", "ran"), ("sse9", "expected auto"),
+                        ("avx2", "expected auto"), ("avx512", "expected auto")]:  # fmt: skip
+        variables = {**os.environ, "DIPKERNELS_CPU_CAPABILITY": value}
+        done = subprocess.run([program], env=variables, capture_output=True, text=True)
+        assert done.returncode == 0 and said in done.stdout, value
 
 
 # ---- a forced backend that cannot run: the import is quiet, the first call is clear --------------
@@ -206,6 +260,7 @@ def test_cpu_capability_rejects():
 def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(sys, "path", [])
     backends.library.cache_clear()
     try:
         found = backends.library()

@@ -486,7 +486,9 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
         dip.convert(nn.Sequential(nn.Linear(8, 8)), 0.25),
         wrap(dip.convert(nn.Sequential(nn.Linear(8, 8)))),
     )
-    assert list(dip.variances(wrapped)) == ["0.variance.log_variance", "0.variance.log_prior"]
+    assert list(dip.variances(wrapped)) == [
+        f"0.variance.{part}" for part in ("log_variance", "log_prior", "pull")
+    ]
     dip.load_variances(wrapped, dip.variances(plain))
     assert torch.equal(
         dip.variances(wrapped)["0.variance.log_variance"],

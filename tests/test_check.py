@@ -81,6 +81,26 @@ def test_layers_in_eval_mode_and_under_noise_off_are_named():
     assert not model.training
 
 
+class Counting(nn.Module):
+    """Its buffer is another tensor after each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return self.layer(x)
+
+
+def test_a_check_leaves_a_buffer_that_the_model_replaces():
+    model = dip.convert(Counting())
+    buffer = model.calls
+    dip.check(model, X)
+    assert model.calls is buffer and buffer == 0
+
+
 def test_a_check_by_a_batch_changes_nothing():
     model = dip.convert(Fused())
     model(X, Y).backward()

@@ -274,15 +274,17 @@ def test_variances_come_back_as_they_were():
     model = convert(Net())
     saved = variances(model)
     assert list(saved) == [
-        n for n in model.state_dict() if n.endswith(("log_variance", "log_prior"))
+        n for n in model.state_dict() if n.endswith(("log_variance", "log_prior", "pull"))
     ]
     with torch.no_grad():
         model.head.log_variance.add_(1)
         model.head.variance.log_prior.sub_(1)
+        model.head.variance.pull.fill_(0.25)
     assert not torch.equal(model.head.log_variance, saved["head.variance.log_variance"])
     load_variances(model.double(), saved)
     assert torch.equal(model.head.log_variance.float(), saved["head.variance.log_variance"])
     assert torch.equal(model.head.variance.log_prior.float(), saved["head.variance.log_prior"])
+    assert bool((model.head.variance.pull == 1).all())
     model.head.variance.log_prior.fill_(-9.0)
     # of an older release
     load_variances(model, {n: t for n, t in saved.items() if n.endswith("log_variance")})
@@ -533,26 +535,40 @@ def test_calibrate_measures_channels_and_chosen_dimensions():
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "ratio"),
+    ("model", "shape", "pull"),
     [
-        (nn.Linear(1, 2), (20, 1), 0.25),
-        (nn.Linear(4, 2), (20, 4), 0.5),
-        (nn.Linear(16, 2), (20, 16), 1.0),
+        (nn.Linear(1, 2), (20, 1), 1 / 32),
+        (nn.Linear(8, 2), (20, 8), 0.25),
+        (nn.Linear(32, 2), (20, 32), 1.0),
         (nn.Linear(64, 2), (20, 64), 1.0),
-        (nn.Linear(2, 2), (20, 2, 2), 0.5),  # a sequence: its values make up for one another
-        (nn.Linear(4, 2), (4,), 0.5),  # one example without a batch
+        (nn.Linear(2, 2), (20, 4, 2), 0.25),  # a sequence: its values make up for one another
+        (nn.Linear(8, 2), (8,), 0.25),  # one example without a batch
         (nn.Conv2d(1, 2, 3), (20, 1, 8, 8), 1.0),
-        (nn.Conv1d(2, 2, 1), (2, 2), 0.5),  # channels and length, no batch
+        (nn.Conv1d(2, 2, 1), (2, 4), 0.25),  # channels and length, no batch
     ],
 )
-def test_few_values_of_an_example_get_less_noise_by_default(model, shape, ratio):
+def test_few_values_of_an_example_get_less_pull(model, shape, pull):
     convert(model)
-    batches = [torch.randn(shape), torch.randn(shape)]
-    calibrate(model, batches, ratio=1.0)
-    whole = model.variance.sigma.clone()
-    calibrate(model, batches)
-    torch.testing.assert_close(model.variance.sigma, ratio * whole)
+    calibrate(model, [torch.randn(shape), torch.randn(shape)])
+    torch.testing.assert_close(model.variance.pull, torch.full_like(model.variance.pull, pull))
     assert torch.equal(model.variance.log_prior, model.log_variance)
+
+
+def test_the_layer_that_is_reached_first_sets_the_pull_of_all():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(64, 2), nn.Linear(8, 64)
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    model = convert(Backwards())
+    calibrate(model, [torch.randn(20, 8)])
+    assert bool((model.first.variance.pull == 0.25).all())
+    assert bool((model.last.variance.pull == 0.25).all())
+    calibrate(model.last, [torch.randn(20, 64)])
+    assert bool((model.last.variance.pull == 1).all())
 
 
 def test_a_feature_that_never_varies_gets_the_floor():

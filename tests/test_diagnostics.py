@@ -155,6 +155,13 @@ def test_output_variance_of_a_linear_map_is_exact_in_the_limit():
     torch.testing.assert_close(got, 0.25 * model.weight.detach().square().sum(1), rtol=0.08, atol=0)
 
 
+def test_output_variance_takes_passes_in_chunks():
+    model, rows = linear_map(), []
+    model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    output_variance(model, torch.randn(3, 6, dtype=torch.float64), k=7, chunk=3)
+    assert rows == [9, 9, 3]
+
+
 def test_signal_to_noise_is_variance_over_variance():
     model = nn.Sequential(
         DIPLinear(3, 3, init_variance=0.04), DIPLinear(3, 2, init_variance=0.01, num_samples=4)

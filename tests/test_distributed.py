@@ -290,6 +290,7 @@ def check_kl(rank, world):
         for m in model.modules():
             if isinstance(m, dip.Variance):
                 m.log_prior.copy_(torch.linspace(-4, -1, m.log_prior.numel()))
+                m.pull.copy_(torch.linspace(0.2, 1, m.pull.numel()))
         return model
 
     plain = with_priors()
@@ -308,6 +309,7 @@ def check_kl(rank, world):
     expected = dip.kl_penalty(layer)
     whole = dtensor.laid_out_as(layer.variance.log_prior, _replicated(world))
     layer.variance.log_prior = whole
+    layer.variance.pull = dtensor.laid_out_as(layer.variance.pull, _replicated(world))
     torch.testing.assert_close(dip.kl_penalty(layer), expected)
 
 
@@ -480,7 +482,19 @@ def check_eval_backbone(rank, world, kind):
     assert plain.backbone["fc"].log_variance.grad is None
 
 
-@pytest.mark.parametrize("kind", ["ddp", "replicate"])
+SILENT = torch.__version__.startswith("2.10.")  # of when `replicate` runs
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        pytest.param(
+            "replicate",
+            marks=pytest.mark.skipif(SILENT, reason="torch 2.10 does not say when replicate runs"),
+        ),
+    ],
+)
 def test_ddp_trains_on_with_a_backbone_in_eval_mode(ranks, kind):
     ranks.run(check_eval_backbone, kind)
 

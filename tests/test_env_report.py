@@ -94,7 +94,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     ("DIPKERNELS_BACKEND", "quick", "DIPKERNELS_BACKEND: expected one of"),
     ("DIPKERNELS_BACKEND", b"\xff\xfe", r"got '\udcff\udcfe'"),
     ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
-    ("DIPKERNELS_COMPILED_KEEP", "both", "DIPKERNELS_COMPILED_KEEP: expected 'x' or 'u', got 'both'"),
+    ("DIPKERNELS_COMPILED_KEEP", "both", "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes', got 'both'"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
     ("DIPKERNELS_AUTOTUNE", "yes", "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'"),
     ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),

@@ -245,7 +245,9 @@ def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert content["step"] == 4  # one epoch of 8 examples
     names = set(content["model"])
-    assert all("lora_" in name or name.endswith(("log_variance", "log_prior")) for name in names)
+    assert all(
+        "lora_" in name or name.endswith(("log_variance", "log_prior", "pull")) for name in names
+    )
     # q, k, v, o, gate, up, down: once each
     assert sum(name.endswith("log_variance") for name in names) == 7
     results = json.loads((tmp_path / "results.json").read_text())

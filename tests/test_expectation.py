@@ -20,6 +20,7 @@ from dipkernels.ops.expectation import (
     affine_variance_bwd,
     expectation,
     expectation_bwd,
+    expected,
 )
 
 NAMES = list(ACTIVATIONS)
@@ -377,3 +378,21 @@ def test_compiled_gradients_stay_inside_their_buffers():
     ]:
         with pytest.raises(RuntimeError, match=match):
             getattr(torch.ops.dipkernels, op)(*arguments)
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_expectation_is_the_same_with_a_graph_and_under_torch_func(activation):
+    """Both are made of plain operations; eager autograd has the kernels."""
+    mu, v, dy = inputs(5, 7, torch.float64)
+    v[3] = 0
+    mu, v = mu.requires_grad_(), v.requires_grad_()
+    y = expected(mu, v, activation)
+    want = torch.autograd.grad(y, (mu, v), dy, retain_graph=True)
+    graph = torch.autograd.grad(y, (mu, v), dy, create_graph=True)
+    got, pull = torch.func.vjp(lambda mu, v: expected(mu, v, activation), mu, v)
+    close = 20 * BOUNDS[activation][2] + 1e-12 if activation in BOUNDS else 1e-12
+    torch.testing.assert_close(got, y, rtol=close, atol=close)
+    away = v > 0  # the slope in v there is a limit
+    for dmu, dv in (graph, pull(dy)):
+        torch.testing.assert_close(dmu, want[0], rtol=close, atol=close)
+        torch.testing.assert_close(dv[away], want[1][away], rtol=1e3 * close, atol=1e3 * close)

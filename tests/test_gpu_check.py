@@ -23,8 +23,11 @@ PROGRAM = ROOT / "benchmarks" / "gpu_check.py"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
-from gpucheck import child, driver, kernels, layers, report, sanitizer, tools  # noqa: E402
+from gpucheck import child, driver, kernels, layers, producers, report, sanitizer, tools  # noqa: E402
 from gpucheck.record import Record, row_errors, status  # noqa: E402
+
+from dipkernels import backends  # noqa: E402
+from dipkernels.ops import norm as dip_norm  # noqa: E402
 
 TOOL = """#!/bin/sh
 # compute-sanitizer as it behaves: runs the command, and exits with 9 where it has found something.
@@ -182,8 +185,8 @@ def test_the_page_names_every_section_and_its_limit():
 def test_the_sections_fit_their_time():
     assert sum(s.limit_s for s in (gpu_check.MACHINE, *gpu_check.SECTIONS)) <= 480
     assert gpu_check.WITHIN_S + gpu_check.MACHINE.limit_s + gpu_check.PLOT.limit_s < 570
-    order = "build tests copy perturb graph block layers averaging crossover"
-    assert list(gpu_check.NAMES)[:9] == order.split() and gpu_check.NAMES[-1] == "sanitizer"
+    order = "build tests copy perturb graph block layers averaging crossover producers models"
+    assert list(gpu_check.NAMES)[:11] == order.split() and gpu_check.NAMES[-1] == "sanitizer"
 
 
 # ---- killed --------------------------------------------------------------------------------------
@@ -316,7 +319,10 @@ def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["graph", "block", "layers", "averaging", "crossover", "switches"])
+@pytest.mark.parametrize(
+    "name",
+    ["graph", "block", "layers", "averaging", "crossover", "producers", "models", "switches"],
+)
 def test_every_timed_section_runs(record, monkeypatch, name):
     """In this process; with Triton and in processes of their own: the whole rehearsal."""
     monkeypatch.setattr(layers.peers, "compile_backend", "eager")
@@ -433,6 +439,25 @@ def test_a_wrong_layer_is_not_timed(check, monkeypatch):
     variants = layers.layer_row(check, "step", 48, 16, 24)["variants"]
     assert variants.pop("dip") == {"error": "AssertionError: y is off"}
     assert not any(name.startswith("dip ") for name in variants) and "seconds" in variants["linear"]
+
+
+def test_a_wrong_producer_is_not_timed(check, monkeypatch):
+    module = producers.dip.DIPLayerNorm(24)
+    x, dy = torch.randn(9, 24, requires_grad=True), torch.randn(9, 24)
+    producers.check_fused(module, [x], dy)
+    right = dip_norm.norm_bwd
+
+    def wrong(*arguments):
+        dx, dweight, *rest = right(*arguments)
+        return dx, dweight + (backends.forced is None), *rest
+
+    monkeypatch.setattr(dip_norm, "norm_bwd", wrong)
+    with pytest.raises(AssertionError, match="DIPLayerNorm: expected gradient 1 within"):
+        producers.check_fused(module, [x], dy)
+    monkeypatch.setattr(dip_norm, "norm_bwd", right)
+    row = producers.producer_row(check, "gated silu", "step", 9, 24)
+    assert set(row["variants"]) == {"f", "fused", "f, P", "f, x + sigma * randn"}
+    assert row["variants"]["f, P"]["ratio"] == 1
 
 
 def test_a_share_of_the_copy_is_of_its_bytes_in_the_same_rounds(check, monkeypatch):

@@ -49,6 +49,7 @@ LAYERS = [
     pytest.param(lambda: dip.DIPConv2d(4, 2, 1), "DIPConv2d", (2, 4, 5, 5), r"\[N, 4, H, W\] or", id="conv2d"),
     pytest.param(lambda: dip.DIPConv3d(4, 2, 1), "DIPConv3d", (2, 4, 5, 5, 5), r"\[N, 4, D, H, W\] or", id="conv3d"),
     pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), "4 features along dimension 1", id="input"),
+    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4), "4 features along dimension 1", id="input-last"),
     pytest.param(twin, "DIPShifted", (3, 4), r"\[\.\.\., 4\]", id="twin"),
 ]  # fmt: skip
 DRAWING = [
@@ -190,3 +191,9 @@ def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mod
     dip.convert(rnn, before=[""], batches=[x])
     packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4], batch_first=True)
     refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence")
+
+
+@pytest.mark.parametrize("shape", [(4,), ()])
+def test_an_input_without_the_features_dimension_is_named(shape):
+    layer = dip.DIPInput(4, dim=1)
+    refused(layer, torch.ones(shape), ValueError, "expected an input of shape 4 features along")

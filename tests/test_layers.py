@@ -145,7 +145,7 @@ def test_a_plain_checkpoint_loads_strictly_and_leaves_the_variances():
     assert model[0].log_variance[0].item() == 3.0
     assert model[1].log_variance[0].item() == pytest.approx(math.log(0.25))
     assert set(model.state_dict()) - set(plain.state_dict()) == {
-        f"{i}.variance.{name}" for i in (0, 1) for name in ("log_variance", "log_prior")
+        f"{i}.variance.{name}" for i in (0, 1) for name in ("log_variance", "log_prior", "pull")
     }
 
 
@@ -153,17 +153,20 @@ def test_the_prior_is_kept_in_float32_and_loads_with_or_without_an_entry():
     layer = DIPLinear(4, 4, init_variance=0.5)
     assert torch.equal(layer.variance.log_prior, layer.log_variance)
     layer.variance.log_prior.fill_(-1.25)
+    layer.variance.pull.fill_(0.5)
     state = layer.bfloat16().state_dict()
     assert state["variance.log_prior"].dtype is torch.float32
     again = DIPLinear(4, 4)
     again.load_state_dict(state)
     assert torch.equal(again.variance.log_prior, torch.full((4,), -1.25))
-    del state["variance.log_prior"]  # variances of a release without priors
+    assert again.variance.pull.tolist() == [0.5] * 4
+    del state["variance.log_prior"], state["variance.pull"]  # a release without them
     other = DIPLinear(4, 4, init_variance=0.3)
     other.load_state_dict(state)
     assert torch.equal(other.variance.log_prior, torch.full((4,), 0.3).log())
     layer.variance.reset_parameters()
     assert torch.equal(layer.variance.log_prior, torch.full((4,), 0.5).log())
+    assert other.variance.pull.tolist() == layer.variance.pull.tolist() == [1.0] * 4
 
 
 def test_a_wrong_shape_and_a_missing_weight_are_errors():

@@ -47,7 +47,8 @@ def test_kl_penalty_is_the_divergence_summed_over_layers_and_averaged_over_featu
         with torch.no_grad():
             layer.log_variance.normal_()
         pair = [torch.distributions.Normal(0.0, s) for s in (layer.variance.sigma, gamma**0.5)]
-        expected += torch.distributions.kl_divergence(*pair).mean()
+        layer.variance.pull.copy_(torch.linspace(0.2, 1, len(layer.variance.pull)))
+        expected += (layer.variance.pull * torch.distributions.kl_divergence(*pair)).mean()
     value = kl_penalty(model, 0.7)
     assert value.dtype is torch.float32
     torch.testing.assert_close(value, 0.7 * expected)

@@ -397,6 +397,10 @@ BAD = [
     (dict(sigma=torch.full((8,), math.nan)), "sigma: expected values >= 0"),
     (dict(seed=torch.zeros(3, dtype=torch.int64)), "seed: expected shape"),
     (dict(seed=torch.zeros(2)), "seed: expected dtype"),
+    (
+        dict(seed=torch.zeros(4, dtype=torch.int64)[::2]),
+        "seed: expected its two numbers side by side",
+    ),
     (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), "seed: expected device"),
     (dict(x=torch.ones(4, 8, dtype=torch.int32)), "x: expected one of"),
     (dict(x=torch.ones(())), "dim: expected"),

@@ -165,7 +165,7 @@ def test_copies_pickles_casts_and_state_dicts(name):
             assert type(again) is type(module) and torch.equal(call(again, inputs), u)
     state = module.state_dict()
     plain = dip.to_plain(nn.ModuleList([copy.deepcopy(module)]))[0]
-    own = ["variance.log_variance", "variance.log_prior"]
+    own = ["variance.log_variance", "variance.log_prior", "variance.pull"]
     assert list(state) == [*plain.state_dict(), *own]
     module.load_state_dict({n: t for n, t in state.items() if n not in own})  # a plain checkpoint
     module.bfloat16()

@@ -471,6 +471,45 @@ def test_norm_sums_no_worse_than_torch():
         ).abs().max() + 1e-6 * 6000**0.5
 
 
+@pytest.mark.parametrize("capability", OFFERED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
+    """Values to the last places that torch's float32 has, slopes to 2e-6 or their limits."""
+    near = [1e-45, 1e-40, 1e-30, 1e-10, 1e-4, 0.01, 0.3]
+    far = [5.5, 8.5, 20.0, 40.0, 90.0, 1e4, 1e20, 1e30, 1e38]
+    numbers = [v for size in (*near, *far, float("inf")) for v in (size, -size)]
+    x = torch.tensor([*numbers, 0.0, float("nan")], dtype=torch.float64).to(dtype)[None]
+    zero, ones = torch.zeros(x.shape[1]), torch.ones_like(x)
+    try:
+        cpu_capability(capability)
+        y = gate.activate(x, zero, SEED, Draw(), kind, None)
+        dx, _ = gate.activate_bwd(ones, x, zero, SEED, Draw(), kind)
+    finally:
+        cpu_capability("auto")
+    leaf = x.double().requires_grad_()
+    want = PLAIN[kind](leaf)
+    (slope,) = torch.autograd.grad(want, leaf, ones.double())
+    # of numbers whose powers even float64 does not hold
+    limit = (leaf > 0).double() * (kind != "tanh")
+    slope = torch.where(slope.isnan() & ~x.isnan(), limit, slope)
+    finite, want = x.isfinite(), want.detach()
+    least = torch.finfo(dtype).smallest_normal
+    size = torch.where(x > -2, want.abs(), 1 + x.double().abs().clamp(max=10))
+    rounding = 2 * EPS[dtype] * want.abs()
+    assert ((y - want).abs() <= error(dtype) * size + rounding + least)[finite].all()
+    fine = (dx - slope).abs() <= 4 * error(dtype) + 2 * EPS[dtype] * slope.abs()
+    if kind == "gelu" and dtype is torch.float64:
+        fine |= dx.isnan() & x.isinf()  # torch's too
+    assert fine[~x.isnan()].all(), (x, dx, slope)
+    assert y[0, -1].isnan() and (kind == "relu" or dx[0, -1].isnan())
+    high, low = y[x == float("inf")], y[x == -float("inf")]
+    if kind == "tanh":
+        assert ((high - 1).abs() <= 1e-6).all() and ((low + 1).abs() <= 1e-6).all()
+    else:  # torch's low ones are infinity times 0
+        assert high.isinf().all() and ((low == 0) | low.isnan()).all()
+
+
 # ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------
 
 

@@ -294,6 +294,14 @@ def test_the_last_block_sums_what_the_others_left():
             assert got[60] == 55 and got[63] == 0
 
 
+def test_two_nans_are_one_value():
+    """A GPU's have one form; here two threads that add the same numbers may get two."""
+    body = "and.b32 %r20, %r1, 1; or.b32 %r20, %r20, {}; st.global.u32 [%rd1], %r20;"
+    assert np.isnan(run(body.format(0x7FC00000)).view("f4")[0])
+    with pytest.raises(PTXError, match="different values"):
+        run(body.format(0x3F800000))
+
+
 # ---- what is refused
 
 

@@ -122,8 +122,9 @@ def test_dockerfile_installs_the_wheel_and_nothing_from_the_net():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_code_of_a_page_runs(page):
+def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """The blocks of a page are one program, in the page's order."""
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks
     if "transformers" in "".join(blocks):

@@ -159,7 +159,18 @@ def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"]
+    "name",
+    [
+        "defaults",
+        "features",
+        "attacks",
+        "alternatives",
+        "uncertainty",
+        "extrapolation",
+        "held_back",
+        "images",
+        "arithmetic_paired",
+    ],
 )
 def test_each_study_runs(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")

@@ -429,6 +429,26 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
         assert "keep: expected" in keep
 
 
+def check_shards_of_a_variance(rank, world):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh, messages = mesh_of(world), []
+    for name in ("up", "down"):  # whose weight is in shards of outputs, of features
+        model = parallel_mlp(MLP(), mesh)
+        layer = getattr(model, name)
+        shards = distribute_tensor(torch.zeros(layer.in_features), mesh, [Shard(0)])
+        messages.append(raised(lambda model=model: dip.check_ranks(model, mesh)))
+        layer.variance._parameters["log_variance"] = nn.Parameter(shards)
+        messages.append(raised(lambda model=model: dip.check_ranks(model, mesh)))
+    return messages
+
+
+def test_a_variance_is_whole_or_in_shards_of_its_weights_features(ranks):
+    for whole, of_outputs, again, of_features in ranks.run(check_shards_of_a_variance):
+        assert whole == again == of_features == "nothing raised"
+        assert "up.variance.log_variance: expected it whole on every rank" in of_outputs
+
+
 def check_stock_styles_are_refused(rank, world):
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,

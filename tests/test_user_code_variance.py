@@ -190,23 +190,23 @@ def test_an_entry_that_a_later_release_adds_is_left_as_it_is_too():
     class Wider(Variance):
         def __init__(self, *args):
             super().__init__(*args)
-            self.register_buffer("log_prior", self._initial())
+            self.register_buffer("later", self._initial("later"))
 
     model = nn.ModuleDict({"variance": Wider(3, 0.25)})
     old = {"variance.log_variance": torch.full((3,), -2.0)}
     assert not model.load_state_dict(old, strict=True).missing_keys
-    assert (model["variance"].log_prior == math.log(0.25)).all() and (
+    assert (model["variance"].later == math.log(0.25)).all() and (
         model["variance"].log_variance == -2
     ).all()
     with torch.device("meta"):
         model = nn.ModuleDict({"variance": Wider(3, 0.25)})
     model.load_state_dict({**old, "weight": torch.ones(1)}, strict=False, assign=True)
-    assert (model["variance"].log_prior == math.log(0.25)).all() and (
+    assert (model["variance"].later == math.log(0.25)).all() and (
         model["variance"].log_variance == -2
     ).all()
     with torch.device("meta"):
         model = nn.ModuleDict({"variance": Wider(3, 0.25)})
-    assert (model.to_empty(device="cpu")["variance"].log_prior == math.log(0.25)).all()
+    assert (model.to_empty(device="cpu")["variance"].later == math.log(0.25)).all()
 
 
 def spoil(size=6, count=300):
@@ -297,7 +297,7 @@ def test_attention_takes_the_plain_ones_arguments():
 
 def test_no_buffer_holds_a_stream_and_averages_keep_them():
     model = make()
-    assert {name.rpartition(".")[2] for name, _ in model.named_buffers()} == {"log_prior"}
+    assert {name.rpartition(".")[2] for name, _ in model.named_buffers()} == {"log_prior", "pull"}
     average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
     for step in range(3):
         trained(model, -float(step))
@@ -512,6 +512,11 @@ def step(optimizer, model, times=1):
             optimizer.step()
             optimizer.zero_grad()
     return [str(w.message) for w in said if "param_groups" in str(w.message)]
+
+
+def test_an_optimizer_that_knows_no_decay_says_nothing():
+    model = make()
+    assert step(torch.optim.Rprop(model.parameters(), lr=1e-3), model) == []
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

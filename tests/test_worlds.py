@@ -249,6 +249,35 @@ def test_compiled_keep_decides_between_x_and_u_by_these_bytes(dtype):
             assert calls == [f"dipkernels.{backward}.default"] * number
 
 
+class Autocast(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+def test_compiled_keep_by_bytes_keeps_u_where_it_is_narrower():
+    """float32 x behind a norm, under autocast: as the plain layer, which keeps its cast of x. Of
+    one type: x."""
+    x, cells = torch.randn(128, 64), 128 * 64
+    for wrap, keep, bytes_kept in [
+        (Autocast, "x", 4 * cells),
+        (Autocast, "u", 2 * cells),
+        (Autocast, "bytes", 2 * cells),
+        (nn.Sequential, "bytes", 4 * cells),
+    ]:
+        model = wrap(Readers(nn.LayerNorm(64), 1))
+        with backends.compiled_keep(keep):
+            graphs = compiled(model, x.clone().requires_grad_())
+        kept = graphs.saved[0]
+        assert bytes_kept <= kept <= bytes_kept + 2 * 4 * 128 + 128 + 2 * 32 * 64, (keep, kept)
+        op = "perturb_bwd" if (wrap, keep) in ((Autocast, "u"), (Autocast, "bytes")) else "replay"
+        assert any(op in name for name in graphs.backward[0]), (wrap, keep)
+
+
 def test_compiled_keep_changes_no_number_and_compiles_anew():
     layer, count = dip.DIPLinear(24, 12), []
 
@@ -268,6 +297,6 @@ def test_compiled_keep_changes_no_number_and_compiles_anew():
     assert torch.equal(results["x"][0], results["u"][0])
     for by_x, by_u in zip(results["x"], results["u"], strict=True):
         torch.testing.assert_close(by_x, by_u, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"keep: expected 'x' or 'u', got 'both'"):
+    with pytest.raises(ValueError, match=r"keep: expected 'x', 'u' or 'bytes', got 'both'"):
         backends.compiled_keep("both")
     assert backends.kept_when_compiled == "x"

@@ -391,6 +391,7 @@ def _forward(
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
+    bias = None if bias is None else bias.contiguous()
     vec = _vec(col0 % 8, n, k, x.stride(0), weight.stride(0))
     regular = vec == 8 and x.element_size() <= weight.element_size()
     # The smaller tile also where a slope's registers come on top of those of unaligned loads.

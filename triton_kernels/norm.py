@@ -30,6 +30,15 @@ def _columns(ptr, col, mask, OTHER: tl.constexpr, dtype: tl.constexpr, HAS: tl.c
 
 
 @triton.jit
+def _root(x):
+    """sqrt(x); tl.sqrt of float32 takes a subnormal x, which only an eps near 0 leaves, for 0."""
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
 def _rows(ptr, row, col, mask, row_stride, dtype: tl.constexpr):
     """[BR, BK]"""
     return tl.load(ptr + (row * row_stride)[:, None] + col[None, :], mask=mask, other=0.0).to(dtype)
@@ -87,7 +96,7 @@ def _norm_fwd_kernel(
                 x = _rows(x_ptr, row, col, mask, x_row, dtype)
             centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
             squares += tl.sum(centred * centred, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / K + tl.cast(eps, dtype))
+        rstd = 1.0 / _root(squares / K + tl.cast(eps, dtype))
         if CENTRED:
             tl.store(stats_ptr + row, mean, mask=row < M)
             tl.store(stats_ptr + M + row, rstd, mask=row < M)
@@ -244,6 +253,11 @@ def _flat(x):
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def _dense(*columns):
+    """The vectors side by side in memory, None as it is"""
+    return [None if t is None else t.contiguous() for t in columns]
+
+
 def _whole_columns(dtype):
     """Of a row that a program holds"""
     return TILE_ELEMENTS * MAX_WARPS // (8 if dtype is torch.float64 else 4)
@@ -285,6 +299,7 @@ def norm(
     if u.numel() == 0:
         return u, stats
     rows, flat_u = _flat(x), _flat(u)
+    weight, bias, sigma = _dense(weight, bias, sigma)
     block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
     grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
     with on_device(x):
@@ -294,7 +309,7 @@ def norm(
             rows,
             weight,
             bias,
-            sigma.contiguous(),
+            sigma,
             seed,
             m,
             k,
@@ -351,6 +366,7 @@ def norm_bwd(
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
+    weight, bias, sigma = _dense(weight, bias, sigma)
     whole = k + shift <= _whole_columns(x.dtype)
     block_r, block_k, num_warps = _tile(
         m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256
@@ -415,5 +431,5 @@ def norm_bwd(
     if bias is not None:
         column_sum(grads[1], partial[1])
     if sigma is not None:
-        column_sum(grads[2], partial[2], sigma.contiguous(), factor, log_variance)
+        column_sum(grads[2], partial[2], sigma, factor, log_variance)
     return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads

@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 
 from .noise import load_seed, noise, normal_tile
+from .tickets import is_last_program, take_tickets
 from .tiles import (
     EXACT,
+    NARROW_COLUMNS,
     TILE_ELEMENTS,
+    WIDE_COLUMNS,
     across,
     columns_at,
     on_device,
@@ -28,6 +31,11 @@ SUM_ELEMENTS = 2048
 # kernel before left in L2. P's results are the same bits, Q's may differ in the last ones. Not
 # measured yet; P then holds 72 registers instead of 64.
 P_FROM_END, SUMS_FROM_END = False, False
+# Whether the last program of each column of the grid adds the partial sums up (Q, the combined
+# form, gate.py), instead of a second launch. Then tiles are narrow, so that little is left for that
+# one program: 33 partials for each of 64 columns at K = 1024 on an H100, where 132 for each of 256
+# would be. Not measured yet.
+ONE_LAUNCH = False
 
 
 @triton.jit
@@ -44,6 +52,69 @@ def noise_scale(
     if LOG_VARIANCE:
         sigma = tl.exp(0.5 * sigma)
     return tl.cast(factor, dtype) * sigma
+
+
+@triton.jit
+def _add_partials(
+    out_ptr,  # [K] of any type, written
+    partial_ptr,  # [num_partials, K] float32 or float64
+    sigma_ptr,  # [K]: ln(sigma^2), read if LOG_VARIANCE
+    num_partials,
+    K,
+    col,  # [BLOCK_K]
+    mask,  # [BLOCK_K]
+    factor,  # float64 scalar
+    LOG_VARIANCE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = factor * sum over partial, times s / 2 if LOG_VARIANCE: one fixed order, whatever ran
+    first"""
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
+    for first in range(0, num_partials, BLOCK_P):
+        p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(
+            partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0
+        )
+    scale = tl.cast(factor, dtype)
+    if LOG_VARIANCE:
+        # ds / d ln(sigma^2) = s / 2
+        scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
+    tl.store(out_ptr + col, (scale * tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_sum(
+    out_ptr,  # [K] of any type, written by the last program
+    partial_ptr,  # [row programs, K] float32 or float64: this program has written its row
+    sigma_ptr,  # [K]: ln(sigma^2), read if LOG_VARIANCE
+    ticket_ptr,  # [column blocks] int32
+    K,
+    col,  # [BLOCK_K]: the columns of program_id(0), those outside of 0 .. K - 1 too
+    factor,  # float64 scalar
+    LOG_VARIANCE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The end of a kernel whose programs (column block, row) leave partial sums: the last row to
+    arrive adds them up."""
+    BLOCK_P: tl.constexpr = 2048 // BLOCK_K if BLOCK_K < 2048 else 1
+    num_partials = tl.num_programs(1)
+    if is_last_program(ticket_ptr + tl.program_id(0), num_partials):
+        mask = (col >= 0) & (col < K)
+        _add_partials(
+            out_ptr,
+            partial_ptr,
+            sigma_ptr,
+            num_partials,
+            K,
+            col,
+            mask,
+            factor,
+            LOG_VARIANCE,
+            BLOCK_P,
+            BLOCK_K,
+        )
 
 
 @triton.jit
@@ -109,10 +180,12 @@ def _perturb_fwd_kernel(
 @triton.jit
 def _perturb_bwd_kernel(
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
+    dsigma_ptr,  # [K] float32 or float64, written if FINISH
+    ticket_ptr,  # [column blocks] int32, 0 before and after, used if FINISH
     u_ptr,  # [rows, K], written if REPLAY
     du_ptr,  # [rows, K]
     x_ptr,  # [rows, K], read if REPLAY
-    sigma_ptr,  # [K] float32 or float64, read if REPLAY
+    sigma_ptr,  # [K] float32 or float64, read if REPLAY, or if FINISH and LOG_VARIANCE
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
     num_outer,
@@ -141,6 +214,7 @@ def _perturb_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FROM_END: tl.constexpr,
+    FINISH: tl.constexpr,
 ):
     # where
     row_program = tl.program_id(1)
@@ -176,6 +250,18 @@ def _perturb_bwd_kernel(
         tl.sum(total, axis=1 if ROWS_LAST else 0),
         mask=col_mask,
     )
+    if FINISH:
+        finish_sum(
+            dsigma_ptr,
+            partial_ptr,
+            sigma_ptr,
+            ticket_ptr,
+            K * VEC,
+            col,
+            factor,
+            LOG_VARIANCE,
+            BLOCK_K,
+        )
 
 
 @triton.jit
@@ -190,24 +276,19 @@ def _column_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # where
     col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = col < K
-    dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    # compute: one fixed order, whatever ran first
-    total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
-    for first in range(0, num_partials, BLOCK_P):
-        p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(
-            partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0
-        )
-    scale = tl.cast(factor, dtype)
-    if LOG_VARIANCE:
-        # ds / d ln(sigma^2) = s / 2
-        scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
-    # store
-    tl.store(
-        dsigma_ptr + col, (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty), mask=mask
+    _add_partials(
+        dsigma_ptr,
+        partial_ptr,
+        sigma_ptr,
+        num_partials,
+        K,
+        col,
+        col < K,
+        factor,
+        LOG_VARIANCE,
+        BLOCK_P,
+        BLOCK_K,
     )
 
 
@@ -230,6 +311,17 @@ def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
             **EXACT,
         )
     return out
+
+
+def sum_columns():
+    """Of a tile of a sum"""
+    return NARROW_COLUMNS if ONE_LAUNCH else WIDE_COLUMNS
+
+
+def tickets_of_sum(grid, device):
+    """What `finish_sum` counts on in a launch of this grid; None where `column_sum` has to
+    follow."""
+    return take_tickets(device, grid[0]) if ONE_LAUNCH else None
 
 
 def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
@@ -274,7 +366,11 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
         return u, torch.zeros_like(sigma)
     wide = replay and max(du.element_size(), x.element_size()) >= 4
     tile = tiling(
-        dim, col0, SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS, *((u, du, x) if replay else (du,))
+        dim,
+        col0,
+        SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS,
+        *((u, du, x) if replay else (du,)),
+        columns=sum_columns(),
     )
     if tile is None:
         du, x = du.contiguous(), x.contiguous() if replay else None
@@ -289,6 +385,7 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
         else torch.float32
     )
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
+    dsigma, tickets = torch.empty_like(sigma), tickets_of_sum(grid, du.device)
     strides = (
         [tile.strides_of(i) for i in range(3)]
         if replay
@@ -297,6 +394,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     with on_device(du):
         _perturb_bwd_kernel[grid](
             partial,
+            dsigma,
+            tickets,
             u,
             du,
             x,
@@ -315,9 +414,12 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
             LOG_VARIANCE=log_variance,
             **tile.constants(),
             FROM_END=SUMS_FROM_END,
+            FINISH=tickets is not None,
             **EXACT,
         )
-    return u, column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
+    if tickets is None:
+        column_sum(dsigma, partial, sigma, factor, log_variance)
+    return u, dsigma
 
 
 def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, factor, log_variance):

@@ -19,6 +19,7 @@ import triton.language as tl
 # Of the noise contract: no product and sum are contracted behind our back.
 EXACT = {"enable_fp_fusion": False}
 TILE_ELEMENTS = 4096
+WIDE_COLUMNS, NARROW_COLUMNS = 256, 64  # of a tile of ordinary rows
 
 
 @triton.jit
@@ -163,21 +164,28 @@ def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ..
 
 
 def block_shape(
-    num_inner: int, k: int, rows_last: bool, elements: int = TILE_ELEMENTS
+    num_inner: int,
+    k: int,
+    rows_last: bool,
+    elements: int = TILE_ELEMENTS,
+    columns: int = WIDE_COLUMNS,
 ) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines"""
+    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, or as many `columns`, so that a
+    warp reads whole lines"""
     if rows_last:
         block_r = min(triton.next_power_of_2(num_inner), 256)
         block_k = min(triton.next_power_of_2(k), elements // block_r)
     else:
-        block_k = min(triton.next_power_of_2(k), 256)
+        block_k = min(triton.next_power_of_2(k), columns)
         block_r = min(triton.next_power_of_2(num_inner), elements // max(block_k, 8))
     return block_r, max(block_k, 8)
 
 
-def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling | None:
-    """How to address tensors of one shape together; None where more than two row dimensions stay
-    apart."""
+def tiling(
+    dim: int, col0: int, elements: int, *tensors: torch.Tensor, columns: int = WIDE_COLUMNS
+) -> Tiling | None:
+    """How to address tensors of one shape together, rows in tiles of at most so many columns; None
+    where more than two row dimensions stay apart."""
     shape, lead = tensors[0].shape, tensors[0]
     dim %= len(shape)
     rows = _merged_rows(shape, dim, tensors)
@@ -197,7 +205,7 @@ def tiling(dim: int, col0: int, elements: int, *tensors: torch.Tensor) -> Tiling
     vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
     # Single loads need more registers: the ordinary tile would spill.
     block_r, block_k = block_shape(
-        inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2
+        inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2, columns
     )
     return Tiling(
         k,

@@ -15,8 +15,8 @@ P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 
 @contextlib.contextmanager
 def forms(bits: int) -> Iterator[None]:
-    """CUDA's kernels, and Triton's but for ONE_LAUNCH, in this form inside. A captured graph keeps
-    what it was captured with."""
+    """CUDA's kernels, and Triton's, in this form inside. A captured graph keeps what it was captured
+    with."""
     from dipkernels import backends
 
     restore = []
@@ -28,10 +28,9 @@ def forms(bits: int) -> Iterator[None]:
         from dipkernels.triton_kernels import perturb
 
         restore.append(functools.partial(vars(perturb).update, _triton_form(vars(perturb))))
-        perturb.P_FROM_END, perturb.SUMS_FROM_END = (
-            bool(bits & P_FROM_END),
-            bool(bits & SUMS_FROM_END),
-        )
+        perturb.P_FROM_END = bool(bits & P_FROM_END)
+        perturb.SUMS_FROM_END = bool(bits & SUMS_FROM_END)
+        perturb.ONE_LAUNCH = bool(bits & ONE_LAUNCH)
     try:
         yield
     finally:
@@ -40,7 +39,7 @@ def forms(bits: int) -> Iterator[None]:
 
 
 def _triton_form(names: dict) -> dict[str, bool]:
-    return {name: names[name] for name in ("P_FROM_END", "SUMS_FROM_END")}
+    return {name: names[name] for name in ("P_FROM_END", "SUMS_FROM_END", "ONE_LAUNCH")}
 
 
 def walk(check: object = None) -> Settings:
@@ -58,3 +57,17 @@ def column_sum(check: object = None) -> Settings:
     """Q's partial sums added up by a second launch, the default, or by the last block."""
     named = {"two launches": P_FROM_END, "last block": P_FROM_END | ONE_LAUNCH}
     return {name: functools.partial(forms, bits) for name, bits in named.items()}
+
+
+@contextlib.contextmanager
+def _of_triton(bits: int) -> Iterator[None]:
+    from dipkernels import backends
+
+    with backends.backend("triton"), forms(bits):
+        yield
+
+
+def triton_column_sum(check: object = None) -> Settings:
+    """The same of Triton's kernels, which run where the library was built without nvcc."""
+    named = {"Triton, two launches": 0, "Triton, last program": ONE_LAUNCH}
+    return {name: functools.partial(_of_triton, bits) for name, bits in named.items()}

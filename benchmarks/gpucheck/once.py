@@ -12,9 +12,11 @@ import sys
 import torch
 
 from dipkernels import backends
+from dipkernels.ops import gate, norm
 from dipkernels.ops import perturb as projection
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation, expectation_bwd
+from gpucheck import forms
 
 DRAW = Draw(1)
 
@@ -47,6 +49,18 @@ def activation(device: torch.device) -> None:
     expectation_bwd(mu, mu, v, "gelu")
 
 
+def producers(device: torch.device) -> None:
+    seed, sigma = torch.tensor([1, 2], device=device), torch.ones(40, device=device)
+    weight, x = torch.randn(40, device=device), torch.randn(33, 40, device=device)
+    for kind in norm.KINDS:
+        _, stats = norm.norm(x, weight, weight, sigma, seed, DRAW, kind, 1e-5, 0.0, None)
+        norm.norm_bwd(x, x, stats, weight, weight, sigma, seed, DRAW, kind, 0.0)
+    gate.activate(x, sigma, seed, DRAW, "gelu", None)
+    gate.activate_bwd(x, x, sigma, seed, DRAW, "gelu")
+    gate.gate(x, x, sigma, seed, DRAW, "silu", None)
+    gate.gate_bwd(x, x, x, sigma, seed, DRAW, "silu")
+
+
 def main(device: torch.device, overrun: bool) -> None:
     kinds = ["cuda"] if device.type == "cuda" else ["cpu"]
     triton = backends.has_triton() and device.type == "cuda"
@@ -56,10 +70,16 @@ def main(device: torch.device, overrun: bool) -> None:
             for shape in ((33, 40), (5, 23), (2, 24, 8), (2, 13, 7)):
                 for dtype in (torch.bfloat16, torch.float32):
                     perturb(device, shape, dtype, overrun)
-    if triton:
+    if triton and not overrun:
         with backends.backend("triton"):
             linear(device)
             activation(device)
+            producers(device)
+        with backends.backend("triton"), forms.forms(forms.ONE_LAUNCH):
+            perturb(device, (33, 40), torch.bfloat16)
+            producers(device)
+    elif not overrun:
+        producers(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("once: done with", *kinds)

@@ -8,20 +8,22 @@ SWITCHES.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import peers
 import timing
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gpucheck import forms
 from gpucheck.child import Check, Rows
 from gpucheck.forms import Settings
-from gpucheck.kernels import half, per_call, rounds
-from gpucheck.layers import prepare
+from gpucheck.kernels import half, kinds, per_call, rounds
+from gpucheck.layers import peak, prepare
+
+# Largest first
+SHAPES = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Switch:
     name: str
     settings: Callable[[Check], Settings]
     how: tuple[str, ...] = ("calls", "graph")
+    needs: str | None = None  # a backend
+    shapes: int = 3  # of SHAPES, the smallest
 
 
 def compiled_keep(check: Check) -> Settings:
@@ -38,25 +42,49 @@ def compiled_keep(check: Check) -> Settings:
     return {f"keep {keep}": functools.partial(backends.compiled_keep, keep) for keep in ("x", "u")}
 
 
+def autocast_keep(check: Check) -> Settings:
+    """The same of float32 data under autocast, where "bytes" is u."""
+    from dipkernels import backends
+
+    keeps = ("x", "bytes")
+    return {f"keep by {keep}": functools.partial(backends.compiled_keep, keep) for keep in keeps}
+
+
+class Autocast(nn.Module):
+    """A module in mixed precision."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.module(x)
+
+
 SWITCHES = (
     Switch("walk", forms.walk),
     Switch("column sum", forms.column_sum),
-    Switch("compiled keep", compiled_keep, ("compiled",)),
+    Switch("Triton's column sum", forms.triton_column_sum, needs="triton"),
+    Switch("compiled keep", compiled_keep, ("compiled",), shapes=2),
+    Switch("compiled keep", autocast_keep, ("compiled, autocast",), shapes=2),
 )
 
 
 def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -> dict:
     """The training step over nn.Linear and over today's form: called, replayed as a CUDA graph, or
-    compiled and called."""
+    compiled and called, under autocast too."""
     prepare(check)
-    options = {"device": check.device, "dtype": half(check)}
+    autocast, compiled = how.endswith("autocast"), how.startswith("compiled")
+    options = {"device": check.device, "dtype": torch.float32 if autocast else half(check)}
     plain = nn.Linear(k, n, **options)
-    dy = torch.randn(m, n, **options)
+    dy = torch.randn(m, n, device=check.device, dtype=torch.bfloat16 if autocast else half(check))
     count = timing.sets_beyond_cache(2 * m * k, check.device, most=4)
     xs = [torch.randn(m, k, **options, requires_grad=True) for _ in range(count)]
 
     def step_of(module: nn.Module) -> Callable[[], object]:
-        if how == "compiled":
+        module = Autocast(module) if autocast else module
+        if compiled:
             module = torch.compile(module, fullgraph=True, backend=peers.compile_backend)
         steps = [timing.training_step(module, x, dy) for x in xs]
         if how == "graph":
@@ -69,14 +97,18 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
     for name, context in settings.items():
         with context():  # a graph keeps what it was captured with
             call = step_of(layer)
-            if how == "compiled":  # traced here, for the setting is read while torch.compile traces
+            if compiled:  # traced here, for the setting is read while torch.compile traces
                 call()
         variants[name] = timing.Within(context, call)
     today = next(iter(settings))
     timed = timing.interleave(
-        variants, today, check.device, budget_s=1.2, always=tuple(variants), **rounds(check)
+        variants, today, check.device, budget_s=0.6, always=tuple(variants), **rounds(check)
     )
     timed = per_call(timed, count) if how == "graph" else timed
+    if compiled:  # what is kept is memory too
+        for name, call in variants.items():
+            if "seconds" in timed[name]:
+                timed[name]["peak_bytes"] = peak(call, check.device)
     return {
         "switch": switch.name,
         "what": f"step, {how}",
@@ -89,13 +121,14 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
 
 
 def switches(check: Check) -> Rows:
-    shapes = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
-    shapes = [(32, 16, 24)] if check.rehearsal else shapes
+    shapes = [(32, 16, 24)] if check.rehearsal else SHAPES
     return [
         (
             f"{switch.name} {how} {m}x{k}x{n}",
             functools.partial(switch_row, check, switch, how, m, k, n),
         )
-        for switch, (m, k, n) in itertools.product(SWITCHES, shapes)
+        for switch in SWITCHES
+        if switch.needs in (None, *kinds(check))
         for how in switch.how
+        for m, k, n in shapes[-switch.shapes :]
     ]

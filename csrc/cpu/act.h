@@ -12,6 +12,13 @@ struct Act {
   C value, slope;  // who uses one alone pays for one
 };
 
+// x, or the end of [-bound, bound], beyond which a slope is that of the end; a NaN stays one.
+template <class C>
+DIP_HD C within(C x, C bound) {
+  const C near = x > bound ? bound : x;
+  return near < -bound ? -bound : near;
+}
+
 template <int kKind>
 DIP_HD Act<float> act(float x) {
   if constexpr (kKind == kIdentity) {
@@ -27,12 +34,12 @@ DIP_HD Act<float> act(float x) {
   } else if constexpr (kKind == kGeluTanhActivation) {
     constexpr float c = 1.5957691216057308f;  // 2 sqrt(2 / pi)
     float rest;
-    const float x2 = x * x, s = logistic(x * fma_of(x2, 0.044715f * c, c), &rest);
-    return {x * s, fma_of(x * rest, s * fma_of(x2, 0.134145f * c, c), s)};
+    const float s = logistic(x * fma_of(x * x, 0.044715f * c, c), &rest), near = within(x, 8.0f);
+    return {x * s, fma_of(near * rest, s * fma_of(near * near, 0.134145f * c, c), s)};
   } else if constexpr (kKind == kSiluActivation) {
     float rest;
     const float s = logistic(x, &rest);
-    return {x * s, s * fma_of(x, rest, 1.0f)};
+    return {x * s, s * fma_of(within(x, 87.0f), rest, 1.0f)};
   } else {
     const float t = hyperbolic_tangent(x);
     return {t, fma_of(-t, t, 1.0f)};
@@ -49,11 +56,12 @@ DIP_HD Act<double> act(double x) {
     return {x * cdf, fma_of(x, density, cdf)};
   } else if constexpr (kKind == kGeluTanhActivation) {
     constexpr double c = 1.59576912160573071176;  // 2 sqrt(2 / pi)
-    const double x2 = x * x, s = 1 / (1 + std::exp(-x * fma_of(x2, 0.044715 * c, c)));
-    return {x * s, fma_of(x * (1 - s), s * fma_of(x2, 0.134145 * c, c), s)};
+    const double s = 1 / (1 + std::exp(-x * fma_of(x * x, 0.044715 * c, c)));
+    const double near = within(x, 12.0);
+    return {x * s, fma_of(near * (1 - s), s * fma_of(near * near, 0.134145 * c, c), s)};
   } else if constexpr (kKind == kSiluActivation) {
     const double s = 1 / (1 + std::exp(-x));
-    return {x * s, s * fma_of(x, 1 - s, 1.0)};
+    return {x * s, s * fma_of(within(x, 800.0), 1 - s, 1.0)};
   } else {
     const double t = std::tanh(x);
     return {t, fma_of(-t, t, 1.0)};

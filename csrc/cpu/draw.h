@@ -182,7 +182,7 @@ struct Groups {
 
   // Counters of a tile's first `wanted` groups, from group g of row `row` on.
   void fill(Counters& c, int64_t row, int64_t g, int wanted) const {
-    const uint64_t r0 = static_cast<uint64_t>(draw.row0 + row), r1 = r0 + 1;
+    const uint64_t r0 = static_cast<uint64_t>(draw.row0 + row);
     const uint32_t lo = static_cast<uint32_t>(r0), hi = static_cast<uint32_t>(r0 >> 32),
                    start = static_cast<uint32_t>(first);
     c.one_row = g + wanted <= count;
@@ -191,18 +191,6 @@ struct Groups {
       for (uint32_t i = 0; i < kTileGroups; ++i) c.group[i] = here + i;
       c.row_lo[0] = lo;
       c.row_hi[0] = hi;
-      return;
-    }
-    if (count >= kTileGroups) {
-      const uint32_t next_lo = static_cast<uint32_t>(r1), next_hi = static_cast<uint32_t>(r1 >> 32);
-      const uint32_t here = start + static_cast<uint32_t>(g),
-                     there = here - static_cast<uint32_t>(count);
-      const int left = static_cast<int>(smaller(kTileGroups, count - g));
-      for (int i = 0; i < kTileGroups; ++i) {
-        c.group[i] = (i < left ? here : there) + static_cast<uint32_t>(i);
-        c.row_lo[i] = i < left ? lo : next_lo;
-        c.row_hi[i] = i < left ? hi : next_hi;
-      }
       return;
     }
     if (g == 0 && kTileGroups % count == 0) {  // a narrow layer, where every tile begins a row
@@ -216,12 +204,18 @@ struct Groups {
       }
       return;
     }
+    // Row by row: loops that compilers vectorise, where a row is longer than a vector.
     uint64_t r = r0;
-    for (int i = 0; i < kTileGroups; ++i) {
-      c.group[i] = start + static_cast<uint32_t>(g);
-      c.row_lo[i] = static_cast<uint32_t>(r);
-      c.row_hi[i] = static_cast<uint32_t>(r >> 32);
-      if (++g == count) g = 0, ++r;
+    for (int64_t i = 0; i < kTileGroups; g = 0, ++r) {
+      const int64_t end = smaller(kTileGroups, i + count - g);
+      const uint32_t here = start + static_cast<uint32_t>(g - i), r_lo = static_cast<uint32_t>(r),
+                     r_hi = static_cast<uint32_t>(r >> 32);
+      for (int64_t j = i; j < end; ++j) {
+        c.group[j] = here + static_cast<uint32_t>(j);
+        c.row_lo[j] = r_lo;
+        c.row_hi[j] = r_hi;
+      }
+      i = end;
     }
   }
 };

@@ -37,7 +37,7 @@ from ..models.check import check
 from ..models.parameters import load_variances
 from ..models.probe import plain_names, untouched
 from ..nn.numbering import dip_layers
-from ..nn.variance import Variance
+from ..nn.variance import TENSORS, Variance
 from ..noise.contexts import noise_off
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
@@ -461,7 +461,7 @@ def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[
 def _names_of_variances(model: nn.Module) -> set[str]:
     """Of their tensors, in the state dict of the model without wrappers."""
     names = [name for name, module in plain_names(model).items() if isinstance(module, Variance)]
-    return {f"{name}.{part}" for name in names for part in ("log_variance", "log_prior")}
+    return {f"{name}.{part}" for name in names for part in TENSORS}
 
 
 def _load_renamed(model: Any, folder: str) -> None:

@@ -14,15 +14,15 @@ from .parameters import check_settable, set_named
 from .spreads import measured_inputs, need_layers
 from .summary import Summary, summary
 
-# values of an example below which the default ratio is less than 1: studies/alternatives.py
-FEW = 16
+# values of an example below which the pull to the prior is less than 1: studies/held_back.py
+FEW = 32
 
 
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    ratio: float | None = None,
+    ratio: float = 1.0,
     *,
     per: str = "layer",
     floor: float = 0.01,
@@ -35,14 +35,17 @@ def calibrate(
     itself; features that hardly vary then get hardly any noise, and attacks use them
     (docs/guides/variance.md).
 
+    Where the first layer that the batches reach sees only n < 32 values of an example, the pull to
+    the prior is n / 32 in every layer: few values cannot make up for one another's noise, so the
+    loss alone decides more. An image has channels x height x width values, a sequence length x
+    features, a row of a table its features.
+
     Args:
         model: with DIP layers; run in eval mode without noise, each module's mode is restored.
-        batches: an iterable of a tensor, a mapping (passed as keywords), or a list or tuple whose
-            first element is the input; on the model's device.
-        ratio: > 0, sigma over spread. By default 1, and sqrt(n / 16) before a layer whose input has
-            only n < 16 values of an example: few values cannot make up for one another's noise. An
-            image has channels x height x width values, a sequence length x features, a row of a
-            table its features.
+        batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
+            batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
+            element is the input; the last two kinds inside an iterable, `[(x, y)]`.
+        ratio: > 0, sigma over spread.
         per: "layer" or "feature".
         floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a
             spread of floor times the root mean square spread of its layer.
@@ -62,7 +65,7 @@ def calibrate(
 
     Source: this project's choice; the paper does not state how lambda starts.
     """
-    for argument, value in (("ratio", 1.0 if ratio is None else ratio), ("floor", floor)):
+    for argument, value in (("ratio", ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
     if per not in ("layer", "feature"):
@@ -83,13 +86,14 @@ def calibrate(
     ]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
+    pull = min(1.0, next(iter(inputs.values())).values / FEW)
     for name, layer in layers.items():
-        (spread, values), level = inputs[name], levels[name]
+        spread, level = inputs[name].spread, levels[name]
         spread = (
             level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
         )
-        share = min(1.0, math.sqrt(values / FEW)) if ratio is None else ratio
-        log_variance, prior = 2 * (share * spread).log(), layer.variance.log_prior
+        log_variance, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
         set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)
         prior.copy_(dtensor.laid_out_as(log_variance, prior))
+        layer.variance.pull.fill_(pull)
     return summary(model)

@@ -17,7 +17,7 @@ from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import MAX_LAYERS, DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.numbering import dip_layers, number_layers, own_buffers
+from ..nn.numbering import dip_layers, number_layers, own_buffers, require_module
 from ..nn.sharing import share_noise
 from ..nn.twin import twin_type
 from ..nn.variance import check_init_variance, device_of_variance
@@ -36,6 +36,7 @@ from .convertible import (
     is_candidate,
     is_inside,
     keeps_original,
+    no_match,
     no_twin,
     own_matrices,
     read_past,
@@ -254,9 +255,8 @@ def _choose(
     exclude: Sequence[str],
     before: Sequence[str] | Mapping[str, int],
 ) -> _Choice:
-    types = tuple(TWINS) if types is None else tuple(types)
-    if not types or not all(t in TWINS for t in types):
-        raise ValueError(f"types: expected some of {[t.__name__ for t in TWINS]}, got {types!r}")
+    require_module(model)
+    kinds = _kinds(types)
     _refuse_wrapped(model)
     names = _names(model)
     excluded = _excluded(names, exclude)
@@ -266,15 +266,25 @@ def _choose(
         for module, every_name in names.items()
         if module not in excluded
         and not _reads_noise(module)
-        and (filter is None or _passes(filter, module, every_name[0], types))
+        and (filter is None or _passes(filter, module, every_name[0], kinds))
     }
     reasons = {
-        m: reason for m, reason in cannot(names, types).items() if m in wanted and m not in asked
+        m: reason for m, reason in cannot(names, kinds).items() if m in wanted and m not in asked
     }
-    matched = [m for m in _matched(names, wanted, reasons, types) if m not in asked]
+    matched = [m for m in _matched(names, wanted, reasons, kinds) if m not in asked]
     if not matched and not asked:
-        raise ValueError(_nothing_matched(model, types, reasons))
-    return _Choice(types, names, excluded, asked, wanted, reasons, matched)
+        raise ValueError(_nothing_matched(model, kinds, reasons))
+    return _Choice(kinds, names, excluded, asked, wanted, reasons, matched)
+
+
+def _kinds(types: Any) -> tuple[type[nn.Module], ...]:
+    """The classes to convert; a single one stands for a list of one."""
+    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
+    kinds = tuple(given)
+    if not kinds or not all(t in TWINS for t in kinds):
+        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
+        raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
+    return kinds
 
 
 def _reads_noise(module: nn.Module) -> bool:
@@ -543,9 +553,8 @@ def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[
                 excluded.add(module)
     unused = [p for p in patterns if p not in used]
     if unused:
-        raise ValueError(
-            f"exclude: expected patterns that match a module's name, got {unused} that match none"
-        )
+        known = [name for every_name in names.values() for name in every_name]
+        raise ValueError(no_match("exclude", unused, known))
     return excluded
 
 

@@ -3,12 +3,13 @@ convert and why."""
 
 from __future__ import annotations
 
+import difflib
 import dis
 import functools
 import inspect
 import re
 import types as python_types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -170,6 +171,18 @@ def around(name: str) -> list[str]:
     """The names of the modules from the root's (empty) to this one: a.b gives "", "a", "a.b"."""
     parts = name.split(".") if name else []
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def no_match(argument: str, unused: list[str], names: Iterable[str]) -> str:
+    """What to say of patterns that no module's name matches: with the names that look like them."""
+    own = {name: name.rpartition(".")[2] for name in names if name}
+    like: list[str] = []
+    for pattern in unused:
+        last = pattern.strip("*.").rpartition(".")[2]
+        close = difflib.get_close_matches(last, set(own.values()), n=3)
+        like += [name for name in own if own[name] in close and name not in like]
+    text = f"{argument}: expected patterns that match a module's name, got {unused} that match none"
+    return f"{text}; names like them: {like[:3]}" if like else text
 
 
 def is_inside(every_name: list[str], blocks: set[str]) -> bool:

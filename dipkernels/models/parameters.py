@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.variance import Variance
+from ..nn.numbering import require_module
+from ..nn.variance import TENSORS, Variance
 from ..ops import dtensor
 from .check import require_finite
 from .probe import plain_names, without_wrappers
@@ -47,6 +48,7 @@ def param_groups(
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    require_module(model)
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
@@ -71,7 +73,7 @@ def param_groups(
 
 
 def variances(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every log_variance and its prior, by their names in the model's state dict.
+    """A copy of every log_variance, its prior and its pull, by their names in the model's state dict.
 
     It holds what an adapter checkpoint leaves out.
 
@@ -89,7 +91,7 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
         >>> list(dip.variances(model))
-        ['0.variance.log_variance', '0.variance.log_prior']
+        ['0.variance.log_variance', '0.variance.log_prior', '0.variance.pull']
     """
     require_finite(need_layers(model))
     found: dict[str, Tensor] = {}
@@ -97,17 +99,19 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(m, Variance):
             found[f"{name}.log_variance"] = m.detached()
             found[f"{name}.log_prior"] = dtensor.full(m.log_prior)
+            found[f"{name}.pull"] = dtensor.full(m.pull)
     return {name: values.cpu().clone() for name, values in found.items()}
 
 
 @torch.no_grad()
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every log_variance and prior to what `variances` gave; nothing is changed unless names
+    """Set every log_variance, prior and pull to what `variances` gave; nothing is changed unless names
     and shapes all agree.
 
     Args:
         model: With the same DIP layers, wrapped (torch.compile, DDP) or not.
-        state: {name: [K], finite}. A prior that it lacks, as one of an older release does, stays.
+        state: {name: [K], finite}. A prior or pull that it lacks, as one of an older release does,
+            stays.
 
     Raises:
         ValueError: Naming what is missing, unknown, of another shape or not finite.
@@ -123,7 +127,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         f"{name}.{part}": m
         for name, m in plain_names(model).items()
         if isinstance(m, Variance)
-        for part in ("log_variance", "log_prior")
+        for part in TENSORS
     }
     state = {without_wrappers(name, own): values for name, values in state.items()}
     missing = [n for n in own if n not in state and n.endswith(".log_variance")]
@@ -147,8 +151,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if name.endswith(".log_variance"):
             set_named(name, own[name], values)
         else:
-            prior = own[name].log_prior
-            prior.copy_(dtensor.laid_out_as(values, prior))
+            buffer = getattr(own[name], name.rpartition(".")[2])
+            buffer.copy_(dtensor.laid_out_as(values, buffer))
 
 
 def check_settable(variances: Mapping[str, Variance]) -> None:

@@ -106,12 +106,13 @@ def listed(batches: Iterable[Any]) -> list[Any]:
 
 
 def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> None:
-    """Call run(batch) for each, without noise and uncompiled. Raises ValueError where there is
-    none."""
+    """Call run(batch) for each, without noise and uncompiled; a tensor or a mapping is one batch.
+    Raises ValueError where there is none."""
     count = 0
+    one = isinstance(batches, (Tensor, Mapping))
     # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
     with contexts.sampling_on(), contexts.noise_off(), eager(model):
-        for batch in batches:
+        for batch in [batches] if one else batches:
             run(batch)
             count += 1
     if count == 0:

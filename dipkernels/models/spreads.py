@@ -74,20 +74,23 @@ def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tens
 
 @torch.no_grad()
 def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measured]:
-    """What the batches look like at every DIP layer's input; the spread is left in each layer's
-    variance.spread too."""
+    """What the batches look like at every DIP layer's input, in the order in which they first reach
+    the layers; the spread is left in each layer's variance.spread too."""
     layers = need_layers(model)
     moments = {name: _Moments() for name in layers}
-    moments_of = {layer: moments[name] for name, layer in layers.items()}
+    name_of = {layer: name for name, layer in layers.items()}
+
+    reached: dict[str, None] = {}  # in the order of the first calls
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        moments_of[layer].add(input_of(layer, args, kwargs), layer.feature_dim)
+        reached.setdefault(name_of[layer])
+        moments[name_of[layer]].add(input_of(layer, args, kwargs), layer.feature_dim)
 
     watch(model, layers.values(), observe, batches)
     unreached = [name or "(root)" for name in layers if moments[name].count == 0]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
-    found = {name: moments[name].measured() for name in layers}
+    found = {name: moments[name].measured() for name in reached}
     infinite = [
         name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())
     ]

@@ -15,8 +15,15 @@ from .layer import MAX_LAYERS, DIPLayer
 from .sharing import Share
 
 
+def require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model: expected a torch.nn.Module, got {kind}")
+
+
 def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
     """Every DIP layer of the model by its first name, each once, in the model's order."""
+    require_module(model)
     return {name: module for name, module in model.named_modules() if isinstance(module, DIPLayer)}
 
 
@@ -64,7 +71,9 @@ def number_layers(model: nn.Module) -> nn.Module:
 def own_buffers(layers: Iterable[str]) -> set[str]:
     """The buffers of layers of these names: the same on every rank, and DDP would broadcast them
     before each pass."""
-    return {f"{name}.variance.log_prior".lstrip(".") for name in layers}
+    return {
+        f"{name}.variance.{part}".lstrip(".") for name in layers for part in ("log_prior", "pull")
+    }
 
 
 def warn_of_equal_numbers(model: nn.Module) -> None:

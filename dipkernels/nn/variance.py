@@ -14,6 +14,9 @@ from ..ops import dtensor
 from ..worlds import is_dtensor
 from . import decay
 
+# What a Variance keeps in the state dict; all [K], float32.
+TENSORS = ("log_variance", "log_prior", "pull")
+
 
 def check_init_variance(init_variance: float | Tensor, num_features: int) -> float | Tensor:
     """A float, or a CPU float32 tensor [num_features]; every value finite and > 0."""
@@ -46,8 +49,9 @@ class Variance(nn.Module):
     it leaves it as it is; where it is on the meta device, and so has no value yet, it becomes
     ln(init_variance) when it is moved, filled or loaded. The buffer `log_prior` [K], float32 too,
     is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to: init_variance until
-    `calibrate` sets it. A module of its own, so that FSDP can shard it apart from weights of
-    another type; calling it returns log_variance.
+    `calibrate` sets it. The buffer `pull` [K] is what each feature's KL term is multiplied by: 1,
+    or less where `calibrate` finds that an example has few values. A module of its own, so that
+    FSDP can shard it apart from weights of another type; calling it returns log_variance.
 
     Args:
         num_features: K.
@@ -84,6 +88,9 @@ class Variance(nn.Module):
         self.log_prior: Tensor
         self.register_buffer("log_prior", None)  # the same for include_buffers
         self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
+        self.pull: Tensor
+        self.register_buffer("pull", None)
+        self._buffers["pull"] = torch.empty(num_features, dtype=torch.float32, device=device)
         self._from_meta = self.log_variance.is_meta  # until it has values
         # [K] standard deviation of the input, once measured: calibrate, summary
         self.spread: Tensor | None = None
@@ -97,12 +104,12 @@ class Variance(nn.Module):
     # ---- values
 
     def reset_parameters(self) -> None:
-        """log_variance = log_prior = ln(init_variance)."""
+        """log_variance = log_prior = ln(init_variance), pull = 1."""
         if "log_variance" in self._parameters:
             self._fill(self._tensors())
         else:
-            self._fill({"log_prior": self.log_prior})
-            self.set_log_variance(self._initial())
+            self._fill({"log_prior": self.log_prior, "pull": self.pull})
+            self.set_log_variance(self._initial("log_variance"))
 
     def start_anew(self) -> None:
         """After to_empty, which leaves it undefined: ln(init_variance), where a parametrisation
@@ -172,8 +179,10 @@ class Variance(nn.Module):
             if t is not None
         }
 
-    def _initial(self) -> Tensor:
-        """ln(init_variance), [K], on the CPU."""
+    def _initial(self, name: str) -> Tensor:
+        """What this tensor starts at, [K], on the CPU: ln(init_variance), or 1 for the pull."""
+        if name == "pull":
+            return torch.ones(self.num_features, dtype=torch.float32, device="cpu")
         if isinstance(self.init_variance, Tensor):
             return self.init_variance.log()
         return torch.full(
@@ -182,11 +191,11 @@ class Variance(nn.Module):
 
     @torch.no_grad()
     def _fill(self, tensors: dict[str, Tensor]) -> None:
-        for tensor in tensors.values():
-            if isinstance(self.init_variance, Tensor):
+        for name, tensor in tensors.items():
+            if name != "pull" and isinstance(self.init_variance, Tensor):
                 tensor.copy_(dtensor.laid_out_as(self.init_variance.log(), tensor))
             else:
-                tensor.fill_(math.log(self.init_variance))
+                tensor.fill_(1.0 if name == "pull" else math.log(float(self.init_variance)))
 
     def forward(self) -> Tensor:
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for
@@ -224,9 +233,10 @@ class Variance(nn.Module):
             try:
                 moved = fn(t)
             except NotImplementedError:  # no data to copy: these values are known all the same
-                if is_dtensor(t) or not any(t is before[name] for name in empty):
+                known = [name for name in empty if t is before[name]]
+                if is_dtensor(t) or not known:
                     raise
-                t, computed = self._initial(), True
+                t, computed = self._initial(known[0]), True
                 moved = fn(t)
             narrowed = (
                 t.is_floating_point()
@@ -276,7 +286,7 @@ class Variance(nn.Module):
                     state_dict[key] = value.float()
             elif assigns and tensor.is_meta:
                 sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
-                values = self._initial().to(getattr(sibling, "device", "cpu"))
+                values = self._initial(name).to(getattr(sibling, "device", "cpu"))
                 state_dict[key] = dtensor.laid_out_as(values, tensor, values.device)
             else:
                 absent.add(key)

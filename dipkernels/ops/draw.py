@@ -47,6 +47,11 @@ def check_seed(seed: Tensor, device: torch.device) -> None:
         raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
     if seed.shape != (2,):
         raise ValueError(f"seed: expected shape (2,) = (key, stream), got {tuple(seed.shape)}")
+    if not seed.is_contiguous():
+        raise ValueError(
+            f"seed: expected its two numbers side by side, got stride {seed.stride(0)}; pass "
+            "seed.contiguous()"
+        )
     if seed.device != device:
         raise ValueError(f"seed: expected device {device}, as the data, got {seed.device}")
 

@@ -165,7 +165,7 @@ def affine(
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
     elif keep != "u" and _fuses(x, weight, dtype):
         return mean(x, weight, bias, sigma, seed, draw, 1, "identity", dtype)
-    elif keep != "u" and _replays(keep):
+    elif keep != "u" and _replays(keep, x.dtype, dtype):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, draw, dtype)
         return y
     return F.linear(projection(x, sigma, seed, draw, dtype), weight, bias)
@@ -179,12 +179,15 @@ def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
     return weight.dim() == 2 and registry.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
 
 
-def _replays(keep: str) -> bool:
-    """Whether backward makes u again in this world."""
+def _replays(keep: str, x_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
+    """Whether backward makes u again in this world, out of x; dtype: u's, None for x's."""
     if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
         return False
     if keep == "auto" and worlds.tracing():
-        return backends.kept_when_compiled == "x"
+        kept = backends.kept_when_compiled
+        if kept == "bytes":
+            return dtype is None or dtype.itemsize >= x_dtype.itemsize
+        return kept == "x"
     return keep == "x"
 
 

@@ -36,10 +36,11 @@ def _variances(model: nn.Module) -> list[Variance]:
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
-    """kl * sum over layers of the mean over features of KL(N(0, lambda) || N(0, gamma)).
+    """kl * sum over layers of the mean over features of pull * KL(N(0, lambda) || N(0, gamma)).
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
-    prior's, gamma = exp(log_prior), which `calibrate` sets. For a model that computes its own loss:
+    prior's, gamma = exp(log_prior). The pull is 1, or n / 32 for a model whose examples have only
+    n < 32 values; `calibrate` sets both. For a model that computes its own loss:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
@@ -63,21 +64,25 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     variances = _variances(model)
     sharded = [v for v in variances if is_dtensor(v.log_variance)]
     whole = [v for v in variances if not is_dtensor(v.log_variance)]
-    terms: list[Tensor] = [full(_divergence(v).sum() / v.log_variance.numel()) for v in sharded]
+    terms: list[Tensor] = []
+    for v in sharded:  # laid out over ranks as log_variance is
+        prior = laid_out_as(full(v.log_prior), v.log_variance)
+        pull = laid_out_as(full(v.pull), v.log_variance)
+        each = pull * _divergence(v.log_variance - prior)
+        terms.append(full(each.sum() / v.log_variance.numel()))
     if whole:
         # All layers in one go: a few operations instead of a few for each layer.
         device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        parts = ((ratio.expm1() - ratio) / 2).split(sizes)
+        pulls = torch.cat([full(v.pull).to(device) for v in whole])
+        parts = (pulls * _divergence(ratio)).split(sizes)
         terms.append(torch.stack([part.mean() for part in parts]).sum())
     return kl * sum(terms, torch.zeros(()))
 
 
-def _divergence(variance: Variance) -> Tensor:
-    """KL(N(0, lambda) || N(0, gamma)) of each feature, laid out over ranks as log_variance is."""
-    parameter = variance.log_variance
-    ratio = parameter - laid_out_as(full(variance.log_prior), parameter)
+def _divergence(ratio: Tensor) -> Tensor:
+    """KL(N(0, lambda) || N(0, gamma)) of each feature by ratio = ln(lambda / gamma)."""
     return (ratio.expm1() - ratio) / 2
 
 
@@ -165,7 +170,7 @@ def objective(
 
     Raises:
         ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
-        TypeError: for an out that is no tensor.
+        TypeError: for an out that is no tensor, or a loss_fn that cannot be called.
 
     Examples:
         >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
@@ -194,6 +199,12 @@ def objective(
             f"{tuple(out.shape)}; pass dip.trajectories(model, x, m=...), or model(x)[None] for "
             "one pass"
         )
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        came = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
+        raise TypeError(
+            "loss_fn: expected a function such as F.cross_entropy, or a loss module such as "
+            f"nn.CrossEntropyLoss(), got {came}"
+        )
     _check_pair(alpha, beta)
     _check_weight("lambda_s", lambda_s)
     if kl is not None:
@@ -215,7 +226,8 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        got = tuple(losses[0].shape) if isinstance(losses[0], Tensor) else type(losses[0]).__name__
+        loss: object = losses[0]
+        got = str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:

@@ -28,6 +28,12 @@ LONG = (
     "test_triton_expectation",
     "test_triton_compiles",
     "test_cuda_compile",
+    "test_sanitize_cuda",
+    "test_ptx_checks",
+    "test_ptx_matrices",
+    "test_ptx_opcodes",
+    "test_ptx_radii",
+    "test_figures",
     "test_noise",
     "test_faults",  # the library's own C++
     "test_build",
@@ -103,6 +109,9 @@ def main() -> int:
     parser.add_argument("--torch", required=True, help="such as 2.11.0")
     parser.add_argument("--python", default=sys.executable, help="that of a new environment")
     parser.add_argument("--quick", action="store_true", help="without the files of LONG")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes, which take turns with files"
+    )
     parser.add_argument("rest", nargs="*", help="for pytest, after --")
     args = parser.parse_args()
     if not list((ROOT / "dipkernels").glob("_C*.so")):
@@ -111,6 +120,8 @@ def main() -> int:
     report = ROOT / ".compat" / f"{args.torch}.xml"
     report.unlink(missing_ok=True)
     command = [inside, "-m", "pytest", "-q", f"--junitxml={report}", *args.rest]
+    if args.jobs > 1:
+        command += [f"-n{args.jobs}", "--dist=loadscope", "--no-loadscope-reorder"]
     if args.quick:
         command += [f"--ignore=tests/{name}.py" for name in LONG]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)

@@ -72,6 +72,7 @@ AREAS = (
         ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
         ("triton_interpreter.py::TestPerturb",),
     ),
+    Area(("triton_kernels/tickets.py",), ("ptx_triton",)),
     Area(
         ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
         ("triton_interpreter.py::TestProducers",),
@@ -111,7 +112,9 @@ AREAS = (
         ),
     ),
     Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
-    Area(("dipkernels/**/distributed.py",), ("distributed", "user_code_loaders")),
+    Area(
+        ("dipkernels/**/distributed.py",), ("distributed", "tensor_parallel", "user_code_loaders")
+    ),
     Area(("dipkernels/**/analytic.py",), ("averaging",)),
     Area(
         ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")

@@ -6,8 +6,8 @@ them.  docs/reliability.md.
     python tools/verify/ptx_mutants.py --record  # and writes the figures into docs/reliability.md
 
 A fault is one changed instruction among those that the kernel's case executes, drawn by a fixed
-seed. It is found where the checks of tests/test_ptx_cuda.py or tests/test_ptx_triton.py fail or
-tests/ptx refuses to go on. Needs nvcc, no GPU.
+seed. It is found where the checks of tests/test_ptx_cuda.py, tests/test_ptx_triton.py or
+tests/test_ptx_producers.py fail or tests/ptx refuses to go on. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from mutations import found_table, in_turns
 from reliability import ROOT, record
 
 sys.path.insert(0, str(ROOT / "tests"))
 import test_ptx_cuda as cuda
+import test_ptx_producers as producers
 import test_ptx_triton as triton
 from ptx.kernel import Kernel
 from ptx.parser import Instruction
@@ -264,7 +266,7 @@ def cuda_group(name: str) -> str:
 def triton_cases() -> Iterator[tuple[str, int, Callable]]:
     """(name, architecture, test) that together reach every kernel"""
     bf16, f32 = torch.bfloat16, torch.float32
-    for case in ("many rows", "odd", "nchw odd", "mean"):
+    for case in ("many rows", "odd", "nchw odd"):
         yield (
             f"perturb {case}",
             80,
@@ -285,6 +287,18 @@ def triton_cases() -> Iterator[tuple[str, int, Callable]]:
         80,
         lambda: triton.test_compiled_activation_variance_matches_reference(f32, f32, True, 80),
     )
+    gates = producers.test_compiled_activations_and_gates_match_reference
+    for case, name in (("odd", "silu"), ("nchw odd", "gelu"), ("many rows", "tanh")):
+        yield f"gate {case} {name}", 80, lambda case=case, name=name: gates(case, name, f32, 80)
+    for case, kind in (("odd", "layer"), ("split", "layer"), ("many rows", "rms")):
+        yield f"norm {case} {kind}", 80, lambda case=case, kind=kind: norm(case, kind)
+
+
+def norm(case: str, kind: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        producers.test_compiled_norm_and_its_gradients_match_reference(
+            case, kind, "both", torch.float32, 80, patch
+        )
 
 
 def of_triton(count: int, seed: int, only: str) -> Iterator[tuple[str, Fault, str]]:

@@ -46,6 +46,8 @@ TESTS = (
     "tests/test_ops.py",
     "tests/test_properties.py",
     "tests/test_samples.py",
+    "tests/test_expectation.py",
+    "tests/test_producers.py",
     "tests/test_averaging.py::test_mean_equals_explicit_calls",
     "tests/test_fuzz.py::test_operations_take_any_arguments_without_a_crash",
 )

@@ -1,0 +1,123 @@
+"""The small Llama on chains of sums, with enough paired seeds to decide, or to say that they do
+not: token NLL as well as exact match.
+
+    python studies/arithmetic_paired.py          writes
+    out/studies/arithmetic_paired/{summary.json,table.md}
+    python studies/arithmetic_paired.py --quick  a tiny model, two seeds: does it run?
+
+The task, methods and settings of arithmetic.py's stage "scratch" (the ones that its search chose),
+on a Llama of half the width; one trajectory. Each seed gives all methods the same weights and
+batches. NLL: nats per token of the right solution. About ten minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import arithmetic
+import arithmetic_setup as task
+import parts
+import torch
+from tables import interval, markdown, signed, verdict
+from torch import nn
+
+STAGE = "scratch"
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"method": "plain"},
+    "NEFTune": {"method": "NEFTune", "strength": 2.0},
+    "fixed variance": {"method": "fixed variance", "sigma": 0.05},
+    "DIP": {"method": "DIP", "sigma": 0.05, "alpha": 0.01},
+    "DIP, kl 0.2": {"method": "DIP", "sigma": 0.05, "kl": 0.2},
+}
+LR, BATCH, TESTED = 2e-3, 64, 200
+SCORES = ("exact match", "exact match, longer", "nll", "nll, longer")
+
+
+@torch.no_grad()
+def token_nll(model: nn.Module, problems: list[task.Problem]) -> float:
+    """Nats per token of the solutions, teacher-forced."""
+    model.eval()
+    return model(**task.batch_of(problems, random.Random(0))).loss.item()
+
+
+def part(key: dict[str, Any]) -> dict[str, Any]:
+    config = {"stage": STAGE, "seed": key["seed"], "lr": LR, **key["size"], **key["options"]}
+    operators = arithmetic.OPERATORS[STAGE]
+    data = task.batches(key["seed"], config["steps"], BATCH, arithmetic.LENGTHS[STAGE], operators)
+    model = arithmetic.build(config, None)
+    arithmetic.train(model, config, data)
+    found: dict[str, list[float]] = {score: [] for score in SCORES}
+    for steps in arithmetic.TESTED[STAGE]:
+        problems = task.problems(0, TESTED, steps, operators, "test")
+        longer = ", longer" if steps > max(arithmetic.LENGTHS[STAGE]) else ""
+        found["exact match" + longer].append(task.exact_match(model, problems)["answer"])
+        found["nll" + longer].append(token_nll(model, problems))
+    return {score: statistics.fmean(values) for score, values in found.items()}
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    by_method: dict[str, dict[int, dict[str, float]]] = {}
+    for r in results:
+        by_method.setdefault(r["name"], {})[r["seed"]] = r
+    rows: dict[str, Any] = {}
+    for method, runs in by_method.items():
+        rows[method] = {}
+        for score in SCORES:
+            values = [r[score] for r in runs.values()]
+            pairs = [r[score] - by_method["plain"][seed][score] for seed, r in runs.items()]
+            mean, half = interval(pairs)
+            rows[method][score] = {
+                "mean": statistics.fmean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "minus_plain": mean,
+                "half_width": half,
+                "verdict": verdict(pairs),
+                "text": signed(pairs, 3 if score.startswith("nll") else 1),
+            }
+    return rows
+
+
+def table(rows: dict[str, Any]) -> str:
+    lines = []
+    for method, row in rows.items():
+        cells = []
+        for score in SCORES:
+            digits = 3 if score.startswith("nll") else 1
+            plain = f"{row[score]['mean']:.{digits}f} (sd {row[score]['sd']:.{digits}f})"
+            cells.append(plain if method == "plain" else row[score]["text"])
+        lines.append([method, *cells])
+    return markdown(["minus plain", *SCORES], lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/studies/arithmetic_paired"))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, two seeds, two steps")
+    args = parser.parse_args(arguments)
+    size = {"dim": args.dim, "depth": arithmetic.DEPTH, "steps": arithmetic.STEPS[STAGE]}
+    if args.quick:
+        args.seeds, size = 2, {"dim": 32, "depth": 1, "steps": 2}
+    keys = [
+        {"name": name, "options": options, "size": size, "seed": seed}
+        for seed in range(args.seeds)
+        for name, options in METHODS.items()
+    ]
+    rows = summarise(parts.run(part, keys, args.out, args.workers))
+    text = table(rows)
+    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / "table.md").write_text(text + "\n")
+    print(text)
+    print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

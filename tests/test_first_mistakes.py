@@ -1,0 +1,134 @@
+"""What a newcomer gets wrong in the first hour is answered in a newcomer's words."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dipkernels as dip
+from dipkernels import backends
+
+X, Y = torch.randn(6, 8), torch.randint(4, (6,))
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("model, name", [(X, "Tensor"), (nn.Linear, "the class Linear")])
+@pytest.mark.parametrize(
+    "call",
+    [
+        dip.convert,
+        dip.to_plain,
+        dip.check,
+        dip.summary,
+        dip.number_layers,
+        lambda model: dip.calibrate(model, [X]),
+        lambda model: dip.apply(model, dip.DIPConfig(variance=0.01)),
+        lambda model: dip.param_groups(model, lr=0.1),
+        lambda model: dip.predict(model, X, k=2),
+        lambda model: dip.producer_plan(model, [X]),
+    ],
+)
+def test_what_is_no_module_is_named(call, model, name):
+    with pytest.raises(TypeError, match=rf"^model: expected a torch.nn.Module, got {name}$"):
+        call(model)
+
+
+def test_one_batch_stands_for_a_list_of_one():
+    by_tensor, by_list = dip.convert(network()), dip.convert(network())
+    by_list.load_state_dict(by_tensor.state_dict())
+    dip.calibrate(by_tensor, X)
+    dip.calibrate(by_list, [X])
+    for name, variance in dip.variances(by_list).items():
+        assert torch.equal(dip.variances(by_tensor)[name], variance), name
+    rows = dip.summary(by_tensor, X), dip.summary(by_tensor, {"input": X})
+    assert [row.ratio for row in rows[0]] == [row.ratio for row in rows[1]]
+
+
+@pytest.mark.parametrize(
+    "loss_fn, got", [(nn.CrossEntropyLoss, "the class CrossEntropyLoss"), (None, "None")]
+)
+def test_a_loss_that_cannot_be_called_is_named(loss_fn, got):
+    model = dip.convert(network())
+    out = dip.trajectories(model, X, m=2)
+    with pytest.raises(TypeError, match=rf"loss_fn: expected a function .*\(\), got {got}$"):
+        dip.objective(out, Y, loss_fn, model)
+    dip.objective(out, Y, nn.CrossEntropyLoss(), model).backward()
+
+
+def test_a_single_class_stands_for_a_list_of_one():
+    model = dip.convert(network(), types=nn.Linear)
+    assert len(dip.summary(model)) == 2
+
+
+def test_a_name_among_types_is_answered_with_the_classes():
+    with pytest.raises(ValueError, match=r"classes nn\.Linear, .*, got 'Linear'$"):
+        dip.convert(network(), types="Linear")
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down_proj, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.down_proj(x))
+
+
+@pytest.mark.parametrize(
+    "pattern, like",
+    [("haed", r"\['1.head'\]"), ("down_proj", r"\['1.down_proj'\]"), ("*.dwn_proj", r"\['1.down")],
+)
+def test_a_pattern_that_matches_nothing_is_answered_with_the_names_like_it(pattern, like):
+    model = nn.Sequential(nn.ReLU(), Named())
+    with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
+        dip.convert(model, exclude=[pattern])
+    with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
+        dip.apply(model, dip.DIPConfig(include=[pattern], variance=0.01))
+    with pytest.raises(ValueError, match=r"match none$"):
+        dip.convert(model, exclude=["quite_another"])
+
+
+def test_save_without_a_config_says_how_to_save(tmp_path):
+    with pytest.raises(ValueError, match=r"torch\.save\(model\.state_dict\(\), path\)"):
+        dip.save(dip.convert(network()), tmp_path)
+
+
+def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, monkeypatch):
+    """Python was started in the clone, whose package has no kernels, after pip install."""
+    source, site = tmp_path / "clone" / "dipkernels", tmp_path / "site" / "dipkernels"
+    source.mkdir(parents=True)
+    site.mkdir(parents=True)
+    (site / "_C.so").touch()
+    monkeypatch.setattr(backends, "__file__", str(source / "backends.py"))
+    monkeypatch.setattr("sys.path", [str(source.parent), str(site.parent)])
+    backends.library.cache_clear()
+    try:
+        error = backends.library().error
+        assert f"the installed package, in {site}, has one. Run Python from another fold" in error
+        shutil.rmtree(site)
+        backends.library.cache_clear()
+        assert "it was not built" in backends.library().error
+    finally:
+        monkeypatch.undo()
+        backends.library.cache_clear()
+        assert Path(backends.__file__).exists()
+
+
+def test_the_ten_lines_then_saved_and_loaded(tmp_path):
+    """What quickstart.md says of saving holds for a model that dip.convert has made."""
+    model = dip.convert(network())
+    dip.calibrate(model, X)
+    dip.objective(dip.trajectories(model, X, m=2), Y, F.cross_entropy, model).backward()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    again = dip.convert(network())
+    again.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert torch.equal(again.eval()(X), model.eval()(X))
+    assert dip.variances(again).keys() == dip.variances(model).keys()
+    for name, values in dip.variances(model).items():
+        assert torch.equal(dip.variances(again)[name], values)
