@@ -533,56 +533,6 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     assert all(torch.equal(v, first[n]) for n, v in saved.state_dict().items())
 
 
-def sharded(folder):
-    """What a Trainer makes of `fsdp` on GPUs; accelerate shards on no CPU unless it is told that
-    these are none."""
-    from accelerate.state import DistributedType, PartialState
-
-    fsdp_config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    options = {"fsdp": True, "fsdp_config": fsdp_config, "per_device_train_batch_size": 4}
-    options |= {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0, "max_steps": 4}
-    args = arguments(folder, **options)
-    assert args.device.type == "cpu"
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return DIPTrainer(llama(), args, train_dataset=texts(), dip=dip.DIPConfig(variance=0.1))
-
-
-def check_sharded(rank, world, folder):
-    trainer = sharded(folder)
-    trainer.train()
-    dip.check_ranks(trainer.model)
-    assert {type(p).__name__ for p in trainer.model.parameters()} == {"DTensor"}
-    again = sharded(folder)
-    again.train(resume_from_checkpoint=folder + "/checkpoint-2")
-    whole, resumed = (
-        {name: value.full_tensor().clone() for name, value in each.model.named_parameters()}
-        for each in (trainer, again)
-    )
-    return whole, resumed, losses(trainer), losses(again)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_two_processes_that_shard_by_fsdp2_train_and_resume_as_one(tmp_path):
-    ranks = Ranks(2)
-    try:
-        (whole, resumed, logged, logged_again), _ = ranks.run(check_sharded, str(tmp_path))
-    finally:
-        ranks.stop()
-    assert logged_again == logged and all(torch.equal(v, resumed[n]) for n, v in whole.items())
-    args = arguments(tmp_path / "one", max_grad_norm=0, max_steps=4)
-    one = DIPTrainer(llama(), args, train_dataset=texts(), dip=dip.DIPConfig(variance=0.1))
-    one.train()
-    assert losses(one) == pytest.approx(logged, rel=1e-4)
-    # Adam divides by gradients, and so by the rounding of those near 0.
-    for name, value in one.model.named_parameters():
-        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
-    saved = dip.config.load_state(tmp_path / "checkpoint-4")
-    assert all(torch.equal(v, whole[n]) for n, v in saved.items() if n in whole)
-
-
 # ---- TRL and PEFT --------------------------------------------------------------------------------
 
 
