@@ -1,10 +1,12 @@
 """Training steps of whole models over the plain model's:
 
-    python benchmarks/models.py [--docs]
+    python benchmarks/models.py [--docs] [--clock processor]
 
 Forward, loss, backward and AdamW, in turns within one process. Noise in front of every layer
 ("dip"), in the norm or activation that makes a layer's input where that can be ("dip, producer":
-convert(place="producer")), and by the eager one-liner ("eager").
+convert(place="producer")), and by the eager one-liner, also under torch.compile ("eager",
+"eager, compiled"). --clock processor: one thread, and the time that it ran, for a machine that is
+never quiet.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from tqdm import tqdm
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
 
-VARIANTS = ("linear", "dip", "dip, producer", "eager")
+VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 
 
 def _bert() -> nn.Module:
@@ -68,6 +70,14 @@ def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
     return dip.convert(model, init_variance=peers.VARIANCE, place="producer", batches=[x])
 
 
+def inputs_of(case: Network, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """The plain model, a batch of random inputs and its targets."""
+    plain, x = case.make().to(dtype), torch.randn(case.shape).to(dtype)
+    if case.classes is None:
+        return plain, x, torch.randn_like(x)
+    return plain, x, torch.randint(case.classes, case.shape[:1])
+
+
 def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
     """One training step of the model on this batch."""
     optimizer = torch.optim.AdamW(
@@ -88,24 +98,25 @@ def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable
     return step
 
 
-def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int) -> list[dict]:
+def measure(cases: list[Network], dtypes: list[torch.dtype], rounds: int, clock: str) -> list[dict]:
     """A row per model, dtype and variant."""
     rows, device = [], torch.device("cpu")
     with tqdm(total=len(cases) * len(dtypes), unit="model", dynamic_ncols=True) as bar:
         for dtype in dtypes:
             for case in cases:
                 torch.manual_seed(0)
-                plain = case.make().to(dtype)
-                x = torch.randn(case.shape).to(dtype)
-                target = (
-                    torch.randn_like(x)
-                    if case.classes is None
-                    else torch.randint(case.classes, case.shape[:1])
-                )
+                plain, x, target = inputs_of(case, dtype)
                 steps = {name: step_of(build(name, plain, x), x, target) for name in VARIANTS}
                 timed = timing.interleave(
-                    steps, "linear", device, budget_s=1e9, rounds=(rounds, rounds), always=VARIANTS
+                    steps,
+                    "linear",
+                    device,
+                    budget_s=1e9,
+                    rounds=(rounds, rounds),
+                    always=VARIANTS,
+                    clock=clock,
                 )
+                peers.forget_compiled()
                 label = {
                     "model": case.name,
                     "shape": list(case.shape),
@@ -140,7 +151,8 @@ def table(rows: list[dict]) -> str:
 def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
+    parser.add_argument("--threads", type=int, help="torch's threads (2; 1 by processor time)")
+    parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
@@ -151,7 +163,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument(
         "--out", type=Path, help="where to write (out/benchmarks/models-cpu-<date>.json)"
     )
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
+    parser.add_argument(
+        "--docs", action="store_true", help="write the table of docs/measured.md and README.md"
+    )
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
@@ -165,13 +179,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         parser.error(
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads or (2 if args.clock == "wall" else 1))
     found, start = machine.describe("cpu"), time.perf_counter()
-    rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds)
+    rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)
     took = time.perf_counter() - start
     text = (
         f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, "
-        f"{took:.0f} s: time over the plain model's, with quartiles.\n\n{table(rows)}"
+        f"{took:.0f} s: {args.clock} time over the plain model's, with quartiles.\n\n{table(rows)}"
     )
     print(text)
     run = {
@@ -182,7 +196,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     }
     report.store("models", run | {"rows": rows}, args.out)
     if args.docs:
-        report.fill(machine.ROOT / "docs" / "measured.md", "models", text)
+        for page in ("docs/measured.md", "README.md"):
+            report.fill(machine.ROOT / page, "models", text)
     return rows
 
 

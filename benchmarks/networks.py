@@ -77,6 +77,8 @@ class LlamaBlock(nn.Module):
     """RMSNorm, causal attention with rotary positions and grouped keys, RMSNorm, SwiGLU; no
     biases."""
 
+    compile_unit = True
+
     def __init__(self, width: int, heads: int, kv_heads: int, hidden: int) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, width // heads

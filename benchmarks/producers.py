@@ -1,6 +1,6 @@
 """What noise costs in the norm, activation or gated product that makes a layer's input:
 
-    python benchmarks/producers.py
+    python benchmarks/producers.py [--docs]
 
 Each fused operation beside torch's f alone, P alone, f then P, and the compiled expression: all
 take turns in one process, and the figures are medians of the ratios to the fused one within a
@@ -8,7 +8,8 @@ round. Results are checked against the reference first.
 
     --quick             tiny shapes: does it run?
     --shapes 4096x1024  others, rows x features; --dtypes float32 bfloat16; --only layer silu
-    --budget 4          seconds for each table row
+    --budget 1          seconds for each table row
+    --clock processor   one thread, and the time that it ran, for a machine that is never quiet
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,7 +119,9 @@ class Producer:
         return [*self.x, *self.columns, self.log_variance]
 
 
-def rows_of(producer: Producer, budget_s: float, rounds: tuple[int, int]) -> list[dict]:
+def rows_of(
+    producer: Producer, budget_s: float, rounds: tuple[int, int], clock: str = "wall"
+) -> list[dict]:
     """Forward, and forward with backward."""
     compiled = torch.compile(producer.expression, backend=peers.compile_backend, dynamic=False)
     stand_in = producer.x[0].detach().clone().requires_grad_()
@@ -131,7 +135,7 @@ def rows_of(producer: Producer, budget_s: float, rounds: tuple[int, int]) -> lis
     du = torch.randn_like(stand_in)
     leaves = {name: producer.leaves() for name in calls}
     leaves["f"], leaves["P"] = leaves["f"][:-1], [stand_in, producer.log_variance]
-    options = dict(budget_s=budget_s, rounds=rounds, always=tuple(calls))
+    options = dict(budget_s=budget_s, rounds=rounds, always=tuple(calls), clock=clock)
     with torch.no_grad():
         forward = timing.interleave(calls, "fused", stand_in.device, **options)
     steps = {name: timing.backward_step(call, du, leaves[name]) for name, call in calls.items()}
@@ -153,22 +157,30 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--budget", type=float, default=4.0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--budget", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, help="torch's threads (2; 1 by processor time)")
+    parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (out/benchmarks/producers-<device>-<date>.json)"
+    )
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    if options.docs and (options.quick or options.only != KINDS or options.device != "cpu"):
+        parser.error("--docs: expected a full run on a CPU, whose figures mean something")
+    torch.set_num_threads(options.threads or (2 if options.clock == "wall" else 1))
     device = torch.device(options.device)
     shapes = [tuple(map(int, text.split("x"))) for text in options.shapes or []] or SHAPES
     budget, rounds = (0.02, (2, 2)) if options.quick else (options.budget, (9, 200))
+    found, start = machine.describe(device), time.perf_counter()
     rows, lines = [], []
     for dtype in options.dtypes:
         for shape in QUICK_SHAPES if options.quick else shapes:
             for kind in options.only:
                 producer = Producer(kind, getattr(torch, dtype), shape, device)
                 producer.check()
-                for row in rows_of(producer, budget, rounds):
+                for row in rows_of(producer, budget, rounds, options.clock):
                     row = {"dtype": dtype, "shape": "x".join(map(str, shape)), "kind": kind, **row}
                     rows.append(row)
                     lines.append([dtype, row["shape"], kind, row["what"], *cells(row)])
@@ -181,10 +193,19 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         *(f"over {name}" for name in VARIANTS),
         "over the slower of f, P",
     ]
-    print(report.table(heads, lines))
-    print(machine.sentence(machine.describe(device)))
+    took = time.perf_counter() - start
+    text = (
+        f"{machine.sentence(found)}. `python benchmarks/producers.py`, {took:.0f} s: the fused "
+        f"one's {options.clock} time, and that over the others'.\n\n{report.table(heads, lines)}"
+    )
+    print(text)
+    run = {"program": "producers", "machine": found, "seconds": took, "quick": options.quick}
+    report.store("producers", run | {"rows": rows}, options.out)
+    if options.docs:
+        report.fill(machine.ROOT / "docs" / "measured.md", "producers", text)
     return rows
 
 
 if __name__ == "__main__":
+    machine.restart_in_place()
     main()

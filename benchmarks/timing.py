@@ -100,11 +100,20 @@ def captured(
     return replay
 
 
-def seconds(call: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one call, over `times` calls in a row."""
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def seconds(
+    call: Callable[[], object], times: int, device: torch.device, clock: str = "wall"
+) -> float:
+    """Of one call, over `times` calls in a row.
+
+    clock: "wall"; or "processor", the time that all threads of this process ran, which others'
+    work on the same cores does not lengthen: with one thread, for a machine that is never quiet.
+    """
     if isinstance(call, Within):
         with call.context():
-            return seconds(call.call, times, device)
+            return seconds(call.call, times, device, clock)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -113,10 +122,11 @@ def seconds(call: Callable[[], object], times: int, device: torch.device) -> flo
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / times
-    start = time.perf_counter()
+    now = CLOCKS[clock]
+    start = now()
     for _ in range(times):
         call()
-    return (time.perf_counter() - start) / times
+    return (now() - start) / times
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -136,6 +146,7 @@ def interleave(
     untimed_s: float = 2e-2,
     always: tuple[str, ...] = ("dip",),
     seldom: int = 4,
+    clock: str = "wall",
 ) -> dict[str, dict]:
     """Of each variant: median seconds, and median and quartiles of its ratio and difference to
     `base` within a round.
@@ -144,8 +155,8 @@ def interleave(
     most). at_least_s: a variant runs as often within a round as fills this time. untimed_s: a call
     shorter than this comes after an untimed one, or what runs once a round would find the caches
     full of another variant's data, and what runs often would not. Variants slower than 1.5 times
-    the base, unless in `always`, take part in every `seldom`-th round only. One that raises is
-    returned as {"error": ...}.
+    the base, unless in `always`, take part in every `seldom`-th round only. clock: `seconds`'s.
+    One that raises is returned as {"error": ...}.
     """
     results: dict[str, dict] = {}
     counts: dict[str, int] = {}
@@ -155,7 +166,7 @@ def interleave(
             for _ in range(3):
                 call()
             synchronize(device)
-            once[name] = min(seconds(call, 1, device), seconds(call, 2, device))
+            once[name] = min(seconds(call, n, device, clock) for n in (1, 2))
             counts[name] = max(1, round(at_least_s / max(once[name], 1e-8)))
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -174,7 +185,7 @@ def interleave(
             for name in order:
                 if once[name] < untimed_s:
                     calls[name]()
-                taken[name][round_idx] = seconds(calls[name], counts[name], device)
+                taken[name][round_idx] = seconds(calls[name], counts[name], device, clock)
     for name, by_round in taken.items():
         ratios = quartiles([t / taken[base][i] for i, t in by_round.items()])
         differences = quartiles([t - taken[base][i] for i, t in by_round.items()])

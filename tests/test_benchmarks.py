@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import models  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
 import producers as bench_producers  # noqa: E402
+import profile_model  # noqa: E402
 import profile_small_layer  # noqa: E402
 import report  # noqa: E402
 import summary  # noqa: E402
@@ -143,7 +145,7 @@ def test_interleaving_gives_ratios_within_rounds(monkeypatch):
     slowness = iter(range(1, 1000))  # the machine slows down from call to call
     clock = {"base": 1.0, "double": 2.0, "slow": 9.0}
 
-    def seconds(call, times, device):
+    def seconds(call, times, device, which):
         return clock[call()] * (1 + 1e-4 * next(slowness))
 
     monkeypatch.setattr(timing, "seconds", seconds)
@@ -166,7 +168,7 @@ def test_a_short_call_follows_an_untimed_one(monkeypatch):
     def call(name):
         calls[name] += 1
 
-    def seconds(call, times, device):
+    def seconds(call, times, device, which):
         name = call.__name__
         timed[name] += times
         for _ in range(times):
@@ -299,6 +301,9 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "small-layer"),
         ("measured", "averaging"),
         ("measured", "models"),
+        ("measured", "producers"),
+        ("measured", "profile-model"),
+        ("../README", "models"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -476,12 +481,48 @@ def test_overhead_refuses_a_bad_shape(argument, capsys):
     assert "--shapes" in capsys.readouterr().err
 
 
-def test_producers_benchmark_checks_times_and_prints(capsys):
+def test_producers_benchmark_checks_times_and_prints(tmp_path, capsys):
     rows = bench_producers.main(
-        ["--quick", "--threads=1", "--dtypes", "float32", "--only", "rms", "gated silu"]
+        [
+            *("--quick", "--clock", "processor", "--dtypes", "float32"),
+            *("--only", "rms", "gated silu", "--out", str(tmp_path / "producers.json")),
+        ]
     )
+    assert summary.program_of(json.loads((tmp_path / "producers.json").read_text())) == "producers"
+    with pytest.raises(SystemExit):
+        bench_producers.main(["--quick", "--docs"])
     assert [(row["kind"], row["what"]) for row in rows] == [
         (kind, what) for kind in ("rms", "gated silu") for what in ("forward", "forward + backward")
     ]
     assert all("ratio" in row[name] for row in rows for name in ("f", "P", "f, P", "fused"))
-    assert "over the slower of f, P" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "over the slower of f, P" in shown.out and "processor time" in shown.out
+    assert "--docs: expected a full run" in shown.err
+
+
+def test_a_models_profile_counts_every_operation_once():
+    """A step's own times add up to the outermost spans and the gaps between them."""
+    span = lambda name, start, end: types.SimpleNamespace(  # noqa: E731
+        name=lambda: name, start_ns=lambda: start, duration_ns=lambda: end - start
+    )
+    spans = [span("a", 0, 10), span("b", 2, 5), span("c", 3, 4), span("[memory]", 3, 3)]
+    got = profile_model.own_times([*spans, span("d", 14, 20)])
+    assert got == [["a", 7], ["b", 2], ["c", 1], [profile_model.HOST, 4], ["d", 6]]
+
+
+def test_a_models_profile_names_the_noise(capsys):
+    totals = profile_model.main(["--quick", "--only", "ViT", "--rounds", "1"])
+    assert totals["dip, producer"]["dipkernels::norm"][1] == 3
+    assert totals["dip"]["dipkernels::norm"][1] == 0 == totals["linear"]["dipkernels::perturb"][1]
+    assert "dipkernels::norm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        profile_model.main(["--docs", "--rounds", "1"])
+    assert "--docs: expected at least 5 rounds" in capsys.readouterr().err
+
+
+def test_processor_time_does_not_count_waiting():
+    wait = lambda: time.sleep(0.02)  # noqa: E731
+    device = torch.device("cpu")
+    assert (
+        timing.seconds(wait, 1, device) >= 0.02 > 4 * timing.seconds(wait, 1, device, "processor")
+    )
