@@ -385,7 +385,9 @@ def _short(study: dict) -> str:
 
 def _plot_costs(axis: Any, record: dict, kind: str, letter: str, label: str) -> None:
     numbers = record["studies"][0]["trajectories" if kind == "training" else "samples"]
-    for color, marker, study in zip(figures.ORDER, "os", record["studies"]):
+    # The first lies below and is wider, so that it shows where the second hides it.
+    looks = zip(figures.ORDER, "os", ((3.0, 7), (1.3, 4)))
+    for (color, marker, (width, size)), study in zip(looks, record["studies"]):
         costs = study[kind]
         for key, dash, what in (
             ("ratio", "-", "time"),
@@ -400,6 +402,8 @@ def _plot_costs(axis: Any, record: dict, kind: str, letter: str, label: str) -> 
                 dash,
                 marker=marker,
                 color=color,
+                linewidth=width,
+                markersize=size,
                 label=f"{_short(study)}: {what}",
             )
     axis.axhline(1, color=figures.FOREGROUND, linewidth=1)

@@ -179,8 +179,10 @@ DIP_EXPORT int dip_cuda_forms() { return dip::cuda_forms().load(std::memory_orde
 // driver, an older GPU.
 DIP_EXPORT const char* dip_cuda_problem() { return dip::cuda_problem(); }
 #endif
+// interface: backends.INTERFACE, of the schemas that these sources implement.
 DIP_EXPORT const char* dip_build_info() {
-  return "cpu="
+  return "interface=1"
+         "\ncpu="
 #ifdef DIP_HAS_CPU
          "portable"
 #endif

@@ -30,6 +30,8 @@ import torch
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 CAPABILITIES = ("portable", "avx2", "avx512")
+# Of the operations' schemas; csrc/perturb_op.cpp says the same of those that it was built for.
+INTERFACE = "1"
 MIN_TORCH = (2, 10)  # the first with the whole of the stable ABI that csrc/torch.h uses
 # The first NVIDIA driver of each CUDA major release: a static runtime runs on any driver of its
 # major release or a newer one.
@@ -129,6 +131,12 @@ def library() -> Library:
             path=path,
             error=f"the library does not say its {', '.join(sorted(missing))}: it was built from another release of "
             "dipkernels: build it again, or pip install --force-reinstall --no-deps dipkernels",
+        )
+    if info.get("interface") != INTERFACE:
+        return Library(
+            path=path,
+            error=f"the library was built for interface {info.get('interface', 'none')}, and this source has "
+            f"interface {INTERFACE}: build it again. {_how_to_build()}",
         )
     return Library(
         path=path,

@@ -38,22 +38,22 @@ _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 @dataclass(frozen=True)
 class DIPConfig:
-    """What to convert, how much noise, the objective, the prediction and the noise's key; by
-    default the recipe.
+    """A whole training in one value: what to convert, how much noise, the objective, the prediction
+    and the noise's key. The defaults are the recipe.
 
     Args:
         types: Names of some of the classes that `convert` takes, such as ("Linear",).
-        include: Name patterns; where there are any, only layers whose name, or that of a module
-            around them, matches.
+        include: Name patterns. If there are any, only layers are converted whose name, or the name
+            of a module around them, matches.
         exclude: Name patterns, as `convert`'s.
         before: Patterns, or {pattern: feature dimension}, as `convert`'s.
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
-        ratio: Sigma over spread, > 0, as `calibrate`'s, or {pattern: ratio}, where the first
-            pattern that matches a layer's name holds. By default, where variance is None,
-            calibrate's, 1.
-        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Nothing is
-            calibrated then.
+        ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
+            pattern that matches a layer's name counts. If ratio and variance are None, the default
+            of `calibrate` holds: 1.
+        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
+            calibrated.
         per: "layer" or "feature", as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
         kl: Weight of the KL term, >= 0, as `objective`'s.
@@ -114,7 +114,9 @@ class DIPConfig:
             )
         if self.place not in ("input", "producer"):
             raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
-        if isinstance(before, dict) and not all(_is_integer(dim) for dim in before.values()):
+        if isinstance(before, dict) and not all(
+            isinstance(pattern, str) and _is_integer(dim) for pattern, dim in before.items()
+        ):
             raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
             raise ValueError(
@@ -267,7 +269,9 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 def _amount(name: str, value: Any) -> Any:
     """A number > 0, {pattern: number > 0} or None."""
     values = list(value.values()) if isinstance(value, Mapping) else [value]
-    if value is not None and not (values and all(_is_finite(each) and each > 0 for each in values)):
+    named = not isinstance(value, Mapping) or all(isinstance(each, str) for each in value)
+    positive = values and all(_is_finite(each) and each > 0 for each in values)
+    if value is not None and not (named and positive):
         raise ValueError(
             f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}"
         )
@@ -285,11 +289,11 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
     variances with each adapter from then on (docs/guides/trainers.md).
 
     Args:
-        model: Without DIP layers, before an optimiser is made and before DDP or FSDP wraps it;
-            after `get_peft_model`.
+        model: Without DIP layers. Call this after `get_peft_model`, before you make an optimiser,
+            and before DDP or FSDP wraps the model.
         config: What to do.
-        batches: As `calibrate`'s; needed where the config has a ratio, `before` or
-            place="producer".
+        batches: The same as for `calibrate`. Needed unless the config sets `variance`, and for
+            `before` and place="producer".
 
     Returns:
         The model.
@@ -331,11 +335,7 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set the variances and priors of a model that has a config anew, where that has a ratio: what
     `apply` does last."""
-    config = config_of(model)
-    if config is None:
-        raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config"
-        )
+    config = require_config(model)
     if config.variance is None:
         _calibrate(model, config, batches)
 
@@ -366,6 +366,18 @@ def config_of(model: nn.Module) -> DIPConfig | None:
     """
     found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
     return found if isinstance(found, DIPConfig) and dip_layers(model) else None
+
+
+def require_config(model: nn.Module) -> DIPConfig:
+    """`config_of` the model. Raises ValueError where it has none."""
+    config = config_of(model)
+    if config is None:
+        raise ValueError(
+            "model: expected one that dip.apply has converted, got one without a config. Save it "
+            "by torch.save(model.state_dict(), path), or convert by dip.apply(model, "
+            "dip.DIPConfig(), batches)"
+        )
+    return config
 
 
 def require_order(model: nn.Module) -> None:
@@ -488,13 +500,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
         >>> sorted(os.listdir(folder))
         ['dip.safetensors', 'dip_config.json']
     """
-    config = config_of(model)
-    if config is None:
-        raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config. Save it "
-            "by torch.save(model.state_dict(), path), or convert by dip.apply(model, "
-            "dip.DIPConfig(), batches)"
-        )
+    config = require_config(model)
     require_order(model)
     save_state(config, variances(model), folder, write)
 

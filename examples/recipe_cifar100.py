@@ -1,7 +1,7 @@
 """CIFAR-100 on ViT-Tiny, Small or Base, trained clean, with Gaussian noise or with FGSM: the
 paper's vision setting.
 
-    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny \
+    python examples/recipe_cifar100.py --data cifar-100-binary --out out/c100 --size tiny \\
         --pretrained DIR --method dip --m 4 --training FGSM --epochs 10
     torchrun --nproc-per-node 8 examples/recipe_cifar100.py ...  the same on eight GPUs
     python examples/recipe_cifar100.py ... --resume              goes on from OUT/last.pt
@@ -192,9 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, help="number of blocks, if not the size's own 12")
     parser.add_argument("--training", choices=("clean", "Gaussian", "FGSM"), default="clean")
     parser.add_argument(
-        "--noise", type=float, default=0.1, help="sigma of the Gaussian perturbation (0.1)"
+        "--noise", type=float, default=0.5, help="sigma of the Gaussian perturbation (0.5)"
     )
-    parser.add_argument("--eps", type=float, default=2 / 255, help="strength of FGSM (2/255)")
+    parser.add_argument("--eps", type=float, default=8 / 255, help="strength of FGSM (8/255)")
     parser.add_argument(
         "--k", type=int, default=0, help="also test the mean of k noisy passes (0: do not)"
     )

@@ -1,6 +1,6 @@
 """GSM8K on a local causal language model with one epoch of LoRA: the paper's reasoning setting.
 
-    python examples/recipe_gsm8k.py --data gsm8k --model DIR --out out/gsm8k --method dip \
+    python examples/recipe_gsm8k.py --data gsm8k --model DIR --out out/gsm8k --method dip \\
         --batch 16 --lr 2e-4
     torchrun --nproc-per-node 8 examples/recipe_gsm8k.py ...  the same on eight GPUs
     python examples/recipe_gsm8k.py ... --resume              goes on from OUT/last.pt

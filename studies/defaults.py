@@ -120,6 +120,23 @@ def table(rows: dict[str, Any], methods: list[str]) -> str:
     return markdown(["task", "method", *SCORES, "sigma kept"], lines)
 
 
+# The tasks of a figure, for readers who do not know their names in studies/tasks.py.
+TITLES = {
+    "digits MLP": "digits",
+    "fashion MLP": "Fashion-\nMNIST",
+    "breast_cancer": "breast cancer",
+    "classes 20": "20 features,\nsome matter",
+    "classes 60": "60 features,\n6 matter",
+    "quantiles": "8 features,\nall matter",
+    "cover": "covertype-\nlike table",
+    "friedman": "regression",
+}
+
+
+def title_of(task: str) -> str:
+    return TITLES.get(task, task).replace("-\n", "-").replace("\n", " ")
+
+
 def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
     """Score against the ratio of a fixed sigma, beside the recipe and plain training: one SVG for
     each task."""
@@ -145,25 +162,14 @@ def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
                         label=f"{score}: {name}",
                     )
             axis.set(
-                xscale="log", xlabel="fixed sigma / spread of the input", title=f"{case}: score, %"
+                xscale="log",
+                xlabel="fixed sigma / spread of the input",
+                title=f"{title_of(case.partition(',')[0])}: score, %",
             )
             axis.set_xticks(FIXED, [f"{ratio:g}" for ratio in FIXED])
             axis.minorticks_off()
             figures.legend(figure, axis)
             figures.save(figure, folder / f"ratio_{case.split()[0].strip(',')}.svg")
-
-
-# The tasks of a figure, for readers who do not know their names in studies/tasks.py.
-TITLES = {
-    "digits MLP": "digits",
-    "fashion MLP": "Fashion-\nMNIST",
-    "breast_cancer": "breast cancer",
-    "classes 20": "20 features,\nsome matter",
-    "classes 60": "60 features,\n6 matter",
-    "quantiles": "8 features,\nall matter",
-    "cover": "covertype-\nlike table",
-    "friedman": "regression",
-}
 
 
 def plot_gains(table: str, folder: Path) -> None:
@@ -174,7 +180,7 @@ def plot_gains(table: str, folder: Path) -> None:
     for case, method, *scores in (row for row in rows if row[0].endswith(", AdamW")):
         gains.setdefault(case.removesuffix(", AdamW"), {})[method] = scores
     tasks = [task for task, methods in gains.items() if {"default", "fixed 1"} <= methods.keys()]
-    least = -30.0  # what lies further left is drawn there, with its figure
+    least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure
     for number, score in enumerate(SCORES[:2]):
         with figures.style():
             figure, axes = figures.panels(height=3.9)
@@ -185,22 +191,22 @@ def plot_gains(table: str, folder: Path) -> None:
             ):
                 for i, task in enumerate(tasks):
                     mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
-                    shown = max(float(mean), least)
+                    shown = min(max(float(mean), least), most)
                     axis.errorbar(
                         shown,
                         shift - i,
-                        xerr=float(half or 0) if shown > least else 0,
+                        xerr=float(half or 0) if shown == float(mean) else 0,
                         fmt=marker,
                         color=color,
                         capsize=2,
                         elinewidth=1,
                         label=label if i == 0 else None,
                     )
-                    if shown > float(mean):
+                    if shown != float(mean):
                         axis.annotate(
                             mean,
                             (shown, shift - i),
-                            (6, -3),
+                            (6 if shown == least else -30, -3),
                             textcoords="offset points",
                             fontsize=8,
                         )

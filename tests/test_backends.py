@@ -279,6 +279,9 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
             "does not say its compiler, cuda: it was built from another release"
             in backends.library().error
         )
+        build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"
+        backends.library.cache_clear()
+        assert "built for interface 0, and this source has interface" in backends.library().error
     finally:
         monkeypatch.undo()
         backends.library.cache_clear()

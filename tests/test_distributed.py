@@ -120,6 +120,12 @@ def check_ddp(rank, world):
     model.zero_grad()
     loss_of(model, x[mine], y[mine]).backward()
     assert all(g.any() for g in gradients(model).values())
+    with torch.no_grad():  # trajectories of the wrapped model are those of one process
+        with dip.fixed_noise(6):
+            whole = dip.trajectories(plain, x, m=2)
+        with dip.fixed_noise(6, row0=2 * first):
+            part = dip.trajectories(model, x[mine], m=2)
+    torch.testing.assert_close(part, whole[:, mine], rtol=1e-5, atol=1e-5)
     return gradients(model)["0.up.variance.log_variance"]
 
 

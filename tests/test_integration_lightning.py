@@ -139,6 +139,15 @@ def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
         fitted(tmp_path, ckpt_path=tmp_path / "plain.ckpt")
 
 
+def test_weights_and_biases_gets_sigma(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    logger = lightning.pytorch.loggers.WandbLogger(save_dir=tmp_path, offline=True)
+    _, module = fitted(tmp_path, logger=logger, log_every_n_steps=2)
+    shown = dict(logger.experiment.summary)
+    wandb.finish()
+    assert shown["dip/sigma"] == pytest.approx(dip.metrics(module)["dip/sigma"], rel=1e-6)
+
+
 def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -233,6 +242,103 @@ def test_the_noise_of_a_step_ends_with_it_a_failed_one_too(tmp_path):
         fitted(tmp_path, Failing())
     assert len(drawn) == 4
     assert not any(torch.equal(a, b) for a, b in [*drawn, (layer(X), layer(X))])
+
+
+def test_a_checkpoint_is_tested_in_a_new_module_by_a_new_trainer(tmp_path):
+    class Tested(Module):
+        def test_step(self, batch):
+            self.log("loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    trainer, module = fitted(tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    options = {"accelerator": "cpu", "default_root_dir": tmp_path}
+    fresh = lightning.Trainer(callbacks=DIPCallback(CONFIG), **options, **QUIET)
+    (found,) = fresh.test(
+        Tested(), DataLoader(TensorDataset(X, Y), 32), ckpt_path=tmp_path / "a.ckpt", verbose=False
+    )
+    want = F.cross_entropy(module.eval()(X), Y).item()
+    assert found["loss"] == pytest.approx(want, rel=1e-5)
+    plain = Tested()
+    fresh.test(plain, DataLoader(TensorDataset(X, Y), 32), verbose=False)
+    assert not dip_layers(plain)  # so that it is calibrated where it is trained afterwards
+
+
+def test_a_callback_that_is_used_again_draws_the_same_noise(tmp_path):
+    callback = DIPCallback(CONFIG, [X])
+    first, second = (fitted(tmp_path, callback=callback, max_steps=1)[1] for _ in range(2))
+    assert first.losses == second.losses
+
+
+def test_half_precision_calibrates_in_it(tmp_path):
+    _, module = fitted(tmp_path, precision="bf16-true")
+    assert module.net[0].weight.dtype is torch.bfloat16
+    assert module.net[0].log_variance.dtype is torch.float32
+    assert module.net[0].variance.log_prior.std() == 0 and len(module.losses) == 4
+
+
+def test_layers_that_configure_model_makes_are_converted(tmp_path):
+    class Late(Module):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+
+    assert len(dip_layers(fitted(tmp_path, Late())[1])) == 2
+
+
+def test_a_compiled_module_trains_the_same_and_stays_compiled(tmp_path):
+    module = Module()
+    compiled = torch.compile(module, backend="eager")
+    trainer = lightning.Trainer(
+        callbacks=DIPCallback(CONFIG), accelerator="cpu", max_steps=4, **QUIET
+    )
+    trainer.fit(compiled, DataLoader(TensorDataset(X, Y), 8))
+    assert module.losses == pytest.approx(fitted(tmp_path)[1].losses, rel=1e-5)
+    assert "training_step" in vars(module)
+
+
+class Named(torch.utils.data.Dataset):
+    """Batches of a tensor, and of a list of numbers, which nothing but the module makes a
+    tensor of."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        return X[i], int(Y[i])
+
+
+def test_lists_of_a_batch_are_repeated_with_its_tensors(tmp_path):
+    class Lists(Module):
+        def training_step(self, batch):
+            return F.cross_entropy(self(batch["x"]), torch.tensor(batch["labels"]))
+
+        def forward(self, x, **options):
+            return self.net(x)
+
+    def collate(examples):
+        xs, ys = zip(*examples)
+        return {"x": torch.stack(xs), "labels": list(ys)}
+
+    def fit(data):
+        module = Lists()
+        options = {"accelerator": "cpu", "max_steps": 4, "default_root_dir": tmp_path}
+        callback = DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X])
+        lightning.Trainer(callbacks=callback, **options, **QUIET).fit(module, data)
+        return module.losses
+
+    assert fit(DataLoader(Named(), 8, collate_fn=collate)) == pytest.approx(
+        fitted(tmp_path, callback=DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X]))[1].losses,
+        rel=1e-5,
+    )
+    from lightning.pytorch.utilities import CombinedLoader
+
+    both = CombinedLoader({"x": DataLoader(X, 8), "labels": DataLoader(Y, 4)}, mode="min_size")
+    with pytest.raises(ValueError, match="m: expected 1 where the tensors of a batch have not all"):
+        fit(both)
 
 
 def check_train(rank, world, folder):

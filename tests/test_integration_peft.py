@@ -105,6 +105,22 @@ def test_two_adapters_have_variances_of_their_own(tmp_path):
     )
 
 
+def test_an_adapter_that_peft_makes_of_others_has_the_variances_of_the_moment(tmp_path):
+    model = adapted()
+    model.add_adapter("other", lora())
+    first = moved(model, 0.5)
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix", combination_type="linear")
+    model.save_pretrained(tmp_path)
+    assert equal(dip.config.load_state(tmp_path / "mix"), first)
+    model.set_adapter("mix")
+    assert equal(dip.variances(model), first)
+    second = moved(model, 1.0)
+    model.set_adapter("default")
+    assert equal(dip.variances(model), first)
+    model.set_adapter("mix")
+    assert equal(dip.variances(model), second)
+
+
 def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
     model = adapted()
     before = dip.variances(model)

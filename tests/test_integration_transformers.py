@@ -1,6 +1,7 @@
 """transformers' Trainer and TRL's SFTTrainer with DIPMixin, and DIPCallback: real training of tiny
 models."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -266,6 +267,19 @@ def test_tensorboard_gets_sigma_from_the_trainers_own_logger(tmp_path, monkeypat
     assert {"train/dip/sigma", "train/dip/share", "train/dip/kl"} <= set(events.Tags()["scalars"])
 
 
+def test_weights_and_biases_gets_sigma_from_the_trainers_own_logger(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    args = arguments(tmp_path, report_to=["wandb"])
+    trainer = DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
+    trainer.train()
+    shown = dict(wandb.run.summary)
+    wandb.finish()
+    for name, value in dip.metrics(trainer.model).items():
+        assert shown[f"train/{name}"] == pytest.approx(value, rel=1e-6)
+
+
 @pytest.mark.parametrize("average", ["probs", "logits"])
 def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(average, tmp_path):
     config = dip.DIPConfig(ratio=1.0, k=64, average=average)
@@ -392,7 +406,7 @@ def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
             continue
         with pytest.raises(
             ValueError,
-            match=r"m: expected 1 where not every tensor .*'interpolate_pos_encoding': \(\)",
+            match=r"m: expected 1 where the tensors .*\['interpolate_pos_encoding'\]\": \(\)",
         ):
             trainer.train()
 
@@ -431,6 +445,50 @@ def test_checkpointed_activations_replay_the_noise(tmp_path):
         trainer.train()
         results.append(trainer.model)
     same(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_starts_again_draws_the_noise_of_its_places(tmp_path):
+    """As auto_find_batch_size starts it again, with smaller batches, where memory ran out."""
+
+    class RunsOut(DIPTrainer):
+        def training_step(self, model, inputs, *args, **options):
+            loss = super().training_step(model, inputs, *args, **options)
+            if len(inputs["labels"]) == 8:
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    fixed = {"train_dataset": images(), "dip": dip.DIPConfig(variance=0.05)}
+    args = arguments(tmp_path, auto_find_batch_size=True)
+    found = RunsOut(vit(), args, **fixed)
+    found.train()
+    given = DIPTrainer(vit(), arguments(tmp_path, per_device_train_batch_size=7), **fixed)
+    given.train()
+    assert losses(found) == losses(given)
+
+
+def test_what_is_pushed_while_it_trains_has_the_variances_of_its_weights(tmp_path, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def upload_folder(self, folder_path, **options):
+            state = dip.config.load_state(folder_path)
+            pushed.append({name: values.clone() for name, values in state.items()})
+            done = concurrent.futures.Future()
+            done.set_result(None)
+            return done
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    monkeypatch.setattr(DIPTrainer, "init_hf_repo", lambda *args, **options: None)
+    monkeypatch.setattr(DIPTrainer, "push_in_progress", None, raising=False)
+    monkeypatch.setattr(DIPTrainer, "hub_model_id", None, raising=False)
+    args = arguments(
+        tmp_path, push_to_hub=True, hub_always_push=True, save_strategy="steps", save_steps=1
+    )
+    DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train()
+    assert len(pushed) == 3
+    for step, state in enumerate(pushed, 1):
+        saved = dip.config.load_state(tmp_path / f"checkpoint-{step}")
+        assert all(torch.equal(values, saved[name]) for name, values in state.items())
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -475,47 +533,111 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     assert all(torch.equal(v, first[n]) for n, v in saved.state_dict().items())
 
 
+def sharded(folder):
+    """What a Trainer makes of `fsdp` on GPUs; accelerate shards on no CPU unless it is told that
+    these are none."""
+    from accelerate.state import DistributedType, PartialState
+
+    fsdp_config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"fsdp": True, "fsdp_config": fsdp_config, "per_device_train_batch_size": 4}
+    options |= {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0, "max_steps": 4}
+    args = arguments(folder, **options)
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return DIPTrainer(llama(), args, train_dataset=texts(), dip=dip.DIPConfig(variance=0.1))
+
+
+def check_sharded(rank, world, folder):
+    trainer = sharded(folder)
+    trainer.train()
+    dip.check_ranks(trainer.model)
+    assert {type(p).__name__ for p in trainer.model.parameters()} == {"DTensor"}
+    again = sharded(folder)
+    again.train(resume_from_checkpoint=folder + "/checkpoint-2")
+    whole, resumed = (
+        {name: value.full_tensor().clone() for name, value in each.model.named_parameters()}
+        for each in (trainer, again)
+    )
+    return whole, resumed, losses(trainer), losses(again)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without distributed"
+)
+def test_two_processes_that_shard_by_fsdp2_train_and_resume_as_one(tmp_path):
+    ranks = Ranks(2)
+    try:
+        (whole, resumed, logged, logged_again), _ = ranks.run(check_sharded, str(tmp_path))
+    finally:
+        ranks.stop()
+    assert logged_again == logged and all(torch.equal(v, resumed[n]) for n, v in whole.items())
+    args = arguments(tmp_path / "one", max_grad_norm=0, max_steps=4)
+    one = DIPTrainer(llama(), args, train_dataset=texts(), dip=dip.DIPConfig(variance=0.1))
+    one.train()
+    assert losses(one) == pytest.approx(logged, rel=1e-4)
+    # Adam divides by gradients, and so by the rounding of those near 0.
+    for name, value in one.model.named_parameters():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-4)
+    saved = dip.config.load_state(tmp_path / "checkpoint-4")
+    assert all(torch.equal(v, whole[n]) for n, v in saved.items() if n in whole)
+
+
 # ---- TRL and PEFT --------------------------------------------------------------------------------
+
+
+def words():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    split = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
+    split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="w0", eos_token="w1"
+    )
+
+
+def lora(**options):
+    peft = pytest.importorskip("peft")
+    given = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(**{**given, **options})
 
 
 def sft(folder, *, adapter=True, dip_config=CONFIG, **options):
     trl = pytest.importorskip("trl")
-    peft = pytest.importorskip("peft")
-    from tokenizers import Tokenizer, models
 
     class DIPSFTTrainer(DIPMixin, trl.SFTTrainer):
         pass
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1"
-    )
-    quiet = {
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "bf16": False,
-        "save_strategy": "no",
-    }
-    given = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-    }
-    args = trl.SFTConfig(folder, **{**quiet, **given, **options})
-    lora = (
-        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        if adapter
-        else None
-    )
+    args = trl.SFTConfig(folder, **{**TRL, **options})
     return DIPSFTTrainer(
         llama(),
         args=args,
         train_dataset=texts(),
-        processing_class=tokenizer,
-        peft_config=lora,
+        processing_class=words(),
+        peft_config=lora() if adapter else None,
         dip=dip_config,
+    )
+
+
+TRL = {
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "per_device_train_batch_size": 8,
+    "max_steps": 3,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+}
+
+
+def pairs(count=8):
+    """Preferences: two answers of four words to a prompt of three."""
+    ids = torch.randint(3, 32, (count, 3, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    named = [[" ".join(f"w{i}" for i in part) for part in example] for example in ids]
+    return datasets.Dataset.from_list(
+        [{"prompt": p + " ", "chosen": a, "rejected": b} for p, a, b in named]
     )
 
 
@@ -591,6 +713,115 @@ def test_sft_over_a_converted_base_is_refused_by_the_order(tmp_path, monkeypatch
     monkeypatch.setitem(globals(), "llama", lambda: base)
     with pytest.raises(ValueError, match=r"expected get_peft_model before dip\.apply"):
         sft(tmp_path)
+
+
+@pytest.mark.slow
+def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
+    """The reference is the model itself with its adapter off; with noise it would be the policy,
+    whose adapter starts at zero, and the first loss ln 2."""
+    trl = pytest.importorskip("trl")
+    seen = []
+
+    class DIPDPOTrainer(DIPMixin, trl.DPOTrainer):
+        def training_step(self, model, inputs, *args, **options):
+            seen.append({name: value.clone() for name, value in inputs.items()})
+            return super().training_step(model, inputs, *args, **options)
+
+    args = trl.DPOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
+    trainer = DIPDPOTrainer(
+        llama(),
+        args=args,
+        train_dataset=pairs(),
+        processing_class=words(),
+        peft_config=lora(),
+        dip=CONFIG,
+    )
+    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    model = trainer.model
+    model.load_state_dict(plain)
+    mask = seen[0].pop("completion_mask")[:, 1:]
+    ids = seen[0]["input_ids"][:, 1:]
+
+    def scores(logits):  # [m, 2 B, T, V]: the chosen answers, then the rejected
+        chances = logits[:, :, :-1].log_softmax(-1)
+        index = ids.expand(len(logits), -1, -1)[..., None]
+        return (chances.gather(-1, index)[..., 0] * mask).sum(-1)
+
+    with dip.fixed_noise(42 * RUN):
+        policy = scores(dip.trajectories(model.train(), m=2, **seen[0]).logits)
+    ratio = policy - scores(model.eval()(**seen[0]).logits[None])
+    chosen, rejected = ratio.chunk(2, dim=1)
+    want = -F.logsigmoid(chosen - rejected).mean()
+    assert abs(want.item() - torch.log(torch.tensor(2.0)).item()) > 1e-3
+    assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_by_the_mean_of_its_trajectories(tmp_path):
+    trl = pytest.importorskip("trl")
+    seen = []
+
+    class DIPRewardTrainer(DIPMixin, trl.RewardTrainer):
+        def training_step(self, model, inputs, *args, **options):
+            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+            return super().training_step(model, inputs, *args, **options)
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1})
+    )
+    args = trl.RewardConfig(tmp_path, **{**TRL, "max_steps": 1})
+    trainer = DIPRewardTrainer(
+        model, args=args, train_dataset=pairs(), processing_class=words(), dip=CONFIG
+    )
+    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    trainer.model.load_state_dict(plain)
+    with dip.fixed_noise(42 * RUN):
+        rewards = dip.trajectories(trainer.model.train(), m=2, **seen[0]).logits[..., 0]
+    chosen, rejected = rewards.chunk(2, dim=1)
+    want = -F.logsigmoid(chosen - rejected).mean()
+    assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class DIPGRPOTrainer(DIPMixin, trl.GRPOTrainer):
+        pass
+
+    def lengths(completions, **options):
+        return [float(len(each.split()) % 3) for each in completions]
+
+    def trainer(config):
+        given = {"num_generations": 4, "max_completion_length": 5, "beta": 0.1}
+        return DIPGRPOTrainer(
+            llama(),
+            reward_funcs=lengths,
+            args=trl.GRPOConfig(tmp_path, **{**TRL, **given}),
+            train_dataset=pairs().select_columns("prompt"),
+            processing_class=words(),
+            peft_config=lora(),
+            dip=config,
+        )
+
+    with pytest.raises(ValueError, match="m: expected 1 where the tensors of a batch"):
+        trainer(dip.DIPConfig(variance=0.1)).train()
+    with pytest.raises(ValueError, match=r"train_dataset: expected batches that are mappings"):
+        trainer(dip.DIPConfig(m=1))
+    one = trainer(dip.DIPConfig(variance=0.1, m=1))
+    modes = {True: set(), False: set()}
+    layer = next(iter(dip_layers(one.model).values()))
+    layer.register_forward_pre_hook(
+        lambda *_: modes[torch.is_grad_enabled()].add(dip.noise.contexts.MODE)
+    )
+    start = dip.variances(one.model)
+    one.train()
+    assert modes == {True: {None}, False: {"off"}}
+    learned = {n: v for n, v in dip.variances(one.model).items() if "log_var" in n}
+    assert not any(torch.equal(values, start[name]) for name, values in learned.items())
 
 
 # ---- the callback --------------------------------------------------------------------------------

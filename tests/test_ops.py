@@ -1,10 +1,12 @@
 """Every operation of every namespace: schema, fake and implementation agree (opcheck); errors are
 Python's."""
 
+import hashlib
+
 import pytest
 import torch
 
-from dipkernels import functional
+from dipkernels import backends, functional
 from dipkernels.ops import registry
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation
@@ -97,3 +99,12 @@ def test_ops_compile_without_a_graph_break(keep):
             outs.append((y, *torch.autograd.grad(y.square().sum(), (x, sigma))))
         for ours, want in zip(*outs, strict=True):
             torch.testing.assert_close(ours, want)
+
+
+def test_a_change_of_a_schema_asks_for_another_interface():
+    """Else a library that was built before it is loaded, and fails at the first call."""
+    schemas = sorted(name + schema for name, schema in (registry.SCHEMAS | registry.PASSES).items())
+    digest = hashlib.sha256("\n".join(schemas).encode()).hexdigest()[:12]
+    assert (backends.INTERFACE, digest) == ("1", "e65be9297dae"), (
+        "raise backends.INTERFACE and `interface` in csrc/perturb_op.cpp, and write both here"
+    )

@@ -9,17 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ..config import DIPConfig, config_of, save
+from ..config import DIPConfig, require_config, save
 from .parts import differing, place_in_batch
-
-
-def _config(model: nn.Module) -> DIPConfig:
-    config = config_of(model)
-    if config is None:
-        raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config"
-        )
-    return config
 
 
 def step_noise(
@@ -44,7 +35,7 @@ def step_noise(
     Raises:
         ValueError: The model has no config.
     """
-    config = _config(model)
+    config = require_config(model)
     first = place_in_batch(micro, accelerator.process_index, accelerator.num_processes, batch_size)
     return config.noise(step, first * config.m)
 
@@ -64,13 +55,13 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
     Warns:
         UserWarning: On loading, where the folder's config is another.
     """
-    _config(model)
+    require_config(model)
 
     def on_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         save(model, output_dir)
 
     def on_load(models: list[nn.Module], input_dir: str) -> None:
-        stored, own = DIPConfig.load(input_dir), _config(model)
+        stored, own = DIPConfig.load(input_dir), require_config(model)
         if stored != own:
             warnings.warn(
                 f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} "

@@ -16,14 +16,23 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from ..config import DIPConfig, apply, config_of, convert_as, recalibrate, require_order
+from ..config import (
+    DIPConfig,
+    apply,
+    config_of,
+    convert_as,
+    recalibrate,
+    require_config,
+    require_order,
+)
 from ..models.check import check
+from ..models.convert import to_plain
 from ..models.probe import untouched
 from ..nn.numbering import dip_layers
 from ..reports import metrics
 from ..training.objective import kl_penalty
 from ..training.trajectories import trajectories
-from .parts import differing, one_start, place_in_batch, require_groups
+from .parts import differing, one_start, place_in_batch, repeatable, require_groups
 
 _KEY = "dip_config"  # in a checkpoint
 _WAY_OUT = (
@@ -74,12 +83,15 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             )
         self.asked, self.batches, self.calibration_batches = config, batches, calibration_batches
         self._calibrate, self._checked, self._at = False, False, (-1, 0)
-        self._noise = contextlib.ExitStack()
+        self._to_plain = False
+        self._noise, self._wrapped = contextlib.ExitStack(), contextlib.ExitStack()
 
     # ---- before training
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.configure_model()  # which Lightning calls after this, and for each stage again
         if stage != "fit":
+            self._convert_for_checkpoint(pl_module)
             return
         require_order(pl_module)
         own, config = config_of(pl_module), self.asked or config_of(pl_module)
@@ -107,6 +119,16 @@ class DIPCallback(_Callback):  # type: ignore[misc]
                 self._calibrate = config.variance is None  # unless a checkpoint is loaded meanwhile
         self._wrap(trainer, pl_module)
 
+    def _convert_for_checkpoint(self, pl_module: Any) -> None:
+        """Before a stage without training, which may load a checkpoint with variances. Without one
+        the module is plain again after it."""
+        config = self.asked
+        if config is None or dip_layers(pl_module):
+            return
+        if self.batches is not None or not config.watches_batches:
+            convert_as(pl_module, config, self.batches)
+            self._to_plain = True
+
     @staticmethod
     def _require_possible(trainer: Any, pl_module: Any, config: DIPConfig) -> None:
         asked = {name: getattr(config, name) for name in ("lambda_s", "k") if getattr(config, name)}
@@ -132,11 +154,12 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             )
 
     def _wrap(self, trainer: Any, pl_module: Any) -> None:
-        step = pl_module.training_step
+        step, before = pl_module.training_step, vars(pl_module).get("training_step")
 
-        @functools.wraps(step)
+        # One that torch.compile made is there, and takes any arguments: Lightning asks which.
+        @functools.wraps(step if before is None else inspect.unwrap(step))
         def training_step(batch: Any, *args: Any, **options: Any) -> Any:
-            config, answers = _config(pl_module), list[Any]()
+            config, answers = require_config(pl_module), list[Any]()
             if config.m == 1:
                 answers.append(step(batch, *args, **options))
             else:
@@ -144,17 +167,26 @@ class DIPCallback(_Callback):  # type: ignore[misc]
                 def folded(repeated: Any) -> None:
                     answers.append(step(repeated, *args, **options))
 
-                trajectories(folded, batch, m=config.m)
+                trajectories(folded, repeatable(batch, config.m), m=config.m)
             return _with_kl(answers[0], pl_module, config)
 
         pl_module.training_step = training_step
 
+        def unwrap() -> None:
+            del pl_module.training_step
+            if before is not None:
+                pl_module.training_step = before
+
+        self._wrapped.callback(unwrap)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._at = (-1, 0)  # of this run, not of one before
         if self._calibrate:
             self._calibrate = False
             _require_forward(pl_module)
             with untouched(pl_module):
                 first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
+                first = [trainer.precision_plugin.convert_input(batch) for batch in first]
             recalibrate(pl_module, [trainer.strategy.batch_to_device(batch) for batch in first])
             one_start(pl_module)
         for optimizer in trainer.optimizers:
@@ -165,7 +197,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, config = trainer.global_step, _config(pl_module)
+        step, config = trainer.global_step, require_config(pl_module)
         micro = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, micro)
         rows = _first_size(batch)
@@ -196,20 +228,23 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._noise.close()
-        vars(pl_module).pop("training_step", None)
+        self._wrapped.close()
+        if self._to_plain:
+            self._to_plain = False
+            to_plain(pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEY] = _config(pl_module).to_dict()
+        checkpoint[_KEY] = require_config(pl_module).to_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if _KEY not in checkpoint:
             raise ValueError(
                 "ckpt_path: expected a checkpoint of a DIPCallback, got one without a config"
             )
-        self._calibrate = False  # the variances are the checkpoint's
+        self._calibrate = self._to_plain = False  # the variances are the checkpoint's
         stored, own = DIPConfig.from_dict(checkpoint[_KEY]), config_of(pl_module)
         if own is not None and stored != own:
             warnings.warn(
@@ -250,15 +285,6 @@ def load_from_checkpoint(
     convert_as(module, DIPConfig.from_dict(checkpoint[_KEY]), batches)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
-
-
-def _config(pl_module: nn.Module) -> DIPConfig:
-    config = config_of(pl_module)
-    if config is None:
-        raise ValueError(
-            "pl_module: expected one that the callback has converted, got one without a config"
-        )
-    return config
 
 
 def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:

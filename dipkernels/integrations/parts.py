@@ -3,10 +3,12 @@ compared."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 
 from ..config import DIPConfig
 from ..models.parameters import load_variances, param_groups, variances
@@ -70,6 +72,41 @@ def one_start(model: nn.Module) -> None:
         state = [variances(model)]
         distributed.broadcast_object_list(state, src=0)
         load_variances(model, state[0])
+
+
+def repeatable(batch: Any, m: int) -> Any:
+    """The batch as `trajectories` repeats it m times: a mapping as a dict, and a list of numbers or
+    strings that has one for each example with each m times, for `trajectories` repeats tensors.
+
+    Raises:
+        ValueError: m > 1 and its tensors have not all the examples first.
+    """
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    if m == 1:
+        return batch
+    leaves = pytree.tree_leaves_with_path(batch)
+    sizes = {
+        pytree.keystr(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, Tensor)
+    }
+    if len({shape[:1] for shape in sizes.values()}) != 1 or () in sizes.values():
+        raise ValueError(
+            "m: expected 1 where the tensors of a batch have not all the examples first, got "
+            f"{m} and {sizes or type(batch)}"
+        )
+    examples = next(iter(sizes.values()))[0]
+
+    def is_listed(part: Any) -> bool:
+        return (
+            isinstance(part, (list, tuple))
+            and len(part) == examples
+            and all(isinstance(each, (str, int, float)) for each in part)
+        )
+
+    return pytree.tree_map(
+        lambda part: [each for each in part for _ in range(m)] if is_listed(part) else part,
+        batch,
+        is_leaf=is_listed,
+    )
 
 
 def differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..config import VARIANCES_FILE, DIPConfig, config_of, load_state, remember_config, save_state
+from ..config import VARIANCES_FILE, load_state, remember_config, require_config, save_state
 from ..models.convert import convert
 from ..models.convertible import base_layer, is_adapter
 from ..models.parameters import load_variances, variances
@@ -47,7 +47,7 @@ def keep_variances(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
-    _config(model)
+    require_config(model)
     if not isinstance(model, _KeepsVariances):
         model.__class__ = _keeping(type(model))
         start = variances(model)
@@ -55,15 +55,6 @@ def keep_variances(model: nn.Module) -> nn.Module:
             name: start for name in model.peft_config if name != model.active_adapter
         }
     return model
-
-
-def _config(model: nn.Module) -> DIPConfig:
-    config = config_of(model)
-    if config is None:
-        raise ValueError(
-            "model: expected one that dip.apply has converted, got one without a config"
-        )
-    return config
 
 
 _made: dict[Any, Any] = {}
@@ -109,8 +100,9 @@ class _KeepsVariances(_Mixin):
         own = variances(self)
         for name in self.peft_config if selected_adapters is None else selected_adapters:
             folder = Path(save_directory) / name if name != "default" else Path(save_directory)
-            state = own if name == self.active_adapter else self.__dict__[_WAITING][name]
-            save_state(_config(self), state, folder, is_main_process)
+            # What PEFT adds by itself, as a weighted adapter, has those of the moment.
+            state = self.__dict__[_WAITING].get(name, own)
+            save_state(require_config(self), state, folder, is_main_process)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
         if not dip_layers(self):
@@ -158,7 +150,9 @@ class _KeepsVariances(_Mixin):
         if self.active_adapter != before and dip_layers(self):
             waiting = self.__dict__[_WAITING]
             waiting[before] = variances(self)
-            load_variances(self, waiting.pop(self.active_adapter))
+            # What PEFT adds by itself has those of the moment; after the last one none is active.
+            if self.active_adapter in list(waiting):
+                load_variances(self, waiting.pop(self.active_adapter))
 
     def merge_and_unload(self, *args: Any, **options: Any) -> nn.Module:
         """PEFT's, with the noise of an adapter at the layer that it is merged into; dip.to_plain
@@ -186,7 +180,7 @@ def _move_to_adapters(model: _KeepsVariances) -> None:
             f"add_adapter: expected layers that share no noise, got an adapter around {shared}; "
             "add every adapter first, then dip.apply with share"
         )
-    config = _config(model)
+    config = require_config(model)
     convert(model, filter=lambda module, name: name in inside)
     remember_config(model, config)
     waiting = model.__dict__[_WAITING]
@@ -212,7 +206,7 @@ def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
     """What `unload` gives, its layers noised as those of the model were."""
     if not dip_layers(model):
         return unload()
-    config = _config(model)
+    config = require_config(model)
     kept = f".modules_to_save.{model.active_adapter}"
 
     def plain(name: str) -> str:

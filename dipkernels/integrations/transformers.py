@@ -3,13 +3,15 @@ docs/guides/trainers.md."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import safetensors
@@ -19,12 +21,24 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..config import DIPConfig, apply, config_of, is_peft, load, load_state, require_order, save
+from ..config import (
+    CONFIG_FILE,
+    VARIANCES_FILE,
+    DIPConfig,
+    apply,
+    config_of,
+    is_peft,
+    load,
+    load_state,
+    require_order,
+    save,
+)
 from ..models.check import check
 from ..models.parameters import load_variances
 from ..models.probe import plain_names, untouched
 from ..nn.numbering import dip_layers
 from ..nn.variance import TENSORS, Variance
+from ..noise.contexts import noise_off
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
 from ..training.trajectories import trajectories
@@ -34,6 +48,7 @@ from .parts import (
     one_start,
     own_group,
     place_in_batch,
+    repeatable,
     require_groups,
 )
 
@@ -86,7 +101,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}"
             )
         self._dip_asked, self._dip_batches, self._dip_started = dip, calibration_batches, False
-        self._dip_at, self._dip_checked = (-1, 0), False
+        self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
+        self._dip_checked = False
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
@@ -136,6 +152,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if own is not None or asked is not None:
             self._dip_check_setting((own or asked).key)  # type: ignore[union-attr]
 
+    def _dip_of_trl(self) -> bool:
+        return any(c.__module__.startswith("trl.") for c in type(self).__mro__)
+
     def _dip_check_setting(self, key: int | None) -> None:
         if self.args.n_gpu > 1 and key is not None:
             raise ValueError(
@@ -146,9 +165,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
         """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and
         Liger's."""
-        fused = self.args.use_liger_kernel or any(
-            c.__module__.startswith("trl.") for c in type(self).__mro__
-        )
+        fused = self.args.use_liger_kernel or self._dip_of_trl()
         head = (
             model.get_output_embeddings()
             if fused and hasattr(model, "get_output_embeddings")
@@ -204,7 +221,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     # ---- a step
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        with self._dip_noise(inputs):
+        plain = _plain_without_gradients if self._dip_of_trl() else contextlib.nullcontext
+        with self._dip_noise(inputs), plain(self.model):
             loss: Tensor = super().training_step(model, inputs, *args, **options)
         if not self._dip_checked:
             self._dip_checked = True
@@ -215,8 +233,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """The noise of this micro-batch: its rows are its place in the batch of all processes and
         micro-batches."""
         step, config = self.state.global_step, self.dip_config
-        micro = self._dip_at[1] + 1 if self._dip_at[0] == step else 0
-        self._dip_at = (step, micro)
+        run, before, last = self._dip_at  # a run that starts again has another state
+        micro = last + 1 if run is self.state and before == step else 0
+        self._dip_at = (self.state, step, micro)
         sizes = (
             [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim]
             if isinstance(inputs, Mapping)
@@ -269,7 +288,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             folded(inputs)
             logits: Any = None
         else:
-            logits = trajectories(folded, self._dip_repeatable(inputs), m=config.m)
+            logits = trajectories(folded, repeatable(inputs, config.m), m=config.m)
         loss, outputs = answers[0] if with_outputs else (answers[0], None)
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
         part = (
@@ -285,22 +304,6 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if config.lambda_s > 0:
             loss = loss + part * config.lambda_s * smoothness(logits)
         return (loss, outputs) if return_outputs else loss
-
-    def _dip_repeatable(self, inputs: Any) -> dict[str, Any]:
-        """The batch, each tensor of which has the examples first. Raises ValueError naming one that
-        has not."""
-        if not isinstance(inputs, Mapping):
-            raise ValueError(
-                f"m: expected 1 where batches are no mappings, got {self.dip_config.m}, "
-                f"{type(inputs)}"
-            )
-        sizes = {name: tuple(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
-        if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
-            raise ValueError(
-                "m: expected 1 where not every tensor of a batch has the examples first, got "
-                f"{self.dip_config.m} and {sizes}"
-            )
-        return dict(inputs)
 
     def _dip_adds_up(self, num_items_in_batch: Any) -> bool:
         """What `Trainer.training_step` asks: whether the loss is already a part of the step's."""
@@ -365,6 +368,14 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             )
         super()._save(output_dir, state_dict)
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The trainer copies the files that it knows into the folder that it uploads.
+        if config_of(self.model) is not None and self.args.should_save:
+            for path in (os.path.join(checkpoint_folder, n) for n in (CONFIG_FILE, VARIANCES_FILE)):
+                if os.path.isfile(path):  # an adapter that is not "default" has a folder of its own
+                    shutil.copy(path, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._dip_restore(self.model if model is None else model, resume_from_checkpoint)
@@ -414,6 +425,31 @@ def _logits(outputs: Any) -> Tensor:
             "loss); set lambda_s=0"
         )
     return found
+
+
+@contextlib.contextmanager
+def _plain_without_gradients(model: Any) -> Iterator[None]:
+    """Inside, a pass of the model without gradients is the plain network's: TRL's reference is the
+    model itself with its adapter off, and its completions are the model's own."""
+    entered: list[contextlib.AbstractContextManager[Any]] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        entered.append(contextlib.nullcontext() if torch.is_grad_enabled() else noise_off())
+        entered[-1].__enter__()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    inner = model.get_base_model() if is_peft(model) else model  # generate calls no more than that
+    handles = (
+        inner.register_forward_pre_hook(before),
+        inner.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

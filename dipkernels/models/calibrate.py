@@ -30,25 +30,27 @@ def calibrate(
     """Set each variance, and the prior of the objective's KL term, from the spread of real
     activations.
 
-    per="layer": sigma_j = ratio * the root mean square spread of the layer's input features, one
-    for all of them. per="feature": sigma_j = ratio * the spread (standard deviation) of feature j
-    itself; features that hardly vary then get hardly any noise, and attacks use them
+    per="layer": one sigma for all features of a layer, sigma = ratio * the root mean square of the
+    spreads (standard deviations) of its input features. per="feature": sigma_j = ratio * the spread
+    of feature j itself. Then features that vary little get little noise, and attacks use them
     (docs/guides/variance.md).
 
-    Where the first layer that the batches reach sees only n < 32 values of an example, the pull to
-    the prior is n / 32 in every layer: few values cannot make up for one another's noise, so the
-    loss alone decides more. An image has channels x height x width values, a sequence length x
-    features, a row of a table its features.
+    If the first layer that the batches reach sees only n < 32 values of an example, the pull to the
+    prior is n / 32 in every layer. Few values cannot make up for each other's noise, so there the
+    loss decides more. An image has channels x height x width values, a sequence length x features,
+    a row of a table its features.
 
     Args:
-        model: with DIP layers; run in eval mode without noise, each module's mode is restored.
+        model: with DIP layers. It is run in eval mode without noise; each module's mode is restored
+            afterwards.
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread.
         per: "layer" or "feature".
-        floor: > 0; with per="feature", one that hardly varies (a blank pixel) counts as having a
-            spread of floor times the root mean square spread of its layer.
+        floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
+            the root mean square spread of its layer. It matters for features that hardly vary, such
+            as blank pixels.
 
     Returns:
         The `summary`.

@@ -61,19 +61,19 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     """Name every converted layer that draws no noise, or whose variance does not learn, and the
     likely reason.
 
-    Two ways to call it: `check(model)` after the first backward pass, before zero_grad, looks at
-    the gradients that are there; `check(model, batch)` runs a training step of its own on the batch
-    and sees which layers are called. Both find layers that were replaced after `convert`
-    (quantisation-aware training, a new head), layers that eval mode alone calls, and weights that
-    are read without calling their layer (fused losses).
+    There are two ways to call it. `check(model)`, after the first backward pass and before
+    zero_grad, looks at the gradients. `check(model, batch)` runs a training step of its own on the
+    batch and sees which layers are called. Both find layers that were replaced after `convert`
+    (quantisation-aware training, a new head), layers that are called only in eval mode, and weights
+    that are read without calling their layer (fused losses).
 
     Args:
         model: With DIP layers; wrapped or not. For `check(model, batch)` not sharded by FSDP.
         batch: A tensor; a mapping, passed as keywords; or a list or tuple, passed as positional
-            arguments where the model takes so many, otherwise its first element alone. With labels
-            where the model computes its loss. The step changes no parameter, gradient, buffer or
+            arguments if the model takes so many, otherwise only its first element. It needs labels
+            if the model computes its own loss. The step changes no parameter, gradient, buffer or
             random state.
-        strict: Raise where there is a fault; otherwise the report is returned all the same.
+        strict: Raise if there is a fault. Otherwise return the report.
 
     Returns:
         A `Report`, which prints.

@@ -68,42 +68,45 @@ def convert(
     """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma *
     z), in place.
 
-    A layer's class changes and it gains a child `variance`; modules keep their identity, hooks and
-    Parameters, and shared ones stay shared. Name patterns are fnmatch's: `"head"`, `"*.down_proj"`,
-    `"blocks.0*"`.
+    A layer gets another class and a child `variance`. Modules keep their identity, hooks and
+    Parameters; shared modules stay shared. Name patterns are those of Python's fnmatch, compared
+    with full names: `"head"`, `"*.down_proj"`, `"blocks.0*"`.
 
     Args:
-        model: Any module, itself a layer or not. Converting again adds what is not a DIP layer yet;
-            on PEFT over a converted model it moves each variance to the adapter around it.
-        init_variance: sigma^2 to start from, > 0; or {pattern: variance}, a number or a tensor
-            [features], where the first pattern that matches a layer's name holds. An attention's
-            layers are NAME.in_proj (or q_proj, k_proj, v_proj) and NAME.out_proj.
-        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, by default
-            all; modules of exactly these. transformers' Conv1D and torchao's float8 and QAT layers
-            count as nn.Linear; an adapter of PEFT counts as the layer inside it and is noised at
-            the input of the whole.
-        filter: filter(module, name), true for a layer to convert.
-        exclude: Patterns; a layer is left out where its name, or that of a module around it,
+        model: Any module, also a single layer. A second call converts the layers that are still
+            plain. If PEFT was put around a converted model, it moves each variance to the adapter.
+        init_variance: sigma^2 at the start, > 0: a number, or {pattern: variance}, where a variance
+            is a number or a tensor [features] and the first pattern that matches a layer's name
+            counts. The layers of an attention are NAME.in_proj (or q_proj, k_proj, v_proj) and
+            NAME.out_proj.
+        types: Some of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention; by default
+            all. Only modules of exactly these classes are converted, not subclasses. transformers'
+            Conv1D and torchao's float8 and QAT layers count as nn.Linear. An adapter of PEFT counts
+            as the layer inside it, and the noise is at the input of the whole.
+        filter: filter(module, name) returns true for a layer to convert.
+        exclude: Patterns. A layer stays plain if its name, or the name of a module around it,
             matches.
-        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")]: layers of one parent
-            that match, by their own name or the full one, share one variance, one draw and one u
-            while they are handed the same tensor.
-        before: Patterns of any other modules to put noise before, such as ["*.experts"], or
-            {pattern: feature dimension} where it is not the last, nor a convolution's channels:
-            each becomes the twin of its own class, whose forward takes the input first.
-        place: "input", each layer noises its own input; or "producer": where a norm, activation or
-            gated product makes an input that these layers alone read, it draws the noise with its
-            own pass, its readers share it, and become plain. `summary(model).plan` and
-            `producer_plan` say what moves, what stays, and why. A pattern of init_variance is then
-            asked for the producer's name.
-        batches: For `before` and place="producer": as `calibrate`'s. They are run without noise: in
-            eval mode to learn the features, in both modes to see who reads what.
-        num_samples: As DIPLinear's.
-        keep: As DIPLinear's; of linear layers.
+        share: Groups of patterns, such as [("q_proj", "k_proj", "v_proj")], compared with a layer's
+            own name and its full name. The matching layers of one parent share one variance. While
+            they get the same tensor, they also share one draw and one noised input.
+        before: Patterns of any other modules to put noise before, such as ["*.experts"]; or
+            {pattern: feature dimension}, if that is not the last one (of a convolution: the
+            channels). Each becomes the twin of its own class, whose forward takes the input first.
+        place: "input": each layer adds noise to its own input. "producer": if only these layers
+            read the output of a norm, activation or gated product, that module draws the noise in
+            its own pass. The layers that read it share this noise and become plain.
+            `summary(model).plan` and `producer_plan` say what moves, what stays, and why. Patterns
+            of init_variance are then compared with the producer's name.
+        batches: For `before` and place="producer"; the same as for `calibrate`. They are run
+            without noise: in eval mode to learn the number of features, in both modes to see which
+            layer reads which tensor.
+        num_samples: As for DIPLinear.
+        keep: As for DIPLinear; only for linear layers.
 
     Returns:
-        The model, its DIP layers numbered 0, 1, ... An optimiser made before does not know the
-        variances: make it from `param_groups`, or give it that list's group "variances".
+        The model; its DIP layers are numbered 0, 1, ... An optimiser made before this call does
+        not know the variances: make a new one from `param_groups`, or add the group "variances" of
+        that list.
 
     Raises:
         ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be
@@ -112,8 +115,8 @@ def convert(
             synchronised.
 
     Warns:
-        DIPConversionWarning: Once, naming every module that stays without noise though it looks
-            like a layer or holds weights of its own, and why.
+        DIPConversionWarning: Once. It names every module that looks like a layer or has weights of
+            its own but stays without noise, and says why.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -65,9 +65,9 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
 
     Args:
         model: Any module with DIP layers.
-        batches: As `calibrate`'s, to measure the spread (standard deviation) of each layer's input
-            features. Without it the ratio uses the spread measured last, and is None where there is
-            none.
+        batches: The same as for `calibrate`, to measure the spread (standard deviation) of each
+            layer's input features. Without batches the ratio uses the spread that was measured
+            last; it is None if none was.
 
     Returns:
         A Summary, a list of Row that prints as a table. Features whose spread is below a hundredth

@@ -116,7 +116,7 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
     """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d
     itself in eval mode.
 
-    z is drawn afresh for every pixel and added before the padding. channels_last stays
+    Every pixel gets its own new z, added before the padding. channels_last stays
     channels_last. The other arguments are nn.Conv2d's.
 
     Args:

@@ -23,7 +23,7 @@ def require_tensor(layer: Any, x: object) -> None:
     if not isinstance(x, Tensor) and layer.noisy():
         raise TypeError(
             f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in "
-            "eval mode the plain layer takes what it always took"
+            "eval mode the layer takes what the plain layer takes"
         )
 
 
@@ -50,7 +50,7 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         way_out = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
         raise TypeError(
             f"{name}: expected a dense tensor where noise is drawn, got {kind}; pass {way_out}. In "
-            "eval mode the plain layer takes what it always took"
+            "eval mode the layer takes what the plain layer takes"
         )
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)

@@ -19,16 +19,16 @@ class DIPLinear(DIPLayer, nn.Linear):
     """nn.Linear on a noised input: y = act((x + sigma * z) W^T + b) in training, act(x W^T + b) in
     eval mode, to the bit.
 
-    z is drawn afresh for every element. In bfloat16 a sigma below a few thousandths of |x| mostly
-    rounds away.
+    Every element gets its own new z. In bfloat16 a sigma below a few thousandths of |x| is mostly
+    lost in rounding.
 
     Args:
         in_features: As nn.Linear's.
         out_features: As nn.Linear's.
         bias: As nn.Linear's.
         device: As nn.Linear's.
-        dtype: As nn.Linear's; of the weights, the variance stays float32.
-        init_variance: sigma^2 to start from, a number > 0 or a tensor [in_features].
+        dtype: As nn.Linear's, for the weights; the variance stays float32.
+        init_variance: sigma^2 at the start, a number > 0 or a tensor [in_features].
         num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).
         keep: What backward keeps of the input: "u" as nn.Linear does, "x" for layers that share an
             input, or "auto" (see functional.dip_linear).

@@ -55,19 +55,18 @@ class _State(contextlib.ContextDecorator):
 
 
 class fixed_noise(_State):
-    """Every DIP layer inside takes the seed (key, its number in the model) and draws nothing: same
-    key, same noise.
+    """Inside, the noise of a DIP layer depends only on the key and on the layer's number in the
+    model: same key, same noise.
 
-    The backward pass belongs inside too when blocks are checkpointed, for they are computed again
-    there; outside, it raises RuntimeError. A layer called twice inside repeats its noise. Nests;
-    restores on exceptions; works as a decorator.
+    With checkpointed blocks run the backward pass inside too, because it computes them again;
+    outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. Contexts
+    can be nested, restore the state on exceptions, and work as decorators.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.
-        row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0: a worker
-            that holds examples b0 .. b1 of a larger batch passes row0=b0 and gets their noise of
-            that batch. Under `trajectories` the
-            leading dimension is batch * m: pass row0=b0 * m there.
+        row0: Index of the input's first entry along its LEADING (batch) dimension, >= 0. A worker
+            that holds examples b0 .. b1 of a larger batch passes row0=b0 and gets their noise in
+            that batch. Under `trajectories` the leading dimension is batch * m: pass row0=b0 * m.
 
     Raises:
         TypeError, ValueError: A key or row0 outside these.

@@ -84,7 +84,7 @@ def _check_memory_budget() -> None:
     if config.activation_memory_budget < 1:
         warnings.warn(
             "dipkernels: torch.compile with activation_memory_budget < 1 may draw the noise of a "
-            "layer afresh in backward (as it does torch.randn), which makes gradients wrong; run "
+            "layer again in backward (as it does torch.randn), which makes gradients wrong; run "
             "forward and backward inside fixed_noise(key)",
             stacklevel=2,
         )

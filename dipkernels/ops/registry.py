@@ -27,6 +27,7 @@ NAMESPACES = {
     "reference": "dipkernels_reference",
 }
 SCHEMAS: dict[str, str] = {}
+PASSES: dict[str, str] = {}  # schemas of parts of operations
 _libraries = {
     name: torch.library.Library(name, "DEF") for name in dict.fromkeys(NAMESPACES.values())
 }  # live as we do
@@ -62,6 +63,7 @@ def define(
 
 def define_pass(op: str, schema: str) -> None:
     """Define a part of an operation, in the compiled library on a CPU alone."""
+    PASSES[op] = schema
     _libraries["dipkernels"].define(op + schema)
 
 

@@ -156,7 +156,7 @@ def objective(
 
     Args:
         out: [m, B, ...], from `trajectories`.
-        target: what loss_fn takes beside [B, ...].
+        target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: for the terms on its variances; without it there are none.
         kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone
@@ -169,7 +169,7 @@ def objective(
         A scalar.
 
     Raises:
-        ValueError: naming the argument; so too for kl beside alpha, two forms of one term.
+        ValueError: naming the argument; also for kl beside alpha, two forms of one term.
         TypeError: for an out that is no tensor, or a loss_fn that cannot be called.
 
     Examples:

@@ -51,9 +51,10 @@ def predict(
     """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain
     network.
 
-    Dropout and BatchNorm are in eval mode meanwhile, and each module's mode is restored; no
-    gradients are kept. Under fixed_noise pass i (chunk i) takes the key + i * 0x9E3779B97F4A7C15
-    mod 2^64: passes differ, and replay for the same chunk; row0 counts examples.
+    Dropout and BatchNorm are in eval mode during the passes; each module's mode is restored. No
+    gradients are kept. Under fixed_noise pass i (with chunk: chunk i) uses key + i *
+    0x9E3779B97F4A7C15 mod 2^64. So the passes differ, and repeat with the same chunk. row0 counts
+    examples.
 
     Args:
         model: With DIP layers.
@@ -75,10 +76,8 @@ def predict(
 
     Returns:
         [B, ...], or for average=None [k, B, ...] ([1, B, ...] for k = 0 and "analytic"). The
-        model's output must be a tensor
-        [B, ...], or have one as `logits`; with average=None any pytree, whose leaves that are not
-        tensors are those of the
-        first pass.
+        model's output must be a tensor [B, ...], or have one as `logits`. With average=None it may
+        be any pytree; leaves that are not tensors are those of the first pass.
 
     Raises:
         ValueError, TypeError, RuntimeError: Naming the argument, or for "analytic" the layer where

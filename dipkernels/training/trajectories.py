@@ -21,24 +21,23 @@ def trajectories(
     into the batch.
 
     Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
-    m + s), so that the noise of an example does not depend on what else is in the batch. BatchNorm
+    m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
     in training mode sees all B * m rows at once.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
         args: Its positional arguments, any pytrees.
         m: Trajectories, >= 1.
-        in_dims: 0 folds a tensor, None passes it as it is: one for all; a tuple for args as in
-            torch.vmap (kwargs are then folded); or a dict from argument position or name for those
-            that differ from 0, such as {"position_ids": None}. Entries may be prefixes.
+        in_dims: 0 repeats a tensor, None passes it unchanged. One value for all arguments; or a
+            tuple for args, as in torch.vmap (kwargs are then repeated); or a dict from an
+            argument's position or name, for those that differ from 0, such as {"position_ids":
+            None}. An entry for a nested argument may be a prefix of its structure.
         kwargs: Its named arguments, any pytrees.
 
     Returns:
-        The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view). What
-        is neither a tensor nor a
-        pytree, dataclass or mapping is handed back as the model made it. Under fixed_noise(key,
-        row0), row0 counts folded
-        entries.
+        The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view).
+        What is not a tensor, pytree, dataclass or mapping is returned as the model made it. Under
+        fixed_noise(key, row0), row0 counts the repeated entries.
 
     Raises:
         ValueError: A module without DIP layers where m > 1, an input whose first size is not B, or

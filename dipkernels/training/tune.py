@@ -115,7 +115,7 @@ def tune(
         kls: of `objective`, >= 0.
         tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of
             accuracies in 0 .. 1).
-        progress: show a progress bar if tqdm is installed.
+        progress: show a progress bar, if tqdm is installed.
 
     Returns:
         A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the
