@@ -591,7 +591,7 @@ def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
         layer.log_variance.data.uniform_(-4, -2)
     state = peft.get_peft_model_state_dict(model)
     assert sum(n.endswith("variance.log_variance") for n in state) == 6
-    assert len(state) == 24  # two of LoRA, a variance and its prior for each of six
+    assert len(state) == 30  # two of LoRA, a variance, its prior and the pull for each of six
     model.save_pretrained(tmp_path)
     base = copy.deepcopy(model).unload()
     again = dip.convert(
