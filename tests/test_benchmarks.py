@@ -353,7 +353,8 @@ def test_records_are_small_and_whole(tmp_path, quick):
     # a row a line
     assert len(path.read_text().splitlines()) < len(found["overhead"]["rows"]) + len(ratios) + 40
     whole = json.loads(runs[2].read_text())
-    assert overhead.text(report.load(path, "overhead")) == overhead.text(whole)
+    # of its digits: rounding 404.95 twice may give another last one
+    assert overhead.text(report.load(path, "overhead")) == overhead.text(summary.rounded(whole))
     assert overhead.text(report.load(runs[2], "overhead")) == overhead.text(whole)
     with pytest.raises(ValueError, match=r"record\.json: expected a run of cost, found release"):
         report.load(path, "cost")
