@@ -11,7 +11,6 @@ of an example that a layer's input has. About 35 minutes of one core.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -158,9 +157,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     methods = list(dict.fromkeys(["plain", *args.methods]))
     rows = summarise(parts.run(part, keys(args.tasks, methods, args.seeds), args.out, args.workers))
     text = report(rows, methods)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
-    print(text)
+    parts.write(args.out, rows, text)
     print(
         f"\nclean / pgd / noise minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. "
         f"Wrote {args.out}"

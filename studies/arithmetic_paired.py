@@ -13,7 +13,6 @@ batches. NLL: nats per token of the right solution. About ten minutes of one cor
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from pathlib import Path
@@ -112,9 +111,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
-    print(text)
+    parts.write(args.out, rows, text)
     print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
     return rows
 

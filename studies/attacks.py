@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import warnings
 from collections.abc import Iterator
@@ -215,10 +214,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         task: study(task, args.out, args.seeds, args.quick, args.workers) for task in args.tasks
     }
     text = table(results)
-    (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
+    parts.write(args.out, results, text)
     plot(results, args.out / "attacks.png")
-    print(text)
     print(
         f"\nIn brackets: minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
         f"{args.out}"

@@ -253,10 +253,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(args.tasks, methods, args.trainings, args.seeds)
     rows = summarise(parts.run(part, asked, args.out, args.workers, args.stored))
     text = table(rows, methods)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
+    parts.write(args.out, rows, text)
     plot_ratio(rows, args.out)
-    print(text)
     print(
         f"\nDifferences to plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote "
         f"{args.out}/summary.json"

@@ -14,7 +14,6 @@ one core.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -184,10 +183,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
+    parts.write(args.out, rows, text)
     plot(rows, args.out / "extrapolation.png")
-    print(text)
     print(
         f"\nIn brackets: minus plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
         f"{args.out}"

@@ -176,10 +176,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         args.tasks, args.seeds = ["wine"], 2
     results = {task: study(task, args.out, args.workers, args.seeds) for task in args.tasks}
     text = table(results)
-    (args.out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
+    parts.write(args.out, results, text)
     plot(results, args.out / "features.png")
-    print(text)
     print(f"\nPaired over {args.seeds} seeds, 95 % intervals; ?: undecided. Wrote {args.out}")
     return results
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,9 +239,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(args.tasks, args.trainings, args.seeds)
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows, args.trainings)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
-    print(text)
+    parts.write(args.out, rows, text)
     print(
         f"\nclean / pgd / noise: plain's scores, others minus plain, paired over {args.seeds} "
         f"seed(s), 95 %; ?: undecided. Wrote {args.out}"

@@ -18,7 +18,6 @@ table. About half an hour of one core; Fashion-MNIST as Debian's dataset-fashion
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -306,9 +305,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     asked = keys(args.sizes, args.trainings, args.seeds, epochs)
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
-    print(text)
+    parts.write(args.out, rows, text)
     print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
     return rows
 

@@ -56,6 +56,13 @@ def run(
     return [json.loads(file.read_text()) for file in files]
 
 
+def write(out: Path, summary: Any, table: str) -> None:
+    """Write a study's result into its folder, as summary.json and table.md, and print the table."""
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / "table.md").write_text(table + "\n")
+    print(table)
+
+
 def _one_thread() -> None:
     import torch
 

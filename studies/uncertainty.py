@@ -13,7 +13,6 @@ probabilities of sixteen noisy passes of the same network. About fifteen minutes
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -192,10 +191,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
-    (args.out / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "table.md").write_text(text + "\n")
+    parts.write(args.out, rows, text)
     plot(rows, args.out / "uncertainty.png")
-    print(text)
     print(
         f"\nDifferences to plain, paired over {args.seeds} seeds, 95 %; ?: undecided. Wrote "
         f"{args.out}"

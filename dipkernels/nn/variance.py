@@ -179,23 +179,29 @@ class Variance(nn.Module):
             if t is not None
         }
 
-    def _initial(self, name: str) -> Tensor:
-        """What this tensor starts at, [K], on the CPU: ln(init_variance), or 1 for the pull."""
+    def _start(self, name: str) -> float | Tensor:
+        """What this tensor starts at, a number or [K]: ln(init_variance), or 1 for the pull."""
         if name == "pull":
-            return torch.ones(self.num_features, dtype=torch.float32, device="cpu")
+            return 1.0
         if isinstance(self.init_variance, Tensor):
             return self.init_variance.log()
-        return torch.full(
-            (self.num_features,), math.log(self.init_variance), dtype=torch.float32, device="cpu"
-        )
+        return math.log(self.init_variance)
+
+    def _initial(self, name: str) -> Tensor:
+        """The same as [K], on the CPU."""
+        start = self._start(name)
+        if isinstance(start, Tensor):
+            return start
+        return torch.full((self.num_features,), start, dtype=torch.float32, device="cpu")
 
     @torch.no_grad()
     def _fill(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            if name != "pull" and isinstance(self.init_variance, Tensor):
-                tensor.copy_(dtensor.laid_out_as(self.init_variance.log(), tensor))
+            start = self._start(name)
+            if isinstance(start, Tensor):
+                tensor.copy_(dtensor.laid_out_as(start, tensor))
             else:
-                tensor.fill_(1.0 if name == "pull" else math.log(float(self.init_variance)))
+                tensor.fill_(start)
 
     def forward(self) -> Tensor:
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for

@@ -6,7 +6,6 @@ Backward keeps what act, or the gated product, keeps: x, or a and b; never u nor
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -205,11 +204,6 @@ class _Gate(Function):
         return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
 
 
-# As perturb.py's: without Function.apply's Python wrapper.
-_apply_activate: Callable[..., Tensor] = super(Function, _Activate).apply
-_apply_gate: Callable[..., Tensor] = super(Function, _Gate).apply
-
-
 def noised_activation(
     x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, kind: str, dtype: torch.dtype | None
 ) -> Tensor:
@@ -218,8 +212,7 @@ def noised_activation(
     if is_dtensor(x) or is_dtensor(sigma) or worlds.wants_pieces():
         check_kind(kind)
         return _pieces(x, None, sigma, seed, draw, kind, out)
-    apply = _Activate.apply if worlds.tracing() else _apply_activate
-    u: Tensor = apply(x, sigma, seed, draw, kind, out)
+    u: Tensor = _Activate.apply(x, sigma, seed, draw, kind, out)
     return u
 
 
@@ -238,6 +231,5 @@ def noised_gate(
         check_kind(kind)
         _check_gate(a, b)
         return _pieces(a, b, sigma, seed, draw, kind, out)
-    apply = _Gate.apply if worlds.tracing() else _apply_gate
-    u: Tensor = apply(a, b, sigma, seed, draw, kind, out)
+    u: Tensor = _Gate.apply(a, b, sigma, seed, draw, kind, out)
     return u

@@ -7,7 +7,6 @@ never u nor z. docs/maths.md, section 10.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -188,9 +187,6 @@ class _Norm(Function):
         return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
 
 
-_apply_norm: Callable[..., Tensor] = super(Function, _Norm).apply  # as perturb.py's
-
-
 def noised_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -208,6 +204,5 @@ def noised_norm(
     if is_dtensor(x) or is_dtensor(sigma) or is_dtensor(weight) or worlds.wants_pieces():
         check_norm(x, weight, bias, draw, kind)
         return _pieces(x, weight, bias, sigma, seed, *how)
-    apply = _Norm.apply if worlds.tracing() else _apply_norm
-    u: Tensor = apply(x, weight, bias, sigma, seed, *how)
+    u: Tensor = _Norm.apply(x, weight, bias, sigma, seed, *how)
     return u
