@@ -46,6 +46,7 @@ NOISY: dict[str, dict[str, Any]] = {
 }
 AUGMENTED = ("plain", "Cutout", "Mixup", "CutMix", "AugMix")
 METHODS = (*AUGMENTED, "input noise", "fixed", *FAMILY)
+TRAINED = METHODS[: METHODS.index("learned") + 1]  # the rest of the family comes with "learned"
 EPOCHS = {"cnn": {1000: 20, 5000: 8}, "vit": {1000: 40, 5000: 16}}  # of so many images
 BATCH = 50
 # --strengths: in training, sigma of Gaussian noise and eps of FGSM
@@ -235,7 +236,12 @@ def strengths(model: str) -> dict[str, float]:
 
 
 def keys(
-    models: list[str], images: list[int], trainings: list[str], seeds: int, epochs: int
+    models: list[str],
+    images: list[int],
+    trainings: list[str],
+    methods: list[str],
+    seeds: int,
+    epochs: int,
 ) -> list[dict[str, Any]]:
     """Seed by seed, so that a stopped study has whole seeds; perturbed training of 1,000 images
     only."""
@@ -254,8 +260,7 @@ def keys(
         for count in images
         if training == "clean" or count == 1000
         for seed in range(seeds)
-        for method in METHODS
-        if method not in FAMILY[1:]
+        for method in methods
     ]
 
 
@@ -277,6 +282,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
                 of = {m: {s: v[score] for s, v in seeds.items()} for m, seeds in by_method.items()}
                 row[score] = {"mean": statistics.fmean(of[method].values())}
                 for base, sign in (("plain", 1), ("learned", -1)):
+                    if base not in of:
+                        continue
                     pairs = [sign * (of[method][s] - of[base][s]) for s in of[method]]
                     mean, half = interval(pairs)
                     row[score][base] = {
@@ -290,6 +297,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], score: str, base: str, bare: bool) -> str:
+    bare = bare or base not in row[score]
     return f"{row[score]['mean']:.1f}" + ("" if bare else f" ({row[score][base]['text']})")
 
 
@@ -338,6 +346,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         choices=("clean", "Gaussian", "FGSM"),
         default=["clean", "Gaussian", "FGSM"],
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=TRAINED,
+        default=list(TRAINED),
+        metavar="METHOD",
+        help=f"{', '.join(TRAINED)} (which brings frozen, shuffled and rescaled) (all)",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
@@ -350,7 +366,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     epochs = 0
     if args.quick:
         args.images, args.trainings, args.seeds, epochs = [1000], ["clean"], 1, 1
-    asked = keys(args.model, args.images, args.trainings, args.seeds, epochs)
+    asked = keys(args.model, args.images, args.trainings, args.methods, args.seeds, epochs)
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows)
     parts.write(args.out, rows, text)
