@@ -480,6 +480,8 @@ def test_param_groups_of_a_plain_model_and_a_chosen_variance_lr():
     ("model", "options", "name"),
     [
         (Net(), {"lr": -1}, "lr"),
+        (Net(), {"lr": None}, "lr"),
+        (Net(), {"lr": 1, "weight_decay": "0.1"}, "weight_decay"),
         (Net(), {"lr": 1, "weight_decay": float("nan")}, "weight_decay"),
         (Net(), {"lr": 1, "variance_lr": 1}, "variance_lr"),
         (nn.ReLU(), {"lr": 1}, "model"),
