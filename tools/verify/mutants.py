@@ -57,14 +57,14 @@ class Area(NamedTuple):
 # The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may
 # move.
 AREAS = (
+    # need nvcc: without it they are skipped, and everything survives
+    Area(("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")),
     Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
     Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
     Area(("csrc/**/norm*", "csrc/**/gate*"), ("producers",)),
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
-    # need nvcc: without it they are skipped, and everything survives
-    Area(("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")),
     Area(
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
