@@ -212,6 +212,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         target, given = self.model if model is None else model, self.optimizer is not None
         if config_of(target) is None:
             raise ValueError(_NO_CONFIG)
+        if given and not hasattr(self.optimizer, "param_groups"):
+            raise ValueError(
+                "deepspeed: expected a config without 'optimizer', whose one group would decay the "
+                "variances, got one with it; leave it out, and the trainer makes its own"
+            )
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not given:
             own_group(target, optimizer, self.args.learning_rate)
@@ -380,9 +385,21 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._dip_restore(self.model if model is None else model, resume_from_checkpoint)
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        # DeepSpeed loads its own checkpoint, into the model that it has wrapped by then.
+        if (
+            self.is_deepspeed_enabled
+            and resume_from_checkpoint
+            and self.model_wrapped is self.model
+        ):
+            self._dip_restore(self.model, resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
+        if self.state.best_model_checkpoint is not None and not self.is_deepspeed_enabled:
             self._dip_restore(self.model, self.state.best_model_checkpoint)
 
     def _dip_restore(self, model: Any, folder: str) -> None:
