@@ -110,6 +110,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps "
                 "log_variance from PyTorch; use FSDP2 there"
             )
+        if getattr(self.args, "sync_ref_model", False) and getattr(self, "ref_model", None):
+            raise ValueError(
+                "sync_ref_model: expected False, for it copies the model's parameters one by one "
+                "into a reference that has no variances, got True"
+            )
         self._dip_start(self.model)
 
     # ---- the model
@@ -201,10 +206,17 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
         prepared_batches = [dict(self._prepare_inputs(batch)) for batch in batches]
-        return [
+        found = [
             {name: value for name, value in batch.items() if name in taken}
             for batch in prepared_batches
         ]
+        if not all(found):
+            raise ValueError(
+                "train_dataset: expected batches of what the model's forward takes, got "
+                f"{list(prepared_batches[0])}; say variance=... in the config, or call "
+                "dip.apply(model, config, batches) before"
+            )
+        return found
 
     # ---- the optimiser
 
@@ -242,12 +254,15 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         micro = last + 1 if run is self.state and before == step else 0
         self._dip_at = (self.state, step, micro)
         sizes = (
-            [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim]
+            {name: len(v) for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
             if isinstance(inputs, Mapping)
-            else []
+            else {}
         )
+        # ORPO puts them into one batch
+        pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
+        rows = [sum(pair)] if pair else [*sizes.values()][:1]
         where = (micro, self.args.process_index, self.args.world_size)
-        first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
+        first = place_in_batch(*where, self._train_batch_size, *rows)
         return config.noise(self.args.seed * _RUN + step, first * config.m)
 
     def _dip_first_check(self) -> None:
