@@ -373,7 +373,8 @@ def plot(record: dict, path: Path) -> list[Path]:
         with figures.style():
             figure, axes = figures.panels(height=3.9)
             draw(axes[0, 0])
-            figures.legend(figure, axes[0, 0], columns=1 if name == "buys" else 2)
+            columns, length = (1, 3.0) if name == "buys" else (2, 4.5)
+            figures.legend(figure, axes[0, 0], columns=columns, length=length)
             paths.append(path.with_name(f"{path.stem}_{name}.svg"))
             figures.save(figure, paths[-1])
     return paths

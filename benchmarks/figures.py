@@ -113,10 +113,17 @@ def line_of(method: str) -> dict[str, Any]:
     }
 
 
-def legend(figure: Any, axis: Any, columns: int = 2, place: str = "outside lower center") -> None:
-    """The axis's legend beside the axes, where it covers nothing."""
+def legend(
+    figure: Any,
+    axis: Any,
+    columns: int = 2,
+    place: str = "outside lower center",
+    length: float = 3.0,
+) -> None:
+    """The axis's legend beside the axes, where it covers nothing. length: of its lines, in font
+    sizes; wide dashes need more."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=columns)
+    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=length)
 
 
 def save(figure: Any, path: Path) -> None:

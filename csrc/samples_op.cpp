@@ -1,10 +1,13 @@
 // The passes of dipkernels/ops/row_blocks.py on a CPU: draws of several samples, their activations
 // summed, and back.
 #include "activation_named.h"
+#include "cpu/parallel.h"
 #include "torch.h"
 
 namespace dip {
 namespace {
+
+constexpr int64_t kDrawn = 32 * 1024;  // numbers of a draw that a thread takes at a time, about
 
 // Draws beside one another: u_s = x + factor sigma z_s and z_s of the samples from `sample` on,
 // into what is given.
@@ -13,7 +16,7 @@ void draw_samples(
     int64_t row0, int64_t col0, int64_t sample, double factor) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected shape (rows, K), contiguous");
   STD_TORCH_CHECK(u || z, "u, z: expected one of them at least");
-  const int64_t samples = (u ? *u : *z).size(0), size = x.numel();
+  const int64_t samples = (u ? *u : *z).size(0);
   const auto check = [&](const std::optional<Tensor>& t, const char* name) {
     if (!t) return;
     check_same(*t, name, x);
@@ -40,37 +43,42 @@ void draw_samples(
   };
   if (u) first.x = operand(x), first.u = operand(*u);
   if (z) first.z = operand(*z);
+  // Threads share out blocks of rows of the samples: there may be more threads than samples.
+  const int64_t k = first.features, block = larger(64, kDrawn / larger(1, k));
   struct Job {
     const PerturbArgs& first;
-    int64_t size, bytes_u, bytes_z;
-    ParallelFor inside;
+    int64_t blocks, block, size, bytes_x, bytes_u, bytes_z;
     const char* error;
   } job{
       first,
-      size,
+      ceil_div(first.outer, block),
+      block,
+      x.numel(),
+      static_cast<int64_t>(x.element_size()),
       u ? static_cast<int64_t>(u->element_size()) : 0,
       z ? static_cast<int64_t>(z->element_size()) : 0,
-      parallel_for,
       nullptr};
   const auto draw = [](int64_t begin, int64_t end, void* context) {
     Job& j = *static_cast<Job*>(context);
-    for (int64_t s = begin; s < end; ++s) {
+    const ParallelFor here = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*),
+                                void* inner) { f(0, total, inner); };
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t s = i / j.blocks, row = i % j.blocks * j.block, at = row * j.first.features;
+      const auto move = [](Operand& t, int64_t bytes) {
+        if (t.data) t.data = static_cast<char*>(t.data) + bytes;
+      };
       PerturbArgs a = j.first;
+      a.outer = smaller(j.block, j.first.outer - row);
       a.draw.sample += static_cast<int32_t>(s);
-      if (a.u.data) a.u.data = static_cast<char*>(a.u.data) + s * j.size * j.bytes_u;
-      if (a.z.data) a.z.data = static_cast<char*>(a.z.data) + s * j.size * j.bytes_z;
-      if (const char* error = perturb_cpu(a, j.inside))
+      a.draw.row0 += row;
+      move(a.x, at * j.bytes_x);
+      move(a.u, (s * j.size + at) * j.bytes_u);
+      move(a.z, (s * j.size + at) * j.bytes_z);
+      if (const char* error = perturb_cpu(a, here))
         __atomic_store_n(&j.error, error, __ATOMIC_RELAXED);
     }
   };
-  if (samples < 2) {
-    draw(0, samples, &job);
-  } else {  // a thread for a sample: handing out parts of each would take as long as a small one
-    job.inside = [](int64_t total, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
-      f(0, total, context);
-    };
-    parallel_for(samples, 1, draw, &job);
-  }
+  parallel_for(samples * job.blocks, 1, draw, &job);
   check_done(job.error);
 }
 

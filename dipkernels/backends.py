@@ -1,12 +1,13 @@
 """Which kernels run: `choose` is pure and printable; `backend` and DIPKERNELS_BACKEND override it.
 
-What is forced and cannot run, here or at all, says so at the first call that needs it; an import
-raises nothing.
+If a backend is forced and cannot run, the first call that needs it raises an error. The import
+raises none.
 
-cpu        the compiled library's CPU kernels (AVX-512, AVX2 or portable, by
-DIPKERNELS_CPU_CAPABILITY or the machine) cuda       the compiled library's CUDA kernels
-triton     the Triton kernels
-reference  plain PyTorch in float64: slow, runs everywhere
+- cpu: the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or
+  the machine)
+- cuda: the compiled library's CUDA kernels
+- triton: the Triton kernels
+- reference: plain PyTorch in float64; slow, runs everywhere
 """
 
 from __future__ import annotations
@@ -129,8 +130,9 @@ def library() -> Library:
     if missing := {"cpu", "cuda", "compiler"} - info.keys():
         return Library(
             path=path,
-            error=f"the library does not say its {', '.join(sorted(missing))}: it was built from another release of "
-            "dipkernels: build it again, or pip install --force-reinstall --no-deps dipkernels",
+            error=f"the library does not say its {', '.join(sorted(missing))}, so it was built from "
+            "another release of dipkernels. Build it again, or pip install --force-reinstall "
+            "--no-deps dipkernels",
         )
     if info.get("interface") != INTERFACE:
         return Library(
@@ -151,8 +153,8 @@ def cpu_capability(name: str | None = None) -> str:
     """The instruction set that the CPU kernels use; `name` ("portable", "avx2", "avx512", "auto")
     changes it.
 
-    Results are the same bits for each. Raises RuntimeError where the library or the machine lacks
-    what was asked for.
+    Results are the same bits for each. Raises RuntimeError if the library or the machine lacks what
+    was asked for.
     """
     if not library().cpu_capabilities:
         raise RuntimeError(
@@ -168,15 +170,15 @@ def cpu_capability(name: str | None = None) -> str:
             )
         if functions.dip_set_cpu_capability(-1 if name == "auto" else CAPABILITIES.index(name)):
             raise RuntimeError(
-                f"cpu_capability: {name!r} is not carried by the library or not offered by this "
-                "machine"
+                "cpu_capability: expected an instruction set that the library carries and this "
+                f"machine has, got {name!r}"
             )
     current = functions.dip_cpu_capability()
     if current < 0:
         wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
         raise RuntimeError(
-            f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')}, offered here, "
-            f"got {wanted!r}"
+            f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')} that this "
+            f"machine has, got {wanted!r}"
         )
     return CAPABILITIES[current]
 
@@ -323,11 +325,11 @@ class backend:
     Process-wide, not per thread.
 
     Args:
-        name: "cpu", "cuda", "triton" or "reference"; or "auto", each device chooses again.
+        name: "cpu", "cuda", "triton" or "reference"; or "auto": each device chooses again.
 
     Raises:
         ValueError: Another name.
-        RuntimeError: Here or at the first call, where that backend is missing.
+        RuntimeError: That backend is missing: here, or at the first call.
 
     Examples:
         >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
@@ -354,14 +356,14 @@ class compiled_keep:
     """Set what keep="auto" means under torch.compile, for what follows or, as a context, for a
     block.
 
-    It is read while torch.compile traces, so that a change compiles anew. Not per thread.
+    It is read while torch.compile traces, so a change compiles anew. It holds for all threads.
 
     Args:
-        keep: "x" or "u" (functional.dip_linear); or "bytes", "u" where u's numbers are narrower
-            than x's, as under autocast, and else "x".
+        keep: "x" or "u" (see functional.dip_linear); or "bytes": "u" if u's numbers are narrower
+            than x's, as under autocast, otherwise "x".
 
     Raises:
-        ValueError: for another value.
+        ValueError: Another value.
     """
 
     def __init__(self, keep: str) -> None:
@@ -507,9 +509,9 @@ def choose(
 ) -> Plan:
     """The plan for one operation on tensors of `device` ("cpu", "cuda", ...). Launches nothing.
 
-    dtype, shape: of the weight, and (M, N, K), where they are known and say more: for linear and
-    linear_bwd on a GPU. Raises RuntimeError where a forced backend cannot run there, ValueError
-    where a variable has a value that is none of its own.
+    dtype, shape: of the weight, and (M, N, K), if they are known and matter: for linear and
+    linear_bwd on a GPU. Raises RuntimeError if a forced backend cannot run there, and ValueError if
+    an environment variable has a value that is not allowed.
     """
     if _bad_variables:
         raise ValueError("; ".join(_bad_variables.values()))
@@ -522,10 +524,10 @@ def choose(
         if not _runs_on(forced, device):
             raise RuntimeError(
                 f"{op}: {asked}, and it cannot run on device {device!r} here: "
-                f"{_obstacle(forced, device)}; {_way_out()} to have each device choose its own"
+                f"{_obstacle(forced, device)}; {_way_out()} to let each device choose its own"
             )
         if forced == "cuda" and op.startswith(_NOT_IN_CUDA):
-            raise RuntimeError(f"{op}: {asked}, and it has no kernel of it; use 'triton'")
+            raise RuntimeError(f"{op}: {asked}, and it has no kernel for it; use 'triton'")
         return Plan(forced, "asked for")
     if (
         device == "cuda"
@@ -543,12 +545,12 @@ def choose(
         and _runs_on("triton", device)
         and op not in triton_problems
     ):
-        return Plan("triton", "its passes are fused in Triton alone")
+        return Plan("triton", "only Triton fuses its passes")
     if device == "cuda" and op.startswith(_NOT_IN_CUDA):
         return Plan(
             "reference",
             triton_problems.get(op)
-            or "the CUDA library has no kernel of it, and Triton is missing",
+            or "the CUDA library has no kernel for it, and Triton is missing",
         )
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):

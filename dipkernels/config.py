@@ -1,5 +1,5 @@
-"""One value that says all of a DIP training, as JSON: `DIPConfig`; `apply`, `save`, `load` of a
-model.  docs/guides/trainers.md."""
+"""A whole DIP training in one value with a JSON form, `DIPConfig`; and `apply`, `save` and `load`
+of a model. docs/guides/trainers.md."""
 
 from __future__ import annotations
 
@@ -58,12 +58,13 @@ class DIPConfig:
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
         kl: Weight of the KL term, >= 0, as `objective`'s.
         lambda_s: Weight of the smoothness term, >= 0; above 0 it needs m >= 2.
-        k: Passes of a prediction, >= 0; 0 is the plain network.
-        average: Of a prediction: "probs", "sigmoid" or "logits".
-        key: Of the noise in training: step i takes key + i. None draws from torch's generator.
+        k: Number of passes of a prediction, >= 0; 0 is the plain network.
+        average: What a prediction averages: "probs", "sigmoid" or "logits".
+        key: The key of the noise in training: step i takes key + i. None draws from torch's
+            generator.
 
     Raises:
-        ValueError, TypeError: For a value outside these, naming it.
+        ValueError, TypeError: A value outside these, which the message names.
 
     Examples:
         >>> config = dip.DIPConfig(exclude=["head"], ratio=0.5, m=4)
@@ -127,7 +128,7 @@ class DIPConfig:
             raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
         if self.variance is not None and self.per != "layer":
             raise ValueError(
-                f"per: expected 'layer' beside variance, which nothing calibrates, got {self.per!r}"
+                f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
             )
         for name, least in (("m", 1), ("k", 0)):
             value = getattr(self, name)
@@ -139,7 +140,7 @@ class DIPConfig:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
-                "lambda_s: expected 0 with m = 1, whose trajectories have no variance, got "
+                "lambda_s: expected 0 with m = 1, because one trajectory has no variance, got "
                 f"{self.lambda_s}"
             )
         if not isinstance(self.average, str):
@@ -150,21 +151,21 @@ class DIPConfig:
 
     @property
     def watches_batches(self) -> bool:
-        """Whether `convert` has to run batches for it."""
+        """Whether `convert` needs to run batches."""
         return bool(self.before) or self.place == "producer"
 
     # ---- JSON
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields and the version of their form, fit for JSON."""
+        """The fields and the version of their form, as JSON takes them."""
         return {"version": VERSION, **json.loads(json.dumps(dataclasses.asdict(self)))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DIPConfig:
-        """The config that `to_dict` gave; fields that it lacks have their defaults.
+        """The config that `to_dict` gave. Missing fields have their defaults.
 
         Raises:
-            ValueError: For another version, or keys that this release does not know.
+            ValueError: Another version, or keys that this release does not know.
         """
         if not isinstance(data, Mapping):
             raise TypeError(
@@ -182,7 +183,7 @@ class DIPConfig:
         return cls(**{name: value for name, value in data.items() if name != "version"})
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write dip_config.json into the folder, which is made where it is missing."""
+        """Write dip_config.json into the folder, which is made if it is missing."""
         path = Path(folder) / CONFIG_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(
@@ -198,7 +199,7 @@ class DIPConfig:
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: It is no JSON, or as `from_dict`.
+            ValueError: It is not JSON, or as for `from_dict`.
         """
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
@@ -213,11 +214,11 @@ class DIPConfig:
     # ---- what a training loop calls
 
     def noise(self, step: int, row0: int = 0) -> contextlib.AbstractContextManager[object]:
-        """The noise of a training step: `fixed_noise(key + step, row0)`, or nothing where key is
-        None.
+        """The noise of a training step: `fixed_noise(key + step, row0)`; no effect if key is None.
 
         Args:
-            step: The optimiser step, >= 0; another one for each, or they share their noise.
+            step: The optimiser step, >= 0; another number for each step, otherwise steps share
+                noise.
             row0: Index of this process's first example in the global batch, times m.
         """
         return contextlib.nullcontext() if self.key is None else fixed_noise(self.key + step, row0)
@@ -282,15 +283,15 @@ def _amount(name: str, value: Any) -> Any:
 
 
 def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
-    """Convert the model in place and set its variances, as the config says; the model remembers the
+    """Convert the model in place and set its variances, as the config says. The model remembers the
     config.
 
-    `convert`, then `calibrate` where the config has a ratio. A model of PEFT saves and loads its
-    variances with each adapter from then on (docs/guides/trainers.md).
+    This calls `convert`, then `calibrate` unless the config has a variance. From then on a PEFT
+    model saves and loads its variances with each adapter (docs/guides/trainers.md).
 
     Args:
-        model: Without DIP layers. Call this after `get_peft_model`, before you make an optimiser,
-            and before DDP or FSDP wraps the model.
+        model: A model without DIP layers. Call this after `get_peft_model`, before you make an
+            optimiser, and before DDP or FSDP wraps the model.
         config: What to do.
         batches: The same as for `calibrate`. Needed unless the config sets `variance`, and for
             `before` and place="producer".
@@ -299,9 +300,9 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
         The model.
 
     Raises:
-        ValueError: The model has DIP layers already, no batches where they are needed, an adapter
-            was put around DIP layers, and what `convert` and `calibrate` raise. The model is plain
-            then.
+        ValueError: The model has DIP layers already, batches are needed and missing, or an adapter
+            was put around DIP layers; also what `convert` and `calibrate` raise. The model stays
+            plain.
 
     Examples:
         >>> batches = [torch.randn(64, 4)]
@@ -314,14 +315,14 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
     require_order(model)
     if dip_layers(model):
         raise ValueError(
-            "model: expected one without DIP layers, got some; dip.to_plain(model) first, or "
+            "model: expected one without DIP layers, got some; call dip.to_plain(model) first, or "
             "dip.load"
         )
     calibrated = config.variance is None
     if batches is None and calibrated:
         raise ValueError(
-            "batches: expected some, by which ratio sets the noise, got None; or say variance=... "
-            "in the config"
+            "batches: expected some, because ratio measures the inputs on them, got None; or set "
+            "variance=... in the config"
         )
     if batches is not None:
         batches = listed(batches)
@@ -357,7 +358,7 @@ def config_of(model: nn.Module) -> DIPConfig | None:
         model: Any module.
 
     Returns:
-        The config; None where there is none, or no DIP layer left.
+        The config; None if there is none, or if no DIP layer is left.
 
     Examples:
         >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
@@ -393,9 +394,9 @@ def require_order(model: nn.Module) -> None:
     if around_dip:
         raise ValueError(
             f"model: expected get_peft_model before dip.apply, got {len(around_dip)} adapter(s) "
-            f"around DIP layers, such as {around_dip[0]!r}, whose variances PEFT froze; give "
-            "get_peft_model the plain model and apply afterwards, or dip.convert(model) moves the "
-            "noise to the adapters"
+            f"around DIP layers, such as {around_dip[0]!r}, whose variances PEFT froze; call "
+            "get_peft_model with the plain model, and dip.apply afterwards; or call "
+            "dip.convert(model), which moves the noise to the adapters"
         )
 
 
@@ -460,14 +461,14 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
         name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)
         for name in dip_layers(model)
     }
-    without, unused = (
-        [name for name, p in found.items() if p is None],
-        [p for p in ratio if p not in found.values()],
-    )
-    if without or unused:
+    unused = [p for p in ratio if p not in found.values()]
+    if unused:
+        raise ValueError(no_match("ratio", unused, found, "a DIP layer's name"))
+    without = [name for name, p in found.items() if p is None]
+    if without:
         raise ValueError(
-            f"ratio: expected patterns for every layer, and each for one, got none for {without} "
-            f"and {unused} that match none; end with '*'"
+            f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
+            "'*'"
         )
     calibrate(model, batches, 1.0, per=config.per)
     state = variances(model)
@@ -482,13 +483,13 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None = None) -> None:
-    """Write dip_config.json and dip.safetensors (variances, priors) into a folder, beside what a
-    framework saves there.
+    """Write dip_config.json and dip.safetensors (variances, priors) into a folder, beside the files
+    that a framework saves there.
 
     Args:
-        model: That `apply` or `load` has converted; wrapped or not. Of a sharded one every rank
-            must call this.
-        folder: Made where it is missing.
+        model: A model that `apply` or `load` has converted, wrapped or not. If it is sharded, every
+            rank must call this.
+        folder: It is made if it is missing.
         write: Whether this process writes. By default the first rank does, or the only process.
 
     Raises:
@@ -533,21 +534,22 @@ def save_state(
 def load(
     model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None
 ) -> nn.Module:
-    """Convert the model as the config in the folder says, unless it is converted, and set its
-    variances and priors.
+    """Convert the model as the config in the folder says, unless it is converted already, and set
+    its variances and priors.
 
     Args:
-        model: Plain, with its weights loaded, or with the same DIP layers.
-        folder: That `save` wrote.
-        batches: For a plain model whose config has `before` or place="producer": as `convert`'s.
+        model: A plain model with its weights loaded, or one with the same DIP layers.
+        folder: A folder that `save` wrote.
+        batches: As for `convert`; needed for a plain model whose config has `before` or
+            place="producer".
 
     Returns:
         The model, which remembers the config.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Another version, unknown keys, variances of other layers or shapes; a plain
-            model is plain then.
+        ValueError: Another version, unknown keys, or variances of other layers or shapes. A plain
+            model stays plain.
         ImportError: safetensors is missing.
 
     Examples:

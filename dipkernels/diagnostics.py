@@ -1,8 +1,8 @@
-"""How smooth a network is, and how loud its noise: of the deterministic network and of the noised
-mean predictor.
+"""How smooth a network is and how loud its noise is, for the deterministic network and for the
+noised mean predictor.
 
-The noised mean predictor is f_k(x) = mean over s < k of f(x; noise s), its k noisy passes held
-fixed, so that it is one smooth function; k = 0 is the deterministic network, f_0(x) = f(x).
+The noised mean predictor is f_k(x) = mean over s < k of f(x; noise s). Its k noises stay the same,
+so it is one smooth function. k = 0 is the deterministic network, f_0(x) = f(x).
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def predictor(
     without noise.
 
     Args:
-        model: A module, run in eval mode with each module's mode restored, or a callable.
-        k: >= 0 passes, whose noise is that of fixed_noise(key) in pass s, the same at every call.
-        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`); an
-            output that is no tensor must have one as `logits`.
-        dim: As `predict`'s.
-        key: Of the noise.
-        target: Applied to each mean, such as a loss.
+        model: A module, or a callable. A module runs in eval mode; each module's mode is restored.
+        k: Number of passes, >= 0. Their noise depends on key, and is the same at every call.
+        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`). An
+            output that is not a tensor must have one as `logits`.
+        dim: As for `predict`.
+        key: The key of the noise.
+        target: A function that is applied to each mean, such as a loss.
 
     Returns:
         A function that torch.func can differentiate.
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -122,21 +122,21 @@ def lipschitz(
     Jacobian d f_k / d x.
 
     Args:
-        model: A module or callable that treats its examples apart, [B, ...] -> [B, ...].
+        model: A module or callable, [B, ...] -> [B, ...], that treats each example by itself.
         x: [B, ...], floating.
-        k: As `predictor`'s.
-        average: As `predictor`'s.
-        dim: As `predictor`'s.
-        key: As `predictor`'s.
-        iterations: >= 1, at most, of power iteration on J^T J, v -> J^T (J v), by forward and then
-            reverse differentiation.
-        tolerance: It ends when no value changed by more than this, relative.
+        k: As for `predictor`.
+        average: As for `predictor`.
+        dim: As for `predictor`.
+        key: As for `predictor`.
+        iterations: The largest number of steps, >= 1, of power iteration on J^T J: v -> J^T (J v),
+            by forward and then reverse differentiation.
+        tolerance: The iteration ends when no value changes by more than this, relatively.
 
     Returns:
         [B], of x's type: a lower bound that rises to the constant.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2, bias=False)))
@@ -177,25 +177,25 @@ def smoothness(
     in the input.
 
     Args:
-        model: As `lipschitz`'s.
-        x: As `lipschitz`'s.
-        loss_fn: Of f_k's output [B, ...], a loss for each example, [B], or their sum; such as
-            lambda out: F.cross_entropy(out, y, reduction="none").
-        k: As `predictor`'s.
-        average: As `predictor`'s.
-        dim: As `predictor`'s.
-        key: As `predictor`'s.
+        model: As for `lipschitz`.
+        x: As for `lipschitz`.
+        loss_fn: Takes f_k's output [B, ...] and gives a loss for each example, [B], or their sum;
+            such as lambda out: F.cross_entropy(out, y, reduction="none").
+        k: As for `predictor`.
+        average: As for `predictor`.
+        dim: As for `predictor`.
+        key: As for `predictor`.
         which: "magnitude", the largest |eigenvalue|, which is the Lipschitz constant of the
             gradient, or "largest", the largest with its sign.
-        iterations: Of power iteration, v -> H v by forward differentiation of the gradient;
-            "largest" needs a second one, on H + |top|.
-        tolerance: As `lipschitz`'s.
+        iterations: As for `lipschitz`, with v -> H v by forward differentiation of the gradient.
+            "largest" needs a second power iteration, on H + |top|.
+        tolerance: As for `lipschitz`.
 
     Returns:
         [B], of x's type.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2)))
@@ -326,20 +326,20 @@ def output_variance(
     """The variance of every output over k noisy passes, Var_s[f(x; noise s)], unbiased.
 
     Args:
-        model: As `predict`'s.
+        model: As for `predict`.
         args: The model's positional arguments.
-        k: Passes, >= 2.
-        average: Of which the variance is taken: "logits" (the outputs), "probs" (their softmax over
+        k: Number of passes, >= 2.
+        average: What the variance is taken of: "logits" (the outputs), "probs" (their softmax over
             dim) or "sigmoid", as in `predict`.
-        chunk: As `predict`'s.
-        dim: As `predict`'s.
+        chunk: As for `predict`.
+        dim: As for `predict`.
         kwargs: The model's named arguments.
 
     Returns:
         A tensor of the output's shape, at least float32.
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -357,8 +357,8 @@ def output_variance(
 
 @dataclass(frozen=True)
 class LayerNoise:
-    """One DIP layer: mean over features of the input's variance, of the noise's, and their
-    ratio."""
+    """One DIP layer: the mean over features of the input's variance and of the noise's variance,
+    and their ratio."""
 
     name: str
     signal: float
@@ -391,15 +391,15 @@ def signal_to_noise(model: nn.Module, batches: Iterable[Any]) -> LayerNoises:
     """The signal-to-noise ratio at every DIP layer's input: sum_j Var[x_j] / sum_j (lambda_j / S).
 
     Args:
-        model: With DIP layers; run in eval mode without noise.
-        batches: As `calibrate`'s. Var[x_j] is over all rows of the batches; S is the layer's
+        model: A model with DIP layers. It runs in eval mode without noise.
+        batches: As for `calibrate`. Var[x_j] is over all rows of the batches; S is the layer's
             num_samples.
 
     Returns:
         LayerNoises, one LayerNoise for each layer, which prints as a table.
 
     Raises:
-        ValueError: As `summary`.
+        ValueError: As for `summary`.
 
     Examples:
         >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)

@@ -22,21 +22,22 @@ _HALF = (torch.bfloat16, torch.float16)
 def shard_variances(
     module: nn.Module, *, reshard_after_forward: bool = False, **fsdp: Any
 ) -> nn.Module:
-    """fully_shard every variance inside the module as one group of its own, in float32, before the
-    module itself.
+    """Shard every variance inside the module by fully_shard, as one group of its own in float32,
+    before the module itself is sharded.
 
-    FSDP2 wants one type per group, and its mixed precision would compute log_variance in half
-    precision; weights that are float32 throughout need none of this.
+    FSDP2 wants one type in each group, and its mixed precision would compute log_variance in half
+    precision. A model that is all float32 does not need this.
 
         for block in model.blocks:
             fully_shard(dip.shard_variances(block, mesh=mesh), mesh=mesh, mp_policy=bf16)
         fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh, mp_policy=bf16)
 
     Args:
-        module: Not sharded yet; variances sharded already stay as they are.
-        reshard_after_forward: Gather the group a second time in backward; it is small, so by
-            default it is not.
-        fsdp: mesh, offload_policy, ... of torch.distributed.fsdp.fully_shard.
+        module: A module that is not sharded yet. Variances that are sharded already stay as they
+            are.
+        reshard_after_forward: Whether the group is gathered a second time in backward. It is small,
+            so by default it is not.
+        fsdp: mesh, offload_policy and other arguments of torch.distributed.fsdp.fully_shard.
 
     Returns:
         The module.
@@ -63,20 +64,20 @@ def shard_variances(
 def parallelize_module(
     module: nn.Module, device_mesh: Any, parallelize_plan: Any = None, **options: Any
 ) -> nn.Module:
-    """torch.distributed.tensor.parallel.parallelize_module for a converted model: variances stay
-    whole on every rank.
+    """Do for a converted model what torch.distributed.tensor.parallel.parallelize_module does for a
+    plain one. Variances stay whole on every rank.
 
-    The styles are torch's own; they cut every parameter that they find inside a layer, so the
+    The styles are torch's own. They cut every parameter that they find inside a layer, so the
     variances are taken out meanwhile.
 
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         dip.parallelize_module(model, mesh["tp"], plan)
 
     Args:
-        module: Torch's.
-        device_mesh: Torch's, always given.
-        parallelize_plan: Torch's.
-        options: Torch's.
+        module: As for torch's function.
+        device_mesh: As for torch's function; it must be given.
+        parallelize_plan: As for torch's function.
+        options: As for torch's function.
 
     Returns:
         What torch's function returns.
@@ -114,23 +115,24 @@ def replicate_variance(variance: Variance, mesh: Any) -> None:
 
 
 def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
-    """Compare the ranks of the default process group: what must be one is one, and what must differ
-    differs.
+    """Check the ranks of the default process group: what must be equal is equal, and what must
+    differ differs.
 
-    A collective, for all ranks; call it before training, or now and then, in the fixed_noise
-    context of a step if there is one, where it compares keys instead of generators. Without a
-    process group only the model is looked at.
+    This is a collective: every rank must call it. Call it before training, or now and then. Inside
+    the fixed_noise context of a step it compares keys instead of generators. Without a process
+    group it looks at the model only.
 
     Args:
-        model: With DIP layers, wrapped as for training.
-        tensor_parallel: The DeviceMesh, such as mesh["tp"], over which layers are split; its ranks
-            must draw alike.
+        model: A model with DIP layers, wrapped as for training.
+        tensor_parallel: The DeviceMesh, such as mesh["tp"], over which layers are split. Its ranks
+            must draw the same noise.
 
     Raises:
-        RuntimeError: Naming layers and ranks: a log_variance in half precision, in an FSDP group of
-            half precision (shard_variances), or split over ranks where the layer's weight has all
-            input features; ranks whose layers are numbered differently or have different priors;
-            tensor-parallel ranks of different noise.
+        RuntimeError: A fault, with the names of layers and ranks. A log_variance is in half
+            precision, in an FSDP group of half precision (shard_variances), or split over ranks
+            although the layer's weight has all input features. Or ranks number their layers
+            differently, have different priors, or draw different noise although they are
+            tensor-parallel.
 
     Warns:
         UserWarning: Ranks that hold different examples would draw the same noise.

@@ -71,25 +71,26 @@ def perturb(
     Computed in float32 (float64 for float64 x), rounded once.
 
     Args:
-        x: Any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. A DTensor
-            gets the noise of the whole tensor, each rank that of its shard (seed must be one on all
-            ranks; cut along an inner dimension: a call per entry).
+        x: Any shape, float32, float64, float16 or bfloat16; K = x.shape[dim] features. Each rank of
+            a DTensor gets the part of the whole tensor's noise that belongs to its shard; the seed
+            must be the same on all ranks.
         sigma: [K], float32 or float64, a standard deviation >= 0 (checked on a CPU in eager mode),
             or with log_variance=True ln(sigma^2), any value.
         seed: int64 [2] = (key, stream), on x's device.
         dim: The feature dimension.
-        row0: As `noise`'s.
-        col0: As `noise`'s.
-        sample: As `noise`'s.
-        num_samples: S averages S draws, by one draw with sigma / sqrt(S), which has the same law.
-        log_variance: What sigma holds.
-        dtype: Of u, x's by default.
+        row0: As for `noise`.
+        col0: As for `noise`.
+        sample: As for `noise`.
+        num_samples: S. The mean of S draws is made as one draw with sigma / sqrt(S), which has the
+            same law.
+        log_variance: Whether sigma holds ln(sigma^2).
+        dtype: The type of u; by default x's.
 
     Returns:
-        u, of x's shape, and of its strides where x is dense.
+        u, of x's shape, and of its strides if x is dense.
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> x, sigma, seed = torch.zeros(4, 3), torch.full((3,), 0.5), torch.tensor([7, 0])
@@ -131,13 +132,13 @@ def dip_linear(
         x: [..., K].
         weight: [N, K].
         bias: [N] or None.
-        sigma: As `perturb`'s.
-        seed: As `perturb`'s.
-        row0: As `noise`'s.
-        col0: As `noise`'s.
-        sample: As `noise`'s.
-        num_samples: As `perturb`'s, before the activation; with "mean" behind it.
-        log_variance: What sigma holds.
+        sigma: As for `perturb`.
+        seed: As for `perturb`.
+        row0: As for `noise`.
+        col0: As for `noise`.
+        sample: As for `noise`.
+        num_samples: As for `perturb`, before the activation; with estimator="mean", behind it.
+        log_variance: Whether sigma holds ln(sigma^2).
         keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made
             again in backward, in the pass that sums dsigma: for layers that share an input), or
             "auto": "u", and under torch.compile what `backends.compiled_keep` says, "x" by
@@ -145,18 +146,18 @@ def dip_linear(
         activation: None, "relu", "gelu", "gelu_tanh", "silu" or "tanh".
         estimator: Where the mean over z is taken.
             "sample": act of one draw; num_samples draws are averaged before the activation.
-            "mean": mean over s of act(h_s), samples sample .. sample + num_samples - 1 drawn one
-            after another: the time of S layers in the memory of one. Backward draws and multiplies
-            again. Without an activation as "sample".
+            "mean": mean over s of act(h_s). The samples sample .. sample + num_samples - 1 are
+            drawn one after another: the time of S layers in the memory of one. Backward draws and
+            multiplies again. Without an activation the same as "sample".
             "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and
-            variance sum_k sigma_k^2 W_nk^2. Nothing is drawn, seed and its origin are not used;
-            num_samples must be 1. Error: docs/maths.md, section 7.
+            variance sum_k sigma_k^2 W_nk^2. Nothing is drawn, and seed and origin are not used.
+            num_samples must be 1. docs/maths.md, section 7, has the error.
 
     Returns:
         y [..., N].
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> x, weight, bias, sigma = torch.randn(8, 4), torch.randn(2, 4), torch.zeros(2), torch.full((4,), 0.1)
@@ -210,7 +211,7 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         y, in mu's shape and dtype.
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> dip.functional.expectation(torch.zeros(1, 1), torch.ones(1), "relu")  # 1 / sqrt(2 pi)

@@ -1,15 +1,15 @@
 """The projection in the operation that makes a layer's input: u = f(x) + sigma * z.  docs/maths.md,
 section 10.
 
-f is a norm over the last dimension, an activation, or a gated product. One pass forward and one in
-backward, which keeps what the plain operation keeps, and never u or z.
+f is a norm over the last dimension, an activation, or a gated product. There is one pass forward
+and one in backward. It keeps what the plain operation keeps, and never u or z.
 
     u = producers.norm(x, weight, bias, sigma, seed, kind="layer", eps=1e-5)
     u = producers.activate(x, sigma, seed, kind="gelu", dim=1)
     u = producers.gate(a, b, sigma, seed, kind="silu")
 
-z is `functional.noise`'s for the same seed, row0, col0 and sample: u is
-`functional.perturb(f(x), ...)`, but that f(x) is not rounded on the way. Without noise call the
+z is that of `functional.noise` for the same seed, row0, col0 and sample. u is
+`functional.perturb(f(x), ...)`, except that f(x) is not rounded on the way. Without noise call the
 plain torch function.
 """
 
@@ -57,15 +57,15 @@ def norm(
             in order.
         col0: its first column.
         sample: its sample.
-        log_variance: what sigma holds.
-        dtype: of u; autocast's where that is on, else x's.
+        log_variance: whether sigma holds ln(sigma^2).
+        dtype: the type of u; by default autocast's if that is on, otherwise x's.
 
     Returns:
         u, of x's shape. Computed in float32 (float64 for float64 x), statistics too, and rounded
         once.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> from dipkernels import producers
@@ -104,10 +104,10 @@ def activate(
         row0, col0, sample, log_variance, dtype: as in `norm`.
 
     Returns:
-        u, of x's shape, and of its strides where x is dense.
+        u, of x's shape, and of its strides if x is dense.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> from dipkernels import producers
@@ -145,7 +145,7 @@ def gate(
         u, of a's shape.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> from dipkernels import producers

@@ -1,4 +1,4 @@
-"""What the noise of a model is, to look at: numbers for a logger, a figure, a line of progress.
+"""Show the noise of a model: numbers for a logger, a figure, a line of progress.
 docs/guides/trainers.md."""
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ Batch = TypeVar("Batch")
 
 @torch.no_grad()
 def metrics(model: nn.Module) -> dict[str, float]:
-    """Few numbers on the variances, for any logger.
+    """A few numbers about the variances, for any logger.
 
     Args:
-        model: With DIP layers, wrapped or not. Of a sharded one every rank must call this.
+        model: A model with DIP layers, wrapped or not. If it is sharded, every rank must call this.
 
     Returns:
-        "dip/sigma": mean over layers of the mean sigma. "dip/share": mean over layers of sigma over
-        the prior's, which is the sigma that `calibrate` set: 1 at the start, below 1 where the
-        loss made the noise smaller. "dip/kl": the KL term with weight 1. "dip/sigma/GROUP" and "dip/share/GROUP": of the layers whose names
-        differ in numbers alone, such as blocks.q_proj.
+        "dip/sigma": the mean over layers of the mean sigma. "dip/share": the mean over layers of
+        sigma divided by the prior's sigma, which `calibrate` set. It is 1 at the start, and below 1
+        where the loss made the noise smaller. "dip/kl": the KL term with weight 1.
+        "dip/sigma/GROUP" and "dip/share/GROUP": the same for the layers whose names differ in
+        numbers alone, such as blocks.q_proj.
 
     Raises:
         ValueError: The model has no DIP layers, or a variance is not finite.
@@ -72,12 +73,12 @@ def plot(
     *,
     before: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Sigma against depth, before and after: one mark for each layer at its mean, a bar from its
-    least to its largest.
+    """Plot sigma against depth, before and after: one mark for each layer at its mean, and a bar
+    from its least sigma to its largest.
 
     Args:
-        model: With DIP layers.
-        path: Of the figure to write, such as "sigma.png"; None writes none.
+        model: A model with DIP layers.
+        path: Where to write the figure, such as "sigma.png"; None writes none.
         before: What `variances` gave earlier; by default the priors, which are where `calibrate`
             started.
 
@@ -212,11 +213,11 @@ def progress(
 
     Args:
         batches: Any iterable.
-        model: With DIP layers.
-        every: Where the line is not on a terminal: steps between lines, by default a tenth of the
+        model: A model with DIP layers.
+        every: Steps between lines, if they do not go to a terminal; by default a tenth of the
             batches.
-        file: Where to write, standard error by default; on a terminal one line is written over,
-            twice a second.
+        file: Where to write, by default standard error. On a terminal one line is rewritten twice a
+            second.
 
     Returns:
         An iterable with the method `update`.

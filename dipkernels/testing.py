@@ -1,5 +1,5 @@
-"""For who writes a kernel: compare an operation with the reference and see the first element that
-differs.
+"""For those who write kernels: compare an operation with the reference and see the first element
+that differs.
 
 python -c "import dipkernels.testing as t; print(t.compare('perturb', 'cpu'))"
 """
@@ -88,20 +88,19 @@ def compare(
     Args:
         op: Its name, one of `dipkernels.ops.registry.SCHEMAS`: "perturb", "linear_bwd", ...
         backend: "cpu", "cuda", "triton" (on a CPU under TRITON_INTERPRET=1) or "reference".
-        shape: Of the data, [..., K]; the weight of a layer has K + 3 rows.
-        dtype: Of the data.
-        tolerance: What results may differ by, relative to 1 + the largest expected value; by
-            default what one rounding of `dtype` explains.
+        shape: The shape of the data, [..., K]. The weight of a layer has K + 3 rows.
+        dtype: The type of the data.
+        tolerance: By how much results may differ, relative to 1 + the largest expected value. By
+            default what one rounding to `dtype` explains.
         arguments: Values for arguments of the operation, by the names in its schema: row0=7,
             seed=..., activation="tanh".
 
     Returns:
-        A `Comparison`, true where all agree.
+        A `Comparison`, which is true if all agree.
 
     Raises:
-        ValueError: For an operation or an argument that does not exist, or a shape without
-            features.
-        RuntimeError: Where the backend cannot run here.
+        ValueError: An operation or an argument that does not exist, or a shape without features.
+        RuntimeError: The backend cannot run here.
     """
     if op not in registry.SCHEMAS:
         raise ValueError(f"op: expected one of {sorted(registry.SCHEMAS)}, got {op!r}")

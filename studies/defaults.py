@@ -183,11 +183,11 @@ def plot_gains(table: str, folder: Path) -> None:
     least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure
     for number, score in enumerate(SCORES[:2]):
         with figures.style():
-            figure, axes = figures.panels(height=3.9)
+            figure, axes = figures.panels(height=5.8)
             axis = axes[0, 0]
             for method, label, shift, (color, marker, _) in (
-                ("default", "the recipe", 0.15, figures.LINES["DIP"]),
-                ("fixed 1", "the same sigma, fixed", -0.15, figures.LINES["fixed variance"]),
+                ("default", "the recipe", 0.2, figures.LINES["DIP"]),
+                ("fixed 1", "the same sigma, fixed", -0.2, figures.LINES["fixed variance"]),
             ):
                 for i, task in enumerate(tasks):
                     mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
@@ -206,7 +206,7 @@ def plot_gains(table: str, folder: Path) -> None:
                         axis.annotate(
                             mean,
                             (shown, shift - i),
-                            (6 if shown == least else -30, -3),
+                            (6 if shown == least else -36, -3),
                             textcoords="offset points",
                             fontsize=8,
                         )

@@ -67,7 +67,7 @@ def test_what_the_cuda_library_lacks_runs_elsewhere(monkeypatch):
             assert choose(op, "cuda").backend in wanted, op
         if not (op in carried or made_of_others):
             monkeypatch.setattr(backends, "forced", "cuda")
-            with pytest.raises(RuntimeError, match="it has no kernel of it; use 'triton'"):
+            with pytest.raises(RuntimeError, match="it has no kernel for it; use 'triton'"):
                 choose(op, "cuda")
             monkeypatch.setattr(backends, "forced", None)
 
@@ -232,7 +232,7 @@ def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(forced,
     (refusal,) = (line for line in output.splitlines() if line.startswith("refused:"))
     assert says in refusal
     if forced != "quick":
-        assert "unset DIPKERNELS_BACKEND, or call dipkernels.backend('auto'), to have" in refusal
+        assert "unset DIPKERNELS_BACKEND, or call dipkernels.backend('auto'), to let" in refusal
     kernels = next(line for line in output.splitlines() if line.startswith("kernels on cpu"))
     assert says in kernels  # the report names it too
     assert "torch.Size([3, 2])" in output and "auto:" in output
@@ -276,7 +276,7 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         monkeypatch.setattr(backends, "_c_functions", lambda path: build_info)
         backends.library.cache_clear()
         assert (
-            "does not say its compiler, cuda: it was built from another release"
+            "does not say its compiler, cuda, so it was built from another release"
             in backends.library().error
         )
         build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"

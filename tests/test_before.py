@@ -185,7 +185,7 @@ class Wide(nn.Module):
         (
             Net(),
             {"before": ["*.exprets"], "batches": [X]},
-            r"before: .*'\*\.exprets' that matches none",
+            r"before: .*\['\*\.exprets'\] that match none; names like them: \['blocks\.0\.experts'",
         ),
         (Net(), {"before": ["*.experts"]}, "^batches: expected a batch"),
         (Net(), {"before": ["*.experts"], "batches": []}, "^batches: expected at least one"),
@@ -231,8 +231,13 @@ class Wide(nn.Module):
         ),
         (
             Net(),
-            {"init_variance": {"*": 0.1, "x": 0.2}, **ALL},
-            r"init_variance: .*\['x'\] that match none",
+            {"init_variance": {"x": 0.2, "*": 0.1}, **ALL},
+            r"init_variance: .*a layer to convert, got \['x'\] that match none$",
+        ),
+        (
+            Net(),
+            {"init_variance": {"*": 0.1, "head": 0.2}, **ALL},
+            r"init_variance: expected narrow patterns before wide ones, got \['head'\] behind",
         ),
         (
             Net(),

@@ -86,7 +86,7 @@ def test_config_goes_through_json_and_back():
         ({"variance": -1.0}, "variance: expected a finite number > 0"),
         ({"ratio": 1.0, "variance": 0.1}, "variance: expected None beside ratio"),
         ({"per": "all"}, "per: expected 'layer' or 'feature'"),
-        ({"per": "feature", "variance": 0.1}, "per: expected 'layer' beside variance"),
+        ({"per": "feature", "variance": 0.1}, "per: expected 'layer' with variance"),
         ({"m": 0}, "m: expected an integer >= 1"),
         ({"k": True}, "k: expected an integer >= 0"),
         ({"kl": -0.1}, "kl: expected a finite number >= 0"),
@@ -153,7 +153,7 @@ def test_apply_noises_modules_by_name_and_shares():
 @pytest.mark.parametrize(
     "config, batches, message",
     [
-        (dip.DIPConfig(), None, "batches: expected some, by which ratio"),
+        (dip.DIPConfig(), None, "batches: expected some, because ratio"),
         (dip.DIPConfig(), [], "batches: expected at least one batch"),
         (dip.DIPConfig(), [torch.ones(4, 8)], "batches: expected inputs that vary"),
         (dip.DIPConfig(include=["nothing"]), [X], r"include: expected patterns .*'nothing'"),
@@ -161,9 +161,15 @@ def test_apply_noises_modules_by_name_and_shares():
         (
             dip.DIPConfig(ratio={"up": 1.0}),
             [X],
-            r"ratio: expected patterns .*none for \['body.0', 'head'\]",
+            r"ratio: expected a pattern for every layer, .* matches \['body.0', 'head'\]",
         ),
-        (dip.DIPConfig(ratio={"up": 1.0, "*": 1.0, "no": 1.0}), [X], r"\['no'\] that match none"),
+        (dip.DIPConfig(ratio={"no": 1.0, "*": 1.0}), [X], r"\['no'\] that match none$"),
+        (
+            dip.DIPConfig(ratio={"haed": 1.0, "*": 1.0}),
+            [X],
+            r"\['haed'\] that match none; names like them: \['head'\]",
+        ),
+        (dip.DIPConfig(ratio={"*": 1.0, "up": 2.0}), [X], r"narrow .* \['up'\] behind"),
         (dip.DIPConfig(before=["body.0"], variance=0.1), None, "batches: expected a batch"),
         ({"m": 2}, [X], "config: expected a DIPConfig, got dict"),
     ],

@@ -71,7 +71,7 @@ def test_a_gpu_is_reported(monkeypatch):
 
 @pytest.mark.parametrize(
     "triton, runs",
-    [(True, "triton (its passes"), (False, "reference (the CUDA library has no kernel")],
+    [(True, "triton (only Triton fuses"), (False, "reference (the CUDA library has no kernel")],
 )
 def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -87,7 +87,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     ].startswith(runs)
     assert "expectation on cpu" not in report
     monkeypatch.setattr(backends, "forced", "cuda")
-    assert "has no kernel of it; use 'triton'" in env_report()["expectation on cuda"]
+    assert "has no kernel for it; use 'triton'" in env_report()["expectation on cuda"]
 
 
 @pytest.mark.parametrize("variable, value, says", [

@@ -90,8 +90,29 @@ def test_a_pattern_that_matches_nothing_is_answered_with_the_names_like_it(patte
         dip.convert(model, exclude=[pattern])
     with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
         dip.apply(model, dip.DIPConfig(include=[pattern], variance=0.01))
+    with pytest.raises(ValueError, match=f"before: .* match none; names like them: {like}"):
+        dip.convert(model, before=[pattern], batches=[torch.randn(2, 8)])
+    if pattern != "down_proj":  # share compares with a layer's own name too
+        with pytest.raises(ValueError, match=f"share: .* match none; names like them: {like}"):
+            dip.convert(model, share=[(pattern, "*head")])
+    with pytest.raises(ValueError, match=f"init_variance: .* none; names like them: {like}"):
+        dip.convert(model, {pattern: 0.1, "*": 0.01})
     with pytest.raises(ValueError, match=r"match none$"):
         dip.convert(model, exclude=["quite_another"])
+
+
+def test_the_name_of_a_module_around_layers_is_answered_with_their_names():
+    model = nn.Sequential(nn.ReLU(), Named())
+    inside = r"names like them: \['1.down_proj', '1.head'\]$"
+    with pytest.raises(ValueError, match=f"^init_variance: .*{inside}"):
+        dip.convert(model, {"1": 0.1, "*": 0.01})
+    with pytest.raises(ValueError, match=f"^share: .*{inside}"):
+        dip.convert(model, share=[("1", "*head")])
+
+
+def test_a_pattern_behind_a_wider_one_is_not_said_to_match_nothing():
+    with pytest.raises(ValueError, match=r"^init_variance: .*narrow .*\['head'\] behind"):
+        dip.convert(Named(), {"*": 0.01, "head": 0.1})
 
 
 def test_save_without_a_config_says_how_to_save(tmp_path):

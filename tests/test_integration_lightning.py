@@ -189,7 +189,7 @@ class Manual(Module):
         (
             NoForward,
             lambda: DIPCallback(CONFIG),
-            "batches: expected some, for a module without a forward",
+            "batches: expected some, because the module has no forward",
         ),
         (
             lambda: Module(groups=False),
@@ -223,7 +223,7 @@ def test_a_module_that_was_applied_before_needs_no_config(tmp_path):
     assert len(dip_layers(module)) == 2 and dip.config_of(module) == CONFIG
     other = Module()
     dip.apply(other.net, CONFIG, [X])
-    with pytest.raises(ValueError, match=r"got another in {'m': \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"got one that differs in {'m': \(2, 4\)"):
         fitted(tmp_path, other, DIPCallback(dip.DIPConfig(ratio=0.5, m=4)))
 
 
@@ -338,7 +338,7 @@ def test_lists_of_a_batch_are_repeated_with_its_tensors(tmp_path):
     from lightning.pytorch.utilities import CombinedLoader
 
     both = CombinedLoader({"x": DataLoader(X, 8), "labels": DataLoader(Y, 4)}, mode="min_size")
-    with pytest.raises(ValueError, match="m: expected 1 where the tensors of a batch have not all"):
+    with pytest.raises(ValueError, match="m: expected 1, because not all tensors"):
         fit(both)
 
 

@@ -362,7 +362,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     model = dip.apply(vit(), CONFIG, [x])
     with pytest.raises(
         ValueError,
-        match=r"dip: expected the config of the model or None, got another in {'m': \(2, 3\)",
+        match=r"dip: expected the config of the model or None, got one that differs in {'m': \(2, 3\)",
     ):
         DIPTrainer(model, args, train_dataset=data, dip=dip.DIPConfig(ratio=0.5, m=3))
     with pytest.raises(ValueError, match="model: expected a plain model beside dip"):
@@ -409,7 +409,7 @@ def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
             continue
         with pytest.raises(
             ValueError,
-            match=r"m: expected 1 where the tensors .*\['interpolate_pos_encoding'\]\": \(\)",
+            match=r"m: expected 1, because .*\['interpolate_pos_encoding'\]\": \(\)",
         ):
             trainer.train()
 
@@ -954,7 +954,7 @@ def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
             dip=config,
         )
 
-    with pytest.raises(ValueError, match="m: expected 1 where the tensors of a batch"):
+    with pytest.raises(ValueError, match="m: expected 1, because not all tensors"):
         trainer(dip.DIPConfig(variance=0.1)).train()
     with pytest.raises(ValueError, match=r"train_dataset: expected batches that are mappings"):
         trainer(dip.DIPConfig(m=1))

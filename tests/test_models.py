@@ -931,7 +931,7 @@ def test_t5s_cross_attention_shares_what_is_one_tensor():
         ([("q_proj",)], "groups of two or more"),
         ([("q_proj", "q")], r"\['q'\] that match none"),
         ([("o_proj", "down_proj")], "two layers of one parent"),
-        ([("gate_proj", "down_proj")], "one number of input features"),
+        ([("gate_proj", "down_proj")], "the same number of input features"),
         ([QKV, ("k_proj", "v_proj")], "in two"),
     ],
 )

@@ -121,7 +121,9 @@ class Experts(nn.Module):
 
 
 def test_a_layer_that_the_batches_do_not_reach_is_named_at_once():
-    with pytest.warns(dip.DIPConversionWarning, match=r"not reach 1 layer\(s\).*: b\. One that"):
+    with pytest.warns(
+        dip.DIPConversionWarning, match=r"not reach 1 layer\(s\).*: b\. A layer that"
+    ):
         dip.convert(Experts(), place="producer", batches=[X])
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)
@@ -279,7 +281,7 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             variant(forward=two_places),
             None,
             "b",
-            "called in several places, which other layers read",
+            "called in several places, and different layers read them",
         ),
         (variant(between=jitter), None, "a", r"mul in the model itself"),
         (variant(between=on_the_host), None, "a", "tolist in the model itself"),
@@ -297,7 +299,7 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             variant(forward=functional_gelu),
             None,
             "head",
-            r"a call of gelu in the model itself, no module: give it one, nn\.GELU",
+            r"a call of gelu in the model itself, not by a module: use nn\.GELU",
         ),
         (
             variant(between=lambda self, y: F.dropout(y, 0.1, self.training)),
@@ -312,9 +314,14 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             r"dropout in act\.1 \(Dropout\) reads it",
         ),
         (Net, changes(norm=nn.LayerNorm((5, 8))), "a", r"a norm over several dimensions, \(5, 8\)"),
-        (Net, changes(act=Callable()), "head", "Callable is no LayerNorm, RMSNorm or activation"),
-        (Net, changes(act=nn.LeakyReLU()), "head", "LeakyReLU is no LayerNorm"),
-        (Net, changes(norm=nn.GroupNorm(1, 5)), "a", "GroupNorm is no LayerNorm"),
+        (
+            Net,
+            changes(act=Callable()),
+            "head",
+            "Callable is not a LayerNorm, RMSNorm or activation",
+        ),
+        (Net, changes(act=nn.LeakyReLU()), "head", "LeakyReLU is not a LayerNorm"),
+        (Net, changes(norm=nn.GroupNorm(1, 5)), "a", "GroupNorm is not a LayerNorm"),
         (Net, hooked, "a", "it has hooks"),
         (Net, tied, "a", "it is tied, 2 names"),
         (Net, mixed, "a", r"mixed types: \['torch.bfloat16', 'torch.float32'\]"),
@@ -653,7 +660,7 @@ def test_a_gated_product_is_drawn_in_one_pass():
 
 def test_another_product_is_left_with_the_way_out():
     plan = dip.producer_plan(nn.Sequential(nn.LayerNorm(8), Scaled()), [X])
-    assert "no block whose forward is down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
+    assert "whose forward is not exactly down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
 
 
 # ---- the classes that people use -----------------------------------------------------------------
@@ -821,5 +828,5 @@ def test_t5_without_dropout_moves_its_activations_too():
         if kind == "relu":
             assert moved(plan)[f"{name}.act"] == (f"{name}.wo",)
         else:  # its forward casts on the way
-            assert "no block whose forward" in left(plan)[f"{name}.wo"]
+            assert "whose forward is not exactly" in left(plan)[f"{name}.wo"]
         assert "the model returns it" in left(plan)["decoder.block.0.layer.1.EncDecAttention.k"]

@@ -667,6 +667,29 @@ def test_comparisons_of_floats(kind):
         ]
 
 
+@pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
+def test_comparisons_of_pairs_of_floats(kind):
+    """Two destinations: of the low halves and of the high ones, not one and its opposite"""
+    one = kind.removesuffix("x2")
+    values = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
+    low, high = (np.array(v) for v in zip(*[(x, y) for x in values for y in values]))
+
+    def pair(low, high):
+        low, high = (as_bits(v, one).view(np.uint16).astype(np.uint32) for v in (low, high))
+        return low | high << 16
+
+    other = np.roll(low, 5)
+    a, b = pair(low, high), pair(high, other)
+    for name, test in (("le", np.less_equal), ("gt", np.greater), ("eq", np.equal)):
+        for unordered in ("", "u"):
+            first, second = (
+                test(x, y) | ((np.isnan(x) | np.isnan(y)) & bool(unordered))
+                for x, y in ((low, high), (high, other))
+            )
+            got = _predicate(f"setp.{name}{unordered}.{kind}", kind, a, b)
+            assert np.array_equal(got, first + 2 * second)
+
+
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64", "b32"])
 def test_comparisons_of_integers(kind):
     a, b = (v[:64] for v in integers(kind, 2))

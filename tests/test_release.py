@@ -2,6 +2,7 @@
 documents whose code runs, types."""
 
 import contextlib
+import importlib.util
 import inspect
 import io
 import os
@@ -242,3 +243,16 @@ def test_types_hold_here_and_for_strict_users():
             [sys.executable, "-m", "mypy", *arguments], cwd=ROOT, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout
+
+
+def test_a_cell_that_holds_a_sentence_is_marked_for_the_phone():
+    pytest.importorskip("mkdocs")
+    spec = importlib.util.spec_from_file_location(
+        "docs_hooks", ROOT / "tools" / "release" / "docs_hooks.py"
+    )
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    long, linked = "a sentence of many words " * 3, f'<a href="{"x" * 90}">12</a>'
+    html = hooks.on_page_content(f"<td>1.02</td><td>{long}</td><td>{linked}</td>", None, None, None)
+    assert html == f"<td>1.02</td><td data-long>{long}</td><td>{linked}</td>"
+    assert "td[data-long]" in (ROOT / "docs" / "assets" / "site.css").read_text()

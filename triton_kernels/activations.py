@@ -55,9 +55,10 @@ def slope(h, ACTIVATION: tl.constexpr):
         # Beyond, it is 0 or 1 to the last place. power * s is 1 - s of all digits, where 1 / 1 is
         # not 1 too.
         h = within(h, 8.0)
-        power = tl.exp(-1.5957691216057308 * (h + 0.044715 * h * h * h))
+        square = h * h
+        power = tl.exp(h * (-1.5957691216057308 - 0.07135481627260025 * square))
         s = 1.0 / (1.0 + power)
-        d = s + s * (power * s) * h * (1.5957691216057308 * (1.0 + 0.134145 * h * h))
+        d = s + s * (power * s) * (h * (1.5957691216057308 + 0.21406444881780075 * square))
     elif ACTIVATION == "silu":
         h = within(h, 60.0)
         power = tl.exp(-h)

@@ -18,19 +18,19 @@ def step_noise(
 ) -> contextlib.AbstractContextManager[object]:
     """The noise of one micro-batch of a step: forward and backward belong inside.
 
-    The rows are the examples' places in the batch of all processes and micro-batches, so that a
-    step has the same noise on any number of them.
+    The rows are the examples' places in the batch of all processes and micro-batches. So a step has
+    the same noise on any number of them.
 
     Args:
         accelerator: The Accelerator.
-        model: That `dip.apply` has converted, prepared or not.
-        step: The optimiser step, >= 0; one number for each, and for its micro-batches.
-        batch_size: Examples of a batch of one process; the same for all, the last and smaller one
-            too.
-        micro: The micro-batch in the step, under gradient accumulation.
+        model: A model that `dip.apply` has converted, prepared or not.
+        step: The optimiser step, >= 0; one number for all micro-batches of a step.
+        batch_size: Number of examples in a batch of one process. Give the same number for the last
+            batch, which may be smaller.
+        micro: The number of the micro-batch in the step, under gradient accumulation.
 
     Returns:
-        A context; under a config of key=None one that does nothing.
+        A context. If the config has key=None, it does nothing.
 
     Raises:
         ValueError: The model has no config.
@@ -46,7 +46,7 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
 
     Args:
         accelerator: The Accelerator.
-        model: That `dip.apply` has converted, prepared or not.
+        model: A model that `dip.apply` has converted, prepared or not.
 
     Raises:
         ValueError: The model has no config. On loading: the folder has none, or one that cannot be

@@ -35,9 +35,7 @@ from ..training.trajectories import trajectories
 from .parts import differing, one_start, place_in_batch, repeatable, require_groups
 
 _KEY = "dip_config"  # in a checkpoint
-_WAY_OUT = (
-    "return such a one from configure_optimizers, which is called after the model was converted"
-)
+_WAY_OUT = "make it in configure_optimizers, which is called after the model was converted"
 
 
 _Callback: Any = pl.Callback  # without types where lightning is not installed
@@ -47,19 +45,19 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     """`Trainer(callbacks=[DIPCallback(DIPConfig())])`: convert, calibrate, train by the config,
     log, save, resume.
 
-    The module is converted before `configure_optimizers` is called, which takes
-    `dip.param_groups(self, lr)`. `training_step` gets each batch with its examples m times over, so
-    that the mean that it returns is the mean over m trajectories, and the KL term is added to its
-    loss. Noise is a function of the step and of the example's place in the global batch. Sigma, its
-    share of the prior's and the KL term are logged. The config is in each checkpoint.
+    The module is converted before `configure_optimizers` is called, which must use
+    `dip.param_groups(self, lr)`. `training_step` gets each batch with every example m times. So the
+    mean that it returns is the mean over m trajectories. The KL term is added to its loss. Noise is
+    a function of the step and of the example's place in the global batch. Sigma, its share of the
+    prior's and the KL term are logged. The config is in each checkpoint.
 
-    m trajectories are m copies of each batch: m times the time and the activations' memory.
+    m trajectories are m copies of each batch: m times the time and the memory of activations.
 
     Args:
         config: What to do. None for a module that `dip.apply` has converted.
-        batches: As `dip.apply`'s; needed for `before` and place="producer". None takes the first
-            batches of the training data, and the module's forward must then take what `calibrate`
-            hands it: a mapping as keywords, of a tuple the first element.
+        batches: As for `dip.apply`; needed for `before` and place="producer". None takes the first
+            batches of the training data. The module's forward must then take what `calibrate` hands
+            it: a mapping as keywords, or the first element of a tuple.
         calibration_batches: How many of them, >= 1.
 
     Raises:
@@ -102,14 +100,15 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             )
         if own is not None and own != config:
             raise ValueError(
-                f"config: expected the module's or None, got another in {differing(own, config)}"
+                "config: expected the module's or None, got one that differs in "
+                f"{differing(own, config)}"
             )
         self._require_possible(trainer, pl_module, config)
         if own is None:
             if dip_layers(pl_module):
                 raise ValueError(
-                    "pl_module: expected a plain one beside config, got DIP layers; dip.to_plain "
-                    "first"
+                    "pl_module: expected a plain one beside config, got DIP layers; call "
+                    "dip.to_plain first"
                 )
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
@@ -134,17 +133,17 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         asked = {name: getattr(config, name) for name in ("lambda_s", "k") if getattr(config, name)}
         if asked:
             raise ValueError(
-                "config: expected lambda_s=0 and k=0, for loss and prediction are the module's, "
-                f"got {asked}; write dip.objective and dip.predict into it"
+                "config: expected lambda_s=0 and k=0, because loss and prediction are the "
+                f"module's, got {asked}; call dip.objective and dip.predict in the module"
             )
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "pl_module: expected automatic optimisation, got manual; dip.apply and "
-                "config.objective there"
+                "pl_module: expected automatic optimisation, got manual; call dip.apply and "
+                "config.objective in the module"
             )
         if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
             raise ValueError(
-                "pl_module: expected training_step(batch, ...), got one of dataloader_iter"
+                "pl_module: expected training_step(batch, ...), got training_step(dataloader_iter)"
             )
         strategy = type(trainer.strategy).__name__
         if "FSDP" in strategy or "DeepSpeed" in strategy:
@@ -266,9 +265,9 @@ def load_from_checkpoint(
 
     Args:
         kind: The class of the LightningModule, which makes a plain one.
-        path: Of a checkpoint that a trainer with a `DIPCallback` wrote.
-        batches: As `dip.load`'s.
-        options: Of kind.load_from_checkpoint.
+        path: A checkpoint that a trainer with a `DIPCallback` wrote.
+        batches: As for `dip.load`.
+        options: Those of kind.load_from_checkpoint.
 
     Returns:
         The module, in eval mode.
@@ -301,9 +300,9 @@ def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:
 def _require_forward(pl_module: Any) -> None:
     if type(pl_module).forward is pl.LightningModule.forward:
         raise ValueError(
-            "batches: expected some, for a module without a forward to calibrate by, got None; "
-            "give the callback batches and the module a forward, call dip.apply on its network "
-            "before, or say variance=... in the config"
+            "batches: expected some, because the module has no forward to calibrate with, got "
+            "None; give the callback batches and the module a forward, or call dip.apply on its "
+            "network before, or set variance=... in the config"
         )
 
 

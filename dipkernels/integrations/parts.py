@@ -90,7 +90,7 @@ def repeatable(batch: Any, m: int) -> Any:
     }
     if len({shape[:1] for shape in sizes.values()}) != 1 or () in sizes.values():
         raise ValueError(
-            "m: expected 1 where the tensors of a batch have not all the examples first, got "
+            "m: expected 1, because not all tensors of the batch have the examples first, got "
             f"{m} and {sizes or type(batch)}"
         )
     examples = next(iter(sizes.values()))[0]

@@ -42,7 +42,7 @@ def keep_variances(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: It is no PeftModel.
+        TypeError: The model is not a PeftModel.
         ValueError: It has no config.
     """
     if not isinstance(model, PeftModel):

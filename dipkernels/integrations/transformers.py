@@ -66,29 +66,29 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     `class DIPSFTTrainer(DIPMixin, SFTTrainer)`.
 
     The trainer then converts its model (after it has put adapters around it), calibrates it with
-    the first batches of its training data, and trains by the config: the trainer's own loss, meaned
-    over m trajectories, plus the KL term; variances in a group of their own, not decayed, at ten
-    times the learning rate; noise that is a function of the seed, the step and the example's place
-    in the global batch, so that a resumed run draws what the uninterrupted one does. Each
-    checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain model's.
-    Sigma, its share of the prior's and the KL term are logged with the loss.
+    the first batches of its training data, and trains by the config. The loss is the trainer's own,
+    averaged over m trajectories, plus the KL term. Variances have a group of their own, with ten
+    times the learning rate and no decay. Noise is a function of the seed, the step and the
+    example's place in the global batch, so a resumed run draws what the uninterrupted one does.
+    Each checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain
+    model's. Sigma, its share of the prior's and the KL term are logged with the loss.
 
-    m trajectories are m copies of each batch: m times the time and the activations' memory; halve
-    per_device_train_batch_size and double gradient_accumulation_steps for m = 2 where memory is
-    short. Evaluation is of the plain network; with k > 0 in the config the predictions are the
-    means of k noisy passes, as logits.
+    m trajectories are m copies of each batch: m times the time and the memory of activations. If
+        memory is short with m = 2, halve per_device_train_batch_size and double
+        gradient_accumulation_steps. Evaluation is of the plain network. With k > 0 in the config
+        the predictions are the means of k noisy passes, as logits.
 
     Args:
-        dip: The config. None for a model that `dip.apply` has converted, or for a run that is
-            resumed, by the config in the checkpoint.
+        dip: The config. None for a model that `dip.apply` has converted, or for a resumed run,
+            which takes the config of its checkpoint.
         calibration_batches: Number of batches of the training data to calibrate with, >= 1.
         args, options: The trainer's own.
 
     Raises:
-        ValueError: There is no config, the model has another, an optimiser was given that lacks the
+        ValueError: There is no config, the model has another one, a given optimiser lacks the
             variances or decays them, or the trainer runs nn.DataParallel with a key, or DeepSpeed's
-            ZeRO-3. At a step: a batch that m > 1 cannot repeat, or lambda_s > 0 where the trainer's
-            loss has no logits.
+            ZeRO-3. At a step: a batch that m > 1 cannot repeat, or lambda_s > 0 although the
+            trainer's loss has no logits.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
             raise ValueError(
-                "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which keeps "
+                "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which hides "
                 "log_variance from PyTorch; use FSDP2 there"
             )
         if getattr(self.args, "sync_ref_model", False) and getattr(self, "ref_model", None):
@@ -141,14 +141,14 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         own, asked = config_of(model), self._dip_asked
         if own is not None and asked is not None and own != asked:
             raise ValueError(
-                "dip: expected the config of the model or None, got another in "
+                "dip: expected the config of the model or None, got one that differs in "
                 f"{differing(own, asked)}"
             )
         if own is None and asked is not None:
             if dip_layers(model):
                 raise ValueError(
-                    "model: expected a plain model beside dip, got DIP layers; dip.to_plain(model) "
-                    "first"
+                    "model: expected a plain model beside dip, got DIP layers; call "
+                    "dip.to_plain(model) first"
                 )
             config = self._dip_without_fused_head(model, asked)
             needs = config.variance is None or config.watches_batches
@@ -190,7 +190,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise ValueError(
                 "train_dataset: expected one, whose first batches set the noise (ratio), got "
-                "None; say variance=... in the config, or call dip.apply(model, config, batches) "
+                "None; set variance=... in the config, or call dip.apply(model, config, batches) "
                 "before"
             )
         with untouched(model):
@@ -272,9 +272,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             return
         if not report.ok:
             warnings.warn(
-                f"dipkernels: after the first step {report}\n  Leave out what the loss reads "
-                "past: exclude=[...] in the config; an expert that the batch did not reach is "
-                "none",
+                f"dipkernels: after the first step {report}\n  An expert that the batch did not "
+                "reach is no fault. Leave out layers that the loss reads past: exclude=[...] in "
+                "the config",
                 stacklevel=2,
             )
 
@@ -539,15 +539,15 @@ def from_pretrained(
     Args:
         kind: A class of transformers, such as AutoModelForCausalLM, or PEFT's
             AutoPeftModelForCausalLM.
-        folder: With dip_config.json and dip.safetensors.
-        args, options: Of kind.from_pretrained.
-        batches: As `dip.load`'s.
+        folder: A folder with dip_config.json and dip.safetensors.
+        args, options: Those of kind.from_pretrained.
+        batches: As for `dip.load`.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        FileNotFoundError, ValueError: As `dip.load`.
+        FileNotFoundError, ValueError: As for `dip.load`.
     """
     return load(kind.from_pretrained(folder, *args, **options), folder, batches)
 
@@ -563,20 +563,21 @@ class DIPCallback(transformers.TrainerCallback):
     before each optimiser step, writes dip_config.json and dip.safetensors into each checkpoint, and
     puts sigma into state.log_history.
 
-    What a callback cannot do, and refuses: m > 1 and lambda_s > 0 (the batch and the loss are the
-    trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps in
-    its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser, FSDP,
-    DeepSpeed, and KL under fp16. What it cannot do, and says: the variances learn at the weights'
-    rate unless `optimizers` is made from `param_groups` after `dip.apply`. What else differs: the
-    logged loss and the clipped norm are without the KL term, and the trainer's loggers do not see
-    sigma. `DIPMixin` does all of it.
+    It refuses what a callback cannot do: m > 1 and lambda_s > 0 (the batch and the loss are the
+        trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps
+        in its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser,
+        FSDP, DeepSpeed, and KL under fp16. It warns that the variances learn at the weights' rate,
+        unless `optimizers` is made from `param_groups` after `dip.apply`. The logged loss and the
+        clipped norm do not contain the KL term, and the trainer's loggers do not see sigma.
+        `DIPMixin` does all of this.
 
     Args:
-        config: With m=1 and key=None; DIPConfig(m=1, key=None) by default.
+        config: A config with m=1 and key=None; by default DIPConfig(m=1, key=None).
         batches: As `dip.apply`'s. Neither is needed for a model that `dip.apply` has converted.
 
     Raises:
-        ValueError: For what it cannot do, when it is made or when the trainer is.
+        ValueError: The config or the trainer asks for what it cannot do: raised when it is made, or
+            when the trainer is.
     """
 
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
@@ -591,8 +592,8 @@ class DIPCallback(transformers.TrainerCallback):
             self.config = own
         elif self.batches is None and self.config.variance is None:
             raise ValueError(
-                "batches: expected some, by which ratio sets the noise, got None; or variance=... "
-                "in the config"
+                "batches: expected some, because ratio measures the inputs on them, got None; or "
+                "set variance=... in the config"
             )
         if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
             raise ValueError(

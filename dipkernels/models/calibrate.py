@@ -41,8 +41,8 @@ def calibrate(
     a row of a table its features.
 
     Args:
-        model: with DIP layers. It is run in eval mode without noise; each module's mode is restored
-            afterwards.
+        model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
+            restored afterwards.
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
@@ -56,8 +56,8 @@ def calibrate(
         The `summary`.
 
     Raises:
-        ValueError: for bad values, no batches, a DIP layer that no batch reached, an input that is
-            constant or not finite (naming the layer).
+        ValueError: bad values, no batches, a DIP layer that no batch reached, or an input that is
+            constant or not finite. The message names the layer.
 
     Examples:
         >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)

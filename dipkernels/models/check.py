@@ -68,7 +68,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     that are read without calling their layer (fused losses).
 
     Args:
-        model: With DIP layers; wrapped or not. For `check(model, batch)` not sharded by FSDP.
+        model: A model with DIP layers, wrapped or not. For `check(model, batch)` it must not be
+            sharded by FSDP.
         batch: A tensor; a mapping, passed as keywords; or a list or tuple, passed as positional
             arguments if the model takes so many, otherwise only its first element. It needs labels
             if the model computes its own loss. The step changes no parameter, gradient, buffer or

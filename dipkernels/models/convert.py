@@ -206,19 +206,19 @@ def producer_plan(
     filter: Callable[[nn.Module, str], bool] | None = None,
     exclude: Sequence[str] = (),
 ) -> ProducerPlan:
-    """What convert(model, place="producer", batches=batches) would move, what it would leave, and
-    why; changes nothing.
+    """Say what convert(model, place="producer", batches=batches) would move, what it would leave,
+    and why. This changes nothing.
 
-    A layer's projection moves into the module that makes its input where that is a norm over the
-    last dimension, an activation, or the product in a block down(act(gate(x)) * up(x)), and the
-    layers to convert are all that reads it. Who reads what is watched on the batches, in training
-    and in eval mode without noise, through views, copies and casts.
+    A layer's projection moves into the module that makes its input under two conditions. The module
+    is a norm over the last dimension, an activation, or the product in a block down(act(gate(x)) *
+    up(x)). And nothing reads its output except layers to convert. This is watched on the batches,
+    in training and in eval mode without noise, through views, copies and casts.
 
     Args:
         model: Any module that is not converted yet, or in part.
-        batches: As `calibrate`'s; two examples or more where BatchNorm wants them. They are run
+        batches: As for `calibrate`; two examples or more if BatchNorm needs them. They are run
             twice.
-        types, filter, exclude: As `convert`'s. An excluded norm or activation stays as it is.
+        types, filter, exclude: As for `convert`. An excluded norm or activation stays as it is.
 
     Returns:
         The plan, which prints.
@@ -328,7 +328,10 @@ def _warn(
     ]
     lines += [f"  {which}: {reason}" for which, reason in holders.items()]
     if lines:
-        text = f"convert: {len(lines)} module(s) stay without noise (exclude=[...] says so and ends this warning):\n"
+        text = (
+            f"convert: {len(lines)} module(s) stay without noise. To end this warning, name them in "
+            "exclude=[...]:\n"
+        )
         warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
 
 
@@ -338,8 +341,9 @@ def _warn_unreached(plan: ProducerPlan) -> None:
     if plan.moved and unreached:
         warnings.warn(
             f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
-            f"of their own: {', '.join(unreached)}. One that reads what a module of the plan makes "
-            "would be noised twice: give batches that reach every layer, or exclude=[...] these",
+            f"of their own: {', '.join(unreached)}. A layer that reads what a module of the plan "
+            "makes would get noise twice. Give batches that reach every layer, or name these in "
+            "exclude=[...]",
             DIPConversionWarning,
             stacklevel=3,
         )
@@ -380,10 +384,8 @@ def _asked_before(
             if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)
         ]
         if not hits:
-            raise ValueError(
-                f"before: expected patterns that match a module's name, got {pattern!r} that "
-                "matches none"
-            )
+            known = [name for every_name in names.values() for name in every_name]
+            raise ValueError(no_match("before", [pattern], known))
         for module in hits:
             reason = no_twin(module)
             if reason is not None:
@@ -403,9 +405,10 @@ def _variances_by_name(
     if not isinstance(init_variance, Mapping):
         value = float(check_init_variance(init_variance, 1))
         return dict.fromkeys(modules, value)
-    used = set()
+    used, asked = set(), []
 
     def value_of(name: str) -> Any:
+        asked.append(name)
         for pattern, value in init_variance.items():
             if fnmatch.fnmatchcase(name, pattern):
                 used.add(pattern)
@@ -431,10 +434,7 @@ def _variances_by_name(
                 check_init_variance(values[module], features_of(module))
     unused = [pattern for pattern in init_variance if pattern not in used]
     if unused:
-        raise ValueError(
-            f"init_variance: expected patterns that match a layer to convert, got {unused} that "
-            "match none"
-        )
+        raise ValueError(no_match("init_variance", unused, asked, "a layer to convert"))
     return values
 
 
@@ -513,10 +513,7 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
                 by_parent.setdefault(parent, []).append(module)
         unused = [p for p in patterns if p not in used]
         if unused:
-            raise ValueError(
-                f"share: expected patterns that match a layer to convert, got {unused} that match "
-                "none"
-            )
+            raise ValueError(no_match("share", unused, matched.values(), "a layer to convert"))
         for group in (group for group in by_parent.values() if len(group) > 1):
             for module in group:
                 if module in taken:
@@ -527,7 +524,7 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
             features = {matched[m]: (features_of(m), twin_of(m).feature_dim) for m in group}
             if len(set(features.values())) > 1:
                 raise ValueError(
-                    f"share: expected layers of one number of input features, got {features}"
+                    f"share: expected layers with the same number of input features, got {features}"
                 )
             groups.append(group)
     if share and not groups:
@@ -653,8 +650,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of
     `convert`.
 
-    Parameters keep their identity, and the state dict is the plain network's; the learned variances
-    are gone. A DIPInput becomes nn.Identity.
+    Parameters keep their identity, and the state dict is the plain network's. The learned variances
+    are lost. A DIPInput becomes nn.Identity.
 
     Args:
         model: Any module with DIP layers.
@@ -687,16 +684,16 @@ def to_plain(model: nn.Module) -> nn.Module:
     ]
     if unknown:
         raise ValueError(
-            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; of "
-            "parametrised ones (weight_norm) torch.nn.utils.parametrize.remove_parametrizations "
-            "first"
+            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; if "
+            "they are parametrised (weight_norm), call "
+            "torch.nn.utils.parametrize.remove_parametrizations first"
         )
     hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
     if hooked:
         raise ValueError(
             "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
-            f"forward at {hooked}: accelerate.hooks.remove_hook_from_submodules(model), to_plain, "
-            "and accelerate.dispatch_model again"
+            f"forward at {hooked}: call accelerate.hooks.remove_hook_from_submodules(model), then "
+            "to_plain, then accelerate.dispatch_model again"
         )
     activated = [
         name

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import dis
+import fnmatch
 import functools
 import inspect
 import re
@@ -173,15 +174,35 @@ def around(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(len(parts) + 1)]
 
 
-def no_match(argument: str, unused: list[str], names: Iterable[str]) -> str:
-    """What to say of patterns that no module's name matches: with the names that look like them."""
+def no_match(
+    argument: str, unused: Iterable[str], names: Iterable[str], what: str = "a module's name"
+) -> str:
+    """What to say of patterns that decide nothing: which names look like them, or that earlier
+    patterns have taken what they match.
+
+    Args:
+        argument: The name of the argument that holds the patterns.
+        unused: The patterns.
+        names: The names that a pattern is compared with.
+        what: What these are the names of.
+    """
     own = {name: name.rpartition(".")[2] for name in names if name}
+    late = [p for p in unused if any(fnmatch.fnmatchcase(name, p) for name in own)]
+    if late:
+        return (
+            f"{argument}: expected narrow patterns before wide ones, got {late} behind patterns "
+            "that match the same names"
+        )
     like: list[str] = []
     for pattern in unused:
-        last = pattern.strip("*.").rpartition(".")[2]
-        close = difflib.get_close_matches(last, set(own.values()), n=3)
-        like += [name for name in own if own[name] in close and name not in like]
-    text = f"{argument}: expected patterns that match a module's name, got {unused} that match none"
+        close = difflib.get_close_matches(
+            pattern.strip("*.").rpartition(".")[2], set(own.values()), n=3
+        )
+        for name in own:
+            inside = any(fnmatch.fnmatchcase(outer, pattern) for outer in around(name)[1:-1])
+            if (own[name] in close or inside) and name not in like:
+                like.append(name)
+    text = f"{argument}: expected patterns that match {what}, got {list(unused)} that match none"
     return f"{text}; names like them: {like[:3]}" if like else text
 
 
@@ -266,7 +287,7 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
         and _is_quantised(kind)
         and counts_as(module) is None
     ):
-        return "quantised: give its name in before=[...] to noise its input; a converted model is quantised after to_plain"
+        return "quantised: give its name in before=[...] to noise its input; to quantise a converted model, call to_plain first"
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
@@ -295,8 +316,8 @@ def _forward_replaced(module: nn.Module) -> str | None:
     if "forward" in vars(module) and hasattr(module, "_hf_hook"):
         return (
             "accelerate dispatched it, and its hook calls the plain forward: convert before "
-            "dispatching, or accelerate.hooks.remove_hook_from_submodules(model), convert, and "
-            "accelerate.dispatch_model again"
+            "dispatching, or call accelerate.hooks.remove_hook_from_submodules(model), then "
+            "convert, then accelerate.dispatch_model again"
         )
     own = vars(module).get("forward")
     if own is None or getattr(own, "__func__", None) is type(module).forward:
@@ -306,7 +327,7 @@ def _forward_replaced(module: nn.Module) -> str | None:
             "a tp_plan of transformers replaced its forward: load the model without one, convert, "
             "then dip.parallelize_module(model, mesh, plan)"
         )
-    return "its forward was replaced on the object, so that a DIP layer's would not run"
+    return "its forward was replaced on the object, so a DIP layer's forward would not run"
 
 
 def no_twin(module: nn.Module) -> str | None:

@@ -26,14 +26,13 @@ def param_groups(
     Args:
         model: Any module.
         lr: Learning rate of weights, biases and norms, >= 0.
-        weight_decay: Of parameters of two dimensions or more, >= 0.
-        variance_lr: Of every log_variance, 10 * lr by default: Adam at 1e-3 needs thousands of
-            steps to move one by 2.
+        weight_decay: For parameters of two dimensions or more, >= 0.
+        variance_lr: Learning rate of every log_variance, 10 * lr by default: Adam at 1e-3 needs
+            thousands of steps to move one by 2.
 
     Returns:
-        A list of dicts, each with a "name". Parameters that require no gradient are left out, each
-        other appears once, and
-        an empty group is left out.
+        A list of dicts, each with a "name". Each parameter that requires a gradient appears once.
+        An empty group is left out.
 
     Raises:
         ValueError: A bad value, a variance_lr without a DIP layer, or a model without parameters.
@@ -78,12 +77,12 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
     It holds what an adapter checkpoint leaves out.
 
     Args:
-        model: Any module with DIP layers. Of one that torch.compile, DDP or the like has wrapped,
-            the names are the plain model's. A variance that layers share appears once, under the
-            first one's name.
+        model: Any module with DIP layers. If torch.compile, DDP or the like has wrapped it, the
+            names are the plain model's. A variance that layers share appears once, under the first
+            one's name.
 
     Returns:
-        {name: float32 tensor [K] on the CPU}, fit for torch.save and safetensors.
+        {name: float32 tensor [K] on the CPU}, for torch.save or safetensors.
 
     Raises:
         ValueError: There are no DIP layers, or a variance is NaN or infinite.
@@ -110,11 +109,11 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: With the same DIP layers, wrapped (torch.compile, DDP) or not.
-        state: {name: [K], finite}. A prior or pull that it lacks, as one of an older release does,
-            stays.
+        state: {name: [K], finite}. If it lacks a prior or a pull, as a state of an older release
+            does, the model keeps its own.
 
     Raises:
-        ValueError: Naming what is missing, unknown, of another shape or not finite.
+        ValueError: A name is missing or unknown, or a value has another shape or is not finite.
 
     Examples:
         >>> old, new = (dip.convert(nn.Sequential(nn.Linear(4, 2)), variance) for variance in (0.04, 0.01))

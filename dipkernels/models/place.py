@@ -186,7 +186,7 @@ class _Planner:
         projection)."""
         sources = self._sources[layer]
         if not sources and type(layer) is OUT_PROJECTION:
-            return None, "nn.MultiheadAttention makes its input, in no module"
+            return None, "nn.MultiheadAttention makes its input, outside of any module"
         if not sources:
             return None, UNREACHED
         if any(source is None for source in sources):
@@ -227,12 +227,12 @@ class _Planner:
             "the model itself" if module is None or module is self._model else self._shown(module)
         )
         if op in _FUNCTIONS:
-            return f"its input is made by a call of {op} in {where}, no module: give it one, {_FUNCTIONS[op]}, to move it"
+            return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":
             return (
-                f"its input is made by mul in {where}, which is no block whose forward is "
-                "down(act(gate(x)) * up(x)) and no more: where it is a gated product all the "
-                "same, put a DIPGatedActivation there by hand"
+                f"its input is made by mul in {where}, whose forward is not exactly "
+                "down(act(gate(x)) * up(x)): if it is a gated product all the same, put a "
+                "DIPGatedActivation there by hand"
             )
         return f"its input is made by {op} in {where}: no norm, activation or gated product"
 
@@ -290,12 +290,12 @@ class _Planner:
             self._name(layer) for layer in self._dims if layer in readers and layer not in layers
         ]
         if len({frozenset(call.readers) for call in calls}) > 1:
-            return "it is called in several places, which other layers read: give each place a module of its own"
+            return "it is called in several places, and different layers read them: give each place a module of its own"
         for call in calls:
             if call.elsewhere is not None:
                 return call.elsewhere
         if others:
-            return f"it is read by {', '.join(others)} too, with a projection of its own"
+            return f"it is read by {', '.join(others)} too, which has a projection of its own"
         if any(count > 1 for call in calls for count in call.readers.values()):
             return "a layer reads it twice in a pass, which would be two draws"
         if len({dim for call in calls for dim in call.dims}) > 1:
@@ -309,7 +309,7 @@ class _Planner:
         if kind is not None:
             return GateProducer if gated else ActivationProducer, {"kind": kind}
         if gated:
-            return f"{type(producer).__name__} is no activation that the kernels know ({', '.join(ACTIVATIONS)})"
+            return f"{type(producer).__name__} is not an activation that the kernels know ({', '.join(ACTIVATIONS)})"
         return norm_form(producer)
 
     # ---- gated products
@@ -405,7 +405,7 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
         return DIPLayerNorm, {}
     if kind is nn.RMSNorm:
         return DIPRMSNorm, {}
-    none = f"{kind.__name__} is no LayerNorm, RMSNorm or activation that the kernels know"
+    none = f"{kind.__name__} is not a LayerNorm, RMSNorm or activation that the kernels know"
     weight = parameters.get("weight")
     eps_name = next(
         (name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None
@@ -420,7 +420,7 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
     ):
         return none
     if weight.is_meta:
-        return "it has no values yet, by which to see what it computes"
+        return "it has no values yet, so what it computes cannot be seen"
     k, eps, device = len(weight), getattr(module, eps_name), weight.device
     numbers = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(k, generator=numbers).to(device) for name in parameters}

@@ -172,7 +172,8 @@ def probed(
     """
     if not modules and batches is not None:
         raise ValueError(
-            "batches: expected None without before=[...], for which alone they are run"
+            "batches: expected None without before=[...] or place='producer', got batches that "
+            "nothing reads"
         )
     if not modules:
         return {}
@@ -202,7 +203,7 @@ def _features(name: str, dim: int, x: object, before: int | None) -> int:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"before: expected a floating tensor as the first argument of {name!r}, got {got}; "
-            "noise goes where numbers are: before the module that reads its output"
+            "put the noise before the module that reads its output"
         )
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(

@@ -76,7 +76,7 @@ class GatedActivation(Activation):
         dim: The feature dimension, a.shape[dim] = K.
 
     Shape:
-        a and b: one shape and dtype. Returns that shape.
+        a and b have one shape and dtype. The output has that shape.
 
     Examples:
         >>> from dipkernels.nn.activation import GatedActivation
@@ -97,8 +97,9 @@ class DIPActivation(ActivationProducer, Activation):
     """An activation with noise behind it: u = act(x) + sigma * z in training, act(x) in eval mode,
     to the bit.
 
-    One pass forward and one in backward, which keeps x alone. For layers that read this output
-    alone, which are then plain. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU or nn.Tanh.
+    It takes one pass forward and one in backward, and keeps x alone. Use it where only plain layers
+    read the output: they get their noise here. `to_plain` turns it into nn.ReLU, nn.GELU, nn.SiLU
+    or nn.Tanh.
 
     Args:
         num_features: K.
@@ -107,13 +108,13 @@ class DIPActivation(ActivationProducer, Activation):
             convolutions.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
         num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
-        device: Of the variance.
+        device: The variance's device.
 
     Shape:
-        Any, to the same; of x's dtype, or autocast's where that is on.
+        Any shape; the output has the same. Its dtype is x's, or autocast's if that is on.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Examples:
         >>> activation, x = dip.DIPActivation(4, "gelu"), torch.randn(8, 4)
@@ -158,20 +159,20 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
         u = layer(gate_proj(x), up_proj(x))
 
-    One pass forward and one in backward, which keeps a and b alone. `to_plain` turns it into a
-    `GatedActivation`.
+    It takes one pass forward and one in backward, and keeps a and b alone. `to_plain` turns it into
+    a `GatedActivation`.
 
     Args:
         num_features: K.
         kind: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" or "tanh".
         dim: The feature dimension, a.shape[dim] = K.
-        init_variance, num_samples, device: As DIPActivation's.
+        init_variance, num_samples, device: As for DIPActivation.
 
     Shape:
-        a and b: one shape and dtype. Returns that shape, of that dtype or autocast's.
+        a and b have one shape and dtype. The output has that shape, and that dtype or autocast's.
 
     Raises:
-        ValueError, TypeError: Naming the argument.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> gate, a, b = dip.DIPGatedActivation(4, "silu"), torch.randn(8, 4), torch.randn(8, 4)

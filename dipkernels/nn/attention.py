@@ -45,24 +45,24 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention whose query, key and value, and the input of whose out-projection, are
     noised in training.
 
-    q = W_q (query + sigma * z) and so for k and v; y = W_o (heads + sigma_o * z) + b_o. In eval
-    mode it is nn.MultiheadAttention itself, its fast path included. Call it as
-    nn.MultiheadAttention; the other arguments are that one's.
+    q = W_q (query + sigma * z), and the same for k and v; y = W_o (heads + sigma_o * z) + b_o. In
+    eval mode it is nn.MultiheadAttention itself, its fast path included. Call it like
+    nn.MultiheadAttention. All other arguments are those of nn.MultiheadAttention.
 
-    Where query, key and value have one width, the in-projection is one matrix and has one variance
-    per feature, in the child `in_proj`; arguments that are one tensor share u, so that
-    self-attention draws once; different tensors get independent noise of that variance. With kdim
-    or vdim there are three: `q_proj`, `k_proj`, `v_proj`. `out_proj` has its own. The plain
-    parameters keep their names, and a plain state dict loads. Noise is numbered in the order of the
-    tensors passed: with batch_first=True an example's noise does not depend on what else is in its
-    batch.
+    If query, key and value have one width, the in-projection is one matrix with one variance for
+    each feature, in the child `in_proj`. Arguments that are the same tensor share u, so
+    self-attention draws once. Different tensors get independent noise of that variance. With kdim
+    or vdim there are three variances, in `q_proj`, `k_proj` and `v_proj`. `out_proj` has a variance
+    of its own. The plain parameters keep their names, and a plain state dict loads. Rows of noise
+    are numbered in the order of the tensors passed. So with batch_first=True an example's noise
+    does not depend on the rest of its batch.
 
     Args:
         init_variance: sigma^2 to start from, a number > 0.
         num_samples: S >= 1 draws averaged, as one with sigma / sqrt(S).
 
     Raises:
-        ValueError: Naming the argument, and what nn.MultiheadAttention raises.
+        ValueError: A bad argument, which the message names; also what nn.MultiheadAttention raises.
 
     Examples:
         >>> attention, x = dip.DIPMultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)

@@ -98,7 +98,8 @@ class _DIPConv(DIPLayer):
 
 
 class DIPConv1d(_DIPConv, nn.Conv1d):
-    """nn.Conv1d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+    """nn.Conv1d on a noised input, with the arguments of DIPConv2d; one sigma for each input
+    channel.
 
     Shape:
         Input [N, C, L] or [C, L].
@@ -113,19 +114,19 @@ class DIPConv1d(_DIPConv, nn.Conv1d):
 
 
 class DIPConv2d(_DIPConv, nn.Conv2d):
-    """nn.Conv2d on a noised input: y = conv(x + sigma * z), sigma per input channel; nn.Conv2d
-    itself in eval mode.
+    """nn.Conv2d on a noised input: y = conv(x + sigma * z), one sigma for each input channel;
+    nn.Conv2d itself in eval mode.
 
     Every pixel gets its own new z, added before the padding. channels_last stays
     channels_last. The other arguments are nn.Conv2d's.
 
     Args:
         init_variance: sigma^2 to start from, a number > 0 or a tensor [in_channels].
-        num_samples: As DIPLinear's.
-        keep: As DIPLinear's; "auto" or "u".
+        num_samples: As for DIPLinear.
+        keep: As for DIPLinear; "auto" or "u".
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Shape:
         Input [N, C, H, W] or [C, H, W].
@@ -143,7 +144,8 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
 
 
 class DIPConv3d(_DIPConv, nn.Conv3d):
-    """nn.Conv3d on a noised input, with the arguments of DIPConv2d; sigma per input channel.
+    """nn.Conv3d on a noised input, with the arguments of DIPConv2d; one sigma for each input
+    channel.
 
     Shape:
         Input [N, C, D, H, W] or [C, D, H, W].

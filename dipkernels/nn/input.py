@@ -18,14 +18,14 @@ class DIPInput(DIPLayer, nn.Module):
         num_features: K.
         dim: The feature dimension, x.shape[dim] = K.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
-        num_samples: S >= 1 averaged draws.
-        device: Of the variance.
+        num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
+        device: The variance's device.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Shape:
-        Input and output of one shape, with K features along dim.
+        Input and output have one shape, with K features along dim.
 
     Examples:
         >>> images, noise = torch.rand(2, 3, 8, 8), dip.DIPInput(3, dim=1)

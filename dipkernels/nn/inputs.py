@@ -55,7 +55,7 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
         way_out = (
-            "; noise is real: leave complex layers out, convert(exclude=...)"
+            "; noise is real, so leave complex layers out: convert(exclude=...)"
             if x.is_complex()
             else ""
         )

@@ -38,7 +38,7 @@ class DIPLinear(DIPLayer, nn.Linear):
             functional.dip_linear).
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Shape:
         Input [..., in_features], output [..., out_features].

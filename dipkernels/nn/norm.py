@@ -50,20 +50,21 @@ class DIPLayerNorm(NormProducer, nn.LayerNorm):
     """nn.LayerNorm with noise behind it: u = LayerNorm(x) + sigma * z in training, LayerNorm(x) in
     eval mode, to the bit.
 
-    One pass forward and one in backward, which keeps what nn.LayerNorm keeps. For layers that read
-    this output alone, which are then plain: `convert(place="producer")` puts it where that holds.
+    It takes one pass forward and one in backward, and keeps what nn.LayerNorm keeps. Use it where
+    only plain layers read the output: they get their noise here. `convert(place="producer")` finds
+    such places.
 
     Args:
-        normalized_shape, eps, elementwise_affine, bias, device, dtype: As nn.LayerNorm; one
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: As for nn.LayerNorm; one
             dimension, K features.
         init_variance: sigma^2 to start from, a number > 0 or a tensor [K].
         num_samples: S >= 1 draws averaged, as one draw with sigma / sqrt(S).
 
     Shape:
-        [..., K] to [..., K], of x's dtype, or autocast's where that is on.
+        [..., K] to [..., K], of x's dtype, or autocast's if that is on.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Examples:
         >>> norm, x = dip.DIPLayerNorm(4), torch.randn(8, 4)
@@ -95,15 +96,15 @@ class DIPRMSNorm(NormProducer, nn.RMSNorm):
     """nn.RMSNorm with noise behind it: u = RMSNorm(x) + sigma * z in training, as `DIPLayerNorm`.
 
     Args:
-        normalized_shape, eps, elementwise_affine, device, dtype: As nn.RMSNorm; one dimension, K
-            features.
-        init_variance, num_samples: As DIPLayerNorm's.
+        normalized_shape, eps, elementwise_affine, device, dtype: As for nn.RMSNorm; one dimension,
+            K features.
+        init_variance, num_samples: As for DIPLayerNorm.
 
     Shape:
         [..., K] to [..., K].
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError: A bad argument, which the message names.
 
     Examples:
         >>> norm, x = dip.DIPRMSNorm(4), torch.randn(8, 4)

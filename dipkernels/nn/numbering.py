@@ -31,11 +31,12 @@ def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
     under fixed_noise.
 
-    `convert` calls this. A model built by hand needs it for noise that does not depend on what was
-    built before it. So does one joined from models that were converted apart, or from deep-copied
-    layers, for its layers to differ: under fixed_noise the first warns, and `predict` and
-    `trajectories` of either. A copy that is called by itself draws its original's noise. Adding a
-    layer renumbers those after it. Layers that share one draw have one number.
+    `convert` calls this. Call it yourself in two cases. First, for a model built by hand: otherwise
+    its noise depends on what was built before it. Second, for a model joined from models that were
+    converted apart, or from deep-copied layers: otherwise layers have the same noise. `predict` and
+    `trajectories` warn of equal numbers; under fixed_noise so do models that were converted apart.
+    A copy that is called by itself draws its original's noise. If a layer is added, those after it
+    get other numbers. Layers that share one draw have one number.
 
     Args:
         model: Any module.
@@ -87,7 +88,7 @@ def warn_of_equal_numbers(model: nn.Module) -> None:
         if first != name and (share is None or share is not layer.share):
             warnings.warn(
                 f"dipkernels: the layers {first!r} and {name!r} have one number ({layer.number}), "
-                "so that fixed_noise gives them one noise; call dip.number_layers(model) on the "
+                "so fixed_noise gives them the same noise; call dip.number_layers(model) on the "
                 "whole model",
                 stacklevel=3,
             )

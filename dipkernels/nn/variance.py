@@ -44,19 +44,23 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
 class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
-    `log_variance` [K] is float32 whatever the model's type: half-precision casts move it to the
-    device only, for in bfloat16 an optimiser's small steps would round away. A state dict without
-    it leaves it as it is; where it is on the meta device, and so has no value yet, it becomes
-    ln(init_variance) when it is moved, filled or loaded. The buffer `log_prior` [K], float32 too,
-    is ln gamma of the prior N(0, gamma) that the objective's KL term pulls to: init_variance until
-    `calibrate` sets it. The buffer `pull` [K] is what each feature's KL term is multiplied by: 1,
-    or less where `calibrate` finds that an example has few values. A module of its own, so that
-    FSDP can shard it apart from weights of another type; calling it returns log_variance.
+    `log_variance` [K] is float32 whatever the model's type. Casts to half precision move it to the
+    device only, because in bfloat16 an optimiser's small steps would be lost in rounding. A state
+    dict without it leaves it as it is. On the meta device it has no value yet; it becomes
+    ln(init_variance) when it is moved, filled or loaded.
+
+    The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the
+    objective's KL term pulls to: init_variance until `calibrate` sets it. The buffer `pull` [K] is
+    what each feature's KL term is multiplied by: 1, or less where `calibrate` finds that an example
+    has few values.
+
+    It is a module of its own, so that FSDP can shard it apart from weights of another type. Calling
+    it returns log_variance.
 
     Args:
         num_features: K.
         init_variance: A number > 0 or a tensor [K], a variance (sigma = sqrt(init_variance)).
-        device: Where it lies.
+        device: The device of its tensors.
 
     Raises:
         ValueError: An init_variance outside these.

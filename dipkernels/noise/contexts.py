@@ -60,7 +60,7 @@ class fixed_noise(_State):
 
     With checkpointed blocks run the backward pass inside too, because it computes them again;
     outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. Contexts
-    can be nested, restore the state on exceptions, and work as decorators.
+    can be nested, restore the state after exceptions, and work as decorators.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.
@@ -201,8 +201,8 @@ def note_number(number: int, counted_in: str) -> None:
     _named.add(pair)
     warnings.warn(
         f"dipkernels: layers of two models that were converted apart have one number ({number}) "
-        "and draw under one fixed_noise key, so that their noise is the same. If they are parts "
-        "of one model, call dip.number_layers(model) on the whole; if not, and their noise "
+        "and draw under one fixed_noise key, so their noise is the same. If they are parts "
+        "of one model, call dip.number_layers(model) on the whole. If not, and their noise "
         "should differ, give each model a key of its own",
         stacklevel=2,
     )

@@ -22,6 +22,9 @@ _CPU_ROWS = (1024, 4096)
 _GPU_ROWS = 16384
 # of one product's result, at least: a narrow layer takes more rows, but no more than it has
 _ELEMENTS = 2**20
+# A CPU takes several samples in one product, each of this many rows at least: so their sum stays in
+# its cache. A GPU would launch a kernel for each.
+_CPU_ROWS_EACH = 256
 
 
 def _blocks(
@@ -34,11 +37,14 @@ def _blocks(
     # whoever calls the operation itself passes no check of Python's
     if not 1 <= num_samples <= 2**16:
         raise ValueError(f"num_samples: expected 1 to {2**16}, got {num_samples}")
-    m, (least, most) = x.shape[0], _CPU_ROWS if x.device.type == "cpu" else (_GPU_ROWS, _GPU_ROWS)
+    m, on_cpu = x.shape[0], x.device.type == "cpu"
+    least, most = _CPU_ROWS if on_cpu else (_GPU_ROWS, _GPU_ROWS)
     size = max(min(max(m, least), most), min(m, _ELEMENTS // max(1, n, x.shape[1])))
-    group = min(num_samples, max(1, size // max(1, m)))
+    each = max(1, min(m, _CPU_ROWS_EACH if on_cpu else size))
+    group = min(num_samples, max(1, size // each))
+    rows = max(1, size // group)
     groups = [range(i, min(i + group, num_samples)) for i in range(0, num_samples, group)]
-    return [slice(i, min(i + size, m)) for i in range(0, m, size)], groups
+    return [slice(i, min(i + rows, m)) for i in range(0, m, rows)], groups
 
 
 def _standard_deviation(sigma: Tensor, log_variance: bool) -> Tensor:

@@ -47,27 +47,26 @@ def certify(
     """The class that most noisy passes give, and the L2 radius around x within which no attack
     changes it.
 
-    Holds for noise at the network's own input and nowhere else, with one sigma for all its
-    features: the smoothed classifier is then a function of x + N(0, sigma^2 I). Noise further in
-    certifies nothing, for how far an attack on x moves a hidden layer is not known. Convert with a
-    filter that lets the first layer through, or put a DIPInput first. Draws are `predict`'s: under
-    fixed_noise they replay.
+    This holds for noise at the network's own input and nowhere else, with one sigma for all its
+    features. The smoothed classifier is then a function of x + N(0, sigma^2 I). Noise further in
+    certifies nothing, because nobody knows how far an attack on x moves a hidden layer. Convert
+    with a filter that lets the first layer through, or put a DIPInput first. Draws are as in
+    `predict`: under fixed_noise they repeat.
 
     Args:
         model: a classifier with logits [B, C] and one DIP layer, which reads x.
         x: [B, ...], the only input.
-        k: >= 1 passes that bound the probability of the class.
-        k0: >= 1 passes, others than those, that choose it.
-        confidence: in (0, 1), that an example's radius holds.
-        chunk: passes at a time, folded into the batch.
+        k: number of passes, >= 1, that bound the probability of the class.
+        k0: number of other passes, >= 1, that choose the class.
+        confidence: in (0, 1): the probability that an example's radius holds.
+        chunk: how many passes run at a time, folded into the batch.
 
     Returns:
-        A Certificate: radius = sigma * Phi^-1(p), p the Clopper-Pearson lower bound of the class's
-        probability; where p <= 1/2 it abstains.
+        A Certificate with radius = sigma * Phi^-1(p), where p is the Clopper-Pearson lower bound of
+        the class's probability. It abstains where p <= 1/2.
 
     Raises:
-        ValueError: for bad values, a model whose noise is not at its input alone, or several
-            sigmas.
+        ValueError: bad values, a model whose noise is not at its input alone, or several sigmas.
 
     Examples:
         >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))

@@ -44,8 +44,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
-        model: with DIP layers; a variance that layers share counts once, and one that accelerate
-            has offloaded, which does not learn, not at all.
+        model: a model with DIP layers. A variance that layers share counts once. One that
+            accelerate has offloaded does not learn, and does not count.
         kl: the weight, >= 0.
 
     Returns:
@@ -53,7 +53,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        ValueError: for a model without DIP layers or a bad weight.
+        ValueError: a model without DIP layers, or a bad weight.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -90,11 +90,11 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     """alpha * sum_j lambda_j - beta * sum_j ln lambda_j, over every feature j of every DIP layer,
     lambda = sigma^2.
 
-    The paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL summed over
-    features of weight w. With no pull from the data the optimum is lambda = beta / alpha.
+    This is the paper's form of `kl_penalty`: alpha = w / (2 gamma) and beta = w / 2 are a KL of
+    weight w, summed over features. With no pull from the data the optimum is lambda = beta / alpha.
 
     Args:
-        model: With DIP layers; a variance that layers share counts once.
+        model: A model with DIP layers. A variance that layers share counts once.
         alpha: >= 0.
         beta: >= 0, and only beside an alpha > 0, which bounds the variances.
 
@@ -148,29 +148,29 @@ def objective(
 ) -> Tensor:
     """mean_s loss_fn(out[s], target) + kl * KL(variances || prior) + lambda_s * Var_s[out].
 
-    The KL term is `kl_penalty`'s: summed over layers, averaged over a layer's features. alpha and
-    beta are the paper's form of it, alpha * sum lambda - beta * sum ln lambda: `penalty`'s. Var_s
-    is the unbiased variance over the m trajectories, summed over the last dimension where out has
-    three or more, then averaged over the others (the paper does not state it; this is the project's
-    choice).
+    The KL term is that of `kl_penalty`: summed over layers, averaged over a layer's features. alpha
+    and beta weigh the paper's form of it, `penalty`: alpha * sum lambda - beta * sum ln lambda.
+    Var_s is the unbiased variance over the m trajectories. It is summed over the last dimension if
+    out has three or more, and averaged over the others (the paper does not state it; this is the
+    project's choice).
 
     Args:
         out: [m, B, ...], from `trajectories`.
         target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
-        model: for the terms on its variances; without it there are none.
+        model: the model, for the terms on its variances. Without it there are none.
         kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone
             move the variances.
         alpha: >= 0.
         beta: >= 0, and only beside an alpha > 0.
-        lambda_s: >= 0; m >= 2 where it is > 0.
+        lambda_s: >= 0; above 0 it needs m >= 2.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: naming the argument; also for kl beside alpha, two forms of one term.
-        TypeError: for an out that is no tensor, or a loss_fn that cannot be called.
+        ValueError: A bad argument, which the message names; also kl beside alpha.
+        TypeError: out is not a tensor, or loss_fn cannot be called.
 
     Examples:
         >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
@@ -211,7 +211,7 @@ def objective(
         _check_weight("kl", kl)
         if kl > 0 and alpha > 0:
             raise ValueError(
-                f"kl: expected none beside alpha, two forms of one term, got kl={kl}, alpha={alpha}"
+                f"kl: expected none beside alpha, another form of this term, got {kl} and alpha={alpha}"
             )
     else:
         kl = KL if model is not None and alpha == 0 else 0.0
@@ -221,7 +221,7 @@ def objective(
         )
     if lambda_s > 0 and out.shape[0] < 2:
         raise ValueError(
-            "lambda_s: expected 0 with one trajectory, whose variance is undefined (m >= 2), got "
+            "lambda_s: expected 0 with one trajectory, which has no variance (take m >= 2), got "
             f"{lambda_s}"
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]

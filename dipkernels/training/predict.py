@@ -48,8 +48,8 @@ def predict(
     dim: int | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)); k = 0: of the plain
-    network.
+    """The prediction of k noisy passes, mean over s of softmax(f(x; noise s)), or for k = 0 of the
+    plain network.
 
     Dropout and BatchNorm are in eval mode during the passes; each module's mode is restored. No
     gradients are kept. Under fixed_noise pass i (with chunk: chunk i) uses key + i *
@@ -57,21 +57,22 @@ def predict(
     examples.
 
     Args:
-        model: With DIP layers.
+        model: A model with DIP layers.
         args: The model's positional arguments.
-        k: Passes, >= 0, 16 by default; 0 is Algorithm 3, one deterministic pass.
+        k: Number of passes, >= 0, by default 16. 0 is Algorithm 3, one deterministic pass.
         average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the
             sigmoid, for one logit or several labels), "logits" (mean of the outputs, at least
             float32), or None (all outputs).
-        chunk: >= 1 passes at a time (1), folded into the batch as `trajectories` does; memory grows
-            with chunk, not with k.
+        chunk: How many passes run at a time, >= 1, by default 1. They are folded into the batch as
+            in `trajectories`. Memory grows with chunk, not with k.
         method: "sample", or "analytic": one deterministic pass in which every activation behind a
-            DIPLinear is replaced by its exact expectation over that layer's noise, for the cost of
-            k = 0; k and chunk do not apply. Each layer reads the mean of the one before: this
-            approximates Algorithm 2 and is neither it nor Algorithm 3. For MLPs and transformer
-            blocks of linear layers.
-        dim: Of the classes, for "probs": the last one by default where the output is [B, K] or [B,
-            T, K]; to be given where it has more dimensions, such as 1 for a map [B, K, H, W].
+            DIPLinear is replaced by its exact expectation over that layer's noise. It costs as much
+            as k = 0; k and chunk do not apply. Each layer reads the mean of the one before. This
+            approximates Algorithm 2, and is neither it nor Algorithm 3. It is for MLPs and
+            transformer blocks of linear layers.
+        dim: The dimension of the classes, for "probs". By default it is the last one, if the output
+            is [B, K] or [B, T, K]. With more dimensions it must be given, such as 1 for a map [B,
+            K, H, W].
         kwargs: The model's named arguments.
 
     Returns:
@@ -80,8 +81,8 @@ def predict(
         be any pytree; leaves that are not tensors are those of the first pass.
 
     Raises:
-        ValueError, TypeError, RuntimeError: Naming the argument, or for "analytic" the layer where
-            a model's structure does not allow it.
+        ValueError, TypeError, RuntimeError: A bad argument, which the message names; or for
+            "analytic" a layer that the method does not allow.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 3)))

@@ -17,8 +17,8 @@ from ..noise import contexts
 def trajectories(
     model: Callable[..., Any], *args: Any, m: int, in_dims: Any = 0, **kwargs: Any
 ) -> Any:
-    """m independent noisy passes in one: out[s, b] = f(x[b]; noise of trajectory s), by folding m
-    into the batch.
+    """Run m independent noisy passes in one, by folding m into the batch: out[s, b] = f(x[b]; noise
+    of trajectory s).
 
     Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
     m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
@@ -27,7 +27,7 @@ def trajectories(
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
         args: Its positional arguments, any pytrees.
-        m: Trajectories, >= 1.
+        m: Number of trajectories, >= 1.
         in_dims: 0 repeats a tensor, None passes it unchanged. One value for all arguments; or a
             tuple for args, as in torch.vmap (kwargs are then repeated); or a dict from an
             argument's position or name, for those that differ from 0, such as {"position_ids":
@@ -40,9 +40,9 @@ def trajectories(
         fixed_noise(key, row0), row0 counts the repeated entries.
 
     Raises:
-        ValueError: A module without DIP layers where m > 1, an input whose first size is not B, or
-            an output whose first size is not B * m, naming it.
-        RuntimeError: A model in eval mode, which would give m equal copies.
+        ValueError: A module without DIP layers although m > 1, an input whose first size is not B,
+            or an output whose first size is not B * m. The message names it.
+        RuntimeError: A model in eval mode, where the m copies would be equal.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))

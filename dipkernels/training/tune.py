@@ -99,30 +99,30 @@ def tune(
     tolerance: float = 0.01,
     progress: bool = True,
 ) -> Tuned:
-    """Pick calibrate's ratio and objective's kl: all pairs for a short run, the better half for
-    twice as long, and so on.
+    """Choose calibrate's ratio and objective's kl: all pairs run for a short time, the better half
+    for twice as long, and so on.
 
-    A pair is better if its clean score is within `tolerance` of the best one's and its robust score
-    is higher; pairs that cost more clean score come after, the cleanest first.
+    Among pairs whose clean score is within `tolerance` of the best one's, the higher robust score
+    is better. Pairs that cost more clean score come after them, the cleanest first.
 
     Args:
         run: run(ratio, kl, budget) trains a fresh model for that many units, say epochs, and
             returns the mapping {"clean": ..., "robust": ...}, both higher for better, on validation
             data (accuracy as it is, and under an attack or noise). The same seed for all pairs
             compares them best.
-        budget: units in all; at least one for each pair and round.
-        ratios: of `calibrate`, > 0.
-        kls: of `objective`, >= 0.
+        budget: units in all, at least one for each pair and round.
+        ratios: values for `calibrate`, > 0.
+        kls: values for `objective`, >= 0.
         tolerance: >= 0, clean score that may be given up, in run's units (0.01 is a point of
             accuracies in 0 .. 1).
-        progress: show a progress bar, if tqdm is installed.
+        progress: whether to show a progress bar, if tqdm is installed.
 
     Returns:
         A Tuned: `.ratio`, `.kl`, `.trials`; it prints as a table, and `.plot(path)` draws the
             trade.
 
     Raises:
-        ValueError: for bad values, a budget too small, or scores that are missing or not finite.
+        ValueError: bad values, a budget too small, or scores that are missing or not finite.
 
     Examples:
         >>> def run(ratio, kl, budget):

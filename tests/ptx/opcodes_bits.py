@@ -187,23 +187,37 @@ class BitOpcodes:
         kind, how = parts[-1], parts[1]
         combine = parts[2] if len(o) > 3 else None
         self.only(parts, how, "ftz", *([combine] if combine else []))
-        a, b = self.operand(o[1], kind), self.operand(o[2], kind)
-        if kind == "bf16":
-            a, b = f"bf16_to_f32({a})", f"bf16_to_f32({b})"
-        if "ftz" in parts:
-            a, b = f"ftz({a})", f"ftz({b})"
-        test = self._float_test(how, a, b) if kind in FLOATS else f"({a} {_COMPARE[how]} {b})"
-        results = [test, f"~{test}"]
+        targets = [t.strip() for t in o[0].split("|")]
+        if kind.endswith("x2"):  # two comparisons: of the low halves, and of the high ones
+            assert len(targets) == 2 and "ftz" not in parts
+            values = ", ".join(f"halves({self.operand(v, 'b32')})" for v in o[1:3])
+            self.lines.append(f"h = [{values}]")
+            kind = kind.removesuffix("x2")
+            as_kind = ".view(f16)" if kind == "f16" else ""
+            results = [
+                self._test(how, kind, *(f"h[{i}][{side}]{as_kind}" for i in (0, 1)))
+                for side in (0, 1)
+            ]
+        else:
+            a, b = self.operand(o[1], kind), self.operand(o[2], kind)
+            if "ftz" in parts:
+                a, b = f"ftz({a})", f"ftz({b})"
+            test = self._test(how, kind, a, b)
+            results = [test, f"~{test}"]
         if combine:
             other = self.operand(o[3].lstrip("!"), "pred")
             other = f"~{other}" if o[3].startswith("!") else other
             results = [f"{result} {_COMBINE[combine]} {other}" for result in results]
-        targets = [t.strip() for t in o[0].split("|")]
         if len(targets) == 2:
             self.lines.append(f"v = ({results[0]}, {results[1]})")
             results = ["v[0]", "v[1]"]
         for target, result in zip(targets, results, strict=False):
             self.assign(target, result)
+
+    def _test(self, how, kind, a, b):
+        if kind == "bf16":
+            a, b = f"bf16_to_f32({a})", f"bf16_to_f32({b})"
+        return self._float_test(how, a, b) if kind in FLOATS else f"({a} {_COMPARE[how]} {b})"
 
     def _float_test(self, how, a, b):
         nan = f"np.isnan({a}) | np.isnan({b})"

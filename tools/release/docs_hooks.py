@@ -1,4 +1,5 @@
-"""mkdocs hooks: pages that live in the repository's root, and links to files that are no pages."""
+"""mkdocs hooks: pages that live in the repository's root, links to files that are no pages, and
+cells of tables that hold sentences."""
 
 import re
 from pathlib import Path
@@ -42,3 +43,15 @@ def on_page_markdown(markdown, page, config, files):
     return re.sub(
         r"(?<!!)\[([^\]]+)\]\((?!https?:|#|mailto:)([\w./-]+)(?:#[\w-]+)?\)", link, markdown
     )
+
+
+def on_page_content(html, page, config, files):
+    """A cell that holds a sentence is marked, for site.css to keep it wide enough on a phone."""
+
+    def cell(found):
+        words = re.sub(r"<[^>]+>", "", found.group(2))
+        return (
+            f"<td{found.group(1)} data-long>{found.group(2)}</td>" if len(words) > 60 else found[0]
+        )
+
+    return re.sub(r"<td([^>]*)>(.*?)</td>", cell, html, flags=re.DOTALL)

@@ -125,7 +125,10 @@ def main() -> int:
     if args.quick:
         command += [f"--ignore=tests/{name}.py" for name in LONG]
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
+    env = {**os.environ, "PYTHONPATH": path}
+    if args.jobs > 1:  # as make test does
+        env["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=env)
     if not report.exists():
         return done.returncode or 1
     versions = subprocess.run(
