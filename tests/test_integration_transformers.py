@@ -712,6 +712,33 @@ def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
     same(fresh.model, whole.model)
 
 
+@pytest.mark.parametrize("names", [["mine"], ["default", "other"], ["other", "default"]])
+def test_every_adapter_resumes_with_its_variances_whatever_it_is_named(names, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def trainer(where, given):
+        model = peft.get_peft_model(llama(), lora(), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, lora())
+        args = arguments(tmp_path / where, save_strategy="steps", save_steps=2, max_steps=4)
+        return DIPTrainer(model, args, train_dataset=texts(), dip=given)
+
+    whole = trainer("a", CONFIG)
+    with torch.no_grad():
+        for layer in dip_layers(whole.model).values():
+            layer.log_variance.sub_(1.0)  # so that the adapters' variances differ
+    whole.train()
+    for given in (CONFIG, None):
+        again = trainer("b", given)
+        again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+        same(again.model, whole.model)
+        for name in names[::-1]:
+            whole.model.set_adapter(name)
+            again.model.set_adapter(name)
+            same(again.model, whole.model)
+        whole.model.set_adapter(names[0])
+
+
 @pytest.mark.slow
 def test_sft_refuses_smoothness_of_logits_that_its_loss_never_makes(tmp_path):
     trainer = sft(tmp_path, dip_config=dip.DIPConfig(lambda_s=0.1))

@@ -397,8 +397,12 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = self.model if model is None else model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._dip_restore(self.model if model is None else model, resume_from_checkpoint)
+        was_plain = config_of(target) is None
+        self._dip_restore(target, resume_from_checkpoint)
+        if was_plain and is_peft(target):  # now each adapter with its variances
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -422,6 +426,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             _load_renamed(model, folder)
         if own is None:
+            folder = _folder_of_adapter(model, folder)
             config = DIPConfig.load(folder)
             self._dip_check_setting(config.key)
             load(model, folder, self._dip_first_batches(model) if config.watches_batches else None)
@@ -482,6 +487,12 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _folder_of_adapter(model: Any, folder: str) -> str:
+    """Where PEFT writes the active adapter: a folder of its own, unless it is named "default"."""
+    own = os.path.join(folder, str(model.active_adapter)) if is_peft(model) else folder
+    return own if os.path.isfile(os.path.join(own, CONFIG_FILE)) else folder
 
 
 def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
