@@ -371,7 +371,7 @@ def plot(record: dict, path: Path) -> list[Path]:
     paths = []
     for name, draw in drawn.items():
         with figures.style():
-            figure, axes = figures.panels(height=3.9)
+            figure, axes = figures.panels(height=5.4)
             draw(axes[0, 0])
             columns, length = (1, 3.0) if name == "buys" else (2, 4.5)
             figures.legend(figure, axes[0, 0], columns=columns, length=length)

@@ -51,7 +51,7 @@ class DIPConfig:
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
             pattern that matches a layer's name counts. If ratio and variance are None, the default
-            of `calibrate` holds: 1.
+            of `calibrate` holds: 1, for token ids 0.1.
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
             calibrated.
         per: "layer" or "feature", as `calibrate`'s.
@@ -455,7 +455,7 @@ def _matches(name: str, patterns: Iterable[str]) -> str | None:
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     ratio = config.ratio
     if not isinstance(ratio, Mapping):
-        calibrate(model, batches, 1.0 if ratio is None else ratio, per=config.per)
+        calibrate(model, batches, ratio, per=config.per)
         return
     found = {
         name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)

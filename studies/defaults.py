@@ -183,7 +183,7 @@ def plot_gains(table: str, folder: Path) -> None:
     least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure
     for number, score in enumerate(SCORES[:2]):
         with figures.style():
-            figure, axes = figures.panels(height=5.8)
+            figure, axes = figures.panels(height=5.4)
             axis = axes[0, 0]
             for method, label, shift, (color, marker, _) in (
                 ("default", "the recipe", 0.2, figures.LINES["DIP"]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gzip
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+# Debian's package dataset-fashion-mnist, or a folder with the four idx files, packed or not
+FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,24 @@ def _digit_images() -> tuple[Tensor, Tensor]:
     return x.unflatten(1, (1, 8, 8)), y
 
 
-def _fashion() -> tuple[Tensor, Tensor]:
+def fashion() -> tuple[Tensor, Tensor]:
     def read(name: str, header: int) -> np.ndarray:
-        with gzip.open(FASHION / name) as file:
-            return np.frombuffer(file.read(), np.uint8, offset=header)
+        packed, plain = FASHION / f"{name}.gz", FASHION / name
+        if not (packed.exists() or plain.exists()):
+            raise FileNotFoundError(
+                f"FASHION_MNIST: expected Fashion-MNIST's idx files, such as {name}.gz, in "
+                f"{FASHION}, got none; install Debian's dataset-fashion-mnist, or set FASHION_MNIST "
+                "to the folder that has them"
+            )
+        data = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
+        return np.frombuffer(data, np.uint8, offset=header)
 
-    x = read("train-images-idx3-ubyte.gz", 16).reshape(-1, 784)[:6000]
-    return tensors(x, read("train-labels-idx1-ubyte.gz", 8)[:6000].astype(np.int64), 255.0)
+    x = read("train-images-idx3-ubyte", 16).reshape(-1, 784)[:6000]
+    return tensors(x, read("train-labels-idx1-ubyte", 8)[:6000].astype(np.int64), 255.0)
 
 
 def _fashion_images() -> tuple[Tensor, Tensor]:
-    x, y = _data(_fashion)
+    x, y = _data(fashion)
     return x.unflatten(1, (1, 28, 28)), y
 
 
@@ -172,12 +181,13 @@ def cnn(side: int, stride: int) -> Callable[[], nn.Module]:
 
 
 class ViT(nn.Module):
-    """Patches of 2 x 2 of an 8 x 8 image, two blocks of width 48."""
+    """16 patches, of 2 x 2 of an 8 x 8 image where nothing else is said; two blocks of width
+    48."""
 
-    def __init__(self) -> None:
+    def __init__(self, side: int = 8, patch: int = 2) -> None:
         super().__init__()
-        self.embed = nn.Conv2d(1, 48, 2, 2)
-        self.place = nn.Parameter(0.02 * torch.randn(16, 48))
+        self.embed = nn.Conv2d(1, 48, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, 48))
         block = nn.TransformerEncoderLayer(
             48, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True
         )
@@ -197,7 +207,7 @@ TASKS = {
     "digits MLP": Task(DIGITS, mlp(64, 256, 256, 10), 500, 100, 100, 0.1, 0.5, image=True),
     "digits CNN": Task(_digit_images, cnn(8, 1), 500, 50, 50, 0.1, 0.4, image=True),
     "digits ViT": Task(_digit_images, ViT, 500, 60, 50, 0.1, 0.4, image=True),
-    "fashion MLP": Task(_fashion, mlp(784, 256, 256, 10), 1000, 50, 100, 0.05, 0.5, image=True),
+    "fashion MLP": Task(fashion, mlp(784, 256, 256, 10), 1000, 50, 100, 0.05, 0.5, image=True),
     "fashion CNN": Task(_fashion_images, cnn(28, 2), 1000, 50, 50, 0.05, 0.3, image=True),
     "mnist1d": Task(_mnist1d, mlp(40, 128, 128, 10), 2000, 60, 100, 0.1, 0.4),
     "breast_cancer": Task(

@@ -480,6 +480,8 @@ def test_param_groups_of_a_plain_model_and_a_chosen_variance_lr():
     ("model", "options", "name"),
     [
         (Net(), {"lr": -1}, "lr"),
+        (Net(), {"lr": None}, "lr"),
+        (Net(), {"lr": 1, "weight_decay": "0.1"}, "weight_decay"),
         (Net(), {"lr": 1, "weight_decay": float("nan")}, "weight_decay"),
         (Net(), {"lr": 1, "variance_lr": 1}, "variance_lr"),
         (nn.ReLU(), {"lr": 1}, "model"),
@@ -605,6 +607,27 @@ def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
     assert torch.equal(state, torch.get_rng_state())
     assert model.norm.num_batches_tracked == 0
     assert not model.linear._forward_pre_hooks
+
+
+def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.linear = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.linear(self.embed(input_ids))
+
+    model, ids = convert(Tokens()), torch.randint(9, (6, 5))
+    words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batches = (ids, ids.int(), [(ids, ids)], words, iter([words]))
+    for batch in batches:
+        assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
+    assert calibrate(model, words, ratio=1.0)[0].ratio == pytest.approx(1, rel=0.3)
+    # whole numbers that are no input, and pixels, are no tokens
+    model = convert(nn.Sequential(nn.Linear(4, 2)))
+    for batch in ([(torch.randn(6, 4), torch.arange(6))], torch.randn(6, 4)):
+        assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 
 def test_calibrate_sees_through_torch_compile():

@@ -3,6 +3,7 @@ study runs."""
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+import augmix
 import features
 import parts
 import tables
@@ -155,6 +157,70 @@ def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out()
     wrong = (noisy.y != data.y).double().mean().item()
     assert wrong == pytest.approx(0.4 * 2 / 3, abs=0.07) and noisy.y_test is data.y_test
     assert torch.equal(uncertainty.mislabelled(data, 0.0, 0).y, data.y)
+
+
+def test_augmix_operations_are_pillows():
+    image_ops = pytest.importorskip("PIL.ImageOps")
+    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    grey = torch.randint(40, 250, (2, 28, 28), generator=torch.Generator().manual_seed(0))
+    grey[:, :9] = 40  # so that one value has more than its share
+    level, sign = torch.tensor([2.5, 0.2]), torch.tensor([1.0, -1.0])
+    bits, thresholds = (3, 4), (256 - 64, 256 - 5)
+    for name, arguments in (
+        ("autocontrast", ((), ())),
+        ("equalize", ((), ())),
+        ("posterize", tuple((n,) for n in bits)),
+        ("solarize", tuple((n,) for n in thresholds)),
+    ):
+        came = getattr(augmix, name)(grey[:, None] / 255.0, level, sign)
+        for own, source, given in zip(came, grey, arguments, strict=True):
+            pillow = image.fromarray(source.byte().numpy())
+            wanted = torch.tensor(np.array(getattr(image_ops, name)(pillow, *given)))
+            # autocontrast rounds down in Pillow
+            assert (255 * own[0] - wanted).abs().max() < (1.001 if name == "autocontrast" else 1e-3)
+    x = torch.zeros(1, 1, 27, 27)
+    x[..., 13, 13] = 1.0
+    level, sign = torch.tensor([20 / 9]), torch.tensor([-1.0])  # 2 of 27 pixels
+    assert augmix.translate_x(x, level, sign)[0, 0, 13, 15] == pytest.approx(1.0, abs=1e-4)
+    assert augmix.translate_y(x, level, sign)[0, 0, 15, 13] == pytest.approx(1.0, abs=1e-4)
+    x[..., 13, 13], x[..., 13, 20] = 0.0, 1.0
+    turned = augmix.rotate(x, torch.tensor([30.0]), sign)  # a quarter
+    assert turned[0, 0, 20, 13] == pytest.approx(1.0, abs=1e-4)
+    assert augmix.shear_x(x, torch.tensor([3.0]), sign)[0, 0, 13, 20] == pytest.approx(1, abs=1e-4)
+    assert augmix.shear_y(x, torch.tensor([0.0]), sign)[0, 0, 13, 20] == pytest.approx(1, abs=1e-4)
+
+
+def test_augmix_mixes_images_and_pulls_predictions_together():
+    x = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    first, again, other = (
+        augmix.mixture(x, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert first.shape == x.shape and first.min() >= 0 and first.max() <= 1
+    assert torch.equal(first, again)
+    assert all((first - each).abs().flatten(1).amax(1).median() > 0.05 for each in (x, other))
+    logits, y = torch.randn(5, 3), torch.tensor([0, 2, 1, 0, 0])
+    plain = torch.nn.functional.cross_entropy(logits, y)
+    torch.testing.assert_close(augmix.loss(logits, (logits, logits + 1), y), plain)
+    sure = torch.tensor([[30.0, 0.0, 0.0]])  # one of three sure of another class
+    apart = augmix.loss(sure, (sure, sure.roll(1, 1)), torch.tensor([0])).item()
+    entropy = -(2 / 3) * math.log(2 / 3) - math.log(1 / 3) / 3
+    assert apart == pytest.approx(augmix.WEIGHT * entropy, rel=1e-4)
+
+
+def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
+    import gzip
+
+    monkeypatch.setattr(tasks, "FASHION", tmp_path)
+    with pytest.raises(FileNotFoundError, match="FASHION_MNIST"):
+        tasks.fashion()
+    pixels = bytes(range(256)) * 49  # 16 images
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(bytes(8) + bytes(range(16)))
+    )
+    x, y = tasks.fashion()
+    assert x.shape == (16, 784) and y.tolist() == list(range(16))
+    assert x[0, :3].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
 
 
 @pytest.mark.slow

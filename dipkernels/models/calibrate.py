@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops import dtensor
 from .parameters import check_settable, set_named
@@ -16,13 +16,23 @@ from .summary import Summary, summary
 
 # values of an example below which the pull to the prior is less than 1: studies/held_back.py
 FEW = 32
+# sigma over spread by default, and where the batches hold token ids: studies/arithmetic_paired.py
+RATIO, TOKENS_RATIO = 1.0, 0.1
+
+
+def _holds_tokens(batch: object) -> bool:
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids")
+    elif isinstance(batch, (list, tuple)):
+        batch = batch[0] if batch else None
+    return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
 
 
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    ratio: float = 1.0,
+    ratio: float | None = None,
     *,
     per: str = "layer",
     floor: float = 0.01,
@@ -46,7 +56,8 @@ def calibrate(
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
-        ratio: > 0, sigma over spread.
+        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds token ids (int32 or
+            int64, or a mapping's "input_ids"): noise as large as the signal hides tokens.
         per: "layer" or "feature".
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
@@ -67,7 +78,7 @@ def calibrate(
 
     Source: this project's choice; the paper does not state how lambda starts.
     """
-    for argument, value in (("ratio", ratio), ("floor", floor)):
+    for argument, value in (("ratio", RATIO if ratio is None else ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
     if per not in ("layer", "feature"):
@@ -79,7 +90,17 @@ def calibrate(
             for name, layer in layers.items()
         }
     )
-    inputs = measured_inputs(model, batches)
+    tokens = False
+
+    def noted() -> Iterator[Any]:
+        nonlocal tokens
+        for batch in [batches] if isinstance(batches, (Tensor, Mapping)) else batches:
+            tokens = tokens or _holds_tokens(batch)
+            yield batch
+
+    inputs = measured_inputs(model, noted())
+    if ratio is None:
+        ratio = TOKENS_RATIO if tokens else RATIO
     levels = {name: found.spread.square().mean().sqrt() for name, found in inputs.items()}
     constant = [
         name or "(root)"

@@ -45,7 +45,9 @@ def param_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if name == "variance_lr" and value is None:
+            continue
+        if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
     require_module(model)
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
