@@ -40,9 +40,9 @@ compat: setup
 nvcc: | $(VENV)/.deps
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-nvcc.txt
 
-# Other people's tools, installed on top of the pinned torch.
+# Other people's tools, installed on top of the pinned torch, which DeepSpeed's setup.py asks for.
 $(VENV)/.tools: requirements-tools.txt $(VENV)/.deps
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-tools.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements-dev.txt -r requirements-tools.txt
 	touch $@
 
 test-tools: setup $(VENV)/.tools

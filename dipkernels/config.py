@@ -371,6 +371,7 @@ def config_of(model: nn.Module) -> DIPConfig | None:
 
 def require_config(model: nn.Module) -> DIPConfig:
     """`config_of` the model. Raises ValueError where it has none."""
+    require_module(model)
     config = config_of(model)
     if config is None:
         raise ValueError(

@@ -262,6 +262,8 @@ def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path)
         dip.load(net(), tmp_path)
     with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
         dip.save(dip.convert(net()), tmp_path)
+    with pytest.raises(TypeError, match="model: expected"):
+        dip.save(tmp_path, model)
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):

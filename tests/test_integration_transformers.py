@@ -2,6 +2,7 @@
 models."""
 
 import concurrent.futures
+import functools
 import os
 import subprocess
 import sys
@@ -220,27 +221,29 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make, data, tmp_path)
         same(again.model, whole.model)
 
 
-def test_the_best_model_has_the_best_models_variances(tmp_path):
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_early_stopping_leaves_the_best_model_and_its_variances(kind, tmp_path):
     args = {
         "save_strategy": "steps",
         "save_steps": 1,
         "eval_strategy": "steps",
         "eval_steps": 1,
-        "learning_rate": 0.1,
+        "learning_rate": 1.0,
+        "weight_decay": 0.0,
     }
-    args |= {"load_best_model_at_end": True, "max_steps": 4}
-    trainer = DIPTrainer(
-        vit(),
-        arguments(tmp_path, **args),
-        train_dataset=images(),
-        eval_dataset=images(),
-        dip=CONFIG,
-    )
+    args |= {"load_best_model_at_end": True, "max_steps": 6}
+    stop = transformers.EarlyStoppingCallback(1)
+    given = {"args": arguments(tmp_path, **args), "eval_dataset": texts()}
+    if kind == "mixin":
+        trainer = DIPTrainer(llama(), train_dataset=texts(), callbacks=[stop], dip=CONFIG, **given)
+    else:
+        own = DIPCallback(batches=[{"input_ids": torch.tensor(texts()["input_ids"])}])
+        trainer = transformers.Trainer(
+            llama(), train_dataset=texts(), callbacks=[own, stop], **given
+        )
     trainer.train()
-    assert trainer.state.best_global_step < 4
-    best = from_pretrained(
-        transformers.ViTForImageClassification, trainer.state.best_model_checkpoint
-    )
+    assert trainer.state.best_global_step < trainer.state.global_step < 6
+    best = from_pretrained(transformers.LlamaForCausalLM, trainer.state.best_model_checkpoint)
     same(trainer.model, best)
 
 
@@ -491,6 +494,69 @@ def test_what_is_pushed_while_it_trains_has_the_variances_of_its_weights(tmp_pat
         assert all(torch.equal(values, saved[name]) for name, values in state.items())
 
 
+# ---- options of the trainer ----------------------------------------------------------------------
+
+PRODUCER = dip.DIPConfig(ratio=0.5, place="producer")
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+OPTIONS = [
+    pytest.param({"dataloader_num_workers": 2}, CONFIG, 0.0, id="workers"),
+    pytest.param({"gradient_checkpointing": True}, CONFIG, 1e-5, id="checkpointing"),
+    pytest.param({"bf16": True}, CONFIG, 1e-2, id="bf16"),
+    pytest.param({}, PRODUCER, None, id="producer"),
+    pytest.param({"bf16": True}, PRODUCER, None, id="producer-bf16", marks=pytest.mark.slow),
+    pytest.param({"optim": "adafactor"}, CONFIG, None, id="adafactor", marks=pytest.mark.slow),
+    pytest.param(COMPILED, CONFIG, 1e-5, id="compiled", marks=pytest.mark.slow),
+    pytest.param(COMPILED, PRODUCER, None, id="producer-compiled", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("options, config, tolerance", OPTIONS)
+def test_under_an_option_the_losses_are_those_without_and_a_run_resumes_to_the_bit(
+    options, config, tolerance, tmp_path
+):
+    args = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
+    args |= {"per_device_train_batch_size": 4}
+
+    def trainer(where, given, **more):
+        return DIPTrainer(
+            llama(), arguments(tmp_path / where, **args, **more), train_dataset=texts(), dip=given
+        )
+
+    whole = trainer("a", config, save_strategy="steps", **options)
+    start = dip.variances(whole.model)
+    whole.train()
+    moved = [n for n, v in dip.variances(whole.model).items() if not torch.equal(v, start[n])]
+    assert len(moved) == len({n for n in start if n.endswith("log_variance")})
+    if tolerance is not None:
+        plain = trainer("b", config)
+        plain.train()
+        assert losses(whole) == pytest.approx(losses(plain), rel=tolerance)
+    for given in (config, None):
+        torch.manual_seed(9)
+        again = trainer("c", given, **options)
+        again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+        assert losses(again) == losses(whole)
+        same(again.model, whole.model)
+
+
+@pytest.mark.parametrize("make, data", [(vit, images), (llama, texts)])
+def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(make, data, tmp_path):
+    def trainer(where):
+        model = make()
+        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
+        args = arguments(tmp_path / where, save_strategy="steps", save_steps=2, max_steps=4)
+        return DIPTrainer(model, args, train_dataset=data(), dip=CONFIG)
+
+    whole, again = trainer("a"), trainer("b")
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    same(again.model, whole.model)
+    folder = tmp_path / "a/checkpoint-4"
+    assert (folder / "model.safetensors.index.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    same(from_pretrained(type(make()), folder), whole.model)
+
+
 # ---- several processes ---------------------------------------------------------------------------
 
 
@@ -646,6 +712,33 @@ def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
     same(fresh.model, whole.model)
 
 
+@pytest.mark.parametrize("names", [["mine"], ["default", "other"], ["other", "default"]])
+def test_every_adapter_resumes_with_its_variances_whatever_it_is_named(names, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def trainer(where, given):
+        model = peft.get_peft_model(llama(), lora(), adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, lora())
+        args = arguments(tmp_path / where, save_strategy="steps", save_steps=2, max_steps=4)
+        return DIPTrainer(model, args, train_dataset=texts(), dip=given)
+
+    whole = trainer("a", CONFIG)
+    with torch.no_grad():
+        for layer in dip_layers(whole.model).values():
+            layer.log_variance.sub_(1.0)  # so that the adapters' variances differ
+    whole.train()
+    for given in (CONFIG, None):
+        again = trainer("b", given)
+        again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+        same(again.model, whole.model)
+        for name in names[::-1]:
+            whole.model.set_adapter(name)
+            again.model.set_adapter(name)
+            same(again.model, whole.model)
+        whole.model.set_adapter(names[0])
+
+
 @pytest.mark.slow
 def test_sft_refuses_smoothness_of_logits_that_its_loss_never_makes(tmp_path):
     trainer = sft(tmp_path, dip_config=dip.DIPConfig(lambda_s=0.1))
@@ -733,6 +826,137 @@ def test_a_reward_model_learns_by_the_mean_of_its_trajectories(tmp_path):
     chosen, rejected = rewards.chunk(2, dim=1)
     want = -F.logsigmoid(chosen - rejected).mean()
     assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
+
+
+def preferences(count=8):
+    """Answers of four words to a prompt of three, every other one desired."""
+    rows = pairs(count)
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+def chances(logits, ids):
+    """log p of each token but the first, [..., T - 1]."""
+    index = ids[..., 1:].expand(*logits.shape[:-2], -1)[..., None]
+    return logits[..., :-1, :].log_softmax(-1).gather(-1, index)[..., 0]
+
+
+@pytest.mark.slow
+def test_kto_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
+    trl = pytest.importorskip("trl")
+    seen = []
+
+    class DIPKTOTrainer(DIPMixin, trl.KTOTrainer):
+        def training_step(self, model, inputs, *args, **options):
+            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+            return super().training_step(model, inputs, *args, **options)
+
+    args = trl.KTOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
+    trainer = DIPKTOTrainer(
+        llama(),
+        args=args,
+        train_dataset=preferences(),
+        processing_class=words(),
+        peft_config=lora(),
+        dip=CONFIG,
+    )
+    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    model, batch = trainer.model, seen[0]
+    model.load_state_dict(plain)
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    given = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+    with dip.fixed_noise(42 * RUN):
+        policy = (chances(dip.trajectories(model.train(), m=2, **given).logits, ids) * mask).sum(-1)
+    ratio = policy - (chances(model.eval()(**given).logits, ids) * mask).sum(-1)
+    # The adapter starts at zero: the KL estimate of the plain policy from the reference is 0.
+    desired = torch.where(batch["label"].bool(), 1.0, -1.0)
+    want = (1 - torch.sigmoid(desired * ratio)).mean()
+    assert abs(want.item() - 0.5) > 1e-4
+    assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
+    trl = pytest.importorskip("trl")
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    assert trl
+    seen, rows = [], []
+
+    class DIPORPOTrainer(DIPMixin, ORPOTrainer):
+        def training_step(self, model, inputs, *args, **options):
+            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+            return super().training_step(model, inputs, *args, **options)
+
+        def compute_loss(self, *args, **options):
+            rows.append(dip.noise.contexts.ROW0)
+            return super().compute_loss(*args, **options)
+
+    def trainer(config, **options):
+        args = ORPOConfig(tmp_path, beta=1.0, **{**TRL, **options})
+        return DIPORPOTrainer(
+            llama(), args=args, train_dataset=pairs(), processing_class=words(), dip=config
+        )
+
+    with pytest.raises(
+        ValueError, match=r"train_dataset: expected batches of what the model's for"
+    ):
+        trainer(CONFIG)
+    config = dip.DIPConfig(variance=0.1)
+    one = trainer(config, max_steps=1)
+    plain = {name: value.clone() for name, value in one.model.state_dict().items()}
+    one.train()
+    model, batch = one.model.train(), seen[0]
+    model.load_state_dict(plain)
+
+    def both(what, filler):  # the trajectories of the chosen answers, then of the rejected
+        parts = [batch[f"{kind}_{what}"] for kind in ("chosen", "rejected")]
+        longest = max(part.shape[1] for part in parts)
+        parts = [F.pad(part, (0, longest - part.shape[1]), value=filler) for part in parts]
+        return torch.cat(parts).repeat_interleave(2, 0)
+
+    ids, mask, labels = both("input_ids", 0), both("attention_mask", 0), both("labels", -100)
+    with dip.fixed_noise(42 * RUN):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+    each, asked = chances(logits, ids), labels[:, 1:] != -100
+    mean = (each * asked).sum(-1) / asked.sum(-1)
+    chosen, rejected = mean.chunk(2)
+    odds = (chosen - rejected) - ((-chosen.exp()).log1p() - (-rejected.exp()).log1p())
+    read = each[: len(each) // 2][mask[: len(each) // 2, 1:].bool()]
+    want = -read.mean() - F.logsigmoid(odds).mean()
+    assert losses(one)[0] == pytest.approx(want.item(), rel=1e-4)
+    del rows[:]
+    small = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer(config, max_steps=1, **small).train()
+    assert rows == [0, 16]  # two answers to each of four prompts, m times over
+
+
+@pytest.mark.slow
+def test_a_reference_that_follows_the_model_is_refused(tmp_path):
+    """It copies parameter by parameter, of which the reference has no variances."""
+    trl = pytest.importorskip("trl")
+
+    class DIPDPOTrainer(DIPMixin, trl.DPOTrainer):
+        pass
+
+    args = trl.DPOConfig(tmp_path, sync_ref_model=True, **TRL)
+    options = {"args": args, "train_dataset": pairs(), "processing_class": words()}
+    with pytest.raises(ValueError, match="sync_ref_model: expected False"):
+        DIPDPOTrainer(llama(), llama(), dip=CONFIG, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [True, False])
+def test_sft_compiled_is_sft(adapter, tmp_path):
+    plain, compiled = (sft(tmp_path, adapter=adapter, **options) for options in ({}, COMPILED))
+    plain.train()
+    compiled.train()
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 
 @pytest.mark.slow

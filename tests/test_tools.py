@@ -2,7 +2,6 @@
 docs/models.md."""
 
 import copy
-import socket
 import warnings
 
 import pytest
@@ -366,49 +365,3 @@ def test_opacus_refuses_dip_layers_and_takes_fixed_noise_before_plain_ones():
     before = model[1].weight.detach().clone()
     step(model)
     assert not torch.equal(model[1].weight, before)
-
-
-@pytest.fixture
-def one_rank(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {
-        "RANK": 0,
-        "WORLD_SIZE": 1,
-        "LOCAL_RANK": 0,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, str(value))
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_deepspeed_trains_the_variances(one_rank):
-    """Not in requirements-tools.txt: it is built against the torch at hand, pip install
-    --no-build-isolation."""
-    deepspeed = pytest.importorskip("deepspeed")
-    deepspeed.init_distributed("gloo")
-    for stage in (0, 1, 2):  # of one process group, which DeepSpeed keeps
-        model = dip.convert(mlp())
-        zero = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.AdamW(dip.param_groups(model, 1e-2)),
-            config={"train_batch_size": 32, **zero},
-        )
-        before = dip.variances(model)
-        for _ in range(2):
-            engine.backward(F.cross_entropy(engine(X), Y))
-            if stage == 0:
-                assert dip.check(model).ok
-            else:  # ZeRO keeps the gradients to itself
-                with pytest.raises(ValueError, match="expected gradients to look at"):
-                    dip.check(model)
-            engine.step()
-        assert not any(torch.equal(v, before[n]) for n, v in learned(dip.variances(model)))
-        assert dip.check(model, X).ok

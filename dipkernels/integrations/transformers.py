@@ -110,6 +110,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
                 "args: expected DeepSpeed's ZeRO up to stage 2, got stage 3, which hides "
                 "log_variance from PyTorch; use FSDP2 there"
             )
+        if getattr(self.args, "sync_ref_model", False) and getattr(self, "ref_model", None):
+            raise ValueError(
+                "sync_ref_model: expected False, for it copies the model's parameters one by one "
+                "into a reference that has no variances, got True"
+            )
         self._dip_start(self.model)
 
     # ---- the model
@@ -201,10 +206,17 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
         prepared_batches = [dict(self._prepare_inputs(batch)) for batch in batches]
-        return [
+        found = [
             {name: value for name, value in batch.items() if name in taken}
             for batch in prepared_batches
         ]
+        if not all(found):
+            raise ValueError(
+                "train_dataset: expected batches of what the model's forward takes, got "
+                f"{list(prepared_batches[0])}; say variance=... in the config, or call "
+                "dip.apply(model, config, batches) before"
+            )
+        return found
 
     # ---- the optimiser
 
@@ -212,6 +224,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         target, given = self.model if model is None else model, self.optimizer is not None
         if config_of(target) is None:
             raise ValueError(_NO_CONFIG)
+        if given and not hasattr(self.optimizer, "param_groups"):
+            raise ValueError(
+                "deepspeed: expected a config without 'optimizer', whose one group would decay the "
+                "variances, got one with it; leave it out, and the trainer makes its own"
+            )
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if not given:
             own_group(target, optimizer, self.args.learning_rate)
@@ -237,12 +254,15 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         micro = last + 1 if run is self.state and before == step else 0
         self._dip_at = (self.state, step, micro)
         sizes = (
-            [len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim]
+            {name: len(v) for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
             if isinstance(inputs, Mapping)
-            else []
+            else {}
         )
+        # ORPO puts them into one batch
+        pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
+        rows = [sum(pair)] if pair else [*sizes.values()][:1]
         where = (micro, self.args.process_index, self.args.world_size)
-        first = place_in_batch(*where, self._train_batch_size, *sizes[:1])
+        first = place_in_batch(*where, self._train_batch_size, *rows)
         return config.noise(self.args.seed * _RUN + step, first * config.m)
 
     def _dip_first_check(self) -> None:
@@ -377,12 +397,28 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        target = self.model if model is None else model
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._dip_restore(self.model if model is None else model, resume_from_checkpoint)
+        was_plain = config_of(target) is None
+        self._dip_restore(target, resume_from_checkpoint)
+        if was_plain and is_peft(target):  # now each adapter with its variances
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        # DeepSpeed loads its own checkpoint, into the model that it has wrapped by then.
+        if (
+            self.is_deepspeed_enabled
+            and resume_from_checkpoint
+            and self.model_wrapped is self.model
+        ):
+            self._dip_restore(self.model, resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.state.best_model_checkpoint is not None:
+        if self.state.best_model_checkpoint is not None and not self.is_deepspeed_enabled:
             self._dip_restore(self.model, self.state.best_model_checkpoint)
 
     def _dip_restore(self, model: Any, folder: str) -> None:
@@ -390,6 +426,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             _load_renamed(model, folder)
         if own is None:
+            folder = _folder_of_adapter(model, folder)
             config = DIPConfig.load(folder)
             self._dip_check_setting(config.key)
             load(model, folder, self._dip_first_batches(model) if config.watches_batches else None)
@@ -450,6 +487,12 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _folder_of_adapter(model: Any, folder: str) -> str:
+    """Where PEFT writes the active adapter: a folder of its own, unless it is named "default"."""
+    own = os.path.join(folder, str(model.active_adapter)) if is_peft(model) else folder
+    return own if os.path.isfile(os.path.join(own, CONFIG_FILE)) else folder
 
 
 def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

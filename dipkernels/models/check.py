@@ -18,7 +18,7 @@ from ..noise import contexts
 from ..ops.dtensor import full
 from .probe import eager, remembered, untouched
 
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "OptimizedModule")
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "OptimizedModule")
 
 
 @dataclasses.dataclass

@@ -255,6 +255,7 @@ _INNER = {  # the child by which a wrapper holds the model
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",
 }

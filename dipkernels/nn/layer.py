@@ -17,7 +17,7 @@ from ..ops.draw import Draw
 from ..ops.perturb import projection, without_noise
 from ..worlds import is_dtensor
 from . import inputs, tracing
-from .variance import Variance, short
+from .variance import Variance, in_zero, short
 
 if TYPE_CHECKING:
     from .sharing import Share
@@ -84,6 +84,8 @@ class DIPLayer(_Mixin):
             if parameter is not None:
                 if parameter.dtype is not torch.float32:
                     variance.widen()
+                    if parameter.dtype.itemsize < 4 and in_zero(parameter):
+                        return parameter.float()
                 return parameter
         try:
             gathered: Tensor = variance()
@@ -93,11 +95,11 @@ class DIPLayer(_Mixin):
                 "checkpoint of the plain model was dispatched with offload. Load it, convert, "
                 "then dispatch the converted model"
             ) from error
-        # Of accelerate, which may cast what it loads; FSDP's mixed precision has an error that
-        # names it.
+        # Of accelerate, which may cast what it loads, or of ZeRO; FSDP's mixed precision has an error
+        # that names it.
         return (
             gathered.float()
-            if "forward" in variance.__dict__ and gathered.dtype.itemsize < 4
+            if gathered.dtype.itemsize < 4 and ("forward" in variance.__dict__ or in_zero(gathered))
             else gathered
         )
 

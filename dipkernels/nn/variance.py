@@ -147,7 +147,12 @@ class Variance(nn.Module):
         if self.log_variance.is_meta:
             return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
         if "log_variance" in self._parameters:
-            return None
+            return (
+                "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before "
+                "deepspeed.initialize"
+                if in_zero(self.log_variance)
+                else None
+            )
         if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
             return "that a hook computes (pruning, weight_norm): remove that first"
         steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
@@ -221,7 +226,14 @@ class Variance(nn.Module):
             if self.log_variance.is_meta and "forward" in self.__dict__
             else self.log_variance
         )
-        return dtensor.full(value.detach())
+        if value.numel() != self.num_features and in_zero(value):
+            raise ValueError(
+                f"log_variance: expected {self.num_features} values, got {value.numel()}: "
+                "DeepSpeed's ZeRO-3 has the rest elsewhere; call this inside "
+                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+        value = dtensor.full(value.detach())
+        return value.float() if value.dtype.itemsize < 4 else value
 
     @property
     def sigma(self) -> Tensor:
@@ -325,6 +337,12 @@ class Variance(nn.Module):
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
         self._from_meta = False
+
+
+def in_zero(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO steps it: a copy of its own, in float32, of stage 1 and 2 whole and of
+    stage 3 in parts."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
 def device_of_variance(weight: Tensor, device: torch.device | str | None) -> torch.device:
