@@ -1013,9 +1013,11 @@ def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp
     }
     args |= {"optim": "sgd", "lr_scheduler_type": "constant"}
 
+    config = dip.DIPConfig(m=1, key=None, ratio=1.0)
+
     def trainer(folder):
         batches = [{"input_ids": torch.tensor(texts()["input_ids"])}]
-        callbacks = [DIPCallback(batches=batches)]
+        callbacks = [DIPCallback(config, batches=batches)]
         return transformers.Trainer(
             llama(), arguments(folder, **args), train_dataset=texts(), callbacks=callbacks
         )
@@ -1029,7 +1031,7 @@ def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp
         torch.equal(v, before[n]) for n, v in dip.variances(whole.model).items() if "log_var" in n
     )
     folder = tmp_path / "a/checkpoint-2"
-    assert dip.DIPConfig.load(folder) == dip.DIPConfig(m=1, key=None)
+    assert dip.DIPConfig.load(folder) == config
     again = trainer(tmp_path / "b")
     again.train(resume_from_checkpoint=str(folder))
     same(again.model, whole.model)
