@@ -46,7 +46,8 @@ def run(path):
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-# What tests/test_ptx_triton.py runs as compiled code is slow here, a second proof.
+# What tests/test_ptx_triton.py and tests/test_ptx_producers.py run as compiled code is slow here, a
+# second proof.
 # A class each, so that `pytest --dist loadscope` runs them beside each other.
 
 
@@ -67,6 +68,7 @@ class TestActivation:
         run("interpreted_expectation.py")
 
 
+@pytest.mark.slow
 class TestProducers:
     def test_under_the_interpreter(self):
         run("interpreted_producers.py")
