@@ -302,8 +302,8 @@ def cell(row: dict[str, Any], score: str, base: str, bare: bool) -> str:
 
 
 def report(rows: dict[str, Any]) -> str:
-    """Of every case of clean training a table, learned minus the others; of every network one, clean
-    accuracy by training minus plain's."""
+    """Of every case of clean training a table, learned minus the others; of every network one,
+    clean accuracy by training minus plain's."""
     texts = []
     for case, methods in rows.items():
         model, images, training = case.split(", ")
@@ -343,8 +343,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--trainings",
         nargs="+",
-        choices=("clean", "Gaussian", "FGSM"),
-        default=["clean", "Gaussian", "FGSM"],
+        choices=TRAININGS["cnn"],
+        default=list(TRAININGS["cnn"]),
     )
     parser.add_argument(
         "--methods",

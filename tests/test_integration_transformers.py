@@ -758,42 +758,45 @@ def test_sft_over_a_converted_base_is_refused_by_the_order(tmp_path, monkeypatch
         sft(tmp_path)
 
 
+def chances(logits, ids):
+    """log p of each token but the first, [..., T - 1]."""
+    index = ids[..., 1:].expand(*logits.shape[:-2], -1)[..., None]
+    return logits[..., :-1, :].log_softmax(-1).gather(-1, index)[..., 0]
+
+
+def one_step(kind, model, **options):
+    """A trainer of TRL with noise after one step, its model as it began; and that step's tensors."""
+    batches = []
+
+    class Watched(DIPMixin, kind):
+        def training_step(self, model, inputs, *args, **options):
+            batches.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+            return super().training_step(model, inputs, *args, **options)
+
+    trainer = Watched(model, processing_class=words(), dip=CONFIG, **options)
+    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    trainer.model.load_state_dict(plain)
+    return trainer, batches[0]
+
+
 @pytest.mark.slow
 def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
     """The reference is the model itself with its adapter off; with noise it would be the policy,
     whose adapter starts at zero, and the first loss ln 2."""
     trl = pytest.importorskip("trl")
-    seen = []
-
-    class DIPDPOTrainer(DIPMixin, trl.DPOTrainer):
-        def training_step(self, model, inputs, *args, **options):
-            seen.append({name: value.clone() for name, value in inputs.items()})
-            return super().training_step(model, inputs, *args, **options)
-
     args = trl.DPOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
-    trainer = DIPDPOTrainer(
-        llama(),
-        args=args,
-        train_dataset=pairs(),
-        processing_class=words(),
-        peft_config=lora(),
-        dip=CONFIG,
+    trainer, batch = one_step(
+        trl.DPOTrainer, llama(), args=args, train_dataset=pairs(), peft_config=lora()
     )
-    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    model = trainer.model
-    model.load_state_dict(plain)
-    mask = seen[0].pop("completion_mask")[:, 1:]
-    ids = seen[0]["input_ids"][:, 1:]
+    model, mask = trainer.model, batch.pop("completion_mask")[:, 1:]
 
     def scores(logits):  # [m, 2 B, T, V]: the chosen answers, then the rejected
-        chances = logits[:, :, :-1].log_softmax(-1)
-        index = ids.expand(len(logits), -1, -1)[..., None]
-        return (chances.gather(-1, index)[..., 0] * mask).sum(-1)
+        return (chances(logits, batch["input_ids"]) * mask).sum(-1)
 
     with dip.fixed_noise(42 * RUN):
-        policy = scores(dip.trajectories(model.train(), m=2, **seen[0]).logits)
-    ratio = policy - scores(model.eval()(**seen[0]).logits[None])
+        policy = scores(dip.trajectories(model.train(), m=2, **batch).logits)
+    ratio = policy - scores(model.eval()(**batch).logits[None])
     chosen, rejected = ratio.chunk(2, dim=1)
     want = -F.logsigmoid(chosen - rejected).mean()
     assert abs(want.item() - torch.log(torch.tensor(2.0)).item()) > 1e-3
@@ -803,26 +806,14 @@ def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
 @pytest.mark.slow
 def test_a_reward_model_learns_by_the_mean_of_its_trajectories(tmp_path):
     trl = pytest.importorskip("trl")
-    seen = []
-
-    class DIPRewardTrainer(DIPMixin, trl.RewardTrainer):
-        def training_step(self, model, inputs, *args, **options):
-            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
-            return super().training_step(model, inputs, *args, **options)
-
     torch.manual_seed(0)
     model = transformers.LlamaForSequenceClassification(
         transformers.LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1})
     )
     args = trl.RewardConfig(tmp_path, **{**TRL, "max_steps": 1})
-    trainer = DIPRewardTrainer(
-        model, args=args, train_dataset=pairs(), processing_class=words(), dip=CONFIG
-    )
-    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    trainer.model.load_state_dict(plain)
+    trainer, batch = one_step(trl.RewardTrainer, model, args=args, train_dataset=pairs())
     with dip.fixed_noise(42 * RUN):
-        rewards = dip.trajectories(trainer.model.train(), m=2, **seen[0]).logits[..., 0]
+        rewards = dip.trajectories(trainer.model.train(), m=2, **batch).logits[..., 0]
     chosen, rejected = rewards.chunk(2, dim=1)
     want = -F.logsigmoid(chosen - rejected).mean()
     assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
@@ -839,35 +830,14 @@ def preferences(count=8):
     )
 
 
-def chances(logits, ids):
-    """log p of each token but the first, [..., T - 1]."""
-    index = ids[..., 1:].expand(*logits.shape[:-2], -1)[..., None]
-    return logits[..., :-1, :].log_softmax(-1).gather(-1, index)[..., 0]
-
-
 @pytest.mark.slow
 def test_kto_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
     trl = pytest.importorskip("trl")
-    seen = []
-
-    class DIPKTOTrainer(DIPMixin, trl.KTOTrainer):
-        def training_step(self, model, inputs, *args, **options):
-            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
-            return super().training_step(model, inputs, *args, **options)
-
     args = trl.KTOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
-    trainer = DIPKTOTrainer(
-        llama(),
-        args=args,
-        train_dataset=preferences(),
-        processing_class=words(),
-        peft_config=lora(),
-        dip=CONFIG,
+    trainer, batch = one_step(
+        trl.KTOTrainer, llama(), args=args, train_dataset=preferences(), peft_config=lora()
     )
-    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    model, batch = trainer.model, seen[0]
-    model.load_state_dict(plain)
+    model = trainer.model
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
     given = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
     with dip.fixed_noise(42 * RUN):

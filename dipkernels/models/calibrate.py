@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import dtensor
 from .parameters import check_settable, set_named
+from .probe import each_batch
 from .spreads import measured_inputs, need_layers
 from .summary import Summary, summary
 
@@ -94,7 +95,7 @@ def calibrate(
 
     def noted() -> Iterator[Any]:
         nonlocal tokens
-        for batch in [batches] if isinstance(batches, (Tensor, Mapping)) else batches:
+        for batch in each_batch(batches):
             tokens = tokens or _holds_tokens(batch)
             yield batch
 

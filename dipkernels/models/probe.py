@@ -100,19 +100,23 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches; of a single one, a tensor or a mapping, a list of one."""
+    return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
+
+
 def listed(batches: Iterable[Any]) -> list[Any]:
-    """Batches as a list; a single one, a tensor or a mapping, as a list of one."""
-    return [batches] if isinstance(batches, (Tensor, Mapping)) else list(batches)
+    """`each_batch` as a list."""
+    return list(each_batch(batches))
 
 
 def for_each(model: nn.Module, batches: Iterable[Any], run: Callable[[Any], object]) -> None:
     """Call run(batch) for each, without noise and uncompiled; a tensor or a mapping is one batch.
     Raises ValueError where there is none."""
     count = 0
-    one = isinstance(batches, (Tensor, Mapping))
     # sampling_on switches off the fast path that calls no layer; noise_off, inside it, the noise.
     with contexts.sampling_on(), contexts.noise_off(), eager(model):
-        for batch in [batches] if one else batches:
+        for batch in each_batch(batches):
             run(batch)
             count += 1
     if count == 0:

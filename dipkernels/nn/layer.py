@@ -95,8 +95,8 @@ class DIPLayer(_Mixin):
                 "checkpoint of the plain model was dispatched with offload. Load it, convert, "
                 "then dispatch the converted model"
             ) from error
-        # Of accelerate, which may cast what it loads, or of ZeRO; FSDP's mixed precision has an error
-        # that names it.
+        # Of accelerate, which may cast what it loads, or of ZeRO; FSDP's mixed precision has an
+        # error that names it.
         return (
             gathered.float()
             if gathered.dtype.itemsize < 4 and ("forward" in variance.__dict__ or in_zero(gathered))

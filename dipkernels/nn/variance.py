@@ -340,8 +340,8 @@ class Variance(nn.Module):
 
 
 def in_zero(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO steps it: a copy of its own, in float32, of stage 1 and 2 whole and of
-    stage 3 in parts."""
+    """Whether DeepSpeed's ZeRO steps it: a copy of its own, in float32, of stage 1 and 2 whole and
+    of stage 3 in parts."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
