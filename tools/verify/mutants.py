@@ -41,8 +41,8 @@ from reliability import ROOT, record
 STATE = ROOT / "out" / "mutants.json"
 PYTHON = sys.executable
 SEED = 0
-LINES_EACH = 40  # of a file, for one fault
-LEAST, MOST = 2, 12  # faults of a file
+LINES_EACH = 120  # of a file, for one fault
+LEAST, MOST = 1, 6  # faults of a file
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not build"
 
 
