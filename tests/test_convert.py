@@ -656,12 +656,13 @@ def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():
             super().__init__()
             self.embed, self.linear = nn.Embedding(9, 4), nn.Linear(4, 2)
 
-        def forward(self, input_ids, attention_mask=None):
-            return self.linear(self.embed(input_ids))
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            return self.linear(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
 
     model, ids = convert(Tokens()), torch.randint(9, (6, 5))
     words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batches = (ids, ids.int(), [(ids, ids)], words, iter([words]))
+    looked_up = {"inputs_embeds": torch.randn(6, 5, 4)}
+    batches = (ids, ids.int(), [(ids, ids)], words, iter([words]), looked_up)
     for batch in batches:
         assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
     assert calibrate(model, words, ratio=1.0)[0].ratio == pytest.approx(1, rel=0.3)

@@ -21,6 +21,8 @@ RATIO, TOKENS_RATIO = 1.0, 0.1
 
 def _holds_tokens(batch: object) -> bool:
     if isinstance(batch, Mapping):
+        if "inputs_embeds" in batch:  # tokens, looked up by the caller
+            return True
         batch = batch.get("input_ids")
     elif isinstance(batch, (list, tuple)):
         batch = batch[0] if batch else None
@@ -61,8 +63,8 @@ def calibrate(
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
-        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds token ids (int32 or
-            int64, or a mapping's "input_ids"): noise as large as the signal hides tokens.
+        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds tokens (int32 or int64,
+            a mapping's "input_ids" or "inputs_embeds"): noise as large as the signal hides them.
         per: "layer" or "feature".
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
