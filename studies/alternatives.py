@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
-from defaults import DEFAULTS, SCORES, part, summarise
+from defaults import SCORES, part, summarise
 from tables import markdown
 from tasks import TASKS
 
@@ -86,7 +86,6 @@ TASKS_OF = {
 def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
-            "defaults": DEFAULTS,
             "task": task,
             "method": method,
             "training": training,

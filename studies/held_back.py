@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import parts
-from defaults import DEFAULTS, SCORES, summarise
+from defaults import SCORES, summarise
 from tables import markdown
 from tasks import TASKS, Task, from_sklearn, mlp, split, tensors
 from torch import Tensor
@@ -174,7 +174,6 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
 def keys(tasks: list[str], trainings: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
-            "defaults": DEFAULTS,
             "strengths": STRENGTHS[task],
             "task": task,
             "method": method,
