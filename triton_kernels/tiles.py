@@ -177,7 +177,7 @@ def block_shape(
         block_k = min(triton.next_power_of_2(k), elements // block_r)
     else:
         block_k = min(triton.next_power_of_2(k), columns)
-        block_r = min(triton.next_power_of_2(num_inner), elements // max(block_k, 8))
+        block_r = min(triton.next_power_of_2(num_inner), max(1, elements // max(block_k, 8)))
     return block_r, max(block_k, 8)
 
 
