@@ -64,7 +64,9 @@ AREAS = (
     Area(("csrc/**/norm*", "csrc/**/gate*"), ("producers",)),
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
+    Area(("csrc/cpu/dispatch*",), ("backends.py::TestDispatch",)),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
+    Area(("csrc/perturb_op.cpp",), ("perturb", "cuda_glue", "noise", "ops", "fuzz")),
     Area(
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
