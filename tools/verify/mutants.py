@@ -149,6 +149,22 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "samples.cpp: how many runs of columns a thread takes at a time",
         "Every run writes elements of its own alone, so their share-out changes the speed only.",
     ),
+    "cbf92af4a7": (
+        "launch.h: the stride of an operand that is absent",
+        "An operand with data is always given its strides, and one without is never read.",
+    ),
+    "db2264e6bb": (
+        "torch.h: the stride of rows that are one row",
+        "It multiplies the row's index, which is 0; channels are only tried where there are more.",
+    ),
+    "3459ddd317": (
+        "norm.cpp: what is asked for ahead of the next row",
+        "A prefetch changes the speed only.",
+    ),
+    "a1c7b760aa": (
+        "draw.h: which columns are asked for ahead",
+        "What is called there only prefetches, which changes the speed only.",
+    ),
 }
 
 
