@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn.numbering import dip_layers, warn_of_equal_numbers
+from .nn.numbering import dip_layers, need_layers, warn_of_equal_numbers
 from .nn.variance import Variance
 from .noise import contexts
 from .ops.dtensor import local
@@ -142,9 +142,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """
     from torch import distributed
 
-    layers = dip_layers(model)
-    if not layers:
-        raise ValueError("model: expected DIP layers, found none; convert it first")
+    layers = need_layers(model)
     warn_of_equal_numbers(model)
     mine = {
         "faults": _faults(model),

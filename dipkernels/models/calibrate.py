@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .probe import each_batch
-from .spreads import measured_inputs, need_layers
+from .spreads import measured_inputs
 from .summary import Summary, summary
 
 # values of an example below which the pull to the prior is less than 1: studies/held_back.py

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.numbering import dip_layers, need_layers
 from ..noise import contexts
 from ..ops.dtensor import full
 from .probe import eager, remembered, untouched, unwrapped
@@ -90,8 +90,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     """
     layers = dip_layers(model)
     replaced = _replaced(model)
-    if not layers and not replaced:
-        raise ValueError("model: expected DIP layers, found none; convert it first")
+    if not replaced:
+        need_layers(model)
     require_finite(layers)
     report = Report(dict(replaced), checked=len(layers) + len(replaced))
     for name, layer in layers.items():
