@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import json
 import math
 import os
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 
 from .models.calibrate import calibrate
 from .models.convert import convert, to_plain
-from .models.convertible import TWINS, around, base_layer, is_adapter, no_match
+from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
+from .models.patterns import Patterns, around
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -414,14 +414,16 @@ def _plain_again(model: nn.Module) -> Any:
 
 
 def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None) -> None:
-    names = [name for name, _ in model.named_modules()]
-    unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
-    if unused:
-        raise ValueError(no_match("include", unused, names))
+    names, include = (
+        [name for name, _ in model.named_modules()],
+        Patterns("include", config.include),
+    )
+    include.all(*names)
+    include.require_used(names)
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
-        options["filter"] = lambda module, name: _matches(name, config.include) is not None
+        options["filter"] = lambda module, name: bool(include.all(*around(name)))
     options["place"] = config.place
     if config.watches_batches:
         options["batches"] = batches
@@ -446,24 +448,14 @@ def is_peft(model: nn.Module) -> bool:
     )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that the name, or that of a module around it, matches."""
-    outer = around(name)
-    return next((p for p in patterns if any(fnmatch.fnmatchcase(each, p) for each in outer)), None)
-
-
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     ratio = config.ratio
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per)
         return
-    found = {
-        name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)
-        for name in dip_layers(model)
-    }
-    unused = [p for p in ratio if p not in found.values()]
-    if unused:
-        raise ValueError(no_match("ratio", unused, found, "a DIP layer's name"))
+    patterns = Patterns("ratio", ratio)
+    found = {name: patterns.first(name) for name in dip_layers(model)}
+    patterns.require_used(found, "a DIP layer's name")
     without = [name for name, p in found.items() if p is None]
     if without:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ from ..worlds import is_dtensor
 from .convertible import (
     OUT_PROJECTION,
     TWINS,
-    around,
     base_layer,
     block_names,
     cannot,
@@ -36,13 +34,13 @@ from .convertible import (
     is_candidate,
     is_inside,
     keeps_original,
-    no_match,
     no_twin,
     own_matrices,
     read_past,
     twin_of,
     unnoised,
 )
+from .patterns import Patterns, around
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
 
@@ -378,14 +376,9 @@ def _asked_before(
             raise ValueError(
                 f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}"
             )
-        hits = [
-            m
-            for m, every_name in names.items()
-            if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)
-        ]
-        if not hits:
-            known = [name for every_name in names.values() for name in every_name]
-            raise ValueError(no_match("before", [pattern], known))
+        patterns = Patterns("before", [pattern])
+        hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
+        patterns.require_used(_every_name(names))
         for module in hits:
             reason = no_twin(module)
             if reason is not None:
@@ -405,22 +398,18 @@ def _variances_by_name(
     if not isinstance(init_variance, Mapping):
         value = float(check_init_variance(init_variance, 1))
         return dict.fromkeys(modules, value)
-    used, asked = set(), []
+    patterns, asked = Patterns("init_variance", init_variance), []
 
     def value_of(name: str) -> Any:
         asked.append(name)
-        for pattern, value in init_variance.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                used.add(pattern)
-                return (
-                    value
-                    if isinstance(value, Tensor) and value.ndim
-                    else check_init_variance(value, 1)
-                )
-        raise ValueError(
-            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; "
-            "end with '*'"
-        )
+        pattern = patterns.first(name)
+        if pattern is None:
+            raise ValueError(
+                "init_variance: expected a pattern for every layer, got none that matches "
+                f"{name!r}; end with '*'"
+            )
+        value = init_variance[pattern]
+        return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
 
     values: dict[nn.Module, Any] = {}
     for module, name in modules.items():
@@ -432,9 +421,7 @@ def _variances_by_name(
             values[module] = value_of(name)
             if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
                 check_init_variance(values[module], features_of(module))
-    unused = [pattern for pattern in init_variance if pattern not in used]
-    if unused:
-        raise ValueError(no_match("init_variance", unused, asked, "a layer to convert"))
+    patterns.require_used(asked, "a layer to convert")
     return values
 
 
@@ -496,24 +483,16 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
     """The layers that are to share their noise: those of one parent that one group of patterns
     matches."""
     groups, taken = [], {}
-    for patterns in share:
-        if isinstance(patterns, str) or len(patterns) < 2:
-            raise ValueError(
-                f"share: expected groups of two or more name patterns, got {patterns!r}"
-            )
+    for asked in share:
+        if isinstance(asked, str) or len(asked) < 2:
+            raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
+        patterns = Patterns("share", asked)
         by_parent: dict[str, list[nn.Module]] = {}
-        used = set()
         for module, name in matched.items():
             parent, _, own = name.rpartition(".")
-            hits = {
-                p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)
-            }
-            used |= hits
-            if hits:
+            if patterns.all(own, name):
                 by_parent.setdefault(parent, []).append(module)
-        unused = [p for p in patterns if p not in used]
-        if unused:
-            raise ValueError(no_match("share", unused, matched.values(), "a layer to convert"))
+        patterns.require_used(matched.values(), "a layer to convert")
         for group in (group for group in by_parent.values() if len(group) > 1):
             for module in group:
                 if module in taken:
@@ -542,19 +521,18 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def _every_name(names: dict[nn.Module, list[str]]) -> list[str]:
+    return [name for every_name in names.values() for name in every_name]
+
+
 def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[nn.Module]:
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    used, excluded = set(), set()
-    for module, every_name in names.items():
-        for name in every_name:
-            hits = {p for p in patterns for a in around(name)[1:] if fnmatch.fnmatchcase(a, p)}
-            used |= hits
-            if hits:
-                excluded.add(module)
-    unused = [p for p in patterns if p not in used]
-    if unused:
-        known = [name for every_name in names.values() for name in every_name]
-        raise ValueError(no_match("exclude", unused, known))
+    patterns = Patterns("exclude", (exclude,) if isinstance(exclude, str) else exclude)
+    excluded = {
+        module
+        for module, every_name in names.items()
+        if patterns.all(*(outer for name in every_name for outer in around(name)[1:]))
+    }
+    patterns.require_used(_every_name(names))
     return excluded
 
 
