@@ -136,13 +136,12 @@ def convert(
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = _choose(model, types, filter, exclude, before)
-    types, names, asked, wanted, matched = (
-        choice.types,
-        choice.names,
-        choice.asked,
-        choice.wanted,
-        choice.matched,
-    )
+    names, asked, matched = choice.names, choice.asked, choice.matched
+    if batches is not None and place == "input" and not asked:
+        raise ValueError(
+            "batches: expected None without before=[...] or place='producer', got batches that "
+            "nothing reads"
+        )
     count = sum(
         1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3
         for m in [*matched, *asked]
@@ -150,15 +149,12 @@ def convert(
     if count + len(dip_layers(model)) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
     groups = _groups(
-        {m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
+        {m: names[m][0] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
     )
     plan, moves = _placed(model, choice, place, batches)
-    moved = {layer: move for move in moves for layer in move.layers}
-    groups = [
-        group
-        for group in ([m for m in each if m not in moved] for each in groups)
-        if len(group) > 1
-    ]
+    moved = {layer for move in moves for layer in move.layers}
+    groups = [[m for m in group if m not in moved] for group in groups]
+    groups = [group for group in groups if len(group) > 1]
     staying = [m for m in matched if m not in moved]
     variance_of = _variances_by_name(
         init_variance,
@@ -166,22 +162,15 @@ def convert(
     )
     for move in moves:
         check_init_variance(variance_of[move.producer], move.features)
-    answered = {m for whole in asked for m in _read_inside(whole)}
     _one_variance_each(groups, variance_of, names)
-    projections = probed(
-        model,
-        {m: (names[m][0], dim) for m, dim in asked.items()},
-        None if place == "producer" and not asked else batches,
-    )
-    twins = {
-        m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()
-    }
+    features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
+    twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
     for move in moves:
         _become_producer(move, variance_of[move.producer], num_samples)
-    for module, (twin, features) in twins.items():
-        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
+    for module, twin in twins.items():
+        _become_dip(module, twin, variance_of[module], num_samples, keep, features[module])
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
@@ -189,10 +178,17 @@ def convert(
     if plan is not None:
         model.__dict__[PLAN] = plan
         _warn_unreached(plan)
-    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    filtered = set() if filter is None else names.keys() - choice.wanted.keys()
     quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
+    # Noise before a module is before the children too that it reads and never calls.
+    answered = {
+        child
+        for whole in asked
+        for name, child in whole.named_children()
+        if name in read_past(type(whole))
+    }
     open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
-    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
+    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, choice.types)))
     return model
 
 
@@ -308,13 +304,6 @@ def _placed(
         choice.asked, "its own input is noised: before"
     )
     return find_moves(model, choice.names, choice.matched, stay, batches)
-
-
-def _read_inside(whole: Any) -> list[nn.Module]:
-    """The children that this module reads and never calls: noise before it is before them too."""
-    kind: Any = type(whole)
-    past = read_past(kind)
-    return [child for name, child in whole.named_children() if name in past]
 
 
 def _warn(

@@ -167,18 +167,13 @@ def watch(
 
 def probed(
     model: nn.Module, modules: dict[nn.Module, tuple[str, int]], batches: Iterable[Any] | None
-) -> dict[nn.Module, tuple[int, int]]:
-    """(features, dimension) of each module's input, from one pass in eval mode without noise.
+) -> dict[nn.Module, int]:
+    """The number of features of each module's input, from one pass in eval mode without noise.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
     another call.
     """
-    if not modules and batches is not None:
-        raise ValueError(
-            "batches: expected None without before=[...] or place='producer', got batches that "
-            "nothing reads"
-        )
     if not modules:
         return {}
     if batches is None:
@@ -199,7 +194,7 @@ def probed(
         raise ValueError(
             f"before: expected modules that the batches reach, none reached {unreached}"
         )
-    return {module: (features, modules[module][1]) for module, features in found.items()}
+    return found
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:
