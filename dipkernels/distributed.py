@@ -14,7 +14,7 @@ from .nn.numbering import dip_layers, need_layers, warn_of_equal_numbers
 from .nn.variance import Variance
 from .noise import contexts
 from .ops.dtensor import local
-from .worlds import is_dtensor
+from .worlds import has_ranks, is_dtensor
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -156,7 +156,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         if tensor_parallel is None
         else tuple(tensor_parallel.mesh.flatten().tolist()),
     }
-    together = distributed.is_available() and distributed.is_initialized()
+    together = has_ranks()
     ranks: list[Any] = [mine]
     if together:
         ranks = [None] * distributed.get_world_size()

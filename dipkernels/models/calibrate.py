@@ -30,6 +30,11 @@ def _holds_tokens(batch: object) -> bool:
     return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
 
 
+def check_per(per: object) -> None:
+    if per not in ("layer", "feature"):
+        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -83,8 +88,7 @@ def calibrate(
     for argument, value in (("ratio", RATIO if ratio is None else ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
-    if per not in ("layer", "feature"):
-        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
+    check_per(per)
     layers = need_layers(model)
     check_settable(
         {

@@ -130,8 +130,7 @@ def convert(
 
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
-    if place not in ("input", "producer"):
-        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
+    check_place(place)
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     batches = None if batches is None else listed(batches)  # before and place both run them
@@ -230,6 +229,11 @@ def producer_plan(
     plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
     assert plan is not None  # of this place there is one
     return plan
+
+
+def check_place(place: object) -> None:
+    if place not in ("input", "producer"):
+        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
 
 
 @dataclasses.dataclass(frozen=True)
