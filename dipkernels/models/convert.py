@@ -42,7 +42,7 @@ from .convertible import (
 )
 from .patterns import Patterns, around
 from .place import UNREACHED, Move, ProducerPlan, find_moves
-from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
+from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
 
 
 class DIPConversionWarning(UserWarning):
@@ -313,10 +313,7 @@ def _placed(
 def _warn(
     names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]
 ) -> None:
-    lines = [
-        f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}"
-        for m, reason in reasons.items()
-    ]
+    lines = [f"  {shown(names[m][0], m)}: {reason}" for m, reason in reasons.items()]
     lines += [f"  {which}: {reason}" for which, reason in holders.items()]
     if lines:
         text = (

@@ -20,7 +20,7 @@ from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
 from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin
-from .probe import untouched
+from .probe import shown, untouched
 from .readers import Call, Made, Watch, watched
 
 _FUNCTIONS = {
@@ -229,9 +229,9 @@ class _Planner:
         op, module = made[0].op.strip("_"), made[0].module
         if made[0].call is not None:
             module = made[0].call.module
-        where = (
-            "the model itself" if module is None or module is self._model else self._shown(module)
-        )
+        where = "the model itself"
+        if module is not None and module is not self._model:
+            where = shown(self._name(module), module)
         if op in _FUNCTIONS:
             return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":
@@ -335,9 +335,6 @@ class _Planner:
 
     def _name(self, module: nn.Module) -> str:
         return self._names[module][0]
-
-    def _shown(self, module: nn.Module) -> str:
-        return f"{self._name(module) or 'the model itself'} ({type(module).__name__})"
 
 
 def producer_features(layer: nn.Module) -> int:

@@ -4,12 +4,14 @@ convert has converted."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.numbering import dip_layers
@@ -130,6 +132,19 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return kwargs.get(
         getattr(module, "input_name", None) or first_parameter(type(module)) or "input"
     )
+
+
+def leaves(out: Any) -> list[Any]:
+    """What a model's output is made of, also inside dataclasses."""
+    found = pytree.tree_leaves(out)
+    for leaf in [x for x in found if dataclasses.is_dataclass(x) and not isinstance(x, type)]:
+        found += pytree.tree_leaves(vars(leaf))
+    return found
+
+
+def shown(name: str, module: nn.Module) -> str:
+    """A module in an error or a plan."""
+    return f"{name or 'the model itself'} ({type(module).__name__})"
 
 
 # ---- features of modules by a probe --------------------------------------------------------------
