@@ -23,7 +23,7 @@ def make(shape, dim, dtype):
 
 
 def draw(dim=-1, log_variance=False):
-    return dim, 2**32 - 3, 5, 1, 0.5, log_variance  # rows cross 2^32, columns start inside a group
+    return dim, 2**32 - 3, 53, 1, 0.5, log_variance  # rows cross 2^32, columns start inside a group
 
 
 def assert_near(got, want, dtype, rows=1):

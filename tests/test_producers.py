@@ -4,6 +4,7 @@ docs/maths.md, section 10."""
 import pytest
 import torch
 from capability_support import OFFERED
+from sums_support import telling_terms
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import functional, producers, reference
@@ -439,6 +440,17 @@ def test_gate_takes_the_halves_of_one_tensor():
     assert torch.equal(u, producers.gate(a.contiguous(), b.contiguous(), sigma, SEED, kind="silu"))
 
 
+@pytest.mark.parametrize("rows", [1000, 2049, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_sums_over_the_stated_blocks_of_rows(capability, rows, dtype):
+    x, bias, sigma = torch.zeros(rows, 64, dtype=dtype), torch.zeros(64), torch.ones(64)
+    where = (SEED, Draw(), "layer")
+    _, stats = norm.norm(x, None, bias, sigma, *where, 1e-5, 0.0, None)
+    terms = telling_terms(rows, 64, dtype)
+    _, _, dbias, _ = norm.norm_bwd(terms, x, stats, None, bias, sigma, *where, 0.0)
+    assert torch.equal(dbias, torch.ones(64))
+
+
 def test_norm_sums_no_worse_than_torch():
     """Twice the error of the same sums in plain PyTorch, + 1e-6 a root of a row."""
     x, du = randn(6000, 40, dtype=torch.float32), randn(6000, 40, seed=1, dtype=torch.float32)
@@ -508,6 +520,43 @@ def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
         assert ((high - 1).abs() <= 1e-6).all() and ((low + 1).abs() <= 1e-6).all()
     else:  # torch's low ones are infinity times 0
         assert high.isinf().all() and ((low == 0) | low.isnan()).all()
+
+
+def examples():
+    """Every operation of a producer with arguments of each of its forms."""
+    where = SEED, -1, 5, 3, 1, 0.5, True
+    for dtype, out, in_columns in (
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, None, True),
+        (torch.float64, None, False),
+    ):
+        x, b, du = (randn(12, 10, seed=i, dtype=dtype) for i in range(3))
+        if in_columns:
+            x = x.t().contiguous().t()
+        weight = randn(10, dtype=dtype)
+        sigma = scale(10, True, torch.promote_types(dtype, torch.float32))
+        for kind, bias in (("layer", b[0]), ("rms", None)):
+            forward = (x, weight, bias, sigma, *where, kind, 1e-3, 0.0, out)
+            yield "norm", forward
+            stats = torch.ops.dipkernels.norm(*forward)[1]
+            for s in (sigma, None):
+                yield "norm_bwd", (du, x, stats, weight, bias, s, *where, kind, 0.0)
+        yield "activate", (x, sigma, *where, "silu", out)
+        yield "gate", (x, b, sigma, *where, "gelu", out)
+        for s in (sigma, None):
+            yield "activate_bwd", (du, x, s, *where, "silu")
+            yield "gate_bwd", (du, x, b, s, *where, "gelu")
+
+
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+@pytest.mark.parametrize("op", ["norm", "norm_bwd", "activate", "activate_bwd", "gate", "gate_bwd"])
+def test_producer_operations_pass_opcheck(namespace, op):
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    for name, arguments in examples():
+        if name == op:
+            torch.library.opcheck(
+                overload, arguments, test_utils=("test_schema", "test_faketensor")
+            )
 
 
 # ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------

@@ -105,16 +105,16 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 
 
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
-    """Raise ValueError naming the layers whose variance holds NaN or infinity. A collective where
-    it is sharded."""
+    """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite. A
+    collective where it is sharded."""
     broken = []
     for name, layer in layers.items():
         values = full(layer.log_variance.detach())
-        if not values.is_meta and not bool(values.isfinite().all()):
+        if not values.is_meta and not bool((values.isfinite() & values.exp().isfinite()).all()):
             broken.append(name or "(root)")
     if broken:
         raise ValueError(
-            f"model: expected finite variances, got NaN or infinity in log_variance of {broken}; a "
+            f"model: expected finite variances, got NaN or infinity in {broken}; a "
             "step with such gradients spoils them: load_variances or calibrate sets them anew"
         )
 

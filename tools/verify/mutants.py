@@ -64,31 +64,34 @@ AREAS = (
     Area(("csrc/**/norm*", "csrc/**/gate*"), ("producers",)),
     Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
     Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
+    Area(("csrc/cpu/dispatch*",), ("backends.py::TestDispatch",)),
     Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
+    Area(("csrc/perturb_op.cpp",), ("cuda_glue", "perturb", "noise", "ops", "fuzz")),
     Area(
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
+    # compiled first: it is quicker than the interpreter, and sees every access
     Area(
-        ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
-        ("triton_interpreter.py::TestPerturb",),
+        ("triton_kernels/perturb.py", "triton_kernels/noise.py", "triton_kernels/tickets.py"),
+        ("ptx_triton", "triton_interpreter.py::TestPerturb"),
     ),
-    Area(("triton_kernels/tickets.py",), ("ptx_triton",)),
     Area(
         ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
-        ("triton_interpreter.py::TestProducers",),
+        ("ptx_producers", "ptx_triton", "triton_interpreter.py::TestProducers"),
     ),
+    Area(("triton_kernels/linear.py",), ("ptx_triton", "triton_interpreter.py::TestLinear")),
     Area(
-        ("triton_kernels/linear.py", "triton_kernels/tiles.py"),
-        ("triton_interpreter.py::TestLinear",),
+        ("triton_kernels/tiles.py",),
+        ("ptx_triton", "triton_interpreter.py::TestPerturb", "triton_interpreter.py::TestLinear"),
     ),
     Area(
         ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
-        ("expectation", "triton_interpreter.py::TestActivation"),
+        ("expectation", "ptx_triton", "triton_interpreter.py::TestActivation"),
     ),
     Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "expectation", "properties")),
     Area(
         ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
-        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds"),
+        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds", "checkpointing"),
     ),
     Area(
         ("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")
@@ -97,7 +100,13 @@ AREAS = (
         ("dipkernels/**/functional.py",),
         ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds"),
     ),
+    Area(
+        ("dipkernels/**/norm.py", "dipkernels/**/gate.py", "dipkernels/**/producer*.py"),
+        ("producers", "producer_modules", "ops", "compile"),
+    ),
+    Area(("dipkernels/**/activation*.py",), ("producers", "producer_modules", "averaging")),
     Area(("dipkernels/**/attention.py",), ("attention", "layers")),
+    Area(("dipkernels/**/tracing.py",), ("tracing", "worlds")),
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
     Area(
         ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
@@ -120,16 +129,46 @@ AREAS = (
         ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")
     ),
     Area(("dipkernels/training/*.py",), ("objective", "trajectories", "recipe")),
-    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before")),
+    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before", "convert")),
+    Area(
+        ("dipkernels/**/place.py", "dipkernels/**/readers.py"),
+        ("producer_plan", "producer_modules", "before", "models"),
+    ),
     Area(
         ("dipkernels/**/convert.py", "dipkernels/**/convertible.py", "dipkernels/models/*.py"),
-        ("convert", "before", "recipe", "user_code_variance", "check", "user_code_loaders"),
+        (
+            "convert",
+            "before",
+            "first_mistakes",
+            "recipe",
+            "user_code_variance",
+            "check",
+            "user_code_loaders",
+            "models",
+        ),
+    ),
+    # need the tools of requirements-tools.txt: without them they are skipped, and everything
+    # survives
+    Area(("dipkernels/integrations/accelerate.py",), ("integration_accelerate",)),
+    Area(("dipkernels/integrations/lightning.py",), ("integration_lightning",)),
+    Area(
+        ("dipkernels/integrations/peft.py",),
+        ("integration_peft", "adapters", "user_code_loaders"),
+    ),
+    Area(
+        ("dipkernels/integrations/transformers.py",),
+        ("integration_transformers", "integration_deepspeed"),
+    ),
+    Area(
+        ("dipkernels/integrations/*.py",),
+        ("integration_accelerate", "integration_lightning", "integration_transformers"),
     ),
     Area(
         ("dipkernels/**/ops.py", "dipkernels/ops/*.py"),
-        ("ops", "perturb", "linear", "averaging", "noise", "backends"),
+        ("ops", "perturb", "linear", "averaging", "noise", "backends", "compile"),
     ),
     Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
+    Area(("dipkernels/**/worlds.py",), ("compile", "layers", "tensor_parallel")),
     Area(("dipkernels/**/*.py",), ("layers", "convert")),
 )
 # Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no
@@ -141,7 +180,36 @@ LEFT_OUT = (
     "triton_kernels/__init__.py",
 )
 # Drawn faults that no test can notice, by their key: (what they change, why nothing can tell).
-EQUIVALENTS: dict[str, tuple[str, str]] = {}
+EQUIVALENTS: dict[str, tuple[str, str]] = {
+    "7f3c6b6c38": (
+        "samples.cpp: how many runs of columns a thread takes at a time",
+        "Every run writes elements of its own alone, so their share-out changes the speed only.",
+    ),
+    "cbf92af4a7": (
+        "launch.h: the stride of an operand that is absent",
+        "An operand with data is always given its strides, and one without is never read.",
+    ),
+    "db2264e6bb": (
+        "torch.h: the stride of rows that are one row",
+        "It multiplies the row's index, which is 0; channels are only tried where there are more.",
+    ),
+    "3459ddd317": (
+        "norm.cpp: what is asked for ahead of the next row",
+        "A prefetch changes the speed only.",
+    ),
+    "132efe5dff": (
+        "expectation.cpp: a thread also takes the first tile of the next part",
+        "Both compute it from the same numbers; past the last part there are no rows.",
+    ),
+    "a1c7b760aa": (
+        "draw.h: which columns are asked for ahead",
+        "What is called there only prefetches, which changes the speed only.",
+    ),
+    "36ef7395ed": (
+        "registry.define names no library to torch.library.register_fake",
+        "torch then makes a library of its own for it, and keeps it as long as we keep ours",
+    ),
+}
 
 
 class Drawn(NamedTuple):
