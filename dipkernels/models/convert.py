@@ -180,12 +180,10 @@ def convert(
     filtered = set() if filter is None else names.keys() - choice.wanted.keys()
     quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
     # Noise before a module is before the children too that it reads and never calls.
-    answered = {
-        child
-        for whole in asked
-        for name, child in whole.named_children()
-        if name in read_past(type(whole))
-    }
+    answered: set[nn.Module] = set()
+    for whole in asked:
+        kind: Any = type(whole)
+        answered |= {child for name, child in whole.named_children() if name in read_past(kind)}
     open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
     _warn(names, open_reasons, unnoised(names, quiet, block_names(names, choice.types)))
     return model
