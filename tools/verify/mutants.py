@@ -178,6 +178,10 @@ LEFT_OUT = (
 )
 # Drawn faults that no test can notice, by their key: (what they change, why nothing can tell).
 EQUIVALENTS: dict[str, tuple[str, str]] = {
+    "d68089f996": (
+        "backends.choose swaps the arguments of _runs_on where it asks for CUDA's kernels",
+        'device is "cuda" there, so both arguments are the same word',
+    ),
     "36ef7395ed": (
         "registry.define names no library to torch.library.register_fake",
         "torch then makes a library of its own for it, and keeps it as long as we keep ours",
