@@ -34,6 +34,17 @@ Words philox(Words counter, uint32_t key_lo, uint32_t key_hi) {
   return out;
 }
 
+// words [5, lanes] -> what store_words makes of memory [80] full of `filler` and of the first four
+template <class V>
+Words stored(Words words, uint32_t filler) {
+  typename V::U w[5];
+  for (int t = 0; t < 5; ++t) w[t] = V::load(words.data(t, 0));
+  Words out(py::ssize_t{80});
+  for (py::ssize_t i = 0; i < 80; ++i) *out.mutable_data(i) = filler;
+  V::store_words(out.mutable_data(0), w);
+  return out;
+}
+
 // words [n], n a multiple of 16 -> pairs [n, 2]
 template <class V>
 Floats pairs(Words words) {
@@ -73,13 +84,16 @@ py::tuple round_trip(Floats values, Narrow narrow, Widen widen) {
 PYBIND11_MODULE(DIP_MODULE, m) {
   m.def("philox_portable", &philox<dip::Portable>);
   m.def("pairs_portable", &pairs<dip::Portable>);
+  m.def("stored_portable", &stored<dip::Portable>);
 #ifdef __AVX2__
   m.def("philox_avx2", &philox<dip::Avx2>);
   m.def("pairs_avx2", &pairs<dip::Avx2>);
+  m.def("stored_avx2", &stored<dip::Avx2>);
 #endif
 #ifdef __AVX512F__
   m.def("philox_avx512", &philox<dip::Avx512>);
   m.def("pairs_avx512", &pairs<dip::Avx512>);
+  m.def("stored_avx512", &stored<dip::Avx512>);
 #endif
   m.def("radius", &radius);
   m.def("bfloat16", [](Floats v) { return round_trip(v, dip::float_to_bfloat16, dip::bfloat16_to_float); });

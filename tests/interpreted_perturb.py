@@ -151,7 +151,7 @@ def test_noise_known_answers(sample, row, col, want):
 
 @pytest.mark.parametrize("shape, dim", SHAPES + EMPTY)
 def test_noise_matches_reference(shape, dim):
-    where = (dim, 2**32 - 3, 11, 2)  # rows cross 2^32, columns start inside a group
+    where = (dim, 2**32 - 3, 59, 2)  # rows cross 2^32, columns start inside a group
     z = noise.noise(make_seed(), shape, *where)
     assert z.shape == shape and z.is_contiguous()
     if z.numel() > 0:
@@ -197,7 +197,7 @@ def test_noise_equals_the_compiled_cpu_kernels():
 )
 def test_perturb_and_its_adjoint_match_reference(shape, dim, dtype, log_variance):
     x, du, sigma = make(shape, dim, dtype)
-    where = (sigma, make_seed(), dim, 2**32 - 3, 5, 1, 0.5, log_variance)
+    where = (sigma, make_seed(), dim, 2**32 - 3, 53, 1, 0.5, log_variance)
     u, dsigma = perturb.perturb(x, *where, None), perturb.perturb_bwd(du, *where)
     both = perturb.perturb_replay(du, x, *where, None)
     assert (

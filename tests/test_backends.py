@@ -148,31 +148,90 @@ def test_environment_decides_and_errors_name_the_variable(variable, value, code,
 
 DISPATCH = """
 #include <cstdio>
+#include <cstdlib>
 #include "launch.h"
+#include "cpu/dispatch.h"
 namespace dip {
-#define KERNEL(op, Args) \\
-  const char* op##_portable(const Args&, ParallelFor) { return "ran"; }
-KERNEL(perturb, PerturbArgs) KERNEL(expectation, ExpectationArgs) KERNEL(variance, VarianceArgs)
-KERNEL(samples, SamplesArgs) KERNEL(gate, GateArgs) KERNEL(norm, NormArgs)
+#define KERNEL(op, Args, name) \\
+  const char* op##_##name(const Args&, ParallelFor) { return #name; }
+#define KERNELS(name) \\
+  KERNEL(perturb, PerturbArgs, name) KERNEL(expectation, ExpectationArgs, name) \\
+  KERNEL(variance, VarianceArgs, name) KERNEL(samples, SamplesArgs, name) \\
+  KERNEL(gate, GateArgs, name) KERNEL(norm, NormArgs, name)
+KERNELS(portable)
+#ifdef DIP_HAS_X86
+KERNELS(avx2) KERNELS(avx512)
+#endif
 }
-int main() { std::puts(dip::perturb_cpu({}, nullptr)); }
+// Says what runs, then what each number given sets and what it runs thereafter.
+int main(int count, char** given) {
+  std::puts(dip::perturb_cpu({}, nullptr));
+  for (int i = 1; i < count; ++i) {
+    const int refused = dip::set_cpu_capability(std::atoi(given[i]));
+    std::printf("%d %s\\n", refused, dip::norm_cpu({}, nullptr));
+  }
+}
 """
+AVX2 = ("avx2", "fma", "f16c")
+AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+# The processor has the features that a variable lists.
+PROCESSOR = (
+    '-D__builtin_cpu_supports(name)=(std::strstr(std::getenv("FEATURES"), "<" name ">") != nullptr)'
+)
+
+
+@pytest.fixture(scope="module")
+def dispatch(tmp_path_factory):
+    """Compiles csrc/cpu/dispatch.cpp with kernels that say their names, and runs it on a processor
+    of given features: the lines that it prints."""
+    folder, csrc = tmp_path_factory.mktemp("dispatch"), Path(__file__).parent.parent / "csrc"
+    (folder / "main.cpp").write_text(DISPATCH)
+    for name, flags in (("x86", ["-DDIP_HAS_X86", PROCESSOR]), ("other", [])):
+        command = ["g++", "-std=c++17", "-w", f"-I{csrc}", *flags, str(folder / "main.cpp")]
+        command += [str(csrc / "cpu" / "dispatch.cpp"), "-o", str(folder / name)]
+        subprocess.run(command, check=True)
+
+    def run(program, features, wanted, *numbers):
+        listed = "".join(f"<{name}>" for name in features)
+        variables = {**os.environ, "DIPKERNELS_CPU_CAPABILITY": wanted, "FEATURES": listed}
+        command = [folder / program, *map(str, numbers)]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_capability_that_the_machine_lacks_is_an_error_by_name(tmp_path):
-    """As on a machine that offers the portable kernels alone."""
-    csrc = Path(__file__).parent.parent / "csrc"
-    (tmp_path / "main.cpp").write_text(DISPATCH)
-    program = tmp_path / "dispatch"
-    command = ["g++", "-std=c++17", "-w", f"-I{csrc}", str(tmp_path / "main.cpp")]
-    command += [str(csrc / "cpu" / "dispatch.cpp"), "-o", str(program)]
-    subprocess.run(command, check=True)
-    for value, said in [("", "ran"), ("auto", "ran"), ("portable", "ran"), ("sse9", "expected auto"),
-                        ("avx2", "expected auto"), ("avx512", "expected auto")]:  # fmt: skip
-        variables = {**os.environ, "DIPKERNELS_CPU_CAPABILITY": value}
-        done = subprocess.run([program], env=variables, capture_output=True, text=True)
-        assert done.returncode == 0 and said in done.stdout, value
+class TestDispatch:
+    """Which CPU kernels run, on processors other than this one too."""
+
+    @pytest.mark.parametrize("missing", [None, *AVX2, *AVX512])
+    def test_the_best_kernels_run_for_which_no_feature_is_missing(self, dispatch, missing):
+        best = "portable" if missing in AVX2 else "avx2" if missing else "avx512"
+        features = [name for name in (*AVX2, *AVX512) if name != missing]
+        for wanted in ("", "auto"):
+            # 0 to 2 set a capability, or are refused and change nothing; -1 is the best again
+            said = dispatch("x86", features, wanted, 0, 1, 2, -1)
+            refused = {"portable": (0, 1, 1), "avx2": (0, 0, 1), "avx512": (0, 0, 0)}[best]
+            runs, expected = "portable", [best]
+            for name, status in zip(("portable", "avx2", "avx512"), refused):
+                runs = runs if status else name
+                expected.append(f"{status} {runs}")
+            assert said == [*expected, f"0 {best}"]
+
+    @pytest.mark.parametrize("program", ["x86", "other"])
+    @pytest.mark.parametrize("features", [(), AVX2, (*AVX2, *AVX512)])
+    def test_a_named_capability_runs_or_is_an_error_by_name(self, dispatch, program, features):
+        offered = {"portable": ()}
+        if program == "x86":
+            offered |= {"avx2": AVX2, "avx512": (*AVX2, *AVX512)}
+        for wanted in ("portable", "avx2", "avx512", "sse9"):
+            (said,) = dispatch(program, features, wanted)
+            if wanted in offered and set(offered[wanted]) <= set(features):
+                assert said == wanted
+            else:
+                assert "DIPKERNELS_CPU_CAPABILITY: expected auto" in said
 
 
 # ---- a forced backend that cannot run: the import is quiet, the first call is clear --------------

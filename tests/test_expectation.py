@@ -12,6 +12,7 @@ import torch
 from capability_support import OFFERED
 from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 from scipy.special import expit, ndtr
+from sums_support import telling_terms
 
 from dipkernels import backends, functional, reference
 from dipkernels.ops.activations import ACTIVATIONS
@@ -252,6 +253,17 @@ def test_activation_sums_in_one_order_on_every_instruction_set(activation):
     assert all(
         torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True)
     )
+
+
+@pytest.mark.parametrize("rows", [1000, 2049, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activation_sums_over_the_stated_blocks_of_rows(capability, rows, dtype):
+    terms, ones = telling_terms(rows, 300, dtype), torch.ones(rows, 300, dtype=dtype)
+    *_, total = expectation_bwd(terms, ones, torch.zeros(300, dtype=dtype), "relu")
+    assert torch.equal(total, torch.ones(300, dtype=dtype))
+    half = torch.full((300,), 0.5, dtype=dtype)  # the slope of sigma^2 is 1
+    _, dsigma = affine_variance_bwd(terms[:, 0].contiguous(), ones, half, False, None)
+    assert torch.equal(dsigma, torch.ones(300, dtype=dtype))
 
 
 def test_activation_takes_strided_and_expanded_tensors():

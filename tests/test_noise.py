@@ -64,6 +64,15 @@ def test_philox_lanes_are_independent(kind, lanes):
     assert (got == torch.stack(want, dim=1).numpy()).all()
 
 
+@pytest.mark.parametrize("kind, lanes", LANES)
+def test_words_are_stored_in_groups_and_nowhere_else(kind, lanes):
+    """Those of as many counters as there are lanes: four each, and no fifth."""
+    count = {"portable": 1, "avx2": 8, "avx512": 16}[lanes]
+    words = np.arange(5 * count, dtype=np.uint32).reshape(5, count)
+    got = lane(kind, lanes, "stored")(words, 999)
+    assert sorted(got[: 4 * count]) == list(range(4 * count)) and (got[4 * count :] == 999).all()
+
+
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_noise_matches_known_answers(name):
     with backend(name):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from capability_support import OFFERED
+from sums_support import LARGE, telling_rows
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backend, functional, reference
@@ -326,6 +327,35 @@ def test_perturb_sum_is_no_worse_than_torch():
     plain = (du * functional.noise(du.shape, SEED)).sum(0)
     ours = perturb_bwd(du, sigma, SEED, Draw(*where))
     assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-6 * 20000**0.5
+
+
+@pytest.mark.parametrize(
+    "shape, dim, unit",
+    [
+        ((1000, 64), -1, 64),
+        ((2049, 64), -1, 64),
+        ((3, 40, 700), 1, 128),
+        ((9, 40, 700), 1, 128),
+    ],
+)
+def test_perturb_sums_over_the_stated_blocks_of_rows(capability, shape, dim, unit):
+    z = functional.noise(shape, SEED, dim=dim).movedim(dim, -1).reshape(-1, shape[dim])
+    first, second, last = telling_rows(len(z), unit)
+    du = torch.zeros_like(z)
+    du[first], du[second] = 1, LARGE
+    # Of the columns those where a gradient's product with z is -LARGE z of the other row, exactly.
+    exact = torch.zeros(shape[dim], dtype=torch.bool)
+    for toward in (0.0, -math.inf, math.inf):
+        found = torch.nextafter(-LARGE * z[second] / z[last], torch.tensor(toward))
+        found = -LARGE * z[second] / z[last] if toward == 0 else found
+        fits = (found.double() * z[last].double()).float() == -LARGE * z[second]
+        du[last] = torch.where(fits, found, du[last])
+        exact |= fits
+    assert exact.sum() > 20
+    lead = [n for i, n in enumerate(shape) if i != dim % len(shape)]
+    du = du.reshape(*lead, -1).movedim(-1, dim).contiguous()
+    dsigma = perturb_bwd(du, torch.ones(shape[dim]), SEED, Draw(*arguments(dim)))
+    assert torch.equal(dsigma[exact], z[first][exact])
 
 
 class TestTorchFunc:

@@ -4,6 +4,7 @@ docs/maths.md, section 10."""
 import pytest
 import torch
 from capability_support import OFFERED
+from sums_support import telling_terms
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import functional, producers, reference
@@ -437,6 +438,17 @@ def test_gate_takes_the_halves_of_one_tensor():
     a, b = joined.chunk(2, -1)
     u = producers.gate(a, b, sigma, SEED, kind="silu")
     assert torch.equal(u, producers.gate(a.contiguous(), b.contiguous(), sigma, SEED, kind="silu"))
+
+
+@pytest.mark.parametrize("rows", [1000, 2049, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_sums_over_the_stated_blocks_of_rows(capability, rows, dtype):
+    x, bias, sigma = torch.zeros(rows, 64, dtype=dtype), torch.zeros(64), torch.ones(64)
+    where = (SEED, Draw(), "layer")
+    _, stats = norm.norm(x, None, bias, sigma, *where, 1e-5, 0.0, None)
+    terms = telling_terms(rows, 64, dtype)
+    _, _, dbias, _ = norm.norm_bwd(terms, x, stats, None, bias, sigma, *where, 0.0)
+    assert torch.equal(dbias, torch.ones(64))
 
 
 def test_norm_sums_no_worse_than_torch():

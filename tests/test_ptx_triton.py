@@ -69,14 +69,15 @@ CONFIGS = {80: 1, 90: 2}  # architecture: which errors
 
 # ---- noise and perturb
 
+# shape, dim, col0: the latter past the sixth group, so that dividing by 9 in place of 8 shows
 CASES = {
     "rows": ((19, 40), -1, 0),
     "many rows": ((300, 264), -1, 0),
-    "odd": ((19, 41), -1, 3),
+    "odd": ((19, 41), -1, 35),
     "one": ((1, 1), -1, 0),
     "wide": ((5, 1000), -1, 0),
     "nchw": ((2, 16, 7, 5), 1, 0),
-    "nchw odd": ((3, 21, 5, 5), 1, 11),
+    "nchw odd": ((3, 21, 5, 5), 1, 59),
 }
 PERTURBS = quick_of(
     list(itertools.product(CASES, [BF16, F16, F32, F64], CONFIGS)),
@@ -156,6 +157,23 @@ def test_compiled_perturb_passes_on_what_is_no_ordinary_number(arch):
     # exp takes subnormal results for 0: at most 1.2e-38 off, times z.
     torch.testing.assert_close(u[:, 1:5].double(), want, rtol=2e-5, atol=7e-38)
     assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("op, multiprocessors", [("P", 1), ("PQ", 1000)])
+def test_compiled_perturb_walks_start_where_the_form_says(op, multiprocessors, monkeypatch):
+    """The first program alone writes the first row, or the last one; P then its neighbours too."""
+    shape, _, _ = CASES["many rows"]
+    x, where = randn(*shape), (torch.ones(shape[1]), SEED, -1, 0, 0, 0, 1.0, False, None)
+    for from_end in (False, True):
+        monkeypatch.setattr(perturb, "P_FROM_END", from_end)
+        monkeypatch.setattr(perturb, "SUMS_FROM_END", from_end)
+        first = {"multiprocessors": multiprocessors, "ctas": lambda grid: [(0, 0, 0)]}
+        with on_gpu(80, 1, **first) as launches:
+            u = perturb.perturb(x, *where) if op == "P" else perturb.perturb_replay(x, x, *where)[0]
+        assert launches[0][1][1] > 1
+        written = u[:, 0].isfinite()
+        assert written[-1 if from_end else 0] and not written[0 if from_end else -1]
+        assert op == "PQ" or not from_end or (written[1:] != written[:-1]).sum() == 1
 
 
 # ---- sums in one launch
@@ -258,11 +276,11 @@ LINEARS = {  # m, k, n, col0, samples, activation
     "square": (128, 128, 128, 0, 1, None),
     "deep": (64, 520, 64, 0, 1, None),
     "tall": (300, 40, 72, 0, 1, None),
-    "odd": (37, 41, 29, 3, 1, None),
-    "odd deep": (70, 301, 45, 5, 1, None),
+    "odd": (37, 41, 29, 35, 1, None),
+    "odd deep": (70, 301, 45, 53, 1, None),
     "relu": (33, 40, 50, 0, 2, "relu"),
     "gelu": (64, 64, 64, 0, 2, "gelu"),
-    "gelu_tanh odd": (33, 41, 50, 2, 1, "gelu_tanh"),
+    "gelu_tanh odd": (33, 41, 50, 50, 1, "gelu_tanh"),
     "silu": (40, 96, 64, 0, 1, "silu"),
     "tanh": (17, 24, 16, 0, 2, "tanh"),
 }
