@@ -195,9 +195,8 @@ def no_match(
         )
     like: list[str] = []
     for pattern in unused:
-        close = difflib.get_close_matches(
-            pattern.strip("*.").rpartition(".")[2], set(own.values()), n=3
-        )
+        last = pattern.strip("*.").rpartition(".")[2]
+        close = difflib.get_close_matches(last, set(own.values()))
         for name in own:
             inside = any(fnmatch.fnmatchcase(outer, pattern) for outer in around(name)[1:-1])
             if (own[name] in close or inside) and name not in like:
