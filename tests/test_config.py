@@ -18,7 +18,7 @@ from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
 from dipkernels.nn.numbering import dip_layers
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors")
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 FULL = dip.DIPConfig(
     types=("Linear",),
@@ -227,6 +227,8 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
         want = dip.config_of(model).predict(model, X)
     dip.save(model, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [VARIANCES_FILE, CONFIG_FILE]
+    with safetensors.safe_open(tmp_path / VARIANCES_FILE, "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers reads no file without
     torch.save(dip.to_plain(copy.deepcopy(model)).state_dict(), tmp_path / "plain.pt")
     subprocess.run(
         [sys.executable, "-c", PREDICT, str(ROOT / "tests"), str(tmp_path)], check=True, cwd=ROOT

@@ -293,10 +293,21 @@ def test_variances_come_back_as_they_were():
     assert bool((model.head.variance.log_prior == -9.0).all())
 
 
-def test_more_layers_than_streams_are_refused(monkeypatch):
-    monkeypatch.setattr(sys.modules["dipkernels.models.convert"], "MAX_LAYERS", 3)
-    with pytest.raises(ValueError, match="at most 3 DIP layers, got 4"):
-        convert(Net())
+@pytest.mark.parametrize(
+    "make",
+    [
+        Net,
+        lambda: nn.MultiheadAttention(8, 2),
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4),
+    ],
+)
+def test_more_layers_than_streams_are_refused(monkeypatch, make):
+    count = len(dip_layers(convert(make())))
+    monkeypatch.setattr(sys.modules["dipkernels.models.convert"], "MAX_LAYERS", count)
+    convert(make())
+    monkeypatch.setattr(sys.modules["dipkernels.models.convert"], "MAX_LAYERS", count - 1)
+    with pytest.raises(ValueError, match=f"at most {count - 1} DIP layers, got {count}"):
+        convert(make())
 
 
 # ---- what cannot be honoured ---------------------------------------------------------------------
@@ -743,6 +754,8 @@ def test_summary_prints_a_table():
     assert len(lines) == 5
     assert all(word in lines[0] for word in ("layer", "sigma min", "ratio"))
     assert str(summary(convert(nn.Linear(2, 2)))).splitlines()[1].startswith("(root)")
+    deep = nn.Sequential(nn.ModuleDict({"a_long_name": nn.Linear(2, 2)}), nn.Linear(2, 2))
+    assert len({len(line) for line in str(summary(convert(deep))).splitlines()}) == 1
 
 
 def test_eval_mode_restores_after_an_error():

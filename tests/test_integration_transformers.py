@@ -968,6 +968,24 @@ def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
     assert not any(torch.equal(values, start[name]) for name, values in learned.items())
 
 
+def test_a_plain_pass_that_fails_leaves_the_noise_as_it_was(tmp_path):
+    modes = []
+
+    class OfTRL(DIPTrainer):
+        __module__ = "trl.stand_in"  # by which the mixin knows TRL's
+
+        def compute_loss(self, model, inputs, *args, **options):
+            modes.append(dip.noise.contexts.MODE)
+            with torch.no_grad(), pytest.raises(ValueError, match="channel"):
+                model(pixel_values=torch.ones(1, 9, 8, 8))
+            modes.append(dip.noise.contexts.MODE)
+            return super().compute_loss(model, inputs, *args, **options)
+
+    trainer = OfTRL(vit(), arguments(tmp_path, max_steps=1), train_dataset=images(), dip=CONFIG)
+    trainer.train()
+    assert modes == [None, None]
+
+
 # ---- the callback --------------------------------------------------------------------------------
 
 BATCH = {"pixel_values": torch.stack([each["pixel_values"] for each in images()])}

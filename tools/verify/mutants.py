@@ -205,9 +205,13 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "draw.h: which columns are asked for ahead",
         "What is called there only prefetches, which changes the speed only.",
     ),
+    "d68089f996": (
+        "backends.py: the device and the backend that runs on it, swapped",
+        'The device is "cuda" there, and so is the backend.',
+    ),
     "36ef7395ed": (
-        "registry.define names no library to torch.library.register_fake",
-        "torch then makes a library of its own for it, and keeps it as long as we keep ours",
+        "registry.py: a fake is registered without the library",
+        "torch then makes a library for it, and keeps it as long as we keep ours.",
     ),
 }
 
