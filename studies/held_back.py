@@ -219,6 +219,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "AdamW, cosine": {"schedule": "cosine"},
     "SGD": {"optimiser": "SGD", "lr": 0.05},
 }
+LONGER = {f"{name}, 3 x": {**settings, "times": 3} for name, settings in TRAININGS.items()}
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +238,7 @@ def keys(tasks: list[str], trainings: list[str], seeds: int) -> list[dict[str, A
             "training": training,
             "seed": seed,
             "options": options,
-            "settings": TRAININGS[training],
+            "settings": {**TRAININGS, **LONGER}[training],
         }
         for training in trainings
         for seed in range(seeds)
@@ -279,7 +280,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--tasks", nargs="+", choices=_TASKS, default=list(HELD_BACK), metavar="TASK"
     )
     parser.add_argument(
-        "--trainings", nargs="+", choices=TRAININGS, default=list(TRAININGS), metavar="TRAINING"
+        "--trainings",
+        nargs="+",
+        choices=[*TRAININGS, *LONGER],
+        default=list(TRAININGS),
+        metavar="TRAINING",
+        help="also with three times the epochs: 'SGD, 3 x' (AdamW; AdamW, cosine; SGD)",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
