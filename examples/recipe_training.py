@@ -58,7 +58,7 @@ def make_parser(doc: str, data: str) -> argparse.ArgumentParser:
         help="instead: sigma as this ratio to each layer's input spread, from one batch",
     )
     add("--m", type=int, default=1, help="trajectories per example (1)")
-    add("--kl", type=float, help="weight of the pull of the variances to where they start (0.2)")
+    add("--kl", type=float, help="weight of the pull of the variances to where they start (0.4)")
     add(
         "--lambda-s",
         type=float,

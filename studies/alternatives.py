@@ -4,8 +4,9 @@ the variances.
     python studies/alternatives.py          writes out/studies/alternatives/{summary.json,table.md}
     python studies/alternatives.py --quick  one small task, one seed: does it run?
 
-The bench and the scores of defaults.py; each method changes one thing of the recipe. n: the values
-of an example that a layer's input has. About 35 minutes of one core.
+The bench and the scores of defaults.py; each method changes one thing of the recipe as it was then,
+with kl 0.2 and a pull of n / 32. n: the values of an example that a layer's input has. About 35
+minutes of one core.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import parts
-from defaults import DEFAULTS, SCORES, part, summarise
+from defaults import SCORES, part, summarise
 from tables import markdown
 from tasks import TASKS
 
 # How much noise. n: the values of an example that the first layer's input has; before a layer of
-# fewer values its own. The default's pull to the prior is n / 32 at most; "pull": 1 is the whole.
-AMOUNT: dict[str, dict[str, Any] | None] = {
-    "default": {},
+# fewer values its own. The default's pull to the prior was n / 32 at most; "pull": 1 is the whole.
+AMOUNT: dict[str, dict[str, Any]] = {
+    "default": {"pull": 32},
     "pull n / 16": {"pull": 16},
     "pull n / 64": {"pull": 64},
     "ratio 1": {"pull": 1},
@@ -49,7 +50,7 @@ AMOUNT_CASES = (
     "moons",
 )
 # What else to change; all with the whole pull.
-CHANGES: dict[str, dict[str, Any] | None] = {
+CHANGES: dict[str, dict[str, Any]] = {
     name: {"pull": 1, **options}
     for name, options in {
         "budget of each layer": {"budget": "layer", "kl": 0.0},
@@ -65,7 +66,10 @@ CHANGES: dict[str, dict[str, Any] | None] = {
     }.items()
 }
 CHANGES_CASES = ("digits MLP", "breast_cancer", "friedman", "classes 20", "quantiles", "moons")
-METHODS: dict[str, dict[str, Any] | None] = {"plain": None, **AMOUNT, **CHANGES}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    **{name: {"kl": 0.2, **options} for name, options in {**AMOUNT, **CHANGES}.items()},
+}
 # The weights' rate constant, or falling to 0 by a cosine: there the variances' falls with it, or
 # stays.
 SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "AdamW, cosine": {"schedule": "cosine"}}
@@ -82,7 +86,6 @@ TASKS_OF = {
 def keys(tasks: list[str], methods: list[str], seeds: int) -> list[dict[str, Any]]:
     return [
         {
-            "defaults": DEFAULTS,
             "task": task,
             "method": method,
             "training": training,

@@ -28,9 +28,6 @@ from tables import interval, markdown, signed, verdict
 from tasks import TASKS, split
 from training import evaluate, kept, train
 
-from dipkernels.models.calibrate import FEW
-from dipkernels.training.objective import KL
-
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any] | None] = {
@@ -52,8 +49,6 @@ METHODS: dict[str, dict[str, Any] | None] = {
 SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"optimiser": "SGD", "lr": 0.05}}
 WITH_SGD = ("plain", "default", "fixed 1")
 SCORES = ("clean", "pgd", "noise")
-# A part is of these defaults: with others it is another part.
-DEFAULTS = {"kl": KL, "few": FEW}
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +63,6 @@ def keys(
 ) -> list[dict[str, Any]]:
     return [
         {
-            "defaults": DEFAULTS,
             "task": task,
             "method": method,
             "training": name,

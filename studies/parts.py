@@ -11,6 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dipkernels.models.calibrate import FEW
+from dipkernels.training.objective import KL
+
+# A part is of these defaults of the package: with others it is another part.
+DEFAULTS = {"kl": KL, "few": FEW}
+
 
 def run(
     part: Callable[[dict[str, Any]], dict[str, Any]],
@@ -23,7 +29,7 @@ def run(
 
     Args:
         part: a module-level function; its result must be JSON.
-        keys: JSON too: what a part depends on.
+        keys: JSON too: what a part depends on, beside the package's defaults.
         out: the study's folder.
         workers: processes, each with one thread.
         stored: run nothing; give what is there.
@@ -70,7 +76,8 @@ def _one_thread() -> None:
 
 
 def _name(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    whole = {"defaults": DEFAULTS, **key}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

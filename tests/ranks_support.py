@@ -4,8 +4,10 @@
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 import warnings
+from multiprocessing.connection import wait
 
 TIMEOUT = 300  # seconds for one function; machines that run tests may pause
 
@@ -24,19 +26,19 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((check, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            answers.append(_answer(pipe, TIMEOUT))
-            if not answers[-1][0]:
-                # The other ranks may wait for this one: take what they have to say, and end them.
-                answers += [_answer(p, 2) for p in self._pipes[rank + 1 :]]
-                self.stop()
-                raise AssertionError(
-                    "\n".join(
-                        f"rank {r}:\n{text}" for r, (good, text) in enumerate(answers) if not good
-                    )
-                )
-        return [value for _, value in answers]
+        answers, end = {}, time.monotonic() + TIMEOUT
+        while len(answers) < self.world and all(good for good, _ in answers.values()):
+            waiting = [pipe for pipe in self._pipes if pipe not in answers]
+            for pipe in wait(waiting, end - time.monotonic()) or waiting:
+                answers[pipe] = _answer(pipe, 0)
+        if not all(good for good, _ in answers.values()):
+            # The other ranks may wait for this one: take what they have to say, and end them.
+            found = [answers.get(pipe) or _answer(pipe, 2) for pipe in self._pipes]
+            self.stop()
+            raise AssertionError(
+                "\n".join(f"rank {r}:\n{text}" for r, (good, text) in enumerate(found) if not good)
+            )
+        return [answers[pipe][1] for pipe in self._pipes]
 
     def _start(self):
         context = multiprocessing.get_context("forkserver")
@@ -70,7 +72,7 @@ class Ranks:
 
 def _answer(pipe, seconds):
     try:
-        return pipe.recv() if pipe.poll(seconds) else (False, f"no answer within {seconds} s")
+        return pipe.recv() if pipe.poll(seconds) else (False, "no answer in time")
     except (EOFError, ConnectionResetError):
         return False, "died"
 

@@ -200,7 +200,8 @@ def test_frozen_variances_are_listed_and_no_fault():
     assert "require no gradient" in str(report)
 
 
-def test_no_gradients_no_layers_and_no_finite_variance_are_said():
+@pytest.mark.parametrize("log_variance", [float("nan"), float("-inf"), 200.0])  # e^200 is inf
+def test_no_gradients_no_layers_and_no_finite_variance_are_said(log_variance):
     model = dip.convert(Fused())
     with pytest.raises(ValueError, match="after backward"):
         dip.check(model)
@@ -209,14 +210,14 @@ def test_no_gradients_no_layers_and_no_finite_variance_are_said():
     with pytest.raises(ValueError, match="an empty one"):
         dip.check(model, ())
     with torch.no_grad():
-        model.head.log_variance[1] = float("nan")
+        model.head.log_variance[1] = log_variance
     for call in (
         lambda: dip.check(model, X),
         lambda: dip.summary(model),
         lambda: dip.predict(model, X, k=2),
         lambda: dip.variances(model),
     ):
-        with pytest.raises(ValueError, match=r"NaN or infinity in log_variance of \['head'\]"):
+        with pytest.raises(ValueError, match=r"NaN or infinity in \['head'\]"):
             call()
     dip.calibrate(model, [X])  # mends it
     state = dip.variances(model)

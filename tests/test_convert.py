@@ -1,6 +1,8 @@
 """convert and to_plain: what changes and what stays; summary, param_groups and calibrate."""
 
 import copy
+import math
+import statistics
 import sys
 import warnings
 
@@ -536,24 +538,63 @@ def test_calibrate_measures_channels_and_chosen_dimensions():
     torch.testing.assert_close(model[1].variance.sigma, x.std((0, 1, 3), correction=0))
 
 
+def _independent(*shape):
+    """Examples whose values are uncorrelated and of one spread, exactly."""
+    x = torch.randn(shape[0], math.prod(shape[1:]), dtype=torch.float64)
+    return torch.linalg.qr(x - x.mean(0)).Q.reshape(shape).float()
+
+
 @pytest.mark.parametrize(
     ("model", "shape", "pull"),
     [
-        (nn.Linear(1, 2), (20, 1), 1 / 32),
-        (nn.Linear(8, 2), (20, 8), 0.25),
-        (nn.Linear(32, 2), (20, 32), 1.0),
-        (nn.Linear(64, 2), (20, 64), 1.0),
-        (nn.Linear(2, 2), (20, 4, 2), 0.25),  # a sequence: its values make up for one another
-        (nn.Linear(8, 2), (8,), 0.25),  # one example without a batch
-        (nn.Conv2d(1, 2, 3), (20, 1, 8, 8), 1.0),
-        (nn.Conv1d(2, 2, 1), (2, 4), 0.25),  # channels and length, no batch
+        (nn.Linear(1, 2), (20, 1), 1 / 64),
+        (nn.Linear(8, 2), (20, 8), 1 / 8),
+        (nn.Linear(63, 2), (80, 63), 63 / 64),
+        (nn.Linear(64, 2), (80, 64), 1.0),
+        (nn.Linear(99, 2), (200, 99), 1.0),
+        (nn.Linear(2, 2), (20, 4, 2), 1 / 8),  # a sequence
+        (nn.Conv2d(1, 2, 3), (80, 1, 8, 8), 1.0),
     ],
 )
 def test_few_values_of_an_example_get_less_pull(model, shape, pull):
     convert(model)
-    calibrate(model, [torch.randn(shape), torch.randn(shape)])
+    calibrate(model, [_independent(*shape), _independent(*shape)])
     torch.testing.assert_close(model.variance.pull, torch.full_like(model.variance.pull, pull))
     assert torch.equal(model.variance.log_prior, model.log_variance)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"), [(nn.Linear(8, 2), (8,)), (nn.Conv1d(2, 2, 1), (2, 4))]
+)
+def test_an_example_without_a_batch_counts_as_one(model, shape):
+    convert(model)
+    calibrate(model, [torch.randn(shape), torch.randn(shape)])  # too few to tell what is alike
+    assert bool((model.variance.pull == 1 / 8).all())
+
+
+@pytest.mark.parametrize(("values", "copies"), [(1, 4), (2, 4), (8, 2), (8, 5)])
+def test_values_that_say_the_same_get_more_pull(values, copies):
+    n = values * copies
+    x = torch.randn(4000, values).repeat(1, copies)
+    model = convert(nn.Linear(n, 2))
+    calibrate(model, x.split(500))
+    want = torch.full([n], min(1.0, n / 64 * copies))
+    torch.testing.assert_close(model.variance.pull, want, rtol=0.02, atol=0)
+
+
+def test_few_examples_do_not_look_alike_by_chance():
+    """The naive estimate takes 8 independent values of 12 examples for fewer than 5."""
+    model, pulls = convert(nn.Linear(8, 2)), []
+    for _ in range(200):
+        calibrate(model, [torch.randn(12, 8)])
+        pulls.append(model.variance.pull[0].item())
+    assert statistics.median(pulls) == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_sequences_of_several_lengths_count_by_their_mean():
+    model = convert(nn.Linear(4, 2))
+    calibrate(model, [torch.randn(10, 2, 4), torch.randn(10, 6, 4)])
+    assert bool((model.variance.pull == 16 / 64).all())
 
 
 def test_the_layer_that_is_reached_first_sets_the_pull_of_all():
@@ -566,9 +607,9 @@ def test_the_layer_that_is_reached_first_sets_the_pull_of_all():
             return self.last(self.first(x))
 
     model = convert(Backwards())
-    calibrate(model, [torch.randn(20, 8)])
-    assert bool((model.first.variance.pull == 0.25).all())
-    assert bool((model.last.variance.pull == 0.25).all())
+    calibrate(model, [_independent(20, 8)])
+    assert bool((model.first.variance.pull == 1 / 8).all())
+    assert bool((model.last.variance.pull == 1 / 8).all())
     calibrate(model.last, [torch.randn(20, 64)])
     assert bool((model.last.variance.pull == 1).all())
 
@@ -615,12 +656,13 @@ def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():
             super().__init__()
             self.embed, self.linear = nn.Embedding(9, 4), nn.Linear(4, 2)
 
-        def forward(self, input_ids, attention_mask=None):
-            return self.linear(self.embed(input_ids))
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            return self.linear(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
 
     model, ids = convert(Tokens()), torch.randint(9, (6, 5))
     words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batches = (ids, ids.int(), [(ids, ids)], words, iter([words]))
+    looked_up = {"inputs_embeds": torch.randn(6, 5, 4)}
+    batches = (ids, ids.int(), [(ids, ids)], words, iter([words]), looked_up)
     for batch in batches:
         assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
     assert calibrate(model, words, ratio=1.0)[0].ratio == pytest.approx(1, rel=0.3)

@@ -1,6 +1,7 @@
 """Data parallel, FSDP2 and pipelines: the training of one process, on any number of them."""
 
 import copy
+import time
 import warnings
 
 import pytest
@@ -34,6 +35,19 @@ def four_ranks():
     pool = Ranks(4)
     yield pool
     pool.stop()
+
+
+def _last_fails(rank, world):
+    if rank == world - 1:
+        raise RuntimeError("only here")
+    torch.distributed.barrier()  # waits for the other
+
+
+def test_a_fault_of_one_rank_ends_all_without_a_wait(ranks):
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 1:[\s\S]*only here"):
+        ranks.run(_last_fails)
+    assert time.monotonic() - start < 60
 
 
 class Block(nn.Module):

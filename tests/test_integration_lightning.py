@@ -116,7 +116,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     _, again = fitted(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
     assert len(whole.losses) == 12 and again.losses == whole.losses[4:]
     same(again, whole)
-    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.2, 1.0\)}"):
+    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.4, 1.0\)}"):
         fitted(
             tmp_path,
             callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)),

@@ -418,7 +418,7 @@ def test_another_config_on_resume_is_said(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
     DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train()
     other = DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(ratio=0.5, kl=1.0))
-    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.2, 1.0\)}"):
+    with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.4, 1.0\)}"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     (tmp_path / "checkpoint-2" / CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
@@ -1024,7 +1024,7 @@ def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
             layer.log_variance.sub_(1.0)  # away from the prior, where the KL term has no slope
     start = {name: layer.log_variance.detach().clone() for name, layer in layers.items()}
     want = torch.autograd.grad(
-        dip.kl_penalty(trainer.model, 0.2), [layer.log_variance for layer in layers.values()]
+        dip.kl_penalty(trainer.model), [layer.log_variance for layer in layers.values()]
     )
     with dip.noise_off():  # so that the loss itself gives the variances no gradient
         trainer.train()

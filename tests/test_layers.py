@@ -275,6 +275,7 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
     monkeypatch.setattr(numbering, "MAX_LAYERS", 2)
     with pytest.raises(ValueError, match="at most 2 DIP layers, got 3"):
         number_layers(nn.Sequential(*(DIPInput(1) for _ in range(3))))
+    number_layers(nn.Sequential(DIPInput(1), DIPInput(1)))
 
 
 @pytest.mark.parametrize(

@@ -522,6 +522,43 @@ def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
         assert high.isinf().all() and ((low == 0) | low.isnan()).all()
 
 
+def examples():
+    """Every operation of a producer with arguments of each of its forms."""
+    where = SEED, -1, 5, 3, 1, 0.5, True
+    for dtype, out, in_columns in (
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, None, True),
+        (torch.float64, None, False),
+    ):
+        x, b, du = (randn(12, 10, seed=i, dtype=dtype) for i in range(3))
+        if in_columns:
+            x = x.t().contiguous().t()
+        weight = randn(10, dtype=dtype)
+        sigma = scale(10, True, torch.promote_types(dtype, torch.float32))
+        for kind, bias in (("layer", b[0]), ("rms", None)):
+            forward = (x, weight, bias, sigma, *where, kind, 1e-3, 0.0, out)
+            yield "norm", forward
+            stats = torch.ops.dipkernels.norm(*forward)[1]
+            for s in (sigma, None):
+                yield "norm_bwd", (du, x, stats, weight, bias, s, *where, kind, 0.0)
+        yield "activate", (x, sigma, *where, "silu", out)
+        yield "gate", (x, b, sigma, *where, "gelu", out)
+        for s in (sigma, None):
+            yield "activate_bwd", (du, x, s, *where, "silu")
+            yield "gate_bwd", (du, x, b, s, *where, "gelu")
+
+
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+@pytest.mark.parametrize("op", ["norm", "norm_bwd", "activate", "activate_bwd", "gate", "gate_bwd"])
+def test_producer_operations_pass_opcheck(namespace, op):
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    for name, arguments in examples():
+        if name == op:
+            torch.library.opcheck(
+                overload, arguments, test_utils=("test_schema", "test_faketensor")
+            )
+
+
 # ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------
 
 

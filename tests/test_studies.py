@@ -56,6 +56,15 @@ def test_parts_are_stored_and_not_run_twice(tmp_path):
     assert calls == [0, 1, 2, 2, 3]
 
 
+def test_parts_of_other_defaults_are_not_taken(tmp_path, monkeypatch):
+    def part(key):
+        return {"kl": parts.DEFAULTS["kl"]}
+
+    parts.run(part, [{"n": 0}], tmp_path)
+    monkeypatch.setattr(parts, "DEFAULTS", parts.DEFAULTS | {"kl": 7.0})
+    assert parts.run(part, [{"n": 0}], tmp_path) == [{"n": 0, "kl": 7.0}]
+
+
 def test_a_search_never_sees_test_data():
     task = tasks.TASKS["wine"]
     data = tasks.split(task, 0)

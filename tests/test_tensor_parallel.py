@@ -2,6 +2,7 @@
 communicated but dsigma."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -565,6 +566,28 @@ def check_parallel_variances(rank, world):
 
 def test_parallel_variances_are_whole_and_nothing_else_is_touched(ranks):
     ranks.run(check_parallel_variances)
+
+
+def check_frozen_under_torch_2_10(rank, world):
+    """Its distribute_module makes every parameter trained."""
+    from torch.distributed import tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    def trains(module, mesh, distribute=tensor.distribute_module):
+        return distribute(module, mesh).requires_grad_(True)
+
+    model = MLP()
+    model.up.variance.requires_grad_(False)
+    with mock.patch.object(tensor, "distribute_module", trains):
+        dip.parallelize_module(
+            model, mesh_of(world), {"up": ColwiseParallel(), "down": ColwiseParallel()}
+        )
+    assert is_dtensor(model.up.log_variance) and is_dtensor(model.down.log_variance)
+    assert not model.up.log_variance.requires_grad and model.down.log_variance.requires_grad
+
+
+def test_a_frozen_variance_stays_frozen_under_every_torch(ranks):
+    ranks.run(check_frozen_under_torch_2_10)
 
 
 def check_compiled(rank, world):

@@ -18,6 +18,20 @@ def test_every_operation_agrees_with_its_reference(backend, dtype):
         assert str(found) == f"{op} on {backend!r}: as the reference"
 
 
+@pytest.mark.parametrize("op", registry.SCHEMAS)
+def test_every_call_has_the_same_inputs(monkeypatch, op):
+    seen, right = [], getattr(reference, op)
+    monkeypatch.setattr(
+        reference, op, lambda *arguments: seen.append(arguments) or right(*arguments)
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        testing.compare(op, BACKENDS[-1])
+    for once, again in zip(*seen, strict=True):
+        same = torch.equal(once, again) if isinstance(once, torch.Tensor) else once == again
+        assert same
+
+
 def test_the_first_element_that_differs_is_named_with_its_draw(monkeypatch):
     right = reference.perturb
 

@@ -196,16 +196,18 @@ def test_a_transformers_output_keeps_its_type():
 # ---- predict -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
-def test_predict_averages_its_own_passes(chunk):
+@pytest.mark.parametrize(
+    ("k", "chunk"), [(7, 1), (7, 2), (7, 3), (7, 7), (7, 9), (2, 3), (1, 1), (1, 2)]
+)
+def test_predict_averages_its_own_passes(k, chunk):
     model = mlp()
     with fixed_noise(1):
-        outs = predict(model, X, k=7, average=None, chunk=chunk)
-        probs = predict(model, X, k=7, average="probs", chunk=chunk)
-        logits = predict(model, X, k=7, average="logits", chunk=chunk)
-    assert outs.shape == (7, 5, 3)
+        outs = predict(model, X, k=k, average=None, chunk=chunk)
+        probs = predict(model, X, k=k, average="probs", chunk=chunk)
+        logits = predict(model, X, k=k, average="logits", chunk=chunk)
+    assert outs.shape == (k, 5, 3)
     assert not outs.requires_grad
-    assert all(not torch.allclose(outs[i], outs[j]) for i in range(7) for j in range(i))
+    assert all(not torch.allclose(outs[i], outs[j]) for i in range(k) for j in range(i))
     torch.testing.assert_close(probs, outs.softmax(-1).mean(0))
     torch.testing.assert_close(logits, outs.mean(0))
 

@@ -47,7 +47,7 @@ def _gate_fwd_kernel(
     num_inner,
     outer_step,
     inner_step,
-    K,  # Tiling.sizes
+    K,  # from num_row_blocks to shift: Tiling.arguments
     u_outer,
     u_inner,
     u_col,  # strides in elements
@@ -195,34 +195,19 @@ def _gate_bwd_kernel(
         )
 
 
-def _forward(
-    a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
-):
+def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
+    """u [a.shape] = act(a) * b + factor * s * z, in a's strides where a is dense; s = exp(sigma / 2)
+    if log_variance. b None: 1."""
     u = torch.empty_like(a, dtype=out_dtype)
     if u.numel() == 0:
         return u
-    operands = (u, a) if b is None else (u, a, b)
     # Wide data and a gate have more to hold.
     elements = 2 * TILE_ELEMENTS // max(2, a.element_size()) // (1 if b is None else 2)
-    tile = tiling(dim, col0, elements, *operands)
+    tile = tiling(dim, col0, elements, u, a, b)
     if tile is None:  # three or more row dimensions that do not merge
         b = None if b is None else b.contiguous()
-        dense = (
-            a.contiguous(),
-            b,
-            sigma,
-            seed,
-            dim,
-            row0,
-            col0,
-            sample,
-            factor,
-            log_variance,
-            activation,
-            out_dtype,
-        )
-        return u.copy_(_forward(*dense))
-    strides = [tile.strides_of(i) for i in range(len(operands))] + [(0, 0, 0)] * (b is None)
+        rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
+        return u.copy_(gate(a.contiguous(), b, *rest))
     with on_device(a):
         _gate_fwd_kernel[tile.grid(a.device)](
             u,
@@ -230,13 +215,7 @@ def _forward(
             b,
             sigma.contiguous(),
             seed,
-            *tile.sizes(),
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            row0,
-            col0 // 8,
-            tile.shift,
+            *tile.arguments(row0),
             sample,
             factor,
             ACTIVATION=activation,
@@ -249,8 +228,8 @@ def _forward(
     return u
 
 
-def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
-    """(da, db, dsigma)"""
+def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
+    """(da, db, dsigma) of `gate`; without a sigma nothing is drawn, without b there is no db."""
     da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
     dsigma = (
         du.new_empty(0, dtype=torch.float32)
@@ -259,16 +238,15 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
     )
     if row_count(a.shape, dim) == 0 or a.numel() == 0:
         return da, db, dsigma
-    operands = [t for t in (da, db, du, a, b) if t is not None]
     # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside
     # it.
     elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
     elements = SUM_ELEMENTS // 8 if a.element_size() == 8 else elements
-    tile = tiling(dim, col0, elements, *operands, columns=sum_columns())
+    tile = tiling(dim, col0, elements, da, db, du, a, b, columns=sum_columns())
     if tile is None:
         b = None if b is None else b.contiguous()
         rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
-        dense_da, dense_db, dsigma = _backward(du.contiguous(), a.contiguous(), b, *rest)
+        dense_da, dense_db, dsigma = gate_bwd(du.contiguous(), a.contiguous(), b, *rest)
         return da.copy_(dense_da), None if b is None else db.copy_(dense_db), dsigma
     grid = tile.sum_grid(du.device)
     partial = tickets = None
@@ -276,8 +254,6 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
         sigma, tickets = sigma.contiguous(), tickets_of_sum(grid, du.device)
         dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
         partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
-    strides = iter(tile.strides_of(i) for i in range(len(operands)))
-    of = [(0, 0, 0) if t is None else next(strides) for t in (da, db, du, a, b)]
     with on_device(du):
         _gate_bwd_kernel[grid](
             partial,
@@ -290,15 +266,7 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
             b,
             sigma,
             seed,
-            *tile.sizes(),
-            *of[0],
-            *of[1],
-            *of[2],
-            *of[3],
-            *of[4],
-            row0,
-            col0 // 8,
-            tile.shift,
+            *tile.arguments(row0),
             sample,
             factor,
             ACTIVATION=activation,
@@ -315,31 +283,12 @@ def _backward(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varian
     return da, db, dsigma
 
 
-def activate(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
-    """u [x.shape] = act(x) + factor * s * z, in x's strides where x is dense; s = exp(sigma / 2) if
-    log_variance."""
-    return _forward(
-        x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
-    )
+def activate(x, *rest):
+    """u [x.shape] = act(x) + factor * s * z: `gate` without b."""
+    return gate(x, None, *rest)
 
 
-def activate_bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
+def activate_bwd(du, x, *rest):
     """(dx, dsigma) of `activate`; without a sigma nothing is drawn."""
-    dx, _, dsigma = _backward(
-        du, x, None, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation
-    )
+    dx, _, dsigma = gate_bwd(du, x, None, *rest)
     return dx, dsigma
-
-
-def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
-    """u [a.shape] = act(a) * b + factor * s * z."""
-    return _forward(
-        a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype
-    )
-
-
-def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
-    """(da, db, dsigma) of `gate`; without a sigma nothing is drawn."""
-    return _backward(
-        du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation
-    )

@@ -302,11 +302,8 @@ def _architecture(device: torch.device) -> int:
 
 
 @functools.cache
-def _tuned(
-    kernel, op: str, block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int
-):
+def _tuned(kernel, op: str, chosen: Blocks):
     """The kernel with its candidates; a tile's choice holds for every number of rows."""
-    chosen = Blocks(block_m, block_n, block_k, num_warps, num_stages)
     configs = [
         triton.Config(
             {name: value for name, value in c.kwargs().items() if name.isupper()},
@@ -327,8 +324,7 @@ def _autotunes() -> bool:
 
 def _launch(kernel, op: str, grid, chosen: Blocks, *args, **constants) -> None:
     if _autotunes() and not triton.knobs.runtime.interpret:
-        c = chosen
-        kernel = _tuned(kernel, op, c.BLOCK_M, c.BLOCK_N, c.BLOCK_K, c.num_warps, c.num_stages)
+        kernel = _tuned(kernel, op, chosen)
     else:
         constants.update(chosen.kwargs())
     kernel[grid](*args, **constants, **EXACT)
@@ -607,17 +603,8 @@ def linear_bwd(
         draw = (row0, col0, s, factor, log_variance)
         dh = flat_dy
         if activation is not None:
-            arguments = (
-                flat_x,
-                flat_weight,
-                bias,
-                sigma.contiguous(),
-                seed,
-                *draw,
-                num_samples,
-                activation,
-            )
-            dh = _forward(*arguments, weight.dtype, dy=flat_dy)
+            rest = (sigma.contiguous(), seed, *draw, num_samples, activation, weight.dtype)
+            dh = _forward(flat_x, flat_weight, bias, *rest, dy=flat_dy)
         # Sums over samples are kept in float32 and rounded once.
         dx, dsigma = linear_bwd_x(
             dh, flat_weight, sigma, seed, *draw, x.dtype if single else torch.float32

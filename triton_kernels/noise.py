@@ -151,7 +151,7 @@ def _noise_kernel(
     num_inner,
     outer_step,
     inner_step,
-    K,  # Tiling.sizes
+    K,  # from num_row_blocks to shift: Tiling.arguments
     z_outer,
     z_inner,
     z_col,  # strides in elements
@@ -190,11 +190,7 @@ def noise(seed, shape, dim, row0, col0, sample):
         _noise_kernel[tile.grid(z.device)](
             z,
             seed,
-            *tile.sizes(),
-            *tile.strides_of(0),
-            row0,
-            col0 // 8,
-            tile.shift,
+            *tile.arguments(row0),
             sample,
             **tile.constants(),
             **EXACT,

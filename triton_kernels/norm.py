@@ -30,6 +30,15 @@ def _columns(ptr, col, mask, OTHER: tl.constexpr, dtype: tl.constexpr, HAS: tl.c
 
 
 @triton.jit
+def _weight(ptr, col, mask, offset, dtype: tl.constexpr, HAS: tl.constexpr):
+    """[BK]: offset + weight, 1 where there is none"""
+    weight = _columns(ptr, col, mask, 1.0, dtype, HAS)
+    if HAS:
+        weight += tl.cast(offset, dtype)
+    return weight
+
+
+@triton.jit
 def _root(x):
     """sqrt(x); tl.sqrt of float32 takes a subnormal x, which only an eps near 0 leaves, for 0."""
     if x.dtype == tl.float32:
@@ -109,9 +118,7 @@ def _norm_fwd_kernel(
             if COL_BLOCKS > 1:
                 x = _rows(x_ptr, row, col, mask, x_row, dtype)
             # compute
-            weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
-            if HAS_WEIGHT:
-                weight += tl.cast(offset, dtype)
+            weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
             bias = _columns(bias_ptr, col, inside, 0.0, dtype, HAS_BIAS)
             scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
             z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
@@ -157,9 +164,7 @@ def _norm_sums_kernel(
         col = tl.cast(c, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = col < K
         mask = inside[None, :]
-        weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
-        if HAS_WEIGHT:
-            weight += tl.cast(offset, dtype)
+        weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
         g = _rows(du_ptr, row, col, mask, du_row, dtype) * weight[None, :]
         h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
         sums += tl.sum(g, axis=1)
@@ -201,9 +206,7 @@ def _norm_bwd_kernel(
     key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     inside = (col >= 0) & (col < K)
-    weight = _columns(weight_ptr, col, inside, 1.0, dtype, HAS_WEIGHT)
-    if HAS_WEIGHT:
-        weight += tl.cast(offset, dtype)
+    weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
     dweight = tl.zeros([BLOCK_R, BLOCK_K], dtype)
     dbias = tl.zeros([BLOCK_R, BLOCK_K], dtype)
     dsigma = tl.zeros([BLOCK_R, BLOCK_K], dtype)

@@ -128,7 +128,7 @@ def _perturb_fwd_kernel(
     num_inner,
     outer_step,
     inner_step,
-    K,  # Tiling.sizes
+    K,  # from num_row_blocks to shift: Tiling.arguments
     u_outer,
     u_inner,
     u_col,  # strides in elements
@@ -342,12 +342,7 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
             x,
             sigma.contiguous(),
             seed,
-            *tile.sizes(),
-            *tile.strides_of(0),
-            *tile.strides_of(1),
-            row0,
-            col0 // 8,
-            tile.shift,
+            *tile.arguments(row0),
             sample,
             factor,
             LOG_VARIANCE=log_variance,
@@ -369,7 +364,9 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
         dim,
         col0,
         SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS,
-        *((u, du, x) if replay else (du,)),
+        u,
+        du,
+        x,
         columns=sum_columns(),
     )
     if tile is None:
@@ -386,11 +383,6 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     )
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     dsigma, tickets = torch.empty_like(sigma), tickets_of_sum(grid, du.device)
-    strides = (
-        [tile.strides_of(i) for i in range(3)]
-        if replay
-        else [(0, 0, 0), tile.strides_of(0), (0, 0, 0)]
-    )
     with on_device(du):
         _perturb_bwd_kernel[grid](
             partial,
@@ -401,13 +393,7 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
             x,
             sigma,
             seed,
-            *tile.sizes(),
-            *strides[0],
-            *strides[1],
-            *strides[2],
-            row0,
-            col0 // 8,
-            tile.shift,
+            *tile.arguments(row0),
             sample,
             factor,
             REPLAY=replay,

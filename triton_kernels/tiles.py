@@ -89,12 +89,13 @@ class Tiling:
     outer_step: int
     num_inner: int
     inner_step: int
-    strides: tuple[tuple[int, int, int], ...]  # of each tensor: outer, inner, column
+    strides: tuple[tuple[int, int, int], ...]  # of each operand: outer, inner, column
     rows_last: bool  # tiles are [columns, rows]: memory is contiguous along the rows
     # 8: K and the row strides are multiples of 8 and are passed divided by it, so that the compiler
     # knows
     vec: int
-    shift: int
+    group0: int  # col0 // 8
+    shift: int  # col0 % 8
     block_r: int
     block_k: int
 
@@ -119,21 +120,22 @@ class Tiling:
         fill = triton.cdiv(4 * num_multiprocessors(device), self.col_blocks)
         return self.col_blocks, min(self.row_blocks, fill)
 
-    def sizes(self) -> tuple[int, ...]:
-        """num_row_blocks, num_outer, num_inner, outer_step, inner_step, K as the kernels take
-        them"""
+    def arguments(self, row0: int) -> tuple[int, ...]:
+        """What every kernel takes, from num_row_blocks to shift: sizes, strides, first row and
+        column"""
+        vec = self.vec
         return (
             self.row_blocks,
             self.num_outer,
             self.num_inner,
             self.outer_step,
             self.inner_step,
-            self.k // self.vec,
+            self.k // vec,
+            *(n for out, inn, col in self.strides for n in (out // vec, inn // vec, col)),
+            row0,
+            self.group0,
+            self.shift,
         )
-
-    def strides_of(self, index: int) -> tuple[int, int, int]:
-        outer, inner, col = self.strides[index]
-        return outer // self.vec, inner // self.vec, col
 
     def constants(self) -> dict[str, int | bool]:
         return {
@@ -177,15 +179,16 @@ def block_shape(
         block_k = min(triton.next_power_of_2(k), elements // block_r)
     else:
         block_k = min(triton.next_power_of_2(k), columns)
-        block_r = min(triton.next_power_of_2(num_inner), elements // max(block_k, 8))
+        block_r = min(triton.next_power_of_2(num_inner), max(1, elements // max(block_k, 8)))
     return block_r, max(block_k, 8)
 
 
 def tiling(
-    dim: int, col0: int, elements: int, *tensors: torch.Tensor, columns: int = WIDE_COLUMNS
+    dim: int, col0: int, elements: int, *operands: torch.Tensor | None, columns: int = WIDE_COLUMNS
 ) -> Tiling | None:
     """How to address tensors of one shape together, rows in tiles of at most so many columns; None
-    where more than two row dimensions stay apart."""
+    where more than two row dimensions stay apart. An operand that is None has strides of 0."""
+    tensors = [t for t in operands if t is not None]
     shape, lead = tensors[0].shape, tensors[0]
     dim %= len(shape)
     rows = _merged_rows(shape, dim, tensors)
@@ -200,22 +203,24 @@ def tiling(
     rows_last = bool(contiguous) and not (lead.stride(dim) == 1 and k > 1)
     if (rows_last and contiguous[0] is outer) or (not rows_last and outer[0] > inner[0]):
         outer, inner = inner, outer
-    strides = tuple((outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors))
+    strides = [(outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors)]
     vectors = not rows_last and shift == 0 and k % 8 == 0
     vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
     # Single loads need more registers: the ordinary tile would spill.
     block_r, block_k = block_shape(
         inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2, columns
     )
+    of_tensors = iter(strides)
     return Tiling(
         k,
         outer[0],
         outer[1],
         inner[0],
         inner[1],
-        strides,
+        tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands),
         rows_last,
         8 if vectors else 1,
+        col0 // 8,
         shift,
         block_r,
         block_k,

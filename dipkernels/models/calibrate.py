@@ -12,21 +12,26 @@ from torch import Tensor, nn
 from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .probe import each_batch
-from .spreads import measured_inputs, need_layers
+from .spreads import FEW, Measured, measured_inputs, need_layers
 from .summary import Summary, summary
 
-# values of an example below which the pull to the prior is less than 1: studies/held_back.py
-FEW = 32
 # sigma over spread by default, and where the batches hold token ids: studies/arithmetic_paired.py
 RATIO, TOKENS_RATIO = 1.0, 0.1
 
 
 def _holds_tokens(batch: object) -> bool:
     if isinstance(batch, Mapping):
+        if "inputs_embeds" in batch:  # tokens, looked up by the caller
+            return True
         batch = batch.get("input_ids")
     elif isinstance(batch, (list, tuple)):
         batch = batch[0] if batch else None
     return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
+
+
+def _pull(first: Measured) -> float:
+    """By the input of the network's first layer; from studies/defaults.py and held_back.py."""
+    return min(1.0, first.values / FEW * first.values / first.independent)
 
 
 @torch.no_grad()
@@ -46,10 +51,11 @@ def calibrate(
     of feature j itself. Then features that vary little get little noise, and attacks use them
     (docs/guides/variance.md).
 
-    If the first layer that the batches reach sees only n < 32 values of an example, the pull to the
-    prior is n / 32 in every layer. Few values cannot make up for each other's noise, so there the
-    loss decides more. An image has channels x height x width values, a sequence length x features,
-    a row of a table its features.
+    If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
+    prior is n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
+    independent: k is (tr C)^2 / tr C^2, C the covariance of the values. A few independent values
+    cannot make up for each other's noise, so there the loss decides more. An image has channels x
+    height x width values, a sequence length x features, a row of a table its features.
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
@@ -57,8 +63,8 @@ def calibrate(
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
-        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds token ids (int32 or
-            int64, or a mapping's "input_ids"): noise as large as the signal hides tokens.
+        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds tokens (int32 or int64,
+            a mapping's "input_ids" or "inputs_embeds"): noise as large as the signal hides them.
         per: "layer" or "feature".
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
@@ -110,7 +116,7 @@ def calibrate(
     ]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
-    pull = min(1.0, next(iter(inputs.values())).values / FEW)
+    pull = _pull(next(iter(inputs.values())))
     for name, layer in layers.items():
         spread, level = inputs[name].spread, levels[name]
         spread = (

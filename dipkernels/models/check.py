@@ -16,9 +16,7 @@ from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import eager, remembered, untouched
-
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine", "OptimizedModule")
+from .probe import eager, remembered, untouched, unwrapped
 
 
 @dataclasses.dataclass
@@ -108,16 +106,16 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 
 
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
-    """Raise ValueError naming the layers whose variance holds NaN or infinity. A collective where
-    it is sharded."""
+    """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite. A
+    collective where it is sharded."""
     broken = []
     for name, layer in layers.items():
         values = full(layer.log_variance.detach())
-        if not values.is_meta and not bool(values.isfinite().all()):
+        if not values.is_meta and not bool((values.isfinite() & values.exp().isfinite()).all()):
             broken.append(name or "(root)")
     if broken:
         raise ValueError(
-            f"model: expected finite variances, got NaN or infinity in log_variance of {broken}; a "
+            f"model: expected finite variances, got NaN or infinity in {broken}; a "
             "step with such gradients spoils them: load_variances or calibrate sets them anew"
         )
 
@@ -219,7 +217,8 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         with untouched(model), eager(model), torch.enable_grad():
             if not model.training:
                 model.train()
-            out = _call(_unwrapped(model), batch)
+            # a wrapper would wait for a backward pass
+            out = _call(unwrapped(model), batch)
             reached = _reached(out, wanted)
     finally:
         for handle in handles:
@@ -244,14 +243,6 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
                 "it drew noise, and what it returned does not reach the model's loss or outputs"
             )
     return faults
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    """Without what would wait for a backward pass."""
-    kinds = {c.__name__ for c in type(model).__mro__}
-    if not kinds & set(_WRAPPERS):
-        return model
-    return _unwrapped(getattr(model, "module", None) or model._orig_mod)  # type: ignore[arg-type]
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

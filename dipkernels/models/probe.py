@@ -252,7 +252,7 @@ def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
             yield module, name, layer
 
 
-# ---- names without wrappers ----------------------------------------------------------------------
+# ---- wrappers ------------------------------------------------------------------------------------
 
 _INNER = {  # the child by which a wrapper holds the model
     "OptimizedModule": "_orig_mod",
@@ -265,25 +265,36 @@ _INNER = {  # the child by which a wrapper holds the model
 }
 
 
+def _inner(module: nn.Module) -> str | None:
+    """The child by which a wrapper holds the model; None for any other module."""
+    return next((_INNER[c.__name__] for c in type(module).__mro__ if c.__name__ in _INNER), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that wrappers, however many, hold."""
+    inner = _inner(model)
+    return model if inner is None else unwrapped(getattr(model, inner))
+
+
 def plain_names(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by its name in the model that torch.compile, DDP and other wrappers hold."""
     plain = {"": ""}
-    kinds: dict[str, str] = {}
+    inner: dict[str, str | None] = {}
     modules = {}
     for name, module in model.named_modules():
         if name:
             parent, _, own = name.rpartition(".")
-            dropped = _INNER.get(kinds[parent]) == own
+            dropped = inner[parent] == own
             plain[name] = plain[parent] if dropped else f"{plain[parent]}.{own}".lstrip(".")
-        kinds[name] = type(module).__name__
+        inner[name] = _inner(module)
         modules[plain[name]] = module
     return modules
 
 
 def without_wrappers(name: str, known: Mapping[str, object]) -> str:
     """A name from a wrapped model's state dict as the plain model has it."""
-    inner = set(_INNER.values()) - {"module"}
-    name = ".".join(part for part in name.split(".") if part not in inner)
+    dropped = set(_INNER.values()) - {"module"}
+    name = ".".join(part for part in name.split(".") if part not in dropped)
     return (
         name.removeprefix("module.")
         if name not in known and name.removeprefix("module.") in known

@@ -1,8 +1,9 @@
-"""The spread of each layer's input, and how many values of an example it has, measured on
-batches."""
+"""The spread of each layer's input, how many values of an example it has and how alike they are,
+measured on batches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -21,49 +22,96 @@ def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
     return layers
 
 
-class Measured(NamedTuple):
-    """Of a layer's input: each feature's standard deviation, [K], and how many values an example
-    has there.
+# values of an example below which it is measured how many of them are independent
+FEW = 64
 
-    An image has channels x height x width, a sequence length x features, a row of a table its
-    features.
+
+class Measured(NamedTuple):
+    """Of a layer's input: each feature's standard deviation, [K]; how many values an example has
+    there, and how many of them are independent.
+
+    An image has channels x height x width values, a sequence length x features, a row of a table
+    its features. Of FEW values or more all count as independent.
     """
 
     spread: Tensor
     values: float
+    independent: float
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations of each feature, in float64, merged batch by batch;
-    examples and values."""
+    """Count, mean and scatter of rows, in float64, merged batch by batch. The scatter is each
+    column's sum of squared deviations, or the whole matrix."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool = False) -> None:
+        self.whole = whole
         self.count = 0
         self.mean: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-        self.examples = self.values = 0
+        self.scatter: Tensor | float = 0.0
 
-    def add(self, x: Tensor, dim: int) -> None:
-        rows = x.detach().movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x.detach()[None]
+    def add(self, rows: Tensor) -> None:
         if len(rows) == 0:
             return
-        # without a batch: one
-        self.examples += x.shape[0] if x.ndim > 1 and dim % x.ndim > 0 else 1
-        self.values += x.numel()
         rows = rows.double()
         mean, total = rows.mean(0), self.count + len(rows)
         delta = mean - self.mean
-        self.squares = (
-            self.squares
-            + (rows - mean).square().sum(0)
-            + delta.square() * (self.count * len(rows) / total)
+        self.scatter = (
+            self.scatter
+            + self._squared(rows - mean)
+            + self._squared(delta[None]) * (self.count * len(rows) / total)
         )
         self.mean = self.mean + delta * (len(rows) / total)
         self.count = total
 
+    def _squared(self, rows: Tensor) -> Tensor:
+        return rows.T @ rows if self.whole else rows.square().sum(0)
+
+
+class _Inputs:
+    """What reaches one layer."""
+
+    def __init__(self) -> None:
+        self.features = _Moments()
+        self.sizes: dict[int, _Moments] = {}  # by how many values an example has
+        self.examples = self.values = 0
+
+    def add(self, x: Tensor, dim: int) -> None:
+        x = x.detach()
+        features = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
+        if len(features) == 0:
+            return
+        self.features.add(features)
+        alone = x.ndim == 1 or dim % x.ndim == 0  # without a batch
+        rows = x[None].flatten(1) if alone else x.flatten(1)
+        examples = self.sizes.setdefault(rows.shape[1], _Moments(whole=True))
+        if rows.shape[1] < FEW:
+            examples.add(rows)
+        self.examples += len(rows)
+        self.values += rows.numel()
+
     def measured(self) -> Measured:
-        assert isinstance(self.squares, Tensor)  # something was added
-        return Measured((self.squares / self.count).sqrt().cpu(), self.values / self.examples)
+        assert isinstance(self.features.scatter, Tensor)  # something was added
+        spread = (self.features.scatter / self.features.count).sqrt().cpu()
+        values = self.values / self.examples
+        of_one_size = next(iter(self.sizes.values())) if len(self.sizes) == 1 else _Moments()
+        return Measured(spread, values, max(1.0, min(values, _independent(of_one_size))))
+
+
+def _independent(examples: _Moments) -> float:
+    """Of how many independent values an example is made: the participation ratio
+    (tr C)^2 / tr C^2 of the covariance C of its values; infinity where that is not known.
+
+    Unbiased estimates of both (for normal values) stand for them, because few examples are alike by
+    chance.
+    """
+    n = examples.count - 1
+    if n < 2 or not isinstance(examples.scatter, Tensor):
+        return math.inf
+    covariance = examples.scatter / n
+    trace, square = covariance.trace().item() ** 2, covariance.square().sum().item()
+    square = (square - trace / n) * n * n / ((n - 1) * (n + 2))
+    trace = trace - 2 / n * square
+    return trace / square if min(trace, square) > 0 else math.inf
 
 
 def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -77,20 +125,20 @@ def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measu
     """What the batches look like at every DIP layer's input, in the order in which they first reach
     the layers; the spread is left in each layer's variance.spread too."""
     layers = need_layers(model)
-    moments = {name: _Moments() for name in layers}
+    seen = {name: _Inputs() for name in layers}
     name_of = {layer: name for name, layer in layers.items()}
 
     reached: dict[str, None] = {}  # in the order of the first calls
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached.setdefault(name_of[layer])
-        moments[name_of[layer]].add(input_of(layer, args, kwargs), layer.feature_dim)
+        seen[name_of[layer]].add(input_of(layer, args, kwargs), layer.feature_dim)
 
     watch(model, layers.values(), observe, batches)
-    unreached = [name or "(root)" for name in layers if moments[name].count == 0]
+    unreached = [name or "(root)" for name in layers if seen[name].examples == 0]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
-    found = {name: moments[name].measured() for name in reached}
+    found = {name: seen[name].measured() for name in reached}
     infinite = [
         name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())
     ]

@@ -13,7 +13,7 @@ from ..nn.variance import Variance
 from ..ops.dtensor import full, laid_out_as
 from ..worlds import is_dtensor
 
-KL = 0.2  # the default weight: studies/defaults.py
+KL = 0.4  # the default weight: studies/defaults.py
 
 
 def _check_weight(name: str, value: float) -> None:
@@ -39,8 +39,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     """kl * sum over layers of the mean over features of pull * KL(N(0, lambda) || N(0, gamma)).
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
-    prior's, gamma = exp(log_prior). The pull is 1, or n / 32 for a model whose examples have only
-    n < 32 values; `calibrate` sets both. For a model that computes its own loss:
+    prior's, gamma = exp(log_prior). The pull is 1, or less for a model whose examples have few
+    independent values; `calibrate` sets both. For a model that computes its own loss:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
@@ -159,7 +159,7 @@ def objective(
         target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: the model, for the terms on its variances. Without it there are none.
-        kl: >= 0. By default 0.2 with a model, 0 without one or beside alpha; 0 lets the loss alone
+        kl: >= 0. By default 0.4 with a model, 0 without one or beside alpha; 0 lets the loss alone
             move the variances.
         alpha: >= 0.
         beta: >= 0, and only beside an alpha > 0.

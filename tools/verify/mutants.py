@@ -91,7 +91,7 @@ AREAS = (
     Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "expectation", "properties")),
     Area(
         ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
-        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds"),
+        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds", "checkpointing"),
     ),
     Area(
         ("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")
@@ -100,7 +100,13 @@ AREAS = (
         ("dipkernels/**/functional.py",),
         ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds"),
     ),
+    Area(
+        ("dipkernels/**/norm.py", "dipkernels/**/gate.py", "dipkernels/**/producer*.py"),
+        ("producers", "producer_modules", "ops", "compile"),
+    ),
+    Area(("dipkernels/**/activation*.py",), ("producers", "producer_modules", "averaging")),
     Area(("dipkernels/**/attention.py",), ("attention", "layers")),
+    Area(("dipkernels/**/tracing.py",), ("tracing", "worlds")),
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
     Area(
         ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
@@ -123,16 +129,46 @@ AREAS = (
         ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")
     ),
     Area(("dipkernels/training/*.py",), ("objective", "trajectories", "recipe")),
-    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before")),
+    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before", "convert")),
+    Area(
+        ("dipkernels/**/place.py", "dipkernels/**/readers.py"),
+        ("producer_plan", "producer_modules", "before", "models"),
+    ),
     Area(
         ("dipkernels/**/convert.py", "dipkernels/**/convertible.py", "dipkernels/models/*.py"),
-        ("convert", "before", "recipe", "user_code_variance", "check", "user_code_loaders"),
+        (
+            "convert",
+            "before",
+            "first_mistakes",
+            "recipe",
+            "user_code_variance",
+            "check",
+            "user_code_loaders",
+            "models",
+        ),
+    ),
+    # need the tools of requirements-tools.txt: without them they are skipped, and everything
+    # survives
+    Area(("dipkernels/integrations/accelerate.py",), ("integration_accelerate",)),
+    Area(("dipkernels/integrations/lightning.py",), ("integration_lightning",)),
+    Area(
+        ("dipkernels/integrations/peft.py",),
+        ("integration_peft", "adapters", "user_code_loaders"),
+    ),
+    Area(
+        ("dipkernels/integrations/transformers.py",),
+        ("integration_transformers", "integration_deepspeed"),
+    ),
+    Area(
+        ("dipkernels/integrations/*.py",),
+        ("integration_accelerate", "integration_lightning", "integration_transformers"),
     ),
     Area(
         ("dipkernels/**/ops.py", "dipkernels/ops/*.py"),
-        ("ops", "perturb", "linear", "averaging", "noise", "backends"),
+        ("ops", "perturb", "linear", "averaging", "noise", "backends", "compile"),
     ),
     Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
+    Area(("dipkernels/**/worlds.py",), ("compile", "layers", "tensor_parallel")),
     Area(("dipkernels/**/*.py",), ("layers", "convert")),
 )
 # Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no
@@ -172,6 +208,10 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
     "a1c7b760aa": (
         "draw.h: which columns are asked for ahead",
         "What is called there only prefetches, which changes the speed only.",
+    ),
+    "36ef7395ed": (
+        "registry.define names no library to torch.library.register_fake",
+        "torch then makes a library of its own for it, and keeps it as long as we keep ours",
     ),
 }
 
