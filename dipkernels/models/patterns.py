@@ -67,9 +67,8 @@ def _no_match(argument: str, unused: list[str], names: Iterable[str], what: str)
         )
     like: list[str] = []
     for pattern in unused:
-        close = difflib.get_close_matches(
-            pattern.strip("*.").rpartition(".")[2], set(own.values()), n=3
-        )
+        last = pattern.strip("*.").rpartition(".")[2]
+        close = difflib.get_close_matches(last, set(own.values()))
         for name in own:
             inside = _matches(pattern, around(name)[1:-1])
             if (own[name] in close or inside) and name not in like:
