@@ -539,12 +539,8 @@ def choose(
         m, n, k = shape
         if is_wide(dtype, m, n, k):
             return Plan("cuda", f"{dtype}, N = {n}: the vendor's products, sample by sample")
-    if (
-        device == "cuda"
-        and op.startswith(_FUSED_BY_TRITON)
-        and _runs_on("triton", device)
-        and op not in triton_problems
-    ):
+    triton = device == "cuda" and op not in triton_problems and _runs_on("triton", device)
+    if triton and op.startswith(_FUSED_BY_TRITON):
         return Plan("triton", "only Triton fuses its passes")
     if device == "cuda" and op.startswith(_NOT_IN_CUDA):
         return Plan(
@@ -555,7 +551,7 @@ def choose(
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")
-    if device == "cuda" and _runs_on("triton", device) and op not in triton_problems:
+    if triton:
         return Plan("triton", _cuda_problem or "the library has no CUDA kernels")
     problem = triton_problems.get(op) or (_cuda_problem if device == "cuda" else None)
     return Plan("reference", problem or library().error or f"no kernels for device {device!r}")

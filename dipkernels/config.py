@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import json
 import math
 import os
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.calibrate import calibrate
-from .models.convert import convert, to_plain
-from .models.convertible import TWINS, around, base_layer, is_adapter, no_match
+from .models.calibrate import calibrate, check_per
+from .models.convert import check_place, convert, to_plain
+from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
+from .models.patterns import Patterns, around
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -28,6 +28,7 @@ from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
 from .training.trajectories import trajectories
+from .worlds import has_ranks
 
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
@@ -113,8 +114,7 @@ class DIPConfig:
             raise ValueError(
                 f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}"
             )
-        if self.place not in ("input", "producer"):
-            raise ValueError(f"place: expected 'input' or 'producer', got {self.place!r}")
+        check_place(self.place)
         if isinstance(before, dict) and not all(
             isinstance(pattern, str) and _is_integer(dim) for pattern, dim in before.items()
         ):
@@ -124,8 +124,7 @@ class DIPConfig:
                 f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
                 "choose one"
             )
-        if not isinstance(self.per, str) or self.per not in ("layer", "feature"):
-            raise ValueError(f"per: expected 'layer' or 'feature', got {self.per!r}")
+        check_per(self.per)
         if self.variance is not None and self.per != "layer":
             raise ValueError(
                 f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
@@ -201,11 +200,7 @@ class DIPConfig:
             FileNotFoundError: There is none.
             ValueError: It is not JSON, or as for `from_dict`.
         """
-        path = Path(folder) / CONFIG_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"folder: expected a {CONFIG_FILE}, which dip.save writes, got none in {folder}"
-            )
+        path = _saved(folder, CONFIG_FILE)
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
@@ -255,13 +250,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = (
-        (value,)
-        if isinstance(value, str)
-        else tuple(value)
-        if isinstance(value, _LISTS)
-        else (value,)
-    )
+    values = tuple(value) if isinstance(value, _LISTS) else (value,)
     if not all(isinstance(each, str) for each in values):
         raise TypeError(f"{name}: expected strings, got {value!r}")
     return values
@@ -414,14 +403,16 @@ def _plain_again(model: nn.Module) -> Any:
 
 
 def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None) -> None:
-    names = [name for name, _ in model.named_modules()]
-    unused = [p for p in config.include if not any(fnmatch.fnmatchcase(name, p) for name in names)]
-    if unused:
-        raise ValueError(no_match("include", unused, names))
+    names, include = (
+        [name for name, _ in model.named_modules()],
+        Patterns("include", config.include),
+    )
+    include.all(*names)
+    include.require_used(names)
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
     options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
     if config.include:
-        options["filter"] = lambda module, name: _matches(name, config.include) is not None
+        options["filter"] = lambda module, name: bool(include.all(*around(name)))
     options["place"] = config.place
     if config.watches_batches:
         options["batches"] = batches
@@ -446,24 +437,14 @@ def is_peft(model: nn.Module) -> bool:
     )
 
 
-def _matches(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that the name, or that of a module around it, matches."""
-    outer = around(name)
-    return next((p for p in patterns if any(fnmatch.fnmatchcase(each, p) for each in outer)), None)
-
-
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     ratio = config.ratio
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per)
         return
-    found = {
-        name: next((p for p in ratio if fnmatch.fnmatchcase(name, p)), None)
-        for name in dip_layers(model)
-    }
-    unused = [p for p in ratio if p not in found.values()]
-    if unused:
-        raise ValueError(no_match("ratio", unused, found, "a DIP layer's name"))
+    patterns = Patterns("ratio", ratio)
+    found = {name: patterns.first(name) for name in dip_layers(model)}
+    patterns.require_used(found, "a DIP layer's name")
     without = [name for name, p in found.items() if p is None]
     if without:
         raise ValueError(
@@ -516,11 +497,7 @@ def save_state(
     """The files of `save` from what `variances` gave."""
     tensors = _safetensors()
     if write is None:
-        distributed = torch.distributed
-        write = (
-            not (distributed.is_available() and distributed.is_initialized())
-            or distributed.get_rank() == 0
-        )
+        write = not has_ranks() or torch.distributed.get_rank() == 0
     if write:
         Path(folder).mkdir(parents=True, exist_ok=True)
         data = {name: values.contiguous() for name, values in state.items()}
@@ -574,11 +551,7 @@ def load(
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The variances and priors in the folder, by name. Raises FileNotFoundError or ValueError."""
-    path = Path(folder) / VARIANCES_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"folder: expected a {VARIANCES_FILE}, which dip.save writes, got none in {folder}"
-        )
+    path = _saved(folder, VARIANCES_FILE)
     tensors = _safetensors()
     try:
         state: dict[str, Tensor] = tensors.load_file(path)
@@ -587,6 +560,16 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: expected a file of safetensors, got one that it cannot read: {error}"
         ) from error
     return state
+
+
+def _saved(folder: str | os.PathLike[str], name: str) -> Path:
+    """The file of this name. Raises FileNotFoundError where there is none."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"folder: expected a {name}, which dip.save writes, got none in {folder}"
+        )
+    return path
 
 
 def _safetensors() -> Any:

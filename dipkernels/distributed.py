@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn.numbering import dip_layers, warn_of_equal_numbers
+from .nn.numbering import dip_layers, need_layers, warn_of_equal_numbers
 from .nn.variance import Variance
 from .noise import contexts
 from .ops.dtensor import local
-from .worlds import is_dtensor
+from .worlds import has_ranks, is_dtensor
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -142,9 +142,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     """
     from torch import distributed
 
-    layers = dip_layers(model)
-    if not layers:
-        raise ValueError("model: expected DIP layers, found none; convert it first")
+    layers = need_layers(model)
     warn_of_equal_numbers(model)
     mine = {
         "faults": _faults(model),
@@ -158,7 +156,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         if tensor_parallel is None
         else tuple(tensor_parallel.mesh.flatten().tolist()),
     }
-    together = distributed.is_available() and distributed.is_initialized()
+    together = has_ranks()
     ranks: list[Any] = [mine]
     if together:
         ranks = [None] * distributed.get_world_size()

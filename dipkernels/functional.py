@@ -168,26 +168,14 @@ def dip_linear(
     """
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
-        )
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+    check_estimator(estimator, activation, num_samples, keep)
     _check_num_samples(num_samples)
     if not log_variance:
         check_sigma(sigma)
     dtype = worlds.autocast_dtype(x)
-    if estimator != "sample":
-        if keep == "u":
-            raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
-        if is_dtensor(x) or is_dtensor(weight):
-            raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
+    if estimator != "sample" and (is_dtensor(x) or is_dtensor(weight)):
+        raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
     if estimator == "analytic":
-        if num_samples != 1:
-            raise ValueError(
-                f"num_samples: expected 1 with estimator='analytic', got {num_samples}"
-            )
         return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
     draw = Draw(-1, row0, col0, sample, log_variance=log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
@@ -218,6 +206,20 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         tensor([[0.3989]])
     """
     return _expectation.expected(mu, v, activation)
+
+
+def check_estimator(estimator: str, activation: str | None, num_samples: int, keep: str) -> None:
+    """Raise ValueError for what `dip_linear` does not take, alone or together."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {ESTIMATORS}, got {estimator!r}")
+    if estimator == "analytic" and num_samples != 1:
+        raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
+    if estimator != "sample" and keep == "u":
+        raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
 
 
 def _check_num_samples(num_samples: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .models.parameters import variances
-from .nn.numbering import dip_layers
+from .nn.numbering import need_layers
 from .training.objective import kl_penalty
 
 Batch = TypeVar("Batch")
@@ -152,8 +152,7 @@ class Progress(Generic[Batch]):
     def __init__(
         self, batches: Iterable[Batch], model: nn.Module, every: int | None, file: TextIO | None
     ) -> None:
-        if not dip_layers(model):
-            raise ValueError("model: expected DIP layers, found none; convert it first")
+        need_layers(model)
         if every is not None and (
             isinstance(every, bool) or not isinstance(every, int) or every < 1
         ):

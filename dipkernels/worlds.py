@@ -67,6 +67,11 @@ def has_values(x: Tensor) -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
 
 
+def has_ranks() -> bool:
+    """Whether this process is one of a group of torch.distributed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_dtensor(x: object) -> TypeIs[DTensor]:
     """Whether x is a DTensor, told by name: importing its module takes longer than importing this
     package."""

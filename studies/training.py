@@ -148,7 +148,7 @@ def train(
         prepare(model, data.x[:512], method)
     kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
     optimizer = optimiser(model, {**settings, **(method or {})})
-    epochs = settings.get("epochs", task.epochs)
+    epochs = settings.get("epochs", task.epochs) * settings.get("times", 1)
     schedule = (
         cosine(optimizer, epochs, method or {}) if settings.get("schedule") == "cosine" else None
     )

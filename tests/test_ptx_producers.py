@@ -226,6 +226,17 @@ def test_compiled_norm_and_its_gradients_match_reference(
                offset, arch)  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_norm_leaves_the_statistics_of_other_programs_alone(kind):
+    """One program after the other; the last one's block of rows ends outside of the tensor."""
+    x, where = numbers(33, 64), (spread(64, F32), SEED, -1, 0, 0, 0, 1.0, False, kind)
+    with on_gpu(80, 1, threads=1) as launches:
+        _, stats = norm.norm(x, None, None, *where, 1e-5, 0.0, None)
+    assert launches[0][1] == (2,)
+    want = reference.norm(x.double(), None, None, *where, 1e-5, 0.0, None)[1]
+    assert_near(stats, want, F32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", CONFIGS)
 @pytest.mark.parametrize("kind", KINDS)

@@ -260,6 +260,7 @@ def test_tickets_are_no_other_launchs(monkeypatch):
     others = [take(stream=3), take(stream=35), take(device=torch.device("cuda", 1), stream=0)]
     captured = [take(7, capturing=True, stream=3) for _ in range(3)]
     taken = [first, *others, *captured]
+    assert all(t.numel() >= 7 for t in taken)
     spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert all(t.data_ptr() % 16 == first.data_ptr() % 16 for t in captured)

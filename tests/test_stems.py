@@ -83,6 +83,7 @@ ORDER += ["nn.numbering", "nn.attention", "distributed"]
 ORDER += [
     f"models.{m}"
     for m in (
+        "patterns",
         "convertible",
         "probe",
         "readers",

@@ -92,7 +92,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             self._convert_for_checkpoint(pl_module)
             return
         require_order(pl_module)
-        own, config = config_of(pl_module), self.asked or config_of(pl_module)
+        own = config_of(pl_module)
+        config = self.asked or own
         if config is None:
             raise ValueError(
                 "config: expected a DIPConfig, or a module that dip.apply has converted, got "

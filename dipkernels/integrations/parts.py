@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .. import worlds
 from ..config import DIPConfig
 from ..models.parameters import load_variances, param_groups, variances
 from ..nn.variance import Variance
@@ -63,14 +64,9 @@ def require_groups(model: nn.Module, optimizer: Any, way_out: str) -> None:
 def one_start(model: nn.Module) -> None:
     """Every rank takes the variances and priors of the first, for each may have been calibrated on
     other batches."""
-    distributed = torch.distributed
-    if (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    ):
+    if worlds.has_ranks() and torch.distributed.get_world_size() > 1:
         state = [variances(model)]
-        distributed.broadcast_object_list(state, src=0)
+        torch.distributed.broadcast_object_list(state, src=0)
         load_variances(model, state[0])
 
 

@@ -176,14 +176,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             if fused and hasattr(model, "get_output_embeddings")
             else None
         )
-        names = (
-            [name for name, module in model.named_modules() if module is head]
-            if head is not None
-            else []
-        )
-        return dataclasses.replace(
-            config, exclude=(*config.exclude, *(n for n in names if n not in config.exclude))
-        )
+        names = [name for name, module in model.named_modules() if module is head]
+        more = [name for name in names if name not in config.exclude]
+        return dataclasses.replace(config, exclude=(*config.exclude, *more))
 
     def _dip_first_batches(self, model: Any) -> list[Any]:
         """What the model's forward takes of the first training batches, on the device."""

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .probe import each_batch
-from .spreads import FEW, Measured, measured_inputs, need_layers
+from .spreads import FEW, Measured, measured_inputs
 from .summary import Summary, summary
 
 # sigma over spread by default, and where the batches hold token ids: studies/arithmetic_paired.py
@@ -27,6 +28,11 @@ def _holds_tokens(batch: object) -> bool:
     elif isinstance(batch, (list, tuple)):
         batch = batch[0] if batch else None
     return isinstance(batch, Tensor) and batch.dtype in (torch.int32, torch.int64)
+
+
+def check_per(per: object) -> None:
+    if per not in ("layer", "feature"):
+        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
 
 
 def _pull(first: Measured) -> float:
@@ -88,8 +94,7 @@ def calibrate(
     for argument, value in (("ratio", RATIO if ratio is None else ratio), ("floor", floor)):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
-    if per not in ("layer", "feature"):
-        raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
+    check_per(per)
     layers = need_layers(model)
     check_settable(
         {

@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.numbering import dip_layers, need_layers
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import eager, remembered, untouched, unwrapped
+from .probe import eager, leaves, remembered, untouched, unwrapped
 
 
 @dataclasses.dataclass
@@ -90,8 +89,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     """
     layers = dip_layers(model)
     replaced = _replaced(model)
-    if not layers and not replaced:
-        raise ValueError("model: expected DIP layers, found none; convert it first")
+    if not replaced:
+        need_layers(model)
     require_finite(layers)
     report = Report(dict(replaced), checked=len(layers) + len(replaced))
     for name, layer in layers.items():
@@ -264,7 +263,8 @@ def _call(model: nn.Module, batch: Any) -> Any:
 def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
     """The ids of the parameters that the loss, or where there is none any output, depends on."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    nodes: list[Any] = [t.grad_fn for t in _tensors(loss if isinstance(loss, Tensor) else out)]
+    ends = [loss] if isinstance(loss, Tensor) else leaves(out)
+    nodes: list[Any] = [t.grad_fn for t in ends if isinstance(t, Tensor)]
     seen: set[Any] = set()
     found: set[int] = set()
     while nodes:
@@ -279,10 +279,3 @@ def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
             found.add(id(node.variable))
         nodes += [before for before, _ in node.next_functions]
     return found
-
-
-def _tensors(out: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(out)
-    for leaf in [each for each in leaves if dataclasses.is_dataclass(each)]:
-        leaves += pytree.tree_leaves(vars(leaf))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,7 +24,6 @@ from ..worlds import is_dtensor
 from .convertible import (
     OUT_PROJECTION,
     TWINS,
-    around,
     base_layer,
     block_names,
     cannot,
@@ -36,15 +34,15 @@ from .convertible import (
     is_candidate,
     is_inside,
     keeps_original,
-    no_match,
     no_twin,
     own_matrices,
     read_past,
     twin_of,
     unnoised,
 )
+from .patterns import Patterns, around
 from .place import UNREACHED, Move, ProducerPlan, find_moves
-from .probe import NOISED_BY, PLAN, forget, listed, probed, remember
+from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
 
 
 class DIPConversionWarning(UserWarning):
@@ -132,19 +130,17 @@ def convert(
 
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
-    if place not in ("input", "producer"):
-        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
+    check_place(place)
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = _choose(model, types, filter, exclude, before)
-    types, names, asked, wanted, matched = (
-        choice.types,
-        choice.names,
-        choice.asked,
-        choice.wanted,
-        choice.matched,
-    )
+    names, asked, matched = choice.names, choice.asked, choice.matched
+    if batches is not None and place == "input" and not asked:
+        raise ValueError(
+            "batches: expected None without before=[...] or place='producer', got batches that "
+            "nothing reads"
+        )
     count = sum(
         1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3
         for m in [*matched, *asked]
@@ -152,15 +148,12 @@ def convert(
     if count + len(dip_layers(model)) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
     groups = _groups(
-        {m: wanted[m] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
+        {m: names[m][0] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
     )
     plan, moves = _placed(model, choice, place, batches)
-    moved = {layer: move for move in moves for layer in move.layers}
-    groups = [
-        group
-        for group in ([m for m in each if m not in moved] for each in groups)
-        if len(group) > 1
-    ]
+    moved = {layer for move in moves for layer in move.layers}
+    groups = [[m for m in group if m not in moved] for group in groups]
+    groups = [group for group in groups if len(group) > 1]
     staying = [m for m in matched if m not in moved]
     variance_of = _variances_by_name(
         init_variance,
@@ -168,22 +161,15 @@ def convert(
     )
     for move in moves:
         check_init_variance(variance_of[move.producer], move.features)
-    answered = {m for whole in asked for m in _read_inside(whole)}
     _one_variance_each(groups, variance_of, names)
-    projections = probed(
-        model,
-        {m: (names[m][0], dim) for m, dim in asked.items()},
-        None if place == "producer" and not asked else batches,
-    )
-    twins = {
-        m: (_twin_before(m, variance_of[m], *what), what[0]) for m, what in projections.items()
-    }
+    features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
+    twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
     for move in moves:
         _become_producer(move, variance_of[move.producer], num_samples)
-    for module, (twin, features) in twins.items():
-        _become_dip(module, twin, variance_of[module], num_samples, keep, features)
+    for module, twin in twins.items():
+        _become_dip(module, twin, variance_of[module], num_samples, keep, features[module])
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
@@ -191,10 +177,15 @@ def convert(
     if plan is not None:
         model.__dict__[PLAN] = plan
         _warn_unreached(plan)
-    filtered = set() if filter is None else {m for m in names if m not in wanted}
+    filtered = set() if filter is None else names.keys() - choice.wanted.keys()
     quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
+    # Noise before a module is before the children too that it reads and never calls.
+    answered: set[nn.Module] = set()
+    for whole in asked:
+        kind: Any = type(whole)
+        answered |= {child for name, child in whole.named_children() if name in read_past(kind)}
     open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
-    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, types)))
+    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, choice.types)))
     return model
 
 
@@ -236,6 +227,11 @@ def producer_plan(
     plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
     assert plan is not None  # of this place there is one
     return plan
+
+
+def check_place(place: object) -> None:
+    if place not in ("input", "producer"):
+        raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,20 +308,10 @@ def _placed(
     return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
-def _read_inside(whole: Any) -> list[nn.Module]:
-    """The children that this module reads and never calls: noise before it is before them too."""
-    kind: Any = type(whole)
-    past = read_past(kind)
-    return [child for name, child in whole.named_children() if name in past]
-
-
 def _warn(
     names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]
 ) -> None:
-    lines = [
-        f"  {names[m][0] or 'the model itself'} ({type(m).__name__}): {reason}"
-        for m, reason in reasons.items()
-    ]
+    lines = [f"  {shown(names[m][0], m)}: {reason}" for m, reason in reasons.items()]
     lines += [f"  {which}: {reason}" for which, reason in holders.items()]
     if lines:
         text = (
@@ -378,14 +364,9 @@ def _asked_before(
             raise ValueError(
                 f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}"
             )
-        hits = [
-            m
-            for m, every_name in names.items()
-            if any(fnmatch.fnmatchcase(n, pattern) for n in every_name)
-        ]
-        if not hits:
-            known = [name for every_name in names.values() for name in every_name]
-            raise ValueError(no_match("before", [pattern], known))
+        patterns = Patterns("before", [pattern])
+        hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
+        patterns.require_used(_every_name(names))
         for module in hits:
             reason = no_twin(module)
             if reason is not None:
@@ -405,22 +386,18 @@ def _variances_by_name(
     if not isinstance(init_variance, Mapping):
         value = float(check_init_variance(init_variance, 1))
         return dict.fromkeys(modules, value)
-    used, asked = set(), []
+    patterns, asked = Patterns("init_variance", init_variance), []
 
     def value_of(name: str) -> Any:
         asked.append(name)
-        for pattern, value in init_variance.items():
-            if fnmatch.fnmatchcase(name, pattern):
-                used.add(pattern)
-                return (
-                    value
-                    if isinstance(value, Tensor) and value.ndim
-                    else check_init_variance(value, 1)
-                )
-        raise ValueError(
-            f"init_variance: expected a pattern for every layer, got none that matches {name!r}; "
-            "end with '*'"
-        )
+        pattern = patterns.first(name)
+        if pattern is None:
+            raise ValueError(
+                "init_variance: expected a pattern for every layer, got none that matches "
+                f"{name!r}; end with '*'"
+            )
+        value = init_variance[pattern]
+        return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
 
     values: dict[nn.Module, Any] = {}
     for module, name in modules.items():
@@ -432,9 +409,7 @@ def _variances_by_name(
             values[module] = value_of(name)
             if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
                 check_init_variance(values[module], features_of(module))
-    unused = [pattern for pattern in init_variance if pattern not in used]
-    if unused:
-        raise ValueError(no_match("init_variance", unused, asked, "a layer to convert"))
+    patterns.require_used(asked, "a layer to convert")
     return values
 
 
@@ -496,24 +471,16 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
     """The layers that are to share their noise: those of one parent that one group of patterns
     matches."""
     groups, taken = [], {}
-    for patterns in share:
-        if isinstance(patterns, str) or len(patterns) < 2:
-            raise ValueError(
-                f"share: expected groups of two or more name patterns, got {patterns!r}"
-            )
+    for asked in share:
+        if isinstance(asked, str) or len(asked) < 2:
+            raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
+        patterns = Patterns("share", asked)
         by_parent: dict[str, list[nn.Module]] = {}
-        used = set()
         for module, name in matched.items():
             parent, _, own = name.rpartition(".")
-            hits = {
-                p for p in patterns if fnmatch.fnmatchcase(own, p) or fnmatch.fnmatchcase(name, p)
-            }
-            used |= hits
-            if hits:
+            if patterns.all(own, name):
                 by_parent.setdefault(parent, []).append(module)
-        unused = [p for p in patterns if p not in used]
-        if unused:
-            raise ValueError(no_match("share", unused, matched.values(), "a layer to convert"))
+        patterns.require_used(matched.values(), "a layer to convert")
         for group in (group for group in by_parent.values() if len(group) > 1):
             for module in group:
                 if module in taken:
@@ -542,19 +509,18 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
+def _every_name(names: dict[nn.Module, list[str]]) -> list[str]:
+    return [name for every_name in names.values() for name in every_name]
+
+
 def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[nn.Module]:
-    patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    used, excluded = set(), set()
-    for module, every_name in names.items():
-        for name in every_name:
-            hits = {p for p in patterns for a in around(name)[1:] if fnmatch.fnmatchcase(a, p)}
-            used |= hits
-            if hits:
-                excluded.add(module)
-    unused = [p for p in patterns if p not in used]
-    if unused:
-        known = [name for every_name in names.values() for name in every_name]
-        raise ValueError(no_match("exclude", unused, known))
+    patterns = Patterns("exclude", (exclude,) if isinstance(exclude, str) else exclude)
+    excluded = {
+        module
+        for module, every_name in names.items()
+        if patterns.all(*(outer for name in every_name for outer in around(name)[1:]))
+    }
+    patterns.require_used(_every_name(names))
     return excluded
 
 

@@ -3,14 +3,12 @@ convert and why."""
 
 from __future__ import annotations
 
-import difflib
 import dis
-import fnmatch
 import functools
 import inspect
 import re
 import types as python_types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.twin import first_parameter, twin_type
+from .patterns import around
 
 TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
     twin.plain_type: twin
@@ -166,43 +165,6 @@ def feature_dim_of(module: nn.Module) -> int:
 
 
 # ---- what cannot be honoured ---------------------------------------------------------------------
-
-
-def around(name: str) -> list[str]:
-    """The names of the modules from the root's (empty) to this one: a.b gives "", "a", "a.b"."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
-
-
-def no_match(
-    argument: str, unused: Iterable[str], names: Iterable[str], what: str = "a module's name"
-) -> str:
-    """What to say of patterns that decide nothing: which names look like them, or that earlier
-    patterns have taken what they match.
-
-    Args:
-        argument: The name of the argument that holds the patterns.
-        unused: The patterns.
-        names: The names that a pattern is compared with.
-        what: What these are the names of.
-    """
-    own = {name: name.rpartition(".")[2] for name in names if name}
-    late = [p for p in unused if any(fnmatch.fnmatchcase(name, p) for name in own)]
-    if late:
-        return (
-            f"{argument}: expected narrow patterns before wide ones, got {late} behind patterns "
-            "that match the same names"
-        )
-    like: list[str] = []
-    for pattern in unused:
-        last = pattern.strip("*.").rpartition(".")[2]
-        close = difflib.get_close_matches(last, set(own.values()))
-        for name in own:
-            inside = any(fnmatch.fnmatchcase(outer, pattern) for outer in around(name)[1:-1])
-            if (own[name] in close or inside) and name not in like:
-                like.append(name)
-    text = f"{argument}: expected patterns that match {what}, got {list(unused)} that match none"
-    return f"{text}; names like them: {like[:3]}" if like else text
 
 
 def is_inside(every_name: list[str], blocks: set[str]) -> bool:

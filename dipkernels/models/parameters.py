@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.numbering import require_module
+from ..nn.numbering import need_layers, require_module
 from ..nn.variance import TENSORS, Variance
 from ..ops import dtensor
 from .check import require_finite
 from .probe import plain_names, without_wrappers
-from .spreads import need_layers
 
 
 def param_groups(

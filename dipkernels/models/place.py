@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
 from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin
-from .probe import untouched
+from .probe import shown, untouched
 from .readers import Call, Made, Watch, watched
 
 _FUNCTIONS = {
@@ -146,6 +146,13 @@ def find_moves(
     return _Planner(model, names, dims, stay, watch).plan()
 
 
+class _Gated(NamedTuple):
+    """A block down(act(gate(x)) * up(x)), and the names of these four."""
+
+    block: nn.Module
+    parts: tuple[str, str, str, str]
+
+
 class _Planner:
     def __init__(
         self,
@@ -162,13 +169,14 @@ class _Planner:
             self._calls.setdefault(call.module, []).append(call)
 
     def plan(self) -> tuple[ProducerPlan, list[Move]]:
-        groups: dict[tuple[nn.Module | None, str], list[nn.Module]] = {}
+        groups: dict[tuple[nn.Module | None, _Gated | None, str], list[nn.Module]] = {}
         for layer in self._dims:
-            producer, reason = self._origin(layer)
-            groups.setdefault((producer, reason), []).append(layer)
+            groups.setdefault(self._origin(layer), []).append(layer)
         moves, moved, left = [], [], []
-        for (producer, reason), layers in groups.items():
-            move = self._move(producer, layers) if producer is not None and not reason else reason
+        for (producer, gated, reason), layers in groups.items():
+            move: Move | str = reason
+            if producer is not None and not reason:
+                move = self._move(producer, gated, layers)
             kind = "" if producer is None else type(producer).__name__
             name = "" if producer is None else self._name(producer)
             shown = tuple(self._name(layer) for layer in layers)
@@ -181,32 +189,30 @@ class _Planner:
 
     # ---- what makes a layer's input
 
-    def _origin(self, layer: nn.Module) -> tuple[nn.Module | None, str]:
-        """The module that makes this layer's input, or (it, or None, and why the layer keeps its
-        projection)."""
+    def _origin(self, layer: nn.Module) -> tuple[nn.Module | None, _Gated | None, str]:
+        """The module that makes this layer's input, the gated product that it does so in, and why
+        the layer keeps its projection; None and "" where there is none."""
         sources = self._sources[layer]
         if not sources and type(layer) is OUT_PROJECTION:
-            return None, "nn.MultiheadAttention makes its input, outside of any module"
+            return None, None, "nn.MultiheadAttention makes its input, outside of any module"
         if not sources:
-            return None, UNREACHED
+            return None, None, UNREACHED
         if any(source is None for source in sources):
-            beside = isinstance(layer, nn.MultiheadAttention)
-            return None, "it reads the network's own input" + (
-                ", or tensors that differ" if beside else ""
-            )
+            beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
+            return None, None, f"it reads the network's own input{beside}"
         made = [source for source in sources if source is not None]
-        block = self._gated(layer, made)
-        if block is not None:
-            return getattr(block, self._parts(block)[1]), ""
+        gated = self._gated(layer, made)
+        if gated is not None:
+            return getattr(gated.block, gated.parts[1]), gated, ""
         calls = [source.call for source in made if source.call is not None]
         if len(calls) == len(made) and len({call.module for call in calls}) == 1:
-            return calls[0].module, self._layer_reason(layer)
+            return calls[0].module, None, self._layer_reason(layer)
         # In training mode it reads something else than in eval mode: a dropout between.
         for producer in dict.fromkeys(call.module for call in calls):
             for call in self._calls[producer]:
                 if call.elsewhere is not None:
-                    return producer, call.elsewhere
-        return None, self._unknown(made)
+                    return producer, None, call.elsewhere
+        return None, None, self._unknown(made)
 
     def _layer_reason(self, layer: nn.Module) -> str:
         if len(self._names[layer]) > 1:
@@ -223,9 +229,9 @@ class _Planner:
         op, module = made[0].op.strip("_"), made[0].module
         if made[0].call is not None:
             module = made[0].call.module
-        where = (
-            "the model itself" if module is None or module is self._model else self._shown(module)
-        )
+        where = "the model itself"
+        if module is not None and module is not self._model:
+            where = shown(self._name(module), module)
         if op in _FUNCTIONS:
             return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":
@@ -238,32 +244,29 @@ class _Planner:
 
     # ---- what can move
 
-    def _move(self, producer: nn.Module, layers: list[nn.Module]) -> Move | str:
-        block = self._gated(
-            layers[0], [source for source in self._sources[layers[0]] if source is not None]
-        )
+    def _move(
+        self, producer: nn.Module, gated: _Gated | None, layers: list[nn.Module]
+    ) -> Move | str:
         calls = self._calls.get(producer, [])
-        what = self._module_reason(producer) or self._form(producer, block is not None)
+        what = self._module_reason(producer) or self._form(producer, gated is not None)
         if isinstance(what, str):
             return what
         base, facts = what
         reason = self._dtype_reason(producer, calls)
-        if block is not None:
-            reason = reason or self._module_reason(block) or self._layer_reason(layers[0])
+        if gated is not None:
+            reason = reason or self._module_reason(gated.block) or self._layer_reason(layers[0])
         else:
             reason = reason or self._calls_reason(calls, layers)
         if reason:
             return reason
-        dim = -1 if block is not None else next(iter(calls[0].dims))
+        dim = -1 if gated is not None else next(iter(calls[0].dims))
         if issubclass(base, NormProducer) and dim != -1:
             return "it is a norm over the last dimension, and its layers read it along another"
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
         features = producer_features(layers[0])
-        where = calls[0].device
-        if block is None:
-            return Move(producer, self._name(producer), twin, features, tuple(layers), where)
-        around = (block, gated_block_type(type(block), self._parts(block)))
-        return Move(producer, self._name(producer), twin, features, tuple(layers), where, around)
+        around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
+        name, where = self._name(producer), calls[0].device
+        return Move(producer, name, twin, features, tuple(layers), where, around)
 
     def _module_reason(self, module: Any) -> str:
         if len(self._names[module]) > 1:
@@ -314,31 +317,24 @@ class _Planner:
 
     # ---- gated products
 
-    def _gated(self, layer: nn.Module, made: list[Made]) -> nn.Module | None:
-        """The block down(act(gate(x)) * up(x)) whose `down` this layer is, in every call."""
+    @staticmethod
+    def _gated(layer: nn.Module, made: list[Made]) -> _Gated | None:
+        """The product whose `down` this layer is, in every call."""
         blocks = {source.module for source in made}
         if len(blocks) != 1 or any(
             source.op.strip("_") != "mul" or source.call is not None for source in made
         ):
             return None
         (block,) = blocks
-        if block is None or gated_parts(type(block)) is None:
+        parts = None if block is None else gated_parts(type(block))
+        if block is None or parts is None or getattr(block, parts[0], None) is not layer:
             return None
-        return block if getattr(block, self._parts(block)[0], None) is layer else None
-
-    @staticmethod
-    def _parts(block: nn.Module) -> tuple[str, str, str, str]:
-        parts = gated_parts(type(block))
-        assert parts is not None  # _gated has looked
-        return parts
+        return _Gated(block, parts)
 
     # ---- names
 
     def _name(self, module: nn.Module) -> str:
         return self._names[module][0]
-
-    def _shown(self, module: nn.Module) -> str:
-        return f"{self._name(module) or 'the model itself'} ({type(module).__name__})"
 
 
 def producer_features(layer: nn.Module) -> int:

@@ -4,12 +4,14 @@ convert has converted."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ..nn.numbering import dip_layers
@@ -132,6 +134,19 @@ def input_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )
 
 
+def leaves(out: Any) -> list[Any]:
+    """What a model's output is made of, also inside dataclasses."""
+    found = pytree.tree_leaves(out)
+    for leaf in [x for x in found if dataclasses.is_dataclass(x) and not isinstance(x, type)]:
+        found += pytree.tree_leaves(vars(leaf))
+    return found
+
+
+def shown(name: str, module: nn.Module) -> str:
+    """A module in an error or a plan."""
+    return f"{name or 'the model itself'} ({type(module).__name__})"
+
+
 # ---- features of modules by a probe --------------------------------------------------------------
 
 
@@ -167,18 +182,13 @@ def watch(
 
 def probed(
     model: nn.Module, modules: dict[nn.Module, tuple[str, int]], batches: Iterable[Any] | None
-) -> dict[nn.Module, tuple[int, int]]:
-    """(features, dimension) of each module's input, from one pass in eval mode without noise.
+) -> dict[nn.Module, int]:
+    """The number of features of each module's input, from one pass in eval mode without noise.
 
     modules: {module: (name, dimension)}. Raises ValueError for no batches, a module that they do
     not reach, an input that is no floating tensor, has no such dimension, or has other features in
     another call.
     """
-    if not modules and batches is not None:
-        raise ValueError(
-            "batches: expected None without before=[...] or place='producer', got batches that "
-            "nothing reads"
-        )
     if not modules:
         return {}
     if batches is None:
@@ -199,7 +209,7 @@ def probed(
         raise ValueError(
             f"before: expected modules that the batches reach, none reached {unreached}"
         )
-    return {module: (features, modules[module][1]) for module, features in found.items()}
+    return found
 
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .probe import for_each, input_of, listed, run_batch, untouched
+from .probe import for_each, input_of, leaves, listed, run_batch, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
@@ -212,16 +212,13 @@ class Watch(TorchDispatchMode):
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0
         with self._functions, self:
-            self._returned(run_batch(model, batch))
+            self._note(leaves(run_batch(model, batch)), "the model returns it")
         if any(made.call is not None and not made.ref.expired() for made in self._made.values()):
             gc.collect()
         for made in self._made.values():
             if made.call is not None and not made.ref.expired():
                 made.call.read_by("the model, a hook or its output keeps it")
         self._made.clear()
-
-    def _returned(self, out: Any) -> None:
-        self._note(_leaves(out), "the model returns it")
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._layers and not self._reading:
@@ -351,7 +348,7 @@ class Watch(TorchDispatchMode):
         return self._stack[-1][0] if self._stack else None
 
     def _shown(self, module: nn.Module) -> str:
-        return f"{self._names.get(module) or 'the model itself'} ({type(module).__name__})"
+        return shown(self._names.get(module, ""), module)
 
 
 def _storage(t: object) -> int | None:
@@ -361,15 +358,6 @@ def _storage(t: object) -> int | None:
         return int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, nested
         return None
-
-
-def _leaves(out: Any) -> list[Any]:
-    leaves = pytree.tree_leaves(out)
-    for leaf in [
-        each for each in leaves if dataclasses.is_dataclass(each) and not isinstance(each, type)
-    ]:
-        leaves += pytree.tree_leaves(vars(leaf))
-    return leaves
 
 
 def watched(

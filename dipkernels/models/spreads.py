@@ -10,17 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.layer import DIPLayer
-from ..nn.numbering import dip_layers
+from ..nn.numbering import need_layers
 from .probe import input_of, watch
-
-
-def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
-    layers = dip_layers(model)
-    if not layers:
-        raise ValueError("model: expected DIP layers, found none; convert it first")
-    return layers
-
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64

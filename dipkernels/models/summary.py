@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.numbering import need_layers
 from .check import require_finite
 from .place import ProducerPlan
 from .probe import PLAN
-from .spreads import measured_spreads, need_layers
+from .spreads import measured_spreads
 
 
 @dataclass(frozen=True)

@@ -71,20 +71,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         self._set_up(
             in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device)
         )
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
-            )
-        if estimator not in functional.ESTIMATORS:
-            raise ValueError(
-                f"estimator: expected one of {functional.ESTIMATORS}, got {estimator!r}"
-            )
-        if estimator == "analytic" and num_samples != 1:
-            raise ValueError(
-                f"num_samples: expected 1 with estimator='analytic', got {num_samples}"
-            )
-        if estimator != "sample" and keep == "u":
-            raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
+        functional.check_estimator(estimator, activation, num_samples, keep)
         self.activation, self.estimator = activation, estimator
 
     plain_type = nn.Linear

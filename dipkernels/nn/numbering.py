@@ -27,6 +27,14 @@ def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, DIPLayer)}
 
 
+def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
+    """`dip_layers`. Raises ValueError where there are none."""
+    layers = dip_layers(model)
+    if not layers:
+        raise ValueError("model: expected DIP layers, found none; convert it first")
+    return layers
+
+
 def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
     under fixed_noise.

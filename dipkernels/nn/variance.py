@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dtensor
-from ..worlds import is_dtensor
+from ..worlds import has_ranks, is_dtensor
 from . import decay
 
 # What a Variance keeps in the state dict; all [K], float32.
@@ -167,9 +167,8 @@ class Variance(nn.Module):
         """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype.
         Warns."""
         parameter = self.log_variance
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # FSDP's mixed precision has an error that names it
-        if parameter.dtype.itemsize >= 4 or distributed:
+        if parameter.dtype.itemsize >= 4 or has_ranks():
             return
         warnings.warn(
             f"dipkernels: a log_variance was cast to {parameter.dtype}, where small steps round "

@@ -1,0 +1,77 @@
+"""Name patterns, those of Python's fnmatch: which of them match, and what to say of one that decides
+nothing."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable
+
+
+class Patterns:
+    """The patterns of one argument. It notes which of them have matched a name.
+
+    Args:
+        argument: The name of the argument that holds the patterns.
+        patterns: In their order.
+    """
+
+    def __init__(self, argument: str, patterns: Iterable[str]) -> None:
+        self._argument, self._patterns = argument, tuple(patterns)
+        self._used: set[str] = set()
+
+    def all(self, *names: str) -> list[str]:
+        """Those that match one of the names."""
+        hits = [p for p in self._patterns if _matches(p, names)]
+        self._used.update(hits)
+        return hits
+
+    def first(self, name: str) -> str | None:
+        """The first that matches the name; only that one counts as used."""
+        hit = next((p for p in self._patterns if fnmatch.fnmatchcase(name, p)), None)
+        if hit is not None:
+            self._used.add(hit)
+        return hit
+
+    def require_used(self, names: Iterable[str], what: str = "a module's name") -> None:
+        """Raise ValueError for patterns that have decided nothing: with the names that look like
+        them, or because earlier patterns have taken what they match.
+
+        Args:
+            names: The names that the patterns were compared with.
+            what: What these are the names of.
+        """
+        unused = [p for p in self._patterns if p not in self._used]
+        if unused:
+            raise ValueError(_no_match(self._argument, unused, names, what))
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether the pattern matches one of the names."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def around(name: str) -> list[str]:
+    """The names of the modules from the root's (empty) to this one: a.b gives "", "a", "a.b"."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def _no_match(argument: str, unused: list[str], names: Iterable[str], what: str) -> str:
+    own = {name: name.rpartition(".")[2] for name in names if name}
+    late = [p for p in unused if _matches(p, own)]
+    if late:
+        return (
+            f"{argument}: expected narrow patterns before wide ones, got {late} behind patterns "
+            "that match the same names"
+        )
+    like: list[str] = []
+    for pattern in unused:
+        last = pattern.strip("*.").rpartition(".")[2]
+        close = difflib.get_close_matches(last, set(own.values()))
+        for name in own:
+            inside = _matches(pattern, around(name)[1:-1])
+            if (own[name] in close or inside) and name not in like:
+                like.append(name)
+    text = f"{argument}: expected patterns that match {what}, got {unused} that match none"
+    return f"{text}; names like them: {like[:3]}" if like else text
