@@ -28,6 +28,7 @@ from tables import interval, markdown, signed, verdict
 from torch import nn
 
 import dipkernels as dip
+from dipkernels.training.objective import KL
 
 STAGE = "scratch"
 METHODS: dict[str, dict[str, Any]] = {
@@ -36,9 +37,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "fixed variance": {"method": "fixed variance", "sigma": 0.05},
     "DIP": {"method": "DIP", "sigma": 0.05, "alpha": 0.01},
     "DIP, kl 0.2": {"method": "DIP", "sigma": 0.05, "kl": 0.2},
-    "recipe": {"method": "recipe", "kl": 0.2},
-    "recipe, ratio 1": {"method": "recipe", "ratio": 1.0, "kl": 0.2},
-    "recipe, ratio 0.3": {"method": "recipe", "ratio": 0.3, "kl": 0.2},
+    "recipe": {"method": "recipe", "kl": KL},
+    "recipe, ratio 1": {"method": "recipe", "ratio": 1.0, "kl": KL},
+    "recipe, ratio 0.3": {"method": "recipe", "ratio": 0.3, "kl": KL},
 }
 LR, BATCH, TESTED = 2e-3, 64, 200
 SCORES = ("exact match", "exact match, longer", "nll", "nll, longer")
