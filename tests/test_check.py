@@ -2,6 +2,7 @@
 nothing."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def test_layers_in_eval_mode_and_under_noise_off_are_named():
         assert list(faults(model, X)) == ["0", "1"]
     assert not faults(model.eval(), X)  # a model in eval mode is checked in training mode
     assert not model.training
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: dict[str, torch.Tensor]
+
+
+class Answers(Half):
+    def forward(self, x):
+        self.unused(x)
+        return Answer(self.used(x), {"last": self.dropped(x)})
+
+
+def test_an_output_is_looked_for_inside_a_dataclass():
+    model = dip.convert(Answers())
+    assert list(faults(model, X)) == ["unused"]
 
 
 class Counting(nn.Module):

@@ -239,6 +239,15 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
     assert all(torch.equal(v, dip.variances(loaded)[n]) for n, v in dip.variances(model).items())
 
 
+def test_of_several_ranks_the_first_alone_writes(tmp_path, monkeypatch):
+    model = dip.apply(net(), dip.DIPConfig(variance=0.1))
+    monkeypatch.setattr("dipkernels.config.has_ranks", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank, raising=False)
+        dip.save(model, tmp_path / str(rank))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
 def test_load_refuses_what_does_not_fit_and_leaves_a_plain_model_plain(tmp_path):
     model = dip.apply(net(), dip.DIPConfig(), [X])
     dip.save(model, tmp_path)

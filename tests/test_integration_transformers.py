@@ -354,8 +354,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
         DIPTrainer(vit(), args, train_dataset=data, dip=5.0)
     with pytest.raises(ValueError, match="calibration_batches: expected"):
         DIPTrainer(vit(), args, train_dataset=data, dip=CONFIG, calibration_batches=0)
-    with pytest.raises(ValueError, match="dip: expected a DIPConfig, or a model"):
-        DIPTrainer(vit(), args, train_dataset=data).train()
+    for begin in (DIPTrainer.train, DIPTrainer.create_optimizer):
+        with pytest.raises(ValueError, match="dip: expected a DIPConfig, or a model"):
+            begin(DIPTrainer(vit(), args, train_dataset=data))
     with pytest.raises(ValueError, match="train_dataset: expected one, whose first batches"):
         DIPTrainer(vit(), args, dip=CONFIG)
     x = {"pixel_values": torch.randn(4, 1, 8, 8)}

@@ -193,6 +193,13 @@ def kept(self, x):
     return self.head(self.act(self.a(self.last) + self.b(self.last)))
 
 
+def made_once(self, x):
+    """What an earlier pass made comes from outside of this one."""
+    if not hasattr(self, "last"):
+        self.last = self.norm(self.stem(x))
+    return self.head(self.act(self.a(self.last) + self.b(self.last)))
+
+
 def twice(self, x):
     y = self.norm(self.stem(x))
     return self.head(self.act(self.a(y) + self.a(y) + self.b(y)))
@@ -276,6 +283,7 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
         (variant(forward=residual), None, "a", r"add in the model itself \(Variant\) reads it"),
         (variant(forward=returned), None, "a", "the model returns it"),
         (variant(forward=kept), None, "b", "the model, a hook or its output keeps it"),
+        (variant(forward=made_once), None, "a", "it reads the network's own input"),
         (variant(forward=twice), None, "a", "a layer reads it twice in a pass"),
         (
             variant(forward=two_places),
