@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from capability_support import OFFERED
-from sums_support import LARGE, telling_rows
+from sums_support import LARGE, block_rows, telling_rows
 from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import backend, functional, reference
@@ -356,6 +356,31 @@ def test_perturb_sums_over_the_stated_blocks_of_rows(capability, shape, dim, uni
     du = du.reshape(*lead, -1).movedim(-1, dim).contiguous()
     dsigma = perturb_bwd(du, torch.ones(shape[dim]), SEED, Draw(*arguments(dim)))
     assert torch.equal(dsigma[exact], z[first][exact])
+
+
+@pytest.mark.parametrize(
+    "shape, dim, stride",
+    [
+        ((20000, 13), -1, 1),
+        ((20000, 16), -1, 1),
+        ((20000, 61), -1, 1),
+        ((4000, 1027), -1, 1),
+        ((2, 8, 204800), 1, 128),  # one term in each tile of 128 pixels
+    ],
+)
+def test_perturb_sums_go_to_float64_after_32_terms(capability, shape, dim, stride):
+    """float32 loses a 1 beside 2^25. Of a block's many ones those that stand beside it in 32 terms
+    may be lost, and no more."""
+    z = functional.noise(shape, SEED, dim=dim).movedim(dim, -1).reshape(-1, shape[dim])
+    block = block_rows(len(z), 128 if dim == 1 else 64)
+    ones = list(range(stride, block - stride, stride))
+    products = torch.zeros_like(z)
+    products[ones] = 1
+    products[0], products[block - stride] = 2.0**25, -(2.0**25)
+    lead = [n for i, n in enumerate(shape) if i != dim % len(shape)]
+    du = (products / z).reshape(*lead, -1).movedim(-1, dim).contiguous()
+    dsigma = perturb_bwd(du, torch.ones(shape[dim]), SEED, Draw(*arguments(dim)))
+    assert dsigma.min() > len(ones) - 2 * 31 - 8
 
 
 class TestTorchFunc:

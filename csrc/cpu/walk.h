@@ -64,10 +64,19 @@ struct Rows {
     alignas(64) float z[kTile];
     Counters counters;
     const int64_t count_of_row = groups.count, phase = groups.phase;
-    // In float32 an entry of acc takes 32 terms; then they go to double.
-    const int64_t flush_every = larger(32, count_of_row * 32 / kTileGroups);
+    // In float32 an entry of acc takes 32 terms, one from each tile or from each row; then they go
+    // to double.
+    const int64_t flush_every = linear ? larger(32, count_of_row * 32 / kTileGroups) : 32;
+    int64_t terms = 0;
+    const auto flush = [&] {
+      for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
+      for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1)
+        sum[col] += acc[k + j];
+      std::memset(acc, 0, sizeof(C) * static_cast<size_t>(linear ? k + kTile : k));
+      terms = 0;
+    };
     const int64_t tile_rows = kTileGroups / count_of_row, tile_groups = kTileGroups % count_of_row;
-    int64_t row = begin / count_of_row, g = begin % count_of_row, tiles = 0;
+    int64_t row = begin / count_of_row, g = begin % count_of_row;
     for (int64_t item = begin; item < end; item += kTileGroups) {
       const int count = static_cast<int>(smaller(kTileGroups, end - item));
       const Place place{row, 8 * g, 0};
@@ -93,6 +102,7 @@ struct Rows {
         row += tile_rows;
         g += tile_groups;
         if (g >= count_of_row) g -= count_of_row, ++row;
+        if (acc && ++terms == flush_every) flush();
       } else {
         for (int done = 0; done < count;) {
           const int64_t here = smaller(count - done, count_of_row - g);
@@ -103,17 +113,13 @@ struct Rows {
               acc ? acc + col : nullptr, z + 8 * done + (col + phase - 8 * g));
           done += static_cast<int>(here);
           g += here;
-          if (g == count_of_row) g = 0, ++row;
+          if (g < count_of_row) continue;
+          g = 0, ++row;
+          if (acc && ++terms == flush_every) flush();
         }
       }
-      if (acc && (++tiles == flush_every || item + kTileGroups >= end)) {
-        for (int64_t j = 0; j < k; ++j) sum[j] += acc[j];
-        for (int64_t j = 0, col = 0; linear && j < kTile; ++j, col = col + 1 == k ? 0 : col + 1)
-          sum[col] += acc[k + j];
-        std::memset(acc, 0, sizeof(C) * static_cast<size_t>(k + kTile));
-        tiles = 0;
-      }
     }
+    if (acc) flush();
     if (job.streams) One::end_stream();
   }
 };
@@ -145,6 +151,13 @@ struct Channels {
     const int64_t first_channel = 8 * g - groups.phase;
     const int from = static_cast<int>(larger(0, -first_channel)),
               to = static_cast<int>(smaller(8, s.features - first_channel));
+    int terms = 0;  // of an entry of acc, in float32
+    const auto flush = [&] {
+      for (int t = 0; t < 8; ++t)
+        for (int i = 0; i < kTileGroups; ++i) sum[t] += acc[kTileGroups * t + i];
+      std::memset(acc, 0, sizeof acc);
+      terms = 0;
+    };
     for (int64_t row = begin; row < end; row += kTileGroups) {
       const int n = static_cast<int>(smaller(kTileGroups, end - row));
       for (int i = 0; i < kTileGroups; ++i) {
@@ -172,10 +185,9 @@ struct Channels {
           ++outer;
         }
       }
+      if (sum && ++terms == 32) flush();
     }
-    if (sum)
-      for (int t = 0; t < 8; ++t)
-        for (int i = 0; i < kTileGroups; ++i) sum[t] += acc[kTileGroups * t + i];
+    if (sum) flush();
   }
 };
 
