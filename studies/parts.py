@@ -11,11 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dipkernels.models.calibrate import FEW
+from dipkernels.models.calibrate import DEEP
+from dipkernels.models.spreads import FEW
 from dipkernels.training.objective import KL
 
 # A part is of these defaults of the package: with others it is another part.
-DEFAULTS = {"kl": KL, "few": FEW}
+DEFAULTS = {"kl": KL, "few": FEW, "deep": DEEP}
 
 
 def run(

@@ -181,17 +181,17 @@ def cnn(side: int, stride: int) -> Callable[[], nn.Module]:
 
 
 class ViT(nn.Module):
-    """16 patches, of 2 x 2 of an 8 x 8 image where nothing else is said; two blocks of width
+    """16 patches, of 2 x 2 of an 8 x 8 image where nothing else is said; blocks of width
     48."""
 
-    def __init__(self, side: int = 8, patch: int = 2) -> None:
+    def __init__(self, side: int = 8, patch: int = 2, blocks: int = 2) -> None:
         super().__init__()
         self.embed = nn.Conv2d(1, 48, patch, patch)
         self.place = nn.Parameter(0.02 * torch.randn((side // patch) ** 2, 48))
         block = nn.TransformerEncoderLayer(
             48, 4, 96, 0.0, "gelu", batch_first=True, norm_first=True
         )
-        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(block, blocks, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(48), nn.Linear(48, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         n = next(iter(values_seen(model, x[:1]).values()))
         for layer in dip_layers(model).values():
             layer.variance.pull.fill_(min(1.0, n / method["pull"]))
+    if "depth" in method:  # the pull by another power of 4 / L
+        layers = dip_layers(model)
+        for layer in layers.values():
+            layer.variance.pull.mul_(min(1.0, 4 / len(layers)) ** (method["depth"] - 1))
     if "values" in method:
         seen = values_seen(model, x[:1])
         for name, layer in dip_layers(model).items():

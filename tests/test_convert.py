@@ -602,6 +602,20 @@ def test_few_examples_do_not_look_alike_by_chance():
     assert statistics.median(pulls) == pytest.approx(1 / 8, rel=0.05)
 
 
+@pytest.mark.parametrize(("depth", "pull"), [(3, 1.0), (4, 1.0), (5, 0.8), (16, 0.25)])
+def test_a_deep_model_pulls_no_more_than_four_layers(depth, pull):
+    model = convert(nn.Sequential(*[nn.Linear(64, 64) for _ in range(depth)]))
+    calibrate(model, [torch.randn(80, 64)])
+    for layer in model:
+        torch.testing.assert_close(layer.variance.pull, torch.full((64,), pull))
+    # layers that share a variance count once
+    model = convert(nn.Sequential(*[nn.Linear(64, 64) for _ in range(depth)]))
+    for layer in model[1:]:
+        layer.variance = model[0].variance
+    calibrate(model, [torch.randn(80, 64)])
+    assert bool((model[0].variance.pull == 1).all())
+
+
 def test_sequences_of_several_lengths_count_by_their_mean():
     model = convert(nn.Linear(4, 2))
     calibrate(model, [torch.randn(10, 2, 4), torch.randn(10, 6, 4)])

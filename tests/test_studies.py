@@ -243,6 +243,7 @@ def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
         "uncertainty",
         "extrapolation",
         "held_back",
+        "depth",
         "images",
         "arithmetic_paired",
     ],

@@ -16,6 +16,8 @@ from .probe import each_batch
 from .spreads import FEW, Measured, measured_inputs
 from .summary import Summary, summary
 
+# DIP layers beyond which the sum of their pulls does not grow: studies/depth.py
+DEEP = 4
 # sigma over spread by default, and where the batches hold token ids: studies/arithmetic_paired.py
 RATIO, TOKENS_RATIO = 1.0, 0.1
 
@@ -35,9 +37,10 @@ def check_per(per: object) -> None:
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
 
 
-def _pull(first: Measured) -> float:
-    """By the input of the network's first layer; from studies/defaults.py and held_back.py."""
-    return min(1.0, first.values / FEW * first.values / first.independent)
+def _pull(first: Measured, layers: int) -> float:
+    """By the input of the network's first layer, and by how many layers pull; from
+    studies/defaults.py, held_back.py and depth.py."""
+    return min(1.0, first.values / FEW * first.values / first.independent) * min(1.0, DEEP / layers)
 
 
 @torch.no_grad()
@@ -61,7 +64,8 @@ def calibrate(
     prior is n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
     independent: k is (tr C)^2 / tr C^2, C the covariance of the values. A few independent values
     cannot make up for each other's noise, so there the loss decides more. An image has channels x
-    height x width values, a sequence length x features, a row of a table its features.
+    height x width values, a sequence length x features, a row of a table its features. In a model
+    of L > 4 DIP layers the pull is 4 / L times that, because the cost of their noise adds up.
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
@@ -121,7 +125,8 @@ def calibrate(
     ]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
-    pull = _pull(next(iter(inputs.values())))
+    learned = [layer.log_variance for layer in layers.values()]  # layers may share one
+    pull = _pull(next(iter(inputs.values())), len({id(each) for each in learned}))
     for name, layer in layers.items():
         spread, level = inputs[name].spread, levels[name]
         spread = (

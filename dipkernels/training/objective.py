@@ -39,8 +39,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
     """kl * sum over layers of the mean over features of pull * KL(N(0, lambda) || N(0, gamma)).
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
-    prior's, gamma = exp(log_prior). The pull is 1, or less for a model whose examples have few
-    independent values; `calibrate` sets both. For a model that computes its own loss:
+    prior's, gamma = exp(log_prior). The pull is 1, or less for a deep model and for one whose
+    examples have few independent values; `calibrate` sets both. For a model that computes its own loss:
     `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:

@@ -1,0 +1,69 @@
+"""How firmly do the variances of a deep network have to be held? The pull of each layer at 4 / L of
+the KL term, L the number of layers, as `calibrate` sets it, against sqrt(4 / L) and 1.
+
+    python studies/depth.py          writes out/studies/depth/{summary.json,table.md}
+    python studies/depth.py --quick  a short training of the smaller network: does it run?
+
+Digits: an MLP of nine layers and a ViT of four blocks, AdamW, the scores of defaults.py. About 15
+minutes of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import parts
+from defaults import summarise, table
+from tasks import TASKS, ViT, mlp, split
+from training import evaluate, kept, train
+
+DEEP = {
+    "MLP, 9 layers": dataclasses.replace(TASKS["digits MLP"], net=mlp(64, *[128] * 8, 10)),
+    "ViT, 4 blocks": dataclasses.replace(TASKS["digits ViT"], net=functools.partial(ViT, blocks=4)),
+}
+METHODS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "4 / L": {},
+    "sqrt(4 / L)": {"depth": 0.5},
+    "1": {"depth": 0.0},
+}
+
+
+def part(key: dict[str, Any]) -> dict[str, Any]:
+    task, seed = DEEP[key["task"]], key["seed"]
+    data = split(task, seed)
+    model = train(task, data, seed, key["options"], key["settings"])
+    return evaluate(task, data, model, seed) | {"kept": kept(model)}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/studies/depth"))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes (1)")
+    parser.add_argument("--quick", action="store_true", help="a short training of the MLP")
+    args = parser.parse_args(arguments)
+    keys = [
+        {
+            "task": task,
+            "method": method,
+            "training": "AdamW",
+            "seed": seed,
+            "options": options,
+            "settings": {"epochs": 2} if args.quick else {},
+        }
+        for task in list(DEEP)[: 1 if args.quick else None]
+        for seed in range(1 if args.quick else args.seeds)
+        for method, options in METHODS.items()
+    ]
+    rows = summarise(parts.run(part, keys, args.out, args.workers))
+    parts.write(args.out, rows, table(rows, list(METHODS)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
