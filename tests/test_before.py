@@ -525,6 +525,9 @@ def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimen
     model = dip.convert(net, before=["0", "1"], batches=[torch.randn(2, 3, 4, 4)])
     assert [row.features for row in dip.summary(model)] == [3, 4]
     assert model.train()(torch.randn(2, 3, 5, 6)).isfinite().all()  # any other width
+    image = nn.Sequential(nn.ConvTranspose2d(3, 4, 2))
+    dip.convert(image, before=["0"], batches=[torch.randn(3, 4, 4)])  # without a batch
+    assert [row.features for row in dip.summary(image)] == [3]
     rows = nn.Sequential(nn.Conv1d(3, 4, 1))
     dip.convert(rows, before={"0": -1}, batches=[torch.randn(2, 3, 7)])
     assert [row.features for row in dip.summary(rows)] == [7]

@@ -104,7 +104,10 @@ AREAS = (
         ("dipkernels/**/norm.py", "dipkernels/**/gate.py", "dipkernels/**/producer*.py"),
         ("producers", "producer_modules", "ops", "compile"),
     ),
-    Area(("dipkernels/**/activation*.py",), ("producers", "producer_modules", "averaging")),
+    Area(
+        ("dipkernels/**/activation*.py",),
+        ("producers", "producer_modules", "averaging", "producer_plan"),
+    ),
     Area(("dipkernels/**/attention.py",), ("attention", "layers")),
     Area(("dipkernels/**/tracing.py",), ("tracing", "worlds")),
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
@@ -145,6 +148,7 @@ AREAS = (
             "check",
             "user_code_loaders",
             "models",
+            "adapters",
         ),
     ),
     # need the tools of requirements-tools.txt: without them they are skipped, and everything
