@@ -151,6 +151,7 @@ def test_what_does_not_build_is_replaced_and_what_is_equivalent_is_not_run(monke
     (tmp_path / "csrc" / "noise.h").write_text("int f() { return a + b < c * d; }\n")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_noise.py").write_text("")
+    monkeypatch.setattr(mutants, "LEAST", 2)
     drawn = mutants.draw(tmp_path, 0)
     (listed,) = drawn.values()
     assert len(listed) > 3 and listed[0].tests == ("tests/test_noise.py",)
