@@ -111,6 +111,7 @@ AREAS = (
     Area(("dipkernels/**/attention.py",), ("attention", "layers")),
     Area(("dipkernels/**/tracing.py",), ("tracing", "worlds")),
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
+    Area(("dipkernels/**/twin.py",), ("before", "convert", "layers")),
     Area(
         ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
         (
