@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .objective import KL
+
 RATIOS = (0.3, 0.6, 1.0, 1.5)
-WEIGHTS = (0.1, 0.2, 1.0)
+WEIGHTS = (0.1, KL, 1.0)
 
 
 @dataclass(frozen=True)
