@@ -280,7 +280,10 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     "bad",
-    [0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3), torch.tensor([1.0, 0, 1, 1])],
+    [
+        *(0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3)),
+        *(torch.tensor([1.0, each, 1, 1]) for each in (0.0, -1.0, float("nan"), float("inf"))),
+    ],
 )
 @pytest.mark.parametrize(
     "make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)]

@@ -88,7 +88,10 @@ AREAS = (
         ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
         ("expectation", "ptx_triton", "triton_interpreter.py::TestActivation"),
     ),
-    Area(("dipkernels/reference.py",), ("noise", "perturb", "linear", "expectation", "properties")),
+    Area(
+        ("dipkernels/reference.py",),
+        ("noise", "perturb", "linear", "expectation", "producers", "properties"),
+    ),
     Area(
         ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
         ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds", "checkpointing"),
