@@ -403,10 +403,8 @@ def _plain_again(model: nn.Module) -> Any:
 
 
 def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None) -> None:
-    names, include = (
-        [name for name, _ in model.named_modules()],
-        Patterns("include", config.include),
-    )
+    names = [name for name, _ in model.named_modules()]
+    include = Patterns("include", config.include)
     include.all(*names)
     include.require_used(names)
     options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import figures
 import parts
 from tables import interval, markdown, signed, verdict
-from tasks import TASKS, split
-from training import evaluate, kept, train
+from tasks import TASKS
+from training import scored
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
@@ -52,10 +52,7 @@ SCORES = ("clean", "pgd", "noise")
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
-    task, seed = TASKS[key["task"]], key["seed"]
-    data = split(task, seed)
-    model = train(task, data, seed, key["options"], key["settings"])
-    return evaluate(task, data, model, seed) | {"kept": kept(model)}
+    return scored(TASKS[key["task"]], key)
 
 
 def keys(

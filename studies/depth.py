@@ -18,8 +18,8 @@ from typing import Any
 
 import parts
 from defaults import summarise, table
-from tasks import TASKS, ViT, mlp, split
-from training import evaluate, kept, train
+from tasks import TASKS, ViT, mlp
+from training import scored
 
 DEEP = {
     "MLP, 9 layers": dataclasses.replace(TASKS["digits MLP"], net=mlp(64, *[128] * 8, 10)),
@@ -34,10 +34,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
-    task, seed = DEEP[key["task"]], key["seed"]
-    data = split(task, seed)
-    model = train(task, data, seed, key["options"], key["settings"])
-    return evaluate(task, data, model, seed) | {"kept": kept(model)}
+    return scored(DEEP[key["task"]], key)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from defaults import SCORES, summarise
 from tables import markdown
 from tasks import DIGITS, TASKS, Task, fashion, from_sklearn, mlp, split, tensors
 from torch import Tensor
-from training import evaluate, kept, train
+from training import evaluate, scored, train
 
 # ---- tasks ---------------------------------------------------------------------------------------
 
@@ -223,10 +223,7 @@ LONGER = {f"{name}, 3 x": {**settings, "times": 3} for name, settings in TRAININ
 
 
 def part(key: dict[str, Any]) -> dict[str, Any]:
-    task, seed = HELD_BACK[key["task"]], key["seed"]
-    data = split(task, seed)
-    model = train(task, data, seed, key["options"], key["settings"])
-    return evaluate(task, data, model, seed) | {"kept": kept(model)}
+    return scored(HELD_BACK[key["task"]], key)
 
 
 def keys(tasks: list[str], trainings: list[str], seeds: int) -> list[dict[str, Any]]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tasks import Split, Task
+from tasks import Split, Task, split
 from torch import Tensor, nn
 
 import dipkernels as dip
+from dipkernels.models.calibrate import DEEP
 from dipkernels.nn.numbering import dip_layers
 
 M = 4
@@ -60,7 +61,7 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
     if "depth" in method:  # the pull by another power of 4 / L
         layers = dip_layers(model)
         for layer in layers.values():
-            layer.variance.pull.mul_(min(1.0, 4 / len(layers)) ** (method["depth"] - 1))
+            layer.variance.pull.mul_(min(1.0, DEEP / len(layers)) ** (method["depth"] - 1))
     if "values" in method:
         seen = values_seen(model, x[:1])
         for name, layer in dip_layers(model).items():
@@ -236,3 +237,10 @@ def kept(model: nn.Module) -> list[float]:
     """Of each layer sigma over the prior's, geometric mean over features: 1 is the start."""
     layers = [layer.variance for layer in dip_layers(model).values()]
     return [((v.log_variance - v.log_prior).mean() / 2).exp().item() for v in layers]
+
+
+def scored(task: Task, key: dict[str, Any]) -> dict[str, Any]:
+    """A part of a study: the scores of the key's method, settings and seed, and the noise kept."""
+    data, seed = split(task, key["seed"]), key["seed"]
+    model = train(task, data, seed, key["options"], key["settings"])
+    return evaluate(task, data, model, seed) | {"kept": kept(model)}

@@ -40,8 +40,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
 
     KL = (lambda / gamma - 1 - ln(lambda / gamma)) / 2: >= 0, and 0 where the variance lambda is the
     prior's, gamma = exp(log_prior). The pull is 1, or less for a deep model and for one whose
-    examples have few independent values; `calibrate` sets both. For a model that computes its own loss:
-    `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
+    examples have few independent values; `calibrate` sets both. For a model that computes its own
+    loss: `model(**batch).loss + dip.kl_penalty(model)`; `objective` adds it by itself.
 
     Args:
         model: a model with DIP layers. A variance that layers share counts once. One that
