@@ -1,26 +1,13 @@
 """Training steps of whole models: forward, loss, backward, AdamW."""
 
+import models
 import networks
 import peers
 import pytest
 import timing
 import torch
-import torch.nn.functional as F
 
 CASES = networks.MODELS
-
-
-def _step(model, x, target):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        y = model(x)
-        loss = F.mse_loss(y, target) if target.is_floating_point() else F.cross_entropy(y, target)
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 @pytest.mark.parametrize("name", peers.NAMES)
@@ -36,5 +23,5 @@ def bench_model_step(name, device, case, build, timed):
     model = build(name, plain)
     if name == "dip":
         peers.check_converted(model, x[:1] if case.classes and case.name != "ResNet-18" else x)
-    step = _step(model, x, target)
+    step = models.step_of(model, x, target)
     timed(step, name, "model training step", peak_bytes=timing.peak_bytes(step, device))

@@ -489,6 +489,17 @@ def test_param_groups_of_a_plain_model_and_a_chosen_variance_lr():
     assert param_groups(convert(Net()), 0.1, variance_lr=0.5)[-1]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_weights_decay_as_by_the_optimisers_default_where_nothing_is_given(kind):
+    own = kind(Net().parameters(), lr=0.1).param_groups[0]["weight_decay"]
+    for model in (Net(), convert(Net())):
+        weights, *others = kind(param_groups(model, lr=0.1)).param_groups
+        assert weights["weight_decay"] == own
+        assert {group["weight_decay"] for group in others} == {0.0}
+    given = kind(param_groups(Net(), lr=0.1, weight_decay=0.0)).param_groups
+    assert {group["weight_decay"] for group in given} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("model", "options", "name"),
     [

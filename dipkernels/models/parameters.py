@@ -17,7 +17,10 @@ from .probe import plain_names, without_wrappers
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, variance_lr: float | None = None
+    model: nn.Module,
+    lr: float,
+    weight_decay: float | None = None,
+    variance_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Three groups for an optimiser: weights, decayed; biases and norms; variances, with their own
     learning rate.
@@ -25,7 +28,8 @@ def param_groups(
     Args:
         model: Any module.
         lr: Learning rate of weights, biases and norms, >= 0.
-        weight_decay: For parameters of two dimensions or more, >= 0.
+        weight_decay: For parameters of two dimensions or more, >= 0. None: the optimiser's own
+            default (AdamW's is 0.01). The other two groups have none.
         variance_lr: Learning rate of every log_variance, 10 * lr by default: Adam at 1e-3 needs
             thousands of steps to move one by 2.
 
@@ -44,7 +48,7 @@ def param_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
-        if name == "variance_lr" and value is None:
+        if name != "lr" and value is None:
             continue
         if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
@@ -53,7 +57,7 @@ def param_groups(
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
     groups: list[dict[str, Any]] = [
-        {"name": "weights", "params": [], "lr": lr, "weight_decay": weight_decay},
+        {"name": "weights", "params": [], "lr": lr},
         {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
         {
             "name": "variances",
@@ -62,6 +66,8 @@ def param_groups(
             "weight_decay": 0.0,
         },
     ]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = 2 if id(parameter) in variances else 0 if parameter.ndim >= 2 else 1
