@@ -199,79 +199,90 @@ def page() -> str:
     h100, h200 = GPUS["H100"], GPUS["H200"]
     return f"""# GPU: expectation, not measured
 
-Nothing on this page was timed. It is arithmetic from compiled code, written by `python benchmarks/gpu_expectation.py --docs`; what
-measures is `make gpu-check`.
+Nothing on this page was timed. It is arithmetic from the compiled code, written by
+`python benchmarks/gpu_expectation.py --docs`. `make gpu-check` measures ([GPU](gpu.md)). P adds the
+noise, Q is the gradient of sigma ([section 1](maths.md#1-the-projection-and-its-adjoint)).
+
+- **P** should take as long as a copy of the same tensor on an H100, and a little longer on an H200.
+- **A large layer** (8192 x 8192 x 8192) should take 1.03 to 1.04 times `nn.Linear`, forward and
+  backward.
+- **Small layers** are bound by the number of kernels: 8 instead of 4.
 
 ## The passes
 
-Issue slots per element: every instruction but NOP of the inner loop over its elements, sm_90, bfloat16, counted by
-tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two slots more or less. No kernel
-spills. Both draw the same bits.
+A pass is bound by memory or by the issue of instructions. An issue slot is one instruction, other than
+NOP, of the inner loop. Slots per element are counted for sm_90 and bfloat16 by
+tests/test_cuda_compile.py (nvcc 13.0) and tests/test_triton_compiles.py (Triton 3.7.1), which allow two
+slots more or less. No kernel spills registers. CUDA's and Triton's kernels draw the same bits.
 
 {counted}
 
-Both GPUs issue {MULTIPROCESSORS} x 4 warp instructions a cycle; at {CLOCK / 1e9} GHz one slot per element of an 8192 x 8192 matrix is
-{1e6 * SIZE / h100.issues:.2f} us. Copy bandwidth is taken as {h100.bytes / 1e12} TB/s (H100) and {h200.bytes / 1e12} TB/s (H200). The
-larger of the two bounds is expected, for 8192 x 8192 in bfloat16. Memory bounds P on an H100 and P with Q on
-both; Q, which reads half as much, and P on an H200 are bound by issue:
+Both GPUs issue {MULTIPROCESSORS} x 4 warp instructions in a cycle. At {CLOCK / 1e9} GHz one slot per
+element of an 8192 x 8192 matrix is {1e6 * SIZE / h100.issues:.2f} us. A copy is taken to move
+{h100.bytes / 1e12} TB/s (H100) and {h200.bytes / 1e12} TB/s (H200). The larger of the two bounds is
+expected, here for 8192 x 8192 in bfloat16. Memory bounds P on an H100, and P with Q on both. Issue
+bounds Q, which reads half as much, and P on an H200:
 
 {passes_table()}
 
 ## The layer
 
-Forward and backward over nn.Linear at {h100.flops / 1e12:.0f} (H100) and {h200.flops / 1e12:.0f} (H200) TFLOP/s; launches and
-overlap left out:
+Forward and backward over nn.Linear, at {h100.flops / 1e12:.0f} (H100) and {h200.flops / 1e12:.0f} (H200)
+TFLOP/s. Launches and overlap are left out:
 
 {layers_table()}
 
-Small layers are bound by the number of kernels. nn.Linear has 4: a product, two products, and the sum for the bias. P, product and Q
-add the draw of the seed, P, and Q's two stages: 8. The fused form has 6: the draw of the seed, the forward product, dx with its
-partial sums, their sum, dweight, and the sum for the bias. If every kernel of 32x1024x1024 took as long, inside a CUDA graph, that
-would be 2.0 and 1.5 times nn.Linear; the aim, 1.3, is not reached by this count. Outside of a graph the host's time per launch
-decides; of that nothing is said here.
+Small layers are bound by the number of kernels. nn.Linear has 4: three products, and the sum for the
+bias. P, product and Q add the draw of the seed, P, and two kernels of Q: 8. The fused form has 6: the
+draw of the seed, the forward product, dx with its partial sums, their sum, dweight, and the sum for the
+bias. If every kernel of 32x1024x1024 took the same time inside a CUDA graph, that would be 2.0 and 1.5
+times nn.Linear. The aim, 1.3, is not reached by this count. Outside of a graph the host's time for each
+launch decides; this page says nothing about it.
 
-Q's second stage goes where the last block of each column of the grid adds the partial sums up (`one_launch` of csrc/launch.h: 7 kernels,
-1.75): a ticket's round trip and at most 25 loads a thread in its stead. It waits to be measured, but a grid of one row of blocks, whose
-block waits for no other, always ends so. The draw of the seed stays a kernel of its own. Inside a graph, where kernels count, the
-generator's offset lies on the device, so that torch must draw; under torch.compile the seed is a tensor of the traced graph. There is
-left eager mode. At 4096x1024x1024 the products of a step take 32 us; with some 20 calls a step the host is behind as soon as a call takes
-it 2 us, and one call of those would go, against an operation that writes its seed, with rules for autograd, torch.func, checkpoints and
-every other reader of the seed. Seeds as integers on the host, an argument of P and Q alike, would do without that tensor and that draw.
-
-Rows from the end: a kernel finds in L2 what the one before wrote last, up to 30 MB of an H100's 50, read from the first row on it finds
-nothing where the whole is larger. P's u is the same bits and its loop as long, so it walks so; Q's sums are added in another order, so
-they wait to be measured.
+Q's second kernel could be saved: the last block of each column of the grid would add the partial sums
+up (`one_launch` of csrc/launch.h: 7 kernels, 1.75). In its place come one ticket, read and written, and
+at most 25 loads for each thread. A grid with one row of blocks does so already; for the others it waits
+to be measured. [What the switches decide](gpu.md#what-the-switches-decide) says so of this and other
+choices, and why the draw of the seed stays a kernel of its own.
 
 ## Sampling inside the product
 
-What `backends.fuses` rests on. Per element of x, with many rows, each kernel takes the longest of its memory traffic, its matrix product
-and its issue slots: the most that overlap can give. The fused form writes and reads no u, but draws again for every tile of columns,
-in the forward and in the weight's product. Time of the fused form over P, product and Q ("step" is forward and backward):
+`backends.fuses` rests on this section. The fused form draws the noise inside the matrix product. It
+neither writes nor reads u, but it draws again for every tile of columns, in the forward and in the
+weight's product. Each kernel is taken to need, per element of x and with many rows, the longest of its
+memory traffic, its matrix product and its issue slots, as if these overlapped completely. The table has
+the time of the fused form over P, product and Q ("step" is forward and backward):
 
 {crossover_table()}
 
-Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. So one tile pays in the forward and in a step; two tiles
-pay nowhere, but would as one tile of 256. Hence `FUSED_COLUMNS = {TILE_N}`. A small product (`FUSED_WORK`) is fused for the two
-kernels that it saves.
-`make gpu-check` times both forms on both sides of these bounds.
+Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. One tile pays, in the forward
+and in a step. Two tiles pay nowhere; one tile of 256 would. So `FUSED_COLUMNS = {TILE_N}`. A small
+product (`FUSED_WORK`) is fused because this saves two kernels. `make gpu-check` times both forms on both
+sides of these bounds.
 
 ## Real samples behind an activation
 
-estimator="mean" in bfloat16: picoseconds per element of x of one sample's forward. Fused, nothing of a sample passes through memory,
-but each tile of columns draws its noise; by row blocks (dipkernels/row_blocks.py) the draw, the vendor's product, the activation and
-the sum are passes of their own; the calls written out draw with randn_like and keep what backward needs:
+The forward of one sample with estimator="mean" in bfloat16, in picoseconds per element of x, in three
+forms:
+
+- fused: nothing of a sample passes through memory, but each tile of columns draws its noise
+- row blocks (dipkernels/ops/row_blocks.py): the draw, the vendor's product, the activation and the sum
+  are passes of their own
+- calls written out: they draw by randn_like and keep what backward needs
 
 {samples_table()}
 
-Hence `FUSED_MEAN_COLUMNS`, above which the blocks run where the CUDA library is built. There the product dominates, and averaging costs
-about what the calls cost, in the memory of one.
+So row blocks run above `FUSED_MEAN_COLUMNS` columns, if the CUDA library is built. There the product
+dominates. Averaging then costs about as much time as the calls, and the memory of one.
 
 ## The exact mean
 
-estimator="analytic" in bfloat16: slots of Triton's two passes, counted by tests/test_triton_expectation.py, and forward and backward
-over act(nn.Linear), M x K x N; launches, overlap and what a program does before its loop left out. Counted are the passes over the
-weight, for the variance and its gradient (added to the product's on the way), and, of the plain layer alone, the bias's gradient,
-which ours sums in the pass over dy. The special functions, two an element, take the time of 16 slots. The aim is 1.10.
+estimator="analytic" in bfloat16: the slots of Triton's two passes, counted by
+tests/test_triton_expectation.py, and the time of forward and backward over act(nn.Linear), M x K x N.
+The passes over the weight are counted, for the variance and its gradient. So is the gradient of the
+plain layer's bias, which a DIP layer sums in its pass over dy. Launches, overlap and what a program does
+before its loop are left out. The special functions, two for each element, take the time of 16 slots. The
+aim is 1.10.
 
 {means_table()}
 """
