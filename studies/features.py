@@ -29,9 +29,17 @@ from training import evaluate, train
 from dipkernels.nn.numbering import dip_layers
 
 CASES = ("breast_cancer", "wine", "diabetes", "friedman", "classes 60", "classes 20")
-# Six settings for each method; plain has nothing to choose.
+# Six settings for each method; plain has nothing to choose. learned: the recipe, and another ratio,
+# kl or learning rate of the variances (10 times the weights' by default).
 SEARCH: dict[str, list[dict[str, Any]]] = {
-    "learned": [{"ratio": r, "kl": w} for r in (0.6, 1.0) for w in (0.1, 0.2, 1.0)],
+    "learned": [
+        {"ratio": 0.6},
+        {},
+        {"kl": 0.1},
+        {"kl": 1.0},
+        {"variance_rate": 3.0},
+        {"variance_rate": 30.0},
+    ],
     "isotropic": [{"ratio": r, "fixed": True} for r in (0.15, 0.3, 0.6, 0.8, 1.0, 1.5)],
     "per feature": [
         {"ratio": r, "fixed": True, "per": "feature"} for r in (0.15, 0.3, 0.6, 0.8, 1.0, 1.5)
