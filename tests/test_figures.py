@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import cost
 import defaults
+import features
 import figures
 import overhead
 import report
@@ -60,9 +61,10 @@ def test_the_published_figures_are_those_of_the_records(tmp_path):
         json.loads((ROOT / "docs" / "results" / "ratio.json").read_text()), tmp_path
     )
     defaults.plot_gains((ROOT / "docs" / "results_defaults.md").read_text(), tmp_path)
+    features.plot((ROOT / "docs" / "results_defaults.md").read_text(), tmp_path)
     vision.plots(["MLP"], vision.TRAININGS, ROOT / "docs" / "results", tmp_path)
     drawn = list(tmp_path.glob("*.svg"))
-    assert len(drawn) == 1 + 3 + 3 + 2 + 4
+    assert len(drawn) == 1 + 3 + 3 + 2 + 2 + 4
     for path in drawn:
         (published,) = (ROOT / "docs").rglob(path.name)
         assert words(path) == words(published), path.name
