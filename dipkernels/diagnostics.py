@@ -21,7 +21,7 @@ from .models.probe import eval_mode
 from .models.spreads import measured_spreads
 from .nn.numbering import dip_layers
 from .noise import contexts
-from .training.predict import check_average, predict, tensor_output
+from .training.predict import check_average, predict, require_batch, tensor_output
 
 _TINY = 1e-30  # stands for a norm of zero in a division
 
@@ -277,11 +277,7 @@ def _loss_sum(losses: Tensor, batch: int) -> Tensor:
 
 
 def _check(x: Tensor, iterations: int, tolerance: float) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}"
-        )
+    require_batch(x)
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
     if not (math.isfinite(tolerance) and tolerance >= 0):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -41,8 +42,8 @@ def compiling() -> bool:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap, ...) is active."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode autograd is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def eager() -> bool:

@@ -683,6 +683,25 @@ def test_analytic_prediction_refuses_an_activation_behind_a_convolution():
         dip.predict(model, torch.randn(2, 1, 8, 8), method="analytic")
 
 
+def test_analytic_prediction_of_layers_that_are_called_by_keyword():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner = nn.Conv1d(1, 1, 1), dip.DIPLinear(8, 8, activation="relu")
+            self.head = nn.Linear(8, 2)
+
+        def forward(self, x):
+            u = self.conv(input=x[:, None])[:, 0]
+            return self.head(input=self.inner(input=u))
+
+    model, x = dip.convert(ByKeyword()), torch.randn(3, 8)
+    got = dip.predict(model, x, method="analytic", average="logits")
+    u = F.conv1d(x[:, None], model.conv.weight, model.conv.bias)[:, 0]
+    v = model.inner.weight.square() @ model.inner.log_variance.exp()
+    h = dip.functional.expectation(F.linear(u, model.inner.weight, model.inner.bias), v, "relu")
+    torch.testing.assert_close(got, F.linear(h, model.head.weight, model.head.bias))
+
+
 def test_analytic_prediction_refuses_bad_arguments():
     model = dip.convert(mlp(nn.ReLU()))
     with pytest.raises(ValueError, match="method: expected 'sample' or 'analytic', got 'exact'"):

@@ -120,3 +120,48 @@ def test_a_smoothed_classifier_is_not_moved_within_its_radius():
         votes = dip.predict(model, moved, k=4000, average=None, chunk=500).argmax(-1)
         winner = votes.mode(0).values
         assert bool(((winner == found.classes) | (found.classes < 0)).all())
+
+
+@pytest.mark.parametrize("target", [torch.zeros(2, 1), torch.tensor(0), torch.zeros(3), [0, 0]])
+def test_a_target_of_another_shape_is_not_spread_over_the_examples(target):
+    found = dip.certify(linear(), torch.randn(2, 3), k=10)
+    with pytest.raises(ValueError, match=r"^target: expected a tensor of shape \(2,\)"):
+        found.accuracy(target, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.tensor([[float("nan"), 0, 0]]), "^x: expected finite"),
+        (torch.randn(3), "^x: expected a floating tensor"),
+        (torch.ones(2, 3, dtype=torch.int64), "^x: expected a floating tensor"),
+        ([1.0], "^x: expected a floating tensor"),
+    ],
+)
+def test_a_batch_that_is_none_is_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        dip.certify(linear(), x)
+
+
+def test_logits_that_are_nan_are_not_certified():
+    model = linear()
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^model: expected logits that are numbers, got NaN"):
+        dip.certify(model, torch.randn(2, 3), k=10)
+
+
+def test_a_layer_that_is_called_by_keyword_is_certified():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = linear()
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    x = torch.randn(4, 3)
+    with dip.fixed_noise(1):
+        got = dip.certify(ByKeyword(), x, k=50)
+    with dip.fixed_noise(1):
+        assert torch.equal(got.radius, dip.certify(linear(), x, k=50).radius)

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import dipkernels as dip
 from dipkernels import functional
-from dipkernels.nn.conv import DIPConv2d
+from dipkernels.nn.conv import DIPConv1d, DIPConv2d
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
@@ -426,6 +427,72 @@ def test_gradients_of_each_example():
         want = torch.func.grad(loss)(parameters, x[2])
     for name in want:
         torch.testing.assert_close(each[name][2], want[name], rtol=1e-4, atol=1e-5)
+
+
+KINDS = {
+    "layers": Layers,
+    "keep": lambda: DIPLinear(8, 4, keep="x"),
+    "mean": lambda: DIPLinear(8, 4, num_samples=2, activation="gelu", estimator="mean"),
+    "analytic": lambda: DIPLinear(8, 4, activation="gelu", estimator="analytic"),
+    "norm": lambda: dip.DIPLayerNorm(8),
+    "activation": lambda: dip.DIPActivation(8, "silu"),
+    "own input": lambda: nn.Sequential(
+        nn.Unflatten(-1, (4, 2)), DIPConv1d(4, 4, 2, groups=2), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_autograd_is_torch_funcs_jvp(kind):
+    model, x, v = KINDS[kind](), torch.randn(4, 8), torch.randn(4, 8)
+    with dip.fixed_noise(3):
+        want = torch.func.jvp(model, (x,), (v,))[1]
+        with forward_ad.dual_level():
+            got = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+    torch.testing.assert_close(got, want)
+    with forward_ad.dual_level(), dip.noise_off():
+        assert forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent is not None
+
+
+def test_linearize_is_the_jvp():
+    model, x, v = Layers(), torch.randn(4, 8), torch.randn(4, 8)
+    with dip.fixed_noise(3):
+        _, push = torch.func.linearize(model, x)
+        torch.testing.assert_close(push(v), torch.func.jvp(model, (x,), (v,))[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_several_outputs_at_once_are_those_of_each(kind):
+    """is_grads_batched, by which autograd.functional.jacobian(vectorize=True) works."""
+    model = KINDS[kind]()
+    y = model(torch.randn(4, 8))
+    parameters, slopes = list(model.parameters()), torch.randn(3, *y.shape)
+    got = torch.autograd.grad(y, parameters, slopes, is_grads_batched=True, retain_graph=True)
+    for i, slope in enumerate(slopes):
+        want = torch.autograd.grad(y, parameters, slope, retain_graph=True)
+        torch.testing.assert_close([g[i] for g in got], list(want), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "each example"])
+def test_transforms_compile_whole(transform):
+    model, x = Layers(), torch.randn(4, 8)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def run(parameters, x):
+        if transform == "grad":
+            return torch.func.grad(loss)(parameters, x)
+        if transform == "jvp":
+            return torch.func.jvp(lambda x: loss(parameters, x), (x,), (x,))[1]
+        return torch.vmap(torch.func.grad(loss), (None, 0), randomness="same")(parameters, x)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with dip.fixed_noise(3):
+        torch.testing.assert_close(
+            compiled(parameters, x), run(parameters, x), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["layers", "vit"])

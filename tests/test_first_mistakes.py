@@ -153,3 +153,11 @@ def test_the_ten_lines_then_saved_and_loaded(tmp_path):
     assert dip.variances(again).keys() == dip.variances(model).keys()
     for name, values in dip.variances(model).items():
         assert torch.equal(dip.variances(again)[name], values)
+
+
+def test_a_name_with_brackets_matches_itself():
+    model = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    dip.convert(model, {"a[0]": 0.1, "*": 0.2})
+    assert [row.sigma_mean for row in dip.summary(model)] == pytest.approx([0.1**0.5, 0.2**0.5])
+    dip.to_plain(model)
+    assert [row.name for row in dip.summary(dip.convert(model, exclude=["a[0]"]))] == ["b"]

@@ -1,5 +1,7 @@
 """seeds: the noise's state nests, is restored, and reaches compiled code and the backward pass."""
 
+import asyncio
+
 import pytest
 import torch
 from torch import nn
@@ -209,3 +211,46 @@ def test_a_new_key_does_not_recompile():
     assert torch.equal(compiled(x), layer(x))
     with sampling_on(), fixed_noise(1):
         torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_contexts_of_two_threads_that_overlap_raise_and_nothing_stays_on():
+    first, second = fixed_noise(1), sampling_on()
+    first.__enter__()  # one thread's
+    second.__enter__()  # another's
+    for context in (first, second):
+        with pytest.raises(RuntimeError, match=r"another thread or task .*lock"):
+            context.__exit__(None, None, None)
+    assert state() == (None, 0, None)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_tasks_that_overlap_in_a_context_are_told():
+    layer, x = DIPLinear(8, 8).eval(), torch.randn(2, 8)
+
+    async def noisy():
+        with sampling_on():
+            await asyncio.sleep(0)
+            return layer(x)
+
+    async def both():
+        return await asyncio.gather(noisy(), noisy(), return_exceptions=True)
+
+    for _ in range(2):
+        assert any(isinstance(got, RuntimeError) for got in asyncio.run(both()))
+        assert contexts.MODE is None and torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("context", [fixed_noise(1), noise_off(), sampling_on()])
+def test_what_runs_after_the_context_is_not_decorated(context):
+    def generator():
+        yield
+
+    async def coroutine():
+        pass
+
+    async def stream():
+        yield
+
+    for function in (generator, coroutine, stream):
+        with pytest.raises(TypeError, match=f"^{type(context).__name__}: .*{function.__name__}"):
+            context(function)

@@ -406,3 +406,30 @@ def test_sampling_on_is_public():
     model, x = dip.convert(Outputs(3)).eval(), torch.randn(5, 4)
     with dip.sampling_on():
         assert not torch.equal(model(x), model(x))
+
+
+def test_tensors_inside_dataclasses_and_mappings_of_arguments_are_repeated():
+    @dataclasses.dataclass(frozen=True)
+    class Batch:
+        x: torch.Tensor
+        more: UserDict
+        name: str = "batch"
+
+    model = mlp()
+
+    def run(batch, scale):
+        assert isinstance(batch, Batch) and isinstance(batch.more, UserDict)
+        return model(batch.x) * batch.more["mask"] * scale
+
+    mask, scale = torch.rand(5, 1), torch.rand(5, 1)
+    batch = Batch(X, UserDict(mask=mask))
+    with fixed_noise(3):
+        got = trajectories(run, batch, scale, m=2)
+    with fixed_noise(3):
+        want = trajectories(model, X, m=2) * mask * scale
+    assert torch.equal(got, want)
+    assert batch.x is X and batch.more["mask"] is mask
+    with pytest.raises(ValueError, match=r"^args\[0\]\.more\['mask'\]: .*first size is 5"):
+        trajectories(run, Batch(X, UserDict(mask=mask[:2])), scale, m=2)
+    got = trajectories(lambda batch, x: batch.x[:1] + x, batch, X, m=2, in_dims=(None, 0))
+    assert torch.equal(got[1], X[:1] + X)

@@ -243,6 +243,14 @@ def test_a_meta_model_gets_its_variances_whichever_way_it_is_filled(inside):
             assert layer.stream.tolist() == layer._stream.tolist() == [0, layer.number]
 
 
+@pytest.mark.parametrize("read", [dip.variances, dip.summary, dip.metrics])
+def test_a_model_without_values_says_so(read):
+    with torch.device("meta"):
+        model = make()
+    with pytest.raises(ValueError, match=r"^log_variance: expected values.*on the meta device"):
+        read(model)
+
+
 def test_only_what_has_no_data_is_made_by_a_move():
     with torch.device("meta"):
         model = make()

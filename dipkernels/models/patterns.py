@@ -28,7 +28,7 @@ class Patterns:
 
     def first(self, name: str) -> str | None:
         """The first that matches the name; only that one counts as used."""
-        hit = next((p for p in self._patterns if fnmatch.fnmatchcase(name, p)), None)
+        hit = next((p for p in self._patterns if _matches(p, (name,))), None)
         if hit is not None:
             self._used.add(hit)
         return hit
@@ -47,8 +47,8 @@ class Patterns:
 
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:
-    """Whether the pattern matches one of the names."""
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    """Whether the pattern matches one of the names, or is one: a name may have brackets."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def around(name: str) -> list[str]:

@@ -231,6 +231,11 @@ class Variance(nn.Module):
                 "DeepSpeed's ZeRO-3 has the rest elsewhere; call this inside "
                 "deepspeed.zero.GatheredParameters(list(model.parameters()))"
             )
+        if value.is_meta:
+            raise ValueError(
+                "log_variance: expected values, got none yet, for it is on the meta device: load or "
+                "move the model first (to_empty, load_state_dict(assign=True))"
+            )
         value = dtensor.full(value.detach())
         return value.float() if value.dtype.itemsize < 4 else value
 

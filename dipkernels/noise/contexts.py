@@ -9,9 +9,11 @@ by the backward thread.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from .. import worlds
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
 ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
@@ -36,7 +39,11 @@ def signed(value: int) -> int:
 
 class _State(contextlib.ContextDecorator):
     """Saves the state on entry and restores it on exit. One instance may be entered again, nested
-    or as a decorator."""
+    or as a decorator.
+
+    The state is the process's. Where threads or tasks overlap, nobody can say what was there
+    before: the exit that finds another state than the entry left raises, and nothing stays on.
+    """
 
     def __init__(self) -> None:
         self._saved: list[tuple[Any, ...]] = []
@@ -45,13 +52,37 @@ class _State(contextlib.ContextDecorator):
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        self._saved.append((KEY, ROW0, MODE, TAG))
+        before = KEY, ROW0, MODE, TAG
         self._set()
+        self._saved.append((before, KEY, (ROW0, MODE, TAG)))
         return self
 
     def __exit__(self, *exc: object) -> None:
         global KEY, ROW0, MODE, TAG
-        KEY, ROW0, MODE, TAG = self._saved.pop()
+        before, key, others = self._saved.pop()
+        if worlds.tracing() or (KEY is key and others == (ROW0, MODE, TAG)):
+            KEY, ROW0, MODE, TAG = before
+            return
+        KEY, ROW0, MODE, TAG = None, 0, None, None
+        raise RuntimeError(
+            "dipkernels: another thread or task entered or left fixed_noise, noise_off, "
+            "sampling_on or dip.predict meanwhile. They hold for the whole process, so the noise "
+            "here was not what was asked for: run them one after another (a lock), or in processes "
+            "of their own"
+        )
+
+    def __call__(self, func: _F) -> _F:
+        if (
+            inspect.isgeneratorfunction(func)
+            or inspect.iscoroutinefunction(func)
+            or inspect.isasyncgenfunction(func)
+        ):
+            raise TypeError(
+                f"{type(self).__name__}: expected a plain function to decorate, got the generator or "
+                f"coroutine {func.__qualname__}, whose body runs after the context has ended: write "
+                "`with` inside it"
+            )
+        return super().__call__(func)
 
 
 class fixed_noise(_State):
@@ -60,7 +91,8 @@ class fixed_noise(_State):
 
     With checkpointed blocks run the backward pass inside too, because it computes them again;
     outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. Contexts
-    can be nested, restore the state after exceptions, and work as decorators.
+    can be nested, restore the state after exceptions, and work as decorators. They hold for the
+    whole process, all its threads: enter one in one thread at a time.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.
@@ -148,8 +180,8 @@ class sampling_on(_State):
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        super().__exit__(*exc)
         torch.backends.mha.set_fastpath_enabled(self._saved_fast_path.pop())
+        super().__exit__(*exc)
 
 
 class numbered_pass(_State):

@@ -125,7 +125,9 @@ def _dsigma(
     wide = torch.promote_types(sigma.dtype, torch.promote_types(u.dtype, torch.float32))
     # [N, C / groups, ...]
     products = window.weight_gradient(dy, z, weight).to(wide) * weight.to(wide)
-    sums = products.unflatten(0, (window.groups, -1)).flatten(3).sum((1, 3)).flatten()  # [C]
+    rest = products.shape[1:]
+    products = products.reshape(window.groups, weight.shape[0] // window.groups, *rest)
+    sums = products.sum((1, *range(3, products.dim()))).reshape(-1)  # [C]
     dsigma = draw.factor * sums
     if draw.log_variance:
         dsigma = dsigma * torch.exp(sigma.to(wide) / 2) / 2

@@ -277,8 +277,8 @@ def projection(
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = dtensor.prepare(x, sigma, seed, draw)
-    elif worlds.exporting() and torch.is_grad_enabled():
-        return _exported(x, sigma, seed, draw, dtype)
+    elif worlds.tracing() and worlds.wants_pieces():
+        return _in_pieces(x, sigma, seed, draw, dtype)
     if worlds.transforming():
         u = _PerturbFunc.apply(x, sigma, seed, draw, dtype)
     elif worlds.tracing():
@@ -288,11 +288,11 @@ def projection(
     return u
 
 
-def _exported(
+def _in_pieces(
     x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
 ) -> Tensor:
-    # torch.export loses the derivative of an autograd.Function, in silence: P of operations that
-    # have their own.
+    # torch.export loses the derivative of an autograd.Function, in silence, and torch.compile of a
+    # transform takes none with a jvp: P of operations that have their own.
     wide = torch.promote_types(x.dtype, torch.float32)
     s = (torch.exp(sigma.to(wide) / 2) if draw.log_variance else sigma.to(wide)) * draw.factor
     s = s.view([-1 if d == draw.dim % x.ndim else 1 for d in range(x.ndim)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 def flat_rows(x: Tensor) -> Tensor:
     """[..., K] as [M, K], whatever is empty."""
-    return x.flatten(0, -2) if x.dim() > 1 else x[None]
+    # torch's batched gradients (is_grads_batched) know reshape, and not flatten
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_as(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

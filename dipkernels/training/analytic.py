@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import functional
+from ..models.probe import input_of
 from ..nn.linear import DIPLinear
 from ..nn.numbering import dip_layers
 from ..noise import contexts
@@ -237,16 +238,19 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         )
     mode = _Expectations()
 
-    def behind(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+    def behind(name: str) -> Callable[..., Tensor | None]:
+        def hook(
+            layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Tensor | None:
+            x = input_of(layer, args, kwargs)
             if not isinstance(layer, DIPLinear) or not isinstance(output, Tensor):
-                if isinstance(output, Tensor) and output is not inputs[0]:
+                if isinstance(output, Tensor) and output is not x:
                     mode.mark(output, None, name)
                 return None
             if layer.activation is None:
                 mode.mark(output, _variance(layer), name)
                 return None
-            mu = torch.nn.functional.linear(inputs[0], layer.weight, layer.bias)
+            mu = torch.nn.functional.linear(x, layer.weight, layer.bias)
             return functional.expectation(mu, _variance(layer), layer.activation)
 
         return hook
@@ -256,7 +260,7 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)  # it calls none of a block's layers
         for name, layer in dip_layers(model).items():
-            stack.callback(layer.register_forward_hook(behind(name)).remove)
+            stack.callback(layer.register_forward_hook(behind(name), with_kwargs=True).remove)
         stack.enter_context(contexts.noise_off())
         stack.enter_context(mode)
         return model(*args, **kwargs)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.probe import input_of
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from ..noise.contexts import noise_off
-from .predict import predict
+from .predict import predict, require_batch
 
 ABSTAIN = -1
 
@@ -29,7 +31,16 @@ class Certificate:
 
     def accuracy(self, target: Tensor, radius: float) -> float:
         """Certified accuracy: the share of examples of the right class whose radius is at least
-        this, 0 .. 1."""
+        this, 0 .. 1.
+
+        Raises:
+            ValueError: target is not one class for each example.
+        """
+        if not isinstance(target, Tensor) or target.shape != self.classes.shape:
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(
+                f"target: expected a tensor of shape {tuple(self.classes.shape)}, got {got}"
+            )
         sure = (self.classes == target.to(self.classes.device)) & (self.radius >= radius)
         return sure.double().mean().item()
 
@@ -66,7 +77,8 @@ def certify(
         the class's probability. It abstains where p <= 1/2.
 
     Raises:
-        ValueError: bad values, a model whose noise is not at its input alone, or several sigmas.
+        ValueError: bad values, a model whose noise is not at its input alone, several sigmas, or
+            logits that are NaN.
 
     Examples:
         >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))
@@ -81,11 +93,14 @@ def certify(
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
+    require_batch(x)
     sigma = _input_sigma(model, x)
     votes = predict(model, x, k=k0 + k, average=None, chunk=chunk)
     if not isinstance(votes, Tensor) or votes.ndim != 3:
         got = tuple(votes.shape) if isinstance(votes, Tensor) else type(votes).__name__
         raise ValueError(f"model: expected logits [B, C] for each pass, got {got}")
+    if bool(votes.isnan().any()):  # argmax would take it for the surest class
+        raise ValueError("model: expected logits that are numbers, got NaN for noisy inputs")
     votes = votes.argmax(-1)  # [k0 + k, B]
     chosen = votes[:k0].mode(0).values
     hits = (votes[k0:] == chosen).sum(0)
@@ -128,11 +143,11 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         )
     read: list[Tensor] = []
 
-    def note(module: DIPLayer, args: tuple[Tensor, ...]) -> None:
-        read.append(args[0])
+    def note(module: DIPLayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        read.append(input_of(module, args, kwargs))
 
     modes = [(m, m.training) for m in model.modules()]
-    handle = layer.register_forward_pre_hook(note)
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with noise_off():
             model.eval()(x[:1])

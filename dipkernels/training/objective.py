@@ -78,7 +78,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         pulls = torch.cat([full(v.pull).to(device) for v in whole])
         parts = (pulls * _divergence(ratio)).split(sizes)
         terms.append(torch.stack([part.mean() for part in parts]).sum())
-    return kl * sum(terms, torch.zeros(()))
+    return kl * sum(terms, torch.zeros((), device="cpu"))
 
 
 def _divergence(ratio: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     parts = [part for part in variances if not is_dtensor(part)]
     # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
     terms = (full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
-    total = sum(terms, torch.zeros(()))
+    total = sum(terms, torch.zeros((), device="cpu"))
     if not parts:
         return total
     log_variance = torch.cat([part.to(parts[0].device) for part in parts])

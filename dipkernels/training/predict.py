@@ -164,6 +164,17 @@ def check_average(
         )
 
 
+def require_batch(x: object) -> None:
+    """Raise ValueError where this is no floating batch [B, ...] of finite values."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}"
+        )
+    if not bool(x.isfinite().all()):
+        raise ValueError("x: expected finite values, got NaN or infinity")
+
+
 def tensor_output(out: Any, average: str, dim: int | None = None, stacked: int = 0) -> Tensor:
     """The output, or its `logits`, at least float32; its softmax over dim for "probs", its sigmoid
     for "sigmoid".

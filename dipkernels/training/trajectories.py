@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -26,13 +26,13 @@ def trajectories(
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
-        args: Its positional arguments, any pytrees.
+        args: Its positional arguments: any pytrees, dataclasses and mappings.
         m: Number of trajectories, >= 1.
         in_dims: 0 repeats a tensor, None passes it unchanged. One value for all arguments; or a
             tuple for args, as in torch.vmap (kwargs are then repeated); or a dict from an
             argument's position or name, for those that differ from 0, such as {"position_ids":
             None}. An entry for a nested argument may be a prefix of its structure.
-        kwargs: Its named arguments, any pytrees.
+        kwargs: Its named arguments, the same.
 
     Returns:
         The model's output, any pytree, with every tensor [B * m, ...] as [m, B, ...] (a view).
@@ -139,8 +139,10 @@ class _Fold:
         return pytree.tree_unflatten(leaves, spec)
 
     def _leaf(self, leaf: Any, dim: Any, name: str) -> Any:
-        if dim is None or not isinstance(leaf, Tensor):
+        if dim is None:
             return leaf
+        if not isinstance(leaf, Tensor):
+            return map_tensors(lambda part, value: self._leaf(value, dim, part), leaf, name=name)
         if isinstance(dim, bool) or dim != 0:
             raise ValueError(f"in_dims: expected 0 or None for {name}, got {dim!r}")
         size = leaf.shape[0] if leaf.ndim else None
@@ -196,8 +198,13 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
             object.__setattr__(changed, field, content)
         return changed
     if isinstance(first, Mapping):
-        return {
+        contents = {
             key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]")
             for key in first
         }
+        if not isinstance(first, MutableMapping):
+            return contents
+        whole = copy.copy(first)
+        whole.update(contents)
+        return whole
     return first
