@@ -71,13 +71,12 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         each = pull * _divergence(v.log_variance - prior)
         terms.append(full(each.sum() / v.log_variance.numel()))
     if whole:
-        # All layers in one go: a few operations instead of a few for each layer.
-        device, sizes = whole[0].log_variance.device, [v.log_variance.numel() for v in whole]
+        # All layers in one go: a few differentiable operations instead of a few for each layer.
+        device = whole[0].log_variance.device
         ratio = torch.cat([v.log_variance.to(device) for v in whole])
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        pulls = torch.cat([full(v.pull).to(device) for v in whole])
-        parts = (pulls * _divergence(ratio)).split(sizes)
-        terms.append(torch.stack([part.mean() for part in parts]).sum())
+        weights = torch.cat([full(v.pull).to(device) / v.num_features for v in whole])
+        terms.append((weights * _divergence(ratio)).sum())
     return kl * sum(terms, torch.zeros((), device="cpu"))
 
 
