@@ -246,7 +246,7 @@ def _power_iteration(
     """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have
     settled."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
     v = v / _like(_norm(v), v)
     value = x.new_zeros(len(x))
     for _ in range(iterations):

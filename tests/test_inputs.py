@@ -197,3 +197,15 @@ def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mod
 def test_an_input_without_the_features_dimension_is_named(shape):
     layer = dip.DIPInput(4, dim=1)
     refused(layer, torch.ones(shape), ValueError, "expected an input of shape 4 features along")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")
+@pytest.mark.parametrize("read", [dip.calibrate, dip.summary])
+def test_batches_that_hold_no_tensors_are_named(read):
+    model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(3, 4)
+    jagged = torch.nested.nested_tensor([x, x], layout=torch.jagged)
+    for batch, kind in ((x.numpy(), "ndarray"), (None, "NoneType"), (jagged, "a nested tensor")):
+        with pytest.raises(
+            TypeError, match=f"^batches: expected dense tensors, got {kind} at .*'0'"
+        ):
+            read(model, [batch])

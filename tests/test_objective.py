@@ -233,10 +233,3 @@ def test_gradients_reach_the_variances_through_every_term():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
-
-
-def test_the_penalties_are_where_the_model_is_whatever_the_default_device():
-    model = convert(nn.Sequential(nn.Linear(3, 4)), 0.25)
-    with torch.device("meta"):
-        terms = kl_penalty(model), penalty(model, 1.0, 0.1)
-    assert [term.device.type for term in terms] == ["cpu", "cpu"]

@@ -433,3 +433,19 @@ def test_tensors_inside_dataclasses_and_mappings_of_arguments_are_repeated():
         trajectories(run, Batch(X, UserDict(mask=mask[:2])), scale, m=2)
     got = trajectories(lambda batch, x: batch.x[:1] + x, batch, X, m=2, in_dims=(None, 0))
     assert torch.equal(got[1], X[:1] + X)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_a_packed_sequence_is_refused_with_the_way_out(m):
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 6), torch.ones(2, 6)])
+    with pytest.raises(TypeError, match=r"^args\[0\]: expected a dense tensor .*PackedSequence"):
+        trajectories(lambda x: x, packed, m=m)
+    model = mlp()
+    assert trajectories(lambda x, p: model(x), X, packed, m=m, in_dims=(0, None)).shape == (m, 5, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")
+def test_what_cannot_be_repeated_is_named():
+    for x in (torch.nested.nested_tensor([X, X], layout=torch.jagged), X.to_sparse()):
+        with pytest.raises(TypeError, match=r"^args\[0\]: expected a dense tensor .*pad it"):
+            trajectories(lambda x: x, x, m=2)

@@ -366,7 +366,7 @@ def activation_kind(module: nn.Module) -> str | None:
     """Which of ACTIVATIONS the module computes, found on numbers; None for none of them."""
     if list(module.parameters()) or not _takes_one_input(module):
         return None
-    x = torch.linspace(-6, 6, 121, dtype=torch.float64).view(11, 11)
+    x = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu").view(11, 11)
     for training in (True, False):
         try:
             with untouched(module):
@@ -419,9 +419,11 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
         return "it has no values yet, so what it computes cannot be seen"
     k, eps, device = len(weight), getattr(module, eps_name), weight.device
     numbers = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(k, generator=numbers).to(device) for name in parameters}
-    scales = torch.tensor([1.0, eps**0.5, 30.0])[:, None, None]
-    x = (scales * (torch.randn(3, 2, k, generator=numbers) + 0.5)).to(device)
+    tensors = {
+        name: torch.randn(k, generator=numbers, device="cpu").to(device) for name in parameters
+    }
+    scales = torch.tensor([1.0, eps**0.5, 30.0], device="cpu")[:, None, None]
+    x = (scales * (torch.randn(3, 2, k, generator=numbers, device="cpu") + 0.5)).to(device)
     try:
         with untouched(module):
             y = torch.func.functional_call(module.eval(), tensors, (x,))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.inputs import undense
 from ..nn.numbering import need_layers
 from .probe import input_of, watch
 
@@ -122,8 +123,13 @@ def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measu
     reached: dict[str, None] = {}  # in the order of the first calls
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.setdefault(name_of[layer])
-        seen[name_of[layer]].add(input_of(layer, args, kwargs), layer.feature_dim)
+        name, x = name_of[layer], input_of(layer, args, kwargs)
+        if (kind := undense(x)) is not None:
+            raise TypeError(
+                f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
+            )
+        reached.setdefault(name)
+        seen[name].add(x, layer.feature_dim)
 
     watch(model, layers.values(), observe, batches)
     unreached = [name or "(root)" for name in layers if seen[name].examples == 0]

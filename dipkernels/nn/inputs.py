@@ -27,6 +27,15 @@ def require_tensor(layer: Any, x: object) -> None:
         )
 
 
+def undense(x: object) -> str | None:
+    """What x is where it is no dense tensor, in words; None where it is one."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    if x.is_nested:
+        return "a nested tensor"
+    return None if x.layout is torch.strided else f"a tensor of layout {x.layout}"
+
+
 def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     """Raise what is wrong with the input of a noised layer; return where it is not the input.
 
@@ -45,8 +54,8 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         return
     name = _shown(layer)
     dim, features = layer.feature_dim, sigma.numel()
-    if x.is_nested or x.layout is not torch.strided:
-        kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+    kind = undense(x)
+    if kind is not None:
         way_out = "torch.nested.to_padded_tensor(x, 0.0)" if x.is_nested else "x.to_dense()"
         raise TypeError(
             f"{name}: expected a dense tensor where noise is drawn, got {kind}; pass {way_out}. In "

@@ -116,8 +116,8 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
     1 - confidence."""
     if successes == 0:
         return 0.0
-    counts = torch.arange(successes, trials + 1, dtype=torch.float64)
-    whole = torch.tensor(float(trials + 1), dtype=torch.float64)
+    counts = torch.arange(successes, trials + 1, dtype=torch.float64, device="cpu")
+    whole = torch.tensor(float(trials + 1), dtype=torch.float64, device="cpu")
     ways = torch.lgamma(whole) - torch.lgamma(counts + 1) - torch.lgamma(whole - counts)
     low, high, wanted = 0.0, 1.0, math.log1p(-confidence)
     for _ in range(60):  # bisection: the tail grows with p

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+from ..nn.inputs import undense
 from ..nn.numbering import dip_layers, warn_of_equal_numbers
 from ..noise import contexts
 
@@ -123,7 +125,9 @@ class _Fold:
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
-        pairs, spec = pytree.tree_flatten_with_path(value)
+        pairs, spec = pytree.tree_flatten_with_path(
+            value, is_leaf=lambda part: isinstance(part, PackedSequence)
+        )
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         except ValueError:
@@ -141,6 +145,13 @@ class _Fold:
     def _leaf(self, leaf: Any, dim: Any, name: str) -> Any:
         if dim is None:
             return leaf
+        if isinstance(leaf, PackedSequence) or (isinstance(leaf, Tensor) and self.m > 1):
+            kind = undense(leaf)
+            if kind is not None:
+                raise TypeError(
+                    f"{name}: expected a dense tensor [B, ...] to repeat, got {kind}: pad it; "
+                    "in_dims=None passes it as it is"
+                )
         if not isinstance(leaf, Tensor):
             return map_tensors(lambda part, value: self._leaf(value, dim, part), leaf, name=name)
         if isinstance(dim, bool) or dim != 0:
