@@ -20,7 +20,7 @@ from .models.calibrate import calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
-from .models.patterns import Patterns, around
+from .models.patterns import Patterns, around, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -91,12 +91,12 @@ class DIPConfig:
 
     def __post_init__(self) -> None:
         patterns = {
-            name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
+            name: strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
         }
         before = (
             dict(self.before)
             if isinstance(self.before, Mapping)
-            else _strings("before", self.before)
+            else strings("before", self.before)
         )
         if not isinstance(self.share, _LISTS) or not all(
             isinstance(group, _LISTS) for group in self.share
@@ -105,7 +105,7 @@ class DIPConfig:
                 "share: expected groups of patterns, such as [('q_proj', 'k_proj')], got "
                 f"{self.share!r}"
             )
-        share = tuple(_strings("share", group) for group in self.share)
+        share = tuple(strings("share", group) for group in self.share)
         amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
         for name, value in {**patterns, **amounts, "before": before, "share": share}.items():
             object.__setattr__(self, name, value)
@@ -247,13 +247,6 @@ def _is_finite(value: object) -> bool:
         )
     except OverflowError:
         return False
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = tuple(value) if isinstance(value, _LISTS) else (value,)
-    if not all(isinstance(each, str) for each in values):
-        raise TypeError(f"{name}: expected strings, got {value!r}")
-    return values
 
 
 def _amount(name: str, value: Any) -> Any:

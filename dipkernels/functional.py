@@ -50,6 +50,7 @@ def noise(
         >>> torch.equal(dip.functional.noise((2, 3), seed, row0=2), z[2:])
         True
     """
+    check_tensors(seed=seed)
     return _perturb.noise(seed, tuple(shape), Draw(dim, row0, col0, sample))
 
 
@@ -101,6 +102,7 @@ def perturb(
     Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
     """
     _check_num_samples(num_samples)
+    check_tensors(x=x, sigma=sigma, seed=seed)
     if not log_variance:
         check_sigma(sigma)
     draw = Draw(dim, row0, col0, sample, factor=num_samples**-0.5, log_variance=log_variance)
@@ -170,6 +172,7 @@ def dip_linear(
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     check_estimator(estimator, activation, num_samples, keep)
     _check_num_samples(num_samples)
+    check_tensors(x=x, weight=weight, sigma=sigma, seed=seed)
     if not log_variance:
         check_sigma(sigma)
     dtype = worlds.autocast_dtype(x)
@@ -205,6 +208,7 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         >>> dip.functional.expectation(torch.zeros(1, 1), torch.ones(1), "relu")  # 1 / sqrt(2 pi)
         tensor([[0.3989]])
     """
+    check_tensors(mu=mu, v=v)
     return _expectation.expected(mu, v, activation)
 
 
@@ -225,6 +229,13 @@ def check_estimator(estimator: str, activation: str | None, num_samples: int, ke
 def _check_num_samples(num_samples: int) -> None:
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
+
+
+def check_tensors(**values: object) -> None:
+    """Raise TypeError naming what is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {value!r}")
 
 
 def check_sigma(sigma: Tensor) -> None:

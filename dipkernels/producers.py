@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import worlds
-from .functional import check_sigma
+from .functional import check_sigma, check_tensors
 from .ops import gate as _gate
 from .ops import norm as _norm
 from .ops.draw import Draw
@@ -74,6 +74,7 @@ def norm(
         >>> torch.allclose(u, dip.functional.perturb(F.layer_norm(x, (4,)), sigma, seed), atol=1e-5)
         True
     """
+    check_tensors(x=x, sigma=sigma, seed=seed)
     draw = _draw(sigma, -1, row0, col0, sample, log_variance)
     return _norm.noised_norm(
         x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x)
@@ -116,6 +117,7 @@ def activate(
         >>> torch.allclose(u, dip.functional.perturb(F.gelu(x), sigma, seed), atol=1e-5)
         True
     """
+    check_tensors(x=x, sigma=sigma, seed=seed)
     draw = _draw(sigma, dim, row0, col0, sample, log_variance)
     return _gate.noised_activation(x, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(x))
 
@@ -153,6 +155,7 @@ def gate(
         >>> producers.gate(a, b, sigma, torch.tensor([7, 0]), kind="silu").shape
         torch.Size([8, 4])
     """
+    check_tensors(a=a, b=b, sigma=sigma, seed=seed)
     draw = _draw(sigma, dim, row0, col0, sample, log_variance)
     return _gate.noised_gate(a, b, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(a))
 

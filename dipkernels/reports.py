@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TextIO, TypeVar
 
 import torch
@@ -146,6 +146,14 @@ def plot(
     return figure
 
 
+def _length(batches: Any) -> int | None:
+    """How many there are; None where nobody knows, as of a DataLoader over an IterableDataset."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
 class Progress(Generic[Batch]):
     """What `progress` gives: iterate over it once, and call `update` in each step."""
 
@@ -159,7 +167,7 @@ class Progress(Generic[Batch]):
             raise ValueError(f"every: expected an integer >= 1, got {every!r}")
         self._batches, self._model = batches, model
         self._file = sys.stderr if file is None else file
-        self._total = len(batches) if isinstance(batches, Sized) else None
+        self._total = _length(batches)
         self._on_terminal = self._file.isatty()
         self._every = every or max(1, (self._total or 1000) // 10)
         self._values: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import dipkernels as dip
 from dipkernels.models.calibrate import calibrate
 from dipkernels.models.convert import DIPConversionWarning, convert, to_plain
 from dipkernels.models.parameters import load_variances, param_groups, variances
@@ -791,3 +792,16 @@ def test_eval_mode_restores_after_an_error():
         raise ZeroDivisionError
     assert model.training
     assert not model.body.training
+
+
+@pytest.mark.parametrize("name", ["activation", "share", "keep", "num_samples", "noisy", "draw"])
+def test_a_layer_with_a_dip_layers_names_of_its_own_stays_plain(name):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(3, 4)
+    value = "relu" if name == "activation" else 2
+    setattr(model[0], name, value)
+    want = model(x)
+    with pytest.warns(dip.DIPConversionWarning, match=rf"0 \(Linear\): it has \['{name}'\] of its"):
+        dip.convert(model)
+    assert torch.equal(model.eval()(x), want)
+    assert [row.name for row in dip.summary(model)] == ["1"]
+    assert getattr(dip.to_plain(model)[0], name) == value

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dipkernels as dip
-from dipkernels import backends
+from dipkernels import backends, producers
 
 X, Y = torch.randn(6, 8), torch.randint(4, (6,))
 
@@ -161,3 +161,45 @@ def test_a_name_with_brackets_matches_itself():
     assert [row.sigma_mean for row in dip.summary(model)] == pytest.approx([0.1**0.5, 0.2**0.5])
     dip.to_plain(model)
     assert [row.name for row in dip.summary(dip.convert(model, exclude=["a[0]"]))] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude": None}, {"exclude": [0]}, {"before": 3}, {"share": [(0, 1)]}, {"share": [(None,)]}],
+)
+def test_patterns_that_are_no_strings_are_named(options):
+    (name,) = options
+    with pytest.raises(TypeError, match=f"^{name}: expected strings, got"):
+        dip.convert(
+            network(), batches=[torch.randn(2, 8)] if "before" in options else None, **options
+        )
+    with pytest.raises(TypeError, match=r"^init_variance: expected strings, got"):
+        dip.convert(network(), {0: 0.1})
+
+
+def test_a_filter_that_cannot_be_called_is_named():
+    with pytest.raises(TypeError, match=r"^filter: expected a function of \(module, name\), got"):
+        dip.convert(network(), filter="head")
+
+
+ROWS, SIGMA, SEED = torch.ones(3, 4), torch.ones(4), torch.tensor([1, 2])
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: dip.functional.noise((3, 4), 7), "seed"),
+        (lambda: dip.functional.perturb(ROWS, 0.1, SEED), "sigma"),
+        (lambda: dip.functional.perturb(ROWS, SIGMA, 7), "seed"),
+        (lambda: dip.functional.perturb(ROWS.numpy(), SIGMA, SEED), "x"),
+        (lambda: dip.functional.dip_linear(ROWS, None, None, SIGMA, SEED), "weight"),
+        (lambda: dip.functional.dip_linear(ROWS, ROWS, None, 0.1, SEED), "sigma"),
+        (lambda: dip.functional.expectation(ROWS, 0.1, "relu"), "v"),
+        (lambda: producers.norm(ROWS, None, None, 0.1, SEED, kind="layer", eps=0), "sigma"),
+        (lambda: producers.activate([1.0], SIGMA, SEED, kind="relu"), "x"),
+        (lambda: producers.gate(ROWS, 1.0, SIGMA, SEED, kind="silu"), "b"),
+    ],
+)
+def test_what_is_no_tensor_is_named(call, name):
+    with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got"):
+        call()

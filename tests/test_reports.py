@@ -103,3 +103,14 @@ def test_progress_gives_the_batches_and_a_line_with_sigma():
     ):
         with pytest.raises(ValueError, match=message):
             dip.progress(*arguments, every=0)
+
+
+def test_progress_over_a_loader_without_a_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(X)
+
+    loader, file = torch.utils.data.DataLoader(Stream(), 8), io.StringIO()
+    model = dip.convert(nn.Sequential(nn.Linear(8, 2)))
+    assert len(list(dip.progress(loader, model, every=2, file=file))) == 4
+    assert [line.split()[0] for line in file.getvalue().splitlines()] == ["2", "4"]

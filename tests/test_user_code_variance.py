@@ -754,3 +754,87 @@ def test_an_input_projection_without_noise_gives_its_variance_a_gradient_of_zero
         u = layer(x)
         u.add_(1).relu_().sum().backward()
     assert torch.equal(u.detach(), (x + 1).relu()) and not layer.log_variance.grad.any()
+
+
+class Merging(nn.Linear):
+    """As loralib's layers: eval merges the adapter into the weight, train takes it out again."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.adapter, self.merged = nn.Parameter(torch.ones(8, 8)), False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data.add_(self.adapter.data, alpha=-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.merged else y + x @ self.adapter.T
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x: dip.predict(model, x, k=2),
+        lambda model, x: dip.calibrate(model, [x]),
+        lambda model, x: dip.summary(model, [x]),
+        lambda model, x: dip.certify(model, x, k=2, k0=1),
+        lambda model, x: dip.check(model, x, strict=False),
+    ],
+)
+def test_what_eval_mode_does_to_a_layer_is_undone_in_training(call):
+    model, x = nn.Sequential(dip.DIPInput(8), Merging(), nn.Linear(8, 4)), torch.randn(3, 8)
+    model[2].eval()
+    with dip.noise_off():
+        want = model(x)
+        call(model, x)
+        assert not model[1].merged and [m.training for m in model] == [True, True, False]
+        torch.testing.assert_close(model(x), want)
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) * self.v(x)
+
+
+def test_a_shared_variance_whose_owner_has_left_is_missed_and_given_back():
+    model, x = dip.convert(Shared(), share=[("q", "k", "v")]), torch.randn(3, 4)
+    kept = model.k.variance
+    model.q = nn.Linear(4, 4)
+    model(x).sum().backward()
+    report = dip.check(model, strict=False)
+    assert list(report.faults) == ["q", "k", "v"] and "left the model" in report.faults["k"]
+    with pytest.raises(ValueError, match=r"^model: expected the variances of all .*\['k', 'v'\]"):
+        dip.variances(model)
+    dip.convert(model)
+    assert model.k.variance is model.v.variance is kept
+    assert [n for n in dict(model.named_parameters()) if "variance" in n] == [
+        "q.variance.log_variance",
+        "k.variance.log_variance",
+    ]
+    model.zero_grad()
+    model(x).sum().backward()
+    dip.check(model)
+    part = dip.number_layers(nn.Sequential(model.v))
+    assert next(iter(dip.variances(part))) == "0.variance.log_variance"
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda f: lambda *a: 2 * f(*a), lambda f: nn.Linear(6, 8).forward]
+)
+def test_a_forward_that_was_set_on_a_layer_is_taken_off_before_to_plain(wrap):
+    model, x = make(), torch.randn(3, 6)
+    model[0].forward = wrap(model[0].forward)
+    with pytest.raises(ValueError, match=r"^model: expected layers with their class's .*\['0'\]"):
+        dip.to_plain(model)
+    model(x)
+    del model[0].forward
+    want = model.eval()(x)
+    assert torch.equal(dip.to_plain(model)(x), want)

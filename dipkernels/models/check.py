@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers, need_layers
+from ..nn.sharing import orphans
 from ..noise import contexts
 from ..ops.dtensor import full
 from .probe import eager, leaves, remembered, untouched, unwrapped
+
+_ORPHAN = (
+    "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
+    "has it: call dip.number_layers(model), which gives it back"
+)
 
 
 @dataclasses.dataclass
@@ -98,7 +104,7 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
             report.frozen.append(name)
     if layers:
         faults = _by_gradients(model, layers) if batch is None else _by_a_step(model, layers, batch)
-        report.faults |= faults
+        report.faults |= faults | dict.fromkeys(orphans(layers), _ORPHAN)
     if strict and not report.ok:
         raise ValueError(str(report))
     return report

@@ -40,7 +40,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .patterns import Patterns, around
+from .patterns import Patterns, around, strings
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
 
@@ -255,6 +255,8 @@ def _choose(
     before: Sequence[str] | Mapping[str, int],
 ) -> _Choice:
     require_module(model)
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a function of (module, name), got {filter!r}")
     kinds = _kinds(types)
     _refuse_wrapped(model)
     names = _names(model)
@@ -355,9 +357,7 @@ def _asked_before(
     names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]
 ) -> dict[nn.Module, int]:
     """The modules that `before` names, each with its feature dimension."""
-    if isinstance(before, str):
-        before = (before,)
-    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(before)
+    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(strings("before", before))
     asked: dict[nn.Module, int] = {}
     for pattern, dim in dims.items():
         if isinstance(before, Mapping) and (not isinstance(dim, int) or isinstance(dim, bool)):
@@ -472,7 +472,7 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
     matches."""
     groups, taken = [], {}
     for asked in share:
-        if isinstance(asked, str) or len(asked) < 2:
+        if isinstance(asked, str) or len(strings("share", asked)) < 2:
             raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
         patterns = Patterns("share", asked)
         by_parent: dict[str, list[nn.Module]] = {}
@@ -514,7 +514,7 @@ def _every_name(names: dict[nn.Module, list[str]]) -> list[str]:
 
 
 def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[nn.Module]:
-    patterns = Patterns("exclude", (exclude,) if isinstance(exclude, str) else exclude)
+    patterns = Patterns("exclude", exclude)
     excluded = {
         module
         for module, every_name in names.items()
@@ -660,6 +660,17 @@ def to_plain(model: nn.Module) -> nn.Module:
             "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
             f"forward at {hooked}: call accelerate.hooks.remove_hook_from_submodules(model), then "
             "to_plain, then accelerate.dispatch_model again"
+        )
+    replaced = [
+        name
+        for name, m in {**layers, **attentions}.items()
+        if "forward" in vars(m)
+        and getattr(vars(m)["forward"], "__func__", None) is not type(m).forward
+    ]
+    if replaced:
+        raise ValueError(
+            "model: expected layers with their class's forward, got one set on the object, which "
+            f"may call the DIP forward, at {replaced}: delete it (del layer.forward), then to_plain"
         )
     activated = [
         name

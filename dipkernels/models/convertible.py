@@ -262,6 +262,8 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
         return f"a subclass of nn.{base}, whose forward may be its own: before=[...] puts noise at its input"
     if replaced := _forward_replaced(module):
         return replaced
+    if taken := _taken(module, twin_of(module)):
+        return f"it has {taken} of its own, names that a DIP layer uses: rename them"
     weight = None if is_adapter(module) else getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
         return f"its weight is sparse ({weight.layout})"
@@ -289,6 +291,17 @@ def _forward_replaced(module: nn.Module) -> str | None:
             "then dip.parallelize_module(model, mesh, plan)"
         )
     return "its forward was replaced on the object, so a DIP layer's forward would not run"
+
+
+def _taken(module: nn.Module, twin: type[Any]) -> list[str]:
+    """What has been set on this object under a name that its DIP class would read."""
+    own = (*vars(module), *module._parameters, *module._buffers, *module._modules)
+    kind = type(module)
+    return [
+        name
+        for name in own
+        if name in _OWN_NAMES or (hasattr(twin, name) and not hasattr(kind, name))
+    ]
 
 
 def no_twin(module: nn.Module) -> str | None:

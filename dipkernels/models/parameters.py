@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.numbering import need_layers, require_module
+from ..nn.sharing import orphans
 from ..nn.variance import TENSORS, Variance
 from ..ops import dtensor
 from .check import require_finite
@@ -92,14 +93,21 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
         {name: float32 tensor [K] on the CPU}, for torch.save or safetensors.
 
     Raises:
-        ValueError: There are no DIP layers, or a variance is NaN or infinite.
+        ValueError: There are no DIP layers, a variance is NaN or infinite, or it belongs to a layer
+            that has left the model.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
         >>> list(dip.variances(model))
         ['0.variance.log_variance', '0.variance.log_prior', '0.variance.pull']
     """
-    require_finite(need_layers(model))
+    layers = need_layers(model)
+    require_finite(layers)
+    if left := orphans(layers):
+        raise ValueError(
+            f"model: expected the variances of all its DIP layers, got {list(left)} that share one "
+            "of a layer that has left the model; call dip.number_layers(model)"
+        )
     found: dict[str, Tensor] = {}
     for name, m in plain_names(model).items():
         if isinstance(m, Variance):

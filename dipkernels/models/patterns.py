@@ -13,11 +13,14 @@ class Patterns:
 
     Args:
         argument: The name of the argument that holds the patterns.
-        patterns: In their order.
+        patterns: In their order; a single one stands for a list of one.
+
+    Raises:
+        TypeError: Some are no strings.
     """
 
     def __init__(self, argument: str, patterns: Iterable[str]) -> None:
-        self._argument, self._patterns = argument, tuple(patterns)
+        self._argument, self._patterns = argument, strings(argument, patterns)
         self._used: set[str] = set()
 
     def all(self, *names: str) -> list[str]:
@@ -44,6 +47,16 @@ class Patterns:
         unused = [p for p in self._patterns if p not in self._used]
         if unused:
             raise ValueError(_no_match(self._argument, unused, names, what))
+
+
+def strings(argument: str, value: object) -> tuple[str, ...]:
+    """The strings in value; a single one stands for a list of one. Raises TypeError for others."""
+    values = (
+        tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    )
+    if not all(isinstance(each, str) for each in values):
+        raise TypeError(f"{argument}: expected strings, got {value!r}")
+    return values
 
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:

@@ -58,7 +58,9 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, training in modes:
+        for module, training in modes:  # parents first
+            if module.training != training and type(module).train is not nn.Module.train:
+                module.train(training)  # which undoes what eval did: adapters unmerge
             module.training = training
 
 

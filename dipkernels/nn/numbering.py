@@ -12,7 +12,7 @@ from torch import nn
 from .. import worlds
 from ..noise import contexts
 from .layer import MAX_LAYERS, DIPLayer
-from .sharing import Share
+from .sharing import Share, adopt
 
 
 def require_module(model: object) -> None:
@@ -44,7 +44,8 @@ def number_layers(model: nn.Module) -> nn.Module:
     converted apart, or from deep-copied layers: otherwise layers have the same noise. `predict` and
     `trajectories` warn of equal numbers; under fixed_noise so do models that were converted apart.
     A copy that is called by itself draws its original's noise. If a layer is added, those after it
-    get other numbers. Layers that share one draw have one number.
+    get other numbers. Layers that share one draw have one number; if the one that owns their variance
+    has left the model, the next one owns it.
 
     Args:
         model: Any module.
@@ -65,6 +66,7 @@ def number_layers(model: nn.Module) -> nn.Module:
     layers = dip_layers(model)
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
+    adopt(layers)
     numbers, counted_in = itertools.count(), uuid.uuid4().hex
     shared: dict[Share | None, int] = {}
     for layer in layers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,23 @@ class Share:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_layers": self.num_layers, "_entries": {}}
+
+
+def orphans(layers: Mapping[str, DIPLayer]) -> dict[str, DIPLayer]:
+    """The layers whose variance belongs to a layer that is not among these: replaced, or left in
+    another model. No state dict and no optimiser of theirs has it."""
+    owned = {
+        id(layer._modules["variance"]) for layer in layers.values() if "variance" in layer._modules
+    }
+    return {name: layer for name, layer in layers.items() if id(layer.variance) not in owned}
+
+
+def adopt(layers: Mapping[str, DIPLayer]) -> None:
+    """Make a variance without an owner among these layers the child of the first one that has
+    it."""
+    while left := orphans(layers):
+        layer = next(iter(left.values()))
+        layer.variance = layer.__dict__.pop("variance")
 
 
 def share_noise(layers: list[DIPLayer]) -> None:

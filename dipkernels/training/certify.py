@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.probe import input_of
+from ..models.probe import eval_mode, input_of
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from ..noise.contexts import noise_off
@@ -146,15 +146,12 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
     def note(module: DIPLayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         read.append(input_of(module, args, kwargs))
 
-    modes = [(m, m.training) for m in model.modules()]
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with noise_off():
-            model.eval()(x[:1])
+        with eval_mode(model), noise_off():
+            model(x[:1])
     finally:
         handle.remove()
-        for module, training in modes:
-            module.training = training
     if (
         len(read) != 1
         or read[0].numel() != x[:1].numel()
