@@ -221,6 +221,13 @@ def test_contexts_of_two_threads_that_overlap_raise_and_nothing_stays_on():
         with pytest.raises(RuntimeError, match=r"another thread or task .*lock"):
             context.__exit__(None, None, None)
     assert state() == (None, 0, None)
+    first, second = sampling_on(), sampling_on()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # here nothing shows, but the second has lost its noise
+    with pytest.raises(RuntimeError, match="another thread or task"):
+        second.__exit__(None, None, None)
+    assert state() == (None, 0, None)
     assert torch.backends.mha.get_fastpath_enabled()
 
 

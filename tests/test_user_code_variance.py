@@ -838,3 +838,13 @@ def test_a_forward_that_was_set_on_a_layer_is_taken_off_before_to_plain(wrap):
     del model[0].forward
     want = model.eval()(x)
     assert torch.equal(dip.to_plain(model)(x), want)
+
+
+def test_a_model_that_was_converted_in_inference_mode_trains():
+    plain, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(3, 6)
+    with torch.inference_mode():
+        model = dip.convert(plain)
+        dip.calibrate(model, [x])
+    model(x).sum().backward()
+    torch.optim.SGD(dip.param_groups(model, 0.1)).step()
+    dip.check(model)

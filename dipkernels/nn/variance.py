@@ -83,6 +83,14 @@ class Variance(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.init_variance = check_init_variance(init_variance, num_features)
+        with torch.inference_mode(False):  # what is made in that mode can never be trained
+            self._make(device)
+        # [K] standard deviation of the input, once measured: calibrate, summary
+        self.spread: Tensor | None = None
+        decay.watch(self)
+
+    def _make(self, device: torch.device | str | None) -> None:
+        num_features = self.num_features
         self.register_parameter("log_variance", None)
         # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has
         # to hold this one.
@@ -96,10 +104,7 @@ class Variance(nn.Module):
         self.register_buffer("pull", None)
         self._buffers["pull"] = torch.empty(num_features, dtype=torch.float32, device=device)
         self._from_meta = self.log_variance.is_meta  # until it has values
-        # [K] standard deviation of the input, once measured: calibrate, summary
-        self.spread: Tensor | None = None
         self.reset_parameters()
-        decay.watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
