@@ -848,3 +848,16 @@ def test_a_model_that_was_converted_in_inference_mode_trains():
     model(x).sum().backward()
     torch.optim.SGD(dip.param_groups(model, 0.1)).step()
     dip.check(model)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "of inference mode", "sparse"])
+def test_buffers_that_nobody_can_write_to_do_not_stop_a_probe(kind):
+    with torch.inference_mode(kind == "of inference mode"):
+        buffer = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(1).expand(4)
+        buffer = buffer.clone() if kind == "of inference mode" else buffer
+    model, x = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 4)), torch.randn(3, 8)
+    model.register_buffer("own", buffer)
+    assert len(dip.producer_plan(model, [x]).moved) == 1
+    dip.convert(model, before=["0"], batches=[x])
+    dip.check(model, x)
+    assert model.own is buffer

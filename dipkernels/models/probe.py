@@ -101,7 +101,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for module, name, buffer, before in buffers:
                     module._buffers[name] = buffer
-                    buffer.copy_(before)
+                    if _can_change(buffer):
+                        buffer.copy_(before)
+
+
+def _can_change(buffer: Tensor) -> bool:
+    """Whether a pass could have written into it, as torch refuses for what was expanded, and
+    outside of inference mode for what was made there."""
+    strided = buffer.layout is torch.strided and not buffer.is_nested
+    expanded = strided and any(
+        n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride())
+    )
+    return not expanded and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
 def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
