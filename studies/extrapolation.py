@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from tables import interval, markdown, signed, verdict
 from tasks import mlp
 from torch import Tensor, nn
-from training import energy
 
 import dipkernels as dip
 
@@ -63,7 +62,7 @@ def fitted(x: Tensor, y: Tensor, options: dict[str, Any], steps: int) -> nn.Modu
         else:
             out = dip.trajectories(model, x[batch], m=M)
             if "energy" in options:
-                loss = energy(out, y[batch]) + dip.kl_penalty(model, **kl)
+                loss = dip.energy_score(out, y[batch]) + dip.kl_penalty(model, **kl)
             else:
                 loss = dip.objective(out, y[batch], F.mse_loss, model, **kl)
         optimizer.zero_grad()

@@ -243,3 +243,53 @@ def smoothness(out: Tensor) -> Tensor:
     scalar, at least float32."""
     variance = out.to(torch.promote_types(out.dtype, torch.float32)).var(0)  # [B, ...]
     return variance.sum(-1).mean() if out.ndim >= 3 else variance.mean()
+
+
+def energy_score(out: Tensor, target: Tensor) -> Tensor:
+    """mean_s |out_s - target| - 1/2 mean_{s != t} |out_s - out_t|, averaged over the batch.
+
+    A loss for regression, in place of the mean squared one of `objective`: it is least where the trajectories
+    are draws from the distribution of the target. So the network learns the whole distribution, and
+    `predict(model, x, k=..., average=None)` draws from it. Of one number for each example it is the CRPS. Add
+    `kl_penalty(model)` for the pull to the prior.
+
+    Args:
+        out: [m, B, ...], m >= 2, from `trajectories`.
+        target: [B, ...], of the shape of a trajectory. Of classes: one-hot, beside probabilities.
+
+    Returns:
+        A scalar, at least float32. The distance |.| is Euclidean over an example's numbers.
+
+    Raises:
+        TypeError: One of the two is no floating tensor.
+        ValueError: m is 1, or the shapes do not fit.
+
+    Examples:
+        >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 1))), torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss = dip.energy_score(dip.trajectories(model, x, m=4), y) + dip.kl_penalty(model)
+        >>> loss.backward()
+
+    Source: Gneiting and Raftery, JASA 2007; as a loss of networks with noise: engression, Shen and
+    Meinshausen, JRSS B 2024.
+    """
+    for name, value in (("out", out), ("target", target)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a floating tensor, got {got}")
+    if out.ndim < 2 or len(out) < 2:
+        raise ValueError(
+            f"out: expected [m, B, ...] with m >= 2 trajectories, got shape {tuple(out.shape)}"
+        )
+    if target.shape != out.shape[1:]:
+        raise ValueError(
+            f"target: expected shape {tuple(out.shape[1:])}, that of a trajectory, got "
+            f"{tuple(target.shape)}"
+        )
+    wide = torch.promote_types(out.dtype, torch.float32)
+    draws = out.to(wide).reshape(*out.shape[:2], -1)
+    first, second = torch.triu_indices(len(out), len(out), 1, device=out.device)
+    apart = (draws[first] - draws[second]).norm(dim=-1).mean()
+    score: Tensor = (draws - target.to(wide).reshape(len(target), -1)).norm(
+        dim=-1
+    ).mean() - apart / 2
+    return score
