@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import real
 from ..nn.variance import Variance
 from ..ops.dtensor import full, laid_out_as
 from ..worlds import is_dtensor
 
 KL = 0.4  # the default weight: studies/defaults.py
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
 def _variances(model: nn.Module) -> list[Variance]:
@@ -60,7 +55,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         >>> dip.kl_penalty(model).item()  # the variances are where they started
         0.0
     """
-    _check_weight("kl", kl)
+    kl = real("kl", kl, least=0)
     variances = _variances(model)
     sharded = [v for v in variances if is_dtensor(v.log_variance)]
     whole = [v for v in variances if not is_dtensor(v.log_variance)]
@@ -111,7 +106,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
 
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
-    _check_pair(alpha, beta)
+    alpha, beta = _checked_pair(alpha, beta)
     variances = [v.log_variance for v in _variances(model)]
     sharded = [part for part in variances if is_dtensor(part)]
     parts = [part for part in variances if not is_dtensor(part)]
@@ -124,14 +119,14 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
 
 
-def _check_pair(alpha: float, beta: float) -> None:
-    _check_weight("alpha", alpha)
-    _check_weight("beta", beta)
+def _checked_pair(alpha: float, beta: float) -> tuple[float, float]:
+    alpha, beta = real("alpha", alpha, least=0), real("beta", beta, least=0)
     if beta > 0 and alpha == 0:
         raise ValueError(
             f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows "
             "without bound; use kl=, or alpha = beta / variance"
         )
+    return alpha, beta
 
 
 def objective(
@@ -204,10 +199,10 @@ def objective(
             "loss_fn: expected a function such as F.cross_entropy, or a loss module such as "
             f"nn.CrossEntropyLoss(), got {came}"
         )
-    _check_pair(alpha, beta)
-    _check_weight("lambda_s", lambda_s)
+    alpha, beta = _checked_pair(alpha, beta)
+    lambda_s = real("lambda_s", lambda_s, least=0)
     if kl is not None:
-        _check_weight("kl", kl)
+        kl = real("kl", kl, least=0)
         if kl > 0 and alpha > 0:
             raise ValueError(
                 f"kl: expected none beside alpha, another form of this term, got {kl} and alpha={alpha}"
