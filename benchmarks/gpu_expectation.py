@@ -247,7 +247,7 @@ choices, and why the draw of the seed stays a kernel of its own.
 
 ## Sampling inside the product
 
-`backends.fuses` rests on this section. The fused form draws the noise inside the matrix product. It
+`registry.fuses` rests on this section. The fused form draws the noise inside the matrix product. It
 neither writes nor reads u, but it draws again for every tile of columns, in the forward and in the
 weight's product. Each kernel is taken to need, per element of x and with many rows, the longest of its
 memory traffic, its matrix product and its issue slots, as if these overlapped completely. The table has

@@ -37,7 +37,7 @@ _HOMES = {
     "noise.contexts": ("fixed_noise", "noise_off", "sampling_on"),
     "reports": ("metrics", "plot", "progress"),
     "training.certify": ("Certificate", "certify"),
-    "training.objective": ("kl_penalty", "objective", "penalty"),
+    "training.objective": ("energy_score", "kl_penalty", "objective", "penalty"),
     "training.predict": ("predict",),
     "training.trajectories": ("trajectories",),
     "training.tune": ("Tuned", "tune"),
@@ -85,6 +85,7 @@ if _TYPE_CHECKING:
     from .reports import progress as progress
     from .training.certify import Certificate as Certificate
     from .training.certify import certify as certify
+    from .training.objective import energy_score as energy_score
     from .training.objective import kl_penalty as kl_penalty
     from .training.objective import objective as objective
     from .training.objective import penalty as penalty

@@ -469,20 +469,6 @@ FUSED_WORK = 2**25
 FUSED_MEAN_COLUMNS = 512
 
 
-def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Plan | None:
-    """The plan of an affine layer that samples inside its GEMM, or None for P, the vendor's GEMM
-    and Q.
-
-    m, n, k: rows, out-features, in-features. For 16-bit types alone: in float32 the vendor's
-    product is far ahead.
-    """
-    if not can_fuse(device) or not is_narrow(dtype, m, n, k):
-        return None
-    if n <= FUSED_COLUMNS:
-        return Plan("triton", f"N = {n} <= {FUSED_COLUMNS}: one tile of columns")
-    return Plan("triton", f"M N K = {m * n * k} <= {FUSED_WORK}: launches dominate")
-
-
 def can_fuse(device: str) -> bool:
     """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter
     where it is forced."""
@@ -492,7 +478,8 @@ def can_fuse(device: str) -> bool:
 
 
 def is_narrow(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether an affine layer of these sizes is for that, where it may."""
+    """Whether an affine layer of m rows, n out-features and k in-features is for that, where it
+    may; of 16-bit types alone, because in float32 the vendor's product is far ahead."""
     return dtype in (torch.float16, torch.bfloat16) and (
         n <= FUSED_COLUMNS or m * n * k <= FUSED_WORK
     )

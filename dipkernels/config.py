@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer, real
 from .models.calibrate import calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
-from .models.patterns import Patterns, around, strings
+from .models.patterns import Patterns, around
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -90,14 +91,14 @@ class DIPConfig:
     key: int | None = 0
 
     def __post_init__(self) -> None:
-        patterns = {
-            name: strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
+        kept: dict[str, Any] = {
+            name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
         }
-        before = (
-            dict(self.before)
-            if isinstance(self.before, Mapping)
-            else strings("before", self.before)
-        )
+        if isinstance(self.before, Mapping):
+            _strings("before", list(self.before))
+            kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
+        else:
+            kept["before"] = _strings("before", self.before)
         if not isinstance(self.share, _LISTS) or not all(
             isinstance(group, _LISTS) for group in self.share
         ):
@@ -105,9 +106,14 @@ class DIPConfig:
                 "share: expected groups of patterns, such as [('q_proj', 'k_proj')], got "
                 f"{self.share!r}"
             )
-        share = tuple(strings("share", group) for group in self.share)
-        amounts = {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
-        for name, value in {**patterns, **amounts, "before": before, "share": share}.items():
+        kept["share"] = tuple(_strings("share", group) for group in self.share)
+        kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
+        kept["m"], kept["k"] = integer("m", self.m, 1), integer("k", self.k, 0)
+        kept["kl"] = float(real("kl", self.kl, least=0))
+        kept["lambda_s"] = float(real("lambda_s", self.lambda_s, least=0))
+        if self.key is not None:
+            kept["key"] = integer("key", self.key, other=" or None")
+        for name, value in kept.items():
             object.__setattr__(self, name, value)
         unknown = [name for name in self.types if name not in _TYPES]
         if unknown or not self.types:
@@ -115,10 +121,6 @@ class DIPConfig:
                 f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}"
             )
         check_place(self.place)
-        if isinstance(before, dict) and not all(
-            isinstance(pattern, str) and _is_integer(dim) for pattern, dim in before.items()
-        ):
-            raise TypeError(f"before: expected {{pattern: feature dimension}}, got {before!r}")
         if self.ratio is not None and self.variance is not None:
             raise ValueError(
                 f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
@@ -129,14 +131,6 @@ class DIPConfig:
             raise ValueError(
                 f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
             )
-        for name, least in (("m", 1), ("k", 0)):
-            value = getattr(self, name)
-            if not _is_integer(value) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        for name in ("kl", "lambda_s"):
-            value = getattr(self, name)
-            if not (_is_finite(value) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 "lambda_s: expected 0 with m = 1, because one trajectory has no variance, got "
@@ -145,8 +139,6 @@ class DIPConfig:
         if not isinstance(self.average, str):
             raise TypeError(f"average: expected a string, got {self.average!r}")
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
-        if self.key is not None and not _is_integer(self.key):
-            raise TypeError(f"key: expected an integer or None, got {self.key!r}")
 
     @property
     def watches_batches(self) -> bool:
@@ -235,30 +227,22 @@ class DIPConfig:
         return predicted
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    """Whether it is a number that a float can hold, and no bool."""
-    try:
-        return (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        )
-    except OverflowError:
-        return False
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    values = tuple(value) if isinstance(value, _LISTS) else (value,)
+    if not all(isinstance(each, str) for each in values):
+        raise TypeError(f"{name}: expected strings, got {value!r}")
+    return values
 
 
 def _amount(name: str, value: Any) -> Any:
     """A number > 0, {pattern: number > 0} or None."""
-    values = list(value.values()) if isinstance(value, Mapping) else [value]
-    named = not isinstance(value, Mapping) or all(isinstance(each, str) for each in value)
-    positive = values and all(_is_finite(each) and each > 0 for each in values)
-    if value is not None and not (named and positive):
-        raise ValueError(
-            f"{name}: expected a finite number > 0, or {{pattern: number}}, got {value!r}"
-        )
-    return dict(value) if isinstance(value, Mapping) else value
+
+    def positive(number: Any) -> float:
+        return float(real(name, number, above=0, other=", or {pattern: number}"))
+
+    if isinstance(value, Mapping) and value and all(isinstance(p, str) for p in value):
+        return {pattern: positive(number) for pattern, number in value.items()}
+    return None if value is None else positive(value)
 
 
 # ---- a model -------------------------------------------------------------------------------------

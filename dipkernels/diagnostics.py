@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .arguments import integer, real
 from .models.probe import eval_mode
 from .models.spreads import measured_spreads
 from .nn.numbering import dip_layers
@@ -60,8 +61,7 @@ def predictor(
         >>> torch.equal(f(x), f(x))
         True
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-        raise ValueError(f"k: expected an integer >= 0, got {k!r}")
+    k = integer("k", k, 0)
     check_average(average, dim, ("probs", "sigmoid", "logits"))
     if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):
         raise ValueError(
@@ -87,21 +87,16 @@ def predictor(
 def _one_pass(
     model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int
 ) -> Tensor:
-    with contexts.sampling_on(), contexts.numbered_pass(number):
+    with contexts.numbered_pass(number):
         return tensor_output(model(x), average, dim)
 
 
 @contextlib.contextmanager
 def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
-    """Eval mode, and attention by kernels that forward differentiation knows."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        evaluating = eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
-        with evaluating, sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    """Eval mode with noise, and attention by kernels that forward differentiation knows."""
+    evaluating = eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
+    with evaluating, contexts.sampling_on(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 # ---- local Lipschitz constant and smoothness -----------------------------------------------------
@@ -124,10 +119,7 @@ def lipschitz(
     Args:
         model: A module or callable, [B, ...] -> [B, ...], that treats each example by itself.
         x: [B, ...], floating.
-        k: As for `predictor`.
-        average: As for `predictor`.
-        dim: As for `predictor`.
-        key: As for `predictor`.
+        k, average, dim, key: As for `predictor`.
         iterations: The largest number of steps, >= 1, of power iteration on J^T J: v -> J^T (J v),
             by forward and then reverse differentiation.
         tolerance: The iteration ends when no value changes by more than this, relatively.
@@ -146,12 +138,16 @@ def lipschitz(
 
     Source: arXiv 2506.04690 claims a lower one for the noised predictor.
     """
-    _check(x, iterations, tolerance)
+    iterations, tolerance = _checked(x, iterations, tolerance)
     f = predictor(model, k, average=average, dim=dim, key=key)
     x = x.detach()
     with _frozen(model):
         f_of_x, pull_back, *_ = torch.func.vjp(f, x)
-        _check_batch(f_of_x, x, average)
+        if f_of_x.ndim < 2 or len(f_of_x) != len(x):
+            raise ValueError(
+                f"model: expected an output [{len(x)}, ...] for each example, got shape "
+                f"{tuple(f_of_x.shape)}"
+            )
 
         def step(v: Tensor) -> tuple[Tensor, Tensor]:
             jv = torch.func.jvp(f, (x,), (v,))[1]  # [B, ...]
@@ -177,14 +173,10 @@ def smoothness(
     in the input.
 
     Args:
-        model: As for `lipschitz`.
-        x: As for `lipschitz`.
+        model, x: As for `lipschitz`.
         loss_fn: Takes f_k's output [B, ...] and gives a loss for each example, [B], or their sum;
             such as lambda out: F.cross_entropy(out, y, reduction="none").
-        k: As for `predictor`.
-        average: As for `predictor`.
-        dim: As for `predictor`.
-        key: As for `predictor`.
+        k, average, dim, key: As for `predictor`.
         which: "magnitude", the largest |eigenvalue|, which is the Lipschitz constant of the
             gradient, or "largest", the largest with its sign.
         iterations: As for `lipschitz`, with v -> H v by forward differentiation of the gradient.
@@ -204,7 +196,7 @@ def smoothness(
 
     Source: arXiv 2506.04690, second-order smoothness.
     """
-    _check(x, iterations, tolerance)
+    iterations, tolerance = _checked(x, iterations, tolerance)
     if which not in ("magnitude", "largest"):
         raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
     x = x.detach()
@@ -276,20 +268,9 @@ def _loss_sum(losses: Tensor, batch: int) -> Tensor:
     return losses.sum()
 
 
-def _check(x: Tensor, iterations: int, tolerance: float) -> None:
+def _checked(x: Tensor, iterations: int, tolerance: float) -> tuple[int, float]:
     require_batch(x)
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
-
-
-def _check_batch(out: Tensor, x: Tensor, average: str) -> None:
-    if out.ndim < 2 or len(out) != len(x):
-        raise ValueError(
-            f"model: expected an output [{len(x)}, ...] for each example, got shape "
-            f"{tuple(out.shape)}"
-        )
+    return integer("iterations", iterations, 1), real("tolerance", tolerance, least=0)
 
 
 @contextlib.contextmanager
@@ -327,8 +308,7 @@ def output_variance(
         k: Number of passes, >= 2.
         average: What the variance is taken of: "logits" (the outputs), "probs" (their softmax over
             dim) or "sigmoid", as in `predict`.
-        chunk: As for `predict`.
-        dim: As for `predict`.
+        chunk, dim: As for `predict`.
         kwargs: The model's named arguments.
 
     Returns:
@@ -344,8 +324,7 @@ def output_variance(
 
     Source: arXiv 2506.04690, the constraint Var[f(x)].
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 2:
-        raise ValueError(f"k: expected an integer >= 2, for a variance, got {k!r}")
+    k = integer("k", k, 2, other=", for a variance")
     check_average(average, dim, ("probs", "sigmoid", "logits"))
     out = predict(model, *args, k=k, average=None, chunk=chunk, **kwargs)
     return tensor_output(out, average, dim, stacked=1).var(0)

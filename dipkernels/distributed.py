@@ -74,10 +74,8 @@ def parallelize_module(
         dip.parallelize_module(model, mesh["tp"], plan)
 
     Args:
-        module: As for torch's function.
+        module, parallelize_plan, options: As for torch's function.
         device_mesh: As for torch's function; it must be given.
-        parallelize_plan: As for torch's function.
-        options: As for torch's function.
 
     Returns:
         What torch's function returns.
@@ -162,8 +160,16 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
         ranks = [None] * distributed.get_world_size()
         distributed.all_gather_object(ranks, mine)
     problems = [f"rank {r}: {fault}" for r, each in enumerate(ranks) for fault in each["faults"]]
-    problems += _numbering(ranks)
-    problems += _priors(ranks)
+    problems += [
+        f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers "
+        "on each"
+        for rank, names in _differing(ranks, "numbers").items()
+    ]
+    problems += [
+        f"rank {rank} has other priors than rank 0 at {names}; calibrate every rank on the same "
+        "batches"
+        for rank, names in _differing(ranks, "priors").items()
+    ]
     for rank, each in enumerate(ranks):
         first = each["place"][0] if each["place"] else rank
         if each["noise"] != ranks[first]["noise"]:
@@ -233,27 +239,9 @@ def _digest(values: torch.Tensor) -> str:
 
 def _shown(each: dict[str, Any]) -> str:
     kind, *values = each["noise"]
-    return (
-        f"fixed_noise(key, row0) = {tuple(values)}"
-        if kind == "key"
-        else f"generator state {values[0]}"
-    )
-
-
-def _numbering(ranks: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers "
-        "on each"
-        for rank, names in _differing(ranks, "numbers").items()
-    ]
-
-
-def _priors(ranks: list[dict[str, Any]]) -> list[str]:
-    return [
-        f"rank {rank} has other priors than rank 0 at {names}; calibrate every rank on the same "
-        "batches"
-        for rank, names in _differing(ranks, "priors").items()
-    ]
+    if kind == "key":
+        return f"fixed_noise(key, row0) = {tuple(values)}"
+    return f"generator state {values[0]}"
 
 
 def _differing(ranks: list[dict[str, Any]], what: str) -> dict[int, list[str]]:

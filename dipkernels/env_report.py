@@ -116,11 +116,8 @@ def env_report() -> EnvReport:
     report.update(library if isinstance(library, dict) else {"library": library})
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            built = (
-                f" that torch, built for CUDA {torch.version.cuda}, can use"
-                if torch.version.cuda
-                else ""
-            )
+            cuda = torch.version.cuda
+            built = f" that torch, built for CUDA {cuda}, can use" if cuda else ""
             report["kernels on cuda"] = f"no CUDA device{built}"
             continue
         if device == "cuda":

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import worlds
+from .arguments import integer
 from .ops import expectation as _expectation
 from .ops import linear as _linear
 from .ops import perturb as _perturb
 from .ops.activations import ACTIVATIONS as ACTIVATIONS
-from .ops.draw import Draw
+from .ops.draw import asked_for
 from .worlds import is_dtensor
 
 ESTIMATORS = ("sample", "mean", "analytic")
@@ -51,7 +52,7 @@ def noise(
         True
     """
     check_tensors(seed=seed)
-    return _perturb.noise(seed, tuple(shape), Draw(dim, row0, col0, sample))
+    return _perturb.noise(seed, tuple(shape), asked_for(dim, row0, col0, sample, 1.0, False))
 
 
 def perturb(
@@ -79,9 +80,7 @@ def perturb(
             or with log_variance=True ln(sigma^2), any value.
         seed: int64 [2] = (key, stream), on x's device.
         dim: The feature dimension.
-        row0: As for `noise`.
-        col0: As for `noise`.
-        sample: As for `noise`.
+        row0, col0, sample: As for `noise`.
         num_samples: S. The mean of S draws is made as one draw with sigma / sqrt(S), which has the
             same law.
         log_variance: Whether sigma holds ln(sigma^2).
@@ -101,11 +100,11 @@ def perturb(
 
     Source: DIPNet, arXiv 2506.04690, the projection u ~ N(v, diag(sigma^2)).
     """
-    _check_num_samples(num_samples)
     check_tensors(x=x, sigma=sigma, seed=seed)
+    factor = integer("num_samples", num_samples, 1) ** -0.5
     if not log_variance:
         check_sigma(sigma)
-    draw = Draw(dim, row0, col0, sample, factor=num_samples**-0.5, log_variance=log_variance)
+    draw = asked_for(dim, row0, col0, sample, factor, log_variance)
     return _perturb.projection(x, sigma, seed, draw, dtype)
 
 
@@ -134,11 +133,8 @@ def dip_linear(
         x: [..., K].
         weight: [N, K].
         bias: [N] or None.
-        sigma: As for `perturb`.
-        seed: As for `perturb`.
-        row0: As for `noise`.
-        col0: As for `noise`.
-        sample: As for `noise`.
+        sigma, seed: As for `perturb`.
+        row0, col0, sample: As for `noise`.
         num_samples: As for `perturb`, before the activation; with estimator="mean", behind it.
         log_variance: Whether sigma holds ln(sigma^2).
         keep: What backward keeps of the input: "u" (as nn.Linear keeps its input), "x" (u is made
@@ -171,7 +167,7 @@ def dip_linear(
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     check_estimator(estimator, activation, num_samples, keep)
-    _check_num_samples(num_samples)
+    num_samples = integer("num_samples", num_samples, 1)
     check_tensors(x=x, weight=weight, sigma=sigma, seed=seed)
     if not log_variance:
         check_sigma(sigma)
@@ -180,7 +176,7 @@ def dip_linear(
         raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
     if estimator == "analytic":
         return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
-    draw = Draw(-1, row0, col0, sample, log_variance=log_variance)
+    draw = asked_for(-1, row0, col0, sample, 1.0, log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
         return _linear.mean(x, weight, bias, sigma, seed, draw, num_samples, activation, dtype)
     draw = draw._replace(factor=num_samples**-0.5)
@@ -224,11 +220,6 @@ def check_estimator(estimator: str, activation: str | None, num_samples: int, ke
         raise ValueError(f"num_samples: expected 1 with estimator='analytic', got {num_samples}")
     if estimator != "sample" and keep == "u":
         raise ValueError(f"keep: expected 'auto' or 'x' with estimator={estimator!r}, got 'u'")
-
-
-def _check_num_samples(num_samples: int) -> None:
-    if not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples: expected an integer >= 1, got {num_samples!r}")
 
 
 def check_tensors(**values: object) -> None:

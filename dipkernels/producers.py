@@ -22,7 +22,7 @@ from . import worlds
 from .functional import check_sigma, check_tensors
 from .ops import gate as _gate
 from .ops import norm as _norm
-from .ops.draw import Draw
+from .ops.draw import Draw, asked_for
 
 
 def norm(
@@ -119,7 +119,8 @@ def activate(
     """
     check_tensors(x=x, sigma=sigma, seed=seed)
     draw = _draw(sigma, dim, row0, col0, sample, log_variance)
-    return _gate.noised_activation(x, sigma, seed, draw, kind, dtype or worlds.autocast_dtype(x))
+    dtype = dtype or worlds.autocast_dtype(x)
+    return _gate.noised_gate(x, None, sigma, seed, draw, kind, dtype)
 
 
 def gate(
@@ -163,7 +164,7 @@ def gate(
 def _draw(sigma: Tensor, dim: int, row0: int, col0: int, sample: int, log_variance: bool) -> Draw:
     if not log_variance:
         check_sigma(sigma)
-    return Draw(dim, row0, col0, sample, log_variance=log_variance)
+    return asked_for(dim, row0, col0, sample, 1.0, log_variance)
 
 
 for _name in ("norm", "activate", "gate"):

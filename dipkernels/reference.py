@@ -158,11 +158,8 @@ def _tanh(x: Tensor) -> Derivatives:
 
 def _gelu_tanh(x: Tensor) -> Derivatives:
     c = 2 * math.sqrt(2 / math.pi)
-    s, d1, d2 = (
-        torch.sigmoid(c * (x + 0.044715 * x**3)),
-        c * (1 + 0.134145 * x * x),
-        c * 0.26829 * x,
-    )
+    s = torch.sigmoid(c * (x + 0.044715 * x**3))
+    d1, d2 = c * (1 + 0.134145 * x * x), c * 0.26829 * x
     ds = s * (1 - s) * d1
     return x * s, s + x * ds, 2 * ds + x * ((1 - 2 * s) * d1 * ds + s * (1 - s) * d2)
 
@@ -188,10 +185,8 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     f, s = _ACTIVATIONS[activation], torch.sqrt(v)
     if activation == "relu":
         safe = torch.where(s == 0, 1.0, s)
-        pdf, cdf = (
-            torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi),
-            torch.special.ndtr(mu / safe),
-        )
+        pdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi)
+        cdf = torch.special.ndtr(mu / safe)
         y, slope, curvature = f(mu)
         return (
             torch.where(s == 0, y, mu * cdf + s * pdf),
@@ -255,16 +250,11 @@ def _samples(
     bias: Tensor | None,
     sigma: Tensor,
     seed: Tensor,
-    row0: int,
-    col0: int,
-    sample: int,
-    factor: float,
-    log_variance: bool,
-    num_samples: int,
-    activation: str,
+    *draw_and_act: Any,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each sample (z, u, h) in float64: u = x + factor sigma z, h = u W^T + b; rows
     flattened."""
+    row0, col0, sample, factor, log_variance, num_samples, activation = draw_and_act
     if activation == "identity" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
     rows = _as_rows(x, -1)
@@ -296,18 +286,12 @@ def linear_bwd(
     bias: Tensor | None,
     sigma: Tensor,
     seed: Tensor,
-    row0: int,
-    col0: int,
-    sample: int,
-    factor: float,
-    log_variance: bool,
-    num_samples: int,
-    activation: str,
+    *draw_and_act: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dsigma) of `linear`"""
-    draw = (row0, col0, sample, factor, log_variance)
+    """(dx, dweight, dbias, dsigma) of `linear`; draw_and_act as its, without out_dtype"""
+    _, _, _, factor, log_variance, num_samples, activation = draw_and_act
     dx = dweight = dbias = dsigma = torch.zeros((), dtype=torch.float64, device=x.device)
-    for z, u, h in _samples(x, weight, bias, sigma, seed, *draw, num_samples, activation):
+    for z, u, h in _samples(x, weight, bias, sigma, seed, *draw_and_act):
         dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
         du = dh @ weight.double()
         dx, dweight, dbias = dx + du, dweight + dh.t() @ u, dbias + dh.sum(0)
@@ -366,19 +350,15 @@ def gate_bwd(
     """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
     draw, (activation,) = _split(draw_and_act)
     f, slope, _ = _ACTIVATIONS[activation](a.double())
-    da, db = (
-        torch.empty_like(a).copy_(du.double() * b * slope),
-        torch.empty_like(b).copy_(du.double() * f),
-    )
+    da = torch.empty_like(a).copy_(du.double() * b * slope)
+    db = torch.empty_like(b).copy_(du.double() * f)
     return da, db, _dsigma(du, sigma, seed, *draw)
 
 
 def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
-    return (
-        du.new_empty(0, dtype=torch.float32)
-        if sigma is None
-        else perturb_bwd(du, sigma, seed, *draw)
-    )
+    if sigma is None:
+        return du.new_empty(0, dtype=torch.float32)
+    return perturb_bwd(du, sigma, seed, *draw)
 
 
 def norm(
@@ -426,21 +406,17 @@ def norm_bwd(
     """
     draw, (kind, offset) = _split(draw_and_norm)
     rows, g = _as_rows(x, -1), _as_rows(du, -1)
-    mean, rstd = (
-        (stats[0].double()[:, None] if kind == "layer" else 0.0),
-        stats[-1].double()[:, None],
-    )
+    mean = stats[0].double()[:, None] if kind == "layer" else 0.0
+    rstd = stats[-1].double()[:, None]
     h = (rows - mean) * rstd
-    dweight = (
-        du.new_empty(0, dtype=torch.float32) if weight is None else (g * h).sum(0).to(weight.dtype)
-    )
-    dbias = du.new_empty(0, dtype=torch.float32) if bias is None else g.sum(0).to(bias.dtype)
+    dweight, dbias = du.new_empty(0, dtype=torch.float32), du.new_empty(0, dtype=torch.float32)
+    if weight is not None:
+        dweight = (g * h).sum(0).to(weight.dtype)
+    if bias is not None:
+        dbias = g.sum(0).to(bias.dtype)
     g = g * _norm_weight(weight, offset)
-    dx = (
-        g
-        - h * (g * h).mean(1, keepdim=True)
-        - (g.mean(1, keepdim=True) if kind == "layer" else 0.0)
-    )
+    shift = g.mean(1, keepdim=True) if kind == "layer" else 0.0
+    dx = g - h * (g * h).mean(1, keepdim=True) - shift
     dx = torch.empty_like(x).copy_((dx * rstd).reshape(x.shape))
     return dx, dweight, dbias, _dsigma(du, sigma, seed, *draw)
 

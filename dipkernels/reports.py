@@ -13,6 +13,7 @@ from typing import Any, Generic, TextIO, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import integer
 from .models.parameters import variances
 from .nn.numbering import need_layers
 from .training.objective import kl_penalty
@@ -97,11 +98,8 @@ def plot(
     """
     after = variances(model)
     names = [name for name in after if name.endswith("log_variance") and len(after[name])]
-    start = (
-        {n: after[n.removesuffix("log_variance") + "log_prior"] for n in names}
-        if before is None
-        else before
-    )
+    priors = {n: after[n.removesuffix("log_variance") + "log_prior"] for n in names}
+    start = priors if before is None else before
     if not set(names) <= start.keys():
         raise ValueError(
             f"before: expected the variances of {len(names)} layers, got none for "
@@ -161,15 +159,12 @@ class Progress(Generic[Batch]):
         self, batches: Iterable[Batch], model: nn.Module, every: int | None, file: TextIO | None
     ) -> None:
         need_layers(model)
-        if every is not None and (
-            isinstance(every, bool) or not isinstance(every, int) or every < 1
-        ):
-            raise ValueError(f"every: expected an integer >= 1, got {every!r}")
         self._batches, self._model = batches, model
         self._file = sys.stderr if file is None else file
         self._total = _length(batches)
         self._on_terminal = self._file.isatty()
-        self._every = every or max(1, (self._total or 1000) // 10)
+        tenth = max(1, (self._total or 1000) // 10)
+        self._every = tenth if every is None else integer("every", every, 1)
         self._values: dict[str, Any] = {}
 
     def update(self, **values: Any) -> None:

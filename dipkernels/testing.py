@@ -106,11 +106,8 @@ def compare(
         raise ValueError(f"op: expected one of {sorted(registry.SCHEMAS)}, got {op!r}")
     if not shape or shape[-1] < 1:
         raise ValueError(f"shape: expected (..., K) with K >= 1, got {tuple(shape)}")
-    device = (
-        "cuda"
-        if backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
-        else "cpu"
-    )
+    on_gpu = backend == "cuda" or (backend == "triton" and torch.cuda.is_available())
+    device = "cuda" if on_gpu else "cpu"
     if backend not in registry.NAMESPACES:
         raise ValueError(f"backend: expected one of {tuple(registry.NAMESPACES)}, got {backend!r}")
     overload = getattr(getattr(torch.ops, registry.NAMESPACES[backend]), op).default
@@ -172,14 +169,10 @@ def _inputs(names: Sequence[str], shape: list[int], dtype: torch.dtype, op: str)
 def _first(
     got: Tensor, want: Tensor, tolerance: float
 ) -> tuple[int, tuple[int, ...], float, float] | None:
-    got, want = got.double(), want.double()
-    far = (
-        (got - want).abs() > tolerance * (1 + want.abs().nan_to_num(0).max())
-        if got.shape == want.shape
-        else None
-    )
-    if far is None:
+    if got.shape != want.shape:
         return got.numel(), tuple(got.shape), float("nan"), float("nan")
+    got, want = got.double(), want.double()
+    far = (got - want).abs() > tolerance * (1 + want.abs().nan_to_num(0).max())
     far |= got.isnan() != want.isnan()
     if not far.any():
         return None

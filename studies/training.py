@@ -101,13 +101,10 @@ def cosine(
 
 
 def energy(out: Tensor, y: Tensor) -> Tensor:
-    """The energy score of m >= 2 draws, mean |y - out_s| - mean |out_s - out_t| / 2 over s != t; of
-    classes, of their probabilities."""
+    """The energy score of m >= 2 draws; of classes, of their probabilities."""
     if not y.is_floating_point():
         out, y = out.softmax(-1), F.one_hot(y, out.shape[-1]).to(out)
-    m = len(out)
-    apart = (out[:, None] - out[None]).norm(dim=-1).sum((0, 1)) / (m * (m - 1))
-    return ((out - y).norm(dim=-1).mean(0) - apart / 2).mean()
+    return dip.energy_score(out, y)
 
 
 def mixture(out: Tensor, y: Tensor) -> Tensor:

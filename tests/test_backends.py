@@ -347,18 +347,22 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         assert backends.library().loaded
 
 
+def fuses(device, dtype, m, n, k):
+    return backends.can_fuse(device) and backends.is_narrow(dtype, m, n, k)
+
+
 def test_fuses_narrow_and_small_problems_alone(monkeypatch):
     with_library(monkeypatch)
     monkeypatch.setattr(backends, "has_triton", lambda: True)
     half = torch.bfloat16
-    assert "one tile of columns" in backends.fuses("cuda", half, 65536, 128, 4096).why
-    assert backends.fuses("cuda", half, 65536, 129, 4096) is None
-    assert "launches" in backends.fuses("cuda", half, 32, 1024, 1024).why
-    assert backends.fuses("cuda", half, 33, 1024, 1024) is None
-    assert backends.fuses("cuda", torch.float32, 32, 64, 64) is None
-    assert backends.fuses("cpu", half, 32, 64, 64) is None
+    assert fuses("cuda", half, 65536, 128, 4096)  # one tile of columns
+    assert not fuses("cuda", half, 65536, 129, 4096)
+    assert fuses("cuda", half, 32, 1024, 1024)  # launches dominate
+    assert not fuses("cuda", half, 33, 1024, 1024)
+    assert not fuses("cuda", torch.float32, 32, 64, 64)
+    assert not fuses("cpu", half, 32, 64, 64)
     monkeypatch.setattr(backends, "has_triton", lambda: False)
-    assert backends.fuses("cuda", half, 32, 64, 64) is None
+    assert not fuses("cuda", half, 32, 64, 64)
 
 
 FUSED = """
@@ -406,7 +410,7 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
     ):
         backends.note_triton_problem("linear", PTXASError("no such instruction\nmore"))
     assert choose("linear", "cuda").backend == "cuda"
-    assert backends.fuses("cuda", torch.float16, 32, 64, 64) is None
+    assert not fuses("cuda", torch.float16, 32, 64, 64)
     assert "cannot compile linear" in str(env_report()["triton problems"])
     with pytest.raises(ValueError, match="an argument"):
         backends.note_triton_problem("linear", ValueError("an argument"))

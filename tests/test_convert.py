@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import dipkernels as dip
+from dipkernels.models import spreads
 from dipkernels.models.calibrate import calibrate
 from dipkernels.models.convert import DIPConversionWarning, convert, to_plain
 from dipkernels.models.parameters import load_variances, param_groups, variances
@@ -490,6 +491,28 @@ def test_param_groups_of_a_plain_model_and_a_chosen_variance_lr():
     assert param_groups(convert(Net()), 0.1, variance_lr=0.5)[-1]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("bad", [200.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["log_variance", "log_prior"])
+def test_a_variance_that_float32_cannot_hold_is_refused_where_it_enters(bad, part):
+    """exp(200) is infinite: predict, check and summary would refuse the model later."""
+    model = convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    before, state = variances(model), variances(model)
+    state[f"1.variance.{part}"][2] = bad
+    said = rf"got NaN or infinity in \['1.variance.{part}'\].* load_variances or calibrate sets"
+    with pytest.raises(ValueError, match=f"^state: expected finite variances, {said}"):
+        load_variances(model, state)
+    with pytest.raises(ValueError, match=r"finite variances, got NaN or infinity in \['log_var"):
+        model[1].variance.set_log_variance(torch.full((4,), bad))
+    after = variances(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_ratio_that_no_variance_can_follow_is_refused_by_the_layers_name():
+    model = convert(nn.Sequential(nn.Linear(4, 2)))
+    with pytest.raises(ValueError, match=r"^0.variance.log_variance: .*expected finite variances"):
+        calibrate(model, [torch.randn(20, 4)], ratio=1e30)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
 def test_weights_decay_as_by_the_optimisers_default_where_nothing_is_given(kind):
     own = kind(Net().parameters(), lr=0.1).param_groups[0]["weight_decay"]
@@ -513,7 +536,7 @@ def test_weights_decay_as_by_the_optimisers_default_where_nothing_is_given(kind)
     ],
 )
 def test_param_groups_names_bad_input(model, options, name):
-    with pytest.raises(ValueError, match=f"^{name}: "):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
         param_groups(model, **options)
 
 
@@ -649,6 +672,42 @@ def test_the_layer_that_is_reached_first_sets_the_pull_of_all():
     assert bool((model.last.variance.pull == 1 / 8).all())
     calibrate(model.last, [torch.randn(20, 64)])
     assert bool((model.last.variance.pull == 1).all())
+
+
+def test_how_alike_values_are_is_measured_where_it_is_read(monkeypatch):
+    """Of the layer that the batches reach first; and not for a summary, which reads spreads."""
+    added, add = [], spreads.Examples.add
+
+    def noted(self, x, dim):
+        added.append(tuple(x.shape))
+        add(self, x, dim)
+
+    monkeypatch.setattr(spreads.Examples, "add", noted)
+    model = convert(nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 10), nn.Linear(10, 2)))
+    calibrate(model, torch.randn(40, 8).split(20))
+    assert added == [(20, 8), (20, 8)]
+    summary(model, [torch.randn(20, 8)])
+    assert len(added) == 2
+
+
+def test_a_condition_that_is_left_out_leaves_the_pull_to_the_image():
+    """What calibrate's docstring says of a layer that reads one value before an image is read."""
+
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.time, self.image = nn.Linear(1, 4), nn.Linear(64, 4)
+
+        def forward(self, x):
+            shift = self.time(x[:, :1])
+            return self.image(x) + shift
+
+    model, x = convert(Conditioned()), torch.randn(80, 64)
+    calibrate(model, [x])
+    assert bool((model.image.variance.pull == 1 / 64).all())
+    model = convert(Conditioned(), exclude=["time"])
+    calibrate(model, [x])
+    assert bool((model.image.variance.pull == 1).all())
 
 
 def test_a_feature_that_never_varies_gets_the_floor():

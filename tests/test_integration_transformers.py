@@ -363,7 +363,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
     model = dip.apply(vit(), CONFIG, [x])
     with pytest.raises(
         ValueError,
-        match=r"dip: expected the config of the model or None, got one that differs in {'m': \(2, 3\)",
+        match=r"dip: expected the model's config or None, got one that differs in {'m': \(2, 3\)",
     ):
         DIPTrainer(model, args, train_dataset=data, dip=dip.DIPConfig(ratio=0.5, m=3))
     with pytest.raises(ValueError, match="model: expected a plain model beside dip"):

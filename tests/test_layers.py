@@ -281,7 +281,7 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     "bad",
     [
-        *(0.0, -1.0, float("nan"), float("inf"), "a", None, torch.ones(3)),
+        *(0.0, -1.0, float("nan"), float("inf"), 1e39, "a", None, torch.ones(3)),
         *(torch.tensor([1.0, each, 1, 1]) for each in (0.0, -1.0, float("nan"), float("inf"))),
     ],
 )
@@ -289,7 +289,7 @@ def test_more_layers_than_streams_are_refused(monkeypatch):
     "make", [lambda v: DIPLinear(4, 2, init_variance=v), lambda v: Variance(4, v)]
 )
 def test_a_bad_init_variance_is_named(make, bad):
-    with pytest.raises(ValueError, match=r"^init_variance: expected"):
+    with pytest.raises((TypeError, ValueError), match=r"^init_variance: expected"):
         make(bad)
 
 
@@ -304,7 +304,7 @@ def test_a_bad_init_variance_is_named(make, bad):
     ],
 )
 def test_bad_constructor_arguments_are_named(make, name):
-    with pytest.raises(ValueError, match=f"^{name}: expected"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
         make()
 
 

@@ -227,9 +227,9 @@ def test_noise_keeps_its_bits_from_one_release_to_the_next():
         (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
         (dict(shape=(2, 8), dim=2), "dim: expected"),
         (dict(shape=(2, 8), sample=65536), "sample: expected"),
-        (dict(shape=(2, 8), row0=-1), "row0, col0: expected"),
-        (dict(shape=(2, 8), row0=2**63 - 1), "row0, col0: expected 0 to 2"),
-        (dict(shape=(2, 8), col0=2**63 - 1), "row0, col0: expected 0 to 2"),
+        (dict(shape=(2, 8), row0=-1), "row0: expected"),
+        (dict(shape=(2, 8), row0=2**63 - 1), "row0: expected an integer from 0"),
+        (dict(shape=(2, 8), col0=2**63 - 1), "col0: expected an integer from 0"),
         (dict(shape=(2, 8), sample=2**63 - 1), "sample: expected"),
     ],
 )

@@ -10,7 +10,9 @@ from torch import nn
 from dipkernels.models.convert import convert
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
-from dipkernels.training.objective import KL, kl_penalty, objective, penalty
+from dipkernels.training.objective import KL, energy_score, kl_penalty, objective, penalty
+from dipkernels.training.predict import predict
+from dipkernels.training.trajectories import trajectories
 
 OUT = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1])
@@ -233,3 +235,70 @@ def test_gradients_reach_the_variances_through_every_term():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_penalties_are_where_the_model_is_whatever_the_default_device():
+    model = convert(nn.Sequential(nn.Linear(3, 4)), 0.25)
+    with torch.device("meta"):
+        terms = kl_penalty(model), penalty(model, 1.0, 0.1)
+    assert [term.device.type for term in terms] == ["cpu", "cpu"]
+
+
+# ---- energy_score --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(5, 2), (5,), (5, 2, 3), (5, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_energy_score_is_the_formula_over_all_pairs(shape, dtype):
+    torch.manual_seed(0)
+    out, y = torch.randn(3, *shape).to(dtype), torch.randn(shape).to(dtype)
+    value = energy_score(out, y)
+    o, t = out.double().reshape(3, 5, -1), y.double().reshape(5, -1)
+    near = torch.stack([(o[s] - t).square().sum(-1).sqrt() for s in range(3)]).mean()
+    apart = [(o[s] - o[r]).square().sum(-1).sqrt() for s in range(3) for r in range(3) if s != r]
+    assert value.dtype is torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(
+        value.double(), near - torch.stack(apart).mean() / 2, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_energy_score_is_differentiable_where_draws_are_equal():
+    out = torch.zeros(3, 4, 2, requires_grad=True)
+    energy_score(out, torch.ones(4, 2)).backward()
+    assert out.grad.isfinite().all() and (out.grad < 0).all()
+    leaf = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(energy_score, (leaf, torch.randn(4, 2, dtype=torch.float64)))
+
+
+def test_energy_score_learns_the_spread_of_the_target_and_the_squared_loss_does_not():
+    """y is noise of sigma 0.5 around 0; the model's only randomness is its input noise."""
+    spreads = {}
+    for name in ("energy", "squared"):
+        torch.manual_seed(0)
+        model = convert(nn.Linear(1, 1), 0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        for _ in range(300):
+            x, y = torch.zeros(128, 1), 0.5 * torch.randn(128, 1)
+            out = trajectories(model, x, m=2)
+            loss = energy_score(out, y) if name == "energy" else objective(out, y, F.mse_loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        spreads[name] = predict(model, torch.zeros(2000, 1), k=1, average=None).std().item()
+    assert 0.4 < spreads["energy"] < 0.6 and spreads["squared"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("out", "target", "error", "message"),
+    [
+        (torch.zeros(1, 5, 2), torch.zeros(5, 2), ValueError, r"^out: .*m >= 2.*\(1, 5, 2\)"),
+        (torch.zeros(3), torch.zeros(3), ValueError, r"^out: .*m >= 2.*\(3,\)"),
+        (torch.zeros(3, 5, 2), torch.zeros(5), ValueError, r"^target: .*\(5, 2\).*\(5,\)"),
+        (torch.zeros(3, 5), torch.zeros(5, 1), ValueError, r"^target: .*\(5,\).*\(5, 1\)"),
+        (torch.zeros(3, 5, 2), torch.zeros(5, dtype=torch.long), TypeError, "^target: .*int64"),
+        ([torch.zeros(5, 2)], torch.zeros(5, 2), TypeError, "^out: .*list"),
+    ],
+)
+def test_energy_score_names_bad_input(out, target, error, message):
+    with pytest.raises(error, match=message):
+        energy_score(out, target)

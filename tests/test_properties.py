@@ -354,12 +354,12 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
                 lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, keep="x", **bad),
                 lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, num_samples=2, activation="relu", estimator="mean", **bad),
             ):  # fmt: skip
-                with pytest.raises(ValueError, match=r"row0, col0: expected 0 to 2\^62"):
+                with pytest.raises(ValueError, match=r"(row0|col0): expected an integer from 0"):
                     call()
         layer = dip.DIPLinear(9, 4)
         with (
             dip.fixed_noise(1, row0=2**61),
-            pytest.raises(ValueError, match="row0, col0: expected"),
+            pytest.raises(ValueError, match="row0: expected"),
         ):
             layer(torch.zeros(2, 3, 9))  # three rows an entry
 

@@ -1,12 +1,16 @@
 """seeds: the noise's state nests, is restored, and reaches compiled code and the backward pass."""
 
 import asyncio
+import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from dipkernels.models.convert import convert
 from dipkernels.nn.conv import DIPConv2d
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import number_layers
@@ -35,6 +39,30 @@ def test_fixed_noise_replays_and_differs_by_key_and_layer():
     assert torch.equal(first, again)
     assert not torch.equal(first, other_layer)
     assert not torch.equal(first, other_key)
+
+
+@pytest.mark.parametrize("producer", [False, True])
+def test_a_deep_copy_replays_its_originals_noise(producer):
+    """An average of a model's parameters is compared with the model under one noise, without a
+    warning; another key gives it another."""
+    first = nn.LayerNorm(8) if producer else nn.Linear(8, 8)
+    model, x = nn.Sequential(first, nn.GELU(), nn.Linear(8, 3)), torch.randn(5, 8)
+    convert(model, place="producer" if producer else "input", batches=[x] if producer else None)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for copied in (copy.deepcopy(model), average):
+        with warnings.catch_warnings(), fixed_noise(3):
+            warnings.simplefilter("error")
+            assert torch.equal(copied(x), model(x))
+        with fixed_noise(4):
+            other = copied(x)
+        with fixed_noise(3):
+            assert not torch.equal(other, model(x))
+    average.update_parameters(model)  # the first one copies
+    with torch.no_grad():
+        model[2].bias.add_(1)
+    average.update_parameters(model)
+    with fixed_noise(3):  # one noise: what is left is the difference of the parameters
+        torch.testing.assert_close(model(x) - average(x), torch.full((5, 3), 0.9))
 
 
 def test_fixed_noise_draws_nothing_from_the_generator():
@@ -245,6 +273,7 @@ def test_tasks_that_overlap_in_a_context_are_told():
     for _ in range(2):
         assert any(isinstance(got, RuntimeError) for got in asyncio.run(both()))
         assert contexts.MODE is None and torch.equal(layer(x), layer(x))
+        assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("context", [fixed_noise(1), noise_off(), sampling_on()])

@@ -38,7 +38,7 @@ STEMS = {
     ],
 }
 # A module may import the ones before it, never one after.
-ORDER = ["worlds", "reference", "backends"]
+ORDER = ["arguments", "worlds", "reference", "backends"]
 ORDER += [
     f"ops.{m}"
     for m in (

@@ -105,12 +105,7 @@ def test_pgd_stays_in_its_ball():
 
 
 def test_scores_of_several_draws():
-    out, y = torch.randn(3, 5, 2), torch.randn(5, 2)
-    near = torch.stack([(out[s] - y).square().sum(-1).sqrt() for s in range(3)]).mean()
-    pairs = [
-        (out[s] - out[t]).square().sum(-1).sqrt() for s in range(3) for t in range(3) if s != t
-    ]
-    torch.testing.assert_close(training.energy(out, y), near - torch.stack(pairs).mean() / 2)
+    out = torch.randn(3, 5, 2)
     labels = torch.tensor([0, 1, 1, 0, 1])
     one_hot = torch.nn.functional.one_hot(labels, 2).float()
     assert training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels).item() == pytest.approx(

@@ -348,18 +348,19 @@ class Outputs(nn.Module):
         ((3,), {"dim": 0}, "dim: expected a dimension .* behind the batch's, got 0"),
         ((3,), {"dim": -2}, "dim: expected a dimension"),
         ((3,), {"dim": 2}, "dim: expected a dimension"),
-        ((3,), {"dim": True}, "dim: expected a dimension"),
+        ((3,), {"dim": True}, "dim: expected an integer"),
         ((3,), {"dim": 1, "average": "logits"}, "dim: expected None with average='logits'"),
     ],
 )
 def test_predict_refuses_a_softmax_that_says_nothing(shape, options, message, k):
     model, x = dip.convert(Outputs(*shape)), torch.randn(5, 4)
-    with pytest.raises(ValueError, match=message):
+    errors = (TypeError, ValueError)
+    with pytest.raises(errors, match=message):
         dip.predict(model, x, k=k, **options)
     if "average" not in options:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(errors, match=message):
             dip.diagnostics.predictor(model, k, average="probs", **options)(x)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(errors, match=message):
             dip.diagnostics.output_variance(model, x, k=2, average="probs", **options)
 
 

@@ -231,11 +231,8 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
 def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation):
     """(da, db, dsigma) of `gate`; without a sigma nothing is drawn, without b there is no db."""
     da, db = torch.empty_like(a), None if b is None else torch.empty_like(b)
-    dsigma = (
-        du.new_empty(0, dtype=torch.float32)
-        if sigma is None
-        else torch.zeros_like(sigma).contiguous()
-    )
+    none = du.new_empty(0, dtype=torch.float32)
+    dsigma = none if sigma is None else torch.zeros_like(sigma).contiguous()
     if row_count(a.shape, dim) == 0 or a.numel() == 0:
         return da, db, dsigma
     # As perturb's sums: an accumulator stays in registers; wide data and a gate hold more beside

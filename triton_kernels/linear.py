@@ -12,7 +12,7 @@ from .activations import activate, slope
 from .blocks import Blocks, blocks, candidates, splits
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, num_multiprocessors, on_device
+from .tiles import EXACT, flat_rows, num_multiprocessors, on_device, origin
 
 OPERANDS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh")
@@ -89,7 +89,7 @@ def _linear_fwd_kernel(
     PASSES: tl.constexpr,  # num_samples > 1: one after another, their results averaged
     GRAD: tl.constexpr,  # one sample of the backward pass: dy * act'(h) * inv_num_samples
     PRECISION: tl.constexpr,
-    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,7 +172,7 @@ def _linear_bwd_x_kernel(
     shift,
     sample,
     PRECISION: tl.constexpr,
-    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -238,7 +238,7 @@ def _linear_bwd_weight_kernel(
     DTYPE: tl.constexpr,  # of the product's operands: the weight's
     LOG_VARIANCE: tl.constexpr,
     PRECISION: tl.constexpr,
-    VEC: tl.constexpr,  # sizes and strides come divided by it: see _vec
+    VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -335,16 +335,11 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] with column stride 1; copied only where no view is"""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-
-
-def _vec(shift: int, *sizes: int) -> int:
-    """8 where every size and stride is a multiple of 8: passed divided by 8, they tell the compiler
-    of aligned rows."""
-    return 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
+def _divided(shift: int, *sizes: int) -> tuple[int, list[int]]:
+    """(8, the sizes and strides divided by it) where each is a multiple of 8, which tells the
+    compiler of aligned rows; otherwise (1, themselves)."""
+    vec = 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
+    return vec, [size // vec for size in sizes]
 
 
 def _check(x, weight, sigma, num_samples, activation) -> None:
@@ -365,30 +360,16 @@ def _check(x, weight, sigma, num_samples, activation) -> None:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
 
 
-def _forward(
-    x,
-    weight,
-    bias,
-    sigma,
-    seed,
-    row0,
-    col0,
-    sample,
-    factor,
-    log_variance,
-    num_samples,
-    activation,
-    out_dtype,
-    dy=None,
-):
+def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dtype, dy=None):
     """y [M, N] of a flat x; with dy the gradient at the pre-activation of the first sample, over
-    num_samples"""
+    num_samples. draw: row0, col0, sample, factor, log_variance"""
     (m, k), n = x.shape, weight.shape[0]
+    row0, col0, sample, factor, log_variance = draw
     y = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
     bias = None if bias is None else bias.contiguous()
-    vec = _vec(col0 % 8, n, k, x.stride(0), weight.stride(0))
+    vec, sizes = _divided(col0 % 8, n, k, x.stride(0), weight.stride(0))
     regular = vec == 8 and x.element_size() <= weight.element_size()
     # The smaller tile also where a slope's registers come on top of those of unaligned loads.
     passes = num_samples > 1 and dy is None
@@ -408,13 +389,8 @@ def _forward(
             dy,
             seed,
             m,
-            n // vec,
-            k // vec,
-            x.stride(0) // vec,
-            weight.stride(0) // vec,
-            row0,
-            col0 // 8,
-            col0 % 8,
+            *sizes,
+            *origin(row0, col0),
             sample,
             num_samples if passes else 1,
             1.0 / num_samples,
@@ -454,34 +430,22 @@ def linear(
     """
     activation = None if activation == "identity" else activation
     _check(x, weight, sigma, num_samples, activation)
-    flat = _flat(x)
-    y = _forward(
-        flat,
-        _flat(weight),
-        bias,
-        sigma.contiguous(),
-        seed,
-        row0,
-        col0,
-        sample,
-        factor,
-        log_variance,
-        num_samples,
-        activation,
-        out_dtype or x.dtype,
-    )
+    flat = flat_rows(x)
+    draw, scale = (row0, col0, sample, factor, log_variance), sigma.contiguous()
+    how = (draw, num_samples, activation, out_dtype or x.dtype)
+    y = _forward(flat, flat_rows(weight), bias, scale, seed, *how)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_variance, out_dtype=None):
     """(dx [..., K], dsigma [K]) of an affine layer: dx = dy W, dsigma = factor ds/dsigma sum over
     rows of dx z."""
-    flat, weight, sigma = _flat(dy), _flat(weight), sigma.contiguous()
+    flat, weight, sigma = flat_rows(dy), flat_rows(weight), sigma.contiguous()
     (m, n), k = flat.shape, weight.shape[1]
     dx = torch.empty(m, k, dtype=out_dtype or dy.dtype, device=dy.device)
     if m == 0 or k == 0:
         return dx.reshape(*dy.shape[:-1], k), torch.zeros_like(sigma)
-    vec = _vec(col0 % 8, n, k, flat.stride(0), weight.stride(0))
+    vec, sizes = _divided(col0 % 8, n, k, flat.stride(0), weight.stride(0))
     op = "bwd_x_unaligned" if vec == 1 else "bwd_x"
     chosen = blocks(op, _architecture(dy.device), m, n, k, weight.element_size())
     row_blocks = triton.cdiv(m, chosen.BLOCK_M)
@@ -498,13 +462,8 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_varian
             weight,
             seed,
             m,
-            n // vec,
-            k // vec,
-            flat.stride(0) // vec,
-            weight.stride(0) // vec,
-            row0,
-            col0 // 8,
-            col0 % 8,
+            *sizes,
+            *origin(row0, col0),
             sample,
             PRECISION=_precision(),
             VEC=vec,
@@ -522,13 +481,13 @@ def linear_bwd_weight(
     weight_dtype: of the product's operands, by default dy's; out_dtype: of the results, by default
     weight_dtype.
     """
-    dy, x, sigma = _flat(dy), _flat(x), sigma.contiguous()
+    dy, x, sigma = flat_rows(dy), flat_rows(x), sigma.contiguous()
     (m, n), k, operand = dy.shape, x.shape[1], weight_dtype or dy.dtype
     dtype = out_dtype or operand
     dbias = dy.sum(0, dtype=torch.float32).to(dtype)
     if m == 0 or n == 0 or k == 0:
         return torch.zeros(n, k, dtype=dtype, device=dy.device), dbias
-    vec = _vec(col0 % 8, n, k, dy.stride(0), x.stride(0))
+    vec, sizes = _divided(col0 % 8, n, k, dy.stride(0), x.stride(0))
     regular = vec == 8 and max(x.element_size(), dy.element_size()) <= operand.itemsize
     chosen = blocks("bwd_weight", _architecture(dy.device), m, n, k, operand.itemsize, regular)
     tiles = triton.cdiv(n, chosen.BLOCK_N) * triton.cdiv(k + col0 % 8, chosen.BLOCK_K)
@@ -553,14 +512,10 @@ def linear_bwd_weight(
             sigma,
             seed,
             m,
-            n // vec,
-            k // vec,
+            *sizes[:2],
             split_rows,
-            dy.stride(0) // vec,
-            x.stride(0) // vec,
-            row0,
-            col0 // 8,
-            col0 % 8,
+            *sizes[2:],
+            *origin(row0, col0),
             sample,
             factor,
             DTYPE=OPERANDS[operand],
@@ -596,15 +551,15 @@ def linear_bwd(
     """
     activation = None if activation == "identity" else activation
     _check(x, weight, sigma, num_samples, activation)
-    flat_x, flat_weight, flat_dy = _flat(x), _flat(weight), _flat(dy).contiguous()
+    flat_x, flat_weight, flat_dy = flat_rows(x), flat_rows(weight), flat_rows(dy).contiguous()
     single = num_samples == 1
     total = None
     for s in range(sample, sample + num_samples):
         draw = (row0, col0, s, factor, log_variance)
         dh = flat_dy
         if activation is not None:
-            rest = (sigma.contiguous(), seed, *draw, num_samples, activation, weight.dtype)
-            dh = _forward(flat_x, flat_weight, bias, *rest, dy=flat_dy)
+            how = (draw, num_samples, activation, weight.dtype)
+            dh = _forward(flat_x, flat_weight, bias, sigma.contiguous(), seed, *how, dy=flat_dy)
         # Sums over samples are kept in float32 and rounded once.
         dx, dsigma = linear_bwd_x(
             dh, flat_weight, sigma, seed, *draw, x.dtype if single else torch.float32

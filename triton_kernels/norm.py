@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .noise import load_seed, normal_tile
 from .perturb import column_sum, noise_scale
-from .tiles import EXACT, columns_at, num_multiprocessors, on_device
+from .tiles import EXACT, columns_at, flat_rows, num_multiprocessors, on_device, origin
 
 # Of a program of four warps, 16 numbers of each operand a thread; half of it for float64.
 TILE_ELEMENTS = 2048
@@ -250,12 +250,6 @@ def _norm_bwd_kernel(
         tl.store(partial_ptr + 2 * each + out, tl.sum(dsigma, axis=0), mask=inside)
 
 
-def _flat(x):
-    """[M, K] of columns side by side: x's memory, where it is of that kind"""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _dense(*columns):
     """The vectors side by side in memory, None as it is"""
     return [None if t is None else t.contiguous() for t in columns]
@@ -301,7 +295,7 @@ def norm(
     )
     if u.numel() == 0:
         return u, stats
-    rows, flat_u = _flat(x), _flat(u)
+    rows, flat_u = flat_rows(x), flat_rows(u)
     weight, bias, sigma = _dense(weight, bias, sigma)
     block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
     grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
@@ -318,9 +312,7 @@ def norm(
             k,
             flat_u.stride(0),
             rows.stride(0),
-            row0,
-            col0 // 8,
-            shift,
+            *origin(row0, col0),
             sample,
             factor,
             eps,
@@ -368,7 +360,7 @@ def norm_bwd(
     ]
     if x.numel() == 0:
         return dx, *grads
-    rows, flat_du, flat_dx, wide = _flat(x), _flat(du), _flat(dx), stats.dtype
+    rows, flat_du, flat_dx, wide = flat_rows(x), flat_rows(du), flat_rows(dx), stats.dtype
     weight, bias, sigma = _dense(weight, bias, sigma)
     whole = k + shift <= _whole_columns(x.dtype)
     block_r, block_k, num_warps = _tile(
@@ -414,9 +406,7 @@ def norm_bwd(
             flat_dx.stride(0),
             flat_du.stride(0),
             rows.stride(0),
-            row0,
-            col0 // 8,
-            shift,
+            *origin(row0, col0),
             sample,
             offset,
             **flags,

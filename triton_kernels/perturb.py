@@ -360,15 +360,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     if row_count(du.shape, dim) == 0 or sigma.numel() == 0:
         return u, torch.zeros_like(sigma)
     wide = replay and max(du.element_size(), x.element_size()) >= 4
-    tile = tiling(
-        dim,
-        col0,
-        SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS,
-        u,
-        du,
-        x,
-        columns=sum_columns(),
-    )
+    elements = SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS
+    tile = tiling(dim, col0, elements, u, du, x, columns=sum_columns())
     if tile is None:
         du, x = du.contiguous(), x.contiguous() if replay else None
         dense, dsigma = _bwd(
@@ -376,11 +369,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
         )
         return u.copy_(dense) if replay else None, dsigma
     grid = tile.sum_grid(du.device)
-    dtype = (
-        torch.float64
-        if torch.float64 in (du.dtype, x.dtype if replay else du.dtype)
-        else torch.float32
-    )
+    dtype = torch.promote_types(du.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, x.dtype) if replay else dtype
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     dsigma, tickets = torch.empty_like(sigma), tickets_of_sum(grid, du.device)
     with on_device(du):

@@ -80,6 +80,12 @@ def tile_mask(inner, num_inner, col, K, ROWS_LAST: tl.constexpr):
     return row & col
 
 
+def origin(row0: int, col0: int) -> tuple[int, int, int]:
+    """(row0, group0, shift) of a draw: a kernel is given col0 in these two parts, so that the
+    compiler knows a shift of 0."""
+    return row0, col0 // 8, col0 % 8
+
+
 @dataclass(frozen=True)
 class Tiling:
     """One kernel's view of its tensors: sizes, steps of the row number, strides and the tile."""
@@ -94,8 +100,7 @@ class Tiling:
     # 8: K and the row strides are multiples of 8 and are passed divided by it, so that the compiler
     # knows
     vec: int
-    group0: int  # col0 // 8
-    shift: int  # col0 % 8
+    col0: int
     block_r: int
     block_k: int
 
@@ -105,7 +110,7 @@ class Tiling:
 
     @property
     def col_blocks(self) -> int:
-        return triton.cdiv(self.k + self.shift, self.block_k)
+        return triton.cdiv(self.k + self.col0 % 8, self.block_k)
 
     def grid(self, device: torch.device) -> tuple[int, int]:
         """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the
@@ -132,9 +137,7 @@ class Tiling:
             self.inner_step,
             self.k // vec,
             *(n for out, inn, col in self.strides for n in (out // vec, inn // vec, col)),
-            row0,
-            self.group0,
-            self.shift,
+            *origin(row0, self.col0),
         )
 
     def constants(self) -> dict[str, int | bool]:
@@ -220,11 +223,16 @@ def tiling(
         tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands),
         rows_last,
         8 if vectors else 1,
-        col0 // 8,
-        shift,
+        col0,
         block_r,
         block_k,
     )
+
+
+def flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] of columns side by side; copied only where no view is"""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
 def row_count(shape, dim: int) -> int:
@@ -241,8 +249,6 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    if device.type != "cuda":
+        return 4  # under Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -4,13 +4,13 @@ docs/guides/trainers.md."""
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
 from torch import nn
 
+from ..arguments import integer
 from ..config import DIPConfig, require_config, save
-from .parts import differing, place_in_batch
+from .parts import place_in_batch, warn_of_another
 
 
 def step_noise(
@@ -36,6 +36,7 @@ def step_noise(
         ValueError: The model has no config.
     """
     config = require_config(model)
+    micro, batch_size = integer("micro", micro, 0), integer("batch_size", batch_size, 1)
     first = place_in_batch(micro, accelerator.process_index, accelerator.num_processes, batch_size)
     return config.noise(step, first * config.m)
 
@@ -61,13 +62,7 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
         save(model, output_dir)
 
     def on_load(models: list[nn.Module], input_dir: str) -> None:
-        stored, own = DIPConfig.load(input_dir), require_config(model)
-        if stored != own:
-            warnings.warn(
-                f"dipkernels: {input_dir} was trained by another config: {differing(stored, own)} "
-                "(the folder's, this run's). This run's holds",
-                stacklevel=2,
-            )
+        warn_of_another(DIPConfig.load(input_dir), require_config(model), input_dir)
 
     accelerator.register_save_state_pre_hook(on_save)
     accelerator.register_load_state_pre_hook(on_load)

@@ -8,7 +8,6 @@ import functools
 import inspect
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer
 from ..config import (
     DIPConfig,
     apply,
@@ -32,7 +32,15 @@ from ..nn.numbering import dip_layers
 from ..reports import metrics
 from ..training.objective import kl_penalty
 from ..training.trajectories import trajectories
-from .parts import differing, one_start, place_in_batch, repeatable, require_groups
+from .parts import (
+    one_start,
+    place_in_batch,
+    repeatable,
+    require_groups,
+    require_same,
+    warn_of_another,
+    warn_of_faults,
+)
 
 _KEY = "dip_config"  # in a checkpoint
 _WAY_OUT = "make it in configure_optimizers, which is called after the model was converted"
@@ -75,11 +83,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     ) -> None:
         if config is not None and not isinstance(config, DIPConfig):
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
-        if not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(
-                f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}"
-            )
-        self.asked, self.batches, self.calibration_batches = config, batches, calibration_batches
+        self.asked, self.batches = config, batches
+        self.calibration_batches = integer("calibration_batches", calibration_batches, 1)
         self._calibrate, self._checked, self._at = False, False, (-1, 0)
         self._to_plain = False
         self._noise, self._wrapped = contextlib.ExitStack(), contextlib.ExitStack()
@@ -99,11 +104,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
                 "config: expected a DIPConfig, or a module that dip.apply has converted, got "
                 "neither"
             )
-        if own is not None and own != config:
-            raise ValueError(
-                "config: expected the module's or None, got one that differs in "
-                f"{differing(own, config)}"
-            )
+        require_same("config", own, config)
         self._require_possible(trainer, pl_module, config)
         if own is None:
             if dip_layers(pl_module):
@@ -208,9 +209,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         if not self._checked:
             self._checked = True
-            report = check(pl_module, strict=False)
-            if not report.ok:
-                warnings.warn(f"dipkernels: after the first step {report}", stacklevel=2)
+            warn_of_faults(check(pl_module, strict=False))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -240,19 +239,10 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         checkpoint[_KEY] = require_config(pl_module).to_dict()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if _KEY not in checkpoint:
-            raise ValueError(
-                "ckpt_path: expected a checkpoint of a DIPCallback, got one without a config"
-            )
+        stored, own = _config_in("ckpt_path", checkpoint), config_of(pl_module)
         self._calibrate = self._to_plain = False  # the variances are the checkpoint's
-        stored, own = DIPConfig.from_dict(checkpoint[_KEY]), config_of(pl_module)
-        if own is not None and stored != own:
-            warnings.warn(
-                "dipkernels: the checkpoint was trained by another config: "
-                f"{differing(stored, own)} (the checkpoint's, this callback's). The callback's "
-                "holds",
-                stacklevel=2,
-            )
+        if own is not None:
+            warn_of_another(stored, own, "the checkpoint")
 
 
 def load_from_checkpoint(
@@ -278,13 +268,17 @@ def load_from_checkpoint(
     """
     module = kind.load_from_checkpoint(path, strict=False, **options)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if _KEY not in checkpoint:
-        raise ValueError(
-            f"path: expected a checkpoint of a DIPCallback, got one without a config: {path}"
-        )
-    convert_as(module, DIPConfig.from_dict(checkpoint[_KEY]), batches)
+    convert_as(module, _config_in("path", checkpoint), batches)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
+
+
+def _config_in(argument: str, checkpoint: Mapping[str, Any]) -> DIPConfig:
+    if _KEY not in checkpoint:
+        raise ValueError(
+            f"{argument}: expected a checkpoint of a DIPCallback, got one without a config"
+        )
+    return DIPConfig.from_dict(checkpoint[_KEY])
 
 
 def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:

@@ -3,6 +3,7 @@ compared."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import worlds
 from ..config import DIPConfig
+from ..models.check import Report
 from ..models.parameters import load_variances, param_groups, variances
 from ..nn.variance import Variance
 
@@ -105,7 +107,36 @@ def repeatable(batch: Any, m: int) -> Any:
     )
 
 
-def differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]]:
+def require_same(argument: str, own: DIPConfig | None, asked: DIPConfig | None) -> None:
+    """Raise ValueError where the model has a config and another was asked for."""
+    if own is not None and asked is not None and own != asked:
+        raise ValueError(
+            f"{argument}: expected the model's config or None, got one that differs in "
+            f"{_differing(own, asked)} (the model's, the one given)"
+        )
+
+
+def warn_of_another(stored: DIPConfig, own: DIPConfig, where: str) -> None:
+    """Warn where a checkpoint was trained by another config than this run's, which holds."""
+    if stored != own:
+        warnings.warn(
+            f"dipkernels: {where} was trained by another config: {_differing(stored, own)} (the "
+            "checkpoint's, this run's). This run's holds; give the run the checkpoint's to take that",
+            stacklevel=3,
+        )
+
+
+def warn_of_faults(report: Report) -> None:
+    """Warn where `check` has found some after the first step."""
+    if not report.ok:
+        warnings.warn(
+            f"dipkernels: after the first step {report}\n  An expert that the batch did not reach is "
+            "no fault. Leave out layers that the loss reads past: exclude=[...] in the config",
+            stacklevel=3,
+        )
+
+
+def _differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]]:
     """{field: (the first's, the second's)} where they differ."""
     a, b = first.to_dict(), second.to_dict()
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}

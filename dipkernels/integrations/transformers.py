@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..arguments import integer
 from ..config import (
     CONFIG_FILE,
     VARIANCES_FILE,
@@ -43,13 +44,15 @@ from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
 from ..training.trajectories import trajectories
 from .parts import (
-    differing,
     learning_variances,
     one_start,
     own_group,
     place_in_batch,
     repeatable,
     require_groups,
+    require_same,
+    warn_of_another,
+    warn_of_faults,
 )
 
 _RUN = 2**32  # keys between the runs of two seeds
@@ -96,11 +99,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     ) -> None:
         if dip is not None and not isinstance(dip, DIPConfig):
             raise TypeError(f"dip: expected a DIPConfig, got {type(dip).__name__}")
-        if not isinstance(calibration_batches, int) or calibration_batches < 1:
-            raise ValueError(
-                f"calibration_batches: expected an integer >= 1, got {calibration_batches!r}"
-            )
-        self._dip_asked, self._dip_batches, self._dip_started = dip, calibration_batches, False
+        self._dip_asked, self._dip_started = dip, False
+        self._dip_batches = integer("calibration_batches", calibration_batches, 1)
         self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
         self._dip_checked = False
         super().__init__(*args, **options)
@@ -139,11 +139,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """Convert and calibrate the model, unless it has a config, or none was given."""
         require_order(model)
         own, asked = config_of(model), self._dip_asked
-        if own is not None and asked is not None and own != asked:
-            raise ValueError(
-                "dip: expected the config of the model or None, got one that differs in "
-                f"{differing(own, asked)}"
-            )
+        require_same("dip", own, asked)
         if own is None and asked is not None:
             if dip_layers(model):
                 raise ValueError(
@@ -171,11 +167,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         """Without the head whose weight the trainer's loss reads past the layer: TRL's losses and
         Liger's."""
         fused = self.args.use_liger_kernel or self._dip_of_trl()
-        head = (
-            model.get_output_embeddings()
-            if fused and hasattr(model, "get_output_embeddings")
-            else None
-        )
+        if not (fused and hasattr(model, "get_output_embeddings")):
+            return config
+        head = model.get_output_embeddings()
         names = [name for name, module in model.named_modules() if module is head]
         more = [name for name in names if name not in config.exclude]
         return dataclasses.replace(config, exclude=(*config.exclude, *more))
@@ -248,11 +242,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         run, before, last = self._dip_at  # a run that starts again has another state
         micro = last + 1 if run is self.state and before == step else 0
         self._dip_at = (self.state, step, micro)
-        sizes = (
-            {name: len(v) for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
-            if isinstance(inputs, Mapping)
-            else {}
-        )
+        given = inputs if isinstance(inputs, Mapping) else {}
+        sizes = {name: len(v) for name, v in given.items() if isinstance(v, Tensor) and v.ndim}
         # ORPO puts them into one batch
         pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
         rows = [sum(pair)] if pair else [*sizes.values()][:1]
@@ -261,17 +252,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         return config.noise(self.args.seed * _RUN + step, first * config.m)
 
     def _dip_first_check(self) -> None:
-        try:
-            report = check(self.model, strict=False)
-        except ValueError:  # a tool that keeps the gradients to itself: DeepSpeed
-            return
-        if not report.ok:
-            warnings.warn(
-                f"dipkernels: after the first step {report}\n  An expert that the batch did not "
-                "reach is no fault. Leave out layers that the loss reads past: exclude=[...] in "
-                "the config",
-                stacklevel=2,
-            )
+        # a tool may keep the gradients to itself: DeepSpeed
+        with contextlib.suppress(ValueError):
+            warn_of_faults(check(self.model, strict=False))
 
     def compute_loss(
         self,
@@ -306,16 +289,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             logits = trajectories(folded, repeatable(inputs, config.m), m=config.m)
         loss, outputs = answers[0] if with_outputs else (answers[0], None)
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
-        part = (
-            1 / self.current_gradient_accumulation_steps
-            if self._dip_adds_up(num_items_in_batch)
-            else 1.0
-        )
-        loss = (
-            loss + part * kl_penalty(self.model, config.kl).to(loss.device)
-            if config.kl > 0
-            else loss
-        )
+        part = 1.0
+        if self._dip_adds_up(num_items_in_batch):
+            part = 1 / self.current_gradient_accumulation_steps
+        if config.kl > 0:
+            loss = loss + part * kl_penalty(self.model, config.kl).to(loss.device)
         if config.lambda_s > 0:
             loss = loss + part * config.lambda_s * smoothness(logits)
         return (loss, outputs) if return_outputs else loss
@@ -378,9 +356,10 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         if config_of(self.model) is not None and not is_peft(self.model):
-            state_dict = _without_variances(
-                self.model, self.model.state_dict() if state_dict is None else state_dict
-            )
+            # the plain model's: the variances are in dip.safetensors
+            own = _names_of_variances(self.model)
+            whole = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = {name: value for name, value in whole.items() if name not in own}
         super()._save(output_dir, state_dict)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -430,13 +409,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             return
         stored = DIPConfig.load(folder)
         load_variances(model, load_state(folder))
-        if stored != own:
-            warnings.warn(
-                f"dipkernels: the checkpoint {folder} was trained by another config: "
-                f"{differing(stored, own)} (the checkpoint's, this trainer's). The trainer's "
-                "holds; dip=DIPConfig.load(folder) takes the checkpoint's",
-                stacklevel=2,
-            )
+        warn_of_another(stored, own, f"the checkpoint {folder}")
 
 
 class DIPTrainer(DIPMixin, transformers.Trainer):
@@ -488,12 +461,6 @@ def _folder_of_adapter(model: Any, folder: str) -> str:
     """Where PEFT writes the active adapter: a folder of its own, unless it is named "default"."""
     own = os.path.join(folder, str(model.active_adapter)) if is_peft(model) else folder
     return own if os.path.isfile(os.path.join(own, CONFIG_FILE)) else folder
-
-
-def _without_variances(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of the plain model: the variances are in dip.safetensors."""
-    own = _names_of_variances(model)
-    return {name: value for name, value in state_dict.items() if name not in own}
 
 
 def _names_of_variances(model: nn.Module) -> set[str]:
@@ -596,11 +563,6 @@ class DIPCallback(transformers.TrainerCallback):
         if own is not None:
             _require_little(own)
             self.config = own
-        elif self.batches is None and self.config.variance is None:
-            raise ValueError(
-                "batches: expected some, because ratio measures the inputs on them, got None; or "
-                "set variance=... in the config"
-            )
         if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
             raise ValueError(
                 "args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import real
 from ..nn.numbering import need_layers
 from ..ops import dtensor
 from .parameters import check_settable, set_named
 from .probe import each_batch
-from .spreads import FEW, Measured, measured_inputs
+from .spreads import FEW, Examples, measured_spreads
 from .summary import Summary, summary
 
 # DIP layers beyond which the sum of their pulls does not grow: studies/depth.py
@@ -37,7 +37,7 @@ def check_per(per: object) -> None:
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
 
 
-def _pull(first: Measured, layers: int) -> float:
+def _pull(first: Examples, layers: int) -> float:
     """By the input of the network's first layer, and by how many layers pull; from
     studies/defaults.py, held_back.py and depth.py."""
     return min(1.0, first.values / FEW * first.values / first.independent) * min(1.0, DEEP / layers)
@@ -67,6 +67,11 @@ def calibrate(
     height x width values, a sequence length x features, a row of a table its features. In a model
     of L > 4 DIP layers the pull is 4 / L times that, because the cost of their noise adds up.
 
+    So where the first layer reads one value of an example, the pull is 1 / 64: right for a curve,
+    whose input that value is, and wrong where it is a condition, such as a time step, that a layer
+    reads before others read an image. Leave such a layer out, `convert(exclude=[...])`: noise hides
+    one value, and the pull is then by the image.
+
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
             restored afterwards.
@@ -95,9 +100,9 @@ def calibrate(
 
     Source: this project's choice; the paper does not state how lambda starts.
     """
-    for argument, value in (("ratio", RATIO if ratio is None else ratio), ("floor", floor)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{argument}: expected a finite number > 0, got {value!r}")
+    if ratio is not None:
+        ratio = real("ratio", ratio, above=0)
+    floor = real("floor", floor, above=0)
     check_per(per)
     layers = need_layers(model)
     check_settable(
@@ -114,21 +119,20 @@ def calibrate(
             tokens = tokens or _holds_tokens(batch)
             yield batch
 
-    inputs = measured_inputs(model, noted())
+    first = Examples()
+    spreads = measured_spreads(model, noted(), first)
     if ratio is None:
         ratio = TOKENS_RATIO if tokens else RATIO
-    levels = {name: found.spread.square().mean().sqrt() for name, found in inputs.items()}
+    levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [
-        name or "(root)"
-        for name, level in levels.items()
-        if len(inputs[name].spread) and not level > 0
+        name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0
     ]
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     learned = [layer.log_variance for layer in layers.values()]  # layers may share one
-    pull = _pull(next(iter(inputs.values())), len({id(each) for each in learned}))
+    pull = _pull(first, len({id(each) for each in learned}))
     for name, layer in layers.items():
-        spread, level = inputs[name].spread, levels[name]
+        spread, level = spreads[name], levels[name]
         spread = (
             level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
         )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers, need_layers
 from ..nn.sharing import orphans
+from ..nn.variance import require_finite_values
 from ..noise import contexts
 from ..ops.dtensor import full
-from .probe import eager, leaves, remembered, untouched, unwrapped
+from .probe import eager, leaves, remembered, run_batch, untouched, unwrapped
 
 _ORPHAN = (
     "it shares the variance of a layer that has left the model, so no state dict and no optimiser "
@@ -113,16 +114,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
     """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite. A
     collective where it is sharded."""
-    broken = []
-    for name, layer in layers.items():
-        values = full(layer.log_variance.detach())
-        if not values.is_meta and not bool((values.isfinite() & values.exp().isfinite()).all()):
-            broken.append(name or "(root)")
-    if broken:
-        raise ValueError(
-            f"model: expected finite variances, got NaN or infinity in {broken}; a "
-            "step with such gradients spoils them: load_variances or calibrate sets them anew"
-        )
+    found = {name or "(root)": full(layer.log_variance.detach()) for name, layer in layers.items()}
+    require_finite_values("model", {n: values for n, values in found.items() if not values.is_meta})
 
 
 # ---- replaced after conversion -------------------------------------------------------------------
@@ -132,17 +125,15 @@ def _replaced(model: nn.Module) -> dict[str, str]:
     """The layers that were DIP layers once and are none now."""
     found = {}
     for root, prefix, name in remembered(model):
+        full_name = f"{prefix}.{name}".lstrip(".")
         try:
             module = root.get_submodule(name)
         except AttributeError:
-            found[f"{prefix}.{name}".lstrip(".")] = "is gone since it was converted"
+            found[full_name] = "is gone since it was converted"
             continue
         if isinstance(module, DIPLayer):
             continue
-        full_name, kind = (
-            f"{prefix}.{name}".lstrip("."),
-            f"{type(module).__module__}.{type(module).__name__}",
-        )
+        kind = f"{type(module).__module__}.{type(module).__name__}"
         if any(isinstance(inner, DIPLayer) for inner in module.modules()):
             found[full_name] = f"was put inside a {kind} since it was converted: convert again"
         else:
@@ -251,19 +242,14 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (list, tuple)):
-        if not batch:
-            raise ValueError(
-                "batch: expected a list or tuple that holds the input, got an empty one"
-            )
+    """The model on the batch; all of a list or tuple where it takes so many, else the first."""
+    if isinstance(batch, (list, tuple)) and batch:
         try:
             inspect.signature(model.forward).bind(*batch)
         except TypeError:
-            return model(batch[0])
+            return run_batch(model, batch)
         return model(*batch)
-    return model(batch)
+    return run_batch(model, batch)
 
 
 def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:

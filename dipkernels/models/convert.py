@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer
 from ..distributed import replicate_variance
 from ..nn.activation import GatedBlock
 from ..nn.attention import DIPMultiheadAttention, in_projections
@@ -360,10 +361,8 @@ def _asked_before(
     dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(strings("before", before))
     asked: dict[nn.Module, int] = {}
     for pattern, dim in dims.items():
-        if isinstance(before, Mapping) and (not isinstance(dim, int) or isinstance(dim, bool)):
-            raise ValueError(
-                f"before: expected a feature dimension, an integer, for {pattern!r}, got {dim!r}"
-            )
+        if isinstance(before, Mapping):
+            dim = integer(f"before[{pattern!r}]", dim)
         patterns = Patterns("before", [pattern])
         hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
         patterns.require_used(_every_name(names))
@@ -488,7 +487,7 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
                         f"share: expected each layer in one group, got {matched[module]!r} in two"
                     )
                 taken[module] = group
-            features = {matched[m]: (features_of(m), twin_of(m).feature_dim) for m in group}
+            features = {matched[m]: (features_of(m), feature_dim_of(m)) for m in group}
             if len(set(features.values())) > 1:
                 raise ValueError(
                     f"share: expected layers with the same number of input features, got {features}"

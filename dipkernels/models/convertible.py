@@ -137,24 +137,16 @@ def twin_of(module: nn.Module) -> type[Any]:
         return DIPOutProjection
     if kind in TWINS:
         return TWINS[kind]
-    stands_for = counts_as(module)
-    feature_dim = TWINS[stands_for].feature_dim if stands_for is not None else -1
     package = kind.__module__.split(".")[2].capitalize() if is_adapter(module) else ""
     known = package.lower() in kind.__name__.lower()
-    return twin_type(kind, feature_dim, f"DIP{'' if known else package}{kind.__name__}")
+    return twin_type(kind, feature_dim_of(module), f"DIP{'' if known else package}{kind.__name__}")
 
 
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
     layer: Any = base_layer(module) if is_adapter(module) else module
-    name = (
-        "nx"
-        if is_conv1d(layer)
-        else "in_channels"
-        if hasattr(layer, "in_channels")
-        else "in_features"
-    )
-    return int(getattr(layer, name))
+    names = ("nx",) if is_conv1d(layer) else ("in_channels", "in_features", "embed_dim")
+    return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))
 
 
 def feature_dim_of(module: nn.Module) -> int:

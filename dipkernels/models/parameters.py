@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import real
 from ..nn.numbering import need_layers, require_module
 from ..nn.sharing import orphans
-from ..nn.variance import TENSORS, Variance
+from ..nn.variance import TENSORS, Variance, require_finite_values
 from ..ops import dtensor
 from .check import require_finite
 from .probe import plain_names, without_wrappers
@@ -48,11 +48,11 @@ def param_groups(
         [('weights', 0.001, 0.05), ('biases', 0.001, 0.0), ('variances', 0.01, 0.0)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("variance_lr", variance_lr)):
-        if name != "lr" and value is None:
-            continue
-        if not isinstance(value, (int, float, Tensor)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
+    lr = real("lr", lr, least=0)
+    if weight_decay is not None:
+        weight_decay = real("weight_decay", weight_decay, least=0)
+    if variance_lr is not None:
+        variance_lr = real("variance_lr", variance_lr, least=0)
     require_module(model)
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
@@ -128,7 +128,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             does, the model keeps its own.
 
     Raises:
-        ValueError: A name is missing or unknown, or a value has another shape or is not finite.
+        ValueError: A name is missing or unknown, a value has another shape, or a variance is not
+            finite.
 
     Examples:
         >>> old, new = (dip.convert(nn.Sequential(nn.Linear(4, 2)), variance) for variance in (0.04, 0.01))
@@ -157,9 +158,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"state: expected the shapes of this model's variances, got (given, expected) {other}"
         )
-    broken = [n for n, values in state.items() if not bool(values.isfinite().all())]
-    if broken:
-        raise ValueError(f"state: expected finite variances, got NaN or infinity in {broken}")
+    require_finite_values("state", state)
     check_settable({n: m for n, m in own.items() if n.endswith(".log_variance")})
     for name, values in state.items():
         if name.endswith(".log_variance"):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.activation import ActivationProducer, GateProducer, gated_block_type, gated_parts
@@ -21,7 +22,7 @@ from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
 from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin
 from .probe import shown, untouched
-from .readers import Call, Made, Watch, watched
+from .readers import Call, Made, Watch
 
 _FUNCTIONS = {
     "relu": "nn.ReLU()",
@@ -138,11 +139,11 @@ def find_moves(
     Raises:
         ValueError: For no batches.
     """
-    layers = list(layers)
     first = {module: every[0] for module, every in names.items()}
-    dims = {m: -1 if isinstance(m, nn.MultiheadAttention) else feature_dim_of(m) for m in layers}
+    dims = {layer: feature_dim_of(layer) for layer in layers}
     candidates = [m for m in names if m not in dims and _may_produce(m)]
-    watch = watched(model, first, dims, candidates, batches)
+    watch = Watch(first, dims, candidates)
+    watch.run(model, batches)
     return _Planner(model, names, dims, stay, watch).plan()
 
 
@@ -263,10 +264,9 @@ class _Planner:
         if issubclass(base, NormProducer) and dim != -1:
             return "it is a norm over the last dimension, and its layers read it along another"
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
-        features = producer_features(layers[0])
         around = gated and (gated.block, gated_block_type(type(gated.block), gated.parts))
         name, where = self._name(producer), calls[0].device
-        return Move(producer, name, twin, features, tuple(layers), where, around)
+        return Move(producer, name, twin, features_of(layers[0]), tuple(layers), where, around)
 
     def _module_reason(self, module: Any) -> str:
         if len(self._names[module]) > 1:
@@ -335,11 +335,6 @@ class _Planner:
 
     def _name(self, module: nn.Module) -> str:
         return self._names[module][0]
-
-
-def producer_features(layer: nn.Module) -> int:
-    """K of what a layer reads."""
-    return int(layer.embed_dim) if isinstance(layer, nn.MultiheadAttention) else features_of(layer)
 
 
 # ---- what a module computes ----------------------------------------------------------------------
@@ -430,12 +425,8 @@ def norm_form(module: Any) -> tuple[type[Any], dict[str, Any]] | str:
     except Exception:
         return none
     for form, offset in (("layer", 0.0), ("rms", 0.0), ("rms", 1.0), ("layer", 1.0)):
-        wide = x.double() - (x.double().mean(-1, keepdim=True) if form == "layer" else 0)
-        want = (
-            wide
-            * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-            * (tensors["weight"].double() + offset)
-        )
+        plain = F.layer_norm if form == "layer" else F.rms_norm
+        want = plain(x.double(), (k,), tensors["weight"].double() + offset, eps=eps)
         want = want + tensors.get("bias", torch.zeros(k, device=device))
         if (
             isinstance(y, Tensor)

@@ -36,8 +36,7 @@ def run_batch(model: nn.Module, batch: object) -> Any:
     if isinstance(batch, (list, tuple)):
         if not batch:
             raise ValueError(
-                "batches: expected a list or tuple whose first element is the input, got an empty "
-                "one"
+                "batch: expected a list or tuple whose first element is the input, got an empty one"
             )
         return model(batch[0])
     return model(batch)
@@ -318,8 +317,5 @@ def without_wrappers(name: str, known: Mapping[str, object]) -> str:
     """A name from a wrapped model's state dict as the plain model has it."""
     dropped = set(_INNER.values()) - {"module"}
     name = ".".join(part for part in name.split(".") if part not in dropped)
-    return (
-        name.removeprefix("module.")
-        if name not in known and name.removeprefix("module.") in known
-        else name
-    )
+    plain = name.removeprefix("module.")
+    return plain if name not in known and plain in known else name

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .probe import for_each, input_of, leaves, listed, run_batch, shown, untouched
+from .probe import for_each, input_of, leaves, run_batch, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
@@ -190,7 +190,8 @@ class Watch(TorchDispatchMode):
 
     @torch.no_grad()
     def run(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        """Each batch in training mode, where noise is drawn, and in eval mode, without noise."""
+        """Each batch in training mode and in eval mode, without noise; the model's state, modes and
+        random states stay."""
         handles: list[Any] = []
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
@@ -204,7 +205,8 @@ class Watch(TorchDispatchMode):
                 self._pass(model.train(training), batch)
 
         try:
-            for_each(model, batches, both)
+            with untouched(model):
+                for_each(model, batches, both)
         finally:
             for handle in handles:
                 handle.remove()
@@ -286,11 +288,9 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
-        name = (
-            schema.name.partition("::")[2]
-            if schema is not None
-            else getattr(func, "__name__", str(func))
-        )
+        name = getattr(func, "__name__", str(func))
+        if schema is not None:
+            name = schema.name.partition("::")[2]
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         storages = {_storage(t) for t in given}
@@ -358,18 +358,3 @@ def _storage(t: object) -> int | None:
         return int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, nested
         return None
-
-
-def watched(
-    model: nn.Module,
-    names: Mapping[nn.Module, str],
-    layers: Mapping[nn.Module, int],
-    candidates: Iterable[nn.Module],
-    batches: Iterable[Any],
-) -> Watch:
-    """Who reads what in passes over the batches; nothing of the model's state, modes or random
-    states changes."""
-    watch = Watch(names, layers, candidates)
-    with untouched(model):
-        watch.run(model, listed(batches))
-    return watch

@@ -1,34 +1,22 @@
-"""The spread of each layer's input, how many values of an example it has and how alike they are,
-measured on batches."""
+"""The spread of each layer's input, and how many values of an example the first layer sees and how
+alike they are, measured on batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.inputs import undense
+from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
 from .probe import input_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64
-
-
-class Measured(NamedTuple):
-    """Of a layer's input: each feature's standard deviation, [K]; how many values an example has
-    there, and how many of them are independent.
-
-    An image has channels x height x width values, a sequence length x features, a row of a table
-    its features. Of FEW values or more all count as independent.
-    """
-
-    spread: Tensor
-    values: float
-    independent: float
 
 
 class _Moments:
@@ -58,89 +46,95 @@ class _Moments:
     def _squared(self, rows: Tensor) -> Tensor:
         return rows.T @ rows if self.whole else rows.square().sum(0)
 
+    def spread(self) -> Tensor:
+        """Each column's standard deviation, [K], on the CPU."""
+        assert isinstance(self.scatter, Tensor)  # something was added
+        return (self.scatter / self.count).sqrt().cpu()
 
-class _Inputs:
-    """What reaches one layer."""
+
+class Examples:
+    """How many values an example has at a layer's input, and how many of them are independent.
+
+    An image has channels x height x width values, a sequence length x features, a row of a table
+    its features. Of FEW values or more all count as independent.
+    """
 
     def __init__(self) -> None:
-        self.features = _Moments()
-        self.sizes: dict[int, _Moments] = {}  # by how many values an example has
-        self.examples = self.values = 0
+        self._sizes: dict[int, _Moments] = {}  # by how many values an example has
+        self._count = self._total = 0
 
     def add(self, x: Tensor, dim: int) -> None:
-        x = x.detach()
-        features = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
-        if len(features) == 0:
-            return
-        self.features.add(features)
-        alone = x.ndim == 1 or dim % x.ndim == 0  # without a batch
-        rows = x[None].flatten(1) if alone else x.flatten(1)
-        examples = self.sizes.setdefault(rows.shape[1], _Moments(whole=True))
+        """More of them, [B, ...] with the features along dim, or one without a batch."""
+        alone = x.ndim == 1 or dim % x.ndim == 0
+        rows = (x[None] if alone else x).flatten(1)
+        moments = self._sizes.setdefault(rows.shape[1], _Moments(whole=True))
         if rows.shape[1] < FEW:
-            examples.add(rows)
-        self.examples += len(rows)
-        self.values += rows.numel()
+            moments.add(rows)
+        self._count += len(rows)
+        self._total += rows.numel()
 
-    def measured(self) -> Measured:
-        assert isinstance(self.features.scatter, Tensor)  # something was added
-        spread = (self.features.scatter / self.features.count).sqrt().cpu()
-        values = self.values / self.examples
-        of_one_size = next(iter(self.sizes.values())) if len(self.sizes) == 1 else _Moments()
-        return Measured(spread, values, max(1.0, min(values, _independent(of_one_size))))
+    @property
+    def values(self) -> float:
+        """Of an example, on average."""
+        return self._total / self._count
 
+    @property
+    def independent(self) -> float:
+        """How many of them, from 1 on: the participation ratio (tr C)^2 / tr C^2 of their
+        covariance C; all, where the examples are of several sizes or too few.
 
-def _independent(examples: _Moments) -> float:
-    """Of how many independent values an example is made: the participation ratio
-    (tr C)^2 / tr C^2 of the covariance C of its values; infinity where that is not known.
-
-    Unbiased estimates of both (for normal values) stand for them, because few examples are alike by
-    chance.
-    """
-    n = examples.count - 1
-    if n < 2 or not isinstance(examples.scatter, Tensor):
-        return math.inf
-    covariance = examples.scatter / n
-    trace, square = covariance.trace().item() ** 2, covariance.square().sum().item()
-    square = (square - trace / n) * n * n / ((n - 1) * (n + 2))
-    trace = trace - 2 / n * square
-    return trace / square if min(trace, square) > 0 else math.inf
-
-
-def measured_spreads(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """The spread of every DIP layer's input features over the batches; left in each layer's
-    variance.spread too."""
-    return {name: found.spread for name, found in measured_inputs(model, batches).items()}
+        Unbiased estimates of both (for normal values) stand for them, because few examples are
+        alike by chance.
+        """
+        (moments, *others) = self._sizes.values()
+        n = moments.count - 1
+        if others or n < 2 or not isinstance(moments.scatter, Tensor):
+            return max(1.0, self.values)
+        covariance = moments.scatter / n
+        trace, square = covariance.trace().item() ** 2, covariance.square().sum().item()
+        square = (square - trace / n) * n * n / ((n - 1) * (n + 2))
+        trace = trace - 2 / n * square
+        found = trace / square if min(trace, square) > 0 else math.inf
+        return max(1.0, min(self.values, found))
 
 
 @torch.no_grad()
-def measured_inputs(model: nn.Module, batches: Iterable[Any]) -> dict[str, Measured]:
-    """What the batches look like at every DIP layer's input, in the order in which they first reach
-    the layers; the spread is left in each layer's variance.spread too."""
-    layers = need_layers(model)
-    seen = {name: _Inputs() for name in layers}
-    name_of = {layer: name for name, layer in layers.items()}
+def measured_spreads(
+    model: nn.Module, batches: Iterable[Any], first: Examples | None = None
+) -> dict[str, Tensor]:
+    """The spread of every DIP layer's input features over the batches; left in each layer's
+    variance.spread too.
 
-    reached: dict[str, None] = {}  # in the order of the first calls
+    first: is given what the layer reads that the batches reach first.
+    """
+    layers = need_layers(model)
+    seen: dict[DIPLayer, _Moments] = {}
 
     def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name, x = name_of[layer], input_of(layer, args, kwargs)
+        x, dim = input_of(layer, args, kwargs), layer.feature_dim
         if (kind := undense(x)) is not None:
+            name = next(name for name, each in layers.items() if each is layer)
             raise TypeError(
                 f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
             )
-        reached.setdefault(name)
-        seen[name].add(x, layer.feature_dim)
+        x = x.detach()
+        rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
+        seen.setdefault(layer, _Moments()).add(rows)
+        if first is not None and len(rows) and layer is next(iter(seen)):
+            first.add(x, dim)
 
     watch(model, layers.values(), observe, batches)
-    unreached = [name or "(root)" for name in layers if seen[name].examples == 0]
+    unreached = [
+        name or "(root)"
+        for name, layer in layers.items()
+        if layer not in seen or seen[layer].count == 0
+    ]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
-    found = {name: seen[name].measured() for name in reached}
-    infinite = [
-        name or "(root)" for name, each in found.items() if not bool(each.spread.isfinite().all())
-    ]
+    found = {name: seen[layer].spread() for name, layer in layers.items()}
+    infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
     for name, layer in layers.items():
-        layer.variance.spread = found[name].spread
+        layer.variance.spread = found[name]
     return found

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..nn.numbering import need_layers
@@ -97,11 +96,9 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
             varies = spread > 0.01 * spread.square().mean().sqrt()
             # The median: a few features that hardly vary would rule a mean.
             ratio = (sigma / spread)[varies].median().item() if bool(varies.any()) else None
-        low, mean, high = (
-            (f(sigma).item() for f in (torch.min, torch.mean, torch.max))
-            if len(sigma)
-            else (0.0,) * 3
-        )
+        low = mean = high = 0.0
+        if len(sigma):
+            low, mean, high = sigma.min().item(), sigma.mean().item(), sigma.max().item()
         rows.append(
             Row(name, type(layer).__name__, len(sigma), low, mean, high, ratio, layer.number)
         )

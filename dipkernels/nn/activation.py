@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import worlds
+from ..arguments import integer
 from ..ops.activations import ACTIVATIONS, check_activation
-from ..ops.gate import noised_activation, noised_gate
+from ..ops.gate import noised_gate
 from .producer import Producer
 from .twin import made_type
 
@@ -32,7 +33,8 @@ class ActivationProducer(Producer):
     kind: str  # one of ACTIVATIONS
 
     def _noised(self, sigma: Tensor, seed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
-        return noised_activation(x, sigma, seed, self.draw(x), self.kind, worlds.autocast_dtype(x))
+        dtype = worlds.autocast_dtype(x)
+        return noised_gate(x, None, sigma, seed, self.draw(x), self.kind, dtype)
 
 
 class GateProducer(Producer):
@@ -56,7 +58,7 @@ class Activation(nn.Module):
     def __init__(self, num_features: int, kind: str, dim: int) -> None:
         super().__init__()
         check_activation(kind)
-        self.num_features, self.kind, self.dim = num_features, kind, dim
+        self.num_features, self.kind, self.dim = num_features, kind, integer("dim", dim)
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = ACTIVATIONS[self.kind](input)

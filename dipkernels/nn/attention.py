@@ -165,14 +165,15 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        rest: dict[str, Any] = dict(
+            key_padding_mask=key_padding_mask,
+            need_weights=need_weights,
+            attn_mask=attn_mask,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
-            masks = dict(
-                key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal
-            )
-            weights = dict(need_weights=need_weights, average_attn_weights=average_attn_weights)
-            proxy: tuple[Tensor, Tensor | None] = tracing.record(
-                self, query, key, value, **masks, **weights
-            )
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **rest)
             return proxy
         parts = self._parts()
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does
@@ -184,26 +185,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         ):
             if ddp_waits():
                 query, key, value = self._with_unused_variances(query, key, value)
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask=key_padding_mask,
-                need_weights=need_weights,
-                attn_mask=attn_mask,
-                average_attn_weights=average_attn_weights,
-                is_causal=is_causal,
-            )
-        return self._noised_forward(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            need_weights,
-            attn_mask,
-            average_attn_weights,
-            is_causal,
-        )
+            return super().forward(query, key, value, **rest)
+        return self._noised_forward(query, key, value, **rest)
 
     def _with_unused_variances(
         self, query: Tensor, key: Tensor, value: Tensor

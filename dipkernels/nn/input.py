@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer
 from . import inputs, tracing
 from .layer import DIPLayer, noised
 from .variance import short
@@ -45,7 +46,7 @@ class DIPInput(DIPLayer, nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.num_features, self.dim = num_features, dim
+        self.num_features, self.dim = num_features, integer("dim", dim)
         self._set_up(num_features, init_variance, num_samples, keep, device)
 
     @property

@@ -63,11 +63,9 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         )
     if x.dtype not in DTYPES:
         expected = ", ".join(str(dtype) for dtype in DTYPES)
-        way_out = (
-            "; noise is real, so leave complex layers out: convert(exclude=...)"
-            if x.is_complex()
-            else ""
-        )
+        way_out = ""
+        if x.is_complex():
+            way_out = "; noise is real, so leave complex layers out: convert(exclude=...)"
         raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         axis = "" if dim in _BATCHED else f" along dimension {dim}"

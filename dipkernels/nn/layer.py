@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import worlds
+from ..arguments import integer
 from ..noise import contexts, seeds
-from ..ops.draw import Draw
+from ..ops.draw import MAX_SAMPLES, Draw
 from ..ops.perturb import projection, without_noise
 from ..worlds import is_dtensor
 from . import inputs, tracing
@@ -26,12 +27,12 @@ _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers t
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
 # DIPLayer is mixed into modules, and is none itself.
 if TYPE_CHECKING:
-    _Mixin = nn.Module
+    Mixin = nn.Module
 else:
-    _Mixin = object
+    Mixin = object
 
 
-class DIPLayer(_Mixin):
+class DIPLayer(Mixin):
     """What the DIP layers share: the child `variance`, the number of its stream, and when there is
     noise."""
 
@@ -54,19 +55,12 @@ class DIPLayer(_Mixin):
         keep: str,
         device: Any,
     ) -> None:
-        if (
-            not isinstance(num_samples, int)
-            or isinstance(num_samples, bool)
-            or not 1 <= num_samples <= 65536
-        ):
-            raise ValueError(
-                f"num_samples: expected an integer from 1 to 65536, got {num_samples!r}"
-            )
+        self.num_samples = integer("num_samples", num_samples, 1, MAX_SAMPLES)
         if keep not in self._KEEPS:
             raise ValueError(
                 f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}"
             )
-        self.num_samples, self.keep = num_samples, keep
+        self.keep = keep
         self.variance = Variance(num_features, init_variance, device)
         self.number = next(_NUMBERS) % MAX_LAYERS
 
@@ -97,11 +91,8 @@ class DIPLayer(_Mixin):
             ) from error
         # Of accelerate, which may cast what it loads, or of ZeRO; FSDP's mixed precision has an
         # error that names it.
-        return (
-            gathered.float()
-            if gathered.dtype.itemsize < 4 and ("forward" in variance.__dict__ or in_zero(gathered))
-            else gathered
-        )
+        theirs = "forward" in variance.__dict__ or in_zero(gathered)
+        return gathered.float() if gathered.dtype.itemsize < 4 and theirs else gathered
 
     def noisy(self) -> bool:
         """Whether a forward pass now would draw noise."""
@@ -137,11 +128,8 @@ class DIPLayer(_Mixin):
     def set_number(self, number: int, model: str = "") -> None:
         """Set the stream that fixed_noise gives this layer, 0 <= number < 65536. model: what it was
         counted in."""
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_LAYERS:
-            raise ValueError(
-                f"number: expected an integer from 0 to {MAX_LAYERS - 1}, got {number!r}"
-            )
-        self.__dict__["_number"], self.__dict__["_counted_in"] = number, model
+        self.__dict__["_number"] = integer("number", number, 0, MAX_LAYERS - 1)
+        self.__dict__["_counted_in"] = model
         self._keep_stream()
 
     @property
@@ -241,11 +229,9 @@ class DIPLayer(_Mixin):
 def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by
     default."""
-    return (
-        fresh(layer, x, dtype, sample)
-        if layer.share is None
-        else layer.share.noised(layer, x, dtype)
-    )
+    if layer.share is None:
+        return fresh(layer, x, dtype, sample)
+    return layer.share.noised(layer, x, dtype)
 
 
 def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:

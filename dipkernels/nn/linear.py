@@ -23,10 +23,7 @@ class DIPLinear(DIPLayer, nn.Linear):
     lost in rounding.
 
     Args:
-        in_features: As nn.Linear's.
-        out_features: As nn.Linear's.
-        bias: As nn.Linear's.
-        device: As nn.Linear's.
+        in_features, out_features, bias, device: As nn.Linear's.
         dtype: As nn.Linear's, for the weights; the variance stays float32.
         init_variance: sigma^2 at the start, a number > 0 or a tensor [in_features].
         num_samples: S >= 1 draws averaged inside the layer (as one draw with sigma / sqrt(S)).

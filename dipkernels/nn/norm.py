@@ -40,9 +40,7 @@ class NormProducer(Producer):
                 f"put a DIPInput behind an nn.{self.plain_type.__name__}"  # type: ignore[union-attr]
             )
         weight: Any = self.weight
-        own = torch.get_default_device() if device is None else torch.device(device)
-        if weight is not None:
-            own = device_of_variance(weight, device)
+        own = device_of_variance(weight, device)
         self._set_up(shape[0], init_variance, num_samples, "auto", own)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
 from .. import worlds
 from . import inputs, tracing
-from .layer import DIPLayer, noised
+from .layer import DIPLayer, Mixin, noised
 
 
 class _Twin(DIPLayer):
@@ -25,11 +25,8 @@ class _Twin(DIPLayer):
             if isinstance(x, tracing.Proxy):
                 return tracing.record(self, *args, **kwargs)
             inputs.require_tensor(self, x)
-        u = (
-            noised(self, x, worlds.autocast_dtype(x))
-            if self.noisy()
-            else self.copied_without_noise(x)
-        )
+        dtype = worlds.autocast_dtype(x)
+        u = noised(self, x, dtype) if self.noisy() else self.copied_without_noise(x)
         if args:
             return super().forward(u, *args[1:], **kwargs)
         return super().forward(**{**kwargs, self.input_name: u})
@@ -45,13 +42,7 @@ def twin_type(
 # ---- classes made at run time --------------------------------------------------------------------
 
 
-if TYPE_CHECKING:
-    _Mixin = nn.Module
-else:
-    _Mixin = object
-
-
-class MadeTwin(_Mixin):
+class MadeTwin(Mixin):
     """Of a class made at run time, which a pickle cannot name: it names what the class was made
     of."""
 

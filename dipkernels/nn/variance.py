@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer, real
 from ..ops import dtensor
 from ..worlds import has_ranks, is_dtensor
 from . import decay
@@ -30,15 +31,26 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
         if not bool((values.isfinite() & (values > 0)).all()):
             raise ValueError(f"init_variance: expected finite values > 0, got {values}")
         return values
-    try:
-        value = float(init_variance)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"init_variance: expected a number or a tensor, got {init_variance!r}"
-        ) from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"init_variance: expected a finite number > 0, got {init_variance!r}")
+    value = float(real("init_variance", init_variance, above=0, other=" or a tensor of them"))
+    if value > torch.finfo(torch.float32).max:
+        raise ValueError(f"init_variance: expected a variance that float32 can hold, got {value}")
     return value
+
+
+def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming those that are not the logarithms of variances that float32 can
+    hold."""
+    broken = []
+    for name, values in log_variances.items():
+        values = values.float()
+        if not bool((values.isfinite() & values.exp().isfinite()).all()):
+            broken.append(name)
+    if broken:
+        raise ValueError(
+            f"{argument}: expected finite variances, got NaN or infinity in {broken}, where sigma^2 "
+            "= exp(log_variance); a step with such gradients spoils them: load_variances or "
+            "calibrate sets them anew"
+        )
 
 
 class Variance(nn.Module):
@@ -81,7 +93,7 @@ class Variance(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features = integer("num_features", num_features, 0)
         self.init_variance = check_init_variance(init_variance, num_features)
         with torch.inference_mode(False):  # what is made in that mode can never be trained
             self._make(device)
@@ -130,11 +142,12 @@ class Variance(nn.Module):
         """log_variance = values [K], the same on every rank; through the right_inverse of a
         parametrisation.
 
-        Raises ValueError saying why where that cannot be.
+        Raises ValueError saying why where that cannot be, or if a variance would not be finite.
         """
         reason = self.cannot_set()
         if reason is not None:
             raise ValueError(f"log_variance: expected one that can be set, got one {reason}")
+        require_finite_values("values", {"log_variance": values})
         with torch.no_grad():
             if "log_variance" in self._parameters:
                 self.log_variance.copy_(dtensor.laid_out_as(values, self.log_variance))
@@ -151,22 +164,17 @@ class Variance(nn.Module):
         """Why log_variance cannot be set, as the end of a sentence; None where it can."""
         if self.log_variance.is_meta:
             return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
+        if in_zero(self.log_variance):
+            return "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before deepspeed.initialize"
         if "log_variance" in self._parameters:
-            return (
-                "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before "
-                "deepspeed.initialize"
-                if in_zero(self.log_variance)
-                else None
-            )
+            return None
         if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
             return "that a hook computes (pruning, weight_norm): remove that first"
         steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
         one_way = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
-        return (
-            f"parametrised by {', '.join(one_way)} without a right_inverse: give it one"
-            if one_way
-            else None
-        )
+        if one_way:
+            return f"parametrised by {', '.join(one_way)} without a right_inverse: give it one"
+        return None
 
     def widen(self) -> None:
         """Float32 again, after a cast past `_apply`: `p.data = p.data.half()`, accelerate's dtype.
@@ -225,11 +233,8 @@ class Variance(nn.Module):
         """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a
         collective."""
         # accelerate's offload has it on meta, but for the time of a call.
-        value = (
-            self()
-            if self.log_variance.is_meta and "forward" in self.__dict__
-            else self.log_variance
-        )
+        offloaded = self.log_variance.is_meta and "forward" in self.__dict__
+        value = self() if offloaded else self.log_variance
         if value.numel() != self.num_features and in_zero(value):
             raise ValueError(
                 f"log_variance: expected {self.num_features} values, got {value.numel()}: "
@@ -274,11 +279,8 @@ class Variance(nn.Module):
                 and moved.dtype.itemsize < t.dtype.itemsize
                 and t.dtype.itemsize >= 4
             )
-            return (
-                t.to(device=moved.device, dtype=torch.promote_types(moved.dtype, torch.float32))
-                if narrowed
-                else moved
-            )
+            wide = torch.promote_types(moved.dtype, torch.float32)
+            return t.to(device=moved.device, dtype=wide) if narrowed else moved
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         after = self._tensors()
@@ -354,10 +356,10 @@ def in_zero(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def device_of_variance(weight: Tensor, device: torch.device | str | None) -> torch.device:
-    """The weight's; beside a weight without data, where it was asked for, so that it has values all
-    the same."""
-    if not weight.is_meta:
+def device_of_variance(weight: Tensor | None, device: torch.device | str | None) -> torch.device:
+    """The weight's; without one, or beside one without data, where it was asked for, so that it has
+    values all the same."""
+    if weight is not None and not weight.is_meta:
         return weight.device
     return torch.get_default_device() if device is None else torch.device(device)
 

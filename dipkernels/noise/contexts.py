@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import operator
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import worlds
+from ..arguments import integer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,9 +91,11 @@ class fixed_noise(_State):
     model: same key, same noise.
 
     With checkpointed blocks run the backward pass inside too, because it computes them again;
-    outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. Contexts
-    can be nested, restore the state after exceptions, and work as decorators. They hold for the
-    whole process, all its threads: enter one in one thread at a time.
+    outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. A deep
+    copy of a model, such as an AveragedModel, keeps the layers' numbers, so it replays the noise of
+    the original: what differs between them is then the parameters alone. For other noise give it
+    another key. Contexts can be nested, restore the state after exceptions, and work as decorators.
+    They hold for the whole process, all its threads: enter one in one thread at a time.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.
@@ -118,13 +120,7 @@ class fixed_noise(_State):
 
     def __init__(self, key: int | Tensor, row0: int = 0) -> None:
         super().__init__()
-        self._key = _key_tensor(key)
-        try:
-            self._row0 = operator.index(row0)
-        except TypeError:
-            raise TypeError(f"row0: expected an integer >= 0, got {row0!r}") from None
-        if self._row0 < 0:
-            raise ValueError(f"row0: expected an integer >= 0, got {row0}")
+        self._key, self._row0 = _key_tensor(key), integer("row0", row0, 0)
         on_host = self._key.device.type == "cpu" or not isinstance(key, Tensor)
         self._tag = (int(key) % 2**64 if on_host else "a tensor", self._row0)
 
@@ -154,6 +150,10 @@ class noise_off(_State):
         MODE = "off"
 
 
+_sampling = 0  # how many sampling_on are entered, and attention's fast path before the first
+_fast_path = True
+
+
 class sampling_on(_State):
     """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
 
@@ -173,15 +173,18 @@ class sampling_on(_State):
         MODE = "on"
 
     def __enter__(self) -> Self:
-        self._saved_fast_path = [
-            *getattr(self, "_saved_fast_path", ()),
-            torch.backends.mha.get_fastpath_enabled(),
-        ]
+        global _sampling, _fast_path
+        if _sampling == 0:
+            _fast_path = torch.backends.mha.get_fastpath_enabled()
+        _sampling += 1
         torch.backends.mha.set_fastpath_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *exc: object) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._saved_fast_path.pop())
+        global _sampling
+        _sampling -= 1
+        if _sampling == 0:  # the last one, also where two have overlapped
+            torch.backends.mha.set_fastpath_enabled(_fast_path)
         super().__exit__(*exc)
 
 
@@ -209,12 +212,7 @@ def _key_tensor(key: int | Tensor) -> Tensor:
             )
         key = key.detach().reshape(1)
         return torch.cat([key, torch.zeros_like(key)])
-    try:
-        number = operator.index(key)
-    except TypeError:
-        raise TypeError(
-            f"key: expected an integer or an int64 tensor of one element, got {key!r}"
-        ) from None
+    number = integer("key", key, other=" or an int64 tensor of one element")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.tensor([signed(number), 0], device=device or "cpu")
 

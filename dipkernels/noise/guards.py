@@ -41,11 +41,9 @@ def watch_checkpoint(seed: Tensor) -> None:
         or mark in _earlier_draws
     ):
         return
-    what = (
-        "draws a seed"
-        if contexts.KEY is None
-        else f"takes its noise from fixed_noise(key, row0) = {contexts.TAG}"
-    )
+    what = "draws a seed"
+    if contexts.KEY is not None:
+        what = f"takes its noise from fixed_noise(key, row0) = {contexts.TAG}"
     raise RuntimeError(
         f"checkpoint: a block that is computed again in the backward pass {what}, which is not "
         "what its forward pass had, so that its gradients would be wrong. Keep "

@@ -48,7 +48,7 @@ def act_of(activation: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS.get(activation, lambda h: h)
 
 
-def check_activation(activation: str) -> None:
+def check_activation(name: str, argument: str = "activation") -> None:
     """Raise ValueError for a name that is none of ACTIVATIONS."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{argument}: expected one of {tuple(ACTIVATIONS)}, got {name!r}")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import integer
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_SAMPLES = 2**16
 MAX_ORIGIN = 2**62  # of row0 and col0: with the rows of any tensor added it is still an int64
@@ -35,10 +37,29 @@ class Draw(NamedTuple):
         """Raise ValueError where it lies outside the contract, for a tensor of ndim dimensions."""
         if not -ndim <= self.dim < ndim:
             raise ValueError(f"dim: expected a dimension of a tensor of {ndim}, got {self.dim}")
-        if not (0 <= self.row0 <= MAX_ORIGIN and 0 <= self.col0 <= MAX_ORIGIN):
-            raise ValueError(f"row0, col0: expected 0 to 2^62, got {self.row0}, {self.col0}")
-        if not 0 <= self.sample < MAX_SAMPLES:
-            raise ValueError(f"sample: expected 0 to {MAX_SAMPLES - 1}, got {self.sample}")
+        inside = 0 <= self.row0 <= MAX_ORIGIN and 0 <= self.col0 <= MAX_ORIGIN
+        if not (inside and 0 <= self.sample < MAX_SAMPLES):
+            integer("row0", self.row0, 0, MAX_ORIGIN)
+            integer("col0", self.col0, 0, MAX_ORIGIN)
+            integer("sample", self.sample, 0, MAX_SAMPLES - 1)
+
+
+def asked_for(
+    dim: int, row0: int, col0: int, sample: int, factor: float, log_variance: bool
+) -> Draw:
+    """The Draw of what the caller of a function of tensors gave. Raises TypeError naming what is no
+    integer; `Draw.check` looks at the ranges.
+
+    Nothing has a default here: torch.compile takes a default of a class for a number that changes.
+    """
+    return Draw(
+        integer("dim", dim),
+        integer("row0", row0),
+        integer("col0", col0),
+        integer("sample", sample),
+        factor,
+        log_variance,
+    )
 
 
 def check_seed(seed: Tensor, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from .. import backends, worlds
 from ..worlds import is_dtensor
 from . import registry, row_blocks
-from .activations import ACTIVATIONS, act_of
+from .activations import act_of
 from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
 from .perturb import (
     DRAW,
@@ -280,15 +280,11 @@ class _Mean(Function):
         bias: Tensor | None,
         sigma: Tensor,
         seed: Tensor,
-        draw: Draw,
-        num_samples: int,
-        activation: str,
-        dtype: torch.dtype,
+        *how: Any,  # draw, num_samples, activation, dtype
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, sigma, seed)
-        ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype = draw, num_samples, activation, dtype
-        pair = _cast(dtype, weight, bias)
-        return no_view(linear(x, *pair, sigma, seed, draw, num_samples, activation, dtype))
+        ctx.how = how
+        return no_view(linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Grads:
@@ -296,12 +292,10 @@ class _Mean(Function):
         needs = ctx.needs_input_grad[:4]
         # under create_graph: differentiable pieces, whose memory grows with the samples
         if torch.is_grad_enabled():
-            y = _mean_pieces(
-                x, weight, bias, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation, ctx.dtype
-            )
+            y = _mean_pieces(x, weight, bias, sigma, seed, *ctx.how)
             return *gradients(y, tensors, dy, needs), *(None,) * 5
-        pair = _cast(ctx.dtype, weight, bias)
-        grads = linear_bwd(dy, x, *pair, sigma, seed, ctx.draw, ctx.num_samples, ctx.activation)
+        *draw_and_act, dtype = ctx.how
+        grads = linear_bwd(dy, x, *_cast(dtype, weight, bias), sigma, seed, *draw_and_act)
         return *(
             grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)
         ), *(None,) * 5
@@ -329,6 +323,3 @@ def _mean_pieces(
         y = y + act_of(activation)(F.linear(u, weight, bias))
     total: Tensor = y
     return total / num_samples
-
-
-__all__ = ["ACTIVATIONS", "affine", "linear", "linear_bwd", "mean"]

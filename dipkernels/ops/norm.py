@@ -160,15 +160,11 @@ class _Norm(Function):
         bias: Tensor | None,
         sigma: Tensor,
         seed: Tensor,
-        draw: Draw,
-        kind: str,
-        eps: float,
-        offset: float,
-        dtype: torch.dtype,
+        *how: Any,  # draw, kind, eps, offset, dtype
     ) -> Tensor:
-        u, stats = norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype)
+        u, stats = norm(x, weight, bias, sigma, seed, *how)
         ctx.save_for_backward(x, weight, bias, sigma, seed, stats)
-        ctx.how = draw, kind, eps, offset, dtype
+        ctx.how = how
         return u
 
     @staticmethod

@@ -100,8 +100,8 @@ def kernel(op: str, device: str) -> Callable[..., Any]:
 
 
 def fuses(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> bool:
-    """Whether an affine layer of these sizes samples inside its GEMM: backends.fuses as a
-    look-up."""
+    """Whether an affine layer of these sizes samples inside its GEMM: backends.can_fuse as a
+    look-up, and is_narrow."""
     return device in _fusers and backends.is_narrow(dtype, m, n, k)
 
 

@@ -28,78 +28,22 @@ from ..ops import expectation
 
 _ACTIVATIONS = {"relu", "gelu", "silu", "tanh"}
 # Keep columns columns: the same values in another shape.
-_SHAPES = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "contiguous",
-    "clone",
-    "to",
-    "float",
-    "unsqueeze",
-    "squeeze",
-}
+_SHAPES = {"view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"}
+_SHAPES |= {"contiguous", "clone", "to", "float"}
 # Linear in one pre-activation, or in each of several layers', whose noises are independent: the
 # mean goes through.
-_LINEAR = {
-    "add",
-    "sub",
-    "rsub",
-    "neg",
-    "matmul",
-    "mm",
-    "bmm",
-    "baddbmm",
-    "addmm",
-    "einsum",
-    "linear",
-    "conv1d",
-}
-_LINEAR |= {
-    "conv2d",
-    "cat",
-    "stack",
-    "mean",
-    "sum",
-    "chunk",
-    "split",
-    "getitem",
-    "transpose",
-    "permute",
-    "t",
-    "T",
-}
-_LINEAR |= {
-    "mT",
-    "movedim",
-    "expand",
-    "repeat",
-    "repeat_interleave",
-    "index_select",
-    "select",
-    "narrow",
-    "unbind",
-}
-_LINEAR |= {"roll", "pad", "where", "masked_fill", "type_as", "detach", "avg_pool1d", "avg_pool2d"}
-_LINEAR |= {"adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+_SUMS = {"add", "sub", "rsub", "neg", "sum", "mean", "cat", "stack"}
+_POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"}
+_PRODUCTS = {"matmul", "mm", "bmm", "baddbmm", "addmm", "einsum", "linear", "conv1d", "conv2d"}
+_ORDERS = {"transpose", "permute", "movedim", "t", "T", "mT", "roll", "type_as", "detach"}
+_PARTS = {"chunk", "split", "getitem", "index_select", "select", "narrow", "unbind"}
+_REPEATS = {"expand", "repeat", "repeat_interleave", "pad", "where", "masked_fill"}
 # Not linear: they read the mean, as in Algorithm 3.
-_READ_MEAN = {
-    "softmax",
-    "log_softmax",
-    "layer_norm",
-    "rms_norm",
-    "batch_norm",
-    "group_norm",
-    "normalize",
-}
-_READ_MEAN |= {
-    "scaled_dot_product_attention",
-    "multi_head_attention_forward",
-    "cross_entropy",
-    "argmax",
-}
-_THROUGH = _LINEAR | _READ_MEAN
+_NORMS = {"layer_norm", "rms_norm", "batch_norm", "group_norm", "normalize"}
+_ATTENTION = {"softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+_LOSSES = {"log_softmax", "cross_entropy", "argmax"}
+_THROUGH = _SUMS | _POOLS | _PRODUCTS | _ORDERS | _PARTS | _REPEATS
+_THROUGH |= _NORMS | _ATTENTION | _LOSSES
 
 
 class _Normal(NamedTuple):
@@ -255,10 +199,8 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
         return hook
 
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)  # it calls none of a block's layers
+        stack.enter_context(contexts.sampling_on())  # without the fast path, which calls no layer
         for name, layer in dip_layers(model).items():
             stack.callback(layer.register_forward_hook(behind(name), with_kwargs=True).remove)
         stack.enter_context(contexts.noise_off())

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.probe import eval_mode, input_of
+from ..arguments import integer, real
+from ..models.probe import input_of, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
-from ..noise.contexts import noise_off
 from .predict import predict, require_batch
 
 ABSTAIN = -1
@@ -88,11 +88,8 @@ def certify(
 
     Source: Cohen, Rosenfeld, Kolter 2019, arXiv 1902.02918, theorem 1 and the algorithm CERTIFY.
     """
-    for name, value in (("k", k), ("k0", k0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
+    k, k0 = integer("k", k, 1), integer("k0", k0, 1)
+    confidence = real("confidence", confidence, above=0, below=1)
     require_batch(x)
     sigma = _input_sigma(model, x)
     votes = predict(model, x, k=k0 + k, average=None, chunk=chunk)
@@ -143,15 +140,10 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         )
     read: list[Tensor] = []
 
-    def note(module: DIPLayer, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def note(module: DIPLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read.append(input_of(module, args, kwargs))
 
-    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with eval_mode(model), noise_off():
-            model(x[:1])
-    finally:
-        handle.remove()
+    watch(model, [layer], note, [x[:1]])
     if (
         len(read) != 1
         or read[0].numel() != x[:1].numel()

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import real
 from ..nn.variance import Variance
 from ..ops.dtensor import full, laid_out_as
 from ..worlds import is_dtensor
 
 KL = 0.4  # the default weight: studies/defaults.py
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
 
 
 def _variances(model: nn.Module) -> list[Variance]:
@@ -60,7 +55,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         >>> dip.kl_penalty(model).item()  # the variances are where they started
         0.0
     """
-    _check_weight("kl", kl)
+    kl = real("kl", kl, least=0)
     variances = _variances(model)
     sharded = [v for v in variances if is_dtensor(v.log_variance)]
     whole = [v for v in variances if not is_dtensor(v.log_variance)]
@@ -111,7 +106,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
 
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
-    _check_pair(alpha, beta)
+    alpha, beta = _checked_pair(alpha, beta)
     variances = [v.log_variance for v in _variances(model)]
     sharded = [part for part in variances if is_dtensor(part)]
     parts = [part for part in variances if not is_dtensor(part)]
@@ -124,14 +119,14 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
 
 
-def _check_pair(alpha: float, beta: float) -> None:
-    _check_weight("alpha", alpha)
-    _check_weight("beta", beta)
+def _checked_pair(alpha: float, beta: float) -> tuple[float, float]:
+    alpha, beta = real("alpha", alpha, least=0), real("beta", beta, least=0)
     if beta > 0 and alpha == 0:
         raise ValueError(
             f"alpha: expected > 0 beside beta = {beta}, got 0, with which every variance grows "
             "without bound; use kl=, or alpha = beta / variance"
         )
+    return alpha, beta
 
 
 def objective(
@@ -204,10 +199,10 @@ def objective(
             "loss_fn: expected a function such as F.cross_entropy, or a loss module such as "
             f"nn.CrossEntropyLoss(), got {came}"
         )
-    _check_pair(alpha, beta)
-    _check_weight("lambda_s", lambda_s)
+    alpha, beta = _checked_pair(alpha, beta)
+    lambda_s = real("lambda_s", lambda_s, least=0)
     if kl is not None:
-        _check_weight("kl", kl)
+        kl = real("kl", kl, least=0)
         if kl > 0 and alpha > 0:
             raise ValueError(
                 f"kl: expected none beside alpha, another form of this term, got {kl} and alpha={alpha}"
@@ -243,3 +238,53 @@ def smoothness(out: Tensor) -> Tensor:
     scalar, at least float32."""
     variance = out.to(torch.promote_types(out.dtype, torch.float32)).var(0)  # [B, ...]
     return variance.sum(-1).mean() if out.ndim >= 3 else variance.mean()
+
+
+def energy_score(out: Tensor, target: Tensor) -> Tensor:
+    """mean_s |out_s - target| - 1/2 mean_{s != t} |out_s - out_t|, averaged over the batch.
+
+    A loss for regression, in place of the mean squared one of `objective`: it is least where the trajectories
+    are draws from the distribution of the target. So the network learns the whole distribution, and
+    `predict(model, x, k=..., average=None)` draws from it. Of one number for each example it is the CRPS. Add
+    `kl_penalty(model)` for the pull to the prior.
+
+    Args:
+        out: [m, B, ...], m >= 2, from `trajectories`.
+        target: [B, ...], of the shape of a trajectory. Of classes: one-hot, beside probabilities.
+
+    Returns:
+        A scalar, at least float32. The distance |.| is Euclidean over an example's numbers.
+
+    Raises:
+        TypeError: One of the two is no floating tensor.
+        ValueError: m is 1, or the shapes do not fit.
+
+    Examples:
+        >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 1))), torch.randn(8, 4), torch.randn(8, 1)
+        >>> loss = dip.energy_score(dip.trajectories(model, x, m=4), y) + dip.kl_penalty(model)
+        >>> loss.backward()
+
+    Source: Gneiting and Raftery, JASA 2007; as a loss of networks with noise: engression, Shen and
+    Meinshausen, JRSS B 2024.
+    """
+    for name, value in (("out", out), ("target", target)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}: expected a floating tensor, got {got}")
+    if out.ndim < 2 or len(out) < 2:
+        raise ValueError(
+            f"out: expected [m, B, ...] with m >= 2 trajectories, got shape {tuple(out.shape)}"
+        )
+    if target.shape != out.shape[1:]:
+        raise ValueError(
+            f"target: expected shape {tuple(out.shape[1:])}, that of a trajectory, got "
+            f"{tuple(target.shape)}"
+        )
+    wide = torch.promote_types(out.dtype, torch.float32)
+    draws = out.to(wide).reshape(*out.shape[:2], -1)
+    first, second = torch.triu_indices(len(out), len(out), 1, device=out.device)
+    apart = (draws[first] - draws[second]).norm(dim=-1).mean()
+    score: Tensor = (draws - target.to(wide).reshape(len(target), -1)).norm(
+        dim=-1
+    ).mean() - apart / 2
+    return score

@@ -8,12 +8,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from ..arguments import integer
 from ..models.check import require_finite
 from ..models.probe import eval_mode
 from ..nn.numbering import dip_layers, warn_of_equal_numbers
 from ..noise import contexts
 from . import analytic
-from .trajectories import check_count, folded, map_tensors
+from .trajectories import folded, map_tensors
 
 
 @overload
@@ -99,9 +100,8 @@ def predict(
         raise ValueError(
             f"k, chunk: expected none with method='analytic', which is one pass, got {k}, {chunk}"
         )
-    k, chunk = 16 if k is None else k, 1 if chunk is None else chunk
-    check_count("k", k, 0)
-    check_count("chunk", chunk, 1)
+    k = 16 if k is None else integer("k", k, 0)
+    chunk = 1 if chunk is None else integer("chunk", chunk, 1)
     check_average(average, dim)
     layers = dip_layers(model)
     if k > 0 and not layers:
@@ -200,9 +200,7 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
     """The dimension of the classes of an output [B, ...]; ValueError where a softmax would say
     nothing."""
     ndim = len(shape)
-    if dim is not None and (
-        not isinstance(dim, int) or isinstance(dim, bool) or not -ndim < dim < ndim or dim == 0
-    ):
+    if dim is not None and (not -ndim < integer("dim", dim) < ndim or dim == 0):
         raise ValueError(
             f"dim: expected a dimension of the output {shape} behind the batch's, got {dim!r}"
         )

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..arguments import integer
 from ..nn.inputs import undense
 from ..nn.numbering import dip_layers, warn_of_equal_numbers
 from ..noise import contexts
@@ -53,7 +54,7 @@ def trajectories(
 
     Source: arXiv 2506.04690, Algorithm 1.
     """
-    check_count("m", m, 1)
+    m = integer("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and contexts.MODE != "on":
         raise RuntimeError(
             "model: expected training mode, got eval mode, where the m trajectories would be "
@@ -69,23 +70,12 @@ def trajectories(
     return folded(model, args, kwargs, m, in_dims)
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer >= {least}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-
-
 def folded(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], m: int, in_dims: Any
 ) -> Any:
-    arg_dims, kwarg_dims = _dims_of(in_dims, args, kwargs)
-    fold = _Fold(m)
-    folded_args = [
-        fold(value, dims, f"args[{i}]")
-        for i, (value, dims) in enumerate(zip(args, arg_dims, strict=True))
-    ]
-    folded_kwargs = {name: fold(value, kwarg_dims[name], name) for name, value in kwargs.items()}
+    dims, fold = _dims_of(in_dims, args, kwargs), _Fold(m)
+    folded_args = [fold(value, dims[i], f"args[{i}]") for i, value in enumerate(args)]
+    folded_kwargs = {name: fold(value, dims[name], name) for name, value in kwargs.items()}
     batch = fold.batch
     if batch is None:
         raise ValueError(
@@ -96,25 +86,22 @@ def folded(
     return map_tensors(lambda name, value: _unfolded(name, value, batch, m), out)
 
 
-def _dims_of(
-    in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """in_dims of every argument, positional and named."""
+def _dims_of(in_dims: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Any, Any]:
+    """in_dims of every argument, by its position or name."""
+    places = [*range(len(args)), *kwargs]
     if isinstance(in_dims, (tuple, list)):
         if len(in_dims) != len(args):
             raise ValueError(
                 f"in_dims: expected one entry for each of {len(args)} positional arguments, got "
                 f"{len(in_dims)}"
             )
-        return list(in_dims), dict.fromkeys(kwargs, 0)
+        return dict.fromkeys(kwargs, 0) | dict(enumerate(in_dims))
     if isinstance(in_dims, dict):
-        unknown = [key for key in in_dims if key not in kwargs and key not in range(len(args))]
+        unknown = [key for key in in_dims if key not in places]
         if unknown:
             raise ValueError(f"in_dims: expected positions or names of arguments, got {unknown}")
-        return [in_dims.get(i, 0) for i in range(len(args))], {
-            name: in_dims.get(name, 0) for name in kwargs
-        }
-    return [in_dims] * len(args), dict.fromkeys(kwargs, in_dims)
+        return dict.fromkeys(places, 0) | in_dims
+    return dict.fromkeys(places, in_dims)
 
 
 class _Fold:
@@ -171,16 +158,15 @@ class _Fold:
 
 
 def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
-    if value.ndim == 0:
+    if value.ndim == 0 or value.shape[0] != batch * m:
+        got = f"shape {tuple(value.shape)}"
+        if value.ndim == 0:
+            got = (
+                "a scalar: a loss made inside the model has lost its trajectories. Take it from "
+                "logits with dip.objective, or use model(...).loss + dip.kl_penalty(model)"
+            )
         raise ValueError(
-            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got a scalar: a "
-            "loss made inside the model has lost its trajectories. Take it from logits with "
-            "dip.objective, or use model(...).loss + dip.kl_penalty(model)"
-        )
-    if value.shape[0] != batch * m:
-        raise ValueError(
-            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got shape "
-            f"{tuple(value.shape)}"
+            f"{name}: expected a tensor whose first size is B * m = {batch * m}, got {got}"
         )
     by_example: Tensor = value.unflatten(0, (batch, m))
     return by_example.transpose(0, 1)

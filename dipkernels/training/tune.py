@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments import integer, real
 from .objective import KL
 
 RATIOS = (0.3, 0.6, 1.0, 1.5)
@@ -134,15 +135,11 @@ def tune(
         (1.0, 0.2)
     """
     pairs = list(itertools.product(ratios, kls))
-    if not pairs or not all(
-        math.isfinite(r) and r > 0 and math.isfinite(w) and w >= 0 for r, w in pairs
-    ):
-        raise ValueError(
-            f"ratios, kls: expected numbers > 0 and >= 0, got {list(ratios)} and {list(kls)}"
-        )
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance: expected a finite number >= 0, got {tolerance!r}")
-    rounds = plan(len(pairs), budget)
+    if not pairs:
+        raise ValueError(f"ratios, kls: expected some of each, got {list(ratios)} and {list(kls)}")
+    pairs = [(real("ratios", r, above=0), real("kls", w, least=0)) for r, w in pairs]
+    tolerance = real("tolerance", tolerance, least=0)
+    rounds = plan(len(pairs), integer("budget", budget))
     trials: list[Trial] = []
     with _bar(sum(count * units for count, units in rounds), progress) as advance:
         for count, units in rounds:

@@ -1,0 +1,108 @@
+"""What an argument may be that is a number: one rule, one error and one form of words at every
+door."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integer(
+    name: str, value: Any, least: int | None = None, most: int | None = None, other: str = ""
+) -> int:
+    """The integer that was given: Python's, NumPy's, or that of an integer tensor of one element.
+
+    A bool is none. A SymInt of torch.compile or torch.export stays what it is.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        least: The smallest that is allowed.
+        most: The largest that is allowed, beside `least`.
+        other: What else the caller takes, as the end of a sentence: " or None".
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is out of range.
+    """
+    found = _integer_of(value)
+    known = found is not None
+    if known and (least is None or found >= least) and (most is None or found <= most):
+        number: int = found
+        return number
+    allowed = (
+        "" if least is None else f" >= {least}" if most is None else f" from {least} to {most}"
+    )
+    kind = ValueError if known else TypeError
+    raise kind(f"{name}: expected an integer{allowed}{other}, got {value!r}")
+
+
+def _integer_of(value: Any) -> Any:
+    """None where it is no integer."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    if isinstance(value, Tensor) and value.dtype is torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def real(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    other: str = "",
+) -> Any:
+    """The finite number that was given: Python's or a tensor of one element as it is, another kind
+    (NumPy's) as a float.
+
+    A bool, a string and a complex number are none.
+
+    Args:
+        name: The argument's name.
+        value: What was given.
+        least: The smallest that is allowed.
+        above: What it must be larger than.
+        below: What it must be smaller than.
+        other: What else the caller takes, as the end of a sentence: ", or {pattern: number}".
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite, or out of range.
+    """
+    known = _is_number(value)
+    if (
+        known
+        and _is_finite(value)
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    ):
+        return value if isinstance(value, (int, float, Tensor)) else float(value)
+    bounds = ((">=", least), (">", above), ("<", below))
+    allowed = " and".join(f" {sign} {bound}" for sign, bound in bounds if bound is not None)
+    kind = ValueError if known else TypeError
+    raise kind(f"{name}: expected a finite number{allowed}{other}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.dtype is not torch.bool and not value.is_complex()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value.detach() if isinstance(value, Tensor) else value)
+    except OverflowError:  # an integer that no float can hold
+        return False
