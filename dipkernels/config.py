@@ -331,13 +331,13 @@ def config_of(model: nn.Module) -> DIPConfig | None:
         >>> dip.config_of(model).variance
         0.04
     """
+    require_module(model)
     found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
     return found if isinstance(found, DIPConfig) and dip_layers(model) else None
 
 
 def require_config(model: nn.Module) -> DIPConfig:
     """`config_of` the model. Raises ValueError where it has none."""
-    require_module(model)
     config = config_of(model)
     if config is None:
         raise ValueError(

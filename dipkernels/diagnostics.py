@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .arguments import integer, real
 from .models.probe import eval_mode
 from .models.spreads import measured_spreads
-from .nn.numbering import dip_layers
+from .nn.numbering import dip_layers, require_module
 from .noise import contexts
 from .training.predict import check_average, predict, require_batch, tensor_output
 
@@ -61,6 +61,7 @@ def predictor(
         >>> torch.equal(f(x), f(x))
         True
     """
+    require_module(model, or_function=True)
     k = integer("k", k, 0)
     check_average(average, dim, ("probs", "sigmoid", "logits"))
     if k > 0 and isinstance(model, nn.Module) and not dip_layers(model):

@@ -32,6 +32,10 @@ def network():
         lambda model: dip.param_groups(model, lr=0.1),
         lambda model: dip.predict(model, X, k=2),
         lambda model: dip.producer_plan(model, [X]),
+        lambda model: dip.objective(torch.randn(2, 6, 4), Y, F.cross_entropy, model),
+        lambda model: dip.penalty(model, 1.0, 0.1),
+        dip.kl_penalty,
+        dip.config_of,
     ],
 )
 def test_what_is_no_module_is_named(call, model, name):
@@ -203,3 +207,25 @@ ROWS, SIGMA, SEED = torch.ones(3, 4), torch.ones(4), torch.tensor([1, 2])
 def test_what_is_no_tensor_is_named(call, name):
     with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got"):
         call()
+
+
+@pytest.mark.parametrize("model", [3, None, [nn.Linear(8, 4)], nn.Linear])
+def test_what_cannot_be_called_has_no_trajectories(model):
+    for call in (dip.trajectories, dip.diagnostics.predictor):
+        with pytest.raises(
+            TypeError, match=r"^model: expected a torch.nn.Module or a function, got"
+        ):
+            call(model, X, m=2) if call is dip.trajectories else call(model)
+
+
+def test_a_state_of_no_tensors_is_named():
+    model = dip.convert(network())
+    state = dip.variances(model)
+    for given, kind in (
+        ({name: values.numpy() for name, values in state.items()}, "dense tensors.*ndarray"),
+        ({name: values.tolist() for name, values in state.items()}, "dense tensors.*list"),
+        (list(state.items()), "a mapping.*list"),
+        (None, "a mapping.*NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"^state: expected {kind}"):
+            dip.load_variances(model, given)

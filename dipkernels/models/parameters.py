@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import real
+from ..nn.inputs import undense
 from ..nn.numbering import need_layers, require_module
 from ..nn.sharing import orphans
 from ..nn.variance import TENSORS, Variance, require_finite_values
@@ -144,6 +145,10 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if isinstance(m, Variance)
         for part in TENSORS
     }
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state: expected a mapping, which variances gives, got {type(state).__name__}"
+        )
     state = {without_wrappers(name, own): values for name, values in state.items()}
     missing = [n for n in own if n not in state and n.endswith(".log_variance")]
     unknown = [n for n in state if n not in own]
@@ -152,6 +157,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"state: expected the variances of this model, got none for {missing} and unknown "
             f"{unknown}"
         )
+    if others := {n: kind for n, values in state.items() if (kind := undense(values)) is not None}:
+        raise TypeError(f"state: expected dense tensors, got {others}")
     shapes = {n: (tuple(values.shape), (own[n].num_features,)) for n, values in state.items()}
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:

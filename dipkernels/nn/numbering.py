@@ -15,10 +15,16 @@ from .layer import MAX_LAYERS, DIPLayer
 from .sharing import Share, adopt
 
 
-def require_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model: expected a torch.nn.Module, got {kind}")
+def require_module(model: object, or_function: bool = False) -> None:
+    """Raise TypeError for what is no module, nor a function where one will do."""
+    if isinstance(model, nn.Module) or (
+        or_function and callable(model) and not isinstance(model, type)
+    ):
+        return
+    kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(
+        f"model: expected a torch.nn.Module{' or a function' * or_function}, got {kind}"
+    )
 
 
 def dip_layers(model: nn.Module) -> dict[str, DIPLayer]:

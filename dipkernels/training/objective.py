@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import real
+from ..nn.numbering import require_module
 from ..nn.variance import Variance
 from ..ops.dtensor import full, laid_out_as
 from ..worlds import is_dtensor
@@ -19,6 +20,7 @@ KL = 0.4  # the default weight: studies/defaults.py
 def _variances(model: nn.Module) -> list[Variance]:
     """Those with a log_variance of their own and at hand: one that modules share counts once, an
     offloaded one not."""
+    require_module(model)
     # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of
     # the dead return.
     found = [(m.log_variance, m) for m in model.modules() if isinstance(m, Variance)]

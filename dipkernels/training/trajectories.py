@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..arguments import integer
 from ..nn.inputs import undense
-from ..nn.numbering import dip_layers, warn_of_equal_numbers
+from ..nn.numbering import dip_layers, require_module, warn_of_equal_numbers
 from ..noise import contexts
 
 
@@ -54,6 +54,7 @@ def trajectories(
 
     Source: arXiv 2506.04690, Algorithm 1.
     """
+    require_module(model, or_function=True)
     m = integer("m", m, 1)
     if isinstance(model, nn.Module) and not model.training and contexts.MODE != "on":
         raise RuntimeError(
