@@ -418,7 +418,9 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
 
 
-def test_averaging_is_timed(tmp_path, capsys):
+def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(averaging, "K", 64)
+    monkeypatch.setattr(averaging, "N", 64)
     out = tmp_path / "averaging.json"
     options = [
         "--rows",
