@@ -212,6 +212,13 @@ def test_predict_averages_its_own_passes(k, chunk):
     torch.testing.assert_close(logits, outs.mean(0))
 
 
+def test_predict_takes_one_pass_after_another_by_default():
+    model, seen = mlp(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    predict(model, X, k=3)
+    assert seen == [len(X)] * 3
+
+
 def test_predict_approaches_the_mean_of_the_noised_network():
     model = convert(nn.Linear(6, 3), 0.25)
     torch.manual_seed(0)

@@ -101,7 +101,16 @@ AREAS = (
     ),
     Area(
         ("dipkernels/**/functional.py",),
-        ("perturb", "linear", "averaging", "layers", "properties", "seeds", "worlds"),
+        (
+            "perturb",
+            "linear",
+            "averaging",
+            "layers",
+            "properties",
+            "seeds",
+            "worlds",
+            "first_mistakes",
+        ),
     ),
     Area(
         ("dipkernels/**/norm.py", "dipkernels/**/gate.py", "dipkernels/**/producer*.py"),
