@@ -21,7 +21,7 @@ from .models.calibrate import calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
-from .models.patterns import Patterns, around
+from .models.patterns import Patterns, around, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -34,7 +34,7 @@ from .worlds import has_ranks
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
-_LISTS = (list, tuple, set, frozenset)  # of strings, or of groups of them
+_LISTS = (list, tuple, set, frozenset)
 _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
@@ -92,13 +92,13 @@ class DIPConfig:
 
     def __post_init__(self) -> None:
         kept: dict[str, Any] = {
-            name: _strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
+            name: strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
         }
         if isinstance(self.before, Mapping):
-            _strings("before", list(self.before))
+            strings("before", list(self.before))
             kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
         else:
-            kept["before"] = _strings("before", self.before)
+            kept["before"] = strings("before", self.before)
         if not isinstance(self.share, _LISTS) or not all(
             isinstance(group, _LISTS) for group in self.share
         ):
@@ -106,7 +106,7 @@ class DIPConfig:
                 "share: expected groups of patterns, such as [('q_proj', 'k_proj')], got "
                 f"{self.share!r}"
             )
-        kept["share"] = tuple(_strings("share", group) for group in self.share)
+        kept["share"] = tuple(strings("share", group) for group in self.share)
         kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
         kept["m"], kept["k"] = integer("m", self.m, 1), integer("k", self.k, 0)
         kept["kl"] = float(real("kl", self.kl, least=0))
@@ -225,13 +225,6 @@ class DIPConfig:
         options: dict[str, Any] = {"k": self.k, "average": self.average, **kwargs}
         predicted: Tensor = predict(model, *args, **options)
         return predicted
-
-
-def _strings(name: str, value: Any) -> tuple[str, ...]:
-    values = tuple(value) if isinstance(value, _LISTS) else (value,)
-    if not all(isinstance(each, str) for each in values):
-        raise TypeError(f"{name}: expected strings, got {value!r}")
-    return values
 
 
 def _amount(name: str, value: Any) -> Any:

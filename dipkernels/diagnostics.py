@@ -129,7 +129,7 @@ def lipschitz(
         [B], of x's type: a lower bound that rises to the constant.
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2, bias=False)))
@@ -188,7 +188,7 @@ def smoothness(
         [B], of x's type.
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(2, 2)))

@@ -166,8 +166,8 @@ def dip_linear(
     """
     if keep not in ("auto", "u", "x"):
         raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
-    check_estimator(estimator, activation, num_samples, keep)
     num_samples = integer("num_samples", num_samples, 1)
+    check_estimator(estimator, activation, num_samples, keep)
     check_tensors(x=x, weight=weight, sigma=sigma, seed=seed)
     if not log_variance:
         check_sigma(sigma)

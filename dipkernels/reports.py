@@ -225,6 +225,7 @@ def progress(
         An iterable with the method `update`.
 
     Raises:
+        TypeError: What is no model, or an `every` that is no integer.
         ValueError: The model has no DIP layers, or every < 1.
 
     Examples:

@@ -42,7 +42,7 @@ def compiling() -> bool:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode autograd is active."""
+    """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode autograd is on."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

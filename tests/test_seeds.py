@@ -259,6 +259,20 @@ def test_contexts_of_two_threads_that_overlap_raise_and_nothing_stays_on():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_a_fast_path_that_the_user_turned_off_stays_off():
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        first, second = fixed_noise(1), sampling_on()
+        first.__enter__()
+        second.__enter__()
+        for context in (first, second):
+            with pytest.raises(RuntimeError, match="another thread or task"):
+                context.__exit__(None, None, None)
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_tasks_that_overlap_in_a_context_are_told():
     layer, x = DIPLinear(8, 8).eval(), torch.randn(2, 8)
 

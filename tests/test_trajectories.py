@@ -4,6 +4,7 @@ errors."""
 import dataclasses
 import math
 from collections import UserDict
+from collections.abc import MutableMapping
 
 import pytest
 import torch
@@ -441,6 +442,33 @@ def test_tensors_inside_dataclasses_and_mappings_of_arguments_are_repeated():
         trajectories(run, Batch(X, UserDict(mask=mask[:2])), scale, m=2)
     got = trajectories(lambda batch, x: batch.x[:1] + x, batch, X, m=2, in_dims=(None, 0))
     assert torch.equal(got[1], X[:1] + X)
+
+
+def test_the_callers_own_mapping_is_left_as_it_was():
+    """A shallow copy of such a class shares what it holds."""
+
+    class Bag(MutableMapping):
+        def __init__(self, **held):
+            self.held = held
+
+        def __getitem__(self, key):
+            return self.held[key]
+
+        def __setitem__(self, key, value):
+            self.held[key] = value
+
+        def __delitem__(self, key):
+            del self.held[key]
+
+        def __iter__(self):
+            return iter(self.held)
+
+        def __len__(self):
+            return len(self.held)
+
+    model, bag = mlp(), Bag(x=X)
+    assert trajectories(lambda bag: model(bag["x"]), bag, m=2).shape == (2, 5, 3)
+    assert bag["x"] is X
 
 
 @pytest.mark.parametrize("m", [1, 2])

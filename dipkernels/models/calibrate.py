@@ -89,7 +89,8 @@ def calibrate(
         The `summary`.
 
     Raises:
-        ValueError: bad values, no batches, a DIP layer that no batch reached, or an input that is
+        TypeError: A ratio or floor that is no number, or batches that hold no dense tensors.
+        ValueError: Bad values, no batches, a DIP layer that no batch reached, or an input that is
             constant or not finite. The message names the layer.
 
     Examples:

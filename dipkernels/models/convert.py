@@ -108,6 +108,7 @@ def convert(
         that list.
 
     Raises:
+        TypeError: What is no model, pattern, function or number where one is expected.
         ValueError: Nothing matched, a pattern matches nothing, `before` names what no noise can be
             put before, or a value is bad. The model is as it was.
         RuntimeError: FSDP or DDP has wrapped the model: variances added after that would not be
@@ -471,9 +472,10 @@ def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> li
     matches."""
     groups, taken = [], {}
     for asked in share:
-        if isinstance(asked, str) or len(strings("share", asked)) < 2:
+        group_patterns = strings("share", asked)
+        if len(group_patterns) < 2:
             raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
-        patterns = Patterns("share", asked)
+        patterns = Patterns("share", group_patterns)
         by_parent: dict[str, list[nn.Module]] = {}
         for module, name in matched.items():
             parent, _, own = name.rpartition(".")

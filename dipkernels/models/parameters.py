@@ -40,6 +40,7 @@ def param_groups(
         An empty group is left out.
 
     Raises:
+        TypeError: What is no model, or no number.
         ValueError: A bad value, a variance_lr without a DIP layer, or a model without parameters.
 
     Examples:
@@ -129,6 +130,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             does, the model keeps its own.
 
     Raises:
+        TypeError: The state is no mapping, or holds what is no dense tensor.
         ValueError: A name is missing or unknown, a value has another shape, or a variance is not
             finite.
 

@@ -74,6 +74,7 @@ def summary(model: nn.Module, batches: Iterable[Any] | None = None) -> Summary:
         of the layer's root mean square spread are left out of the ratio.
 
     Raises:
+        TypeError: What is no model, or batches that hold no dense tensors.
         ValueError: There are no DIP layers, a variance is NaN or infinite, or the batches are as
             `calibrate` refuses them.
 

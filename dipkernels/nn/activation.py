@@ -116,7 +116,7 @@ class DIPActivation(ActivationProducer, Activation):
         Any shape; the output has the same. Its dtype is x's, or autocast's if that is on.
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> activation, x = dip.DIPActivation(4, "gelu"), torch.randn(8, 4)

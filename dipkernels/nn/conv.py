@@ -126,7 +126,7 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
         keep: As for DIPLinear; "auto" or "u".
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Shape:
         Input [N, C, H, W] or [C, H, W].

@@ -23,7 +23,7 @@ class DIPInput(DIPLayer, nn.Module):
         device: The variance's device.
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Shape:
         Input and output have one shape, with K features along dim.

@@ -35,7 +35,7 @@ class DIPLinear(DIPLayer, nn.Linear):
             functional.dip_linear).
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Shape:
         Input [..., in_features], output [..., out_features].

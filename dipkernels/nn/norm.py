@@ -62,7 +62,7 @@ class DIPLayerNorm(NormProducer, nn.LayerNorm):
         [..., K] to [..., K], of x's dtype, or autocast's if that is on.
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> norm, x = dip.DIPLayerNorm(4), torch.randn(8, 4)
@@ -102,7 +102,7 @@ class DIPRMSNorm(NormProducer, nn.RMSNorm):
         [..., K] to [..., K].
 
     Raises:
-        ValueError: A bad argument, which the message names.
+        ValueError, TypeError: A bad argument, which the message names.
 
     Examples:
         >>> norm, x = dip.DIPRMSNorm(4), torch.randn(8, 4)

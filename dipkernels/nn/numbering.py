@@ -50,8 +50,8 @@ def number_layers(model: nn.Module) -> nn.Module:
     converted apart, or from deep-copied layers: otherwise layers have the same noise. `predict` and
     `trajectories` warn of equal numbers; under fixed_noise so do models that were converted apart.
     A copy that is called by itself draws its original's noise. If a layer is added, those after it
-    get other numbers. Layers that share one draw have one number; if the one that owns their variance
-    has left the model, the next one owns it.
+    get other numbers. Layers that share one draw have one number; if the one that owns their
+    variance has left the model, the next one owns it.
 
     Args:
         model: Any module.

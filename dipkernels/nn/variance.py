@@ -75,7 +75,7 @@ class Variance(nn.Module):
         device: The device of its tensors.
 
     Raises:
-        ValueError: An init_variance outside these.
+        ValueError, TypeError: A num_features or init_variance outside these.
 
     Examples:
         >>> dip.Variance(2, init_variance=0.25).sigma
@@ -142,7 +142,7 @@ class Variance(nn.Module):
         """log_variance = values [K], the same on every rank; through the right_inverse of a
         parametrisation.
 
-        Raises ValueError saying why where that cannot be, or if a variance would not be finite.
+        Raises ValueError saying why where that cannot be, or where a variance would not be finite.
         """
         reason = self.cannot_set()
         if reason is not None:

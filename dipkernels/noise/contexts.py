@@ -64,7 +64,6 @@ class _State(contextlib.ContextDecorator):
             KEY, ROW0, MODE, TAG = before
             return
         KEY, ROW0, MODE, TAG = None, 0, None, None
-        torch.backends.mha.set_fastpath_enabled(True)  # which sampling_on turns off
         raise RuntimeError(
             "dipkernels: another thread or task entered or left fixed_noise, noise_off, "
             "sampling_on or dip.predict meanwhile. They hold for the whole process, so the noise "

@@ -77,7 +77,8 @@ def certify(
         the class's probability. It abstains where p <= 1/2.
 
     Raises:
-        ValueError: bad values, a model whose noise is not at its input alone, several sigmas, or
+        TypeError: A k, k0, chunk or confidence that is no number.
+        ValueError: Bad values, a model whose noise is not at its input alone, several sigmas, or
             logits that are NaN.
 
     Examples:

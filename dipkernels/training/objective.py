@@ -50,7 +50,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        ValueError: a model without DIP layers, or a bad weight.
+        TypeError: What is no model, or no number.
+        ValueError: A model without DIP layers, or a bad weight.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -166,7 +167,7 @@ def objective(
 
     Raises:
         ValueError: A bad argument, which the message names; also kl beside alpha.
-        TypeError: out is not a tensor, or loss_fn cannot be called.
+        TypeError: out is not a tensor, loss_fn cannot be called, or a weight is no number.
 
     Examples:
         >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(8, 4), torch.randint(3, (8,))
@@ -245,10 +246,10 @@ def smoothness(out: Tensor) -> Tensor:
 def energy_score(out: Tensor, target: Tensor) -> Tensor:
     """mean_s |out_s - target| - 1/2 mean_{s != t} |out_s - out_t|, averaged over the batch.
 
-    A loss for regression, in place of the mean squared one of `objective`: it is least where the trajectories
-    are draws from the distribution of the target. So the network learns the whole distribution, and
-    `predict(model, x, k=..., average=None)` draws from it. Of one number for each example it is the CRPS. Add
-    `kl_penalty(model)` for the pull to the prior.
+    A loss for regression, in place of the mean squared one of `objective`: it is least where the
+    trajectories are draws from the distribution of the target. So the network learns the whole
+    distribution, and `predict(model, x, k=..., average=None)` draws from it. Of one number for each
+    example it is the CRPS. Add `kl_penalty(model)` for the pull to the prior.
 
     Args:
         out: [m, B, ...], m >= 2, from `trajectories`.
@@ -262,7 +263,8 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
         ValueError: m is 1, or the shapes do not fit.
 
     Examples:
-        >>> model, x, y = dip.convert(nn.Sequential(nn.Linear(4, 1))), torch.randn(8, 4), torch.randn(8, 1)
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 1)))
+        >>> x, y = torch.randn(8, 4), torch.randn(8, 1)
         >>> loss = dip.energy_score(dip.trajectories(model, x, m=4), y) + dip.kl_penalty(model)
         >>> loss.backward()
 
@@ -286,7 +288,6 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
     draws = out.to(wide).reshape(*out.shape[:2], -1)
     first, second = torch.triu_indices(len(out), len(out), 1, device=out.device)
     apart = (draws[first] - draws[second]).norm(dim=-1).mean()
-    score: Tensor = (draws - target.to(wide).reshape(len(target), -1)).norm(
-        dim=-1
-    ).mean() - apart / 2
+    away = (draws - target.to(wide).reshape(len(target), -1)).norm(dim=-1).mean()
+    score: Tensor = away - apart / 2
     return score

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -43,6 +44,8 @@ def trajectories(
         fixed_noise(key, row0), row0 counts the repeated entries.
 
     Raises:
+        TypeError: A model that cannot be called, an m that is no integer, or an input that is
+            packed, nested or sparse.
         ValueError: A module without DIP layers although m > 1, an input whose first size is not B,
             or an output whose first size is not B * m. The message names it.
         RuntimeError: A model in eval mode, where the m copies would be equal.
@@ -200,8 +203,8 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
             key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]")
             for key in first
         }
-        if not isinstance(first, MutableMapping):
-            return contents
+        if not isinstance(first, (dict, UserDict)):
+            return contents  # a copy of another kind may share its contents with the caller's
         whole = copy.copy(first)
         whole.update(contents)
         return whole

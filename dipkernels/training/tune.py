@@ -125,7 +125,8 @@ def tune(
             trade.
 
     Raises:
-        ValueError: bad values, a budget too small, or scores that are missing or not finite.
+        TypeError: A budget, ratio, kl or tolerance that is no number.
+        ValueError: Bad values, a budget too small, or scores that are missing or not finite.
 
     Examples:
         >>> def run(ratio, kl, budget):
