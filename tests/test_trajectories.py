@@ -5,6 +5,7 @@ import dataclasses
 import math
 from collections import UserDict
 from collections.abc import MutableMapping
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -469,6 +470,26 @@ def test_the_callers_own_mapping_is_left_as_it_was():
     model, bag = mlp(), Bag(x=X)
     assert trajectories(lambda bag: model(bag["x"]), bag, m=2).shape == (2, 5, 3)
     assert bag["x"] is X
+
+
+def test_arguments_without_tensors_are_passed_as_they_are():
+    """A model may write into one, or read its attributes."""
+
+    @dataclasses.dataclass
+    class Config:
+        sizes: list
+        names: dict
+
+    model, config = mlp(), Config([1, 2], {"a": 3})
+    mapping = MappingProxyType({"a": [1]})
+    seen = []
+
+    def run(x, *more):
+        seen.extend(more)
+        return model(x)
+
+    trajectories(run, X, config, mapping, m=2)
+    assert seen[0] is config and seen[1] is mapping
 
 
 @pytest.mark.parametrize("m", [1, 2])

@@ -178,7 +178,7 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
 
 def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
     """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are
-    the first one's."""
+    the first one's, and so is every part in which nothing changes: a config, a cache."""
     first = outs[0]
     if isinstance(first, Tensor):
         return fn(name, *outs)
@@ -189,20 +189,29 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
             map_tensors(fn, leaf, *(other[i] for other in others), name=name + pytree.keystr(path))
             for i, (path, leaf) in enumerate(pairs)
         ]
+        if all(new is old for new, (_, old) in zip(leaves, pairs)):
+            return first
         return pytree.tree_unflatten(leaves, spec)
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        changed = copy.copy(first)
-        for field in (f.name for f in dataclasses.fields(first)):
-            content = map_tensors(
-                fn, *(getattr(out, field) for out in outs), name=f"{name}.{field}"
+        contents = {
+            f.name: map_tensors(
+                fn, *(getattr(out, f.name) for out in outs), name=f"{name}.{f.name}"
             )
-            object.__setattr__(changed, field, content)
+            for f in dataclasses.fields(first)
+        }
+        if all(new is getattr(first, field) for field, new in contents.items()):
+            return first
+        changed = copy.copy(first)
+        for field, new in contents.items():
+            object.__setattr__(changed, field, new)
         return changed
     if isinstance(first, Mapping):
         contents = {
             key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]")
             for key in first
         }
+        if all(new is first[key] for key, new in contents.items()):
+            return first
         if not isinstance(first, (dict, UserDict)):
             return contents  # a copy of another kind may share its contents with the caller's
         whole = copy.copy(first)
