@@ -272,9 +272,8 @@ def linear(
     draw_and_act: row0, col0, sample, factor, log_variance, num_samples = S, activation, out_dtype.
     """
     *_, num_samples, activation, out_dtype = draw_and_act
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for _, _, h in _samples(x, weight, bias, sigma, seed, *draw_and_act[:-1]):
-        total = total + _ACTIVATIONS[activation](h)[0]
+    samples = _samples(x, weight, bias, sigma, seed, *draw_and_act[:-1])
+    total: Any = sum(_ACTIVATIONS[activation](h)[0] for _, _, h in samples)
     y: Tensor = (total / num_samples).to(out_dtype or x.dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
