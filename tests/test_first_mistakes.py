@@ -181,6 +181,19 @@ def test_patterns_that_are_no_strings_are_named(options):
         dip.convert(network(), {0: 0.1})
 
 
+def test_patterns_of_any_iterable_are_taken_once():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4), "v": nn.Linear(4, 4)})
+    dip.convert(model, share=[iter(("q", "k"))], exclude=iter(["v"]))
+    assert model["q"].share is model["k"].share is not None
+    assert dip.DIPConfig(exclude=iter(["v"])) == dip.DIPConfig(exclude=["v"])
+
+
+def test_a_number_that_is_none_is_named_before_what_it_goes_with():
+    options = {"num_samples": "3", "estimator": "analytic"}
+    with pytest.raises(TypeError, match=r"^num_samples: expected an integer >= 1, got '3'"):
+        dip.functional.dip_linear(ROWS, ROWS, None, SIGMA, SEED, **options)
+
+
 def test_a_filter_that_cannot_be_called_is_named():
     with pytest.raises(TypeError, match=r"^filter: expected a function of \(module, name\), got"):
         dip.convert(network(), filter="head")
