@@ -500,9 +500,9 @@ def test_what_is_pushed_while_it_trains_has_the_variances_of_its_weights(tmp_pat
 PRODUCER = dip.DIPConfig(ratio=0.5, place="producer")
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 OPTIONS = [
-    pytest.param({"dataloader_num_workers": 2}, CONFIG, 0.0, id="workers"),
+    pytest.param({"dataloader_num_workers": 2}, CONFIG, 0.0, id="workers", marks=pytest.mark.slow),
     pytest.param({"gradient_checkpointing": True}, CONFIG, 1e-5, id="checkpointing"),
-    pytest.param({"bf16": True}, CONFIG, 1e-2, id="bf16"),
+    pytest.param({"bf16": True}, CONFIG, 1e-2, id="bf16", marks=pytest.mark.slow),
     pytest.param({}, PRODUCER, None, id="producer"),
     pytest.param({"bf16": True}, PRODUCER, None, id="producer-bf16", marks=pytest.mark.slow),
     pytest.param({"optim": "adafactor"}, CONFIG, None, id="adafactor", marks=pytest.mark.slow),
@@ -540,7 +540,9 @@ def test_under_an_option_the_losses_are_those_without_and_a_run_resumes_to_the_b
         same(again.model, whole.model)
 
 
-@pytest.mark.parametrize("make, data", [(vit, images), (llama, texts)])
+@pytest.mark.parametrize(
+    "make, data", [(vit, images), pytest.param(llama, texts, marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(make, data, tmp_path):
     def trainer(where):
         model = make()
