@@ -515,7 +515,8 @@ def test_a_models_profile_counts_every_operation_once():
 
 
 def test_a_models_profile_names_the_noise(capsys):
-    totals = profile_model.main(["--quick", "--only", "ViT", "--rounds", "1"])
+    # all rows: which are the largest is a matter of time
+    totals = profile_model.main(["--quick", "--only", "ViT", "--rounds", "1", "--rows", "1000"])
     assert totals["dip, producer"]["dipkernels::norm"][1] == 3
     assert totals["dip"]["dipkernels::norm"][1] == 0 == totals["linear"]["dipkernels::perturb"][1]
     assert "dipkernels::norm" in capsys.readouterr().out
