@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
 import parts
-from tables import interval, markdown, signed, verdict
+from tables import interval, markdown, rows_of, signed, verdict
 from tasks import TASKS
 from training import scored
 
@@ -168,10 +168,8 @@ def plot_ratio(rows: dict[str, Any], folder: Path) -> None:
 def plot_gains(table: str, folder: Path) -> None:
     """What the recipe and a fixed sigma gain over plain training by AdamW, from the table that this
     study prints."""
-    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line] for line in lines]
     gains: dict[str, dict[str, list[str]]] = {}
-    for case, method, *scores in (row for row in rows if row[0].endswith(", AdamW")):
+    for case, method, *scores in (row for row in rows_of(table) if row[0].endswith(", AdamW")):
         gains.setdefault(case.removesuffix(", AdamW"), {})[method] = scores
     tasks = [task for task, methods in gains.items() if {"default", "fixed 1"} <= methods.keys()]
     least, most = -30.0, 45.0  # what lies further out is drawn there, with its figure

@@ -27,7 +27,7 @@ import figures
 import parts
 import torch
 from defaults import DOCS, TITLES
-from tables import interval, markdown, signed, verdict
+from tables import interval, markdown, rows_of, signed, verdict
 from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
@@ -171,14 +171,9 @@ def table(results: dict[str, Any]) -> str:
 def plot(text: str, folder: Path) -> None:
     """Learned minus the fixed variances, from the table that this study prints: an SVG of each
     score."""
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| ")
-    ]
     found = {
         (task, method): scores
-        for task, method, *scores in rows
+        for task, method, *scores in rows_of(text)
         if task in TASKS and method in SHOWN
     }
     tasks = list(dict.fromkeys(task for task, _ in found))

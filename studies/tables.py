@@ -60,3 +60,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (head, ["-" * w for w in widths], *rows)
     ]
     return "\n".join(lines)
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The rows of every table in a text, heads included."""
+    lines = (line for line in text.splitlines() if line.startswith("| "))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -277,7 +277,7 @@ def projection(
     u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = dtensor.prepare(x, sigma, seed, draw)
-    elif worlds.wants_pieces() and (worlds.tracing() or worlds.exporting()):
+    elif (worlds.tracing() or worlds.exporting()) and worlds.wants_pieces():
         return _in_pieces(x, sigma, seed, draw, dtype)
     if worlds.transforming():
         u = _PerturbFunc.apply(x, sigma, seed, draw, dtype)
