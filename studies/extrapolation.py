@@ -39,6 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain, squared": {},
     "DIP, squared": {"dip": True},
     "DIP, energy": {"dip": True, "energy": True},
+    "DIP, energy, ratio 1": {"dip": True, "energy": True, "ratio": 1.0},
     "DIP at the input, energy, kl 0": {"dip": True, "energy": True, "kl": 0.0, "input": True},
     "engression": {"package": True},
 }
@@ -52,7 +53,7 @@ def fitted(x: Tensor, y: Tensor, options: dict[str, Any], steps: int) -> nn.Modu
         dip.convert(
             model, filter=(lambda module, name: name == "0") if "input" in options else None
         )
-        dip.calibrate(model, [x])
+        dip.calibrate(model, [x], ratio=options.get("ratio"))
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-3))
     kl = {"kl": options["kl"]} if "kl" in options else {}
     for _ in range(steps):

@@ -50,8 +50,10 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model, filter=lambda module, name: name == first)
     else:
         dip.convert(model)
-    options = {name: method[name] for name in ("ratio", "per") if name in method}
-    dip.calibrate(model, [x], **options)
+    # What is fixed, or has a pull or a start of its own, starts at the whole spread.
+    own = not method.keys().isdisjoint(("fixed", "pull", "values"))
+    ratio = method.get("ratio", 1.0 if own else None)
+    dip.calibrate(model, [x], ratio, per=method.get("per", "layer"))
     # candidates for calibrate: less pull, or less noise before layers, where an example has few
     # values; "pull": 1 is the whole pull always
     if "pull" in method:

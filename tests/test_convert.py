@@ -602,11 +602,17 @@ def _independent(*shape):
         (nn.Conv2d(1, 2, 3), (80, 1, 8, 8), 1.0),
     ],
 )
-def test_few_values_of_an_example_get_less_pull(model, shape, pull):
+def test_few_values_of_an_example_get_less_pull_and_a_smaller_start(model, shape, pull):
     convert(model)
-    calibrate(model, [_independent(*shape), _independent(*shape)])
-    torch.testing.assert_close(model.variance.pull, torch.full_like(model.variance.pull, pull))
-    assert torch.equal(model.variance.log_prior, model.log_variance)
+    batches, variance = [_independent(*shape), _independent(*shape)], model.variance
+    calibrate(model, batches)
+    torch.testing.assert_close(variance.pull, torch.full_like(variance.pull, pull))
+    start = (variance.log_variance - variance.log_prior).exp()
+    torch.testing.assert_close(start, variance.pull, rtol=1e-4, atol=0)
+    prior = variance.log_prior.clone()
+    calibrate(model, batches, ratio=1.0)  # what is asked for is the start
+    assert torch.equal(variance.log_prior, prior) and torch.equal(variance.log_variance, prior)
+    torch.testing.assert_close(variance.pull, torch.full_like(variance.pull, pull))
 
 
 @pytest.mark.parametrize(
@@ -750,21 +756,21 @@ def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():
     class Tokens(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.linear = nn.Embedding(9, 4), nn.Linear(4, 2)
+            self.embed, self.linear = nn.Embedding(9, 64), nn.Linear(64, 2)
 
         def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
             return self.linear(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
 
     model, ids = convert(Tokens()), torch.randint(9, (6, 5))
     words = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    looked_up = {"inputs_embeds": torch.randn(6, 5, 4)}
+    looked_up = {"inputs_embeds": torch.randn(6, 5, 64)}
     batches = (ids, ids.int(), [(ids, ids)], words, iter([words]), looked_up)
     for batch in batches:
         assert calibrate(model, batch)[0].ratio == pytest.approx(0.1, rel=0.3)
     assert calibrate(model, words, ratio=1.0)[0].ratio == pytest.approx(1, rel=0.3)
     # whole numbers that are no input, and pixels, are no tokens
-    model = convert(nn.Sequential(nn.Linear(4, 2)))
-    for batch in ([(torch.randn(6, 4), torch.arange(6))], torch.randn(6, 4)):
+    model = convert(nn.Sequential(nn.Linear(64, 2)))
+    for batch in ([(torch.randn(6, 64), torch.arange(6))], torch.randn(6, 64)):
         assert calibrate(model, batch)[0].ratio == pytest.approx(1, rel=0.3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,10 +38,10 @@ def check_per(per: object) -> None:
         raise ValueError(f"per: expected 'layer' or 'feature', got {per!r}")
 
 
-def _pull(first: Examples, layers: int) -> float:
-    """By the input of the network's first layer, and by how many layers pull; from
-    studies/defaults.py, held_back.py and depth.py."""
-    return min(1.0, first.values / FEW * first.values / first.independent) * min(1.0, DEEP / layers)
+def _made_up_for(first: Examples) -> float:
+    """How far an example's other values make up for the noise in one, from 0 to 1: by the input of
+    the network's first layer; from studies/defaults.py and held_back.py."""
+    return min(1.0, first.values / FEW * first.values / first.independent)
 
 
 @torch.no_grad()
@@ -61,16 +62,17 @@ def calibrate(
     (docs/guides/variance.md).
 
     If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
-    prior is n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
+    prior is p = n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
     independent: k is (tr C)^2 / tr C^2, C the covariance of the values. A few independent values
-    cannot make up for each other's noise, so there the loss decides more. An image has channels x
-    height x width values, a sequence length x features, a row of a table its features. In a model
-    of L > 4 DIP layers the pull is 4 / L times that, because the cost of their noise adds up.
+    cannot make up for each other's noise, so there the loss decides more, and unless a ratio is
+    given, every sigma starts at sqrt(p) times its prior's. An image has channels x height x width
+    values, a sequence length x features, a row of a table its features. In a model of L > 4 DIP
+    layers the pull is 4 / L times that, because the cost of their noise adds up.
 
-    So where the first layer reads one value of an example, the pull is 1 / 64: right for a curve,
+    So where the first layer reads one value of an example, p is 1 / 64: right for a curve,
     whose input that value is, and wrong where it is a condition, such as a time step, that a layer
     reads before others read an image. Leave such a layer out, `convert(exclude=[...])`: noise hides
-    one value, and the pull is then by the image.
+    one value, and p is then by the image.
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
@@ -78,8 +80,9 @@ def calibrate(
         batches: one batch or an iterable of batches, such as a DataLoader; on the model's device. A
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
-        ratio: > 0, sigma over spread. None: 1, and 0.1 where a batch holds tokens (int32 or int64,
-            a mapping's "input_ids" or "inputs_embeds"): noise as large as the signal hides them.
+        ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
+            holds tokens (int32 or int64, a mapping's "input_ids" or "inputs_embeds"), because noise
+            as large as the signal hides them; the start is less where an example has few values.
         per: "layer" or "feature".
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
@@ -122,6 +125,8 @@ def calibrate(
 
     first = Examples()
     spreads = measured_spreads(model, noted(), first)
+    share = _made_up_for(first)
+    start = math.log(share) if ratio is None else 0.0
     if ratio is None:
         ratio = TOKENS_RATIO if tokens else RATIO
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
@@ -131,14 +136,14 @@ def calibrate(
     if constant:
         raise ValueError(f"batches: expected inputs that vary, got constant ones at {constant}")
     learned = [layer.log_variance for layer in layers.values()]  # layers may share one
-    pull = _pull(first, len({id(each) for each in learned}))
+    pull = share * min(1.0, DEEP / len({id(each) for each in learned}))
     for name, layer in layers.items():
         spread, level = spreads[name], levels[name]
         spread = (
             level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
         )
-        log_variance, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
-        set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, log_variance)
-        prior.copy_(dtensor.laid_out_as(log_variance, prior))
+        at_prior, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
+        set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, at_prior + start)
+        prior.copy_(dtensor.laid_out_as(at_prior, prior))
         layer.variance.pull.fill_(pull)
     return summary(model)
