@@ -1,5 +1,6 @@
 """Choosing: pure, printable, forceable, and loud where what was asked for is missing."""
 
+import functools
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh_support
 import pytest
 import torch
 
@@ -121,15 +123,9 @@ def test_reference_path_says_so(monkeypatch):
         backends.warn_reference(Plan("reference", "asked for"))
 
 
-def run_python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def run_python(tmp_path):
+    return functools.partial(fresh_support.run, output=tmp_path / "output")
 
 
 @pytest.mark.parametrize("variable, value, code, expected", [
@@ -141,7 +137,9 @@ def run_python(code, **environment):
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
     ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels.backends as b; b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
 ])  # fmt: skip
-def test_environment_decides_and_errors_name_the_variable(variable, value, code, expected):
+def test_environment_decides_and_errors_name_the_variable(
+    run_python, variable, value, code, expected
+):
     status, output = run_python(code, **{variable: value})
     assert expected in output and (status != 0) == ("expected" in expected)
 
@@ -283,7 +281,9 @@ print("auto:", sys.modules["dipkernels.backends"].choose("perturb", "cpu").why)
     ("cpu", "cpu", "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CPU"),
     ("quick", "nothing", "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'"),
 ])  # fmt: skip
-def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(forced, without, says):
+def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(
+    run_python, forced, without, says
+):
     code = FORCED_CALL.format(without=WITHOUT[without])
     status, output = run_python(code, DIPKERNELS_BACKEND=forced, TRITON_INTERPRET="")
     assert status == 0, output
@@ -390,7 +390,7 @@ print("fused equals two-step")
 """
 
 
-def test_fused_linear_equals_two_steps():
+def test_fused_linear_equals_two_steps(run_python):
     status, output = run_python(FUSED, TRITON_INTERPRET="1")
     assert status == 0 and "fused equals two-step" in output, output
 

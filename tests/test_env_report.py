@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import fresh_support
 import pytest
 import torch
 
@@ -99,17 +100,23 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     ("DIPKERNELS_AUTOTUNE", "yes", "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'"),
     ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),
 ])  # fmt: skip
-def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("DIPKERNELS")}
-    if variable == "PYTHONPATH":
-        (tmp_path / "triton").mkdir()
-        (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
-        value = os.pathsep.join([str(tmp_path), environment.get("PYTHONPATH", "")])
-    environment[variable] = os.fsdecode(value) if isinstance(value, bytes) else value
-    command = [sys.executable, "-m", "dipkernels"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert says in done.stdout and "environment" in done.stdout
+def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("DIPKERNELS")]:
+        monkeypatch.delenv(name)
+    if variable != "PYTHONPATH" and isinstance(value, str):
+        code = "import runpy; runpy.run_module('dipkernels', run_name='__main__')"
+        status, output = fresh_support.run(code, tmp_path / "output", **{variable: value})
+    else:  # what the start of Python reads
+        if variable == "PYTHONPATH":
+            (tmp_path / "triton").mkdir()
+            (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+            value = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, variable: os.fsdecode(value)}
+        command = [sys.executable, "-m", "dipkernels"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        status, output = done.returncode, done.stdout + done.stderr
+    assert status == 0, output
+    assert says in output and "environment" in output
 
 
 def test_python_m_prints_the_report(capsys):

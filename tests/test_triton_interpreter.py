@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def run(path):
+def run(path, *options):
     command = [
         sys.executable,
         "-m",
@@ -37,7 +37,7 @@ def run(path):
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [*command, "--noconftest", str(HERE / path)],
+        [*command, "--noconftest", str(HERE / path), *options],
         env={**os.environ, **environment},
         cwd=(HERE / path).parent,
         capture_output=True,
@@ -76,6 +76,11 @@ class TestProducers:
 
 class TestWhatAGpuRuns:
     def test_under_the_interpreter(self):
+        """Of the fused linear's activations some; interpreted_linear.py has all."""
+        run("gpu/test_gpu_triton.py", "-k", "not fused_linear or identity or relu")
+
+    @pytest.mark.slow
+    def test_whole_under_the_interpreter(self):
         run("gpu/test_gpu_triton.py")
 
 
