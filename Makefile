@@ -25,10 +25,11 @@ JOBS ?= 2
 PARALLEL = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 test: setup
-	$(PARALLEL) --cov --cov-report=term:skip-covered --cov-fail-under=95
+	$(PARALLEL)
 
+# And coverage, which makes every process slower.
 test-all: setup
-	$(PARALLEL) -m "slow or not slow"
+	$(PARALLEL) -m "slow or not slow" --cov --cov-report=term:skip-covered --cov-fail-under=95
 
 # The suite under another torch, in .compat/<TORCH>: make compat TORCH=2.11.0 [QUICK=1] [COMPAT_PYTHON=python3.12]
 COMPAT_PYTHON ?= $(PYTHON)

@@ -50,8 +50,8 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model, filter=lambda module, name: name == first)
     else:
         dip.convert(model)
-    # What is fixed, or has a pull or a start of its own, starts at the whole spread.
-    own = not method.keys().isdisjoint(("fixed", "pull", "values"))
+    # What is fixed or held, or has a pull or a start of its own, starts at the whole spread.
+    own = not method.keys().isdisjoint(("fixed", "budget", "pull", "values"))
     ratio = method.get("ratio", 1.0 if own else None)
     dip.calibrate(model, [x], ratio, per=method.get("per", "layer"))
     # candidates for calibrate: less pull, or less noise before layers, where an example has few
