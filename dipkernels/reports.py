@@ -30,8 +30,8 @@ def metrics(model: nn.Module) -> dict[str, float]:
 
     Returns:
         "dip/sigma": the mean over layers of the mean sigma. "dip/share": the mean over layers of
-        sigma divided by the prior's sigma, which `calibrate` set. It is 1 at the start, and below 1
-        where the loss made the noise smaller. "dip/kl": the KL term with weight 1.
+        sigma divided by the prior's sigma, which `calibrate` set. It is 1 at the start, or less
+        where an example has few values, and falls where the loss makes the noise smaller. "dip/kl": the KL term with weight 1.
         "dip/sigma/GROUP" and "dip/share/GROUP": the same for the layers whose names differ in
         numbers alone, such as blocks.q_proj.
 
@@ -80,8 +80,8 @@ def plot(
     Args:
         model: A model with DIP layers.
         path: Where to write the figure, such as "sigma.png"; None writes none.
-        before: What `variances` gave earlier; by default the priors, which are where `calibrate`
-            started.
+        before: What `variances` gave earlier; by default the priors, where training starts unless
+            an example has few values.
 
     Returns:
         The matplotlib Figure.

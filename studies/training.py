@@ -233,7 +233,7 @@ def evaluate(task: Task, data: Split, model: nn.Module, seed: int) -> dict[str, 
 
 
 def kept(model: nn.Module) -> list[float]:
-    """Of each layer sigma over the prior's, geometric mean over features: 1 is the start."""
+    """Of each layer sigma over the prior's, geometric mean over features."""
     layers = [layer.variance for layer in dip_layers(model).values()]
     return [((v.log_variance - v.log_prior).mean() / 2).exp().item() for v in layers]
 

@@ -793,6 +793,23 @@ def test_calibrate_passes_a_layer_without_features():
     assert [row.features for row in calibrate(model, [torch.randn(9, 4)])] == [4, 0]
 
 
+def test_a_first_layer_without_features_says_nothing_of_the_start():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.some = nn.Linear(0, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.some(self.none(x[:, :0]) + x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of empty weights
+        model = convert(Beside())
+    calibrate(model, [torch.randn(9, 4)])
+    variance = model.some.variance
+    assert torch.equal(variance.log_variance, variance.log_prior)
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "message"),
     [

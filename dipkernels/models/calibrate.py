@@ -125,10 +125,10 @@ def calibrate(
 
     first = Examples()
     spreads = measured_spreads(model, noted(), first)
-    share = _made_up_for(first)
-    start = math.log(share) if ratio is None else 0.0
+    share, start = _made_up_for(first), 0.0
     if ratio is None:
         ratio = TOKENS_RATIO if tokens else RATIO
+        start = math.log(share or 1.0)  # a first input without features tells nothing
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [
         name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0
