@@ -27,6 +27,8 @@ from dipkernels.ops.activations import ACTIVATIONS
 
 Call = Callable[[], Tensor]
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
+# Wider layers, rows x K x N, where the products take nearly all of the time: "mean" alone, of GELU.
+WIDE = [(2048, 768, 3072), (1024, 4096, 4096)]
 
 
 def compare(
@@ -50,14 +52,16 @@ def compare(
     return cells
 
 
-def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list, list]:
+def measure(
+    m: int, k: int, n: int, activations: dict, rounds: int, dtypes, skip: str | None = None
+) -> tuple[list, list]:
     """Rows of the two tables."""
     analytic_rows, mean_rows = [], []
     for dtype in dtypes:
-        x, dy = torch.randn(m, K).to(dtype).requires_grad_(), torch.randn(m, N).to(dtype)
-        weight = (torch.randn(N, K) / 32).to(dtype).requires_grad_()
-        bias = torch.randn(N).to(dtype).requires_grad_()
-        sigma = torch.full((K,), 0.1).requires_grad_()
+        x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
+        weight = (torch.randn(n, k) / k**0.5).to(dtype).requires_grad_()
+        bias = torch.randn(n).to(dtype).requires_grad_()
+        sigma = torch.full((k,), 0.1).requires_grad_()
         tensors, name = (x, weight, bias, sigma), str(dtype).removeprefix("torch.")
 
         def eager(act, x=x, weight=weight, bias=bias, sigma=sigma, dtype=dtype):
@@ -68,7 +72,7 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
                 )
             return total / S
 
-        for activation, act in () if skip == "analytic" else ACTIVATIONS.items():
+        for activation, act in () if skip == "analytic" else activations.items():
             how = {"activation": activation, "estimator": "analytic"}
             analytic = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
             plain = lambda: act(F.linear(x, weight, bias))  # noqa: B023, E731
@@ -76,7 +80,7 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
                 assert (analytic() - plain()).abs().max() < 0.1
             analytic_rows.append([name, activation, *compare(analytic, plain, dy, tensors, rounds)])
             print(*analytic_rows[-1], flush=True)
-        for activation, act in () if skip == "mean" else ACTIVATIONS.items():
+        for activation, act in () if skip == "mean" else activations.items():
             how = {"activation": activation, "estimator": "mean", "num_samples": S}
             mean = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
             one = lambda: act(functional.dip_linear(*tensors, SEED, keep="u"))  # noqa: B023, E731
@@ -88,7 +92,7 @@ def measure(m: int, rounds: int, dtypes, skip: str | None = None) -> tuple[list,
                 timing.peak_bytes(timing.backward_step(run, dy, tensors), dy.device)
                 for run in (mean, one, loop)
             ]
-            row = [name, activation, *compare(loop, mean, dy, tensors, rounds)]
+            row = [f"{m} x {k} x {n}", name, activation, *compare(loop, mean, dy, tensors, rounds)]
             mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
     return analytic_rows, mean_rows
@@ -117,20 +121,23 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()
-    rows = measure(
-        args.rows, args.rounds, [getattr(torch, name) for name in args.dtypes], args.skip
-    )
+    dtypes = [getattr(torch, name) for name in args.dtypes]
+    rows = measure(args.rows, K, N, ACTIVATIONS, args.rounds, dtypes, args.skip)
+    for shape in () if args.skip == "mean" else WIDE:
+        gelu = {"gelu": ACTIVATIONS["gelu"]}
+        rows[1].extend(measure(*shape, gelu, args.rounds, dtypes, "analytic")[1])
     took = time.perf_counter() - start
     text = "\n\n".join(
         [
-            f"{args.rows} x {K} x {N}, sigma 0.1. {machine.sentence(found)}. `python "
+            f"Sigma 0.1. {machine.sentence(found)}. `python "
             f"benchmarks/averaging.py`, {args.rounds} rounds, {took:.0f} s.",
-            '"analytic": time over act(nn.Linear).',
+            f'"analytic", {args.rows} x {K} x {N}: time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
             f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept '
             "for backward and at the peak, over those of act(DIPLinear) with one draw.",
             report.table(
                 [
+                    "rows x K x N",
                     "",
                     "activation",
                     "forward",

@@ -419,10 +419,11 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
 
 
 def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
-    few = {name: averaging.ACTIVATIONS[name] for name in ("relu", "silu")}
+    few = {name: averaging.ACTIVATIONS[name] for name in ("relu", "gelu")}
     monkeypatch.setattr(averaging, "ACTIVATIONS", few)
     monkeypatch.setattr(averaging, "K", 64)
     monkeypatch.setattr(averaging, "N", 64)
+    monkeypatch.setattr(averaging, "WIDE", [(16, 32, 128)])
     out = tmp_path / "averaging.json"
     options = [
         "--rows",
@@ -439,8 +440,12 @@ def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
     analytic, mean = averaging.main(options)
     stored = json.loads(out.read_text())
     assert summary.program_of(stored) == "averaging" and stored["mean"] == mean
-    assert [row[1] for row in analytic] == [row[1] for row in mean] == ["relu", "silu"]
-    assert all(float(row[4]) == 0.5 for row in mean)  # kept for backward: x, over x and h
+    assert [row[1] for row in analytic] == ["relu", "gelu"]
+    standard, wide = "8 x 64 x 64", "16 x 32 x 128"
+    expected = [(standard, "relu"), (standard, "gelu"), (wide, "gelu")]
+    assert [(row[0], row[2]) for row in mean] == expected
+    # kept for backward: x, over x and h
+    assert [float(row[5]) for row in mean] == [0.5, 0.5, 0.2]
     with pytest.raises(SystemExit):
         averaging.main(["--rounds", "4", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err

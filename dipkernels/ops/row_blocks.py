@@ -25,6 +25,8 @@ _ELEMENTS = 2**20
 # A CPU takes several samples in one product, each of this many rows at least: so their sum stays in
 # its cache. A GPU would launch a kernel for each.
 _CPU_ROWS_EACH = 256
+# of a product that joins a sum of another dtype, at once
+_CPU_ADDED = 2**20
 
 
 def _blocks(
@@ -131,6 +133,19 @@ def _act_add_bwd(
     return _stack(dhs)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
+    """total [N, K] += a b, summed in total's dtype; out [N, K]: room for the product, in a's."""
+    if total.dtype is a.dtype:
+        total.addmm_(a, b)
+        return
+    torch.mm(a, b, out=out)
+    # a CPU converts what it adds first: by parts that is no copy of the whole
+    on_cpu = out.device.type == "cpu"
+    rows = max(1, _CPU_ADDED // max(1, out.shape[1])) if on_cpu else max(1, len(out))
+    for part, added in zip(total.split(rows), out.split(rows)):
+        part.add_(added)
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -195,6 +210,7 @@ def linear_bwd(
     noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
+    product = torch.empty_like(weight, memory_format=torch.contiguous_format)
     blocks, groups = _blocks(flat, n, num_samples, activation)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
@@ -213,11 +229,11 @@ def linear_bwd(
                 sums[block] if group is groups[-1] else None,
                 1 / num_samples,
             )
-            noise_sum.add_(dh.flatten(0, 1).t() @ z.flatten(0, 1))
+            _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), product)
             del u, z, h, dh  # before the next ones
         row_sum.add_(total.sum(0))
     dx = (sums @ weight).to(x.dtype)
-    dweight = (sums.t() @ flat.to(dtype)).to(wide)
+    dweight = torch.mm(sums.t(), flat.to(dtype), out=product).to(wide)
     noise_sum.mul_(factor / num_samples)
     dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
     if log_variance:
