@@ -109,9 +109,9 @@ def stepper(study: Study, model: nn.Module, m: int) -> Callable[[Tensor, Tensor]
             loss = dip.objective(out, y, F.cross_entropy, model, alpha=ALPHA, beta=ALPHA * SIGMA**2)
         else:
             loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -83,7 +83,6 @@ def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
         y = model(x)
         loss = (
             F.mse_loss(y, target)
@@ -92,6 +91,7 @@ def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable
         )
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 

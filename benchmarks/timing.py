@@ -241,12 +241,13 @@ def backward_step(
     call: Callable[[], Tensor], dy: Tensor, leaves: Sequence[Tensor]
 ) -> Callable[[], None]:
     """Forward and backward, gradients of the leaves into fresh tensors, as after
-    zero_grad(set_to_none=True)."""
+    zero_grad(set_to_none=True). They are freed at the end: `peak_bytes` wants a step that starts
+    with none."""
 
     def step() -> None:
+        call().backward(dy)
         for leaf in leaves:
             leaf.grad = None
-        call().backward(dy)
 
     return step
 
@@ -293,7 +294,11 @@ def _silent():
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most that tensors allocated during the call take at any moment. On CPU: what torch's
-    allocator reports."""
+    allocator reports.
+
+    Raises ValueError for a call on CPU that frees what an earlier one allocated, such as gradients:
+    its peak would come out too small by as much.
+    """
     call()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -310,8 +315,11 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
         if events:
             break
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    held = list(itertools.accumulate(sizes, initial=0))
+    if min(held) < 0:
+        raise ValueError(
+            f"call: expected one that frees nothing allocated before it, got {-min(held)} bytes "
+            "freed; free them at the end of the call"
+        )
+    return max(held)

@@ -153,7 +153,7 @@ def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
     whole = run(*tensors, **options)
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (32, 32))  # several samples in a product
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
-    monkeypatch.setattr(row_blocks, "_CPU_ADDED", 5 * 24)  # 12 rows of a weight's gradient: 5, 5, 2
+    monkeypatch.setattr(row_blocks, "_CPU_PART", 5 * 24)  # 12 rows of a weight's gradient: 5, 5, 2
     for got, want in zip(run(*tensors, **options), whole, strict=True):
         assert (got.double() - want.double()).norm() <= 8 * EPS[dtype] * want.double().norm()
 

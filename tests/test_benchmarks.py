@@ -271,6 +271,19 @@ def test_memory_counts_what_a_call_holds():
     )
 
 
+def test_peak_of_a_step_counts_its_gradients():
+    x, dy, cpu = torch.ones(1000, requires_grad=True), torch.ones(1000), torch.device("cpu")
+    step = timing.backward_step(lambda: x * 2, dy, [x])
+    assert 8000 <= timing.peak_bytes(step, cpu) < 8100  # y and dx
+    assert x.grad is None
+
+    # the profiler knows the size of what it saw allocated
+    with torch.profiler.profile(profile_memory=True):
+        gradients = [torch.ones(1000), torch.ones(1000)]  # for the first call and the measured one
+    with pytest.raises(ValueError, match=r"call: expected one that frees nothing .* 4000 bytes"):
+        timing.peak_bytes(gradients.pop, cpu)
+
+
 def test_peak_is_asked_for_again_where_the_profiler_returns_nothing(monkeypatch):
     from torch import profiler
 

@@ -8,6 +8,8 @@ Backward draws and multiplies again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +27,8 @@ _ELEMENTS = 2**20
 # A CPU takes several samples in one product, each of this many rows at least: so their sum stays in
 # its cache. A GPU would launch a kernel for each.
 _CPU_ROWS_EACH = 256
-# of a product that joins a sum of another dtype, at once
-_CPU_ADDED = 2**20
+# of a weight's gradient, at once where it is converted or scaled: so no copy of the whole is made
+_CPU_PART = 2**20
 
 
 def _blocks(
@@ -133,16 +135,20 @@ def _act_add_bwd(
     return _stack(dhs)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
-    """total [N, K] += a b, summed in total's dtype; out [N, K]: room for the product, in a's."""
-    if total.dtype is a.dtype:
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matrices [N, K] by ranges of their rows; on a GPU whole, for each would launch a kernel."""
+    n, k = tensors[0].shape
+    rows = _CPU_PART // max(1, k) if tensors[0].device.type == "cpu" else n
+    yield from zip(*(t.split(max(1, rows)) for t in tensors))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, out: Tensor | None) -> None:
+    """total [N, K] += a b, summed in total's dtype; out [N, K] in a's, if that is another."""
+    if out is None:
         total.addmm_(a, b)
         return
     torch.mm(a, b, out=out)
-    # a CPU converts what it adds first: by parts that is no copy of the whole
-    on_cpu = out.device.type == "cpu"
-    rows = max(1, _CPU_ADDED // max(1, out.shape[1])) if on_cpu else max(1, len(out))
-    for part, added in zip(total.split(rows), out.split(rows)):
+    for part, added in _parts(total, out):
         part.add_(added)
 
 
@@ -210,7 +216,7 @@ def linear_bwd(
     noise_sum = torch.zeros(weight.shape, dtype=wide, device=x.device)  # G
     row_sum = torch.zeros(n, dtype=wide, device=x.device)
     sums = torch.empty(flat.shape[0], n, dtype=dtype, device=x.device)  # D
-    product = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dweight = None if dtype is wide else torch.empty(weight.shape, dtype=dtype, device=x.device)
     blocks, groups = _blocks(flat, n, num_samples, activation)
     for block in blocks:
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
@@ -229,15 +235,17 @@ def linear_bwd(
                 sums[block] if group is groups[-1] else None,
                 1 / num_samples,
             )
-            _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), product)
+            _add_product(noise_sum, dh.flatten(0, 1).t(), z.flatten(0, 1), dweight)
             del u, z, h, dh  # before the next ones
         row_sum.add_(total.sum(0))
     dx = (sums @ weight).to(x.dtype)
-    dweight = torch.mm(sums.t(), flat.to(dtype), out=product).to(wide)
-    noise_sum.mul_(factor / num_samples)
-    dsigma = torch.linalg.vecdot(noise_sum, weight.to(wide), dim=0).to(sigma.dtype)
+    dweight = torch.mm(sums.t(), flat.to(dtype), out=dweight)
+    dsigma = torch.zeros(weight.shape[1], dtype=wide, device=x.device)
+    for noise, w, dw in _parts(noise_sum, weight, dweight):
+        noise.mul_(factor / num_samples)
+        dsigma.add_(torch.linalg.vecdot(noise, w.to(wide), dim=0))
+        dw.copy_(torch.addcmul(dw.to(wide), noise, scale.to(wide)))
     if log_variance:
-        dsigma = dsigma * scale / 2
-    dweight.addcmul_(noise_sum, scale.to(wide))
+        dsigma.mul_(scale / 2)
     dbias = row_sum.mul_(1 / num_samples).to(dtype if bias is None else bias.dtype)
-    return dx.reshape(x.shape), dweight.to(dtype), dbias, dsigma
+    return dx.reshape(x.shape), dweight, dbias, dsigma.to(sigma.dtype)
