@@ -107,6 +107,19 @@ def test_checkpointing_changes_no_gradient(block, x, kind, key):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sampling_in_eval_mode_is_checkpointed_too(block, x, kind):
+    checkpoint(block, x, use_reentrant=False).sum().backward()  # draws of training are known
+    block.eval()
+    with dip.sampling_on():
+        want = gradients(block, x, block)
+        got = gradients(block, x, lambda x: checkpoint(block, x, **KINDS[kind]))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
+        with pytest.raises(RuntimeError, match="checkpoint: .* draws a seed"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
     block[2].p = 0.0
     with dip.fixed_noise(7):
@@ -177,8 +190,9 @@ def test_checkpoint_sequential_and_several_forwards_before_a_backward(block, x):
 def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeypatch):
     for _ in range(3):
         block(x).sum().backward()
-    with torch.no_grad():
-        dip.predict(block, x, k=3, average="logits")
+        with dip.sampling_on():
+            block.eval()(x).sum().backward()
+        block.train()
     assert not guards._first_draws
     monkeypatch.setattr(guards, "_MAX_DRAWS", 8)
     for _ in range(20):

@@ -29,7 +29,7 @@ def watch_checkpoint(seed: Tensor) -> None:
     if _in_backward() == -1 and torch.is_grad_enabled() and _saved_tensor_hooks(False) is None:
         return  # no checkpointed block's first forward
     if _in_backward() == -1:
-        if contexts.MODE is None and (mark := _mark_of(seed)) is not None:
+        if (mark := _mark_of(seed)) is not None:
             if len(_first_draws) >= _MAX_DRAWS // 2:
                 _first_draws, _earlier_draws = set(), _first_draws
             _first_draws.add(mark)
