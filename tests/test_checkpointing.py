@@ -115,7 +115,7 @@ def test_sampling_in_eval_mode_is_checkpointed_too(block, x, kind):
         got = gradients(block, x, lambda x: checkpoint(block, x, **KINDS[kind]))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
         y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
-        with pytest.raises(RuntimeError, match="checkpoint: .* draws a seed"):
+        with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed"):
             y.sum().backward()
 
 

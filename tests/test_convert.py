@@ -1,6 +1,7 @@
 """convert and to_plain: what changes and what stays; summary, param_groups and calibrate."""
 
 import copy
+import functools
 import math
 import statistics
 import sys
@@ -750,6 +751,39 @@ def test_calibrate_takes_tensors_tuples_and_mappings_and_restores_modes():
     assert torch.equal(state, torch.get_rng_state())
     assert model.norm.num_batches_tracked == 0
     assert not model.linear._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, functools.partial(nn.InstanceNorm2d, track_running_stats=True)]
+)
+def test_calibrate_before_training_measures_what_training_sees(norm):
+    """In eval mode a norm whose running statistics are still 0 and 1 normalises nothing: the
+    inputs behind it shrink from layer to layer, and their noise would."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, bias=False), norm(3), nn.ReLU()) for _ in range(4)]
+    model, x = convert(nn.Sequential(*blocks)), 5 * torch.rand(16, 3, 12, 12)
+    kept = {name: b.clone() for name, b in model.named_buffers() if ".variance." not in name}
+    seen = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, DIPConv2d):
+            layer.register_forward_hook(
+                lambda layer, args, out, name=name: seen.__setitem__(
+                    name, args[0].std((0, 2, 3), correction=0).square().mean().sqrt().item()
+                )
+            )
+    calibrate(model, [x], ratio=1)
+    assert all(torch.equal(model.get_buffer(name), b) for name, b in kept.items())
+    assert all(block[1].track_running_stats for block in blocks)
+    with dip.noise_off():
+        model(x)
+    assert {name: model.get_submodule(name).variance.sigma[0].item() for name in seen} == (
+        pytest.approx(seen, rel=1e-4)
+    )
+    before = seen.copy()
+    calibrate(model, [x], ratio=1)  # the norms have seen a batch: now their running statistics hold
+    model.eval()(x)
+    assert model[3][0].variance.sigma[0].item() == pytest.approx(seen["3.0"], rel=1e-4)
+    assert seen["3.0"] != pytest.approx(before["3.0"], rel=0.1)
 
 
 def test_calibrate_gives_token_models_less_noise_where_nothing_is_set():

@@ -3,8 +3,9 @@ alike they are, measured on batches."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -98,12 +99,40 @@ class Examples:
         return max(1.0, min(self.values, found))
 
 
+@contextlib.contextmanager
+def _statistics_of_the_batch(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm and InstanceNorm that have seen no batch take each batch's own statistics,
+    as in training, and keep none. Their running ones are still 0 and 1, by which they would
+    normalise nothing."""
+    fresh = [
+        (m, m._buffers["running_mean"], m._buffers["running_var"])
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and _has_seen_nothing(m)
+    ]
+    for module, *_ in fresh:
+        module.track_running_stats = False
+        module._buffers.update(running_mean=None, running_var=None)
+    try:
+        yield
+    finally:
+        for module, mean, variance in fresh:
+            module.track_running_stats = True
+            module._buffers.update(running_mean=mean, running_var=variance)
+
+
+def _has_seen_nothing(norm: nn.Module) -> bool:
+    mean, variance = norm._buffers.get("running_mean"), norm._buffers.get("running_var")
+    if mean is None or variance is None or nn.parameter.is_lazy(mean) or mean.is_meta:
+        return False
+    return bool((mean == 0).all() and (variance == 1).all())
+
+
 @torch.no_grad()
 def measured_spreads(
     model: nn.Module, batches: Iterable[Any], first: Examples | None = None
 ) -> dict[str, Tensor]:
-    """The spread of every DIP layer's input features over the batches; left in each layer's
-    variance.spread too.
+    """The spread of every DIP layer's input features over the batches, in eval mode, but for
+    BatchNorm that has seen no batch; left in each layer's variance.spread too.
 
     first: is given what the layer reads that the batches reach first.
     """
@@ -123,7 +152,8 @@ def measured_spreads(
         if first is not None and len(rows) and layer is next(iter(seen)):
             first.add(x, dim)
 
-    watch(model, layers.values(), observe, batches)
+    with _statistics_of_the_batch(model):
+        watch(model, layers.values(), observe, batches)
     unreached = [
         name or "(root)"
         for name, layer in layers.items()
