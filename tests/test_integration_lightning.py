@@ -1,5 +1,6 @@
 """Lightning with DIPCallback: real training of tiny models."""
 
+import math
 import warnings
 
 import pytest
@@ -268,6 +269,40 @@ def test_a_callback_that_is_used_again_draws_the_same_noise(tmp_path):
     callback = DIPCallback(CONFIG, [X])
     first, second = (fitted(tmp_path, callback=callback, max_steps=1)[1] for _ in range(2))
     assert first.losses == second.losses
+
+
+@pytest.mark.parametrize("interrupted_by", ["a tuner", "an error"])
+def test_a_module_that_another_fit_has_converted_is_calibrated_all_the_same(
+    interrupted_by, tmp_path
+):
+    class Tuned(Module):
+        lr = 1e-2
+
+        def validation_step(self, batch):
+            raise ArithmeticError
+
+    module = Tuned()
+    loader = DataLoader(TensorDataset(X, Y), 8)
+    trainer = lightning.Trainer(
+        callbacks=DIPCallback(CONFIG), accelerator="cpu", default_root_dir=tmp_path, **QUIET
+    )
+    if interrupted_by == "a tuner":  # trains, then loads what it wrote before
+        lightning.pytorch.tuner.Tuner(trainer).lr_find(module, loader, num_training=4)
+    else:
+        with pytest.raises(ArithmeticError):
+            trainer.fit(module, loader, loader)  # in the sanity check, before training starts
+        module.train()  # which Lightning leaves in eval mode then
+    assert module.net[0].variance.log_prior[0] == pytest.approx(math.log(0.01))
+    module.losses.clear()
+    fitted(tmp_path, module)  # by another callback
+    same(module, fitted(tmp_path)[1])
+
+
+def test_callbacks_that_copy_the_module_come_after_the_conversion(tmp_path):
+    averaging = lightning.pytorch.callbacks.StochasticWeightAveraging(1e-2)
+    with pytest.raises(ValueError, match="got it behind StochasticWeightAveraging"):
+        fitted(tmp_path, callback=[averaging, DIPCallback(CONFIG)])
+    fitted(tmp_path, callback=[DIPCallback(CONFIG), averaging], max_epochs=2, max_steps=-1)
 
 
 def test_half_precision_calibrates_in_it(tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import integer
 from ..config import (
@@ -43,6 +44,8 @@ from .parts import (
 )
 
 _KEY = "dip_config"  # in a checkpoint
+# in a checkpoint, and in the __dict__ of a module, whose variances are still to be calibrated
+_UNCALIBRATED = "_dip_uncalibrated"
 _WAY_OUT = "make it in configure_optimizers, which is called after the model was converted"
 
 
@@ -85,7 +88,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             raise TypeError(f"config: expected a DIPConfig, got {type(config).__name__}")
         self.asked, self.batches = config, batches
         self.calibration_batches = integer("calibration_batches", calibration_batches, 1)
-        self._calibrate, self._checked, self._at = False, False, (-1, 0)
+        self._checked, self._at = False, (-1, 0)
         self._to_plain = False
         self._noise, self._wrapped = contextlib.ExitStack(), contextlib.ExitStack()
 
@@ -112,12 +115,14 @@ class DIPCallback(_Callback):  # type: ignore[misc]
                     "pl_module: expected a plain one beside config, got DIP layers; call "
                     "dip.to_plain first"
                 )
+            self._require_no_copies(trainer, pl_module)
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
                 one_start(pl_module)
             else:
                 convert_as(pl_module, config)
-                self._calibrate = config.variance is None  # unless a checkpoint is loaded meanwhile
+                # when training starts, unless a checkpoint is loaded before
+                _remember_uncalibrated(pl_module, config.variance is None)
         self._wrap(trainer, pl_module)
 
     def _convert_for_checkpoint(self, pl_module: Any) -> None:
@@ -154,6 +159,16 @@ class DIPCallback(_Callback):  # type: ignore[misc]
                 "by hand"
             )
 
+    def _require_no_copies(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse callbacks before this one that have copied the plain module, to average it."""
+        for callback in itertools.takewhile(lambda each: each is not self, trainer.callbacks):
+            kept = vars(callback).values()
+            if any(isinstance(value, (AveragedModel, type(pl_module))) for value in kept):
+                raise ValueError(
+                    "callbacks: expected DIPCallback before those that copy the module, got it "
+                    f"behind {type(callback).__name__}, whose copy has no variances"
+                )
+
     def _wrap(self, trainer: Any, pl_module: Any) -> None:
         step, before = pl_module.training_step, vars(pl_module).get("training_step")
 
@@ -182,14 +197,14 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._at = (-1, 0)  # of this run, not of one before
-        if self._calibrate:
-            self._calibrate = False
+        if _UNCALIBRATED in vars(pl_module):
             _require_forward(pl_module)
             with untouched(pl_module):
                 first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
                 first = [trainer.precision_plugin.convert_input(batch) for batch in first]
             recalibrate(pl_module, [trainer.strategy.batch_to_device(batch) for batch in first])
             one_start(pl_module)
+            _remember_uncalibrated(pl_module, False)
         for optimizer in trainer.optimizers:
             require_groups(pl_module, optimizer, _WAY_OUT)
 
@@ -237,10 +252,13 @@ class DIPCallback(_Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEY] = require_config(pl_module).to_dict()
+        # by a tuner, which tries learning rates or batch sizes and then loads it again
+        checkpoint[_UNCALIBRATED] = _UNCALIBRATED in vars(pl_module)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         stored, own = _config_in("ckpt_path", checkpoint), config_of(pl_module)
-        self._calibrate = self._to_plain = False  # the variances are the checkpoint's
+        self._to_plain = False  # the variances are the checkpoint's
+        _remember_uncalibrated(pl_module, checkpoint.get(_UNCALIBRATED, False))
         if own is not None:
             warn_of_another(stored, own, "the checkpoint")
 
@@ -279,6 +297,13 @@ def _config_in(argument: str, checkpoint: Mapping[str, Any]) -> DIPConfig:
             f"{argument}: expected a checkpoint of a DIPCallback, got one without a config"
         )
     return DIPConfig.from_dict(checkpoint[_KEY])
+
+
+def _remember_uncalibrated(pl_module: nn.Module, uncalibrated: bool) -> None:
+    """With the module, for another callback may train it: after a tuner, or after an error."""
+    vars(pl_module).pop(_UNCALIBRATED, None)
+    if uncalibrated:
+        vars(pl_module)[_UNCALIBRATED] = True
 
 
 def _with_kl(out: Any, pl_module: nn.Module, config: DIPConfig) -> Any:
