@@ -244,6 +244,16 @@ def test_the_penalties_are_where_the_model_is_whatever_the_default_device():
     assert [term.device.type for term in terms] == ["cpu", "cpu"]
 
 
+def test_the_penalties_are_float32_whatever_the_default_type():
+    model = convert(nn.Sequential(nn.Linear(3, 4)), 0.25)
+    torch.set_default_dtype(torch.float64)
+    try:
+        terms = kl_penalty(model), penalty(model, 1.0, 0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [term.dtype for term in terms] == [torch.float32, torch.float32]
+
+
 # ---- energy_score --------------------------------------------------------------------------------
 
 

@@ -134,7 +134,8 @@ class noise_off(_State):
     """DIP layers inside compute the plain layer, in training mode too: for BatchNorm re-estimation
     and debugging.
 
-    Nests; restores on exceptions; works as a decorator.
+    Checkpointed blocks are computed again in the backward pass: run it inside too. Nests; restores
+    on exceptions; works as a decorator.
 
     Examples:
         >>> layer, x = dip.DIPLinear(4, 2), torch.randn(8, 4)
@@ -157,7 +158,8 @@ class sampling_on(_State):
     """DIP layers inside draw noise, in eval mode too; `predict` runs in it.
 
     nn.TransformerEncoderLayer's eval fast path, which calls none of its layers, is off inside.
-    Nests; restores on exceptions; works as a decorator.
+    Checkpointed blocks are computed again in the backward pass: run it inside too. Nests; restores
+    on exceptions; works as a decorator.
 
     Examples:
         >>> layer, x = dip.DIPLinear(4, 2).eval(), torch.randn(8, 4)

@@ -75,7 +75,7 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
         weights = torch.cat([full(v.pull).to(device) / v.num_features for v in whole])
         terms.append((weights * _divergence(ratio)).sum())
-    return kl * sum(terms, torch.zeros((), device="cpu"))
+    return kl * sum(terms, torch.zeros((), dtype=torch.float32, device="cpu"))
 
 
 def _divergence(ratio: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     parts = [part for part in variances if not is_dtensor(part)]
     # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
     terms = (full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
-    total = sum(terms, torch.zeros((), device="cpu"))
+    total = sum(terms, torch.zeros((), dtype=torch.float32, device="cpu"))
     if not parts:
         return total
     log_variance = torch.cat([part.to(parts[0].device) for part in parts])

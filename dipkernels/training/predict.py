@@ -59,7 +59,8 @@ def predict(
 
     Args:
         model: A model with DIP layers.
-        args: The model's positional arguments.
+        args: The model's positional arguments. All passes get the same objects: leave out what a
+            pass changes, such as a cache of keys and values.
         k: Number of passes, >= 0, by default 16. 0 is Algorithm 3, one deterministic pass.
         average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the
             sigmoid, for one logit or several labels), "logits" (mean of the outputs, at least

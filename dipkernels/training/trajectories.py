@@ -26,7 +26,8 @@ def trajectories(
 
     Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
     m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
-    in training mode sees all B * m rows at once.
+    in training mode sees all B * m rows at once. A model that takes the sequence first, [L, B, E],
+    would get a longer sequence: hand it a function that puts the batch first.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
