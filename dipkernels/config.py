@@ -57,6 +57,7 @@ class DIPConfig:
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
             calibrated.
         per: "layer" or "feature", as `calibrate`'s.
+        start: Sigma at the start over its prior's, > 0, as `calibrate`'s.
         m: Trajectories in a training step, >= 1. Time and the memory of activations grow m times.
         kl: Weight of the KL term, >= 0, as `objective`'s.
         lambda_s: Weight of the smoothness term, >= 0; above 0 it needs m >= 2.
@@ -83,6 +84,7 @@ class DIPConfig:
     ratio: float | Mapping[str, float] | None = None
     variance: float | Mapping[str, float] | None = None
     per: str = "layer"
+    start: float | None = None
     m: int = 2
     kl: float = KL
     lambda_s: float = 0.0
@@ -108,6 +110,8 @@ class DIPConfig:
             )
         kept["share"] = tuple(strings("share", group) for group in self.share)
         kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
+        if self.start is not None:
+            kept["start"] = float(real("start", self.start, above=0))
         kept["m"], kept["k"] = integer("m", self.m, 1), integer("k", self.k, 0)
         kept["kl"] = float(real("kl", self.kl, least=0))
         kept["lambda_s"] = float(real("lambda_s", self.lambda_s, least=0))
@@ -127,6 +131,10 @@ class DIPConfig:
                 "choose one"
             )
         check_per(self.per)
+        if self.variance is not None and self.start is not None:
+            raise ValueError(
+                f"start: expected None with variance, which is not calibrated, got {self.start!r}"
+            )
         if self.variance is not None and self.per != "layer":
             raise ValueError(
                 f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
@@ -408,7 +416,7 @@ def is_peft(model: nn.Module) -> bool:
 def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     ratio = config.ratio
     if not isinstance(ratio, Mapping):
-        calibrate(model, batches, ratio, per=config.per)
+        calibrate(model, batches, ratio, per=config.per, start=config.start)
         return
     patterns = Patterns("ratio", ratio)
     found = {name: patterns.first(name) for name in dip_layers(model)}
@@ -419,7 +427,7 @@ def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> N
             f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
             "'*'"
         )
-    calibrate(model, batches, 1.0, per=config.per)
+    calibrate(model, batches, 1.0, per=config.per, start=config.start)
     state = variances(model)
     for name, values in state.items():
         pattern = found[name.rpartition(".variance.")[0]]

@@ -1,6 +1,8 @@
 """Does the recipe help where nobody has looked? Tasks on which no default was chosen.
 
     python studies/held_back.py              writes out/studies/held_back/{summary.json,table.md}
+    python studies/held_back.py --batch-norm --out out/studies/batch_norm
+        # seven tasks of the bench, by networks with BatchNorm
     python studies/held_back.py --strengths  prints the strengths of attack and noise below
     python studies/held_back.py --quick      two small tasks, one seed: does it run?
 
@@ -26,8 +28,8 @@ import parts
 import torch.nn.functional as F
 from defaults import SCORES, summarise
 from tables import markdown
-from tasks import DIGITS, TASKS, Task, fashion, from_sklearn, mlp, split, tensors
-from torch import Tensor
+from tasks import DIGITS, TASKS, Task, cnn, fashion, from_sklearn, mlp, resnet, split, tensors
+from torch import Tensor, nn
 from training import evaluate, scored, train
 
 # ---- tasks ---------------------------------------------------------------------------------------
@@ -154,6 +156,23 @@ _TASKS = {
     ),
     "swiss roll": _regression(_made("make_swiss_roll", noise=0.3), (3, 64, 64, 1)),
 }
+
+
+def _batch_norm(name: str, net: Callable[[], nn.Module], epochs: int) -> Task:
+    """A task of the bench, by a network with BatchNorm."""
+    return dataclasses.replace(TASKS[name], net=net, epochs=epochs)
+
+
+BATCH_NORM = {
+    "digits ResNet BN": _batch_norm("digits CNN", resnet, 20),
+    "digits CNN BN": _batch_norm("digits CNN", cnn(8, 1, batch_norm=True), 30),
+    "digits MLP BN": _batch_norm("digits MLP", mlp(64, 256, 256, 10, batch_norm=True), 60),
+    "fashion CNN BN": _batch_norm("fashion CNN", cnn(28, 2, batch_norm=True), 25),
+    "mnist1d BN": _batch_norm("mnist1d", mlp(40, 128, 128, 10, batch_norm=True), 40),
+    "breast_cancer BN": _batch_norm("breast_cancer", mlp(30, 64, 64, 2, batch_norm=True), 60),
+    "classes 20 BN": _batch_norm("classes 20", mlp(20, 128, 128, 4, batch_norm=True), 60),
+}
+_TASKS |= BATCH_NORM
 # eps of PGD and sigma of input noise, as --strengths prints them.
 STRENGTHS = {
     "circles": (0.27, 0.43),
@@ -176,6 +195,13 @@ STRENGTHS = {
     "ten means": (0.31, 1.4),
     "classes 100": (0.12, 1.8),
     "swiss roll": (0.27, 0.31),
+    "digits ResNet BN": (0.11, 0.44),
+    "digits CNN BN": (0.12, 0.39),
+    "digits MLP BN": (0.11, 0.44),
+    "fashion CNN BN": (0.016, 0.24),
+    "mnist1d BN": (0.067, 0.56),
+    "breast_cancer BN": (0.14, 1.1),
+    "classes 20 BN": (0.17, 0.89),
 }
 HELD_BACK = {
     name: dataclasses.replace(_TASKS[name], eps=eps, noise=noise)
@@ -211,7 +237,7 @@ def strengths(name: str) -> tuple[float, float]:
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "default": {},
-    "before": {"pull": 32, "kl": 0.2},
+    "start 0.3": {"start": 0.3},
     "fixed 1": {"fixed": True},
 }
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -274,7 +300,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/held_back"))
     parser.add_argument(
-        "--tasks", nargs="+", choices=_TASKS, default=list(HELD_BACK), metavar="TASK"
+        "--tasks",
+        nargs="+",
+        choices=_TASKS,
+        default=[name for name in HELD_BACK if name not in BATCH_NORM],
+        metavar="TASK",
+    )
+    parser.add_argument(
+        "--batch-norm", action="store_true", help="the seven tasks of networks with BatchNorm"
     )
     parser.add_argument(
         "--trainings",
@@ -289,6 +322,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
     parser.add_argument("--quick", action="store_true", help="two small tasks, one seed")
     args = parser.parse_args(arguments)
+    if args.batch_norm:
+        args.tasks = list(BATCH_NORM)
     if args.strengths:
         for name in args.tasks:
             print(f'    "{name}": {strengths(name)},', flush=True)

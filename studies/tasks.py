@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Debian's package dataset-fashion-mnist, or a folder with the four idx files, packed or not
@@ -153,31 +154,75 @@ def _topics() -> tuple[Tensor, Tensor]:
 # ---- networks ------------------------------------------------------------------------------------
 
 
-def mlp(*sizes: int) -> Callable[[], nn.Module]:
+def mlp(*sizes: int, batch_norm: bool = False) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+            norm = [nn.BatchNorm1d(fan_out)] if batch_norm else []
+            layers += [nn.Linear(fan_in, fan_out), *norm, nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
 
     return make
 
 
-def cnn(side: int, stride: int) -> Callable[[], nn.Module]:
+def cnn(side: int, stride: int, batch_norm: bool = False) -> Callable[[], nn.Module]:
+    def norm(kind: type[nn.Module], width: int) -> list[nn.Module]:
+        return [kind(width)] if batch_norm else []
+
     def make() -> nn.Module:
         left = side // stride // stride
         return nn.Sequential(
             nn.Conv2d(1, 16, 3, stride, 1),
+            *norm(nn.BatchNorm2d, 16),
             nn.ReLU(),
             nn.Conv2d(16, 32, 3, stride, 1),
+            *norm(nn.BatchNorm2d, 32),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(32 * left * left, 64),
+            *norm(nn.BatchNorm1d, 64),
             nn.ReLU(),
             nn.Linear(64, 10),
         )
 
     return make
+
+
+class Residual(nn.Module):
+    """Two convolutions with BatchNorm beside a shortcut, as in ResNet-18."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(fan_out)
+        self.shortcut = (
+            nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out)
+            )
+            if stride > 1
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """Of 8 x 8 images, three blocks."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Residual(16, 16, 1),
+        Residual(16, 32, 2),
+        Residual(32, 48, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 10),
+    )
 
 
 class ViT(nn.Module):

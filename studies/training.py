@@ -53,7 +53,7 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
     # What is fixed or held, or has a pull or a start of its own, starts at the whole spread.
     own = not method.keys().isdisjoint(("fixed", "budget", "pull", "values"))
     ratio = method.get("ratio", 1.0 if own else None)
-    dip.calibrate(model, [x], ratio, per=method.get("per", "layer"))
+    dip.calibrate(model, [x], ratio, per=method.get("per", "layer"), start=method.get("start"))
     # candidates for calibrate: less pull, or less noise before layers, where an example has few
     # values; "pull": 1 is the whole pull always
     if "pull" in method:

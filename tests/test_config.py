@@ -29,6 +29,7 @@ FULL = dip.DIPConfig(
     share=(("q", "k"),),
     ratio={"body.*": 0.3, "*": 1.0},
     per="feature",
+    start=0.3,
     m=4,
     kl=0.5,
     lambda_s=0.1,
@@ -87,6 +88,8 @@ def test_config_goes_through_json_and_back():
         ({"ratio": 1.0, "variance": 0.1}, "variance: expected None beside ratio"),
         ({"per": "all"}, "per: expected 'layer' or 'feature'"),
         ({"per": "feature", "variance": 0.1}, "per: expected 'layer' with variance"),
+        ({"start": 0.0}, "start: expected a finite number > 0"),
+        ({"start": 0.3, "variance": 0.1}, "start: expected None with variance"),
         ({"m": 0}, "m: expected an integer >= 1"),
         ({"k": True}, "k: expected an integer >= 0"),
         ({"kl": -0.1}, "kl: expected a finite number >= 0"),
@@ -125,6 +128,9 @@ def test_apply_is_convert_and_calibrate():
     assert got.keys() == expected.keys() and all(
         torch.equal(got[n], v) for n, v in expected.items()
     )
+    lower = dip.variances(dip.apply(net(), dip.DIPConfig(start=0.3), [X]))
+    dip.calibrate(want, [X], start=0.3)
+    assert all(torch.equal(lower[n], v) for n, v in dip.variances(want).items())
     assert dip.config_of(model) == dip.config_of(copy.deepcopy(model)) == dip.DIPConfig()
     assert dip.config_of(dip.to_plain(model)) is None
     dip.apply(model, dip.DIPConfig(variance=0.04, types=["Linear"]))
@@ -132,7 +138,8 @@ def test_apply_is_convert_and_calibrate():
 
 
 def test_apply_chooses_layers_and_amounts_by_pattern():
-    config = dip.DIPConfig(include=["up", "body"], ratio={"body.*": 0.25, "*": 1.0})
+    ratio = {"body.*": 0.25, "*": 1.0}
+    config = dip.DIPConfig(include=["up", "body"], ratio=ratio)
     model, whole = dip.apply(net(), config, X), net()
     assert list(dip_layers(model)) == ["up", "body.0"]
     dip.convert(whole, exclude=["head"])
@@ -141,6 +148,9 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
         got, want = (m.get_submodule(name).variance for m in (model, whole))
         assert torch.allclose(got.sigma, factor * want.sigma)
         assert torch.equal(got.log_prior, got.log_variance)
+    low = dip.apply(net(), dip.DIPConfig(include=["up", "body"], ratio=ratio, start=0.5), X)
+    assert torch.equal(low.up.variance.log_prior, model.up.variance.log_prior)
+    assert torch.allclose(low.up.variance.sigma, 0.5 * model.up.variance.sigma)
     model = dip.apply(net(), dip.DIPConfig(variance={"head": 1.0, "*": 0.25}, exclude=["up"]))
     assert [round(row.sigma_mean, 5) for row in dip.summary(model)] == [0.5, 1.0]
 

@@ -827,6 +827,19 @@ def test_calibrate_passes_a_layer_without_features():
     assert [row.features for row in calibrate(model, [torch.randn(9, 4)])] == [4, 0]
 
 
+@pytest.mark.parametrize("ratio", [None, 1.0, 0.5])
+@pytest.mark.parametrize("per", ["layer", "feature"])
+def test_a_given_start_is_that_share_of_the_prior(ratio, per):
+    model = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    calibrate(model, [torch.randn(64, 4)], ratio, per=per, start=0.3)
+    for layer in (model[0], model[2]):
+        below = (layer.log_variance - layer.variance.log_prior).detach()
+        torch.testing.assert_close(below, torch.full_like(below, 2 * math.log(0.3)))
+    assert dip.kl_penalty(model).item() > 0
+    calibrate(model, [torch.randn(64, 4)], ratio, per=per, start=1)
+    assert dip.kl_penalty(model).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_a_first_layer_without_features_says_nothing_of_the_start():
     class Beside(nn.Module):
         def __init__(self):
@@ -853,6 +866,7 @@ def test_a_first_layer_without_features_says_nothing_of_the_start():
         ([torch.full((5, 4), float("nan"))], {}, "NaN or infinity"),
         ([torch.zeros(0, 4)], {}, r"none reached \['0', '1'\]"),
         ([torch.randn(5, 4)], {"ratio": 0}, "^ratio: "),
+        ([torch.randn(5, 4)], {"start": 0}, "^start: "),
         ([torch.randn(5, 4)], {"floor": -1}, "^floor: "),
         ([torch.randn(5, 4)], {"per": "model"}, "^per: expected 'layer' or 'feature', got 'model'"),
     ],

@@ -51,6 +51,7 @@ def calibrate(
     ratio: float | None = None,
     *,
     per: str = "layer",
+    start: float | None = None,
     floor: float = 0.01,
 ) -> Summary:
     """Set each variance, and the prior of the objective's KL term, from the spread of real
@@ -64,10 +65,10 @@ def calibrate(
     If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
     prior is p = n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
     independent: k is (tr C)^2 / tr C^2, C the covariance of the values. A few independent values
-    cannot make up for each other's noise, so there the loss decides more, and unless a ratio is
-    given, every sigma starts at sqrt(p) times its prior's. An image has channels x height x width
-    values, a sequence length x features, a row of a table its features. In a model of L > 4 DIP
-    layers the pull is 4 / L times that, because the cost of their noise adds up.
+    cannot make up for each other's noise, so there the loss decides more, and unless a ratio or a
+    start is given, every sigma starts at sqrt(p) times its prior's. An image has channels x height
+    x width values, a sequence length x features, a row of a table its features. In a model of L > 4
+    DIP layers the pull is 4 / L times that, because the cost of their noise adds up.
 
     So where the first layer reads one value of an example, p is 1 / 64: right for a curve,
     whose input that value is, and wrong where it is a condition, such as a time step, that a layer
@@ -86,6 +87,9 @@ def calibrate(
             holds tokens (int32 or int64, a mapping's "input_ids" or "inputs_embeds"), because noise
             as large as the signal hides them; the start is less where an example has few values.
         per: "layer" or "feature".
+        start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
+            values. 0.3 lets a network learn before the noise has grown: for training that is short,
+            by SGD, or with a learning rate that falls (docs/results_defaults.md).
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
             as blank pixels.
@@ -94,7 +98,7 @@ def calibrate(
         The `summary`.
 
     Raises:
-        TypeError: A ratio or floor that is no number, or batches that hold no dense tensors.
+        TypeError: A ratio, start or floor that is no number, or batches that hold no dense tensors.
         ValueError: Bad values, no batches, a DIP layer that no batch reached, or an input that is
             constant or not finite. The message names the layer.
 
@@ -108,6 +112,8 @@ def calibrate(
     """
     if ratio is not None:
         ratio = real("ratio", ratio, above=0)
+    if start is not None:
+        start = real("start", start, above=0)
     floor = real("floor", floor, above=0)
     check_per(per)
     layers = need_layers(model)
@@ -127,10 +133,11 @@ def calibrate(
 
     first = Examples()
     spreads = measured_spreads(model, noted(), first)
-    share, start = _made_up_for(first), 0.0
+    share = _made_up_for(first)
+    if start is None:  # a first input without features tells nothing
+        start = math.sqrt(share or 1.0) if ratio is None else 1.0
     if ratio is None:
         ratio = TOKENS_RATIO if tokens else RATIO
-        start = math.log(share or 1.0)  # a first input without features tells nothing
     levels = {name: spread.square().mean().sqrt() for name, spread in spreads.items()}
     constant = [
         name or "(root)" for name, level in levels.items() if len(spreads[name]) and not level > 0
@@ -145,7 +152,11 @@ def calibrate(
             level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
         )
         at_prior, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
-        set_named(f"{name}.variance.log_variance".lstrip("."), layer.variance, at_prior + start)
+        set_named(
+            f"{name}.variance.log_variance".lstrip("."),
+            layer.variance,
+            at_prior + 2 * math.log(start),
+        )
         prior.copy_(dtensor.laid_out_as(at_prior, prior))
         layer.variance.pull.fill_(pull)
     return summary(model)

@@ -47,7 +47,8 @@ def watch_checkpoint(seed: Tensor) -> None:
     raise RuntimeError(
         f"checkpoint: a block that is computed again in the backward pass {what}, which is not "
         "what its forward pass had, so that its gradients would be wrong. Keep "
-        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key)"
+        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key); put "
+        "layers that share one draw into one checkpoint"
     )
 
 
