@@ -33,6 +33,7 @@ FIXED = (0.15, 0.3, 0.6, 1.0, 1.5)
 METHODS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "default": {},
+    "start 0.3": {"start": 0.3},
     **{f"fixed {ratio:g}": {"ratio": ratio, "fixed": True} for ratio in FIXED},
     "kl 0": {"kl": 0.0},
     "kl 0.1": {"kl": 0.1},
@@ -47,7 +48,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "rate 30": {"variance_rate": 30.0},
 }
 SETTINGS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"optimiser": "SGD", "lr": 0.05}}
-WITH_SGD = ("plain", "default", "fixed 1")
+WITH_SGD = ("plain", "default", "start 0.3", "fixed 1")
 SCORES = ("clean", "pgd", "noise")
 
 
