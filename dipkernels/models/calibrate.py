@@ -88,8 +88,9 @@ def calibrate(
             as large as the signal hides them; the start is less where an example has few values.
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
-            values. 0.3 lets a network learn before the noise has grown: for training that is short,
-            by SGD, or with a learning rate that falls (docs/results_defaults.md).
+            values. 0.3 lets a network learn before the noise has grown: for Adam and its kin with a
+            learning rate that falls. By SGD the variances of wide layers hardly move, so the noise
+            stays where it starts (docs/results_defaults.md).
         floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
             the root mean square spread of its layer. It matters for features that hardly vary, such
             as blank pixels.
