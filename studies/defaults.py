@@ -8,7 +8,7 @@ tasks.
 
 Each method trains the same weights on the same batches as plain training does, and all is scored
 on the plain forward: clean accuracy, PGD and input noise at strengths that hurt plain training a
-lot. Stopped, it goes on where it was. Under two hours of one core.
+lot. Stopped, it goes on where it was. About two hours of one core.
 """
 
 from __future__ import annotations

@@ -298,15 +298,20 @@ def report(rows: dict[str, Any], trainings: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/held_back"))
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--tasks",
         nargs="+",
         choices=_TASKS,
         default=[name for name in HELD_BACK if name not in BATCH_NORM],
         metavar="TASK",
     )
-    parser.add_argument(
-        "--batch-norm", action="store_true", help="the seven tasks of networks with BatchNorm"
+    which.add_argument(
+        "--batch-norm",
+        dest="tasks",
+        action="store_const",
+        const=list(BATCH_NORM),
+        help="the seven tasks of networks with BatchNorm",
     )
     parser.add_argument(
         "--trainings",
@@ -321,8 +326,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--strengths", action="store_true", help="print the strengths, no more")
     parser.add_argument("--quick", action="store_true", help="two small tasks, one seed")
     args = parser.parse_args(arguments)
-    if args.batch_norm:
-        args.tasks = list(BATCH_NORM)
     if args.strengths:
         for name in args.tasks:
             print(f'    "{name}": {strengths(name)},', flush=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from vision_setup import ResidualBlock
 
 # Debian's package dataset-fashion-mnist, or a folder with the four idx files, packed or not
 FASHION = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
@@ -188,37 +188,15 @@ def cnn(side: int, stride: int, batch_norm: bool = False) -> Callable[[], nn.Mod
     return make
 
 
-class Residual(nn.Module):
-    """Two convolutions with BatchNorm beside a shortcut, as in ResNet-18."""
-
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(fan_out)
-        self.shortcut = (
-            nn.Sequential(
-                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out)
-            )
-            if stride > 1
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
 def resnet() -> nn.Module:
     """Of 8 x 8 images, three blocks."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, 1, 1, bias=False),
         nn.BatchNorm2d(16),
         nn.ReLU(),
-        Residual(16, 16, 1),
-        Residual(16, 32, 2),
-        Residual(32, 48, 2),
+        ResidualBlock(16, 16, 1, shortcut_norm=True),
+        ResidualBlock(16, 32, 2, shortcut_norm=True),
+        ResidualBlock(32, 48, 2, shortcut_norm=True),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(48, 10),

@@ -124,15 +124,19 @@ def mlp() -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + BN(conv(relu(BN(conv(x))))))."""
+    """relu(shortcut(x) + BN(conv(relu(BN(conv(x)))))); shortcut_norm: BN in the shortcut too, as in
+    ResNet-18."""
 
-    def __init__(self, channels: int, width: int, stride: int) -> None:
+    def __init__(self, channels: int, width: int, stride: int, shortcut_norm: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(channels, width, 1, stride)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1:
+            conv = nn.Conv2d(channels, width, 1, stride, bias=not shortcut_norm)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width)) if shortcut_norm else conv
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
