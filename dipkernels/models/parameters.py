@@ -59,18 +59,14 @@ def param_groups(
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
+    if variance_lr is None:
+        variance_lr = 10 * lr
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups: list[dict[str, Any]] = [
-        {"name": "weights", "params": [], "lr": lr},
+        {"name": "weights", "params": [], "lr": lr, **decay},
         {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
-        {
-            "name": "variances",
-            "params": [],
-            "lr": 10 * lr if variance_lr is None else variance_lr,
-            "weight_decay": 0.0,
-        },
+        {"name": "variances", "params": [], "lr": variance_lr, "weight_decay": 0.0},
     ]
-    if weight_decay is not None:
-        groups[0]["weight_decay"] = weight_decay
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = 2 if id(parameter) in variances else 0 if parameter.ndim >= 2 else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,13 +20,7 @@ from .probe import for_each, input_of, leaves, run_batch, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
-_HOST_READS = (
-    "data_ptr",
-    "numpy",
-    "tolist",
-    "__array__",
-    "__dlpack__",
-)
+_HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")
 
 
 class Layout(NamedTuple):
@@ -162,7 +156,7 @@ class Watch(TorchDispatchMode):
 
     names: every module's name. layers: {layer: its feature dimension}. candidates: modules that may
     make an input. After a pass `sources` has for each layer what each of its calls read, None for
-    what no operation of the pass made, and `calls` every call of a candidate.
+    what no operation of the pass made, and `calls` for each candidate its calls.
     """
 
     supports_higher_order_operators = True
@@ -174,14 +168,13 @@ class Watch(TorchDispatchMode):
         candidates: Iterable[nn.Module],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
+        self.calls: defaultdict[nn.Module, list[Call]] = defaultdict(list)
         self.sources: dict[nn.Module, list[Made | None]] = {layer: [] for layer in layers}
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
-        self._stack: list[
-            tuple[nn.Module, int]
-        ] = []  # the modules that are running, and how much was made before each
+        # the modules that are running, and how much was made before each
+        self._stack: list[tuple[nn.Module, int]] = []
         self._count = 0
         self._reading = 0  # layers around the current operation
         self._functions = _Functions(self)
@@ -215,12 +208,16 @@ class Watch(TorchDispatchMode):
         self._stack, self._reading = [], 0
         with self._functions, self:
             self._note(leaves(run_batch(model, batch)), "the model returns it")
-        if any(made.call is not None and not made.ref.expired() for made in self._made.values()):
+        if self._kept():
             gc.collect()
-        for made in self._made.values():
-            if made.call is not None and not made.ref.expired():
-                made.call.read_by("the model, a hook or its output keeps it")
+        for call in self._kept():
+            call.read_by("the model, a hook or its output keeps it")
         self._made.clear()
+
+    def _kept(self) -> list[Call]:
+        """The calls whose outputs are still there."""
+        made = self._made.values()
+        return [m.call for m in made if m.call is not None and not m.ref.expired()]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._layers and not self._reading:
@@ -233,23 +230,20 @@ class Watch(TorchDispatchMode):
     ) -> None:
         _, before = self._stack.pop()
         self._reading -= module in self._layers
-        if module not in self._candidates or self._reading or not isinstance(out, Tensor):
+        if module not in self._candidates or self._reading:
+            return
+        if not isinstance(out, Tensor) or not out.is_floating_point():
             return
         made = self._found(out)
         # What was there before is passed through or looked at in another shape, as a dropout does
         # in eval mode.
-        if (
-            made is None
-            or made.number <= before
-            or made.call is not None
-            or not out.is_floating_point()
-        ):
+        if made is None or made.number <= before or made.call is not None:
             return
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
         made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
         made.layout, made.module = layout_of(out), module
-        self.calls.append(made.call)
+        self.calls[module].append(made.call)
 
     def _read_by_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

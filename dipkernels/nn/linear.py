@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, worlds
-from ..noise import seeds
 from ..ops.activations import ACTIVATIONS
 from ..ops.linear import affine
 from . import inputs, tracing
-from .layer import DIPLayer, beside, noised
+from .layer import DIPLayer, Noise, noised
 from .variance import device_of_variance
 
 
@@ -90,41 +89,38 @@ class DIPLinear(DIPLayer, nn.Linear):
             u = noised(self, input, worlds.autocast_dtype(input))
             return self._activated(F.linear(u, self.weight, self.bias))
         if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
-            seed, dtype = self._seed(input), worlds.autocast_dtype(input)
-            sigma = self._log_variance()
-            try:
-                y = affine(
-                    input, self.weight, self.bias, sigma, seed, self.draw(input), self.keep, dtype
-                )
-            except inputs.FAILURES:
-                inputs.explain(self, input, sigma)
-                raise
-            return self._activated(y)
-        seed = self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input)
-        sigma = beside(input, self)
-        try:
-            return functional.dip_linear(
-                input,
-                self.weight,
-                self.bias,
-                sigma,
-                seed,
-                row0=seeds.first_row(input),
-                num_samples=self.num_samples,
-                log_variance=True,
-                keep=self.keep,
-                activation=self.activation,
-                estimator=self.estimator,
+            dtype, weight, bias = worlds.autocast_dtype(input), self.weight, self.bias
+            y = self._with_noise(
+                input, lambda noise: affine(input, weight, bias, *noise, self.keep, dtype)
             )
-        except inputs.FAILURES:
-            inputs.explain(self, input, sigma)
-            raise
+            return self._activated(y)
+        return self._with_noise(input, lambda noise: self._estimated(input, noise))
+
+    def _estimated(self, input: Tensor, noise: Noise) -> Tensor:
+        sigma, seed, draw = noise
+        return functional.dip_linear(
+            input,
+            self.weight,
+            self.bias,
+            sigma,
+            seed,
+            row0=draw.row0,
+            num_samples=self.num_samples,
+            log_variance=True,
+            keep=self.keep,
+            activation=self.activation,
+            estimator=self.estimator,
+        )
+
+    def _seed(self, x: Tensor) -> Tensor:
+        if self.estimator == "analytic":  # which draws nothing
+            return self._stream_on(x.device)
+        return super()._seed(x)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr()]
-        parts += [f"activation={self.activation}"] if self.activation is not None else []
-        parts += [f"estimator={self.estimator}"] if self.estimator != "sample" else []
-        return ", ".join(parts)
+        activation = f", activation={self.activation}" if self.activation is not None else ""
+        estimator = f", estimator={self.estimator}" if self.estimator != "sample" else ""
+        return super().extra_repr() + activation + estimator

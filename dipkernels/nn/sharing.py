@@ -94,19 +94,10 @@ def adopt(layers: Mapping[str, DIPLayer]) -> None:
 def share_noise(layers: list[DIPLayer]) -> None:
     """Make these layers, in the model's order, share the first one's variance, its draw, and u.
 
-    The others' variances are gone from the state dict, and `layer.variance` of each is the first
-    one's. Raises ValueError for layers of another number of features or another feature dimension.
+    They are alike in features, feature dimension and num_samples. The others' variances are gone
+    from the state dict, and `layer.variance` of each is the first one's.
     """
-    first = layers[0]
-    wanted = (first.variance.log_variance.numel(), first.feature_dim, first.num_samples)
-    for layer in layers[1:]:
-        got = (layer.variance.log_variance.numel(), layer.feature_dim, layer.num_samples)
-        if got != wanted:
-            raise ValueError(
-                "share: expected layers of one (features, feature dimension, num_samples) = "
-                f"{wanted}, got {got}"
-            )
-    share = Share(len(layers))
+    first, share = layers[0], Share(len(layers))
     for layer in layers:
         layer.__dict__["share"] = share
         if layer is not first:
