@@ -192,11 +192,8 @@ def _nonzero(values: Tensor | None) -> bool:
 
 
 def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dict[str, str]:
-    if any(
-        c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-        for m in model.modules()
-        for c in type(m).__mro__
-    ):
+    kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
         raise RuntimeError(
             "model: expected one that FSDP has not sharded; check(model, batch) before sharding "
             "it, or check(model) after a backward pass"

@@ -247,11 +247,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     layers = dip_layers(model)
     if not layers:
         raise ValueError("model: expected a DIP layer to turn back, found none")
-    attentions = {
-        name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)
-    }
     faults: dict[str, list[str]] = {}
-    for name, module in {**layers, **attentions}.items():
+    for name, module in model.named_modules():
         if (fault := _stays_dip(module)) is not None:
             faults.setdefault(fault, []).append(name)
     if faults:
@@ -260,22 +257,18 @@ def to_plain(model: nn.Module) -> nn.Module:
     ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
     if ignored:
         model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
-    for attention in attentions.values():
-        attention.to_plain_in_place()
-    for module in model.modules():
-        if isinstance(module, GatedBlock):
+    for module in list(model.modules()):
+        if isinstance(module, DIPMultiheadAttention):
+            module.to_plain_in_place()
+        elif isinstance(module, GatedBlock):
             module.__class__ = module.plain_type  # type: ignore[assignment]
-    for layer in layers.values():
-        if not isinstance(layer, DIPInput):
-            _become_plain(layer)
-    forget(model)
-    if isinstance(model, DIPInput):
-        return nn.Identity()
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
+        elif isinstance(module, DIPLayer) and not isinstance(module, DIPInput):
+            _become_plain(module)
+        for name, child in module._modules.items():
             if isinstance(child, DIPInput):
-                parent._modules[name] = nn.Identity()
-    return model
+                module._modules[name] = nn.Identity()
+    forget(model)
+    return nn.Identity() if isinstance(model, DIPInput) else model
 
 
 # ---- what becomes what, and with which variance --------------------------------------------------
@@ -503,6 +496,8 @@ def _warn_without_noise(choice: Choice) -> None:
 
 def _stays_dip(module: nn.Module) -> str | None:
     """Why this module cannot be turned back: an error with a place for names."""
+    if not isinstance(module, (DIPLayer, DIPMultiheadAttention)):
+        return None
     if "plain_type" not in vars(type(module)) and not isinstance(module, DIPInput):
         return (
             "model: expected DIP layers that convert knows, got subclasses of them: {}; if they are "

@@ -33,19 +33,10 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _QUANTISED = re.compile(
     r"quantiz|quanto|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8", re.IGNORECASE
 )
-# What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no
-# twin.
-_OWN_NAMES = (
-    "variance",
-    "stream",
-    "num_samples",
-    "keep",
-    "number",
-    "share",
-    "noisy",
-    "log_variance",
-    "plain_type",
-)
+# What a DIP layer has beside the plain one. What uses one of these names for itself gets no twin.
+_OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
+_OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
+_OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
 
 
 # ---- what a module is ----------------------------------------------------------------------------
@@ -300,7 +291,7 @@ def no_twin(module: nn.Module) -> str | None:
         return "its forward calls every child in turn, and would call the variance: name its first module"
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
-    taken = [name for name in _OWN_NAMES if hasattr(module, name)]
+    taken = sorted(name for name in _OWN_NAMES if hasattr(module, name))
     if taken:
         return f"it has {taken} of its own, names that a DIP layer uses"
     return None
@@ -362,7 +353,7 @@ def _paths(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[list[s
             yield from _paths(constant, own)
     path: list[str] | None = None  # of the self that was loaded last
     for step in dis.get_instructions(code):
-        if step.opname in ("CACHE", "NOP", "PRECALL", "EXTENDED_ARG"):
+        if step.opname in ("NOP", "EXTENDED_ARG"):
             continue
         if path is not None:
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):

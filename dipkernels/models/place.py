@@ -94,24 +94,15 @@ class ProducerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """A producer, the class that it becomes, and the layers whose projection it takes.
-
-    Attributes:
-        producer: The module.
-        name: Its name.
-        twin: Its DIP class.
-        features: K.
-        layers: The layers that read it.
-        device: Of what it makes.
-        block: With a gated product: the block around it and that block's class.
-    """
+    """A producer, the class that it becomes, and the layers whose projection it takes."""
 
     producer: nn.Module
     name: str
-    twin: type[Any]
+    twin: type[Any]  # its DIP class
     features: int
-    layers: tuple[nn.Module, ...]
-    device: torch.device
+    layers: tuple[nn.Module, ...]  # what reads it
+    device: torch.device  # of what it makes
+    # with a gated product, the block around it and the class that this becomes
     block: tuple[nn.Module, type[Any]] | None = None
 
 

@@ -42,8 +42,8 @@ class GateProducer(Producer):
 
     kind: str
 
-    def _plain(self, a: Tensor, b: Tensor) -> Any:
-        return super()._plain(a) * b
+    def _dip_plain(self, a: Tensor, b: Tensor) -> Any:
+        return super()._dip_plain(a) * b
 
     def _noised(self, noise: Noise, a: Tensor, b: Tensor) -> Tensor:
         return noised_gate(a, b, *noise, self.kind, worlds.autocast_dtype(a))

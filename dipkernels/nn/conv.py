@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .. import worlds
 from ..ops import conv
-from . import inputs, tracing
-from .layer import DIPLayer, noised
+from .layer import DIPLayer, node_of, noised, with_noise
 from .variance import device_of_variance
 
 
@@ -49,10 +48,8 @@ class _DIPConv(DIPLayer):
         self._set_up(in_channels, init_variance, num_samples, keep, own)
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
             return y
@@ -62,8 +59,8 @@ class _DIPConv(DIPLayer):
             y = super().forward(noised(self, input, dtype))
             return y
         weight, bias = self.weight, self.bias
-        return self._with_noise(
-            input, lambda noise: conv.own_input(input, weight, bias, *noise, dtype, window)
+        return with_noise(
+            self, input, lambda noise: conv.own_input(input, weight, bias, *noise, dtype, window)
         )
 
     def _window(self, input: Tensor) -> conv.Window | None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import integer
-from . import inputs, tracing
-from .layer import DIM, DIPLayer, noised
+from .layer import DIM, DIPLayer, node_of, noised
 from .variance import short
 
 
@@ -52,10 +51,8 @@ class DIPInput(DIPLayer, nn.Module):
     feature_dim = DIM
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         return noised(self, input) if self.noisy() else self.copied_without_noise(input)
 
     def extra_repr(self) -> str:

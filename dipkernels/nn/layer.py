@@ -101,7 +101,11 @@ class DIPLayer(Mixin):
         return self.training if contexts.MODE is None else contexts.MODE == "on"
 
     def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module of a model
-        tracing.refuse_script(self)
+        raise RuntimeError(
+            f"dipkernels: torch.jit.script cannot compile {type(self).__name__}. Script the plain "
+            "model, torch.jit.script(dipkernels.to_plain(copy.deepcopy(model))), which computes "
+            "what this one does in eval mode; or use torch.jit.trace in eval mode or torch.export"
+        )
 
     def without_noise(self, input: Tensor) -> Tensor:
         """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for
@@ -168,18 +172,6 @@ class DIPLayer(Mixin):
         dim = self.feature_dim
         return Draw(dim, seeds.first_row(x, dim), 0, sample, self.num_samples**-0.5, True)
 
-    def _with_noise(self, x: Tensor, run: Callable[[Noise], _T], sample: int = 0) -> _T:
-        """run(noise) of one forward pass on x; where x is why it fails, an error in the layer's own
-        words."""
-        sigma, seed = self._log_variance(), self._seed(x)
-        if self.share is not None and getattr(self, "_is_replica", False):
-            sigma = sigma.to(x.device)  # nn.DataParallel leaves a shared one where it was
-        try:
-            return run((sigma, seed, self.draw(x, sample)))
-        except inputs.FAILURES:
-            inputs.explain(self, x, sigma)
-            raise
-
     # ---- moves
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -237,6 +229,32 @@ class DIPLayer(Mixin):
 DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim` says it
 
 
+# Functions and not methods: a class that gets a twin may have methods of the same names.
+
+
+def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Of a call on what is no plain tensor: its node where torch.fx traces it, None for a tensor of
+    a subclass. Raises TypeError for what is none, where noise is drawn."""
+    if not isinstance(x, tracing.Proxy):
+        inputs.require_tensor(layer, x)
+        return None
+    node: Tensor = tracing.record(layer, x, *args, **kwargs)
+    return node
+
+
+def with_noise(layer: DIPLayer, x: Tensor, run: Callable[[Noise], _T], sample: int = 0) -> _T:
+    """run(noise) of one forward pass on x; where x is why it fails, an error in the layer's own
+    words."""
+    sigma, seed = layer._log_variance(), layer._seed(x)
+    if layer.share is not None and getattr(layer, "_is_replica", False):
+        sigma = sigma.to(x.device)  # nn.DataParallel leaves a shared one where it was
+    try:
+        return run((sigma, seed, layer.draw(x, sample)))
+    except inputs.FAILURES:
+        inputs.explain(layer, x, sigma)
+        raise
+
+
 def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by
     default."""
@@ -247,7 +265,7 @@ def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
 
 def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     """The same, drawn for this layer alone."""
-    return layer._with_noise(x, lambda noise: projection(x, *noise, dtype), sample)
+    return with_noise(layer, x, lambda noise: projection(x, *noise, dtype), sample)
 
 
 def _is_hooked(module: nn.Module) -> bool:

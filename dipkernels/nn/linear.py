@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from .. import functional, worlds
 from ..ops.activations import ACTIVATIONS
 from ..ops.linear import affine
-from . import inputs, tracing
-from .layer import DIPLayer, Noise, noised
+from .layer import DIPLayer, Noise, node_of, noised, with_noise
 from .variance import device_of_variance
 
 
@@ -75,10 +74,8 @@ class DIPLinear(DIPLayer, nn.Linear):
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         if not self.noisy():
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
@@ -90,11 +87,11 @@ class DIPLinear(DIPLayer, nn.Linear):
             return self._activated(F.linear(u, self.weight, self.bias))
         if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
             dtype, weight, bias = worlds.autocast_dtype(input), self.weight, self.bias
-            y = self._with_noise(
-                input, lambda noise: affine(input, weight, bias, *noise, self.keep, dtype)
+            y = with_noise(
+                self, input, lambda noise: affine(input, weight, bias, *noise, self.keep, dtype)
             )
             return self._activated(y)
-        return self._with_noise(input, lambda noise: self._estimated(input, noise))
+        return with_noise(self, input, lambda noise: self._estimated(input, noise))
 
     def _estimated(self, input: Tensor, noise: Noise) -> Tensor:
         sigma, seed, draw = noise

@@ -1,5 +1,4 @@
-"""A layer in other graphs than torch.compile's: a leaf under torch.fx, a refusal under torch.jit
-and torch.onnx."""
+"""A layer as a leaf of torch.fx's graphs."""
 
 from __future__ import annotations
 
@@ -7,8 +6,6 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Proxy as Proxy
-
-_PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
 
 
 def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -40,12 +37,3 @@ def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # again.
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_method", "forward", (module, *args), kwargs)
-
-
-def refuse_script(layer: nn.Module) -> None:
-    """Raise where torch.jit.script prepares a model that holds the layer."""
-    raise RuntimeError(
-        f"dipkernels: torch.jit.script cannot compile {type(layer).__name__}. Script the plain "
-        f"model, torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or "
-        "use torch.jit.trace in eval mode or torch.export"
-    )

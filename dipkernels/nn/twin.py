@@ -9,8 +9,7 @@ from typing import Any, SupportsIndex
 from torch import Tensor, nn
 
 from .. import worlds
-from . import inputs, tracing
-from .layer import DIPLayer, Mixin, Noise, noised
+from .layer import DIPLayer, Mixin, Noise, node_of, noised, with_noise
 
 
 class Wrapper(DIPLayer):
@@ -23,17 +22,15 @@ class Wrapper(DIPLayer):
             if self.input_name not in kwargs:
                 raise TypeError(f"{type(self).__name__}: expected its input first, got none")
             args = (kwargs.pop(self.input_name),)
-        if type(args[0]) is not Tensor:
-            if isinstance(args[0], tracing.Proxy):
-                return tracing.record(self, *args, **kwargs)
-            inputs.require_tensor(self, args[0])
-        return self._call(*args, **kwargs)
+        if type(args[0]) is not Tensor and (node := node_of(self, *args, **kwargs)) is not None:
+            return node
+        return self._dip_forward(*args, **kwargs)
 
-    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What forward computes."""
         raise NotImplementedError
 
-    def _plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _dip_plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The class's own forward."""
         return super().forward(x, *args, **kwargs)
 
@@ -44,10 +41,10 @@ class Producer(Wrapper):
 
     noises_output = True
 
-    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.noisy():
-            return self.copied_without_noise(self._plain(x, *args, **kwargs))
-        return self._with_noise(x, lambda noise: self._noised(noise, x, *args, **kwargs))
+            return self.copied_without_noise(self._dip_plain(x, *args, **kwargs))
+        return with_noise(self, x, lambda noise: self._noised(noise, x, *args, **kwargs))
 
     def _noised(self, noise: Noise, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x) + sigma * z; noise: (sigma, seed, draw)."""
@@ -57,10 +54,10 @@ class Producer(Wrapper):
 class _Twin(Wrapper):
     """Before any class: its own forward on x + sigma * z."""
 
-    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = worlds.autocast_dtype(x)
         u = noised(self, x, dtype) if self.noisy() else self.copied_without_noise(x)
-        return self._plain(u, *args, **kwargs)
+        return self._dip_plain(u, *args, **kwargs)
 
 
 def twin_type(

@@ -261,13 +261,11 @@ class Variance(nn.Module):
                     raise
                 t, computed = self._initial(known[0]), True
                 moved = fn(t)
-            narrowed = (
-                t.is_floating_point()
-                and moved.dtype.itemsize < t.dtype.itemsize
-                and t.dtype.itemsize >= 4
-            )
+            size = t.dtype.itemsize
+            if not t.is_floating_point() or size < 4 or moved.dtype.itemsize >= size:
+                return moved
             wide = torch.promote_types(moved.dtype, torch.float32)
-            return t.to(device=moved.device, dtype=wide) if narrowed else moved
+            return t.to(device=moved.device, dtype=wide)
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         after = self._tensors()
@@ -311,10 +309,8 @@ class Variance(nn.Module):
         undefined memory."""
         tensors = self._tensors()
         if self._from_meta and not any(t.is_meta for t in tensors.values()):
-            loaded = (
-                name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False)
-            )
-            self._fill({name: tensors[name] for name in tensors.keys() - set(loaded)})
+            loaded = [n for n, t in tensors.items() if getattr(t, "_is_hf_initialized", False)]
+            self._fill({name: t for name, t in tensors.items() if name not in loaded})
             self._from_meta = False
         return True
 
