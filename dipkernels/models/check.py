@@ -203,7 +203,6 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: tuple[Any, ...]) -> None:
         called[layer].append(layer.noisy())
 
-    variances = {name: _learned(layer) for name, layer in layers.items()}
     handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
     try:
         with untouched(model), eager(model), torch.enable_grad():
@@ -217,6 +216,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
             handle.remove()
     faults = {}
     for name, layer in layers.items():
+        learned = _learned(layer)
         if not called[layer]:
             faults[name] = (
                 "it was not called: its weight is read past it, or eval mode alone calls it, or "
@@ -225,12 +225,12 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         elif not any(called[layer]):
             why = "inside noise_off" if contexts.MODE == "off" else "in eval mode"
             faults[name] = f"it was called and drew nothing: it is {why}"
-        elif any(p.is_meta for p in variances[name]):
+        elif any(p.is_meta for p in learned):
             faults[name] = (
                 "it drew noise, and accelerate has offloaded it: what is offloaded gets no "
                 "gradient, so neither its weight nor its variance learns"
             )
-        elif reached is not None and variances[name] and not reached & {*map(id, variances[name])}:
+        elif reached is not None and learned and not any(id(p) in reached for p in learned):
             faults[name] = (
                 "it drew noise, and what it returned does not reach the model's loss or outputs"
             )

@@ -113,18 +113,8 @@ def find_moves(
     stay: Mapping[nn.Module, str],
     batches: Iterable[Any],
 ) -> tuple[ProducerPlan, list[Move]]:
-    """Watch passes over the batches: the plan, and what to do by it.
-
-    Args:
-        model: Not changed.
-        names: Every module's names in it.
-        layers: The layers that are to be noised.
-        stay: Modules that are to stay as they are, each with the reason.
-        batches: As `calibrate`'s.
-
-    Raises:
-        ValueError: For no batches.
-    """
+    """Watch passes over the batches: the plan for the layers that are to be noised, and what to do
+    by it. stay: modules that are to stay as they are, each with the reason."""
     first = {module: every[0] for module, every in names.items()}
     dims = {layer: feature_dim_of(layer) for layer in layers}
     watch = Watch(first, dims, [m for m in names if m not in dims and _may_produce(m)])

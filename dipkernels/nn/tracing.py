@@ -9,20 +9,8 @@ from torch.fx import Proxy as Proxy
 
 
 def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of a layer as one node of the graph that torch.fx traces, so that its noise stays
-    what it is.
-
-    Args:
-        layer: The DIP layer that was called.
-        args: Its arguments, at least one of which is a torch.fx.Proxy.
-        kwargs: Its keywords.
-
-    Returns:
-        The proxy of the layer's result.
-
-    Raises:
-        RuntimeError: If the layer is the whole of what is traced.
-    """
+    """The call of a layer, on a torch.fx.Proxy among others, as one node of the graph that torch.fx
+    traces. Raises RuntimeError where the layer is the whole of what is traced."""
     tracer = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
     path = tracer.path_of_module(layer) if hasattr(tracer, "path_of_module") else ""
     if not path:
