@@ -188,7 +188,8 @@ def _run(
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, _, sigma), (log_variance, activation) = tensors, how
-    dmu, dv, dbias = expectation_bwd(dy, *kept, activation)
+    mu, v = kept
+    dmu, dv, dbias = expectation_bwd(dy, mu, v, activation)
     dx = dmu @ weight.to(dmu.dtype) if needs[0] else None
     dweight = flat_rows(dmu).t() @ flat_rows(x) if needs[1] else None
     dsigma = None
