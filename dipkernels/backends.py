@@ -96,49 +96,43 @@ def library() -> Library:
     """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls
     this."""
     found = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not found and (installed := _installed_elsewhere()):
+    if found:
+        return _loaded(str(found[0]))
+    if installed := _installed_elsewhere():
         return Library(
             error="no compiled library in the folder of source from which dipkernels was imported, "
             f"{Path(__file__).resolve().parent.parent}; the installed package, in {installed}, has "
             "one. Run Python from another folder, or build it here, with g++ and ninja at hand: "
             f"{_how_to_build()}"
         )
-    if not found:
-        return Library(
-            error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and DIPKERNELS_CUDA=0. "
-            f"To build it, with g++ and ninja at hand: {_how_to_build()}"
-        )
-    path = str(found[0])
+    return Library(
+        error="no compiled library: it was not built, or built with DIPKERNELS_CPU=0 and "
+        f"DIPKERNELS_CUDA=0. To build it, with g++ and ninja at hand: {_how_to_build()}"
+    )
+
+
+def _loaded(path: str) -> Library:
+    found = f"found torch {torch.__version__}"
     if _release(torch.__version__) < MIN_TORCH:
-        return Library(
-            path=path,
-            error=f"found torch {torch.__version__}, the compiled library needs torch >= 2.10: pip install 'torch>=2.10'",
-        )
+        error = f"{found}, the compiled library needs torch >= 2.10: pip install 'torch>=2.10'"
+        return Library(path, error)
     try:
         torch.ops.load_library(path)
-        functions = _c_functions(path)
+        said = _c_functions(path).dip_build_info().decode(errors="replace")
     except (OSError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Library(
-            path=path,
-            error=f"{reason}: found torch {torch.__version__} on {platform.machine()}, the compiled library needs an unmodified "
+            path,
+            f"{reason}: {found} on {platform.machine()}, the compiled library needs an unmodified "
             "torch >= 2.10 and the machine it was built for: pip install --force-reinstall "
             "--no-deps dipkernels",
         )
-    said = functions.dip_build_info().decode(errors="replace")
     info = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
-    if missing := {"cpu", "cuda", "compiler"} - info.keys():
-        return Library(
-            path=path,
-            error=f"the library does not say its {', '.join(sorted(missing))}, so it was built from "
-            "another release of dipkernels. Build it again, or pip install --force-reinstall "
-            "--no-deps dipkernels",
-        )
     if info.get("interface") != INTERFACE:
         return Library(
-            path=path,
-            error=f"the library was built for interface {info.get('interface', 'none')}, and this source has "
-            f"interface {INTERFACE}: build it again. {_how_to_build()}",
+            path,
+            f"the library was built for interface {info.get('interface', 'none')}, and this source "
+            f"has interface {INTERFACE}: build it again. {_how_to_build()}",
         )
     return Library(
         path=path,
@@ -156,12 +150,9 @@ def cpu_capability(name: str | None = None) -> str:
     Results are the same bits for each. Raises RuntimeError if the library or the machine lacks what
     was asked for.
     """
-    if not library().cpu_capabilities:
-        raise RuntimeError(
-            f"cpu_capability: {library().error or 'the library was built without CPU kernels'}"
-        )
     path = library().path
-    assert path is not None  # what carries kernels was found
+    if path is None or not library().cpu_capabilities:
+        raise RuntimeError(f"cpu_capability: {_missing('cpu')}")
     functions = _c_functions(path)
     if name is not None:
         if name not in (*CAPABILITIES, "auto"):
@@ -249,12 +240,12 @@ def watch_cuda() -> None:
         torch.cuda._lazy_call(check_cuda)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def has_triton() -> bool:
-    return _HAS_TRITON
+    return importlib.util.find_spec("triton") is not None
 
 
 triton_problems: dict[str, str] = {}  # operation: why Triton cannot compile it here
@@ -287,9 +278,8 @@ def note_triton_problem(op: str, error: Exception) -> None:
 forced: str | None = None
 _by_variable = False  # whether DIPKERNELS_BACKEND forced it
 _bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
-listeners: list[
-    Callable[[], None]
-] = []  # called when a choice may change: `ops` keeps a table of what was chosen
+# called when a choice may change: `ops` keeps a table of what was chosen
+listeners: list[Callable[[], None]] = []
 
 
 def _tell_listeners() -> None:
@@ -393,18 +383,17 @@ _force(_variable("DIPKERNELS_BACKEND", _check_name, "auto"), by_variable=True)
 kept_when_compiled: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x")
 
 
-def warn_reference(plan: Plan) -> None:
-    """Say that a slow path was chosen, unless it was asked for."""
-    if plan.backend == "reference" and plan.why != "asked for":
-        warnings.warn(
-            f"dipkernels: the slow reference path runs: {plan.why}", RuntimeWarning, stacklevel=2
-        )
-
-
-def warn_reference_here() -> None:
-    """The same for what runs on a CPU. `ops` does so when it is imported: once."""
+def warn_reference() -> None:
+    """Say that a CPU has the slow path alone, where nobody asked for it. `ops` does so when it is
+    imported: once."""
     if forced is None and not _bad_variables:
-        warn_reference(choose("perturb", "cpu"))
+        plan = choose("perturb", "cpu")
+        if plan.backend == "reference":
+            warnings.warn(
+                f"dipkernels: the slow reference path runs: {plan.why}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _missing(name: str) -> str | None:
@@ -415,18 +404,10 @@ def _missing(name: str) -> str | None:
         return None
     if not library().loaded:
         return library().error or "there is no compiled library"
-    if name == "cuda":
-        return (
-            None
-            if library().cuda_archs
-            else "the library was built without CUDA kernels: DIPKERNELS_CUDA=1 builds them"
-        )
-    carried = "portable" in library().cpu_capabilities
-    return (
-        None
-        if carried
-        else "the library was built without CPU kernels: DIPKERNELS_CPU=1 builds them"
-    )
+    if library().cuda_archs if name == "cuda" else library().cpu_capabilities:
+        return None
+    kind = name.upper()
+    return f"the library was built without {kind} kernels: DIPKERNELS_{kind}=1 builds them"
 
 
 def _obstacle(name: str, device: str) -> str | None:
@@ -444,11 +425,6 @@ def _obstacle(name: str, device: str) -> str | None:
 
 def _runs_on(name: str, device: str) -> bool:
     return _obstacle(name, device) is None
-
-
-def _way_out() -> str:
-    call = "call dipkernels.backend('auto')"
-    return f"unset DIPKERNELS_BACKEND, or {call}," if _by_variable else call
 
 
 # The stems of which the CUDA library has no kernel, and those whose work it does not fuse: samples
@@ -505,40 +481,33 @@ def choose(
     if device == "meta":
         return Plan("cpu", "shapes only")
     if forced is not None:
-        asked = f"backend {forced!r} was asked for" + (
-            " by DIPKERNELS_BACKEND" if _by_variable else ""
-        )
-        if not _runs_on(forced, device):
+        by, way_out = "", "call dipkernels.backend('auto')"
+        if _by_variable:
+            by, way_out = " by DIPKERNELS_BACKEND", f"unset DIPKERNELS_BACKEND, or {way_out},"
+        asked = f"backend {forced!r} was asked for{by}"
+        if obstacle := _obstacle(forced, device):
             raise RuntimeError(
-                f"{op}: {asked}, and it cannot run on device {device!r} here: "
-                f"{_obstacle(forced, device)}; {_way_out()} to let each device choose its own"
+                f"{op}: {asked}, and it cannot run on device {device!r} here: {obstacle}; "
+                f"{way_out} to let each device choose its own"
             )
         if forced == "cuda" and op.startswith(_NOT_IN_CUDA):
             raise RuntimeError(f"{op}: {asked}, and it has no kernel for it; use 'triton'")
         return Plan(forced, "asked for")
-    if (
-        device == "cuda"
-        and op in ("linear", "linear_bwd")
-        and dtype
-        and shape
-        and _runs_on("cuda", device)
-    ):
-        m, n, k = shape
-        if is_wide(dtype, m, n, k):
-            return Plan("cuda", f"{dtype}, N = {n}: the vendor's products, sample by sample")
-    triton = device == "cuda" and op not in triton_problems and _runs_on("triton", device)
+    on_gpu = device == "cuda"
+    wide = dtype and shape and op in ("linear", "linear_bwd") and is_wide(dtype, *shape)
+    if wide and on_gpu and _runs_on("cuda", device):
+        why = f"{dtype}, N = {shape[1]}: the vendor's products, sample by sample"
+        return Plan("cuda", why)
+    triton = on_gpu and op not in triton_problems and _runs_on("triton", device)
     if triton and op.startswith(_FUSED_BY_TRITON):
         return Plan("triton", "only Triton fuses its passes")
-    if device == "cuda" and op.startswith(_NOT_IN_CUDA):
-        return Plan(
-            "reference",
-            triton_problems.get(op)
-            or "the CUDA library has no kernel for it, and Triton is missing",
-        )
+    if on_gpu and op.startswith(_NOT_IN_CUDA):
+        missing = "the CUDA library has no kernel for it, and Triton is missing"
+        return Plan("reference", triton_problems.get(op) or missing)
     preferred = "cpu" if device == "cpu" else "cuda"
     if _runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")
     if triton:
         return Plan("triton", _cuda_problem or "the library has no CUDA kernels")
-    problem = triton_problems.get(op) or (_cuda_problem if device == "cuda" else None)
+    problem = triton_problems.get(op) or (_cuda_problem if on_gpu else None)
     return Plan("reference", problem or library().error or f"no kernels for device {device!r}")

@@ -93,14 +93,10 @@ class DIPConfig:
     key: int | None = 0
 
     def __post_init__(self) -> None:
-        kept: dict[str, Any] = {
-            name: strings(name, getattr(self, name)) for name in ("types", "include", "exclude")
-        }
+        of_names = ("types", "include", "exclude", "before")
+        kept: dict[str, Any] = {name: strings(name, getattr(self, name)) for name in of_names}
         if isinstance(self.before, Mapping):
-            strings("before", list(self.before))
             kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
-        else:
-            kept["before"] = strings("before", self.before)
         if not isinstance(self.share, _LISTS) or not all(
             isinstance(group, _LISTS) for group in self.share
         ):
@@ -110,11 +106,11 @@ class DIPConfig:
             )
         kept["share"] = tuple(strings("share", group) for group in self.share)
         kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
+        kept |= {"m": integer("m", self.m, 1), "k": integer("k", self.k, 0)}
+        for name in ("kl", "lambda_s"):
+            kept[name] = float(real(name, getattr(self, name), least=0))
         if self.start is not None:
             kept["start"] = float(real("start", self.start, above=0))
-        kept["m"], kept["k"] = integer("m", self.m, 1), integer("k", self.k, 0)
-        kept["kl"] = float(real("kl", self.kl, least=0))
-        kept["lambda_s"] = float(real("lambda_s", self.lambda_s, least=0))
         if self.key is not None:
             kept["key"] = integer("key", self.key, other=" or None")
         for name, value in kept.items():
@@ -125,28 +121,20 @@ class DIPConfig:
                 f"types: expected names of some of {list(_TYPES)}, got {list(self.types)}"
             )
         check_place(self.place)
-        if self.ratio is not None and self.variance is not None:
-            raise ValueError(
-                f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
-                "choose one"
-            )
         check_per(self.per)
-        if self.variance is not None and self.start is not None:
-            raise ValueError(
-                f"start: expected None with variance, which is not calibrated, got {self.start!r}"
-            )
-        if self.variance is not None and self.per != "layer":
-            raise ValueError(
-                f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
-            )
+        check_average(self.average, None, ("probs", "sigmoid", "logits"))
+        if self.variance is not None:
+            for name, default in (("ratio", None), ("per", "layer"), ("start", None)):
+                if (value := getattr(self, name)) != default:
+                    raise ValueError(
+                        f"{name}: expected {default!r} with variance, which is not calibrated, got "
+                        f"{value!r}"
+                    )
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 "lambda_s: expected 0 with m = 1, because one trajectory has no variance, got "
                 f"{self.lambda_s}"
             )
-        if not isinstance(self.average, str):
-            raise TypeError(f"average: expected a string, got {self.average!r}")
-        check_average(self.average, None, ("probs", "sigmoid", "logits"))
 
     @property
     def watches_batches(self) -> bool:
@@ -183,14 +171,8 @@ class DIPConfig:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write dip_config.json into the folder, which is made if it is missing."""
-        path = Path(folder) / CONFIG_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(
-            path,
-            lambda new: new.write_text(
-                json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8"
-            ),
-        )
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        _replace(Path(folder, CONFIG_FILE), lambda new: new.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DIPConfig:
@@ -230,8 +212,9 @@ class DIPConfig:
 
     def predict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """`dip.predict` with k and average: [B, ...]."""
-        options: dict[str, Any] = {"k": self.k, "average": self.average, **kwargs}
-        predicted: Tensor = predict(model, *args, **options)
+        predicted: Tensor = predict(
+            model, *args, **{"k": self.k, "average": self.average, **kwargs}
+        )
         return predicted
 
 
@@ -285,37 +268,67 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
             "model: expected one without DIP layers, got some; call dip.to_plain(model) first, or "
             "dip.load"
         )
-    calibrated = config.variance is None
-    if batches is None and calibrated:
+    if batches is not None:
+        batches = listed(batches)
+    elif config.variance is None:
         raise ValueError(
             "batches: expected some, because ratio measures the inputs on them, got None; or set "
             "variance=... in the config"
         )
-    if batches is not None:
-        batches = listed(batches)
     with _plain_again(model):
-        _convert(model, config, batches)
-        if calibrated:
-            _calibrate(model, config, batches or [])
+        convert_as(model, config, batches)
+        calibrate_as(model, config, batches or ())
     return model
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the variances and priors of a model that has a config anew, where that has a ratio: what
-    `apply` does last."""
-    config = require_config(model)
-    if config.variance is None:
-        _calibrate(model, config, batches)
-
-
-def convert_as(
-    model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None
-) -> nn.Module:
-    """`apply` without calibration: for variances that are set afterwards."""
-    require_order(model)
+def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> None:
+    """The first half of `apply`: what the model remembers, too."""
+    names = [name for name, _ in model.named_modules()]
+    include = Patterns("include", config.include)
+    include.all(*names)
+    include.require_used(names)
+    options: dict[str, Any] = {"batches": batches} if config.watches_batches else {}
+    if config.include:
+        options["filter"] = lambda module, name: bool(include.all(*around(name)))
     with _plain_again(model):
-        _convert(model, config, batches)
-    return model
+        convert(
+            model,
+            0.01 if config.variance is None else config.variance,
+            types=[_TYPES[name] for name in config.types],
+            exclude=config.exclude,
+            share=config.share,
+            before=config.before,
+            place=config.place,
+            **options,
+        )
+        remember_config(model, config)
+
+
+def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
+    """The second half of `apply`: set variances and priors by the ratio; nothing where the config
+    has a variance."""
+    ratio = config.ratio
+    if config.variance is not None:
+        return
+    if not isinstance(ratio, Mapping):
+        calibrate(model, batches, ratio, per=config.per, start=config.start)
+        return
+    patterns = Patterns("ratio", ratio)
+    found = {name: patterns.first(name) for name in dip_layers(model)}
+    patterns.require_used(found, "a DIP layer's name")
+    without = [name for name, p in found.items() if p is None]
+    if without:
+        raise ValueError(
+            f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
+            "'*'"
+        )
+    calibrate(model, batches, 1.0, per=config.per, start=config.start)
+    state = variances(model)
+    for name, values in state.items():
+        pattern = found[name.rpartition(".variance.")[0]]
+        if not name.endswith(".pull"):
+            values += 2 * math.log(ratio[pattern])  # type: ignore[index]
+    load_variances(model, state)
 
 
 def config_of(model: nn.Module) -> DIPConfig | None:
@@ -380,22 +393,6 @@ def _plain_again(model: nn.Module) -> Any:
         raise
 
 
-def _convert(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None) -> None:
-    names = [name for name, _ in model.named_modules()]
-    include = Patterns("include", config.include)
-    include.all(*names)
-    include.require_used(names)
-    options: dict[str, Any] = {"types": [_TYPES[name] for name in config.types]}
-    options |= {"exclude": config.exclude, "share": config.share, "before": config.before}
-    if config.include:
-        options["filter"] = lambda module, name: bool(include.all(*around(name)))
-    options["place"] = config.place
-    if config.watches_batches:
-        options["batches"] = batches
-    convert(model, 0.01 if config.variance is None else config.variance, **options)
-    remember_config(model, config)
-
-
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
     """From now on `config_of` the model is this one; a model of PEFT carries its variances with its
     adapters."""
@@ -411,29 +408,6 @@ def is_peft(model: nn.Module) -> bool:
     return any(
         c.__name__ == "PeftModel" and c.__module__.startswith("peft.") for c in type(model).__mro__
     )
-
-
-def _calibrate(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
-    ratio = config.ratio
-    if not isinstance(ratio, Mapping):
-        calibrate(model, batches, ratio, per=config.per, start=config.start)
-        return
-    patterns = Patterns("ratio", ratio)
-    found = {name: patterns.first(name) for name in dip_layers(model)}
-    patterns.require_used(found, "a DIP layer's name")
-    without = [name for name, p in found.items() if p is None]
-    if without:
-        raise ValueError(
-            f"ratio: expected a pattern for every layer, got none that matches {without}; end with "
-            "'*'"
-        )
-    calibrate(model, batches, 1.0, per=config.per, start=config.start)
-    state = variances(model)
-    for name, values in state.items():
-        pattern = found[name.rpartition(".variance.")[0]]
-        if not name.endswith(".pull"):
-            values += 2 * math.log(ratio[pattern])  # type: ignore[index]
-    load_variances(model, state)
 
 
 # ---- a folder ------------------------------------------------------------------------------------
@@ -475,10 +449,9 @@ def save_state(
     if write is None:
         write = not has_ranks() or torch.distributed.get_rank() == 0
     if write:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         data = {name: values.contiguous() for name, values in state.items()}
         _replace(
-            Path(folder) / VARIANCES_FILE,
+            Path(folder, VARIANCES_FILE),
             lambda new: tensors.save_file(data, new, metadata={"format": "pt"}),
         )
         config.save(folder)
@@ -520,7 +493,7 @@ def load(
         try:
             load_variances(model, state)
         except ValueError as error:
-            raise ValueError(f"{Path(folder) / VARIANCES_FILE}: {error}") from error
+            raise ValueError(f"{Path(folder, VARIANCES_FILE)}: {error}") from error
         remember_config(model, config)
     return model
 
@@ -540,7 +513,7 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _saved(folder: str | os.PathLike[str], name: str) -> Path:
     """The file of this name. Raises FileNotFoundError where there is none."""
-    path = Path(folder) / name
+    path = Path(folder, name)
     if not path.is_file():
         raise FileNotFoundError(
             f"folder: expected a {name}, which dip.save writes, got none in {folder}"
@@ -557,7 +530,8 @@ def _safetensors() -> Any:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """The file is the old one or the whole new one."""
+    """The file is the old one or the whole new one; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     write(new)
     os.replace(new, path)

@@ -70,26 +70,15 @@ def predictor(
         )
 
     def f(x: Tensor) -> Tensor:
-        with _evaluating(model):
-            if k == 0:
-                with contexts.noise_off():
-                    mean = tensor_output(model(x), average, dim)
-            else:
-                with contexts.fixed_noise(key):
-                    mean = _one_pass(model, x, average, dim, 0)
-                    for number in range(1, k):
-                        mean = mean + _one_pass(model, x, average, dim, number)
-                    mean = mean / k
+        total: Any = 0
+        with _evaluating(model), contexts.fixed_noise(key) if k else contexts.noise_off():
+            for number in range(max(k, 1)):
+                with contexts.numbered_pass(number):
+                    total = total + tensor_output(model(x), average, dim)
+        mean: Tensor = total / max(k, 1)
         return mean if target is None else target(mean)
 
     return f
-
-
-def _one_pass(
-    model: Callable[..., Any], x: Tensor, average: str, dim: int | None, number: int
-) -> Tensor:
-    with contexts.numbered_pass(number):
-        return tensor_output(model(x), average, dim)
 
 
 @contextlib.contextmanager
@@ -139,7 +128,7 @@ def lipschitz(
 
     Source: arXiv 2506.04690 claims a lower one for the noised predictor.
     """
-    iterations, tolerance = _checked(x, iterations, tolerance)
+    require_batch(x)
     f = predictor(model, k, average=average, dim=dim, key=key)
     x = x.detach()
     with _frozen(model):
@@ -197,19 +186,15 @@ def smoothness(
 
     Source: arXiv 2506.04690, second-order smoothness.
     """
-    iterations, tolerance = _checked(x, iterations, tolerance)
+    require_batch(x)
     if which not in ("magnitude", "largest"):
         raise ValueError(f"which: expected 'magnitude' or 'largest', got {which!r}")
     x = x.detach()
-    total = predictor(
-        model,
-        k,
-        average=average,
-        dim=dim,
-        key=key,
-        target=lambda out: _loss_sum(loss_fn(out), len(x)),
-    )
-    gradient = torch.func.grad(total)
+
+    def loss(out: Tensor) -> Tensor:
+        return _loss_sum(loss_fn(out), len(x))
+
+    gradient = torch.func.grad(predictor(model, k, average=average, dim=dim, key=key, target=loss))
 
     def times_hessian(v: Tensor) -> Tensor:
         product: Tensor = torch.func.jvp(gradient, (x,), (v,))[1]
@@ -238,13 +223,14 @@ def _power_iteration(
 ) -> Tensor:
     """The values of step(v) = (value [B], next v), v of norm 1 for each example, once they have
     settled."""
+    iterations = integer("iterations", iterations, 1)
+    tolerance = real("tolerance", tolerance, least=0)
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(x)
     v = v / _like(_norm(v), v)
     value = x.new_zeros(len(x))
     for _ in range(iterations):
-        before, (value, v) = value, step(v)
-        value, v = value.detach(), v.detach()
+        before, (value, v) = value, (each.detach() for each in step(v))
         v = v / _like(_norm(v).clamp(min=_TINY), v)
         if bool(((value - before).abs() <= tolerance * value.abs()).all()):
             break
@@ -269,17 +255,11 @@ def _loss_sum(losses: Tensor, batch: int) -> Tensor:
     return losses.sum()
 
 
-def _checked(x: Tensor, iterations: int, tolerance: float) -> tuple[int, float]:
-    require_batch(x)
-    return integer("iterations", iterations, 1), real("tolerance", tolerance, least=0)
-
-
 @contextlib.contextmanager
 def _frozen(model: Callable[..., Any]) -> Iterator[None]:
     """Parameters without gradients inside: nothing is kept for them."""
-    parameters = (
-        [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    )
+    of_model = model.parameters() if isinstance(model, nn.Module) else ()
+    parameters = [p for p in of_model if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
@@ -356,10 +336,8 @@ class LayerNoises(list[LayerNoise]):
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])
         lines = [f"{'layer':{width}}  {'signal':>10}  {'noise':>10}  {'ratio':>10}  {'dB':>6}"]
         for row in self:
-            figures = (
-                f"{row.signal:10.4g}  {row.noise:10.4g}  {row.ratio:10.4g}  {row.decibels:6.1f}"
-            )
-            lines.append(f"{row.name or '(root)':{width}}  {figures}")
+            signal_and_noise = f"{row.signal:10.4g}  {row.noise:10.4g}  {row.ratio:10.4g}"
+            lines.append(f"{row.name or '(root)':{width}}  {signal_and_noise}  {row.decibels:6.1f}")
         return "\n".join(lines)
 
 

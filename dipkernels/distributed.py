@@ -138,27 +138,21 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
     Examples:
         >>> dip.check_ranks(dip.convert(nn.Sequential(nn.Linear(4, 2))))
     """
-    from torch import distributed
-
     layers = need_layers(model)
     warn_of_equal_numbers(model)
+    variances = {name: layer.variance for name, layer in layers.items()}
     mine = {
         "faults": _faults(model),
         "numbers": {name: layer.number for name, layer in layers.items()},
-        "priors": {
-            name: _digest(layer.variance.log_prior) + _digest(layer.variance.pull)
-            for name, layer in layers.items()
-        },
-        "noise": _noise_now(next(iter(layers.values())).variance.log_variance.device),
-        "place": None
-        if tensor_parallel is None
-        else tuple(tensor_parallel.mesh.flatten().tolist()),
+        "priors": {name: _digest(v.log_prior) + _digest(v.pull) for name, v in variances.items()},
+        "noise": _noise_now(next(iter(variances.values())).log_variance.device),
+        # the ranks that draw as this one does, where it is one of several
+        "place": None if tensor_parallel is None else tensor_parallel.mesh.flatten().tolist(),
     }
-    together = has_ranks()
     ranks: list[Any] = [mine]
-    if together:
-        ranks = [None] * distributed.get_world_size()
-        distributed.all_gather_object(ranks, mine)
+    if has_ranks():
+        ranks = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, mine)
     problems = [f"rank {r}: {fault}" for r, each in enumerate(ranks) for fault in each["faults"]]
     problems += [
         f"rank {rank} numbers the layers {names} differently from rank 0; call dip.number_layers "
@@ -183,10 +177,8 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
 
 
 def _faults(model: nn.Module) -> list[str]:
-    from torch.distributed import is_available
-
     faults: list[str] = []
-    if not is_available():
+    if not torch.distributed.is_available():
         return faults
     from torch.distributed.fsdp import FSDPModule
 
@@ -198,9 +190,7 @@ def _faults(model: nn.Module) -> list[str]:
         )
         if parameter.dtype in _HALF:
             faults.append(f"{full_name}: expected float32, got {parameter.dtype}")
-        around = [
-            n for n in wrapped if f"{name}.variance.".lstrip(".").startswith(f"{n}." if n else "")
-        ]
+        around = [n for n in wrapped if not n or full_name.startswith(f"{n}.")]
         if around:
             policy = wrapped[max(around, key=len)]._get_fsdp_state()._mp_policy
             if policy.param_dtype in _HALF:
@@ -209,17 +199,13 @@ def _faults(model: nn.Module) -> list[str]:
                     "dip.shard_variances first"
                 )
         elif is_dtensor(parameter):
-            weight = getattr(layer, "weight", None)
-            placements = (
-                weight.placements if is_dtensor(weight) else (None,) * parameter.device_mesh.ndim
-            )
-            if not all(
-                p.is_replicate() or (w is not None and w.is_shard(1))
-                for p, w in zip(parameter.placements, placements)
-            ):
+            weight, mesh = getattr(layer, "weight", None), parameter.device_mesh
+            split = [w.is_shard(1) for w in weight.placements] if is_dtensor(weight) else []
+            split = split or [False] * mesh.ndim
+            if not all(p.is_replicate() or s for p, s in zip(parameter.placements, split)):
                 faults.append(
                     f"{full_name}: expected it whole on every rank (Replicate), got "
-                    f"{tuple(parameter.placements)} on {parameter.device_mesh}"
+                    f"{tuple(parameter.placements)} on {mesh}"
                 )
     return faults
 
@@ -248,11 +234,8 @@ def _differing(ranks: list[dict[str, Any]], what: str) -> dict[int, list[str]]:
     """{rank: names of the layers where it differs from rank 0}."""
     first = ranks[0][what]
     # Pipeline stages hold different layers: only what both hold is compared.
-    found = {
-        r: [n for n, v in each[what].items() if first.get(n, v) != v]
-        for r, each in enumerate(ranks)
-    }
-    return {rank: names for rank, names in found.items() if names}
+    found = [[n for n, v in each[what].items() if first.get(n, v) != v] for each in ranks]
+    return {rank: names for rank, names in enumerate(found) if names}
 
 
 def _warn_equal(ranks: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@ docs/guides/trainers.md."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -51,21 +52,15 @@ def metrics(model: nn.Module) -> dict[str, float]:
             sigma, prior = (values / 2).exp(), (state[f"{layer}.log_prior"] / 2).exp()
             own = layer.removesuffix(".variance") if layer != "variance" else type(model).__name__
             group = ".".join(word for word in own.split(".") if not word.isdigit()) or own
-            groups.setdefault(group, []).append(
-                (sigma.mean().item(), (sigma / prior).mean().item())
-            )
+            pair = (sigma.mean().item(), (sigma / prior).mean().item())
+            for key in ("", f"/{group}"):
+                groups.setdefault(key, []).append(pair)
     found = {"dip/kl": kl_penalty(model, 1.0).item()}
     for i, what in enumerate(("dip/sigma", "dip/share")):
-        found[what] = _mean(pair[i] for pairs in groups.values() for pair in pairs)
-        found |= {
-            f"{what}/{group}": _mean(pair[i] for pair in pairs) for group, pairs in groups.items()
-        }
+        found[what] = math.nan  # where no layer has features
+        for key, pairs in groups.items():
+            found[f"{what}{key}"] = sum(pair[i] for pair in pairs) / len(pairs)
     return found
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else math.nan
 
 
 def plot(
@@ -116,25 +111,13 @@ def plot(
         (after, "after", 0.12),
     ):
         sigmas = [(state[name] / 2).exp() for name in names]
-        means = torch.stack([s.mean() for s in sigmas])
-        low, high = (torch.stack([end(s) for s in sigmas]) for end in (torch.min, torch.max))
-        reach = [
-            (means - low).clamp(min=0).tolist(),
-            (high - means).clamp(min=0).tolist(),
-        ]  # rounding
-        axis.errorbar(
-            [i + shift for i in range(len(names))],
-            means.tolist(),
-            reach,
-            fmt="o",
-            ms=4,
-            capsize=2,
-            label=label,
-        )
-    labels = [
-        name.removesuffix("log_variance").removesuffix(".").removesuffix(".variance")
-        for name in names
-    ]
+        means = [s.mean().item() for s in sigmas]
+        # at least 0, for a mean of equal numbers is rounded
+        below = [max(0.0, mean - s.min().item()) for mean, s in zip(means, sigmas)]
+        above = [max(0.0, s.max().item() - mean) for mean, s in zip(means, sigmas)]
+        at = [i + shift for i in range(len(names))]
+        axis.errorbar(at, means, [below, above], fmt="o", ms=4, capsize=2, label=label)
+    labels = [name.removesuffix(".log_variance").removesuffix(".variance") for name in names]
     axis.set_xticks(range(len(names)), labels, rotation=90, fontsize=6)
     axis.set(yscale="log", ylabel="sigma", xlabel="layer, in the model's order")
     axis.grid(alpha=0.3)
@@ -142,14 +125,6 @@ def plot(
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
-
-
-def _length(batches: Any) -> int | None:
-    """How many there are; None where nobody knows, as of a DataLoader over an IterableDataset."""
-    try:
-        return len(batches)
-    except TypeError:
-        return None
 
 
 class Progress(Generic[Batch]):
@@ -161,7 +136,9 @@ class Progress(Generic[Batch]):
         need_layers(model)
         self._batches, self._model = batches, model
         self._file = sys.stderr if file is None else file
-        self._total = _length(batches)
+        self._total: int | None = None
+        with contextlib.suppress(TypeError):  # a DataLoader over an IterableDataset has no length
+            self._total = len(batches)  # type: ignore[arg-type]
         self._on_terminal = self._file.isatty()
         tenth = max(1, (self._total or 1000) // 10)
         self._every = tenth if every is None else integer("every", every, 1)

@@ -200,7 +200,7 @@ class Manual(Module):
         (
             lambda: dip.convert(Module()),
             lambda: DIPCallback(CONFIG),
-            "expected a plain one beside config",
+            "expected a plain model beside config",
         ),
     ],
 )

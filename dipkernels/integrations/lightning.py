@@ -17,28 +17,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..arguments import integer
-from ..config import (
-    DIPConfig,
-    apply,
-    config_of,
-    convert_as,
-    recalibrate,
-    require_config,
-    require_order,
-)
+from ..config import DIPConfig, apply, calibrate_as, config_of, convert_as, require_config
 from ..models.check import check
 from ..models.convert import to_plain
 from ..models.probe import untouched
 from ..nn.numbering import dip_layers
 from ..reports import metrics
 from ..training.objective import kl_penalty
-from ..training.trajectories import trajectories
 from .parts import (
+    config_of_run,
+    on_trajectories,
     one_start,
     place_in_batch,
-    repeatable,
     require_groups,
-    require_same,
     warn_of_another,
     warn_of_faults,
 )
@@ -99,22 +90,14 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         if stage != "fit":
             self._convert_for_checkpoint(pl_module)
             return
-        require_order(pl_module)
-        own = config_of(pl_module)
-        config = self.asked or own
+        config = config_of_run(pl_module, self.asked, "config")
         if config is None:
             raise ValueError(
                 "config: expected a DIPConfig, or a module that dip.apply has converted, got "
                 "neither"
             )
-        require_same("config", own, config)
         self._require_possible(trainer, pl_module, config)
-        if own is None:
-            if dip_layers(pl_module):
-                raise ValueError(
-                    "pl_module: expected a plain one beside config, got DIP layers; call "
-                    "dip.to_plain first"
-                )
+        if config_of(pl_module) is None:
             self._require_no_copies(trainer, pl_module)
             if self.batches is not None:
                 apply(pl_module, config, self.batches)
@@ -175,16 +158,9 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         # One that torch.compile made is there, and takes any arguments: Lightning asks which.
         @functools.wraps(step if before is None else inspect.unwrap(step))
         def training_step(batch: Any, *args: Any, **options: Any) -> Any:
-            config, answers = require_config(pl_module), list[Any]()
-            if config.m == 1:
-                answers.append(step(batch, *args, **options))
-            else:
-
-                def folded(repeated: Any) -> None:
-                    answers.append(step(repeated, *args, **options))
-
-                trajectories(folded, repeatable(batch, config.m), m=config.m)
-            return _with_kl(answers[0], pl_module, config)
+            config = require_config(pl_module)
+            out, _ = on_trajectories(lambda b: step(b, *args, **options), batch, config.m)
+            return _with_kl(out, pl_module, config)
 
         pl_module.training_step = training_step
 
@@ -202,7 +178,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             with untouched(pl_module):
                 first = list(itertools.islice(trainer.train_dataloader, self.calibration_batches))
                 first = [trainer.precision_plugin.convert_input(batch) for batch in first]
-            recalibrate(pl_module, [trainer.strategy.batch_to_device(batch) for batch in first])
+            first = [trainer.strategy.batch_to_device(batch) for batch in first]
+            calibrate_as(pl_module, require_config(pl_module), first)
             one_start(pl_module)
             _remember_uncalibrated(pl_module, False)
         for optimizer in trainer.optimizers:
@@ -231,11 +208,8 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     ) -> None:
         self._noise.close()
         step = trainer.global_step
-        if (
-            step != self._at[0]
-            and trainer.log_every_n_steps
-            and step % trainer.log_every_n_steps == 0
-        ):
+        every = trainer.log_every_n_steps
+        if step != self._at[0] and every and step % every == 0:
             pl_module.log_dict(metrics(pl_module), batch_size=1)
 
     # ---- after it
@@ -327,9 +301,5 @@ def _require_forward(pl_module: Any) -> None:
 
 
 def _first_size(batch: Any) -> int:
-    sizes = [
-        len(leaf)
-        for leaf in torch.utils._pytree.tree_leaves(batch)
-        if isinstance(leaf, Tensor) and leaf.ndim
-    ]
-    return sizes[0] if sizes else 1
+    leaves = torch.utils._pytree.tree_leaves(batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)

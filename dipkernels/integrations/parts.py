@@ -1,10 +1,10 @@
-"""What more than one trainer needs: an optimiser's groups, one start for all ranks, two configs
-compared."""
+"""What more than one trainer needs: the config of a run, an optimiser's groups, one start for all
+ranks, m trajectories of a step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,35 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import worlds
-from ..config import DIPConfig
+from ..config import DIPConfig, config_of, require_order
 from ..models.check import Report
 from ..models.parameters import load_variances, param_groups, variances
+from ..nn.numbering import dip_layers
 from ..nn.variance import Variance
+from ..training.trajectories import trajectories
+
+
+def config_of_run(model: nn.Module, asked: DIPConfig | None, argument: str) -> DIPConfig | None:
+    """The config of the model, or else the one that was asked for by the argument.
+
+    Raises:
+        ValueError: The two differ, or one was asked for beside DIP layers without a config.
+    """
+    require_order(model)
+    own = config_of(model)
+    if own is None or asked is None:
+        if asked is not None and dip_layers(model):
+            raise ValueError(
+                f"model: expected a plain model beside {argument}, got DIP layers; call "
+                "dip.to_plain(model) first"
+            )
+        return own or asked
+    if own != asked:
+        raise ValueError(
+            f"{argument}: expected the model's config or None, got one that differs in "
+            f"{_differing(own, asked)} (the model's, the one given)"
+        )
+    return own
 
 
 def learning_variances(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,12 +72,8 @@ def require_groups(model: nn.Module, optimizer: Any, way_out: str) -> None:
     weight decay."""
     names = {id(p): name for name, p in learning_variances(model).items()}
     kept = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    decayed = {
-        id(p)
-        for group in optimizer.param_groups
-        if group.get("weight_decay", 0)
-        for p in group["params"]
-    }
+    decaying = [group for group in optimizer.param_groups if group.get("weight_decay", 0)]
+    decayed = {id(p) for group in decaying for p in group["params"]}
     for which, ids in (("lacks", names.keys() - kept), ("decays", names.keys() & decayed)):
         if ids:
             example = min(names[each] for each in ids)
@@ -72,16 +93,31 @@ def one_start(model: nn.Module) -> None:
         load_variances(model, state[0])
 
 
-def repeatable(batch: Any, m: int) -> Any:
-    """The batch as `trajectories` repeats it m times: a mapping as a dict, and a list of numbers or
-    strings that has one for each example with each m times, for `trajectories` repeats tensors.
+def on_trajectories(
+    run: Callable[[Any], Any], batch: Any, m: int, output_of: Callable[[Any], Any] = lambda _: None
+) -> tuple[Any, Any]:
+    """run(the batch with every example m times), and what output_of takes of that, as [m, B, ...].
 
     Raises:
         ValueError: m > 1 and its tensors have not all the examples first.
     """
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
     if m == 1:
-        return batch
+        answer = run(batch)
+        return answer, output_of(answer)
+    answers: list[Any] = []
+
+    def folded(repeated: Any) -> Any:
+        answers.append(run(repeated))
+        return output_of(answers[0])
+
+    output = trajectories(folded, _with_lists_repeated(batch, m), m=m)
+    return answers[0], output
+
+
+def _with_lists_repeated(batch: Any, m: int) -> Any:
+    """The batch for `trajectories`, which repeats tensors: a mapping as a dict, and each number or
+    string of a list that has one for each example m times."""
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     leaves = pytree.tree_leaves_with_path(batch)
     sizes = {
         pytree.keystr(path): tuple(leaf.shape) for path, leaf in leaves if isinstance(leaf, Tensor)
@@ -105,15 +141,6 @@ def repeatable(batch: Any, m: int) -> Any:
         batch,
         is_leaf=is_listed,
     )
-
-
-def require_same(argument: str, own: DIPConfig | None, asked: DIPConfig | None) -> None:
-    """Raise ValueError where the model has a config and another was asked for."""
-    if own is not None and asked is not None and own != asked:
-        raise ValueError(
-            f"{argument}: expected the model's config or None, got one that differs in "
-            f"{_differing(own, asked)} (the model's, the one given)"
-        )
 
 
 def warn_of_another(stored: DIPConfig, own: DIPConfig, where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -31,26 +33,23 @@ from ..config import (
     is_peft,
     load,
     load_state,
-    require_order,
     save,
 )
 from ..models.check import check
 from ..models.parameters import load_variances
 from ..models.probe import plain_names, untouched
-from ..nn.numbering import dip_layers
 from ..nn.variance import TENSORS, Variance
 from ..noise.contexts import noise_off
 from ..reports import metrics
 from ..training.objective import kl_penalty, smoothness
-from ..training.trajectories import trajectories
 from .parts import (
+    config_of_run,
     learning_variances,
+    on_trajectories,
     one_start,
     own_group,
     place_in_batch,
-    repeatable,
     require_groups,
-    require_same,
     warn_of_another,
     warn_of_faults,
 )
@@ -137,30 +136,25 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def _dip_start(self, model: Any) -> None:
         """Convert and calibrate the model, unless it has a config, or none was given."""
-        require_order(model)
-        own, asked = config_of(model), self._dip_asked
-        require_same("dip", own, asked)
-        if own is None and asked is not None:
-            if dip_layers(model):
-                raise ValueError(
-                    "model: expected a plain model beside dip, got DIP layers; call "
-                    "dip.to_plain(model) first"
-                )
-            config = self._dip_without_fused_head(model, asked)
+        config = config_of_run(model, self._dip_asked, "dip")
+        if config is None:
+            return
+        if config_of(model) is None:
+            config = self._dip_without_fused_head(model, config)
             needs = config.variance is None or config.watches_batches
             apply(model, config, self._dip_first_batches(model) if needs else None)
             one_start(model)
-        if own is not None or asked is not None:
-            self._dip_check_setting((own or asked).key)  # type: ignore[union-attr]
+        self._dip_check_setting(config)
 
     def _dip_of_trl(self) -> bool:
         return any(c.__module__.startswith("trl.") for c in type(self).__mro__)
 
-    def _dip_check_setting(self, key: int | None) -> None:
-        if self.args.n_gpu > 1 and key is not None:
+    def _dip_check_setting(self, config: DIPConfig) -> None:
+        if self.args.n_gpu > 1 and config.key is not None:
             raise ValueError(
                 f"key: expected None under nn.DataParallel, whose {self.args.n_gpu} replicas would "
-                f"share their noise, got {key}; or start one process for each GPU by torchrun"
+                f"share their noise, got {config.key}; or start one process for each GPU by "
+                "torchrun"
             )
 
     def _dip_without_fused_head(self, model: Any, config: DIPConfig) -> DIPConfig:
@@ -194,15 +188,12 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             )
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(inner.forward).parameters
-        prepared_batches = [dict(self._prepare_inputs(batch)) for batch in batches]
-        found = [
-            {name: value for name, value in batch.items() if name in taken}
-            for batch in prepared_batches
-        ]
+        batches = [dict(self._prepare_inputs(batch)) for batch in batches]
+        found = [{name: v for name, v in batch.items() if name in taken} for batch in batches]
         if not all(found):
             raise ValueError(
                 "train_dataset: expected batches of what the model's forward takes, got "
-                f"{list(prepared_batches[0])}; say variance=... in the config, or call "
+                f"{list(batches[0])}; say variance=... in the config, or call "
                 "dip.apply(model, config, batches) before"
             )
         return found
@@ -232,7 +223,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             loss: Tensor = super().training_step(model, inputs, *args, **options)
         if not self._dip_checked:
             self._dip_checked = True
-            self._dip_first_check()
+            # a tool may keep the gradients to itself: DeepSpeed
+            with contextlib.suppress(ValueError):
+                warn_of_faults(check(self.model, strict=False))
         return loss
 
     def _dip_noise(self, inputs: Any) -> Any:
@@ -251,11 +244,6 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         first = place_in_batch(*where, self._train_batch_size, *rows)
         return config.noise(self.args.seed * _RUN + step, first * config.m)
 
-    def _dip_first_check(self) -> None:
-        # a tool may keep the gradients to itself: DeepSpeed
-        with contextlib.suppress(ValueError):
-            warn_of_faults(check(self.model, strict=False))
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -264,34 +252,23 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> Any:
+        own = functools.partial(super().compute_loss, model, **options)
         if not model.training:
-            items = {"num_items_in_batch": num_items_in_batch}
-            return super().compute_loss(
-                model, inputs, return_outputs=return_outputs, **items, **options
-            )
-        config, own = self.dip_config, super().compute_loss
-        counted = None if num_items_in_batch is None else num_items_in_batch * config.m
+            return own(inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        config = self.dip_config
+        items = None if num_items_in_batch is None else num_items_in_batch * config.m
+        # TRL's GRPO returns outputs to nobody, so ask where they are needed.
         with_outputs = return_outputs or config.lambda_s > 0
-        answers: list[Any] = []
-
-        def folded(batch: Any) -> Any:
-            answers.append(
-                own(
-                    model, batch, return_outputs=with_outputs, num_items_in_batch=counted, **options
-                )
-            )
-            return _logits(answers[0][1]) if config.lambda_s > 0 else None
-
-        if config.m == 1:
-            folded(inputs)
-            logits: Any = None
-        else:
-            logits = trajectories(folded, repeatable(inputs, config.m), m=config.m)
-        loss, outputs = answers[0] if with_outputs else (answers[0], None)
+        answer, logits = on_trajectories(
+            lambda batch: own(batch, return_outputs=with_outputs, num_items_in_batch=items),
+            inputs,
+            config.m,
+            lambda answer: _logits(answer[1]) if config.lambda_s > 0 else None,
+        )
+        loss, outputs = answer if with_outputs else (answer, None)
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
-        part = 1.0
-        if self._dip_adds_up(num_items_in_batch):
-            part = 1 / self.current_gradient_accumulation_steps
+        adds_up = self._dip_adds_up(num_items_in_batch)
+        part = 1 / self.current_gradient_accumulation_steps if adds_up else 1.0
         if config.kl > 0:
             loss = loss + part * kl_penalty(self.model, config.kl).to(loss.device)
         if config.lambda_s > 0:
@@ -319,22 +296,13 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             model, inputs, prediction_loss_only, ignore_keys
         )
         config = config_of(self.model)
-        if (
-            config is None
-            or config.k == 0
-            or prediction_loss_only
-            or not isinstance(logits, Tensor)
-        ):
-            return loss, logits, labels
-        own = {
-            name: v
-            for name, v in self._prepare_inputs(inputs).items()
-            if name not in self.label_names
-        }
+        if config is None or config.k == 0 or not isinstance(logits, Tensor):
+            return loss, logits, labels  # no logits for prediction_loss_only
+        prepared = self._prepare_inputs(inputs)
+        own = {name: v for name, v in prepared.items() if name not in self.label_names}
         mean: Tensor = config.predict(model, **own)
-        tiny = torch.finfo(mean.dtype).tiny
         if config.average == "probs":
-            mean = mean.clamp(min=tiny).log()
+            mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
         elif config.average == "sigmoid":
             mean = torch.logit(mean, eps=torch.finfo(mean.dtype).eps)
         return loss, mean, labels
@@ -346,16 +314,19 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     # ---- checkpoints
 
+    def _dip_saves(self) -> bool:
+        """Whether there are variances that PEFT does not save with its adapters."""
+        return config_of(self.model) is not None and not is_peft(self.model)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        # which has done so, for each adapter
-        if config_of(self.model) is not None and not is_peft(self.model):
+        if self._dip_saves():
             save(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        if config_of(self.model) is not None and not is_peft(self.model):
+        if self._dip_saves():
             # the plain model's: the variances are in dip.safetensors
             own = _names_of_variances(self.model)
             whole = self.model.state_dict() if state_dict is None else state_dict
@@ -365,8 +336,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The trainer copies the files that it knows into the folder that it uploads.
         if config_of(self.model) is not None and self.args.should_save:
-            for path in (os.path.join(checkpoint_folder, n) for n in (CONFIG_FILE, VARIANCES_FILE)):
-                if os.path.isfile(path):  # an adapter that is not "default" has a folder of its own
+            for path in (Path(checkpoint_folder, n) for n in (CONFIG_FILE, VARIANCES_FILE)):
+                if path.is_file():  # an adapter that is not "default" has a folder of its own
                     shutil.copy(path, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -382,11 +353,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
         # DeepSpeed loads its own checkpoint, into the model that it has wrapped by then.
-        if (
-            self.is_deepspeed_enabled
-            and resume_from_checkpoint
-            and self.model_wrapped is self.model
-        ):
+        unwrapped = self.model_wrapped is self.model
+        if self.is_deepspeed_enabled and resume_from_checkpoint and unwrapped:
             self._dip_restore(self.model, resume_from_checkpoint)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -402,7 +370,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if own is None:
             folder = _folder_of_adapter(model, folder)
             config = DIPConfig.load(folder)
-            self._dip_check_setting(config.key)
+            self._dip_check_setting(config)
             load(model, folder, self._dip_first_batches(model) if config.watches_batches else None)
             return
         if is_peft(model):  # load_adapter has set the variances
@@ -421,9 +389,8 @@ class DIPTrainer(DIPMixin, transformers.Trainer):
 
 
 def _logits(outputs: Any) -> Tensor:
-    found = (
-        outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    )
+    of_mapping = isinstance(outputs, Mapping)
+    found = outputs.get("logits") if of_mapping else getattr(outputs, "logits", None)
     if not isinstance(found, Tensor) or not found.requires_grad:
         raise ValueError(
             "lambda_s: expected logits that the trainer's loss is made of, got none (a fused "
@@ -436,14 +403,15 @@ def _logits(outputs: Any) -> Tensor:
 def _plain_without_gradients(model: Any) -> Iterator[None]:
     """Inside, a pass of the model without gradients is the plain network's: TRL's reference is the
     model itself with its adapter off, and its completions are the model's own."""
-    entered: list[contextlib.AbstractContextManager[Any]] = []
+    entered: list[contextlib.ExitStack] = []
 
     def before(module: nn.Module, args: Any) -> None:
-        entered.append(contextlib.nullcontext() if torch.is_grad_enabled() else noise_off())
-        entered[-1].__enter__()
+        entered.append(contextlib.ExitStack())
+        if not torch.is_grad_enabled():
+            entered[-1].enter_context(noise_off())
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        entered.pop().__exit__(None, None, None)
+        entered.pop().close()
 
     inner = model.get_base_model() if is_peft(model) else model  # generate calls no more than that
     handles = (
@@ -460,7 +428,7 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
 def _folder_of_adapter(model: Any, folder: str) -> str:
     """Where PEFT writes the active adapter: a folder of its own, unless it is named "default"."""
     own = os.path.join(folder, str(model.active_adapter)) if is_peft(model) else folder
-    return own if os.path.isfile(os.path.join(own, CONFIG_FILE)) else folder
+    return own if Path(own, CONFIG_FILE).is_file() else folder
 
 
 def _names_of_variances(model: nn.Module) -> set[str]:
@@ -491,13 +459,10 @@ def _load_renamed(model: Any, folder: str) -> None:
 
 def _stored_names(folder: str) -> set[str]:
     """The names of the weights that save_pretrained wrote into the folder."""
-    index, whole = (
-        os.path.join(folder, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME)
-    )
-    if os.path.isfile(index):
-        with open(index, encoding="utf-8") as file:
-            return set(json.load(file)["weight_map"])
-    if not os.path.isfile(whole):
+    index, whole = Path(folder, SAFE_WEIGHTS_INDEX_NAME), Path(folder, SAFE_WEIGHTS_NAME)
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not whole.is_file():
         return set()
     with safetensors.safe_open(whole, "pt") as weights:
         return set(weights.keys())
@@ -555,14 +520,14 @@ class DIPCallback(transformers.TrainerCallback):
 
     def __init__(self, config: DIPConfig | None = None, batches: Any = None) -> None:
         self.config, self.batches = config or DIPConfig(m=1, key=None), batches
-        _require_little(self.config)
+        self._require_possible()
 
     def on_init_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         model, optimizer = options["model"], options.get("optimizer")
         own = config_of(model)
         if own is not None:
-            _require_little(own)
             self.config = own
+            self._require_possible()
         if args.fsdp or args.deepspeed or (args.fp16 and self.config.kl > 0):
             raise ValueError(
                 "args: expected neither FSDP, DeepSpeed nor fp16 with a DIPCallback; use DIPMixin"
@@ -570,10 +535,9 @@ class DIPCallback(transformers.TrainerCallback):
         if optimizer is None and args.weight_decay > 0:
             raise ValueError(
                 f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the "
-                "trainer's optimiser would decay "
-                "the variances. Call dip.apply(model, config, batches) and pass "
-                "optimizers=(torch.optim.AdamW("
-                "dip.param_groups(model, lr, weight_decay)), None), or use DIPMixin"
+                "trainer's optimiser would decay the variances. Call dip.apply(model, config, "
+                "batches) and pass optimizers=(torch.optim.AdamW(dip.param_groups(model, lr, "
+                "weight_decay)), None), or use DIPMixin"
             )
         if own is None:
             apply(model, self.config, self.batches)
@@ -582,9 +546,8 @@ class DIPCallback(transformers.TrainerCallback):
         else:
             warnings.warn(
                 "DIPCallback: the variances learn at the weights' learning rate, a tenth of the "
-                "recipe's; pass optimizers=("
-                "torch.optim.AdamW(dip.param_groups(model, lr)), None) after dip.apply, or use "
-                "DIPMixin",
+                "recipe's; pass optimizers=(torch.optim.AdamW(dip.param_groups(model, lr)), None) "
+                "after dip.apply, or use DIPMixin",
                 stacklevel=2,
             )
 
@@ -608,26 +571,17 @@ class DIPCallback(transformers.TrainerCallback):
             state.log_history[-1] |= metrics(options["model"])
 
     def on_save(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        model = options["model"]
-        if not is_peft(model):
-            save(
-                model,
-                os.path.join(args.output_dir, f"checkpoint-{state.global_step}"),
-                write=args.should_save,
+        if not is_peft(options["model"]):
+            folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+            save(options["model"], folder, write=args.should_save)
+
+    def _require_possible(self) -> None:
+        """Raise ValueError naming all of the config that a callback cannot do."""
+        possible = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
+        wrong = [name for name, value in possible.items() if getattr(self.config, name) != value]
+        if wrong:
+            raise ValueError(
+                f"config: expected {', '.join(f'{n}={possible[n]}' for n in wrong)}, all that a "
+                f"callback can do, got {', '.join(f'{n}={getattr(self.config, n)}' for n in wrong)}"
+                "; use DIPMixin in the trainer's class"
             )
-
-
-def _require_little(config: DIPConfig) -> None:
-    """Raise ValueError naming all of the config that a callback cannot do."""
-    wanted = {"m": 1, "lambda_s": 0, "k": 0, "key": None}
-    asked = {
-        name: getattr(config, name)
-        for name, value in wanted.items()
-        if getattr(config, name) != value
-    }
-    if asked:
-        raise ValueError(
-            f"config: expected {', '.join(f'{n}={wanted[n]}' for n in asked)}, all that a callback "
-            f"can do, got {', '.join(f'{n}={v}' for n, v in asked.items())}; use DIPMixin in the "
-            "trainer's class"
-        )

@@ -12,4 +12,4 @@ from . import registry
 registry.choose_all()
 backends.listeners.append(registry.choose_all)
 backends.watch_cuda()
-backends.warn_reference_here()
+backends.warn_reference()

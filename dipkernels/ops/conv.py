@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import worlds
 from ..worlds import is_dtensor
 from .draw import Draw
-from .perturb import Grads, noise, perturb, projection
-from .pieces import gradients
+from .perturb import noise, perturb, projection
+from .pieces import fused
 
 
 class Window(NamedTuple):
@@ -31,31 +30,21 @@ class Window(NamedTuple):
 
     def convolve(self, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of u [N, C, ...], in its dtype."""
-        weight, bias = weight.to(u.dtype), None if bias is None else bias.to(u.dtype)
-        nothing = [0] * len(self.stride)
-        y: Tensor = torch.ops.aten.convolution(
-            u, weight, bias, self.stride, self.padding, self.dilation, False, nothing, self.groups
-        )
+        bias = None if bias is None else bias.to(u.dtype)
+        y: Tensor = torch.ops.aten.convolution(u, weight.to(u.dtype), bias, *self._in_aten())
         return y
 
     def weight_gradient(self, dy: Tensor, u: Tensor, weight: Tensor) -> Tensor:
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
-        nothing = [0] * len(self.stride)
-        _, dweight, _ = torch.ops.aten.convolution_backward(
-            dy,
-            u,
-            weight.to(u.dtype),
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            nothing,
-            self.groups,
-            [False, True, False],
-        )
-        gradient: Tensor = dweight
-        return gradient
+        tensors, wanted = (dy, u, weight.to(u.dtype), None), [False, True, False]
+        grads = torch.ops.aten.convolution_backward(*tensors, *self._in_aten(), wanted)
+        dweight: Tensor = grads[1]
+        return dweight
+
+    def _in_aten(self) -> tuple[Any, ...]:
+        """Its arguments: not transposed, so no padding of the output."""
+        output_padding = [0] * len(self.stride)
+        return self.stride, self.padding, self.dilation, False, output_padding, self.groups
 
 
 def fits(x: Tensor, sigma: Tensor) -> bool:
@@ -77,43 +66,34 @@ def own_input(
 ) -> Tensor:
     """conv(x + factor sigma z) + b for an x [N, C, ...] that needs no gradient. dtype: of u and y,
     or None for x's."""
-    y: Tensor = _OwnInput.apply(x, weight, bias, sigma, seed, draw, dtype, window)
+    return _fused(x, weight, bias, sigma, seed, draw, dtype, window)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
+) -> tuple[Tensor, tuple[Tensor]]:
+    draw, dtype, window = how
+    u = perturb(x, sigma, seed, draw, dtype)
+    return window.convolve(u, weight, bias), (u,)
+
+
+def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (_, weight, _, sigma, seed), (u,), (draw, _, window) = tensors, kept, how
+    dweight = window.weight_gradient(dy, u, weight) if needs[1] else None
+    dbias = dy.sum([d for d in range(dy.dim()) if d != 1]) if needs[2] else None
+    dsigma = _dsigma(window, dy, u, weight, sigma, seed, draw) if needs[3] else None
+    return None, dweight, dbias, dsigma, None
+
+
+def _pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
+) -> Tensor:
+    draw, dtype, window = how
+    y: Tensor = window.convolve(projection(x, sigma, seed, draw, dtype), weight, bias)
     return y
 
 
-class _OwnInput(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sigma: Tensor,
-        seed: Tensor,
-        draw: Draw,
-        dtype: torch.dtype | None,
-        window: Window,
-    ) -> Tensor:
-        u = perturb(x, sigma, seed, draw, dtype)
-        ctx.save_for_backward(x, weight, bias, sigma, seed, u)
-        ctx.draw, ctx.dtype, ctx.window = draw, dtype, window
-        return window.convolve(u, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Grads:
-        x, weight, bias, sigma, seed, u = ctx.saved_tensors
-        draw, window = ctx.draw, ctx.window
-        _, needs_dweight, needs_dbias, needs_dsigma = needs = ctx.needs_input_grad[:4]
-        rest = (None,) * 4
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            y = window.convolve(projection(x, sigma, seed, draw, ctx.dtype), weight, bias)
-            return *gradients(y, (x, weight, bias, sigma), dy, needs), *rest
-        dweight = window.weight_gradient(dy, u, weight).to(weight.dtype) if needs_dweight else None
-        dbias = (
-            dy.sum([d for d in range(dy.dim()) if d != 1]).to(bias.dtype) if needs_dbias else None
-        )
-        dsigma = _dsigma(window, dy, u, weight, sigma, seed, draw) if needs_dsigma else None
-        return None, dweight, dbias, dsigma, *rest
+_fused = fused("_OwnInput", _run, _run_bwd, _pieces, 5)
 
 
 def _dsigma(
@@ -128,8 +108,5 @@ def _dsigma(
     rest = products.shape[1:]
     products = products.reshape(window.groups, weight.shape[0] // window.groups, *rest)
     sums = products.sum((1, *range(3, products.dim()))).reshape(-1)  # [C]
-    dsigma = draw.factor * sums
-    if draw.log_variance:
-        dsigma = dsigma * torch.exp(sigma.to(wide) / 2) / 2
-    result: Tensor = dsigma.to(sigma.dtype)
-    return result
+    dsigma: Tensor = draw.factor * sums
+    return dsigma * torch.exp(sigma.to(wide) / 2) / 2 if draw.log_variance else dsigma

@@ -88,15 +88,11 @@ def _blocks(x: DTensor, draw: Draw) -> list[tuple[tuple[slice, ...], Draw]]:
         return [((), at(first))]
     blocks = []
     for place in itertools.product(*(range(size[d]) for d in outer)):
-        index = [slice(None)] * cut
+        index, row = [slice(None)] * cut, first
         for d, i in zip(outer, place, strict=True):
             index[d] = slice(i, i + 1)
-        blocks.append(
-            (
-                tuple(index),
-                at(first + sum(i * stride[d] for d, i in zip(outer, place, strict=True))),
-            )
-        )
+            row += i * stride[d]
+        blocks.append((tuple(index), at(row)))
     return blocks
 
 
@@ -131,11 +127,9 @@ def perturb(
         u = torch.empty_like(shard, dtype=out_dtype)
         for index, part in blocks:
             u[index] = run(shard[index], scale, seed, *part, out_dtype)
-    stride = (
-        x.stride() if u.stride() == shard.stride() else torch.empty(x.shape, device="meta").stride()
-    )
+    like = x if u.stride() == shard.stride() else torch.empty(x.shape, device="meta")
     return DTensor.from_local(
-        u, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=stride
+        u, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=like.stride()
     )
 
 
@@ -229,10 +223,11 @@ def _rank(x: DTensor) -> str:
 
 def _check_features(x: DTensor, sigma: Tensor, dim: int) -> None:
     if sigma.shape != (x.shape[dim],):
-        split = [i for i, p in enumerate(x.placements) if p.is_shard(dim)]
+        ranks = math.prod(
+            x.device_mesh.size(i) for i, p in enumerate(x.placements) if p.is_shard(dim)
+        )
         why = ""
-        if split:
-            ranks = math.prod(x.device_mesh.size(i) for i in split)
+        if ranks > 1:
             why = (
                 f"; {_rank(x)} holds {x.to_local().shape[dim]} features, one of {ranks} ranks: a "
                 "mesh that does not divide the features needs DTensor.from_local with the whole "
@@ -254,12 +249,8 @@ def _check_layout(x: DTensor, sigma: DTensor, dim: int) -> None:
         raise ValueError(
             f"sigma: expected x's mesh {x.device_mesh}, got {sigma.device_mesh} on {_rank(x)}"
         )
-    wrong = [
-        i
-        for i, p in enumerate(sigma.placements)
-        if not p.is_replicate() and not (p.is_shard() and x.placements[i].is_shard(dim))
-    ]
-    if wrong:
+    pairs = zip(sigma.placements, x.placements)
+    if not all(p.is_replicate() or (p.is_shard() and of_x.is_shard(dim)) for p, of_x in pairs):
         raise ValueError(
             "sigma: expected a log_variance whole on every rank (Replicate), or split where x's "
             f"features are, got placements {tuple(sigma.placements)} for x {tuple(x.placements)} "

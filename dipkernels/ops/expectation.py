@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import worlds
 from ..triton_kernels.mixtures import MIXTURES
 from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import DTYPES
-from .pieces import flat_rows, gradients, linear_as
+from .pieces import flat_rows, fused, linear_as
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -136,24 +135,6 @@ def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     return affine_variance(weight, sigma, log_variance)
 
 
-class _Expectation(Function):
-    @staticmethod
-    def forward(ctx: Any, mu: Tensor, v: Tensor, activation: str) -> Tensor:
-        ctx.save_for_backward(mu, v)
-        ctx.activation = activation
-        return expectation(mu, v, activation)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        mu, v = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *gradients(
-                _pieces(mu, v, ctx.activation), (mu, v), dy, ctx.needs_input_grad
-            ), None
-        dmu, dv, _ = expectation_bwd(dy, mu, v, ctx.activation)
-        return dmu, dv, None
-
-
 def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """The same expectation in plain PyTorch, differentiable to any order; where v is 0, the
     activation itself."""
@@ -174,50 +155,47 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return torch.where(positive, y, ACTIVATIONS[activation](mu).to(y.dtype)).to(mu.dtype)
 
 
+def _run_expectation_bwd(
+    dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any
+) -> tuple[Any, ...]:
+    (mu, v), (activation,) = tensors, how
+    return expectation_bwd(dy, mu, v, activation)
+
+
+_fused = fused(
+    "_Expectation", lambda *args: (expectation(*args), ()), _run_expectation_bwd, _pieces, 2
+)
+
+
 def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """E[act(mu + sqrt(v) z)], differentiable in every world."""
-    if worlds.wants_pieces():
-        return _pieces(mu, v, activation)
-    y: Tensor = _Expectation.apply(mu, v, activation)
-    return y
+    return (_pieces if worlds.wants_pieces() else _fused)(mu, v, activation)
 
 
-class _Linear(Function):
-    """The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with
-    d/dv, and the variance's part of the weight's is added to the product's where it is computed."""
+# The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv,
+# and the variance's part of the weight's is added to the product's where it is computed.
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor,
+    log_variance: bool,
+    activation: str,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    mu, v = linear_as(x, weight, bias), affine_variance(weight, sigma, log_variance)
+    return expectation(mu, v, activation), (mu, v)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sigma: Tensor,
-        log_variance: bool,
-        activation: str,
-    ) -> Tensor:
-        mu = linear_as(x, weight, bias)
-        v = affine_variance(weight, sigma, log_variance)
-        ctx.save_for_backward(x, weight, bias, sigma, mu, v)
-        ctx.how = log_variance, activation
-        return expectation(mu, v, activation)
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, mu, v = ctx.saved_tensors
-        x, weight, bias, sigma = tensors
-        log_variance, activation = ctx.how
-        needs_dx, needs_dweight, needs_dbias, needs_dsigma = needs = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            return *gradients(_linear_pieces(*tensors, *ctx.how), tensors, dy, needs), None, None
-        dmu, dv, sums = expectation_bwd(dy, mu, v, activation)
-        dx = dmu @ weight.to(dmu.dtype) if needs_dx else None
-        dweight = flat_rows(dmu).t() @ flat_rows(x) if needs_dweight else None
-        dsigma = None
-        if needs_dweight or needs_dsigma:
-            dweight, dsigma = affine_variance_bwd(dv, weight, sigma, log_variance, dweight)
-        dbias = sums.to(bias.dtype) if needs_dbias else None
-        return dx, dweight, dbias, dsigma, None, None
+def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (x, weight, _, sigma), (log_variance, activation) = tensors, how
+    mu, v = kept
+    dmu, dv, dbias = expectation_bwd(dy, mu, v, activation)
+    dx = dmu @ weight.to(dmu.dtype) if needs[0] else None
+    dweight = flat_rows(dmu).t() @ flat_rows(x) if needs[1] else None
+    dsigma = None
+    if needs[1] or needs[3]:
+        dweight, dsigma = affine_variance_bwd(dv, weight, sigma, log_variance, dweight)
+    return dx, dweight, dbias, dsigma
 
 
 def _linear_pieces(
@@ -228,9 +206,11 @@ def _linear_pieces(
     log_variance: bool,
     activation: str,
 ) -> Tensor:
-    return _pieces(
-        linear_as(x, weight, bias), _variance_pieces(weight, sigma, log_variance), activation
-    )
+    v = _variance_pieces(weight, sigma, log_variance)
+    return _pieces(linear_as(x, weight, bias), v, activation)
+
+
+_fused_linear = fused("_Linear", _run, _run_bwd, _linear_pieces, 4)
 
 
 def linear(
@@ -242,8 +222,5 @@ def linear(
     activation: str,
 ) -> Tensor:
     """The layer and its activation, in x's dtype."""
-    arguments = (x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)
-    if worlds.wants_pieces():
-        return _linear_pieces(*arguments)
-    y: Tensor = _Linear.apply(*arguments)
-    return y
+    run = _linear_pieces if worlds.wants_pieces() else _fused_linear
+    return run(x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)

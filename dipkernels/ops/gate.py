@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import Draw, check_out_dtype, check_projection
-from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
-from .pieces import fake_gradient, gradients, widened
+from .perturb import DRAW, OPTIONAL_DRAW, projection
+from .pieces import fake_gradient, fused, widened
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -135,31 +134,12 @@ def _pieces(
     return projection(y if b is None else y * widened(b), sigma, seed, draw, dtype)
 
 
-class _Gate(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        a: Tensor,
-        b: Tensor | None,
-        sigma: Tensor,
-        seed: Tensor,
-        *how: Any,  # draw, kind, dtype
-    ) -> Tensor:
-        ctx.save_for_backward(a, b, sigma, seed)
-        ctx.how = how
-        return gate(a, b, sigma, seed, *how)
+def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (a, b, sigma, seed), (draw, kind, _) = tensors, how
+    return *gate_bwd(du, a, b, sigma if needs[2] else None, seed, draw, kind), None
 
-    @staticmethod
-    def backward(ctx: Any, du: Tensor) -> Grads:
-        a, b, sigma, seed = ctx.saved_tensors
-        draw, kind, _ = ctx.how
-        needs = ctx.needs_input_grad[:3]
-        nothing = (None,) * 4
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            y = _pieces(a, b, sigma, seed, *ctx.how)
-            return *gradients(y, (a, b, sigma), du, needs), *nothing
-        grads = gate_bwd(du, a, b, sigma if needs[2] else None, seed, draw, kind)
-        return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
+
+_fused = fused("_Gate", lambda *args: (gate(*args), ()), _run_bwd, _pieces, 4)
 
 
 def noised_gate(
@@ -176,5 +156,4 @@ def noised_gate(
     if is_dtensor(a) or is_dtensor(b) or is_dtensor(sigma) or worlds.wants_pieces():
         _check(a, b, kind)
         return _pieces(a, b, sigma, seed, draw, kind, out)
-    u: Tensor = _Gate.apply(a, b, sigma, seed, draw, kind, out)
-    return u
+    return _fused(a, b, sigma, seed, draw, kind, out)

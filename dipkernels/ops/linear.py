@@ -17,7 +17,6 @@ from .activations import act_of
 from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
 from .perturb import (
     DRAW,
-    Grads,
     no_view,
     perturb,
     perturb_bwd,
@@ -25,7 +24,7 @@ from .perturb import (
     projection,
     projection_backward,
 )
-from .pieces import flat_rows, gradients, linear_as
+from .pieces import Grads, flat_rows, fused, linear_as
 
 # ---- the operations: the mean over samples of act(affine), and its derivatives -------------------
 
@@ -261,8 +260,7 @@ def mean(
     arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
     if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
         return _mean_pieces(*arguments)
-    y: Tensor = _Mean.apply(*arguments)
-    return y
+    return _fused(*arguments)
 
 
 def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
@@ -271,34 +269,15 @@ def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
         raise TypeError(f"weight: expected dtype {x.dtype}, as x, got {weight.dtype}")
 
 
-class _Mean(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sigma: Tensor,
-        seed: Tensor,
-        *how: Any,  # draw, num_samples, activation, dtype
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, sigma, seed)
-        ctx.how = how
-        return no_view(linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how))
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
+) -> tuple[Tensor, Grads]:
+    return no_view(linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how)), ()
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Grads:
-        x, weight, bias, sigma, seed = tensors = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        # under create_graph: differentiable pieces, whose memory grows with the samples
-        if torch.is_grad_enabled():
-            y = _mean_pieces(x, weight, bias, sigma, seed, *ctx.how)
-            return *gradients(y, tensors, dy, needs), *(None,) * 5
-        *draw_and_act, dtype = ctx.how
-        grads = linear_bwd(dy, x, *_cast(dtype, weight, bias), sigma, seed, *draw_and_act)
-        return *(
-            grad.to(t.dtype) if need else None for grad, t, need in zip(grads, tensors, needs)
-        ), *(None,) * 5
+
+def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (x, weight, bias, sigma, seed), (*draw_and_act, dtype) = tensors, how
+    return *linear_bwd(dy, x, *_cast(dtype, weight, bias), sigma, seed, *draw_and_act), None
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -316,6 +295,7 @@ def _mean_pieces(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
+    """The same of operations that have derivatives: its memory grows with the samples."""
     weight, bias = _cast(dtype, weight, bias)
     y: Any = 0
     for s in range(draw.sample, draw.sample + num_samples):
@@ -323,3 +303,6 @@ def _mean_pieces(
         y = y + act_of(activation)(F.linear(u, weight, bias))
     total: Tensor = y
     return total / num_samples
+
+
+_fused = fused("_Mean", _run, _run_bwd, _mean_pieces, 5)

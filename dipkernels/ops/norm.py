@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
 from .draw import DTYPES, Draw, check_out_dtype, check_projection
-from .perturb import DRAW, OPTIONAL_DRAW, Grads, projection
-from .pieces import fake_gradient, gradients, widened
+from .perturb import DRAW, OPTIONAL_DRAW, projection
+from .pieces import fake_gradient, fused, widened
 
 KINDS = ("layer", "rms")
 
@@ -151,36 +150,18 @@ def _pieces(
     return projection(y, sigma, seed, draw, dtype)
 
 
-class _Norm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        sigma: Tensor,
-        seed: Tensor,
-        *how: Any,  # draw, kind, eps, offset, dtype
-    ) -> Tensor:
-        u, stats = norm(x, weight, bias, sigma, seed, *how)
-        ctx.save_for_backward(x, weight, bias, sigma, seed, stats)
-        ctx.how = how
-        return u
+def _run(*args: Any) -> tuple[Tensor, tuple[Tensor]]:
+    u, stats = norm(*args)
+    return u, (stats,)
 
-    @staticmethod
-    def backward(ctx: Any, du: Tensor) -> Grads:
-        *tensors, seed, stats = ctx.saved_tensors
-        x, weight, bias, sigma = tensors
-        draw, kind, _, offset, _ = ctx.how
-        needs = ctx.needs_input_grad[:4]
-        nothing = (None,) * 6
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            y = _pieces(x, weight, bias, sigma, seed, *ctx.how)
-            return *gradients(y, tensors, du, needs), *nothing
-        grads = norm_bwd(
-            du, x, stats, weight, bias, sigma if needs[3] else None, seed, draw, kind, offset
-        )
-        return *(grad if need else None for grad, need in zip(grads, needs)), *nothing
+
+def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (x, weight, bias, sigma, seed), (stats,), (draw, kind, _, offset, _) = tensors, kept, how
+    sigma = sigma if needs[3] else None
+    return *norm_bwd(du, x, stats, weight, bias, sigma, seed, draw, kind, offset), None
+
+
+_fused = fused("_Norm", _run, _run_bwd, _pieces, 5)
 
 
 def noised_norm(
@@ -196,9 +177,8 @@ def noised_norm(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """u, differentiable in every world."""
-    how = (draw, kind, eps, offset, dtype or x.dtype)
+    arguments = (x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or x.dtype)
     if is_dtensor(x) or is_dtensor(sigma) or is_dtensor(weight) or worlds.wants_pieces():
         check_norm(x, weight, bias, draw, kind)
-        return _pieces(x, weight, bias, sigma, seed, *how)
-    u: Tensor = _Norm.apply(x, weight, bias, sigma, seed, *how)
-    return u
+        return _pieces(*arguments)
+    return _fused(*arguments)

@@ -18,8 +18,7 @@ from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
 from .draw import Draw, check_out_dtype, check_projection, check_seed
-
-Grads = tuple[Tensor | None, ...]
+from .pieces import Grads
 
 # ---- the operations ------------------------------------------------------------------------------
 

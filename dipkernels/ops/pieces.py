@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+
+Grads = tuple[Tensor | None, ...]
+
+
+def fused(
+    name: str,
+    run: Callable[..., tuple[Tensor, Grads]],
+    run_bwd: Callable[..., Sequence[Tensor | None]],
+    pieces: Callable[..., Tensor],
+    num_tensors: int,
+) -> Callable[..., Tensor]:
+    """The differentiable form of an operation that takes one pass each way.
+
+    Args:
+        name: What a profiler calls it.
+        run: run(*tensors, *how) gives the result, and what backward keeps beside the tensors.
+        run_bwd: run_bwd(dy, tensors, kept, how, needs) gives a gradient for each tensor; those that
+            are not needed are dropped.
+        pieces: pieces(*tensors, *how), the same result of operations that have derivatives: of
+            these backward makes its gradients under create_graph.
+        num_tensors: How many of the arguments are tensors or None; the others are `how`.
+    """
+
+    class Fused(Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            y, kept = run(*args)
+            ctx.save_for_backward(*args[:num_tensors], *kept)
+            ctx.how = args[num_tensors:]
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Grads:
+            tensors, kept = ctx.saved_tensors[:num_tensors], ctx.saved_tensors[num_tensors:]
+            needs, how = ctx.needs_input_grad[:num_tensors], ctx.how
+            rest = (None,) * len(how)
+            if torch.is_grad_enabled():
+                return *gradients(pieces(*tensors, *how), tensors, dy, needs), *rest
+            grads: Any = zip(run_bwd(dy, tensors, kept, how, needs), tensors, needs)
+            return *(grad.to(t.dtype) if need else None for grad, t, need in grads), *rest
+
+    named: Any = type(name, (Fused,), {})
+    return named.apply  # type: ignore[no-any-return]
 
 
 def flat_rows(x: Tensor) -> Tensor:

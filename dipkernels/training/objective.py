@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from ..worlds import is_dtensor
 KL = 0.4  # the default weight: studies/defaults.py
 
 
-def _variances(model: nn.Module) -> list[Variance]:
-    """Those with a log_variance of their own and at hand: one that modules share counts once, an
-    offloaded one not."""
+def _variances(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(log_variance, log_prior, pull / K), vectors laid out alike: of all variances in one go, which
+    is a few operations instead of a few for each layer, but of each sharded one by itself.
+
+    A variance that modules share counts once, an offloaded one not.
+    """
     require_module(model)
     # Each tensor is kept beside its module: a parametrised one is another at each look, and ids of
     # the dead return.
@@ -29,7 +32,25 @@ def _variances(model: nn.Module) -> list[Variance]:
     unique = {id(tensor): variance for tensor, variance in found}
     # accelerate keeps what it offloads on the meta device, where it gets no gradient: its term
     # would be a constant.
-    return [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
+    own = [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
+    rows = [(v.log_variance, full(v.log_prior), full(v.pull) / v.num_features) for v in own]
+    sharded: list[tuple[Tensor, Tensor, Tensor]] = [
+        (values, laid_out_as(prior, values), laid_out_as(weight, values))
+        for values, prior, weight in rows
+        if is_dtensor(values)
+    ]
+    whole = [row for row in rows if not is_dtensor(row[0])]
+    if not whole:
+        return sharded
+    device = whole[0][0].device
+    values, priors, weights = (torch.cat([t.to(device) for t in part]) for part in zip(*whole))
+    return [*sharded, (values, priors, weights)]
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Of scalars on any device; each over a DTensor is this rank's share until `full` adds them
+    up."""
+    return sum((full(term) for term in terms), torch.zeros((), dtype=torch.float32, device="cpu"))
 
 
 def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
@@ -59,23 +80,8 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         0.0
     """
     kl = real("kl", kl, least=0)
-    variances = _variances(model)
-    sharded = [v for v in variances if is_dtensor(v.log_variance)]
-    whole = [v for v in variances if not is_dtensor(v.log_variance)]
-    terms: list[Tensor] = []
-    for v in sharded:  # laid out over ranks as log_variance is
-        prior = laid_out_as(full(v.log_prior), v.log_variance)
-        pull = laid_out_as(full(v.pull), v.log_variance)
-        each = pull * _divergence(v.log_variance - prior)
-        terms.append(full(each.sum() / v.log_variance.numel()))
-    if whole:
-        # All layers in one go: a few differentiable operations instead of a few for each layer.
-        device = whole[0].log_variance.device
-        ratio = torch.cat([v.log_variance.to(device) for v in whole])
-        ratio = ratio - torch.cat([full(v.log_prior).to(device) for v in whole])
-        weights = torch.cat([full(v.pull).to(device) / v.num_features for v in whole])
-        terms.append((weights * _divergence(ratio)).sum())
-    return kl * sum(terms, torch.zeros((), dtype=torch.float32, device="cpu"))
+    rows = _variances(model)
+    return kl * _sum((w * _divergence(values - prior)).sum() for values, prior, w in rows)
 
 
 def _divergence(ratio: Tensor) -> Tensor:
@@ -110,16 +116,8 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
     Source: arXiv 2506.04690, the ELBO with prior N(0, gamma I).
     """
     alpha, beta = _checked_pair(alpha, beta)
-    variances = [v.log_variance for v in _variances(model)]
-    sharded = [part for part in variances if is_dtensor(part)]
-    parts = [part for part in variances if not is_dtensor(part)]
-    # Each sum over a DTensor is this rank's share of it until full_tensor adds the shares up.
-    terms = (full(alpha * part.exp().sum() - beta * part.sum()) for part in sharded)
-    total = sum(terms, torch.zeros((), dtype=torch.float32, device="cpu"))
-    if not parts:
-        return total
-    log_variance = torch.cat([part.to(parts[0].device) for part in parts])
-    return alpha * log_variance.exp().sum() - beta * log_variance.sum() + total
+    rows = _variances(model)
+    return _sum(alpha * values.exp().sum() - beta * values.sum() for values, _, _ in rows)
 
 
 def _checked_pair(alpha: float, beta: float) -> tuple[float, float]:
@@ -185,12 +183,8 @@ def objective(
         raise ValueError(
             f"out: expected a tensor [m, B, ...] with m >= 1, got shape {tuple(out.shape)}"
         )
-    if (
-        out.ndim == 2
-        and isinstance(target, Tensor)
-        and target.ndim > 0
-        and len(target) != out.shape[1]
-    ):
+    one_number_each = out.ndim == 2 and isinstance(target, Tensor) and target.ndim > 0
+    if one_number_each and len(target) != out.shape[1]:
         raise ValueError(
             f"out: expected [m, B] beside a target of B = {len(target)}, got shape "
             f"{tuple(out.shape)}; pass dip.trajectories(model, x, m=...), or model(x)[None] for "
@@ -230,7 +224,7 @@ def objective(
     if model is not None and kl > 0:
         total = total + kl_penalty(model, kl).to(total.device)
     if model is not None and alpha > 0:
-        total = total + penalty(model, alpha, beta)
+        total = total + penalty(model, alpha, beta).to(total.device)
     if lambda_s > 0:
         total = total + lambda_s * smoothness(out)
     return total

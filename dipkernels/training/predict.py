@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -113,21 +115,22 @@ def predict(
     warn_of_equal_numbers(model)
     if k > 0:
         require_finite(layers)
-    parts: list[Any] = []
+    run: Callable[..., Any] = model
     if method == "analytic":
-        with torch.no_grad(), eval_mode(model):
-            out = analytic.expected(model, *args, **kwargs)
-        return (
-            map_tensors(_add_leading, out) if average is None else tensor_output(out, average, dim)
-        )
+        run, k = functools.partial(analytic.expected, model), 0
+    parts: list[Any] = []
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)
-            if k == 0:
-                out = map_tensors(_add_leading, model(*args, **kwargs))
-            else:
-                with contexts.sampling_on(), contexts.numbered_pass(number, count):
-                    out = _passes(model, args, kwargs, count)
+            noise = contextlib.ExitStack()
+            if k > 0:
+                noise.enter_context(contexts.sampling_on())
+                noise.enter_context(contexts.numbered_pass(number, count))
+            with noise:
+                if count > 1:
+                    out = folded(run, args, kwargs, count, 0)
+                else:
+                    out = map_tensors(lambda name, value: value[None], run(*args, **kwargs))
             if average is None:
                 parts.append(out)
                 continue
@@ -136,18 +139,6 @@ def predict(
     if average is None:
         return map_tensors(lambda name, *chunks: torch.cat(chunks), *parts)
     return parts[0] / max(k, 1)
-
-
-def _passes(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], count: int
-) -> Any:
-    if count == 1:
-        return map_tensors(_add_leading, model(*args, **kwargs))
-    return folded(model, args, kwargs, count, 0)
-
-
-def _add_leading(name: str, value: Tensor) -> Tensor:
-    return value[None]
 
 
 _AVERAGES = ("probs", "sigmoid", "logits", None)
@@ -168,9 +159,8 @@ def check_average(
 def require_batch(x: object) -> None:
     """Raise ValueError where this is no floating batch [B, ...] of finite values."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"x: expected a floating tensor [B, ...] of two or more dimensions, got {got}"
+            f"x: expected a floating tensor [B, ...] of two or more dimensions, got {_kind(x)}"
         )
     if not bool(x.isfinite().all()):
         raise ValueError("x: expected finite values, got NaN or infinity")
@@ -222,6 +212,6 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 def _kind(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
-    return (
-        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
