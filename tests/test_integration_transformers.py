@@ -867,7 +867,7 @@ def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
             return super().training_step(model, inputs, *args, **options)
 
         def compute_loss(self, *args, **options):
-            rows.append(dip.noise.contexts.ROW0)
+            rows.append(dip.noise.contexts.row0())
             return super().compute_loss(*args, **options)
 
     def trainer(config, **options):
