@@ -51,6 +51,7 @@ from .parts import (
     repeatable,
     require_groups,
     require_same,
+    size_of_batches,
     warn_of_another,
     warn_of_faults,
 )
@@ -102,7 +103,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self._dip_asked, self._dip_started = dip, False
         self._dip_batches = integer("calibration_batches", calibration_batches, 1)
         self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
-        self._dip_checked = False
+        self._dip_checked = self._dip_loss_made = False
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
@@ -228,8 +229,10 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         plain = _plain_without_gradients if self._dip_of_trl() else contextlib.nullcontext
+        self._dip_loss_made = False
         with self._dip_noise(inputs), plain(self.model):
             loss: Tensor = super().training_step(model, inputs, *args, **options)
+        self._dip_require_loss()
         if not self._dip_checked:
             self._dip_checked = True
             self._dip_first_check()
@@ -248,8 +251,23 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
         rows = [sum(pair)] if pair else [*sizes.values()][:1]
         where = (micro, self.args.process_index, self.args.world_size)
-        first = place_in_batch(*where, self._train_batch_size, *rows)
+        loader = self.callback_handler.train_dataloader
+        known = loader is None or size_of_batches(loader)
+        first = place_in_batch(*where, self._train_batch_size if known else None, *rows)
         return config.noise(self.args.seed * _RUN + step, first * config.m)
+
+    def _dip_require_loss(self) -> None:
+        """Raise ValueError where the step has gone past this class's compute_loss."""
+        config = self.dip_config
+        lost = {n: getattr(config, n) for n in ("kl", "lambda_s") if getattr(config, n) > 0}
+        lost |= {"m": config.m} if config.m > 1 else {}
+        if lost and not self._dip_loss_made:
+            raise ValueError(
+                "compute_loss: expected DIPMixin's to be called, which does what the config says, "
+                f"got a step of {type(self).__name__} without it, and so without {lost}; put your "
+                "own compute_loss into a trainer behind the mixin, class Mine(DIPMixin, YourTrainer)"
+                ", or call super().compute_loss"
+            )
 
     def _dip_first_check(self) -> None:
         # a tool may keep the gradients to itself: DeepSpeed
@@ -264,6 +282,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> Any:
+        self._dip_loss_made = True
         if not model.training:
             items = {"num_items_in_batch": num_items_in_batch}
             return super().compute_loss(
@@ -286,6 +305,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             folded(inputs)
             logits: Any = None
         else:
+            self._dip_require_no_packs(inputs)
             logits = trajectories(folded, repeatable(inputs, config.m), m=config.m)
         loss, outputs = answers[0] if with_outputs else (answers[0], None)
         # Where the micro-batches' losses are added up, each has its part of what a step has once.
@@ -297,6 +317,19 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if config.lambda_s > 0:
             loss = loss + part * config.lambda_s * smoothness(logits)
         return (loss, outputs) if return_outputs else loss
+
+    def _dip_require_no_packs(self, inputs: Any) -> None:
+        """Raise ValueError for sequences in one row that the model would take for one when that is
+        repeated: transformers' flash attention looks for their starts in a batch of one row."""
+        places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
+        kind = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        if not isinstance(places, Tensor) or places.shape[:-1] != (1,) or "flash" not in str(kind):
+            return
+        if bool((places.diff() != 1).any()):
+            raise ValueError(
+                "m: expected 1, because position_ids pack several sequences into one row, which "
+                f"{kind} tells apart in a batch of one row alone, got {self.dip_config.m}"
+            )
 
     def _dip_adds_up(self, num_items_in_batch: Any) -> bool:
         """What `Trainer.training_step` asks: whether the loss is already a part of the step's."""
