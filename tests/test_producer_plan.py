@@ -753,6 +753,14 @@ def test_models_move_what_they_can(name):
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "t5"])
+def test_half_precision_moves_what_single_precision_does(name):
+    """Also behind a norm that computes in float32 and casts what it returns."""
+    plain, inputs, _ = built(name)
+    plan = dip.producer_plan(plain, [inputs])
+    assert dip.producer_plan(plain.bfloat16(), [inputs]).moved == plan.moved
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if "resnet" not in name])
 def test_models_draw_the_noise_of_layers_that_share(name):
     plain, inputs, logits = built(name)

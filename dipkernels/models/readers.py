@@ -219,7 +219,8 @@ class Watch(TorchDispatchMode):
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
         made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
-        made.layout, made.module = layout_of(out), module
+        # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
+        made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
 
     def _read_by_layer(

@@ -39,7 +39,7 @@ class Share:
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         compiling = worlds.tracing()
         version = None if compiling or x.is_inference() else x._version
-        place = (version, dtype, torch.is_grad_enabled(), contexts.ROW0)
+        place = (version, dtype, torch.is_grad_enabled(), contexts.row0())
         device = "compiled" if compiling else x.device
         entry = self._entries.get(device)
         if (
