@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -172,7 +172,13 @@ class _Planner:
             return None, None, f"it reads the network's own input{beside}"
         gated = self._gated(layer, made)
         if gated is not None:
-            return getattr(gated.block, gated.parts[1]), gated, ""
+            act = getattr(gated.block, gated.parts[1])
+            if isinstance(act, nn.Module):
+                return act, gated, ""
+            where, name = self._shown(gated.block), getattr(act, "__name__", str(act))
+            reason = f"its gated product in {where} calls {name}, which is no module"
+            way_out = f": use {_FUNCTIONS[name]} to move it" if name in _FUNCTIONS else ""
+            return None, None, reason + way_out
         calls = [source.call for source in made if source.call is not None]
         if len(calls) == len(made) and len({call.module for call in calls}) == 1:
             return calls[0].module, None, self._layer_reason(layer)
@@ -194,9 +200,7 @@ class _Planner:
         if len({(source.op, source.module) for source in made}) > 1:
             return "its input is made in more than one place"
         op, module = made[0].op.strip("_"), made[0].module
-        where = "the model itself"
-        if module is not None and module is not self.model:
-            where = shown(self._name(module), module)
+        where = "the model itself" if module is None else self._shown(module)
         if op in _FUNCTIONS:
             return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":
@@ -298,6 +302,9 @@ class _Planner:
     def _name(self, module: nn.Module) -> str:
         return self.names[module][0]
 
+    def _shown(self, module: nn.Module) -> str:
+        return "the model itself" if module is self.model else shown(self._name(module), module)
+
 
 # ---- what a module computes ----------------------------------------------------------------------
 
@@ -321,23 +328,37 @@ def activation_kind(module: nn.Module) -> str | None:
     """Which of ACTIVATIONS the module computes, found on numbers; None for none of them."""
     if list(module.parameters()) or not _takes_one_input(module):
         return None
-    x = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu").view(11, 11)
+    near = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu")
+    x = torch.cat([near, *(near * 10.0**power for power in (1, 2, 4, 8, 16))])  # where some clip
+    x = x.view(6, 11, 11)
     for training in (True, False):
         try:
             with untouched(module):
-                y: Any = module.train(training)(x.clone())
+                y, slope = _with_slope(module.train(training), x)
         except Exception:  # whatever a class that takes other input raises
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return None
-        close = [
-            k
-            for k, act in ACTIVATIONS.items()
-            if torch.allclose(y.double(), act(x), rtol=1e-5, atol=1e-6)
-        ]
+        smooth = x != 0  # relu has no slope at 0
+        got = torch.cat([y.double().flatten(), slope[smooth]])
+        close = []
+        for kind, act in ACTIVATIONS.items():
+            values, slopes = _with_slope(act, x)
+            want = torch.cat([values.flatten(), slopes[smooth]])
+            if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
+                close.append(kind)
         if len(close) != 1:
             return None
     return close[0]
+
+
+@torch.enable_grad()
+def _with_slope(act: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor]:
+    """act(x), and its derivative as autograd has it: a class may have a backward of its own."""
+    leaf = x.clone().requires_grad_()
+    y = act(leaf.clone())
+    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach(), slope
 
 
 @torch.no_grad()

@@ -204,24 +204,34 @@ class Watch(TorchDispatchMode):
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    ) -> Tensor | None:
         _, before = self._stack.pop()
         self._reading -= module in self._layers
         if module not in self._candidates or self._reading:
-            return
+            return None
         if not isinstance(out, Tensor) or not out.is_floating_point():
-            return
+            return None
         made = self._found(out)
         # What was there before is passed through or looked at in another shape, as a dropout does
         # in eval mode.
         if made is None or made.number <= before or made.call is not None:
-            return
+            return None
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
         made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
         # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
         made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
+        return self._apart(out, made) if _storage(x) == _storage(out) else None
+
+    def _apart(self, out: Tensor, made: Made) -> Tensor:
+        """What a module that works in place returns, as a copy: its twin writes nothing into its
+        input, so what reads that, and not what is returned, stands in the way."""
+        copied = out.clone()
+        returned = self._found(copied)
+        assert returned is not None
+        returned.layout, returned.source, made.layout = layout_of(copied), None, None
+        return copied
 
     def _read_by_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -240,7 +250,9 @@ class Watch(TorchDispatchMode):
             return
         call, seen = made.call, layout_of(x)
         dim = made.dimension(seen, self._layers[layer])
-        if dim is None:
+        if made.layout is None:
+            call.read_by(f"{self._shown(layer)} reads what it wrote into its input, in place")
+        elif dim is None:
             call.read_by(
                 f"{self._shown(layer)} reads it with other features, or some entries twice"
             )
