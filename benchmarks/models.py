@@ -36,12 +36,6 @@ import dipkernels as dip
 VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 
 
-def _bert() -> nn.Module:
-    return nn.TransformerEncoderLayer(
-        768, 12, 3072, dropout=0.0, activation=nn.GELU(), batch_first=True
-    )
-
-
 def _llama() -> nn.Module:
     return nn.Sequential(*(networks.LlamaBlock(512, 8, 4, 1408) for _ in range(4)))
 
@@ -56,7 +50,7 @@ CASES = [
     Network("ViT-S/16", _vit(384, 6), (8, 3, 224, 224), 100),
     Network("ResNet-18", networks.ResNet18, (16, 3, 32, 32), 10),
     Network("Llama, 4 blocks", _llama, (2, 256, 512)),
-    Network("BERT-base layer", _bert, (4, 128, 768)),
+    Network("BERT-base layer", lambda: networks.BertBlock(768, 12), (4, 128, 768)),
 ]
 QUICK = networks.MODELS["quick"]
 

@@ -60,6 +60,29 @@ class TransformerBlock(nn.Module):
         return self.mlp(self.attention(x))
 
 
+class BertBlock(nn.Module):
+    """norm(x + out(attention(x))), then norm(h + down(gelu(up(h)))), as transformers' BertLayer: a
+    linear layer each for query, key and value."""
+
+    compile_unit = True
+
+    def __init__(self, width: int, heads: int, ratio: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, ratio * width), nn.Linear(ratio * width, width)
+        self.norm1, self.norm2, self.act = nn.LayerNorm(width), nn.LayerNorm(width), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = self.norm1(x + self.out(mixed))
+        return self.norm2(h + self.down(self.act(self.up(h))))
+
+
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), as transformers' LlamaMLP."""
 

@@ -491,7 +491,7 @@ def load(
             convert_as(model, config, batches)
         require_order(model)
         try:
-            load_variances(model, state)
+            load_variances(model, without_prompt_encoder(model, state))
         except ValueError as error:
             raise ValueError(f"{Path(folder, VARIANCES_FILE)}: {error}") from error
         remember_config(model, config)
@@ -509,6 +509,15 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"{path}: expected a file of safetensors, got one that it cannot read: {error}"
         ) from error
     return state
+
+
+def without_prompt_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the layers of PEFT's prompt encoder, where the model has none: a prompt that
+    is loaded for prediction has been computed already."""
+    encoder = "prompt_encoder."
+    if not is_peft(model) or any(name.startswith(encoder) for name in dip_layers(model)):
+        return state
+    return {name: values for name, values in state.items() if not name.startswith(encoder)}
 
 
 def _saved(folder: str | os.PathLike[str], name: str) -> Path:

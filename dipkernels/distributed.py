@@ -214,7 +214,7 @@ def _noise_now(device: torch.device) -> tuple[object, ...]:
     """What decides the next draw: (key, row0) under fixed_noise, else a digest of the generator's
     state."""
     if contexts.KEY is not None:
-        return "key", int(contexts.KEY[0]) % 2**64, contexts.ROW0
+        return "key", int(contexts.KEY[0]) % 2**64, contexts.row0()
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return "generator", _digest(state)
 

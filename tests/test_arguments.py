@@ -81,7 +81,7 @@ INTEGERS = {
     "DIPActivation": ("dim", lambda v: dip.DIPActivation(4, "relu", dim=v), None, None),
     "number": ("number", set_number, 0, 65535),
     "fixed_noise, key": ("key", lambda v: dip.fixed_noise(v), None, None),
-    "fixed_noise, row0": ("row0", lambda v: dip.fixed_noise(1, v), 0, None),
+    "fixed_noise, row0": ("row0", lambda v: dip.fixed_noise(1, v), 0, 2**62),
     "trajectories": ("m", lambda v: dip.trajectories(net(), X, m=v), 1, None),
     "predict, k": ("k", lambda v: dip.predict(net(), X, k=v), 0, None),
     "predict, chunk": ("chunk", lambda v: dip.predict(net(), X, k=2, chunk=v), 1, None),

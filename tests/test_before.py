@@ -560,3 +560,28 @@ def test_a_table_that_takes_no_input_is_not_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dip.convert(Biased())
+
+
+@pytest.mark.parametrize("name", ["draw", "feature_dim", "noisy", "_seed"])
+def test_a_name_that_a_dip_layer_uses_is_refused(name):
+    module = nn.Identity()
+    setattr(module, name, 8)
+    with pytest.raises(ValueError, match=rf"\['{name}'\] of its own"):
+        dip.convert(nn.Sequential(module, nn.Linear(8, 4)), before=["0"], batches=[X])
+
+
+def test_a_class_keeps_its_own_private_methods():
+    class Private(Router):
+        def _call(self, x):
+            return F.linear(x, self.weight)
+
+        def _plain(self, x):
+            return self._call(x)
+
+        def forward(self, x):
+            return self._plain(x)
+
+    plain = Private()
+    y = plain(X)
+    dip.convert(plain, before=[""], batches=[X])
+    assert torch.equal(plain.eval()(X), y) and not torch.equal(plain.train()(X), y)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import dipkernels as dip
+from dipkernels.nn.layer import DIPLayer
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import averaging  # noqa: E402
 import cost  # noqa: E402
 import models  # noqa: E402
+import networks  # noqa: E402
 import overhead  # noqa: E402
 import peers  # noqa: E402
 import producers as bench_producers  # noqa: E402
@@ -139,6 +141,15 @@ def test_overhead_lists_a_missing_peer(monkeypatch):
         missing.reason
     ] * 2
     assert "flipout: bayesian-torch is not installed" in overhead._missing(run.rows)
+
+
+@pytest.mark.parametrize("case", [*models.CASES, *networks.MODELS["quick"]], ids=str)
+def test_the_eager_peer_has_noise_where_dip_has(case):
+    with torch.device("meta"):
+        plain = case.make()
+        ours = [m for m in peers.build("dip", plain).modules() if isinstance(m, DIPLayer)]
+        eager = peers.build("eager", plain).modules()
+    assert len(ours) == sum(isinstance(m, peers.EagerNoise) for m in eager) > 0
 
 
 def test_interleaving_gives_ratios_within_rounds(monkeypatch):

@@ -102,7 +102,7 @@ def test_an_exception_inside_a_context_restores_what_was_before(error):
         ):
             with pytest.raises(error), context:
                 raise error
-            assert contexts.KEY is outer and contexts.MODE is None and contexts.ROW0 == 0
+            assert contexts.KEY is outer and contexts.MODE is None and contexts.row0() == 0
     assert contexts.KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 

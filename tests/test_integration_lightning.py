@@ -421,6 +421,24 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
         torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
 
 
+def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
+    rows = []
+
+    class Counting(Module):
+        def training_step(self, batch):
+            first = dip.noise.contexts.row0()
+            rows.extend(range(first, first + len(batch[0])))
+            return super().training_step(batch)
+
+    options = {"max_epochs": 1, "accumulate_grad_batches": 4, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(
+        callbacks=DIPCallback(CONFIG, [X]), accelerator="cpu", **options, **QUIET
+    )
+    parts = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9], [10]]
+    trainer.fit(Counting(), DataLoader(TensorDataset(X, Y), batch_sampler=parts))
+    assert len(rows) == len(set(rows)) == 11 * CONFIG.m
+
+
 def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
     """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among
     10."""

@@ -176,6 +176,52 @@ def test_a_head_that_the_adapter_trains_whole_keeps_its_noise():
     )
 
 
+def test_a_head_tied_to_trained_tokens_keeps_its_noise():
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[1, 2]
+    )
+    base = llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = dip.apply(peft.get_peft_model(base, config), dip.DIPConfig(ratio=0.3), [BATCH])
+    moved(model, 0.5)
+    want, quiet = noisy(model.eval()), model(input_ids=IDS).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(noisy(merged), want)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, quiet)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        peft.PromptEncoderConfig(
+            num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"
+        ),
+        peft.PrefixTuningConfig(
+            num_virtual_tokens=2,
+            prefix_projection=True,
+            encoder_hidden_size=8,
+            task_type="CAUSAL_LM",
+        ),
+        peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda prompt: prompt.peft_type.value,
+)
+def test_a_saved_prompt_loads_with_the_variances_of_the_model_behind_it(prompt, tmp_path):
+    """Without its encoder, of which PEFT saves what it computes."""
+    model = dip.apply(peft.get_peft_model(llama(), prompt), dip.DIPConfig(ratio=0.3), [BATCH])
+    moved(model, 0.5)
+    model.save_pretrained(tmp_path)
+    again = dip.load(peft.PeftModel.from_pretrained(llama(), tmp_path), tmp_path)
+    state = {n: v for n, v in dip.variances(model).items() if not n.startswith("prompt_encoder.")}
+    assert equal(dip.variances(again), state)
+    again.load_adapter(tmp_path, "second")
+    again.set_adapter("second")
+    assert equal(dip.variances(again), state)
+    quiet = model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(again.eval()(input_ids=IDS).logits, quiet)
+
+
 def test_copies_and_pickles_keep_their_variances_with_them(tmp_path):
     model = adapted()
     want = moved(model, 0.5)

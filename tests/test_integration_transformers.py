@@ -415,6 +415,71 @@ def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
             trainer.train()
 
 
+def test_sequences_packed_into_one_row_are_refused_where_the_model_would_join_them(tmp_path):
+    """transformers' flash attention looks for their starts in a batch of one row."""
+    options = {"train_dataset": texts(), "data_collator": transformers.DataCollatorWithFlattening()}
+    for m, kind in ((2, "flash_attention_2"), (2, "sdpa"), (1, "sdpa")):
+        config = dip.DIPConfig(m=m, variance=1e-12, kl=0)
+        trainer = DIPTrainer(llama(), arguments(tmp_path, max_steps=1), dip=config, **options)
+        trainer.model.config._attn_implementation = kind
+        if kind == "sdpa":
+            trainer.train()
+            assert losses(trainer)[0] == pytest.approx(3.5, abs=0.2)
+            continue
+        with pytest.raises(ValueError, match=r"m: expected 1, because position_ids pack .* got 2"):
+            trainer.train()
+
+
+class OwnLoss(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs)
+        return (out.loss, out) if return_outputs else out.loss
+
+
+def test_a_loss_of_ones_own_goes_behind_the_mixin_and_is_refused_before_it(tmp_path):
+    """Before it, the trajectories and the KL term would be gone, and nothing would say so."""
+
+    class Behind(DIPMixin, OwnLoss):
+        pass
+
+    class Before(DIPTrainer):
+        compute_loss = OwnLoss.compute_loss
+
+    config = dip.DIPConfig(ratio=0.5, m=3, kl=1.0)
+    options = {"train_dataset": images(), "dip": config}
+    found = []
+    for kind in (DIPTrainer, Behind):
+        trainer = kind(vit(), arguments(tmp_path), **options)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match=r"compute_loss: expected DIPMixin's .*'kl': 1.0, 'm': 3"):
+        Before(vit(), arguments(tmp_path), **options).train()
+    options["dip"] = dip.DIPConfig(ratio=0.5, m=1, kl=0)  # which asks nothing of the loss
+    Before(vit(), arguments(tmp_path), **options).train()
+
+
+def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
+    rows = []
+
+    class Any(DIPTrainer):
+        def get_train_dataloader(self):
+            parts = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9], [10]]
+            loader = torch.utils.data.DataLoader(
+                self.train_dataset, batch_sampler=parts, collate_fn=self.data_collator
+            )
+            return self.accelerator.prepare(loader)
+
+        def compute_loss(self, model, inputs, *args, **options):
+            first, count = dip.noise.contexts.row0(), self.dip_config.m * len(inputs["labels"])
+            rows.extend(range(first, first + count))
+            return super().compute_loss(model, inputs, *args, **options)
+
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    Any(vit(), arguments(tmp_path, **small), train_dataset=images(), dip=CONFIG).train()
+    assert len(rows) == len(set(rows)) == 11 * CONFIG.m
+
+
 def test_another_config_on_resume_is_said(tmp_path):
     args = arguments(tmp_path, save_strategy="steps", save_steps=2)
     DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train()
@@ -429,13 +494,16 @@ def test_another_config_on_resume_is_said(tmp_path):
 
 
 def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path):
-    class Past(DIPTrainer):
+    class PastTheHead(transformers.Trainer):
         def compute_loss(self, model, inputs, *args, **options):
             head = self.model.classifier
             self.model.classifier = torch.nn.Identity()
             hidden = model(pixel_values=inputs["pixel_values"]).logits
             self.model.classifier = head
             return F.cross_entropy(F.linear(hidden, head.weight, head.bias), inputs["labels"])
+
+    class Past(DIPMixin, PastTheHead):
+        pass
 
     with pytest.warns(UserWarning, match="classifier: its variance got no gradient"):
         Past(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG).train()
@@ -867,7 +935,7 @@ def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
             return super().training_step(model, inputs, *args, **options)
 
         def compute_loss(self, *args, **options):
-            rows.append(dip.noise.contexts.ROW0)
+            rows.append(dip.noise.contexts.row0())
             return super().compute_loss(*args, **options)
 
     def trainer(config, **options):

@@ -243,6 +243,14 @@ def in_place(self, y):
     return y.add_(1)
 
 
+def through_its_input(self, x):
+    """The activation works in place, and what it returns is dropped."""
+    y = self.norm(self.stem(x))
+    h = self.a(y) + self.b(y)
+    self.act(h)
+    return self.head(h)
+
+
 def repeated_rows(self, y):
     return y[:, :1].expand(-1, 5, -1)
 
@@ -252,6 +260,13 @@ class Callable(nn.Module):
 
     def forward(self, x):
         return x.sigmoid()
+
+
+class OwnSlope(nn.Module):
+    """relu, whose derivative is another function's."""
+
+    def forward(self, x):
+        return x + (x.relu() - x).detach()
 
 
 def hooked(model):
@@ -329,6 +344,15 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             "Callable is not a LayerNorm, RMSNorm or activation",
         ),
         (Net, changes(act=nn.LeakyReLU()), "head", "LeakyReLU is not a LayerNorm"),
+        (Net, changes(act=nn.ReLU6()), "head", "ReLU6 is not a LayerNorm"),  # relu below 6
+        (Net, changes(act=nn.Hardtanh(0, 1e5)), "head", "Hardtanh is not a LayerNorm"),
+        (Net, changes(act=OwnSlope()), "head", "OwnSlope is not a LayerNorm"),
+        (
+            variant(forward=through_its_input),
+            changes(act=nn.ReLU(inplace=True)),
+            "head",
+            r"head \(Linear\) reads what it wrote into its input, in place",
+        ),
         (Net, changes(norm=nn.GroupNorm(1, 5)), "a", "GroupNorm is not a LayerNorm"),
         (Net, hooked, "a", "it has hooks"),
         (Net, tied, "a", "it is tied, 2 names"),
@@ -671,6 +695,22 @@ def test_another_product_is_left_with_the_way_out():
     assert "whose forward is not exactly down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
 
 
+@pytest.mark.parametrize(
+    "act, reason",
+    [
+        (F.silu, r"Gated\) calls silu, which is no module: use nn\.SiLU\(\) to move it"),
+        (lambda x: x, r"Gated\) calls <lambda>, which is no module$"),
+    ],
+)
+def test_a_gated_product_of_a_function_is_left_with_the_way_out(act, reason):
+    model = nn.Sequential(nn.LayerNorm(8), Gated())
+    del model[1].silu
+    model[1].silu = act
+    assert re.search(reason, left(dip.producer_plan(model, [X]))["1.w2"])
+    dip.convert(model, place="producer", batches=[X])
+    assert isinstance(model[1].w2, DIPLinear)
+
+
 # ---- the classes that people use -----------------------------------------------------------------
 
 MODELS = {  # how many projections move, into how many modules; patterns of what is left, and why
@@ -751,6 +791,14 @@ def test_models_move_what_they_can(name):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in plain.modules()]
     assert list(model.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "t5"])
+def test_half_precision_moves_what_single_precision_does(name):
+    """Also behind a norm that computes in float32 and casts what it returns."""
+    plain, inputs, _ = built(name)
+    plan = dip.producer_plan(plain, [inputs])
+    assert dip.producer_plan(plain.bfloat16(), [inputs]).moved == plan.moved
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "resnet" not in name])

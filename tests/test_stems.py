@@ -78,7 +78,7 @@ ORDER += [
         "twin",
     )
 ]
-ORDER += ["nn.producer", "nn.norm", "nn.activation"]
+ORDER += ["nn.norm", "nn.activation"]
 ORDER += ["nn.numbering", "nn.attention", "distributed"]
 ORDER += [
     f"models.{m}"
@@ -86,6 +86,7 @@ ORDER += [
         "patterns",
         "convertible",
         "probe",
+        "choose",
         "readers",
         "place",
         "check",

@@ -30,6 +30,7 @@ from .parts import (
     one_start,
     place_in_batch,
     require_groups,
+    size_of_batches,
     warn_of_another,
     warn_of_faults,
 )
@@ -193,9 +194,9 @@ class DIPCallback(_Callback):  # type: ignore[misc]
         step, config = trainer.global_step, require_config(pl_module)
         micro = self._at[1] + 1 if self._at[0] == step else 0
         self._at = (step, micro)
-        rows = _first_size(batch)
-        each = getattr(trainer.train_dataloader, "batch_size", None) or rows
-        first = place_in_batch(micro, trainer.global_rank, trainer.world_size, each, rows)
+        where = (micro, trainer.global_rank, trainer.world_size)
+        size = size_of_batches(trainer.train_dataloader)
+        first = place_in_batch(*where, size, _first_size(batch))
         self._noise.enter_context(config.noise(step, first * config.m))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:

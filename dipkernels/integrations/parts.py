@@ -169,11 +169,25 @@ def _differing(first: DIPConfig, second: DIPConfig) -> dict[str, tuple[Any, Any]
     return {name: (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
-def place_in_batch(micro: int, rank: int, world: int, batch_size: int, rows: int = 1) -> int:
+def size_of_batches(loader: Any) -> int | None:
+    """Of a DataLoader's batches but the last; None where each may have another, as those of a
+    sampler that counts tokens, or of a data set that makes batches."""
+    own = getattr(loader, "batch_size", None)
+    return own or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+
+
+_APART = 2**20  # rows between the micro-batches of a step, where their sizes are not known
+
+
+def place_in_batch(micro: int, rank: int, world: int, batch_size: int | None, rows: int = 1) -> int:
     """Index of a micro-batch's first row in the batch of an optimiser step: of all micro-batches of
     all ranks.
 
-    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. rows: of
-    this one, which may be more: a preference batch has two for each example.
+    batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. None where
+    they are of any size: then no two have a row in common, and that is all. rows: of this one, which
+    may be more: a preference batch has two for each example.
     """
-    return (micro * world + rank) * batch_size * max(1, -(-rows // batch_size))
+    place = micro * world + rank
+    if batch_size is None:
+        return place * _APART
+    return place * batch_size * max(1, -(-rows // batch_size))

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..config import VARIANCES_FILE, load_state, remember_config, require_config, save_state
+from ..config import (
+    VARIANCES_FILE,
+    load_state,
+    remember_config,
+    require_config,
+    save_state,
+    without_prompt_encoder,
+)
 from ..models.convert import convert
 from ..models.convertible import base_layer, is_adapter
 from ..models.parameters import load_variances, variances
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
+from ..noise.contexts import noise_off
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
 _WAITING = "_dip_waiting"  # {adapter: its variances} of those that are not active
@@ -92,9 +100,10 @@ class _KeepsVariances(_Mixin):
         **options: Any,
     ) -> None:
         asked = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
-        super().save_pretrained(
-            save_directory, *asked, path_initial_model_for_weight_conversion, **options
-        )
+        with noise_off():  # what a prompt encoder makes is computed here, in whatever mode it is
+            super().save_pretrained(
+                save_directory, *asked, path_initial_model_for_weight_conversion, **options
+            )
         if not dip_layers(self):
             return
         own = variances(self)
@@ -113,7 +122,9 @@ class _KeepsVariances(_Mixin):
         loaded = super().load_adapter(model_id, adapter_name, *args, **options)
         own = {_around(name): values for name, values in own.items()}
         folder = Path(model_id) / (options.get("subfolder") or "")
-        state = load_state(folder) if (folder / VARIANCES_FILE).is_file() else variances(self)
+        state = variances(self)
+        if (folder / VARIANCES_FILE).is_file():
+            state = without_prompt_encoder(self, load_state(folder))
         active = adapter_name == self.active_adapter
         try:
             load_variances(self, state)
@@ -210,7 +221,8 @@ def _with_noise(model: PeftModel, unload: Callable[[], nn.Module]) -> nn.Module:
     kept = f".modules_to_save.{model.active_adapter}"
 
     def plain(name: str) -> str:
-        return name.removeprefix(_INSIDE).replace(kept, "")
+        name = name.removeprefix(_INSIDE).replace(kept, "")
+        return name.replace(".token_adapter", "")  # around a head tied to trained tokens
 
     state: dict[str, Tensor] = {plain(name): values for name, values in variances(model).items()}
     noised = {plain(name): layer for name, layer in dip_layers(model).items()}

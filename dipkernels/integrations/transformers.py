@@ -50,6 +50,7 @@ from .parts import (
     own_group,
     place_in_batch,
     require_groups,
+    size_of_batches,
     warn_of_another,
     warn_of_faults,
 )
@@ -101,7 +102,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         self._dip_asked, self._dip_started = dip, False
         self._dip_batches = integer("calibration_batches", calibration_batches, 1)
         self._dip_at: tuple[Any, int, int] = (None, -1, 0)  # state of the run, step, micro-batch
-        self._dip_checked = False
+        self._dip_checked = self._dip_loss_made = False
         super().__init__(*args, **options)
         self._dip_started = True
         if is_deepspeed_zero3_enabled():
@@ -219,8 +220,10 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         plain = _plain_without_gradients if self._dip_of_trl() else contextlib.nullcontext
+        self._dip_loss_made = False
         with self._dip_noise(inputs), plain(self.model):
             loss: Tensor = super().training_step(model, inputs, *args, **options)
+        self._dip_require_loss()
         if not self._dip_checked:
             self._dip_checked = True
             # a tool may keep the gradients to itself: DeepSpeed
@@ -241,8 +244,23 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         pair = [sizes[n] for n in ("chosen_input_ids", "rejected_input_ids") if n in sizes]
         rows = [sum(pair)] if pair else [*sizes.values()][:1]
         where = (micro, self.args.process_index, self.args.world_size)
-        first = place_in_batch(*where, self._train_batch_size, *rows)
+        loader = self.callback_handler.train_dataloader
+        known = loader is None or size_of_batches(loader)
+        first = place_in_batch(*where, self._train_batch_size if known else None, *rows)
         return config.noise(self.args.seed * _RUN + step, first * config.m)
+
+    def _dip_require_loss(self) -> None:
+        """Raise ValueError where the step has gone past this class's compute_loss."""
+        config = self.dip_config
+        lost = {n: getattr(config, n) for n in ("kl", "lambda_s") if getattr(config, n) > 0}
+        lost |= {"m": config.m} if config.m > 1 else {}
+        if lost and not self._dip_loss_made:
+            raise ValueError(
+                "compute_loss: expected DIPMixin's to be called, which does what the config says, "
+                f"got a step of {type(self).__name__} without it, and so without {lost}; put your "
+                "own compute_loss into a trainer behind the mixin, class Mine(DIPMixin, YourTrainer)"
+                ", or call super().compute_loss"
+            )
 
     def compute_loss(
         self,
@@ -252,6 +270,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         num_items_in_batch: Tensor | int | None = None,
         **options: Any,
     ) -> Any:
+        self._dip_loss_made = True
         own = functools.partial(super().compute_loss, model, **options)
         if not model.training:
             return own(inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
@@ -259,6 +278,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         items = None if num_items_in_batch is None else num_items_in_batch * config.m
         # TRL's GRPO returns outputs to nobody, so ask where they are needed.
         with_outputs = return_outputs or config.lambda_s > 0
+        if config.m > 1:
+            self._dip_require_no_packs(inputs)
         answer, logits = on_trajectories(
             lambda batch: own(batch, return_outputs=with_outputs, num_items_in_batch=items),
             inputs,
@@ -274,6 +295,19 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if config.lambda_s > 0:
             loss = loss + part * config.lambda_s * smoothness(logits)
         return (loss, outputs) if return_outputs else loss
+
+    def _dip_require_no_packs(self, inputs: Any) -> None:
+        """Raise ValueError for sequences in one row that the model would take for one when that is
+        repeated: transformers' flash attention looks for their starts in a batch of one row."""
+        places = inputs.get("position_ids") if isinstance(inputs, Mapping) else None
+        kind = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        if not isinstance(places, Tensor) or places.shape[:-1] != (1,) or "flash" not in str(kind):
+            return
+        if bool((places.diff() != 1).any()):
+            raise ValueError(
+                "m: expected 1, because position_ids pack several sequences into one row, which "
+                f"{kind} tells apart in a batch of one row alone, got {self.dip_config.m}"
+            )
 
     def _dip_adds_up(self, num_items_in_batch: Any) -> bool:
         """What `Trainer.training_step` asks: whether the loss is already a part of the step's."""

@@ -63,17 +63,12 @@ def calibrate(
     (docs/guides/variance.md).
 
     If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
-    prior is p = n / 64 in every layer, times n / k (at most 1 in all) where only k of them are
-    independent: k is (tr C)^2 / tr C^2, C the covariance of the values. A few independent values
-    cannot make up for each other's noise, so there the loss decides more, and unless a ratio or a
-    start is given, every sigma starts at sqrt(p) times its prior's. An image has channels x height
-    x width values, a sequence length x features, a row of a table its features. In a model of L > 4
-    DIP layers the pull is 4 / L times that, because the cost of their noise adds up.
-
-    So where the first layer reads one value of an example, p is 1 / 64: right for a curve,
-    whose input that value is, and wrong where it is a condition, such as a time step, that a layer
-    reads before others read an image. Leave such a layer out, `convert(exclude=[...])`: noise hides
-    one value, and p is then by the image.
+    prior is p = n / 64 in every layer, and nearer to 1 where the values say the same (docs/maths.md,
+    section 8). Unless a ratio or a start is given, every sigma then starts at sqrt(p) times its
+    prior's. An image has channels x height x width values, a sequence length x features, a row of a
+    table its features. Leave a layer out, `convert(exclude=[...])`, that reads a single value, such
+    as a time step, before others read an image. In a model of L > 4 DIP layers the pull is 4 / L
+    times that, because the cost of their noise adds up.
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
@@ -118,12 +113,8 @@ def calibrate(
     floor = real("floor", floor, above=0)
     check_per(per)
     layers = need_layers(model)
-    check_settable(
-        {
-            f"{name}.variance.log_variance".lstrip("."): layer.variance
-            for name, layer in layers.items()
-        }
-    )
+    full = {name: f"{name}.variance.log_variance".lstrip(".") for name in layers}
+    check_settable({full[name]: layer.variance for name, layer in layers.items()})
     tokens = False
 
     def noted() -> Iterator[Any]:
@@ -149,15 +140,9 @@ def calibrate(
     pull = share * min(1.0, DEEP / len({id(each) for each in learned}))
     for name, layer in layers.items():
         spread, level = spreads[name], levels[name]
-        spread = (
-            level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level.item())
-        )
+        spread = level.expand_as(spread) if per == "layer" else spread.clamp(min=floor * level)
         at_prior, prior = 2 * (ratio * spread).log(), layer.variance.log_prior
-        set_named(
-            f"{name}.variance.log_variance".lstrip("."),
-            layer.variance,
-            at_prior + 2 * math.log(start),
-        )
+        set_named(full[name], layer.variance, at_prior + 2 * math.log(start))
         prior.copy_(dtensor.laid_out_as(at_prior, prior))
         layer.variance.pull.fill_(pull)
     return summary(model)

@@ -99,10 +99,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     if not replaced:
         need_layers(model)
     require_finite(layers)
-    report = Report(dict(replaced), checked=len(layers) + len(replaced))
-    for name, layer in layers.items():
-        if not any(p.requires_grad for p in layer.variance.parameters()):
-            report.frozen.append(name)
+    frozen = [name for name, layer in layers.items() if not _learned(layer)]
+    report = Report(dict(replaced), frozen, len(layers) + len(replaced))
     if layers:
         faults = _by_gradients(model, layers) if batch is None else _by_a_step(model, layers, batch)
         report.faults |= faults | dict.fromkeys(orphans(layers), _ORPHAN)
@@ -116,6 +114,11 @@ def require_finite(layers: Mapping[str, DIPLayer]) -> None:
     collective where it is sharded."""
     found = {name or "(root)": full(layer.log_variance.detach()) for name, layer in layers.items()}
     require_finite_values("model", {n: values for n, values in found.items() if not values.is_meta})
+
+
+def _learned(layer: DIPLayer) -> list[nn.Parameter]:
+    """The parameters of its variance, unless they are frozen."""
+    return [p for p in layer.variance.parameters() if p.requires_grad]
 
 
 # ---- replaced after conversion -------------------------------------------------------------------
@@ -155,14 +158,14 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
         )
     faults = {}
     for name, layer in layers.items():
-        variance = [p for p in layer.variance.parameters() if p.requires_grad]
+        slopes = [p.grad for p in _learned(layer)]
+        if not slopes:
+            continue
         weight = getattr(layer, "weight", None)
         slope = weight.grad if isinstance(weight, Tensor) and weight.is_leaf else None
-        if not variance:
-            continue
-        if all(p.grad is None for p in variance):
+        if all(each is None for each in slopes):
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
-        elif _nonzero(slope) and _nonzero(weight) and not any(_nonzero(p.grad) for p in variance):
+        elif _nonzero(slope) and _nonzero(weight) and not any(map(_nonzero, slopes)):
             faults[name] = (
                 "its variance got a gradient of zeros and its weight did not: it ran without "
                 "noise (noise_off, or an eval mode inside the step)"
@@ -189,11 +192,8 @@ def _nonzero(values: Tensor | None) -> bool:
 
 
 def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dict[str, str]:
-    if any(
-        c.__name__ in ("FSDPModule", "FullyShardedDataParallel")
-        for m in model.modules()
-        for c in type(m).__mro__
-    ):
+    kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
+    if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
         raise RuntimeError(
             "model: expected one that FSDP has not sharded; check(model, batch) before sharding "
             "it, or check(model) after a backward pass"
@@ -203,11 +203,6 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: tuple[Any, ...]) -> None:
         called[layer].append(layer.noisy())
 
-    variances = {
-        name: [p for p in layer.variance.parameters() if p.requires_grad]
-        for name, layer in layers.items()
-    }
-    wanted = list({id(p): p for each in variances.values() for p in each}.values())
     handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
     try:
         with untouched(model), eager(model), torch.enable_grad():
@@ -215,12 +210,13 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
                 model.train()
             # a wrapper would wait for a backward pass
             out = _call(unwrapped(model), batch)
-            reached = _reached(out, wanted)
+            reached = _reached(out)
     finally:
         for handle in handles:
             handle.remove()
     faults = {}
     for name, layer in layers.items():
+        learned = _learned(layer)
         if not called[layer]:
             faults[name] = (
                 "it was not called: its weight is read past it, or eval mode alone calls it, or "
@@ -229,12 +225,12 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         elif not any(called[layer]):
             why = "inside noise_off" if contexts.MODE == "off" else "in eval mode"
             faults[name] = f"it was called and drew nothing: it is {why}"
-        elif any(p.is_meta for p in variances[name]):
+        elif any(p.is_meta for p in learned):
             faults[name] = (
                 "it drew noise, and accelerate has offloaded it: what is offloaded gets no "
                 "gradient, so neither its weight nor its variance learns"
             )
-        elif variances[name] and not any(id(p) in reached for p in variances[name]):
+        elif reached is not None and learned and not any(id(p) in reached for p in learned):
             faults[name] = (
                 "it drew noise, and what it returned does not reach the model's loss or outputs"
             )
@@ -252,8 +248,9 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return run_batch(model, batch)
 
 
-def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
-    """The ids of the parameters that the loss, or where there is none any output, depends on."""
+def _reached(out: Any) -> set[int] | None:
+    """The ids of the parameters that the loss, or where there is none any output, depends on; None
+    where a reentrant checkpoint hides them, whose inside is in no graph yet."""
     loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     ends = [loss] if isinstance(loss, Tensor) else leaves(out)
     nodes: list[Any] = [t.grad_fn for t in ends if isinstance(t, Tensor)]
@@ -264,9 +261,8 @@ def _reached(out: Any, wanted: list[nn.Parameter]) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        # a reentrant checkpoint, whose inside is in no graph yet
         if "CheckpointFunction" in node.name():
-            return {id(p) for p in wanted}
+            return None
         if hasattr(node, "variable"):
             found.add(id(node.variable))
         nodes += [before for before, _ in node.next_functions]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,38 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer
 from ..distributed import replicate_variance
 from ..nn.activation import GatedBlock
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import MAX_LAYERS, DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.numbering import dip_layers, number_layers, own_buffers, require_module
+from ..nn.numbering import dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
 from ..nn.twin import twin_type
 from ..nn.variance import check_init_variance, device_of_variance
 from ..worlds import is_dtensor
+from .choose import Choice, choose
 from .convertible import (
-    OUT_PROJECTION,
     TWINS,
+    Names,
     base_layer,
     block_names,
-    cannot,
-    counts_as,
     feature_dim_of,
     features_of,
-    is_adapter,
+    forward_set_by,
     is_candidate,
-    is_inside,
-    keeps_original,
-    no_twin,
-    own_matrices,
     read_past,
     twin_of,
     unnoised,
 )
-from .patterns import Patterns, around, strings
+from .patterns import Patterns, strings
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
 
@@ -136,7 +129,7 @@ def convert(
     if keep not in DIPLinear._KEEPS:
         raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
     batches = None if batches is None else listed(batches)  # before and place both run them
-    choice = _choose(model, types, filter, exclude, before)
+    choice = choose(model, types, filter, exclude, before)
     names, asked, matched = choice.names, choice.asked, choice.matched
     if batches is not None and place == "input" and not asked:
         raise ValueError(
@@ -144,28 +137,25 @@ def convert(
             "nothing reads"
         )
     count = sum(
-        1 if type(m) is not nn.MultiheadAttention or m._qkv_same_embed_dim else 3
-        for m in [*matched, *asked]
+        len(in_projections(m)) if type(m) is nn.MultiheadAttention else 1
+        for m in (*matched, *asked)
     )
     if count + len(dip_layers(model)) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
-    groups = _groups(
-        {m: names[m][0] for m in matched if not isinstance(m, nn.MultiheadAttention)}, share
-    )
+    groups = _groups(choice, share)
     plan, moves = _placed(model, choice, place, batches)
     moved = {layer for move in moves for layer in move.layers}
     groups = [[m for m in group if m not in moved] for group in groups]
     groups = [group for group in groups if len(group) > 1]
     staying = [m for m in matched if m not in moved]
-    variance_of = _variances_by_name(
-        init_variance,
-        {m: names[m][0] for m in [*staying, *asked, *(move.producer for move in moves)]},
-    )
+    noised = [*staying, *asked, *(move.producer for move in moves)]
+    variance_of = _variances(init_variance, {m: names[m][0] for m in noised})
     for move in moves:
         check_init_variance(variance_of[move.producer], move.features)
     _one_variance_each(groups, variance_of, names)
     features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
     twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
+    # From here on the model changes.
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
     for move in moves:
@@ -179,15 +169,7 @@ def convert(
     if plan is not None:
         model.__dict__[PLAN] = plan
         _warn_unreached(plan)
-    filtered = set() if filter is None else names.keys() - choice.wanted.keys()
-    quiet = {*matched, *asked, *choice.excluded, *choice.reasons, *filtered}
-    # Noise before a module is before the children too that it reads and never calls.
-    answered: set[nn.Module] = set()
-    for whole in asked:
-        kind: Any = type(whole)
-        answered |= {child for name, child in whole.named_children() if name in read_past(kind)}
-    open_reasons = {m: reason for m, reason in choice.reasons.items() if m not in answered}
-    _warn(names, open_reasons, unnoised(names, quiet, block_names(names, choice.types)))
+    _warn_without_noise(choice)
     return model
 
 
@@ -226,7 +208,8 @@ def producer_plan(
           moved  0 (LayerNorm) -> 1
           moved  2 (GELU) -> 3
     """
-    plan, _ = _placed(model, _choose(model, types, filter, exclude, ()), "producer", batches)
+    choice = choose(model, types, filter, exclude)
+    plan, _ = _placed(model, choice, "producer", batches)
     assert plan is not None  # of this place there is one
     return plan
 
@@ -236,68 +219,98 @@ def check_place(place: object) -> None:
         raise ValueError(f"place: expected 'input' or 'producer', got {place!r}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """Which modules are to be converted."""
+def to_plain(model: nn.Module) -> nn.Module:
+    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of
+    `convert`.
 
-    types: tuple[type[nn.Module], ...]
-    names: dict[nn.Module, list[str]]
-    excluded: set[nn.Module]
-    asked: dict[nn.Module, int]  # by `before`
-    wanted: dict[nn.Module, str]
-    reasons: dict[nn.Module, str]
-    matched: list[nn.Module]
+    Parameters keep their identity, and the state dict is the plain network's. The learned variances
+    are lost. A DIPInput becomes nn.Identity.
 
+    Args:
+        model: Any module with DIP layers.
 
-def _choose(
-    model: nn.Module,
-    types: Sequence[type[nn.Module]] | None,
-    filter: Callable[[nn.Module, str], bool] | None,
-    exclude: Sequence[str],
-    before: Sequence[str] | Mapping[str, int],
-) -> _Choice:
-    require_module(model)
-    if filter is not None and not callable(filter):
-        raise TypeError(f"filter: expected a function of (module, name), got {filter!r}")
-    kinds = _kinds(types)
-    _refuse_wrapped(model)
-    names = _names(model)
-    excluded = _excluded(names, exclude)
-    asked = _asked_before(names, before)
-    wanted = {
-        module: every_name[0]
-        for module, every_name in names.items()
-        if module not in excluded
-        and not _reads_noise(module)
-        and (filter is None or _passes(filter, module, every_name[0], kinds))
-    }
-    reasons = {
-        m: reason for m, reason in cannot(names, kinds).items() if m in wanted and m not in asked
-    }
-    matched = [m for m in _matched(names, wanted, reasons, kinds) if m not in asked]
-    if not matched and not asked:
-        raise ValueError(_nothing_matched(model, kinds, reasons))
-    return _Choice(kinds, names, excluded, asked, wanted, reasons, matched)
+    Returns:
+        The model; nn.Identity() for a model that is a DIPInput itself.
 
+    Raises:
+        ValueError: There is no DIP layer, or one that has no plain twin.
 
-def _kinds(types: Any) -> tuple[type[nn.Module], ...]:
-    """The classes to convert; a single one stands for a list of one."""
-    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
-    kinds = tuple(given)
-    if not kinds or not all(t in TWINS for t in kinds):
-        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
-        raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
-    return kinds
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> dip.to_plain(model)
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+        )
+
+    Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
+    """
+    layers = dip_layers(model)
+    if not layers:
+        raise ValueError("model: expected a DIP layer to turn back, found none")
+    faults: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if (fault := _stays_dip(module)) is not None:
+            faults.setdefault(fault, []).append(name)
+    if faults:
+        fault, at_fault = next(iter(faults.items()))
+        raise ValueError(fault.format(at_fault))
+    ignored = {*vars(model).pop("_ddp_params_and_buffers_to_ignore", ())} - own_buffers(layers)
+    if ignored:
+        model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+    for module in list(model.modules()):
+        if isinstance(module, DIPMultiheadAttention):
+            module.to_plain_in_place()
+        elif isinstance(module, GatedBlock):
+            module.__class__ = module.plain_type  # type: ignore[assignment]
+        elif isinstance(module, DIPLayer) and not isinstance(module, DIPInput):
+            _become_plain(module)
+        for name, child in module._modules.items():
+            if isinstance(child, DIPInput):
+                module._modules[name] = nn.Identity()
+    forget(model)
+    return nn.Identity() if isinstance(model, DIPInput) else model
 
 
-def _reads_noise(module: nn.Module) -> bool:
-    """Whether the input of this layer, or of the one inside this adapter, is noised where it is
-    made."""
-    return NOISED_BY in vars(base_layer(module) if is_adapter(module) else module)
+# ---- what becomes what, and with which variance --------------------------------------------------
+
+
+def _groups(choice: Choice, share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
+    """The layers that are to share their noise: those of one parent that one group of patterns
+    matches."""
+    layers = [m for m in choice.matched if not isinstance(m, nn.MultiheadAttention)]
+    matched = {m: choice.names[m][0] for m in layers}
+    groups: list[list[nn.Module]] = []
+    for asked in share:
+        group_patterns = strings("share", asked)
+        if len(group_patterns) < 2:
+            raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
+        patterns = Patterns("share", group_patterns)
+        by_parent: dict[str, list[nn.Module]] = {}
+        for module, name in matched.items():
+            parent, _, own = name.rpartition(".")
+            if patterns.all(own, name):
+                by_parent.setdefault(parent, []).append(module)
+        patterns.require_used(matched.values(), "a layer to convert")
+        groups += [group for group in by_parent.values() if len(group) > 1]
+    taken: set[nn.Module] = set()
+    for group in groups:
+        if twice := [matched[m] for m in group if m in taken]:
+            raise ValueError(f"share: expected each layer in one group, got {twice[0]!r} in two")
+        taken.update(group)
+        features = {matched[m]: (features_of(m), feature_dim_of(m)) for m in group}
+        if len(set(features.values())) > 1:
+            raise ValueError(
+                f"share: expected layers with the same number of input features, got {features}"
+            )
+    if share and not groups:
+        raise ValueError(
+            f"share: expected two layers of one parent in a group, got none for {list(share)}"
+        )
+    return groups
 
 
 def _placed(
-    model: nn.Module, choice: _Choice, place: str, batches: Iterable[Any] | None
+    model: nn.Module, choice: Choice, place: str, batches: Iterable[Any] | None
 ) -> tuple[ProducerPlan | None, list[Move]]:
     """The plan and its moves; none where every layer noises its own input."""
     if place == "input":
@@ -312,81 +325,17 @@ def _placed(
     return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
-def _warn(
-    names: dict[nn.Module, list[str]], reasons: dict[nn.Module, str], holders: dict[str, str]
-) -> None:
-    lines = [f"  {shown(names[m][0], m)}: {reason}" for m, reason in reasons.items()]
-    lines += [f"  {which}: {reason}" for which, reason in holders.items()]
-    if lines:
-        text = (
-            f"convert: {len(lines)} module(s) stay without noise. To end this warning, name them in "
-            "exclude=[...]:\n"
-        )
-        warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
-
-
-def _warn_unreached(plan: ProducerPlan) -> None:
-    """Of layers that no batch entered nobody knows what they read."""
-    unreached = [name for row in plan.left if row.reason == UNREACHED for name in row.layers]
-    if plan.moved and unreached:
-        warnings.warn(
-            f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
-            f"of their own: {', '.join(unreached)}. A layer that reads what a module of the plan "
-            "makes would get noise twice. Give batches that reach every layer, or name these in "
-            "exclude=[...]",
-            DIPConversionWarning,
-            stacklevel=3,
-        )
-
-
-def _passes(
-    filter: Callable[[nn.Module, str], bool],
-    module: nn.Module,
-    name: str,
-    types: tuple[type[nn.Module], ...],
-) -> bool:
-    if is_candidate(module, types):
-        return filter(module, name)
-    if not own_matrices(module):
-        return True
-    try:
-        return filter(module, name)
-    except AttributeError:  # a filter written for layers asks what this module has not
-        return False
-
-
-def _asked_before(
-    names: dict[nn.Module, list[str]], before: Sequence[str] | Mapping[str, int]
-) -> dict[nn.Module, int]:
-    """The modules that `before` names, each with its feature dimension."""
-    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(strings("before", before))
-    asked: dict[nn.Module, int] = {}
-    for pattern, dim in dims.items():
-        if isinstance(before, Mapping):
-            dim = integer(f"before[{pattern!r}]", dim)
-        patterns = Patterns("before", [pattern])
-        hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
-        patterns.require_used(_every_name(names))
-        for module in hits:
-            reason = no_twin(module)
-            if reason is not None:
-                raise ValueError(
-                    "before: expected modules that noise can be put before, got "
-                    f"{names[module][0]!r} ({type(module).__name__}): {reason}"
-                )
-            asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
-    return asked
-
-
-def _variances_by_name(
+def _variances(
     init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
 ) -> dict[nn.Module, Any]:
     """The initial variance of each module to convert; of an attention, one for each of its layers
     by name."""
-    if not isinstance(init_variance, Mapping):
-        value = float(check_init_variance(init_variance, 1))
-        return dict.fromkeys(modules, value)
-    patterns, asked = Patterns("init_variance", init_variance), []
+    by_pattern: Mapping[str, float | Tensor] = (
+        init_variance
+        if isinstance(init_variance, Mapping)
+        else {"*": float(check_init_variance(init_variance, 1))}
+    )
+    patterns, asked = Patterns("init_variance", by_pattern), []
 
     def value_of(name: str) -> Any:
         asked.append(name)
@@ -396,15 +345,14 @@ def _variances_by_name(
                 "init_variance: expected a pattern for every layer, got none that matches "
                 f"{name!r}; end with '*'"
             )
-        value = init_variance[pattern]
+        value = by_pattern[pattern]
         return value if isinstance(value, Tensor) and value.ndim else check_init_variance(value, 1)
 
     values: dict[nn.Module, Any] = {}
     for module, name in modules.items():
         if isinstance(module, nn.MultiheadAttention):
-            values[module] = {
-                part: value_of(f"{name}.{part}".lstrip(".")) for part in in_projections(module)
-            }
+            parts = in_projections(module)
+            values[module] = {part: value_of(f"{name}.{part}".lstrip(".")) for part in parts}
         else:
             values[module] = value_of(name)
             if isinstance(values[module], Tensor) and is_candidate(module, tuple(TWINS)):
@@ -416,128 +364,15 @@ def _variances_by_name(
 def _one_variance_each(
     groups: list[list[nn.Module]],
     variance_of: dict[nn.Module, Any],
-    names: dict[nn.Module, list[str]],
+    names: Names,
 ) -> None:
     for group in groups:
-        first = variance_of[group[0]]
-        if any(
-            not torch.equal(torch.as_tensor(first), torch.as_tensor(variance_of[m])) for m in group
-        ):
+        first, *others = (torch.as_tensor(variance_of[m]) for m in group)
+        if not all(torch.equal(first, other) for other in others):
             raise ValueError(
                 "init_variance: expected one value for layers that share a variance, got "
                 f"different ones for {[names[m][0] for m in group]}; let one pattern match them all"
             )
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
-        wrapper = kinds & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
-        if wrapper:
-            raise RuntimeError(
-                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at "
-                f"{name or 'the root'!r}, which would not synchronise variances added now; convert "
-                "first, then shard or wrap"
-            )
-
-
-def _matched(
-    names: dict[nn.Module, list[str]],
-    wanted: dict[nn.Module, str],
-    reasons: dict[nn.Module, str],
-    types: tuple[type[nn.Module], ...],
-) -> list[nn.Module]:
-    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
-    attention."""
-    blocks = block_names(names, types)
-    matched = [
-        m
-        for m in wanted
-        if counts_as(m) in types and m not in reasons and not is_inside(names[m], blocks)
-    ]
-    spare = {
-        m
-        for wrapper in names
-        if keeps_original(wrapper)
-        for m in wrapper.get_submodule("original_module").modules()
-    }
-    matched = [m for m in matched if m not in spare]
-    owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
-    owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
-    return [m for m in matched if type(m) is not OUT_PROJECTION or m in owners]
-
-
-def _groups(matched: dict[nn.Module, str], share: Sequence[Sequence[str]]) -> list[list[nn.Module]]:
-    """The layers that are to share their noise: those of one parent that one group of patterns
-    matches."""
-    groups, taken = [], {}
-    for asked in share:
-        group_patterns = strings("share", asked)
-        if len(group_patterns) < 2:
-            raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
-        patterns = Patterns("share", group_patterns)
-        by_parent: dict[str, list[nn.Module]] = {}
-        for module, name in matched.items():
-            parent, _, own = name.rpartition(".")
-            if patterns.all(own, name):
-                by_parent.setdefault(parent, []).append(module)
-        patterns.require_used(matched.values(), "a layer to convert")
-        for group in (group for group in by_parent.values() if len(group) > 1):
-            for module in group:
-                if module in taken:
-                    raise ValueError(
-                        f"share: expected each layer in one group, got {matched[module]!r} in two"
-                    )
-                taken[module] = group
-            features = {matched[m]: (features_of(m), feature_dim_of(m)) for m in group}
-            if len(set(features.values())) > 1:
-                raise ValueError(
-                    f"share: expected layers with the same number of input features, got {features}"
-                )
-            groups.append(group)
-    if share and not groups:
-        raise ValueError(
-            f"share: expected two layers of one parent in a group, got none for {list(share)}"
-        )
-    return groups
-
-
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module once, in order, with all the names that lead to it."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
-def _every_name(names: dict[nn.Module, list[str]]) -> list[str]:
-    return [name for every_name in names.values() for name in every_name]
-
-
-def _excluded(names: dict[nn.Module, list[str]], exclude: Sequence[str]) -> set[nn.Module]:
-    patterns = Patterns("exclude", exclude)
-    excluded = {
-        module
-        for module, every_name in names.items()
-        if patterns.all(*(outer for name in every_name for outer in around(name)[1:]))
-    }
-    patterns.require_used(_every_name(names))
-    return excluded
-
-
-def _nothing_matched(
-    model: nn.Module, types: tuple[type[nn.Module], ...], reasons: dict[nn.Module, str]
-) -> str:
-    wanted = " or ".join(f"nn.{t.__name__}" for t in types)
-    text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
-    already = len(dip_layers(model))
-    if already:
-        text += f"; {already} layer(s) are DIP layers already"
-    if reasons:
-        text += f"; {len(reasons)} module(s) cannot be converted: " + ", ".join(
-            f"{type(m).__name__} ({reason})" for m, reason in list(reasons.items())[:5]
-        )
-    return text
 
 
 def _twin_before(module: Any, init_variance: Any, features: int, dim: int) -> type[Any]:
@@ -580,10 +415,10 @@ def _become_dip(
     except Exception:
         module.__class__ = plain
         raise
-    if is_adapter(module) and isinstance(base_layer(module), DIPLayer):
+    base = base_layer(module)
+    if base is not module and isinstance(base, DIPLayer):
         # PEFT was put around a DIP layer and froze it: the noise moves to where base layer and
         # adapter both read.
-        base: Any = base_layer(module)
         module.variance, module.num_samples = base.variance, base.num_samples
         module.variance.requires_grad_(True)
         _become_plain(base)
@@ -613,100 +448,78 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def to_plain(model: nn.Module) -> nn.Module:
-    """Turn every DIP layer back into the plain one, y = Layer(x), in place: the reverse of
-    `convert`.
+# ---- what stays without noise --------------------------------------------------------------------
 
-    Parameters keep their identity, and the state dict is the plain network's. The learned variances
-    are lost. A DIPInput becomes nn.Identity.
 
-    Args:
-        model: Any module with DIP layers.
-
-    Returns:
-        The model; nn.Identity() for a model that is a DIPInput itself.
-
-    Raises:
-        ValueError: There is no DIP layer, or one that has no plain twin.
-
-    Examples:
-        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
-        >>> dip.to_plain(model)
-        Sequential(
-          (0): Linear(in_features=4, out_features=2, bias=True)
+def _warn_unreached(plan: ProducerPlan) -> None:
+    """Of layers that no batch entered nobody knows what they read."""
+    unreached = [name for row in plan.left if row.reason == UNREACHED for name in row.layers]
+    if plan.moved and unreached:
+        warnings.warn(
+            f"convert: the batches do not reach {len(unreached)} layer(s), which keep a projection "
+            f"of their own: {', '.join(unreached)}. A layer that reads what a module of the plan "
+            "makes would get noise twice. Give batches that reach every layer, or name these in "
+            "exclude=[...]",
+            DIPConversionWarning,
+            stacklevel=3,
         )
 
-    Source: arXiv 2506.04690, Algorithm 3 (prediction by the plain network).
-    """
-    layers = dip_layers(model)
-    if not layers:
-        raise ValueError("model: expected a DIP layer to turn back, found none")
-    attentions = {
-        name: m for name, m in model.named_modules() if isinstance(m, DIPMultiheadAttention)
-    }
-    unknown = [
-        name
-        for name, m in {**layers, **attentions}.items()
-        if "plain_type" not in vars(type(m)) and not isinstance(m, DIPInput)
+
+def _warn_without_noise(choice: Choice) -> None:
+    """Name what looks like a layer, or holds weights of its own, and was not converted."""
+    names, asked = choice.names, choice.asked
+    # Noise before a module is before the children too that it reads and never calls.
+    answered: set[nn.Module] = set()
+    for whole in asked:
+        kind: Any = type(whole)
+        past = read_past(kind)
+        answered |= {child for name, child in whole.named_children() if name in past}
+    lines = [
+        f"  {shown(names[m][0], m)}: {reason}"
+        for m, reason in choice.reasons.items()
+        if m not in answered
     ]
-    if unknown:
-        raise ValueError(
-            f"model: expected DIP layers that convert knows, got subclasses of them: {unknown}; if "
-            "they are parametrised (weight_norm), call "
-            "torch.nn.utils.parametrize.remove_parametrizations first"
+    unwanted = names.keys() - choice.wanted
+    quiet = {*choice.matched, *asked, *choice.reasons, *unwanted}
+    holders = unnoised(names, quiet, block_names(names, choice.types))
+    lines += [f"  {which}: {reason}" for which, reason in holders.items()]
+    if lines:
+        text = (
+            f"convert: {len(lines)} module(s) stay without noise. To end this warning, name them in "
+            "exclude=[...]:\n"
         )
-    hooked = [name for name, m in layers.items() if "forward" in vars(m) and hasattr(m, "_hf_hook")]
-    if hooked:
-        raise ValueError(
+        warnings.warn(text + "\n".join(lines), DIPConversionWarning, stacklevel=3)
+
+
+# ---- back ----------------------------------------------------------------------------------------
+
+
+def _stays_dip(module: nn.Module) -> str | None:
+    """Why this module cannot be turned back: an error with a place for names."""
+    if not isinstance(module, (DIPLayer, DIPMultiheadAttention)):
+        return None
+    if "plain_type" not in vars(type(module)) and not isinstance(module, DIPInput):
+        return (
+            "model: expected DIP layers that convert knows, got subclasses of them: {}; if they are "
+            "parametrised (weight_norm), call torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    if forward_set_by(module) == "accelerate":
+        return (
             "model: expected one that accelerate has not dispatched, got hooks that call the DIP "
-            f"forward at {hooked}: call accelerate.hooks.remove_hook_from_submodules(model), then "
-            "to_plain, then accelerate.dispatch_model again"
+            "forward at {}: call accelerate.hooks.remove_hook_from_submodules(model), then to_plain, then "
+            "accelerate.dispatch_model again"
         )
-    replaced = [
-        name
-        for name, m in {**layers, **attentions}.items()
-        if "forward" in vars(m)
-        and getattr(vars(m)["forward"], "__func__", None) is not type(m).forward
-    ]
-    if replaced:
-        raise ValueError(
+    if forward_set_by(module):
+        return (
             "model: expected layers with their class's forward, got one set on the object, which "
-            f"may call the DIP forward, at {replaced}: delete it (del layer.forward), then to_plain"
+            "may call the DIP forward, at {}: delete it (del layer.forward), then to_plain"
         )
-    activated = [
-        name
-        for name, m in layers.items()
-        if getattr(m, "activation", None) and isinstance(m, DIPLinear)
-    ]
-    if activated:
-        raise ValueError(
-            f"model: expected layers that an nn.Linear can stand for, got {activated} with an "
-            "activation inside; give it a module of its own behind the layer"
+    if isinstance(module, DIPLinear) and module.activation:
+        return (
+            "model: expected layers that an nn.Linear can stand for, got {} with an activation "
+            "inside; give it a module of its own behind the layer"
         )
-    buffers = own_buffers(layers)
-    others = [
-        name
-        for name in vars(model).pop("_ddp_params_and_buffers_to_ignore", ())
-        if name not in buffers
-    ]
-    if others:
-        model._ddp_params_and_buffers_to_ignore = others  # type: ignore[assignment]
-    for attention in attentions.values():
-        attention.to_plain_in_place()
-    for module in model.modules():
-        if isinstance(module, GatedBlock):
-            module.__class__ = module.plain_type  # type: ignore[assignment]
-    for layer in layers.values():
-        if not isinstance(layer, DIPInput):
-            _become_plain(layer)
-    forget(model)
-    if isinstance(model, DIPInput):
-        return nn.Identity()
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if isinstance(child, DIPInput):
-                parent._modules[name] = nn.Identity()
-    return model
+    return None
 
 
 def _become_plain(module: Any) -> None:

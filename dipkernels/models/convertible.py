@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import types as python_types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from ..nn.linear import DIPLinear
 from ..nn.twin import first_parameter, twin_type
 from .patterns import around
 
+Types = tuple[type[nn.Module], ...]  # some of TWINS
+Names = Mapping[nn.Module, list[str]]  # every module of a model, in its order, with all its names
 TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttention
     twin.plain_type: twin
     for twin in (DIPLinear, DIPConv1d, DIPConv2d, DIPConv3d, DIPMultiheadAttention)
@@ -28,31 +30,13 @@ TWINS: dict[type[nn.Module], type[Any]] = {  # DIPLayers, and DIPMultiheadAttent
 OUT_PROJECTION = DIPOutProjection.plain_type
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Where quantised layers and weights are defined: parts of the names of their Python modules.
-_QUANTISED = (
-    "quantiz",
-    "quanto",
-    ".qat",
-    "bitsandbytes",
-    "torchao",
-    "awq",
-    "gptq",
-    "hqq",
-    "eetq",
-    "finegrained_fp8",
+_QUANTISED = re.compile(
+    r"quantiz|quanto|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8", re.IGNORECASE
 )
-# What a DIP layer has beside the plain one; a class that uses one of these names for itself gets no
-# twin.
-_OWN_NAMES = (
-    "variance",
-    "stream",
-    "num_samples",
-    "keep",
-    "number",
-    "share",
-    "noisy",
-    "log_variance",
-    "plain_type",
-)
+# What a DIP layer has beside the plain one. What uses one of these names for itself gets no twin.
+_OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
+_OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
+_OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
 
 
 # ---- what a module is ----------------------------------------------------------------------------
@@ -75,7 +59,7 @@ def counts_as(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+def is_candidate(module: nn.Module, types: Types) -> bool:
     if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return False
     return isinstance(module, types) or counts_as(module) in types
@@ -83,10 +67,8 @@ def is_candidate(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D, a linear layer whose weight is transposed."""
-    return (
-        type(module).__name__ == "Conv1D"
-        and type(module).__module__ == "transformers.pytorch_utils"
-    )
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def is_adapter(module: nn.Module) -> bool:
@@ -98,18 +80,16 @@ def is_adapter(module: nn.Module) -> bool:
     ) and hasattr(module, "base_layer")
 
 
-def base_layer(adapter: Any) -> nn.Module:
-    """The layer inside adapters, however many."""
-    base: nn.Module = adapter.get_base_layer()
-    return base
+def base_layer(module: Any) -> Any:
+    """The layer inside adapters, however many; a module that is none itself."""
+    return module.get_base_layer() if is_adapter(module) else module
 
 
 def keeps_original(module: nn.Module) -> bool:
     """Whether PEFT trains copies of a module here (modules_to_save), so that the original is not
     called."""
-    return type(module).__name__ == "ModulesToSaveWrapper" and type(module).__module__.startswith(
-        "peft."
-    )
+    kind = type(module)
+    return kind.__name__ == "ModulesToSaveWrapper" and kind.__module__.startswith("peft.")
 
 
 def _stands_for(base: nn.Module) -> type[nn.Module] | None:
@@ -117,17 +97,14 @@ def _stands_for(base: nn.Module) -> type[nn.Module] | None:
     base's."""
     if isinstance(base, nn.Linear) or is_conv1d(base):
         return nn.Linear
-    for convolution in _CONVOLUTIONS:
-        if isinstance(base, convolution):
-            return convolution
     if _is_quantised(type(base)) and isinstance(getattr(base, "in_features", None), int):
         return nn.Linear
-    return None
+    return next((c for c in _CONVOLUTIONS if isinstance(base, c)), None)
 
 
 def _is_quantised(kind: type) -> bool:
-    where = f"{kind.__module__}.{kind.__name__}".lower()
-    return any(part in where for part in (*_QUANTISED, "quantlinear"))
+    where = f"{kind.__module__}.{kind.__name__}"
+    return bool(_QUANTISED.search(where)) or "quantlinear" in where.lower()
 
 
 def twin_of(module: nn.Module) -> type[Any]:
@@ -144,7 +121,7 @@ def twin_of(module: nn.Module) -> type[Any]:
 
 def features_of(module: Any) -> int:
     """The number of input features, or channels, of a module of one of `types`."""
-    layer: Any = base_layer(module) if is_adapter(module) else module
+    layer = base_layer(module)
     names = ("nx",) if is_conv1d(layer) else ("in_channels", "in_features", "embed_dim")
     return int(next(getattr(layer, name) for name in names if hasattr(layer, name)))
 
@@ -152,7 +129,7 @@ def features_of(module: Any) -> int:
 def feature_dim_of(module: nn.Module) -> int:
     """Where the features of a module's input are, as far as its class says: a convolution's
     channels, or the last."""
-    layer = base_layer(module) if is_adapter(module) else module
+    layer = base_layer(module)
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
@@ -163,14 +140,12 @@ def is_inside(every_name: list[str], blocks: set[str]) -> bool:
     return any(outer in blocks for name in every_name if name for outer in around(name)[:-1])
 
 
-def block_names(names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]) -> set[str]:
+def block_names(names: Names, types: Types) -> set[str]:
     """The names of the modules inside which no layer may be converted by itself."""
     return {name for module in names if _blocks(module, types) for name in names[module]}
 
 
-def cannot(
-    names: dict[nn.Module, list[str]], types: tuple[type[nn.Module], ...]
-) -> dict[nn.Module, str]:
+def cannot(names: Names, types: Types) -> dict[nn.Module, str]:
     """The modules that would look converted and draw no noise, or the wrong noise, each with the
     reason."""
     reasons = {module: reason for module in names if (reason := _reason(module, types))}
@@ -190,7 +165,7 @@ def cannot(
     return {m: reason for m, reason in reasons.items() if not is_inside(names[m], blocks)}
 
 
-def _blocks(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+def _blocks(module: nn.Module, types: Types) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or _looks_like_lora(module):
         return True
     if is_adapter(module):
@@ -221,7 +196,7 @@ def _adapter_reason(module: nn.Module) -> str | None:
     return f"an adapter over {type(base).__name__}, whose input convert does not know: give its name in before=[...]"
 
 
-def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None:
+def _reason(module: nn.Module, types: Types) -> str | None:
     kind = type(module)
     if isinstance(module, DIPLayer):
         return None
@@ -234,12 +209,7 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if _looks_like_lora(module):
         return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
-    if (
-        of_a_kind
-        and kind is not OUT_PROJECTION
-        and _is_quantised(kind)
-        and counts_as(module) is None
-    ):
+    if of_a_kind and counts_as(module) is None and _is_quantised(kind):
         return "quantised: give its name in before=[...] to noise its input; to quantise a converted model, call to_plain first"
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
@@ -260,29 +230,39 @@ def _reason(module: nn.Module, types: tuple[type[nn.Module], ...]) -> str | None
     if isinstance(weight, Tensor) and weight.layout is not torch.strided:
         return f"its weight is sparse ({weight.layout})"
     data = getattr(weight, "data", None)
-    if data is not None and any(part in type(data).__module__.lower() for part in _QUANTISED):
+    if data is not None and _QUANTISED.search(type(data).__module__):
         return f"quantised: its weight is a {type(data).__name__}; convert the model before quantising it"
     return None
 
 
+def forward_set_by(module: nn.Module) -> str:
+    """Who set a forward of its own on the object: "accelerate", "transformers" or "somebody"; "" where
+    it has none but the class's, as accelerate leaves behind."""
+    own = vars(module).get("forward")
+    if own is not None and hasattr(module, "_hf_hook"):
+        return "accelerate"
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return ""
+    return "transformers" if getattr(module, "_is_hooked", False) else "somebody"
+
+
 def _forward_replaced(module: nn.Module) -> str | None:
-    """Why the forward of the class would not run; None where the object has that one, as accelerate
-    leaves behind."""
-    if "forward" in vars(module) and hasattr(module, "_hf_hook"):
+    """Why the forward of the class would not run."""
+    by = forward_set_by(module)
+    if by == "accelerate":
         return (
             "accelerate dispatched it, and its hook calls the plain forward: convert before "
             "dispatching, or call accelerate.hooks.remove_hook_from_submodules(model), then "
             "convert, then accelerate.dispatch_model again"
         )
-    own = vars(module).get("forward")
-    if own is None or getattr(own, "__func__", None) is type(module).forward:
-        return None
-    if getattr(module, "_is_hooked", False):
+    if by == "transformers":
         return (
             "a tp_plan of transformers replaced its forward: load the model without one, convert, "
             "then dip.parallelize_module(model, mesh, plan)"
         )
-    return "its forward was replaced on the object, so a DIP layer's forward would not run"
+    if by:
+        return "its forward was replaced on the object, so a DIP layer's forward would not run"
+    return None
 
 
 def _taken(module: nn.Module, twin: type[Any]) -> list[str]:
@@ -301,9 +281,7 @@ def no_twin(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, (DIPLayer, DIPMultiheadAttention)):
         return "a DIP layer already"
-    if isinstance(module, nn.MultiheadAttention) or (
-        is_adapter(module) and isinstance(base_layer(module), nn.MultiheadAttention)
-    ):
+    if isinstance(base_layer(module), nn.MultiheadAttention):
         return "it takes three inputs, which convert noises by itself (types)"
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted: convert the model before scripting it"
@@ -313,7 +291,7 @@ def no_twin(module: nn.Module) -> str | None:
         return "its forward calls every child in turn, and would call the variance: name its first module"
     if first_parameter(kind) is None:
         return "its forward takes no first argument"
-    taken = [name for name in _OWN_NAMES if hasattr(module, name)]
+    taken = sorted(name for name in _OWN_NAMES if hasattr(module, name))
     if taken:
         return f"it has {taken} of its own, names that a DIP layer uses"
     return None
@@ -322,21 +300,9 @@ def no_twin(module: nn.Module) -> str | None:
 # ---- layers whose weight is read past them -------------------------------------------------------
 
 _PLAIN_LOOKS = re.compile(
-    r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training"
+    r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training|="
 )
-_HARMLESS = (
-    "dtype",
-    "device",
-    "shape",
-    "ndim",
-    "data",
-    "grad",
-    "requires_grad",
-    "is_cuda",
-    "numel",
-    "size",
-    "dim",
-)
+_HARMLESS = re.compile(r"dtype|device|shape|ndim|data|grad|requires_grad|is_cuda|numel|size|dim|=")
 _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
 
 
@@ -368,37 +334,37 @@ def read_past(kind: Any) -> frozenset[str]:
 def _mentions(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
     """(child, whether its weight is read) for every `self.child` in this code that is more than a
     harmless look."""
-    for constant in code.co_consts:
-        if isinstance(constant, python_types.CodeType):
-            yield from _mentions(constant, own)
-    steps = [
-        s
-        for s in dis.get_instructions(code)
-        if s.opname not in ("CACHE", "NOP", "PRECALL", "EXTENDED_ARG")
-    ]
-    for i, step in enumerate(steps):
-        if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-            continue
-        # two in one from 3.13 on
-        loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
-        if loaded != own:
-            continue
-        following = [
-            s.argval
-            if s.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            else ""
-            if s.opname == "STORE_ATTR"
-            else None
-            for s in steps[i + 1 : i + 4]
-        ]
-        child, attribute, further = (*following, None, None, None)[:3]
-        if not child:
+    for path in _paths(code, own):
+        child, attribute, further = (*path, "", "", "")[:3]
+        if child in ("", "="):
             continue
         if attribute == "weight":
-            if further is None or further not in (*_HARMLESS, ""):
+            if not _HARMLESS.fullmatch(further):
                 yield child, True
-        elif attribute is None or (attribute and not _PLAIN_LOOKS.fullmatch(attribute)):
+        elif not _PLAIN_LOOKS.fullmatch(attribute):
             yield child, False
+
+
+def _paths(code: python_types.CodeType, own: tuple[str, ...]) -> Iterator[list[str]]:
+    """What follows each `self` in this code: ["a", "b"] for self.a.b, and ["a", "="] where self.a.b
+    is set."""
+    for constant in code.co_consts:
+        if isinstance(constant, python_types.CodeType):
+            yield from _paths(constant, own)
+    path: list[str] | None = None  # of the self that was loaded last
+    for step in dis.get_instructions(code):
+        if step.opname in ("NOP", "EXTENDED_ARG"):
+            continue
+        if path is not None:
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                path.append(step.argval)
+                continue
+            yield [*path, "="] if step.opname == "STORE_ATTR" else path
+            path = None
+        if step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            # two in one from 3.13 on
+            loaded = step.argval[-1:] if isinstance(step.argval, tuple) else (step.argval,)
+            path = [] if loaded == own else None
 
 
 # ---- weights that are in no layer ----------------------------------------------------------------
@@ -416,14 +382,10 @@ _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
     """The floating Parameters of two dimensions or more that are the module's own, or in a list of
     its own."""
-    lists = {
-        n: m
-        for n, m in module.named_children()
-        if isinstance(m, (nn.ParameterList, nn.ParameterDict))
-    }
     parameters = dict(module.named_parameters(recurse=False))
-    for name, each in lists.items():
-        parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
+    for name, each in module.named_children():
+        if isinstance(each, (nn.ParameterList, nn.ParameterDict)):
+            parameters |= {f"{name}.{own}": p for own, p in each.named_parameters()}
     return {name: p for name, p in parameters.items() if _is_matrix(p)}
 
 
@@ -434,9 +396,7 @@ def _is_matrix(p: Tensor) -> bool:
     return sum(size != 1 for size in p.shape) >= 2 and not embedded
 
 
-def unnoised(
-    names: dict[nn.Module, list[str]], known: set[nn.Module], blocks: set[str]
-) -> dict[str, str]:
+def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str, str]:
     """{names: reason} for the modules that are no layer of `types` and hold matrix weights, one
     line for each class.
 

@@ -59,18 +59,14 @@ def param_groups(
     variances = {id(p) for m in model.modules() if isinstance(m, Variance) for p in m.parameters()}
     if variance_lr is not None and not variances:
         raise ValueError("variance_lr: given for a model without DIP layers; convert it first")
+    if variance_lr is None:
+        variance_lr = 10 * lr
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     groups: list[dict[str, Any]] = [
-        {"name": "weights", "params": [], "lr": lr},
+        {"name": "weights", "params": [], "lr": lr, **decay},
         {"name": "biases", "params": [], "lr": lr, "weight_decay": 0.0},
-        {
-            "name": "variances",
-            "params": [],
-            "lr": 10 * lr if variance_lr is None else variance_lr,
-            "weight_decay": 0.0,
-        },
+        {"name": "variances", "params": [], "lr": variance_lr, "weight_decay": 0.0},
     ]
-    if weight_decay is not None:
-        groups[0]["weight_decay"] = weight_decay
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = 2 if id(parameter) in variances else 0 if parameter.ndim >= 2 else 1
@@ -110,13 +106,11 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
             f"model: expected the variances of all its DIP layers, got {list(left)} that share one "
             "of a layer that has left the model; call dip.number_layers(model)"
         )
-    found: dict[str, Tensor] = {}
-    for name, m in plain_names(model).items():
-        if isinstance(m, Variance):
-            found[f"{name}.log_variance"] = m.detached()
-            found[f"{name}.log_prior"] = dtensor.full(m.log_prior)
-            found[f"{name}.pull"] = dtensor.full(m.pull)
-    return {name: values.cpu().clone() for name, values in found.items()}
+    found = {}
+    for name, (m, part) in _tensors(model).items():
+        values = m.detached() if part == "log_variance" else dtensor.full(getattr(m, part))
+        found[name] = values.cpu().clone()
+    return found
 
 
 @torch.no_grad()
@@ -141,12 +135,7 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         True
     """
     need_layers(model)
-    own = {
-        f"{name}.{part}": m
-        for name, m in plain_names(model).items()
-        if isinstance(m, Variance)
-        for part in TENSORS
-    }
+    own = _tensors(model)
     if not isinstance(state, Mapping):
         raise TypeError(
             f"state: expected a mapping, which variances gives, got {type(state).__name__}"
@@ -161,20 +150,32 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         )
     if others := {n: kind for n, values in state.items() if (kind := undense(values)) is not None}:
         raise TypeError(f"state: expected dense tensors, got {others}")
-    shapes = {n: (tuple(values.shape), (own[n].num_features,)) for n, values in state.items()}
+    shapes = {n: (tuple(values.shape), (own[n][0].num_features,)) for n, values in state.items()}
     other = {n: (given, expected) for n, (given, expected) in shapes.items() if given != expected}
     if other:
         raise ValueError(
             f"state: expected the shapes of this model's variances, got (given, expected) {other}"
         )
     require_finite_values("state", state)
-    check_settable({n: m for n, m in own.items() if n.endswith(".log_variance")})
+    check_settable({n: m for n, (m, part) in own.items() if part == "log_variance"})
     for name, values in state.items():
-        if name.endswith(".log_variance"):
-            set_named(name, own[name], values)
+        m, part = own[name]
+        if part == "log_variance":
+            set_named(name, m, values)
         else:
-            buffer = getattr(own[name], name.rpartition(".")[2])
+            buffer = getattr(m, part)
             buffer.copy_(dtensor.laid_out_as(values, buffer))
+
+
+def _tensors(model: nn.Module) -> dict[str, tuple[Variance, str]]:
+    """What every Variance keeps, by its name in the state dict of the plain model: whose it is, and
+    which."""
+    return {
+        f"{name}.{part}": (m, part)
+        for name, m in plain_names(model).items()
+        if isinstance(m, Variance)
+        for part in TENSORS
+    }
 
 
 def check_settable(variances: Mapping[str, Variance]) -> None:

@@ -9,15 +9,8 @@ from collections.abc import Iterable
 
 
 class Patterns:
-    """The patterns of one argument. It notes which of them have matched a name.
-
-    Args:
-        argument: The name of the argument that holds the patterns.
-        patterns: In their order; a single one stands for a list of one.
-
-    Raises:
-        TypeError: Some are no strings.
-    """
+    """The patterns of the argument of this name; a single one stands for a list of one. It notes
+    which of them have matched a name. Raises TypeError where some are no strings."""
 
     def __init__(self, argument: str, patterns: Iterable[str]) -> None:
         self._argument, self._patterns = argument, strings(argument, patterns)
@@ -37,13 +30,8 @@ class Patterns:
         return hit
 
     def require_used(self, names: Iterable[str], what: str = "a module's name") -> None:
-        """Raise ValueError for patterns that have decided nothing: with the names that look like
-        them, or because earlier patterns have taken what they match.
-
-        Args:
-            names: The names that the patterns were compared with.
-            what: What these are the names of.
-        """
+        """Raise ValueError for patterns that have decided nothing about these names, of `what`: with
+        the names that look like them, or because earlier patterns have taken what they match."""
         unused = [p for p in self._patterns if p not in self._used]
         if unused:
             raise ValueError(_no_match(self._argument, unused, names, what))

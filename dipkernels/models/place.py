@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..nn.norm import DIPLayerNorm, DIPRMSNorm, NormProducer
 from ..nn.twin import made_type
 from ..ops.activations import ACTIVATIONS
 from ..worlds import is_dtensor
-from .convertible import OUT_PROJECTION, feature_dim_of, features_of, is_adapter, no_twin
+from .convertible import OUT_PROJECTION, Names, feature_dim_of, features_of, is_adapter, no_twin
 from .probe import shown, untouched
 from .readers import Call, Made, Watch
 
@@ -36,13 +37,7 @@ _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "norm_eps")
 # why a layer stays that no batch was seen to enter
 UNREACHED = "the batches do not reach it, or what is around it reads its weight without calling it"
 # of a producer, beside a DIP layer's
-_TAKEN = (
-    "kind",
-    "offset",
-    "eps_name",
-    "noises_output",
-    "made_of",
-)
+_TAKEN = ("kind", "offset", "eps_name", "noises_output", "made_of")
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -99,50 +94,30 @@ class ProducerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """A producer, the class that it becomes, and the layers whose projection it takes.
-
-    Attributes:
-        producer: The module.
-        name: Its name.
-        twin: Its DIP class.
-        features: K.
-        layers: The layers that read it.
-        device: Of what it makes.
-        block: With a gated product: the block around it and that block's class.
-    """
+    """A producer, the class that it becomes, and the layers whose projection it takes."""
 
     producer: nn.Module
     name: str
-    twin: type[Any]
+    twin: type[Any]  # its DIP class
     features: int
-    layers: tuple[nn.Module, ...]
-    device: torch.device
+    layers: tuple[nn.Module, ...]  # what reads it
+    device: torch.device  # of what it makes
+    # with a gated product, the block around it and the class that this becomes
     block: tuple[nn.Module, type[Any]] | None = None
 
 
 def find_moves(
     model: nn.Module,
-    names: Mapping[nn.Module, list[str]],
+    names: Names,
     layers: Iterable[nn.Module],
     stay: Mapping[nn.Module, str],
     batches: Iterable[Any],
 ) -> tuple[ProducerPlan, list[Move]]:
-    """Watch passes over the batches: the plan, and what to do by it.
-
-    Args:
-        model: Not changed.
-        names: Every module's names in it.
-        layers: The layers that are to be noised.
-        stay: Modules that are to stay as they are, each with the reason.
-        batches: As `calibrate`'s.
-
-    Raises:
-        ValueError: For no batches.
-    """
+    """Watch passes over the batches: the plan for the layers that are to be noised, and what to do
+    by it. stay: modules that are to stay as they are, each with the reason."""
     first = {module: every[0] for module, every in names.items()}
     dims = {layer: feature_dim_of(layer) for layer in layers}
-    candidates = [m for m in names if m not in dims and _may_produce(m)]
-    watch = Watch(first, dims, candidates)
+    watch = Watch(first, dims, [m for m in names if m not in dims and _may_produce(m)])
     watch.run(model, batches)
     return _Planner(model, names, dims, stay, watch).plan()
 
@@ -154,38 +129,31 @@ class _Gated(NamedTuple):
     parts: tuple[str, str, str, str]
 
 
+@dataclasses.dataclass
 class _Planner:
-    def __init__(
-        self,
-        model: nn.Module,
-        names: Mapping[nn.Module, list[str]],
-        dims: Mapping[nn.Module, int],
-        stay: Mapping[nn.Module, str],
-        watch: Watch,
-    ) -> None:
-        self._model, self._names, self._dims, self._stay = model, names, dims, stay
-        self._sources = watch.sources
-        self._calls: dict[nn.Module, list[Call]] = {}
-        for call in watch.calls:
-            self._calls.setdefault(call.module, []).append(call)
+    model: nn.Module
+    names: Names
+    dims: Mapping[nn.Module, int]
+    stay: Mapping[nn.Module, str]
+    watch: Watch
 
     def plan(self) -> tuple[ProducerPlan, list[Move]]:
         groups: dict[tuple[nn.Module | None, _Gated | None, str], list[nn.Module]] = {}
-        for layer in self._dims:
+        move: Move | str
+        for layer in self.dims:
             groups.setdefault(self._origin(layer), []).append(layer)
         moves, moved, left = [], [], []
         for (producer, gated, reason), layers in groups.items():
-            move: Move | str = reason
-            if producer is not None and not reason:
-                move = self._move(producer, gated, layers)
-            kind = "" if producer is None else type(producer).__name__
-            name = "" if producer is None else self._name(producer)
+            who, move = ("", ""), reason
+            if producer is not None:
+                who = self._name(producer), type(producer).__name__
+                move = reason or self._move(producer, gated, layers)
             shown = tuple(self._name(layer) for layer in layers)
             if isinstance(move, Move):
                 moves.append(move)
-                moved.append(PlanRow(name, kind, shown))
+                moved.append(PlanRow(*who, shown))
             else:
-                left.append(PlanRow(name, kind, shown, move))
+                left.append(PlanRow(*who, shown, move))
         return ProducerPlan(tuple(moved), tuple(left)), moves
 
     # ---- what makes a layer's input
@@ -193,33 +161,37 @@ class _Planner:
     def _origin(self, layer: nn.Module) -> tuple[nn.Module | None, _Gated | None, str]:
         """The module that makes this layer's input, the gated product that it does so in, and why
         the layer keeps its projection; None and "" where there is none."""
-        sources = self._sources[layer]
+        sources = self.watch.sources[layer]
         if not sources and type(layer) is OUT_PROJECTION:
             return None, None, "nn.MultiheadAttention makes its input, outside of any module"
         if not sources:
             return None, None, UNREACHED
-        if any(source is None for source in sources):
+        made = [source for source in sources if source is not None]
+        if len(made) < len(sources):
             beside = ", or tensors that differ" * isinstance(layer, nn.MultiheadAttention)
             return None, None, f"it reads the network's own input{beside}"
-        made = [source for source in sources if source is not None]
         gated = self._gated(layer, made)
         if gated is not None:
-            return getattr(gated.block, gated.parts[1]), gated, ""
+            act = getattr(gated.block, gated.parts[1])
+            if isinstance(act, nn.Module):
+                return act, gated, ""
+            where, name = self._shown(gated.block), getattr(act, "__name__", str(act))
+            reason = f"its gated product in {where} calls {name}, which is no module"
+            way_out = f": use {_FUNCTIONS[name]} to move it" if name in _FUNCTIONS else ""
+            return None, None, reason + way_out
         calls = [source.call for source in made if source.call is not None]
         if len(calls) == len(made) and len({call.module for call in calls}) == 1:
             return calls[0].module, None, self._layer_reason(layer)
         # In training mode it reads something else than in eval mode: a dropout between.
         for producer in dict.fromkeys(call.module for call in calls):
-            for call in self._calls[producer]:
+            for call in self.watch.calls[producer]:
                 if call.elsewhere is not None:
                     return producer, None, call.elsewhere
         return None, None, self._unknown(made)
 
     def _layer_reason(self, layer: nn.Module) -> str:
-        if len(self._names[layer]) > 1:
-            return f"the layer is tied, {len(self._names[layer])} names lead to it"
-        if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
-            return "it has a variance for each of query, key and value"
+        if len(self.names[layer]) > 1:
+            return f"the layer is tied, {len(self.names[layer])} names lead to it"
         if is_adapter(layer):
             return "the layer is an adapter, whose variance is saved with it"
         return ""
@@ -228,11 +200,7 @@ class _Planner:
         if len({(source.op, source.module) for source in made}) > 1:
             return "its input is made in more than one place"
         op, module = made[0].op.strip("_"), made[0].module
-        if made[0].call is not None:
-            module = made[0].call.module
-        where = "the model itself"
-        if module is not None and module is not self._model:
-            where = shown(self._name(module), module)
+        where = "the model itself" if module is None else self._shown(module)
         if op in _FUNCTIONS:
             return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":
@@ -248,7 +216,7 @@ class _Planner:
     def _move(
         self, producer: nn.Module, gated: _Gated | None, layers: list[nn.Module]
     ) -> Move | str:
-        calls = self._calls.get(producer, [])
+        calls = self.watch.calls[producer]
         what = self._module_reason(producer) or self._form(producer, gated is not None)
         if isinstance(what, str):
             return what
@@ -269,10 +237,10 @@ class _Planner:
         return Move(producer, name, twin, features_of(layers[0]), tuple(layers), where, around)
 
     def _module_reason(self, module: Any) -> str:
-        if len(self._names[module]) > 1:
-            return f"it is tied, {len(self._names[module])} names lead to it"
-        if module in self._stay:
-            return self._stay[module]
+        if len(self.names[module]) > 1:
+            return f"it is tied, {len(self.names[module])} names lead to it"
+        if module in self.stay:
+            return self.stay[module]
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return "it has hooks, which would see noise"
         if (cannot := no_twin(module)) is not None:
@@ -290,7 +258,7 @@ class _Planner:
     def _calls_reason(self, calls: list[Call], layers: list[nn.Module]) -> str:
         readers = {layer for call in calls for layer in call.readers}
         others = [
-            self._name(layer) for layer in self._dims if layer in readers and layer not in layers
+            self._name(layer) for layer in self.dims if layer in readers and layer not in layers
         ]
         if len({frozenset(call.readers) for call in calls}) > 1:
             return "it is called in several places, and different layers read them: give each place a module of its own"
@@ -320,21 +288,22 @@ class _Planner:
     @staticmethod
     def _gated(layer: nn.Module, made: list[Made]) -> _Gated | None:
         """The product whose `down` this layer is, in every call."""
-        blocks = {source.module for source in made}
-        if len(blocks) != 1 or any(
-            source.op.strip("_") != "mul" or source.call is not None for source in made
-        ):
+        block, *others = {source.module for source in made}
+        product = all(source.op.strip("_") == "mul" and source.call is None for source in made)
+        if block is None or others or not product:
             return None
-        (block,) = blocks
-        parts = None if block is None else gated_parts(type(block))
-        if block is None or parts is None or getattr(block, parts[0], None) is not layer:
+        parts = gated_parts(type(block))
+        if parts is None or getattr(block, parts[0], None) is not layer:
             return None
         return _Gated(block, parts)
 
     # ---- names
 
     def _name(self, module: nn.Module) -> str:
-        return self._names[module][0]
+        return self.names[module][0]
+
+    def _shown(self, module: nn.Module) -> str:
+        return "the model itself" if module is self.model else shown(self._name(module), module)
 
 
 # ---- what a module computes ----------------------------------------------------------------------
@@ -347,9 +316,7 @@ def _may_produce(module: nn.Module) -> bool:
         return False
     if "Norm" in type(module).__name__ or isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return True
-    return not any(
-        True for each in (module.parameters(), module.buffers(), module.children()) for _ in each
-    )
+    return next(chain(module.parameters(), module.buffers(), module.children()), None) is None
 
 
 def _takes_one_input(module: nn.Module) -> bool:
@@ -361,23 +328,37 @@ def activation_kind(module: nn.Module) -> str | None:
     """Which of ACTIVATIONS the module computes, found on numbers; None for none of them."""
     if list(module.parameters()) or not _takes_one_input(module):
         return None
-    x = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu").view(11, 11)
+    near = torch.linspace(-6, 6, 121, dtype=torch.float64, device="cpu")
+    x = torch.cat([near, *(near * 10.0**power for power in (1, 2, 4, 8, 16))])  # where some clip
+    x = x.view(6, 11, 11)
     for training in (True, False):
         try:
             with untouched(module):
-                y: Any = module.train(training)(x.clone())
+                y, slope = _with_slope(module.train(training), x)
         except Exception:  # whatever a class that takes other input raises
             return None
         if not isinstance(y, Tensor) or y.shape != x.shape:
             return None
-        close = [
-            k
-            for k, act in ACTIVATIONS.items()
-            if torch.allclose(y.double(), act(x), rtol=1e-5, atol=1e-6)
-        ]
+        smooth = x != 0  # relu has no slope at 0
+        got = torch.cat([y.double().flatten(), slope[smooth]])
+        close = []
+        for kind, act in ACTIVATIONS.items():
+            values, slopes = _with_slope(act, x)
+            want = torch.cat([values.flatten(), slopes[smooth]])
+            if torch.allclose(got, want, rtol=1e-5, atol=1e-6):
+                close.append(kind)
         if len(close) != 1:
             return None
     return close[0]
+
+
+@torch.enable_grad()
+def _with_slope(act: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor]:
+    """act(x), and its derivative as autograd has it: a class may have a backward of its own."""
+    leaf = x.clone().requires_grad_()
+    y = act(leaf.clone())
+    (slope,) = torch.autograd.grad(y.sum(), leaf)
+    return y.detach(), slope
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,7 @@ from .probe import for_each, input_of, leaves, run_batch, shown, untouched
 
 _COPIES = ("clone", "_to_copy")  # the same values under the same dimensions
 # which torch's dispatcher does not see
-_HOST_READS = (
-    "data_ptr",
-    "numpy",
-    "tolist",
-    "__array__",
-    "__dlpack__",
-)
+_HOST_READS = ("data_ptr", "numpy", "tolist", "__array__", "__dlpack__")
 
 
 class Layout(NamedTuple):
@@ -77,25 +71,17 @@ def dimension_in(made: Layout, seen: Layout, dim: int) -> int | None:
 
 @dataclasses.dataclass(eq=False)
 class Call:
-    """One call of a module that may make a layer's input.
-
-    Attributes:
-        module: The module.
-        dtypes: Of its input and its output.
-        device: Of its output.
-        ndim: Of its output.
-        readers: How often each layer read the output, in whatever shape.
-        dims: The feature dimensions that they read it along, counted from the last.
-        elsewhere: What else reads it, as the end of a sentence; None where nothing does.
-    """
+    """One call of a module that may make a layer's input."""
 
     module: nn.Module
-    dtypes: tuple[torch.dtype | None, torch.dtype]
-    device: torch.device
+    dtypes: tuple[torch.dtype | None, torch.dtype]  # of its input and its output
+    device: torch.device  # of its output
     ndim: int
+    # how often each layer read the output, in whatever shape
     readers: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
+    # the feature dimensions that they read it along, counted from the last
     dims: set[int] = dataclasses.field(default_factory=set)
-    elsewhere: str | None = None
+    elsewhere: str | None = None  # what else reads it, as the end of a sentence
 
     def read_by(self, what: str) -> None:
         self.elsewhere = self.elsewhere or what
@@ -103,24 +89,15 @@ class Call:
 
 @dataclasses.dataclass(eq=False)
 class Made:
-    """A storage that an operation of the pass filled.
-
-    Attributes:
-        op: The function that was called.
-        module: The module that called it.
-        number: How many storages were filled before it in the pass.
-        call: Whose output it holds, or a copy of it, if that may make a layer's input.
-        layout: Of the output, or of the copy, in this storage.
-        source: Of a copy: what it was copied from and how that lay in its own storage.
-    """
+    """A storage that an operation of the pass filled."""
 
     ref: StorageWeakRef
-    op: str
-    module: nn.Module | None
-    number: int
-    call: Call | None = None
-    layout: Layout | None = None
-    source: tuple[Made, Layout] | None = None
+    op: str  # the function that was called
+    module: nn.Module | None  # which called it
+    number: int  # of this storage in the pass
+    call: Call | None = None  # of a candidate, whose output it holds or a copy of that
+    layout: Layout | None = None  # of that output or copy in this storage
+    source: tuple[Made, Layout] | None = None  # of a copy: what was copied, and how that lay
 
     def dimension(self, seen: Layout, dim: int) -> int | None:
         """The output's dimension that is dimension `dim` of a view of this storage; see
@@ -139,13 +116,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._watch = watch
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in _HOST_READS:
             self._watch.read(args[:1], name)
@@ -162,7 +133,7 @@ class Watch(TorchDispatchMode):
 
     names: every module's name. layers: {layer: its feature dimension}. candidates: modules that may
     make an input. After a pass `sources` has for each layer what each of its calls read, None for
-    what no operation of the pass made, and `calls` every call of a candidate.
+    what no operation of the pass made, and `calls` for each candidate its calls.
     """
 
     supports_higher_order_operators = True
@@ -174,14 +145,13 @@ class Watch(TorchDispatchMode):
         candidates: Iterable[nn.Module],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
+        self.calls: defaultdict[nn.Module, list[Call]] = defaultdict(list)
         self.sources: dict[nn.Module, list[Made | None]] = {layer: [] for layer in layers}
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
-        self._stack: list[
-            tuple[nn.Module, int]
-        ] = []  # the modules that are running, and how much was made before each
+        # the modules that are running, and how much was made before each
+        self._stack: list[tuple[nn.Module, int]] = []
         self._count = 0
         self._reading = 0  # layers around the current operation
         self._functions = _Functions(self)
@@ -215,12 +185,16 @@ class Watch(TorchDispatchMode):
         self._stack, self._reading = [], 0
         with self._functions, self:
             self._note(leaves(run_batch(model, batch)), "the model returns it")
-        if any(made.call is not None and not made.ref.expired() for made in self._made.values()):
+        if self._kept():
             gc.collect()
-        for made in self._made.values():
-            if made.call is not None and not made.ref.expired():
-                made.call.read_by("the model, a hook or its output keeps it")
+        for call in self._kept():
+            call.read_by("the model, a hook or its output keeps it")
         self._made.clear()
+
+    def _kept(self) -> list[Call]:
+        """The calls whose outputs are still there."""
+        made = self._made.values()
+        return [m.call for m in made if m.call is not None and not m.ref.expired()]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self._layers and not self._reading:
@@ -230,26 +204,34 @@ class Watch(TorchDispatchMode):
 
     def _leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-    ) -> None:
+    ) -> Tensor | None:
         _, before = self._stack.pop()
         self._reading -= module in self._layers
-        if module not in self._candidates or self._reading or not isinstance(out, Tensor):
-            return
+        if module not in self._candidates or self._reading:
+            return None
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return None
         made = self._found(out)
         # What was there before is passed through or looked at in another shape, as a dropout does
         # in eval mode.
-        if (
-            made is None
-            or made.number <= before
-            or made.call is not None
-            or not out.is_floating_point()
-        ):
-            return
+        if made is None or made.number <= before or made.call is not None:
+            return None
         x = input_of(module, args, kwargs)
         dtype = x.dtype if isinstance(x, Tensor) else None
         made.call = Call(module, (dtype, out.dtype), out.device, out.ndim)
-        made.layout, made.module = layout_of(out), module
-        self.calls.append(made.call)
+        # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
+        made.layout, made.module, made.source = layout_of(out), module, None
+        self.calls[module].append(made.call)
+        return self._apart(out, made) if _storage(x) == _storage(out) else None
+
+    def _apart(self, out: Tensor, made: Made) -> Tensor:
+        """What a module that works in place returns, as a copy: its twin writes nothing into its
+        input, so what reads that, and not what is returned, stands in the way."""
+        copied = out.clone()
+        returned = self._found(copied)
+        assert returned is not None
+        returned.layout, returned.source, made.layout = layout_of(copied), None, None
+        return copied
 
     def _read_by_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -268,7 +250,9 @@ class Watch(TorchDispatchMode):
             return
         call, seen = made.call, layout_of(x)
         dim = made.dimension(seen, self._layers[layer])
-        if dim is None:
+        if made.layout is None:
+            call.read_by(f"{self._shown(layer)} reads what it wrote into its input, in place")
+        elif dim is None:
             call.read_by(
                 f"{self._shown(layer)} reads it with other features, or some entries twice"
             )
@@ -278,19 +262,11 @@ class Watch(TorchDispatchMode):
 
     # ---- operations
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         schema = getattr(func, "_schema", None)
-        name = getattr(func, "__name__", str(func))
-        if schema is not None:
-            name = schema.name.partition("::")[2]
+        name = getattr(func, "__name__", "") if schema is None else schema.name.partition("::")[2]
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
         storages = {_storage(t) for t in given}
@@ -299,12 +275,8 @@ class Watch(TorchDispatchMode):
             return out  # a view
         read = [(t, made) for t in given if (made := self._found(t)) is not None]
         source = None
-        if (
-            name in _COPIES
-            and len(read) == 1
-            and len(outputs) == 1
-            and outputs[0].is_floating_point()
-        ):
+        copies = name in _COPIES and len(read) == len(outputs) == 1
+        if copies and outputs[0].is_floating_point():
             source = read[0][1], layout_of(read[0][0])
         elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
             self.read([t for t, _ in read], self.function or name.strip("_"))

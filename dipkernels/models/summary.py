@@ -38,11 +38,8 @@ class Summary(list[Row]):
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{name of the layer: its other fields}, fit for JSON."""
-        rows = {row.name: asdict(row) for row in self}
-        return {
-            name: {field: value for field, value in row.items() if field != "name"}
-            for name, row in rows.items()
-        }
+        rows = [asdict(row) for row in self]
+        return {row.pop("name"): row for row in rows}
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(row.name or "(root)") for row in self)])

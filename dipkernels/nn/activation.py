@@ -15,8 +15,8 @@ from .. import worlds
 from ..arguments import integer
 from ..ops.activations import ACTIVATIONS, check_activation
 from ..ops.gate import noised_gate
-from .producer import Producer
-from .twin import made_type
+from .layer import DIM, Noise
+from .twin import Producer, made_type
 
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -32,9 +32,8 @@ class ActivationProducer(Producer):
 
     kind: str  # one of ACTIVATIONS
 
-    def _noised(self, sigma: Tensor, seed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
-        dtype = worlds.autocast_dtype(x)
-        return noised_gate(x, None, sigma, seed, self.draw(x), self.kind, dtype)
+    def _noised(self, noise: Noise, x: Tensor) -> Tensor:
+        return noised_gate(x, None, *noise, self.kind, worlds.autocast_dtype(x))
 
 
 class GateProducer(Producer):
@@ -43,13 +42,11 @@ class GateProducer(Producer):
 
     kind: str
 
-    def _plain(self, *args: Any, **kwargs: Any) -> Tensor:
-        b: Tensor = args[1] if len(args) > 1 else kwargs["b"]
-        y: Tensor = super()._plain(args[0] if args else kwargs[self.input_name])
-        return y * b
+    def _dip_plain(self, a: Tensor, b: Tensor) -> Any:
+        return super()._dip_plain(a) * b
 
-    def _noised(self, sigma: Tensor, seed: Tensor, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
-        return noised_gate(a, b, sigma, seed, self.draw(a), self.kind, worlds.autocast_dtype(a))
+    def _noised(self, noise: Noise, a: Tensor, b: Tensor) -> Tensor:
+        return noised_gate(a, b, *noise, self.kind, worlds.autocast_dtype(a))
 
 
 class Activation(nn.Module):
@@ -146,9 +143,7 @@ class DIPActivation(ActivationProducer, Activation):
         )
         self._set_up(num_features, init_variance, num_samples, "auto", device)
 
-    @property
-    def feature_dim(self) -> int:  # type: ignore[override]
-        return self.dim
+    feature_dim = DIM
 
     @property
     def plain_type(self) -> type[nn.Module]:
@@ -184,6 +179,7 @@ class DIPGatedActivation(GateProducer, GatedActivation):
 
     plain_type = GatedActivation
     input_name = "a"
+    feature_dim = DIM
 
     def __init__(
         self,
@@ -197,10 +193,6 @@ class DIPGatedActivation(GateProducer, GatedActivation):
     ) -> None:
         super().__init__(num_features, kind, dim)
         self._set_up(num_features, init_variance, num_samples, "auto", device)
-
-    @property
-    def feature_dim(self) -> int:  # type: ignore[override]
-        return self.dim
 
 
 # ---- a block that multiplies two branches --------------------------------------------------------

@@ -100,45 +100,31 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     ) -> None:
         places = (dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         super().__init__(embed_dim, num_heads, *places)
-        self._set_up(init_variance, num_samples, device)
+        self._set_up(dict.fromkeys(in_projections(self), init_variance), num_samples, device)
         self.out_proj.__class__ = DIPOutProjection
         own = device_of_variance(self.out_proj.weight, device)
         self.out_proj._set_up(self.embed_dim, init_variance, num_samples, "auto", own)
 
     def _set_up(
         self,
-        init_variance: float | dict[str, Any],
+        init_variances: dict[str, Any],
         num_samples: int,
         device: torch.device | str | None = None,
     ) -> None:
-        """init_variance: of every in-projection, or of each by its name; none where what makes
-        their input is noised."""
-        if self._qkv_same_embed_dim:
-            widths = {"in_proj": (self.embed_dim, self.in_proj_weight)}
-        else:
-            widths = {
-                "q_proj": (self.embed_dim, self.q_proj_weight),
-                "k_proj": (self.kdim, self.k_proj_weight),
-                "v_proj": (self.vdim, self.v_proj_weight),
-            }
-        made = {
-            name: _InProjection(
-                width,
-                -1,
-                init_variance[name] if isinstance(init_variance, dict) else init_variance,
-                num_samples,
-                device=device_of_variance(weight, device),
-            )
-            for name, (width, weight) in widths.items()
-            if not isinstance(init_variance, dict) or name in init_variance
-        }
+        """init_variances: of the in-projections by their names; none where what makes their input
+        is noised."""
+        made, names = {}, in_projections(self)
+        for name, init_variance in init_variances.items():
+            width, weight = names[name]
+            own = device_of_variance(weight, device)
+            made[name] = _InProjection(width, -1, init_variance, num_samples, device=own)
         for name, layer in made.items():
             setattr(self, name, layer.train(self.training))
 
     def to_plain_in_place(self) -> None:
         """nn.MultiheadAttention again; `out_proj` is turned back apart, as every linear layer
         is."""
-        for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
+        for name in in_projections(self):
             self._modules.pop(name, None)
         self.__class__ = self.plain_type  # type: ignore[assignment]
 
@@ -146,13 +132,15 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return [m for m in self._modules.values() if isinstance(m, DIPLayer)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        name = "in_proj_weight" if self._qkv_same_embed_dim else "q_proj_weight"
-        empty = getattr(self, name).is_meta
+        empty = self._is_meta()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse and empty and not getattr(self, name).is_meta:
+        if recurse and empty and not self._is_meta():
             for part in self._parts():
                 part.variance.start_anew()
         return self
+
+    def _is_meta(self) -> bool:
+        return any(weight.is_meta for _, weight in in_projections(self).values())
 
     def forward(
         self,
@@ -165,15 +153,9 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        rest: dict[str, Any] = dict(
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
+        rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
-            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, **rest)
+            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, *rest)
             return proxy
         parts = self._parts()
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does
@@ -185,8 +167,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         ):
             if ddp_waits():
                 query, key, value = self._with_unused_variances(query, key, value)
-            return super().forward(query, key, value, **rest)
-        return self._noised_forward(query, key, value, **rest)
+            return super().forward(query, key, value, *rest)
+        return self._noised_forward(query, key, value, *rest)
 
     def _with_unused_variances(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -227,7 +209,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             mask = None
         else:
             is_causal = False
-            mask = self._mask(attn_mask, key_padding_mask, len(q), q.dtype)
+            mask = self._mask(attn_mask, key_padding_mask, q)
         k, v, mask = self._extended(k, v, mask)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -266,19 +248,10 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             )
         batch = query.shape[batch_dim] if query.dim() == 3 else 1
         length, source = (x.shape[-2 if batch_dim == 0 else 0] for x in (query, key))
-        masks: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
-            "attn_mask": (attn_mask, [(length, source), (batch * self.num_heads, length, source)]),
-            "key_padding_mask": (
-                key_padding_mask,
-                [(batch, source) if query.dim() == 3 else (source,)],
-            ),
-        }
-        for name, (mask, shapes) in masks.items():
-            if mask is not None and mask.shape not in shapes:
-                raise ValueError(
-                    f"{name}: expected shape {' or '.join(map(str, shapes))}, got "
-                    f"{tuple(mask.shape)}"
-                )
+        heads = (batch * self.num_heads, length, source)
+        _check_mask("attn_mask", attn_mask, (length, source), heads)
+        padding = (batch, source) if query.dim() == 3 else (source,)
+        _check_mask("key_padding_mask", key_padding_mask, padding)
 
     def _noised_inputs(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -295,17 +268,18 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of the noised inputs; one product for arguments that are one tensor."""
-        if self._qkv_same_embed_dim:
-            if query is key and key is value:
-                return F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-            weights = self.in_proj_weight.chunk(3)
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        if not self._qkv_same_embed_dim:
+            weights: tuple[Tensor, ...] = tuple(w for _, w in in_projections(self).values())
+        elif query is key and key is value:
+            return F.linear(query, weight, bias).chunk(3, -1)
+        elif key is value:
+            q = F.linear(query, weight[:width], biases[0])
+            rest = None if bias is None else bias[width:]
+            return q, *F.linear(key, weight[width:], rest).chunk(2, -1)
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        if self._qkv_same_embed_dim and key is value:
-            bias = None if self.in_proj_bias is None else self.in_proj_bias[self.embed_dim :]
-            pair = F.linear(key, self.in_proj_weight[self.embed_dim :], bias).chunk(2, -1)
-            return F.linear(query, weights[0], biases[0]), *pair
+            weights = weight.chunk(3)
         return tuple(F.linear(u, w, b) for u, w, b in zip((query, key, value), weights, biases))
 
     def _heads(self, y: Tensor, batch_dim: int) -> Tensor:
@@ -313,23 +287,15 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         split: Tensor = y.unflatten(-1, (self.num_heads, self.head_dim))
         return split.permute(0, 2, 1, 3) if batch_dim == 0 else split.permute(1, 2, 0, 3)
 
-    def _mask(
-        self,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        num_examples: int,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        """Both masks as one that is added to the scores, or None."""
-        parts = []
-        if attn_mask is not None:
-            mask = _additive("attn_mask", attn_mask, dtype)
-            parts.append(
-                mask if mask.dim() == 2 else mask.unflatten(0, (num_examples, self.num_heads))
-            )
-        if key_padding_mask is not None:
-            parts.append(_additive("key_padding_mask", key_padding_mask, dtype)[:, None, None])
-        return sum(parts[1:], parts[0]) if parts else None
+    def _mask(self, attn: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+        """Both masks as one that is added to the scores of q [N, H, L, D], or None."""
+        if attn is not None:
+            attn = _additive("attn_mask", attn, q.dtype)
+            attn = attn if attn.dim() == 2 else attn.unflatten(0, q.shape[:2])
+        if padding is None:
+            return attn
+        padding = _additive("key_padding_mask", padding, q.dtype)[:, None, None]
+        return padding if attn is None else attn + padding
 
     def _extended(
         self, k: Tensor, v: Tensor, mask: Tensor | None
@@ -337,22 +303,34 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         """With bias_k and bias_v, and a zero, behind the keys and values, where the attention was
         made so."""
         added = int(self.bias_k is not None) + int(self.add_zero_attn)
+
+        def with_bias(t: Tensor, bias: Tensor) -> Tensor:
+            row = bias.view(1, self.num_heads, 1, self.head_dim).expand(len(t), -1, -1, -1)
+            return torch.cat([t, row.to(t.dtype)], 2)
+
         if self.bias_k is not None and self.bias_v is not None:
-            shape = (len(k), self.num_heads, 1, self.head_dim)
-            k, v = (
-                torch.cat(
-                    [t, bias.view(1, self.num_heads, 1, self.head_dim).expand(shape).to(t.dtype)], 2
-                )
-                for t, bias in ((k, self.bias_k), (v, self.bias_v))
-            )
+            k, v = with_bias(k, self.bias_k), with_bias(v, self.bias_v)
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v, F.pad(mask, (0, added)) if mask is not None and added else mask
 
 
-def in_projections(attention: nn.MultiheadAttention) -> tuple[str, ...]:
-    """The names of the noised inputs that the DIP twin of this attention has."""
-    return ("in_proj",) if attention._qkv_same_embed_dim else ("q_proj", "k_proj", "v_proj")
+def in_projections(attention: Any) -> dict[str, tuple[int, Tensor]]:
+    """The noised inputs that the DIP twin of this attention has: the width of each by its name, and
+    the weight that reads it."""
+    if attention._qkv_same_embed_dim:
+        return {"in_proj": (attention.embed_dim, attention.in_proj_weight)}
+    return {
+        "q_proj": (attention.embed_dim, attention.q_proj_weight),
+        "k_proj": (attention.kdim, attention.k_proj_weight),
+        "v_proj": (attention.vdim, attention.v_proj_weight),
+    }
+
+
+def _check_mask(name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    if mask is not None and mask.shape not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(mask.shape)}")
 
 
 def _additive(name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:

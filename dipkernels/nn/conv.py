@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .. import worlds
 from ..ops import conv
-from . import inputs, tracing
-from .layer import DIPLayer, beside, noised
+from .layer import DIPLayer, node_of, noised, with_noise
 from .variance import device_of_variance
 
 
@@ -43,27 +42,14 @@ class _DIPConv(DIPLayer):
         num_samples: int = 1,
         keep: str = "auto",
     ) -> None:
-        places = (
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-        )
-        super().__init__(*places, device, dtype)
-        self._set_up(
-            in_channels, init_variance, num_samples, keep, device_of_variance(self.weight, device)
-        )
+        window = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *window, bias, padding_mode, device, dtype)
+        own = device_of_variance(self.weight, device)
+        self._set_up(in_channels, init_variance, num_samples, keep, own)
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         if not self.noisy():
             y: Tensor = super().forward(self.without_noise(input))
             return y
@@ -72,21 +58,10 @@ class _DIPConv(DIPLayer):
         if window is None:
             y = super().forward(noised(self, input, dtype))
             return y
-        sigma = beside(input, self)
-        try:
-            return conv.own_input(
-                input,
-                self.weight,
-                self.bias,
-                sigma,
-                self._seed(input),
-                self.draw(input),
-                dtype,
-                window,
-            )
-        except inputs.FAILURES:
-            inputs.explain(self, input, sigma)
-            raise
+        weight, bias = self.weight, self.bias
+        return with_noise(
+            self, input, lambda noise: conv.own_input(input, weight, bias, *noise, dtype, window)
+        )
 
     def _window(self, input: Tensor) -> conv.Window | None:
         """How this layer's window moves over a batch; None where torch pads or groups the input in

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import integer
-from . import inputs, tracing
-from .layer import DIPLayer, noised
+from .layer import DIM, DIPLayer, node_of, noised
 from .variance import short
 
 
@@ -49,20 +48,12 @@ class DIPInput(DIPLayer, nn.Module):
         self.num_features, self.dim = num_features, integer("dim", dim)
         self._set_up(num_features, init_variance, num_samples, keep, device)
 
-    @property
-    def feature_dim(self) -> int:  # type: ignore[override]
-        return self.dim
+    feature_dim = DIM
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         return noised(self, input) if self.noisy() else self.copied_without_noise(input)
-
-    def reset_parameters(self) -> None:
-        """Refill the variance."""
-        self.variance.reset_parameters()
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, dim={self.dim}, init_variance={short(self.variance.init_variance)}"

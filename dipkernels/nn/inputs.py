@@ -37,19 +37,8 @@ def undense(x: object) -> str | None:
 
 
 def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
-    """Raise what is wrong with the input of a noised layer; return where it is not the input.
-
-    Args:
-        layer: The DIP layer that was called with x and failed.
-        x: Its input.
-        sigma: What its variance gave, ln(sigma^2).
-
-    Raises:
-        TypeError: If x is sparse, nested or of a type that has no noise, or the variance is of half
-            precision.
-        ValueError: If x has another number of features, or another device, than the layer's
-            variance.
-    """
+    """Raise what is wrong with the input x of a DIP layer that failed, or with the ln(sigma^2) that
+    its variance gave; return where neither is the reason."""
     if is_dtensor(x) or is_dtensor(sigma):  # tensor_parallel names the ranks and layouts too
         return
     name = _shown(layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from .variance import Variance, in_zero, short
 if TYPE_CHECKING:
     from .sharing import Share
 
+_T = TypeVar("_T")
+Noise = tuple[Tensor, Tensor, Draw]  # (ln(sigma^2), seed, draw) of one forward pass
 _NUMBERS = itertools.count()  # a layer's stream until number_layers renumbers the model
 MAX_LAYERS = 2**16  # the contract keeps 16 bits of the stream
 # DIPLayer is mixed into modules, and is none itself.
@@ -38,7 +40,7 @@ class DIPLayer(Mixin):
 
     _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
-    # true of what makes another layer's input and noises that: producer.Producer
+    # true of what makes another layer's input and noises that: twin.Producer
     noises_output = False
     _number: int
     # which count of layers gave the number: a call of number_layers, or "" for the process's
@@ -99,7 +101,11 @@ class DIPLayer(Mixin):
         return self.training if contexts.MODE is None else contexts.MODE == "on"
 
     def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module of a model
-        tracing.refuse_script(self)
+        raise RuntimeError(
+            f"dipkernels: torch.jit.script cannot compile {type(self).__name__}. Script the plain "
+            "model, torch.jit.script(dipkernels.to_plain(copy.deepcopy(model))), which computes "
+            "what this one does in eval mode; or use torch.jit.trace in eval mode or torch.export"
+        )
 
     def without_noise(self, input: Tensor) -> Tensor:
         """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for
@@ -164,14 +170,7 @@ class DIPLayer(Mixin):
     def draw(self, x: Tensor, sample: int = 0) -> Draw:
         """Where the noise of one forward pass on x lies, and how log_variance scales it."""
         dim = self.feature_dim
-        return Draw(
-            dim,
-            seeds.first_row(x, dim),
-            0,
-            sample,
-            factor=self.num_samples**-0.5,
-            log_variance=True,
-        )
+        return Draw(dim, seeds.first_row(x, dim), 0, sample, self.num_samples**-0.5, True)
 
     # ---- moves
 
@@ -211,6 +210,7 @@ class DIPLayer(Mixin):
         return any(p.is_shard() for p in param.placements)
 
     def reset_parameters(self) -> None:
+        """The plain layer's, and the variance's."""
         plain = getattr(super(), "reset_parameters", None)
         if plain is not None:
             plain()
@@ -226,6 +226,35 @@ class DIPLayer(Mixin):
         return ", ".join(part for part in parts if part)
 
 
+DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim` says it
+
+
+# Functions and not methods: a class that gets a twin may have methods of the same names.
+
+
+def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Of a call on what is no plain tensor: its node where torch.fx traces it, None for a tensor of
+    a subclass. Raises TypeError for what is none, where noise is drawn."""
+    if not isinstance(x, tracing.Proxy):
+        inputs.require_tensor(layer, x)
+        return None
+    node: Tensor = tracing.record(layer, x, *args, **kwargs)
+    return node
+
+
+def with_noise(layer: DIPLayer, x: Tensor, run: Callable[[Noise], _T], sample: int = 0) -> _T:
+    """run(noise) of one forward pass on x; where x is why it fails, an error in the layer's own
+    words."""
+    sigma, seed = layer._log_variance(), layer._seed(x)
+    if layer.share is not None and getattr(layer, "_is_replica", False):
+        sigma = sigma.to(x.device)  # nn.DataParallel leaves a shared one where it was
+    try:
+        return run((sigma, seed, layer.draw(x, sample)))
+    except inputs.FAILURES:
+        inputs.explain(layer, x, sigma)
+        raise
+
+
 def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
     """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by
     default."""
@@ -235,20 +264,8 @@ def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample:
 
 
 def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
-    sigma, seed = beside(x, layer), layer._seed(x)
-    try:
-        return projection(x, sigma, seed, layer.draw(x, sample), dtype)
-    except inputs.FAILURES:
-        inputs.explain(layer, x, sigma)
-        raise
-
-
-def beside(x: Tensor, layer: DIPLayer) -> Tensor:
-    """The layer's log_variance; for nn.DataParallel's replica of a layer that shares the first
-    one's, on x's device."""
-    log_variance = layer._log_variance()
-    elsewhere = layer.share is not None and getattr(layer, "_is_replica", False)
-    return log_variance.to(x.device) if elsewhere else log_variance
+    """The same, drawn for this layer alone."""
+    return with_noise(layer, x, lambda noise: projection(x, *noise, dtype), sample)
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -7,11 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, worlds
-from ..noise import seeds
 from ..ops.activations import ACTIVATIONS
 from ..ops.linear import affine
-from . import inputs, tracing
-from .layer import DIPLayer, beside, noised
+from .layer import DIPLayer, Noise, node_of, noised, with_noise
 from .variance import device_of_variance
 
 
@@ -76,10 +74,8 @@ class DIPLinear(DIPLayer, nn.Linear):
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
-            if isinstance(input, tracing.Proxy):
-                return tracing.record(self, input)
-            inputs.require_tensor(self, input)
+        if type(input) is not Tensor and (node := node_of(self, input)) is not None:
+            return node
         if not self.noisy():
             return self._activated(super().forward(self.without_noise(input)))
         if self.share is not None and self.estimator != "analytic":
@@ -90,41 +86,38 @@ class DIPLinear(DIPLayer, nn.Linear):
             u = noised(self, input, worlds.autocast_dtype(input))
             return self._activated(F.linear(u, self.weight, self.bias))
         if self.estimator == "sample":  # at once: what dip_linear checks, the constructor has
-            seed, dtype = self._seed(input), worlds.autocast_dtype(input)
-            sigma = self._log_variance()
-            try:
-                y = affine(
-                    input, self.weight, self.bias, sigma, seed, self.draw(input), self.keep, dtype
-                )
-            except inputs.FAILURES:
-                inputs.explain(self, input, sigma)
-                raise
-            return self._activated(y)
-        seed = self._stream_on(input.device) if self.estimator == "analytic" else self._seed(input)
-        sigma = beside(input, self)
-        try:
-            return functional.dip_linear(
-                input,
-                self.weight,
-                self.bias,
-                sigma,
-                seed,
-                row0=seeds.first_row(input),
-                num_samples=self.num_samples,
-                log_variance=True,
-                keep=self.keep,
-                activation=self.activation,
-                estimator=self.estimator,
+            dtype, weight, bias = worlds.autocast_dtype(input), self.weight, self.bias
+            y = with_noise(
+                self, input, lambda noise: affine(input, weight, bias, *noise, self.keep, dtype)
             )
-        except inputs.FAILURES:
-            inputs.explain(self, input, sigma)
-            raise
+            return self._activated(y)
+        return with_noise(self, input, lambda noise: self._estimated(input, noise))
+
+    def _estimated(self, input: Tensor, noise: Noise) -> Tensor:
+        sigma, seed, draw = noise
+        return functional.dip_linear(
+            input,
+            self.weight,
+            self.bias,
+            sigma,
+            seed,
+            row0=draw.row0,
+            num_samples=self.num_samples,
+            log_variance=True,
+            keep=self.keep,
+            activation=self.activation,
+            estimator=self.estimator,
+        )
+
+    def _seed(self, x: Tensor) -> Tensor:
+        if self.estimator == "analytic":  # which draws nothing
+            return self._stream_on(x.device)
+        return super()._seed(x)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr()]
-        parts += [f"activation={self.activation}"] if self.activation is not None else []
-        parts += [f"estimator={self.estimator}"] if self.estimator != "sample" else []
-        return ", ".join(parts)
+        activation = f", activation={self.activation}" if self.activation is not None else ""
+        estimator = f", estimator={self.estimator}" if self.estimator != "sample" else ""
+        return super().extra_repr() + activation + estimator

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .. import worlds
 from ..ops.norm import noised_norm
-from .producer import Producer
+from .layer import Noise
+from .twin import Producer
 from .variance import device_of_variance
 
 
@@ -21,15 +22,13 @@ class NormProducer(Producer):
     offset = 0.0  # what is added to the weight
     eps_name = "eps"  # of the module's attribute
 
-    def _noised(self, sigma: Tensor, seed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def _noised(self, noise: Noise, x: Tensor) -> Tensor:
         eps: float | None = getattr(self, self.eps_name)
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         weight: Tensor | None = getattr(self, "weight", None)
         bias: Tensor | None = getattr(self, "bias", None)
         dtype = worlds.autocast_dtype(x)
-        return noised_norm(
-            x, weight, bias, sigma, seed, self.draw(x), self.kind, eps, self.offset, dtype
-        )
+        return noised_norm(x, weight, bias, *noise, self.kind, eps, self.offset, dtype)
 
     def _set_up_norm(self, init_variance: float | Tensor, num_samples: int, device: Any) -> None:
         shape: tuple[int, ...] = tuple(self.normalized_shape)  # type: ignore[arg-type]

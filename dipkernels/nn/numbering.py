@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -73,13 +72,10 @@ def number_layers(model: nn.Module) -> nn.Module:
     if len(layers) > MAX_LAYERS:
         raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {len(layers)}")
     adopt(layers)
-    numbers, counted_in = itertools.count(), uuid.uuid4().hex
-    shared: dict[Share | None, int] = {}
+    numbers: dict[DIPLayer | Share, int] = {}
+    counted_in = uuid.uuid4().hex
     for layer in layers.values():
-        number = next(numbers) if layer.share not in shared else shared[layer.share]
-        if layer.share is not None:
-            shared[layer.share] = number
-        layer.set_number(number, counted_in)
+        layer.set_number(numbers.setdefault(layer.share or layer, len(numbers)), counted_in)
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
     model._ddp_params_and_buffers_to_ignore = sorted({*ignored, *own_buffers(layers)})  # type: ignore[assignment]
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from .. import worlds
 from ..noise import contexts
 from .layer import DIPLayer, fresh
+
+
+class _Entry(NamedTuple):
+    x: Any  # a weak reference, or the tensor itself in a graph that torch.compile makes
+    place: tuple[Any, ...]  # what u depends on beside x
+    key: Tensor | None
+    served: tuple[DIPLayer, ...]
+    u: Tensor
 
 
 class Share:
@@ -25,27 +33,30 @@ class Share:
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        # By device, for nn.DataParallel's replicas share this object: (x, what u depends on beside
-        # x, the key, layers served, u); x by a weak reference, but in a graph that torch.compile
-        # makes.
-        self._entries: dict[Any, tuple[Any, ...]] = {}
+        # by device, for nn.DataParallel's replicas share this object
+        self._entries: dict[Any, _Entry] = {}
 
     def noised(self, layer: DIPLayer, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         compiling = worlds.tracing()
         version = None if compiling or x.is_inference() else x._version
-        place = (version, dtype, torch.is_grad_enabled(), contexts.ROW0)
+        place = (version, dtype, torch.is_grad_enabled(), contexts.row0())
         device = "compiled" if compiling else x.device
         entry = self._entries.get(device)
-        same = entry is not None and (entry[0] if compiling else entry[0]()) is x
-        if not same or entry[1] != place or entry[2] is not contexts.KEY or layer in entry[3]:  # type: ignore[index]
-            served, u = (layer,), fresh(layer, x, dtype)
+        if (
+            entry is not None
+            and (entry.x if compiling else entry.x()) is x
+            and entry.place == place
+            and entry.key is contexts.KEY
+            and layer not in entry.served
+        ):
+            served, u = (*entry.served, layer), entry.u
         else:
-            served, u = (*entry[3], layer), entry[4]  # type: ignore[index]
+            served, u = (layer,), fresh(layer, x, dtype)
         if len(served) == self.num_layers:
             self._entries.pop(device, None)
         else:
             held = x if compiling else weakref.ref(x, self._forget(device))
-            self._entries[device] = (held, place, contexts.KEY, served, u)
+            self._entries[device] = _Entry(held, place, contexts.KEY, served, u)
             if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
                 # A model's input outlives the step: a layer that this one skips would take u in the
                 # next.
@@ -56,7 +67,7 @@ class Share:
         entries = self._entries
 
         def forget(dead: weakref.ref[Tensor]) -> None:
-            if device in entries and entries[device][0] is dead:
+            if device in entries and entries[device].x is dead:
                 del entries[device]
 
         return forget
@@ -65,7 +76,7 @@ class Share:
         entries = self._entries
 
         def let_go(slope: Tensor) -> None:
-            if device in entries and entries[device][4] is u():
+            if device in entries and entries[device].u is u():
                 del entries[device]
 
         return let_go
@@ -94,19 +105,10 @@ def adopt(layers: Mapping[str, DIPLayer]) -> None:
 def share_noise(layers: list[DIPLayer]) -> None:
     """Make these layers, in the model's order, share the first one's variance, its draw, and u.
 
-    The others' variances are gone from the state dict, and `layer.variance` of each is the first
-    one's. Raises ValueError for layers of another number of features or another feature dimension.
+    They are alike in features, feature dimension and num_samples. The others' variances are gone
+    from the state dict, and `layer.variance` of each is the first one's.
     """
-    first = layers[0]
-    wanted = (first.variance.log_variance.numel(), first.feature_dim, first.num_samples)
-    for layer in layers[1:]:
-        got = (layer.variance.log_variance.numel(), layer.feature_dim, layer.num_samples)
-        if got != wanted:
-            raise ValueError(
-                "share: expected layers of one (features, feature dimension, num_samples) = "
-                f"{wanted}, got {got}"
-            )
-    share = Share(len(layers))
+    first, share = layers[0], Share(len(layers))
     for layer in layers:
         layer.__dict__["share"] = share
         if layer is not first:

@@ -1,5 +1,4 @@
-"""A layer in other graphs than torch.compile's: a leaf under torch.fx, a refusal under torch.jit
-and torch.onnx."""
+"""A layer as a leaf of torch.fx's graphs."""
 
 from __future__ import annotations
 
@@ -8,24 +7,10 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy as Proxy
 
-_PLAIN = "dipkernels.to_plain(copy.deepcopy(model))"
-
 
 def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The call of a layer as one node of the graph that torch.fx traces, so that its noise stays
-    what it is.
-
-    Args:
-        layer: The DIP layer that was called.
-        args: Its arguments, at least one of which is a torch.fx.Proxy.
-        kwargs: Its keywords.
-
-    Returns:
-        The proxy of the layer's result.
-
-    Raises:
-        RuntimeError: If the layer is the whole of what is traced.
-    """
+    """The call of a layer, on a torch.fx.Proxy among others, as one node of the graph that torch.fx
+    traces. Raises RuntimeError where the layer is the whole of what is traced."""
     tracer = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
     path = tracer.path_of_module(layer) if hasattr(tracer, "path_of_module") else ""
     if not path:
@@ -40,12 +25,3 @@ def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     # again.
     module = tracer.create_proxy("get_attr", path, (), {})
     return tracer.create_proxy("call_method", "forward", (module, *args), kwargs)
-
-
-def refuse_script(layer: nn.Module) -> None:
-    """Raise where torch.jit.script prepares a model that holds the layer."""
-    raise RuntimeError(
-        f"dipkernels: torch.jit.script cannot compile {type(layer).__name__}. Script the plain "
-        f"model, torch.jit.script({_PLAIN}), which computes what this one does in eval mode; or "
-        "use torch.jit.trace in eval mode or torch.export"
-    )

@@ -1,4 +1,5 @@
-"""Any other layer: its own class on a noised input."""
+"""Any other class with noise: at its input (a twin), or at what it makes for others to read (a
+producer; docs/maths.md, section 10)."""
 
 from __future__ import annotations
 
@@ -8,28 +9,55 @@ from typing import Any, SupportsIndex
 from torch import Tensor, nn
 
 from .. import worlds
-from . import inputs, tracing
-from .layer import DIPLayer, Mixin, noised
+from .layer import DIPLayer, Mixin, Noise, node_of, noised, with_noise
 
 
-class _Twin(DIPLayer):
-    """Before a class whose forward takes the input first: that forward on x + sigma * z."""
+class Wrapper(DIPLayer):
+    """Before a class whose forward takes the input first, and whatever else behind it."""
 
-    input_name: str = ""  # of forward's first parameter, by which callers may pass the input
+    input_name: str = "input"  # of forward's first parameter, by which callers may pass the input
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not args and self.input_name not in kwargs:
-            raise TypeError(f"{type(self).__name__}: expected its input first, got none")
-        x = args[0] if args else kwargs[self.input_name]
-        if type(x) is not Tensor:
-            if isinstance(x, tracing.Proxy):
-                return tracing.record(self, *args, **kwargs)
-            inputs.require_tensor(self, x)
+        if not args:
+            if self.input_name not in kwargs:
+                raise TypeError(f"{type(self).__name__}: expected its input first, got none")
+            args = (kwargs.pop(self.input_name),)
+        if type(args[0]) is not Tensor and (node := node_of(self, *args, **kwargs)) is not None:
+            return node
+        return self._dip_forward(*args, **kwargs)
+
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What forward computes."""
+        raise NotImplementedError
+
+    def _dip_plain(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The class's own forward."""
+        return super().forward(x, *args, **kwargs)
+
+
+class Producer(Wrapper):
+    """Before the class of an f: f's own forward without noise, to the bit, and f(x) + sigma * z in
+    one pass with it."""
+
+    noises_output = True
+
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.noisy():
+            return self.copied_without_noise(self._dip_plain(x, *args, **kwargs))
+        return with_noise(self, x, lambda noise: self._noised(noise, x, *args, **kwargs))
+
+    def _noised(self, noise: Noise, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """f(x) + sigma * z; noise: (sigma, seed, draw)."""
+        raise NotImplementedError
+
+
+class _Twin(Wrapper):
+    """Before any class: its own forward on x + sigma * z."""
+
+    def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = worlds.autocast_dtype(x)
         u = noised(self, x, dtype) if self.noisy() else self.copied_without_noise(x)
-        if args:
-            return super().forward(u, *args[1:], **kwargs)
-        return super().forward(**{**kwargs, self.input_name: u})
+        return self._dip_plain(u, *args, **kwargs)
 
 
 def twin_type(

@@ -85,6 +85,8 @@ class Variance(nn.Module):
     """
 
     log_variance: nn.Parameter
+    log_prior: Tensor
+    pull: Tensor
 
     def __init__(
         self,
@@ -97,26 +99,23 @@ class Variance(nn.Module):
         self.init_variance = check_init_variance(init_variance, num_features)
         with torch.inference_mode(False):  # what is made in that mode can never be trained
             self._make(device)
+            self.reset_parameters()
         # [K] standard deviation of the input, once measured: calibrate, summary
         self.spread: Tensor | None = None
         decay.watch(self)
 
     def _make(self, device: torch.device | str | None) -> None:
-        num_features = self.num_features
-        self.register_parameter("log_variance", None)
-        # Past register_parameter, which accelerate's init_empty_weights replaces: no checkpoint has
-        # to hold this one.
-        self._parameters["log_variance"] = nn.Parameter(
-            torch.empty(num_features, dtype=torch.float32, device=device)
-        )
-        self.log_prior: Tensor
-        self.register_buffer("log_prior", None)  # the same for include_buffers
-        self._buffers["log_prior"] = torch.empty(num_features, dtype=torch.float32, device=device)
-        self.pull: Tensor
-        self.register_buffer("pull", None)
-        self._buffers["pull"] = torch.empty(num_features, dtype=torch.float32, device=device)
+        # Filled past register_parameter and register_buffer, which accelerate's init_empty_weights
+        # replaces: no checkpoint has to hold these.
+        for name in TENSORS:
+            values = torch.empty(self.num_features, dtype=torch.float32, device=device)
+            if name == "log_variance":
+                self.register_parameter(name, None)
+                self._parameters[name] = nn.Parameter(values)
+            else:
+                self.register_buffer(name, None)
+                self._buffers[name] = values
         self._from_meta = self.log_variance.is_meta  # until it has values
-        self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -126,10 +125,8 @@ class Variance(nn.Module):
 
     def reset_parameters(self) -> None:
         """log_variance = log_prior = ln(init_variance), pull = 1."""
-        if "log_variance" in self._parameters:
-            self._fill(self._tensors())
-        else:
-            self._fill({"log_prior": self.log_prior, "pull": self.pull})
+        self._fill({name: t for name, t in self._tensors().items() if name in TENSORS})
+        if "log_variance" not in self._parameters:  # parametrised
             self.set_log_variance(self._initial("log_variance"))
 
     def start_anew(self) -> None:
@@ -200,29 +197,19 @@ class Variance(nn.Module):
             if t is not None
         }
 
-    def _start(self, name: str) -> float | Tensor:
-        """What this tensor starts at, a number or [K]: ln(init_variance), or 1 for the pull."""
-        if name == "pull":
-            return 1.0
-        if isinstance(self.init_variance, Tensor):
-            return self.init_variance.log()
-        return math.log(self.init_variance)
-
     def _initial(self, name: str) -> Tensor:
-        """The same as [K], on the CPU."""
-        start = self._start(name)
-        if isinstance(start, Tensor):
-            return start
-        return torch.full((self.num_features,), start, dtype=torch.float32, device="cpu")
+        """What this tensor starts at, [K], on the CPU: ln(init_variance), or 1 for the pull."""
+        if name != "pull" and isinstance(self.init_variance, Tensor):
+            return self.init_variance.log()
+        start = 1.0 if name == "pull" else math.log(self.init_variance)
+        # not torch.full, which DeepSpeed's zero.Init replaces
+        value = torch.as_tensor(start, dtype=torch.float32, device="cpu")
+        return value.repeat(self.num_features)
 
     @torch.no_grad()
-    def _fill(self, tensors: dict[str, Tensor]) -> None:
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            start = self._start(name)
-            if isinstance(start, Tensor):
-                tensor.copy_(dtensor.laid_out_as(start, tensor))
-            else:
-                tensor.fill_(start)
+            tensor.copy_(dtensor.laid_out_as(self._initial(name), tensor))
 
     def forward(self) -> Tensor:
         # FSDP makes a subclass of this one, and after this call may free what it had gathered for
@@ -274,13 +261,11 @@ class Variance(nn.Module):
                     raise
                 t, computed = self._initial(known[0]), True
                 moved = fn(t)
-            narrowed = (
-                t.is_floating_point()
-                and moved.dtype.itemsize < t.dtype.itemsize
-                and t.dtype.itemsize >= 4
-            )
+            size = t.dtype.itemsize
+            if not t.is_floating_point() or size < 4 or moved.dtype.itemsize >= size:
+                return moved
             wide = torch.promote_types(moved.dtype, torch.float32)
-            return t.to(device=moved.device, dtype=wide) if narrowed else moved
+            return t.to(device=moved.device, dtype=wide)
 
         super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         after = self._tensors()
@@ -291,33 +276,20 @@ class Variance(nn.Module):
         return self
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *errors: Any
     ) -> None:
-        absent, assigns = set(), local_metadata.get("assign_to_params_buffers", False)
+        absent, assigns = set(), metadata.get("assign_to_params_buffers", False)
         for name, tensor in self._tensors().items():
-            key = prefix + name
+            key, valueless = prefix + name, assigns and tensor.is_meta
             value = state_dict.get(key)
             # torch's set_model_state_dict fills in the model's own tensor for what is missing:
             # nothing, on meta.
-            if key in state_dict and not (
-                assigns and tensor.is_meta and getattr(value, "is_meta", False)
-            ):
+            if key in state_dict and not (valueless and getattr(value, "is_meta", False)):
                 # With assign=True the tensor itself would become the parameter, half precision and
                 # all.
-                if (
-                    isinstance(value, Tensor)
-                    and value.is_floating_point()
-                    and value.dtype.itemsize < 4
-                ):
-                    state_dict[key] = value.float()
-            elif assigns and tensor.is_meta:
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state_dict[key] = value if value.dtype.itemsize >= 4 else value.float()
+            elif valueless:
                 sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
                 values = self._initial(name).to(getattr(sibling, "device", "cpu"))
                 state_dict[key] = dtensor.laid_out_as(values, tensor, values.device)
@@ -327,9 +299,8 @@ class Variance(nn.Module):
         for key, value in below.items():  # a parametrisation's tensors: they stay as they are too
             if key not in state_dict and key not in absent:
                 state_dict[key] = value.detach()
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *errors)
+        missing = errors[0]
         missing[:] = [key for key in missing if key not in absent]
 
     @property
@@ -338,10 +309,8 @@ class Variance(nn.Module):
         undefined memory."""
         tensors = self._tensors()
         if self._from_meta and not any(t.is_meta for t in tensors.values()):
-            loaded = (
-                name for name, t in tensors.items() if getattr(t, "_is_hf_initialized", False)
-            )
-            self._fill({name: tensors[name] for name in tensors.keys() - set(loaded)})
+            loaded = [n for n, t in tensors.items() if getattr(t, "_is_hf_initialized", False)]
+            self._fill({name: t for name, t in tensors.items() if name not in loaded})
             self._from_meta = False
         return True
 

@@ -2,8 +2,8 @@
 section 3.
 
 The state is module-level. torch.compile reads it through guards on tensor properties, so that a new
-key recompiles nothing; a context variable would break the trace, and a thread-local would be missed
-by the backward thread.
+key or row recompiles nothing; a context variable would break the trace, and a thread-local would be
+missed by the backward thread.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 KEY: Tensor | None = None  # int64 [2] = (key, 0) under fixed_noise
-ROW0: int = 0  # first entry of the leading dimension, under fixed_noise
+# [row0, 0], without entries: a module's integer would be a constant to torch.compile, and each new
+# one another graph
+ROWS: Tensor = torch.empty(0, 0, device="cpu")
 MODE: str | None = None  # None: noise where the layer is in training mode; "off"; "on"
-# what KEY and ROW0 came from, on the host: reading a key would stop a GPU
+# what KEY and ROWS came from, on the host: reading a key would stop a GPU
 TAG: tuple[Any, ...] | None = None
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: an odd step, so that 2^64 passes have 2^64 keys
+
+
+def row0() -> int:
+    """First entry of the leading dimension, under fixed_noise; otherwise 0."""
+    return ROWS.shape[0]
 
 
 def signed(value: int) -> int:
@@ -52,18 +59,18 @@ class _State(contextlib.ContextDecorator):
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        before = KEY, ROW0, MODE, TAG
+        before = KEY, ROWS, MODE, TAG
         self._set()
-        self._saved.append((before, KEY, (ROW0, MODE, TAG)))
+        self._saved.append((before, KEY, ROWS, (MODE, TAG)))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global KEY, ROW0, MODE, TAG
-        before, key, others = self._saved.pop()
-        if worlds.tracing() or (KEY is key and others == (ROW0, MODE, TAG)):
-            KEY, ROW0, MODE, TAG = before
+        global KEY, ROWS, MODE, TAG
+        before, key, rows, others = self._saved.pop()
+        if worlds.tracing() or (KEY is key and ROWS is rows and others == (MODE, TAG)):
+            KEY, ROWS, MODE, TAG = before
             return
-        KEY, ROW0, MODE, TAG = None, 0, None, None
+        KEY, ROWS, MODE, TAG = None, _rows(0), None, None
         raise RuntimeError(
             "dipkernels: another thread or task entered or left fixed_noise, noise_off, "
             "sampling_on or dip.predict meanwhile. They hold for the whole process, so the noise "
@@ -119,13 +126,14 @@ class fixed_noise(_State):
 
     def __init__(self, key: int | Tensor, row0: int = 0) -> None:
         super().__init__()
-        self._key, self._row0 = _key_tensor(key), integer("row0", row0, 0)
+        row0 = integer("row0", row0, 0, 2**62)
+        self._key, self._rows = _key_tensor(key), _rows(row0)
         on_host = self._key.device.type == "cpu" or not isinstance(key, Tensor)
-        self._tag = (int(key) % 2**64 if on_host else "a tensor", self._row0)
+        self._tag = (int(key) % 2**64 if on_host else "a tensor", row0)
 
     def _set(self) -> None:
-        global KEY, ROW0, TAG
-        KEY, ROW0, TAG = self._key, self._row0, self._tag
+        global KEY, ROWS, TAG
+        KEY, ROWS, TAG = self._key, self._rows, self._tag
         if not worlds.tracing():
             _counted_in.clear()
 
@@ -198,10 +206,15 @@ class numbered_pass(_State):
         self._number, self._rows_per_entry = number, rows_per_entry
 
     def _set(self) -> None:
-        global KEY, ROW0, TAG
+        global KEY, ROWS, TAG
         if KEY is not None:
             step = torch.tensor([signed(self._number * GOLDEN), 0], device=KEY.device)
-            KEY, ROW0, TAG = KEY + step, ROW0 * self._rows_per_entry, (TAG, self._number)
+            KEY, ROWS = KEY + step, _rows(row0() * self._rows_per_entry)
+            TAG = (TAG, self._number)
+
+
+def _rows(row0: int) -> Tensor:
+    return torch.empty(row0, 0, device="cpu")
 
 
 def _key_tensor(key: int | Tensor) -> Tensor:

@@ -37,11 +37,11 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 
 
 def first_row(x: Tensor, dim: int = -1) -> int:
-    """The row of x's first element: contexts.ROW0 * the rows of one entry of the leading dimension;
-    dim is the feature one."""
-    if contexts.ROW0 == 0:
+    """The row of x's first element: contexts.row0() * the rows of one entry of the leading
+    dimension; dim is the feature one."""
+    rows, feature = contexts.row0(), dim % x.ndim
+    if rows == 0:
         return 0
-    rows, feature = contexts.ROW0, dim % x.ndim
     for d in range(1, x.ndim):
         if d != feature:
             rows *= x.shape[d]

@@ -1,0 +1,194 @@
+"""Which modules of a model `convert` is to noise: by class, by name, by filter, and as far as it
+can."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..arguments import integer
+from ..nn.attention import DIPMultiheadAttention
+from ..nn.numbering import dip_layers, require_module
+from .convertible import (
+    OUT_PROJECTION,
+    TWINS,
+    Names,
+    Types,
+    base_layer,
+    block_names,
+    cannot,
+    counts_as,
+    feature_dim_of,
+    is_candidate,
+    is_inside,
+    keeps_original,
+    no_twin,
+    own_matrices,
+)
+from .patterns import Patterns, around, strings
+from .probe import NOISED_BY
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which modules are to be noised."""
+
+    types: Types
+    names: Names
+    excluded: set[nn.Module]
+    wanted: set[nn.Module]  # what exclude and filter let through, layers or not
+    asked: dict[nn.Module, int]  # what `before` names, each with its feature dimension
+    reasons: dict[nn.Module, str]  # why layers that are wanted cannot be converted
+    matched: list[nn.Module]  # the layers that can
+
+
+def choose(
+    model: nn.Module,
+    types: Sequence[type[nn.Module]] | None,
+    filter: Callable[[nn.Module, str], bool] | None,
+    exclude: Sequence[str],
+    before: Sequence[str] | Mapping[str, int] = (),
+) -> Choice:
+    """The choice by arguments as `convert`'s, which raises for those that are wrong."""
+    require_module(model)
+    if filter is not None and not callable(filter):
+        raise TypeError(f"filter: expected a function of (module, name), got {filter!r}")
+    kinds = _kinds(types)
+    _refuse_wrapped(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    excluded = _excluded(names, exclude)
+    asked = _asked_before(names, before)
+    wanted = {
+        module
+        for module, every_name in names.items()
+        if module not in excluded
+        and not _reads_noise(module)
+        and (filter is None or _passes(filter, module, every_name[0], kinds))
+    }
+    impossible = cannot(names, kinds)
+    reasons = {m: why for m, why in impossible.items() if m in wanted and m not in asked}
+    matched = _matched(names, wanted - asked.keys() - reasons.keys(), kinds)
+    if not matched and not asked:
+        raise ValueError(_nothing_matched(model, kinds, reasons))
+    return Choice(kinds, names, excluded, wanted, asked, reasons, matched)
+
+
+def _kinds(types: Any) -> Types:
+    """The classes to convert; a single one stands for a list of one."""
+    given = TWINS if types is None else (types,) if isinstance(types, (type, str)) else types
+    kinds = tuple(given)
+    if not kinds or not all(t in TWINS for t in kinds):
+        known = ", ".join(f"nn.{t.__name__}" for t in TWINS)
+        raise ValueError(f"types: expected some of the classes {known}, got {types!r}")
+    return kinds
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")}
+        wrapper = kinds & {"FSDPModule", "FullyShardedDataParallel", "DistributedDataParallel"}
+        if wrapper:
+            raise RuntimeError(
+                f"model: expected one that is not yet wrapped, got {wrapper.pop()} at "
+                f"{name or 'the root'!r}, which would not synchronise variances added now; convert "
+                "first, then shard or wrap"
+            )
+
+
+def _excluded(names: Names, exclude: Sequence[str]) -> set[nn.Module]:
+    patterns = Patterns("exclude", exclude)
+    excluded = {
+        module
+        for module, every_name in names.items()
+        if patterns.all(*(outer for name in every_name for outer in around(name)[1:]))
+    }
+    patterns.require_used(_every_name(names))
+    return excluded
+
+
+def _asked_before(names: Names, before: Sequence[str] | Mapping[str, int]) -> dict[nn.Module, int]:
+    """The modules that `before` names, each with its feature dimension."""
+    dims = dict(before) if isinstance(before, Mapping) else dict.fromkeys(strings("before", before))
+    asked: dict[nn.Module, int] = {}
+    for pattern, dim in dims.items():
+        if isinstance(before, Mapping):
+            dim = integer(f"before[{pattern!r}]", dim)
+        patterns = Patterns("before", [pattern])
+        hits = [m for m, every_name in names.items() if patterns.all(*every_name)]
+        patterns.require_used(_every_name(names))
+        for module in hits:
+            reason = no_twin(module)
+            if reason is not None:
+                raise ValueError(
+                    "before: expected modules that noise can be put before, got "
+                    f"{names[module][0]!r} ({type(module).__name__}): {reason}"
+                )
+            asked.setdefault(module, feature_dim_of(module) if dim is None else dim)
+    return asked
+
+
+def _every_name(names: Names) -> list[str]:
+    return [name for every_name in names.values() for name in every_name]
+
+
+def _reads_noise(module: nn.Module) -> bool:
+    """Whether the input of this layer, or of the one inside this adapter, is noised where it is
+    made."""
+    return NOISED_BY in vars(base_layer(module))
+
+
+def _passes(
+    filter: Callable[[nn.Module, str], bool],
+    module: nn.Module,
+    name: str,
+    types: Types,
+) -> bool:
+    if is_candidate(module, types):
+        return filter(module, name)
+    if not own_matrices(module):
+        return True
+    try:
+        return filter(module, name)
+    except AttributeError:  # a filter written for layers asks what this module has not
+        return False
+
+
+def _matched(names: Names, candidates: set[nn.Module], types: Types) -> list[nn.Module]:
+    """The layers to convert. What is inside a LoRA layer goes with it, and an out_proj with its
+    attention."""
+    blocks = block_names(names, types)
+    spare = {
+        m
+        for wrapper in names
+        if keeps_original(wrapper)
+        for m in wrapper.get_submodule("original_module").modules()
+    }
+    matched = [
+        m
+        for m in names
+        if m in candidates
+        and counts_as(m) in types
+        and m not in spare
+        and not is_inside(names[m], blocks)
+    ]
+    owners: set[nn.Module] = {m.out_proj for m in names if isinstance(m, DIPMultiheadAttention)}
+    owners |= {m.out_proj for m in matched if type(m) is nn.MultiheadAttention}
+    return [m for m in matched if type(m) is not OUT_PROJECTION or m in owners]
+
+
+def _nothing_matched(model: nn.Module, types: Types, reasons: dict[nn.Module, str]) -> str:
+    wanted = " or ".join(f"nn.{t.__name__}" for t in types)
+    text = f"model: expected a {wanted} to convert, found none that types, filter and exclude let through"
+    already = len(dip_layers(model))
+    if already:
+        text += f"; {already} layer(s) are DIP layers already"
+    if reasons:
+        text += f"; {len(reasons)} module(s) cannot be converted: " + ", ".join(
+            f"{type(m).__name__} ({reason})" for m, reason in list(reasons.items())[:5]
+        )
+    return text
