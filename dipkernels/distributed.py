@@ -12,7 +12,7 @@ from torch import nn
 
 from .nn.numbering import dip_layers, need_layers, warn_of_equal_numbers
 from .nn.variance import Variance
-from .noise import contexts
+from .noise import contexts, guards
 from .ops.dtensor import local
 from .worlds import has_ranks, is_dtensor
 
@@ -215,8 +215,7 @@ def _noise_now(device: torch.device) -> tuple[object, ...]:
     state."""
     if contexts.KEY is not None:
         return "key", int(contexts.KEY[0]) % 2**64, contexts.row0()
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return "generator", _digest(state)
+    return "generator", guards.generator_digest(device)[:16]
 
 
 def _digest(values: torch.Tensor) -> str:

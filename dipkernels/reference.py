@@ -55,9 +55,7 @@ def standard_normal(
     angle = 2 * math.pi * ((w & 0xFFF).double() + 0.5) / 2**12
     # [rows, groups, 4, 2]
     z = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return z.reshape(num_rows, 8 * (last - first))[
-        :, col0 - 8 * first : col0 - 8 * first + num_cols
-    ]
+    return z.reshape(num_rows, 8 * (last - first)).narrow(1, col0 - 8 * first, num_cols)
 
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
@@ -125,9 +123,8 @@ def perturb_replay(
     du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any
 ) -> tuple[Tensor, Tensor]:
     """(u, dsigma): `perturb` and `perturb_bwd` of one draw, with the arguments of the former"""
-    return perturb(x, sigma, seed, *draw_and_dtype), perturb_bwd(
-        du, sigma, seed, *draw_and_dtype[:-1]
-    )
+    *draw, _ = draw_and_dtype
+    return perturb(x, sigma, seed, *draw_and_dtype), perturb_bwd(du, sigma, seed, *draw)
 
 
 # ---- activations: (f, f', f'') -------------------------------------------------------------------
@@ -294,26 +291,15 @@ def linear_bwd(
         dh = dy.double().reshape(h.shape) * _ACTIVATIONS[activation](h)[1] / num_samples
         du = dh @ weight.double()
         dx, dweight, dbias = dx + du, dweight + dh.t() @ u, dbias + dh.sum(0)
-        dsigma = dsigma + factor * (du * z).sum(0) * (
-            _sigma(sigma, True) / 2 if log_variance else 1
-        )
+        dsigma = dsigma + factor * (du * z).sum(0)
+    if log_variance:
+        dsigma = dsigma * _sigma(sigma, True) / 2
     bias_dtype = weight.dtype if bias is None else bias.dtype
-    return (
-        dx.to(x.dtype).reshape(x.shape),
-        dweight.to(weight.dtype),
-        dbias.to(bias_dtype),
-        dsigma.to(sigma.dtype),
-    )
+    dx, dweight = dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype)
+    return dx, dweight, dbias.to(bias_dtype), dsigma.to(sigma.dtype)
 
 
 # ---- producers: the projection in what makes a layer's input.  docs/maths.md, section 10 ---------
-
-
-def _split(
-    arguments: tuple[Any, ...],
-) -> tuple[tuple[int, int, int, int, float, bool], tuple[Any, ...]]:
-    """The fields of Draw, and what follows them."""
-    return arguments[:6], arguments[6:]
 
 
 def activate(x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
@@ -321,16 +307,15 @@ def activate(x: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tens
 
     draw_and_act: the draw as in `perturb`, activation, out_dtype.
     """
-    draw, (activation, out_dtype) = _split(draw_and_act)
-    y = torch.empty_like(x, dtype=torch.float64).copy_(_ACTIVATIONS[activation](x.double())[0])
-    return perturb(y, sigma, seed, *draw, out_dtype or x.dtype)
+    *draw, activation, out_dtype = draw_and_act
+    return _noised(_ACTIVATIONS[activation](x.double())[0], x, sigma, seed, *draw, out_dtype)
 
 
 def activate_bwd(
     du: Tensor, x: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
 ) -> tuple[Tensor, Tensor]:
     """(dx[i, j] = du[i, j] * act'(x[i, j]), dsigma as `perturb_bwd`'s, empty without a sigma)"""
-    draw, (activation,) = _split(draw_and_act)
+    *draw, activation = draw_and_act
     dx = torch.empty_like(x).copy_(du.double() * _ACTIVATIONS[activation](x.double())[1])
     return dx, _dsigma(du, sigma, seed, *draw)
 
@@ -338,20 +323,26 @@ def activate_bwd(
 def gate(a: Tensor, b: Tensor, sigma: Tensor, seed: Tensor, *draw_and_act: Any) -> Tensor:
     """u[i, j] = act(a[i, j]) * b[i, j] + factor * sigma[j] * z[i, j]; draw_and_act as
     `activate`'s"""
-    draw, (activation, out_dtype) = _split(draw_and_act)
-    y = torch.empty_like(a, dtype=torch.float64).copy_(_ACTIVATIONS[activation](a.double())[0] * b)
-    return perturb(y, sigma, seed, *draw, out_dtype or a.dtype)
+    *draw, activation, out_dtype = draw_and_act
+    return _noised(_ACTIVATIONS[activation](a.double())[0] * b, a, sigma, seed, *draw, out_dtype)
 
 
 def gate_bwd(
     du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, seed: Tensor, *draw_and_act: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(da = du * b * act'(a), db = du * act(a), dsigma as `activate_bwd`'s)"""
-    draw, (activation,) = _split(draw_and_act)
+    *draw, activation = draw_and_act
     f, slope, _ = _ACTIVATIONS[activation](a.double())
     da = torch.empty_like(a).copy_(du.double() * b * slope)
     db = torch.empty_like(b).copy_(du.double() * f)
     return da, db, _dsigma(du, sigma, seed, *draw)
+
+
+def _noised(y: Tensor, like: Tensor, sigma: Tensor, seed: Tensor, *draw_and_dtype: Any) -> Tensor:
+    """`perturb` of y, float64, in the strides of `like`, and of its dtype where none is named"""
+    *draw, out_dtype = draw_and_dtype
+    how = (*draw, out_dtype or like.dtype)
+    return perturb(torch.empty_like(like, dtype=torch.float64).copy_(y), sigma, seed, *how)
 
 
 def _dsigma(du: Tensor, sigma: Tensor | None, seed: Tensor, *draw: Any) -> Tensor:
@@ -374,17 +365,16 @@ def norm(
 
     draw_and_norm: the draw as in `perturb`, kind, eps, offset, out_dtype.
     """
-    draw, (kind, eps, offset, out_dtype) = _split(draw_and_norm)
+    *draw, kind, eps, offset, out_dtype = draw_and_norm
     rows = _as_rows(x, -1)
     mean = rows.mean(1) if kind == "layer" else torch.zeros_like(rows[:, :1].sum(1))
     rstd = torch.rsqrt((rows - mean[:, None]).square().mean(1) + eps)
     y = (rows - mean[:, None]) * rstd[:, None] * _norm_weight(weight, offset) + (
         0 if bias is None else bias.double()
     )
-    y = torch.empty_like(x, dtype=torch.float64).copy_(y.reshape(x.shape))
     wide = torch.promote_types(x.dtype, torch.float32)
     stats = torch.stack((mean, rstd) if kind == "layer" else (rstd,)).to(wide)
-    return perturb(y, sigma, seed, *draw, out_dtype or x.dtype), stats
+    return _noised(y.reshape(x.shape), x, sigma, seed, *draw, out_dtype), stats
 
 
 def norm_bwd(
@@ -403,7 +393,7 @@ def norm_bwd(
 
     draw_and_norm: the draw as in `perturb`, kind, offset.
     """
-    draw, (kind, offset) = _split(draw_and_norm)
+    *draw, kind, offset = draw_and_norm
     rows, g = _as_rows(x, -1), _as_rows(du, -1)
     mean = stats[0].double()[:, None] if kind == "layer" else 0.0
     rstd = stats[-1].double()[:, None]

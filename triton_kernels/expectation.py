@@ -327,10 +327,8 @@ def _grid(mu, activation):
     """Blocks of columns, and programs that share the rows of one: few, as each first computes what
     depends on v alone."""
     n = mu.shape[-1]
-    col_blocks, row_blocks = (
-        triton.cdiv(n, BLOCK_N),
-        triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype)),
-    )
+    col_blocks = triton.cdiv(n, BLOCK_N)
+    row_blocks = triton.cdiv(mu.numel() // n, _rows(activation, mu.dtype))
     return col_blocks, min(row_blocks, triton.cdiv(4 * num_multiprocessors(mu.device), col_blocks))
 
 
@@ -338,13 +336,8 @@ def _launch(out, partial, mu, dy, v, activation, grid):
     n, (c, p, d) = mu.shape[-1], _mixture(activation, mu.dtype)
     with on_device(mu):
         _expectation_kernel[grid](
-            out,
-            partial,
-            mu,
-            dy,
-            v.contiguous(),
-            mu.numel() // n,
-            n,
+            *(out, partial, mu, dy, v.contiguous()),
+            *(mu.numel() // n, n),
             GRAD=dy is not None,
             ACTIVATION=activation,
             TERMS=tuple(x for term in zip(c, p, strict=True) for x in term),
@@ -373,15 +366,10 @@ def expectation_bwd(dy, mu, v, activation):
     dmu = torch.empty_like(mu)
     if dmu.numel() == 0:
         return dmu, torch.zeros_like(v), torch.zeros_like(v)
-    n, grid = mu.shape[-1], _grid(mu, activation)
-    partial = torch.empty(
-        2, grid[1], n, dtype=torch.promote_types(mu.dtype, torch.float32), device=mu.device
-    )
+    grid, wide = _grid(mu, activation), torch.promote_types(mu.dtype, torch.float32)
+    partial = torch.empty(2, grid[1], mu.shape[-1], dtype=wide, device=mu.device)
     _launch(dmu, partial, mu, dy, v, activation, grid)
-    dv, total = (
-        column_sum(torch.empty(n, dtype=v.dtype, device=v.device), part) for part in partial
-    )
-    return dmu, dv, total
+    return dmu, *(column_sum(v.new_empty(v.shape), part) for part in partial)
 
 
 # ---- the variance v, and back --------------------------------------------------------------------
@@ -475,9 +463,8 @@ def _variance_bwd_kernel(
 def _weight_tile(sigma, n, k):
     """(BLOCK_N, BLOCK_K)"""
     block_k = min(triton.next_power_of_2(k), 256)
-    return min(
-        triton.next_power_of_2(n), (1024 if sigma.dtype is torch.float64 else 2048) // block_k
-    ), block_k
+    elements = 1024 if sigma.dtype is torch.float64 else 2048
+    return min(triton.next_power_of_2(n), elements // block_k), block_k
 
 
 def affine_variance(weight, sigma, log_variance):
@@ -498,13 +485,8 @@ def affine_variance(weight, sigma, log_variance):
 
 def affine_variance_bwd(dv, weight, sigma, log_variance, given):
     """(given + dweight, dsigma) of `affine_variance`, in one pass and a fixed order."""
-    given = None if given is None else given.contiguous()
-    weight, sigma, dv, (n, k) = (
-        weight.contiguous(),
-        sigma.contiguous(),
-        dv.contiguous(),
-        weight.shape,
-    )
+    given, (n, k) = None if given is None else given.contiguous(), weight.shape
+    weight, sigma, dv = weight.contiguous(), sigma.contiguous(), dv.contiguous()
     dweight, dsigma = torch.empty_like(weight), torch.empty_like(sigma)
     if weight.numel() == 0:
         return dweight, dsigma.zero_()
@@ -512,18 +494,9 @@ def affine_variance_bwd(dv, weight, sigma, log_variance, given):
     col_blocks, row_blocks = triton.cdiv(k, block_k), triton.cdiv(n, block_n)
     programs = min(row_blocks, triton.cdiv(8 * num_multiprocessors(weight.device), col_blocks))
     partial = torch.empty(programs, k, dtype=sigma.dtype, device=sigma.device)
+    block, tensors = {"BLOCK_N": block_n, "BLOCK_K": block_k}, (dweight, given, partial, dv, weight)
     with on_device(weight):
         _variance_bwd_kernel[(col_blocks, programs)](
-            dweight,
-            given,
-            partial,
-            dv,
-            weight,
-            sigma,
-            n,
-            k,
-            LOG_VARIANCE=log_variance,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
+            *tensors, sigma, n, k, LOG_VARIANCE=log_variance, **block
         )
     return dweight, column_sum(dsigma, partial)

@@ -16,7 +16,6 @@ from .perturb import (
     tickets_of_sum,
 )
 from .tiles import (
-    EXACT,
     TILE_ELEMENTS,
     across,
     columns_at,
@@ -210,19 +209,13 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
         return u.copy_(gate(a.contiguous(), b, *rest))
     with on_device(a):
         _gate_fwd_kernel[tile.grid(a.device)](
-            u,
-            a,
-            b,
-            sigma.contiguous(),
-            seed,
+            *(u, a, b, sigma.contiguous(), seed),
             *tile.arguments(row0),
-            sample,
-            factor,
+            *(sample, factor),
             ACTIVATION=activation,
             GATED=b is not None,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
-            **EXACT,
             **_resources(a.dtype),
         )
     return u
@@ -253,26 +246,15 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
         partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     with on_device(du):
         _gate_bwd_kernel[grid](
-            partial,
-            dsigma,
-            tickets,
-            da,
-            db,
-            du,
-            a,
-            b,
-            sigma,
-            seed,
+            *(partial, dsigma, tickets, da, db, du, a, b, sigma, seed),
             *tile.arguments(row0),
-            sample,
-            factor,
+            *(sample, factor),
             ACTIVATION=activation,
             GATED=b is not None,
             DRAWS=sigma is not None,
             LOG_VARIANCE=log_variance,
-            **tile.constants(),
             FINISH=tickets is not None,
-            **EXACT,
+            **tile.constants(),
             **_resources(a.dtype),
         )
     if sigma is not None and tickets is None:

@@ -304,14 +304,10 @@ def _architecture(device: torch.device) -> int:
 @functools.cache
 def _tuned(kernel, op: str, chosen: Blocks):
     """The kernel with its candidates; a tile's choice holds for every number of rows."""
-    configs = [
-        triton.Config(
-            {name: value for name, value in c.kwargs().items() if name.isupper()},
-            c.num_warps,
-            c.num_stages,
-        )
-        for c in candidates(chosen, op)
-    ]
+    configs = []
+    for c in candidates(chosen, op):
+        block = {name: value for name, value in c.kwargs().items() if name.isupper()}
+        configs.append(triton.Config(block, c.num_warps, c.num_stages))
     return triton.autotune(configs, key=["N", "K"])(kernel)
 
 
@@ -381,20 +377,10 @@ def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dt
             op,
             lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),),
             chosen,
-            y,
-            x,
-            weight,
-            bias,
-            sigma,
-            dy,
-            seed,
-            m,
-            *sizes,
+            *(y, x, weight, bias, sigma, dy, seed),
+            *(m, *sizes),
             *origin(row0, col0),
-            sample,
-            num_samples if passes else 1,
-            1.0 / num_samples,
-            factor,
+            *(sample, num_samples if passes else 1, 1.0 / num_samples, factor),
             LOG_VARIANCE=log_variance,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
@@ -456,13 +442,8 @@ def linear_bwd_x(dy, weight, sigma, seed, row0, col0, sample, factor, log_varian
             op,
             lambda meta: (row_blocks * triton.cdiv(k + col0 % 8, meta["BLOCK_K"]),),
             chosen,
-            dx,
-            partial,
-            flat,
-            weight,
-            seed,
-            m,
-            *sizes,
+            *(dx, partial, flat, weight, seed),
+            *(m, *sizes),
             *origin(row0, col0),
             sample,
             PRECISION=_precision(),
@@ -494,9 +475,8 @@ def linear_bwd_weight(
     count = splits(tiles, m, num_multiprocessors(dy.device))
     split_rows = triton.cdiv(triton.cdiv(m, count), chosen.BLOCK_M) * chosen.BLOCK_M
     count = triton.cdiv(m, split_rows)
-    dweight = torch.empty(
-        count, n, k, dtype=torch.float32 if count > 1 else dtype, device=dy.device
-    )
+    wide = torch.float32 if count > 1 else dtype
+    dweight = torch.empty(count, n, k, dtype=wide, device=dy.device)
     with on_device(dy):
         _launch(
             _linear_bwd_weight_kernel,
@@ -506,18 +486,10 @@ def linear_bwd_weight(
                 count,
             ),
             chosen,
-            dweight,
-            dy,
-            x,
-            sigma,
-            seed,
-            m,
-            *sizes[:2],
-            split_rows,
-            *sizes[2:],
+            *(dweight, dy, x, sigma, seed),
+            *(m, *sizes[:2], split_rows, *sizes[2:]),
             *origin(row0, col0),
-            sample,
-            factor,
+            *(sample, factor),
             DTYPE=OPERANDS[operand],
             LOG_VARIANCE=log_variance,
             PRECISION=_precision(),
@@ -568,9 +540,7 @@ def linear_bwd(
             dh, flat_x, sigma, seed, *draw, weight.dtype, weight.dtype if single else torch.float32
         )
         grads = (dx, dweight, dbias, dsigma)
-        total = (
-            grads if total is None else tuple(a.add_(b) for a, b in zip(total, grads, strict=True))
-        )
+        total = grads if total is None else [a.add_(b) for a, b in zip(total, grads, strict=True)]
     dx, dweight, dbias, dsigma = total
     dbias = dbias.to(weight.dtype if bias is None else bias.dtype)
     return dx.to(x.dtype).reshape(x.shape), dweight.to(weight.dtype), dbias, dsigma

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .tiles import (
-    EXACT,
     TILE_ELEMENTS,
     columns_at,
     on_device,
@@ -188,11 +187,6 @@ def noise(seed, shape, dim, row0, col0, sample):
     tile = tiling(dim, col0, TILE_ELEMENTS, z)
     with on_device(z):
         _noise_kernel[tile.grid(z.device)](
-            z,
-            seed,
-            *tile.arguments(row0),
-            sample,
-            **tile.constants(),
-            **EXACT,
+            z, seed, *tile.arguments(row0), sample, **tile.constants()
         )
     return z

@@ -130,11 +130,8 @@ def _norm_fwd_kernel(
             )
             u = tl.fma(tl.broadcast_to(scale[None, :], z.shape), z, y)
             # store
-            tl.store(
-                u_ptr + (row * u_row)[:, None] + col[None, :],
-                u.to(u_ptr.dtype.element_ty),
-                mask=mask,
-            )
+            u_off = (row * u_row)[:, None] + col[None, :]
+            tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -228,11 +225,8 @@ def _norm_bwd_kernel(
             shift_of = tl.load(means_ptr + row, mask=row < M, other=0.0) if CENTRED else slope * 0.0
         dx = rstd[:, None] * (g - shift_of[:, None] - h * slope[:, None])
         # store
-        tl.store(
-            dx_ptr + (row * dx_row)[:, None] + col[None, :],
-            dx.to(dx_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        dx_off = (row * dx_row)[:, None] + col[None, :]
+        tl.store(dx_ptr + dx_off, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_WEIGHT:
             dweight = tl.fma(du, h, dweight)
         if HAS_BIAS:
@@ -261,168 +255,93 @@ def _whole_columns(dtype):
 
 
 def _tile(m, k, dtype, limit):
-    """BLOCK_R, BLOCK_K, num_warps"""
+    """BLOCK_R, BLOCK_K and num_warps, by name"""
     elements = TILE_ELEMENTS // 2 if dtype is torch.float64 else TILE_ELEMENTS
     block_k = max(8, min(triton.next_power_of_2(k), limit))
     block_r = max(1, min(triton.next_power_of_2(max(m, 1)), elements // block_k))
-    return block_r, block_k, max(4, min(MAX_WARPS, 4 * block_r * block_k // elements))
+    num_warps = max(4, min(MAX_WARPS, 4 * block_r * block_k // elements))
+    return {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": num_warps}
 
 
-def norm(
-    x,
-    weight,
-    bias,
-    sigma,
-    seed,
-    dim,
-    row0,
-    col0,
-    sample,
-    factor,
-    log_variance,
-    kind,
-    eps,
-    offset,
-    out_dtype,
-):
+def norm(x, weight, bias, sigma, seed, *draw_and_norm):
     """(u, stats): u [x.shape] = h (offset + weight) + bias + factor * s * z, h the normalised x;
     stats [mean, rstd] or [rstd]."""
+    _, row0, col0, sample, factor, log_variance, kind, eps, offset, out_dtype = draw_and_norm
     m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
-    u, stats = (
-        torch.empty_like(x, dtype=out_dtype),
-        torch.empty(1 + centred, m, dtype=wide, device=x.device),
-    )
+    u = torch.empty_like(x, dtype=out_dtype)
+    stats = torch.empty(1 + centred, m, dtype=wide, device=x.device)
     if u.numel() == 0:
         return u, stats
     rows, flat_u = flat_rows(x), flat_rows(u)
     weight, bias, sigma = _dense(weight, bias, sigma)
-    block_r, block_k, num_warps = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
-    grid = (min(triton.cdiv(m, block_r), 32 * num_multiprocessors(x.device)),)
+    tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype))
+    grid = (min(triton.cdiv(m, tile["BLOCK_R"]), 32 * num_multiprocessors(x.device)),)
+    tensors = (flat_u, stats, rows, weight, bias, sigma, seed)
+    sizes = (m, k, flat_u.stride(0), rows.stride(0))
     with on_device(x):
         _norm_fwd_kernel[grid](
-            flat_u,
-            stats,
-            rows,
-            weight,
-            bias,
-            sigma,
-            seed,
-            m,
-            k,
-            flat_u.stride(0),
-            rows.stride(0),
+            *tensors,
+            *sizes,
             *origin(row0, col0),
-            sample,
-            factor,
-            eps,
-            offset,
+            *(sample, factor, eps, offset),
             CENTRED=centred,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             LOG_VARIANCE=log_variance,
-            COL_BLOCKS=triton.cdiv(k + shift, block_k),
-            BLOCK_R=block_r,
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            COL_BLOCKS=triton.cdiv(k + shift, tile["BLOCK_K"]),
+            **tile,
             **EXACT,
             **ALL_REGISTERS,
         )
     return u if flat_u.data_ptr() == u.data_ptr() else u.copy_(flat_u.view(u.shape)), stats
 
 
-def norm_bwd(
-    du,
-    x,
-    stats,
-    weight,
-    bias,
-    sigma,
-    seed,
-    dim,
-    row0,
-    col0,
-    sample,
-    factor,
-    log_variance,
-    kind,
-    offset,
-):
+def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     """(dx, dweight, dbias, dsigma) of `norm`, empty for what is None; without a sigma nothing is
     drawn."""
-    dx = torch.empty_like(x)
-    m, k, shift, centred = x.shape[:-1].numel(), x.shape[-1], col0 % 8, kind == "layer"
-    grads = [
-        du.new_empty(0, dtype=torch.float32)
-        if t is None
-        else torch.zeros(k, dtype=t.dtype, device=x.device)
-        for t in (weight, bias, sigma)
-    ]
+    _, row0, col0, sample, factor, log_variance, kind, offset = draw_and_norm
+    m, k, shift = x.shape[:-1].numel(), x.shape[-1], col0 % 8
+    dx, none = torch.empty_like(x), du.new_empty(0, dtype=torch.float32)
+    weight, bias, sigma = columns = _dense(weight, bias, sigma)
+    grads = [none if t is None else torch.zeros_like(t) for t in columns]
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = flat_rows(x), flat_rows(du), flat_rows(dx), stats.dtype
-    weight, bias, sigma = _dense(weight, bias, sigma)
     whole = k + shift <= _whole_columns(x.dtype)
-    block_r, block_k, num_warps = _tile(
-        m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256
-    )
-    col_blocks = triton.cdiv(k + shift, block_k)
-    programs = max(
-        1, min(triton.cdiv(m, block_r), triton.cdiv(4 * num_multiprocessors(x.device), col_blocks))
-    )
+    tile = _tile(m, k + shift, x.dtype, _whole_columns(x.dtype) if whole else 256)
+    col_blocks = triton.cdiv(k + shift, tile["BLOCK_K"])
+    fill = triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)
+    programs = max(1, min(triton.cdiv(m, tile["BLOCK_R"]), fill))
     partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
-    flags = dict(CENTRED=centred, HAS_WEIGHT=weight is not None)
+    flags = {"CENTRED": kind == "layer", "HAS_WEIGHT": weight is not None}
+    strides = (flat_du.stride(0), rows.stride(0))
     means = None
     with on_device(x):
         if not whole:
             means = torch.empty(2, m, dtype=wide, device=x.device)
             _norm_sums_kernel[(m,)](
-                means,
-                flat_du,
-                rows,
-                stats,
-                weight,
-                m,
-                k,
-                flat_du.stride(0),
-                rows.stride(0),
-                offset,
-                **flags,
+                *(means, flat_du, rows, stats, weight),
+                *(m, k, *strides, offset),
                 COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS),
                 BLOCK_K=TILE_ELEMENTS,
+                **flags,
                 **EXACT,
             )
         _norm_bwd_kernel[(col_blocks, programs)](
-            partial,
-            flat_dx,
-            flat_du,
-            rows,
-            stats,
-            means,
-            weight,
-            seed,
-            m,
-            k,
-            flat_dx.stride(0),
-            flat_du.stride(0),
-            rows.stride(0),
+            *(partial, flat_dx, flat_du, rows, stats, means, weight, seed),
+            *(m, k, flat_dx.stride(0), *strides),
             *origin(row0, col0),
-            sample,
-            offset,
-            **flags,
+            *(sample, offset),
             HAS_BIAS=bias is not None,
             DRAWS=sigma is not None,
             WHOLE=whole,
-            BLOCK_R=block_r,
-            BLOCK_K=block_k,
-            num_warps=num_warps,
+            **flags,
+            **tile,
             **EXACT,
             **ALL_REGISTERS,
         )
-    if weight is not None:
-        column_sum(grads[0], partial[0])
-    if bias is not None:
-        column_sum(grads[1], partial[1])
-    if sigma is not None:
-        column_sum(grads[2], partial[2], sigma, factor, log_variance)
+    for grad, sums, scale in zip(grads, partial, ((), (), (sigma, factor, log_variance))):
+        if grad is not none:
+            column_sum(grad, sums, *scale)
     return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads

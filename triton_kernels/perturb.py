@@ -295,21 +295,11 @@ def _column_sum_kernel(
 def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
     """out = factor * sum over partial [P, K], times s / 2 if log_variance: the second stage of
     every sum over rows"""
-    num_partials, k = partial.shape
-    block_k = 32
+    block = {"BLOCK_P": 32, "BLOCK_K": 32}
+    grid = (triton.cdiv(partial.shape[1], block["BLOCK_K"]),)
+    arguments = (out, partial, sigma, *partial.shape, factor)
     with on_device(partial):
-        _column_sum_kernel[(triton.cdiv(k, block_k),)](
-            out,
-            partial,
-            sigma,
-            num_partials,
-            k,
-            factor,
-            LOG_VARIANCE=log_variance,
-            BLOCK_P=32,
-            BLOCK_K=block_k,
-            **EXACT,
-        )
+        _column_sum_kernel[grid](*arguments, LOG_VARIANCE=log_variance, **block, **EXACT)
     return out
 
 
@@ -332,23 +322,16 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
         return u
     tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
     if tile is None:  # three or more row dimensions that do not merge
-        dense = x.contiguous()
-        return u.copy_(
-            perturb(dense, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype)
-        )
+        draw = (dim, row0, col0, sample, factor, log_variance)
+        return u.copy_(perturb(x.contiguous(), sigma, seed, *draw, out_dtype))
     with on_device(x):
         _perturb_fwd_kernel[tile.grid(x.device)](
-            u,
-            x,
-            sigma.contiguous(),
-            seed,
+            *(u, x, sigma.contiguous(), seed),
             *tile.arguments(row0),
-            sample,
-            factor,
+            *(sample, factor),
             LOG_VARIANCE=log_variance,
-            **tile.constants(),
             FROM_END=P_FROM_END,
-            **EXACT,
+            **tile.constants(),
         )
     return u
 
@@ -364,9 +347,8 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     tile = tiling(dim, col0, elements, u, du, x, columns=sum_columns())
     if tile is None:
         du, x = du.contiguous(), x.contiguous() if replay else None
-        dense, dsigma = _bwd(
-            du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype
-        )
+        draw = (dim, row0, col0, sample, factor, log_variance)
+        dense, dsigma = _bwd(du, x, sigma, seed, *draw, out_dtype)
         return u.copy_(dense) if replay else None, dsigma
     grid = tile.sum_grid(du.device)
     dtype = torch.promote_types(du.dtype, torch.float32)
@@ -375,23 +357,14 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     dsigma, tickets = torch.empty_like(sigma), tickets_of_sum(grid, du.device)
     with on_device(du):
         _perturb_bwd_kernel[grid](
-            partial,
-            dsigma,
-            tickets,
-            u,
-            du,
-            x,
-            sigma,
-            seed,
+            *(partial, dsigma, tickets, u, du, x, sigma, seed),
             *tile.arguments(row0),
-            sample,
-            factor,
+            *(sample, factor),
             REPLAY=replay,
             LOG_VARIANCE=log_variance,
-            **tile.constants(),
             FROM_END=SUMS_FROM_END,
             FINISH=tickets is not None,
-            **EXACT,
+            **tile.constants(),
         )
     if tickets is None:
         column_sum(dsigma, partial, sigma, factor, log_variance)

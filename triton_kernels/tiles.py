@@ -116,9 +116,8 @@ class Tiling:
         """(column blocks, row programs): four tiles a program, which keeps key and sigma, once the
         device is full."""
         fill = 8 * num_multiprocessors(device) // self.col_blocks
-        return self.col_blocks, min(
-            self.row_blocks, max(triton.cdiv(self.row_blocks, 4), fill), 65535
-        )
+        row_programs = max(triton.cdiv(self.row_blocks, 4), fill)
+        return self.col_blocks, min(self.row_blocks, row_programs, 65535)
 
     def sum_grid(self, device: torch.device) -> tuple[int, int]:
         """The same where every row program leaves a partial sum: four programs a multiprocessor."""
@@ -128,25 +127,15 @@ class Tiling:
     def arguments(self, row0: int) -> tuple[int, ...]:
         """What every kernel takes, from num_row_blocks to shift: sizes, strides, first row and
         column"""
+        sizes = (self.row_blocks, self.num_outer, self.num_inner, self.outer_step, self.inner_step)
         vec = self.vec
-        return (
-            self.row_blocks,
-            self.num_outer,
-            self.num_inner,
-            self.outer_step,
-            self.inner_step,
-            self.k // vec,
-            *(n for out, inn, col in self.strides for n in (out // vec, inn // vec, col)),
-            *origin(row0, self.col0),
-        )
+        strides = (n for out, inn, col in self.strides for n in (out // vec, inn // vec, col))
+        return *sizes, self.k // vec, *strides, *origin(row0, self.col0)
 
     def constants(self) -> dict[str, int | bool]:
-        return {
-            "ROWS_LAST": self.rows_last,
-            "VEC": self.vec,
-            "BLOCK_R": self.block_r,
-            "BLOCK_K": self.block_k,
-        }
+        """What every kernel takes by name, the compiler's option too"""
+        block = {"BLOCK_R": self.block_r, "BLOCK_K": self.block_k}
+        return {"ROWS_LAST": self.rows_last, "VEC": self.vec, **block, **EXACT}
 
 
 def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -158,9 +147,7 @@ def _merged_rows(shape, dim: int, tensors) -> list[tuple[int, int, tuple[int, ..
         size, strides = shape[axis], tuple(t.stride(axis) for t in tensors)
         if size == 1:
             continue
-        if rows and all(
-            stride == rows[0][0] * inner for stride, inner in zip(strides, rows[0][2], strict=True)
-        ):
+        if rows and strides == tuple(rows[0][0] * stride for stride in rows[0][2]):
             rows[0] = (size * rows[0][0], rows[0][1], rows[0][2])
         else:
             rows.insert(0, (size, step, strides))
@@ -214,19 +201,9 @@ def tiling(
         inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2, columns
     )
     of_tensors = iter(strides)
-    return Tiling(
-        k,
-        outer[0],
-        outer[1],
-        inner[0],
-        inner[1],
-        tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands),
-        rows_last,
-        8 if vectors else 1,
-        col0,
-        block_r,
-        block_k,
-    )
+    of_operands = tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands)
+    layout = (of_operands, rows_last, 8 if vectors else 1)
+    return Tiling(k, *outer[:2], *inner[:2], *layout, col0, block_r, block_k)
 
 
 def flat_rows(x: torch.Tensor) -> torch.Tensor:

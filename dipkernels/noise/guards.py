@@ -34,12 +34,8 @@ def watch_checkpoint(seed: Tensor) -> None:
                 _first_draws, _earlier_draws = set(), _first_draws
             _first_draws.add(mark)
         return
-    if (
-        not _first_draws
-        or (mark := _mark_of(seed)) is None
-        or mark in _first_draws
-        or mark in _earlier_draws
-    ):
+    mark = _mark_of(seed) if _first_draws else None
+    if mark is None or mark in _first_draws or mark in _earlier_draws:
         return
     what = "draws a seed"
     if contexts.KEY is not None:
@@ -106,8 +102,7 @@ def compare_ranks(device: str, shared: bool) -> None:
     if shared or distributed.get_world_size() == 1:
         return
     ranks_to_compare = False
-    state = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
-    place = f"dipkernels/{device}/{hashlib.sha256(state.numpy().tobytes()).hexdigest()}"
+    place = f"dipkernels/{device}/{generator_digest(device)}"
     store, rank = distributed.distributed_c10d._get_default_store(), distributed.get_rank()
     if store.add(place, 1) == 1:
         store.set(f"{place}/rank", str(rank))
@@ -119,6 +114,13 @@ def compare_ranks(device: str, shared: bool) -> None:
             "fixed_noise(key, row0=index of the rank's first example)",
             stacklevel=2,
         )
+
+
+def generator_digest(device: str | torch.device) -> str:
+    """Of the state of the device's default generator, which decides its next draw."""
+    on_gpu = torch.device(device).type == "cuda"
+    state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+    return hashlib.sha256(state.numpy().tobytes()).hexdigest()
 
 
 # ---- graphs that keep no noise -------------------------------------------------------------------

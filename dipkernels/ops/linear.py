@@ -62,10 +62,9 @@ def linear(
         raise ValueError(
             f"bias: expected shape (N,) = ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
-    if weight.device != x.device:
-        raise ValueError(f"weight: expected device {x.device}, as x, got {weight.device}")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias: expected device {x.device}, as x, got {bias.device}")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device}, as x, got {t.device}")
     run = registry.kernel("linear", device_of(x.device.type, x, weight))
     y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], num_samples, activation, out_dtype)
     return y
@@ -129,8 +128,7 @@ registry.define(
 registry.define_pass(
     "draw_samples",
     "(Tensor(a!)? u, Tensor(b!)? z, Tensor x, Tensor sigma, Tensor seed, SymInt row0, SymInt col0, "
-    "int sample,"
-    " float factor) -> ()",
+    "int sample, float factor) -> ()",
 )
 # total [A, B] += the sum over samples of act(h), h [samples, A, B]. Then out [A, B] = factor total,
 # where it is wanted.

@@ -89,10 +89,8 @@ def check_norm(
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind, dtype = rest[-4], rest[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows = x.shape[:-1].numel()
-    return torch.empty_like(x, dtype=dtype), x.new_empty(
-        (2 if kind == "layer" else 1, rows), dtype=wide
-    )
+    stats = x.new_empty((2 if kind == "layer" else 1, x.shape[:-1].numel()), dtype=wide)
+    return torch.empty_like(x, dtype=dtype), stats
 
 
 def _fake_norm_bwd(
@@ -110,16 +108,14 @@ def _fake_norm_bwd(
 registry.define(
     "norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, "
-    "ScalarType? out_dtype)"
-    " -> (Tensor, Tensor)",
+    "ScalarType? out_dtype) -> (Tensor, Tensor)",
     _fake_norm,
     "norm",
 )
 registry.define(
     "norm_bwd",
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
-    "float offset)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "float offset) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_bwd,
     "norm",
 )

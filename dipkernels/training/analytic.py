@@ -80,9 +80,8 @@ class _Expectations(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        found = [
-            n for leaf in pytree.tree_leaves((args, kwargs)) if (n := self._find(leaf)) is not None
-        ]
+        marks = map(self._find, pytree.tree_leaves((args, kwargs)))
+        found = [normal for normal in marks if normal is not None]
         if not found:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
@@ -91,29 +90,22 @@ class _Expectations(TorchFunctionMode):
         normal = found[0]
         if name in _ACTIVATIONS:
             return self._activate(name, normal, args, kwargs, func)
-        if name == "dropout" and not (args[2] if len(args) > 2 else kwargs.get("training", True)):
-            return self._like(func(*args, **kwargs), normal)
-        if name in _SHAPES:
-            return self._like(func(*args, **kwargs), normal)
-        if name in ("mul", "div", "truediv") and not self._twice(found):
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        drops = args[2] if len(args) > 2 else kwargs.get("training", True)
+        if name in _SHAPES or (name == "dropout" and not drops):
+            return self._like(out, normal)
+        twice = len({n.layer for n in found}) < len(found)
+        if name in ("mul", "div", "truediv") and not twice:
             factors = [a for a in args if self._find(a) is None]
             if len(found) == 1 and factors and not isinstance(factors[0], Tensor):
                 raise self._error(normal, f"{name} by a number, which analytic does not follow")
             return out
-        if name in _THROUGH and not self._twice(found):
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        if any(
-            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)
-        ) and not name.startswith(("get", "size")):
-            same = "products of one layer's output with itself" if self._twice(found) else f"{name}"
-            raise self._error(normal, same)
+        if (name in _THROUGH and not twice) or name.startswith(("get", "size")):
+            return out
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(out)):
+            what = "products of one layer's output with itself" if twice else name
+            raise self._error(normal, what)
         return out
-
-    @staticmethod
-    def _twice(found: list[_Normal]) -> bool:
-        return len({n.layer for n in found}) < len(found)
 
     def _like(self, out: Tensor, normal: _Normal) -> Tensor:
         """The same values in another shape. Whose columns are no longer the layer's outputs has no
@@ -132,17 +124,14 @@ class _Expectations(TorchFunctionMode):
     ) -> Tensor:
         if normal.v is None:
             raise self._error(normal, f"{name}, and its variance is not one number for each output")
-        approximate = kwargs.get(
-            "approximate", args[1] if name == "gelu" and len(args) > 1 else "none"
-        )
+        positional = args[1] if name == "gelu" and len(args) > 1 else "none"
+        approximate = kwargs.get("approximate", positional)
         kind = "gelu_tanh" if name == "gelu" and approximate == "tanh" else name
         mu = normal.tensor()
         assert mu is not None  # it is among args
         y = expectation.expected(mu, normal.v.to(mu.device), kind)
-        in_place = (
-            getattr(func, "__name__", "").endswith("_") or kwargs.get("inplace") or True in args[1:]
-        )
-        if not in_place:
+        of_method = getattr(func, "__name__", "").endswith("_")
+        if not (of_method or kwargs.get("inplace") or True in args[1:]):
             return y
         del self._normals[id(mu)]
         return mu.copy_(y)

@@ -145,11 +145,7 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         read.append(input_of(module, args, kwargs))
 
     watch(model, [layer], note, [x[:1]])
-    if (
-        len(read) != 1
-        or read[0].numel() != x[:1].numel()
-        or not torch.equal(read[0].flatten(), x[:1].flatten())
-    ):
+    if [each.flatten().tolist() for each in read] != [x[:1].flatten().tolist()]:
         raise ValueError(
             f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got "
             "another input"

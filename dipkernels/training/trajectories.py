@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -193,29 +194,25 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
         if all(new is old for new, (_, old) in zip(leaves, pairs)):
             return first
         return pytree.tree_unflatten(leaves, spec)
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        contents = {
-            f.name: map_tensors(
-                fn, *(getattr(out, f.name) for out in outs), name=f"{name}.{f.name}"
-            )
-            for f in dataclasses.fields(first)
-        }
-        if all(new is getattr(first, field) for field, new in contents.items()):
-            return first
-        changed = copy.copy(first)
-        for field, new in contents.items():
-            object.__setattr__(changed, field, new)
-        return changed
-    if isinstance(first, Mapping):
-        contents = {
-            key: map_tensors(fn, *(out[key] for out in outs), name=f"{name}[{key!r}]")
-            for key in first
-        }
-        if all(new is first[key] for key, new in contents.items()):
-            return first
-        if not isinstance(first, (dict, UserDict)):
-            return contents  # a copy of another kind may share its contents with the caller's
-        whole = copy.copy(first)
-        whole.update(contents)
-        return whole
-    return first
+    get: Callable[[Any, Any], Any]
+    if is_dataclass := dataclasses.is_dataclass(first) and not isinstance(first, type):
+        get, paths = getattr, {f.name: f".{f.name}" for f in dataclasses.fields(first)}
+    elif isinstance(first, Mapping):
+        get, paths = operator.getitem, {key: f"[{key!r}]" for key in first}
+    else:
+        return first
+    contents = {
+        key: map_tensors(fn, *(get(out, key) for out in outs), name=name + path)
+        for key, path in paths.items()
+    }
+    if all(new is get(first, key) for key, new in contents.items()):
+        return first
+    if not is_dataclass and not isinstance(first, (dict, UserDict)):
+        return contents  # a copy of another kind may share its contents with the caller's
+    changed = copy.copy(first)
+    for key, new in contents.items():
+        if is_dataclass:
+            object.__setattr__(changed, key, new)  # of a frozen one too
+        else:
+            changed[key] = new
+    return changed

@@ -50,9 +50,8 @@ class Tuned:
     @property
     def best(self) -> Trial:
         """The chosen trial, at the largest budget."""
-        return ranked(
-            [t for t in self.trials if t.budget == self.trials[-1].budget], self.tolerance
-        )[0]
+        last = [t for t in self.trials if t.budget == self.trials[-1].budget]
+        return ranked(last, self.tolerance)[0]
 
     def plot(self, path: str | Path) -> None:
         """Robust against clean score, one point for each trial, larger for a larger budget. Needs
@@ -62,31 +61,14 @@ class Tuned:
         figure = Figure(figsize=(6, 4.5), layout="constrained")
         axis = figure.subplots()
         largest = max(t.budget for t in self.trials)
-        sizes = [20 + 80 * t.budget / largest for t in self.trials]
-        shown = axis.scatter(
-            [t.clean for t in self.trials],
-            [t.robust for t in self.trials],
-            sizes,
-            [t.ratio for t in self.trials],
-        )
-        figure.colorbar(shown, label="ratio")
+        points = [(t.clean, t.robust, 20 + 80 * t.budget / largest, t.ratio) for t in self.trials]
+        figure.colorbar(axis.scatter(*zip(*points)), label="ratio")
         for t in self.trials:
             if t.budget == largest:
-                axis.annotate(
-                    f"kl {t.kl:g}",
-                    (t.clean, t.robust),
-                    (4, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                )
-        axis.scatter(
-            [self.best.clean],
-            [self.best.robust],
-            200,
-            facecolors="none",
-            edgecolors="red",
-            label="chosen",
-        )
+                at = (t.clean, t.robust)
+                axis.annotate(f"kl {t.kl:g}", at, (4, 4), textcoords="offset points", fontsize=8)
+        chosen = (self.best.clean, self.best.robust)
+        axis.scatter(*chosen, 200, facecolors="none", edgecolors="red", label="chosen")
         axis.set(xlabel="clean score on validation data", ylabel="robust score on validation data")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -150,7 +132,7 @@ def tune(
                 advance(units)
             trials += now
             pairs = [(t.ratio, t.kl) for t in ranked(now, tolerance)]
-    (ratio, kl) = pairs[0]
+    ratio, kl = pairs[0]
     return Tuned(ratio, kl, tuple(trials), tolerance)
 
 
