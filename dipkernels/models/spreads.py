@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..nn.inputs import undense
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
-from .probe import input_of, watch
+from .convertible import feature_dim_of
+from .probe import input_of, readers_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64
@@ -137,10 +138,19 @@ def measured_spreads(
     first: is given what the layer reads that the batches reach first.
     """
     layers = need_layers(model)
+    readers = readers_of(model)
+    # What is called with a layer's input: it itself, or the layers that read what it noises, which
+    # may be a part of what it makes (one token of all). Each with the feature dimension.
+    watched: dict[nn.Module, tuple[DIPLayer, int]] = {}
+    for layer in layers.values():
+        others = {m: (layer, feature_dim_of(m)) for m in readers.get(layer, [])}
+        watched |= others or {layer: (layer, layer.feature_dim)}
     seen: dict[DIPLayer, _Moments] = {}
+    reached: dict[nn.Module, None] = {}  # in their order
 
-    def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, dim = input_of(layer, args, kwargs), layer.feature_dim
+    def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer, dim = watched[module]
+        x = input_of(module, args, kwargs)
         if (kind := undense(x)) is not None:
             name = next(name for name, each in layers.items() if each is layer)
             raise TypeError(
@@ -149,11 +159,12 @@ def measured_spreads(
         x = x.detach()
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
         seen.setdefault(layer, _Moments()).add(rows)
-        if first is not None and len(rows) and layer is next(iter(seen)):
+        reached.setdefault(module)
+        if first is not None and len(rows) and module is next(iter(reached)):
             first.add(x, dim)
 
     with _statistics_of_the_batch(model):
-        watch(model, layers.values(), observe, batches)
+        watch(model, watched, observe, batches)
     unreached = [
         name or "(root)"
         for name, layer in layers.items()
