@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from .probe import input_of, readers_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64
+# spread over size below which a layer's input says nothing of what it will be like in training
+STILL = 1e-3
 
 
 class _Moments:
@@ -52,6 +55,12 @@ class _Moments:
         """Each column's standard deviation, [K], on the CPU."""
         assert isinstance(self.scatter, Tensor)  # something was added
         return (self.scatter / self.count).sqrt().cpu()
+
+    def hardly_varies(self) -> bool:
+        """Whether the spread is less than STILL of the size, both root mean squares over columns,
+        and not 0."""
+        spread, mean = self.spread().square().sum(), torch.as_tensor(self.mean).square().sum()
+        return bool((spread > 0) & (spread < STILL**2 * (spread + mean.cpu())))
 
 
 class Examples:
@@ -176,6 +185,15 @@ def measured_spreads(
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
+    still = [name or "(root)" for name, layer in layers.items() if seen[layer].hardly_varies()]
+    if still:
+        warnings.warn(
+            f"dipkernels: the inputs of {still} vary by less than a thousandth of their size, so "
+            "noise in proportion to that is hardly any. Behind a class token, or branches that "
+            "start near zero (LayerScale), they vary only later: train some steps, then calibrate "
+            "again. Features that lie far from zero: subtract their mean",
+            stacklevel=2,
+        )
     for name, layer in layers.items():
         layer.variance.spread = found[name]
     return found
