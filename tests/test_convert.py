@@ -892,6 +892,32 @@ def test_a_layer_that_is_never_reached_is_named():
         calibrate(convert(Half()), [torch.randn(3, 4)])
 
 
+class ClassToken(nn.Module):
+    """A head that reads a token which the images reach by a scaled branch alone."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale, self.token = scale, nn.Parameter(torch.randn(8))
+        self.mix, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.token + self.scale * self.mix(x)))
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift", "named"),
+    [(1e-4, 0, "'head'"), (0.1, 0, None), (1.0, 1e4, "'mix', 'head'"), (1.0, 100, None)],
+)
+def test_calibrate_names_layers_whose_inputs_hardly_vary_yet(scale, shift, named):
+    torch.manual_seed(0)
+    model, x = convert(ClassToken(scale)), torch.randn(32, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        calibrate(model, [x + shift])
+    texts = [str(w.message) for w in caught if "a thousandth of their size" in str(w.message)]
+    assert [f"inputs of [{named}] vary" in text for text in texts] == [True] * (named is not None)
+
+
 def test_calibrate_and_summary_need_dip_layers():
     for call in (summary, lambda m: calibrate(m, [X])):
         with pytest.raises(ValueError, match="expected DIP layers, found none"):

@@ -119,6 +119,17 @@ def test_eval_mode_and_noise_off_are_f_to_the_bit(name):
 
 
 @ALL
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_with_hardly_any_noise_is_f_of_any_type_and_size(name, dtype, scale):
+    module, f, inputs = make(name, init_variance=1e-30)
+    module, inputs = module.to(dtype), [(scale * x).to(dtype) for x in inputs]
+    tolerance = 1e-5 if dtype is torch.float32 else 0.03
+    got, want = call(module, inputs), f(module, *inputs)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6)
+
+
+@ALL
 def test_training_is_f_and_the_projection_behind_it(name):
     """u = f(x) + sigma z, z of the layer's stream, rows and columns where they are in f(x); samples
     averaged."""

@@ -409,6 +409,38 @@ class Permuted(nn.Module):
         return self.out(self.act(y).permute(0, 2, 3, 1))
 
 
+class FirstToken(nn.Module):
+    """A head that reads one row of what a norm makes, as in a ViT."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(8))
+        self.mix, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = torch.cat([0.1 * x.mean(1, keepdim=True) + self.first, x], 1)
+        return self.head(self.norm(x + self.mix(x))[:, 0])
+
+
+@pytest.mark.parametrize("place", ["alone", "inside", "copied"])
+def test_calibrate_measures_what_the_layers_read(place):
+    """Of a module that noises what it makes, too: not rows that none of them reads."""
+    torch.manual_seed(0)
+    plain = FirstToken()
+    at_layers = dip.convert(copy.deepcopy(plain))
+    at_producer = dip.convert(copy.deepcopy(plain), place="producer", batches=[X])
+    if place == "inside":
+        at_producer = dip.number_layers(nn.Sequential(at_producer))
+    elif place == "copied":
+        at_producer = pickle.loads(pickle.dumps(at_producer))
+    want, got = (dip.calibrate(model, [X, X + 1]) for model in (at_layers, at_producer))
+    for row, other in zip(got, want, strict=True):
+        assert row.sigma_mean == pytest.approx(other.sigma_mean, rel=1e-5)
+        assert row.ratio == pytest.approx(other.ratio, rel=1e-5)
+    pulls = [next(iter(dip_layers(m).values())).variance.pull for m in (at_layers, at_producer)]
+    assert torch.equal(*pulls)
+
+
 def test_the_feature_dimension_is_followed_through_a_permutation():
     torch.manual_seed(0)
     model = dip.convert(Permuted(), 0.25, place="producer", batches=[IMAGES])

@@ -98,6 +98,9 @@ def calibrate(
         ValueError: Bad values, no batches, a DIP layer that no batch reached, or an input that is
             constant or not finite. The message names the layer.
 
+    Warns:
+        UserWarning: Inputs that vary by less than a thousandth of their size; it names the layers.
+
     Examples:
         >>> model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(512, 4)
         >>> rows = dip.calibrate(model, [x], ratio=0.5)

@@ -266,6 +266,21 @@ def forget(model: nn.Module) -> None:
             module.__dict__.pop(key, None)
 
 
+def readers_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The layers whose input a module noises where it makes it, by that module."""
+    found: dict[nn.Module, nn.Module] = {}
+    for root in reversed([m for m in model.modules() if PLAN in vars(m)]):  # the innermost first
+        modules = plain_names(root)
+        for module in modules.values():
+            name = vars(module).get(NOISED_BY)
+            if name is not None and name in modules:
+                found.setdefault(module, modules[name])
+    readers: dict[nn.Module, list[nn.Module]] = {}
+    for module, producer in found.items():
+        readers.setdefault(producer, []).append(module)
+    return readers
+
+
 def remembered(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """(the module that was converted, its own name, the name in it) of every layer that was
     converted."""

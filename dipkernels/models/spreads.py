@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from ..nn.inputs import undense
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
-from .probe import input_of, watch
+from .convertible import feature_dim_of
+from .probe import input_of, readers_of, watch
 
 # values of an example below which it is measured how many of them are independent
 FEW = 64
+# spread over size below which a layer's input says nothing of what it will be like in training
+STILL = 1e-3
 
 
 class _Moments:
@@ -51,6 +55,12 @@ class _Moments:
         """Each column's standard deviation, [K], on the CPU."""
         assert isinstance(self.scatter, Tensor)  # something was added
         return (self.scatter / self.count).sqrt().cpu()
+
+    def hardly_varies(self) -> bool:
+        """Whether the spread is less than STILL of the size, both root mean squares over columns,
+        and not 0."""
+        spread, mean = self.spread().square().sum(), torch.as_tensor(self.mean).square().sum()
+        return bool((spread > 0) & (spread < STILL**2 * (spread + mean.cpu())))
 
 
 class Examples:
@@ -137,10 +147,19 @@ def measured_spreads(
     first: is given what the layer reads that the batches reach first.
     """
     layers = need_layers(model)
+    readers = readers_of(model)
+    # What is called with a layer's input: it itself, or the layers that read what it noises, which
+    # may be a part of what it makes (one token of all). Each with the feature dimension.
+    watched: dict[nn.Module, tuple[DIPLayer, int]] = {}
+    for layer in layers.values():
+        others = {m: (layer, feature_dim_of(m)) for m in readers.get(layer, [])}
+        watched |= others or {layer: (layer, layer.feature_dim)}
     seen: dict[DIPLayer, _Moments] = {}
+    reached: dict[nn.Module, None] = {}  # in their order
 
-    def observe(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x, dim = input_of(layer, args, kwargs), layer.feature_dim
+    def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layer, dim = watched[module]
+        x = input_of(module, args, kwargs)
         if (kind := undense(x)) is not None:
             name = next(name for name, each in layers.items() if each is layer)
             raise TypeError(
@@ -149,11 +168,12 @@ def measured_spreads(
         x = x.detach()
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
         seen.setdefault(layer, _Moments()).add(rows)
-        if first is not None and len(rows) and layer is next(iter(seen)):
+        reached.setdefault(module)
+        if first is not None and len(rows) and module is next(iter(reached)):
             first.add(x, dim)
 
     with _statistics_of_the_batch(model):
-        watch(model, layers.values(), observe, batches)
+        watch(model, watched, observe, batches)
     unreached = [
         name or "(root)"
         for name, layer in layers.items()
@@ -165,6 +185,15 @@ def measured_spreads(
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
+    still = [name or "(root)" for name, layer in layers.items() if seen[layer].hardly_varies()]
+    if still:
+        warnings.warn(
+            f"dipkernels: the inputs of {still} vary by less than a thousandth of their size, so "
+            "noise in proportion to that is hardly any. Behind a class token, or branches that "
+            "start near zero (LayerScale), they vary only later: train some steps, then calibrate "
+            "again. Features that lie far from zero: subtract their mean",
+            stacklevel=2,
+        )
     for name, layer in layers.items():
         layer.variance.spread = found[name]
     return found

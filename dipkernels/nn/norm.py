@@ -24,7 +24,8 @@ class NormProducer(Producer):
 
     def _noised(self, noise: Noise, x: Tensor) -> Tensor:
         eps: float | None = getattr(self, self.eps_name)
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        if eps is None:  # of 16-bit data torch takes float32's, in which it computes
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         weight: Tensor | None = getattr(self, "weight", None)
         bias: Tensor | None = getattr(self, "bias", None)
         dtype = worlds.autocast_dtype(x)
