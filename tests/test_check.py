@@ -207,6 +207,34 @@ def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
     assert not faults(model)
 
 
+@pytest.mark.parametrize("per", ["layer", "feature"])
+@pytest.mark.parametrize("start", [1.0, 0.3])
+def test_the_gradient_of_the_kl_term_hides_no_layer_without_noise(per, start):
+    """Every variance gets one, whether its layer drew or not."""
+
+    def gradients(model, loss, moved):
+        dip.calibrate(model.eval(), [X], per=per, start=start)
+        with torch.no_grad():
+            for layer in dip_layers(model).values():
+                layer.log_variance.add_(moved * torch.rand_like(layer.log_variance))
+        for _ in range(2):  # accumulated
+            (loss(model.train()) + dip.kl_penalty(model)).backward()
+        return faults(model)
+
+    for moved in (0.0, 0.5):  # at the start, and after training
+        found = gradients(dip.convert(Fused()), lambda model: model(X, Y), moved)
+        assert list(found) == ["head"] and "fused loss" in found["head"]
+        half = dip.convert(Half(), exclude=["dropped"])
+        assert not gradients(
+            dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
+            lambda model: model(X).square().mean(),
+            moved,
+        )
+        half.forward = lambda x, half=half: (half.used(x), half.unused(x))
+        found = gradients(half, lambda model: model(X)[0].square().mean(), moved)
+        assert list(found) == ["unused"] and "does not reach the loss" in found["unused"]
+
+
 def test_frozen_variances_are_listed_and_no_fault():
     model = dip.convert(Fused())
     for module in model.modules():

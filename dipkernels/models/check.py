@@ -69,7 +69,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     zero_grad, looks at the gradients. `check(model, batch)` runs a training step of its own on the
     batch and sees which layers are called. Both find layers that were replaced after `convert`
     (quantisation-aware training, a new head), layers that are called only in eval mode, and weights
-    that are read without calling their layer (fused losses).
+    that are read without calling their layer (fused losses). Where a KL term is in the loss, which
+    gives every variance a gradient, only `check(model, batch)` finds this of frozen weights.
 
     Args:
         model: A model with DIP layers, wrapped or not. For `check(model, batch)` it must not be
@@ -165,12 +166,41 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
         slope = weight.grad if isinstance(weight, Tensor) and weight.is_leaf else None
         if all(each is None for each in slopes):
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)
-        elif _nonzero(slope) and _nonzero(weight) and not any(map(_nonzero, slopes)):
-            faults[name] = (
-                "its variance got a gradient of zeros and its weight did not: it ran without "
-                "noise (noise_off, or an eval mode inside the step)"
-            )
+        elif not _learns_from_the_loss(layer):
+            called = not isinstance(weight, Tensor) or weight.grad is not None
+            if _nonzero(slope) and _nonzero(weight):
+                faults[name] = (
+                    "its variance got a gradient of zeros, or the KL term's alone, and its weight "
+                    "got the loss's: it ran without noise (noise_off, or an eval mode inside the "
+                    "step), or its weight is read without calling the layer (a fused loss)"
+                )
+            elif not called and weight.requires_grad and weight.is_leaf:  # type: ignore[union-attr]
+                faults[name] = "its variance got no gradient of the loss: " + _why_none(
+                    layer, False
+                )
     return faults
+
+
+def _learns_from_the_loss(layer: DIPLayer) -> bool:
+    """Whether its variance's gradient is more than zeros, and more than the KL term's, which every
+    variance gets: pull * (lambda / gamma - 1), times one number for all its features."""
+    own = layer.variance
+    if not isinstance(own._parameters.get("log_variance"), Tensor):  # a parametrisation's
+        return any(_nonzero(p.grad) for p in own.parameters())
+    if own.log_variance.grad is None or not _nonzero(own.log_variance.grad):
+        return False
+    grad, value, prior, pull = (
+        full(t.detach()).double()
+        for t in (own.log_variance.grad, own.log_variance, own.log_prior, own.pull)
+    )
+    ratio = value - prior
+    kl = pull * ratio.expm1()
+    if grad.numel() < 2 or not kl.any():
+        return True
+    scale = (grad @ kl) / (kl @ kl)
+    # of float32, in which exp(ratio) - 1 is a difference
+    rounding = 2e-6 * scale.abs() * pull * (ratio.exp() + 1)
+    return bool(((grad - scale * kl).abs() > rounding).any())
 
 
 def _why_none(layer: DIPLayer, learns: bool) -> str:
