@@ -96,6 +96,7 @@ sdist: | $(VENV)/.deps
 	$(PY) tools/release/wheel.py --sdist-only
 
 # The wheel alone, without dependencies, in an environment that has torch and numpy only, run outside the source tree.
+# EXPECT=cpu after wheel-cpu; EXPECT=none WHEEL=... after wheel-pure.
 WHEEL ?= $(lastword $(wildcard dist/dipkernels-*-manylinux*_$(shell uname -m).whl))
 EXPECT ?= cuda
 wheel-check:

@@ -90,6 +90,12 @@ def test_every_benchmark_runs(tmp_path):
     assert set(peers.NAMES) <= timed | set(stored["missing_peers"])
 
 
+def test_benchmark_only_among_the_tests_names_the_folder():
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", "tests/test_stems.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 4 and "python -m pytest benchmarks" in done.stderr + done.stdout
+
+
 def test_overhead_writes_what_it_measured(quick):
     out, record = quick
     assert out.with_suffix(".svg").stat().st_size > 1000

@@ -165,4 +165,4 @@ def test_what_does_not_build_is_replaced_and_what_is_equivalent_is_not_run(monke
         "2 of 2 drawn faults run (trees at c): 1 killed, 100.0% of those that could be, 0 "
         "survived, 1 equivalent" in text
     )
-    assert "(nothing reads it)" in text and "| csrc/noise.h | 1 | 1 |" in text
+    assert "(nothing reads it)" in text and "| csrc | 1 | 1 |" in text

@@ -52,7 +52,7 @@ def check_installed(dip, expect):
         " ".join(library.cpu_capabilities),
     )
     check(
-        "CUDA kernels",
+        f"CUDA kernels, {'expected' if expect == 'cuda' else 'none expected'} (--expect {expect})",
         bool(library.cuda_archs) == (expect == "cuda"),
         f"{' '.join(library.cuda_archs)} by {library.cuda_toolkit}",
     )

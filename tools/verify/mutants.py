@@ -451,7 +451,7 @@ def report(chosen: list[Drawn], state: dict, seed: int) -> str:
     def killed(drawn: Drawn) -> bool:
         return status(drawn, state) == KILLED
 
-    lines += [*found_table("file", counted, lambda d: d.path, killed), ""]
+    lines += [*found_table("folder", counted, lambda d: str(Path(d.path).parent), killed), ""]
     lines += [*found_table("what was changed", counted, lambda d: d.mutation.kind, killed), ""]
     for what in (SURVIVED, EQUIVALENT, "error"):
         for d in by_status[what]:

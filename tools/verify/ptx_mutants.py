@@ -362,13 +362,12 @@ def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
         ("what was changed", lambda row: row[1].kind),
     ):
         lines += ["", *found_table(title, results, of, lambda row: row[2] == FOUND)]
-    lines += ["", "Not found:", ""]
-    lines += [
+    near = [
         f"- {group}, {fault.kind}: `{fault.text}`: {how}"
         for group, fault, how in results
-        if how != FOUND
+        if how == NEAR
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *near]).rstrip()
 
 
 def main() -> int:
