@@ -212,6 +212,6 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 def _kind(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    return type(value).__name__
+    return (
+        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    )
