@@ -64,7 +64,7 @@ out/.peers: | setup
 	touch $@
 
 bench: setup out/.peers
-	$(IN_PLACE) $(PY) -m pytest benchmarks -q --benchmark-json=out/bench.json --benchmark-max-time=0.5 --benchmark-columns=median,iqr,rounds
+	$(IN_PLACE) $(PY) -m pytest benchmarks -q --benchmark-json=out/bench.json --benchmark-max-time=0.5
 	$(PY) benchmarks/overhead.py
 
 overhead: setup out/.peers

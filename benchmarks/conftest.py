@@ -1,6 +1,8 @@
-"""Devices, cases, groups and what every stored row carries.  pytest benchmarks/
---benchmark-json=out/bench.json
+"""Devices, cases, groups and what every stored row carries.
 
+    python -m pytest benchmarks --benchmark-only -k perturb --benchmark-json=out/bench.json
+
+OPS is the throughput: calls in a second, of the shape in the table's title.
 Every benchmark takes `device` and `case` from its module's CASES (a dictionary with "cpu", "cuda"
 and "quick"), checks its result, and hands its call to `timed`. The same code runs on the CPU and,
 where there is one, on the GPU. These are absolute times of this machine now; benchmarks/overhead.py
@@ -40,8 +42,10 @@ def pytest_configure(config):
     # variant.
     config.option.benchmark_warmup = True
     config.option.benchmark_disable_gc = True
+    if config.option.benchmark_columns is None:
+        config.option.benchmark_columns = ["median", "iqr", "ops", "rounds"]
     if config.option.benchmark_group_by == "group":
-        config.option.benchmark_sort = "mean"
+        config.option.benchmark_sort = "mean"  # the order of OPS, calls in a second
     if config.getoption("--quick"):
         peers.compile_backend = "eager"
         config.option.benchmark_warmup_iterations = 1

@@ -123,13 +123,19 @@ class DIPConfig:
         check_place(self.place)
         check_per(self.per)
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
-        if self.variance is not None:
-            for name, default in (("ratio", None), ("per", "layer"), ("start", None)):
-                if (value := getattr(self, name)) != default:
-                    raise ValueError(
-                        f"{name}: expected {default!r} with variance, which is not calibrated, got "
-                        f"{value!r}"
-                    )
+        if self.ratio is not None and self.variance is not None:
+            raise ValueError(
+                f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
+                "choose one"
+            )
+        if self.variance is not None and self.start is not None:
+            raise ValueError(
+                f"start: expected None with variance, which is not calibrated, got {self.start!r}"
+            )
+        if self.variance is not None and self.per != "layer":
+            raise ValueError(
+                f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
+            )
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 "lambda_s: expected 0 with m = 1, because one trajectory has no variance, got "

@@ -27,6 +27,14 @@ _CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capa
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 
 
+def pytest_configure(config):
+    if config.getoption("benchmark_only", False):  # or all tests are skipped, and none fails
+        raise pytest.UsageError(
+            "--benchmark-only: expected the folder benchmarks, got tests, which hold no benchmark: "
+            "python -m pytest benchmarks --benchmark-only"
+        )
+
+
 def pytest_report_header():
     return f"DIPKERNELS_TEST_SEED={SEED} DIPKERNELS_TEST_ORDER={'as written' if ORDER is None else ORDER}"
 

@@ -85,7 +85,7 @@ def test_config_goes_through_json_and_back():
         ({"ratio": {}}, "ratio: expected a finite number > 0"),
         ({"ratio": {"a": float("nan")}}, "ratio: expected a finite number > 0"),
         ({"variance": -1.0}, "variance: expected a finite number > 0"),
-        ({"ratio": 1.0, "variance": 0.1}, "ratio: expected None with variance"),
+        ({"ratio": 1.0, "variance": 0.1}, "variance: expected None beside ratio"),
         ({"per": "all"}, "per: expected 'layer' or 'feature'"),
         ({"per": "feature", "variance": 0.1}, "per: expected 'layer' with variance"),
         ({"start": 0.0}, "start: expected a finite number > 0"),

@@ -43,7 +43,8 @@ def fused(
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Grads:
-            tensors, kept = ctx.saved_tensors[:num_tensors], ctx.saved_tensors[num_tensors:]
+            saved = ctx.saved_tensors  # once: a checkpoint gives each but once
+            tensors, kept = saved[:num_tensors], saved[num_tensors:]
             needs, how = ctx.needs_input_grad[:num_tensors], ctx.how
             rest = (None,) * len(how)
             if torch.is_grad_enabled():

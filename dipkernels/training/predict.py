@@ -209,9 +209,8 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
     return found % ndim
 
 
-def _kind(value: object) -> str:
+def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
-    return (
-        f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    )
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__

@@ -38,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 NOT_SOURCE = (
     ".git",
     ".venv",
+    ".compat",
     ".*_cache",
     ".hypothesis",
     ".coverage*",
@@ -60,7 +61,8 @@ def backend(step: str, out: Path, folder: Path, environment: dict[str, str]) -> 
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     for line in done.stdout.splitlines():
-        if line.startswith("dipkernels build:") or done.returncode:
+        kernels = step == "build_wheel" and line.startswith("dipkernels build:")
+        if kernels or done.returncode:
             print(line)
     if done.returncode:
         raise SystemExit(f"{step} failed")
