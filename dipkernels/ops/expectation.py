@@ -18,7 +18,7 @@ from ..triton_kernels.mixtures import MIXTURES
 from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import DTYPES
-from .pieces import flat_rows, fused, linear_as
+from .pieces import fake_like, flat_rows, fused, linear_as
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -64,13 +64,11 @@ def affine_variance_bwd(
 
 
 def _fake_expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    return torch.empty_like(mu, memory_format=torch.contiguous_format)
+    return fake_like(mu, mu)
 
 
 def _fake_expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(like, memory_format=torch.contiguous_format) for like in (mu, v, v)
-    )
+    return tuple(fake_like(t, mu) for t in (mu, v, v))
 
 
 def _fake_affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
@@ -80,9 +78,7 @@ def _fake_affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> 
 def _fake_affine_variance_bwd(
     dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (weight, sigma)
-    )
+    return tuple(fake_like(t, weight) for t in (weight, sigma))
 
 
 registry.define(
@@ -168,20 +164,16 @@ _fused = fused(
 
 
 def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    """E[act(mu + sqrt(v) z)], differentiable in every world."""
+    """`expectation`, differentiable in every world."""
     return (_pieces if worlds.wants_pieces() else _fused)(mu, v, activation)
 
 
 # The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv,
 # and the variance's part of the weight's is added to the product's where it is computed.
 def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    log_variance: bool,
-    activation: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *how: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    log_variance, activation = how
     mu, v = linear_as(x, weight, bias), affine_variance(weight, sigma, log_variance)
     return expectation(mu, v, activation), (mu, v)
 
@@ -199,13 +191,9 @@ def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
 
 
 def _linear_pieces(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    log_variance: bool,
-    activation: str,
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *how: Any
 ) -> Tensor:
+    log_variance, activation = how
     v = _variance_pieces(weight, sigma, log_variance)
     return _pieces(linear_as(x, weight, bias), v, activation)
 

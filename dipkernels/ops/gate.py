@@ -17,7 +17,7 @@ from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
-from .pieces import fake_gradient, fused, widened
+from .pieces import fake_like, fused, widened
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -91,13 +91,13 @@ def _fake_gate(a: Tensor, *rest: Any) -> Tensor:
 def _fake_activate_bwd(
     du: Tensor, x: Tensor, sigma: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), fake_gradient(sigma, x)
+    return torch.empty_like(x), fake_like(sigma, x)
 
 
 def _fake_gate_bwd(
     du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(a), torch.empty_like(b), fake_gradient(sigma, a)
+    return torch.empty_like(a), torch.empty_like(b), fake_like(sigma, a)
 
 
 _FORWARD = f"{DRAW}, str activation, ScalarType? out_dtype"
@@ -120,16 +120,8 @@ registry.define(
 # ---- what the modules call -----------------------------------------------------------------------
 
 
-def _pieces(
-    a: Tensor,
-    b: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    kind: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The same of operations that have their own derivatives."""
+def _pieces(a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any) -> Tensor:
+    draw, kind, dtype = how
     y = ACTIVATIONS[kind](widened(a))
     return projection(y if b is None else y * widened(b), sigma, seed, draw, dtype)
 

@@ -24,7 +24,7 @@ from .perturb import (
     projection,
     projection_backward,
 )
-from .pieces import Grads, flat_rows, fused, linear_as
+from .pieces import Grads, fake_like, flat_rows, fused, linear_as
 
 # ---- the operations: the mean over samples of act(affine), and its derivatives -------------------
 
@@ -105,9 +105,7 @@ def _fake_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     like = weight.new_empty(weight.shape[:1]) if bias is None else bias
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, weight, like, sigma)
-    )
+    return tuple(fake_like(t, x) for t in (x, weight, like, sigma))
 
 
 registry.define(
@@ -283,24 +281,17 @@ def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def _mean_pieces(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    num_samples: int,
-    activation: str,
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> Tensor:
-    """The same of operations that have derivatives: its memory grows with the samples."""
+    """Its memory grows with the samples."""
+    draw, num_samples, activation, dtype = how
     weight, bias = _cast(dtype, weight, bias)
-    y: Any = 0
+    total: Any = 0
     for s in range(draw.sample, draw.sample + num_samples):
         u = projection(x, sigma, seed, draw._replace(sample=s), dtype)
-        y = y + act_of(activation)(F.linear(u, weight, bias))
-    total: Tensor = y
-    return total / num_samples
+        total = total + act_of(activation)(F.linear(u, weight, bias))
+    y: Tensor = total / num_samples
+    return y
 
 
 _fused = fused("_Mean", _run, _run_bwd, _mean_pieces, 5)

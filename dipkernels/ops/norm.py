@@ -17,7 +17,7 @@ from ..worlds import is_dtensor
 from . import registry
 from .draw import DTYPES, Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
-from .pieces import fake_gradient, fused, widened
+from .pieces import fake_like, fused, widened
 
 KINDS = ("layer", "rms")
 
@@ -102,7 +102,7 @@ def _fake_norm_bwd(
     sigma: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), *(fake_gradient(t, x) for t in (weight, bias, sigma))
+    return torch.empty_like(x), *(fake_like(t, x) for t in (weight, bias, sigma))
 
 
 registry.define(
@@ -124,18 +124,9 @@ registry.define(
 
 
 def _pieces(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    kind: str,
-    eps: float,
-    offset: float,
-    dtype: torch.dtype,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> Tensor:
-    """u of operations that have their own derivatives."""
+    draw, kind, eps, offset, dtype = how
     wide = widened(x)
     centred = wide - wide.mean(-1, keepdim=True) if kind == "layer" else wide
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)

@@ -18,7 +18,7 @@ from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
 from .draw import Draw, check_out_dtype, check_projection, check_seed
-from .pieces import Grads
+from .pieces import Grads, fake_like
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def _fake_perturb(x: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_perturb_bwd(du: Tensor, sigma: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(sigma, memory_format=torch.contiguous_format)
+    return fake_like(sigma, du)
 
 
 def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

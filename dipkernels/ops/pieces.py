@@ -82,8 +82,8 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fake_gradient(t: Tensor | None, like: Tensor) -> Tensor:
-    """The fake gradient of a vector of the features, empty where there is none."""
+def fake_like(t: Tensor | None, like: Tensor) -> Tensor:
+    """A fake result of t's shape and dtype, contiguous; empty where there is no t."""
     if t is None:
         return like.new_empty(0, dtype=torch.float32)
     return torch.empty_like(t, memory_format=torch.contiguous_format)

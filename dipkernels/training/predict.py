@@ -209,7 +209,7 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
     return found % ndim
 
 
-def _kind(value: object) -> str:
+def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
     is_tensor = isinstance(value, Tensor)
