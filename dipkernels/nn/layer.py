@@ -242,10 +242,17 @@ def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | N
     return node
 
 
-def with_noise(layer: DIPLayer, x: Tensor, run: Callable[[Noise], _T], sample: int = 0) -> _T:
-    """run(noise) of one forward pass on x; where x is why it fails, an error in the layer's own
-    words."""
-    sigma, seed = layer._log_variance(), layer._seed(x)
+def with_noise(
+    layer: DIPLayer,
+    x: Tensor,
+    run: Callable[[Noise], _T],
+    sample: int = 0,
+    seed: Tensor | None = None,
+) -> _T:
+    """run(noise) of one forward pass on x, by a new seed unless one is given; where x is why it
+    fails, an error in the layer's own words."""
+    sigma = layer._log_variance()
+    seed = layer._seed(x) if seed is None else seed
     if layer.share is not None and getattr(layer, "_is_replica", False):
         sigma = sigma.to(x.device)  # nn.DataParallel leaves a shared one where it was
     try:

@@ -91,7 +91,9 @@ class DIPLinear(DIPLayer, nn.Linear):
                 self, input, lambda noise: affine(input, weight, bias, *noise, self.keep, dtype)
             )
             return self._activated(y)
-        return with_noise(self, input, lambda noise: self._estimated(input, noise))
+        analytic = self.estimator == "analytic"  # which draws nothing
+        seed = self._stream_on(input.device) if analytic else None
+        return with_noise(self, input, lambda noise: self._estimated(input, noise), seed=seed)
 
     def _estimated(self, input: Tensor, noise: Noise) -> Tensor:
         sigma, seed, draw = noise
@@ -108,11 +110,6 @@ class DIPLinear(DIPLayer, nn.Linear):
             activation=self.activation,
             estimator=self.estimator,
         )
-
-    def _seed(self, x: Tensor) -> Tensor:
-        if self.estimator == "analytic":  # which draws nothing
-            return self._stream_on(x.device)
-        return super()._seed(x)
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self.activation is None else ACTIVATIONS[self.activation](y)
