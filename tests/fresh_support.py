@@ -1,12 +1,20 @@
-"""Programs in fresh processes that have imported torch and nothing else: each is a fork of one,
-because torch takes seconds to import."""
+"""Programs in fresh processes that have imported torch alone: each is a fork of one, because torch
+takes seconds to import."""
 
 import multiprocessing
 import os
 import sys
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch"])
+# A test process has one fork server, which forks ranks_support's ranks too: dipkernels is not in it.
+PROCESSES.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch._dynamo",
+    ]
+)
 
 
 def _run(code, environment, output):

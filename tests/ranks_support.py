@@ -1,13 +1,14 @@
 """Several processes on one machine, started once and given one function after another:
 `ranks.run(check, ...)`."""
 
-import multiprocessing
 import os
 import tempfile
 import time
 import traceback
 import warnings
 from multiprocessing.connection import wait
+
+from fresh_support import PROCESSES
 
 TIMEOUT = 300  # seconds for one function; machines that run tests may pause
 
@@ -41,20 +42,10 @@ class Ranks:
         return [answers[pipe][1] for pipe in self._pipes]
 
     def _start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [
-                "ranks_support",
-                "torch.distributed.fsdp",
-                "torch.distributed.tensor.parallel",
-                "torch._dynamo",
-                "dipkernels",
-            ]
-        )
         folder = tempfile.mkdtemp()
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = PROCESSES.Pipe()
+            process = PROCESSES.Process(
                 target=_serve, args=(theirs, folder, rank, self.world), daemon=True
             )
             process.start()

@@ -184,7 +184,7 @@ def test_nothing_is_unpickled_fetched_or_run_from_text():
         } == set(), path
         # Collectives of objects pickle: SECURITY.md names the one that there is.
         pickled = {call for kind, call in found if kind.endswith(("_object", "_object_list"))}
-        assert pickled <= {"distributed.all_gather_object(ranks, mine)"}, path
+        assert pickled <= {"torch.distributed.all_gather_object(ranks, mine)"}, path
     for path in [
         p
         for folder in ("examples", "studies", "benchmarks", "tools")

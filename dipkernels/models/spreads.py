@@ -59,8 +59,9 @@ class _Moments:
     def hardly_varies(self) -> bool:
         """Whether the spread is less than STILL of the size, both root mean squares over columns,
         and not 0."""
-        spread, mean = self.spread().square().sum(), torch.as_tensor(self.mean).square().sum()
-        return bool((spread > 0) & (spread < STILL**2 * (spread + mean.cpu())))
+        assert isinstance(self.mean, Tensor)  # something was added
+        spread, mean = self.spread().square().sum().item(), self.mean.square().sum().item()
+        return 0 < spread < STILL**2 * (spread + mean)
 
 
 class Examples:

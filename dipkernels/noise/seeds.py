@@ -39,9 +39,10 @@ def draw(stream: Tensor, x: Tensor) -> Tensor:
 def first_row(x: Tensor, dim: int = -1) -> int:
     """The row of x's first element: contexts.row0() * the rows of one entry of the leading
     dimension; dim is the feature one."""
-    rows, feature = contexts.row0(), dim % x.ndim
+    rows = contexts.row0()
     if rows == 0:
         return 0
+    feature = dim % x.ndim
     for d in range(1, x.ndim):
         if d != feature:
             rows *= x.shape[d]
