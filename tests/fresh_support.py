@@ -6,15 +6,9 @@ import os
 import sys
 
 PROCESSES = multiprocessing.get_context("forkserver")
-# A test process has one fork server, which forks ranks_support's ranks too: dipkernels is not in it.
-PROCESSES.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch._dynamo",
-    ]
-)
+# A test process has one fork server, which forks ranks_support's ranks too. More in it would be in
+# the fresh processes: triton, say, before TRITON_INTERPRET is set.
+PROCESSES.set_forkserver_preload(["torch"])
 
 
 def _run(code, environment, output):
