@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dipkernels as dip
-from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
+from dipkernels.config import CONFIG_FILE, VARIANCES_FILE, convert_as
 from dipkernels.nn.numbering import dip_layers
 
 pytest.importorskip("safetensors")
@@ -248,7 +248,11 @@ def test_an_adapter_of_other_layers_is_refused_and_changes_nothing(tmp_path):
 def test_the_order_of_get_peft_model_and_apply_is_checked(tmp_path):
     base = dip.apply(llama(), dip.DIPConfig(exclude=["lm_head"]), [BATCH])
     model = peft.get_peft_model(base, lora())
-    for call in (lambda: dip.save(model, tmp_path), lambda: dip.apply(model, CONFIG, [BATCH])):
+    for call in (
+        lambda: dip.save(model, tmp_path),
+        lambda: dip.apply(model, CONFIG, [BATCH]),
+        lambda: convert_as(model, CONFIG),  # a trainer's checkpoint
+    ):
         with pytest.raises(
             ValueError, match=r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"
         ):

@@ -302,9 +302,11 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     drawn."""
     _, row0, col0, sample, factor, log_variance, kind, offset = draw_and_norm
     m, k, shift = x.shape[:-1].numel(), x.shape[-1], col0 % 8
-    dx, none = torch.empty_like(x), du.new_empty(0, dtype=torch.float32)
+    dx = torch.empty_like(x)
     weight, bias, sigma = columns = _dense(weight, bias, sigma)
-    grads = [none if t is None else torch.zeros_like(t) for t in columns]
+    grads = [
+        du.new_empty(0, dtype=torch.float32) if t is None else torch.zeros_like(t) for t in columns
+    ]
     if x.numel() == 0:
         return dx, *grads
     rows, flat_du, flat_dx, wide = flat_rows(x), flat_rows(du), flat_rows(dx), stats.dtype
@@ -341,7 +343,10 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
             **EXACT,
             **ALL_REGISTERS,
         )
-    for grad, sums, scale in zip(grads, partial, ((), (), (sigma, factor, log_variance))):
-        if grad is not none:
-            column_sum(grad, sums, *scale)
+    if weight is not None:
+        column_sum(grads[0], partial[0])
+    if bias is not None:
+        column_sum(grads[1], partial[1])
+    if sigma is not None:
+        column_sum(grads[2], partial[2], sigma, factor, log_variance)
     return dx if flat_dx.data_ptr() == dx.data_ptr() else dx.copy_(flat_dx.view(dx.shape)), *grads

@@ -122,9 +122,8 @@ class _KeepsVariances(_Mixin):
         loaded = super().load_adapter(model_id, adapter_name, *args, **options)
         own = {_around(name): values for name, values in own.items()}
         folder = Path(model_id) / (options.get("subfolder") or "")
-        state = variances(self)
-        if (folder / VARIANCES_FILE).is_file():
-            state = without_prompt_encoder(self, load_state(folder))
+        stored = (folder / VARIANCES_FILE).is_file()
+        state = without_prompt_encoder(self, load_state(folder)) if stored else variances(self)
         active = adapter_name == self.active_adapter
         try:
             load_variances(self, state)

@@ -145,7 +145,7 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         read.append(input_of(module, args, kwargs))
 
     watch(model, [layer], note, [x[:1]])
-    if [each.flatten().tolist() for each in read] != [x[:1].flatten().tolist()]:
+    if len(read) != 1 or not torch.equal(read[0].flatten(), x[:1].flatten()):
         raise ValueError(
             f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got "
             "another input"
