@@ -63,8 +63,8 @@ def real(
     below: float | None = None,
     other: str = "",
 ) -> Any:
-    """The finite number that was given: Python's or a tensor of one element as it is, another kind
-    (NumPy's) as a float.
+    """The finite number that was given: Python's as it is, a tensor of one element as a scalar,
+    another kind (NumPy's) as a float.
 
     A bool, a string and a complex number are none.
 
@@ -88,7 +88,9 @@ def real(
         and (above is None or value > above)
         and (below is None or value < below)
     ):
-        return value if isinstance(value, (int, float, Tensor)) else float(value)
+        if isinstance(value, Tensor):
+            return value.reshape(())
+        return value if isinstance(value, (int, float)) else float(value)
     bounds = ((">=", least), (">", above), ("<", below))
     allowed = " and".join(f" {sign} {bound}" for sign, bound in bounds if bound is not None)
     kind = ValueError if known else TypeError

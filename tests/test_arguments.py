@@ -213,12 +213,16 @@ def test_a_config_keeps_plain_numbers_which_json_takes():
     assert dip.DIPConfig.from_dict(config.to_dict()) == config
 
 
-def test_a_learned_weight_of_the_penalty_keeps_its_gradient():
-    weight = torch.tensor(0.5, requires_grad=True)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_learned_weight_of_the_penalty_keeps_its_gradient_and_the_loss_is_a_scalar(shape):
+    weight = torch.full(shape, 0.5, requires_grad=True)
     model = net()
     model[0].log_variance.data += 1
     dip.kl_penalty(model, weight).backward()
     assert weight.grad > 0
+    out = dip.trajectories(model, X, m=2)
+    for terms in ({"kl": weight}, {"alpha": weight, "beta": weight}, {"lambda_s": weight}):
+        assert dip.objective(out, Y, F.cross_entropy, model, **terms).shape == ()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
