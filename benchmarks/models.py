@@ -24,6 +24,7 @@ import machine
 import networks
 import peers
 import report
+import summary
 import timing
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 import dipkernels as dip
 
+PAGES = (machine.ROOT / "docs" / "measured.md", machine.ROOT / "README.md")
 VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 
 
@@ -156,7 +158,9 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         "--out", type=Path, help="where to write (out/benchmarks/models-cpu-<date>.json)"
     )
     parser.add_argument(
-        "--docs", action="store_true", help="write the table of docs/measured.md and README.md"
+        "--docs",
+        action="store_true",
+        help="write this kind of processor's table into docs/measured.md and README.md",
     )
     args = parser.parse_args(arguments)
     if args.rounds < 2:
@@ -172,7 +176,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
     torch.set_num_threads(args.threads or (2 if args.clock == "wall" else 1))
-    found, start = machine.describe("cpu"), time.perf_counter()
+    found = machine.describe("cpu")
+    place = f"models-{summary.kind_of(found)}-{found['instruction_set'].lower()}"
+    pages = [page for page in PAGES if report.has_place(page, place)]
+    if args.docs and not pages:
+        parser.error(
+            "--docs: expected a place for this kind of processor in docs/measured.md, "
+            f"<!-- {place}:begin --> and {place}:end, found none"
+        )
+    start = time.perf_counter()
     rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)
     took = time.perf_counter() - start
     text = (
@@ -188,8 +200,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     }
     report.store("models", run | {"rows": rows}, args.out)
     if args.docs:
-        for page in ("docs/measured.md", "README.md"):
-            report.fill(machine.ROOT / page, "models", text)
+        for page in pages:
+            report.fill(page, place, text)
     return rows
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import averaging  # noqa: E402
 import cost  # noqa: E402
+import machine  # noqa: E402
 import models  # noqa: E402
 import networks  # noqa: E402
 import overhead  # noqa: E402
@@ -330,10 +331,11 @@ def test_documents_are_filled_between_their_marks(tmp_path):
         ("measured", "overhead-cpu"),
         ("measured", "small-layer"),
         ("measured", "averaging"),
-        ("measured", "models"),
+        ("measured", "models-amd-avx512"),
+        ("measured", "models-amd-avx2"),
         ("measured", "producers"),
         ("measured", "profile-model"),
-        ("../README", "models"),
+        ("../README", "models-amd-avx512"),
         ("cost", "cost"),
     ):
         assert report.has_place(ROOT / "docs" / f"{name}.md", mark)
@@ -481,7 +483,9 @@ def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
     assert "--docs: expected a full run" in capsys.readouterr().err
 
 
-def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_path, capsys):
+def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
+    tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "models.json"
     options = [
         "--quick",
@@ -504,6 +508,11 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(tmp_
     with pytest.raises(SystemExit):
         models.main(["--quick", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err
+    found = machine.describe("cpu") | {"instruction_set": "SVE"}
+    monkeypatch.setattr(machine, "describe", lambda device: found)
+    with pytest.raises(SystemExit):
+        models.main(["--docs"])
+    assert "--docs: expected a place for this kind of processor" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("main", [overhead.main, cost.main])
