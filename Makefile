@@ -73,7 +73,7 @@ overhead: setup out/.peers
 cost: setup
 	$(PY) benchmarks/cost.py
 
-# Hours; stopped, each goes on where it was. studies/README.md says what they need.
+# The three behind the recipe, hours; stopped, each goes on where it was. studies/README.md has the others, and what they need.
 studies: setup
 	$(PY) studies/defaults.py
 	$(PY) studies/features.py
