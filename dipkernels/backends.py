@@ -354,6 +354,12 @@ class compiled_keep:
 
     Raises:
         ValueError: Another value.
+
+    Examples:
+        >>> from dipkernels import backends
+        >>> layer, x = torch.compile(dip.DIPLinear(4, 2), backend="eager"), torch.randn(8, 4)
+        >>> with backends.compiled_keep("u"):
+        ...     y = layer(x)
     """
 
     def __init__(self, keep: str) -> None:
