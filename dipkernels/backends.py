@@ -357,9 +357,9 @@ class compiled_keep:
 
     Examples:
         >>> from dipkernels import backends
-        >>> layer, x = torch.compile(dip.DIPLinear(4, 2), backend="eager"), torch.randn(8, 4)
-        >>> with backends.compiled_keep("u"):
-        ...     y = layer(x)
+        >>> with backends.compiled_keep("u"):  # compile and train inside
+        ...     backends.kept_when_compiled
+        'u'
     """
 
     def __init__(self, keep: str) -> None:
