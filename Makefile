@@ -73,7 +73,7 @@ overhead: setup out/.peers
 cost: setup
 	$(PY) benchmarks/cost.py
 
-# Hours; stopped, each goes on where it was. studies/README.md says what they need.
+# The three behind the recipe, hours; stopped, each goes on where it was. studies/README.md has the others, and what they need.
 studies: setup
 	$(PY) studies/defaults.py
 	$(PY) studies/features.py
@@ -133,7 +133,7 @@ typecheck: setup
 	$(PY) -m mypy
 	$(PY) -m mypy --strict --follow-imports=silent tests/typing_use.py
 
-C_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+C_SOURCES := $(shell find csrc tests tools -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # What docs/reliability.md reports; each takes a --record that writes its figures there.
 sanitize: setup

@@ -99,7 +99,7 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> tuple[list, list]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")

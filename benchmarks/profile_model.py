@@ -91,7 +91,7 @@ def table(totals: dict[str, dict[str, list]], rows: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict[str, list]]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="ViT-S", help="the first model whose name holds this")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=10)

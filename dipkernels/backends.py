@@ -3,8 +3,8 @@
 If a backend is forced and cannot run, the first call that needs it raises an error. The import
 raises none.
 
-- cpu: the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY or
-  the machine)
+- cpu: the compiled library's CPU kernels (AVX-512, AVX2 or portable, by DIPKERNELS_CPU_CAPABILITY
+  or the machine)
 - cuda: the compiled library's CUDA kernels
 - triton: the Triton kernels
 - reference: plain PyTorch in float64; slow, runs everywhere
@@ -354,6 +354,12 @@ class compiled_keep:
 
     Raises:
         ValueError: Another value.
+
+    Examples:
+        >>> from dipkernels import backends
+        >>> with backends.compiled_keep("u"):  # compile and train inside
+        ...     backends.kept_when_compiled
+        'u'
     """
 
     def __init__(self, keep: str) -> None:

@@ -519,8 +519,8 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def without_prompt_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state without the layers of PEFT's prompt encoder, where the model has none: a prompt that
-    is loaded for prediction has been computed already."""
+    """The state without the layers of PEFT's prompt encoder, where the model has none: a prompt
+    that is loaded for prediction has been computed already."""
     encoder = "prompt_encoder."
     if not is_peft(model) or any(name.startswith(encoder) for name in dip_layers(model)):
         return state

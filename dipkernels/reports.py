@@ -32,7 +32,8 @@ def metrics(model: nn.Module) -> dict[str, float]:
     Returns:
         "dip/sigma": the mean over layers of the mean sigma. "dip/share": the mean over layers of
         sigma divided by the prior's sigma, which `calibrate` set. It is 1 at the start, or less
-        where an example has few values, and falls where the loss makes the noise smaller. "dip/kl": the KL term with weight 1.
+        where an example has few values, and falls where the loss makes the noise smaller.
+        "dip/kl": the KL term with weight 1.
         "dip/sigma/GROUP" and "dip/share/GROUP": the same for the layers whose names differ in
         numbers alone, such as blocks.q_proj.
 

@@ -101,6 +101,11 @@ def compare(
     Raises:
         ValueError: An operation or an argument that does not exist, or a shape without features.
         RuntimeError: The backend cannot run here.
+
+    Examples:
+        >>> from dipkernels import testing
+        >>> bool(testing.compare("perturb", "reference", (2, 16), row0=7))
+        True
     """
     if op not in registry.SCHEMAS:
         raise ValueError(f"op: expected one of {sorted(registry.SCHEMAS)}, got {op!r}")

@@ -278,7 +278,7 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument(
         "--epochs", type=int, default=None, help="epochs of training (200; 3 with --quick)"

@@ -139,7 +139,7 @@ def report(rows: dict[str, Any], methods: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/alternatives"))
     parser.add_argument(
         "--tasks",

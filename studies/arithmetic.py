@@ -424,7 +424,7 @@ def report(study: Study, page: Path, out: Path, bar: tqdm) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--parts", nargs="+", choices=("tune", "main", "report"), default=["tune", "main", "report"]
     )

@@ -105,7 +105,7 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/arithmetic_paired"))
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--dim", type=int, default=128)

@@ -296,7 +296,7 @@ def report(rows: dict[str, Any], trainings: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/held_back"))
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

@@ -337,7 +337,7 @@ def report(rows: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/images"))
     parser.add_argument("--model", nargs="+", choices=TRAININGS, default=list(TRAININGS))
     parser.add_argument("--images", nargs="+", type=int, choices=(1000, 5000), default=[1000, 5000])

@@ -165,7 +165,7 @@ def plot(rows: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("out/studies/uncertainty"))
     parser.add_argument("--tasks", nargs="+", choices=CASES, default=list(CASES), metavar="TASK")
     parser.add_argument("--seeds", type=int, default=5)

@@ -728,7 +728,7 @@ def report(studies: list[Study], page: Path, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--archs", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="networks (all)"
     )

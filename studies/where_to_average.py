@@ -245,7 +245,7 @@ def report(args: argparse.Namespace, runs: list[dict], start: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
     parser.add_argument(
         "--epochs", type=float, default=1.0, help="factor on the number of epochs (1)"

@@ -65,7 +65,8 @@ Floats pairs(Words words) {
 // words [n] -> radius [n]
 Floats radius(Words words) {
   Floats out(words.shape(0));
-  for (py::ssize_t i = 0; i < words.shape(0); ++i) *out.mutable_data(i) = dip::radius<dip::ScalarLane>(*words.data(i));
+  for (py::ssize_t i = 0; i < words.shape(0); ++i)
+    *out.mutable_data(i) = dip::radius<dip::ScalarLane>(*words.data(i));
   return out;
 }
 
@@ -96,8 +97,12 @@ PYBIND11_MODULE(DIP_MODULE, m) {
   m.def("stored_avx512", &stored<dip::Avx512>);
 #endif
   m.def("radius", &radius);
-  m.def("bfloat16", [](Floats v) { return round_trip(v, dip::float_to_bfloat16, dip::bfloat16_to_float); });
+  m.def("bfloat16", [](Floats v) {
+    return round_trip(v, dip::float_to_bfloat16, dip::bfloat16_to_float);
+  });
 #ifndef __F16C__
-  m.def("float16", [](Floats v) { return round_trip(v, dip::float_to_float16, dip::float16_to_float); });
+  m.def("float16", [](Floats v) {
+    return round_trip(v, dip::float_to_float16, dip::float16_to_float);
+  });
 #endif
 }

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that the compiled host code of csrc/cuda/*.cu calls, for tests/ptx_cuda_support.py: a launch goes
-// to a callback instead of a GPU.
+// The part of the CUDA runtime that the compiled host code of csrc/cuda/*.cu calls, for
+// tests/ptx_cuda_support.py: a launch goes to a callback instead of a GPU.
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -11,13 +11,16 @@ namespace {
 struct Size {
   unsigned x, y, z;
 };
-using Launch = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments, size_t shared);
+using Launch = int (*)(
+    const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
+    size_t shared);
 std::map<const void*, std::string>& kernels() {
   static std::map<const void*, std::string> known;
   return known;
 }
 Launch on_launch = nullptr;
-// For a program that brings its own memory: malloc, free, copy and set, of device memory by its address.
+// For a program that brings its own memory: malloc, free, copy and set, of device memory by its
+// address.
 struct Memory {
   uint64_t (*allocate)(size_t bytes);
   void (*release)(uint64_t address);
@@ -43,7 +46,8 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(
+    void**, const char* host, char*, const char* name, int, void*, void*, void*, void*, int*) {
   kernels()[host] = name;
 }
 int __cudaGetKernel(const void** kernel, const void* function) {
@@ -54,7 +58,8 @@ unsigned __cudaPopCallConfiguration(void*, void*, size_t*, void*) { return 1; }
 int cudaLaunchKernel(const void* f, Size grid, Size block, void** arguments, size_t shared, void*) {
   return launch(f, grid, block, arguments, shared);
 }
-int __cudaLaunchKernel(const void* f, Size grid, Size block, void** arguments, size_t shared, void*) {
+int __cudaLaunchKernel(
+    const void* f, Size grid, Size block, void** arguments, size_t shared, void*) {
   return launch(f, grid, block, arguments, shared);
 }
 int cudaGetLastError() { return 0; }
@@ -117,7 +122,9 @@ void stub_set(int count, int capturing) { multiprocessors = count, is_capturing 
 const char* stub_perturb(const dip::PerturbArgs* a, int form, void* partials, void* stream) {
   return dip::perturb_cuda(*a, form_of(form), partials, stream);
 }
-int64_t stub_scratch(const dip::PerturbArgs* a, int form) { return dip::perturb_cuda_scratch(*a, form_of(form)); }
+int64_t stub_scratch(const dip::PerturbArgs* a, int form) {
+  return dip::perturb_cuda_scratch(*a, form_of(form));
+}
 // What cuda_problem says where the runtime answers with `error`
 const char* stub_problem(int error) {
   next_error = error;

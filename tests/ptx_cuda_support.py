@@ -107,9 +107,14 @@ class Library:
         return self.libraries[key]
 
     def call(
-        self, arguments: PerturbArgs, form: str, memory: ptx.Memory, multiprocessors: int = 3, stream: int = 1,
+        self,
+        arguments: PerturbArgs,
+        form: str,
+        memory: ptx.Memory,
+        multiprocessors: int = 3,
+        stream: int = 1,
         capturing: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """perturb_cuda(arguments) in one of FORMS; pointers are addresses of `memory`."""
         library, error = self.load(multiprocessors), []
         library.stub_set(multiprocessors, capturing)

@@ -306,7 +306,7 @@ def test_a_refusal_names_the_device_that_has_no_kernels():
         ),
     ):
         choose("perturb", "xpu")
-    refusal = registry._refusal("noise", RuntimeError(f"noise: not on {registry.OTHER!r}"))
+    refusal = registry._refusal(RuntimeError(f"noise: not on {registry.OTHER!r}"))
     with pytest.raises(RuntimeError, match="noise: not on 'cpu'"):
         refusal(SEED)
 

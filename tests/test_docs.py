@@ -1,11 +1,14 @@
 """The documents keep to the code: tests they name exist, variables they list are the ones read,
 README's Python runs."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from dipkernels import DIPConfig
 
 ROOT = Path(__file__).parent.parent
 MATHS = (ROOT / "docs" / "maths.md").read_text()
@@ -44,6 +47,15 @@ def test_environment_lists_every_variable():
         re.findall(r"[\"'](DIPKERNELS_[A-Z_]+)[\"']", "\n".join(p.read_text() for p in SOURCES))
     )
     assert read == listed
+
+
+def test_trainers_guide_lists_every_field_of_the_config():
+    page = (ROOT / "docs" / "guides" / "trainers.md").read_text()
+    table = page.split("## DIPConfig")[1].split("\n\n")[1]
+    listed = [
+        name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(DIPConfig))
 
 
 @pytest.mark.parametrize(

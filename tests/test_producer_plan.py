@@ -224,6 +224,11 @@ def functional_gelu(self, x):
     return self.head(F.gelu(self.a(y) + self.b(y)))
 
 
+def functional_gelu_dropped(self, x):
+    y = self.norm(self.stem(x))
+    return self.head(F.dropout(F.gelu(self.a(y) + self.b(y)), 0.1, self.training))
+
+
 def two_dimensions(self, x):
     y = self.norm(self.stem(x))
     return self.head(self.act(self.a(y.transpose(-1, -2)) + self.b(y)))
@@ -323,6 +328,12 @@ SQUARE = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
             None,
             "head",
             r"a call of gelu in the model itself, not by a module: use nn\.GELU",
+        ),
+        (
+            variant(forward=functional_gelu_dropped),
+            None,
+            "head",
+            "in more than one place: dropout in the model itself and gelu in the model itself",
         ),
         (
             variant(between=lambda self, y: F.dropout(y, 0.1, self.training)),

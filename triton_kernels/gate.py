@@ -47,18 +47,18 @@ def _gate_fwd_kernel(
     outer_step,
     inner_step,
     K,  # from num_row_blocks to shift: Tiling.arguments
-    u_outer,
+    u_outer,  # from here to row0: strides in elements
     u_inner,
-    u_col,  # strides in elements
+    u_col,
     a_outer,
     a_inner,
     a_col,
     b_outer,
     b_inner,
     b_col,
-    row0,
-    group0,
-    shift,  # the first row; col0 // 8; col0 % 8
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     ACTIVATION: tl.constexpr,
@@ -128,9 +128,9 @@ def _gate_bwd_kernel(
     b_outer,
     b_inner,
     b_col,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     ACTIVATION: tl.constexpr,
@@ -195,8 +195,8 @@ def _gate_bwd_kernel(
 
 
 def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
-    """u [a.shape] = act(a) * b + factor * s * z, in a's strides where a is dense; s = exp(sigma / 2)
-    if log_variance. b None: 1."""
+    """u [a.shape] = act(a) * b + factor * s * z, in a's strides where a is dense; s = exp(sigma /
+    2) if log_variance. b None: 1."""
     u = torch.empty_like(a, dtype=out_dtype)
     if u.numel() == 0:
         return u

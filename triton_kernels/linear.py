@@ -29,9 +29,9 @@ def _noised_tile(
     M,
     K,
     x_stride_m,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     factor,
     dtype: tl.constexpr,  # of u, the weight's
     LOG_VARIANCE: tl.constexpr,
@@ -76,9 +76,9 @@ def _linear_fwd_kernel(
     K,
     x_stride_m,
     weight_stride_n,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     num_samples,
     inv_num_samples,
@@ -167,9 +167,9 @@ def _linear_bwd_x_kernel(
     K,
     dy_stride_m,
     weight_stride_n,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
@@ -230,9 +230,9 @@ def _linear_bwd_weight_kernel(
     split_rows,  # rows of a split
     dy_stride_m,
     x_stride_m,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     DTYPE: tl.constexpr,  # of the product's operands: the weight's

@@ -151,12 +151,12 @@ def _noise_kernel(
     outer_step,
     inner_step,
     K,  # from num_row_blocks to shift: Tiling.arguments
-    z_outer,
+    z_outer,  # from here to row0: strides in elements
     z_inner,
-    z_col,  # strides in elements
-    row0,
-    group0,
-    shift,  # the first row; col0 // 8; col0 % 8
+    z_col,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,

@@ -64,11 +64,11 @@ def _norm_fwd_kernel(
     seed_ptr,  # [2] int64: key, stream
     M,
     K,
-    u_row,
-    x_row,  # strides in elements
-    row0,
-    group0,
-    shift,  # the first row; col0 // 8; col0 % 8
+    u_row,  # strides in elements
+    x_row,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     eps: tl.float64,
@@ -185,9 +185,9 @@ def _norm_bwd_kernel(
     dx_row,
     du_row,
     x_row,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     offset: tl.float64,
     CENTRED: tl.constexpr,

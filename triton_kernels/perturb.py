@@ -129,15 +129,15 @@ def _perturb_fwd_kernel(
     outer_step,
     inner_step,
     K,  # from num_row_blocks to shift: Tiling.arguments
-    u_outer,
+    u_outer,  # from here to row0: strides in elements
     u_inner,
-    u_col,  # strides in elements
+    u_col,
     x_outer,
     x_inner,
     x_col,
-    row0,
-    group0,
-    shift,  # the first row; col0 // 8; col0 % 8
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     LOG_VARIANCE: tl.constexpr,
@@ -202,9 +202,9 @@ def _perturb_bwd_kernel(
     x_outer,
     x_inner,
     x_col,
-    row0,
-    group0,
-    shift,
+    row0,  # the first row
+    group0,  # col0 // 8
+    shift,  # col0 % 8
     sample,
     factor: tl.float64,
     REPLAY: tl.constexpr,

@@ -15,8 +15,8 @@ P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 
 @contextlib.contextmanager
 def forms(bits: int) -> Iterator[None]:
-    """CUDA's kernels, and Triton's, in this form inside. A captured graph keeps what it was captured
-    with."""
+    """CUDA's kernels, and Triton's, in this form inside. A captured graph keeps what it was
+    captured with."""
     from dipkernels import backends
 
     restore = []

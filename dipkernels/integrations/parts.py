@@ -184,8 +184,8 @@ def place_in_batch(micro: int, rank: int, world: int, batch_size: int | None, ro
     all ranks.
 
     batch_size: of a whole micro-batch, the same everywhere; the last one may be smaller. None where
-    they are of any size: then no two have a row in common, and that is all. rows: of this one, which
-    may be more: a preference batch has two for each example.
+    they are of any size: then no two have a row in common, and that is all. rows: of this one,
+    which may be more: a preference batch has two for each example.
     """
     place = micro * world + rank
     if batch_size is None:

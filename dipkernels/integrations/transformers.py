@@ -77,9 +77,9 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     model's. Sigma, its share of the prior's and the KL term are logged with the loss.
 
     m trajectories are m copies of each batch: m times the time and the memory of activations. If
-        memory is short with m = 2, halve per_device_train_batch_size and double
-        gradient_accumulation_steps. Evaluation is of the plain network. With k > 0 in the config
-        the predictions are the means of k noisy passes, as logits.
+    memory is short with m = 2, halve per_device_train_batch_size and double
+    gradient_accumulation_steps. Evaluation is of the plain network. With k > 0 in the config the
+    predictions are the means of k noisy passes, as logits.
 
     Args:
         dip: The config. None for a model that `dip.apply` has converted, or for a resumed run,
@@ -121,7 +121,11 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
 
     @property
     def dip_config(self) -> DIPConfig:
-        """The config of the model that is trained. Raises ValueError where it has none."""
+        """The config of the model that is trained.
+
+        Raises:
+            ValueError: It has none.
+        """
         config = config_of(self.model)
         if config is None:
             raise ValueError(_NO_CONFIG)
@@ -536,12 +540,12 @@ class DIPCallback(transformers.TrainerCallback):
     puts sigma into state.log_history.
 
     It refuses what a callback cannot do: m > 1 and lambda_s > 0 (the batch and the loss are the
-        trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps
-        in its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser,
-        FSDP, DeepSpeed, and KL under fp16. It warns that the variances learn at the weights' rate,
-        unless `optimizers` is made from `param_groups` after `dip.apply`. The logged loss and the
-        clipped norm do not contain the KL term, and the trainer's loggers do not see sigma.
-        `DIPMixin` does all of this.
+    trainer's), a key (the noise is drawn from torch's generator, whose state the trainer keeps in
+    its checkpoints), predictions with k > 0, weight decay by the trainer's own optimiser, FSDP,
+    DeepSpeed, and KL under fp16. It warns that the variances learn at the weights' rate, unless
+    `optimizers` is made from `param_groups` after `dip.apply`. The logged loss and the clipped norm
+    do not contain the KL term, and the trainer's loggers do not see sigma. `DIPMixin` does all of
+    this.
 
     Args:
         config: A config with m=1 and key=None; by default DIPConfig(m=1, key=None).

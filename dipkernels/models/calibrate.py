@@ -63,12 +63,12 @@ def calibrate(
     (docs/guides/variance.md).
 
     If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
-    prior is p = n / 64 in every layer, and nearer to 1 where the values say the same (docs/maths.md,
-    section 8). Unless a ratio or a start is given, every sigma then starts at sqrt(p) times its
-    prior's. An image has channels x height x width values, a sequence length x features, a row of a
-    table its features. Leave a layer out, `convert(exclude=[...])`, that reads a single value, such
-    as a time step, before others read an image. In a model of L > 4 DIP layers the pull is 4 / L
-    times that, because the cost of their noise adds up.
+    prior is p = n / 64 in every layer, and nearer to 1 where the values say the same
+    (docs/maths.md, section 8). Unless a ratio or a start is given, every sigma then starts at
+    sqrt(p) times its prior's. An image has channels x height x width values, a sequence length x
+    features, a row of a table its features. Leave a layer out, `convert(exclude=[...])`, that reads
+    a single value, such as a time step, before others read an image. In a model of L > 4 DIP layers
+    the pull is 4 / L times that, because the cost of their noise adds up.
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is

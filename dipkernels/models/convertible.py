@@ -236,8 +236,8 @@ def _reason(module: nn.Module, types: Types) -> str | None:
 
 
 def forward_set_by(module: nn.Module) -> str:
-    """Who set a forward of its own on the object: "accelerate", "transformers" or "somebody"; "" where
-    it has none but the class's, as accelerate leaves behind."""
+    """Who set a forward of its own on the object: "accelerate", "transformers" or "somebody"; ""
+    where it has none but the class's, as accelerate leaves behind."""
     own = vars(module).get("forward")
     if own is not None and hasattr(module, "_hf_hook"):
         return "accelerate"

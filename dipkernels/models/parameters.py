@@ -78,7 +78,7 @@ def param_groups(
 
 
 def variances(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every log_variance, its prior and its pull, by their names in the model's state dict.
+    """A copy of every log_variance, its prior and its pull, by their names in the state dict.
 
     It holds what an adapter checkpoint leaves out.
 
@@ -115,8 +115,8 @@ def variances(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set every log_variance, prior and pull to what `variances` gave; nothing is changed unless names
-    and shapes all agree.
+    """Set every log_variance, prior and pull to what `variances` gave; nothing is changed unless
+    names and shapes all agree.
 
     Args:
         model: With the same DIP layers, wrapped (torch.compile, DDP) or not.

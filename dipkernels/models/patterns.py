@@ -1,5 +1,5 @@
-"""Name patterns, those of Python's fnmatch: which of them match, and what to say of one that decides
-nothing."""
+"""Name patterns, those of Python's fnmatch: which of them match, and what to say of one that
+decides nothing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Patterns:
         return hit
 
     def require_used(self, names: Iterable[str], what: str = "a module's name") -> None:
-        """Raise ValueError for patterns that have decided nothing about these names, of `what`: with
-        the names that look like them, or because earlier patterns have taken what they match."""
+        """Raise ValueError for patterns that have decided nothing about these names, of `what`:
+        with the names that look like them, or the earlier patterns that took what they match."""
         unused = [p for p in self._patterns if p not in self._used]
         if unused:
             raise ValueError(_no_match(self._argument, unused, names, what))

@@ -197,10 +197,14 @@ class _Planner:
         return ""
 
     def _unknown(self, made: list[Made]) -> str:
-        if len({(source.op, source.module) for source in made}) > 1:
-            return "its input is made in more than one place"
-        op, module = made[0].op.strip("_"), made[0].module
-        where = "the model itself" if module is None else self._shown(module)
+        places = {
+            (s.op.strip("_"), "the model itself" if s.module is None else self._shown(s.module))
+            for s in made
+        }
+        if len(places) > 1:
+            made_by = " and ".join(sorted(f"{op} in {where}" for op, where in places))
+            return f"its input is made in more than one place: {made_by}"
+        ((op, where),) = places
         if op in _FUNCTIONS:
             return f"its input is made by a call of {op} in {where}, not by a module: use {_FUNCTIONS[op]} to move it"
         if op == "mul":

@@ -71,7 +71,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         (torch.Size([3, 5, 8]), torch.Size([3, 5, 5]))
 
     Source: arXiv 2506.04690, for every linear layer; where noise sits in attention is not stated
-        there.
+    there.
     """
 
     plain_type = nn.MultiheadAttention

@@ -168,8 +168,8 @@ def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return (_pieces if worlds.wants_pieces() else _fused)(mu, v, activation)
 
 
-# The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with d/dv,
-# and the variance's part of the weight's is added to the product's where it is computed.
+# The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with
+# d/dv, and the variance's part of the weight's is added to the product's where it is computed.
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *how: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:

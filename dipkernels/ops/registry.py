@@ -112,7 +112,7 @@ def choose_all() -> None:
             try:
                 _chosen[op, device] = _choose(op, device)
             except (RuntimeError, ValueError) as error:
-                _chosen[op, device] = _refusal(op, error)
+                _chosen[op, device] = _refusal(error)
     _fusers.clear()
     _fusers.update(device for device in ("cpu", "cuda") if backends.can_fuse(device))
 
@@ -128,7 +128,7 @@ def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
     return found
 
 
-def _refusal(op: str, error: Exception) -> Callable[..., Any]:
+def _refusal(error: Exception) -> Callable[..., Any]:
     """What cannot run raises when it is called: an import, and `backend`, raise nothing for it."""
 
     def refuse(*args: object) -> None:

@@ -156,10 +156,16 @@ def expected(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """model(*args, **kwargs) with every activation behind a DIPLinear replaced by its expectation
     (see above).
 
-    model: in eval mode. Raises ValueError for an activation without a closed form here, and for one
-    behind a convolution, a DIPInput or a LoRA layer, naming the layer. Where no activation follows
-    a DIP layer, the result is the plain network's. Raises it too for a model some of whose modules
-    noise their output, convert(place="producer").
+    Where no activation follows a DIP layer, the result is the plain network's.
+
+    Args:
+        model: In eval mode.
+        args, kwargs: The model's.
+
+    Raises:
+        ValueError: An activation without a closed form here, or one behind a convolution, a
+            DIPInput or a LoRA layer, which the message names; or a model some of whose modules
+            noise their output, convert(place="producer").
     """
     producers = [
         name or "(root)" for name, layer in dip_layers(model).items() if layer.noises_output

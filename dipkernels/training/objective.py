@@ -18,8 +18,8 @@ KL = 0.4  # the default weight: studies/defaults.py
 
 
 def _variances(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(log_variance, log_prior, pull / K), vectors laid out alike: of all variances in one go, which
-    is a few operations instead of a few for each layer, but of each sharded one by itself.
+    """(log_variance, log_prior, pull / K), vectors laid out alike: of all variances in one go,
+    which is a few operations instead of a few for each layer, but of each sharded one by itself.
 
     A variance that modules share counts once, an offloaded one not.
     """
@@ -243,8 +243,8 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
     A loss for regression, in place of the mean squared one of `objective`: it is least where the
     trajectories are draws from the distribution of the target. So the network learns the whole
     distribution, and `predict(model, x, k=..., average=None)` draws from it. Of one number for each
-    example it is the CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the whole
-    spread, `calibrate(model, batches, ratio=1)`: with less noise it extrapolates worse.
+    example it is the CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the
+    whole spread, `calibrate(model, batches, ratio=1)`: with less noise it extrapolates worse.
 
     Args:
         out: [m, B, ...], m >= 2, from `trajectories`.

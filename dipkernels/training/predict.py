@@ -95,7 +95,7 @@ def predict(
         (torch.Size([8, 3]), True)
 
     Source: arXiv 2506.04690, Algorithms 2 and 3; whether logits or probabilities are averaged is
-        not stated there.
+    not stated there.
     """
     if method not in ("sample", "analytic"):
         raise ValueError(f"method: expected 'sample' or 'analytic', got {method!r}")

@@ -3,7 +3,7 @@ docs/cluster.md.
 
     python examples/cluster/train.py examples/cluster/digits.json --out out/cluster  one process
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  for restarts: docs/cluster.md
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 \
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 \\
         examples/cluster/train.py examples/cluster/digits.json
     sbatch examples/cluster/train.sbatch  many nodes
 
@@ -263,7 +263,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, default=Path("out/cluster"))
     parser.add_argument("--steps", type=int, help="instead of the configuration's")

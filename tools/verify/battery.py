@@ -103,7 +103,7 @@ def run_test(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="time box (10)")
     parser.add_argument(
         "--record", action="store_true", help="write the figures into docs/reliability.md"

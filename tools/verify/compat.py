@@ -105,7 +105,7 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--torch", required=True, help="such as 2.11.0")
     parser.add_argument("--python", default=sys.executable, help="that of a new environment")
     parser.add_argument("--quick", action="store_true", help="without the files of LONG")

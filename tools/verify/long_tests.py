@@ -1,9 +1,9 @@
 """The slow tests of the promises, file by file.  docs/reliability.md.
 
-python tools/verify/long_tests.py                       # all of them
-python tools/verify/long_tests.py --only properties     # those whose file says so; the others' last
-results stay python tools/verify/long_tests.py --record              # runs nothing: the last
-results go to docs/reliability.md
+python tools/verify/long_tests.py                    # all of them
+python tools/verify/long_tests.py --only properties  # of files whose path says so
+python tools/verify/long_tests.py --record
+    # runs nothing: the last results, kept in out/, go to docs/reliability.md
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="part of a file's name")
     parser.add_argument(
         "--record",

@@ -566,7 +566,7 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
     add("--only", default="", help="part of a file's path")

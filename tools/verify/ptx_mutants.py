@@ -371,7 +371,7 @@ def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", type=int, default=2, help="faults in each CUDA kernel (2)")
     parser.add_argument(

@@ -192,7 +192,7 @@ def in_python() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--cases", type=int, default=20000, help="random cases under each sanitizer (20000)"
     )

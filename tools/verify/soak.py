@@ -41,7 +41,7 @@ def slope(samples: list[tuple[int, int]]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--calls", type=int, default=1_000_000, help="of a layer (1,000,000)")
     parser.add_argument("--minutes", type=float, help="instead of a number of calls: this long")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
