@@ -118,9 +118,7 @@ class _Fold:
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
-        pairs, spec = pytree.tree_flatten_with_path(
-            value, is_leaf=lambda part: isinstance(part, PackedSequence)
-        )
+        pairs, spec = _flat(value, is_leaf=lambda part: isinstance(part, PackedSequence))
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         except ValueError:
@@ -178,13 +176,23 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     return by_example.transpose(0, 1)
 
 
+def _flat(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """(path, leaf) of every leaf, and the structure; by number where a class was registered without
+    the names of its parts, as diffusers registers its outputs."""
+    try:
+        return pytree.tree_flatten_with_path(value, is_leaf)
+    except ValueError:
+        leaves, spec = pytree.tree_flatten(value, is_leaf)
+        return [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(leaves)], spec
+
+
 def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
     """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are
     the first one's, and so is every part in which nothing changes: a config, a cache."""
     first = outs[0]
     if isinstance(first, Tensor):
         return fn(name, *outs)
-    pairs, spec = pytree.tree_flatten_with_path(first)
+    pairs, spec = _flat(first)
     if not spec.is_leaf():
         others = [pytree.tree_leaves(out) for out in outs[1:]]
         leaves = [
