@@ -354,7 +354,7 @@ class Listed(nn.Module):
         # no pattern that would name the layers between
         (
             lambda: nn.Sequential(nn.Linear(8, 8), Kernel(), nn.ReLU(), Kernel()),
-            r"1, 3 \(Kernel, 2 of them\): .*before=\['1', '3'\].*; \{pattern: dimension\} takes",
+            r"1, 3 \(Kernel, 2 of them\): .*before=\['1', '3'\].*; \{pattern: dimension\} says",
         ),
     ],
 )
