@@ -190,7 +190,7 @@ def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mod
     rnn, x = nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4)
     dip.convert(rnn, before=[""], batches=[x])
     packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4], batch_first=True)
-    refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence")
+    refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence; noise it before")
     with dip.noise_off():
         off = rnn(packed)[0].data
     assert torch.equal(rnn.eval()(packed)[0].data, off)

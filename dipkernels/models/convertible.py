@@ -427,10 +427,11 @@ def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str,
         called = list(dict.fromkeys(name for each in matrices for name in each))
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
+        elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
+        elsewhere *= not kind.__module__.startswith("torch.nn.")
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
             f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
-            f"get no noise: before={patterns} with batches=[...] puts noise at its input; "
-            "{pattern: dimension} says where its features are, if not in the last one"
+            f"get no noise: before={patterns} with batches=[...] puts noise at its input{elsewhere}"
         )
     return lines
 
