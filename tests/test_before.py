@@ -307,6 +307,17 @@ class PygLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class Kernel(nn.Module):
+    """A convolution of another package."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 3))
+
+    def forward(self, x):
+        return F.conv1d(x, self.weight)
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -339,6 +350,11 @@ class Listed(nn.Module):
         (
             lambda: nn.ModuleDict({"up": nn.ConvTranspose1d(8, 8, 3), "head": nn.Linear(8, 8)}),
             r"up \(ConvTranspose1d\)",
+        ),
+        # no pattern that would name the layers between
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8), Kernel(), nn.ReLU(), Kernel()),
+            r"1, 3 \(Kernel, 2 of them\): .*before=\['1', '3'\].*; \{pattern: dimension\} says",
         ),
     ],
 )

@@ -3,6 +3,7 @@ of eager mode."""
 
 import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -408,6 +409,31 @@ def test_vmap_honours_its_randomness_argument():
     with dip.fixed_noise(3):
         fixed = torch.vmap(layer)(x)
         torch.testing.assert_close(fixed[1], layer(x[1]))
+
+
+@pytest.mark.parametrize("transform", [True, False])
+def test_parameters_cast_for_a_functional_call_stay_the_callers(transform):
+    model = dip.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), 1.0)
+    x = torch.randn(3, 6)  # and ln(1) is exact in any type
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        half = {name: p.bfloat16() for name, p in parameters.items()}
+        y = torch.func.functional_call(model, half, (x.bfloat16(),)).float().square().sum()
+        assert all(p.dtype is torch.bfloat16 for p in half.values())
+        return y
+
+    with dip.fixed_noise(1), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if transform:
+            found = list(torch.func.grad(loss)(parameters).values())
+        else:
+            found = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    model.bfloat16()  # but for the variances
+    with dip.fixed_noise(1):
+        model(x.bfloat16()).float().square().sum().backward()
+    for got, p in zip(found, model.parameters()):
+        assert torch.allclose(got, p.grad.float(), rtol=0.02, atol=0.02)
 
 
 def test_functional_call_with_jvp_vjp_and_ensembles():

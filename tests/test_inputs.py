@@ -190,7 +190,18 @@ def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mod
     rnn, x = nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4)
     dip.convert(rnn, before=[""], batches=[x])
     packed = nn.utils.rnn.pack_padded_sequence(x, [5, 4], batch_first=True)
-    refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence")
+    refused(rnn, packed, TypeError, r"^DIPLSTM\(.*got PackedSequence; noise it before")
+    with dip.noise_off():
+        off = rnn(packed)[0].data
+    assert torch.equal(rnn.eval()(packed)[0].data, off)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")
+def test_noise_off_takes_what_the_plain_layer_takes():
+    model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(3, 4)
+    with dip.noise_off():
+        nested = model(torch.nested.nested_tensor([x]))[0]
+        assert torch.allclose(model(x.to_sparse()), model(x)) and torch.allclose(nested, model(x))
 
 
 @pytest.mark.parametrize("shape", [(4,), ()])

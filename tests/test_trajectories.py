@@ -1,6 +1,7 @@
 """trajectories and predict: independent noise per trajectory, any structure in and out, and clear
 errors."""
 
+import collections
 import dataclasses
 import math
 from collections import UserDict
@@ -10,6 +11,7 @@ from types import MappingProxyType
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 from torch import nn
 
 import dipkernels as dip
@@ -193,6 +195,36 @@ def test_a_transformers_output_keeps_its_type():
     assert predict(model, input_ids=ids, k=2).shape == (3, 5, 11)
     with pytest.raises(ValueError, match="got a scalar"):
         trajectories(model, input_ids=ids, labels=ids, m=2)
+
+
+class Sample(collections.OrderedDict):
+    """As diffusers' outputs: registered without the names of its parts."""
+
+
+pytree.register_pytree_node(
+    Sample,
+    lambda out: (list(out.values()), list(out)),
+    lambda parts, names: Sample(zip(names, parts)),
+)
+
+
+class Sampling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x, with_loss=False):
+        y = self.net(x)
+        return Sample(sample=y, loss=y.mean()) if with_loss else Sample(sample=y)
+
+
+def test_an_output_registered_without_the_names_of_its_parts_keeps_its_type():
+    model = Sampling()
+    out = trajectories(model, X, m=2)
+    assert type(out) is Sample and out["sample"].shape == (2, 5, 3)
+    assert predict(model, X, k=2, average=None)["sample"].shape == (2, 5, 3)
+    with pytest.raises(ValueError, match=r"^output\[1\]: .*got a scalar"):
+        trajectories(model, X, with_loss=True, m=2)
 
 
 # ---- predict -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..nn.conv import DIPConv1d, DIPConv2d, DIPConv3d
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.twin import first_parameter, twin_type
-from .patterns import around
+from .patterns import Patterns, around
 
 Types = tuple[type[nn.Module], ...]  # some of TWINS
 Names = Mapping[nn.Module, list[str]]  # every module of a model, in its order, with all its names
@@ -422,13 +422,16 @@ def unnoised(names: Names, known: set[nn.Module], blocks: set[str]) -> dict[str,
         share = sum(p.numel() for each in matrices for p in each.values()) / total
         if share < _LEAST_SHARE and not any("weight" in each for each in matrices):
             continue
-        patterns = _patterns([names[m][0] for m in modules])
+        others = [name for m in names if m not in modules for name in names[m]]
+        patterns = _patterns([names[m][0] for m in modules], others)
         called = list(dict.fromkeys(name for each in matrices for name in each))
         shown = ", ".join(called[:4]) + ", ..." * (len(called) > 4)
         count = f", {len(modules)} of them" if len(modules) > 1 else ""
+        elsewhere = "; {pattern: dimension} says where its features are, if not in the last one"
+        elsewhere *= not kind.__module__.startswith("torch.nn.")
         lines[f"{', '.join(patterns) or 'the model itself'} ({kind.__name__}{count})"] = (
             f"{share:.1%} of the model's matrix weights are its own Parameters ({shown}), which "
-            f"get no noise: before={patterns} with batches=[...] puts noise at its input"
+            f"get no noise: before={patterns} with batches=[...] puts noise at its input{elsewhere}"
         )
     return lines
 
@@ -441,9 +444,14 @@ def _is_quiet(module: nn.Module) -> bool:
     return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
 
 
-def _patterns(every_name: list[str]) -> list[str]:
-    """Patterns for these names, one for those that differ in their numbers alone."""
+def _patterns(every_name: list[str], others: list[str]) -> list[str]:
+    """Patterns for these names, one for those that differ in their numbers alone; none matches one
+    of the others."""
     by_pattern: dict[str, list[str]] = {}
     for name in every_name:
         by_pattern.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), []).append(name)
-    return [pattern if len(alike) > 1 else alike[0] for pattern, alike in by_pattern.items()]
+    patterns: list[str] = []
+    for pattern, alike in by_pattern.items():
+        wide = len(alike) > 1 and not Patterns("before", [pattern]).all(*others)
+        patterns += [pattern] if wide else alike
+    return patterns

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.draw import DTYPES
 from ..worlds import is_dtensor
@@ -21,9 +22,10 @@ def require_tensor(layer: Any, x: object) -> None:
     """Raise TypeError where a layer would draw noise for what is no tensor: a list, None, a
     PackedSequence."""
     if not isinstance(x, Tensor) and layer.noisy():
+        packed = "; noise it before it is packed, by a DIPInput" * isinstance(x, PackedSequence)
         raise TypeError(
-            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}; in "
-            "eval mode the layer takes what the plain layer takes"
+            f"{_shown(layer)}: expected a tensor where noise is drawn, got {type(x).__name__}"
+            f"{packed}; in eval mode the layer takes what the plain layer takes"
         )
 
 

@@ -79,8 +79,10 @@ class DIPLayer(Mixin):
             # nn.DataParallel's replicas have tensors in place of parameters
             if parameter is not None:
                 if parameter.dtype is not torch.float32:
-                    variance.widen()
-                    if parameter.dtype.itemsize < 4 and in_zero(parameter):
+                    own = isinstance(parameter, nn.Parameter)  # functional_call's is a caller's
+                    if own:
+                        variance.widen()
+                    if parameter.dtype.itemsize < 4 and (not own or in_zero(parameter)):
                         return parameter.float()
                 return parameter
         try:
@@ -110,7 +112,8 @@ class DIPLayer(Mixin):
     def without_noise(self, input: Tensor) -> Tensor:
         """The input; where DDP or noise_off may ask for log_variance, it is used all the same, for
         gradients of 0."""
-        if (contexts.MODE == "off" and self.training) or ddp_waits():
+        asked = (contexts.MODE == "off" and self.training) or ddp_waits()
+        if asked and inputs.undense(input) is None:
             return without_noise(input, self._log_variance())
         return input
 

@@ -55,8 +55,11 @@ class _Twin(Wrapper):
     """Before any class: its own forward on x + sigma * z."""
 
     def _dip_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = worlds.autocast_dtype(x)
-        u = noised(self, x, dtype) if self.noisy() else self.copied_without_noise(x)
+        u = (
+            noised(self, x, worlds.autocast_dtype(x))
+            if self.noisy()
+            else self.copied_without_noise(x)  # of a list or a PackedSequence, which has no dtype
+        )
         return self._dip_plain(u, *args, **kwargs)
 
 

@@ -166,7 +166,7 @@ class Variance(nn.Module):
         if "log_variance" in self._parameters:
             return None
         if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
-            return "that a hook computes (pruning, weight_norm): remove that first"
+            return "computed by a hook (pruning, weight_norm): remove that first"
         steps: Any = self.parametrizations["log_variance"]  # type: ignore[index]
         one_way = [type(step).__name__ for step in steps if not hasattr(step, "right_inverse")]
         if one_way:

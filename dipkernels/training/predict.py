@@ -68,7 +68,8 @@ def predict(
             sigmoid, for one logit or several labels), "logits" (mean of the outputs, at least
             float32), or None (all outputs).
         chunk: How many passes run at a time, >= 1, by default 1. They are folded into the batch as
-            in `trajectories`. Memory grows with chunk, not with k.
+            in `trajectories`, so leave it at 1 for a model that compares the examples of its batch.
+            Memory grows with chunk, not with k.
         method: "sample", or "analytic": one deterministic pass in which every activation behind a
             DIPLinear is replaced by its exact expectation over that layer's noise. It costs as much
             as k = 0; k and chunk do not apply. Each layer reads the mean of the one before. This

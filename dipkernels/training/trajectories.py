@@ -27,8 +27,10 @@ def trajectories(
 
     Every tensor [B, ...] is repeated m times along its first dimension, example by example (row b *
     m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
-    in training mode sees all B * m rows at once. A model that takes the sequence first, [L, B, E],
-    would get a longer sequence: hand it a function that puts the batch first.
+    in training mode sees all B * m rows at once. So does a model that compares the examples of its
+    batch (CLIP's similarities, a graph's edges): take torch.stack([model(x) for _ in range(m)])
+    there. A model that takes the sequence first, [L, B, E], would get a longer sequence: hand it a
+    function that puts the batch first.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
@@ -118,9 +120,7 @@ class _Fold:
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
-        pairs, spec = pytree.tree_flatten_with_path(
-            value, is_leaf=lambda part: isinstance(part, PackedSequence)
-        )
+        pairs, spec = _flat(value, is_leaf=lambda part: isinstance(part, PackedSequence))
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         except ValueError:
@@ -178,13 +178,23 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     return by_example.transpose(0, 1)
 
 
+def _flat(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
+    """(path, leaf) of every leaf, and the structure; by number where a class was registered without
+    the names of its parts, as diffusers registers its outputs."""
+    try:
+        return pytree.tree_flatten_with_path(value, is_leaf)
+    except ValueError:
+        leaves, spec = pytree.tree_flatten(value, is_leaf)
+        return [((pytree.SequenceKey(i),), leaf) for i, leaf in enumerate(leaves)], spec
+
+
 def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> Any:
     """fn(name, *tensors) for every tensor of one structure that the outs share; other leaves are
     the first one's, and so is every part in which nothing changes: a config, a cache."""
     first = outs[0]
     if isinstance(first, Tensor):
         return fn(name, *outs)
-    pairs, spec = pytree.tree_flatten_with_path(first)
+    pairs, spec = _flat(first)
     if not spec.is_leaf():
         others = [pytree.tree_leaves(out) for out in outs[1:]]
         leaves = [
