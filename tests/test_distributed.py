@@ -359,6 +359,42 @@ def test_penalty_over_shards_is_the_whole_penalty(ranks):
     ranks.run(check_penalty)
 
 
+def check_fsdp1(rank, world):
+    """Between passes it shows parts of a flat parameter (use_orig_params) or freed memory."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    want, messages = dip.variances(make_model()), []
+    for parts in (True, False):
+        model = FullyShardedDataParallel(
+            make_model(), device_id=torch.device("cpu"), use_orig_params=parts
+        )
+        loss_of(model, *batch()).backward()
+        for call in (
+            dip.kl_penalty,
+            lambda m: dip.penalty(m, 0.3, 0.02),
+            dip.variances,
+            lambda m: dip.load_variances(m, want),
+            dip.check,
+        ):
+            try:
+                call(model)
+                messages.append("nothing raised")
+            except ValueError as error:
+                messages.append(str(error))
+        with FullyShardedDataParallel.summon_full_params(model):
+            assert_same(dip.variances(model), want, rtol=0, atol=0)
+        assert dip.predict(model, batch()[0], k=2, average="logits").isfinite().all()
+    return messages
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_variances_that_fsdp1_hides_are_refused(ranks):
+    for messages in ranks.run(check_fsdp1):
+        for kl, penalty, read, load, check in (messages[:5], messages[5:]):
+            assert all("got a part of them" in message for message in (kl, penalty, read, check))
+            assert "that FSDP1 keeps elsewhere: set it before the model is wrapped" in load
+
+
 def check_meta_and_state(rank, world, folder):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (

@@ -411,12 +411,13 @@ def check_wrong_layouts(rank, world):
         raised(lambda: dip.check_ranks(model, mesh)),
         raised(lambda: functional.perturb(local, torch.rand(15), SEED)),
         raised(lambda: DIPLinear(16, 4, keep="x")(x)),
+        raised(lambda: dip.predict(parallel_mlp(MLP(), mesh), whole, method="analytic")),
     ]
 
 
 def test_wrong_layouts_are_named_with_their_ranks(ranks):
     for rank, messages in enumerate(ranks.run(check_wrong_layouts)):
-        odd, at_op, plain_x, at_layer, by_name, shard, keep = messages
+        odd, at_op, plain_x, at_layer, by_name, shard, keep, mean = messages
         assert f"rank {rank}" in odd and "a mesh that does not divide the features" in odd
         for message in (at_op, at_layer):
             assert (
@@ -428,6 +429,7 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
         assert "rank 1: up.variance.log_variance: expected it whole" in by_name
         assert "x: expected a shard of shape" in shard
         assert "keep: expected" in keep
+        assert "TypeError: weight: expected it whole on this rank" in mean
 
 
 def check_shards_of_a_variance(rank, world):
@@ -505,6 +507,48 @@ def check_conversion_of_a_parallel_model(rank, world):
 
 def test_a_parallel_model_may_be_converted(ranks):
     ranks.run(check_conversion_of_a_parallel_model)
+
+
+def check_calibration(rank, world):
+    torch.manual_seed(1)
+    plain, batches = MLP(), [torch.randn(9, 16), torch.randn(7, 16)]
+    for sequence in (False, True):
+        if sequence:
+            batches = [b[:, None].expand(-1, 4, -1) for b in batches]
+        model = parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence)
+        rows, want = dip.calibrate(model, batches), dip.calibrate(plain, batches)
+        assert [str(row) for row in rows] == [str(row) for row in want]
+        got = dip.variances(model)
+        for name, values in dip.variances(plain).items():
+            torch.testing.assert_close(got[name], values, rtol=1e-5, atol=1e-5)
+
+
+def test_a_parallel_model_is_calibrated_as_the_plain_one(ranks):
+    ranks.run(check_calibration)
+
+
+def check_producers(rank, world, local):
+    """norm -> up -> act -> down, where the norm and the activation draw the noise."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    torch.manual_seed(1)
+    x = torch.randn(3, 4, 16)
+    plain = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    dip.convert(plain, 0.2, place="producer", batches=[x])
+    model = copy.deepcopy(plain)
+    plan = {"1": ColwiseParallel(use_local_output=local), "3": RowwiseParallel()}
+    dip.parallelize_module(model, mesh_of(world), plan)
+    if local:
+        return raised(lambda: model(x))
+    assert_equal_training(plain, model, x)
+    return "equal"
+
+
+def test_an_activation_noises_its_shard_as_a_dtensor(ranks):
+    assert ranks.run(check_producers, False) == ["equal", "equal"]
+    for message in ranks.run(check_producers, True):
+        assert "expected an input of shape [..., 32], got (3, 4, 16); if that is a shard" in message
+        assert "ColwiseParallel(use_local_output=False)" in message
 
 
 def check_llama(rank, world):

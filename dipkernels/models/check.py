@@ -113,8 +113,12 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
     """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite. A
     collective where it is sharded."""
-    found = {name or "(root)": full(layer.log_variance.detach()) for name, layer in layers.items()}
-    require_finite_values("model", {n: values for n, values in found.items() if not values.is_meta})
+    found = {
+        name or "(root)": full(values.detach())
+        for name, layer in layers.items()
+        if not ((values := layer.log_variance).is_meta or layer.variance.hides(values))
+    }
+    require_finite_values("model", found)
 
 
 def _learned(layer: DIPLayer) -> list[nn.Parameter]:
@@ -157,6 +161,8 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
             "and before zero_grad(), or, where a tool keeps them to itself (DeepSpeed's ZeRO), "
             "check(model, batch)"
         )
+    for layer in layers.values():
+        layer.variance.require_whole(layer.log_variance)
     faults = {}
     for name, layer in layers.items():
         slopes = [p.grad for p in _learned(layer)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..nn.inputs import undense
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
+from ..ops import dtensor
 from .convertible import feature_dim_of
 from .probe import input_of, readers_of, watch
 
@@ -166,7 +167,7 @@ def measured_spreads(
             raise TypeError(
                 f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
             )
-        x = x.detach()
+        x = dtensor.full(x.detach())
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
         seen.setdefault(layer, _Moments()).add(rows)
         reached.setdefault(module)

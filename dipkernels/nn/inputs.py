@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.draw import DTYPES
-from ..worlds import is_dtensor
+from ..worlds import has_ranks, is_dtensor
 
 # The types that ops raises, and torch for a layout or a device that an operation has no kernel for.
 FAILURES = (TypeError, ValueError, RuntimeError)
@@ -61,7 +61,12 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
         axis = "" if dim in _BATCHED else f" along dimension {dim}"
         shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"
-        raise ValueError(f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}")
+        way_out = ""
+        if has_ranks():  # an activation between a column-wise and a row-wise layer
+            way_out = "; if that is a shard: ColwiseParallel(use_local_output=False) in front of it"
+        raise ValueError(
+            f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}{way_out}"
+        )
     if x.device != sigma.device:
         raise ValueError(
             f"{name}: expected an input on {sigma.device}, where its variance is, got one on "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import worlds
 from ..arguments import integer, real
 from ..ops import dtensor
 from ..worlds import has_ranks, is_dtensor
@@ -163,6 +164,8 @@ class Variance(nn.Module):
             return "on the meta device (offloaded, or not loaded yet): set it before the model is dispatched"
         if in_zero(self.log_variance):
             return "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before deepspeed.initialize"
+        if self.hides(self.log_variance):
+            return "that FSDP1 keeps elsewhere: set it before the model is wrapped"
         if "log_variance" in self._parameters:
             return None
         if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
@@ -216,18 +219,31 @@ class Variance(nn.Module):
         # it.
         return self.log_variance if type(self) is Variance else self.log_variance.clone()
 
+    def hides(self, value: Tensor) -> bool:
+        """Whether what log_variance gave is a part of it or freed memory, as FSDP1 and ZeRO-3 leave
+        it between passes."""
+        if not worlds.has_values(value):
+            return False
+        freed = value.numel() > 0 and value.untyped_storage().size() == 0
+        return freed or value.numel() != self.num_features
+
+    def require_whole(self, value: Tensor) -> None:
+        """Raise ValueError where `hides`."""
+        if self.hides(value):
+            raise ValueError(
+                f"log_variance: expected {self.num_features} values, got a part of them or freed "
+                "memory: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO-3 has them elsewhere. "
+                "Train with fully_shard (FSDP2); to read them, call this inside summon_full_params "
+                "of FSDP1, or inside deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            )
+
     def detached(self) -> Tensor:
         """log_variance [K] without gradient, wherever it is kept; of a sharded one the whole, a
         collective."""
         # accelerate's offload has it on meta, but for the time of a call.
         offloaded = self.log_variance.is_meta and "forward" in self.__dict__
         value = self() if offloaded else self.log_variance
-        if value.numel() != self.num_features and in_zero(value):
-            raise ValueError(
-                f"log_variance: expected {self.num_features} values, got {value.numel()}: "
-                "DeepSpeed's ZeRO-3 has the rest elsewhere; call this inside "
-                "deepspeed.zero.GatheredParameters(list(model.parameters()))"
-            )
+        self.require_whole(value)
         if value.is_meta:
             raise ValueError(
                 "log_variance: expected values, got none yet, for it is on the meta device: load or "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import worlds
 from ..triton_kernels.mixtures import MIXTURES
+from ..worlds import is_dtensor
 from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import DTYPES
@@ -122,9 +123,19 @@ def _as_wide_as(weight: Tensor, sigma: Tensor) -> Tensor:
     )
 
 
+def _require_whole(weight: Tensor) -> None:
+    if is_dtensor(weight):
+        raise TypeError(
+            "weight: expected it whole on this rank for an exact mean, got a DTensor of placements "
+            f"{tuple(weight.placements)}; take method='sample' in dip.predict, estimator='sample' in "
+            "a layer"
+        )
+
+
 def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v [N] = sum over k of sigma_k^2 W_nk^2: the variance of an affine layer's output, the same
-    for every row."""
+    for every row. Raises TypeError for a weight in shards."""
+    _require_whole(weight)
     sigma = _as_wide_as(weight, sigma)
     if torch.is_grad_enabled() or worlds.transforming():
         return _variance_pieces(weight, sigma, log_variance)
@@ -209,6 +220,7 @@ def linear(
     log_variance: bool,
     activation: str,
 ) -> Tensor:
-    """The layer and its activation, in x's dtype."""
+    """The layer and its activation, in x's dtype. Raises TypeError for a weight in shards."""
+    _require_whole(weight)
     run = _linear_pieces if worlds.wants_pieces() else _fused_linear
     return run(x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)

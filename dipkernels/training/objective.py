@@ -34,6 +34,8 @@ def _variances(model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
     # would be a constant.
     own = [v for v in unique.values() if v.num_features > 0 and not v.log_variance.is_meta]
     rows = [(v.log_variance, full(v.log_prior), full(v.pull) / v.num_features) for v in own]
+    for variance, row in zip(own, rows):
+        variance.require_whole(row[0])
     sharded: list[tuple[Tensor, Tensor, Tensor]] = [
         (values, laid_out_as(prior, values), laid_out_as(weight, values))
         for values, prior, weight in rows
