@@ -524,11 +524,21 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     dip.load_variances(inner, dip.variances(plain))
 
 
+class PositionalEncoding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(17, 8))
+
+    def forward(self, x):
+        return x + self.weight
+
+
 def test_positions_beside_layers_are_not_named():
     class Placed(nn.Module):
         def __init__(self):
             super().__init__()
             self.place, self.body = nn.Parameter(torch.zeros(17, 8)), nn.Linear(8, 4)
+            self.encoder = PositionalEncoding()
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -441,7 +441,8 @@ def _is_quiet(module: nn.Module) -> bool:
     name, package = type(module).__name__, type(module).__module__
     # takes no input: of positions, a bias
     table = len(inspect.signature(type(module).forward).parameters) == 1
-    return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
+    known = any(part in name for part in ("Embed", "Position", "Norm"))
+    return plain or table or known or package.startswith("peft.")
 
 
 def _patterns(every_name: list[str], others: list[str]) -> list[str]:
