@@ -307,6 +307,18 @@ class PygLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class Spectral(nn.Module):
+    """A layer of a Fourier neural operator: complex weights, a real input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 4, dtype=torch.complex64))
+
+    def forward(self, x):
+        y = torch.einsum("bim,iom->bom", torch.fft.rfft(x)[..., :4], self.weight)
+        return torch.fft.irfft(y, n=x.shape[-1])
+
+
 class Kernel(nn.Module):
     """A convolution of another package."""
 
@@ -350,6 +362,10 @@ class Listed(nn.Module):
         (
             lambda: nn.ModuleDict({"up": nn.ConvTranspose1d(8, 8, 3), "head": nn.Linear(8, 8)}),
             r"up \(ConvTranspose1d\)",
+        ),
+        (
+            lambda: nn.ModuleDict({"spectral": Spectral(), "head": nn.Linear(8, 8)}),
+            r"spectral \(Spectral\): 80.0%",
         ),
         # no pattern that would name the layers between
         (
