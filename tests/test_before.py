@@ -307,6 +307,18 @@ class PygLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class Spectral(nn.Module):
+    """A layer of a Fourier neural operator: complex weights, a real input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8, 4, dtype=torch.complex64))
+
+    def forward(self, x):
+        y = torch.einsum("bim,iom->bom", torch.fft.rfft(x)[..., :4], self.weight)
+        return torch.fft.irfft(y, n=x.shape[-1])
+
+
 class Kernel(nn.Module):
     """A convolution of another package."""
 
@@ -350,6 +362,10 @@ class Listed(nn.Module):
         (
             lambda: nn.ModuleDict({"up": nn.ConvTranspose1d(8, 8, 3), "head": nn.Linear(8, 8)}),
             r"up \(ConvTranspose1d\)",
+        ),
+        (
+            lambda: nn.ModuleDict({"spectral": Spectral(), "head": nn.Linear(8, 8)}),
+            r"spectral \(Spectral\): 80.0%",
         ),
         # no pattern that would name the layers between
         (
@@ -524,11 +540,21 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     dip.load_variances(inner, dip.variances(plain))
 
 
+class PositionalEncoding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(17, 8))
+
+    def forward(self, x):
+        return x + self.weight
+
+
 def test_positions_beside_layers_are_not_named():
     class Placed(nn.Module):
         def __init__(self):
             super().__init__()
             self.place, self.body = nn.Parameter(torch.zeros(17, 8)), nn.Linear(8, 4)
+            self.encoder = PositionalEncoding()
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

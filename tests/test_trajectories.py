@@ -356,6 +356,31 @@ def test_predict_refuses_a_plain_model_and_an_output_without_logits():
         predict(Named(6, 3), X)
 
 
+class Detector(nn.Module):
+    """Another number of boxes in each pass."""
+
+    def __init__(self, lists):
+        super().__init__()
+        self.net, self.lists, self.calls = mlp(), lists, 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.net(x)
+        return list(y[: self.calls]) if self.lists else {"boxes": y[: self.calls]}
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (False, r"^output\['boxes'\]: expected one shape in every pass, .*\(1, 3\), \(2, 3\)"),
+        (True, r"^output: expected as many parts in every pass, .*got 1 and"),
+    ],
+)
+def test_passes_that_differ_in_shape_are_named(lists, message):
+    with pytest.raises(ValueError, match=message):
+        predict(Detector(lists), X, k=2, average=None)
+
+
 def test_half_precision_is_averaged_in_float32():
     model = mlp().bfloat16()
     out = predict(model, X.bfloat16(), k=2)

@@ -217,7 +217,7 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
             "its weight got one, so the weight is read without calling the layer (a fused loss, a "
             "functional form), or it was called in eval mode only"
         )
-    return "it was not called in training (an expert without examples), or what it returned does not reach the loss"
+    return "it was not called in training (an expert without examples, LayerDrop), or what it returned does not reach the loss"
 
 
 def _nonzero(values: Tensor | None) -> bool:
@@ -256,7 +256,7 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
         if not called[layer]:
             faults[name] = (
                 "it was not called: its weight is read past it, or eval mode alone calls it, or "
-                "nothing does (an expert that this batch does not reach)"
+                "nothing does (an expert that this batch does not reach, LayerDrop)"
             )
         elif not any(called[layer]):
             why = "inside noise_off" if contexts.MODE == "off" else "in eval mode"

@@ -380,7 +380,7 @@ _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the 
 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The floating Parameters of two dimensions or more that are the module's own, or in a list of
+    """The floating and complex Parameters of two dimensions or more that are the module's own, or in a list of
     its own."""
     parameters = dict(module.named_parameters(recurse=False))
     for name, each in module.named_children():
@@ -390,7 +390,7 @@ def own_matrices(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_matrix(p: Tensor) -> bool:
-    if nn.parameter.is_lazy(p) or not p.is_floating_point():
+    if nn.parameter.is_lazy(p) or not (p.is_floating_point() or p.is_complex()):
         return False
     embedded = p.ndim > 2 and p.shape[0] == 1  # a class token or positions, [1, N, D]
     return sum(size != 1 for size in p.shape) >= 2 and not embedded
@@ -441,7 +441,8 @@ def _is_quiet(module: nn.Module) -> bool:
     name, package = type(module).__name__, type(module).__module__
     # takes no input: of positions, a bias
     table = len(inspect.signature(type(module).forward).parameters) == 1
-    return plain or table or "Embed" in name or "Norm" in name or package.startswith("peft.")
+    known = any(part in name for part in ("Embed", "Positional", "Norm"))
+    return plain or table or known or package.startswith("peft.")
 
 
 def _patterns(every_name: list[str], others: list[str]) -> list[str]:

@@ -138,8 +138,19 @@ def predict(
             part = tensor_output(out, average, dim, stacked=1).sum(0)
             parts = [parts[0].add_(part)] if parts else [part]
     if average is None:
-        return map_tensors(lambda name, *chunks: torch.cat(chunks), *parts)
+        return map_tensors(_joined, *parts)
     return parts[0] / max(k, 1)
+
+
+def _joined(name: str, *chunks: Tensor) -> Tensor:
+    """The passes of one tensor of the output."""
+    shapes = sorted({tuple(chunk.shape[1:]) for chunk in chunks})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name}: expected one shape in every pass, for average=None stacks them, got {shapes}; "
+            "call the model k times inside dip.sampling_on()"
+        )
+    return torch.cat(chunks)
 
 
 _AVERAGES = ("probs", "sigmoid", "logits", None)

@@ -197,6 +197,11 @@ def map_tensors(fn: Callable[..., Tensor], *outs: Any, name: str = "output") -> 
     pairs, spec = _flat(first)
     if not spec.is_leaf():
         others = [pytree.tree_leaves(out) for out in outs[1:]]
+        if any(len(other) != len(pairs) for other in others):
+            raise ValueError(
+                f"{name}: expected as many parts in every pass, for average=None stacks them, got "
+                f"{len(pairs)} and others; call the model k times inside dip.sampling_on()"
+            )
         leaves = [
             map_tensors(fn, leaf, *(other[i] for other in others), name=name + pytree.keystr(path))
             for i, (path, leaf) in enumerate(pairs)
