@@ -78,6 +78,14 @@ def wanted(name):
     return None if value == "" else value == "1"
 
 
+def cuda_archs():
+    value = os.environ.get("DIPKERNELS_CUDA_ARCHS") or CUDA_ARCHS
+    archs = value.split()
+    if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
+        raise SystemExit(f"DIPKERNELS_CUDA_ARCHS: expected numbers as in '80 90a', got {value!r}")
+    return archs
+
+
 def find_torch():
     """torch, whose headers the build reads, or what to do where there is none."""
     steps = "pip install 'torch>=2.10' 'setuptools>=77' ninja && pip install --no-build-isolation ."
@@ -111,6 +119,7 @@ def plan():
             "still run"
         )
         return False, False, None, None
+    cuda_archs()
     if cuda and nvcc is None:
         raise SystemExit("DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH)")
     cpu = cpu is not False
@@ -145,7 +154,7 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     torch and cuda. Every path is one through them, so that a checkout may lie anywhere: a space, a
     $ or a colon would mean something to ninja, to the shell or to nvcc.
     """
-    archs = os.environ.get("DIPKERNELS_CUDA_ARCHS", CUDA_ARCHS).split()
+    archs = cuda_archs()
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and machine(compiler) == "x86_64")
     if cuda:

@@ -516,4 +516,5 @@ def choose(
     if triton:
         return Plan("triton", _cuda_problem or "the library has no CUDA kernels")
     problem = triton_problems.get(op) or (_cuda_problem if on_gpu else None)
-    return Plan("reference", problem or library().error or f"no kernels for device {device!r}")
+    problem = problem or (_missing("cpu") if device == "cpu" else library().error)
+    return Plan("reference", problem or f"no kernels for device {device!r}")

@@ -51,6 +51,8 @@ def test_choose_falls_back_in_order(monkeypatch):
     assert choose("perturb", "cpu") == Plan("reference", "not built")
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert choose("perturb", "cuda").backend == "reference"
+    with_library(monkeypatch, cpu_capabilities=())
+    assert "built without CPU kernels: DIPKERNELS_CPU=1" in choose("perturb", "cpu").why
 
 
 def test_what_the_cuda_library_lacks_runs_elsewhere(monkeypatch):

@@ -31,6 +31,8 @@ def setup_py(*arguments, **environment):
     (dict(DIPKERNELS_CUDA="yes"), "DIPKERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
     (dict(DIPKERNELS_CUDA="1", NVCC="no-such-nvcc"), "there is no nvcc"),
     (dict(DIPKERNELS_CPU="1", CXX="no-such-compiler"), "there is no C++ compiler"),
+    (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
+    (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
 ])  # fmt: skip
 def test_build_refuses_what_it_cannot_do(environment, expected):
     status, output = setup_py("--version", **environment)
@@ -40,7 +42,7 @@ def test_build_refuses_what_it_cannot_do(environment, expected):
 @pytest.mark.parametrize("environment, expected", [
     (dict(DIPKERNELS_CUDA="0"), ["CUDA kernels: no (DIPKERNELS_CUDA)", "CPU kernels: yes"]),
     (dict(DIPKERNELS_CPU="0", DIPKERNELS_CUDA="0"), ["CPU kernels: no (DIPKERNELS_CPU=0)"]),
-    (dict(DIPKERNELS_CUDA=""), ["CUDA kernels:", "DIPKERNELS_CUDA=0|1 decides"]),
+    (dict(DIPKERNELS_CUDA="", DIPKERNELS_CUDA_ARCHS=""), ["CUDA kernels:", "DIPKERNELS_CUDA=0|1 decides"]),
     (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
 ])  # fmt: skip
 def test_build_says_what_it_builds_and_why(environment, expected):

@@ -367,6 +367,23 @@ def test_export_under_fixed_noise_keeps_the_key():
     torch.testing.assert_close(program.module()(x), want)
 
 
+def test_a_key_may_be_an_input_of_an_exported_program():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = DIPLinear(8, 4)
+
+        def forward(self, x, key):
+            with dip.fixed_noise(key):
+                return self.layer(x)
+
+    model, x, keys = Keyed(), torch.randn(3, 8), [torch.tensor([key]) for key in (4, -9)]
+    program = torch.export.export(model, (x, keys[0]), strict=False).module()
+    for key in keys:
+        torch.testing.assert_close(program(x, key), model(x, key))
+    assert not torch.equal(program(x, keys[0]), program(x, keys[1]))
+
+
 def test_a_saved_export_loads_again(tmp_path):
     model, x = make("layers")
     torch.export.save(torch.export.export(model, (x,), strict=False), tmp_path / "model.pt2")

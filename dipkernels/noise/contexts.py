@@ -128,8 +128,10 @@ class fixed_noise(_State):
         super().__init__()
         row0 = integer("row0", row0, 0, 2**62)
         self._key, self._rows = _key_tensor(key), _rows(row0)
-        on_host = self._key.device.type == "cpu" or not isinstance(key, Tensor)
-        self._tag = (int(key) % 2**64 if on_host else "a tensor", row0)
+        known = not isinstance(key, Tensor) or (
+            self._key.device.type == "cpu" and worlds.has_values(key)
+        )
+        self._tag = (int(key) % 2**64 if known else "a tensor", row0)
 
     def _set(self) -> None:
         global KEY, ROWS, TAG
