@@ -230,7 +230,7 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "draw.h: which columns are asked for ahead",
         "What is called there only prefetches, which changes the speed only.",
     ),
-    "d68089f996": (
+    "1b028ccedf": (
         "backends.py: the device and the backend that runs on it, swapped",
         'The device is "cuda" there, and so is the backend.',
     ),
