@@ -125,7 +125,7 @@ AREAS = (
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
     Area(("dipkernels/**/twin.py",), ("before", "convert", "layers")),
     Area(
-        ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
+        ("dipkernels/nn/*.py",),
         (
             "layers",
             "seeds",
@@ -181,7 +181,7 @@ AREAS = (
         ("integration_accelerate", "integration_lightning", "integration_transformers"),
     ),
     Area(
-        ("dipkernels/**/ops.py", "dipkernels/ops/*.py"),
+        ("dipkernels/ops/*.py",),
         ("ops", "perturb", "linear", "averaging", "noise", "backends", "compile"),
     ),
     Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
