@@ -1,8 +1,8 @@
 """What compiled code lets one expect of a GPU: arithmetic, nothing is measured.  --docs writes
 docs/measured_gpu_expectation.md.
 
-SLOTS are what two tests print: pytest -s -k slots tests/test_cuda_compile.py
-tests/test_triton_compiles.py.
+SLOTS are what tests print: pytest -s -m "slow or not slow" -k slots tests/test_cuda_compile.py
+tests/test_triton_compiles.py tests/test_triton_expectation.py tests/test_triton_producers.py.
 """
 
 import argparse
@@ -45,6 +45,15 @@ EXPECTATION_SLOTS = {
     "gelu_tanh": (26.0, 46.0),
     "silu": (29.4, 44.0),
     "tanh": (30.6, 34.6),
+}
+# The same of Triton's producers, K = 4096.
+PRODUCER_SLOTS = {
+    "layer": (56.8, 50.1),
+    "rms": (52.3, 46.6),
+    "relu": (33.4, 36.3),
+    "gelu": (64.4, 77.3),
+    "silu": (50.3, 57.4),
+    "gated silu": (52.4, 82.4),
 }
 KERNELS = ("CUDA", "Triton")
 TRAFFIC = {"P": 4, "Q": 2, "PQ": 6}  # bytes per element: bfloat16 read and written
@@ -102,6 +111,19 @@ def analytic_over_plain(gpu: Gpu, m: int, k: int, n: int, activation: str) -> fl
     return (products + ours + weights) / (products + plain)
 
 
+def producer_over_plain(gpu: Gpu, m: int, k: int, n: int, producer: str) -> tuple[float, float]:
+    """Forward and backward of f and a layer over f and nn.Linear, f's passes taking the time of
+    memory: with P behind f by CUDA's kernels, and with f's pass drawing."""
+    # bytes: x and u, a gate's b; du, x and dx, b and db
+    traffic = (6, 10) if producer.startswith("gated") else (4, 6)
+    products = 6 * m * k * n / gpu.flops
+    plain = products + m * k * sum(traffic) / gpu.bytes
+    apart = m * k * (noise_pass(gpu, "P", "CUDA") + noise_pass(gpu, "Q", "CUDA"))
+    passes = zip(traffic, PRODUCER_SLOTS[producer], strict=True)
+    ours = m * k * sum(max(b / gpu.bytes, slots / gpu.issues) for b, slots in passes)
+    return 1 + apart / plain, (products + ours) / plain
+
+
 def sample_behind_activation(gpu: Gpu, n: int, k: int) -> tuple[float, float, float]:
     """Seconds per element of x of one sample's forward: fused, by row blocks, and written out with
     randn_like."""
@@ -126,6 +148,7 @@ LAYERS = (
     (8192, 4096, 2048),
     (8192, 4096, 1024),
 )
+PRODUCERS = ((8192, 4096, 4096), (4096, 1024, 1024))
 MEANS = ((8192, 4096, 8192), (8192, 4096, 4096), (8192, 4096, 1024), (4096, 1024, 1024))
 
 
@@ -179,6 +202,21 @@ def samples_table() -> str:
     return table(["GPU", "N", "K", "fused", "row blocks", "calls written out"], rows)
 
 
+def producers_table() -> str:
+    rows = [
+        [name, producer, *(f"{slots:.1f}" for slots in both)]
+        + [
+            f"{ratio:.3f}"
+            for shape in PRODUCERS
+            for ratio in producer_over_plain(gpu, *shape, producer)
+        ]
+        for name, gpu in GPUS.items()
+        for producer, both in PRODUCER_SLOTS.items()
+    ]
+    shapes = [f"{name_of(s)}, {what}" for s in PRODUCERS for what in ("P behind f", "f draws")]
+    return table(["GPU", "f", "forward, slots", "backward, slots", *shapes], rows)
+
+
 def means_table() -> str:
     rows = [
         [name, activation, *(f"{slots:.1f}" for slots in both)]
@@ -206,6 +244,8 @@ noise, Q is the gradient of sigma ([section 1](maths.md#1-the-projection-and-its
 - **P** should take as long as a copy of the same tensor on an H100, and a little longer on an H200.
 - **A large layer** (8192 x 8192 x 8192) should take 1.03 to 1.04 times `nn.Linear`, forward and
   backward.
+- **A layer behind a LayerNorm** (8192 x 4096 x 4096, H100) should take 1.02 times the plain two where the
+  norm draws the noise, 1.07 times where a pass of its own does.
 - **Small layers** are bound by the number of kernels: 8 instead of 4.
 
 ## The passes
@@ -259,6 +299,16 @@ Tiles are {TILE_N} columns wide, the widest in triton_kernels/blocks.py. One til
 and in a step. Two tiles pay nowhere; one tile of 256 would. So `FUSED_COLUMNS = {TILE_N}`. A small
 product (`FUSED_WORK`) is fused because this saves two kernels. `make gpu-check` times both forms on both
 sides of these bounds.
+
+## The noise drawn where the input is made
+
+place="producer" in bfloat16: the slots of Triton's passes, counted by tests/test_triton_producers.py, and
+the time of forward and backward of f and a layer over f and nn.Linear, M x K x N. Plain f is taken to
+need the time of its memory traffic. "P behind f" has P and Q as passes of their own, by CUDA's kernels; in
+"f draws" f's own passes draw. Launches, overlap and special functions are left out. Plain gelu may be
+bound by issue itself, so its row may look worse than it is:
+
+{producers_table()}
 
 ## Real samples behind an activation
 

@@ -2,9 +2,9 @@
 
     python benchmarks/summary.py out/benchmarks/*.json
 
-Takes runs that overhead.py, cost.py, averaging.py, profile_small_layer.py and gpu_check.py stored,
-and writes benchmarks/results/<kind>-<release>.json, which git keeps; the runs themselves stay in
-out/, which it does not.
+Takes runs that overhead.py, cost.py, averaging.py, models.py, producers.py, profile_small_layer.py
+and gpu_check.py stored, and writes benchmarks/results/<kind>-<release>.json, which git keeps; the
+runs themselves stay in out/, which it does not.
 
 Of each program the newest whole run is kept: machine, medians, ratios and quartiles. Of the other
 runs of overhead.py the ratios of DIP are, one beside another: how far a figure moves from run to

@@ -68,7 +68,7 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-def _c_functions(path: str) -> ctypes.CDLL:
+def c_functions(path: str) -> ctypes.CDLL:
     functions = ctypes.CDLL(path)
     functions.dip_build_info.restype = ctypes.c_char_p
     return functions
@@ -118,7 +118,7 @@ def _loaded(path: str) -> Library:
         return Library(path, error)
     try:
         torch.ops.load_library(path)
-        said = _c_functions(path).dip_build_info().decode(errors="replace")
+        said = c_functions(path).dip_build_info().decode(errors="replace")
     except (OSError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Library(
@@ -153,7 +153,7 @@ def cpu_capability(name: str | None = None) -> str:
     path = library().path
     if path is None or not library().cpu_capabilities:
         raise RuntimeError(f"cpu_capability: {_missing('cpu')}")
-    functions = _c_functions(path)
+    functions = c_functions(path)
     if name is not None:
         if name not in (*CAPABILITIES, "auto"):
             raise ValueError(
@@ -277,7 +277,7 @@ def note_triton_problem(op: str, error: Exception) -> None:
 
 forced: str | None = None
 _by_variable = False  # whether DIPKERNELS_BACKEND forced it
-_bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
+bad_variables: dict[str, str] = {}  # by name, what is wrong with its value: the first call says it
 # called when a choice may change: `ops` keeps a table of what was chosen
 listeners: list[Callable[[], None]] = []
 
@@ -305,7 +305,7 @@ def _variable(name: str, check: Callable[[str, str], Any], otherwise: str) -> An
     try:
         return check(os.environ.get(name) or otherwise, name)
     except ValueError as error:
-        _bad_variables[name] = str(error)
+        bad_variables[name] = str(error)
         return check(otherwise, name)
 
 
@@ -332,7 +332,7 @@ class backend:
         wanted = _check_name(name, "backend")
         if wanted is not None and (missing := _missing(wanted)):
             raise RuntimeError(f"backend: {name!r} was asked for, but {missing}")
-        _bad_variables.pop("DIPKERNELS_BACKEND", None)
+        bad_variables.pop("DIPKERNELS_BACKEND", None)
         _force(wanted)
 
     def __enter__(self) -> backend:
@@ -369,7 +369,7 @@ class compiled_keep:
     def _set(self, keep: str) -> None:
         global kept_when_compiled
         kept_when_compiled = keep
-        if _bad_variables.pop("DIPKERNELS_COMPILED_KEEP", None):
+        if bad_variables.pop("DIPKERNELS_COMPILED_KEEP", None):
             _tell_listeners()
 
     def __enter__(self) -> compiled_keep:
@@ -392,7 +392,7 @@ kept_when_compiled: str = _variable("DIPKERNELS_COMPILED_KEEP", _check_keep, "x"
 def warn_reference() -> None:
     """Say that a CPU has the slow path alone, where nobody asked for it. `ops` does so when it is
     imported: once."""
-    if forced is None and not _bad_variables:
+    if forced is None and not bad_variables:
         plan = choose("perturb", "cpu")
         if plan.backend == "reference":
             warnings.warn(
@@ -429,7 +429,7 @@ def _obstacle(name: str, device: str) -> str | None:
     return None
 
 
-def _runs_on(name: str, device: str) -> bool:
+def runs_on(name: str, device: str) -> bool:
     return _obstacle(name, device) is None
 
 
@@ -454,9 +454,9 @@ FUSED_MEAN_COLUMNS = 512
 def can_fuse(device: str) -> bool:
     """Whether Triton's linear may sample inside its GEMM there: on a GPU, or under its interpreter
     where it is forced."""
-    if _bad_variables or forced not in (None, "triton") or "linear" in triton_problems:
+    if bad_variables or forced not in (None, "triton") or "linear" in triton_problems:
         return False
-    return (device != "cpu" or forced == "triton") and _runs_on("triton", device)
+    return (device != "cpu" or forced == "triton") and runs_on("triton", device)
 
 
 def is_narrow(dtype: torch.dtype, m: int, n: int, k: int) -> bool:
@@ -482,8 +482,8 @@ def choose(
     linear_bwd on a GPU. Raises RuntimeError if a forced backend cannot run there, and ValueError if
     an environment variable has a value that is not allowed.
     """
-    if _bad_variables:
-        raise ValueError("; ".join(_bad_variables.values()))
+    if bad_variables:
+        raise ValueError("; ".join(bad_variables.values()))
     if device == "meta":
         return Plan("cpu", "shapes only")
     if forced is not None:
@@ -501,17 +501,17 @@ def choose(
         return Plan(forced, "asked for")
     on_gpu = device == "cuda"
     wide = dtype and shape and op in ("linear", "linear_bwd") and is_wide(dtype, *shape)
-    if wide and on_gpu and _runs_on("cuda", device):
+    if wide and on_gpu and runs_on("cuda", device):
         why = f"{dtype}, N = {shape[1]}: the vendor's products, sample by sample"
         return Plan("cuda", why)
-    triton = on_gpu and op not in triton_problems and _runs_on("triton", device)
+    triton = on_gpu and op not in triton_problems and runs_on("triton", device)
     if triton and op.startswith(_FUSED_BY_TRITON):
         return Plan("triton", "only Triton fuses its passes")
     if on_gpu and op.startswith(_NOT_IN_CUDA):
         missing = "the CUDA library has no kernel for it, and Triton is missing"
         return Plan("reference", triton_problems.get(op) or missing)
     preferred = "cpu" if device == "cpu" else "cuda"
-    if _runs_on(preferred, device):
+    if runs_on(preferred, device):
         return Plan(preferred, f"compiled kernels for {device}")
     if triton:
         return Plan("triton", _cuda_problem or "the library has no CUDA kernels")

@@ -65,7 +65,7 @@ def _library() -> dict[str, object]:
 
 def _bad_variables() -> list[str]:
     """What is wrong with the values of this package's variables."""
-    problems = list(backends._bad_variables.values())
+    problems = list(backends.bad_variables.values())
     for name, values in _VALUES.items():
         if (value := os.environ.get(name)) and value not in values:
             problems.append(f"{name}: expected one of {values}, got {value!r}")

@@ -335,7 +335,7 @@ def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
         (tmp_path / "_C.so").write_text("")
         monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
         build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
-        monkeypatch.setattr(backends, "_c_functions", lambda path: build_info)
+        monkeypatch.setattr(backends, "c_functions", lambda path: build_info)
         backends.library.cache_clear()
         assert "built for interface none, and this source has interface" in backends.library().error
         build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"
@@ -432,7 +432,7 @@ def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
 
 
 def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
-    monkeypatch.setattr(backends, "_runs_on", lambda name, device: True)
+    monkeypatch.setattr(backends, "runs_on", lambda name, device: True)
     wide, narrow, small = (4096, 1024, 1024), (4096, 512, 1024), (8, 4096, 1024)
     for op in ("linear", "linear_bwd"):
         how = {
@@ -443,7 +443,7 @@ def test_choose_leaves_wide_means_on_a_gpu_to_row_blocks(monkeypatch):
         assert choose(op, "cuda", torch.float32, narrow).backend == "cuda"
         assert choose(op, "cuda").backend == "triton"
     # no library: Triton's at any width
-    monkeypatch.setattr(backends, "_runs_on", lambda name, device: name != "cuda")
+    monkeypatch.setattr(backends, "runs_on", lambda name, device: name != "cuda")
     assert choose("linear", "cuda", torch.bfloat16, wide).backend == "triton"
 
 

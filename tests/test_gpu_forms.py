@@ -36,7 +36,7 @@ def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
     )
     library = backends.Library("none", cpu_capabilities=("portable",), cuda_archs=("90",))
     monkeypatch.setattr(backends, "library", lambda: library)
-    monkeypatch.setattr(backends, "_c_functions", lambda path: functions)
+    monkeypatch.setattr(backends, "c_functions", lambda path: functions)
     found = {}
 
     def now():

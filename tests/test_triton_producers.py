@@ -8,7 +8,8 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
 
-from test_triton_compiles import check, meta, slow_unless  # noqa: E402
+from cuda_support import gpu_expectation  # noqa: E402
+from test_triton_compiles import check, meta, slots_per_element, slow_unless  # noqa: E402
 from triton_support import compile_launch, load_kernels, recorded_launches  # noqa: E402
 
 gate, norm, perturb, tiles = load_kernels("gate", "norm", "perturb", "tiles")
@@ -106,3 +107,27 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
             any(op.startswith("LDG") and op.endswith(widths) for op in r.count()) for r in results
         ]
         assert all(wide_loads[i] for i in (0, 1, 3, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_expectation.PRODUCER_SLOTS)
+def test_producer_issue_slots_per_element(name, monkeypatch):
+    for module in (tiles, norm):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    x, weight = meta(8192, 4096, dtype=torch.bfloat16), meta(4096, dtype=torch.bfloat16)
+    where = (meta(4096), meta(2, dtype=torch.int64), *DRAW)
+    with recorded_launches(gate, norm, perturb) as launches:
+        if name in ("layer", "rms"):
+            stats = meta(2 if name == "layer" else 1, 8192)
+            tensors = (weight, weight if name == "layer" else None)
+            norm.norm(x, *tensors, *where, name, 1e-5, 0.0, None)
+            norm.norm_bwd(x, x, stats, *tensors, *where, name, 0.0)
+        elif name.startswith("gated "):
+            gate.gate(x, x, *where, name.removeprefix("gated "), None)
+            gate.gate_bwd(x, x, x, *where, name.removeprefix("gated "))
+        else:
+            gate.activate(x, *where, name, None)
+            gate.activate_bwd(x, x, *where, name)
+    slots = [slots_per_element(compile_launch(launch, 90), launch) for launch in launches[:2]]
+    print(f"{name}: {slots[0]:.1f} and {slots[1]:.1f} issue slots per element")
+    assert slots == pytest.approx(gpu_expectation.PRODUCER_SLOTS[name], abs=2)

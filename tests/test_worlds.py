@@ -13,7 +13,7 @@ import dipkernels as dip
 from dipkernels import backends, functional, worlds
 from dipkernels.ops import registry
 
-SOURCES = sorted((Path(dip.__file__).parent).glob("*.py"))
+SOURCES = sorted(Path(dip.__file__).parent.rglob("*.py"))
 DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 # name: (layer, shape of its input)
 LAYERS = {

@@ -4,7 +4,9 @@ driver    each section in a process of its own, with a time limit that ends all 
 record    the JSON file, whole on disk at every moment
 child     one section inside its process: row by row
 tools     machine, build, tests        sanitizer   compute-sanitizer
+once      what that runs through torch
 kernels   copy, perturb, graph, crossover          layers      block, layers, averaging
-switches  variants of the kernels, each against today's form
+producers producers, models
+switches  variants of the kernels, each against today's form, set by forms
 report    the text and the plot
 """

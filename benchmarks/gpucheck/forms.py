@@ -21,7 +21,7 @@ def forms(bits: int) -> Iterator[None]:
 
     restore = []
     if backends.library().cuda_archs:
-        library = backends._c_functions(backends.library().path)
+        library = backends.c_functions(backends.library().path)
         restore.append(functools.partial(library.dip_set_cuda_forms, library.dip_cuda_forms()))
         library.dip_set_cuda_forms(bits)
     if backends.has_triton():

@@ -37,10 +37,10 @@ def kinds(check: Check) -> tuple[str, ...]:
     """The backends that run on the device."""
     device = check.device.type
     interpreted = check.rehearsal and check.machine.get("interpreter_problem")
-    triton = ("triton",) if backends._runs_on("triton", device) and not interpreted else ()
+    triton = ("triton",) if backends.runs_on("triton", device) and not interpreted else ()
     if check.rehearsal:
-        return ("cpu" if backends._runs_on("cpu", device) else "reference", *triton)
-    return (*(("cuda",) if backends._runs_on("cuda", device) else ()), *triton)
+        return ("cpu" if backends.runs_on("cpu", device) else "reference", *triton)
+    return (*(("cuda",) if backends.runs_on("cuda", device) else ()), *triton)
 
 
 def seed(check: Check) -> Tensor:

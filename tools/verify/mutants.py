@@ -125,7 +125,7 @@ AREAS = (
     Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
     Area(("dipkernels/**/twin.py",), ("before", "convert", "layers")),
     Area(
-        ("dipkernels/**/layers.py", "dipkernels/nn/*.py"),
+        ("dipkernels/nn/*.py",),
         (
             "layers",
             "seeds",
@@ -181,7 +181,7 @@ AREAS = (
         ("integration_accelerate", "integration_lightning", "integration_transformers"),
     ),
     Area(
-        ("dipkernels/**/ops.py", "dipkernels/ops/*.py"),
+        ("dipkernels/ops/*.py",),
         ("ops", "perturb", "linear", "averaging", "noise", "backends", "compile"),
     ),
     Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
@@ -230,7 +230,7 @@ EQUIVALENTS: dict[str, tuple[str, str]] = {
         "draw.h: which columns are asked for ahead",
         "What is called there only prefetches, which changes the speed only.",
     ),
-    "d68089f996": (
+    "1b028ccedf": (
         "backends.py: the device and the backend that runs on it, swapped",
         'The device is "cuda" there, and so is the backend.',
     ),
