@@ -392,7 +392,7 @@ def test_variances_that_fsdp1_hides_are_refused(ranks):
     for messages in ranks.run(check_fsdp1):
         for kl, penalty, read, load, check in (messages[:5], messages[5:]):
             assert all("got a part of them" in message for message in (kl, penalty, read, check))
-            assert "that FSDP1 keeps elsewhere: set it before the model is wrapped" in load
+            assert "kept elsewhere by FSDP1: set it before the model is wrapped" in load
 
 
 def check_meta_and_state(rank, world, folder):

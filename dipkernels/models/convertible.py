@@ -380,8 +380,8 @@ _LEAST_SHARE = 0.01  # of a model's matrix weights, for what is no layer by the 
 
 
 def own_matrices(module: nn.Module) -> dict[str, Tensor]:
-    """The floating and complex Parameters of two dimensions or more that are the module's own, or in a list of
-    its own."""
+    """The floating and complex Parameters of two dimensions or more that are the module's own, or
+    in a list of its own."""
     parameters = dict(module.named_parameters(recurse=False))
     for name, each in module.named_children():
         if isinstance(each, (nn.ParameterList, nn.ParameterDict)):

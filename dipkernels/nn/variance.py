@@ -165,7 +165,7 @@ class Variance(nn.Module):
         if in_zero(self.log_variance):
             return "in DeepSpeed's ZeRO, whose own copy would overwrite it: set it before deepspeed.initialize"
         if self.hides(self.log_variance):
-            return "that FSDP1 keeps elsewhere: set it before the model is wrapped"
+            return "kept elsewhere by FSDP1: set it before the model is wrapped"
         if "log_variance" in self._parameters:
             return None
         if not nn.utils.parametrize.is_parametrized(self, "log_variance"):
