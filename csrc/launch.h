@@ -53,8 +53,7 @@ const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for);
 struct CudaForm {
   bool writes_from_end;  // a pass without a sum takes its rows from the last to the first
   bool sums_from_end;    // a pass with a sum does
-  bool one_launch;       // the last block to arrive adds the sum's partials up, instead of a second
-                         // launch
+  bool one_launch;       // the last block to arrive adds up the sum's partials, not a second launch
 };
 
 // The same on the current device of CUDA, asynchronously on `stream`; `partials` is scratch of
@@ -89,10 +88,10 @@ struct NormArgs {
   Draw draw;
   Operand x;             // rows of any stride, features side by side
   Operand weight, bias;  // [features], any type; null: 1 (without the offset) and 0
-  void *mean, *rstd;  // [rows], float32, or float64 for float64 x; written forward, read back; mean
-                      // null: not centred
-  Operand u;          // written; null: back
-  Operand du, dx;     // back: read, written
+  // [rows], float32, or float64 for float64 x; written forward, read back; mean null: not centred
+  void *mean, *rstd;
+  Operand u;               // written; null: back
+  Operand du, dx;          // back: read, written
   Operand dweight, dbias;  // back: [features], any type, written; null: not wanted
   void* dsigma;            // back: as GateArgs
 };

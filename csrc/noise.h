@@ -88,8 +88,8 @@ DIP_HD typename V::F radius(typename V::U w) {
       V::and_or(V::template shift_right<9>(w), V::splat(0x7FFFF8u), V::splat(0x3F800004u));
   const F u = V::sub(V::as_float(mantissa), V::splat_f(1.0f));
   const U bits = V::as_uint(u);
-  const U exponent =
-      V::and_(V::sub_u(bits, V::splat(0x3F3504F3u)), V::splat(0xFF800000u));  // e * 2^23
+  // e * 2^23
+  const U exponent = V::and_(V::sub_u(bits, V::splat(0x3F3504F3u)), V::splat(0xFF800000u));
   const F f = V::sub(V::as_float(V::sub_u(bits, exponent)), V::splat_f(1.0f));
   F p = V::fma(f, V::splat_f(0.20756372809410095f), V::splat_f(-0.3267586827278137f));
   p = V::fma(p, f, V::splat_f(0.3442501127719879f));

@@ -14,8 +14,7 @@
 namespace dip {
 namespace {
 
-// ---- launch
-// ----------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 #ifdef DIP_HAS_CPU
 void launch_cpu(const Tensor&, const PerturbArgs& a) { check_done(perturb_cpu(a, parallel_for)); }
@@ -60,8 +59,7 @@ void launch_cuda(const Tensor& x, const PerturbArgs& a) {
 
 using Launch = void (*)(const Tensor& x, const PerturbArgs& a);
 
-// ---- the operations, for any device
-// ----------------------------------------------------------------------------------
+// ---- the operations, for any device -------------------------------------------------------------
 
 template <Launch kLaunch>
 Tensor noise(

@@ -63,8 +63,8 @@ DIP_HD void philox4x32_10(typename V::Wide ctr[4], const PhiloxKeys& keys) {
 // The counters (group, row, stream_sample) of one row differ in `group` alone: of the first two
 // rounds a half is common to all.
 struct PhiloxRow {
-  uint64_t first2, second0, second2,
-      third2;  // what the numbered rounds xor into words 0 and 2, their keys included
+  // what the numbered rounds xor into words 0 and 2, their keys included
+  uint64_t first2, second0, second2, third2;
 
   DIP_HD PhiloxRow(uint64_t row, uint32_t stream_sample, const PhiloxKeys& keys) {
     const uint64_t p1 = (row >> 32) * 0xCD9E8D57u;

@@ -21,8 +21,8 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- checks: what keeps a kernel inside its buffers; dipkernels/ops says the same with Python's
-// exceptions ----------------
+// ---- checks -------------------------------------------------------------------------------------
+// What keeps a kernel inside its buffers; dipkernels/ops says the same with Python's exceptions.
 
 inline DType dtype_of(ScalarType type, const char* name) {
   switch (type) {
@@ -54,8 +54,7 @@ inline void check_same(const Tensor& a, const char* name, const Tensor& x) {
       ": expected the device of the data");
 }
 
-// ---- layouts
-// ---------------------------------------------------------------------------------------------------------
+// ---- layouts ------------------------------------------------------------------------------------
 
 // Dimensions [first, last) as one of a single stride, or nothing. A dimension of size 1 has no say.
 inline std::optional<int64_t> collapse(const Tensor& t, int64_t first, int64_t last, int64_t skip) {
@@ -197,8 +196,7 @@ inline void parallel_for(
       0, total, grain, [&](int64_t begin, int64_t end) { f(begin, end, context); });
 }
 
-// ---- one draw
-// --------------------------------------------------------------------------------------------------------
+// ---- one draw -----------------------------------------------------------------------------------
 
 // That of the features of x along *dim, which is then counted from the front. The draw points into
 // seed and *sigma, which is made dense for it and may be null: so no sigma, as where the noise

@@ -16,8 +16,8 @@ DIP_HD float bfloat16_to_float(uint16_t h) {
 
 DIP_HD uint16_t float_to_bfloat16(float f) {
   const uint32_t bits = ScalarLane::as_uint(f);
-  const uint32_t rounded =
-      (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  // to nearest, ties to even
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   return f != f ? 0x7FC0 : static_cast<uint16_t>(rounded);
 }
 

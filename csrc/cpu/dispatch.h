@@ -4,7 +4,7 @@
 namespace dip {
 
 int cpu_capability();  // -1: DIPKERNELS_CPU_CAPABILITY is not one of them, or not offered here
-int set_cpu_capability(
-    int capability);  // negative: the best; returns nonzero where it is not offered
+// negative: the best; returns nonzero where it is not offered
+int set_cpu_capability(int capability);
 
 }  // namespace dip

@@ -14,19 +14,18 @@ namespace {
 using V = DIP_LANES;
 using One = V::One;
 
-constexpr int kTileGroups = 128;  // Philox calls of one tile: the same on every instruction set, so
-                                  // that sums associate alike
+// Philox calls of one tile: the same on every instruction set, so that sums associate alike.
+constexpr int kTileGroups = 128;
 constexpr int kTile = 8 * kTileGroups;  // elements
 static_assert(kTile == kRun && kTileGroups % V::kLanes == 0, "a tile is whole vectors");
 
-// ---- a tile
-// -----------------------------------------------------------------------------------------------------------
+// ---- a tile -------------------------------------------------------------------------------------
 
 #ifndef DIP_STREAM_BYTES
 #define DIP_STREAM_BYTES (1 << 24)  // the sanitizers set less, for their small tensors
 #endif
-constexpr int64_t kStreamBytes =
-    DIP_STREAM_BYTES;  // of float32: in bfloat16 the draw takes longer than memory
+// Of float32: in bfloat16 the draw takes longer than memory.
+constexpr int64_t kStreamBytes = DIP_STREAM_BYTES;
 
 struct Counters {
   alignas(64) uint32_t group[kTileGroups], row_lo[kTileGroups], row_hi[kTileGroups];
@@ -97,9 +96,8 @@ void draw_polar(const Counters& counters, const Generator& generator, int count,
       V::store(out->radii + i, radius<V>(V::load(out->words + i)));
 }
 
-// z of the first `count` counters, rounded up to whole vectors. Groups: out[8 * i + t] for counter
-// i. Planar: out[kTileGroups * t
-// + i].
+// z of the first `count` counters, rounded up to whole vectors: of counter i out[8 * i + t], or
+// planar out[kTileGroups * t + i].
 template <bool kPlanar>
 void normal_tile(const Counters& counters, const Generator& generator, int count, float* out) {
   Polar polar;
@@ -130,9 +128,9 @@ DIP_HD void prefetch_step(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + i, kWrite, kWrite ? 3 : 2);
 }
 
-// ---- a whole tile, used in the registers of its last step
-// ------------------------------------------------- Loads, conversions and stores fit in between.
-// ahead(i) is called before columns i on. Columns [begin, end), and x is that of column `begin`.
+// ---- a whole tile, used in the registers of its last step ---------------------------------------
+// Loads, conversions and stores fit in between. ahead(i) is called before columns i on. Columns
+// [begin, end), and x is that of column `begin`.
 
 template <class X, class T, bool kWrite, bool kSum, bool kNoise, bool kStream, class F>
 void use_tile(
@@ -159,8 +157,7 @@ void use_tile(
   }
 }
 
-// ---- rows of groups, and sigma of their columns
-// --------------------------------------------------------------------------
+// ---- rows of groups, and sigma of their columns -------------------------------------------------
 
 // Continues a period of n numbers by a tile.
 template <class C>

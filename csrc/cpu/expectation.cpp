@@ -17,8 +17,7 @@ constexpr int64_t kRows = 64;       // of a tile, and of a sum in the compute ty
 constexpr int64_t kMaxBlocks = 32;  // row blocks of the two-stage sum
 static_assert(kColumns <= kRun, "a row of a tile is one run");
 
-// ---- one run of columns
-// ----------------------------------------------------------------------------------------------
+// ---- one run of columns -------------------------------------------------------------------------
 
 // What is known of a column, for each term: alpha, and with a = alpha mu the coefficients of
 // polynomials in a^2: P's forward, those of the slope and of the curvature back. m: the mixture's
@@ -171,8 +170,7 @@ struct Term {
   }
 };
 
-// ---- columns without variance: the activation itself
-// -----------------------------------------------------------------
+// ---- columns without variance: the activation itself --------------------------------------------
 
 struct Plain {
   double value, slope, half_curvature;
@@ -208,8 +206,7 @@ double variance_at(const ExpectationArgs& a, int64_t j) {
   return a.v_is_double ? static_cast<const double*>(a.v)[j] : static_cast<const float*>(a.v)[j];
 }
 
-// ---- the passes
-// ------------------------------------------------------------------------------------------------------
+// ---- the passes ---------------------------------------------------------------------------------
 
 template <class C, int kTerms, int m, bool kOdd>
 struct Pass {
@@ -341,8 +338,7 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
   return error;
 }
 
-// ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2
-// ----------------------------------------------------
+// ---- the variance of a pre-activation: v_n = sum over k of s_k^2 W_nk^2 -------------------------
 
 // Rows of the weight in parallel. Sums go to 32 lanes in order, whatever the vectors' width.
 template <class C>

@@ -9,8 +9,7 @@
 namespace dip {
 namespace {
 
-// ---- n <= kTile numbers that lie side by side
-// ------------------------------------------------------------------------
+// ---- n <= kTile numbers that lie side by side ---------------------------------------------------
 
 template <int kKind, class C>
 void forward_run(int n, const C* __restrict a, const C* __restrict b, C* __restrict y) {
@@ -57,8 +56,7 @@ struct Functions {
   }
 };
 
-// ---- the pass
-// --------------------------------------------------------------------------------------------------------
+// ---- the pass -----------------------------------------------------------------------------------
 
 constexpr int kPart = 512;  // columns of a tile
 

@@ -9,8 +9,7 @@
 namespace dip {
 namespace {
 
-// ---- sums along a row
-// ------------------------------------------------------------------------------------------------
+// ---- sums along a row ---------------------------------------------------------------------------
 // In 32 lanes, whatever the vectors' width; runs of kRun, so that a lane takes 32 terms before they
 // go to double.
 
@@ -57,18 +56,17 @@ DIP_HD double sum_run(int n, F&& term) {
   return sum_lanes(lanes);
 }
 
-// ---- the pass
-// --------------------------------------------------------------------------------------------------------
+// ---- the pass -----------------------------------------------------------------------------------
 
 template <class C>
 struct Row {
   C mean, rstd;
-  C shift,
-      slope;  // back: rstd times the means over the row of g and of g h, g = du (offset + weight)
+  // back: rstd times the means over the row of g and of g h, g = du (offset + weight)
+  C shift, slope;
 };
 
-constexpr int kAhead =
-    256;  // columns from where one is written to where the next ones are asked for
+// Columns from where one is written to where the next ones are asked for.
+constexpr int kAhead = 256;
 
 // A run of one row that lies in a tile.
 struct Segment {

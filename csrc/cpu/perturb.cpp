@@ -7,8 +7,7 @@
 namespace dip {
 namespace {
 
-// ---- a run: n elements that lie side by side
-// -------------------------------------------------------------------------
+// ---- a run: n elements that lie side by side ----------------------------------------------------
 
 template <class C>
 struct Job {
@@ -27,9 +26,8 @@ struct Job {
     streams = V::kLanes > 1 && sizeof(C) == 4 && in_registers && a.u.data && !a.z.data &&
               !a.dsigma && dtype == DType::kFloat32 && a.outer * a.features * 4 >= kStreamBytes &&
               reinterpret_cast<uintptr_t>(a.u.data) % 64 == 0;
-    prefetches_u =
-        !streams && !(in_registers &&
-                      dtype == DType::kBFloat16);  // half as many bytes come in time by themselves
+    // in bfloat16 half as many bytes come in time by themselves
+    prefetches_u = !streams && !(in_registers && dtype == DType::kBFloat16);
   }
 
   void prefetch(const Place& p, int n) const {

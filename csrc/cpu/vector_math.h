@@ -47,8 +47,8 @@ DIP_HD void normal(double& a, double* density, double* tail) {
 // e^x = *power * (1 + *rest), power the nearest power of two; both exact enough for e^x - 1 to 2e-7
 // of itself. |x| <= 87.
 DIP_HD void exp_parts(float x, float* power, float* rest) {
-  const float shifted = fma_of(
-      x, 1.4426950408889634f, 12582912.0f);  // the integer nearest to x / ln 2, in the low bits
+  // the integer nearest to x / ln 2, in the low bits
+  const float shifted = fma_of(x, 1.4426950408889634f, 12582912.0f);
   const float k = shifted - 12582912.0f;
   const float f = fma_of(k, -1.42860677e-6f, fma_of(k, -0.693145752f, x));  // ln 2 in two parts
   float p = fma_of(f, 0.0013888872927054763f, 0.008369140326976776f);

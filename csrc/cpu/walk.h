@@ -31,9 +31,9 @@ struct Place {
 //   bool prefetches_ahead   tile() asks for the next one's lines itself
 //   bool draws          z is wanted; else run() is given none
 //   void prefetch(place, n)
-//   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side;
-//   kChannel: of one feature void tile(place, polar, scale, acc)           kTile elements of dense
-//   rows
+//   void run<kChannel>(place, n, scale, acc, z)   n <= kTile elements that lie side by side, of one
+//                                                 feature if kChannel
+//   void tile(place, polar, scale, acc)           kTile elements of dense rows
 // scale: factor * sigma, from the run's first feature on. acc: sums of the run's columns, or null.
 template <class C>
 struct Pass {
@@ -43,8 +43,7 @@ struct Pass {
   const C* scale;  // [features + kTile], continued periodically
 };
 
-// ---- rows: [M, K], columns side by side
-// ------------------------------------------------------------------------------
+// ---- rows: [M, K], columns side by side ---------------------------------------------------------
 
 template <class C, class Job>
 struct Rows {
@@ -124,8 +123,7 @@ struct Rows {
   }
 };
 
-// ---- channels: [N, C, inner], rows side by side
-// ----------------------------------------------------------------------
+// ---- channels: [N, C, inner], rows side by side -------------------------------------------------
 
 template <class C, class Job>
 struct Channels {
@@ -191,8 +189,7 @@ struct Channels {
   }
 };
 
-// ---- the two-stage sum
-// -----------------------------------------------------------------------------------------------
+// ---- the two-stage sum --------------------------------------------------------------------------
 
 // partials: [blocks, width] double; the blocks depend on the sizes alone, so that the sum does not
 // depend on the threads.

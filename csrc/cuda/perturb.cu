@@ -37,8 +37,7 @@ struct Params {
   int ticket = 0;       // that of the grid's first column, where a column has several blocks
 };
 
-// ---- device functions
-// ------------------------------------------------------------------------------------------------
+// ---- device functions ---------------------------------------------------------------------------
 
 DIP_DEVICE float fma_of(float a, float b, float c) { return ScalarLane::fma(a, b, c); }
 DIP_DEVICE double fma_of(double a, double b, double c) { return fma(a, b, c); }
@@ -126,9 +125,9 @@ DIP_DEVICE void add_partials(
   store_sum<C>(a, col, sum);
 }
 
-// ---- kernels: rows, [M, K] with columns side by side
-// ------------------------------------------------------------------- Threads x: groups of eight
-// columns, y: rows; a thread keeps its columns, and so its sigma and its sums, in registers.
+// ---- kernels: rows, [M, K] with columns side by side --------------------------------------------
+// Threads x: groups of eight columns, y: rows; a thread keeps its columns, and so its sigma and its
+// sums, in registers.
 
 template <class Types, bool kWrite, bool kSum>
 __global__ void __launch_bounds__(
@@ -250,9 +249,9 @@ __global__ void __launch_bounds__(
   }
 }
 
-// ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side
-// --------------------------------- Threads x: runs of adjacent rows ("pixels"), y: groups of eight
-// channels, so that a Philox call still serves eight elements.
+// ---- kernels: channels, [outer, K, inner] with the rows of one outer index side by side ---------
+// Threads x: runs of adjacent rows ("pixels"), y: groups of eight channels, so that a Philox call
+// still serves eight elements.
 
 template <class Types, bool kWrite, bool kSum>
 __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelThreads)
@@ -368,8 +367,7 @@ __global__ void __launch_bounds__(kChannelThreads, kChannelResident / kChannelTh
   }
 }
 
-// ---- kernels: the second stage of the sum, where the first does not finish it
-// --------------------------------------------
+// ---- kernels: the second stage of the sum, where the first does not finish it -------------------
 
 struct SumParams {
   PerturbArgs args;
@@ -384,8 +382,7 @@ __global__ void __launch_bounds__(32 * kSumLanes) column_sum_kernel(const SumPar
       p.args, p.partials, p.num_partials, static_cast<int64_t>(blockIdx.x) * 32, 32, lane_sums);
 }
 
-// ---- launch
-// ----------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 // What a kernel is compiled for. The pairs of types that training meets, all aligned, have their
 // own; Any takes the rest.

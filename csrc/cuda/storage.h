@@ -14,8 +14,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// ---- values: two 16-bit elements share a word, the lower address in the low half
-// ----------------------------------------
+// ---- values: two 16-bit elements share a word, the lower address in the low half ----------------
 
 DIP_DEVICE float low_value(BFloat16, uint32_t word) { return __uint_as_float(word << 16); }
 DIP_DEVICE float high_value(BFloat16, uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
@@ -59,8 +58,7 @@ DIP_DEVICE void set_element(T* p, C a) {
   p->bits = static_cast<uint16_t>(pack(T{}, static_cast<float>(a), 0.0f));
 }
 
-// ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes
-// -----------------------------------
+// ---- runs of N elements that lie side by side, aligned to their own size up to 16 bytes ---------
 
 // nvcc splits a plain store of a uint4 into four.
 DIP_DEVICE void store_vector(uint4* p, uint4 v) {

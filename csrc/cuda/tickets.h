@@ -21,8 +21,7 @@ constexpr int kStreamTickets = 1 << 9;  // more column blocks than a device has 
 // save.
 __device__ unsigned tickets[kTickets];
 
-// ---- device functions
-// ------------------------------------------------------------------------------------------------
+// ---- device functions ---------------------------------------------------------------------------
 
 // The old value; then old + 1, or 0 after `last`. Releases what the thread wrote or saw before,
 // acquires what others released.
@@ -46,8 +45,7 @@ DIP_DEVICE bool is_last_block(unsigned* ticket, unsigned blocks, bool* shared) {
   return *shared;
 }
 
-// ---- launch
-// ----------------------------------------------------------------------------------------------------------
+// ---- launch -------------------------------------------------------------------------------------
 
 // Where `count` tickets lie that no kernel beside the coming one uses; -1 where there are none.
 // A stream runs its kernels one by one and keeps its tickets; its id, unlike its handle, never
