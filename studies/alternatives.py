@@ -1,7 +1,7 @@
 """What else might keep the noise useful: other amounts, a held budget, other scores, other rates of
 the variances.
 
-    python studies/alternatives.py          writes out/studies/alternatives/{summary.json,table.md}
+    python studies/alternatives.py          writes out/studies/alternatives/{summary.json,table.md,table*.svg}
     python studies/alternatives.py --quick  one small task, one seed: does it run?
 
 The bench and the scores of defaults.py; each method changes one thing of the recipe as it was then,
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
+import plots
 from defaults import SCORES, part, summarise
 from tables import markdown
 from tasks import TASKS
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise(parts.run(part, keys(args.tasks, methods, args.seeds), args.out, args.workers))
     text = report(rows, methods)
     parts.write(args.out, rows, text)
+    plots.draw(text, args.out, SCORES)
     print(
         f"\nclean / pgd / noise minus plain, paired over {args.seeds} seed(s), 95 %; ?: undecided. "
         f"Wrote {args.out}"

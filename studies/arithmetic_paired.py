@@ -2,7 +2,7 @@
 not: token NLL as well as exact match.
 
     python studies/arithmetic_paired.py          writes
-    out/studies/arithmetic_paired/{summary.json,table.md}
+    out/studies/arithmetic_paired/{summary.json,table.md,table*.svg}
     python studies/arithmetic_paired.py --quick  a tiny model, two seeds: does it run?
 
 The task, methods and settings of arithmetic.py's stage "scratch" (the ones that its search chose),
@@ -23,6 +23,7 @@ from typing import Any
 import arithmetic
 import arithmetic_setup as task
 import parts
+import plots
 import torch
 from tables import interval, markdown, signed, verdict
 from torch import nn
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise(parts.run(part, keys, args.out, args.workers))
     text = table(rows)
     parts.write(args.out, rows, text)
+    plots.draw(text, args.out)
     print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
     return rows
 

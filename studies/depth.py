@@ -1,7 +1,7 @@
 """How firmly do the variances of a deep network have to be held? The pull of each layer at 4 / L of
 the KL term, L the number of layers, as `calibrate` sets it, against sqrt(4 / L) and 1.
 
-    python studies/depth.py          writes out/studies/depth/{summary.json,table.md}
+    python studies/depth.py          writes out/studies/depth/{summary.json,table.md,table*.svg}
     python studies/depth.py --quick  a short training of the smaller network: does it run?
 
 Digits: an MLP of nine layers and a ViT of four blocks, AdamW, the scores of defaults.py. About 15
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import parts
+import plots
 from defaults import summarise, table
 from tasks import TASKS, ViT, mlp
 from training import scored
@@ -58,7 +59,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         for method, options in METHODS.items()
     ]
     rows = summarise(parts.run(part, keys, args.out, args.workers))
-    parts.write(args.out, rows, table(rows, list(METHODS)))
+    text = table(rows, list(METHODS))
+    parts.write(args.out, rows, text)
+    plots.draw(text, args.out)
     return rows
 
 

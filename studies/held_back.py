@@ -1,6 +1,6 @@
 """Does the recipe help where nobody has looked? Tasks on which no default was chosen.
 
-    python studies/held_back.py              writes out/studies/held_back/{summary.json,table.md}
+    python studies/held_back.py              writes out/studies/held_back/{summary.json,table.md,table*.svg}
     python studies/held_back.py --batch-norm --out out/studies/batch_norm
         # seven tasks of the bench, by networks with BatchNorm
     python studies/held_back.py --strengths  prints the strengths of attack and noise below
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import parts
+import plots
 import torch.nn.functional as F
 from defaults import SCORES, summarise
 from tables import markdown
@@ -336,6 +337,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows, args.trainings)
     parts.write(args.out, rows, text)
+    plots.draw(text, args.out, SCORES)
     print(
         f"\nclean / pgd / noise: plain's scores, others minus plain, paired over {args.seeds} "
         f"seed(s), 95 %; ?: undecided. Wrote {args.out}"

@@ -1,7 +1,7 @@
 """Fashion-MNIST, a small CNN and a small ViT: is it the allocation of the noise or its amount; and
 the paper's own column.
 
-    python studies/images.py              writes out/studies/images/{summary.json,table.md}
+    python studies/images.py              writes out/studies/images/{summary.json,table.md,table*.svg}
     python studies/images.py --model vit --images 1000 --trainings clean    one table of them
     python studies/images.py --strengths  prints the strengths of training under perturbation
     python studies/images.py --quick      one seed, few steps: does it run?
@@ -29,6 +29,7 @@ from typing import Any
 
 import augmix
 import parts
+import plots
 import torch
 import torch.nn.functional as F
 from tables import interval, markdown, signed, verdict
@@ -371,6 +372,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows = summarise(parts.run(part, asked, args.out, args.workers))
     text = report(rows)
     parts.write(args.out, rows, text)
+    plots.draw(text, args.out)
     print(f"\nPaired over {args.seeds} seed(s), 95 %; ?: undecided. Wrote {args.out}")
     return rows
 

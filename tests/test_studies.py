@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import augmix
 import features
 import parts
+import plots
 import tables
 import tasks
 import training
@@ -34,6 +35,24 @@ def test_intervals_are_students_and_undecided_where_they_hold_zero():
     assert tables.verdict([1.0, 1.1, 0.9]) == "better"
     assert tables.verdict([-1.0, -1.1, -0.9]) == "worse"
     assert tables.verdict([5.0]) == "undecided"
+
+
+def test_tables_are_drawn_with_their_intervals(tmp_path):
+    assert plots.points("+1.2 ± 0.8 ?") == [(1.2, 0.8)]
+    assert plots.points("80.9 (+0.4 ± 0.8)") == [(80.9, 0)]
+    assert plots.points("-1.5? / +3.4") == [(-1.5, 0), (3.4, 0)]
+    assert plots.points("0.42 0.81") == plots.points("plain") == plots.points("") == []
+    pytest.importorskip("matplotlib")
+    first = tables.markdown(
+        ["task", "method", "clean", "sigma"],
+        [["wine", "plain", "97.7", ""], ["wine", "1", "+0.5 ± 0.4", "0.6 0.9"]],
+    )
+    second = tables.markdown(["AdamW", "a", "b"], [["moons", "+1 / -2?", "-"]])
+    paths = plots.draw(first + "\n\n" + second, tmp_path, ("clean", "pgd"))
+    assert [path.name for path in paths] == ["table_1.svg", "table_2.svg"]
+    shown, other = (path.read_text() for path in paths)
+    assert "wine, plain" in shown and "wine, 1" in shown and "0.6 0.9" not in shown
+    assert "moons" in other and "pgd" in other
 
 
 def test_parts_are_stored_and_not_run_twice(tmp_path):
@@ -251,3 +270,5 @@ def test_each_study_runs(name, tmp_path, capsys):
     assert json.loads((tmp_path / "summary.json").read_text())
     assert "plain" in capsys.readouterr().out
     assert (tmp_path / "table.md").stat().st_size > 100
+    drawn = [*tmp_path.glob("*.svg"), *tmp_path.glob("*.png")]
+    assert drawn or name == "defaults"  # whose --quick has too few methods

@@ -1,0 +1,96 @@
+"""What a study's tables say, drawn: one figure for a table, one panel for a column of numbers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import figures
+from tables import rows_of
+
+_NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))? ?\??(?: \(.*\))?")
+Point = tuple[float, float]  # a mean, and half of its interval
+
+
+def points(cell: str) -> list[Point]:
+    """The numbers of "+1.2 ± 0.8 ?", "80.9 (...)" or "+1.2 / +3.4?"; none of any other text."""
+    found = [_NUMBER.fullmatch(part.strip("* ")) for part in cell.split(" / ")]
+    return [(float(m[1]), float(m[2] or 0)) for m in found if m] if all(found) else []
+
+
+def draw(text: str, folder: Path, parts: tuple[str, ...] = ("",)) -> list[Path]:
+    """Write table.svg, or table_1.svg, table_2.svg, ... where the text has several tables.
+
+    A column that has differences shows these alone, with a line at zero.
+
+    Args:
+        text: Of tables in Markdown, with a paragraph between two.
+        folder: Where the figures go.
+        parts: What the numbers of a cell with several are, "a / b / c".
+
+    Returns:
+        The files.
+    """
+    tables = [rows for block in text.split("\n\n") if _numeric(*(rows := rows_of(block)))]
+    paths = []
+    for number, (head, *rows) in enumerate(tables, 1):
+        path = folder / ("table.svg" if len(tables) == 1 else f"table_{number}.svg")
+        _draw(head, [row for row in rows if not row[0].startswith("--")], parts, path)
+        paths.append(path)
+    return paths
+
+
+def _draw(head: list[str], rows: list[list[str]], parts: tuple[str, ...], path: Path) -> None:
+    columns = [[row[i] for row in rows] for i in range(len(head))]
+    numeric = _numeric(head, *rows)
+    words = [i for i in range(len(head)) if i not in numeric and not any(map(_many, columns[i]))]
+    labels = [", ".join(row[i] for i in words if row[i]) for row in rows]
+    width, height = 2.2 + 2.2 * len(numeric), 1.2 + 0.22 * len(rows)
+    with figures.style():
+        figure, axes = figures.panels(1, len(numeric), width, height, sharey=True)
+        for axis, i in zip(axes[0], numeric):
+            _panel(axis, head[i].partition(" (")[0], columns[i], parts)
+        axes[0, 0].set_yticks(range(len(rows)), labels)
+        axes[0, 0].invert_yaxis()
+        if len(parts) > 1:
+            figures.legend(figure, axes[0, -1], columns=len(parts))
+        figures.save(figure, path)
+
+
+def _numeric(head: list[str], *rows: list[str]) -> list[int]:
+    """The columns that hold numbers alone, and some."""
+    rows = tuple(row for row in rows if not row[0].startswith("--"))
+    columns = [[row[i] for row in rows if row[i] not in ("", "-")] for i in range(len(head))]
+    return [i for i, cells in enumerate(columns) if cells and all(map(points, cells))]
+
+
+def _panel(axis: Any, title: str, cells: list[str], parts: tuple[str, ...]) -> None:
+    signed = any(cell.startswith(("+", "-")) and points(cell) for cell in cells)
+    for part, (name, color, marker) in enumerate(zip(parts, figures.ORDER, "os^Dv")):
+        found = [
+            (y, points(cell)[part])
+            for y, cell in enumerate(cells)
+            if len(points(cell)) > part and (cell.startswith(("+", "-")) or not signed)
+        ]
+        axis.errorbar(
+            [mean for _, (mean, _) in found],
+            [y for y, _ in found],
+            xerr=[half for _, (_, half) in found],
+            fmt=marker,
+            color=color,
+            capsize=2,
+            elinewidth=1,
+            label=name,
+        )
+    if signed:
+        axis.axvline(0, color=figures.FOREGROUND, lw=0.8)
+    axis.set_title(title)
+
+
+def _many(cell: str) -> bool:
+    """Several numbers without a sign between them, such as the sigma of each layer."""
+    return len(cell.split()) > 1 and all(part.replace(".", "").isdigit() for part in cell.split())
