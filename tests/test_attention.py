@@ -1,6 +1,7 @@
 """DIPMultiheadAttention: nn.MultiheadAttention of noised inputs, its out-projection too, in every
 calling form."""
 
+import contextlib
 import copy
 import pickle
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dipkernels as dip
 from dipkernels import functional
@@ -420,3 +422,41 @@ def test_out_projection_is_linear_by_its_class():
         attention.eval().out_proj(x),
         F.linear(x, attention.out_proj.weight, attention.out_proj.bias),
     )
+
+
+@pytest.mark.parametrize("key", [None, 3])
+def test_self_attention_behind_a_wrapper_draws_once(key):
+    """A full backward hook and a reentrant checkpoint make a tensor of its own of each argument."""
+    plain, x = (
+        dip.DIPMultiheadAttention(8, 2, batch_first=True, init_variance=0.1),
+        torch.randn(3, 5, 8),
+    )
+    hooked, recomputed = copy.deepcopy(plain), copy.deepcopy(plain)
+    hooked.register_full_backward_hook(lambda *args: None)
+    runs = []
+    for model in (plain, hooked, recomputed):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        with contextlib.nullcontext() if key is None else dip.fixed_noise(key):
+            if model is recomputed:
+                y = checkpoint(model, leaf, leaf, leaf, None, False, use_reentrant=True)[0]
+            else:
+                y = model(leaf, leaf, leaf, need_weights=False)[0]
+            y.square().sum().backward()
+        runs.append([y, leaf.grad, *(p.grad for p in model.parameters())])
+    for run in runs[1:]:
+        for got, want in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_key_without_gradient_shares_the_querys_noise_and_keeps_no_gradient():
+    attention = dip.DIPMultiheadAttention(8, 2, batch_first=True, init_variance=0.1)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    outputs, slopes = [], []
+    for key in (x.detach(), x):
+        with dip.fixed_noise(3):
+            y = attention(x, key, key, need_weights=False)[0]
+        outputs.append(y)
+        slopes += torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(*slopes)

@@ -14,10 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import worlds
 from ..noise import contexts
-from ..ops.perturb import without_noise
+from ..ops.perturb import projection, without_noise
 from . import tracing
 from .input import DIPInput
-from .layer import DIPLayer, ddp_waits, noised
+from .inputs import undense
+from .layer import DIPLayer, ddp_waits, with_noise
 from .linear import DIPLinear
 from .variance import device_of_variance
 
@@ -35,10 +36,11 @@ class _InProjection(DIPInput):
 
     shown_as = "in-projection of DIPMultiheadAttention"
 
-    def forward(self, input: Tensor, sample: int = 0) -> Tensor:
+    def forward(self, input: Tensor, sample: int = 0, seed: Tensor | None = None) -> Tensor:
         if not self.noisy():
             return self.without_noise(input)
-        return noised(self, input, worlds.autocast_dtype(input), sample)
+        dtype = worlds.autocast_dtype(input)
+        return with_noise(self, input, lambda noise: projection(input, *noise, dtype), sample, seed)
 
 
 class DIPMultiheadAttention(nn.MultiheadAttention):
@@ -50,8 +52,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     nn.MultiheadAttention. All other arguments are those of nn.MultiheadAttention.
 
     If query, key and value have one width, the in-projection is one matrix with one variance for
-    each feature, in the child `in_proj`. Arguments that are the same tensor share u, so
-    self-attention draws once. Different tensors get independent noise of that variance. With kdim
+    each feature, in the child `in_proj`. Arguments that are the same tensor, or the same memory,
+    share their noise, so self-attention draws once. Others get independent noise of that variance. With kdim
     or vdim there are three variances, in `q_proj`, `k_proj` and `v_proj`. `out_proj` has a variance
     of its own. The plain parameters keep their names, and a plain state dict loads. Rows of noise
     are numbered in the order of the tensors passed. So with batch_first=True an example's noise
@@ -260,11 +262,19 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
         if "in_proj" not in self._modules:  # noised where they were made
             return query, key, value
-        noised_query = self.in_proj(query)
-        noised_key = noised_query if key is query else self.in_proj(key, 1)
-        if value is key:
-            return noised_query, noised_key, noised_key
-        return noised_query, noised_key, noised_query if value is query else self.in_proj(value, 2)
+        layer, inputs = self.in_proj, (query, key, value)
+        made: list[tuple[Tensor, int, Tensor | None]] = []  # u, its sample, its seed
+        for sample, x in enumerate(inputs):
+            before = list(zip(inputs, made))
+            same = next((each for y, each in before if y is x), None)
+            if same is None:
+                alike = next((each for y, each in before if _is_alias(x, y)), None)
+                drawn = layer._seed(x) if alike is None and layer.noisy() else None
+                _, place, seed = alike or (x, sample, drawn)
+                same = layer(x, place, seed), place, seed
+            made.append(same)
+        noised_query, noised_key, noised_value = (u for u, _, _ in made)
+        return noised_query, noised_key, noised_value
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of the noised inputs; one product for arguments that are one tensor."""
@@ -313,6 +323,15 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         if self.add_zero_attn:
             k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         return k, v, F.pad(mask, (0, added)) if mask is not None and added else mask
+
+
+def _is_alias(x: Tensor, y: Tensor) -> bool:
+    """Whether both are one tensor's values: FSDP around the attention, its full backward hooks and
+    a reentrant checkpoint pass each argument on as a tensor of its own."""
+    if not (worlds.has_values(x) and worlds.has_values(y)) or undense(x) or undense(y):
+        return False
+    same = x.data_ptr() == y.data_ptr() != 0  # 0: empty, or on the meta device
+    return same and (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
 
 
 def in_projections(attention: Any) -> dict[str, tuple[int, Tensor]]:
