@@ -35,11 +35,14 @@ def draw(text: str, folder: Path, parts: tuple[str, ...] = ("",)) -> list[Path]:
     Returns:
         The files.
     """
-    tables = [rows for block in text.split("\n\n") if _numeric(*(rows := rows_of(block)))]
+    blocks = [
+        [row for row in rows_of(block) if set(row[0]) != {"-"}] for block in text.split("\n\n")
+    ]
+    tables = [rows for rows in blocks if rows and _numeric(*rows)]
     paths = []
     for number, (head, *rows) in enumerate(tables, 1):
         path = folder / ("table.svg" if len(tables) == 1 else f"table_{number}.svg")
-        _draw(head, [row for row in rows if not row[0].startswith("--")], parts, path)
+        _draw(head, rows, parts, path)
         paths.append(path)
     return paths
 
@@ -63,7 +66,6 @@ def _draw(head: list[str], rows: list[list[str]], parts: tuple[str, ...], path: 
 
 def _numeric(head: list[str], *rows: list[str]) -> list[int]:
     """The columns that hold numbers alone, and some."""
-    rows = tuple(row for row in rows if not row[0].startswith("--"))
     columns = [[row[i] for row in rows if row[i] not in ("", "-")] for i in range(len(head))]
     return [i for i, cells in enumerate(columns) if cells and all(map(points, cells))]
 
