@@ -4,6 +4,7 @@ DIPKERNELS_TEST_SEED=N seeds torch, NumPy and random before each test, 0 by defa
 DIPKERNELS_TEST_ORDER=N shuffles the files and the tests within each file.
 """
 
+import gc
 import getpass
 import os
 import random
@@ -19,6 +20,8 @@ from dipkernels.backends import CAPABILITIES, cpu_capability
 # The longest: with several workers nothing is to wait for them at the end.
 FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_ptx_cuda.py")
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
+# Imports make a million objects that stay. The cycle collector would walk them again and again.
+gc.disable()
 
 
 # torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the
@@ -49,6 +52,11 @@ def pytest_collection_modifyitems(items):
     place = {path: i for i, path in enumerate(files)}
     draws = {item.nodeid: shuffler.random() for item in items}
     items.sort(key=lambda item: (place[item.path], draws[item.nodeid]))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=CAPABILITIES)
