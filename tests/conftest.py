@@ -18,7 +18,12 @@ from seeding import SEED, seeded  # noqa: F401
 from dipkernels.backends import CAPABILITIES, cpu_capability
 
 # The longest: with several workers nothing is to wait for them at the end.
-FIRST = ("test_triton_interpreter.py", "test_triton_compiles.py", "test_ptx_cuda.py")
+FIRST = (
+    "test_worlds.py",
+    "test_triton_interpreter.py",
+    "test_triton_compiles.py",
+    "test_ptx_cuda.py",
+)
 ORDER = os.environ.get("DIPKERNELS_TEST_ORDER")
 # Imports make a million objects that stay. The cycle collector would walk them again and again.
 gc.disable()

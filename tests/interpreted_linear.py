@@ -70,20 +70,8 @@ def assert_close(got, want, eager, name):
     [
         ((1,), 1, 1, 0, 1, None, torch.float32, False),  # the smallest
         ((5,), 24, 10, 0, 1, None, torch.float32, False),  # rows aligned to eight elements
-        ((5,), 24, 10, 0, 1, None, torch.float32, True),
-        # nothing aligned, columns from inside a group
-        (
-            (3, 7),
-            37,
-            19,
-            53,
-            1,
-            None,
-            torch.float32,
-            False,
-        ),
-        ((3, 7), 37, 19, 53, 1, None, torch.float32, True),
-        ((3, 7), 37, 19, 53, 2, "gelu", torch.float32, True),  # real samples
+        # nothing aligned, columns from inside a group; real samples
+        ((3, 7), 37, 19, 53, 2, "gelu", torch.float32, True),
         ((33,), 40, 72, 0, 1, None, torch.float16, True),  # more than one tile each way
         ((17,), 21, 33, 35, 2, "silu", torch.float16, False),
         ((4,), 16, 8, 0, 1, "relu", torch.float32, True),
@@ -144,7 +132,7 @@ def test_linear_ignores_the_tiles_of_rows_and_outputs(monkeypatch):
     x, weight, bias, sigma, _ = make((37,), 40, 24)
     how = (0, 0, 0, 1.0, True)
     results = []
-    for rows, outs in [(16, 16), (32, 32), (64, 16)]:
+    for rows, outs in [(16, 16), (64, 32)]:
         tile = blocks.Blocks(rows, outs, 32, 4, 2)
         monkeypatch.setattr(linear, "blocks", lambda *args, tile=tile: tile)
         results.append(linear.linear(x, weight, bias, sigma, SEED, *how))
@@ -166,7 +154,7 @@ def test_linear_bwd_weight_splits_the_rows_in_a_fixed_order(monkeypatch):
 
 
 def test_linear_bwd_weight_gives_the_type_that_is_asked_for(monkeypatch):
-    x, _, _, sigma, dy = make((150,), 24, 17, torch.float16)
+    x, _, _, sigma, dy = make((70,), 24, 17, torch.float16)
     how = (0, 0, 0, 1.0, False)
     for count in (1, 3):
         monkeypatch.setattr(linear, "splits", lambda *sizes, count=count: count)

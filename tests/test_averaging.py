@@ -195,7 +195,7 @@ def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypa
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_mean_gradcheck_and_gradgradcheck(activation):
-    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
+    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(2, 3, 2))
     for log_variance in (False, True):
         options = {
             "activation": activation,
@@ -332,7 +332,7 @@ def test_analytic_gradients_match_reference(activation, dtype, log_variance):
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_analytic_gradcheck_and_gradgradcheck(activation):
-    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(4, 5, 3))
+    x, weight, bias, sigma, _ = (t.double().requires_grad_() for t in inputs(2, 3, 2))
     for log_variance in (False, True):
         options = {"activation": activation, "estimator": "analytic", "log_variance": log_variance}
         run = lambda *t, options=options: functional.dip_linear(*t, SEED, **options)  # noqa: E731

@@ -111,7 +111,7 @@ def _fresh():
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["layers", pytest.param("vit", marks=pytest.mark.slow), "llama"])
 def test_compile_is_whole_equals_eager_and_happens_once(name):
     """fullgraph; outputs, gradients; one graph for all keys."""
     model, x = make(name)

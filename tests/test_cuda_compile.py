@@ -30,6 +30,7 @@ def find(kernels, *parts):
 
 
 @needs_disassembler
+@pytest.mark.slow
 def test_cuda_kernels_spill_nothing(kernels):
     assert len(kernels) >= 40
     spilled = {k.name: k.stack for k in kernels if k.stack or re.search(r"\b(STL|LDL)\b", k.sass)}
@@ -38,6 +39,7 @@ def test_cuda_kernels_spill_nothing(kernels):
 
 # Two rows of eight columns a turn.
 @needs_disassembler
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, mode", [("P", "true, false"), ("Q", "false, true"), ("PQ", "true, true")]
 )
@@ -52,6 +54,7 @@ def test_cuda_rows_issue_slots(kernels, form, mode):
 
 
 @needs_disassembler
+@pytest.mark.slow
 def test_cuda_rows_move_sixteen_bytes(kernels):
     loop = find(kernels, "perturb_rows_kernel", NARROW, "8>, true, false").loop
     assert (
@@ -67,6 +70,7 @@ def test_cuda_rows_move_sixteen_bytes(kernels):
 
 
 @needs_disassembler
+@pytest.mark.slow
 def test_cuda_takes_one_special_function_for_two_elements(kernels):
     """The reciprocal root, which is corrected; no approximate logarithm, sine or cosine is in the
     loop."""

@@ -327,7 +327,13 @@ def test_mixtures_keep_their_bounds(activation):
 
 @pytest.mark.parametrize(
     "activation, tier",
-    [("silu", 0), ("tanh", 0), ("gelu_tanh", 0), ("gelu_tanh", 1), ("silu", 1), ("tanh", 1)],
+    [
+        ("silu", 0),
+        ("tanh", 0),
+        ("gelu_tanh", 0),
+        ("gelu_tanh", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("silu", "tanh")),
+    ],
 )
 def test_mixtures_are_what_their_command_fits(activation, tier):
     spec = importlib.util.spec_from_file_location(

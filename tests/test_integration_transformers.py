@@ -294,7 +294,7 @@ def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(averag
     )
     found = trainer.predict(images())
     x = torch.stack([each["pixel_values"] for each in images()])
-    want = dip.predict(trainer.model, x, k=512, average=average)
+    want = dip.predict(trainer.model, x, k=128, average=average)
     got = torch.as_tensor(found.predictions)
     got = got.softmax(-1) if average == "probs" else got
     plain = trainer.model.eval()(x).logits

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import fresh_support
 import pytest
 import torch
 from lifecycle_support import Noised, network, one_step
@@ -252,9 +253,12 @@ def resident():
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_memory_stays_flat_over_many_steps():
+def test_memory_stays_flat_over_many_steps(tmp_path):
     """In a process of its own, whose memory nothing else moves."""
-    subprocess.run([sys.executable, __file__], check=True, timeout=300, cwd=Path(__file__).parent)
+    code = f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+    code += f"runpy.run_path({__file__!r}, run_name='__main__')"
+    status, output = fresh_support.run(code, tmp_path / "output")
+    assert status == 0, output
 
 
 def memory_stays_flat_over_many_steps():

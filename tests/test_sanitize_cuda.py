@@ -36,6 +36,7 @@ def run(program, *arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_every_kernel_is_launched(program):
     """As many as there are: a new one that the program does not launch fails here. A plant, for
     nothing is looked at."""
@@ -52,6 +53,7 @@ def test_every_kernel_stays_inside(program, mode):
     assert code == 0 and "calls" in said, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, code, says",
     [
@@ -65,6 +67,7 @@ def test_what_is_planted_is_found(program, arguments, code, says):
     assert got == code and says in said, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["exact", "nothing"]])
 def test_wrong_arguments_are_refused(program, arguments):
     code, said = run(program, *arguments)

@@ -73,8 +73,8 @@ CASES = {
     "nchw": dict(shape=(64, 256, 56, 56), dim=1),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+# "rows" in bfloat16 for sm_90 are those of the issue slots above.
 QUICK = [
-    ("rows", torch.bfloat16, 90),
     ("nchw", torch.float32, 90),
     ("prime", torch.float64, 80),
 ]
@@ -154,7 +154,6 @@ LINEARS = {
     "silu, odd": dict(m=4093, k=1009, n=1013, num_samples=4, activation="silu"),
 }
 QUICK_LINEARS = [
-    ("large", torch.bfloat16, 90),
     ("large", torch.bfloat16, 100),
     ("gelu", torch.bfloat16, 90),
     ("large", torch.float32, 100),

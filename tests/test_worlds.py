@@ -14,7 +14,9 @@ from dipkernels import backends, functional, worlds
 from dipkernels.ops import registry
 
 SOURCES = sorted(Path(dip.__file__).parent.rglob("*.py"))
-DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
+FLOAT32, FLOAT16 = (pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))
+DTYPES = (torch.float32, torch.bfloat16, FLOAT16)
+NARROW = (torch.bfloat16, FLOAT32, FLOAT16)  # where the type decides little
 # name: (layer, shape of its input)
 LAYERS = {
     "wide": (lambda: dip.DIPLinear(256, 512), (64, 256)),
@@ -141,7 +143,7 @@ def test_sigma_is_checked_where_it_has_values_and_nowhere_else():
 # ---- one whole graph -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_compiled_training_layer_is_one_graph_of_its_own_passes(name, dtype):
     layer, inputs = make(name, dtype)
@@ -177,7 +179,7 @@ def check_passes(name, graphs, namespace="dipkernels", fused=False):
         assert ran & {f"{namespace}.{op}.default" for op in wanted}, (ran, wanted)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_on_a_gpu_is_one_graph(name, dtype):
     layer, inputs = make(name, dtype)
@@ -231,7 +233,7 @@ class Readers(nn.Module):
         return sum(layer(h) for layer in self.layers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT32])
 def test_compiled_keep_decides_between_x_and_u_by_these_bytes(dtype):
     x = torch.randn(128, 64, dtype=dtype)
     one = x.numel() * x.element_size()

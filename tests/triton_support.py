@@ -2,6 +2,7 @@
 that is not there."""
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import re
@@ -125,6 +126,15 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = _run("nvdisasm", "--no-dataflow", "-c", file.name)  # its analysis doubles the time
+        return _run("cuobjdump", "-res-usage", file.name), sass
+
+
 def compile_launch(launch, arch: int) -> Compiled:
     kernel, args, kwargs = launch
     target = GPUTarget("cuda", arch, 32)
@@ -139,10 +149,7 @@ def compile_launch(launch, arch: int) -> Compiled:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
+    usage, sass = _disassemble(compiled.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     spills = sum(4 for _ in re.finditer(r"\b(?:STL|LDL)\b", sass))
     return Compiled(

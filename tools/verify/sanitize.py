@@ -34,11 +34,12 @@ KINDS = {
     "guard": ["-O1"],
     "address": [
         "-O1",
+        "-g",
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
         "-DDIP_SANITIZED",
     ],
-    "thread": ["-O1", "-fsanitize=thread", "-DDIP_SANITIZED"],
+    "thread": ["-O1", "-g", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
 TESTS = (
     "tests/test_perturb.py",
@@ -73,7 +74,6 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     flags = [
         "-std=c++17",
-        "-g",
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fno-trapping-math",
