@@ -53,11 +53,11 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
 
     If query, key and value have one width, the in-projection is one matrix with one variance for
     each feature, in the child `in_proj`. Arguments that are the same tensor, or the same memory,
-    share their noise, so self-attention draws once. Others get independent noise of that variance. With kdim
-    or vdim there are three variances, in `q_proj`, `k_proj` and `v_proj`. `out_proj` has a variance
-    of its own. The plain parameters keep their names, and a plain state dict loads. Rows of noise
-    are numbered in the order of the tensors passed. So with batch_first=True an example's noise
-    does not depend on the rest of its batch.
+    share their noise, so self-attention draws once. Others get independent noise of that variance.
+    With kdim or vdim there are three variances, in `q_proj`, `k_proj` and `v_proj`. `out_proj` has
+    a variance of its own. The plain parameters keep their names, and a plain state dict loads. Rows
+    of noise are numbered in the order of the tensors passed. So with batch_first=True an example's
+    noise does not depend on the rest of its batch.
 
     Args:
         init_variance: sigma^2 to start from, a number > 0.
@@ -262,19 +262,20 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             return self.q_proj(query), self.k_proj(key, 1), self.v_proj(value, 2)
         if "in_proj" not in self._modules:  # noised where they were made
             return query, key, value
-        layer, inputs = self.in_proj, (query, key, value)
-        made: list[tuple[Tensor, int, Tensor | None]] = []  # u, its sample, its seed
-        for sample, x in enumerate(inputs):
-            before = list(zip(inputs, made))
-            same = next((each for y, each in before if y is x), None)
+        layer = self.in_proj
+        made: list[tuple[Tensor, Tensor, int, Tensor | None]] = []  # x, u, its sample, its seed
+        for sample, x in enumerate((query, key, value)):
+            same = next((each for each in made if each[0] is x), None)
             if same is None:
-                alike = next((each for y, each in before if _is_alias(x, y)), None)
-                drawn = layer._seed(x) if alike is None and layer.noisy() else None
-                _, place, seed = alike or (x, sample, drawn)
-                same = layer(x, place, seed), place, seed
+                seed = None
+                if alike := next((each for each in made if _is_alias(x, each[0])), None):
+                    *_, sample, seed = alike
+                elif layer.noisy():
+                    seed = layer._seed(x)
+                same = x, layer(x, sample, seed), sample, seed
             made.append(same)
-        noised_query, noised_key, noised_value = (u for u, _, _ in made)
-        return noised_query, noised_key, noised_value
+        query, key, value = (u for _, u, _, _ in made)
+        return query, key, value
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """q, k, v of the noised inputs; one product for arguments that are one tensor."""
