@@ -17,6 +17,7 @@ from ranks_support import Ranks
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
 from dipkernels.nn.numbering import dip_layers
+from dipkernels.noise import contexts
 
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
@@ -292,9 +293,13 @@ def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(averag
         train_dataset=images(),
         dip=config,
     )
+    modes = []
+    hook = trainer.model.register_forward_hook(lambda *call: modes.append(contexts.MODE))
     found = trainer.predict(images())
+    hook.remove()
+    assert modes.count("on") == 64 * modes.count(None) > 0
     x = torch.stack([each["pixel_values"] for each in images()])
-    want = dip.predict(trainer.model, x, k=128, average=average)
+    want = dip.predict(trainer.model, x, k=64, average=average)
     got = torch.as_tensor(found.predictions)
     got = got.softmax(-1) if average == "probs" else got
     plain = trainer.model.eval()(x).logits
