@@ -182,6 +182,7 @@ def test_neftune_noise_has_its_bound():
 # ---- the command ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
     flags = ["--quick", "--out", str(tmp_path)]
     arithmetic.main(flags)

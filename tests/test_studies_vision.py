@@ -318,9 +318,8 @@ def test_the_published_page_has_every_section():
         )
 
 
-@pytest.mark.parametrize(
-    "arch", ["MLP", *(pytest.param(a, marks=pytest.mark.slow) for a in ("ResNet", "ViT"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["MLP", "ResNet", "ViT"])
 def test_the_quick_run_writes_tables_figures_and_results(tmp_path, arch, monkeypatch):
     monkeypatch.setattr(vision, "KS", (1, 2))
     monkeypatch.setattr(vision, "SMOOTH_IMAGES", 4)
