@@ -176,14 +176,15 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
     torch.set_num_threads(args.threads or (2 if args.clock == "wall" else 1))
-    found = machine.describe("cpu")
-    place = f"models-{summary.kind_of(found)}-{found['instruction_set'].lower()}"
-    pages = [page for page in PAGES if report.has_place(page, place)]
-    if args.docs and not pages:
-        parser.error(
-            "--docs: expected a place for this kind of processor in docs/measured.md, "
-            f"<!-- {place}:begin --> and {place}:end, found none"
-        )
+    found, pages = machine.describe("cpu"), []
+    if args.docs:
+        place = f"models-{summary.kind_of(found)}-{found['instruction_set'].lower()}"
+        pages = [page for page in PAGES if report.has_place(page, place)]
+        if not pages:
+            parser.error(
+                "--docs: expected a place for this kind of processor in docs/measured.md, "
+                f"<!-- {place}:begin --> and {place}:end, found none"
+            )
     start = time.perf_counter()
     rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)
     took = time.perf_counter() - start
@@ -199,9 +200,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         "quick": args.quick or args.rounds < 5,
     }
     report.store("models", run | {"rows": rows}, args.out)
-    if args.docs:
-        for page in pages:
-            report.fill(page, place, text)
+    for page in pages:
+        report.fill(page, place, text)
     return rows
 
 

@@ -503,6 +503,8 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
         "--out",
         str(out),
     ]
+    here = machine.describe("cpu")
+    monkeypatch.setattr(machine, "describe", lambda device: here | {"cpu": "abacus"})
     rows = models.main(options)
     assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(
         row["ratio"] > 0 for row in rows
@@ -511,8 +513,7 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
     with pytest.raises(SystemExit):
         models.main(["--quick", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err
-    found = machine.describe("cpu") | {"instruction_set": "SVE"}
-    monkeypatch.setattr(machine, "describe", lambda device: found)
+    monkeypatch.setattr(machine, "describe", lambda device: here | {"instruction_set": "SVE"})
     with pytest.raises(SystemExit):
         models.main(["--docs"])
     assert "--docs: expected a place for this kind of processor" in capsys.readouterr().err
