@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
 import parts
-from tables import interval, markdown, rows_of, signed, verdict
+from tables import interval, markdown, points, rows_of, signed, verdict
 from tasks import TASKS
 from training import scored
 
@@ -183,21 +183,21 @@ def plot_gains(table: str, folder: Path) -> None:
                 ("fixed 1", "the same sigma, fixed", -0.2, figures.LINES["fixed variance"]),
             ):
                 for i, task in enumerate(tasks):
-                    mean, _, half = gains[task][method][number].removesuffix(" ?").partition(" ± ")
-                    shown = min(max(float(mean), least), most)
+                    ((mean, half),) = points(gains[task][method][number])
+                    shown = min(max(mean, least), most)
                     axis.errorbar(
                         shown,
                         shift - i,
-                        xerr=float(half or 0) if shown == float(mean) else 0,
+                        xerr=half if shown == mean else 0,
                         fmt=marker,
                         color=color,
                         capsize=2,
                         elinewidth=1,
                         label=label if i == 0 else None,
                     )
-                    if shown != float(mean):
+                    if shown != mean:
                         axis.annotate(
-                            mean,
+                            f"{mean:+.1f}",
                             (shown, shift - i),
                             (6 if shown == least else -36, -3),
                             textcoords="offset points",

@@ -27,7 +27,7 @@ import figures
 import parts
 import torch
 from defaults import DOCS, TITLES
-from tables import interval, markdown, rows_of, signed, verdict
+from tables import interval, markdown, points, rows_of, signed, verdict
 from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
@@ -185,11 +185,11 @@ def plot(text: str, folder: Path) -> None:
             for place, (method, label) in enumerate(SHOWN.items()):
                 for i, task in enumerate(tasks):
                     _, _, difference = found[task, method][number].partition("(")
-                    mean, _, half = difference.rstrip(")?").strip().partition(" ± ")
+                    ((mean, half),) = points(difference.removesuffix(")"))
                     axis.errorbar(
-                        float(mean),
+                        mean,
                         0.3 - 0.2 * place - i,
-                        xerr=float(half),
+                        xerr=half,
                         fmt="oDs^"[place],
                         color=figures.ORDER[place],
                         capsize=2,

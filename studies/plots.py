@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import figures
-from tables import rows_of
-
-_NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))? ?\??(?: \(.*\))?")
-Point = tuple[float, float]  # a mean, and half of its interval
-
-
-def points(cell: str) -> list[Point]:
-    """The numbers of "+1.2 ± 0.8 ?", "80.9 (...)" or "+1.2 / +3.4?"; none of any other text."""
-    found = [_NUMBER.fullmatch(part.strip("* ")) for part in cell.split(" / ")]
-    return [(float(m[1]), float(m[2] or 0)) for m in found if m] if all(found) else []
+from tables import points, rows_of
 
 
 def draw(text: str, folder: Path, parts: tuple[str, ...] = ("",)) -> list[Path]:

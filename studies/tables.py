@@ -4,6 +4,7 @@ holds zero."""
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -51,6 +52,16 @@ def signed(differences: Sequence[float], digits: int = 1) -> str:
         if math.isfinite(half)
         else f"{mean:+.{digits}f}"
     )
+
+
+_NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))? ?\??(?: \(.*\))?")
+Point = tuple[float, float]  # a mean, and half of its interval
+
+
+def points(cell: str) -> list[Point]:
+    """The numbers of "+1.2 ± 0.8 ?", "80.9 (...)" or "+1.2 / +3.4?"; none of any other text."""
+    found = [_NUMBER.fullmatch(part.strip("* ")) for part in cell.split(" / ")]
+    return [(float(m[1]), float(m[2] or 0)) for m in found if m] if all(found) else []
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -38,10 +38,10 @@ def test_intervals_are_students_and_undecided_where_they_hold_zero():
 
 
 def test_tables_are_drawn_with_their_intervals(tmp_path):
-    assert plots.points("+1.2 ± 0.8 ?") == [(1.2, 0.8)]
-    assert plots.points("80.9 (+0.4 ± 0.8)") == [(80.9, 0)]
-    assert plots.points("-1.5? / +3.4") == [(-1.5, 0), (3.4, 0)]
-    assert plots.points("0.42 0.81") == plots.points("plain") == plots.points("") == []
+    assert tables.points("+1.2 ± 0.8 ?") == [(1.2, 0.8)]
+    assert tables.points("80.9 (+0.4 ± 0.8)") == [(80.9, 0)]
+    assert tables.points("-1.5? / +3.4") == [(-1.5, 0), (3.4, 0)]
+    assert tables.points("0.42 0.81") == tables.points("plain") == tables.points("") == []
     pytest.importorskip("matplotlib")
     first = tables.markdown(
         ["task", "method", "clean", "sigma"],
