@@ -111,8 +111,8 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
 
 
 def require_finite(layers: Mapping[str, DIPLayer]) -> None:
-    """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite. A
-    collective where it is sharded."""
+    """Raise ValueError naming the layers whose variance or its logarithm is NaN or infinite; those
+    are passed over whose values are not at hand. A collective where it is sharded."""
     found = {
         name or "(root)": full(values.detach())
         for name, layer in layers.items()

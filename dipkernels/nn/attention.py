@@ -14,11 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import worlds
 from ..noise import contexts
-from ..ops.perturb import projection, without_noise
+from ..ops.perturb import without_noise
 from . import tracing
 from .input import DIPInput
 from .inputs import undense
-from .layer import DIPLayer, ddp_waits, with_noise
+from .layer import DIPLayer, ddp_waits, fresh
 from .linear import DIPLinear
 from .variance import device_of_variance
 
@@ -39,8 +39,7 @@ class _InProjection(DIPInput):
     def forward(self, input: Tensor, sample: int = 0, seed: Tensor | None = None) -> Tensor:
         if not self.noisy():
             return self.without_noise(input)
-        dtype = worlds.autocast_dtype(input)
-        return with_noise(self, input, lambda noise: projection(input, *noise, dtype), sample, seed)
+        return fresh(self, input, worlds.autocast_dtype(input), sample, seed)
 
 
 class DIPMultiheadAttention(nn.MultiheadAttention):

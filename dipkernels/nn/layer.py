@@ -265,17 +265,23 @@ def with_noise(
         raise
 
 
-def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
+def noised(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """u = x + sigma * z of the layer's own seed, variance and feature dimension; of `dtype`, x's by
     default."""
     if layer.share is None:
-        return fresh(layer, x, dtype, sample)
+        return fresh(layer, x, dtype)
     return layer.share.noised(layer, x, dtype)
 
 
-def fresh(layer: DIPLayer, x: Tensor, dtype: torch.dtype | None = None, sample: int = 0) -> Tensor:
-    """The same, drawn for this layer alone."""
-    return with_noise(layer, x, lambda noise: projection(x, *noise, dtype), sample)
+def fresh(
+    layer: DIPLayer,
+    x: Tensor,
+    dtype: torch.dtype | None = None,
+    sample: int = 0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The same, drawn for this layer alone; by a new seed unless one is given."""
+    return with_noise(layer, x, lambda noise: projection(x, *noise, dtype), sample, seed)
 
 
 def _is_hooked(module: nn.Module) -> bool:
