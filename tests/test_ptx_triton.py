@@ -352,6 +352,26 @@ def test_compiled_linear_takes_any_strides_of_bias_and_sigma(arch):
             assert all(map(torch.equal, *grads))
 
 
+@pytest.mark.parametrize("stride, vec", [(2**31 - 8, 8), (2**31, 1), (2**33, 1)])
+def test_strides_are_divided_by_8_where_32_bits_hold_them(stride, vec):
+    """What comes divided is multiplied again in 32 bits: rows further apart come as they are."""
+    x = torch.empty_strided((2, 5, 64), (stride, 64, 1), device="meta")
+    assert tiles.tiling(-1, 0, 4096, torch.empty_like(x), x).vec == vec
+    assert linear._divided(0, 64, x[:, -1].stride(0)) == (vec, [64 // vec, stride // vec])
+
+
+def test_float32_products_are_as_exact_as_cublas_is_told():
+    """By either of torch's two interfaces, of which the older one cannot be read after the newer
+    one was set."""
+    for precision, want in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(precision)
+        assert linear._precision() == want
+    torch.set_float32_matmul_precision("highest")
+    for precision in ("tf32", "ieee", "none"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert linear._precision() == ("tf32" if precision == "tf32" else "ieee")
+
+
 FAR = [-INF, -1e38, -1e30, -1e20, -1e4, -1e-40, 0.0, 1e-40, 1e4, 1e20, 1e30, 1e38, INF, NAN]
 NAMES = ["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 PLAIN = {

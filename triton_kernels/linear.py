@@ -327,14 +327,17 @@ def _launch(kernel, op: str, grid, chosen: Blocks, *args, **constants) -> None:
 
 
 def _precision() -> str:
-    """As torch.matmul multiplies float32; 16-bit operands do not ask."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """As torch.matmul multiplies float32 on a GPU; 16-bit operands do not ask.
+
+    torch.get_float32_matmul_precision raises once a user has chosen by torch.backends.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _divided(shift: int, *sizes: int) -> tuple[int, list[int]]:
     """(8, the sizes and strides divided by it) where each is a multiple of 8, which tells the
     compiler of aligned rows; otherwise (1, themselves)."""
-    vec = 8 if shift == 0 and all(size % 8 == 0 for size in sizes) else 1
+    vec = 8 if shift == 0 and all(size % 8 == 0 and size < 2**31 for size in sizes) else 1
     return vec, [size // vec for size in sizes]
 
 

@@ -195,7 +195,10 @@ def tiling(
         outer, inner = inner, outer
     strides = [(outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors)]
     vectors = not rows_last and shift == 0 and k % 8 == 0
-    vectors = vectors and all(col == 1 and (out | inn) % 8 == 0 for out, inn, col in strides)
+    # A kernel multiplies what was divided by 8 again, in 32 bits: a stride has to fit in them whole.
+    vectors = vectors and all(
+        col == 1 and (out | inn) % 8 == 0 and max(out, inn) < 2**31 for out, inn, col in strides
+    )
     # Single loads need more registers: the ordinary tile would spill.
     block_r, block_k = block_shape(
         inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2, columns
