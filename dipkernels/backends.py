@@ -254,14 +254,19 @@ triton_problems: dict[str, str] = {}  # operation: why Triton cannot compile it 
 def note_triton_problem(op: str, error: Exception) -> None:
     """Remember and report a kernel that this Triton cannot compile; re-raise any other error, or
     where Triton was asked for."""
-    # Triton's own errors, and what its passes and ptxas throw.
+    # Triton's own errors, and what its passes and ptxas throw; and those of the C compiler, which
+    # compiles the part that launches: none is there, or no Python.h.
     is_compilation = type(error).__name__ in (
         "CompilationError",
         "CompileTimeAssertionFailure",
         "UnsupportedLanguageConstruct",
         "PTXASError",
         "OutOfResources",
-    ) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
+        "CalledProcessError",
+    ) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("PassManager", "C compiler"))
+    )
     if not is_compilation:
         raise error
     said = (str(error).strip() or type(error).__name__).splitlines()[0]

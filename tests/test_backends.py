@@ -419,6 +419,28 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
         backends.note_triton_problem("perturb", PTXASError("no such instruction"))
 
 
+@pytest.mark.parametrize("compiler", ["none", "fails"])
+def test_without_a_c_compiler_another_backend_runs(compiler, monkeypatch, tmp_path):
+    """As in an image without gcc, or without Python.h: Triton's own error, whatever its words."""
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if compiler == "fails":
+        (tmp_path / "gcc").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setattr(backends, "triton_problems", {})
+
+    def launcher(*arguments):
+        build.compile_module_from_src(src=f"// {tmp_path}", name="launcher")
+
+    module = SimpleNamespace(noise=launcher)
+    failing = registry._triton("noise", "perturb")
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
+    with pytest.warns(RuntimeWarning, match="cannot compile noise: .*(C compiler|exit status 1)"):
+        z = failing(SEED, (3, 8), -1, 0, 0, 0)
+    assert torch.equal(z, functional.noise((3, 8), SEED))
+
+
 def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
     monkeypatch.setattr(backends, "triton_problems", {})
     failing = registry._triton("noise", "perturb")
