@@ -42,9 +42,9 @@ SECTIONS = (
     Section("averaging", 20, "gpucheck.layers:averaging"),
     Section("crossover", 20, "gpucheck.kernels:crossover"),
     Section("producers", 25, "gpucheck.producers:producers"),
-    Section("models", 30, "gpucheck.producers:whole_models"),
+    Section("models", 40, "gpucheck.producers:whole_models"),
     Section("switches", 40, "gpucheck.switches:switches"),
-    Section("sanitizer", 40, "gpucheck.sanitizer:sanitizer"),
+    Section("sanitizer", 75, "gpucheck.sanitizer:sanitizer"),
 )
 PLOT = Section("plot", 20, "gpucheck.report:plot")
 NAMES = tuple(section.name for section in SECTIONS)

@@ -89,15 +89,16 @@ def note_end(entry: dict, section: Section, code: int | None, said: str, seconds
     row = entry.pop("running", None)
     if code in (0, START_AGAIN):
         return code == START_AGAIN
+    # A row that time ran out for has failed nothing: slow, or it hangs, which its figures would tell.
+    why = "error"
     if code is None:
         ended = f"ended after {seconds:.0f} s, its limit"
         entry["timed_out"] = True
+        why = "skipped"
     else:
         ended = f"its process ended with {f'signal {-code}' if code < 0 else f'exit code {code}'}"
     if row is not None:
-        entry["rows"].append(
-            {"name": row, "error": f"{section.name}: {ended}", "said": said[-2000:]}
-        )
+        entry["rows"].append({"name": row, why: f"{section.name}: {ended}", "said": said[-2000:]})
         return code is not None
     if "error" not in entry:
         entry |= {"error": f"{section.name}: {ended}", "said": said[-2000:]}

@@ -90,8 +90,11 @@ def verdict(data: dict) -> tuple[int, list[str]]:
         missing = [row["missing"] for row in data["sections"][name]["rows"] if "missing" in row]
         lines.append(f"NOT PROVEN {name}: {missing[0]}")
     for name in by_status.get("cut short", []):
+        section = data["sections"][name]
+        reasons = [row["skipped"] for row in section["rows"] if "skipped" in row] or [NO_TIME]
         lines.append(
-            f"NOT REACHED {name}: {', '.join(not_reached(data['sections'][name]))} ({NO_TIME})"
+            f"NOT REACHED {name}: {', '.join(not_reached(section))} "
+            f"({', '.join(dict.fromkeys(reasons))})"
         )
     for name in (*by_status.get("running", []), *by_status.get("waiting", [])):
         lines.append(f"NOT REACHED {name}: the run ended before")

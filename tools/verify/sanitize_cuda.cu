@@ -45,6 +45,7 @@ class Buffer {
  public:
   Buffer(std::string name, size_t bytes)
       : name_(std::move(name)), bytes_(bytes), margin_(guarded ? kMargin : 0) {
+    if (!bytes && !guarded) return;
     require(cudaMalloc(reinterpret_cast<void**>(&memory_), bytes + 2 * margin_), "cudaMalloc");
     if (guarded) require(cudaMemset(memory_, kPattern, bytes + 2 * margin_), "cudaMemset");
   }
