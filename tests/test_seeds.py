@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dipkernels.models.convert import convert
@@ -95,6 +96,20 @@ def test_key_is_taken_mod_2_64(key):
     assert value.shape == (2,)
     assert value[0].item() % 2**64 == int(key) % 2**64
     assert value[1].item() == 0
+
+
+def test_keys_and_numbered_passes_come_without_a_copy_from_the_host():
+    """Which would wait for all that runs on a GPU, and which no CUDA graph can capture."""
+    names = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Names(), fixed_noise(-1), contexts.numbered_pass(3):
+        assert contexts.KEY.tolist() == [contexts.signed(3 * contexts.GOLDEN - 1), 0]
+    assert "mul" in names and not {"lift_fresh", "_to_copy"} & set(names)
 
 
 @pytest.mark.parametrize(

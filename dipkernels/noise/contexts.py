@@ -210,7 +210,7 @@ class numbered_pass(_State):
     def _set(self) -> None:
         global KEY, ROWS, TAG
         if KEY is not None:
-            step = torch.tensor([signed(self._number * GOLDEN), 0], device=KEY.device)
+            step = _with_zero(self._number * GOLDEN, KEY.device)
             KEY, ROWS = KEY + step, _rows(row0() * self._rows_per_entry)
             TAG = (TAG, self._number)
 
@@ -230,7 +230,18 @@ def _key_tensor(key: int | Tensor) -> Tensor:
         return torch.cat([key, torch.zeros_like(key)])
     number = integer("key", key, other=" or an int64 tensor of one element")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.tensor([signed(number), 0], device=device or "cpu")
+    return _with_zero(number, device or torch.device("cpu"))
+
+
+def _with_zero(number: int, device: torch.device) -> Tensor:
+    """int64 [2] = (number mod 2^64, 0).
+
+    Without a copy from the host, which waits for all that runs on a GPU, and which the capture of a
+    CUDA graph refuses.
+    """
+    if worlds.tracing():
+        return torch.tensor([signed(number), 0], device=device)
+    return torch.arange(1, -1, -1, device=device) * signed(number)
 
 
 # Which count each number came from, in this fixed_noise context, and the pairs of counts that a
