@@ -81,6 +81,17 @@ def spread():
     return model
 
 
+class TwoStems(nn.Module):
+    """Two first layers; noised is the first alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = dip.DIPLinear(3, 2), nn.Linear(3, 2), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.relu(self.a(x)) + self.b(x)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -95,6 +106,7 @@ def spread():
             {},
             "^model: expected its DIP layer '1' to read x",
         ),
+        (TwoStems, {}, "^model: expected to read x through its DIP layer 'a' alone"),
         (spread, {}, "^model: expected one sigma"),
         (lambda: dip.DIPLinear(3, 2, num_samples=2), {}, "^model: expected num_samples=1"),
         (linear, {"k": 0}, "^k: "),
@@ -105,6 +117,18 @@ def spread():
 def test_what_certifies_nothing_is_refused(model, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         dip.certify(model(), torch.randn(2, 3), **options)
+
+
+def test_what_works_in_place_behind_the_layer_is_certified():
+    class Behind(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = dip.DIPLinear(3, 2)
+
+        def forward(self, x):
+            return self.first(x).add_(1)
+
+    assert dip.certify(Behind(), torch.randn(2, 3), k=5).sigma == pytest.approx(0.1)
 
 
 def test_a_smoothed_classifier_is_not_moved_within_its_radius():

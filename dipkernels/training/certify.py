@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import integer, real
-from ..models.probe import input_of, watch
+from ..models.probe import eval_mode, for_each, input_of, run_batch, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from .predict import predict, require_batch
@@ -78,8 +78,8 @@ def certify(
 
     Raises:
         TypeError: A k, k0, chunk or confidence that is no number.
-        ValueError: Bad values, a model whose noise is not at its input alone, several sigmas, or
-            logits that are NaN.
+        ValueError: Bad values, a model whose noise is not at its input alone or that reads x past
+            it (a skip connection), several sigmas, or logits that are NaN.
 
     Examples:
         >>> model = nn.Sequential(dip.DIPInput(4, init_variance=0.25), nn.Linear(4, 3))
@@ -150,6 +150,12 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
             f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got "
             "another input"
         )
+    if _reads_past(model, layer, x[:1]):
+        raise ValueError(
+            f"model: expected to read x through its DIP layer {name or '(root)'!r} alone, got an "
+            "output that depends on x without noise too (a skip connection, a second first layer); "
+            "put a DIPInput before the whole model"
+        )
     sigma = layer.variance.sigma
     if layer.num_samples != 1:
         raise ValueError(f"model: expected num_samples=1 at its input, got {layer.num_samples}")
@@ -160,3 +166,22 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
             "holds"
         )
     return sigma.min().item()
+
+
+def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
+    """Whether the output depends on x where what the layer returns is held."""
+    held: list[Tensor] = []
+    outs: list[Any] = []
+
+    def hold(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        held.append(output.clone())
+        return held[0].clone()  # what follows may work in place
+
+    handle = layer.register_forward_hook(hold)
+    try:
+        with eval_mode(model):
+            for_each(model, [x, x + 1], lambda batch: outs.append(run_batch(model, batch)))
+    finally:
+        handle.remove()
+    first, second = outs
+    return isinstance(first, Tensor) and not torch.allclose(first, second, equal_nan=True)
