@@ -634,6 +634,31 @@ def test_check_names_a_producer_that_was_replaced():
     assert "was replaced since it was converted" in dip.check(model, X, strict=False).faults["norm"]
 
 
+@pytest.mark.parametrize("place", ["input", "producer"])
+@pytest.mark.parametrize(
+    "head", [lambda: nn.Linear(12, 3), lambda: nn.Sequential(nn.Dropout(0.1), nn.Linear(12, 3))]
+)
+def test_a_new_head_behind_a_producer_is_not_noised_again(place, head):
+    model = dip.convert(net(), place="producer", batches=[X], exclude=["stem"])
+    model.head = head()
+    dip.convert(model, place=place, **({"batches": [X]} if place == "producer" else {}))
+    assert list(dip_layers(model)) == ["stem", "norm", "act"]
+    assert moved(dip.summary(model, [X]).plan) == {"norm": ("a", "b"), "act": ("head",)}
+
+
+@pytest.mark.parametrize("place", ["input", "producer"])
+def test_a_producer_that_was_replaced_leaves_its_readers_to_the_next_conversion(place):
+    model = dip.convert(net(), place="producer", batches=[X], exclude=["stem"])
+    model.act = nn.SiLU()
+    dip.convert(model, place=place, **({"batches": [X]} if place == "producer" else {}))
+    assert list(dip_layers(model)) == ["stem", "norm", "act" if place == "producer" else "head"]
+    assert dip.check(model, X).ok
+    with pytest.raises(ValueError, match="3 layer"):
+        dip.convert(model)
+    dip.to_plain(model)
+    assert list(dip_layers(dip.convert(model))) == ["stem", "a", "b", "head"]
+
+
 # ---- blocks of torch -----------------------------------------------------------------------------
 
 

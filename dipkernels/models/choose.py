@@ -29,7 +29,7 @@ from .convertible import (
     own_matrices,
 )
 from .patterns import Patterns, around, strings
-from .probe import NOISED_BY
+from .probe import NOISED_BY, PLAN, plain_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Choice:
     asked: dict[nn.Module, int]  # what `before` names, each with its feature dimension
     reasons: dict[nn.Module, str]  # why layers that are wanted cannot be converted
     matched: list[nn.Module]  # the layers that can
+    noised: dict[nn.Module, str]  # layers whose input a module noises, by its name
 
 
 def choose(
@@ -63,11 +64,12 @@ def choose(
         names.setdefault(module, []).append(name)
     excluded = _excluded(names, exclude)
     asked = _asked_before(names, before)
+    noised = _noised_where_made(names, kinds)
     wanted = {
         module
         for module, every_name in names.items()
         if module not in excluded
-        and not _reads_noise(module)
+        and module not in noised
         and (filter is None or _passes(filter, module, every_name[0], kinds))
     }
     impossible = cannot(names, kinds)
@@ -75,7 +77,7 @@ def choose(
     matched = _matched(names, wanted - asked.keys() - reasons.keys(), kinds)
     if not matched and not asked:
         raise ValueError(_nothing_matched(model, kinds, reasons))
-    return Choice(kinds, names, excluded, wanted, asked, reasons, matched)
+    return Choice(kinds, names, excluded, wanted, asked, reasons, matched, noised)
 
 
 def _kinds(types: Any) -> Types:
@@ -136,10 +138,23 @@ def _every_name(names: Names) -> list[str]:
     return [name for every_name in names.values() for name in every_name]
 
 
-def _reads_noise(module: nn.Module) -> bool:
-    """Whether the input of this layer, or of the one inside this adapter, is noised where it is
-    made."""
-    return NOISED_BY in vars(base_layer(module))
+def _noised_where_made(names: Names, types: Types) -> dict[nn.Module, str]:
+    """The layers whose input, or that of the layer inside this adapter, is noised where it is made,
+    each with the name of what does so. By the plan of an earlier conversion too: a layer that took
+    the place of one reads that noise, and where the producer was replaced none does."""
+    marks = {m: vars(base_layer(m)).get(NOISED_BY) for m in names}
+    found = {m: producer for m, producer in marks.items() if producer is not None}
+    for root in [m for m in names if PLAN in vars(m)]:
+        modules = plain_names(root)
+        for row in vars(root)[PLAN].moved:
+            noises = getattr(modules.get(row.producer), "noises_output", False)
+            for reader in (modules[name] for name in row.layers if name in modules):
+                first = next((m for m in reader.modules() if is_candidate(m, types)), reader)
+                if noises:
+                    found[first] = row.producer
+                else:
+                    found.pop(first, None)
+    return found
 
 
 def _passes(

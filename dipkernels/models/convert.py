@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +157,8 @@ def convert(
     features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
     twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
     # From here on the model changes.
+    for module, producer in choice.noised.items():
+        base_layer(module).__dict__[NOISED_BY] = producer
     for module in staying:
         _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
     for move in moves:
@@ -167,7 +170,7 @@ def convert(
     number_layers(model)
     remember(model)
     if plan is not None:
-        model.__dict__[PLAN] = plan
+        model.__dict__[PLAN] = _with_earlier(model, plan, choice.noised.values())
         _warn_unreached(plan)
     _warn_without_noise(choice)
     return model
@@ -325,6 +328,15 @@ def _placed(
     return find_moves(model, choice.names, choice.matched, stay, batches)
 
 
+def _with_earlier(model: nn.Module, plan: ProducerPlan, producers: Collection[str]) -> ProducerPlan:
+    """The plan, behind what an earlier conversion moved into these producers."""
+    earlier = vars(model).get(PLAN)
+    if earlier is None:
+        return plan
+    kept = tuple(row for row in earlier.moved if row.producer in producers)
+    return dataclasses.replace(plan, moved=kept + plan.moved)
+
+
 def _variances(
     init_variance: float | Mapping[str, float | Tensor], modules: dict[nn.Module, str]
 ) -> dict[nn.Module, Any]:
@@ -405,7 +417,8 @@ def _become_dip(
     if features is None and twin is not DIPMultiheadAttention:
         features = features_of(module)
     module.__class__ = twin
-    module.__dict__.pop("forward", None)  # the plain class's
+    for name in ("forward", NOISED_BY):  # the plain class's; what noised its input is gone
+        module.__dict__.pop(name, None)
     try:
         if twin is DIPMultiheadAttention:
             module._set_up(init_variance, num_samples)
