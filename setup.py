@@ -83,6 +83,11 @@ def cuda_archs():
     archs = value.split()
     if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
         raise SystemExit(f"DIPKERNELS_CUDA_ARCHS: expected numbers as in '80 90a', got {value!r}")
+    if any(int(arch.rstrip("af")) < 80 for arch in archs):
+        raise SystemExit(
+            f"DIPKERNELS_CUDA_ARCHS: expected 80 or newer, got {value!r}: an older GPU runs Triton's "
+            "kernels; build with DIPKERNELS_CUDA=0"
+        )
     return archs
 
 

@@ -198,6 +198,8 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
         if any(arch[0] == gpu[0] and arch[1] <= gpu[1] for arch in archs):
             continue
         here = f"GPU {number} is sm_{gpu[0]}{gpu[1]}, the compiled kernels are for {' '.join(f'sm_{a}' for a in library.cuda_archs)}"
+        if gpu < (8, 0):
+            return f"{here}, and they need sm_80 or newer"
         if gpu < archs[-1]:
             return f"{here} and newer: build for it with DIPKERNELS_CUDA_ARCHS={gpu[0]}{gpu[1]}"
         if driver < 1000 * major + 10 * minor:

@@ -33,6 +33,7 @@ def setup_py(*arguments, **environment):
     (dict(DIPKERNELS_CPU="1", CXX="no-such-compiler"), "there is no C++ compiler"),
     (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
     (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
+    (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
 ])  # fmt: skip
 def test_build_refuses_what_it_cannot_do(environment, expected):
     status, output = setup_py("--version", **environment)

@@ -271,7 +271,7 @@ WHEEL_13 = Library(
     (WHEEL_12, 13000, (8, 7), None),  # sm_86's code runs on sm_87
     (WHEEL_12, 11080, (8, 0), ["offers CUDA 11.8", "need CUDA 12.0 (driver >= 525)", "update the driver"]),
     (WHEEL_13, 12080, (9, 0), ["offers CUDA 12.8", "need CUDA 13.0 (driver >= 580)", "update the driver"]),
-    (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "DIPKERNELS_CUDA_ARCHS=75"]),
+    (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "need sm_80 or newer"]),
     # older than the PTX, and no code of its own
     (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),
     (WHEEL_12, 12080, (12, 1), None),
