@@ -73,7 +73,10 @@ def argument(dice, arg):
 
 def checked(op, names, values):
     "The call of Python's function, which takes the fields of a draw as one value"
-    function = next(getattr(module, op) for module in (perturb, linear, expectation, norm, gate) if hasattr(module, op))
+    modules = (perturb, linear, expectation, norm, gate)
+    function = next((getattr(module, op) for module in modules if hasattr(module, op)), None)
+    if function is None:
+        return lambda: registry.kernel(op, "cpu")(*values)
     if "seed" not in names:
         return lambda: function(*values)
     fields = {name: value for name, value in zip(names, values) if name in Draw._fields}

@@ -27,7 +27,7 @@ from gpucheck import child, driver, kernels, layers, producers, report, sanitize
 from gpucheck.record import Record, row_errors, status  # noqa: E402
 
 from dipkernels import backends  # noqa: E402
-from dipkernels.ops import norm as dip_norm  # noqa: E402
+from dipkernels.ops import registry  # noqa: E402
 
 TOOL = """#!/bin/sh
 # compute-sanitizer as it behaves: runs the command, and says last how much it has found. Its exit
@@ -453,16 +453,17 @@ def test_a_wrong_producer_is_not_timed(check, monkeypatch):
     module = producers.dip.DIPLayerNorm(24)
     x, dy = torch.randn(9, 24, requires_grad=True), torch.randn(9, 24)
     producers.check_fused(module, [x], dy)
-    right = dip_norm.norm_bwd
+    right = registry.kernel
 
     def wrong(*arguments):
-        dx, dweight, *rest = right(*arguments)
+        dx, dweight, *rest = right("norm_bwd", "cpu")(*arguments)
         return dx, dweight + (backends.forced is None), *rest
 
-    monkeypatch.setattr(dip_norm, "norm_bwd", wrong)
+    choose = lambda op, device: wrong if op == "norm_bwd" else right(op, device)  # noqa: E731
+    monkeypatch.setattr(registry, "kernel", choose)
     with pytest.raises(AssertionError, match="DIPLayerNorm: expected gradient 1 within"):
         producers.check_fused(module, [x], dy)
-    monkeypatch.setattr(dip_norm, "norm_bwd", right)
+    monkeypatch.setattr(registry, "kernel", right)
     row = producers.producer_row(check, "gated silu", "step", 9, 24)
     assert set(row["variants"]) == {"f", "fused", "f, P", "f, x + sigma * randn"}
     assert row["variants"]["f, P"]["ratio"] == 1

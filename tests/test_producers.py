@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dipkernels import functional, producers, reference
 from dipkernels.backends import cpu_capability
-from dipkernels.ops import gate, norm
+from dipkernels.ops import gate, norm, registry
 from dipkernels.ops.draw import Draw
 
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
@@ -21,6 +21,12 @@ PLAIN = {
     "silu": torch.nn.functional.silu,
     "tanh": torch.tanh,
 }
+
+
+def backward(op, *arguments):
+    """The operation, on a CPU; the fields of a draw go in one by one."""
+    each = (a if isinstance(a, Draw) else (a,) for a in arguments)
+    return registry.kernel(op, "cpu")(*(value for values in each for value in values))
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -293,7 +299,7 @@ def test_norm_matches_reference(kind, shape, draw, dtype):
     size = 4 + 3 * exact.abs()
     close(u, exact, error(dtype) * size + Z_ERROR, 1)
     torch.testing.assert_close(stats.double(), exact_stats, rtol=2e-6, atol=2e-6)
-    grads = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.5)
+    grads = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.5)
     wide = (t.double() for t in (weight, bias, sigma))  # gradients that are not rounded
     wants = reference.norm_bwd(du.double(), x.double(), exact_stats, *wide, SEED, *draw, kind, 0.5)
     spread = exact_stats[-1].max().item() if exact_stats.numel() else 1.0
@@ -312,10 +318,10 @@ def test_norm_without_weight_and_bias_and_sigma(capability):
             x.double(), weight, bias, sigma, SEED, *Draw(), "layer", 1e-5, 1.0, None
         )
         torch.testing.assert_close(u.double(), want, rtol=1e-5, atol=1e-5)
-        dx, dweight, dbias, dsigma = norm.norm_bwd(
-            du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0
+        dx, dweight, dbias, dsigma = backward(
+            "norm_bwd", du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0
         )
-        full = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 1.0)
+        full = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 1.0)
         assert dsigma.numel() == 0 and (dweight.numel(), dbias.numel()) == tuple(
             192 * (t is not None) for t in (weight, bias)
         )
@@ -352,22 +358,20 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     a, b, du = (randn(*shape, seed=i).mul(2).to(dtype) for i in range(3))
     sigma = scale(shape[dim], draw.log_variance)
     rows = a.numel() // max(1, shape[dim])
-    u, exact = (
-        f(a, sigma, SEED, *how, None)
-        for f, how in ((gate.activate, (draw, kind)), (reference_of("activate"), (*draw, kind)))
-    )
+    u = gate.gate(a, None, sigma, SEED, draw, kind, None)
+    exact = reference.activate(a.double(), sigma, SEED, *draw, kind, None)
     assert u.dtype is dtype
     close(u, exact, error(dtype) * (1 + exact.abs()) + Z_ERROR, 1)
     u = gate.gate(a, b, sigma, SEED, draw, kind, None)
     exact = reference.gate(a.double(), b.double(), sigma, SEED, *draw, kind, None)
     close(u, exact, error(dtype) * (1 + exact.abs()) * (1 + b.double().abs()) + Z_ERROR, 1)
-    dx, dsigma = gate.activate_bwd(du, a, sigma, SEED, draw, kind)
+    dx, dsigma = backward("activate_bwd", du, a, sigma, SEED, draw, kind)
     want, want_dsigma = reference.activate_bwd(
         du.double(), a.double(), sigma.double(), SEED, *draw, kind
     )
     close(dx, want, 4 * error(dtype) * (1 + du.double().abs()), 1)
     assert_sum_close(dsigma, want_dsigma.double(), rows, dtype)
-    da, db, again = gate.gate_bwd(du, a, b, sigma, SEED, draw, kind)
+    da, db, again = backward("gate_bwd", du, a, b, sigma, SEED, draw, kind)
     want_da, want_db, _ = reference.gate_bwd(
         du.double(), a.double(), b.double(), sigma, SEED, *draw, kind
     )
@@ -375,12 +379,8 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     close(da, want_da, 4 * error(dtype) * size, 1)
     close(db, want_db, 4 * error(dtype) * size, 1)
     assert torch.equal(again, dsigma) and dsigma.dtype == sigma.dtype
-    none = gate.gate_bwd(du, a, b, None, SEED, draw, kind)
+    none = backward("gate_bwd", du, a, b, None, SEED, draw, kind)
     assert torch.equal(none[0], da) and torch.equal(none[1], db) and none[2].numel() == 0
-
-
-def reference_of(name):
-    return lambda x, *rest: getattr(reference, name)(x.double(), *rest)
 
 
 def everything(shape, dtype=torch.float32, transform=lambda t: t):
@@ -395,14 +395,14 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
         yield from (
             u,
             stats,
-            *norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0),
+            *backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0),
         )
     # float64 calls the library's exp
     for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):
-        yield gate.activate(x, sigma, SEED, draw, kind, None)
-        yield from gate.activate_bwd(du, x, sigma, SEED, draw, kind)
+        yield gate.gate(x, None, sigma, SEED, draw, kind, None)
+        yield from backward("activate_bwd", du, x, sigma, SEED, draw, kind)
         yield gate.gate(x, b, sigma, SEED, draw, kind, None)
-        yield from gate.gate_bwd(du, x, b, sigma, SEED, draw, kind)
+        yield from backward("gate_bwd", du, x, b, sigma, SEED, draw, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -448,7 +448,7 @@ def test_norm_sums_over_the_stated_blocks_of_rows(capability, rows, dtype):
     where = (SEED, Draw(), "layer")
     _, stats = norm.norm(x, None, bias, sigma, *where, 1e-5, 0.0, None)
     terms = telling_terms(rows, 64, dtype)
-    _, _, dbias, _ = norm.norm_bwd(terms, x, stats, None, bias, sigma, *where, 0.0)
+    _, _, dbias, _ = backward("norm_bwd", terms, x, stats, None, bias, sigma, *where, 0.0)
     assert torch.equal(dbias, torch.ones(64))
 
 
@@ -461,7 +461,7 @@ def test_norm_sums_no_worse_than_torch():
         scale(40),
     )
     _, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 0.0, None)
-    got = norm.norm_bwd(du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 0.0)
+    got = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 0.0)
     exact = reference.norm_bwd(
         du.double(),
         x.double(),
@@ -496,8 +496,8 @@ def test_activations_far_out_near_zero_and_not_numbers(kind, dtype, capability):
     zero, ones = torch.zeros(x.shape[1]), torch.ones_like(x)
     try:
         cpu_capability(capability)
-        y = gate.activate(x, zero, SEED, Draw(), kind, None)
-        dx, _ = gate.activate_bwd(ones, x, zero, SEED, Draw(), kind)
+        y = gate.gate(x, None, zero, SEED, Draw(), kind, None)
+        dx, _ = backward("activate_bwd", ones, x, zero, SEED, Draw(), kind)
     finally:
         cpu_capability("auto")
     leaf = x.double().requires_grad_()

@@ -115,8 +115,9 @@ def test_stems_have_their_files(stem):
 
 def test_stems_of_operations_are_known():
     for name in registry.SCHEMAS:
+        stem = "gate" if name.startswith("activate") else name.removesuffix("_bwd")
         assert any(
-            callable(getattr(module, name, None))
+            callable(getattr(module, stem, None))
             for module in (perturb, linear, expectation, gate, norm)
         ), name
         assert callable(getattr(reference, name))

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from dipkernels import backends
-from dipkernels.ops import gate, norm
+from dipkernels.ops import gate, norm, registry
 from dipkernels.ops import perturb as projection
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation, expectation_bwd
@@ -54,11 +54,12 @@ def producers(device: torch.device) -> None:
     weight, x = torch.randn(40, device=device), torch.randn(33, 40, device=device)
     for kind in norm.KINDS:
         _, stats = norm.norm(x, weight, weight, sigma, seed, DRAW, kind, 1e-5, 0.0, None)
-        norm.norm_bwd(x, x, stats, weight, weight, sigma, seed, DRAW, kind, 0.0)
-    gate.activate(x, sigma, seed, DRAW, "gelu", None)
-    gate.activate_bwd(x, x, sigma, seed, DRAW, "gelu")
+        run = registry.kernel("norm_bwd", device.type)
+        run(x, x, stats, weight, weight, sigma, seed, *DRAW, kind, 0.0)
+    gate.gate(x, None, sigma, seed, DRAW, "gelu", None)
+    registry.kernel("activate_bwd", device.type)(x, x, sigma, seed, *DRAW, "gelu")
     gate.gate(x, x, sigma, seed, DRAW, "silu", None)
-    gate.gate_bwd(x, x, x, sigma, seed, DRAW, "silu")
+    registry.kernel("gate_bwd", device.type)(x, x, x, sigma, seed, *DRAW, "silu")
 
 
 def main(device: torch.device, overrun: bool) -> None:

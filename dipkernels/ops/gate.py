@@ -41,37 +41,6 @@ def gate(
     return u
 
 
-def gate_bwd(
-    du: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    sigma: Tensor | None,
-    seed: Tensor,
-    draw: Draw,
-    activation: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(da, db, dsigma), the last empty without a sigma: then nothing is drawn."""
-    rest = (sigma, seed, *draw, activation)
-    if b is None:
-        da, dsigma = registry.kernel("activate_bwd", a.device.type)(du, a, *rest)
-        return da, None, dsigma
-    grads: tuple[Tensor, Tensor, Tensor] = registry.kernel("gate_bwd", a.device.type)(
-        du, a, b, *rest
-    )
-    return grads
-
-
-def activate(x: Tensor, *rest: Any) -> Tensor:
-    """u: `gate` without b."""
-    return gate(x, None, *rest)
-
-
-def activate_bwd(du: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """(dx, dsigma): `gate_bwd` without b."""
-    dx, _, dsigma = gate_bwd(du, x, None, *rest)
-    return dx, dsigma
-
-
 def _check(a: Tensor, b: Tensor | None, kind: str) -> None:
     check_activation(kind, "kind")
     if b is None:
@@ -104,6 +73,7 @@ _FORWARD = f"{DRAW}, str activation, ScalarType? out_dtype"
 _BACKWARD = f"{OPTIONAL_DRAW}, str activation"
 registry.define("activate", f"(Tensor x, {_FORWARD}) -> Tensor", _fake_gate, "gate")
 registry.define("gate", f"(Tensor a, Tensor b, {_FORWARD}) -> Tensor", _fake_gate, "gate")
+# (dx, dsigma) and (da, db, dsigma), the last empty without a sigma: then nothing is drawn.
 registry.define(
     "activate_bwd",
     f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)",
@@ -128,7 +98,11 @@ def _pieces(a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any)
 
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (a, b, sigma, seed), (draw, kind, _) = tensors, how
-    return *gate_bwd(du, a, b, sigma if needs[2] else None, seed, draw, kind), None
+    rest = (sigma if needs[2] else None, seed, *draw, kind)
+    if b is None:
+        da, dsigma = registry.kernel("activate_bwd", a.device.type)(du, a, *rest)
+        return da, None, dsigma, None
+    return *registry.kernel("gate_bwd", a.device.type)(du, a, b, *rest), None
 
 
 _fused = fused("_Gate", lambda *args: (gate(*args), ()), _run_bwd, _pieces, 4)

@@ -70,25 +70,6 @@ def linear(
     return y
 
 
-def linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    num_samples: int,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dsigma); dbias [N] also without a bias."""
-    run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(
-        dy, x, weight, bias, sigma, seed, *draw[1:], num_samples, activation
-    )
-    return grads
-
-
 def device_of(device: str, x: Tensor, weight: Tensor) -> str:
     """x's device as `registry.kernel` wants it, from its type."""
     if device == "cuda" and weight.numel():
@@ -115,6 +96,7 @@ registry.define(
     "linear",
     row_blocks.linear,
 )
+# (dx, dweight, dbias, dsigma); dbias [N] also without a bias.
 registry.define(
     "linear_bwd",
     f"(Tensor dy, Tensor x, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -272,8 +254,10 @@ def _run(
 
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
-    (x, weight, bias, sigma, seed), (*draw_and_act, dtype) = tensors, how
-    return *linear_bwd(dy, x, *_cast(dtype, weight, bias), sigma, seed, *draw_and_act), None
+    (x, weight, bias, sigma, seed), (draw, num_samples, activation, dtype) = tensors, how
+    weight, bias = _cast(dtype, weight, bias)
+    run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
+    return *run(dy, x, weight, bias, sigma, seed, *draw[1:], num_samples, activation), None
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -45,26 +45,6 @@ def norm(
     return both
 
 
-def norm_bwd(
-    du: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor | None,
-    seed: Tensor,
-    draw: Draw,
-    kind: str,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias, dsigma), empty for what is None; without a sigma nothing is drawn."""
-    run = registry.kernel("norm_bwd", x.device.type)
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = run(
-        du, x, stats, weight, bias, sigma, seed, *draw, kind, offset
-    )
-    return grads
-
-
 def check_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, draw: Draw, kind: str
 ) -> None:
@@ -112,6 +92,7 @@ registry.define(
     _fake_norm,
     "norm",
 )
+# (dx, dweight, dbias, dsigma), empty for what is None; without a sigma nothing is drawn.
 registry.define(
     "norm_bwd",
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
@@ -145,7 +126,8 @@ def _run(*args: Any) -> tuple[Tensor, tuple[Tensor]]:
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, bias, sigma, seed), (stats,), (draw, kind, _, offset, _) = tensors, kept, how
     sigma = sigma if needs[3] else None
-    return *norm_bwd(du, x, stats, weight, bias, sigma, seed, draw, kind, offset), None
+    run = registry.kernel("norm_bwd", x.device.type)
+    return *run(du, x, stats, weight, bias, sigma, seed, *draw, kind, offset), None
 
 
 _fused = fused("_Norm", _run, _run_bwd, _pieces, 5)
