@@ -21,7 +21,7 @@ from .models.calibrate import calibrate, check_per
 from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
-from .models.patterns import Patterns, around, strings
+from .models.patterns import Patterns, around, shared_groups, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
 from .nn.numbering import dip_layers, require_module
@@ -34,7 +34,6 @@ from .worlds import has_ranks
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
-_LISTS = (list, tuple, set, frozenset)
 _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
@@ -97,14 +96,7 @@ class DIPConfig:
         kept: dict[str, Any] = {name: strings(name, getattr(self, name)) for name in of_names}
         if isinstance(self.before, Mapping):
             kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
-        if not isinstance(self.share, _LISTS) or not all(
-            isinstance(group, _LISTS) for group in self.share
-        ):
-            raise TypeError(
-                "share: expected groups of patterns, such as [('q_proj', 'k_proj')], got "
-                f"{self.share!r}"
-            )
-        kept["share"] = tuple(strings("share", group) for group in self.share)
+        kept["share"] = shared_groups(self.share)
         kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
         kept |= {"m": integer("m", self.m, 1), "k": integer("k", self.k, 0)}
         for name in ("kl", "lambda_s"):
@@ -123,19 +115,12 @@ class DIPConfig:
         check_place(self.place)
         check_per(self.per)
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
-        if self.ratio is not None and self.variance is not None:
-            raise ValueError(
-                f"variance: expected None beside ratio={self.ratio!r}, got {self.variance!r}; "
-                "choose one"
-            )
-        if self.variance is not None and self.start is not None:
-            raise ValueError(
-                f"start: expected None with variance, which is not calibrated, got {self.start!r}"
-            )
-        if self.variance is not None and self.per != "layer":
-            raise ValueError(
-                f"per: expected 'layer' with variance, which is not calibrated, got {self.per!r}"
-            )
+        for name, plain in (("ratio", None), ("start", None), ("per", "layer")):
+            if self.variance is not None and getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}: expected {plain!r} with variance, which is not calibrated, got "
+                    f"{getattr(self, name)!r}"
+                )
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
                 "lambda_s: expected 0 with m = 1, because one trajectory has no variance, got "
@@ -289,7 +274,6 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
 def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> None:
     """The first half of `apply`: what the model remembers, too."""
-    require_order(model)
     names = [name for name, _ in model.named_modules()]
     include = Patterns("include", config.include)
     include.all(*names)
@@ -297,18 +281,17 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
     options: dict[str, Any] = {"batches": batches} if config.watches_batches else {}
     if config.include:
         options["filter"] = lambda module, name: bool(include.all(*around(name)))
-    with _plain_again(model):
-        convert(
-            model,
-            0.01 if config.variance is None else config.variance,
-            types=[_TYPES[name] for name in config.types],
-            exclude=config.exclude,
-            share=config.share,
-            before=config.before,
-            place=config.place,
-            **options,
-        )
-        remember_config(model, config)
+    convert(
+        model,
+        0.01 if config.variance is None else config.variance,
+        types=[_TYPES[name] for name in config.types],
+        exclude=config.exclude,
+        share=config.share,
+        before=config.before,
+        place=config.place,
+        **options,
+    )
+    remember_config(model, config)
 
 
 def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:

@@ -35,7 +35,7 @@ from .convertible import (
     twin_of,
     unnoised,
 )
-from .patterns import Patterns, strings
+from .patterns import Patterns, shared_groups
 from .place import UNREACHED, Move, ProducerPlan, find_moves
 from .probe import NOISED_BY, PLAN, forget, listed, probed, remember, shown
 
@@ -283,10 +283,7 @@ def _groups(choice: Choice, share: Sequence[Sequence[str]]) -> list[list[nn.Modu
     layers = [m for m in choice.matched if not isinstance(m, nn.MultiheadAttention)]
     matched = {m: choice.names[m][0] for m in layers}
     groups: list[list[nn.Module]] = []
-    for asked in share:
-        group_patterns = strings("share", asked)
-        if len(group_patterns) < 2:
-            raise ValueError(f"share: expected groups of two or more name patterns, got {asked!r}")
+    for group_patterns in shared_groups(share):
         patterns = Patterns("share", group_patterns)
         by_parent: dict[str, list[nn.Module]] = {}
         for module, name in matched.items():

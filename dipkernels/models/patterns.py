@@ -47,6 +47,18 @@ def strings(argument: str, value: object) -> tuple[str, ...]:
     return values
 
 
+def shared_groups(value: object) -> tuple[tuple[str, ...], ...]:
+    """The groups of patterns that `share` asks for. Raises TypeError or ValueError for others."""
+    groups = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    found = tuple(strings("share", group) for group in groups)
+    if any(len(group) < 2 for group in found):
+        raise ValueError(
+            "share: expected groups of two or more patterns, such as [('q_proj', 'k_proj')], got "
+            f"{value!r}"
+        )
+    return found
+
+
 def _matches(pattern: str, names: Iterable[str]) -> bool:
     """Whether the pattern matches one of the names, or is one: a name may have brackets."""
     return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
