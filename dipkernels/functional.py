@@ -164,8 +164,6 @@ def dip_linear(
 
     Source: arXiv 2506.04690.
     """
-    if keep not in ("auto", "u", "x"):
-        raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
     num_samples = integer("num_samples", num_samples, 1)
     check_estimator(estimator, activation, num_samples, keep)
     check_tensors(x=x, weight=weight, sigma=sigma, seed=seed)
@@ -175,7 +173,15 @@ def dip_linear(
     if estimator != "sample" and (is_dtensor(x) or is_dtensor(weight)):
         raise ValueError(f"estimator: expected 'sample' for a DTensor, got {estimator!r}")
     if estimator == "analytic":
-        return _analytic(x, weight, bias, sigma, log_variance, activation, dtype)
+        if sigma.shape != x.shape[-1:]:
+            raise ValueError(
+                f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}"
+            )
+        if activation is None:
+            return F.linear(_perturb.without_noise(x, sigma), weight, bias)
+        _linear.check_weight(x, weight, dtype)
+        x = x.to(dtype or x.dtype)
+        return _expectation.linear(x, weight, bias, sigma, log_variance, activation)
     draw = asked_for(-1, row0, col0, sample, 1.0, log_variance)
     if estimator == "mean" and activation is not None and num_samples > 1:
         return _linear.mean(x, weight, bias, sigma, seed, draw, num_samples, activation, dtype)
@@ -208,8 +214,15 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return _expectation.expected(mu, v, activation)
 
 
+def check_keep(keep: str) -> None:
+    """Raise ValueError for what backward cannot keep."""
+    if keep not in ("auto", "u", "x"):
+        raise ValueError(f"keep: expected 'auto', 'u' or 'x', got {keep!r}")
+
+
 def check_estimator(estimator: str, activation: str | None, num_samples: int, keep: str) -> None:
     """Raise ValueError for what `dip_linear` does not take, alone or together."""
+    check_keep(keep)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(
             f"activation: expected None or one of {tuple(ACTIVATIONS)}, got {activation!r}"
@@ -239,27 +252,6 @@ def check_sigma(sigma: Tensor) -> None:
         raise ValueError(
             f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}"
         )
-
-
-def _analytic(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    log_variance: bool,
-    activation: str | None,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    if sigma.shape != x.shape[-1:]:
-        raise ValueError(
-            f"sigma: expected shape (K,) = {tuple(x.shape[-1:])}, got {tuple(sigma.shape)}"
-        )
-    if activation is None:
-        return F.linear(_perturb.without_noise(x, sigma), weight, bias)
-    _linear.check_weight(x, weight, dtype)
-    return _expectation.linear(
-        x.to(dtype or x.dtype), weight, bias, sigma, log_variance, activation
-    )
 
 
 for _name in ("noise", "perturb", "dip_linear", "expectation"):

@@ -163,7 +163,7 @@ class Twice(nn.Module):
             nn.ModuleList([nn.Linear(8, 8)]),
         )
         self.taken = Router()
-        self.taken.keep = 3
+        self.taken.share = 3
 
     def forward(self, x):
         self.a(self.ids(torch.zeros(3, dtype=torch.long)))
@@ -211,7 +211,7 @@ class Wide(nn.Module):
             {"before": ["ids"], "batches": [X]},
             r"before: expected a floating tensor .*'ids', got torch.int64",
         ),
-        (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['keep'\] of its own"),
+        (Twice(), {"before": ["taken"], "batches": [X]}, r"before: .*\['share'\] of its own"),
         (
             Wide(),
             {"before": ["any"], "batches": [X]},

@@ -24,7 +24,7 @@ class Shifted(nn.Module):
 
 def twin():
     layer = twin_type(Shifted)()
-    layer._set_up(4, 0.01, 1, "auto", "cpu")
+    layer._set_up(4, 0.01, 1, "cpu")
     return layer
 
 

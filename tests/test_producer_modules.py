@@ -36,18 +36,14 @@ def gemma(**options):
     """The twin of another package's class, as convert makes it."""
     module = Gemma()
     module.__class__ = made_type(NormProducer, Gemma, kind="rms", offset=1.0, eps_name="epsilon")
-    module._set_up(
-        K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None
-    )
+    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), None)
     return module
 
 
 def relu_in_place(**options):
     module = nn.ReLU(inplace=True)
     module.__class__ = made_type(ActivationProducer, nn.ReLU, kind="relu", feature_dim=-3)
-    module._set_up(
-        K, options.get("init_variance", 0.01), options.get("num_samples", 1), "auto", None
-    )
+    module._set_up(K, options.get("init_variance", 0.01), options.get("num_samples", 1), None)
     return module
 
 

@@ -38,7 +38,7 @@ class Everything(nn.Module):
         self.conv, self.norm = dip.DIPConv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.attention = dip.DIPMultiheadAttention(4, 2, batch_first=True)
         self.twin = twin_type(Scaled)()
-        self.twin._set_up(4, 0.01, 1, "auto", "cpu")
+        self.twin._set_up(4, 0.01, 1, "cpu")
         self.mean = dip.DIPLinear(4, 6, num_samples=2, activation="gelu", estimator="mean")
         self.exact = dip.DIPLinear(6, 5, activation="relu", estimator="analytic")
         self.conv1d = dip.DIPConv1d(2, 3, 1)

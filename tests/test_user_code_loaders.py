@@ -98,7 +98,7 @@ def test_from_pretrained_gives_back_what_was_saved(tmp_path, how):
     assert all(
         (v.log_variance == -3).all() and v.log_variance.requires_grad for v in variances(again)
     )
-    assert [layer.stream.tolist() for layer in dip_layers(again).values()] == [
+    assert [layer._stream.tolist() for layer in dip_layers(again).values()] == [
         [0, i] for i in range(4)
     ]
     assert torch.equal(noise(again, IDS), noise(model, IDS))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import replicate_variance
+from ..functional import check_keep
 from ..nn.activation import GatedBlock
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
-from ..nn.layer import MAX_LAYERS, DIPLayer
+from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.numbering import dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
@@ -127,8 +128,7 @@ def convert(
     Source: arXiv 2506.04690. Which layers carry noise inside a transformer is not stated there.
     """
     check_place(place)
-    if keep not in DIPLinear._KEEPS:
-        raise ValueError(f"keep: expected one of {DIPLinear._KEEPS}, got {keep!r}")
+    check_keep(keep)
     batches = None if batches is None else listed(batches)  # before and place both run them
     choice = choose(model, types, filter, exclude, before)
     names, asked, matched = choice.names, choice.asked, choice.matched
@@ -137,14 +137,8 @@ def convert(
             "batches: expected None without before=[...] or place='producer', got batches that "
             "nothing reads"
         )
-    count = sum(
-        len(in_projections(m)) if type(m) is nn.MultiheadAttention else 1
-        for m in (*matched, *asked)
-    )
-    if count + len(dip_layers(model)) > MAX_LAYERS:
-        raise ValueError(f"model: expected at most {MAX_LAYERS} DIP layers, got {count} to convert")
     groups = _groups(choice, share)
-    plan, moves = _placed(model, choice, place, batches)
+    plan, moves = _placed(model, choice, batches) if place == "producer" else (None, [])
     moved = {layer for move in moves for layer in move.layers}
     groups = [[m for m in group if m not in moved] for group in groups]
     groups = [group for group in groups if len(group) > 1]
@@ -160,11 +154,14 @@ def convert(
     for module, producer in choice.noised.items():
         base_layer(module).__dict__[NOISED_BY] = producer
     for module in staying:
-        _become_dip(module, twin_of(module), variance_of[module], num_samples, keep)
+        _become_dip(module, twin_of(module), variance_of[module], num_samples)
     for move in moves:
         _become_producer(move, variance_of[move.producer], num_samples)
     for module, twin in twins.items():
-        _become_dip(module, twin, variance_of[module], num_samples, keep, features[module])
+        _become_dip(module, twin, variance_of[module], num_samples, features[module])
+    for module in (*staying, *twins):
+        if isinstance(module, DIPLinear):
+            module.keep = keep
     for group in groups:
         share_noise([module for module in group if isinstance(module, DIPLayer)])
     number_layers(model)
@@ -212,9 +209,7 @@ def producer_plan(
           moved  2 (GELU) -> 3
     """
     choice = choose(model, types, filter, exclude)
-    plan, _ = _placed(model, choice, "producer", batches)
-    assert plan is not None  # of this place there is one
-    return plan
+    return _placed(model, choice, batches)[0]
 
 
 def check_place(place: object) -> None:
@@ -310,11 +305,9 @@ def _groups(choice: Choice, share: Sequence[Sequence[str]]) -> list[list[nn.Modu
 
 
 def _placed(
-    model: nn.Module, choice: Choice, place: str, batches: Iterable[Any] | None
-) -> tuple[ProducerPlan | None, list[Move]]:
-    """The plan and its moves; none where every layer noises its own input."""
-    if place == "input":
-        return None, []
+    model: nn.Module, choice: Choice, batches: Iterable[Any] | None
+) -> tuple[ProducerPlan, list[Move]]:
+    """The plan of place="producer", and its moves."""
     if batches is None:
         raise ValueError(
             "batches: expected a batch, on which place='producer' sees who reads what, got None"
@@ -406,7 +399,6 @@ def _become_dip(
     twin: type[Any],
     init_variance: Any,
     num_samples: int,
-    keep: str,
     features: int | None = None,
     device: torch.device | None = None,
 ) -> None:
@@ -420,8 +412,7 @@ def _become_dip(
         if twin is DIPMultiheadAttention:
             module._set_up(init_variance, num_samples)
             return
-        keep = keep if isinstance(module, DIPLinear) else "auto"
-        module._set_up(features, init_variance, num_samples, keep, device or _device(module))
+        module._set_up(features, init_variance, num_samples, device or _device(module))
     except Exception:
         module.__class__ = plain
         raise
@@ -439,15 +430,13 @@ def _become_dip(
 
 def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
     """The move's module noises its output; the layers that read it are plain, and know it."""
-    _become_dip(
-        move.producer, move.twin, init_variance, num_samples, "auto", move.features, move.device
-    )
+    _become_dip(move.producer, move.twin, init_variance, num_samples, move.features, move.device)
     if move.block is not None:
         block, twin = move.block
         block.__class__ = twin
     for layer in move.layers:
         if isinstance(layer, nn.MultiheadAttention):  # its out-projection is noised all the same
-            _become_dip(layer, DIPMultiheadAttention, {}, num_samples, "auto")
+            _become_dip(layer, DIPMultiheadAttention, {}, num_samples)
         layer.__dict__[NOISED_BY] = move.name
 
 
@@ -533,11 +522,11 @@ def _stays_dip(module: nn.Module) -> str | None:
 
 
 def _become_plain(module: Any) -> None:
-    del module.variance, module.num_samples, module.keep
+    del module.variance, module.num_samples
     own = module.__dict__.get("forward")
     # the DIP class's, as accelerate leaves behind
     if getattr(own, "__func__", None) is type(module).forward:
         del module.forward
-    for name in ("share", "_number", "_stream", "_counted_in"):
+    for name in ("share", "keep", "_number", "_stream", "_counted_in"):
         module.__dict__.pop(name, None)
     module.__class__ = module.plain_type

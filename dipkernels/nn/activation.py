@@ -141,7 +141,7 @@ class DIPActivation(ActivationProducer, Activation):
                 if not k.startswith("_") and k != "training"
             }
         )
-        self._set_up(num_features, init_variance, num_samples, "auto", device)
+        self._set_up(num_features, init_variance, num_samples, device)
 
     feature_dim = DIM
 
@@ -192,7 +192,7 @@ class DIPGatedActivation(GateProducer, GatedActivation):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(num_features, kind, dim)
-        self._set_up(num_features, init_variance, num_samples, "auto", device)
+        self._set_up(num_features, init_variance, num_samples, device)
 
 
 # ---- a block that multiplies two branches --------------------------------------------------------

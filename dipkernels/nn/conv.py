@@ -22,7 +22,6 @@ class _DIPConv(DIPLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    _KEEPS = ("auto", "u")
 
     def __init__(  # all by name: torch.nn.utils.skip_init looks for device
         self,
@@ -40,12 +39,11 @@ class _DIPConv(DIPLayer):
         *,
         init_variance: float | Tensor = 0.01,
         num_samples: int = 1,
-        keep: str = "auto",
     ) -> None:
         window = (kernel_size, stride, padding, dilation, groups)
         super().__init__(in_channels, out_channels, *window, bias, padding_mode, device, dtype)
         own = device_of_variance(self.weight, device)
-        self._set_up(in_channels, init_variance, num_samples, keep, own)
+        self._set_up(in_channels, init_variance, num_samples, own)
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and (node := node_of(self, input)) is not None:
@@ -98,7 +96,6 @@ class DIPConv2d(_DIPConv, nn.Conv2d):
     Args:
         init_variance: sigma^2 to start from, a number > 0 or a tensor [in_channels].
         num_samples: As for DIPLinear.
-        keep: As for DIPLinear; "auto" or "u".
 
     Raises:
         ValueError, TypeError: A bad argument, which the message names.

@@ -41,12 +41,11 @@ class DIPInput(DIPLayer, nn.Module):
         dim: int = -1,
         init_variance: float | Tensor = 0.01,
         num_samples: int = 1,
-        keep: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.num_features, self.dim = num_features, integer("dim", dim)
-        self._set_up(num_features, init_variance, num_samples, keep, device)
+        self._set_up(num_features, init_variance, num_samples, device)
 
     feature_dim = DIM
 

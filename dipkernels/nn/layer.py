@@ -38,7 +38,6 @@ class DIPLayer(Mixin):
     """What the DIP layers share: the child `variance`, the number of its stream, and when there is
     noise."""
 
-    _KEEPS: tuple[str, ...] = ("auto",)
     feature_dim: int = -1  # of the input
     # true of what makes another layer's input and noises that: twin.Producer
     noises_output = False
@@ -54,15 +53,9 @@ class DIPLayer(Mixin):
         num_features: int,
         init_variance: float | Tensor,
         num_samples: int,
-        keep: str,
         device: Any,
     ) -> None:
         self.num_samples = integer("num_samples", num_samples, 1, MAX_SAMPLES)
-        if keep not in self._KEEPS:
-            raise ValueError(
-                f"keep: expected one of {self._KEEPS} for {type(self).__name__}, got {keep!r}"
-            )
-        self.keep = keep
         self.variance = Variance(num_features, init_variance, device)
         self.number = next(_NUMBERS) % MAX_LAYERS
 
@@ -141,20 +134,15 @@ class DIPLayer(Mixin):
         self.__dict__["_counted_in"] = model
         self._keep_stream()
 
-    @property
-    def stream(self) -> Tensor:
-        """int64 [2] = (0, number), made afresh on the variance's device."""
-        return torch.tensor([0, self._number], device=self.variance.log_variance.device)
-
     def _keep_stream(self) -> None:
-        # No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
+        # int64 [2] = (0, number). No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
         device = self.variance.log_variance.device
         self.__dict__["_stream"] = torch.tensor(
             [0, self._number], device="cpu" if device.type == "meta" else device
         )
 
     def _stream_on(self, device: torch.device) -> Tensor:
-        """`stream` on this device, without a copy from the host."""
+        """The stream on this device, without a copy from the host."""
         kept: Tensor = self._stream
         if kept.device == device:
             return kept

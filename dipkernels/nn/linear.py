@@ -46,8 +46,6 @@ class DIPLinear(DIPLayer, nn.Linear):
     Source: arXiv 2506.04690, u ~ N(v, diag(lambda)).
     """
 
-    _KEEPS = ("auto", "u", "x")
-
     def __init__(
         self,
         in_features: int,
@@ -63,14 +61,15 @@ class DIPLinear(DIPLayer, nn.Linear):
         estimator: str = "sample",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._set_up(
-            in_features, init_variance, num_samples, keep, device_of_variance(self.weight, device)
-        )
+        own = device_of_variance(self.weight, device)
+        self._set_up(in_features, init_variance, num_samples, own)
         functional.check_estimator(estimator, activation, num_samples, keep)
-        self.activation, self.estimator = activation, estimator
+        self.keep, self.activation, self.estimator = keep, activation, estimator
 
     plain_type = nn.Linear
-    activation: str | None = None  # of a converted layer too
+    # of a converted layer too
+    keep = "auto"
+    activation: str | None = None
     estimator = "sample"
 
     def forward(self, input: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class NormProducer(Producer):
             )
         weight: Any = self.weight
         own = device_of_variance(weight, device)
-        self._set_up(shape[0], init_variance, num_samples, "auto", own)
+        self._set_up(shape[0], init_variance, num_samples, own)
 
 
 class DIPLayerNorm(NormProducer, nn.LayerNorm):

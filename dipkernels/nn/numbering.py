@@ -44,13 +44,11 @@ def number_layers(model: nn.Module) -> nn.Module:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
     under fixed_noise.
 
-    `convert` calls this. Call it yourself in two cases. First, for a model built by hand: otherwise
-    its noise depends on what was built before it. Second, for a model joined from models that were
-    converted apart, or from deep-copied layers: otherwise layers have the same noise. `predict` and
-    `trajectories` warn of equal numbers; under fixed_noise so do models that were converted apart.
-    A copy that is called by itself draws its original's noise. If a layer is added, those after it
-    get other numbers. Layers that share one draw have one number; if the one that owns their
-    variance has left the model, the next one owns it.
+    `convert` calls this. Call it yourself for a model built by hand, whose noise otherwise depends
+    on what was built before it, and for a model joined from models that were converted apart, or
+    from deep-copied layers, which otherwise have the same noise (docs/guides/reproducibility.md).
+    Layers that share one draw have one number; if the one that owns their variance has left the
+    model, the next one owns it.
 
     Args:
         model: Any module.
