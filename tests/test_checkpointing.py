@@ -4,6 +4,7 @@ other noise in silence."""
 import copy
 import functools
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -56,8 +57,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch):
-    monkeypatch.setattr(guards, "_first_draws", set())
-    monkeypatch.setattr(guards, "_earlier_draws", set())
+    monkeypatch.setattr(guards, "_first_draws", OrderedDict())
 
 
 @pytest.fixture
@@ -197,16 +197,7 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
     monkeypatch.setattr(guards, "_MAX_DRAWS", 8)
     for _ in range(20):
         checkpoint(block, x, use_reentrant=False).sum().backward()
-        assert len(guards._first_draws) + len(guards._earlier_draws) <= 8
-    assert len(guards._earlier_draws) == 4
-
-
-def test_draws_of_earlier_blocks_are_still_known(block, x, monkeypatch):
-    monkeypatch.setattr(guards, "_MAX_DRAWS", 2 * len(dip.summary(block)))
-    checkpoint(
-        block, checkpoint(block, x, use_reentrant=False), use_reentrant=False
-    ).sum().backward()
-    assert guards._first_draws and guards._earlier_draws
+    assert len(guards._first_draws) == 8
 
 
 # ---- under torch.compile -------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -13,11 +14,9 @@ from .. import worlds
 from . import contexts
 
 # ---- noise that would be drawn twice: checkpointing, and torch.compile's partitioner -------------
-# Of blocks that a backward pass may compute again: the newest, and those before, dropped when the
-# newest are as many.
-_first_draws: set[tuple[Any, ...]] = set()
-_earlier_draws: set[tuple[Any, ...]] = set()
-_MAX_DRAWS = 2**16  # of both
+# Of blocks that a backward pass may compute again, the newest _MAX_DRAWS, in their order.
+_first_draws: OrderedDict[tuple[Any, ...], None] = OrderedDict()
+_MAX_DRAWS = 2**16
 _in_backward = torch._C._current_graph_task_id  # -1 outside a backward pass
 _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -25,17 +24,17 @@ _saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 def watch_checkpoint(seed: Tensor) -> None:
     """Raise RuntimeError where a checkpointed block, computed again, draws other noise than at
     first."""
-    global _first_draws, _earlier_draws
     if _in_backward() == -1 and torch.is_grad_enabled() and _saved_tensor_hooks(False) is None:
         return  # no checkpointed block's first forward
     if _in_backward() == -1:
         if (mark := _mark_of(seed)) is not None:
-            if len(_first_draws) >= _MAX_DRAWS // 2:
-                _first_draws, _earlier_draws = set(), _first_draws
-            _first_draws.add(mark)
+            _first_draws[mark] = None
+            _first_draws.move_to_end(mark)
+            if len(_first_draws) > _MAX_DRAWS:
+                _first_draws.popitem(last=False)
         return
     mark = _mark_of(seed) if _first_draws else None
-    if mark is None or mark in _first_draws or mark in _earlier_draws:
+    if mark is None or mark in _first_draws:
         return
     what = "draws a seed"
     if contexts.KEY is not None:
