@@ -1,5 +1,5 @@
 """What an argument may be that is a number: one rule, one error and one form of words at every
-door."""
+door; and what came, in words."""
 
 from __future__ import annotations
 
@@ -95,6 +95,13 @@ def real(
     allowed = " and".join(f" {sign} {bound}" for sign, bound in bounds if bound is not None)
     kind = ValueError if known else TypeError
     raise kind(f"{name}: expected a finite number{allowed}{other}, got {value!r}")
+
+
+def described(value: object) -> str:
+    """What came, in an error: a tensor's dtype and shape, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _is_number(value: Any) -> bool:

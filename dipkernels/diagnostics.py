@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .arguments import integer, real
+from .arguments import described, integer, real
 from .models.probe import eval_mode
 from .models.spreads import measured_spreads
 from .nn.numbering import dip_layers, require_module
@@ -248,9 +248,9 @@ def _like(per_example: Tensor, v: Tensor) -> Tensor:
 
 def _loss_sum(losses: Tensor, batch: int) -> Tensor:
     if not isinstance(losses, Tensor) or losses.shape not in ((), (batch,)):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_fn: expected one loss for each example, [{batch}], or their sum, got {got}"
+            f"loss_fn: expected one loss for each example, [{batch}], or their sum, got "
+            f"{described(losses)}"
         )
     return losses.sum()
 

@@ -104,7 +104,7 @@ UNSEEN = (
     r"fixed_noise\(key, row0\) = ", r"generator state ", r"gradients of|numbers of", r"it runs on CUDA tensors|it runs on CPU tensors",
     r"unset DIPKERNELS_BACKEND", rf"{HOLE} and (newer|PTX)", r"pip install --no-build", rf"{HOLE}, (dim|init_variance)=", rf"{HOLE} \({HOLE}\)$", rf"{HOLE}, {HOLE}, dim=",
     rf"{HOLE} on {HOLE}: as the reference", rf"{HOLE}: {HOLE}$", rf"{HOLE}, which does not load", rf"\[{HOLE} \.\.", r"\s",
-    rf"{HOLE}\n", rf"{HOLE} of {HOLE}$", rf"{HOLE} -> {HOLE}",
+    rf"{HOLE}\n", rf"{HOLE} of {HOLE}$", rf"{HOLE} -> {HOLE}", rf"{HOLE} {HOLE}$",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..arguments import described
 from ..nn.numbering import dip_layers
 from ..nn.twin import first_parameter
 from ..noise import contexts
@@ -226,10 +227,9 @@ def probed(
 
 def _features(name: str, dim: int, x: object, before: int | None) -> int:
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"before: expected a floating tensor as the first argument of {name!r}, got {got}; "
-            "put the noise before the module that reads its output"
+            f"before: expected a floating tensor as the first argument of {name!r}, got "
+            f"{described(x)}; put the noise before the module that reads its output"
         )
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(

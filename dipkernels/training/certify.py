@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer, real
+from ..arguments import described, integer, real
 from ..models.probe import eval_mode, for_each, input_of, run_batch, watch
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
@@ -37,9 +37,9 @@ class Certificate:
             ValueError: target is not one class for each example.
         """
         if not isinstance(target, Tensor) or target.shape != self.classes.shape:
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
             raise ValueError(
-                f"target: expected a tensor of shape {tuple(self.classes.shape)}, got {got}"
+                f"target: expected a tensor of shape {tuple(self.classes.shape)}, got "
+                f"{described(target)}"
             )
         sure = (self.classes == target.to(self.classes.device)) & (self.radius >= radius)
         return sure.double().mean().item()
@@ -95,8 +95,7 @@ def certify(
     sigma = _input_sigma(model, x)
     votes = predict(model, x, k=k0 + k, average=None, chunk=chunk)
     if not isinstance(votes, Tensor) or votes.ndim != 3:
-        got = tuple(votes.shape) if isinstance(votes, Tensor) else type(votes).__name__
-        raise ValueError(f"model: expected logits [B, C] for each pass, got {got}")
+        raise ValueError(f"model: expected logits [B, C] for each pass, got {described(votes)}")
     if bool(votes.isnan().any()):  # argmax would take it for the surest class
         raise ValueError("model: expected logits that are numbers, got NaN for noisy inputs")
     votes = votes.argmax(-1)  # [k0 + k, B]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import real
+from ..arguments import described, real
 from ..nn.numbering import require_module
 from ..nn.variance import Variance
 from ..ops.dtensor import full, laid_out_as
@@ -82,13 +82,9 @@ def kl_penalty(model: nn.Module, kl: float = KL) -> Tensor:
         0.0
     """
     kl = real("kl", kl, least=0)
-    rows = _variances(model)
-    return kl * _sum((w * _divergence(values - prior)).sum() for values, prior, w in rows)
-
-
-def _divergence(ratio: Tensor) -> Tensor:
-    """KL(N(0, lambda) || N(0, gamma)) of each feature by ratio = ln(lambda / gamma)."""
-    return (ratio.expm1() - ratio) / 2
+    # r = ln(lambda / gamma) of each feature
+    ratios = ((values - prior, weight) for values, prior, weight in _variances(model))
+    return kl * _sum((weight * (r.expm1() - r) / 2).sum() for r, weight in ratios)
 
 
 def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
@@ -145,11 +141,9 @@ def objective(
 ) -> Tensor:
     """mean_s loss_fn(out[s], target) + kl * KL(variances || prior) + lambda_s * Var_s[out].
 
-    The KL term is that of `kl_penalty`: summed over layers, averaged over a layer's features. alpha
-    and beta weigh the paper's form of it, `penalty`: alpha * sum lambda - beta * sum ln lambda.
+    The KL term is that of `kl_penalty`; alpha and beta weigh the paper's form of it, `penalty`.
     Var_s is the unbiased variance over the m trajectories. It is summed over the last dimension if
-    out has three or more, and averaged over the others (the paper does not state it; this is the
-    project's choice).
+    out has three or more, and averaged over the others (the project's choice).
 
     Args:
         out: [m, B, ...], from `trajectories`.
@@ -219,9 +213,7 @@ def objective(
         )
     losses = [loss_fn(trajectory, target) for trajectory in out]
     if not isinstance(losses[0], Tensor) or losses[0].ndim != 0:
-        loss: object = losses[0]
-        got = str(tuple(loss.shape)) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn: expected a scalar tensor, got {got}")
+        raise ValueError(f"loss_fn: expected a scalar tensor, got {described(losses[0])}")
     total = torch.stack(losses).mean()
     if model is not None and kl > 0:
         total = total + kl_penalty(model, kl).to(total.device)
@@ -243,10 +235,10 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
     """mean_s |out_s - target| - 1/2 mean_{s != t} |out_s - out_t|, averaged over the batch.
 
     A loss for regression, in place of the mean squared one of `objective`: it is least where the
-    trajectories are draws from the distribution of the target. So the network learns the whole
-    distribution, and `predict(model, x, k=..., average=None)` draws from it. Of one number for each
-    example it is the CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the
-    whole spread, `calibrate(model, batches, ratio=1)`: with less noise it extrapolates worse.
+    trajectories are draws from the distribution of the target, from which
+    `predict(model, x, k=..., average=None)` then draws. Of one number for each example it is the
+    CRPS. Add `kl_penalty(model)` for the pull to the prior, and start at the whole spread,
+    `calibrate(model, batches, ratio=1)`.
 
     Args:
         out: [m, B, ...], m >= 2, from `trajectories`.
@@ -270,8 +262,7 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
     """
     for name, value in (("out", out), ("target", target)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a floating tensor, got {got}")
+            raise TypeError(f"{name}: expected a floating tensor, got {described(value)}")
     if out.ndim < 2 or len(out) < 2:
         raise ValueError(
             f"out: expected [m, B, ...] with m >= 2 trajectories, got shape {tuple(out.shape)}"

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..arguments import described, integer
 from ..models.check import require_finite
 from ..models.probe import eval_mode
 from ..nn.numbering import dip_layers, warn_of_equal_numbers
@@ -70,11 +70,9 @@ def predict(
         chunk: How many passes run at a time, >= 1, by default 1. They are folded into the batch as
             in `trajectories`, so leave it at 1 for a model that compares the examples of its batch.
             Memory grows with chunk, not with k.
-        method: "sample", or "analytic": one deterministic pass in which every activation behind a
-            DIPLinear is replaced by its exact expectation over that layer's noise. It costs as much
-            as k = 0; k and chunk do not apply. Each layer reads the mean of the one before. This
-            approximates Algorithm 2, and is neither it nor Algorithm 3. It is for MLPs and
-            transformer blocks of linear layers.
+        method: "sample", or "analytic", for MLPs and transformer blocks of linear layers: one
+            deterministic pass in which every activation behind a DIPLinear is replaced by its exact
+            expectation over that layer's noise (docs/maths.md, section 7); without k and chunk.
         dim: The dimension of the classes, for "probs". By default it is the last one, if the output
             is [B, K] or [B, T, K]. With more dimensions it must be given, such as 1 for a map [B,
             K, H, W].
@@ -224,5 +222,4 @@ def _class_dim(shape: tuple[int, ...], dim: int | None) -> int:
 def _kind(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{type(value).__name__} of {list(value)}"
-    is_tensor = isinstance(value, Tensor)
-    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__
+    return described(value)
