@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -89,29 +90,19 @@ class _KeepsVariances(_Mixin):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, (self._dip_plain,), self.__getstate__()  # type: ignore[no-untyped-call]
 
-    def save_pretrained(
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None,
-        **options: Any,
-    ) -> None:
-        asked = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
+    def save_pretrained(self, save_directory: str, *args: Any, **options: Any) -> None:
+        asked = inspect.signature(super().save_pretrained).bind(save_directory, *args, **options)
+        asked.apply_defaults()
         with noise_off():  # what a prompt encoder makes is computed here, in whatever mode it is
-            super().save_pretrained(
-                save_directory, *asked, path_initial_model_for_weight_conversion, **options
-            )
+            super().save_pretrained(save_directory, *args, **options)
         if not dip_layers(self):
             return
-        own = variances(self)
-        for name in self.peft_config if selected_adapters is None else selected_adapters:
+        own, selected = variances(self), asked.arguments["selected_adapters"]
+        for name in self.peft_config if selected is None else selected:
             folder = Path(save_directory) / name if name != "default" else Path(save_directory)
             # What PEFT adds by itself, as a weighted adapter, has those of the moment.
             state = self.__dict__[_WAITING].get(name, own)
-            save_state(require_config(self), state, folder, is_main_process)
+            save_state(require_config(self), state, folder, asked.arguments["is_main_process"])
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
         if not dip_layers(self):
