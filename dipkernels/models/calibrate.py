@@ -59,16 +59,11 @@ def calibrate(
 
     per="layer": one sigma for all features of a layer, sigma = ratio * the root mean square of the
     spreads (standard deviations) of its input features. per="feature": sigma_j = ratio * the spread
-    of feature j itself. Then features that vary little get little noise, and attacks use them
-    (docs/guides/variance.md).
+    of feature j itself.
 
-    If the first layer that the batches reach sees only n < 64 values of an example, the pull to the
-    prior is p = n / 64 in every layer, and nearer to 1 where the values say the same
-    (docs/maths.md, section 8). Unless a ratio or a start is given, every sigma then starts at
-    sqrt(p) times its prior's. An image has channels x height x width values, a sequence length x
-    features, a row of a table its features. Leave a layer out, `convert(exclude=[...])`, that reads
-    a single value, such as a time step, before others read an image. In a model of L > 4 DIP layers
-    the pull is 4 / L times that, because the cost of their noise adds up.
+    Where the first layer that the batches reach sees fewer than 64 values of an example, and in a
+    model of more than 4 DIP layers, the pull to the prior is weaker, and in the first case sigma
+    starts below the prior's unless a ratio or a start is given (docs/guides/variance.md).
 
     Args:
         model: a model with DIP layers. It is run in eval mode without noise; each module's mode is
@@ -79,16 +74,12 @@ def calibrate(
             batch is a tensor, a mapping (passed as keywords), or a list or tuple whose first
             element is the input; the last two kinds inside an iterable, `[(x, y)]`.
         ratio: > 0, sigma over spread, of the prior and at the start. None: 1, and 0.1 where a batch
-            holds tokens (int32 or int64, a mapping's "input_ids" or "inputs_embeds"), because noise
-            as large as the signal hides them; the start is less where an example has few values.
+            holds tokens (int32 or int64, a mapping's "input_ids" or "inputs_embeds").
         per: "layer" or "feature".
         start: > 0, sigma at the start over its prior's. None: 1, less where an example has few
-            values. 0.3 lets a network learn before the noise has grown: for Adam and its kin with a
-            learning rate that falls. By SGD the variances of wide layers hardly move, so the noise
-            stays where it starts (docs/results_defaults.md).
-        floor: > 0, for per="feature": the least spread that a feature is given, as a multiple of
-            the root mean square spread of its layer. It matters for features that hardly vary, such
-            as blank pixels.
+            values. 0.3 lets a network learn before the noise has grown: for Adam and its kin.
+        floor: > 0, for per="feature": the least spread that a feature is given, such as a blank
+            pixel, as a multiple of the root mean square spread of its layer.
 
     Returns:
         The `summary`.
