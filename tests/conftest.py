@@ -13,6 +13,7 @@ import tempfile
 import pytest
 import torch
 from capability_support import OFFERED
+from ranks_support import Ranks
 from seeding import SEED, seeded  # noqa: F401
 
 from dipkernels.backends import CAPABILITIES, cpu_capability
@@ -73,3 +74,22 @@ def capability(request):
     cpu_capability(request.param)
     yield request.param
     cpu_capability(before)
+
+
+def _pool(world):
+    if not torch.distributed.is_available():
+        pytest.skip("torch was built without distributed")
+    pool = Ranks(world)
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Two processes, for the tests of a file."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    yield from _pool(4)

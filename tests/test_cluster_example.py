@@ -11,20 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks_support import Ranks
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
 )
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.stop()
 
 
 def configuration():

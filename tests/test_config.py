@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
@@ -335,15 +334,8 @@ def check_sharded(rank, world, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_a_sharded_model_saves_whole_variances_and_loads_them(tmp_path):
-    ranks = Ranks(2)
-    try:
-        assert ranks.run(check_sharded, str(tmp_path)) == [True, True]
-    finally:
-        ranks.stop()
+def test_a_sharded_model_saves_whole_variances_and_loads_them(ranks, tmp_path):
+    assert ranks.run(check_sharded, str(tmp_path)) == [True, True]
     whole = dip.load(net(), tmp_path)
     assert dip.variances(whole)["up.variance.log_variance"].shape == (8,)
 

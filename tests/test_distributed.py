@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
@@ -21,20 +20,6 @@ from dipkernels.worlds import is_dtensor
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
 )
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.stop()
 
 
 def _last_fails(rank, world):
@@ -420,7 +405,7 @@ def check_meta_and_state(rank, world, folder):
         if hasattr(m, "reset_parameters"):
             m.reset_parameters()
     for number, layer in enumerate(m for m in model.modules() if isinstance(m, DIPLinear)):
-        assert layer.stream.tolist() == [0, number]
+        assert layer._stream.tolist() == [0, number]
         wanted = layer.variance.init_variance
         torch.testing.assert_close(
             layer.variance.sigma.square(),

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,15 +87,8 @@ def check_train(rank, world, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
-    ranks = Ranks(2)
-    try:
-        first, second = ranks.run(check_train, str(tmp_path))
-    finally:
-        ranks.stop()
+def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
+    first, second = ranks.run(check_train, str(tmp_path))
     same(first, second)
     same(trained(16)[1].state_dict(), first, rtol=1e-4, atol=1e-6)
     same(

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -400,15 +399,8 @@ def check_train(rank, world, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
-    ranks = Ranks(2)
-    try:
-        (world, first), (_, second) = ranks.run(check_train, str(tmp_path))
-    finally:
-        ranks.stop()
+def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
+    (world, first), (_, second) = ranks.run(check_train, str(tmp_path))
     assert world == 2
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     # One process with the same examples in the same places.

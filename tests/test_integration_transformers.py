@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE
@@ -655,15 +654,8 @@ def check_train(rank, world, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
-    ranks = Ranks(2)
-    try:
-        (start, first, logged), (other, second, _) = ranks.run(check_train, str(tmp_path))
-    finally:
-        ranks.stop()
+def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
+    (start, first, logged), (other, second, _) = ranks.run(check_train, str(tmp_path))
     assert all(torch.equal(v, other[n]) for n, v in start.items())  # of one calibration
     assert all(torch.equal(v, second[n]) for n, v in first.items())
     args = arguments(tmp_path / "one", optim="sgd", learning_rate=0.1, max_grad_norm=0)

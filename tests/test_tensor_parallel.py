@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks_support import Ranks
 from torch import nn
 
 import dipkernels as dip
@@ -23,20 +22,6 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
 )
 SEED = torch.tensor([0x0123456789ABCDEF, 7])
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.stop()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.stop()
 
 
 def mesh_of(world, shape=None, names=None):
@@ -233,7 +218,7 @@ def check_styles(rank, world, sequence):
     again = number_layers(
         parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence).to(torch.float64)
     )
-    assert again.up.log_variance.dtype is torch.float64 and again.down.stream.tolist() == [0, 1]
+    assert again.up.log_variance.dtype is torch.float64 and again.down._stream.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("sequence", [False, True])
