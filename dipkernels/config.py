@@ -273,6 +273,7 @@ def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = N
 
 def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> None:
     """The first half of `apply`: what the model remembers, too."""
+    require_order(model)
     names = [name for name, _ in model.named_modules()]
     include = Patterns("include", config.include)
     include.all(*names)
