@@ -19,7 +19,6 @@ mov.u32 %r3, s; add.s32 %r4, %r3, %r2; xor.b32 %r5, %r4, 4; setp.lt.u32 %p1, %r1
 # test_ptx_matrices.py.
 RUN_THERE = {
     "ld",
-    "ldu",
     "st",
     "mov",
     "cvta",
@@ -29,10 +28,8 @@ RUN_THERE = {
     "bar",
     "barrier",
     "shfl",
-    "vote",
-    "activemask",
 }
-RUN_THERE |= {"match", "redux", "ldmatrix", "stmatrix", "mma", "wgmma"}
+RUN_THERE |= {"ldmatrix", "stmatrix", "mma", "wgmma"}
 NEIGHBOUR = "st.shared.u32 [%r4], %r1; {} ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd3], %r6;"
 STORE = "st.global.u32 [%rd3], %r8;"
 
@@ -90,7 +87,7 @@ def test_moves_take_words_apart():
 
 @pytest.mark.parametrize(
     "load",
-    ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32", "ldu.global.u32"],
+    ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32"],
 )
 def test_loads_and_stores(load):
     assert run(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", start=1).tolist() == [
@@ -157,15 +154,12 @@ def test_shuffles():
         ], how
 
 
-def test_shuffles_and_votes_of_a_part_of_a_warp():
+def test_shuffles_of_a_part_of_a_warp():
     part = "setp.lt.u32 %p4, %r1, 8; mov.u32 %r8, 99; @!%p4 bra A; {} A: " + STORE
     body = part.format("shfl.sync.idx.b32 %r8, %r1, 3, 31, 255;")
     assert run(body).tolist() == [3] * 8 + [99] * 56
-    assert run(part.format("vote.sync.ballot.b32 %r8, %p2, 255;")).tolist() == [32] * 8 + [99] * 56
     with pytest.raises(PTXError, match="not the one it names"):
         run(part.format("shfl.sync.idx.b32 %r8, %r1, 3, 31, 511;"))
-    with pytest.raises(PTXError, match="not the one it names"):
-        run(part.format("vote.sync.any.pred %p3, %p2, -1;"))
     with pytest.raises(PTXError, match="does not take part"):
         run(part.format("shfl.sync.idx.b32 %r8, %r1, 9, 31, 255;"))
     # The block's own end is no part: a warp of eight threads names all of itself with -1.
@@ -173,38 +167,6 @@ def test_shuffles_and_votes_of_a_part_of_a_warp():
         run("shfl.sync.idx.b32 %r8, %r1, 3, 31, -1;" + STORE, threads=8, size=32).tolist()
         == [3] * 8
     )
-
-
-def test_votes_and_matches():
-    for how, want in (("any", [1, 0]), ("all", [0, 0]), ("uni", [0, 1])):
-        body = f"vote.sync.{how}.pred %p3, %p2, -1; selp.u32 %r8, 1, 0, %p3;"
-        assert run(body + STORE).tolist() == [want[i // 32] for i in range(64)]
-    body = "vote.sync.all.pred %p3, !%p2, -1; selp.u32 %r8, 1, 0, %p3;"
-    assert run(body + STORE).tolist() == [0] * 32 + [1] * 32
-    assert run("vote.sync.ballot.b32 %r8, %p2, -1;" + STORE).tolist() == [32] * 32 + [0] * 32
-    assert run("and.b32 %r7, %r1, 3; match.any.sync.b32 %r8, %r7, -1;" + STORE).tolist() == [
-        0x11111111 << i % 4 for i in range(64)
-    ]
-    body = "shr.u32 %r7, %r1, 5; @%p2 mov.u32 %r7, 9; match.all.sync.b32 %r8|%p3, %r7, -1; @%p3 sub.u32 %r8, %r8, 1;"
-    assert run(body + STORE).tolist() == [0] * 32 + [0xFFFFFFFE] * 32
-    body = "mov.u32 %r8, 0; @%p2 bra A; activemask.b32 %r8; A: "
-    assert run(body + STORE).tolist() == [
-        0 if i == 5 else (0xFFFFFFFF ^ 32 if i < 32 else 0xFFFFFFFF) for i in range(64)
-    ]
-
-
-@pytest.mark.parametrize(
-    "how, kind, function",
-    [
-        ("add", "u32", sum),
-        ("min", "s32", min),
-        ("max", "u32", max),
-        ("or", "b32", lambda v: int(np.bitwise_or.reduce(v))),
-    ],
-)
-def test_reductions_of_a_warp(how, kind, function):
-    want = [function(list(range(32)))] * 32 + [function(list(range(32, 64)))] * 32
-    assert run(f"redux.sync.{how}.{kind} %r8, %r1, -1;" + STORE).tolist() == want
 
 
 def test_reductions_at_a_barrier():

@@ -284,10 +284,6 @@ SPECIAL = np.array(
 )
 APPROXIMATE = {
     "ex2": np.exp2,
-    "lg2": np.log2,
-    "sin": np.sin,
-    "cos": np.cos,
-    "tanh": np.tanh,
     "rcp": lambda x: 1 / x,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x),
@@ -298,14 +294,8 @@ APPROXIMATE = {
 def test_approximations_stay_within_the_manuals_bounds(name):
     x = (rng().random(4096) * 6 + 0.01).astype(np.float32)
     exact = APPROXIMATE[name](x.astype(float))
-    kind, size = BOUNDS[name]
-    scale = (
-        np.abs(exact)
-        if kind == "relative"
-        else np.maximum(1, np.abs(exact))
-        if name == "lg2"
-        else 1
-    )
+    size = BOUNDS[name]
+    scale = np.abs(exact)
     nearest = evaluate(f"{name}.approx.ftz.f32", "f32", ("f32", x))
     assert (nearest == exact.astype(np.float32)).all()
     worst = 0.0
@@ -377,9 +367,6 @@ def test_signs_and_extremes_of_floats(kind):
                 assert math.isnan(z)
             else:
                 assert z == function(x) and math.copysign(1, z) == math.copysign(1, function(x))
-    if kind in ("f32", "f64"):
-        got = evaluate(f"copysign.{kind}", kind, *pair)
-        assert (np.signbit(got) == np.signbit(pair[0][1])).all()
 
 
 # ---- integers
@@ -416,7 +403,6 @@ def test_integer_arithmetic(kind):
         "min": [min(p, q) for p, q in zip(x, y)],
         "max": [max(p, q) for p, q in zip(x, y)],
         "div": [-1 if q == 0 else int(Fraction(p, q)) for p, q in zip(x, y)],
-        "rem": [p if q == 0 else p - q * int(Fraction(p, q)) for p, q in zip(x, y)],
     }
     for name, values in want.items():
         assert np.array_equal(
@@ -463,39 +449,21 @@ def test_logic_and_shifts(bits):
     assert evaluate(f"shl.{kind}", kind, pair[0], immediates=("3",)).tolist() == [
         (p << 3) % 2**bits for p in x
     ]
-    if bits > 16:
-        assert evaluate(f"popc.{kind}", "u32", pair[0]).tolist() == [p.bit_count() for p in x]
-        assert evaluate(f"clz.{kind}", "u32", pair[0]).tolist() == [
-            bits - p.bit_length() for p in x
-        ]
-        assert evaluate(f"brev.{kind}", kind, pair[0]).tolist() == [
-            int(f"{p:0{bits}b}"[::-1], 2) for p in x
-        ]
 
 
-def test_fields_bytes_and_tables():
+def test_fields_and_bytes():
     a, b, c = integers("u32", 3)
     x, y, z = ([int(v) for v in array] for array in (a, b, c))
     n = (np.arange(512) % 45).astype(np.uint32)
     length = np.roll(n, 7)
     wide = [q << 32 | p for p, q in zip(x, y)]
     pair = ("b32", a), ("b32", b)
-    for clamp in ("clamp", "wrap"):
-        m = [min(int(k), 32) if clamp == "clamp" else int(k) & 31 for k in n]
-        got = evaluate(f"shf.r.{clamp}.b32", "b32", *pair, ("u32", n))
-        assert got.tolist() == [w >> k & 0xFFFFFFFF for w, k in zip(wide, m)]
-        got = evaluate(f"shf.l.{clamp}.b32", "b32", *pair, ("u32", n))
-        assert got.tolist() == [w << k >> 32 & 0xFFFFFFFF for w, k in zip(wide, m)]
     for kind in ("u32", "s32"):
         got = evaluate(f"bfe.{kind}", "u32", ("u32", a), ("u32", n), ("u32", length))
         for v, p, k, g in zip(x, n, length, got):
             top = v >> min(int(p) + int(k) - 1, 31) & 1 if kind == "s32" and k else 0
             bits = [(v >> p + i & 1) if i < k and p + i < 32 else top for i in range(32)]
             assert int(g) == sum(int(bit) << i for i, bit in enumerate(bits))
-    got = evaluate("bfi.b32", "b32", *pair, ("u32", n), ("u32", length))
-    for v, w, p, k, g in zip(x, y, n, length, got):
-        mask = ((1 << int(k)) - 1 << int(p)) & 0xFFFFFFFF
-        assert int(g) == (w & ~mask) | (v << int(p) & mask)
     got = evaluate("prmt.b32", "b32", *pair, ("u32", c))
     for w, s, g in zip(wide, z, got):
         parts = []
@@ -504,14 +472,6 @@ def test_fields_bytes_and_tables():
             byte = w >> 8 * (nibble & 7) & 255
             parts.append((255 if byte & 128 else 0) if nibble & 8 else byte)
         assert int(g) == sum(byte << 8 * i for i, byte in enumerate(parts))
-    for table in (0x96, 0xE8, 0x01, 0x40):
-        got = evaluate("lop3.b32", "b32", *pair, ("b32", c), immediates=(hex(table),))
-        for p, q, r, g in zip(x, y, z, got):
-            want = sum(
-                (table >> ((p >> i & 1) << 2 | (q >> i & 1) << 1 | (r >> i & 1)) & 1) << i
-                for i in range(32)
-            )
-            assert int(g) == want
 
 
 # ---- conversions
@@ -731,7 +691,6 @@ def test_comparisons_flush_where_told():
         ("cvt.rn.satfinite.e4m3x2.f32", ("f32", "f32")),
         ("cvt.rn.relu.f16.f32", ("f32",)),
         ("ex2.approx.f16", ("f16",)),
-        ("lop3.or.b32", ("b32", "b32", "b32")),
     ],
 )
 def test_an_opcode_or_modifier_that_is_not_known_is_an_error(opcode, kinds):

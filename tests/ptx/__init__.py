@@ -13,7 +13,7 @@ error, never a wrong number.
 Beside the numbers it checks what a GPU would answer with wrong ones, or by hanging: bounds,
 alignment and permission of every access; shared memory that nobody wrote or that cp.async has not
 delivered; races in shared memory between two barriers; two threads storing different values to one
-address; barriers, shuffles, votes and matrix instructions by a part of those who must take part;
+address; barriers, shuffles and matrix instructions by a part of those who must take part;
 kernels that do not end; launches that no GPU takes.
 
 Integers, conversions, add, mul, fma, div.rn, rcp.rn and sqrt.rn are exact to the bit in every

@@ -5,17 +5,13 @@ import numpy as np
 from .kinds import f32, f64, u64
 from .rounding import ftz
 
-# (relative or absolute, the most)
+# The most, relative
 BOUNDS = {
-    "rsqrt": ("relative", 2**-22.9),
-    "sqrt": ("relative", 2**-23),
-    "rcp": ("relative", 2**-23),
-    "ex2": ("relative", 2**-22),
-    "lg2": ("absolute", 2**-22),  # of results beyond 1, relative
-    "sin": ("absolute", 2**-20.5),
-    "cos": ("absolute", 2**-20.5),
-    "div": ("relative", 2**-22),
-    "tanh": ("relative", 2**-11),
+    "rsqrt": 2**-22.9,
+    "sqrt": 2**-23,
+    "rcp": 2**-23,
+    "ex2": 2**-22,
+    "div": 2**-22,
 }
 
 
@@ -31,7 +27,7 @@ def approximate(name, exact, errors, flush):
     """
     exact = np.asarray(exact, f64)
     if errors:
-        kind, size = BOUNDS[name]
+        size = BOUNDS[name]
         salt = u64(errors * 0x9E3779B97F4A7C15 & (2**64 - 1))
         hashed = (exact.view(u64) ^ salt) * u64(0xD6E8FEB86659FD93)
         hashed = ((hashed >> u64(32)) * u64(0xD6E8FEB86659FD93)) >> u64(12)
@@ -39,10 +35,7 @@ def approximate(name, exact, errors, flush):
         special = ~np.isfinite(exact) | (exact == 0)
         if name == "ex2":  # of integers it is exact: libdevice builds on that
             special = special | (np.frexp(exact)[0] == 0.5)
-        scale = np.abs(exact) if kind == "relative" else 1.0
-        if name == "lg2":
-            scale = np.maximum(np.abs(exact), 1.0)
-        exact = np.where(special, exact, exact + size * scale)
+        exact = np.where(special, exact, exact + size * np.abs(exact))
     result = exact.astype(f32)
     return ftz(result) if flush else result
 

@@ -15,11 +15,6 @@ def quotient(a, b):
     return np.where(zero, ~np.zeros_like(q), q)
 
 
-def remainder(a, b):
-    zero = b == 0
-    return np.where(zero, a, a - quotient(a, np.where(zero, b.dtype.type(1), b)) * b)
-
-
 def high64(a, b):
     """The upper half of a 128-bit product, unsigned"""
     low = u64(0xFFFFFFFF)
@@ -49,14 +44,6 @@ def bit_field(a, position, length, signed):
     return np.where(negative, value | ~mask, value)
 
 
-def bit_insert(a, b, position, length):
-    """bfi.b32: the low bits of a into b"""
-    position, length = position & u32(255), length & u32(255)
-    mask = np.where(length >= 32, u32(0xFFFFFFFF), (u32(1) << np.minimum(length, u32(31))) - u32(1))
-    mask = np.where(position > 31, u32(0), mask << np.minimum(position, u32(31)))
-    return (b & ~mask) | ((a << np.minimum(position, u32(31))) & mask)
-
-
 def permute_bytes(a, b, selector):
     """prmt.b32"""
     both = (b.astype(u64) << u64(32)) | a.astype(u64)
@@ -69,24 +56,6 @@ def permute_bytes(a, b, selector):
     return result
 
 
-def logic3(a, b, c, table):
-    """lop3.b32 by its truth table"""
-    result = a & u32(0)
-    for i in range(8):
-        if table >> i & 1:
-            result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
-    return result
-
-
-def funnel(a, b, shift, right, clamp):
-    """shf: 32 bits of b:a"""
-    shift = np.minimum(shift, u32(32)) if clamp else shift & u32(31)
-    both = (b.astype(u64) << u64(32)) | a.astype(u64)
-    if right:
-        return (both >> shift.astype(u64)).astype(u32)
-    return ((both << shift.astype(u64)) >> u64(32)).astype(u32)
-
-
 def shift_left(a, n, bits):
     return np.where(n >= bits, a.dtype.type(0), a << np.minimum(n, u32(bits - 1)).astype(a.dtype))
 
@@ -94,24 +63,3 @@ def shift_left(a, n, bits):
 def shift_right(a, n, bits):
     limit = np.minimum(n, u32(bits - 1)).astype(a.dtype)
     return a >> limit if a.dtype.kind == "i" else np.where(n >= bits, a.dtype.type(0), a >> limit)
-
-
-def count_ones(a):
-    return np.bitwise_count(a).astype(u32)
-
-
-def leading_zeros(a):
-    bits = 8 * a.dtype.itemsize
-    for shift in (1, 2, 4, 8, 16, 32):
-        if shift < bits:
-            a = a | (a >> a.dtype.type(shift))
-    return u32(bits) - count_ones(a)
-
-
-def reversed_bits(a):
-    size = a.dtype.itemsize
-    masks = {1: 0x5555555555555555, 2: 0x3333333333333333, 4: 0x0F0F0F0F0F0F0F0F}
-    for shift, mask in masks.items():
-        n, m = a.dtype.type(shift), a.dtype.type(mask & (2 ** (8 * size) - 1))
-        a = ((a >> n) & m) | ((a & m) << n)
-    return a.byteswap()

@@ -45,10 +45,6 @@ class Kernel:
         self.functions: dict = {}
         self.count = 0
 
-    def with_body(self, text: str) -> Kernel:
-        parameters, directives, outside = self._written
-        return Kernel(self.name, parameters, directives, text, outside, self.variables)
-
     def parse(self) -> None:
         """Once; the blocks become functions when they are first run."""
         if self.body is None:

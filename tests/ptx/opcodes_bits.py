@@ -147,39 +147,15 @@ class BitOpcodes:
             return f"{a} {symbol} {self.constant(KINDS[kind](int(amount, 0)))}"
         return f"{function}({a}, {self.operand(amount, 'u32')}, {bits})"
 
-    def op_shf(self, parts, o):
-        a, b, n = (self.operand(v, "u32") for v in o[1:4])
-        assert parts[1] in "lr" and parts[2] in ("clamp", "wrap")
-        self.assign(o[0], f"funnel({a}, {b}, {n}, {parts[1] == 'r'}, {parts[2] == 'clamp'})")
-
     def op_bfe(self, parts, o):
         assert parts[1] in ("u32", "s32")
         a, position, length = (self.operand(v, "u32") for v in o[1:4])
         self.assign(o[0], f"bit_field({a}, {position}, {length}, {parts[1] == 's32'})")
 
-    def op_bfi(self, parts, o):
-        assert parts[1] == "b32"
-        a, b, position, length = (self.operand(v, "u32") for v in o[1:5])
-        self.assign(o[0], f"bit_insert({a}, {b}, {position}, {length})")
-
     def op_prmt(self, parts, o):
         assert parts == ["prmt", "b32"]
         a, b, selector = (self.operand(v, "u32") for v in o[1:4])
         self.assign(o[0], f"permute_bytes({a}, {b}, {selector})")
-
-    def op_lop3(self, parts, o):
-        assert parts == ["lop3", "b32"]
-        a, b, c = (self.operand(v, "u32") for v in o[1:4])
-        self.assign(o[0], f"logic3({a}, {b}, {c}, {int(o[4], 0)})")
-
-    def op_popc(self, parts, o):
-        self.assign(o[0], f"count_ones({self.operand(o[1], parts[1])})", "b32")
-
-    def op_clz(self, parts, o):
-        self.assign(o[0], f"leading_zeros({self.operand(o[1], parts[1])})", "b32")
-
-    def op_brev(self, parts, o):
-        self.assign(o[0], f"reversed_bits({self.operand(o[1], parts[1])})")
 
     # ---- comparisons
 

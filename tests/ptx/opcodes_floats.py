@@ -1,4 +1,4 @@
-"""Arithmetic: add to tanh, of integers and floats, each with one rounding."""
+"""Arithmetic: add to rcp, of integers and floats, each with one rounding."""
 
 from .kinds import FLOATS, PTXError, name_of, u16, u32
 
@@ -155,13 +155,6 @@ class FloatOpcodes:
         self.only(parts, *MODES, "ftz")
         return self._finish(o[0], f"div{kind[1:]}({a}, {b}, {self._mode(parts)!r})", kind, parts)
 
-    def op_rem(self, parts, o):
-        kind = parts[-1]
-        self.only(parts)
-        self.assign(
-            o[0], f"remainder({self.operand(o[1], kind)}, {self.operand(o[2], kind)})", kind
-        )
-
     def _approximate(self, name, expression, parts, o):
         """expression: of {}, in float64"""
         assert parts[-1] == "f32" and "approx" in parts
@@ -172,18 +165,6 @@ class FloatOpcodes:
 
     def op_ex2(self, parts, o):
         self._approximate("ex2", "np.exp2({})", parts, o)
-
-    def op_lg2(self, parts, o):
-        self._approximate("lg2", "np.log2({})", parts, o)
-
-    def op_sin(self, parts, o):
-        self._approximate("sin", "np.sin({})", parts, o)
-
-    def op_cos(self, parts, o):
-        self._approximate("cos", "np.cos({})", parts, o)
-
-    def op_tanh(self, parts, o):
-        self._approximate("tanh", "np.tanh({})", parts, o)
 
     def op_rsqrt(self, parts, o):
         self._approximate("rsqrt", "1 / np.sqrt({})", parts, o)
@@ -231,12 +212,6 @@ class FloatOpcodes:
         self.only(parts, "ftz")
         (a,) = self._inputs(o[1:2], kind, parts)
         return self.assign(o[0], f"-{a}", kind)
-
-    def op_copysign(self, parts, o):
-        """The sign of the first, the size of the second"""
-        kind = parts[-1]
-        a, b = (self.operand(v, kind) for v in o[1:3])
-        self.assign(o[0], f"np.copysign({b}, {a})", kind)
 
     def _extreme(self, parts, o, name, integers):
         kind = parts[-1]

@@ -70,9 +70,6 @@ class MemoryOpcodes:
             else:
                 self.assign(target, f"v[{i}]", f"b{8 * size}")
 
-    def op_ldu(self, parts, o):
-        self.op_ld(parts, o)
-
     def op_st(self, parts, o):
         self.only(parts, *_SPACES, *_ORDER, *_CACHES)
         kind = f"b{8 * width_of(parts[-1])}"
@@ -152,28 +149,6 @@ class MemoryOpcodes:
         self.lines.append(f"v = E.shuffle({self.mask}, {parts[2]!r}, {value}, {b}, {c}, {members})")
         for i, target in enumerate(o[0].split("|")):
             self.assign(target.strip(), f"v[{i}]", "b32" if i == 0 else None)
-
-    def op_vote(self, parts, o):
-        assert parts[1] == "sync"
-        truth = self.operand(o[1].lstrip("!"), "pred")
-        truth = f"~{truth}" if o[1].startswith("!") else truth
-        members = self.operand(o[2], "u32")
-        self.lines.append(f"v = E.vote({self.mask}, {parts[2]!r}, {truth}, {members})")
-        self.assign(o[0], "v", "b32" if parts[2] == "ballot" else None)
-
-    def op_activemask(self, parts, o):
-        self.assign(o[0], f"E.active_mask({self.mask})", "b32")
-
-    def op_match(self, parts, o):
-        value, members = self.operand(o[1], parts[-1]), self.operand(o[2], "u32")
-        self.lines.append(f"v = E.match({self.mask}, {parts[1]!r}, {value}, {members})")
-        for i, target in enumerate(o[0].split("|")):
-            self.assign(target.strip(), f"v[{i}]", "b32" if i == 0 else None)
-
-    def op_redux(self, parts, o):
-        self.only(parts, "sync", "add", "min", "max", "and", "or", "xor")
-        value, members = self.operand(o[1], parts[-1]), self.operand(o[2], "u32")
-        self.assign(o[0], f"E.reduce({self.mask}, {parts[2]!r}, {value}, {members})", parts[-1])
 
     # ---- matrices
 

@@ -1,17 +1,8 @@
-"""What threads do together: barriers, shuffles, votes, matches and reductions of a warp."""
+"""What threads do together: barriers and shuffles."""
 
 import numpy as np
 
 from .kinds import WARP, PTXError, i32, i64, u32
-
-_REDUCE = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
 
 
 class Warps:
@@ -81,43 +72,3 @@ class Warps:
         if np.any(active & ~active[source]):
             raise PTXError("shfl.sync reads a lane that does not take part")
         return value[source], good
-
-    def vote(self, mask, how, truth, members):
-        self.check_members(mask, members, "vote.sync")
-        active = self._spread(self.active(mask)).reshape(-1, WARP)
-        truth = self._spread(truth).reshape(-1, WARP) & active
-        count, of = truth.sum(1), active.sum(1)
-        result = {
-            "all": lambda: count == of,
-            "any": lambda: count > 0,
-            "uni": lambda: (count == of) | (count == 0),
-            "ballot": lambda: (truth.astype(i64) << np.arange(WARP)).sum(1).astype(u32),
-        }[how]()
-        return np.repeat(result, WARP)
-
-    def active_mask(self, mask):
-        active = self._spread(self.active(mask)).reshape(-1, WARP)
-        return np.repeat((active.astype(i64) << np.arange(WARP)).sum(1).astype(u32), WARP)
-
-    def match(self, mask, how, value, members):
-        """(lanes that hold the same value, whether all do); of match.all the lanes are 0 where they
-        differ"""
-        self.check_members(mask, members, "match.sync")
-        active = self._spread(self.active(mask)).reshape(-1, WARP)
-        value = self._spread(value).reshape(-1, WARP)
-        same = (value[:, :, None] == value[:, None, :]) & active[:, None, :]
-        lanes = (same.astype(i64) << np.arange(WARP)).sum(2).astype(u32)
-        if how == "any":
-            return lanes.reshape(-1), None
-        every = (same | ~active[:, None, :]).all(2)
-        return np.where(every, lanes, u32(0)).reshape(-1), every.reshape(-1)
-
-    def reduce(self, mask, how, value, members):
-        """redux.sync"""
-        self.check_members(mask, members, "redux.sync")
-        active = self._spread(self.active(mask)).reshape(-1, WARP)
-        value = self._spread(value).reshape(-1, WARP)
-        result = np.zeros(len(value), value.dtype)
-        for warp in np.flatnonzero(active.any(1)):
-            result[warp] = _REDUCE[how].reduce(value[warp][active[warp]], dtype=value.dtype)
-        return np.repeat(result, WARP)

@@ -138,7 +138,7 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
                 else "1",
             ),
         )
-    if op in ("and", "add", "mul", "mad", "bfe", "lop3", "mov", "xor", "or"):
+    if op in ("and", "add", "mul", "mad", "bfe", "mov", "xor", "or"):
         for i, operand in enumerate(ins.operands[1:], 1):
             if re.fullmatch(r"-?\d+", operand):
                 number = int(operand)
