@@ -54,7 +54,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
     a function of the step and of the example's place in the global batch. Sigma, its share of the
     prior's and the KL term are logged. The config is in each checkpoint.
 
-    m trajectories are m copies of each batch: m times the time and the memory of activations.
+    m trajectories take m times the time and the memory of activations.
 
     Args:
         config: What to do. None for a module that `dip.apply` has converted.

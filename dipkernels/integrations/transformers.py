@@ -76,10 +76,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
     Each checkpoint gets dip_config.json and dip.safetensors, and its model file is the plain
     model's. Sigma, its share of the prior's and the KL term are logged with the loss.
 
-    m trajectories are m copies of each batch: m times the time and the memory of activations. If
-    memory is short with m = 2, halve per_device_train_batch_size and double
-    gradient_accumulation_steps. Evaluation is of the plain network. With k > 0 in the config the
-    predictions are the means of k noisy passes, as logits.
+    m trajectories take m times the time and the memory of activations. Evaluation is of the plain
+    network. With k > 0 in the config the predictions are the means of k noisy passes, as logits.
 
     Args:
         dip: The config. None for a model that `dip.apply` has converted, or for a resumed run,

@@ -57,10 +57,8 @@ def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) ->
 class Variance(nn.Module):
     """The learnable variance of a projection, lambda = exp(log_variance), one per input feature.
 
-    `log_variance` [K] is float32 whatever the model's type. Casts to half precision move it to the
-    device only, because in bfloat16 an optimiser's small steps would be lost in rounding. A state
-    dict without it leaves it as it is. On the meta device it has no value yet; it becomes
-    ln(init_variance) when it is moved, filled or loaded.
+    `log_variance` [K] is float32 whatever the model's type, because in bfloat16 an optimiser's
+    small steps would be lost in rounding. A state dict without it leaves it as it is.
 
     The buffer `log_prior` [K], float32 too, is ln gamma of the prior N(0, gamma) that the
     objective's KL term pulls to: init_variance until `calibrate` sets it. The buffer `pull` [K] is

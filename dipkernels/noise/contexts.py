@@ -97,11 +97,10 @@ class fixed_noise(_State):
     model: same key, same noise.
 
     With checkpointed blocks run the backward pass inside too, because it computes them again;
-    outside, it raises RuntimeError. A layer that is called twice inside repeats its noise. A deep
-    copy of a model, such as an AveragedModel, keeps the layers' numbers, so it replays the noise of
-    the original: what differs between them is then the parameters alone. For other noise give it
-    another key. Contexts can be nested, restore the state after exceptions, and work as decorators.
-    They hold for the whole process, all its threads: enter one in one thread at a time.
+    outside, it raises RuntimeError. A layer that is called twice inside repeats its noise, and a
+    deep copy of a model, such as an AveragedModel, replays the noise of the original. Contexts can
+    be nested, restore the state after exceptions, and work as decorators. They hold for the whole
+    process, all its threads: enter one in one thread at a time.
 
     Args:
         key: Any integer, taken mod 2^64, or an int64 tensor of one element.

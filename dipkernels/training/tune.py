@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..arguments import integer, real
@@ -124,12 +125,12 @@ def tune(
     tolerance = real("tolerance", tolerance, least=0)
     rounds = plan(len(pairs), integer("budget", budget))
     trials: list[Trial] = []
-    with _bar(sum(count * units for count, units in rounds), progress) as advance:
+    with _bar(sum(count * units for count, units in rounds), progress) as bar:
         for count, units in rounds:
             now = []
             for ratio, kl in pairs[:count]:
                 now.append(Trial(ratio, kl, units, **_scores(run(ratio, kl, units))))
-                advance(units)
+                bar.update(units)
             trials += now
             pairs = [(t.ratio, t.kl) for t in ranked(now, tolerance)]
     ratio, kl = pairs[0]
@@ -167,16 +168,10 @@ def _scores(result: Mapping[str, float]) -> dict[str, float]:
     return scores
 
 
-def _bar(total: int, progress: bool) -> contextlib.AbstractContextManager[Callable[[int], Any]]:
+def _bar(total: int, progress: bool) -> Any:
     if progress:
         with contextlib.suppress(ImportError):
             from tqdm.auto import tqdm
 
-            return _updates(tqdm(total=total, desc="tune", dynamic_ncols=True))
-    return contextlib.nullcontext(lambda units: None)
-
-
-@contextlib.contextmanager
-def _updates(bar: Any) -> Any:
-    with bar:
-        yield bar.update
+            return tqdm(total=total, desc="tune", dynamic_ncols=True)
+    return contextlib.nullcontext(SimpleNamespace(update=lambda units: None))
