@@ -326,7 +326,7 @@ def test_layers_of_a_model_have_streams_of_their_own():
     layers = list(model)
     assert len({layer.number for layer in layers}) == 40
     with dip.fixed_noise(3):
-        seeds = [dip.noise.seeds.draw(layer.stream, torch.ones(1, 16)) for layer in layers]
+        seeds = [dip.noise.seeds.draw(layer._stream, torch.ones(1, 16)) for layer in layers]
     assert len({tuple(seed.tolist()) for seed in seeds}) == 40
 
 
