@@ -75,13 +75,15 @@ def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and the states of the random generators are afterwards what they were."""
+    """Modes, buffers and the states of the random generators are afterwards what they were: inside,
+    the model has copies of its buffers."""
     buffers = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer)
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    copies = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers}
     devices = {
         t.device
         for t in (*model.parameters(), *model.buffers())
@@ -94,25 +96,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
         torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind),
     ):
         try:
+            for module, name, buffer in buffers:
+                module._buffers[name] = copies[id(buffer)]
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    if _can_change(buffer):
-                        buffer.copy_(before)
-
-
-def _can_change(buffer: Tensor) -> bool:
-    """Whether a pass could have written into it, as torch refuses for what was expanded, and
-    outside of inference mode for what was made there."""
-    strided = buffer.layout is torch.strided and not buffer.is_nested
-    expanded = strided and any(
-        n > 1 and step == 0 for n, step in zip(buffer.shape, buffer.stride())
-    )
-    return not expanded and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
 
 
 def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
