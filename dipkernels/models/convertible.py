@@ -34,7 +34,7 @@ _QUANTISED = re.compile(
     r"quantiz|quanto|\.qat|bitsandbytes|torchao|awq|gptq|hqq|eetq|finegrained_fp8", re.IGNORECASE
 )
 # What a DIP layer has beside the plain one. What uses one of these names for itself gets no twin.
-_OWN_NAMES = {"variance", "num_samples", "plain_type"}
+_OWN_NAMES = {"variance", "num_samples", "keep", "plain_type"}
 _OWN_NAMES |= {name for name in vars(DIPLayer) if not hasattr(nn.Module, name)}
 _OWN_NAMES -= {"reset_parameters", "__prepare_scriptable__"}
 
