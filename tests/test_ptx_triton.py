@@ -235,10 +235,12 @@ def test_compiled_sum_in_one_launch_ignores_which_program_is_last(
 def test_tickets_are_no_other_launchs(monkeypatch):
     """A stream keeps its own, a captured launch gets new ones every time; what is not torch's
     stream gets none."""
-    state = SimpleNamespace(capturing=False, stream=0)
+    state, waited = SimpleNamespace(capturing=False, stream=0), []
     cuda = SimpleNamespace(
         is_current_stream_capturing=lambda: state.capturing,
-        current_stream=lambda: SimpleNamespace(stream_id=state.stream),
+        current_stream=lambda *device: SimpleNamespace(
+            stream_id=state.stream, synchronize=lambda: waited.append(device)
+        ),
         device=contextlib.nullcontext,
     )
     zeros = lambda n, dtype, device: torch.zeros(n, dtype=dtype)  # noqa: E731
@@ -258,6 +260,8 @@ def test_tickets_are_no_other_launchs(monkeypatch):
     first = take(stream=0)
     assert first.numel() == tickets.OF_STREAM and take(stream=0).data_ptr() == first.data_ptr()
     others = [take(stream=3), take(stream=35), take(device=torch.device("cuda", 1), stream=0)]
+    # Each device's zeros are there before another stream counts on them.
+    assert waited == [(torch.device("cuda", 0),), (torch.device("cuda", 1),)]
     captured = [take(7, capturing=True, stream=3) for _ in range(3)]
     taken = [first, *others, *captured]
     assert all(t.numel() >= 7 for t in taken)

@@ -59,6 +59,8 @@ def take_tickets(device: torch.device, count: int) -> torch.Tensor | None:
             if captured:  # what is made now belongs to the graph
                 return None
             _pools[device] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+            if device.type == "cuda":  # once: the next stream to count may be another one
+                torch.cuda.current_stream(device).synchronize()
         # Of a captured launch as many as it takes, from a multiple of 16 bytes on.
         size, first = (count + 3) // 4 * 4 if captured else OF_STREAM, _taken.get(device, 0)
         if first + size > TICKETS:
