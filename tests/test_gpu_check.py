@@ -427,6 +427,15 @@ def check(record):
     return child.Check(record, "tests", time.monotonic() + 100)
 
 
+def test_a_machine_whose_nvidia_smi_fails_is_checked_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert tools._driver() is None
+    for script, want in (("echo 580.1; echo 580.1", "580.1"), ("echo no; exit 9", None)):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        assert tools._driver() == want
+
+
 def test_wrong_kernels_are_not_timed(check, monkeypatch):
     right = kernels.projection.perturb
     monkeypatch.setattr(kernels.projection, "perturb", lambda *arguments: right(*arguments) + 0.01)

@@ -45,8 +45,10 @@ def _tool_version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
+    """Its version, where nvidia-smi says it: in a container it may be there and fail."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return run_tool(query).splitlines()[0] if shutil.which("nvidia-smi") else None
+    code, said = sanitizer.run(query) if shutil.which("nvidia-smi") else (1, "")
+    return said.splitlines()[0] if code == 0 and said else None
 
 
 def interpreter_problem() -> str | None:
