@@ -78,7 +78,8 @@ def wanted(name):
     return None if value == "" else value == "1"
 
 
-def cuda_archs():
+def cuda_archs(nvcc=None):
+    """The architectures to compile for: what was asked for, else those of all that `nvcc` knows."""
     value = os.environ.get("DIPKERNELS_CUDA_ARCHS") or CUDA_ARCHS
     archs = value.split()
     if not archs or not all(re.fullmatch(r"\d+[af]?", arch) for arch in archs):
@@ -88,6 +89,14 @@ def cuda_archs():
             f"DIPKERNELS_CUDA_ARCHS: expected 80 or newer, got {value!r}: an older GPU runs Triton's "
             "kernels; build with DIPKERNELS_CUDA=0"
         )
+    if nvcc and value == CUDA_ARCHS:
+        done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+        known = [arch for arch in archs if f"compute_{arch}" in done.stdout.split()] or archs
+        if known != archs:
+            say(
+                f"this nvcc knows no sm_{' sm_'.join(a for a in archs if a not in known)}: left out"
+            )
+        archs = known
     return archs
 
 
@@ -159,7 +168,7 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     torch and cuda. Every path is one through them, so that a checkout may lie anywhere: a space, a
     $ or a colon would mean something to ninja, to the shell or to nvcc.
     """
-    archs = cuda_archs()
+    archs = cuda_archs(nvcc if cuda else None)
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and machine(compiler) == "x86_64")
     if cuda:

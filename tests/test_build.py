@@ -158,6 +158,20 @@ def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, 
     assert (odd_checkout / "dipkernels" / "_C.so").read_text() == "made\n"
 
 
+def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
+    """Of all architectures; of what was asked for, it is to say that it cannot."""
+    nvcc, head = tmp_path / "nvcc", (ROOT / "setup.py").read_text().split("PLAN = plan()")[0]
+    nvcc.write_text("#!/bin/sh\nprintf 'compute_%s\\n' 75 80 86 87 89 90\n")
+    nvcc.chmod(0o755)
+    module = {"__file__": str(ROOT / "setup.py")}
+    exec(head, module)
+    monkeypatch.delenv("DIPKERNELS_CUDA_ARCHS", raising=False)
+    assert module["cuda_archs"](str(nvcc)) == ["80", "86", "89", "90"]
+    assert "knows no sm_100 sm_120: left out" in capsys.readouterr().out
+    monkeypatch.setenv("DIPKERNELS_CUDA_ARCHS", "90 120")
+    assert module["cuda_archs"](str(nvcc)) == ["90", "120"]
+
+
 @pytest.mark.slow
 def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
     done = build_in(odd_checkout)
