@@ -117,10 +117,14 @@ def test_activation_variance_matches_reference(weight_dtype, sigma_dtype, log_va
             (weight, None),
             (weight.t().contiguous().t(), torch.randn(k, n).half().t()),
         ):
-            got = (expectation.affine_variance(w, sigma, log_variance),
-                   *expectation.affine_variance_bwd(dv, w, sigma, log_variance, given))  # fmt: skip
-            want = (reference.affine_variance(weight, sigma, log_variance),
-                    *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+            got = (
+                expectation.affine_variance(w, sigma, log_variance),
+                *expectation.affine_variance_bwd(dv, w, sigma, log_variance, given),
+            )
+            want = (
+                reference.affine_variance(weight, sigma, log_variance),
+                *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given),
+            )
             tolerance = (
                 2e-3
                 if weight_dtype is torch.float16

@@ -60,8 +60,13 @@ def span(t: torch.Tensor) -> torch.Tensor:
 
 
 # csrc/launch.h's CudaForm by its bits: writes_from_end, sums_from_end, one_launch.
-FORMS = {"default": 0b001, "from the start": 0b000, "from the end": 0b011, "one launch": 0b101,
-         "one launch from the end": 0b111}  # fmt: skip
+FORMS = {
+    "default": 0b001,
+    "from the start": 0b000,
+    "from the end": 0b011,
+    "one launch": 0b101,
+    "one launch from the end": 0b111,
+}
 
 
 class Library:
@@ -155,9 +160,24 @@ class Library:
             raise RuntimeError(message.decode())
 
     def perturb(
-        self, *, form="default", x=None, u=None, du=None, sigma=None, seed, row0=0, col0=0, sample=0, factor=1.0,
-        log_variance=False, multiprocessors=3, misalign=(0, 0, 0), stream=1, capturing=False,
-    ):  # fmt: skip
+        self,
+        *,
+        form="default",
+        x=None,
+        u=None,
+        du=None,
+        sigma=None,
+        seed,
+        row0=0,
+        col0=0,
+        sample=0,
+        factor=1.0,
+        log_variance=False,
+        multiprocessors=3,
+        misalign=(0, 0, 0),
+        stream=1,
+        capturing=False,
+    ):
         """(u, dsigma), each None where not asked for.
 
         Args:

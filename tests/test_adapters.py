@@ -51,9 +51,16 @@ OPTIONS = {
 # What puts no layer around a linear one: prompts, and XLORA and SHADOW, which need a transformers
 # model.
 NO_LAYER = {
-    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING",
-    "SHADOW", "XLORA",
-}  # fmt: skip
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "SHADOW",
+    "XLORA",
+}
 KINDS = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
 LAYERED = [kind for kind in KINDS if kind not in NO_LAYER]
 VARIANTS = {

@@ -257,8 +257,11 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
             leaf.grad = None
 
     def kept(count):
-        return saved_bytes(lambda: functional.dip_linear(
-            *leaves, SEED, activation=activation, estimator="mean", num_samples=count))[0]  # fmt: skip
+        return saved_bytes(
+            lambda: functional.dip_linear(
+                *leaves, SEED, activation=activation, estimator="mean", num_samples=count
+            )
+        )[0]
 
     assert kept(5) == kept(33) == sum(t.nbytes for t in leaves) + SEED.nbytes
     peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
@@ -441,8 +444,14 @@ def test_analytic_under_autocast_torch_func_and_compile():
     for estimator, count in (("analytic", 1), ("mean", 3)):
 
         def step(*leaves, estimator=estimator, count=count):
-            return functional.dip_linear(*leaves, SEED, activation="gelu", estimator=estimator,
-                                         num_samples=count, log_variance=True)  # fmt: skip
+            return functional.dip_linear(
+                *leaves,
+                SEED,
+                activation="gelu",
+                estimator=estimator,
+                num_samples=count,
+                log_variance=True,
+            )
 
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
         outs = [
@@ -666,9 +675,16 @@ class _OwnGelu(nn.Module):
         )
 
 
-@pytest.mark.parametrize("activation, match", [
-    (nn.LeakyReLU(), "leaky_relu"), (nn.Sigmoid(), "sigmoid"), (nn.Softplus(), "softplus"), (nn.ELU(), "elu"),
-    (_OwnGelu(), "mul by a number|pow")])  # fmt: skip
+@pytest.mark.parametrize(
+    "activation, match",
+    [
+        (nn.LeakyReLU(), "leaky_relu"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.Softplus(), "softplus"),
+        (nn.ELU(), "elu"),
+        (_OwnGelu(), "mul by a number|pow"),
+    ],
+)
 def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, match):
     model = dip.convert(nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 2)))
     with pytest.raises(ValueError, match=f"that of '0' goes into ({match})"):

@@ -131,15 +131,53 @@ def run_python(tmp_path):
     return functools.partial(fresh_support.run, output=tmp_path / "output")
 
 
-@pytest.mark.parametrize("variable, value, code, expected", [
-    ("DIPKERNELS_BACKEND", "reference", "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)", "asked for"),
-    ("DIPKERNELS_BACKEND", "quick", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_BACKEND: expected one of"),
-    ("DIPKERNELS_COMPILED_KEEP", "u", "import dipkernels.backends as b; print(b.kept_when_compiled * 3)", "uuu"),
-    ("DIPKERNELS_COMPILED_KEEP", "both", "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))", "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
-    ("DIPKERNELS_CPU_CAPABILITY", "portable", "import dipkernels.backends as b; print(b.cpu_capability())", "portable"),
-    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))", "DIPKERNELS_CPU_CAPABILITY: expected"),
-    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "import dipkernels.backends as b; b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variable, value, code, expected",
+    [
+        (
+            "DIPKERNELS_BACKEND",
+            "reference",
+            "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)",
+            "asked for",
+        ),
+        (
+            "DIPKERNELS_BACKEND",
+            "quick",
+            "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))",
+            "DIPKERNELS_BACKEND: expected one of",
+        ),
+        (
+            "DIPKERNELS_COMPILED_KEEP",
+            "u",
+            "import dipkernels.backends as b; print(b.kept_when_compiled * 3)",
+            "uuu",
+        ),
+        (
+            "DIPKERNELS_COMPILED_KEEP",
+            "both",
+            "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))",
+            "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'",
+        ),
+        (
+            "DIPKERNELS_CPU_CAPABILITY",
+            "portable",
+            "import dipkernels.backends as b; print(b.cpu_capability())",
+            "portable",
+        ),
+        (
+            "DIPKERNELS_CPU_CAPABILITY",
+            "sse9",
+            "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))",
+            "DIPKERNELS_CPU_CAPABILITY: expected",
+        ),
+        (
+            "DIPKERNELS_CPU_CAPABILITY",
+            "sse9",
+            "import dipkernels.backends as b; b.cpu_capability()",
+            "DIPKERNELS_CPU_CAPABILITY: expected",
+        ),
+    ],
+)
 def test_environment_decides_and_errors_name_the_variable(
     run_python, variable, value, code, expected
 ):
@@ -274,16 +312,51 @@ print("auto:", sys.modules["dipkernels.backends"].choose("perturb", "cpu").why)
 """
 
 
-@pytest.mark.parametrize("forced, without, says", [
-    ("triton", "nothing", "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors"),
-    ("triton", "triton", "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the package triton is not installed"),
-    ("cuda", "cpu", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors"),
-    ("cuda", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CUDA"),
-    ("cuda", "library", "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built"),
-    ("cpu", "library", "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built"),
-    ("cpu", "cpu", "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CPU"),
-    ("quick", "nothing", "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "forced, without, says",
+    [
+        (
+            "triton",
+            "nothing",
+            "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors",
+        ),
+        (
+            "triton",
+            "triton",
+            "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the package triton is not installed",
+        ),
+        (
+            "cuda",
+            "cpu",
+            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors",
+        ),
+        (
+            "cuda",
+            "cuda",
+            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CUDA",
+        ),
+        (
+            "cuda",
+            "library",
+            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built",
+        ),
+        (
+            "cpu",
+            "library",
+            "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built",
+        ),
+        (
+            "cpu",
+            "cpu",
+            "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CPU",
+        ),
+        (
+            "quick",
+            "nothing",
+            "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'",
+        ),
+    ],
+)
 def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(
     run_python, forced, without, says
 ):

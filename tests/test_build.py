@@ -22,30 +22,43 @@ NO_COMPILER = {
 def setup_py(*arguments, **environment):
     done = subprocess.run(
         [sys.executable, "setup.py", *arguments],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("environment, expected", [
-    (dict(DIPKERNELS_CUDA="yes"), "DIPKERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
-    (dict(DIPKERNELS_CUDA="1", NVCC="no-such-nvcc"), "there is no nvcc"),
-    (dict(DIPKERNELS_CPU="1", CXX="no-such-compiler"), "there is no C++ compiler"),
-    (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
-    (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
-    (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (dict(DIPKERNELS_CUDA="yes"), "DIPKERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
+        (dict(DIPKERNELS_CUDA="1", NVCC="no-such-nvcc"), "there is no nvcc"),
+        (dict(DIPKERNELS_CPU="1", CXX="no-such-compiler"), "there is no C++ compiler"),
+        (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
+        (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
+        (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
+    ],
+)
 def test_build_refuses_what_it_cannot_do(environment, expected):
     status, output = setup_py("--version", **environment)
     assert status != 0 and expected in output
 
 
-@pytest.mark.parametrize("environment, expected", [
-    (dict(DIPKERNELS_CUDA="0"), ["CUDA kernels: no (DIPKERNELS_CUDA)", "CPU kernels: yes"]),
-    (dict(DIPKERNELS_CPU="0", DIPKERNELS_CUDA="0"), ["CPU kernels: no (DIPKERNELS_CPU=0)"]),
-    (dict(DIPKERNELS_CUDA="", DIPKERNELS_CUDA_ARCHS=""), ["CUDA kernels:", "DIPKERNELS_CUDA=0|1 decides"]),
-    (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        (dict(DIPKERNELS_CUDA="0"), ["CUDA kernels: no (DIPKERNELS_CUDA)", "CPU kernels: yes"]),
+        (dict(DIPKERNELS_CPU="0", DIPKERNELS_CUDA="0"), ["CPU kernels: no (DIPKERNELS_CPU=0)"]),
+        (
+            dict(DIPKERNELS_CUDA="", DIPKERNELS_CUDA_ARCHS=""),
+            ["CUDA kernels:", "DIPKERNELS_CUDA=0|1 decides"],
+        ),
+        (NO_COMPILER, ["no C++ compiler", "pure Python install"]),
+    ],
+)
 def test_build_says_what_it_builds_and_why(environment, expected):
     status, output = setup_py("--version", **environment)
     assert status == 0 and all(text in output for text in expected)
@@ -60,10 +73,13 @@ def without_torch(tmp_path):
     return {"PYTHONPATH": str(tmp_path), "DIPKERNELS_CPU": ""}
 
 
-@pytest.mark.parametrize("arguments, cuda", [
-    (["egg_info"], ""),  # what pip asks first
-    (["build_ext"], "0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, cuda",
+    [
+        (["egg_info"], ""),  # what pip asks first
+        (["build_ext"], "0"),
+    ],
+)
 def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, arguments, cuda):
     folders = (
         ["--egg-base", tmp_path]
@@ -185,9 +201,23 @@ def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
 
 def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", tmp_path, ROOT],
-        env={**os.environ, **NO_COMPILER}, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-build-isolation",
+            "--no-deps",
+            "--target",
+            tmp_path,
+            ROOT,
+        ],
+        env={**os.environ, **NO_COMPILER},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert not list(tmp_path.glob("dipkernels/_C*"))
     code = """
 import warnings, torch
@@ -226,8 +256,11 @@ def test_the_source_tree_works_where_it_was_never_installed(tmp_path):
     """As `make gpu-check` runs it."""
     done = subprocess.run(
         [sys.executable, "-c", SOURCE_TREE],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         str(ROOT / "dipkernels" / "__init__.py"),

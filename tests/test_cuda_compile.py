@@ -112,8 +112,10 @@ def test_cuda_library_loads_on_any_torch(tmp_path):
         "-z,defs",
     ]
     glue = tmp_path / "glue.cu"
-    glue.write_text(f'#include "{cuda_support.SOURCE}"\nextern "C" __attribute__((visibility("default"))) '
-                    "const char* problem() { return dip::cuda_problem(); }\n")  # fmt: skip
+    glue.write_text(
+        f'#include "{cuda_support.SOURCE}"\nextern "C" __attribute__((visibility("default"))) '
+        "const char* problem() { return dip::cuda_problem(); }\n"
+    )
     subprocess.run([*nvcc, str(glue), "-o", str(library)], check=True)
     code = f"import torch, ctypes; f = ctypes.CDLL({str(library)!r}).problem; f.restype = ctypes.c_char_p; print(f())"
     answer = subprocess.run(

@@ -488,10 +488,14 @@ def check_eval_backbone(rank, world, kind):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = nn.ModuleDict({
-                "fc": nn.Linear(8, 8), "attention": nn.MultiheadAttention(8, 2, batch_first=True),
-                "conv": nn.Conv1d(8, 8, 1), "input": dip.DIPInput(8),
-            })  # fmt: skip
+            self.backbone = nn.ModuleDict(
+                {
+                    "fc": nn.Linear(8, 8),
+                    "attention": nn.MultiheadAttention(8, 2, batch_first=True),
+                    "conv": nn.Conv1d(8, 8, 1),
+                    "input": dip.DIPInput(8),
+                }
+            )
             self.head = nn.Linear(8, 3)
 
         def forward(self, x):

@@ -91,15 +91,26 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
     assert "has no kernel for it; use 'triton'" in env_report()["expectation on cuda"]
 
 
-@pytest.mark.parametrize("variable, value, says", [
-    ("DIPKERNELS_BACKEND", "quick", "DIPKERNELS_BACKEND: expected one of"),
-    ("DIPKERNELS_BACKEND", b"\xff\xfe", r"got '\udcff\udcfe'"),
-    ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
-    ("DIPKERNELS_COMPILED_KEEP", "both", "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes', got 'both'"),
-    ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
-    ("DIPKERNELS_AUTOTUNE", "yes", "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'"),
-    ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variable, value, says",
+    [
+        ("DIPKERNELS_BACKEND", "quick", "DIPKERNELS_BACKEND: expected one of"),
+        ("DIPKERNELS_BACKEND", b"\xff\xfe", r"got '\udcff\udcfe'"),
+        ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
+        (
+            "DIPKERNELS_COMPILED_KEEP",
+            "both",
+            "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes', got 'both'",
+        ),
+        ("DIPKERNELS_CPU_CAPABILITY", "sse9", "DIPKERNELS_CPU_CAPABILITY: expected one of"),
+        (
+            "DIPKERNELS_AUTOTUNE",
+            "yes",
+            "DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got 'yes'",
+        ),
+        ("PYTHONPATH", "a Triton that does not load", "which does not load: ImportError: broken"),
+    ],
+)
 def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("DIPKERNELS")]:
         monkeypatch.delenv(name)

@@ -31,8 +31,32 @@ few_or_many = pytest.mark.parametrize(
     [(0, 60), pytest.param(1000, 2000, marks=pytest.mark.slow)],
     ids=["few", "many"],
 )
-VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.5, 1e-320, 1e308, math.nan, math.inf, "", "text",
-          "\N{SNOWMAN}" * 9, [], [1, 2], {}, {"a": 1}]  # fmt: skip
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    2**31,
+    2**63,
+    -(2**70),
+    10**400,
+    0.5,
+    -0.5,
+    1e-320,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "text",
+    "\N{SNOWMAN}" * 9,
+    [],
+    [1, 2],
+    {},
+    {"a": 1},
+]
 
 
 def nodes(value, path=()):
@@ -166,7 +190,14 @@ def test_damaged_recipe_checkpoints_are_refused_or_go_on(tmp_path, first, number
     other = {**content, "model": {name: 2 * t for name, t in content["model"].items()}}
     torch.save(other, path)
     assert resumes(tmp_path)  # numbers alone
-    values = [*VALUES, torch.ones(()), torch.ones(2, 2), torch.ones(5, dtype=torch.float64), torch.ones(5).to_sparse(), torch.full((5,), math.nan)]  # fmt: skip
+    values = [
+        *VALUES,
+        torch.ones(()),
+        torch.ones(2, 2),
+        torch.ones(5, dtype=torch.float64),
+        torch.ones(5).to_sparse(),
+        torch.full((5,), math.nan),
+    ]
     went_on = 0
     for case in range(first, first + number):
         dice = random.Random(case)

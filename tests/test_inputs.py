@@ -39,19 +39,61 @@ def sharing():
 # shape.
 LAYERS = [
     pytest.param(lambda: dip.DIPLinear(4, 2), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear"),
-    pytest.param(lambda: dip.DIPLinear(4, 2, keep="x"), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-keep-x"),
-    pytest.param(lambda: dip.DIPLinear(4, 2, num_samples=2, activation="relu", estimator="mean"), "DIPLinear", (3, 4),
-                 r"\[\.\.\., 4\]", id="linear-mean"),
-    pytest.param(lambda: dip.DIPLinear(4, 2, activation="relu", estimator="analytic"), "DIPLinear", (3, 4),
-                 r"\[\.\.\., 4\]", id="linear-analytic"),
+    pytest.param(
+        lambda: dip.DIPLinear(4, 2, keep="x"),
+        "DIPLinear",
+        (3, 4),
+        r"\[\.\.\., 4\]",
+        id="linear-keep-x",
+    ),
+    pytest.param(
+        lambda: dip.DIPLinear(4, 2, num_samples=2, activation="relu", estimator="mean"),
+        "DIPLinear",
+        (3, 4),
+        r"\[\.\.\., 4\]",
+        id="linear-mean",
+    ),
+    pytest.param(
+        lambda: dip.DIPLinear(4, 2, activation="relu", estimator="analytic"),
+        "DIPLinear",
+        (3, 4),
+        r"\[\.\.\., 4\]",
+        id="linear-analytic",
+    ),
     pytest.param(sharing, "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-sharing"),
-    pytest.param(lambda: dip.DIPConv1d(4, 2, 1), "DIPConv1d", (2, 4, 5), r"\[N, 4, L\] or \[4, L\]", id="conv1d"),
-    pytest.param(lambda: dip.DIPConv2d(4, 2, 1), "DIPConv2d", (2, 4, 5, 5), r"\[N, 4, H, W\] or", id="conv2d"),
-    pytest.param(lambda: dip.DIPConv3d(4, 2, 1), "DIPConv3d", (2, 4, 5, 5, 5), r"\[N, 4, D, H, W\] or", id="conv3d"),
-    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), "4 features along dimension 1", id="input"),
-    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4), "4 features along dimension 1", id="input-last"),
+    pytest.param(
+        lambda: dip.DIPConv1d(4, 2, 1),
+        "DIPConv1d",
+        (2, 4, 5),
+        r"\[N, 4, L\] or \[4, L\]",
+        id="conv1d",
+    ),
+    pytest.param(
+        lambda: dip.DIPConv2d(4, 2, 1), "DIPConv2d", (2, 4, 5, 5), r"\[N, 4, H, W\] or", id="conv2d"
+    ),
+    pytest.param(
+        lambda: dip.DIPConv3d(4, 2, 1),
+        "DIPConv3d",
+        (2, 4, 5, 5, 5),
+        r"\[N, 4, D, H, W\] or",
+        id="conv3d",
+    ),
+    pytest.param(
+        lambda: dip.DIPInput(4, dim=1),
+        "DIPInput",
+        (2, 4, 5),
+        "4 features along dimension 1",
+        id="input",
+    ),
+    pytest.param(
+        lambda: dip.DIPInput(4, dim=1),
+        "DIPInput",
+        (2, 4),
+        "4 features along dimension 1",
+        id="input-last",
+    ),
     pytest.param(twin, "DIPShifted", (3, 4), r"\[\.\.\., 4\]", id="twin"),
-]  # fmt: skip
+]
 DRAWING = [
     case for case in LAYERS if case.id != "linear-analytic"
 ]  # of that torch's product says what it takes

@@ -306,10 +306,17 @@ def test_layers_steps_ranks_samples_and_trajectories_never_share_noise():
 
     base = z()
     others = {
-        "layer": z(stream=1), "far layer": z(stream=2**15), "step": z(key=2), "high bit of the key": z(key=1 - 2**63),
-        "sample": z(sample=1), "last sample": z(sample=2**16 - 1), "rank or trajectory": z(row0=64), "rows beyond 32 bits": z(row0=2**32),
-        "columns of the next shard": z(col0=256), "layer and sample swapped": z(stream=1, sample=1),
-    }  # fmt: skip
+        "layer": z(stream=1),
+        "far layer": z(stream=2**15),
+        "step": z(key=2),
+        "high bit of the key": z(key=1 - 2**63),
+        "sample": z(sample=1),
+        "last sample": z(sample=2**16 - 1),
+        "rank or trajectory": z(row0=64),
+        "rows beyond 32 bits": z(row0=2**32),
+        "columns of the next shard": z(col0=256),
+        "layer and sample swapped": z(stream=1, sample=1),
+    }
     assert all(correlation(base, other) < 5 for other in others.values())
     names = list(others)
     for i, a in enumerate(names):

@@ -221,9 +221,16 @@ def test_linear_under_torch_func():
     torch.testing.assert_close(rows[3], functional.dip_linear(x[3], weight, bias, sigma, SEED))
 
 
-@pytest.mark.parametrize("bad, error", [
-    (dict(keep="y"), "keep: expected"), (dict(num_samples=1.5), "num_samples: expected an integer"),
-    (dict(num_samples=-1), "num_samples: expected"), (dict(sigma=torch.ones(3)), "sigma: expected shape"), (dict(x=torch.ones(2, 9)), "sigma: expected shape")])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, error",
+    [
+        (dict(keep="y"), "keep: expected"),
+        (dict(num_samples=1.5), "num_samples: expected an integer"),
+        (dict(num_samples=-1), "num_samples: expected"),
+        (dict(sigma=torch.ones(3)), "sigma: expected shape"),
+        (dict(x=torch.ones(2, 9)), "sigma: expected shape"),
+    ],
+)
 def test_linear_rejects(bad, error):
     x, weight, bias, _, sigma = inputs()
     good = dict(x=x, weight=weight, bias=bias, sigma=sigma, seed=SEED)

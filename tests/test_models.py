@@ -483,11 +483,21 @@ MIXTURES = {  # class, what its config needs, its modules that hold weights of t
     "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 16}, ["*.experts", "*.gate"]),
     "GptOss": ({"num_local_experts": 4, "head_dim": 8}, ["*.experts", "*.router"]),
     "DeepseekV3": (
-        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 0,
-         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8},
+        {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 0,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "qk_nope_head_dim": 8,
+        },
         ["*.experts", "*.gate"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -495,9 +505,12 @@ def test_stacked_experts_are_named_and_noised_by_name(name):
     options, modules = MIXTURES[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(
-        **SIZES, num_hidden_layers=1, num_key_value_heads=4 if "q_lora_rank" in options else 2,
-        num_experts_per_tok=2, **options,
-    )  # fmt: skip
+        **SIZES,
+        num_hidden_layers=1,
+        num_key_value_heads=4 if "q_lora_rank" in options else 2,
+        num_experts_per_tok=2,
+        **options,
+    )
     plain = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with pytest.warns(
         dip.DIPConversionWarning, match=r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="

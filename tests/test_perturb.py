@@ -55,8 +55,24 @@ def check_dsigma(dsigma, du, sigma, where):
 
 
 # One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
-SHAPES = [((1, 1), -1), ((3, 8), -1), ((17, 129), -1), ((16, 128), -1), ((5, 1031), -1), ((3, 768), -1), ((200, 24), -1), ((2, 3, 40), -1),
-          ((7,), -1), ((0, 8), -1), ((4, 0), -1), ((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((3, 24, 200), 1), ((9, 31), 0), ((4, 5, 6), 1)]  # fmt: skip
+SHAPES = [
+    ((1, 1), -1),
+    ((3, 8), -1),
+    ((17, 129), -1),
+    ((16, 128), -1),
+    ((5, 1031), -1),
+    ((3, 768), -1),
+    ((200, 24), -1),
+    ((2, 3, 40), -1),
+    ((7,), -1),
+    ((0, 8), -1),
+    ((4, 0), -1),
+    ((2, 13, 5, 3), 1),
+    ((2, 16, 12, 12), 1),
+    ((3, 24, 200), 1),
+    ((9, 31), 0),
+    ((4, 5, 6), 1),
+]
 WHERES = [
     dict(),
     dict(row0=2**33 + 7, col0=24, sample=2),
@@ -476,13 +492,38 @@ def test_perturb_rejects(bad, error):
         functional.perturb(**{**good, **bad})
 
 
-@pytest.mark.parametrize("bad", [
-    dict(sigma=torch.ones(1, 8)), dict(sigma=torch.ones(7)), dict(sigma=torch.ones(8, dtype=torch.float16)), dict(seed=torch.zeros(2)),
-    dict(seed=torch.zeros(3, dtype=torch.int64)), dict(seed=torch.zeros(4, dtype=torch.int64)[::2]), dict(x=torch.ones(4, 8, dtype=torch.int32)),
-    dict(dim=2), dict(sample=65536), dict(row0=-1), dict(row0=2**63 - 1),
-    dict(col0=2**63 - 1), dict(sample=2**63 - 1), dict(out_dtype=torch.int32)])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(sigma=torch.ones(1, 8)),
+        dict(sigma=torch.ones(7)),
+        dict(sigma=torch.ones(8, dtype=torch.float16)),
+        dict(seed=torch.zeros(2)),
+        dict(seed=torch.zeros(3, dtype=torch.int64)),
+        dict(seed=torch.zeros(4, dtype=torch.int64)[::2]),
+        dict(x=torch.ones(4, 8, dtype=torch.int32)),
+        dict(dim=2),
+        dict(sample=65536),
+        dict(row0=-1),
+        dict(row0=2**63 - 1),
+        dict(col0=2**63 - 1),
+        dict(sample=2**63 - 1),
+        dict(out_dtype=torch.int32),
+    ],
+)
 def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
-    good = dict(x=torch.ones(4, 8), sigma=torch.ones(8), seed=SEED, dim=-1, row0=0, col0=0, sample=0, factor=1.0, log_variance=False, out_dtype=None)  # fmt: skip
+    good = dict(
+        x=torch.ones(4, 8),
+        sigma=torch.ones(8),
+        seed=SEED,
+        dim=-1,
+        row0=0,
+        col0=0,
+        sample=0,
+        factor=1.0,
+        log_variance=False,
+        out_dtype=None,
+    )
     with pytest.raises(RuntimeError, match="expected"):
         torch.ops.dipkernels.perturb(*{**good, **bad}.values())
 

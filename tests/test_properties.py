@@ -234,7 +234,14 @@ def check_noise(shape_dim, where, seed, data, machine):
     if dim % len(shape) != 0:  # leading entries are rows
         start = data.draw(st.integers(0, shape[0] - 1))
         rows = z[0].numel() // shape[dim] * start
-        part = functional.noise((shape[0] - start, *shape[1:]), seed, dim=dim, row0=row0 + rows, col0=col0, sample=sample)  # fmt: skip
+        part = functional.noise(
+            (shape[0] - start, *shape[1:]),
+            seed,
+            dim=dim,
+            row0=row0 + rows,
+            col0=col0,
+            sample=sample,
+        )
         assert torch.equal(part, z[start:])
 
 
@@ -266,8 +273,14 @@ def linears(draw):
 
     log_variance = draw(st.booleans())
     sigma = (torch.rand(k, generator=generator, dtype=torch.float64) + 0.1).float().double()
-    options = dict(row0=draw(rows0), col0=draw(columns0), sample=draw(st.integers(0, 9)), num_samples=draw(st.integers(1, 3)),
-                   log_variance=log_variance, keep=draw(st.sampled_from(["auto", "u", "x"])))  # fmt: skip
+    options = dict(
+        row0=draw(rows0),
+        col0=draw(columns0),
+        sample=draw(st.integers(0, 9)),
+        num_samples=draw(st.integers(1, 3)),
+        log_variance=log_variance,
+        keep=draw(st.sampled_from(["auto", "u", "x"])),
+    )
     bias = normal(n) if draw(st.booleans()) else None
     x = draw(layouts(normal(*shape)))
     return (
@@ -351,9 +364,21 @@ def test_an_origin_whose_rows_would_leave_int64_is_refused(name):
             for call in (
                 lambda bad=bad: functional.noise(x.shape, seed, dim=1, **bad),
                 lambda bad=bad: functional.perturb(x, sigma, seed, dim=1, **bad),
-                lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, keep="x", **bad),
-                lambda bad=bad: functional.dip_linear(x[..., 0], torch.ones(4, 9), None, sigma, seed, num_samples=2, activation="relu", estimator="mean", **bad),
-            ):  # fmt: skip
+                lambda bad=bad: functional.dip_linear(
+                    x[..., 0], torch.ones(4, 9), None, sigma, seed, keep="x", **bad
+                ),
+                lambda bad=bad: functional.dip_linear(
+                    x[..., 0],
+                    torch.ones(4, 9),
+                    None,
+                    sigma,
+                    seed,
+                    num_samples=2,
+                    activation="relu",
+                    estimator="mean",
+                    **bad,
+                ),
+            ):
                 with pytest.raises(ValueError, match=r"(row0|col0): expected an integer from 0"):
                     call()
         layer = dip.DIPLinear(9, 4)

@@ -280,17 +280,32 @@ def test_two_nans_are_one_value():
         ("ld.global.v2.u32 {%r6, %r7}, [%rd3];", "misaligned"),
         ("ld.global.u32 %r6, [%rd2];", "no memory"),
         ("atom.global.add.u32 %r6, [%rd3+4], 1;", "byte 256 of tensor 0"),
-        ("cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; ld.global.u32 %r6, [%rd5];", "an address of shared memory"),
+        (
+            "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; ld.global.u32 %r6, [%rd5];",
+            "an address of shared memory",
+        ),
         ("ld.local.u32 %r6, [depot+16];", "outside of 16 of local memory"),
         ("st.global.u32 [%rd1], %r1;", "different values"),
         ("st.shared.u32 [%r3], %r1;", "different values"),
         ("@%p2 bra A; bar.sync 0; A: bar.sync 0;", "never arrive"),
         ("@%p2 bra A; bar.red.popc.u32 %r8, 0, %p1; A: bar.sync 0;", "never arrive"),
-        ("@%p2 bra A; shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1; A: bar.sync 0;", "not the one it names"),
+        (
+            "@%p2 bra A; shfl.sync.bfly.b32 %r8, %r1, 1, 31, -1; A: bar.sync 0;",
+            "not the one it names",
+        ),
         ("@%p2 bra A; bar.warp.sync -1; A: bar.sync 0;", "not the one it names"),
-        ("@%p2 bra A; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r3]; A: bar.sync 0;", "part of a warp"),
-        ("cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; bar.sync 0; ld.shared.u32 %r6, [%r4];", "cp.async has arrived"),
-        ("cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.u32 %r6, [%r5];", "race"),
+        (
+            "@%p2 bra A; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r8}, [%r3]; A: bar.sync 0;",
+            "part of a warp",
+        ),
+        (
+            "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; bar.sync 0; ld.shared.u32 %r6, [%r4];",
+            "cp.async has arrived",
+        ),
+        (
+            "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; cp.async.wait_group 0; ld.shared.u32 %r6, [%r5];",
+            "race",
+        ),
         ("trap;", "trap"),
         ("L: bra L;", "did not end"),
         ("mov.u32 %r6, %clock;", "not implemented"),
@@ -298,10 +313,13 @@ def test_two_nans_are_one_value():
         ("bar.sync 1;", "not implemented"),
         ("vote.ballot.b32 %r6, %p1;", "not implemented"),
         ("atom.global.add.noftz.f16 %h1, [%rd3], %h2;", "not implemented"),
-        ("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd5}, {%rd6}, {%rd7};", "not implemented"),
+        (
+            "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd5}, {%rd6}, {%rd7};",
+            "not implemented",
+        ),
         ("call.uni f, (%r1);", "not implemented"),
     ],
-)  # fmt: skip
+)
 def test_a_kernel_that_is_wrong_is_refused(body, message):
     with pytest.raises(PTXError, match=message):
         run(body)

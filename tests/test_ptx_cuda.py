@@ -72,8 +72,14 @@ def run(library, **kwargs):
 
 
 def where(kwargs, dim):
-    return (dim, kwargs.get("row0", 0), kwargs.get("col0", 0), kwargs.get("sample", 0),
-            kwargs.get("factor", 1.0), kwargs.get("log_variance", False))  # fmt: skip
+    return (
+        dim,
+        kwargs.get("row0", 0),
+        kwargs.get("col0", 0),
+        kwargs.get("sample", 0),
+        kwargs.get("factor", 1.0),
+        kwargs.get("log_variance", False),
+    )
 
 
 def check(library, x=None, u=None, du=None, sigma=None, **kwargs):
@@ -298,8 +304,15 @@ def test_compiled_cuda_walks_start_where_the_form_says(library, shape, mode, for
 def test_compiled_cuda_sums_in_every_form_match_reference(library, shape, form):
     x, u, du, sigma = tensors(*shape)
     for mode in ("Q", "PQ"):
-        check(library, **take(mode, x, u, du), sigma=sigma.log(), log_variance=True, factor=0.5, form=form,
-              multiprocessors=20)  # fmt: skip
+        check(
+            library,
+            **take(mode, x, u, du),
+            sigma=sigma.log(),
+            log_variance=True,
+            factor=0.5,
+            form=form,
+            multiprocessors=20,
+        )
     check(library, du=du.double(), sigma=sigma.double(), col0=5, form=form)
 
 
@@ -421,9 +434,13 @@ def _sum_in_order(terms, threads, blocks, lanes, from_end):
 # threads: of a block along rows; blocks: along rows; lanes: that add the partials up.
 @pytest.mark.parametrize(
     "form, threads, blocks, lanes",
-    [("default", 8, 30, 32), ("from the end", 8, 30, 32), ("one launch", 32, 10, 4),
-     ("one launch from the end", 32, 10, 4)],
-)  # fmt: skip
+    [
+        ("default", 8, 30, 32),
+        ("from the end", 8, 30, 32),
+        ("one launch", 32, 10, 4),
+        ("one launch from the end", 32, 10, 4),
+    ],
+)
 def test_compiled_cuda_sums_in_the_stated_order(library, form, threads, blocks, lanes):
     z, _ = run(library, u=torch.empty(300, 264))
     # so that du z is exact

@@ -77,10 +77,12 @@ def test_mma_of_16_bit_data(kind):
     c_places = [(GROUP + 8 * (i >> 1), 2 * WITHIN + (i & 1)) for i in range(4)]
     c_words = np.stack([c[row, col] for row, col in c_places], 1)
     body = (
-        registers(4, 0, "%q0", "ld") + registers(2, 4, "%q1", "ld") + registers(4, 8, "%q2", "ld")
+        registers(4, 0, "%q0", "ld")
+        + registers(2, 4, "%q1", "ld")
+        + registers(4, 8, "%q2", "ld")
         + f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {names(8, 4)}, {names(0, 4)}, {names(4, 2)}, {names(8, 4)};"
         + registers(4, 8, "%q2", "st")
-    )  # fmt: skip
+    )
     run(body, [fragments(a_bits, A_PLACES), b_words, c_words])
     want = (a @ b.T + c).astype(np.float32)
     assert (c_words == np.stack([want[row, col] for row, col in c_places], 1)).all()
@@ -96,10 +98,12 @@ def test_mma_of_tf32_reads_10_bits_of_mantissa():
     b_words = np.stack([b[WITHIN + 4 * i, GROUP] for i in range(2)], 1)
     c_words = np.zeros((32, 4), np.float32)
     body = (
-        registers(4, 0, "%q0", "ld") + registers(2, 4, "%q1", "ld") + registers(4, 8, "%q2", "ld")
+        registers(4, 0, "%q0", "ld")
+        + registers(2, 4, "%q1", "ld")
+        + registers(4, 8, "%q2", "ld")
         + f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {names(8, 4)}, {names(0, 4)}, {names(4, 2)}, {names(8, 4)};"
         + registers(4, 8, "%q2", "st")
-    )  # fmt: skip
+    )
     run(body, [a_words, b_words, c_words])
     cut = [
         (v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(float) for v in (a, b)

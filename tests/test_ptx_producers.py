@@ -222,8 +222,9 @@ def test_compiled_norm_and_its_gradients_match_reference(
     log_variance = kind == "layer"
     sigma = spread(shape[-1], dtype, log_variance)
     where = (sigma, SEED, -1, 2**32 - 3, col0, 1, 0.5, log_variance, kind)
-    check_norm(x, du, weight if has_weight else None, bias if has_bias else None, where, 1e-5,
-               offset, arch)  # fmt: skip
+    check_norm(
+        x, du, weight if has_weight else None, bias if has_bias else None, where, 1e-5, offset, arch
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

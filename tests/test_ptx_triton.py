@@ -525,10 +525,14 @@ def test_compiled_activation_variance_matches_reference(
         weight, sigma = randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
         dv, given = torch.randn(n, dtype=sigma_dtype), randn(k, n).t().to(weight_dtype)
         with on_gpu(arch, CONFIGS[arch]):
-            got = (expectation.affine_variance(weight, sigma, log_variance),
-                   *expectation.affine_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
-        want = (reference.affine_variance(weight, sigma, log_variance),
-                *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given))  # fmt: skip
+            got = (
+                expectation.affine_variance(weight, sigma, log_variance),
+                *expectation.affine_variance_bwd(dv, weight, sigma, log_variance, given),
+            )
+        want = (
+            reference.affine_variance(weight, sigma, log_variance),
+            *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given),
+        )
         tolerance = 1e-2 if weight_dtype is BF16 else 1e-4 if sigma_dtype is F32 else 1e-10
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)

@@ -101,11 +101,26 @@ def as_regex(row):
 # Lines of a report or an axis, a docstring's words, one word of a sentence that another message
 # ends.
 UNSEEN = (
-    r"fixed_noise\(key, row0\) = ", r"generator state ", r"gradients of|numbers of", r"it runs on CUDA tensors|it runs on CPU tensors",
-    r"unset DIPKERNELS_BACKEND", rf"{HOLE} and (newer|PTX)", r"pip install --no-build", rf"{HOLE}, (dim|init_variance)=", rf"{HOLE} \({HOLE}\)$", rf"{HOLE}, {HOLE}, dim=",
-    rf"{HOLE} on {HOLE}: as the reference", rf"{HOLE}: {HOLE}$", rf"{HOLE}, which does not load", rf"\[{HOLE} \.\.", r"\s",
-    rf"{HOLE}\n", rf"{HOLE} of {HOLE}$", rf"{HOLE} -> {HOLE}", rf"{HOLE} {HOLE}$",
-)  # fmt: skip
+    r"fixed_noise\(key, row0\) = ",
+    r"generator state ",
+    r"gradients of|numbers of",
+    r"it runs on CUDA tensors|it runs on CPU tensors",
+    r"unset DIPKERNELS_BACKEND",
+    rf"{HOLE} and (newer|PTX)",
+    r"pip install --no-build",
+    rf"{HOLE}, (dim|init_variance)=",
+    rf"{HOLE} \({HOLE}\)$",
+    rf"{HOLE}, {HOLE}, dim=",
+    rf"{HOLE} on {HOLE}: as the reference",
+    rf"{HOLE}: {HOLE}$",
+    rf"{HOLE}, which does not load",
+    rf"\[{HOLE} \.\.",
+    r"\s",
+    rf"{HOLE}\n",
+    rf"{HOLE} of {HOLE}$",
+    rf"{HOLE} -> {HOLE}",
+    rf"{HOLE} {HOLE}$",
+)
 
 
 @pytest.fixture(scope="module")

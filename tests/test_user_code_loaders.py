@@ -148,9 +148,17 @@ def test_a_model_of_transformers_that_is_made_leaves_what_its_class_set():
 
 
 def test_the_trainer_is_told_that_it_decays_variances(tmp_path):
-    model = dip.convert(transformers.BertForSequenceClassification(
-        transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20)
-    ))  # fmt: skip
+    model = dip.convert(
+        transformers.BertForSequenceClassification(
+            transformers.BertConfig(
+                hidden_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=8,
+                vocab_size=20,
+            )
+        )
+    )
     data = [{"input_ids": torch.tensor([1, 2, 3]), "labels": 0}] * 4
     args = transformers.TrainingArguments(
         str(tmp_path),

@@ -605,8 +605,12 @@ def parametrised(step):
 def test_a_parametrised_variance_is_calibrated_loaded_summed_and_reset_through_it():
     torch.manual_seed(0)
     model, same, batches = parametrised(Clamped), make(), [torch.randn(50, 6)]
-    same.load_state_dict({name.replace("parametrizations.log_variance.original", "log_variance"): value
-                          for name, value in model.state_dict().items()})  # fmt: skip
+    same.load_state_dict(
+        {
+            name.replace("parametrizations.log_variance.original", "log_variance"): value
+            for name, value in model.state_dict().items()
+        }
+    )
     rows, want = dip.calibrate(model, batches, 0.2), dip.calibrate(same, batches, 0.2)
     for row, other in zip(rows, want, strict=True):
         assert row.sigma_mean == pytest.approx(other.sigma_mean) and row.ratio == pytest.approx(

@@ -59,14 +59,33 @@ def compiled(folder, source, *flags):
 
 
 @on_linux
-@pytest.mark.parametrize("source, flags, problem", [
-    ("void Py_Initialize(void); void dip_f(void) { Py_Initialize(); }", [], "asks for the Python symbol Py_Initialize"),
-    ("void c10_secret(void); void dip_f(void) { c10_secret(); }", [], "asks for c10_secret, which is no function of torch's stable"),
-    ("void mine(void) {}", [], "exports mine"),
-    ("int deflate(); int dip_f(void) { return deflate(); }", ["-Wl,--no-as-needed", "-l:libresolv.so.2"], "needs libresolv.so.2"),
-    ("const char* dip_f(void) { return \"/home/me/dipkernels/csrc/ops.cpp\"; }", [], "carries the path /home/me/dipkernels/csrc/ops.cpp"),
-    ("void dip_f(void) {}", [], "does not need libtorch_cpu.so"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source, flags, problem",
+    [
+        (
+            "void Py_Initialize(void); void dip_f(void) { Py_Initialize(); }",
+            [],
+            "asks for the Python symbol Py_Initialize",
+        ),
+        (
+            "void c10_secret(void); void dip_f(void) { c10_secret(); }",
+            [],
+            "asks for c10_secret, which is no function of torch's stable",
+        ),
+        ("void mine(void) {}", [], "exports mine"),
+        (
+            "int deflate(); int dip_f(void) { return deflate(); }",
+            ["-Wl,--no-as-needed", "-l:libresolv.so.2"],
+            "needs libresolv.so.2",
+        ),
+        (
+            'const char* dip_f(void) { return "/home/me/dipkernels/csrc/ops.cpp"; }',
+            [],
+            "carries the path /home/me/dipkernels/csrc/ops.cpp",
+        ),
+        ("void dip_f(void) {}", [], "does not need libtorch_cpu.so"),
+    ],
+)
 def test_audit_finds(tmp_path, source, flags, problem):
     found = audit.library_problems(compiled(tmp_path, source, *flags))
     assert any(line.startswith(problem) for line in found), found
@@ -86,9 +105,16 @@ def test_stand_ins_link_for_an_older_glibc(tmp_path):
     assert audit.newest(old, "GLIBC") <= (2, 28)
     assert audit.honest_tag(old) == f"manylinux_2_28_{platform.machine()}"
     done = subprocess.run(
-        [sys.executable, "-c", f"import ctypes; f = ctypes.CDLL({str(old)!r}).dip_f; f.restype = ctypes.c_double; "
-         "f.argtypes = [ctypes.c_double]; print(f(1.0))"], capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"import ctypes; f = ctypes.CDLL({str(old)!r}).dip_f; f.restype = ctypes.c_double; "
+            "f.argtypes = [ctypes.c_double]; print(f(1.0))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert abs(float(done.stdout) - 2.718281828) < 1e-8
 
 
@@ -266,19 +292,42 @@ WHEEL_13 = Library(
 )
 
 
-@pytest.mark.parametrize("library, driver, gpu, parts", [
-    (WHEEL_12, 12000, (9, 0), None),  # a static runtime 12.8 runs on the first driver of CUDA 12
-    (WHEEL_12, 13000, (8, 7), None),  # sm_86's code runs on sm_87
-    (WHEEL_12, 11080, (8, 0), ["offers CUDA 11.8", "need CUDA 12.0 (driver >= 525)", "update the driver"]),
-    (WHEEL_13, 12080, (9, 0), ["offers CUDA 12.8", "need CUDA 13.0 (driver >= 580)", "update the driver"]),
-    (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "need sm_80 or newer"]),
-    # older than the PTX, and no code of its own
-    (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),
-    (WHEEL_12, 12080, (12, 1), None),
-    (WHEEL_12, 13000, (13, 0), None),  # newer than all: from PTX
-    (WHEEL_12, 12060, (13, 0), ["PTX", "must offer CUDA 12.8 and offers 12.6", "update the driver"]),
-    (Library("_C.so", None, (), ("90a",), "g++", "12.8"), 12080, (9, 0), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "library, driver, gpu, parts",
+    [
+        (
+            WHEEL_12,
+            12000,
+            (9, 0),
+            None,
+        ),  # a static runtime 12.8 runs on the first driver of CUDA 12
+        (WHEEL_12, 13000, (8, 7), None),  # sm_86's code runs on sm_87
+        (
+            WHEEL_12,
+            11080,
+            (8, 0),
+            ["offers CUDA 11.8", "need CUDA 12.0 (driver >= 525)", "update the driver"],
+        ),
+        (
+            WHEEL_13,
+            12080,
+            (9, 0),
+            ["offers CUDA 12.8", "need CUDA 13.0 (driver >= 580)", "update the driver"],
+        ),
+        (WHEEL_12, 12080, (7, 5), ["GPU 0 is sm_75", "sm_80 sm_86", "need sm_80 or newer"]),
+        # older than the PTX, and no code of its own
+        (WHEEL_12, 12080, (11, 0), ["GPU 0 is sm_110", "DIPKERNELS_CUDA_ARCHS=110"]),
+        (WHEEL_12, 12080, (12, 1), None),
+        (WHEEL_12, 13000, (13, 0), None),  # newer than all: from PTX
+        (
+            WHEEL_12,
+            12060,
+            (13, 0),
+            ["PTX", "must offer CUDA 12.8 and offers 12.6", "update the driver"],
+        ),
+        (Library("_C.so", None, (), ("90a",), "g++", "12.8"), 12080, (9, 0), None),
+    ],
+)
 def test_cuda_problem_names_what_was_found_needed_and_to_do(library, driver, gpu, parts):
     problem = backends._cuda_problem_of(library, driver, [gpu])
     if parts is None:
