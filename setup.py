@@ -86,8 +86,8 @@ def cuda_archs(nvcc=None):
         raise SystemExit(f"DIPKERNELS_CUDA_ARCHS: expected numbers as in '80 90a', got {value!r}")
     if any(int(arch.rstrip("af")) < 80 for arch in archs):
         raise SystemExit(
-            f"DIPKERNELS_CUDA_ARCHS: expected 80 or newer, got {value!r}: an older GPU runs Triton's "
-            "kernels; build with DIPKERNELS_CUDA=0"
+            f"DIPKERNELS_CUDA_ARCHS: expected 80 or newer, got {value!r}: an older GPU runs "
+            "Triton's kernels; build with DIPKERNELS_CUDA=0"
         )
     if nvcc and value == CUDA_ARCHS:
         done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)

@@ -51,7 +51,7 @@ class DIPConfig:
         place: "input" or "producer", as `convert`'s: where the noise is drawn.
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
-            pattern that matches a layer's name counts.
+            pattern that matches a layer's name counts. None: the default of `calibrate`.
         variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
             calibrated.
         per: "layer" or "feature", as `calibrate`'s.

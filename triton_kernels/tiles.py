@@ -195,7 +195,7 @@ def tiling(
         outer, inner = inner, outer
     strides = [(outer[2][i], inner[2][i], t.stride(dim)) for i, t in enumerate(tensors)]
     vectors = not rows_last and shift == 0 and k % 8 == 0
-    # A kernel multiplies what was divided by 8 again, in 32 bits: a stride has to fit in them whole.
+    # A kernel multiplies again what was divided by 8, in 32 bits: a stride has to fit in them.
     vectors = vectors and all(
         col == 1 and (out | inn) % 8 == 0 and max(out, inn) < 2**31 for out, inn, col in strides
     )

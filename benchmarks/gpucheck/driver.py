@@ -89,7 +89,7 @@ def note_end(entry: dict, section: Section, code: int | None, said: str, seconds
     row = entry.pop("running", None)
     if code in (0, START_AGAIN):
         return code == START_AGAIN
-    # A row that time ran out for has failed nothing: slow, or it hangs, which its figures would tell.
+    # A row for which time ran out has shown no fault yet: it is slow, or hangs.
     why = "error"
     if code is None:
         ended = f"ended after {seconds:.0f} s, its limit"

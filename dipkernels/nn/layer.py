@@ -135,7 +135,8 @@ class DIPLayer(Mixin):
         self._keep_stream()
 
     def _keep_stream(self) -> None:
-        # int64 [2] = (0, number). No buffer: those are averaged, broadcast, emptied and replaced by others' loops.
+        # int64 [2] = (0, number). No buffer: those are averaged, broadcast, emptied and replaced by
+        # others' loops.
         device = self.variance.log_variance.device
         self.__dict__["_stream"] = torch.tensor(
             [0, self._number], device="cpu" if device.type == "meta" else device
