@@ -604,7 +604,7 @@ def test_a_table_that_takes_no_input_is_not_named():
         dip.convert(Biased())
 
 
-@pytest.mark.parametrize("name", ["draw", "feature_dim", "noisy", "_seed"])
+@pytest.mark.parametrize("name", ["draw", "feature_dim", "keep", "noisy", "_seed"])
 def test_a_name_that_a_dip_layer_uses_is_refused(name):
     module = nn.Identity()
     setattr(module, name, 8)
