@@ -120,7 +120,7 @@ class _Fold:
         self.batch: int | None = None
 
     def __call__(self, value: Any, dims: Any, name: str) -> Any:
-        pairs, spec = _flat(value, is_leaf=lambda part: isinstance(part, PackedSequence))
+        pairs, spec = _flat(value, is_leaf=_is_packed)
         try:
             flat_dims = pytree._broadcast_to_and_flatten(dims, spec, is_leaf=lambda d: d is None)
         except ValueError:
@@ -176,6 +176,11 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
         )
     by_example: Tensor = value.unflatten(0, (batch, m))
     return by_example.transpose(0, 1)
+
+
+# No lambda: Dynamo of torch 2.10 cannot ask whether it has one.
+def _is_packed(part: Any) -> bool:
+    return isinstance(part, PackedSequence)
 
 
 def _flat(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
