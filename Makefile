@@ -73,11 +73,13 @@ overhead: setup out/.peers
 cost: setup
 	$(PY) benchmarks/cost.py
 
-# The three behind the recipe, hours; stopped, each goes on where it was. studies/README.md has the others, and what they need.
-studies: setup
-	$(PY) studies/defaults.py
-	$(PY) studies/features.py
-	$(PY) studies/attacks.py
+# Every study, hours; stopped, it goes on where it was. studies/README.md says what they need.
+$(VENV)/.studies: requirements-studies.txt $(VENV)/.deps
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-studies.txt
+	touch $@
+
+studies: setup $(VENV)/.studies
+	$(PY) studies/run_all.py
 
 # The wheel of this machine with CPU and CUDA kernels: needs nvcc, no GPU. TOOLKIT=12.8 refuses another nvcc than that.
 wheel: | $(VENV)/.deps

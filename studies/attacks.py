@@ -7,7 +7,7 @@ accuracy.
 All but the last two columns attack the deterministic forward. k = 8 is the prediction of eight
 noisy passes, attacked by PGD on the loss averaged over fresh draws in every step (expectation over
 the noise). Certified: noise at the input alone, `dip.certify`; what it says of an L2 ball of
-radius r holds for any attack. Needs torchattacks (pip install --no-deps torchattacks): AutoAttack
+radius r holds for any attack. Needs torchattacks (requirements-studies.txt): AutoAttack
 is its APGD-CE, APGD-T, FAB-T and Square.
 """
 

@@ -6,7 +6,7 @@ score, plain and DIP.
     python studies/extrapolation.py --quick  one function, two seeds, few steps: does it run?
 
 Trained on x up to 2, scored on 2 .. 4 (outside) and below 2 (inside): root mean square distance of
-the predicted median and mean to the true ones. Needs engression (pip install --no-deps engression),
+the predicted median and mean to the true ones. Needs engression (requirements-studies.txt),
 whose own estimator with the settings of its documentation is the reference. About twenty minutes
 of one core.
 """

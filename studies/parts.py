@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def run(
         if workers > 1 and len(missing) > 1:
             with ProcessPoolExecutor(workers, initializer=_one_thread) as pool:
                 jobs = {pool.submit(part, key): (file, key) for file, key in missing.items()}
-                for job, (file, key) in jobs.items():
+                for job in as_completed(jobs):
+                    file, key = jobs[job]
                     _write(file, {**key, **job.result()})
                     bar.update()
         else:

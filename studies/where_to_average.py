@@ -1,7 +1,8 @@
 """Where to average: over trajectories, inside each layer, or in closed form? On handwritten digits.
 
     python studies/where_to_average.py
-        # three seeds; writes its results, table and plot into out/where_to_average
+        # three seeds; writes its results, table and plot into out/where_to_average; stopped, it
+        # goes on where it was
     python studies/where_to_average.py --quick  one seed, a few epochs: does it run?
 
 An MLP 64-256-256-10 (sigma = 0.3 before every linear layer) and a small vision transformer (sigma =
@@ -28,11 +29,12 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import parts
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import dipkernels as dip
 
@@ -224,23 +226,41 @@ def plot(runs: list[dict], networks: list[str], path: Path) -> None:
     plt.close(figure)
 
 
-def report(args: argparse.Namespace, runs: list[dict], start: float) -> str:
+def part(key: dict[str, Any]) -> dict[str, Any]:
+    """All trainings of one network and seed: equal time is that of trajectories beside them."""
+    network, seed, factor = key["network"], key["seed"], key["epochs"]
+    x_train, y_train, x_test, y_test = load(seed)
+    x_test, y_test = x_test[:NUM_TEST], y_test[:NUM_TEST]
+    epochs, seconds, runs = max(1, round(factor * NETWORKS[network][1])), None, []
+    for budget in ("equal steps", "equal time"):
+        for method in sorted(METHODS, key=lambda name: name != "trajectories"):
+            limit = seconds if budget == "equal time" else None
+            model, done, took = train(network, method, seed, x_train, y_train, epochs, limit)
+            if method == "trajectories" and seconds is None:
+                seconds = took
+            accuracy = evaluate(model, x_test, y_test, seed, key["pgd_steps"])
+            where = {"network": network, "budget": budget, "method": method, "seed": seed}
+            runs.append({**where, "epochs": done, "seconds": took, "accuracy": accuracy})
+    return {"runs": runs}
+
+
+def report(runs: list[dict], out: Path) -> str:
     """Write results.json, table.md and averaging.png; returns the tables."""
     networks = [n for n in NETWORKS if any(r["network"] == n for r in runs)]
     tables = "\n\n".join(
         table(runs, n, budget) for n in networks for budget in ("equal steps", "equal time")
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     what = {
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": 1,
         "date": time.strftime("%Y-%m-%d"),
+        "S": S,
+        "runs": runs,
     }
-    what |= {"S": S, "seconds": round(time.perf_counter() - start, 1), "runs": runs}
-    (args.out / "results.json").write_text(json.dumps(what, indent=1) + "\n")
-    (args.out / "table.md").write_text(tables + "\n")
-    plot(runs, networks, args.out / "averaging.png")
+    (out / "results.json").write_text(json.dumps(what, indent=1) + "\n")
+    (out / "table.md").write_text(tables + "\n")
+    plot(runs, networks, out / "averaging.png")
     return tables
 
 
@@ -258,31 +278,16 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     )
     parser.add_argument("--quick", action="store_true", help="one seed, a few epochs: does it run?")
     args = parser.parse_args(arguments)
-    seeds, factor = (1, 0.02) if args.quick else (args.seeds, args.epochs)
+    seeds, factor, pgd_steps = (1, 0.02, 3) if args.quick else (args.seeds, args.epochs, 20)
     if seeds < 1 or factor <= 0:
         parser.error("--seeds, --epochs: expected at least 1 and more than 0")
     torch.set_num_threads(1)  # processor time is then the time of the work
-    start, runs = time.perf_counter(), []
-    with tqdm(total=2 * seeds * len(METHODS) * len(args.networks), dynamic_ncols=True) as bar:
-        for network, seed in itertools.product(args.networks, range(seeds)):
-            x_train, y_train, x_test, y_test = load(seed)
-            x_test, y_test = x_test[:NUM_TEST], y_test[:NUM_TEST]
-            epochs, seconds = max(1, round(factor * NETWORKS[network][1])), None
-            for budget in ("equal steps", "equal time"):
-                for method in sorted(METHODS, key=lambda name: name != "trajectories"):
-                    bar.set_description(f"{network}, seed {seed}, {budget}, {method}")
-                    limit = seconds if budget == "equal time" else None
-                    model, done, took = train(
-                        network, method, seed, x_train, y_train, epochs, limit
-                    )
-                    if method == "trajectories" and seconds is None:
-                        seconds = took
-                    accuracy = evaluate(model, x_test, y_test, seed, 3 if args.quick else 20)
-                    where = {"network": network, "budget": budget, "method": method, "seed": seed}
-                    runs.append({**where, "epochs": done, "seconds": took, "accuracy": accuracy})
-                    bar.update()
-            report(args, runs, start)  # what is there so far
-    tables = report(args, runs, start)
+    keys = [
+        {"network": network, "seed": seed, "epochs": factor, "pgd_steps": pgd_steps}
+        for network, seed in itertools.product(args.networks, range(seeds))
+    ]
+    runs = [run for found in parts.run(part, keys, args.out) for run in found["runs"]]
+    tables = report(runs, args.out)
     print(
         f"\nTest accuracy, %; mean ± standard deviation over {seeds} seed(s); seconds of one "
         f"processor\n\n{tables}"

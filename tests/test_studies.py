@@ -17,6 +17,7 @@ import augmix
 import features
 import parts
 import plots
+import run_all
 import tables
 import tasks
 import training
@@ -73,6 +74,35 @@ def test_parts_are_stored_and_not_run_twice(tmp_path):
     ]
     assert [r["square"] for r in parts.run(part, keys, tmp_path)] == [0, 1, 4, 9]
     assert calls == [0, 1, 2, 2, 3]
+
+
+def test_all_studies_run_and_a_second_run_starts_what_did_not_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "FOLDER", tmp_path)
+    monkeypatch.setattr(run_all, "COMMANDS", ["works.py", "fails.py --once"])
+    (tmp_path / "works.py").write_text("print('worked'); sum(range(10**6))")
+    (tmp_path / "fails.py").write_text(
+        "import pathlib, sys\nseen = pathlib.Path(__file__ + sys.argv[1])\n"
+        "if not seen.exists(): seen.touch(); sys.exit(3)"
+    )
+    out = tmp_path / "out"
+    assert run_all.main(["--out", str(out)]) == 1
+    assert "failed: fails.py --once" in capsys.readouterr().out
+    first = json.loads((out / "run_all.json").read_text())
+    assert first["fails.py --once"]["status"] == 3 and first["works.py"]["seconds"] > 0
+    assert run_all.main(["--out", str(out)]) == 0
+    second = json.loads((out / "run_all.json").read_text())
+    assert second["works.py"] == first["works.py"]  # not started again
+    assert second["fails.py --once"]["seconds"] > first["fails.py --once"]["seconds"]
+    assert (out / "run_all_0.log").read_text() == "worked\n"
+    assert "hours of one core" in (out / "run_all.md").read_text()
+
+
+def test_every_study_is_among_all():
+    commands = " ".join(run_all.COMMANDS)
+    for line in (Path(run_all.__file__).parent / "README.md").read_text().splitlines():
+        if line.startswith("| `python studies/") and "run_all.py" not in line:
+            name = line.split("/")[1].split(".py")[0]
+            assert f"{name}.py" in commands or name == "fit_mixtures", name
 
 
 def test_parts_of_other_defaults_are_not_taken(tmp_path, monkeypatch):
