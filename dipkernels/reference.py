@@ -133,12 +133,17 @@ def perturb_replay(
 Derivatives = tuple[Tensor, Tensor, Tensor]
 
 
+def _normal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(phi, Phi)"""
+    return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(x)
+
+
 def _relu(x: Tensor) -> Derivatives:
-    return x.clamp(min=0), (x > 0).to(x.dtype), torch.zeros_like(x)
+    return x.clamp(min=0), (~(x <= 0)).to(x.dtype), torch.zeros_like(x)  # at NaN as torch's
 
 
 def _gelu(x: Tensor) -> Derivatives:
-    pdf, cdf = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(x)
+    pdf, cdf = _normal(x)
     return x * cdf, cdf + x * pdf, (2 - x * x) * pdf
 
 
@@ -182,8 +187,7 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
     f, s = _ACTIVATIONS[activation], torch.sqrt(v)
     if activation == "relu":
         safe = torch.where(s == 0, 1.0, s)
-        pdf = torch.exp(-((mu / safe) ** 2) / 2) / math.sqrt(2 * math.pi)
-        cdf = torch.special.ndtr(mu / safe)
+        pdf, cdf = _normal(mu / safe)
         y, slope, curvature = f(mu)
         return (
             torch.where(s == 0, y, mu * cdf + s * pdf),
@@ -191,15 +195,44 @@ def _expectation(mu: Tensor, v: Tensor, activation: str) -> Derivatives:
             torch.where(s == 0, curvature, pdf / (2 * safe)),
         )
     # The trapezoidal rule: for a function analytic in a strip it converges faster than any power of
-    # the step.
-    step = min(0.25, 0.25 / max(1.0, float(s.max()))) if s.numel() else 0.25
+    # the step. Over z where s is small, else over mu + s z.
+    wide, step = s > 1, 0.25
+    small = torch.where(wide, 1.0, s)
     sums = [torch.zeros_like(mu + s) for _ in range(3)]
-    for i in range(-int(9 / step), int(9 / step) + 1):
+    for i in range(-36, 37):
         z = i * step
         weight = step * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
-        for total, value in zip(sums, f(mu + s * z)):
+        for total, value in zip(sums, f(mu + small * z)):
             total += weight * value
+    if bool(wide.any()):
+        large = torch.where(wide, s, 1.0)
+        sums = [torch.where(wide, *both) for both in zip(_wide(mu, large, activation, step), sums)]
     return sums[0], sums[1], sums[2] / 2
+
+
+def _wide(mu: Tensor, s: Tensor, activation: str, step: float) -> list[Tensor]:
+    """[E f, E f', E f''] at mu + s z: those of gelu, or for tanh of 2 Phi(x) - 1, in closed form,
+    and of what f has beside it, which is 0 far out, by the trapezoidal rule."""
+    r = torch.rsqrt(1 + s * s)
+    a = mu * r
+    pdf, cdf = _normal(a)
+    x = torch.arange(-160, 161, dtype=mu.dtype, device=mu.device) * step
+    if activation == "tanh":
+        sums = [2 * cdf - 1, 2 * r * pdf, -2 * r * r * a * pdf]
+        density, distribution = _normal(x)
+        near = (2 * distribution - 1, 2 * density, -2 * x * density)
+    else:
+        sums = [
+            mu * cdf + s * s * r * pdf,
+            cdf + r * r * a * pdf,
+            r * pdf * (1 + r * r - (r * a) ** 2),
+        ]
+        near = _gelu(x)
+    rests = [value - other for value, other in zip(_ACTIVATIONS[activation](x), near)]
+    for i, at in enumerate(x.tolist()):
+        weight = _normal((at - mu) / s)[0] / s * step
+        sums = [total + weight * rest[i] for total, rest in zip(sums, rests)]
+    return sums
 
 
 def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:

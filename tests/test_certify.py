@@ -18,6 +18,7 @@ def test_the_lower_bound_is_the_quantile_of_a_beta(hits, trials):
     stats = pytest.importorskip("scipy.stats")
     expected = stats.beta.ppf(1e-3, hits, trials - hits + 1) if hits else 0.0
     assert lower_bound(hits, trials, 0.999) == pytest.approx(expected, rel=1e-6)
+    assert hits / trials - 1e-3 < lower_bound(hits, trials, 1e-15) <= 1  # by no confidence at all
 
 
 def test_the_lower_bound_holds_as_often_as_it_says():

@@ -168,7 +168,8 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_activation_of_a_variance_that_is_no_number_is_none(activation):
-    mu, v = torch.randn(3, 2), torch.tensor([float("nan"), 1.0])
+    """And the other columns are as they were, also where it is made of plain operations."""
+    mu, v = torch.randn(3, 2), torch.tensor([float("nan"), 100.0])
     for forward, backward in (
         (expectation, expectation_bwd),
         (reference.expectation, reference.expectation_bwd),
@@ -176,8 +177,29 @@ def test_activation_of_a_variance_that_is_no_number_is_none(activation):
         y, (dmu, dv, total) = forward(mu, v, activation), backward(mu, mu, v, activation)
         for t in (y[:, 0], dmu[:, 0], dv[0], total[0]):
             assert t.isnan().all()
-        for t in (y[:, 1], dmu[:, 1], dv[1], total[1]):
-            assert t.isfinite().all()
+        assert torch.equal(y[:, 1:], forward(mu[:, 1:], v[1:], activation))
+        alone = backward(*(mu[:, 1:],) * 2, v[1:], activation)
+        assert all(torch.equal(t[..., 1:], a) for t, a in zip((dmu, dv, total), alone))
+    y = torch.func.vmap(lambda mu: expected(mu, v, activation))(mu)
+    assert y[:, 0].isnan().all() and y[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("activation", NAMES)
+def test_reference_takes_any_variance(activation):
+    v = torch.tensor([1e4, 1e12, 1e30], dtype=torch.float64)
+    mu = torch.tensor([[0.5], [-0.5]]) * v.sqrt()
+    y, (dmu, dv, _) = (
+        reference.expectation(mu, v, activation),
+        reference.expectation_bwd(torch.ones_like(mu), mu, v, activation),
+    )
+    a, s = mu / v.sqrt(), v.sqrt()
+    pdf, cdf = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(a)
+    limits = (mu * cdf + s * pdf, cdf, (pdf / s).sum(0) / 2)  # of relu, and of a step
+    if activation == "tanh":
+        limits = (2 * cdf - 1, 2 * pdf / s, -(a * pdf).sum(0) / v)
+    for got, want in zip((y, dmu, dv), limits):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-9)
+    reference.expectation(mu, v.fill_(math.inf), activation)
 
 
 @pytest.mark.parametrize("activation", NAMES)

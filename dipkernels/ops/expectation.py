@@ -145,8 +145,8 @@ def variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
 def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     """The same expectation in plain PyTorch, differentiable to any order; where v is 0, the
     activation itself."""
-    positive = v > 0
-    v = torch.where(positive, v, 1.0)
+    none = v == 0
+    v = torch.where(none, 1.0, v)
     if activation == "relu":
         terms = [(torch.rsqrt(v), 1.0)]
     else:
@@ -159,7 +159,7 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
             y = y + p * (2 * cdf - 1)
         else:
             y = y + p * (mu * cdf + v * alpha * torch.exp(-a * a / 2) / math.sqrt(2 * math.pi))
-    return torch.where(positive, y, ACTIVATIONS[activation](mu).to(y.dtype)).to(mu.dtype)
+    return torch.where(none, ACTIVATIONS[activation](mu).to(y.dtype), y).to(mu.dtype)
 
 
 def _run_expectation_bwd(

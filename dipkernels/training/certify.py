@@ -117,7 +117,7 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
     whole = torch.tensor(float(trials + 1), dtype=torch.float64, device="cpu")
     ways = torch.lgamma(whole) - torch.lgamma(counts + 1) - torch.lgamma(whole - counts)
     low, high, wanted = 0.0, 1.0, math.log1p(-confidence)
-    for _ in range(60):  # bisection: the tail grows with p
+    for _ in range(53):  # bisection: the tail grows with p, which stays below 1
         p = (low + high) / 2
         tail = torch.logsumexp(ways + counts * math.log(p) + (trials - counts) * math.log1p(-p), 0)
         low, high = (low, p) if tail > wanted else (p, high)
