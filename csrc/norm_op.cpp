@@ -79,7 +79,6 @@ std::tuple<Tensor, Tensor> norm(
   const RowsOf u_rows(u);
   a.x = rows.operand;
   a.u = u_rows.operand;
-  if (a.rows == 0) return {u, stats};
   check_done(norm_cpu(a, parallel_for));
   if (u_rows.operand.data != u.const_data_ptr())
     torch::stable::copy_(const_cast<Tensor&>(u), u_rows.tensor);

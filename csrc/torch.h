@@ -70,10 +70,13 @@ inline std::optional<int64_t> collapse(const Tensor& t, int64_t first, int64_t l
 }
 
 inline std::optional<Operand> as_rows(const Tensor& t, int64_t dim) {
+  Operand rows{nullptr, dtype_of(t.scalar_type(), "data"), 0, 1};
+  if (t.numel() == 0) return rows;  // its strides say nothing
   if (t.size(dim) != 1 && t.stride(dim) != 1) return std::nullopt;
   const auto stride = collapse(t, 0, t.dim(), dim);
   if (!stride) return std::nullopt;
-  return Operand{nullptr, dtype_of(t.scalar_type(), "data"), *stride, 1};
+  rows.outer_stride = *stride;
+  return rows;
 }
 
 inline std::optional<Operand> as_channels(const Tensor& t, int64_t dim) {
@@ -169,15 +172,6 @@ bool lay_out(Args& a, int64_t dim, const std::vector<View>& views) {
   a.outer = a.inner = 1;
   for (int64_t d = 0; d < first.dim(); ++d)
     if (d != dim) (d < dim ? a.outer : a.inner) *= sizes[d];
-  if (first.numel() == 0) {  // its strides say nothing
-    for (const View& v : views)
-      *v.operand = {
-          const_cast<void*>(v.tensor->const_data_ptr()), dtype_of(v.tensor->scalar_type(), "data"),
-          0, 1};
-    a.outer *= a.inner;
-    a.inner = 1;
-    return true;
-  }
   if (fit(as_rows)) {
     a.outer *= a.inner;
     a.inner = 1;

@@ -132,6 +132,18 @@ def test_perturb_rounds_ties_to_even(capability):
     assert torch.equal(u, wide.to(torch.bfloat16))
 
 
+def test_perturb_keeps_subnormal_halves_where_floats_are_flushed(capability):
+    """By torch.set_flush_denormal: what is subnormal in float16 is not in float32."""
+    x = torch.arange(1, 2**10, dtype=torch.int16).view(torch.float16)[None]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes nothing")
+    try:
+        u = perturb(x, torch.zeros(x.shape[1]), SEED, Draw(*arguments()), None)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(u.view(torch.int16), x.view(torch.int16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "shape, dim",

@@ -434,6 +434,15 @@ def test_producers_ignore_strides():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_of_no_rows_takes_any_strides(kind):
+    x = torch.empty(0, 28)[:, ::7].requires_grad_()
+    sigma = torch.ones(4, requires_grad=True)
+    u = producers.norm(x, None, None, sigma, SEED, kind=kind, eps=1e-5)
+    u.sum().backward()
+    assert u.shape == x.grad.shape == (0, 4) and torch.equal(sigma.grad, torch.zeros(4))
+
+
 def test_gate_takes_the_halves_of_one_tensor():
     joined, sigma = randn(9, 80, dtype=torch.float32), scale(40)
     a, b = joined.chunk(2, -1)

@@ -26,9 +26,10 @@ inline float float16_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
   if (magnitude >= 0x7C00u)
     return ScalarLane::as_float(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  // 2^-112 scales the shifted exponent to its value, subnormals included: a product of powers of
-  // two, so exact.
-  const float value = ScalarLane::as_float(magnitude << 13) * 0x1p112f;
+  // Exact, and no subnormal float on the way, which a processor may be set to take for 0.
+  const float value = magnitude < 0x400u
+                          ? static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f
+                          : ScalarLane::as_float((magnitude << 13) + 0x38000000u);
   return ScalarLane::as_float(sign | ScalarLane::as_uint(value));
 }
 
