@@ -8,29 +8,6 @@
 #include "dispatch.h"
 
 namespace dip {
-
-// The kernels of an operation, in the order of kNames.
-#ifdef DIP_HAS_X86
-#define DIP_KERNELS(op, Args)                          \
-  const char* op##_portable(const Args&, ParallelFor); \
-  const char* op##_avx2(const Args&, ParallelFor);     \
-  const char* op##_avx512(const Args&, ParallelFor);   \
-  constexpr Kernel<Args> op##_kernels[] = {op##_portable, op##_avx2, op##_avx512};
-#else
-#define DIP_KERNELS(op, Args)                          \
-  const char* op##_portable(const Args&, ParallelFor); \
-  constexpr Kernel<Args> op##_kernels[] = {op##_portable};
-#endif
-template <class Args>
-using Kernel = const char* (*)(const Args&, ParallelFor);
-
-DIP_KERNELS(perturb, PerturbArgs)
-DIP_KERNELS(expectation, ExpectationArgs)
-DIP_KERNELS(variance, VarianceArgs)
-DIP_KERNELS(samples, SamplesArgs)
-DIP_KERNELS(gate, GateArgs)
-DIP_KERNELS(norm, NormArgs)
-
 namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
@@ -70,6 +47,15 @@ std::atomic<int>& current() {
   return capability;
 }
 
+template <class Args>
+using Kernel = const char* (*)(const Args&, ParallelFor);
+
+template <class Args>
+const char* run(const Kernel<Args>* kernels, const Args& args, ParallelFor parallel_for) {
+  const int capability = cpu_capability();  // one that is offered, or -1
+  return capability < 0 ? kUnknownCapability : kernels[capability](args, parallel_for);
+}
+
 }  // namespace
 
 int cpu_capability() { return current().load(std::memory_order_relaxed); }
@@ -81,33 +67,26 @@ int set_cpu_capability(int capability) {
   return 0;
 }
 
-namespace {
+// name_cpu of launch.h, and its kernels in the order of kNames.
+#ifdef DIP_HAS_X86
+#define DIP_NAMES(name) name##_portable, name##_avx2, name##_avx512
+#else
+#define DIP_NAMES(name) name##_portable
+#endif
+#define DIP_OPERATION(name, Args)                                      \
+  const char* name##_portable(const Args&, ParallelFor);               \
+  const char* name##_avx2(const Args&, ParallelFor);                   \
+  const char* name##_avx512(const Args&, ParallelFor);                 \
+  const char* name##_cpu(const Args& args, ParallelFor parallel_for) { \
+    constexpr Kernel<Args> kernels[] = {DIP_NAMES(name)};              \
+    return run(kernels, args, parallel_for);                           \
+  }
 
-template <class Args>
-const char* run(const Kernel<Args>* kernels, const Args& args, ParallelFor parallel_for) {
-  const int capability = cpu_capability();  // one that is offered, or -1
-  return capability < 0 ? kUnknownCapability : kernels[capability](args, parallel_for);
-}
-
-}  // namespace
-
-const char* perturb_cpu(const PerturbArgs& args, ParallelFor parallel_for) {
-  return run(perturb_kernels, args, parallel_for);
-}
-const char* expectation_cpu(const ExpectationArgs& args, ParallelFor parallel_for) {
-  return run(expectation_kernels, args, parallel_for);
-}
-const char* variance_cpu(const VarianceArgs& args, ParallelFor parallel_for) {
-  return run(variance_kernels, args, parallel_for);
-}
-const char* samples_cpu(const SamplesArgs& args, ParallelFor parallel_for) {
-  return run(samples_kernels, args, parallel_for);
-}
-const char* gate_cpu(const GateArgs& args, ParallelFor parallel_for) {
-  return run(gate_kernels, args, parallel_for);
-}
-const char* norm_cpu(const NormArgs& args, ParallelFor parallel_for) {
-  return run(norm_kernels, args, parallel_for);
-}
+DIP_OPERATION(perturb, PerturbArgs)
+DIP_OPERATION(expectation, ExpectationArgs)
+DIP_OPERATION(variance, VarianceArgs)
+DIP_OPERATION(samples, SamplesArgs)
+DIP_OPERATION(gate, GateArgs)
+DIP_OPERATION(norm, NormArgs)
 
 }  // namespace dip

@@ -12,9 +12,8 @@
 namespace dip {
 namespace {
 
-constexpr int kColumns = 256;       // of a tile: its coefficients stay in the first-level cache
-constexpr int64_t kRows = 64;       // of a tile, and of a sum in the compute type
-constexpr int64_t kMaxBlocks = 32;  // row blocks of the two-stage sum
+constexpr int kColumns = 256;  // of a tile: its coefficients stay in the first-level cache
+constexpr int64_t kRows = 64;  // of a tile, and of a sum in the compute type
 static_assert(kColumns <= kRun, "a row of a tile is one run");
 
 // ---- one run of columns -------------------------------------------------------------------------
@@ -273,15 +272,15 @@ struct Pass {
 
   // partials: [2, blocks, features], of d/dv and of dmu; each is a sum over its rows in their
   // order, whatever runs it.
-  void sum_rows(
-      ParallelFor parallel_for, double* partials, int64_t blocks, int64_t block_rows) const {
+  void sum_rows(ParallelFor parallel_for, double* partials, const Blocks& blocks) const {
     const int64_t tiles = ceil_div(args.features, kColumns);
-    run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
+    run_parallel(parallel_for, blocks.count * tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i % tiles * kColumns, block = i / tiles;
         const int n = static_cast<int>(smaller(kColumns, args.features - first));
-        double *dv = partials + block * args.features + first, *sum = dv + blocks * args.features;
-        for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, args.rows);
+        double *dv = partials + block * args.features + first,
+               *sum = dv + blocks.count * args.features;
+        for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, args.rows);
              row += kRows) {
           alignas(64) C dv_part[kColumns] = {}, part[kColumns] = {};
           for (int64_t r = row; r < smaller(row + kRows, args.rows); ++r)
@@ -297,12 +296,11 @@ template <class C, int kTerms, int m, bool kOdd>
 const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor parallel_for) {
   using N = Numbers<m, kOdd>;
   const int64_t n = a.features, tiles = ceil_div(n, kColumns);
-  const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
-  const int64_t blocks = ceil_div(a.rows, block_rows);
+  const Blocks blocks(a.rows, kRows);
   C* columns = static_cast<C*>(
       std::malloc(sizeof(C) * static_cast<size_t>(tiles * kTerms * N::kAll * kStride + 1)));
   double* partials = a.dv ? static_cast<double*>(std::calloc(
-                                static_cast<size_t>(2 * blocks * n + 1), sizeof(double)))
+                                static_cast<size_t>(2 * blocks.count * n + 1), sizeof(double)))
                           : nullptr;
   const char* error = !columns || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
@@ -325,10 +323,10 @@ const char* run(const ExpectationArgs& a, const Mixture& mixture, ParallelFor pa
       }
     }
     if (a.dv) {
-      pass.sum_rows(parallel_for, partials, blocks, block_rows);
+      pass.sum_rows(parallel_for, partials, blocks);
       const auto one = [](int64_t) { return 1.0; };
-      sum_blocks(partials, blocks, n, a.v_is_double, a.dv, one);
-      sum_blocks(partials + blocks * n, blocks, n, a.v_is_double, a.sum, one);
+      sum_blocks(partials, blocks.count, n, a.v_is_double, a.dv, one);
+      sum_blocks(partials + blocks.count * n, blocks.count, n, a.v_is_double, a.sum, one);
     } else {
       pass.write_only(parallel_for);
     }
@@ -368,15 +366,15 @@ void variance_rows(const VarianceArgs& a, const C* s2, ParallelFor parallel_for)
 // dW = what is given + 2 dv s^2 W, and partials [blocks, features] of sum over rows of dv W^2.
 template <class C>
 void variance_slopes(
-    const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials, int64_t blocks,
-    int64_t block_rows) {
+    const VarianceArgs& a, const C* s2, ParallelFor parallel_for, double* partials,
+    const Blocks& blocks) {
   const int64_t tiles = ceil_div(a.features, kColumns);
-  run_parallel(parallel_for, blocks * tiles, 1, [&](int64_t begin, int64_t end) {
+  run_parallel(parallel_for, blocks.count * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % tiles * kColumns, block = i / tiles;
       const int n = static_cast<int>(smaller(kColumns, a.features - first));
       double* sums = partials + block * a.features + first;
-      for (int64_t row = block * block_rows; row < smaller((block + 1) * block_rows, a.rows);
+      for (int64_t row = block * blocks.rows; row < smaller((block + 1) * blocks.rows, a.rows);
            row += kRows) {
         alignas(64) C acc[kColumns] = {};
         for (int64_t r = row; r < smaller(row + kRows, a.rows); ++r) {
@@ -408,12 +406,11 @@ void variance_slopes(
 template <class C>
 const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
   const int64_t k = a.features;
-  const int64_t block_rows = larger(kRows, ceil_div(ceil_div(a.rows, kMaxBlocks), kRows) * kRows);
-  const int64_t blocks = ceil_div(a.rows, block_rows);
+  const Blocks blocks(a.rows, kRows);
   C* s2 = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + 1)));
-  double* partials =
-      a.dv ? static_cast<double*>(std::calloc(static_cast<size_t>(blocks * k + 1), sizeof(double)))
-           : nullptr;
+  double* partials = a.dv ? static_cast<double*>(std::calloc(
+                                static_cast<size_t>(blocks.count * k + 1), sizeof(double)))
+                          : nullptr;
   const char* error = !s2 || (a.dv && !partials) ? "out of memory" : nullptr;
   if (!error) {
     const auto sigma = [&](int64_t j) {
@@ -425,9 +422,9 @@ const char* variance(const VarianceArgs& a, ParallelFor parallel_for) {
     };
     for (int64_t j = 0; j < k; ++j) s2[j] = static_cast<C>(square(j));
     if (a.dv) {
-      variance_slopes(a, s2, parallel_for, partials, blocks, block_rows);
+      variance_slopes(a, s2, parallel_for, partials, blocks);
       const auto slope = [&](int64_t j) { return a.log_variance ? square(j) : 2.0 * sigma(j); };
-      sum_blocks(partials, blocks, k, a.is_double, a.dsigma, slope);
+      sum_blocks(partials, blocks.count, k, a.is_double, a.dsigma, slope);
     } else {
       variance_rows(a, s2, parallel_for);
     }

@@ -358,14 +358,13 @@ void get_columns(const Operand& data, int64_t n, C offset, C absent, C* to) {
 template <class C>
 const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor parallel_for) {
   const int64_t k = a.features;
-  const int64_t block_rows = larger(64, ceil_div(ceil_div(a.rows, kMaxBlocks), 64) * 64),
-                blocks = ceil_div(a.rows, block_rows);
+  const Blocks blocks(a.rows, 64);
   double* partials = static_cast<double*>(
-      std::calloc(static_cast<size_t>(larger(1, blocks) * 3 * k + 1), sizeof(double)));
+      std::calloc(static_cast<size_t>(larger(1, blocks.count) * 3 * k + 1), sizeof(double)));
   if (!partials) return "out of memory";
   bool failed = false;
   run_parallel(
-      parallel_for, blocks, larger(1, kGrainTiles * kTile / larger(1, k * block_rows)),
+      parallel_for, blocks.count, larger(1, kGrainTiles * kTile / larger(1, k * blocks.rows)),
       [&](int64_t begin, int64_t end) {
         C* sums = static_cast<C*>(std::calloc(static_cast<size_t>(3 * k + 1), sizeof(C)));
         if (!sums) {
@@ -374,11 +373,11 @@ const char* run_back(const NormArgs& a, const Norm<C>& norm, ParallelFor paralle
         }
         for (int64_t b = begin; b < end; ++b)
           norm.walk(
-              b * block_rows, smaller(a.rows, (b + 1) * block_rows), sums, partials + 3 * b * k);
+              b * blocks.rows, smaller(a.rows, (b + 1) * blocks.rows), sums, partials + 3 * b * k);
         std::free(sums);
       });
   if (!failed) {
-    add_blocks(partials, blocks, 3 * k);
+    add_blocks(partials, blocks.count, 3 * k);
     const auto one = [](int64_t) { return 1.0; };
     put_columns(partials, k, a.dweight, one);
     put_columns(partials + k, k, a.dbias, one);

@@ -25,6 +25,16 @@ void run_parallel(ParallelFor parallel_for, int64_t total, int64_t grain, F&& f)
   parallel_for(total, grain, take, &work);
 }
 
+// The blocks of rows of the two-stage sum, docs/maths.md, section 5: of whole units of rows, by the
+// sizes alone.
+struct Blocks {
+  int64_t rows, count;  // of each block but the last, which may have fewer; how many blocks
+
+  Blocks(int64_t all_rows, int64_t unit)
+      : rows(larger(unit, ceil_div(ceil_div(all_rows, 32), unit) * unit)),
+        count(ceil_div(all_rows, rows)) {}
+};
+
 // Adds rows 1 .. blocks - 1 of partials [blocks, n] to row 0, in their order.
 inline void add_blocks(double* partials, int64_t blocks, int64_t n) {
   for (int64_t b = 1; b < blocks; ++b)

@@ -8,7 +8,6 @@
 namespace dip {
 namespace {
 
-constexpr int64_t kMaxBlocks = 32;   // row blocks of the two-stage sum
 constexpr int64_t kGrainTiles = 16;  // 16384 elements: about the cost of waking a thread
 
 struct Space {
@@ -195,13 +194,13 @@ struct Channels {
 // depend on the threads.
 template <class C, class Job>
 const char* sum_rows(
-    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks,
-    int64_t block_rows) {
+    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials,
+    const Blocks& blocks) {
   const Rows<C, Job> rows(pass, job);
   const int64_t m = pass.space.outer, groups = rows.groups.count;
   bool failed = false;
   run_parallel(
-      parallel_for, blocks, larger(1, kGrainTiles * kTileGroups / (groups * block_rows)),
+      parallel_for, blocks.count, larger(1, kGrainTiles * kTileGroups / (groups * blocks.rows)),
       [&](int64_t begin, int64_t end) {
         C* acc = static_cast<C*>(std::calloc(static_cast<size_t>(rows.k + kTile), sizeof(C)));
         if (!acc) {
@@ -210,7 +209,7 @@ const char* sum_rows(
         }
         for (int64_t b = begin; b < end; ++b)
           rows.walk(
-              b * block_rows * groups, smaller(m, (b + 1) * block_rows) * groups, acc,
+              b * blocks.rows * groups, smaller(m, (b + 1) * blocks.rows) * groups, acc,
               partials + b * rows.k);
         std::free(acc);
       });
@@ -219,15 +218,15 @@ const char* sum_rows(
 
 template <class C, class Job>
 void sum_channels(
-    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials, int64_t blocks,
-    int64_t block_rows) {
+    const Pass<C>& pass, const Job& job, ParallelFor parallel_for, double* partials,
+    const Blocks& blocks) {
   const Channels<C, Job> channels(pass, job);
   const int64_t k = pass.space.features, groups = channels.groups.count;
-  run_parallel(parallel_for, blocks * groups, 1, [&](int64_t begin, int64_t end) {
+  run_parallel(parallel_for, blocks.count * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / groups, g = i % groups;
       double sum[8] = {};
-      channels.walk(g, b * block_rows, smaller(channels.rows, (b + 1) * block_rows), sum);
+      channels.walk(g, b * blocks.rows, smaller(channels.rows, (b + 1) * blocks.rows), sum);
       for (int64_t t = 0; t < 8; ++t) {
         const int64_t channel = 8 * g + t - channels.groups.phase;
         if (channel >= 0 && channel < k) partials[b * k + channel] = sum[t];
@@ -263,12 +262,10 @@ template <class C, class Job>
 const char* walk(
     const Space& s, const Draw& draw, void* dsigma, const Job& job, ParallelFor parallel_for) {
   const int64_t k = s.features, m = s.outer * s.inner;
-  const int64_t unit = s.inner == 1 ? 64 : kTileGroups;
-  const int64_t block_rows = larger(unit, ceil_div(ceil_div(m, kMaxBlocks), unit) * unit),
-                blocks = ceil_div(m, block_rows);
+  const Blocks blocks(m, s.inner == 1 ? 64 : kTileGroups);
   C* scale = static_cast<C*>(std::malloc(sizeof(C) * static_cast<size_t>(k + kTile)));
   double* partials = dsigma ? static_cast<double*>(std::calloc(
-                                  static_cast<size_t>(larger(1, blocks * k)), sizeof(double)))
+                                  static_cast<size_t>(larger(1, blocks.count * k)), sizeof(double)))
                             : nullptr;
   const char* error = !scale || (dsigma && !partials) ? "out of memory" : nullptr;
   if (!error) {
@@ -276,12 +273,11 @@ const char* walk(
     const Pass<C> pass{s, draw, Generator(draw), scale};
     if (m && k) {
       if (!dsigma) write_only(pass, job, parallel_for);
-      else if (s.inner == 1)
-        error = sum_rows(pass, job, parallel_for, partials, blocks, block_rows);
-      else sum_channels(pass, job, parallel_for, partials, blocks, block_rows);
+      else if (s.inner == 1) error = sum_rows(pass, job, parallel_for, partials, blocks);
+      else sum_channels(pass, job, parallel_for, partials, blocks);
     }
     if (dsigma && !error)
-      sum_blocks(partials, blocks, k, draw.sigma_is_double, dsigma, [&](int64_t j) {
+      sum_blocks(partials, blocks.count, k, draw.sigma_is_double, dsigma, [&](int64_t j) {
         return slope_at(draw, j);
       });
   }
