@@ -43,12 +43,14 @@ CAPABILITIES = {
 }
 
 
-def machine(compiler):
-    """The machine that `compiler` compiles for: x86_64, aarch64, ..."""
-    if compiler is None:
-        return platform.machine()
+def target(compiler):
+    """What `compiler` compiles for: x86_64-linux-gnu, aarch64-linux-gnu, ..."""
     done = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True)
-    return done.stdout.split("-")[0].strip() or platform.machine()
+    return done.stdout.strip() or f"{platform.machine()}-{platform.system().lower()}"
+
+
+def is_x86(compiler):
+    return target(compiler).startswith("x86_64-")
 
 
 def toolkit(nvcc):
@@ -100,6 +102,19 @@ def cuda_archs(nvcc=None):
     return archs
 
 
+def command(name, default):
+    """The path of a compiler: of the one that the variable `name` asks for, else of `default`, or
+    None."""
+    asked = os.environ.get(name)
+    found = shutil.which(asked or default)
+    if asked and found is None:
+        raise SystemExit(
+            f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "
+            "ccache put the folder of its compilers first on the PATH"
+        )
+    return found
+
+
 def find_torch():
     """torch, whose headers the build reads, or what to do where there is none."""
     steps = "pip install 'torch>=2.10' 'setuptools>=77' ninja && pip install --no-build-isolation ."
@@ -119,18 +134,17 @@ def find_torch():
 
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    compiler, nvcc = command("CXX", "g++"), command("NVCC", "nvcc")
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
-    if compiler is None:
+    if compiler is None or "linux" not in target(compiler):
         if cpu or cuda:
             raise SystemExit(
                 "DIPKERNELS_CPU=1 or DIPKERNELS_CUDA=1 was asked for, but there is no C++ compiler "
-                "(CXX, g++)"
+                "for Linux (CXX, g++)"
             )
         say(
-            "no C++ compiler (CXX, g++): pure Python install; the slow reference path and Triton "
-            "still run"
+            "no C++ compiler for Linux (CXX, g++): pure Python install; the slow reference path "
+            "and Triton still run"
         )
         return False, False, None, None
     cuda_archs()
@@ -153,7 +167,7 @@ def plan():
 
 
 def capabilities(compiler):
-    return list(CAPABILITIES) if machine(compiler) == "x86_64" else ["portable"]
+    return list(CAPABILITIES) if is_x86(compiler) else ["portable"]
 
 
 def quoted(text):
@@ -170,7 +184,7 @@ def ninja_file(cpu, cuda, compiler, nvcc):
     """
     archs = cuda_archs(nvcc if cuda else None)
     defines = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and machine(compiler) == "x86_64")
+    defines += ["-DDIP_HAS_CPU"] * cpu + ["-DDIP_HAS_X86"] * (cpu and is_x86(compiler))
     if cuda:
         defines.append("'-DDIP_CUDA_ARCHS=\"" + " ".join(archs) + "\"'")
         defines.append("'-DDIP_CUDA_TOOLKIT=\"" + toolkit(nvcc) + "\"'")

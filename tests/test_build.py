@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NO_COMPILER = {
-    "CXX": "no-such-compiler",
-    "NVCC": "no-such-nvcc",
+    "PATH": "",
+    "CXX": "",
+    "NVCC": "",
     "DIPKERNELS_CPU": "",
     "DIPKERNELS_CUDA": "",
 }
@@ -35,8 +36,11 @@ def setup_py(*arguments, **environment):
     "environment, expected",
     [
         (dict(DIPKERNELS_CUDA="yes"), "DIPKERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
-        (dict(DIPKERNELS_CUDA="1", NVCC="no-such-nvcc"), "there is no nvcc"),
-        (dict(DIPKERNELS_CPU="1", CXX="no-such-compiler"), "there is no C++ compiler"),
+        (dict(DIPKERNELS_CUDA="1", CXX=shutil.which("g++") or "", PATH=""), "there is no nvcc"),
+        ({**NO_COMPILER, "DIPKERNELS_CPU": "1"}, "there is no C++ compiler"),
+        # once a pure Python install, of which pip showed nothing
+        (dict(CXX="ccache g++"), "CXX: expected one command, without arguments"),
+        (dict(NVCC="no-such-nvcc"), "that is there, got 'no-such-nvcc'"),
         (dict(DIPKERNELS_CUDA_ARCHS="8.0;9.0"), "as in '80 90a', got '8.0;9.0'"),
         (dict(DIPKERNELS_CUDA_ARCHS="sm_90"), "as in '80 90a', got 'sm_90'"),
         (dict(DIPKERNELS_CUDA_ARCHS="75 90"), "expected 80 or newer, got '75 90'"),
@@ -62,6 +66,16 @@ def test_build_refuses_what_it_cannot_do(environment, expected):
 def test_build_says_what_it_builds_and_why(environment, expected):
     status, output = setup_py("--version", **environment)
     assert status == 0 and all(text in output for text in expected)
+
+
+def test_a_compiler_for_another_system_is_none(tmp_path):
+    """A Mac's g++ links no library for Linux."""
+    (compiler := tmp_path / "g++").write_text("#!/bin/sh\necho arm64-apple-darwin23.6.0\n")
+    compiler.chmod(0o755)
+    status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="")
+    assert status == 0 and "no C++ compiler for Linux" in output
+    status, output = setup_py("--version", CXX=str(compiler), DIPKERNELS_CPU="1")
+    assert status != 0 and "there is no C++ compiler for Linux" in output
 
 
 @pytest.fixture
