@@ -5,8 +5,7 @@ __version__ = "0.1.0"
 
 import importlib as _importlib
 import os.path as _path
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+import typing as _typing
 
 # a source tree, where that folder lies beside this one
 if not _path.isdir(_path.join(__path__[0], "triton_kernels")):
@@ -45,7 +44,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME, "backend", "diagnostics", "env_report", "functional", "reference"])
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from . import diagnostics as diagnostics
     from .config import DIPConfig as DIPConfig
     from .config import apply as apply
@@ -94,15 +93,16 @@ if _TYPE_CHECKING:
     from .training.tune import Tuned as Tuned
     from .training.tune import tune as tune
 
+else:  # a type checker would take any name for one of this module
 
-def __getattr__(name: str) -> _Any:
-    if name == "diagnostics":
-        return _importlib.import_module(f"{__name__}.diagnostics")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value  # found without this function from now on
-    return value
+    def __getattr__(name: str) -> _typing.Any:
+        if name == "diagnostics":
+            return _importlib.import_module(f"{__name__}.diagnostics")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value  # found without this function from now on
+        return value
 
 
 def __dir__() -> list[str]:

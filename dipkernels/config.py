@@ -24,7 +24,7 @@ from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
 from .models.probe import listed
 from .nn.layer import DIPLayer
-from .nn.numbering import dip_layers, require_module
+from .nn.numbering import Model, dip_layers, require_module
 from .noise.contexts import fixed_noise
 from .training.objective import KL, objective
 from .training.predict import check_average, predict
@@ -222,7 +222,7 @@ def _amount(name: str, value: Any) -> Any:
 # ---- a model -------------------------------------------------------------------------------------
 
 
-def apply(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | None = None) -> nn.Module:
+def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None) -> Model:
     """Convert the model in place and set its variances, as the config says. The model remembers the
     config.
 
@@ -448,8 +448,8 @@ def save_state(
 
 
 def load(
-    model: nn.Module, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None
-) -> nn.Module:
+    model: Model, folder: str | os.PathLike[str], batches: Iterable[Any] | None = None
+) -> Model:
     """Convert the model as the config in the folder says, unless it is converted already, and set
     its variances and priors.
 

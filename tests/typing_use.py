@@ -29,6 +29,22 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
     return dip.to_plain(model)
 
 
+class Net(nn.Module):
+    """A model keeps its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = dip.number_layers(dip.DIPLinear(8, 4))
+
+
+def net() -> Net:
+    model = dip.convert(Net())
+    model = dip.apply(model, dip.DIPConfig(variance=0.1))
+    print(model.head.out_features + 1)
+    dip.no_such_name()  # type: ignore[attr-defined]
+    return dip.load(model, "folder")
+
+
 def layers() -> list[nn.Module]:
     linear = dip.DIPLinear(
         8,

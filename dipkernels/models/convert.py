@@ -17,7 +17,7 @@ from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
-from ..nn.numbering import dip_layers, number_layers, own_buffers
+from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
 from ..nn.twin import twin_type
 from ..nn.variance import check_init_variance, device_of_variance
@@ -46,7 +46,7 @@ class DIPConversionWarning(UserWarning):
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     init_variance: float | Mapping[str, float | Tensor] = 0.01,
     *,
     types: Sequence[type[nn.Module]] | None = None,
@@ -58,7 +58,7 @@ def convert(
     batches: Iterable[Any] | None = None,
     num_samples: int = 1,
     keep: str = "auto",
-) -> nn.Module:
+) -> Model:
     """Turn every linear, convolution and attention layer into its DIP twin, y = Layer(x + sigma *
     z), in place.
 

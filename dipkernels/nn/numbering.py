@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 import warnings
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,6 +13,8 @@ from .. import worlds
 from ..noise import contexts
 from .layer import MAX_LAYERS, DIPLayer
 from .sharing import Share, adopt
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def require_module(model: object, or_function: bool = False) -> None:
@@ -40,7 +43,7 @@ def need_layers(model: nn.Module) -> dict[str, DIPLayer]:
     return layers
 
 
-def number_layers(model: nn.Module) -> nn.Module:
+def number_layers(model: Model) -> Model:
     """Number the model's DIP layers 0, 1, 2, ... in the model's order: layer i then takes stream i
     under fixed_noise.
 
