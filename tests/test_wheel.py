@@ -399,7 +399,9 @@ def test_a_torch_that_cannot_say_is_left_alone(old_gpu):
 
 def build(out, *arguments):
     command = [sys.executable, ROOT / "tools" / "release" / "wheel.py", "--out", out, *arguments]
-    done = subprocess.run(command, cwd=out, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        command, cwd=out, capture_output=True, text=True, timeout=1800, umask=0o077
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return next(out.glob("*.whl"))
 
@@ -425,10 +427,14 @@ def smoke(wheel, folder, expect):
 
 
 @on_linux
-def test_pure_python_wheel_works_and_has_only_the_package(tmp_path):
+def test_pure_python_wheel_works_and_has_only_the_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     wheel = build(tmp_path, "--cpu", "0", "--cuda", "0")
     assert wheel.name.endswith("-py3-none-any.whl") and audit.wheel_problems(wheel) == []
-    names = set(zipfile.ZipFile(wheel).namelist())
+    files = zipfile.ZipFile(wheel).infolist()
+    assert {f.date_time for f in files} == {(2023, 11, 14, 22, 13, 20)}
+    assert {f.external_attr >> 16 & 0o777 for f in files} <= {0o644, 0o664}  # whatever the umask
+    names = {f.filename for f in files}
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "dipkernels").rglob("*.py")}
     wanted |= {
         f"dipkernels/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")

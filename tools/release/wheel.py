@@ -70,8 +70,10 @@ def backend(step: str, out: Path, folder: Path, environment: dict[str, str]) -> 
 
 
 def commit_time() -> str:
-    """Seconds since 1970 of the last commit: the date of every file in the wheel, so that two
-    builds of it are alike."""
+    """Seconds since 1970 of SOURCE_DATE_EPOCH or of the last commit: the date of every file in the
+    wheel, so that two builds of it are alike."""
+    if date := os.environ.get("SOURCE_DATE_EPOCH"):
+        return date
     done = subprocess.run(
         ["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True
     )
@@ -113,6 +115,8 @@ def make_sdist(out: Path) -> Path:
             copy,
             ignore=shutil.ignore_patterns(*NOT_SOURCE),
         )
+        for path in copy.rglob("*"):  # whatever the umask of the checkout
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         return backend("build_sdist", out, copy, environment)
 
 
@@ -188,6 +192,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--sdist-only", action="store_true")
     arguments = parser.parse_args()
+    os.umask(0o022)  # the modes of files are bytes of the wheel
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.cuda and not arguments.sdist_only:
         release = toolkit()
