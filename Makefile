@@ -174,4 +174,4 @@ format: setup
 	$(VENV)/bin/clang-format -i $(C_SOURCES)
 
 clean:
-	rm -rf build dist out site .compat *.egg-info dipkernels/_C*.so
+	rm -rf build dist out site .compat *.egg-info dipkernels/_C*.so $(VENV)/.built

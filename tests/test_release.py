@@ -117,6 +117,19 @@ def test_dockerfile_installs_the_wheel_and_nothing_from_the_net():
     assert "--no-index --no-deps" in text and "smoke.py --expect cuda" in text
     assert not re.search(r"\b(curl|wget|apt-get|git clone)\b", text)
     assert re.search(r"^USER \d+", text, re.MULTILINE)
+    # dist/ may hold the wheel of another machine, and the image's Python be Debian's
+    assert "$(uname -m)" in text and "PIP_BREAK_SYSTEM_PACKAGES" in text
+
+
+def test_make_clean_has_the_next_make_build_again(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "v").mkdir()
+    for name in ("setup.py", "pyproject.toml", "requirements-dev.txt", "v/.deps", "v/.built"):
+        (tmp_path / name).touch()
+    make = ["make", "-f", ROOT / "Makefile", "VENV=v", "-s"]
+    assert subprocess.run([*make, "-q", "setup"], cwd=tmp_path).returncode == 0
+    subprocess.run([*make, "clean"], cwd=tmp_path, check=True)
+    assert subprocess.run([*make, "-q", "setup"], cwd=tmp_path).returncode == 1
 
 
 # ---- documents -----------------------------------------------------------------------------------
