@@ -46,7 +46,7 @@ def _integer_of(value: Any) -> Any:
     """None where it is no integer."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
-    if isinstance(value, Tensor) and value.dtype is torch.bool:
+    if getattr(value, "dtype", None) in (torch.bool, bool):  # NumPy before 2.3 has an index of it
         return None
     try:
         return operator.index(value)
