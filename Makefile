@@ -73,11 +73,11 @@ overhead: setup out/.peers
 cost: setup
 	$(PY) benchmarks/cost.py
 
-# Every study, hours; stopped, it goes on where it was. studies/README.md says what they need.
 $(VENV)/.studies: requirements-studies.txt $(VENV)/.deps
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-studies.txt
 	touch $@
 
+# Every study, hours; stopped, it goes on where it was. studies/README.md says what they need.
 studies: setup $(VENV)/.studies
 	$(PY) studies/run_all.py
 

@@ -178,7 +178,7 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     return by_example.transpose(0, 1)
 
 
-# No lambda: Dynamo of torch 2.10 cannot ask whether it has one.
+# No lambda in the call: the Dynamo of torch 2.10 cannot test one for truth, as pytree does.
 def _is_packed(part: Any) -> bool:
     return isinstance(part, PackedSequence)
 
