@@ -111,8 +111,22 @@ INTEGERS = {
 }
 
 
+class OldBool:
+    """As np.True_ before NumPy 2.3."""
+
+    dtype = np.dtype(bool)
+
+    def __index__(self) -> int:
+        return 1
+
+    def __repr__(self) -> str:
+        return "OldBool()"
+
+
 @pytest.mark.parametrize("door", INTEGERS)
-@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), 2.0, "2", 1j, [2]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [True, np.True_, OldBool(), torch.tensor(True), 2.0, "2", 1j, [2]], ids=repr
+)
 def test_what_is_no_integer_is_a_type_error(door, value):
     name, call, _, _ = INTEGERS[door]
     with pytest.raises(TypeError) as raised:
