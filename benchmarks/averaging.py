@@ -2,7 +2,7 @@
 
     python benchmarks/averaging.py [--rows 4096] [--rounds 9] [--docs]
 
-"analytic" over act(nn.Linear); and "mean" with S = 8 against the loop over eight draws that a user
+"analytic" over act(nn.Linear); and "mean" of 2 and 8 draws against the loop over them that a user
 writes. Interleaved, round by round, in one process: the median of the per-round ratios and its
 quartiles, and the bytes kept for backward and the most that tensors take at once, over those of
 act(DIPLinear) with one draw. Checks each result first.
@@ -27,8 +27,8 @@ from dipkernels.ops.activations import ACTIVATIONS
 
 Call = Callable[[], Tensor]
 SEED, S, K, N = torch.tensor([5, 1]), 8, 1024, 1024
-# Wider layers, rows x K x N, where the products take nearly all of the time: "mean" alone, of GELU.
-WIDE = [(2048, 768, 3072), (1024, 4096, 4096)]
+# Rows x K x N and draws where the products take nearly all of the time: "mean" alone, of GELU.
+WIDE = [(2048, 768, 3072, 2), (2048, 768, 3072, S), (1024, 4096, 4096, 2), (1024, 4096, 4096, S)]
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
 
 
 def measure(
-    m: int, k: int, n: int, activations: dict, rounds: int, dtypes, skip: str | None = None
+    m: int, k: int, n: int, s: int, activations: dict, rounds: int, dtypes, skip: str | None = None
 ) -> tuple[list, list]:
     """Rows of the two tables."""
     analytic_rows, mean_rows = [], []
@@ -66,11 +66,11 @@ def measure(
 
         def eager(act, x=x, weight=weight, bias=bias, sigma=sigma, dtype=dtype):
             total = 0
-            for _ in range(S):
+            for _ in range(s):
                 total = total + act(
                     F.linear(x + sigma.to(dtype) * torch.randn_like(x), weight, bias)
                 )
-            return total / S
+            return total / s
 
         for activation, act in () if skip == "analytic" else activations.items():
             how = {"activation": activation, "estimator": "analytic"}
@@ -81,7 +81,7 @@ def measure(
             analytic_rows.append([name, activation, *compare(analytic, plain, dy, tensors, rounds)])
             print(*analytic_rows[-1], flush=True)
         for activation, act in () if skip == "mean" else activations.items():
-            how = {"activation": activation, "estimator": "mean", "num_samples": S}
+            how = {"activation": activation, "estimator": "mean", "num_samples": s}
             mean = lambda: functional.dip_linear(*tensors, SEED, **how)  # noqa: B023, E731
             one = lambda: act(functional.dip_linear(*tensors, SEED, keep="u"))  # noqa: B023, E731
             loop = lambda: eager(act)  # noqa: B023, E731
@@ -92,7 +92,13 @@ def measure(
                 timing.peak_bytes(timing.backward_step(run, dy, tensors), dy.device)
                 for run in (mean, one, loop)
             ]
-            row = [f"{m} x {k} x {n}", name, activation, *compare(loop, mean, dy, tensors, rounds)]
+            row = [
+                f"{m} x {k} x {n}",
+                str(s),
+                name,
+                activation,
+                *compare(loop, mean, dy, tensors, rounds),
+            ]
             mean_rows.append([*row, *(f"{a[i] / a[1]:.2f}" for a in (kept, peaks) for i in (0, 2))])
             print(*mean_rows[-1], flush=True)
     return analytic_rows, mean_rows
@@ -106,6 +112,9 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
+    parser.add_argument(
+        "--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS)
+    )
     parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
     parser.add_argument(
         "--out", type=Path, help="where to write (out/benchmarks/averaging-cpu-<date>.json)"
@@ -114,7 +123,8 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
-    if args.docs and (args.skip or args.rounds < 5):
+    chosen = {name: ACTIVATIONS[name] for name in args.activations}
+    if args.docs and (args.skip or args.rounds < 5 or len(chosen) < len(ACTIVATIONS)):
         parser.error(
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
@@ -122,7 +132,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     torch.manual_seed(0)
     found, start = machine.describe("cpu"), time.perf_counter()
     dtypes = [getattr(torch, name) for name in args.dtypes]
-    rows = measure(args.rows, K, N, ACTIVATIONS, args.rounds, dtypes, args.skip)
+    rows = measure(args.rows, K, N, S, chosen, args.rounds, dtypes, args.skip)
     gelu = {"gelu": ACTIVATIONS["gelu"]}
     for shape in () if args.skip == "mean" else WIDE:
         rows[1].extend(measure(*shape, gelu, args.rounds, dtypes, "analytic")[1])
@@ -133,11 +143,12 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
             f"benchmarks/averaging.py`, {args.rounds} rounds, {took:.0f} s.",
             f'"analytic", {args.rows} x {K} x {N}: time over act(nn.Linear).',
             report.table(["", "activation", "forward", "forward + backward"], rows[0]),
-            f'"mean" with S = {S}: time of the loop over {S} draws over its time; and bytes, kept '
-            "for backward and at the peak, over those of act(DIPLinear) with one draw.",
+            '"mean": time of the loop over S draws over its time; and bytes, kept for backward and '
+            "at the peak, over those of act(DIPLinear) with one draw.",
             report.table(
                 [
                     "rows x K x N",
+                    "S",
                     "",
                     "activation",
                     "forward",

@@ -145,8 +145,9 @@ def dip_linear(
         estimator: Where the mean over z is taken.
             "sample": act of one draw; num_samples draws are averaged before the activation.
             "mean": mean over s of act(h_s). The samples sample .. sample + num_samples - 1 are
-            drawn one after another: the time of S layers in the memory of one. Backward draws and
-            multiplies again. Without an activation the same as "sample".
+            drawn one after another: the time of S layers in the memory of one. Backward draws them
+            again, and multiplies all but the first again. Without an activation the same as
+            "sample".
             "analytic": E[act(h)], S = infinity, in closed form: h is normal with mean x W^T + b and
             variance sum_k sigma_k^2 W_nk^2. Nothing is drawn, and seed and origin are not used.
             num_samples must be 1. docs/maths.md, section 7, has the error.

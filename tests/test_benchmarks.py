@@ -458,7 +458,7 @@ def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(averaging, "ACTIVATIONS", few)
     monkeypatch.setattr(averaging, "K", 64)
     monkeypatch.setattr(averaging, "N", 64)
-    monkeypatch.setattr(averaging, "WIDE", [(16, 32, 128)])
+    monkeypatch.setattr(averaging, "WIDE", [(16, 32, 128, 2)])
     out = tmp_path / "averaging.json"
     options = [
         "--rows",
@@ -477,10 +477,9 @@ def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
     assert summary.program_of(stored) == "averaging" and stored["mean"] == mean
     assert [row[1] for row in analytic] == ["relu", "gelu"]
     standard, wide = "8 x 64 x 64", "16 x 32 x 128"
-    expected = [(standard, "relu"), (standard, "gelu"), (wide, "gelu")]
-    assert [(row[0], row[2]) for row in mean] == expected
-    # kept for backward: x, over x and h
-    assert [float(row[5]) for row in mean] == [0.5, 0.5, 0.2]
+    expected = [(standard, "8", "relu"), (standard, "8", "gelu"), (wide, "2", "gelu")]
+    assert [(row[0], row[1], row[3]) for row in mean] == expected
+    assert [float(row[6]) for row in mean] == [1.0] * 3  # kept for backward: x and h, as one draw
     with pytest.raises(SystemExit):
         averaging.main(["--rounds", "4", "--docs"])
     assert "--docs: expected a full run" in capsys.readouterr().err

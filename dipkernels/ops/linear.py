@@ -32,6 +32,8 @@ from .pieces import Grads, fake_like, flat_rows, fused, linear_as
 _LAYER = f"Tensor weight, Tensor? bias, {DRAW}, int num_samples, str activation".replace(
     "int dim, ", ""
 )
+# The first sample's pre-activation, [..., N], made before: for `row_blocks` alone.
+_FIRST = "Tensor? first=None"
 
 
 def linear(
@@ -44,9 +46,10 @@ def linear(
     num_samples: int,
     activation: str,
     out_dtype: torch.dtype | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation
-    "identity": none, of one."""
+    "identity": none, of one. And what backward then need not make again, the pre-activation of the
+    first of them, where products by blocks of rows run."""
     check_projection(x, sigma, seed, draw)
     if draw.sample + num_samples > MAX_SAMPLES:
         raise ValueError(
@@ -66,8 +69,11 @@ def linear(
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device}, as x, got {t.device}")
     run = registry.kernel("linear", device_of(x.device.type, x, weight))
-    y: Tensor = run(x, weight, bias, sigma, seed, *draw[1:], num_samples, activation, out_dtype)
-    return y
+    how = (*draw[1:], num_samples, activation, out_dtype)
+    if activation == "identity" or run is not torch.ops.dipkernels.linear.default:
+        return run(x, weight, bias, sigma, seed, *how), None
+    first = no_view(F.linear(perturb(x, sigma, seed, draw, weight.dtype), weight, bias))
+    return run(x, weight, bias, sigma, seed, *how, first), first
 
 
 def device_of(device: str, x: Tensor, weight: Tensor) -> str:
@@ -79,7 +85,7 @@ def device_of(device: str, x: Tensor, weight: Tensor) -> str:
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[-1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[10])
 
 
 def _fake_linear_bwd(
@@ -91,7 +97,7 @@ def _fake_linear_bwd(
 
 registry.define(
     "linear",
-    f"(Tensor x, {_LAYER}, ScalarType? out_dtype) -> Tensor",
+    f"(Tensor x, {_LAYER}, ScalarType? out_dtype, {_FIRST}) -> Tensor",
     _fake_linear,
     "linear",
     row_blocks.linear,
@@ -99,7 +105,7 @@ registry.define(
 # (dx, dweight, dbias, dsigma); dbias [N] also without a bias.
 registry.define(
     "linear_bwd",
-    f"(Tensor dy, Tensor x, {_LAYER}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor x, {_LAYER}, {_FIRST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_bwd,
     "linear",
     row_blocks.linear_bwd,
@@ -250,14 +256,17 @@ def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> tuple[Tensor, Grads]:
-    return no_view(linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how)), ()
+    y, first = linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how)
+    return no_view(y), (first,)
 
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, bias, sigma, seed), (draw, num_samples, activation, dtype) = tensors, how
     weight, bias = _cast(dtype, weight, bias)
     run = registry.kernel("linear_bwd", device_of(x.device.type, x, weight))
-    return *run(dy, x, weight, bias, sigma, seed, *draw[1:], num_samples, activation), None
+    how = (*draw[1:], num_samples, activation)
+    first = kept if run is torch.ops.dipkernels.linear_bwd.default else ()
+    return *run(dy, x, weight, bias, sigma, seed, *how, *first), None
 
 
 def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 
 The implementation of `linear` where no fused kernel runs: the vendor's products. A block's noised
 rows and pre-activations live for a few samples at a time, so memory does not grow with the samples.
-Backward draws and multiplies again.
+Backward draws again, and multiplies all but the first sample again.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _draws(
             torch.ops.dipkernels.perturb(x, sigma, seed, -1, row0, col0, s, factor, False, dtype)
             for s in samples
         ]
-        return _stack(draws)
+        return _stack(draws) if draws else x.new_empty(0, *x.shape, dtype=dtype)
 
     u = draw(rows, sigma, factor)
     return u, draw(
@@ -91,6 +91,25 @@ def _draws(
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _pre_activations(
+    u: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor | None
+) -> Tensor:
+    """h_s of the noised rows u_s [samples, rows, K]; before them the first sample's [rows, N],
+    where it is given."""
+    if first is None:
+        return F.linear(u.flatten(0, 1), weight, bias).view(*u.shape[:2], len(weight))
+    if not len(u):
+        return first[None]
+    h = u.new_empty(len(u) + 1, *first.shape)
+    h[0].copy_(first)
+    out = h[1:].flatten(0, 1)
+    if bias is None:
+        torch.mm(u.flatten(0, 1), weight.t(), out=out)
+    else:
+        torch.addmm(bias, u.flatten(0, 1), weight.t(), out=out)
+    return h
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -166,6 +185,7 @@ def linear(
     num_samples: int,
     activation: str,
     out_dtype: torch.dtype | None,
+    first: Tensor | None = None,
 ) -> Tensor:
     """The operation `linear`."""
     n, dtype, flat = weight.shape[0], weight.dtype, flat_rows(x)
@@ -176,11 +196,12 @@ def linear(
         rows = flat[block].contiguous()
         total = torch.zeros(rows.shape[0], n, dtype=_accumulator(dtype), device=x.device)
         for group in groups:
-            part = samples[group.start : group.stop]
+            kept = None if first is None or group.start else flat_rows(first)[block]
+            part = samples[group.start : group.stop][kept is not None :]
             u, _ = _draws(
                 rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=False
             )
-            h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), rows.shape[0], n)
+            h = _pre_activations(u, weight, bias, kept)
             _act_add(
                 total, h, activation, y[block] if group is groups[-1] else None, 1 / num_samples
             )
@@ -202,13 +223,14 @@ def linear_bwd(
     log_variance: bool,
     num_samples: int,
     activation: str,
+    first: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operation `linear_bwd`.
 
     With dh_s = dy act'(h_s), D = 1/S sum_s dh_s and G = sum_s dh_s^T z_s: dx = D W, dbias = sum D,
     dW = D^T x + G diag(factor sigma) / S, dsigma_k = factor / S sum_n W_nk G_nk. So a sample costs
-    two products. h_s is made by the product that made it in forward: behind relu another rounding
-    would be another sign.
+    two products, the first but one. h_s is made by the product that made it in forward: behind relu
+    another rounding would be another sign.
     """
     n, dtype, wide = weight.shape[0], weight.dtype, _accumulator(weight.dtype)
     flat, flat_dy, scale = flat_rows(x), flat_rows(dy), _standard_deviation(sigma, log_variance)
@@ -222,11 +244,12 @@ def linear_bwd(
         rows, block_dy = flat[block].contiguous(), flat_dy[block].to(dtype).contiguous()
         total = torch.zeros(len(rows), n, dtype=wide, device=x.device)
         for group in groups:
+            kept = None if first is None or group.start else flat_rows(first)[block]
             part = samples[group.start : group.stop]
             u, z = _draws(
                 rows, scale, seed, row0 + block.start, col0, factor, part, dtype, with_z=True
             )
-            h = F.linear(u.flatten(0, 1), weight, bias).view(len(group), len(rows), n)
+            h = _pre_activations(u[kept is not None :], weight, bias, kept)
             dh = _act_add_bwd(
                 total,
                 h,
