@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
     chosen = {name: ACTIVATIONS[name] for name in args.activations}
-    if args.docs and (args.skip or args.rounds < 5 or len(chosen) < len(ACTIVATIONS)):
+    part = args.skip or len(chosen) < len(ACTIVATIONS) or len(args.dtypes) < 2
+    if args.docs and (part or args.rounds < 5):
         parser.error(
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
