@@ -24,6 +24,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 CUDA_ARCHS = "80 86 89 90 100 120"
@@ -244,6 +245,15 @@ def find_ninja():
     return found
 
 
+class FreshModules(build_py):
+    """Packs no module that an older source left in the build folder."""
+
+    def run(self):
+        for path in Path(self.build_lib).rglob("*.py"):
+            path.unlink()
+        super().run()
+
+
 class NinjaBuild(build_ext):
     def get_ext_filename(self, name):
         # no Python version in it: the library has no Python symbols
@@ -283,5 +293,5 @@ class PlatformWheel(bdist_wheel):
 PLAN = plan()
 setup(
     ext_modules=[Extension("dipkernels._C", [])] if any(PLAN[:2]) else [],
-    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_py": FreshModules, "build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
 )

@@ -214,6 +214,9 @@ def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
 
 
 def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
+    left = ROOT / "build" / "lib" / "dipkernels" / "removed.py"  # by an older source
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.touch()
     subprocess.run(
         [
             sys.executable,
@@ -233,6 +236,7 @@ def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
         timeout=300,
     )
     assert not list(tmp_path.glob("dipkernels/_C*"))
+    assert not (tmp_path / "dipkernels" / "removed.py").exists()
     code = """
 import warnings, torch
 with warnings.catch_warnings(record=True) as caught:
