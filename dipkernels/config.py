@@ -142,7 +142,8 @@ class DIPConfig:
         """The config that `to_dict` gave. Missing fields have their defaults.
 
         Raises:
-            ValueError: Another version, or keys that this release does not know.
+            ValueError, TypeError: Another version, keys that this release does not know, or values
+                that it does not take.
         """
         if not isinstance(data, Mapping):
             raise TypeError(
@@ -188,7 +189,9 @@ class DIPConfig:
                 noise.
             row0: Index of this process's first example in the global batch, times m.
         """
-        return contextlib.nullcontext() if self.key is None else fixed_noise(self.key + step, row0)
+        if self.key is None:
+            return contextlib.nullcontext()
+        return fixed_noise(self.key + integer("step", step, 0), row0)
 
     def trajectories(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`dip.trajectories` with m: [m, B, ...]."""
@@ -240,6 +243,7 @@ def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None)
         The model.
 
     Raises:
+        TypeError: The config is no DIPConfig.
         ValueError: The model has DIP layers already, batches are needed and missing, or an adapter
             was put around DIP layers; also what `convert` and `calibrate` raise. The model stays
             plain.

@@ -42,8 +42,8 @@ def predictor(
     Args:
         model: A module, or a callable. A module runs in eval mode; each module's mode is restored.
         k: Number of passes, >= 0. Their noise depends on key, and is the same at every call.
-        average: "logits" (the outputs) or "probs" (their softmax over dim, as in `predict`). An
-            output that is not a tensor must have one as `logits`.
+        average: "logits" (the outputs), "probs" (their softmax over dim) or "sigmoid", as in
+            `predict`. An output that is not a tensor must have one as `logits`.
         dim: As for `predict`.
         key: The key of the noise.
         target: A function that is applied to each mean, such as a loss.

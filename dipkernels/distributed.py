@@ -126,6 +126,7 @@ def check_ranks(model: nn.Module, tensor_parallel: Any = None) -> None:
             must draw the same noise.
 
     Raises:
+        ValueError: There are no DIP layers.
         RuntimeError: A fault, with the names of layers and ranks. A log_variance is in half
             precision, in an FSDP group of half precision (shard_variances), or split over ranks
             although the layer's weight has all input features. Or ranks number their layers

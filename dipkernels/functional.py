@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import worlds
-from .arguments import integer
+from .arguments import described, integer
 from .ops import expectation as _expectation
 from .ops import linear as _linear
 from .ops import perturb as _perturb
@@ -157,6 +157,7 @@ def dip_linear(
 
     Raises:
         ValueError, TypeError: A bad argument, which the message names.
+        RuntimeError: A weight or bias of another shape or type, in torch's words.
 
     Examples:
         >>> x, weight, bias, sigma = torch.randn(8, 4), torch.randn(2, 4), torch.zeros(2), torch.full((4,), 0.1)
@@ -197,7 +198,7 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
     Args:
         mu: [..., N], float32, float64, float16 or bfloat16.
-        v: [N], float32 or float64, a variance >= 0; where it is 0, y is act(mu).
+        v: [N], float32 or float64, a variance >= 0 (not checked); where it is 0, y is act(mu).
         activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the
             others are within the bounds of docs/maths.md, section 7, whatever mu and v.
 
@@ -240,7 +241,7 @@ def check_tensors(**values: object) -> None:
     """Raise TypeError naming what is no tensor."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {value!r}")
+            raise TypeError(f"{name}: expected a tensor, got {described(value)}")
 
 
 def check_sigma(sigma: Tensor) -> None:

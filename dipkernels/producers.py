@@ -74,7 +74,9 @@ def norm(
         >>> torch.allclose(u, dip.functional.perturb(F.layer_norm(x, (4,)), sigma, seed), atol=1e-5)
         True
     """
-    check_tensors(x=x, sigma=sigma, seed=seed)
+    affine = {"weight": weight, "bias": bias}
+    given = {name: value for name, value in affine.items() if value is not None}
+    check_tensors(x=x, sigma=sigma, seed=seed, **given)
     draw = _draw(sigma, -1, row0, col0, sample, log_variance)
     return _norm.noised_norm(
         x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x)

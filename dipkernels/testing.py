@@ -120,8 +120,8 @@ def compare(
     if unknown := sorted(arguments.keys() - set(names)):
         raise ValueError(f"arguments: expected some of {names}, got {unknown}")
     values = {**_inputs(names, list(shape), dtype, op), **arguments}
-    given = [v.to(device) if isinstance(v, Tensor) else v for v in (values[name] for name in names)]
     with backends.backend(backend):
+        given = [v.to(device) if isinstance(v, Tensor) else v for v in map(values.get, names)]
         got = overload(*given)
     wide = [
         v.double() if isinstance(v, Tensor) and v.is_floating_point() else v

@@ -307,6 +307,8 @@ def test_a_loop_by_the_config_is_the_loop_by_hand():
         got = config.predict(model, X)
         assert torch.equal(got, dip.predict(model, X, k=5, average="logits"))
         assert not torch.equal(got, config.predict(model, X, k=0))
+    with pytest.raises(ValueError, match="step: expected an integer"):
+        config.noise(-1)
     drawn = dip.DIPConfig(key=None)
     with drawn.noise(0):
         first = model(X)

@@ -213,6 +213,7 @@ ROWS, SIGMA, SEED = torch.ones(3, 4), torch.ones(4), torch.tensor([1, 2])
         (lambda: dip.functional.dip_linear(ROWS, ROWS, None, 0.1, SEED), "sigma"),
         (lambda: dip.functional.expectation(ROWS, 0.1, "relu"), "v"),
         (lambda: producers.norm(ROWS, None, None, 0.1, SEED, kind="layer", eps=0), "sigma"),
+        (lambda: producers.norm(ROWS, [1.0] * 4, None, SIGMA, SEED, kind="rms", eps=0), "weight"),
         (lambda: producers.activate([1.0], SIGMA, SEED, kind="relu"), "x"),
         (lambda: producers.gate(ROWS, 1.0, SIGMA, SEED, kind="silu"), "b"),
     ],

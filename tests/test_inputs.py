@@ -115,7 +115,10 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
     wrong = list(shape)
     wrong[dim] = 7
     message = refused(
-        layer, torch.ones(wrong), ValueError, rf"^{name}\(.*expected an input of shape .*{expected}"
+        layer,
+        torch.ones(wrong),
+        ValueError,
+        rf"^{name}\(.*expected an input (of shape|with) .*{expected}",
     )
     assert str(tuple(wrong)) in message
     refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
@@ -249,7 +252,7 @@ def test_noise_off_takes_what_the_plain_layer_takes():
 @pytest.mark.parametrize("shape", [(4,), ()])
 def test_an_input_without_the_features_dimension_is_named(shape):
     layer = dip.DIPInput(4, dim=1)
-    refused(layer, torch.ones(shape), ValueError, "expected an input of shape 4 features along")
+    refused(layer, torch.ones(shape), ValueError, "expected an input with 4 features along")
 
 
 @pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")

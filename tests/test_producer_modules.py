@@ -375,7 +375,7 @@ def test_skip_init_and_meta_devices_leave_values():
     [
         (lambda: dip.DIPLayerNorm((4, 5)), r"normalized_shape: expected one dimension.*\(4, 5\)"),
         (lambda: dip.DIPRMSNorm([4, 5]), "normalized_shape: expected one dimension"),
-        (lambda: dip.DIPActivation(4, "softmax"), "activation: expected one of"),
+        (lambda: dip.DIPActivation(4, "softmax"), "^kind: expected one of"),
         (lambda: dip.DIPLayerNorm(4, init_variance=-1), "init_variance: "),
         (lambda: dip.DIPActivation(4, "relu", num_samples=0), "num_samples: "),
         (

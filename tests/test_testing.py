@@ -78,3 +78,9 @@ def test_compare_names_what_is_wrong(arguments, match):
         testing.compare(*arguments)
     with pytest.raises(ValueError, match="arguments: expected some of"):
         testing.compare("perturb", "reference", rows=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+def test_compare_says_which_backend_is_missing():
+    with pytest.raises(RuntimeError, match="backend: 'cuda' was asked for, but"):
+        testing.compare("perturb", "cuda")

@@ -199,7 +199,7 @@ def producer_plan(
         The plan, which prints.
 
     Raises:
-        ValueError: There is nothing to convert, or no batch.
+        ValueError: There is nothing to convert, no batch, or what `convert` refuses.
 
     Examples:
         >>> model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))

@@ -54,7 +54,7 @@ class Activation(nn.Module):
 
     def __init__(self, num_features: int, kind: str, dim: int) -> None:
         super().__init__()
-        check_activation(kind)
+        check_activation(kind, "kind")
         self.num_features, self.kind, self.dim = num_features, kind, integer("dim", dim)
 
     def forward(self, input: Tensor) -> Tensor:

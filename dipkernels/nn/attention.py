@@ -63,7 +63,8 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         num_samples: S >= 1 draws averaged, as one with sigma / sqrt(S).
 
     Raises:
-        ValueError: A bad argument, which the message names; also what nn.MultiheadAttention raises.
+        ValueError, TypeError: A bad argument, which the message names; also what
+            nn.MultiheadAttention raises.
 
     Examples:
         >>> attention, x = dip.DIPMultiheadAttention(8, 2, batch_first=True), torch.randn(3, 5, 8)

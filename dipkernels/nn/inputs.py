@@ -59,14 +59,13 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
             way_out = "; noise is real, so leave complex layers out: convert(exclude=...)"
         raise TypeError(f"{name}: expected an input of type {expected}, got {x.dtype}{way_out}")
     if not -x.dim() <= dim < x.dim() or x.shape[dim] != features:
-        axis = "" if dim in _BATCHED else f" along dimension {dim}"
-        shape = _BATCHED[dim].format(features) if dim in _BATCHED else f"{features} features"
+        wanted = f"with {features} features along dimension {dim}"
+        if dim in _BATCHED:
+            wanted = f"of shape {_BATCHED[dim].format(features)}"
         way_out = ""
         if has_ranks():  # an activation between a column-wise and a row-wise layer
             way_out = "; if that is a shard: ColwiseParallel(use_local_output=False) in front of it"
-        raise ValueError(
-            f"{name}: expected an input of shape {shape}{axis}, got {tuple(x.shape)}{way_out}"
-        )
+        raise ValueError(f"{name}: expected an input {wanted}, got {tuple(x.shape)}{way_out}")
     if x.device != sigma.device:
         raise ValueError(
             f"{name}: expected an input on {sigma.device}, where its variance is, got one on "

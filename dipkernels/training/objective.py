@@ -104,7 +104,7 @@ def penalty(model: nn.Module, alpha: float, beta: float) -> Tensor:
         whole, so all must call it.
 
     Raises:
-        ValueError: There are no DIP layers, or alpha or beta is bad.
+        ValueError, TypeError: There are no DIP layers, or alpha or beta is bad.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)), init_variance=0.25)
