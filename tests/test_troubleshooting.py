@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dipkernels"
 PAGE = ROOT / "docs" / "guides" / "troubleshooting.md"
 HOLE = "\N{BULLET}"  # what a message fills in
 # Parts of longer messages, in the words of other packages, or values and not messages.
@@ -78,8 +79,8 @@ REASONS = (
 
 def messages():
     found = {}
-    for path in sorted((ROOT / "dipkernels").rglob("*.py")):
-        name = str(path.relative_to(ROOT / "dipkernels"))
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]):
+        name = str(path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT))
         tree = messages_in(path.read_text())
         for text in tree:
             if name in REASONS or "expected" in text or ":" in text or text.startswith(HOLE):

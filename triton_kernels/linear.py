@@ -314,7 +314,7 @@ def _tuned(kernel, op: str, chosen: Blocks):
 def _autotunes() -> bool:
     value = os.environ.get("DIPKERNELS_AUTOTUNE") or "0"
     if value not in ("0", "1"):
-        raise ValueError(f"DIPKERNELS_AUTOTUNE: expected 0 or 1, got {value!r}")
+        raise ValueError(f"DIPKERNELS_AUTOTUNE: expected one of ('0', '1'), got {value!r}")
     return value == "1"
 
 
