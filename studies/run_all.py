@@ -46,7 +46,8 @@ COMMANDS = (
     "--out out/studies/longer",
     'defaults.py --trainings AdamW --seeds 2 --tasks friedman cover "digits MLP" --methods default '
     '"fixed 0.15" "fixed 0.3" "fixed 0.6" "fixed 1" "fixed 1.5" --out out/studies/ratio',
-    "where_to_average.py",
+    "where_to_average.py --networks ViT --epochs 3 --out out/where_to_average_vit",
+    "where_to_average.py --networks MLP",
 )
 
 

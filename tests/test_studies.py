@@ -4,6 +4,7 @@ study runs."""
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def test_every_study_is_among_all():
         if line.startswith("| `python studies/") and "run_all.py" not in line:
             name = line.split("/")[1].split(".py")[0]
             assert f"{name}.py" in commands or name == "fit_mixtures", name
+
+
+def test_all_studies_average_as_their_page_says():
+    page = (Path(run_all.__file__).parents[1] / "docs" / "results_averaging.md").read_text()
+    named = set(re.findall(r"`python studies/(where_to_average\.py --[^`]+)`", page))
+    assert len(named) == 2 and named <= set(run_all.COMMANDS)
 
 
 def test_parts_of_other_defaults_are_not_taken(tmp_path, monkeypatch):
