@@ -60,8 +60,8 @@ def standard_normal(
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
     """[rows, K] float64: rows in the order of the other dimensions."""
-    k = x.shape[dim]
-    return x.double().movedim(dim, -1).reshape(math.prod(x.shape) // k if k else 0, k)
+    moved = x.double().movedim(dim, -1)
+    return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
 
 
 def _from_rows(rows: Tensor, like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -126,6 +126,19 @@ def test_mean_without_an_activation_is_one_sample(namespace):
         ops.linear_bwd(dy, x, *how)
 
 
+@pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
+def test_mean_of_no_features_is_that_of_the_bias(namespace):
+    x, weight, bias, sigma, dy = inputs(6, 0, 3, lead=(2,))
+    ops, how = (
+        getattr(torch.ops, namespace),
+        (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2, "tanh"),
+    )
+    torch.testing.assert_close(ops.linear(x, *how, None), torch.tanh(bias).expand(dy.shape))
+    dbias = ops.linear_bwd(dy, x, *how)[2]
+    want = dy.flatten(0, 1).sum(0) * (1 - torch.tanh(bias) ** 2)
+    torch.testing.assert_close(dbias, want)
+
+
 def test_mean_refuses_samples_beyond_the_contract():
     x, weight, bias, sigma, _ = inputs(5, 8, 3)
     with pytest.raises(

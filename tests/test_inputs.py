@@ -181,12 +181,21 @@ def test_attention_names_itself():
         attention(x, x, x)
 
 
-def test_a_weight_of_another_type_is_what_the_plain_layer_says():
-    layer, plain = dip.DIPLinear(4, 2), nn.Linear(4, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "make, plain",
+    [
+        (lambda: dip.DIPLinear(4, 2), nn.Linear(4, 2)),
+        (lambda: dip.DIPLinear(4, 2, keep="x"), nn.Linear(4, 2)),
+        (lambda: dip.DIPConv1d(4, 2, 1), nn.Conv1d(4, 2, 1)),
+    ],
+    ids=["linear", "linear-keep-x", "conv"],
+)
+def test_a_weight_of_another_type_is_what_the_plain_layer_says(make, plain, dtype):
     messages = []
-    for module in (layer, plain):
+    for module in (make(), plain):
         with pytest.raises(RuntimeError) as caught:
-            module(torch.ones(3, 4, dtype=torch.bfloat16))
+            module(torch.ones(3, 4, 4, dtype=dtype))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
@@ -212,6 +221,8 @@ def test_compiled_layers_say_the_same():
     torch._dynamo.reset()
     compiled = torch.compile(dip.DIPLinear(4, 2), backend="eager")
     refused(compiled, torch.ones(3, 7), ValueError, r"^DIPLinear\(.*\[\.\.\., 4\], got \(3, 7\)")
+    with pytest.raises(RuntimeError, match="must have the same dtype, but got"):
+        compiled(torch.ones(3, 4, dtype=torch.bfloat16))  # and not a layer of that type
 
 
 def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():

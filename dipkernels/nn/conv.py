@@ -52,7 +52,9 @@ class _DIPConv(DIPLayer):
             y: Tensor = super().forward(self.without_noise(input))
             return y
         dtype = worlds.autocast_dtype(input)
-        window = self._window(input) if conv.fits(input, self.log_variance) else None
+        alike = dtype is not None or input.dtype is self.weight.dtype
+        own = alike and conv.fits(input, self.log_variance)
+        window = self._window(input) if own else None
         if window is None:
             y = super().forward(noised(self, input, dtype))
             return y

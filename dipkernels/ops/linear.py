@@ -148,7 +148,7 @@ def affine(
             raise ValueError("keep: expected 'auto' or 'u' for a DTensor, got 'x'")
     elif keep != "u" and _fuses(x, weight, dtype):
         return mean(x, weight, bias, sigma, seed, draw, 1, "identity", dtype)
-    elif keep != "u" and _replays(keep, x.dtype, dtype):
+    elif keep != "u" and _replays(keep, x.dtype, weight.dtype, dtype):
         y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, draw, dtype)
         return y
     return F.linear(projection(x, sigma, seed, draw, dtype), weight, bias)
@@ -162,9 +162,13 @@ def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
     return weight.dim() == 2 and registry.fuses(x.device.type, dtype or x.dtype, m, *weight.shape)
 
 
-def _replays(keep: str, x_dtype: torch.dtype, dtype: torch.dtype | None) -> bool:
+def _replays(
+    keep: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtype | None
+) -> bool:
     """Whether backward makes u again in this world, out of x; dtype: u's, None for x's."""
     if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
+        return False
+    if dtype is None and weight_dtype is not x_dtype:  # as the plain layer, which refuses it
         return False
     if keep == "auto" and worlds.tracing():
         kept = backends.kept_when_compiled
