@@ -165,6 +165,17 @@ def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
         forward().sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+def test_a_backward_outside_noise_off_is_an_error(block, x, kind):
+    """The second computation draws where the first drew nothing."""
+    with dip.noise_off():
+        y = checkpoint(block, x, **KINDS[kind])
+    with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed, which is not"):
+        y.sum().backward()
+    with dip.noise_off():
+        checkpoint(block, x, **KINDS[kind]).sum().backward()
+
+
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
     want = gradients(block, x, block)

@@ -33,7 +33,7 @@ def watch_checkpoint(seed: Tensor) -> None:
             if len(_first_draws) > _MAX_DRAWS:
                 _first_draws.popitem(last=False)
         return
-    mark = _mark_of(seed) if _first_draws else None
+    mark = _mark_of(seed)
     if mark is None or mark in _first_draws:
         return
     what = "draws a seed"
@@ -42,8 +42,8 @@ def watch_checkpoint(seed: Tensor) -> None:
     raise RuntimeError(
         f"checkpoint: a block that is computed again in the backward pass {what}, which is not "
         "what its forward pass had, so that its gradients would be wrong. Keep "
-        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key); put "
-        "layers that share one draw into one checkpoint"
+        "preserve_rng_state=True, or run forward and backward inside one fixed_noise(key) or "
+        "noise_off; put layers that share one draw into one checkpoint"
     )
 
 
