@@ -304,6 +304,23 @@ def test_predict_reaches_layers_behind_the_encoders_fast_path():
     assert not torch.allclose(outs[0], outs[1])
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_predict_keeps_passes_apart_of_a_model_that_returns_its_own_memory(chunk):
+    class Static(nn.Module):  # as a CUDA graph does
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = dip.DIPLinear(4, 2, init_variance=1.0), torch.empty(3 * chunk, 2)
+
+        def forward(self, x):
+            return self.out.copy_(self.layer(x))
+
+    model, x = Static(), torch.randn(3, 4)
+    with dip.fixed_noise(1):
+        got = predict(model, x, k=4, average=None, chunk=chunk)
+        want = predict(model.layer, x, k=4, average=None, chunk=chunk)
+    assert torch.equal(got, want)
+
+
 def test_predict_stacks_any_structure():
     class Wrapped(nn.Module):
         def __init__(self):

@@ -130,8 +130,8 @@ def predict(
                     out = folded(run, args, kwargs, count, 0)
                 else:
                     out = map_tensors(lambda name, value: value[None], run(*args, **kwargs))
-            if average is None:
-                parts.append(out)
+            if average is None:  # copies: a model may return memory that its next pass writes into
+                parts.append(map_tensors(lambda name, value: value.clone(), out))
                 continue
             part = tensor_output(out, average, dim, stacked=1).sum(0)
             parts = [parts[0].add_(part)] if parts else [part]
