@@ -508,6 +508,9 @@ def test_averaging_ops_pass_opcheck(namespace, index):
         for a in arguments
     ]
     torch.library.opcheck(overload, by_columns, test_utils="test_faketensor")
+    if name.startswith("linear") and namespace == "dipkernels":
+        first = torch.randn(6, 5)
+        torch.library.opcheck(overload, (*arguments, first), test_utils="test_faketensor")
 
 
 def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
