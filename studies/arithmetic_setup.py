@@ -138,10 +138,10 @@ def exact_match(model, chosen: list[Problem]) -> dict[str, float]:
             input_ids=last,
             attention_mask=mask,
             position_ids=places,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        cache, last = out.cache, out.logits[:, -1:].argmax(-1)
         found.append(last)
     right = torch.cat(found, 1) == wanted
     # The answer counts when the chain also ends where it should.

@@ -109,7 +109,7 @@ class Oracle:
             self.solutions[:, self.calls : self.calls + 1], len(task.VOCABULARY)
         )
         self.calls += 1
-        return type("Out", (), {"logits": logits.float(), "past_key_values": None})()
+        return type("Out", (), {"logits": logits.float(), "cache": None})()
 
 
 @pytest.mark.parametrize(

@@ -477,7 +477,7 @@ def _load_renamed(model: Any, folder: str) -> None:
     """Load what the trainer has not: its load_state_dict does not know the names by which
     save_pretrained wrote some models.
 
-    transformers 5.23 writes a ViT by its former names, and says no more than "There were missing
+    transformers 5.24 writes a ViT by its former names, and says no more than "There were missing
     keys" on resuming.
     """
     if not isinstance(model, transformers.PreTrainedModel):
