@@ -91,7 +91,7 @@ GATES = {  # shape, dim, col0
 }
 GATE_CASES = quick_of(
     list(itertools.product(GATES, NAMES, DTYPES, CONFIGS)),
-    [("odd", "silu", BF16, 80)],
+    [("odd", "silu", BF16, 80), *(("odd", name, F32, 80) for name in NAMES)],
 )
 
 
@@ -128,7 +128,14 @@ def test_compiled_activations_and_gates_match_reference(case, name, dtype, arch)
     [
         *map(
             slow,
-            ("transposed", "channels_last", "sliced columns", "expanded rows", "cropped image"),
+            (
+                "transposed",
+                "channels_last",
+                "sliced columns",
+                "expanded rows",
+                "cropped image",
+                "four stubborn dimensions",
+            ),
         )
     ],
 )
@@ -262,6 +269,20 @@ def test_compiled_norm_takes_any_strides_and_types(kind, arch):
         assert torch.equal(half, u.half())
         want = reference.norm(x.double(), *plain, sigma, *where, 1e-5, 0.0, None)[0]
         assert_near(u, want, F32, noise_bound(sigma, False, 1.0, x.shape, -1), 2 + want.abs())
+
+
+def test_launchers_of_producers_take_no_rows_and_no_columns():
+    draw = (-1, 0, 0, 0, 1.0, False)
+    with on_gpu(80, 1):
+        for shape in ((0, 4), (4, 0)):
+            x, sigma = torch.zeros(shape), torch.ones(shape[1])
+            where = (sigma, SEED, *draw)
+            assert gate.activate(x, *where, "relu", None).shape == x.shape
+            assert torch.equal(gate.activate_bwd(x, x, *where, "relu")[1], torch.zeros_like(sigma))
+            u, stats = norm.norm(x, sigma, None, *where, "layer", 1e-5, 0.0, None)
+            grads = norm.norm_bwd(x, x, stats, sigma, None, *where, "layer", 0.0)
+            assert u.shape == grads[0].shape == x.shape
+            assert torch.equal(grads[1], torch.zeros_like(sigma))
 
 
 # ---- bits

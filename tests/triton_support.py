@@ -1,5 +1,5 @@
-"""What the Triton tests share: an exact fma for the interpreter, and compiling a launch for a GPU
-that is not there."""
+"""What the Triton tests share: loading the kernels, and compiling a launch for a GPU that is not
+there."""
 
 import contextlib
 import functools
@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -44,32 +43,6 @@ def load_reference():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def exact_fma(a, b, c):
-    """fma of float32 arrays with one rounding; NumPy's a * b + c has two."""
-    if a.dtype != np.float32:
-        return a * b + c
-    a, b, c = (np.asarray(v, np.float64) for v in (a, b, c))
-    product = a * b  # exact
-    total = np.asarray(product + c)
-    back = total - product
-    error = (product - (total - back)) + (c - back)
-    # Round to odd, so that the rounding to float32 that follows sees which side the exact sum lies
-    # on.
-    inexact = (error != 0) & ((total.view(np.int64) & 1) == 0)
-    return np.where(
-        inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total
-    ).astype(np.float32)
-
-
-def patch_interpreter() -> None:
-    from triton.runtime import interpreter
-
-    def create_fma(self, x, y, z):
-        return interpreter.TensorHandle(exact_fma(x.data, y.data, z.data), z.dtype.scalar)
-
-    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 class _Recorder:

@@ -70,23 +70,22 @@ AREAS = (
     Area(
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
-    # compiled first: it is quicker than the interpreter, and sees every access
     Area(
         ("triton_kernels/perturb.py", "triton_kernels/noise.py", "triton_kernels/tickets.py"),
-        ("ptx_triton", "triton_interpreter.py::TestPerturb"),
+        ("ptx_triton",),
     ),
     Area(
         ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
-        ("ptx_producers", "ptx_triton", "triton_interpreter.py::TestProducers"),
+        ("ptx_producers", "ptx_triton"),
     ),
-    Area(("triton_kernels/linear.py",), ("ptx_triton", "triton_interpreter.py::TestLinear")),
+    Area(("triton_kernels/linear.py",), ("ptx_triton", "triton_interpreter")),
     Area(
         ("triton_kernels/tiles.py",),
-        ("ptx_triton", "triton_interpreter.py::TestPerturb", "triton_interpreter.py::TestLinear"),
+        ("ptx_triton", "ptx_producers"),
     ),
     Area(
         ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
-        ("expectation", "ptx_triton", "triton_interpreter.py::TestActivation"),
+        ("expectation", "ptx_triton", "triton_interpreter"),
     ),
     Area(
         ("dipkernels/reference.py",),
@@ -373,11 +372,6 @@ class Copy:
             sys.path.insert(0, str(self.folder))
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1), os.dup2(to, 2)
-            interpreted = (
-                ["-m", "slow or not slow"]
-                if any("triton_interpreter" in name for name in names)
-                else []
-            )
             code = pytest.main(
                 [
                     "-x",
@@ -386,7 +380,6 @@ class Copy:
                     "no:cacheprovider",
                     "--durations=0",
                     "--tb=line",
-                    *interpreted,
                     *names,
                 ]
             )
