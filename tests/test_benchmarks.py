@@ -64,14 +64,23 @@ def quick(tmp_path_factory):
     return run_quick(tmp_path_factory.mktemp("overhead"))
 
 
-def test_every_benchmark_runs(tmp_path):
+@pytest.mark.parametrize(
+    "some",
+    [
+        # of the whole models that torch.compile traces, one
+        ("-k", "not (model_step and compiled and not MLP)"),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+    ids=["most", "all"],
+)
+def test_every_benchmark_runs(some, tmp_path):
     out = tmp_path / "bench.json"
     options = ["-q", "--quick", "--threads=1", f"--benchmark-json={out}", "-p", "no:cacheprovider"]
     # pytest-benchmark stores nothing inside a worker of pytest-xdist.
     alone = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")
     }
-    command = [sys.executable, "-m", "pytest", "benchmarks", *options]
+    command = [sys.executable, "-m", "pytest", "benchmarks", *options, *some]
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     stored = json.loads(out.read_text())

@@ -114,15 +114,15 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
 def test_python_m_reports_a_broken_set_up(variable, value, says, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("DIPKERNELS")]:
         monkeypatch.delenv(name)
-    if variable != "PYTHONPATH" and isinstance(value, str):
+    if variable != "PYTHONPATH":
         code = "import runpy; runpy.run_module('dipkernels', run_name='__main__')"
-        status, output = fresh_support.run(code, tmp_path / "output", **{variable: value})
+        given = {variable: os.fsdecode(value)}
+        status, output = fresh_support.run(code, tmp_path / "output", **given)
     else:  # what the start of Python reads
-        if variable == "PYTHONPATH":
-            (tmp_path / "triton").mkdir()
-            (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
-            value = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, variable: os.fsdecode(value)}
+        (tmp_path / "triton").mkdir()
+        (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('broken')")
+        value = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, variable: value}
         command = [sys.executable, "-m", "dipkernels"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         status, output = done.returncode, done.stdout + done.stderr

@@ -115,9 +115,13 @@ CONFIG = dip.DIPConfig(ratio=0.5)
 # ---- the step ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize(
-    "config", [CONFIG, dip.DIPConfig(ratio=0.5, m=3, kl=1.0, lambda_s=0.5), dip.DIPConfig(m=1)]
+    "config, smoothing",
+    [
+        (CONFIG, 0.0),
+        (dip.DIPConfig(ratio=0.5, m=3, kl=1.0, lambda_s=0.5), 0.3),
+        (dip.DIPConfig(m=1), 0.3),
+    ],
 )
 def test_the_loss_is_the_objective_written_by_hand(config, smoothing, tmp_path):
     args = arguments(
@@ -169,8 +173,9 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
     ).ok
 
 
-@pytest.mark.parametrize("make, data", [(vit, images), (llama, texts)])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "make, data, smoothing", [(vit, images, 0.2), (llama, texts, 0.0), (llama, texts, 0.2)]
+)
 def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing, tmp_path):
     config = dip.DIPConfig(ratio=0.5, lambda_s=0.1)
     args = {
@@ -195,7 +200,10 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing,
     same(small.model, big.model, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make, data", [(vit, images), (llama, texts)])
+# of llama under options, below
+@pytest.mark.parametrize(
+    "make, data", [(vit, images), pytest.param(llama, texts, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(make, data, tmp_path):
     args = {
         "max_steps": 5,
@@ -782,7 +790,14 @@ def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
     same(fresh.model, whole.model)
 
 
-@pytest.mark.parametrize("names", [["mine"], ["default", "other"], ["other", "default"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["mine"],
+        pytest.param(["default", "other"], marks=pytest.mark.slow),
+        ["other", "default"],
+    ],
+)
 def test_every_adapter_resumes_with_its_variances_whatever_it_is_named(names, tmp_path):
     peft = pytest.importorskip("peft")
 

@@ -298,7 +298,7 @@ def test_perturb_of_several_samples_has_the_law_of_their_mean():
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("log_variance", [False, True])
-@pytest.mark.parametrize("shape, dim", [((6, 10), -1), ((2, 5, 3), 1), ((4,), 0)])
+@pytest.mark.parametrize("shape, dim", [((3, 9), -1), ((2, 5, 2), 1), ((4,), 0)])
 def test_perturb_gradcheck_and_gradgradcheck(name, shape, dim, log_variance):
     x, _, sigma = inputs(shape, dim, torch.float64, log_variance)
     arguments = x.requires_grad_(), sigma.double().requires_grad_()

@@ -56,9 +56,10 @@ def scores(model, x, y):
     return 100 * torch.tensor(hits)
 
 
-def test_three_lines_help_by_default():
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_three_lines_help_by_default(seeds):
     gains = []
-    for seed in range(2):
+    for seed in range(seeds):
         x, y, x_test, y_test = digits(seed)
         plain, recipe = (scores(trained(x, y, seed, r), x_test, y_test) for r in (False, True))
         gains.append(recipe - plain)

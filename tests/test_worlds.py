@@ -152,8 +152,19 @@ def test_a_compiled_training_layer_is_one_graph_of_its_own_passes(name, dtype):
     check_passes(name, graphs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LAYERS)
+UNFUSED = ("conv", "input", "attention", "keep u")  # whatever the type
+ON_GPU = [
+    pytest.param(name, dtype, marks=pytest.mark.slow if slow else ())
+    for name in LAYERS
+    for dtype, slow in (
+        (torch.bfloat16, False),
+        (torch.float32, name in UNFUSED),
+        (torch.float16, True),
+    )
+]
+
+
+@pytest.mark.parametrize("name, dtype", ON_GPU)
 def test_so_it_is_with_the_choices_of_a_gpu(name, dtype, triton_on_cpu):
     layer, inputs = make(name, dtype)
     graphs = compiled(layer, *inputs)
