@@ -21,7 +21,7 @@ from dipkernels.backends import CAPABILITIES, cpu_capability
 # The longest: with several workers nothing is to wait for them at the end.
 FIRST = (
     "test_worlds.py",
-    "test_triton_interpreter.py",
+    "test_wheel.py",
     "test_triton_compiles.py",
     "test_ptx_cuda.py",
 )
@@ -76,9 +76,33 @@ def capability(request):
     cpu_capability(before)
 
 
-def _pool(world):
+@pytest.fixture
+def one_thread():
+    """Layers of a small run lose more to waiting threads than they gain when something else runs
+    beside the tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_rank():
+    """This process as a group of its own."""
+    distributed = _distributed()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def _distributed():
     if not torch.distributed.is_available():
         pytest.skip("torch was built without distributed")
+    return torch.distributed
+
+
+def _pool(world):
+    _distributed()
     pool = Ranks(world)
     yield pool
     pool.stop()

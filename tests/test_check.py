@@ -306,18 +306,10 @@ def test_what_convert_remembers_survives_copies_and_goes_with_to_plain():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_sharded_model_is_checked_by_its_gradients_alone():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        model = dip.convert(Fused())
-        torch.distributed.fsdp.fully_shard(
-            model, mesh=torch.distributed.init_device_mesh("cpu", (1,))
-        )
-        with pytest.raises(RuntimeError, match="FSDP has not sharded"):
-            dip.check(model, (X, Y))
-        model(X, Y).backward()
-        assert list(faults(model)) == ["head"]
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_sharded_model_is_checked_by_its_gradients_alone(one_rank):
+    model = dip.convert(Fused())
+    torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match="FSDP has not sharded"):
+        dip.check(model, (X, Y))
+    model(X, Y).backward()
+    assert list(faults(model)) == ["head"]

@@ -222,15 +222,6 @@ def test_an_optimizer_made_before_trains_the_weights_and_takes_the_variances_as_
     assert moved() == set(before)
 
 
-@pytest.fixture
-def one_rank():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def fsdp1(model):
     return torch.distributed.fsdp.FullyShardedDataParallel(model, device_id=torch.device("cpu"))
 

@@ -5,21 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("sklearn")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digits
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Layers this small lose more to waiting threads than they gain when something else runs beside
-    the tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_quick_run_writes_its_table_plot_and_results(tmp_path, capsys):

@@ -20,12 +20,7 @@ import transformers
 EXAMPLES = Path(recipe_gsm8k.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- CIFAR-100: records of 3074 bytes ------------------------------------------------------------

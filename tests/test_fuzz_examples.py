@@ -212,15 +212,6 @@ def test_damaged_recipe_checkpoints_are_refused_or_go_on(tmp_path, first, number
 # ---- the cluster example: configuration, checkpoint ----------------------------------------------
 
 
-@pytest.fixture
-def alone():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def small():
     config = json.loads(CONFIG.read_text(encoding="utf-8"))
     return config | {
@@ -260,10 +251,7 @@ def test_configurations_of_any_kind_are_checked_before_anything_runs(
         assert math.isfinite(sum(v for v in config.values() if isinstance(v, (int, float))))
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_configurations_at_their_edges_run(tmp_path, alone):
+def test_configurations_at_their_edges_run(tmp_path, one_rank):
     for change in (
         {"batch": 1500},
         {"steps": 0},
@@ -277,10 +265,9 @@ def test_configurations_at_their_edges_run(tmp_path, alone):
 
 
 @few_or_many
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-def test_damaged_cluster_checkpoints_are_refused_or_go_on(tmp_path, first, number, alone, capsys):
+def test_damaged_cluster_checkpoints_are_refused_or_go_on(
+    tmp_path, first, number, one_rank, capsys
+):
     """`latest`, the metadata or the data changed, a file missing, another model's: ValueError with
     the folder, or training goes on."""
     device = torch.device("cpu")

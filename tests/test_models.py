@@ -890,34 +890,25 @@ def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_shared_layers_and_attention_train_under_fsdp():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        torch.manual_seed(0)
-        encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
-        for model, inputs in (
-            (dip.convert(llama(), share=[QKV, MLP]), {"input_ids": IDS}),
-            (encoder, {"src": IMAGES[0, :, :, :8]}),
-        ):
-            plain = copy.deepcopy(model)
-            torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
-            grads = []
-            for each in (plain, model):
-                with fixed_noise(4):
-                    logits(each, inputs).square().sum().backward()
-                grads.append(
-                    [
-                        getattr(p.grad, "full_tensor", lambda p=p: p.grad)()
-                        for p in each.parameters()
-                    ]
-                )
-            assert len(grads[0]) == len(grads[1])
-            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
-    finally:
-        torch.distributed.destroy_process_group()
+def test_shared_layers_and_attention_train_under_fsdp(one_rank):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    torch.manual_seed(0)
+    encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    for model, inputs in (
+        (dip.convert(llama(), share=[QKV, MLP]), {"input_ids": IDS}),
+        (encoder, {"src": IMAGES[0, :, :, :8]}),
+    ):
+        plain = copy.deepcopy(model)
+        torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+        grads = []
+        for each in (plain, model):
+            with fixed_noise(4):
+                logits(each, inputs).square().sum().backward()
+            grads.append(
+                [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
+            )
+        assert len(grads[0]) == len(grads[1])
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
 
 
 def test_lora_layers_share_too():

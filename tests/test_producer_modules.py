@@ -324,25 +324,19 @@ def test_traced_by_fx_it_is_a_leaf():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-def test_fsdp_and_bfloat16_autocast():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model, x = net()
-        plain = copy.deepcopy(model)
-        torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
-        grads = []
-        for each in (plain, model):
-            with fixed_noise(4):
-                each(x).square().sum().backward()
-            grads.append(
-                [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
-            )
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
-    finally:
-        torch.distributed.destroy_process_group()
+def test_fsdp_and_bfloat16_autocast(one_rank):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    model, x = net()
+    plain = copy.deepcopy(model)
+    torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+    grads = []
+    for each in (plain, model):
+        with fixed_noise(4):
+            each(x).square().sum().backward()
+        grads.append(
+            [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
+        )
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads, strict=True))
     with torch.autocast("cpu", torch.bfloat16):
         # one rounding, to what the layers behind it multiply in
         assert plain.norm(x).dtype is torch.bfloat16

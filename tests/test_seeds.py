@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from dipkernels.models.convert import convert
 from dipkernels.nn.conv import DIPConv2d
@@ -211,49 +210,6 @@ def test_numbered_passes_differ_and_replay():
     assert not torch.equal(outs[0], outs[1])
     with contexts.numbered_pass(1):
         assert contexts.KEY is None
-
-
-def test_checkpointing_replays_noise_with_and_without_a_key():
-    layer, x = DIPLinear(8, 8), torch.randn(4, 8, requires_grad=True)
-
-    def gradient(run):
-        layer.zero_grad()
-        run(x).square().sum().backward()
-        return layer.log_variance.grad.clone()
-
-    for context in (lambda: torch.manual_seed(0), None):
-        if context:
-            context()
-            plain = gradient(layer)
-            context()
-            assert torch.equal(plain, gradient(lambda x: checkpoint(layer, x, use_reentrant=False)))
-        else:
-            with fixed_noise(1):
-                plain = gradient(layer)
-                run = gradient(
-                    lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-                )
-            assert torch.equal(plain, run)
-
-
-def test_a_new_key_does_not_recompile():
-    layer, x = DIPLinear(8, 8), torch.randn(4, 8)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    for key in (1, 2, 2**64 - 1):
-        with fixed_noise(key):
-            torch.testing.assert_close(compiled(x), layer(x))
-    assert len(graphs) == 1
-    layer.eval()
-    assert torch.equal(compiled(x), layer(x))
-    with sampling_on(), fixed_noise(1):
-        torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_contexts_of_two_threads_that_overlap_raise_and_nothing_stays_on():

@@ -486,12 +486,6 @@ def test_trajectories_of_a_model_without_noise_are_refused():
     assert dip.trajectories(lambda x: plain(x), x, m=2).shape == (2, 5, 3)
 
 
-def test_sampling_on_is_public():
-    model, x = dip.convert(Outputs(3)).eval(), torch.randn(5, 4)
-    with dip.sampling_on():
-        assert not torch.equal(model(x), model(x))
-
-
 def test_tensors_inside_dataclasses_and_mappings_of_arguments_are_repeated():
     @dataclasses.dataclass(frozen=True)
     class Batch:
