@@ -60,8 +60,8 @@ def standard_normal(
 
 def _as_rows(x: Tensor, dim: int) -> Tensor:
     """[rows, K] float64: rows in the order of the other dimensions."""
-    moved = x.double().movedim(dim, -1)
-    return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
+    k = x.shape[dim]
+    return x.double().movedim(dim, -1).reshape(math.prod(x.shape) // k if k else 0, k)
 
 
 def _from_rows(rows: Tensor, like: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -287,7 +287,7 @@ def _samples(
     row0, col0, sample, factor, log_variance, num_samples, activation = draw_and_act
     if activation == "identity" and num_samples != 1:
         raise ValueError(f"num_samples: expected 1 with activation 'identity', got {num_samples}")
-    rows = _as_rows(x, -1)
+    rows = x.double().reshape(math.prod(x.shape[:-1]), x.shape[-1])  # of no features too
     for s in range(sample, sample + num_samples):
         z = standard_normal(seed, rows.shape[0], rows.shape[1], row0, col0, s)
         u = rows + factor * _sigma(sigma, log_variance) * z
