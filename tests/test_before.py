@@ -419,6 +419,9 @@ class Reads(nn.Module):
             nn.Linear(8, 8) for _ in range(5)
         )
         nn.init.zeros_(self.qkv.weight)
+        self.qkv.requires_grad_(False)  # as a low-rank adapter freezes it
+        for parameter in self.inner.parameters():
+            parameter.requires_grad = False
 
     def step(self, layer, x):
         return layer(x)

@@ -300,7 +300,8 @@ def no_twin(module: nn.Module) -> str | None:
 # ---- layers whose weight is read past them -------------------------------------------------------
 
 _PLAIN_LOOKS = re.compile(
-    r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training|="
+    r"bias|(in|out)_(features|channels)|kernel_size|stride|padding.*|dilation|groups|training|"
+    r"requires_grad_|parameters|="
 )
 _HARMLESS = re.compile(r"dtype|device|shape|ndim|data|grad|requires_grad|is_cuda|numel|size|dim|=")
 _SETTING_UP = re.compile(r"init|reset|tie|load|extra_repr|prune")
