@@ -300,6 +300,37 @@ def test_attention_takes_the_plain_ones_arguments():
     assert [(p.name, p.default) for p in own[: len(plain)]] == [(p.name, p.default) for p in plain]
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv", "attention", "norm"])
+def test_parameters_that_are_taken_out_of_their_modules_may_be_moved_and_sampled(kind):
+    """As SWAG does: it keeps their means as buffers, moves the model, then sets plain tensors."""
+    torch.manual_seed(0)
+    layer, inputs = {
+        "linear": lambda: (DIPLinear(4, 3), (torch.randn(5, 4),)),
+        "conv": lambda: (DIPConv2d(3, 4, 1), (torch.randn(2, 3, 5, 5),)),
+        "attention": lambda: (dip.DIPMultiheadAttention(4, 2), (torch.randn(3, 2, 4),) * 3),
+        "norm": lambda: (dip.DIPLayerNorm(4), (torch.randn(5, 4),)),
+    }[kind]()
+
+    def run():
+        with dip.fixed_noise(3):
+            y = layer(*inputs)
+        return y[0] if isinstance(y, tuple) else y
+
+    expected, taken = run(), []
+    for module in layer.modules():
+        for name, value in list(module.named_parameters(recurse=False)):
+            del module._parameters[name]
+            module.register_buffer(f"{name}_mean", value.detach().clone())
+            taken.append((module, name))
+    layer.to("cpu")
+    for module, name in taken:
+        setattr(module, name, getattr(module, f"{name}_mean").requires_grad_())
+    got = run()
+    assert torch.equal(got, expected)
+    got.square().sum().backward()
+    assert all(getattr(module, name).grad is not None for module, name in taken)
+
+
 # ---- streams -------------------------------------------------------------------------------------
 
 

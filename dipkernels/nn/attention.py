@@ -142,7 +142,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         return self
 
     def _is_meta(self) -> bool:
-        return any(weight.is_meta for _, weight in in_projections(self).values())
+        return any(p.is_meta for p in self.parameters(recurse=False))
 
     def forward(
         self,

@@ -137,7 +137,8 @@ class DIPLayer(Mixin):
     def _keep_stream(self) -> None:
         # int64 [2] = (0, number). No buffer: those are averaged, broadcast, emptied and replaced by
         # others' loops.
-        device = self.variance.log_variance.device
+        # not log_variance's: SWAG and the like take parameters out of their modules
+        device = self.variance.log_prior.device
         self.__dict__["_stream"] = torch.tensor(
             [0, self._number], device="cpu" if device.type == "meta" else device
         )
