@@ -92,6 +92,22 @@ def test_weight_and_spectral_norm_go_on_after_conversion_or_take_noise_by_name(n
     assert dip.check(before).ok and dip.check(before).checked == 2
 
 
+@pytest.mark.parametrize("place", ["input", "in front", "producer"])
+def test_a_hook_sees_the_noised_input_of_a_plain_layer_and_not_of_a_dip_layer(place):
+    model = mlp()
+    if place == "in front":
+        dip.convert(model, 1.0, exclude=["2"])
+        model.insert(2, dip.DIPInput(32, init_variance=1.0))
+    else:
+        dip.convert(model, 1.0, place=place, batches=[X] if place == "producer" else None)
+    layer, factors = model[-1], []
+    layer.register_forward_hook(lambda _, inputs, y: factors.extend((inputs[0], y)))
+    model(X)
+    read, y = factors
+    slopes, dweight = torch.autograd.grad(y.square().sum(), (y, layer.weight))
+    assert torch.allclose(slopes.T @ read, dweight, rtol=1e-4, atol=1e-4) == (place != "input")
+
+
 def test_an_exported_model_is_the_plain_one():
     model = dip.convert(mlp()).eval()
     assert torch.equal(torch.export.export(model, (X,)).module()(X), model(X))
