@@ -249,9 +249,11 @@ class FreshModules(build_py):
     """Packs no module that an older source left in the build folder."""
 
     def run(self):
-        for path in Path(self.build_lib).rglob("*.py"):
-            path.unlink()
         super().run()
+        made = {Path(name) for name in self.get_outputs(include_bytecode=False)}
+        for path in Path(self.build_lib, "dipkernels").rglob("*.py"):
+            if path not in made:
+                path.unlink()
 
 
 class NinjaBuild(build_ext):
