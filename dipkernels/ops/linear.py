@@ -85,7 +85,7 @@ def device_of(device: str, x: Tensor, weight: Tensor) -> str:
 
 
 def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[10])
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[10])  # out_dtype
 
 
 def _fake_linear_bwd(
