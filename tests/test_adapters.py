@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from llama_support import llama
 from torch import nn
 
 import dipkernels as dip
@@ -263,17 +264,6 @@ def test_adapters_of_bare_parameters_are_named_and_can_be_noised_by_name():
 
 
 # ---- prompts and whole models --------------------------------------------------------------------
-
-
-def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False
-        )
-    )
 
 
 PROMPTS = {

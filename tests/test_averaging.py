@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from saved_support import saved_bytes
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -233,18 +234,6 @@ def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():
     torch.testing.assert_close(torch.cat(rows), first[0], rtol=1e-6, atol=1e-6)
 
 
-def saved_bytes(run):
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = run()
-    return sum(kept.values()), out
-
-
 def peak_bytes(run):
     """The most that was allocated at once, by the profiler's account of the allocator."""
     with torch.profiler.profile(
@@ -274,7 +263,7 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
             lambda: functional.dip_linear(
                 *leaves, SEED, activation=activation, estimator="mean", num_samples=count
             )
-        )[0]
+        )
 
     # as one layer keeps it, the pre-activation of one sample
     assert kept(5) == kept(33) == sum(t.nbytes for t in (*leaves, dy)) + SEED.nbytes
@@ -298,24 +287,6 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("activation", NAMES)
-def test_analytic_is_what_the_mean_tends_to(activation):
-    """65536 real samples of the whole layer, within four standard errors nearly everywhere, and
-    five everywhere."""
-    x, weight, bias, sigma, _ = inputs(3, 24, 5)
-    y = functional.dip_linear(
-        x, weight, bias, sigma, SEED, activation=activation, estimator="analytic"
-    )
-    copies = x.repeat(20000, 1)
-    draws = (
-        functional.dip_linear(copies, weight, bias, sigma, SEED, activation=activation)
-        .view(20000, 3, 5)
-        .double()
-    )
-    distance = (draws.mean(0) - y).abs() / (draws.std(0) / 20000**0.5 + 1e-6)
-    assert distance.max() <= 4.5 and distance.square().mean() <= 2.5
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -423,7 +394,7 @@ def test_analytic_keeps_no_more_than_the_plain_layer():
                 x, weight, bias, sigma, SEED, activation="gelu", estimator="analytic"
             )
             held = sum(t.nbytes for t in (weight, bias, sigma))
-            assert saved_bytes(analytic)[0] == held + size * 64 * (40 + 24) + 4 * 24
+            assert saved_bytes(analytic) == held + size * 64 * (40 + 24) + 4 * 24
 
 
 def test_analytic_refuses_a_weight_of_another_type():
@@ -511,14 +482,6 @@ def test_averaging_ops_pass_opcheck(namespace, index):
     if name.startswith("linear") and namespace == "dipkernels":
         first = torch.randn(6, 5)
         torch.library.opcheck(overload, (*arguments, first), test_utils="test_faketensor")
-
-
-def test_choose_sends_averaging_on_a_gpu_to_triton(monkeypatch):
-    monkeypatch.setattr(dip.backends, "has_triton", lambda: True)
-    for op in ("linear", "linear_bwd", "expectation", "affine_variance_bwd"):
-        assert dip.backends.choose(op, "cuda").backend == "triton"
-    monkeypatch.setattr(dip.backends, "has_triton", lambda: False)
-    assert dip.backends.choose("expectation", "cuda").backend == "reference"
 
 
 # ---- the layer -----------------------------------------------------------------------------------

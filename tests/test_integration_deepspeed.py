@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from llama_support import llama
 from ranks_support import Ranks
 from torch import nn
 
@@ -200,18 +201,6 @@ ARGUMENTS = {
     "logging_steps": 1,
     "save_steps": 2,
 }
-
-
-def llama():
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0
-        )
-    )
 
 
 def texts():

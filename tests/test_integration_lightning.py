@@ -139,16 +139,6 @@ def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
         fitted(tmp_path, ckpt_path=tmp_path / "plain.ckpt")
 
 
-def test_weights_and_biases_gets_sigma(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))  # else a folder wandb/ in the working directory
-    logger = lightning.pytorch.loggers.WandbLogger(save_dir=tmp_path, offline=True)
-    _, module = fitted(tmp_path, logger=logger, log_every_n_steps=2)
-    shown = dict(logger.experiment.summary)
-    wandb.finish()
-    assert shown["dip/sigma"] == pytest.approx(dip.metrics(module)["dip/sigma"], rel=1e-6)
-
-
 def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -7,29 +7,20 @@ import warnings
 
 import pytest
 import torch
+from llama_support import llama
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE, convert_as
 from dipkernels.nn.numbering import dip_layers
 
 pytest.importorskip("safetensors")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "labels": IDS}
 CONFIG = dip.DIPConfig(exclude=["*.lm_head"], ratio=0.3)
-
-
-def llama():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=False
-        )
-    )
 
 
 def lora(*targets):

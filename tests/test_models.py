@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from saved_support import saved_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -268,23 +269,15 @@ def logits(model, inputs):
 
 
 @ALL
-def test_eval_mode_gives_the_plain_logits_to_the_bit(name):
+def test_without_noise_it_is_the_plain_model_to_the_bit_and_each_listed_layer_adds_some(name):
     plain, model, inputs = make(name)
-    model.eval()
-    with torch.no_grad():
-        assert torch.equal(logits(model, inputs), logits(plain, inputs))
-    with noise_off():
-        assert torch.equal(logits(model, inputs), logits(plain, inputs))
-
-
-@ALL
-def test_every_layer_that_summary_lists_is_noised(name):
-    _, model, inputs = make(name)
     model.eval()
     rows = dip.summary(model)
     assert [row.number for row in rows] == list(range(MODELS[name][2]))
     with torch.no_grad():
-        base = logits(model, inputs)
+        base = logits(plain, inputs)
+        with noise_off():
+            assert torch.equal(logits(model, inputs), base)
         for row in rows:
             layer = model.get_submodule(row.name)
             layer.training = True
@@ -399,20 +392,6 @@ def test_a_saved_model_comes_back(name, tmp_path):
         assert torch.equal(got, logits(model, inputs))
 
 
-def test_gradient_checkpointing_replays_the_noise():
-    _, model, inputs = make("llama")
-    model.train()
-    grads = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.zero_grad()
-        torch.manual_seed(3)
-        model(**inputs, labels=IDS).loss.backward()
-        grads.append([layer.log_variance.grad.clone() for layer in dip_layers(model).values()])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*grads))
-
-
 @pytest.mark.parametrize("name", ["llama", "vit", "gpt2"])
 def test_trajectories_and_predict_run_on_model_outputs(name):
     _, model, inputs = make(name)
@@ -441,40 +420,6 @@ def test_diagnostics_read_model_outputs_and_embeddings():
 
 
 # ---- what looks converted and is not -------------------------------------------------------------
-
-
-class SwinLike(nn.Module):
-    """torchvision's shifted_window_attention and timm's Beit read a layer's weight without calling
-    the layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-
-    def forward(self, x):
-        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v))
-
-
-def test_a_layer_whose_weight_is_read_without_calling_it_is_named_and_left_alone():
-    with pytest.warns(dip.DIPConversionWarning, match=r"qkv \(Linear\): SwinLike reads its weight"):
-        model = dip.convert(SwinLike())
-    assert list(dip_layers(model)) == ["proj"]
-    assert dip.check(model, torch.randn(2, 4, 8)).ok
-
-
-class BeitLike(SwinLike):
-    """timm's Beit calls qkv where it has no bias of its own, and reads its weight otherwise: a
-    batch tells."""
-
-    def forward(self, x):
-        return super().forward(x) if self.training else self.qkv(x)
-
-
-def test_a_layer_that_is_read_and_called_is_found_by_a_batch():
-    model = dip.convert(BeitLike())
-    with pytest.raises(ValueError, match=r"qkv: it was not called"):
-        dip.check(model, torch.randn(2, 4, 8))
 
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -546,55 +491,11 @@ def test_a_state_space_models_layers_that_are_only_read_are_named():
     assert dip.check(model, {"input_ids": IDS, "labels": IDS}).ok
 
 
-class Conv2dSame(nn.Conv2d):
-    """timm's: padding worked out from the input."""
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (1, 1, 1, 1)))
-
-
-def test_timms_own_convolutions_are_named():
-    model = nn.Sequential(Conv2dSame(3, 4, 3), nn.Conv2d(4, 4, 1))
-    with pytest.warns(dip.DIPConversionWarning, match=r"0 \(Conv2dSame\): a subclass of nn.Conv2d"):
-        dip.convert(model)
-    assert type(model[0]) is Conv2dSame
-
-
 # ---- PEFT ----------------------------------------------------------------------------------------
 
 
 def is_lora(module, name):
     return hasattr(module, "lora_A")
-
-
-def test_base_layer_and_adapter_read_one_noised_input():
-    torch.manual_seed(0)
-    model = dip.convert(peft_llama(), 0.25)
-    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
-    seen = []
-    for part in (layer.base_layer, layer.lora_A["default"]):
-        part.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    x = torch.randn(3, 32)
-    layer(x)
-    assert seen[0] is seen[1]
-    assert not torch.equal(seen[0], x)
-    assert type(layer.base_layer) is nn.Linear
-    with noise_off():
-        layer(x)
-    assert torch.equal(seen[2], x)
-
-
-def test_only_adapters_and_variances_train():
-    model = dip.convert(peft_llama(), filter=is_lora)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert all("lora_" in n or n.endswith("variance.log_variance") for n in trained)
-    assert sum(n.endswith("log_variance") for n in trained) == 6
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2))
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    optimizer.step()
-    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert moved == trained
 
 
 def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
@@ -620,109 +521,7 @@ def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
         assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
-def test_variances_outside_the_adapter_are_saved_apart(tmp_path):
-    torch.manual_seed(0)
-    model = dip.convert(peft_llama())
-    for layer in dip_layers(model).values():
-        layer.log_variance.data.uniform_(-4, -2)
-    assert sum(n.endswith("log_variance") for n in dip.variances(model)) == 15
-    torch.save(dip.variances(model), tmp_path / "variances.pt")
-    torch.manual_seed(0)
-    again = dip.convert(peft_llama())
-    dip.load_variances(again, torch.load(tmp_path / "variances.pt"))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(dip.variances(model).values(), dip.variances(again).values())
-    )
-
-
-def test_a_head_trained_whole_is_noised_and_saved_with_the_adapter(tmp_path):
-    torch.manual_seed(0)
-    model = dip.convert(peft_llama(modules_to_save=["lm_head"]))
-    heads = [n for n in dip_layers(model) if "lm_head" in n]
-    assert heads == [
-        "base_model.model.lm_head.modules_to_save.default"
-    ]  # not the original, which nothing calls
-    dip.calibrate(model, [IDS])
-    state = peft.get_peft_model_state_dict(model)
-    assert "base_model.model.lm_head.variance.log_variance" in state
-    with torch.no_grad():
-        model.get_submodule(heads[0]).log_variance.fill_(-3.0)
-    model.save_pretrained(tmp_path)
-    again = dip.convert(peft_llama(modules_to_save=["lm_head"]))
-    again.load_adapter(tmp_path, "default", is_trainable=True)
-    assert bool((again.get_submodule(heads[0]).log_variance == -3.0).all())
-
-
-def test_merging_unloads_the_noise_with_the_adapter():
-    torch.manual_seed(0)
-    model = dip.convert(peft_llama(), filter=is_lora)
-    expected = model.eval()(IDS).logits
-    merged = model.merge_and_unload()
-    assert not dip_layers(merged)
-    torch.testing.assert_close(merged.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_peft_over_a_converted_model_is_mended_by_converting_again():
-    torch.manual_seed(0)
-    base = dip.convert(llama(), 0.25)
-    variance = base.model.layers[0].self_attn.q_proj.variance
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    layer = base.model.layers[0].self_attn.q_proj
-    assert isinstance(layer.base_layer, DIPLinear)
-    assert not variance.log_variance.requires_grad
-    dip.convert(model)
-    assert layer.variance is variance
-    assert variance.log_variance.requires_grad
-    assert type(layer.base_layer) is nn.Linear
-    assert len(dip_layers(model)) == 15
-    assert dip.summary(model)[0].sigma_mean == 0.5
-
-
-def test_adapters_switched_and_disabled_stay_noised():
-    torch.manual_seed(0)
-    model = peft_llama()
-    model.add_adapter("other", model.peft_config["default"])
-    dip.convert(model, filter=is_lora)
-    for change in (lambda: model.set_adapter("other"), lambda: model.set_adapter("default")):
-        change()
-        assert all(layer.log_variance.requires_grad for layer in dip_layers(model).values())
-    with model.disable_adapter(), torch.no_grad():
-        noisy = model(IDS).logits
-        assert not torch.equal(noisy, model.eval()(IDS).logits)
-
-
-@pytest.mark.parametrize("kind", ["conv", "dora", "dropout", "pickle"])
-def test_other_lora_layers_are_noised_at_their_input(kind):
-    torch.manual_seed(0)
-    if kind == "conv":
-        net = nn.Sequential(nn.Conv2d(3, 4, 3))
-        model, x = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"])), IMAGES
-    else:
-        options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}.get(kind, {})
-        net = nn.Sequential(nn.Linear(6, 4))
-        model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0"], **options))
-        x = torch.randn(5, 6)
-    plain = copy.deepcopy(model).eval()
-    dip.convert(model, 0.25)
-    if kind == "pickle":
-        model = pickle.loads(pickle.dumps(model))
-    assert [row.features for row in dip.summary(model)] == [3 if kind == "conv" else 6]
-    assert torch.equal(model.eval()(x), plain(x))
-    with sampling_on():
-        y = model(x)
-    assert not torch.equal(y, plain(x))
-    y.sum().backward()
-    assert all(bool(layer.log_variance.grad.any()) for layer in dip_layers(model).values())
-
-
-def test_lora_on_embeddings_is_left_alone_and_on_attention_named():
-    embedding = peft.get_peft_model(
-        nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6)),
-        peft.LoraConfig(r=2, target_modules=["0"]),
-    )
-    dip.convert(embedding)
-    assert [n.rpartition(".")[2] for n in dip_layers(embedding)] == ["1"]
+def test_lora_on_attention_is_named():
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     attention = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attn"]))
     with pytest.warns(
@@ -750,21 +549,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def saved_bytes(model):
-    """Bytes that the forward pass keeps for backward, parameters apart; each storage counted
-    once."""
-    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(t):
-        storages[t.untyped_storage().data_ptr()] = (t, t.untyped_storage().nbytes())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(input_ids=IDS.repeat(8, 8)).logits
-    kept = sum(n for pointer, (_, n) in storages.items() if pointer not in parameters)
-    return kept, out
-
-
 def test_sharing_saves_draws_passes_and_bytes():
     torch.manual_seed(0)
     plain = llama()
@@ -777,8 +561,10 @@ def test_sharing_saves_draws_passes_and_bytes():
         counts.append(dict(calls.count))
     # two blocks: q, k, v make one of three, gate and up one of two
     assert counts == [{"perturb": 15, "perturb_bwd": 15}, {"perturb": 9, "perturb_bwd": 9}]
-    (plain_bytes, _), (apart_bytes, _), (shared_bytes, _) = (
-        saved_bytes(m) for m in (plain, apart, shared)
+    ids = IDS.repeat(8, 8)
+    plain_bytes, apart_bytes, shared_bytes = (
+        saved_bytes(lambda m=m: m(input_ids=ids).logits, [*m.parameters(), ids])
+        for m in (plain, apart, shared)
     )
     print(f"calls: apart {counts[0]}, shared {counts[1]}")
     print(

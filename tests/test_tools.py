@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from llama_support import llama
 from torch import nn
 
 import dipkernels as dip
 from dipkernels.nn.layer import DIPLayer
-from dipkernels.nn.numbering import dip_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,28 +41,6 @@ def is_whole(layer, x):
 
 
 # ---- torch ---------------------------------------------------------------------------------------
-
-
-def test_an_average_of_the_weights_averages_the_variances_and_keeps_the_streams():
-    model = dip.convert(mlp())
-    ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
-    ema.update_parameters(model)  # the first one copies
-    before = dip.variances(ema)
-    with torch.no_grad():
-        for layer in dip_layers(model).values():
-            layer.log_variance.add_(1.0)
-    ema.update_parameters(model)
-    assert all(
-        torch.allclose(v, before[n] + 0.5)
-        for n, v in dip.variances(ema).items()
-        if n.endswith("log_variance")
-    )
-    with dip.fixed_noise(1), dip.sampling_on():
-        first = ema(X)
-        dip.load_variances(model, dip.variances(ema))
-        assert torch.equal(model(X), first)
 
 
 @pytest.mark.parametrize(
@@ -106,22 +84,6 @@ def test_a_hook_sees_the_noised_input_of_a_plain_layer_and_not_of_a_dip_layer(pl
     read, y = factors
     slopes, dweight = torch.autograd.grad(y.square().sum(), (y, layer.weight))
     assert torch.allclose(slopes.T @ read, dweight, rtol=1e-4, atol=1e-4) == (place != "input")
-
-
-def test_an_exported_model_is_the_plain_one():
-    model = dip.convert(mlp()).eval()
-    assert torch.equal(torch.export.export(model, (X,)).module()(X), model(X))
-
-
-@pytest.mark.slow
-def test_onnx_takes_the_model_in_eval_mode():
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = dip.convert(mlp()).eval()
-    program = torch.onnx.export(model, (X,), dynamo=True, verbose=False)
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    (out,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    torch.testing.assert_close(torch.from_numpy(out), model(X), rtol=1e-4, atol=1e-5)
 
 
 # ---- torchao -------------------------------------------------------------------------------------
@@ -239,40 +201,6 @@ def test_lightning_trains_checks_saves_and_loads(tmp_path):
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     loaded = Module.load_from_checkpoint(tmp_path / "a.ckpt")
     assert all(torch.equal(after[n], v) for n, v in dip.variances(loaded).items())
-
-
-@pytest.mark.slow
-def test_accelerate_prepares_trains_and_saves(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    model = dip.convert(mlp())
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 8)
-    model, optimizer, data = accelerator.prepare(
-        model, torch.optim.AdamW(dip.param_groups(model, 1e-3)), data
-    )
-    before = dip.variances(model)
-    for x, y in data:
-        optimizer.zero_grad()
-        accelerator.backward(F.cross_entropy(model(x), y))
-        assert dip.check(model).ok
-        optimizer.step()
-    trained = dip.variances(model)
-    assert not any(torch.equal(trained[n], v) for n, v in learned(before))
-    accelerator.save_state(tmp_path)
-    dip.load_variances(model, before)
-    accelerator.load_state(tmp_path)
-    assert all(torch.equal(trained[n], v) for n, v in dip.variances(model).items())
-
-
-def llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1
-        )
-    )
 
 
 def texts():
