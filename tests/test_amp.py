@@ -139,4 +139,11 @@ def test_a_double_input_stays_double_under_autocast(dtype):
         y = functional.perturb(
             torch.randn(2, 8).double(), layer.log_variance, torch.tensor([1, 2]), log_variance=True
         )
-    assert y.dtype is torch.float64
+        z = functional.dip_linear(
+            torch.randn(2, 8).double(),
+            layer.weight,
+            layer.bias,
+            layer.log_variance.exp(),
+            y.new_zeros(2).long(),
+        )
+    assert y.dtype is z.dtype is torch.float64

@@ -90,13 +90,7 @@ def arguments(attention, how, call, batched=True):
 
 
 def hows(form):
-    return (
-        ["three"]
-        if "kdim" in form and "vdim" in form
-        else ["three"]
-        if "kdim" in form
-        else ["self", "cross", "three"]
-    )
+    return ["three"] if "kdim" in form else ["self", "cross", "three"]
 
 
 def assert_same(got, expected):

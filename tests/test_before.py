@@ -383,6 +383,15 @@ def test_weights_that_are_in_no_layer_are_named_with_their_share(make, message):
     dip.convert(make(), filter=lambda module, name: module.in_features > 0)
 
 
+class PositionalEncoding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(17, 8))
+
+    def forward(self, x):
+        return x + self.weight
+
+
 def test_what_is_no_weight_is_not_named():
     class Quiet(nn.Module):
         def __init__(self):
@@ -400,7 +409,8 @@ def test_what_is_no_weight_is_not_named():
                 nn.LayerNorm([4, 8]),
                 nn.Linear(8, 999),
             )
-            self.lazy = nn.LazyConvTranspose2d(3, 3)
+            self.lazy, self.encoder = nn.LazyConvTranspose2d(3, 3), PositionalEncoding()
+            self.place = nn.Parameter(torch.zeros(17, 8))
 
     dip.convert(Quiet())
     with pytest.raises(ValueError, match="let through"):
@@ -541,27 +551,6 @@ def test_variances_of_a_wrapped_model_load_into_the_plain_one_and_back(wrap):
     dip.load_variances(plain, older)
     inner = nn.Sequential(torch.compile(dip.convert(nn.Linear(8, 8)), backend="eager"))
     dip.load_variances(inner, dip.variances(plain))
-
-
-class PositionalEncoding(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(17, 8))
-
-    def forward(self, x):
-        return x + self.weight
-
-
-def test_positions_beside_layers_are_not_named():
-    class Placed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.place, self.body = nn.Parameter(torch.zeros(17, 8)), nn.Linear(8, 4)
-            self.encoder = PositionalEncoding()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dip.convert(Placed())
 
 
 def test_noise_before_a_convolution_is_one_for_each_channel_unless_another_dimension_is_given():

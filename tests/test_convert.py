@@ -387,16 +387,6 @@ def test_an_encoders_eval_fast_path_is_the_plain_network():
     assert [row.name for row in calibrate(model, [x])] == ["linear1", "linear2"]
 
 
-def test_weight_norm_by_hooks_works():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        layer = nn.utils.weight_norm(nn.Linear(4, 4))
-    convert(layer)
-    layer(torch.randn(2, 4)).sum().backward()
-    assert layer.weight_g.grad is not None
-    assert layer.log_variance.grad is not None
-
-
 # ---- to_plain ------------------------------------------------------------------------------------
 
 
@@ -671,26 +661,6 @@ def test_how_alike_values_are_is_measured_where_it_is_read(monkeypatch):
     assert len(added) == 2
 
 
-def test_a_condition_that_is_left_out_leaves_the_pull_to_the_image():
-    """What calibrate's docstring says of a layer that reads one value before an image is read."""
-
-    class Conditioned(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.time, self.image = nn.Linear(1, 4), nn.Linear(64, 4)
-
-        def forward(self, x):
-            shift = self.time(x[:, :1])
-            return self.image(x) + shift
-
-    model, x = convert(Conditioned()), torch.randn(80, 64)
-    calibrate(model, [x])
-    assert bool((model.image.variance.pull == 1 / 64).all())
-    model = convert(Conditioned(), exclude=["time"])
-    calibrate(model, [x])
-    assert bool((model.image.variance.pull == 1).all())
-
-
 def test_a_feature_that_never_varies_gets_the_floor():
     model = convert(nn.Linear(3, 2))
     x = torch.randn(100, 3)
@@ -851,19 +821,6 @@ def test_calibrate_names_bad_input_and_leaves_the_variances(batches, options, me
         calibrate(model, batches, **options)
     assert summary(model)[0].sigma_mean == 0.5
     assert model.training
-
-
-def test_a_layer_that_is_never_reached_is_named():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.used(x)
-
-    with pytest.raises(ValueError, match=r"none reached \['unused'\]"):
-        calibrate(convert(Half()), [torch.randn(3, 4)])
 
 
 class ClassToken(nn.Module):

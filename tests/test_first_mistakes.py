@@ -145,20 +145,6 @@ def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, 
         assert Path(backends.__file__).exists()
 
 
-def test_the_ten_lines_then_saved_and_loaded(tmp_path):
-    """What quickstart.md says of saving holds for a model that dip.convert has made."""
-    model = dip.convert(network())
-    dip.calibrate(model, X)
-    dip.objective(dip.trajectories(model, X, m=2), Y, F.cross_entropy, model).backward()
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    again = dip.convert(network())
-    again.load_state_dict(torch.load(tmp_path / "model.pt"))
-    assert torch.equal(again.eval()(X), model.eval()(X))
-    assert dip.variances(again).keys() == dip.variances(model).keys()
-    for name, values in dip.variances(model).items():
-        assert torch.equal(dip.variances(again)[name], values)
-
-
 def test_a_name_with_brackets_matches_itself():
     model = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     dip.convert(model, {"a[0]": 0.1, "*": 0.2})

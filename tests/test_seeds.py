@@ -111,20 +111,10 @@ def test_keys_and_numbered_passes_come_without_a_copy_from_the_host():
     assert "mul" in names and not {"lift_fresh", "_to_copy"} & set(names)
 
 
-@pytest.mark.parametrize(
-    ("key", "row0", "error", "name"),
-    [
-        (1.5, 0, TypeError, "key"),
-        ("a", 0, TypeError, "key"),
-        (torch.tensor(1.0), 0, TypeError, "key"),
-        (torch.tensor([1, 2]), 0, TypeError, "key"),
-        (1, -1, ValueError, "row0"),
-        (1, 0.5, TypeError, "row0"),
-    ],
-)
-def test_bad_keys_and_rows_are_named(key, row0, error, name):
-    with pytest.raises(error, match=f"^{name}: "):
-        fixed_noise(key, row0)
+@pytest.mark.parametrize("key", [torch.tensor(1.0), torch.tensor([1, 2])])
+def test_a_tensor_that_is_no_key_is_named(key):
+    with pytest.raises(TypeError, match=r"^key: "):
+        fixed_noise(key)
 
 
 @pytest.mark.parametrize(
@@ -183,17 +173,6 @@ def test_contexts_work_as_decorators_and_when_entered_again():
     with sampling, sampling:
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
-
-
-def test_noise_off_is_the_plain_layer_and_sampling_on_samples_in_eval():
-    layer, x = DIPLinear(8, 8), torch.randn(2, 8)
-    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with noise_off():
-        assert torch.equal(layer(x), plain)
-    layer.eval()
-    assert torch.equal(layer(x), plain)
-    with sampling_on():
-        assert not torch.equal(layer(x), plain)
 
 
 def test_numbered_passes_differ_and_replay():
