@@ -98,6 +98,14 @@ INTEGERS = {
         1,
         None,
     ),
+    "dip_linear, mean": (
+        "row0",
+        lambda v: functional.dip_linear(
+            X, WEIGHT, None, SIGMA, SEED, row0=v, activation="relu", estimator="mean"
+        ),
+        0,
+        2**62,
+    ),
     "DIPConfig, m": ("m", lambda v: dip.DIPConfig(m=v), 1, None),
     "DIPConfig, k": ("k", lambda v: dip.DIPConfig(k=v), 0, None),
     "DIPConfig, key": ("key", lambda v: dip.DIPConfig(key=v), None, None),
@@ -183,6 +191,7 @@ REALS = {
     "lipschitz": ("tolerance", lambda v: dip.diagnostics.lipschitz(net(), X, tolerance=v), ">= 0"),
     "DIPConfig, kl": ("kl", lambda v: dip.DIPConfig(kl=v), ">= 0"),
     "DIPConfig, lambda_s": ("lambda_s", lambda v: dip.DIPConfig(lambda_s=v), ">= 0"),
+    "DIPConfig, start": ("start", lambda v: dip.DIPConfig(start=v), "> 0"),
     "DIPConfig, ratio": ("ratio", lambda v: dip.DIPConfig(ratio=v), "> 0"),
     "DIPConfig, variance": ("variance", lambda v: dip.DIPConfig(variance={"*": v}), "> 0"),
 }

@@ -1,8 +1,6 @@
 """certify: the bound is Clopper and Pearson's, the radius is that of a linear classifier, inner
 noise is refused."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -19,13 +17,6 @@ def test_the_lower_bound_is_the_quantile_of_a_beta(hits, trials):
     expected = stats.beta.ppf(1e-3, hits, trials - hits + 1) if hits else 0.0
     assert lower_bound(hits, trials, 0.999) == pytest.approx(expected, rel=1e-6)
     assert hits / trials - 1e-3 < lower_bound(hits, trials, 1e-15) <= 1  # by no confidence at all
-
-
-def test_the_lower_bound_holds_as_often_as_it_says():
-    hits = torch.distributions.Binomial(50, torch.tensor(0.8)).sample((20_000,)).int()
-    over = [n for n in range(51) if lower_bound(n, 50, 0.9) > 0.8]
-    missed = torch.isin(hits, torch.tensor(over, dtype=torch.int32)).double().mean().item()
-    assert 0 < missed <= 0.105
 
 
 def linear(sigma=0.5):
@@ -94,30 +85,25 @@ class TwoStems(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "message"),
+    ("model", "message"),
     [
-        (lambda: nn.Linear(3, 2), {}, "^model: expected noise at its input alone.*got 0"),
+        (lambda: nn.Linear(3, 2), "^model: expected noise at its input alone.*got 0"),
         (
             lambda: dip.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))),
-            {},
             "certifies nothing",
         ),
         (
             lambda: nn.Sequential(nn.Linear(3, 3), dip.DIPLinear(3, 2)),
-            {},
             "^model: expected its DIP layer '1' to read x",
         ),
-        (TwoStems, {}, "^model: expected to read x through its DIP layer 'a' alone"),
-        (spread, {}, "^model: expected one sigma"),
-        (lambda: dip.DIPLinear(3, 2, num_samples=2), {}, "^model: expected num_samples=1"),
-        (linear, {"k": 0}, "^k: "),
-        (linear, {"k0": 1.5}, "^k0: "),
-        (linear, {"confidence": 1.0}, "^confidence: "),
+        (TwoStems, "^model: expected to read x through its DIP layer 'a' alone"),
+        (spread, "^model: expected one sigma"),
+        (lambda: dip.DIPLinear(3, 2, num_samples=2), "^model: expected num_samples=1"),
     ],
 )
-def test_what_certifies_nothing_is_refused(model, options, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        dip.certify(model(), torch.randn(2, 3), **options)
+def test_what_certifies_nothing_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        dip.certify(model(), torch.randn(2, 3))
 
 
 def test_what_works_in_place_behind_the_layer_is_certified():
@@ -130,21 +116,6 @@ def test_what_works_in_place_behind_the_layer_is_certified():
             return self.first(x).add_(1) * 2
 
     assert dip.certify(Behind(), torch.randn(2, 3), k=5).sigma == pytest.approx(0.1)
-
-
-def test_a_smoothed_classifier_is_not_moved_within_its_radius():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        dip.DIPInput(2, init_variance=0.25), nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)
-    )
-    x = torch.randn(6, 2)
-    found = dip.certify(model, x, k=4000, chunk=500)
-    for angle in torch.linspace(0, 2 * math.pi, 9)[:-1]:
-        step = torch.stack([angle.cos(), angle.sin()])
-        moved = x + 0.98 * found.radius[:, None].float() * step
-        votes = dip.predict(model, moved, k=4000, average=None, chunk=500).argmax(-1)
-        winner = votes.mode(0).values
-        assert bool(((winner == found.classes) | (found.classes < 0)).all())
 
 
 @pytest.mark.parametrize("target", [torch.zeros(2, 1), torch.tensor(0), torch.zeros(3), [0, 0]])

@@ -265,55 +265,6 @@ def test_everything_that_works_on_dip_layers_works():
         torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1).step()
 
 
-def test_trajectories_replay_example_by_example():
-    """An example's noise does not depend on what else is in its batch."""
-    model, x = net()
-    with fixed_noise(3):
-        whole = dip.trajectories(model, x, m=2)
-    with fixed_noise(3, row0=2 * 2):
-        part = dip.trajectories(model, x[2:], m=2)
-    torch.testing.assert_close(whole[:, 2:], part, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_replays_the_noise(reentrant):
-    model, x = net()
-    grads = []
-    for run in (
-        model,
-        lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant),
-    ):
-        model.zero_grad()
-        torch.manual_seed(5)
-        run(x.requires_grad_()).square().sum().backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads))
-
-
-def test_compiled_whole_it_is_eager():
-    model, x = net()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    grads = []
-    with fixed_noise(7):
-        for run in (model, compiled):
-            model.zero_grad()
-            y = run(x)
-            y.square().sum().backward()
-            grads.append([y.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_exported_it_is_eager(training):
-    model, x = net()
-    model.train(training)
-    with fixed_noise(7):
-        program = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
-
-
 def test_traced_by_fx_it_is_a_leaf():
     model, x = net()
     graph = torch.fx.symbolic_trace(model)
@@ -349,19 +300,6 @@ def test_ddp_gets_a_gradient_without_noise():
     with noise_off():
         model(x).sum().backward()
     assert all(bool((layer.log_variance.grad == 0).all()) for layer in dip_layers(model).values())
-
-
-def test_skip_init_and_meta_devices_leave_values():
-    for kind, args in (
-        (dip.DIPLayerNorm, (4,)),
-        (dip.DIPRMSNorm, (4,)),
-        (dip.DIPGatedActivation, (4,)),
-    ):
-        layer = nn.utils.skip_init(kind, *args, init_variance=0.25)
-        assert torch.equal(layer.variance.sigma, torch.full((4,), 0.5))
-    assert "init_variance=0.01" in repr(dip.DIPActivation(4, "relu", -3)) and "dim=-3" in repr(
-        dip.DIPActivation(4, "relu", -3)
-    )
 
 
 @pytest.mark.parametrize(

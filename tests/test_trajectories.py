@@ -115,35 +115,30 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "error", "message"),
+    ("args", "kwargs", "message"),
     [
         (
             (X, torch.ones(3)),
             {},
-            ValueError,
             r"^args\[1\]: expected a tensor whose first size is 5, as args\[0\], got shape \(3,\).*in_dims=None",
         ),
         (
             (X,),
             {"mask": {"a": torch.ones(1, 5)}},
-            ValueError,
             r"^mask\['a'\]: .*got shape \(1, 5\)",
         ),
-        ((X, torch.tensor(1.0)), {}, ValueError, r"^args\[1\]: .*got shape \(\)"),
-        ((torch.tensor(1.0),), {}, ValueError, r"^args\[0\]: .*the batch"),
-        ((X,), {"in_dims": 1}, ValueError, "^in_dims: expected 0 or None for args"),
-        ((X,), {"in_dims": (0, 0)}, ValueError, "^in_dims: expected one entry for each of 1"),
-        ((X,), {"in_dims": {"mask": None}}, ValueError, r"^in_dims: .*\['mask'\]"),
-        (([X, X],), {"in_dims": ([0, 0, 0],)}, ValueError, r"^in_dims: .*prefix of args\[0\]"),
-        ((X,), {"in_dims": None}, ValueError, "^args: expected a tensor"),
-        ((1.0,), {}, ValueError, "^args: expected a tensor"),
-        ((X,), {"m": 0}, ValueError, "^m: "),
-        ((X,), {"m": 2.0}, TypeError, "^m: "),
-        ((X,), {"m": True}, TypeError, "^m: "),
+        ((X, torch.tensor(1.0)), {}, r"^args\[1\]: .*got shape \(\)"),
+        ((torch.tensor(1.0),), {}, r"^args\[0\]: .*the batch"),
+        ((X,), {"in_dims": 1}, "^in_dims: expected 0 or None for args"),
+        ((X,), {"in_dims": (0, 0)}, "^in_dims: expected one entry for each of 1"),
+        ((X,), {"in_dims": {"mask": None}}, r"^in_dims: .*\['mask'\]"),
+        (([X, X],), {"in_dims": ([0, 0, 0],)}, r"^in_dims: .*prefix of args\[0\]"),
+        ((X,), {"in_dims": None}, "^args: expected a tensor"),
+        ((1.0,), {}, "^args: expected a tensor"),
     ],
 )
-def test_bad_input_is_named(args, kwargs, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_input_is_named(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
         trajectories(lambda x, *a, **k: x, *args, **{"m": 2, **kwargs})
 
 
@@ -170,16 +165,6 @@ def test_eval_mode_is_refused_unless_sampling():
 def test_empty_and_single_batches_work(shape):
     assert trajectories(mlp(), torch.randn(shape), m=3).shape == (3, shape[0], 3)
     assert trajectories(mlp(), torch.randn(shape), m=1).shape == (1, shape[0], 3)
-
-
-def test_trajectories_compile_whole():
-    model = mlp()
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: trajectories(model, x, m=3), backend="aot_eager", fullgraph=True
-    )
-    with fixed_noise(2):
-        torch.testing.assert_close(compiled(X), trajectories(model, X, m=3))
 
 
 def test_a_transformers_output_keeps_its_type():
@@ -251,15 +236,6 @@ def test_predict_takes_one_pass_after_another_by_default():
     model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     predict(model, X, k=3)
     assert seen == [len(X)] * 3
-
-
-def test_predict_approaches_the_mean_of_the_noised_network():
-    model = convert(nn.Linear(6, 3), 0.25)
-    torch.manual_seed(0)
-    mean = predict(model, X, k=4000, chunk=1000, average="logits")
-    # an affine layer: the mean is the plain output; standard error sigma * |w| / sqrt(k)
-    error = 0.5 * model.weight.norm(dim=1).max().item() / 4000**0.5
-    torch.testing.assert_close(mean, model.eval()(X), rtol=0, atol=5 * error)
 
 
 def test_zero_passes_are_the_plain_network():
@@ -339,21 +315,9 @@ def test_predict_stacks_any_structure():
     assert predict(model, X, k=2).shape == (5, 3)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"k": -1}, ValueError, "^k: "),
-        ({"k": 1.5}, TypeError, "^k: "),
-        ({"chunk": 0}, ValueError, "^chunk: "),
-        ({"average": "mean"}, ValueError, "^average: expected one of .*, got 'mean'"),
-    ],
-)
-def test_predict_names_bad_arguments(options, error, message):
-    with pytest.raises(error, match=message):
-        predict(mlp(), X, **options)
-
-
 def test_predict_refuses_a_plain_model_and_an_output_without_logits():
+    with pytest.raises(ValueError, match=r"^average: expected one of .*, got 'mean'"):
+        predict(mlp(), X, average="mean")
     with pytest.raises(ValueError, match="expected DIP layers, found none"):
         predict(nn.Linear(6, 3), X)
 

@@ -4,9 +4,6 @@ clean."""
 import builtins
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
 import dipkernels as dip
 from dipkernels.training.objective import KL
@@ -45,34 +42,6 @@ def test_each_round_halves_the_pairs_and_doubles_what_they_get():
     assert spent == [4] * 12 + [8] * 6 + [16] * 3 + [32] * 2
     assert [t.budget for t in found.trials] == spent
     assert plan(1, 7) == [(1, 7)]
-
-
-def test_it_tunes_a_network_on_validation_data():
-    torch.manual_seed(0)
-    x = torch.randn(240, 6)
-    y = (x[:, 0] + 0.3 * torch.randn(240) > 0).long()
-
-    def run(ratio, kl, epochs):
-        torch.manual_seed(1)
-        model = dip.convert(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)))
-        dip.calibrate(model, [x[:120]], ratio=ratio)
-        optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2))
-        for _ in range(epochs):
-            loss = dip.objective(
-                dip.trajectories(model, x[:120], m=2), y[:120], F.cross_entropy, model, kl=kl
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            scores = [
-                (model(v).argmax(-1) == y[120:]).double().mean() for v in (x[120:], x[120:] + 0.5)
-            ]
-        return {"clean": scores[0], "robust": scores[1]}
-
-    found = dip.tune(run, 40, ratios=(0.3, 1.0), kls=(0.2, 1.0), progress=False)
-    assert found.ratio in (0.3, 1.0) and found.kl in (0.2, 1.0) and found.best.clean > 0.7
 
 
 def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys, monkeypatch):
