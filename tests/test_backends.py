@@ -141,12 +141,6 @@ def run_python(tmp_path):
             "asked for",
         ),
         (
-            "DIPKERNELS_BACKEND",
-            "quick",
-            "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))",
-            "DIPKERNELS_BACKEND: expected one of",
-        ),
-        (
             "DIPKERNELS_COMPILED_KEEP",
             "u",
             "import dipkernels.backends as b; print(b.kept_when_compiled * 3)",

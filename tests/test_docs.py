@@ -65,12 +65,6 @@ def test_readme_python_runs(block):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_readme_commands_are_targets():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for name in set(re.findall(r"make ([a-z][\w-]*)", (ROOT / "README.md").read_text())):
-        assert name in targets, name
-
-
 def test_nothing_names_a_machine():
     """No absolute path of a developer's machine stands in what is published."""
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SOURCES]:

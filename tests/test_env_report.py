@@ -94,9 +94,7 @@ def test_an_operation_that_runs_elsewhere_is_shown(monkeypatch, triton, runs):
 @pytest.mark.parametrize(
     "variable, value, says",
     [
-        ("DIPKERNELS_BACKEND", "quick", "DIPKERNELS_BACKEND: expected one of"),
         ("DIPKERNELS_BACKEND", b"\xff\xfe", r"got '\udcff\udcfe'"),
-        ("DIPKERNELS_BACKEND", "cuda", "backend 'cuda' was asked for by DIPKERNELS_BACKEND"),
         (
             "DIPKERNELS_COMPILED_KEEP",
             "both",

@@ -1,7 +1,6 @@
 """No kernel touches a byte outside its tensors: exact extents between guard pages, gaps that hold a
 pattern.  docs/reliability.md."""
 
-import ctypes
 import mmap
 import shutil
 import subprocess
@@ -136,11 +135,3 @@ def test_perturb_takes_unaligned_pointers_and_leaves_margins_alone(shape, dim, o
     got = perturb_replay(du, x, shifted(sigma)[1], SEED, Draw(*where), None)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
     assert all(torch.equal(t.view(torch.uint8), b) for t, b in zip((memory_x, memory_du), before))
-
-
-def test_ctypes_addresses_are_those_of_tensors():
-    """What EDGES relies on: frombuffer of an address shares its memory."""
-    memory = (ctypes.c_char * 8)()
-    t = torch.frombuffer(memory, dtype=torch.float32)
-    t.fill_(1.0)
-    assert t.data_ptr() == ctypes.addressof(memory) and bytes(memory) == b"\x00\x00\x80?" * 2

@@ -366,20 +366,3 @@ def test_parameters_of_the_wrong_size_and_blocks_too_large_are_refused():
         kernel.run((1,), (64,), bytes(16), Memory())
     with pytest.raises(PTXError, match="a block of 96 threads"):
         kernel.run((1,), (96,), bytes(12), Memory())
-
-
-def test_the_interpreter_needs_numpy_alone():
-    import ast
-    import sys
-    from pathlib import Path
-
-    import ptx
-
-    for path in Path(ptx.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module]
-            assert all(
-                name.split(".")[0] in {*sys.stdlib_module_names, "numpy"} for name in names
-            ), path

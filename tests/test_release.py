@@ -3,7 +3,6 @@ documents whose code runs, types."""
 
 import contextlib
 import importlib.util
-import inspect
 import io
 import os
 import re
@@ -192,48 +191,6 @@ def test_site_builds_without_a_warning(tmp_path):
 
 
 # ---- types ---------------------------------------------------------------------------------------
-
-
-def public_functions():
-    for name in dip.__all__:
-        value = getattr(dip, name)
-        if inspect.isclass(value):
-            wanted = ("__init__", "__enter__", "__exit__")
-            members = {
-                key: member
-                for key, member in vars(value).items()
-                if key in wanted or not key.startswith("_")
-            }
-            yield from (
-                (f"{name}.{key}", member)
-                for key, member in members.items()
-                if inspect.isfunction(member) and key != "forward"
-            )
-        elif inspect.ismodule(value):
-            if name != "reference":  # the oracle: signatures of the operations, and equations
-                own = {
-                    key: f
-                    for key, f in vars(value).items()
-                    if inspect.isfunction(f) and f.__module__ == value.__name__
-                }
-                yield from (
-                    (f"{name}.{key}", f) for key, f in own.items() if not key.startswith("_")
-                )
-        else:
-            yield name, value
-
-
-@pytest.mark.parametrize(
-    "name, function", [pytest.param(*item, id=item[0]) for item in public_functions()]
-)
-def test_public_api_has_types(name, function):
-    signature = inspect.signature(function)
-    missing = [
-        p.name
-        for p in signature.parameters.values()
-        if p.annotation is p.empty and p.name != "self"
-    ]
-    assert missing == [] and signature.return_annotation is not signature.empty
 
 
 def test_mypy_is_strict_for_the_whole_package():

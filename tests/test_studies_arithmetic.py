@@ -193,10 +193,3 @@ def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
     )
     arithmetic.main([*flags, "--parts", "report"])
     assert (tmp_path / "results.md").read_text() == text
-
-
-@pytest.mark.parametrize("flags", [["--seeds", "0"], ["--dim", "0"], ["--tested", "-5"]])
-def test_bad_flags_are_named(flags, capsys):
-    with pytest.raises(SystemExit):
-        arithmetic.main(flags)
-    assert f"{flags[0]}: expected at least 1" in capsys.readouterr().err
