@@ -436,6 +436,7 @@ def test_records_refuse_what_means_nothing(quick):
     assert row == {"name": "P", "variants": {"copy": {"seconds": 1.23457}}}
 
 
+@pytest.mark.slow
 def test_cost_study_runs(tmp_path):
     out = tmp_path / "cost.json"
     record = cost.main(["--quick", "--threads=1", "--no-progress", "--out", str(out)])
@@ -462,6 +463,7 @@ def test_profile_of_a_small_layer_runs(tmp_path, capsys):
     assert "op P: dispatcher and kernel" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_averaging_is_timed(tmp_path, capsys, monkeypatch):
     few = {name: averaging.ACTIVATIONS[name] for name in ("relu", "gelu")}
     monkeypatch.setattr(averaging, "ACTIVATIONS", few)

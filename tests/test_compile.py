@@ -11,7 +11,6 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import dipkernels as dip
-from dipkernels import functional
 from dipkernels.nn.conv import DIPConv1d, DIPConv2d
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
@@ -70,7 +69,11 @@ def llama():
     return dip.convert(transformers.LlamaForCausalLM(config)), torch.randint(0, 32, (2, 7))
 
 
-MODELS = {"layers": layers, "vit": vit, "llama": llama}
+def one():
+    return number_layers(nn.Sequential(DIPLinear(8, 12), nn.GELU())), torch.randn(4, 8)
+
+
+MODELS = {"layers": layers, "vit": vit, "llama": llama, "one": one}
 
 
 def make(name):
@@ -111,7 +114,14 @@ def _fresh():
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["layers", pytest.param("vit", marks=pytest.mark.slow), "llama"])
+WHOLE = [
+    "layers",
+    pytest.param("vit", marks=pytest.mark.slow),
+    pytest.param("llama", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_compile_is_whole_equals_eager_and_happens_once(name):
     """fullgraph; outputs, gradients; one graph for all keys."""
     model, x = make(name)
@@ -127,13 +137,6 @@ def test_compile_is_whole_equals_eager_and_happens_once(name):
         for parameter in want:
             torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5)
     assert compiler.count == 1
-
-
-WHOLE = [
-    "layers",
-    pytest.param("vit", marks=pytest.mark.slow),
-    pytest.param("llama", marks=pytest.mark.slow),
-]
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -208,7 +211,7 @@ def test_rows_of_many_micro_batches_compile_once(options):
 
 
 def test_a_training_step_compiles_with_its_optimiser():
-    model, x = number_layers(nn.Sequential(DIPLinear(8, 12), nn.GELU())), torch.randn(4, 8)
+    model, x = make("one")
     finals = []
     for compiled in (False, True):
         m = copy.deepcopy(model)
@@ -229,22 +232,8 @@ def test_a_training_step_compiles_with_its_optimiser():
     torch.testing.assert_close(finals[1], finals[0], rtol=1e-3, atol=1e-4)
 
 
-def test_inductor_equals_eager():
-    model, x = number_layers(nn.Sequential(DIPLinear(8, 12), nn.GELU())), torch.randn(4, 8)
-    eager = copy.deepcopy(model)
-    model.compile(fullgraph=True)
-    with dip.fixed_noise(3):
-        for each in (eager, model):
-            output(each, x).square().mean().backward()
-    want, got = gradients(eager), gradients(model)
-    for parameter in want:
-        torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-4, atol=1e-5)
-    assert not torch.equal(model(x), model(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "llama"])
-def test_inductor_equals_eager_for_whole_models(name):
+@pytest.mark.parametrize("name", ["one", *WHOLE[1:]])
+def test_inductor_equals_eager(name):
     model, x = make(name)
     eager = copy.deepcopy(model)
     model.compile(fullgraph=True)
@@ -254,6 +243,7 @@ def test_inductor_equals_eager_for_whole_models(name):
     want, got = gradients(eager), gradients(model)
     for parameter in want:
         torch.testing.assert_close(got[parameter], want[parameter], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(output(model, x), output(model, x))
 
 
 def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps():
@@ -303,7 +293,7 @@ def test_what_is_kept_for_backward_under_compile_is_what_the_plain_model_keeps()
 # ---- torch.export, AOTInductor -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["layers", "vit", "llama"])
 def test_export_of_the_eval_forward_is_the_plain_network(name):
     model, x = make(name)
     model.eval()
@@ -590,20 +580,3 @@ def test_double_backward_through_a_model(name):
                 p.sub_(d, alpha=sign * 1e-5)
     got = sum((g * d).sum() for g, d in zip(second, directions) if g is not None).item()
     assert got == pytest.approx((want[0] - want[1]) / 2e-5, rel=1e-4)
-
-
-def test_functional_perturb_compiles_with_changing_rows():
-    compiler = Compiler()
-    seed = torch.tensor([1, 2])
-
-    @torch.compile(backend=compiler, fullgraph=True, dynamic=True)
-    def run(x, sigma, seed):
-        return functional.perturb(x, sigma, seed)
-
-    sigma = torch.rand(8)
-    for rows in (5, 6, 7):
-        x = torch.randn(rows, 8)
-        torch.testing.assert_close(
-            run(x, sigma, seed + rows), functional.perturb(x, sigma, seed + rows)
-        )
-    assert compiler.count == 1

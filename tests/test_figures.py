@@ -53,6 +53,7 @@ def test_a_figure_follows_the_theme_and_keeps_its_text(path):
     )
 
 
+@pytest.mark.slow
 def test_the_published_figures_are_those_of_the_records(tmp_path):
     """By their words: layout may move with matplotlib's release."""
     overhead.plot(report.load(RECORD, "overhead"), tmp_path / "overhead.svg")

@@ -265,24 +265,6 @@ def test_a_killed_run_takes_everything_with_it(tmp_path):
     assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_rehearsal_keeps_every_finished_row(tmp_path, seed):
-    dice = random.Random(seed)
-    only = "copy,perturb,graph,averaging"
-    command = [sys.executable, str(PROGRAM), "--dry-run", "--only", only, "--out", str(tmp_path)]
-    named = kill_after(command, dice.randrange(12), dice.random(), os.environ)
-    (path,) = tmp_path.glob("*.json")
-    record = json.loads(path.read_text())
-    for section, row in named:
-        if not row.startswith("ok, "):
-            assert any(r["name"] == row for r in record["sections"][section]["rows"]), (
-                section,
-                row,
-            )
-    assert record["rehearsal"] and not record["ended"] and not alive(str(path))
-
-
 def test_sigterm_ends_the_section_too(tmp_path):
     command = [sys.executable, str(PROGRAM), "--dry-run", "--only", "copy", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -331,7 +313,10 @@ def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["graph", "block", "layers", "averaging", "crossover", "producers", "models", "switches"],
+    [
+        *("graph", "block", "layers", "crossover", "producers"),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("averaging", "models", "switches")),
+    ],
 )
 def test_every_timed_section_runs(record, monkeypatch, name):
     """In this process; with Triton and in processes of their own: the whole rehearsal."""

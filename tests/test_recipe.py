@@ -67,6 +67,7 @@ def test_three_lines_help_by_default(seeds):
     assert clean > -1 and pgd > 10 and noise > 5, (clean, pgd, noise)
 
 
+@pytest.mark.slow
 def test_variances_that_cost_the_fit_shrink_and_others_stay():
     """What one ratio cannot do: the likelihood pulls noise down where it hurts, the prior holds it
     where it does not."""

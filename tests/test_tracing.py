@@ -207,6 +207,7 @@ def small_network():
     return dip.convert(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2)))
 
 
+@pytest.mark.slow
 def test_onnx_in_eval_mode_is_the_plain_network(x):
     pytest.importorskip("onnxscript")
     evaluator = pytest.importorskip("onnx.reference")

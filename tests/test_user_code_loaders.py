@@ -252,8 +252,8 @@ def test_an_empty_model_takes_a_whole_checkpoint(tmp_path, device_map):
     assert torch.equal(noise(again, x), noise(model, x))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_checkpoint_that_accelerate_casts_gives_variances_in_float32(tmp_path, dtype):
+def test_a_checkpoint_that_accelerate_casts_gives_variances_in_float32(tmp_path):
+    dtype = torch.bfloat16
     model, x = trained(dip.convert(net())), torch.randn(3, 4, dtype=dtype)
     safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
     for device_map in MAPS:
@@ -285,8 +285,7 @@ def test_layers_that_share_noise_are_offloaded(tmp_path):
 
 
 @pytest.mark.parametrize("made", ["inside", "with buffers", "afterwards", "by hand"])
-@pytest.mark.parametrize("device_map", MAPS[:2])
-def test_an_empty_model_takes_a_plain_checkpoint(tmp_path, device_map, made):
+def test_an_empty_model_takes_a_plain_checkpoint(tmp_path, made):
     plain, x = net(), torch.randn(3, 4)
     safetensors.save_file(plain.state_dict(), tmp_path / "model.safetensors")
     with accelerate.init_empty_weights(include_buffers=made == "with buffers"):
@@ -300,7 +299,7 @@ def test_an_empty_model_takes_a_plain_checkpoint(tmp_path, device_map, made):
         dip.convert(model)
     spoil()
     accelerate.load_checkpoint_and_dispatch(
-        model, str(tmp_path / "model.safetensors"), device_map=device_map
+        model, str(tmp_path / "model.safetensors"), device_map=MAPS[1]
     )
     assert all((v.log_variance == torch.tensor(START)).all() for v in variances(model))
     same = net()
