@@ -294,7 +294,7 @@ def test_xlora_which_replaces_forwards_is_named(tmp_path):
     config = peft.XLoraConfig(
         task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters
     )
-    model = peft.get_peft_model(llama(), config)
+    model = peft.get_peft_model(llama(use_cache=False), config)
     with pytest.warns(
         dip.DIPConversionWarning, match=r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"
     ):
