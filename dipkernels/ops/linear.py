@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import backends, worlds
 from ..worlds import is_dtensor
@@ -22,7 +21,6 @@ from .perturb import (
     perturb_bwd,
     perturb_replay,
     projection,
-    projection_backward,
 )
 from .pieces import Grads, fake_like, flat_rows, fused, linear_as
 
@@ -149,8 +147,7 @@ def affine(
     elif keep != "u" and _fuses(x, weight, dtype):
         return mean(x, weight, bias, sigma, seed, draw, 1, "identity", dtype)
     elif keep != "u" and _replays(keep, x.dtype, weight.dtype, dtype):
-        y: Tensor = _LinearReplay.apply(x, weight, bias, sigma, seed, draw, dtype)
-        return y
+        return _replay(x, weight, bias, sigma, seed, draw, dtype)
     return F.linear(projection(x, sigma, seed, draw, dtype), weight, bias)
 
 
@@ -178,52 +175,36 @@ def _replays(
     return keep == "x"
 
 
-class _LinearReplay(Function):
-    """keep="x": backward makes u again, in the pass that sums dsigma."""
+# keep="x": backward makes u again, in the pass that sums dsigma.
+def _run_replay(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
+) -> tuple[Tensor, Grads]:
+    return no_view(linear_as(perturb(x, sigma, seed, *how), weight, bias)), ()
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sigma: Tensor,
-        seed: Tensor,
-        draw: Draw,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, sigma, seed)
-        ctx.draw, ctx.dtype = draw, dtype or x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return no_view(linear_as(perturb(x, sigma, seed, draw, dtype), weight, bias))
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Grads:
-        x, weight, sigma, seed = ctx.saved_tensors
-        draw: Draw = ctx.draw
-        needs_dx, needs_dweight, needs_dbias, needs_dsigma = ctx.needs_input_grad[:4]
-        dx: Any = None
-        dsigma: Any = None
-        u: Any = None
-        du: Any = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
-        if torch.is_grad_enabled():  # under create_graph: differentiable pieces
-            if du is not None:
-                dx, dsigma = projection_backward(
-                    du, x.dtype, sigma, seed, draw, (needs_dx, needs_dsigma)
-                )
-            u = projection(x, sigma, seed, draw, ctx.dtype) if needs_dweight else None
-        else:
-            dx = du.to(x.dtype) if needs_dx else None
-            if needs_dweight and needs_dsigma:
-                u, dsigma = perturb_replay(du, x, sigma, seed, draw, ctx.dtype)
-            elif needs_dweight:
-                u = perturb(x, sigma, seed, draw, ctx.dtype)
-            elif needs_dsigma:
-                dsigma = perturb_bwd(du, sigma, seed, draw)
-        rows = flat_rows(dy)
-        dweight = (rows.t() @ flat_rows(u)).to(weight.dtype) if needs_dweight else None
-        dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
-        return dx, dweight, dbias, dsigma, None, None, None
+def _run_replay_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
+    (x, weight, _, sigma, seed), (draw, dtype) = tensors, how
+    needs_dx, needs_dweight, needs_dbias, needs_dsigma, _ = needs
+    du: Any = dy @ weight.to(dy.dtype) if needs_dx or needs_dsigma else None
+    u = dsigma = None
+    if needs_dweight and needs_dsigma:
+        u, dsigma = perturb_replay(du, x, sigma, seed, draw, dtype)
+    elif needs_dweight:
+        u = perturb(x, sigma, seed, draw, dtype)
+    elif needs_dsigma:
+        dsigma = perturb_bwd(du, sigma, seed, draw)
+    rows = flat_rows(dy)
+    dweight = None if u is None else rows.t() @ flat_rows(u)
+    return du, dweight, rows.sum(0) if needs_dbias else None, dsigma, None
+
+
+def _replay_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
+) -> Tensor:
+    return linear_as(projection(x, sigma, seed, *how), weight, bias)
+
+
+_replay = fused("_LinearReplay", _run_replay, _run_replay_bwd, _replay_pieces, 5)
 
 
 # ---- the mean over samples behind an activation --------------------------------------------------
