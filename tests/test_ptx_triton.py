@@ -5,10 +5,7 @@ The launchers are the real ones. What an approximate instruction returns is as f
 manual allows, and memory that a kernel has to write starts as NaN.
 """
 
-import contextlib
 import itertools
-import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +24,7 @@ from dipkernels.ops.draw import Draw  # noqa: E402
 MODULES = noise, perturb, linear, expectation, gate, norm, tiles = load_kernels(
     "noise", "perturb", "linear", "expectation", "gate", "norm", "tiles"
 )
-mixtures, tickets = load_kernels("mixtures", "tickets")
+(mixtures,) = load_kernels("mixtures")
 reference = load_reference()
 SEED = torch.tensor([0x0123456789ABCDEF, 5])
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -170,42 +167,6 @@ def test_compiled_perturb_passes_on_what_is_no_ordinary_number(arch):
     assert sums[0].isnan() and sums[1].isinf() and sums[2:].isfinite().all()
 
 
-@pytest.mark.parametrize("op, multiprocessors", [("P", 1), ("PQ", 1000)])
-def test_compiled_perturb_walks_start_where_the_form_says(op, multiprocessors, monkeypatch):
-    """The first program alone writes the first row, or the last one; P then its neighbours too."""
-    shape, _, _ = CASES["many rows"]
-    x, where = randn(*shape), (torch.ones(shape[1]), SEED, -1, 0, 0, 0, 1.0, False, None)
-    for from_end in (False, True):
-        monkeypatch.setattr(perturb, "P_FROM_END", from_end)
-        monkeypatch.setattr(perturb, "SUMS_FROM_END", from_end)
-        first = {"multiprocessors": multiprocessors, "ctas": lambda grid: [(0, 0, 0)]}
-        with on_gpu(80, 1, **first) as launches:
-            u = perturb.perturb(x, *where) if op == "P" else perturb.perturb_replay(x, x, *where)[0]
-        assert launches[0][1][1] > 1
-        written = u[:, 0].isfinite()
-        assert written[-1 if from_end else 0] and not written[0 if from_end else -1]
-        assert op == "PQ" or not from_end or (written[1:] != written[:-1]).sum() == 1
-
-
-@pytest.mark.parametrize("shape, dim", [((39, 8), -1), ((3, 8, 5, 4), 1)])
-def test_compiled_perturb_rows_from_the_end_change_no_u(shape, dim, monkeypatch):
-    """20 or more blocks of rows over 8 programs of P and 4 of Q."""
-    monkeypatch.setattr(tiles, "block_shape", lambda *sizes: (2, 8))
-    x, du, sigma = randn(*shape), randn(*shape[::-1]).reshape(shape), torch.rand(8) + 0.1
-    where, found = (sigma, SEED, dim, 3, 8, 0, 1.0, False), []
-    for from_end in (False, True):
-        monkeypatch.setattr(perturb, "P_FROM_END", from_end)
-        monkeypatch.setattr(perturb, "SUMS_FROM_END", from_end)
-        with on_gpu(80, 1, multiprocessors=1):
-            both = perturb.perturb_replay(du, x, *where, None)
-            found.append((perturb.perturb(x, *where, None), *both, perturb.perturb_bwd(du, *where)))
-    there, back = found
-    assert all(torch.equal(u, there[0]) for u in (there[1], *back[:2]))
-    want = reference.perturb_bwd(du.double(), sigma.double(), *where[1:])
-    for dsigma in (*there[2:], *back[2:]):
-        assert torch.allclose(dsigma.double(), want, rtol=0, atol=2e-5)
-
-
 def test_launchers_take_no_rows_and_no_columns():
     how = (SEED, -1, 0, 0, 0, 1.0, False)
     with on_gpu(80, 1):
@@ -232,105 +193,6 @@ def test_launchers_take_no_rows_and_no_columns():
 def test_launchers_refuse_cpu_tensors():
     with pytest.raises(RuntimeError, match="expected CUDA tensors"):
         perturb.perturb(randn(2, 8), torch.ones(8), SEED, -1, 0, 0, 0, 1.0, False, None)
-
-
-# ---- sums in one launch
-
-
-def backwards(grid):
-    return [(x, y, 0) for y in reversed(range(grid[1])) for x in reversed(range(grid[0]))]
-
-
-def shuffled(grid):
-    return random.Random(1).sample(backwards(grid), grid[0] * grid[1])
-
-
-@pytest.mark.parametrize(
-    "op, case, dtype, arch",
-    [
-        ("Q", "many rows", BF16, 90),
-        ("gate", "odd", F32, 80),
-        *map(
-            lambda v: slow(*v), itertools.product(["Q", "PQ", "gate"], CASES, [F16, F64], CONFIGS)
-        ),
-    ],
-)
-def test_compiled_sum_in_one_launch_ignores_which_program_is_last(
-    op, case, dtype, arch, monkeypatch
-):
-    """One by one in three orders, and together; each gives the bits of the others, and every ticket
-    is 0 again."""
-    shape, dim, col0 = CASES[case]
-    x, du = randn(*shape, dtype=dtype), randn(*shape[::-1]).reshape(shape).to(dtype)
-    sigma = torch.rand(shape[dim], dtype=F64 if dtype is F64 else F32) + 0.1
-    where = (sigma, SEED, dim, 2**32 - 7, col0, 2, 0.5, True)
-    calls = {
-        "Q": lambda: (perturb.perturb_bwd(du, *where),),
-        "PQ": lambda: perturb.perturb_replay(du, x, *where, None),
-        "gate": lambda: gate.gate_bwd(du, x, x, *where, "silu"),
-    }
-    monkeypatch.setattr(perturb, "ONE_LAUNCH", True)
-    orders = [{}, *({"ctas": order, "threads": 1} for order in (None, backwards, shuffled))]
-    found = []
-    for order in orders:
-        with compiled(*MODULES, arch=arch, errors=CONFIGS[arch], **order) as launches:
-            found.append(calls[op]())
-        assert len(launches) == 1
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
-    (pool,) = tickets._pools.values()
-    assert not pool.any()
-    # None takes itself for the last while one is missing.
-    columns, programs = launches[0][1]
-    with compiled(*MODULES, arch=arch, ctas=lambda grid: backwards(grid)[: -grid[0]]):
-        calls[op]()
-    assert (pool[:columns] == programs - 1).all()
-    pool.zero_()
-    want = reference.perturb_bwd(du.double(), sigma.double(), *where[1:])
-    rows = du.numel() / shape[dim]
-    assert (found[0][-1].double() - want).abs().max() <= 3e-5 * rows**0.5
-
-
-def test_tickets_are_no_other_launchs(monkeypatch):
-    """A stream keeps its own, a captured launch gets new ones every time; what is not torch's
-    stream gets none."""
-    state, waited = SimpleNamespace(capturing=False, stream=0), []
-    cuda = SimpleNamespace(
-        is_current_stream_capturing=lambda: state.capturing,
-        current_stream=lambda *device: SimpleNamespace(
-            stream_id=state.stream, synchronize=lambda: waited.append(device)
-        ),
-        device=contextlib.nullcontext,
-    )
-    zeros = lambda n, dtype, device: torch.zeros(n, dtype=dtype)  # noqa: E731
-    monkeypatch.setattr(
-        tickets, "torch", SimpleNamespace(cuda=cuda, zeros=zeros, int32=torch.int32)
-    )
-    for name in ("_pools", "_taken", "_of_stream"):
-        monkeypatch.setattr(tickets, name, {})
-    device = torch.device("cuda", 0)
-
-    def take(count=8, device=device, **now):
-        vars(state).update(now)
-        return tickets.take_tickets(device, count)
-
-    assert take(capturing=True) is None  # the pool would belong to the graph
-    state.capturing = False
-    first = take(stream=0)
-    assert first.numel() == tickets.OF_STREAM and take(stream=0).data_ptr() == first.data_ptr()
-    others = [take(stream=3), take(stream=35), take(device=torch.device("cuda", 1), stream=0)]
-    # Each device's zeros are there before another stream counts on them.
-    assert waited == [(torch.device("cuda", 0),), (torch.device("cuda", 1),)]
-    captured = [take(7, capturing=True, stream=3) for _ in range(3)]
-    taken = [first, *others, *captured]
-    assert all(t.numel() >= 7 for t in taken)
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in taken)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    assert all(t.data_ptr() % 16 == first.data_ptr() % 16 for t in captured)
-    state.capturing = False
-    assert take(stream=2**20) is None and take(tickets.OF_STREAM + 1, stream=0) is None
-    while take(tickets.OF_STREAM, capturing=True) is not None:
-        pass
-    assert take(capturing=False, stream=5) is None and take(stream=0) is first
 
 
 # ---- linear

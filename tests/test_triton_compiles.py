@@ -2,7 +2,6 @@
 instruction counts."""
 
 import itertools
-import re
 
 import pytest
 import torch
@@ -34,8 +33,6 @@ def perturb_launches(shape, dim, dtype, log_variance=True, col0=0):
         perturb.perturb_bwd(x, *where)
         perturb.perturb_replay(x, x, *where, None)
     names = ["noise", "P", "Q", "sum", "PQ", "sum again"]
-    if perturb.ONE_LAUNCH:
-        names = ["noise", "P", "Q", "PQ"]
     return dict(zip(names, launches, strict=True))
 
 
@@ -95,27 +92,6 @@ def slow_unless(quick, *axes):
 def test_perturb_compiles_without_spills(case, dtype, arch):
     for launch in perturb_launches(dtype=dtype, **CASES[case]).values():
         check(compile_launch(launch, arch), arch)
-
-
-ONE_LAUNCH = [(case, torch.bfloat16, 90) for case in ("rows", "nchw")]
-
-
-@pytest.mark.parametrize("case, dtype, arch", slow_unless(ONE_LAUNCH, CASES, DTYPES, ARCHS))
-def test_sums_in_one_launch_compile_without_spills_and_wait(case, dtype, arch, monkeypatch):
-    """A program counts, releasing and acquiring, between two barriers: behind what its threads
-    wrote, before what they read."""
-    monkeypatch.setattr(perturb, "ONE_LAUNCH", True)
-    monkeypatch.setattr(perturb, "take_tickets", lambda device, n: meta(n, dtype=torch.int32))
-    launches = perturb_launches(dtype=dtype, **CASES[case])
-    assert "sum" not in launches
-    for name in ("Q", "PQ"):
-        compiled = compile_launch(launches[name], arch)
-        check(compiled, arch)
-        before, after = re.split(r"atom(?=\S*acq_rel)(?=\S*gpu)\S*add\S*", compiled.ptx)
-        barrier = max(before.rfind("bar.sync"), before.rfind("barrier.sync"))
-        assert barrier > before.rfind("st.global") > 0, name
-        barrier = re.search(r"bar(rier)?\.sync", after)
-        assert barrier.start() < after.index("ld.global"), name
 
 
 def linear_launches(

@@ -65,22 +65,6 @@ def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, dim", [((4096, 1024), -1), ((32, 64, 56, 56), 1)])
-def test_gate_sum_in_one_launch_compiles_without_spills(shape, dim, dtype, monkeypatch):
-    monkeypatch.setattr(tiles, "num_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(perturb, "ONE_LAUNCH", True)
-    monkeypatch.setattr(perturb, "take_tickets", lambda device, n: meta(n, dtype=torch.int32))
-    x, seed = meta(*shape, dtype=dtype), meta(2, dtype=torch.int64)
-    where = (meta(shape[dim], dtype=wide(dtype)), seed, dim, *DRAW[1:], "silu")
-    with recorded_launches(gate, perturb) as launches:
-        gate.activate_bwd(x, x, *where)
-        gate.gate_bwd(x, x, x, *where)
-    assert [launch[0].__name__ for launch in launches] == ["_gate_bwd_kernel"] * 2
-    assert all("atom" in result.ptx for result in compiled(launches, 90))
-
-
 QUICK_GATES = [("silu", torch.bfloat16, 90)]
 
 

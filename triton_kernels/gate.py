@@ -7,14 +7,7 @@ import triton.language as tl
 from .activations import activate as act
 from .activations import slope as act_slope
 from .noise import load_seed, normal_tile
-from .perturb import (
-    SUM_ELEMENTS,
-    column_sum,
-    finish_sum,
-    noise_scale,
-    sum_columns,
-    tickets_of_sum,
-)
+from .perturb import SUM_ELEMENTS, column_sum, noise_scale
 from .tiles import (
     TILE_ELEMENTS,
     across,
@@ -98,14 +91,11 @@ def _gate_fwd_kernel(
 @triton.jit
 def _gate_bwd_kernel(
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written if DRAWS
-    dsigma_ptr,  # [K] float32 or float64, written if FINISH
-    ticket_ptr,  # [column blocks] int32, 0 before and after, used if FINISH
     da_ptr,  # [rows, K], written
     db_ptr,  # [rows, K], written if GATED
     du_ptr,  # [rows, K]
     a_ptr,  # [rows, K]
     b_ptr,  # [rows, K], read if GATED
-    sigma_ptr,  # [K] float32 or float64, read if FINISH and LOG_VARIANCE
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
     num_outer,
@@ -132,16 +122,13 @@ def _gate_bwd_kernel(
     group0,  # col0 // 8
     shift,  # col0 % 8
     sample,
-    factor: tl.float64,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     DRAWS: tl.constexpr,
-    LOG_VARIANCE: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
     # where
     row_program = tl.program_id(1)
@@ -180,18 +167,6 @@ def _gate_bwd_kernel(
     if DRAWS:
         out = tl.cast(row_program, tl.int64) * K * VEC + col
         tl.store(partial_ptr + out, tl.sum(total, axis=1 if ROWS_LAST else 0), mask=col_mask)
-    if FINISH:
-        finish_sum(
-            dsigma_ptr,
-            partial_ptr,
-            sigma_ptr,
-            ticket_ptr,
-            K * VEC,
-            col,
-            factor,
-            LOG_VARIANCE,
-            BLOCK_K,
-        )
 
 
 def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype):
@@ -232,33 +207,30 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
     # it.
     elements = SUM_ELEMENTS if a.element_size() == 2 and b is None else SUM_ELEMENTS // 2
     elements = SUM_ELEMENTS // 8 if a.element_size() == 8 else elements
-    tile = tiling(dim, col0, elements, da, db, du, a, b, columns=sum_columns())
+    tile = tiling(dim, col0, elements, da, db, du, a, b)
     if tile is None:
         b = None if b is None else b.contiguous()
         rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation)
         dense_da, dense_db, dsigma = gate_bwd(du.contiguous(), a.contiguous(), b, *rest)
         return da.copy_(dense_da), None if b is None else db.copy_(dense_db), dsigma
     grid = tile.sum_grid(du.device)
-    partial = tickets = None
+    partial = None
     if sigma is not None:
-        sigma, tickets = sigma.contiguous(), tickets_of_sum(grid, du.device)
         dtype = torch.float64 if a.dtype is torch.float64 else torch.float32
         partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
     with on_device(du):
         _gate_bwd_kernel[grid](
-            *(partial, dsigma, tickets, da, db, du, a, b, sigma, seed),
+            *(partial, da, db, du, a, b, seed),
             *tile.arguments(row0),
-            *(sample, factor),
+            sample,
             ACTIVATION=activation,
             GATED=b is not None,
             DRAWS=sigma is not None,
-            LOG_VARIANCE=log_variance,
-            FINISH=tickets is not None,
             **tile.constants(),
             **_resources(a.dtype),
         )
-    if sigma is not None and tickets is None:
-        column_sum(dsigma, partial, sigma, factor, log_variance)
+    if sigma is not None:
+        column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)
     return da, db, dsigma
 
 

@@ -6,12 +6,9 @@ import triton
 import triton.language as tl
 
 from .noise import load_seed, noise, normal_tile
-from .tickets import is_last_program, take_tickets
 from .tiles import (
     EXACT,
-    NARROW_COLUMNS,
     TILE_ELEMENTS,
-    WIDE_COLUMNS,
     across,
     columns_at,
     on_device,
@@ -27,15 +24,6 @@ __all__ = ["noise", "perturb", "perturb_bwd", "perturb_replay"]
 # Accumulators stay in registers across row tiles, so the tiles of the sums are half as large; a
 # quarter for the combined form of 4-byte data, which holds two inputs.
 SUM_ELEMENTS = 2048
-# Whether P, and Q and the combined form, take their rows from the last to the first, which the
-# kernel before left in L2. P's results are the same bits, Q's may differ in the last ones. Not
-# measured yet; P then holds 72 registers instead of 64.
-P_FROM_END, SUMS_FROM_END = False, False
-# Whether the last program of each column of the grid adds the partial sums up (Q, the combined
-# form, gate.py), instead of a second launch. Then tiles are narrow, so that little is left for that
-# one program: 33 partials for each of 64 columns at K = 1024 on an H100, where 132 for each of 256
-# would be. Not measured yet.
-ONE_LAUNCH = False
 
 
 @triton.jit
@@ -52,69 +40,6 @@ def noise_scale(
     if LOG_VARIANCE:
         sigma = tl.exp(0.5 * sigma)
     return tl.cast(factor, dtype) * sigma
-
-
-@triton.jit
-def _add_partials(
-    out_ptr,  # [K] of any type, written
-    partial_ptr,  # [num_partials, K] float32 or float64
-    sigma_ptr,  # [K]: ln(sigma^2), read if LOG_VARIANCE
-    num_partials,
-    K,
-    col,  # [BLOCK_K]
-    mask,  # [BLOCK_K]
-    factor,  # float64 scalar
-    LOG_VARIANCE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out = factor * sum over partial, times s / 2 if LOG_VARIANCE: one fixed order, whatever ran
-    first"""
-    dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
-    for first in range(0, num_partials, BLOCK_P):
-        p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
-        total += tl.load(
-            partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0
-        )
-    scale = tl.cast(factor, dtype)
-    if LOG_VARIANCE:
-        # ds / d ln(sigma^2) = s / 2
-        scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
-    tl.store(out_ptr + col, (scale * tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def finish_sum(
-    out_ptr,  # [K] of any type, written by the last program
-    partial_ptr,  # [row programs, K] float32 or float64: this program has written its row
-    sigma_ptr,  # [K]: ln(sigma^2), read if LOG_VARIANCE
-    ticket_ptr,  # [column blocks] int32
-    K,
-    col,  # [BLOCK_K]: the columns of program_id(0), those outside of 0 .. K - 1 too
-    factor,  # float64 scalar
-    LOG_VARIANCE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The end of a kernel whose programs (column block, row) leave partial sums: the last row to
-    arrive adds them up."""
-    BLOCK_P: tl.constexpr = 2048 // BLOCK_K if BLOCK_K < 2048 else 1
-    num_partials = tl.num_programs(1)
-    if is_last_program(ticket_ptr + tl.program_id(0), num_partials):
-        mask = (col >= 0) & (col < K)
-        _add_partials(
-            out_ptr,
-            partial_ptr,
-            sigma_ptr,
-            num_partials,
-            K,
-            col,
-            mask,
-            factor,
-            LOG_VARIANCE,
-            BLOCK_P,
-            BLOCK_K,
-        )
 
 
 @triton.jit
@@ -145,7 +70,6 @@ def _perturb_fwd_kernel(
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FROM_END: tl.constexpr,
 ):
     # where
     key, last_word = load_seed(seed_ptr, sample)
@@ -153,14 +77,7 @@ def _perturb_fwd_kernel(
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
-    first, last, step = tl.program_id(1), num_row_blocks, tl.num_programs(1)
-    if FROM_END:
-        # Neighbours, for not all programs run at once: strided blocks would be a walk in four
-        # places.
-        each = tl.cdiv(num_row_blocks, step)
-        first, last, step = first * each, tl.minimum(first * each + each, num_row_blocks), 1
-    for i in range(first, last, step):
-        row_block = num_row_blocks - 1 - i if FROM_END else i
+    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
         outer, inner, row = rows_at(
             row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
         )
@@ -180,12 +97,10 @@ def _perturb_fwd_kernel(
 @triton.jit
 def _perturb_bwd_kernel(
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
-    dsigma_ptr,  # [K] float32 or float64, written if FINISH
-    ticket_ptr,  # [column blocks] int32, 0 before and after, used if FINISH
     u_ptr,  # [rows, K], written if REPLAY
     du_ptr,  # [rows, K]
     x_ptr,  # [rows, K], read if REPLAY
-    sigma_ptr,  # [K] float32 or float64, read if REPLAY, or if FINISH and LOG_VARIANCE
+    sigma_ptr,  # [K] float32 or float64, read if REPLAY
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
     num_outer,
@@ -213,8 +128,6 @@ def _perturb_bwd_kernel(
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FROM_END: tl.constexpr,
-    FINISH: tl.constexpr,
 ):
     # where
     row_program = tl.program_id(1)
@@ -225,8 +138,7 @@ def _perturb_bwd_kernel(
     if REPLAY:
         scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
-    for i in range(row_program, num_row_blocks, tl.num_programs(1)):
-        row_block = num_row_blocks - 1 - i if FROM_END else i
+    for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
         outer, inner, row = rows_at(
             row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
         )
@@ -250,18 +162,6 @@ def _perturb_bwd_kernel(
         tl.sum(total, axis=1 if ROWS_LAST else 0),
         mask=col_mask,
     )
-    if FINISH:
-        finish_sum(
-            dsigma_ptr,
-            partial_ptr,
-            sigma_ptr,
-            ticket_ptr,
-            K * VEC,
-            col,
-            factor,
-            LOG_VARIANCE,
-            BLOCK_K,
-        )
 
 
 @triton.jit
@@ -276,20 +176,22 @@ def _column_sum_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """dsigma = factor * sum over partial, times s / 2 if LOG_VARIANCE"""
     col = tl.cast(tl.program_id(0), tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    _add_partials(
-        dsigma_ptr,
-        partial_ptr,
-        sigma_ptr,
-        num_partials,
-        K,
-        col,
-        col < K,
-        factor,
-        LOG_VARIANCE,
-        BLOCK_P,
-        BLOCK_K,
-    )
+    mask = col < K
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    total = tl.zeros([BLOCK_P, BLOCK_K], dtype)
+    for first in range(0, num_partials, BLOCK_P):
+        p = tl.cast(first, tl.int64) + tl.arange(0, BLOCK_P)[:, None]
+        total += tl.load(
+            partial_ptr + p * K + col[None, :], mask=(p < num_partials) & mask[None, :], other=0.0
+        )
+    scale = tl.cast(factor, dtype)
+    if LOG_VARIANCE:
+        # ds / d ln(sigma^2) = s / 2
+        scale = 0.5 * noise_scale(sigma_ptr, col, mask, factor, LOG_VARIANCE, dtype)
+    dsigma = (scale * tl.sum(total, axis=0)).to(dsigma_ptr.dtype.element_ty)
+    tl.store(dsigma_ptr + col, dsigma, mask=mask)
 
 
 def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
@@ -301,17 +203,6 @@ def column_sum(out, partial, sigma=None, factor=1.0, log_variance=False):
     with on_device(partial):
         _column_sum_kernel[grid](*arguments, LOG_VARIANCE=log_variance, **block, **EXACT)
     return out
-
-
-def sum_columns():
-    """Of a tile of a sum"""
-    return NARROW_COLUMNS if ONE_LAUNCH else WIDE_COLUMNS
-
-
-def tickets_of_sum(grid, device):
-    """What `finish_sum` counts on in a launch of this grid; None where `column_sum` has to
-    follow."""
-    return take_tickets(device, grid[0]) if ONE_LAUNCH else None
 
 
 def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_dtype):
@@ -330,7 +221,6 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
             *tile.arguments(row0),
             *(sample, factor),
             LOG_VARIANCE=log_variance,
-            FROM_END=P_FROM_END,
             **tile.constants(),
         )
     return u
@@ -344,7 +234,7 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
         return u, torch.zeros_like(sigma)
     wide = replay and max(du.element_size(), x.element_size()) >= 4
     elements = SUM_ELEMENTS // 2 if wide else SUM_ELEMENTS
-    tile = tiling(dim, col0, elements, u, du, x, columns=sum_columns())
+    tile = tiling(dim, col0, elements, u, du, x)
     if tile is None:
         du, x = du.contiguous(), x.contiguous() if replay else None
         draw = (dim, row0, col0, sample, factor, log_variance)
@@ -354,21 +244,16 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
     dtype = torch.promote_types(du.dtype, torch.float32)
     dtype = torch.promote_types(dtype, x.dtype) if replay else dtype
     partial = torch.empty(grid[1], tile.k, dtype=dtype, device=du.device)
-    dsigma, tickets = torch.empty_like(sigma), tickets_of_sum(grid, du.device)
     with on_device(du):
         _perturb_bwd_kernel[grid](
-            *(partial, dsigma, tickets, u, du, x, sigma, seed),
+            *(partial, u, du, x, sigma, seed),
             *tile.arguments(row0),
             *(sample, factor),
             REPLAY=replay,
             LOG_VARIANCE=log_variance,
-            FROM_END=SUMS_FROM_END,
-            FINISH=tickets is not None,
             **tile.constants(),
         )
-    if tickets is None:
-        column_sum(dsigma, partial, sigma, factor, log_variance)
-    return u, dsigma
+    return u, column_sum(torch.empty_like(sigma), partial, sigma, factor, log_variance)
 
 
 def perturb_bwd(du, sigma, seed, dim, row0, col0, sample, factor, log_variance):

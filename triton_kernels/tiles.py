@@ -19,7 +19,6 @@ import triton.language as tl
 # Of the noise contract: no product and sum are contracted behind our back.
 EXACT = {"enable_fp_fusion": False}
 TILE_ELEMENTS = 4096
-WIDE_COLUMNS, NARROW_COLUMNS = 256, 64  # of a tile of ordinary rows
 
 
 @triton.jit
@@ -160,24 +159,20 @@ def block_shape(
     k: int,
     rows_last: bool,
     elements: int = TILE_ELEMENTS,
-    columns: int = WIDE_COLUMNS,
 ) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, or as many `columns`, so that a
-    warp reads whole lines"""
+    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines"""
     if rows_last:
         block_r = min(triton.next_power_of_2(num_inner), 256)
         block_k = min(triton.next_power_of_2(k), elements // block_r)
     else:
-        block_k = min(triton.next_power_of_2(k), columns)
+        block_k = min(triton.next_power_of_2(k), 256)
         block_r = min(triton.next_power_of_2(num_inner), max(1, elements // max(block_k, 8)))
     return block_r, max(block_k, 8)
 
 
-def tiling(
-    dim: int, col0: int, elements: int, *operands: torch.Tensor | None, columns: int = WIDE_COLUMNS
-) -> Tiling | None:
-    """How to address tensors of one shape together, rows in tiles of at most so many columns; None
-    where more than two row dimensions stay apart. An operand that is None has strides of 0."""
+def tiling(dim: int, col0: int, elements: int, *operands: torch.Tensor | None) -> Tiling | None:
+    """How to address tensors of one shape together; None where more than two row dimensions stay
+    apart. An operand that is None has strides of 0."""
     tensors = [t for t in operands if t is not None]
     shape, lead = tensors[0].shape, tensors[0]
     dim %= len(shape)
@@ -201,7 +196,7 @@ def tiling(
     )
     # Single loads need more registers: the ordinary tile would spill.
     block_r, block_k = block_shape(
-        inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2, columns
+        inner[0], k + shift, rows_last, elements if vectors or rows_last else elements // 2
     )
     of_tensors = iter(strides)
     of_operands = tuple((0, 0, 0) if t is None else next(of_tensors) for t in operands)

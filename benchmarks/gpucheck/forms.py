@@ -15,36 +15,23 @@ P_FROM_END, SUMS_FROM_END, ONE_LAUNCH = 1, 2, 4
 
 @contextlib.contextmanager
 def forms(bits: int) -> Iterator[None]:
-    """CUDA's kernels, and Triton's, in this form inside. A captured graph keeps what it was
-    captured with."""
+    """CUDA's kernels in this form inside. A captured graph keeps what it was captured with."""
     from dipkernels import backends
 
-    restore = []
-    if backends.library().cuda_archs:
-        library = backends.c_functions(backends.library().path)
-        restore.append(functools.partial(library.dip_set_cuda_forms, library.dip_cuda_forms()))
-        library.dip_set_cuda_forms(bits)
-    if backends.has_triton():
-        from dipkernels.triton_kernels import perturb
-
-        restore.append(functools.partial(vars(perturb).update, _triton_form(vars(perturb))))
-        perturb.P_FROM_END = bool(bits & P_FROM_END)
-        perturb.SUMS_FROM_END = bool(bits & SUMS_FROM_END)
-        perturb.ONE_LAUNCH = bool(bits & ONE_LAUNCH)
+    if not backends.library().cuda_archs:
+        yield
+        return
+    library = backends.c_functions(backends.library().path)
+    before = library.dip_cuda_forms()
+    library.dip_set_cuda_forms(bits)
     try:
         yield
     finally:
-        for undo in restore:
-            undo()
+        library.dip_set_cuda_forms(before)
 
 
-def _triton_form(names: dict) -> dict[str, bool]:
-    return {name: names[name] for name in ("P_FROM_END", "SUMS_FROM_END", "ONE_LAUNCH")}
-
-
-def walk(check: object = None) -> Settings:
-    """Rows from the first on, as before; P's from the last; all from the last. The default is P's
-    on CUDA, none on Triton."""
+def walk() -> Settings:
+    """Rows from the first on, as before; P's from the last, the default; all from the last."""
     named = {
         "from the start": 0,
         "P from the end": P_FROM_END,
@@ -53,21 +40,7 @@ def walk(check: object = None) -> Settings:
     return {name: functools.partial(forms, bits) for name, bits in named.items()}
 
 
-def column_sum(check: object = None) -> Settings:
+def column_sum() -> Settings:
     """Q's partial sums added up by a second launch, the default, or by the last block."""
     named = {"two launches": P_FROM_END, "last block": P_FROM_END | ONE_LAUNCH}
     return {name: functools.partial(forms, bits) for name, bits in named.items()}
-
-
-@contextlib.contextmanager
-def _of_triton(bits: int) -> Iterator[None]:
-    from dipkernels import backends
-
-    with backends.backend("triton"), forms(bits):
-        yield
-
-
-def triton_column_sum(check: object = None) -> Settings:
-    """The same of Triton's kernels, which run where the library was built without nvcc."""
-    named = {"Triton, two launches": 0, "Triton, last program": ONE_LAUNCH}
-    return {name: functools.partial(_of_triton, bits) for name, bits in named.items()}

@@ -16,7 +16,6 @@ from dipkernels.ops import gate, norm, registry
 from dipkernels.ops import perturb as projection
 from dipkernels.ops.draw import Draw
 from dipkernels.ops.expectation import expectation, expectation_bwd
-from gpucheck import forms
 
 DRAW = Draw(1)
 
@@ -75,9 +74,6 @@ def main(device: torch.device, overrun: bool) -> None:
         with backends.backend("triton"):
             linear(device)
             activation(device)
-            producers(device)
-        with backends.backend("triton"), forms.forms(forms.ONE_LAUNCH):
-            perturb(device, (33, 40), torch.bfloat16)
             producers(device)
     elif not overrun:
         producers(device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpucheck import forms
 from gpucheck.child import Check, Rows
 from gpucheck.forms import Settings
-from gpucheck.kernels import half, kinds, per_call, rounds
+from gpucheck.kernels import half, per_call, rounds
 from gpucheck.layers import peak, prepare
 
 # Largest first
@@ -29,20 +29,19 @@ SHAPES = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
 @dataclass(frozen=True)
 class Switch:
     name: str
-    settings: Callable[[Check], Settings]
+    settings: Callable[[], Settings]
     how: tuple[str, ...] = ("calls", "graph")
-    needs: str | None = None  # a backend
     shapes: int = 3  # of SHAPES, the smallest
 
 
-def compiled_keep(check: Check) -> Settings:
+def compiled_keep() -> Settings:
     """What keep="auto" keeps under torch.compile: x, today's form, or u."""
     from dipkernels import backends
 
     return {f"keep {keep}": functools.partial(backends.compiled_keep, keep) for keep in ("x", "u")}
 
 
-def autocast_keep(check: Check) -> Settings:
+def autocast_keep() -> Settings:
     """The same of float32 data under autocast, where "bytes" is u."""
     from dipkernels import backends
 
@@ -65,7 +64,6 @@ class Autocast(nn.Module):
 SWITCHES = (
     Switch("walk", forms.walk),
     Switch("column sum", forms.column_sum),
-    Switch("Triton's column sum", forms.triton_column_sum, needs="triton"),
     Switch("compiled keep", compiled_keep, ("compiled",), shapes=2),
     Switch("compiled keep", autocast_keep, ("compiled, autocast",), shapes=2),
 )
@@ -93,7 +91,7 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
 
     layer = peers.build("dip", plain)
     variants: dict = {"linear": step_of(peers.build("linear", plain))}
-    settings = switch.settings(check)
+    settings = switch.settings()
     for name, context in settings.items():
         with context():  # a graph keeps what it was captured with
             call = step_of(layer)
@@ -128,7 +126,6 @@ def switches(check: Check) -> Rows:
             functools.partial(switch_row, check, switch, how, m, k, n),
         )
         for switch in SWITCHES
-        if switch.needs in (None, *kinds(check))
         for how in switch.how
         for m, k, n in shapes[-switch.shapes :]
     ]

@@ -71,7 +71,7 @@ AREAS = (
         ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
     ),
     Area(
-        ("triton_kernels/perturb.py", "triton_kernels/noise.py", "triton_kernels/tickets.py"),
+        ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
         ("ptx_triton",),
     ),
     Area(
