@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -41,6 +42,7 @@ KINDS = {
     ],
     "thread": ["-O1", "-g", "-fsanitize=thread", "-DDIP_SANITIZED"],
 }
+STEMS = ("perturb", "expectation", "gate", "norm", "samples")  # compiled for each of them
 TESTS = (
     "tests/test_perturb.py",
     "tests/test_noise.py",
@@ -59,7 +61,7 @@ def is_x86(compiler: str) -> bool:
     return done.stdout.startswith("x86_64")
 
 
-def build(kind: str, folder: Path, jobs: int = 2) -> Path:
+def build(kind: str, folder: Path) -> Path:
     """The program of one kind; it is built again when a source is newer."""
     compiler = os.environ.get("CXX", "g++")
     x86 = is_x86(compiler)
@@ -72,59 +74,26 @@ def build(kind: str, folder: Path, jobs: int = 2) -> Path:
     if program.exists() and program.stat().st_mtime > max(path.stat().st_mtime for path in sources):
         return program
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [
-        "-std=c++17",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-w",
-        *KINDS[kind],
-    ]
-    flags += ["-DDIP_HAS_X86"] * x86
-    units = [
-        (ROOT / "tools" / "verify" / "sanitize_kernels.cpp", "main", []),
-        (ROOT / "csrc" / "cpu" / "dispatch.cpp", "dispatch", []),
-    ]
+    flags = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-w"]
+    flags += [*KINDS[kind], *["-DDIP_HAS_X86"] * x86]
+    cpu = ROOT / "csrc" / "cpu"
+    units = [(sources[-1], "main", []), (cpu / "dispatch.cpp", "dispatch", [])]
     for name, (lanes, extra) in CAPABILITIES.items():
         if name != "portable" and not x86:
             continue
-        defines = [
-            f"-DDIP_LANES={lanes}",
-            f"-DDIP_PERTURB=perturb_{name}",
-            "-DDIP_STREAM_BYTES=4096",
-        ]
-        units.append((ROOT / "csrc" / "cpu" / "perturb.cpp", f"perturb_{name}", [*extra, *defines]))
-        defines = [f"-DDIP_EXPECTATION=expectation_{name}", f"-DDIP_VARIANCE=variance_{name}"]
-        units.append(
-            (ROOT / "csrc" / "cpu" / "expectation.cpp", f"expectation_{name}", [*extra, *defines])
-        )
-        for stem in ("gate", "norm"):
-            defines = [
-                f"-DDIP_LANES={lanes}",
-                f"-DDIP_{stem.upper()}={stem}_{name}",
-                "-DDIP_STREAM_BYTES=4096",
-            ]
-            units.append(
-                (ROOT / "csrc" / "cpu" / f"{stem}.cpp", f"{stem}_{name}", [*extra, *defines])
-            )
-        defines = [f"-DDIP_SAMPLES=samples_{name}"]
-        units.append((ROOT / "csrc" / "cpu" / "samples.cpp", f"samples_{name}", [*extra, *defines]))
-    running: list[tuple[str, subprocess.Popen]] = []
-    objects = []
-    for source, name, extra in units:
-        target = folder / f"{kind}_{name}.o"
-        objects.append(str(target))
-        while len([p for _, p in running if p.poll() is None]) >= jobs:
-            time.sleep(0.05)
-        running.append(
-            (
-                name,
-                subprocess.Popen([compiler, *flags, *extra, "-c", str(source), "-o", str(target)]),
-            )
-        )
-    for name, process in running:
-        if process.wait():
-            raise RuntimeError(f"{compiler} on {name}: exit status {process.returncode}")
+        entries = [f"-DDIP_{entry.upper()}={entry}_{name}" for entry in (*STEMS, "variance")]
+        options = [*extra, f"-DDIP_LANES={lanes}", "-DDIP_STREAM_BYTES=4096", *entries]
+        units += [(cpu / f"{stem}.cpp", f"{stem}_{name}", options) for stem in STEMS]
+    objects = [str(folder / f"{kind}_{name}.o") for _, name, _ in units]
+
+    def compiled(unit: tuple[Path, str, list[str]], target: str) -> None:
+        source, name, options = unit
+        done = subprocess.run([compiler, *flags, *options, "-c", str(source), "-o", target])
+        if done.returncode:
+            raise RuntimeError(f"{compiler} on {name}: exit status {done.returncode}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compiled, units, objects))
     wrap = ["-Wl,--wrap=malloc,--wrap=calloc"]
     subprocess.run([compiler, *flags, *objects, *wrap, "-pthread", "-o", str(program)], check=True)
     return program
