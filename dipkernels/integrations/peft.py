@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..models.convertible import base_layer, is_adapter
 from ..models.parameters import load_variances, variances
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
+from ..nn.twin import made_type
 from ..noise.contexts import noise_off
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
@@ -58,7 +59,8 @@ def keep_variances(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected a PeftModel, got {type(model).__name__}")
     require_config(model)
     if not isinstance(model, _KeepsVariances):
-        model.__class__ = _keeping(type(model))
+        kind = type(model)
+        model.__class__ = made_type(_KeepsVariances, kind, kind.__name__)
         start = variances(model)
         model.__dict__[_WAITING] = {
             name: start for name in model.peft_config if name != model.active_adapter
@@ -66,29 +68,8 @@ def keep_variances(model: nn.Module) -> nn.Module:
     return model
 
 
-_made: dict[Any, Any] = {}
-
-
-def _keeping(kind: Any) -> Any:
-    """The subclass of a class of PeftModel, made once."""
-    if kind not in _made:
-        body = {"_dip_plain": kind, "__module__": kind.__module__}
-        _made[kind] = type(kind.__name__, (_KeepsVariances, kind), body)
-    return _made[kind]
-
-
-def _new(kind: Any) -> Any:
-    made = _keeping(kind)
-    return made.__new__(made)
-
-
 class _KeepsVariances(_Mixin):
     """What `keep_variances` puts before a PeftModel's own methods."""
-
-    _dip_plain: Any
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _new, (self._dip_plain,), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def save_pretrained(self, save_directory: str, *args: Any, **options: Any) -> None:
         asked = inspect.signature(super().save_pretrained).bind(save_directory, *args, **options)

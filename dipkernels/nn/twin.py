@@ -96,7 +96,7 @@ def made_type(
         body = {
             **facts,
             "plain_type": plain_type,
-            "input_name": first_parameter(plain_type) or base.input_name,
+            "input_name": first_parameter(plain_type) or getattr(base, "input_name", ""),
             "made_of": made_of,
             "__module__": __name__,
         }
