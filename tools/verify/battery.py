@@ -14,7 +14,6 @@ below 0.005 WEAK; of good words one test in a hundred is WEAK.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import ROOT, record
+from reliability import ROOT, command_line, record
 
 STREAMS = ("layer", "layers", "samples", "steps", "rows")
 # dieharder's numbers; those in doubt upstream (5, 6, 7, 14: OPSO, OQSO, DNA, sums) left out. Quick
@@ -103,11 +102,8 @@ def run_test(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="time box (10)")
-    parser.add_argument(
-        "--record", action="store_true", help="write the figures into docs/reliability.md"
-    )
     args = parser.parse_args()
     if shutil.which("dieharder") is None:
         raise SystemExit("dieharder: expected on the PATH, found none: apt-get install dieharder")

@@ -8,7 +8,6 @@ python tools/verify/long_tests.py --record
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import ROOT, record
+from reliability import ROOT, command_line, record
 
 STATE = ROOT / "out" / "long_tests.json"
 FILES = {
@@ -30,13 +29,8 @@ FILES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__, "; runs nothing")
     parser.add_argument("--only", default="", help="part of a file's name")
-    parser.add_argument(
-        "--record",
-        action="store_true",
-        help="write the figures into docs/reliability.md and run nothing",
-    )
     args = parser.parse_args()
     state = json.loads(STATE.read_text()) if STATE.exists() else {}
     for name in FILES if not args.record else ():

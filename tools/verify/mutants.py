@@ -36,7 +36,7 @@ import torch  # noqa: F401  for the forks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutations import Mutation, found_table, mutations, shuffled, sources
-from reliability import ROOT, record
+from reliability import ROOT, command_line, record
 
 STATE = ROOT / "out" / "mutants.json"
 PYTHON = sys.executable
@@ -559,7 +559,7 @@ def run(drawn: dict[str, list[Drawn]], args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__, "; runs nothing")
     add = parser.add_argument
     add("--minutes", type=float, default=1e9, help="stop after this long; the next run goes on")
     add("--only", default="", help="part of a file's path")
@@ -582,11 +582,6 @@ def main() -> int:
         "--list",
         action="store_true",
         help="show what is drawn and what is known of it; runs nothing",
-    )
-    add(
-        "--record",
-        action="store_true",
-        help="write the figures into docs/reliability.md; runs nothing",
     )
     args = parser.parse_args()
     if args.lines_each < 1:

@@ -12,7 +12,6 @@ tests/test_ptx_producers.py fail or tests/ptx refuses to go on. Needs nvcc, no G
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import hashlib
@@ -30,7 +29,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from mutations import found_table, in_turns
-from reliability import ROOT, record
+from reliability import ROOT, command_line, record
 
 sys.path.insert(0, str(ROOT / "tests"))
 import test_ptx_cuda as cuda
@@ -371,7 +370,7 @@ def report(results: list[tuple[str, Fault, str]], seed: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cuda", type=int, default=2, help="faults in each CUDA kernel (2)")
     parser.add_argument(
@@ -383,9 +382,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="part of a kernel's name")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="stop after this long; the report says so"
-    )
-    parser.add_argument(
-        "--record", action="store_true", help="write the figures into docs/reliability.md"
     )
     args = parser.parse_args()
     results, start, stopped = [], time.monotonic(), ""

@@ -3,6 +3,7 @@ versions and date."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -46,6 +47,14 @@ def _first_line(*command: str) -> str:
         if done.returncode == 0 and done.stdout
         else f"{command[0]}: unknown"
     )
+
+
+def command_line(doc: str, records: str = "") -> argparse.ArgumentParser:
+    """With --record, which every check has; records: what it does besides."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    said = f"write the figures into docs/reliability.md{records}"
+    parser.add_argument("--record", action="store_true", help=said)
+    return parser
 
 
 def record(name: str, text: str) -> None:

@@ -12,7 +12,6 @@ of the tree, and the kernels' tests run on it in Python.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import ROOT, record
+from reliability import ROOT, command_line, record
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -162,16 +161,13 @@ def in_python() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument(
         "--cases", type=int, default=20000, help="random cases under each sanitizer (20000)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the cases (1)")
     parser.add_argument("--threads", type=int, default=4, help="of the driver's own (4)")
     parser.add_argument("--no-python", action="store_true", help="leave out the tests in Python")
-    parser.add_argument(
-        "--record", action="store_true", help="write the figures into docs/reliability.md"
-    )
     args = parser.parse_args()
     folder = ROOT / "build" / "sanitize"
     what = {

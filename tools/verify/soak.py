@@ -11,7 +11,6 @@ seeds fill their 2^16 places (seeds.py). It fails above one byte for each call.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
@@ -23,7 +22,7 @@ import torch
 import dipkernels as dip
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reliability import record
+from reliability import command_line, record
 
 
 def resident() -> int:
@@ -41,13 +40,10 @@ def slope(samples: list[tuple[int, int]]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--calls", type=int, default=1_000_000, help="of a layer (1,000,000)")
     parser.add_argument("--minutes", type=float, help="instead of a number of calls: this long")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
-    parser.add_argument(
-        "--record", action="store_true", help="write the figures into docs/reliability.md"
-    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
