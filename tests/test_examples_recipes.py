@@ -18,6 +18,7 @@ import recipe_gsm8k
 import transformers
 
 EXAMPLES = Path(recipe_gsm8k.__file__).parent
+QUICK = "--device cpu --log-every 1"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,21 +38,13 @@ def cifar(tmp_path_factory):
     return folder
 
 
+def cifar_flags(cifar, out, batch=4):
+    small = f"--blocks 1 --image-size 32 --patch-size 16 --batch {batch} --precision fp32"
+    return ["--data", str(cifar), "--out", str(out), *f"{small} {QUICK} --epochs 2".split()]
+
+
 def cifar_run(cifar, out, *more):
-    flags = [
-        "--blocks",
-        "1",
-        "--image-size",
-        "32",
-        "--patch-size",
-        "16",
-        "--batch",
-        "4",
-        "--precision",
-        "fp32",
-    ]
-    flags += ["--device", "cpu", "--log-every", "1", "--epochs", "2", "--lr", "1e-3"]
-    recipe_cifar100.main(["--data", str(cifar), "--out", str(out), *flags, *more])
+    recipe_cifar100.main([*cifar_flags(cifar, out), "--lr", "1e-3", *more])
     return torch.load(out / "last.pt", weights_only=True)
 
 
@@ -207,30 +200,9 @@ def gsm8k(tmp_path_factory):
 
 
 def gsm8k_flags(gsm8k, out, *more):
-    flags = [
-        "--data",
-        str(gsm8k),
-        "--model",
-        str(gsm8k / "model"),
-        "--out",
-        str(out),
-        "--batch",
-        "2",
-        "--rank",
-        "2",
-    ]
-    return [
-        *flags,
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--log-every",
-        "1",
-        "--new-tokens",
-        "4",
-        *more,
-    ]
+    where = ["--data", str(gsm8k), "--model", str(gsm8k / "model"), "--out", str(out)]
+    small = "--batch 2 --rank 2 --precision fp32 --new-tokens 4"
+    return [*where, *f"{small} {QUICK}".split(), *more]
 
 
 def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
@@ -373,40 +345,11 @@ def test_gsm8k_refuses_other_files(tmp_path, text):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["cifar100", "gsm8k"])
 def test_two_workers_under_torchrun_train_and_resume(cifar, gsm8k, tmp_path, recipe):
-    if recipe == "cifar100":
-        flags = [
-            "--data",
-            str(cifar),
-            "--blocks",
-            "1",
-            "--image-size",
-            "32",
-            "--patch-size",
-            "16",
-            "--epochs",
-            "2",
-        ]
-        flags += [
-            "--out",
-            str(tmp_path),
-            "--batch",
-            "2",
-            "--precision",
-            "fp32",
-            "--device",
-            "cpu",
-            "--log-every",
-            "1",
-        ]
-    else:
-        flags = gsm8k_flags(gsm8k, tmp_path)
+    small = cifar_flags(cifar, tmp_path, 2), gsm8k_flags(gsm8k, tmp_path)
+    flags = small[recipe == "gsm8k"]
     command = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
+        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     ]
     command += [str(EXAMPLES / f"recipe_{recipe}.py"), *flags]
     subprocess.run([*command, "--stop-after", "1"], check=True, timeout=500)

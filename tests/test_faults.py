@@ -5,18 +5,15 @@ docs/reliability.md. A failed allocation inside a kernel: test_guards.py.
 """
 
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+import recipe_support
 import torch
 
 import dipkernels as dip
 from dipkernels import functional
 from dipkernels.noise import contexts
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-import recipe_training
 
 resource = pytest.importorskip("resource")
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
@@ -108,44 +105,19 @@ def test_an_exception_inside_a_context_restores_what_was_before(error):
 # ---- the examples' checkpoints: Ctrl-C, a full disk, what cannot be read -------------------------
 
 
-def trainer(out, resume=False, seed=0):
-    parser = recipe_training.make_parser("A recipe.", "a folder")
-    flags = [
-        "--data",
-        str(out),
-        "--out",
-        str(out),
-        "--precision",
-        "fp32",
-        "--batch",
-        "4",
-        "--save-every",
-        "2",
-        "--log-every",
-        "2",
-        "--epochs",
-        "2",
-    ]
-    args = parser.parse_args(
-        [*flags, "--lr", "0.01", "--seed", str(seed), *(["--resume"] if resume else [])]
-    )
-    torch.manual_seed(seed)
-    model = dip.convert(
-        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
-    )
-    worker = recipe_training.Worker(0, 1, torch.device("cpu"))
-    return recipe_training.Trainer(model, worker, args, 24, {"seed": seed})
+def trainer(out, resume=False):
+    torch.manual_seed(0)
+    parts = torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3)
+    flags = "--save-every 2 --log-every 2 --lr 0.01 --seed 0" + " --resume" * resume
+    return recipe_support.trainer(out, dip.convert(torch.nn.Sequential(*parts)), flags, seed=0)
 
 
 def train(t, interrupt_at=None):
-    x, y = torch.randn(24, 64, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
-
-    def loss_of(model, indices):
+    def interrupt():
         if t.step == interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        return torch.nn.functional.cross_entropy(model(x[indices]), y[indices])
 
-    return t.run(lambda indices: indices, loss_of)
+    return recipe_support.train(t, 64, interrupt)
 
 
 def files(out):

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import recipe_support
 import torch
 
 pytest.importorskip("sklearn")
@@ -133,41 +134,18 @@ def damage(dice, content):
 # ---- the recipes' checkpoints --------------------------------------------------------------------
 
 
-def trainer(out, *more):
-    parser = recipe_training.make_parser("", "the data")
-    flags = [
-        "--data",
-        str(out),
-        "--out",
-        str(out),
-        "--precision",
-        "fp32",
-        "--batch",
-        "4",
-        "--epochs",
-        "2",
-        *more,
-    ]
+def trainer(out, flags):
     torch.manual_seed(0)
-    model = dip.convert(
-        torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3))
-    )
-    worker = recipe_training.Worker(0, 1, torch.device("cpu"))
-    return recipe_training.Trainer(
-        model, worker, parser.parse_args(flags), 24, {"seed": 0, "recipe": "fuzz"}
-    )
-
-
-def train(t):
-    x, y = torch.randn(24, 6, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 3
-    return t.run(lambda i: i, lambda model, i: torch.nn.functional.cross_entropy(model(x[i]), y[i]))
+    parts = torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 3)
+    model = dip.convert(torch.nn.Sequential(*parts))
+    return recipe_support.trainer(out, model, flags, seed=0, recipe="fuzz")
 
 
 def resumes(out):
     """True where training goes on from out/last.pt to the end, False where the file is refused by
     name."""
     try:
-        t = trainer(out, "--resume", "--save-every", "100", "--log-every", "100")
+        t = trainer(out, "--resume --save-every 100 --log-every 100")
     except ValueError as error:
         assert str(error).startswith("--resume: ") and (
             "last.pt" in str(error) or "settings" in str(error)
@@ -175,7 +153,7 @@ def resumes(out):
         return False
     t.args.out = out / "after"
     try:
-        train(t)
+        recipe_support.train(t, 6)
     except RuntimeError as error:  # numbers alone were changed, and they are none
         assert "loss: expected a finite number" in str(error), error
     return True
@@ -183,7 +161,7 @@ def resumes(out):
 
 @few_or_many
 def test_damaged_recipe_checkpoints_are_refused_or_go_on(tmp_path, first, number, capsys):
-    train(trainer(tmp_path, "--stop-after", "7"))
+    recipe_support.train(trainer(tmp_path, "--stop-after 7"), 6)
     path = tmp_path / "last.pt"
     whole, content = path.read_bytes(), torch.load(path, weights_only=True)
     assert resumes(tmp_path)
@@ -342,17 +320,8 @@ def test_flags_of_the_recipes_take_any_text(tmp_path, first, number, capsys):
     for case in range(first, first + 5 * number):
         dice = random.Random(case)
         parser = recipe_training.make_parser("", "the data")
-        always = [
-            "--data",
-            str(tmp_path),
-            "--out",
-            str(tmp_path / "out"),
-            "--precision",
-            "fp32",
-            "--batch",
-            "2",
-        ]
-        given = [*always, *flags_of(dice, parser, 1)]
+        always = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        given = [*always, *["--precision", "fp32", "--batch", "2"], *flags_of(dice, parser, 1)]
         try:
             args = parser.parse_args(given)
             recipe_training.check_arguments(parser, args)

@@ -245,23 +245,6 @@ def test_perturb_takes_expanded_gradients():
     assert torch.equal(x.grad, torch.ones(6, 20))
 
 
-@pytest.mark.parametrize("expanded", [0, 1, 2, 3])
-@pytest.mark.parametrize("dim", range(4))
-def test_perturb_takes_expanded_inputs(dim, expanded):
-    x, du, sigma = inputs((3, 4, 5, 6), dim)
-    x, du = (t.narrow(expanded, 0, 1).expand(3, 4, 5, 6) for t in (x, du))
-    where = arguments(dim)
-    u = perturb(x.contiguous(), sigma, SEED, Draw(*where), None)
-    assert torch.equal(perturb(x, sigma, SEED, Draw(*where), None), u)
-    dsigma = perturb_bwd(du, sigma, SEED, Draw(*where))
-    torch.testing.assert_close(
-        dsigma, perturb_bwd(du.contiguous(), sigma, SEED, Draw(*where)), rtol=1e-5, atol=1e-5
-    )
-    replayed = perturb_replay(du, x, sigma, SEED, Draw(*where), None)
-    assert torch.equal(replayed[0], u)
-    torch.testing.assert_close(replayed[1], dsigma, rtol=1e-5, atol=1e-5)
-
-
 def test_perturb_of_a_window_is_the_window():
     x, _, sigma = inputs((12, 40))
     u = functional.perturb(x, sigma, SEED)
