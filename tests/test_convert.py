@@ -823,6 +823,19 @@ def test_calibrate_names_bad_input_and_leaves_the_variances(batches, options, me
     assert model.training
 
 
+def test_a_layer_that_is_never_reached_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(ValueError, match=r"none reached \['unused'\]"):
+        calibrate(convert(Half()), [torch.randn(3, 4)])
+
+
 class ClassToken(nn.Module):
     """A head that reads a token which the images reach by a scaled branch alone."""
 

@@ -11,8 +11,6 @@ from header_support import header_module, read_vectors
 
 from dipkernels import backend, functional, reference
 from dipkernels.backends import CAPABILITIES, cpu_capability, library
-from dipkernels.ops.draw import Draw
-from dipkernels.ops.perturb import noise
 
 SEED = torch.tensor([0x0123456789ABCDEF, 0])
 LANES = [("portable", "portable"), ("native", "portable"), ("native", "avx2"), ("native", "avx512")]
@@ -284,7 +282,3 @@ def test_noise_is_standard_normal():
 @pytest.mark.slow
 def test_noise_is_standard_normal_on_1e8_draws():
     check_law(100_000, 1008)
-
-
-def test_ops_noise_is_what_functional_gives():
-    assert torch.equal(noise(SEED, (3, 8), Draw()), functional.noise((3, 8), SEED))

@@ -4,6 +4,7 @@ clean."""
 import builtins
 
 import pytest
+import torch
 
 import dipkernels as dip
 from dipkernels.training.objective import KL
@@ -12,9 +13,9 @@ from dipkernels.training.tune import plan
 
 def made_up(ratio, kl, budget):
     """Noise helps robustness and, beyond ratio 0.6, costs clean accuracy; the default kl is
-    the best of the weights."""
+    the best of the weights. A score may be a tensor."""
     return {
-        "clean": 0.9 - max(0.0, ratio - 0.6) * 0.1,
+        "clean": torch.tensor(0.9 - max(0.0, ratio - 0.6) * 0.1),
         "robust": 0.5 + 0.2 * ratio - abs(kl - KL) / 10,
     }
 
@@ -22,7 +23,7 @@ def made_up(ratio, kl, budget):
 def test_the_most_robust_pair_that_stays_clean_is_chosen():
     found = dip.tune(made_up, 100, progress=False)
     assert (found.ratio, found.kl) == (0.6, KL)
-    assert (found.best.ratio, found.best.kl) == (0.6, KL)
+    assert (found.best.ratio, found.best.kl) == (0.6, KL) and type(found.best.clean) is float
     loose = dip.tune(made_up, 100, tolerance=0.2, progress=False)
     assert (loose.ratio, loose.kl) == (1.5, KL)
     chosen = [line for line in str(found).splitlines() if "chosen" in line]
