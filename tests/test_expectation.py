@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from capability_support import OFFERED
+from capability_support import assert_same_everywhere
 from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 from scipy.special import expit, ndtr
 from sums_support import telling_terms
 
-from dipkernels import backends, functional, reference
+from dipkernels import functional, reference
 from dipkernels.ops.activations import ACTIVATIONS
 from dipkernels.ops.expectation import (
     affine_variance,
@@ -248,22 +248,8 @@ def test_activation_gradcheck_and_gradgradcheck(activation):
 @pytest.mark.parametrize("activation", NAMES)
 def test_activation_sums_in_one_order_on_every_instruction_set(activation):
     mu, v, dy = inputs(700, 130)
-    threads, before = torch.get_num_threads(), backends.cpu_capability()
-    results = []
-    try:
-        for name in OFFERED:
-            backends.cpu_capability(name)
-            for count in (1, 2):
-                torch.set_num_threads(count)
-                results.append(
-                    (expectation(mu, v, activation), *expectation_bwd(dy, mu, v, activation))
-                )
-    finally:
-        torch.set_num_threads(threads)
-        backends.cpu_capability(before)
-    assert len(results) >= 2
-    assert all(
-        torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True)
+    assert_same_everywhere(
+        lambda: [expectation(mu, v, activation), *expectation_bwd(dy, mu, v, activation)]
     )
 
 

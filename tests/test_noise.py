@@ -6,11 +6,11 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from capability_support import OFFERED
+from capability_support import assert_same_everywhere
 from header_support import header_module, read_vectors
 
 from dipkernels import backend, functional, reference
-from dipkernels.backends import CAPABILITIES, cpu_capability, library
+from dipkernels.backends import library
 
 SEED = torch.tensor([0x0123456789ABCDEF, 0])
 LANES = [("portable", "portable"), ("native", "portable"), ("native", "avx2"), ("native", "avx512")]
@@ -136,25 +136,12 @@ def test_storage_types_round_as_torch_rounds(kind, dtype):
     assert torch.equal(torch.from_numpy(back)[number], want[number].float())
 
 
-@pytest.mark.parametrize("name", CAPABILITIES)
 @pytest.mark.parametrize(
     "shape, dim", [((37, 200), -1), ((5, 33), -1), ((3, 20, 7, 9), 1), ((130, 1), 0), ((40,), 0)]
 )
-def test_noise_ignores_instruction_set_and_threads(name, shape, dim):
-    if name not in OFFERED:
-        pytest.skip(f"not offered here: {name}")
-    want = functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3)
-    threads = torch.get_num_threads()
-    try:
-        cpu_capability(name)
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            assert torch.equal(
-                functional.noise(shape, SEED, dim=dim, row0=2**32 - 20, col0=3), want
-            )
-    finally:
-        cpu_capability("auto")
-        torch.set_num_threads(threads)
+def test_noise_ignores_instruction_set_and_threads(shape, dim):
+    where = {"dim": dim, "row0": 2**32 - 20, "col0": 3}
+    assert_same_everywhere(lambda: [functional.noise(shape, SEED, **where)])
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -3,7 +3,7 @@ docs/maths.md, section 10."""
 
 import pytest
 import torch
-from capability_support import OFFERED
+from capability_support import OFFERED, assert_same_everywhere
 from saved_support import saved_bytes
 from sums_support import telling_terms
 from torch.autograd import gradcheck, gradgradcheck
@@ -409,18 +409,7 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(130, 200), (70, 192), (40, 64), (5, 1024), (70, 13)])
 def test_producers_ignore_instruction_set_and_threads(shape, dtype):
-    threads, want = torch.get_num_threads(), None
-    try:
-        for name in OFFERED:
-            cpu_capability(name)
-            for n in (1, 2, 3):
-                torch.set_num_threads(n)
-                got = list(everything(shape, dtype))
-                want = want or got
-                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (name, n)
-    finally:
-        cpu_capability("auto")
-        torch.set_num_threads(threads)
+    assert_same_everywhere(lambda: everything(shape, dtype))
 
 
 def test_producers_ignore_strides():

@@ -3,9 +3,8 @@ activations summed, and back.  docs/maths.md, section 4."""
 
 import pytest
 import torch
-from capability_support import OFFERED
+from capability_support import assert_same_everywhere
 
-from dipkernels import backends
 from dipkernels.ops.activations import ACTIVATIONS
 
 OPS = torch.ops.dipkernels
@@ -88,19 +87,7 @@ def test_relu_of_a_sample_and_back(capability):
 @pytest.mark.parametrize("activation", NAMES)
 def test_samples_ignore_instruction_set_and_threads(activation):
     h, dy = torch.randn(3, 90, 1000) * 6, torch.randn(90, 1000)
-    before, threads, results = backends.cpu_capability(), torch.get_num_threads(), []
-    try:
-        for name in OFFERED:
-            backends.cpu_capability(name)
-            for n in (1, 3):
-                torch.set_num_threads(n)
-                total = forward(h, activation)
-                dh, sums = back(h, dy, activation)
-                results.append(torch.cat([total[None], sums[None], dh]))
-    finally:
-        backends.cpu_capability(before)
-        torch.set_num_threads(threads)
-    assert len(results) > 2 and all(torch.equal(result, results[0]) for result in results)
+    assert_same_everywhere(lambda: [forward(h, activation), *back(h, dy, activation)])
 
 
 @pytest.mark.parametrize("activation", NAMES)
