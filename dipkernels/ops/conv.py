@@ -54,21 +54,6 @@ def fits(x: Tensor, sigma: Tensor) -> bool:
     return worlds.eager() and not (is_dtensor(x) or is_dtensor(sigma))
 
 
-def own_input(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    dtype: torch.dtype | None,
-    window: Window,
-) -> Tensor:
-    """conv(x + factor sigma z) + b for an x [N, C, ...] that needs no gradient. dtype: of u and y,
-    or None for x's."""
-    return _fused(x, weight, bias, sigma, seed, draw, dtype, window)
-
-
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> tuple[Tensor, tuple[Tensor]]:
@@ -93,7 +78,9 @@ def _pieces(
     return y
 
 
-_fused = fused("_OwnInput", _run, _run_bwd, _pieces, 5)
+# own_input(x, weight, bias, sigma, seed, draw, dtype, window) = conv(x + factor sigma z) + b for an x
+# [N, C, ...] that needs no gradient. dtype: of u and y, or None for x's.
+own_input = fused("_OwnInput", _run, _run_bwd, _pieces, 5)
 
 
 def _dsigma(
