@@ -36,11 +36,6 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def compiling() -> bool:
-    """Whether torch.compile traces this call for itself, not for torch.export."""
-    return tracing() and not exporting()
-
-
 def transforming() -> bool:
     """Whether a transform of torch.func (grad, jvp, vmap, ...) or forward-mode autograd is on."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
