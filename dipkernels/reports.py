@@ -128,11 +128,38 @@ def plot(
     return figure
 
 
-class Progress(Generic[Batch]):
-    """What `progress` gives: iterate over it once, and call `update` in each step."""
+class progress(Generic[Batch]):
+    """The batches, with a line that says how far they are, what `update` was given, and sigma.
+
+        for x, y in (line := dip.progress(batches, model)):
+            ...
+            line.update(loss=loss)
+
+    Args:
+        batches: Any iterable.
+        model: A model with DIP layers.
+        every: Steps between lines, if they do not go to a terminal; by default a tenth of the
+            batches.
+        file: Where to write, by default standard error. On a terminal one line is rewritten twice a
+            second.
+
+    Raises:
+        TypeError: What is no model, or an `every` that is no integer.
+        ValueError: The model has no DIP layers, or every < 1.
+
+    Examples:
+        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
+        >>> for x in (line := dip.progress([torch.randn(8, 4)] * 2, model, file=io.StringIO())):
+        ...     line.update(loss=model(x).sum())
+    """
 
     def __init__(
-        self, batches: Iterable[Batch], model: nn.Module, every: int | None, file: TextIO | None
+        self,
+        batches: Iterable[Batch],
+        model: nn.Module,
+        *,
+        every: int | None = None,
+        file: TextIO | None = None,
     ) -> None:
         need_layers(model)
         self._batches, self._model = batches, model
@@ -176,39 +203,3 @@ class Progress(Generic[Batch]):
         line = "  ".join(words)
         self._file.write(f"\r\x1b[K{line}" if self._on_terminal else f"{line}\n")
         self._file.flush()
-
-
-def progress(
-    batches: Iterable[Batch],
-    model: nn.Module,
-    *,
-    every: int | None = None,
-    file: TextIO | None = None,
-) -> Progress[Batch]:
-    """The batches, with a line that says how far they are, what `update` was given, and sigma.
-
-        for x, y in (line := dip.progress(batches, model)):
-            ...
-            line.update(loss=loss)
-
-    Args:
-        batches: Any iterable.
-        model: A model with DIP layers.
-        every: Steps between lines, if they do not go to a terminal; by default a tenth of the
-            batches.
-        file: Where to write, by default standard error. On a terminal one line is rewritten twice a
-            second.
-
-    Returns:
-        An iterable with the method `update`.
-
-    Raises:
-        TypeError: What is no model, or an `every` that is no integer.
-        ValueError: The model has no DIP layers, or every < 1.
-
-    Examples:
-        >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
-        >>> for x in (line := dip.progress([torch.randn(8, 4)] * 2, model, file=io.StringIO())):
-        ...     line.update(loss=model(x).sum())
-    """
-    return Progress(batches, model, every, file)
