@@ -82,30 +82,22 @@ def _fake_affine_variance_bwd(
     return tuple(fake_like(t, weight) for t in (weight, sigma))
 
 
-registry.define(
-    "expectation",
-    "(Tensor mu, Tensor v, str activation) -> Tensor",
-    _fake_expectation,
-    "expectation",
-)
+registry.define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation)
 registry.define(
     "expectation_bwd",
     "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
     _fake_expectation_bwd,
-    "expectation",
 )
 registry.define(
     "affine_variance",
     "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
     _fake_affine_variance,
-    "expectation",
 )
 registry.define(
     "affine_variance_bwd",
     "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, "
     "Tensor)",
     _fake_affine_variance_bwd,
-    "expectation",
 )
 
 # ---- what the layers call ------------------------------------------------------------------------

@@ -71,20 +71,16 @@ def _fake_gate_bwd(
 
 _FORWARD = f"{DRAW}, str activation, ScalarType? out_dtype"
 _BACKWARD = f"{OPTIONAL_DRAW}, str activation"
-registry.define("activate", f"(Tensor x, {_FORWARD}) -> Tensor", _fake_gate, "gate")
-registry.define("gate", f"(Tensor a, Tensor b, {_FORWARD}) -> Tensor", _fake_gate, "gate")
+registry.define("activate", f"(Tensor x, {_FORWARD}) -> Tensor", _fake_gate)
+registry.define("gate", f"(Tensor a, Tensor b, {_FORWARD}) -> Tensor", _fake_gate)
 # (dx, dsigma) and (da, db, dsigma), the last empty without a sigma: then nothing is drawn.
 registry.define(
-    "activate_bwd",
-    f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)",
-    _fake_activate_bwd,
-    "gate",
+    "activate_bwd", f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)", _fake_activate_bwd
 )
 registry.define(
     "gate_bwd",
     f"(Tensor du, Tensor a, Tensor b, {_BACKWARD}) -> (Tensor, Tensor, Tensor)",
     _fake_gate_bwd,
-    "gate",
 )
 
 # ---- what the modules call -----------------------------------------------------------------------

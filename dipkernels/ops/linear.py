@@ -97,7 +97,6 @@ registry.define(
     "linear",
     f"(Tensor x, {_LAYER}, ScalarType? out_dtype, {_FIRST}) -> Tensor",
     _fake_linear,
-    "linear",
     row_blocks.linear,
 )
 # (dx, dweight, dbias, dsigma); dbias [N] also without a bias.
@@ -105,7 +104,6 @@ registry.define(
     "linear_bwd",
     f"(Tensor dy, Tensor x, {_LAYER}, {_FIRST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_linear_bwd,
-    "linear",
     row_blocks.linear_bwd,
 )
 # u_s = x + factor sigma z_s and z_s, [samples, rows, K], into what is given.

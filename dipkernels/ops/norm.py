@@ -90,7 +90,6 @@ registry.define(
     f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, "
     "ScalarType? out_dtype) -> (Tensor, Tensor)",
     _fake_norm,
-    "norm",
 )
 # (dx, dweight, dbias, dsigma), empty for what is None; without a sigma nothing is drawn.
 registry.define(
@@ -98,7 +97,6 @@ registry.define(
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
     "float offset) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_bwd,
-    "norm",
 )
 
 # ---- what the modules call -----------------------------------------------------------------------

@@ -85,18 +85,13 @@ def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tu
     return _fake_perturb(x, *rest), _fake_perturb_bwd(du, sigma)
 
 
-registry.define(
-    "noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise, "perturb"
-)
-registry.define(
-    "perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb, "perturb"
-)
-registry.define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd, "perturb")
+registry.define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise)
+registry.define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb)
+registry.define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd)
 registry.define(
     "perturb_replay",
     f"(Tensor du, Tensor x, {DRAW}, ScalarType? out_dtype) -> (Tensor, Tensor)",
     _fake_perturb_replay,
-    "perturb",
 )
 
 # ---- their derivatives ---------------------------------------------------------------------------

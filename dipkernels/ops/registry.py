@@ -37,16 +37,15 @@ def define(
     op: str,
     schema: str,
     fake: Callable[..., Any],
-    module: str,
     anywhere: Callable[..., Any] | None = None,
 ) -> None:
-    """Define an operation in every namespace, with the reference of its name.
+    """Define an operation in every namespace, with the reference of its name; the Triton launcher
+    of its name lies in the module of triton_kernels that is called as the file that defines it.
 
     Args:
         op: Its name.
         schema: Its schema, without the name.
         fake: Its results' shapes, dtypes and strides, without data.
-        module: Of triton_kernels, which has a launcher of its name.
         anywhere: An implementation made of other operations, where the compiled library has no
             kernel.
     """
@@ -57,6 +56,7 @@ def define(
     if anywhere is not None:
         _libraries["dipkernels"].impl(op, anywhere, "CompositeExplicitAutograd")
     _libraries["dipkernels_reference"].impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+    module = fake.__module__.rpartition(".")[2]
     for device in ("CUDA", "CPU"):  # the latter under TRITON_INTERPRET=1
         _libraries["dipkernels_triton"].impl(op, _triton(op, module), device)
 
