@@ -10,10 +10,8 @@ act(DIPLinear) with one draw. Checks each result first.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import machine
 import report
@@ -105,10 +103,9 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> tuple[list, list]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = report.command_line(__doc__, "averaging")
     parser.add_argument("--rows", type=int, default=4096, help="M (4096)")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
@@ -116,11 +113,9 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
         "--activations", nargs="+", default=list(ACTIVATIONS), choices=list(ACTIVATIONS)
     )
     parser.add_argument("--skip", choices=("analytic", "mean"), help="leave one of the two out")
-    parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/averaging-cpu-<date>.json)"
-    )
-    parser.add_argument("--docs", action="store_true", help="write the tables of docs/measured.md")
     args = parser.parse_args(arguments)
+    if args.quick:
+        args.rows, args.rounds = 16, 2
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
     chosen = {name: ACTIVATIONS[name] for name in args.activations}
@@ -135,7 +130,7 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
     dtypes = [getattr(torch, name) for name in args.dtypes]
     rows = measure(args.rows, K, N, S, chosen, args.rounds, dtypes, args.skip)
     gelu = {"gelu": ACTIVATIONS["gelu"]}
-    for shape in () if args.skip == "mean" else WIDE:
+    for shape in () if args.quick or args.skip == "mean" else WIDE:
         rows[1].extend(measure(*shape, gelu, args.rounds, dtypes, "analytic")[1])
     took = time.perf_counter() - start
     text = "\n\n".join(
@@ -163,11 +158,8 @@ def main(arguments: list[str] | None = None) -> tuple[list, list]:
             ),
         ]
     )
-    print(text)
-    run = {"program": "averaging", "machine": found, "seconds": took, "quick": args.rounds < 5}
-    report.store("averaging", run | {"analytic": rows[0], "mean": rows[1]}, args.out)
-    if args.docs:
-        report.fill(machine.ROOT / "docs" / "measured.md", "averaging", text)
+    run = {"machine": found, "seconds": took, "analytic": rows[0], "mean": rows[1]}
+    report.publish("averaging", run | {"quick": args.rounds < 5}, text, args)
     return rows
 
 

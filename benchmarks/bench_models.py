@@ -13,13 +13,7 @@ CASES = networks.MODELS
 @pytest.mark.parametrize("name", peers.NAMES)
 def bench_model_step(name, device, case, build, timed):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    plain = case.make().to(device, dtype)
-    x = torch.randn(case.shape, device=device, dtype=dtype)
-    target = (
-        torch.randn_like(x)
-        if case.classes is None
-        else torch.randint(case.classes, case.shape[:1], device=device)
-    )
+    plain, x, target = models.inputs_of(case, dtype, device)
     model = build(name, plain)
     if name == "dip":
         peers.check_converted(model, x[:1] if case.classes and case.name != "ResNet-18" else x)

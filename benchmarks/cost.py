@@ -11,18 +11,14 @@ ratio of a step allows. Under four minutes on two quiet cores.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figures
 import machine
@@ -446,21 +442,11 @@ def _plot_bought(axis: Any, record: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.command_line(__doc__, "cost")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (3)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
-    parser.add_argument("--quick", action="store_true", help="one seed, four steps: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/cost-cpu-<date>.json)"
-    )
-    parser.add_argument(
         "--from", dest="source", type=Path, help="report a stored run instead of measuring"
-    )
-    parser.add_argument(
-        "--docs", action="store_true", help="write the tables and the figures of docs/cost.md"
     )
     args = parser.parse_args(arguments)
     if args.seeds < 1 or args.threads < 1:

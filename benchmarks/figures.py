@@ -113,17 +113,12 @@ def line_of(method: str) -> dict[str, Any]:
     }
 
 
-def legend(
-    figure: Any,
-    axis: Any,
-    columns: int = 2,
-    place: str = "outside lower center",
-    length: float = 3.0,
-) -> None:
+def legend(figure: Any, axis: Any, columns: int = 2, length: float = 3.0) -> None:
     """The axis's legend beside the axes, where it covers nothing. length: of its lines, in font
     sizes; wide dashes need more."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=length)
+    look = {"loc": "outside lower center", "ncols": columns, "handlelength": length}
+    figure.legend(handles, labels, **look)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -11,14 +11,9 @@ never quiet.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 import networks
@@ -34,7 +29,7 @@ from tqdm import tqdm
 
 import dipkernels as dip
 
-PAGES = (machine.ROOT / "docs" / "measured.md", machine.ROOT / "README.md")
+PAGES = (report.MEASURED, machine.ROOT / "README.md")
 VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 
 
@@ -65,12 +60,15 @@ def build(variant: str, plain: nn.Module, x: torch.Tensor) -> nn.Module:
     return dip.convert(model, init_variance=peers.VARIANCE, place="producer", batches=[x])
 
 
-def inputs_of(case: Network, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+def inputs_of(
+    case: Network, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """The plain model, a batch of random inputs and its targets."""
-    plain, x = case.make().to(dtype), torch.randn(case.shape).to(dtype)
+    plain = case.make().to(device, dtype)
+    x = torch.randn(case.shape, device=device).to(dtype)
     if case.classes is None:
         return plain, x, torch.randn_like(x)
-    return plain, x, torch.randint(case.classes, case.shape[:1])
+    return plain, x, torch.randint(case.classes, case.shape[:1], device=device)
 
 
 def step_of(model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
@@ -143,25 +141,13 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.command_line(__doc__, "models")
     parser.add_argument("--rounds", type=int, default=9, help="at least 2 (9)")
-    parser.add_argument("--threads", type=int, help="torch's threads (2; 1 by processor time)")
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16")
     )
     parser.add_argument("--only", default="", help="models whose name holds this")
-    parser.add_argument(
-        "--quick", action="store_true", help="small models, whose figures mean nothing"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/models-cpu-<date>.json)"
-    )
-    parser.add_argument(
-        "--docs",
-        action="store_true",
-        help="write this kind of processor's table into docs/measured.md and README.md",
-    )
     args = parser.parse_args(arguments)
     if args.rounds < 2:
         parser.error("--rounds: expected at least 2")
@@ -175,8 +161,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         parser.error(
             "--docs: expected a full run of at least 5 rounds, whose figures mean something"
         )
-    torch.set_num_threads(args.threads or (2 if args.clock == "wall" else 1))
-    found, pages = machine.describe("cpu"), []
+    torch.set_num_threads(args.threads if args.clock == "wall" else 1)
+    found, pages, place = machine.describe("cpu"), [], ""
     if args.docs:
         place = f"models-{summary.kind_of(found)}-{found['instruction_set'].lower()}"
         pages = [page for page in PAGES if report.has_place(page, place)]
@@ -192,16 +178,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         f"{machine.sentence(found)}. `python benchmarks/models.py`, {args.rounds} rounds, "
         f"{took:.0f} s: {args.clock} time over the plain model's, with quartiles.\n\n{table(rows)}"
     )
-    print(text)
-    run = {
-        "program": "models",
-        "machine": found,
-        "seconds": took,
-        "quick": args.quick or args.rounds < 5,
-    }
-    report.store("models", run | {"rows": rows}, args.out)
-    for page in pages:
-        report.fill(page, place, text)
+    run = {"machine": found, "seconds": took, "quick": args.quick or args.rounds < 5, "rows": rows}
+    report.publish("models", run, text, args, pages, place)
     return rows
 
 

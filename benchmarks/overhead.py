@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figures
 import machine
@@ -138,12 +135,7 @@ def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> No
     modules = _modules(run, plain, LAYERS, x, dy)
     flops = 2 * shape[0] * shape[1] * shape[2]
     labels = {"section": "linear", "dtype": name_of(dtype), "shape": text_of(shape)}
-    for index, what in enumerate(WHATS):
-        make = (
-            (lambda m: timing.forward(m, x))
-            if index == 0
-            else (lambda m: timing.training_step(m, x, dy))
-        )
+    for index, (what, make) in enumerate(timing.passes(x, dy).items()):
         timed = run.interleave({name: make(module) for name, module in modules.items()}, "linear")
         for name, values in timed.items():
             if "seconds" in values:
@@ -219,12 +211,7 @@ def small_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> Non
     plain, x, dy = _inputs(run, dtype, shape)
     run.missing.clear()
     modules = _modules(run, plain, (*LAYERS, "floor"), x, dy)
-    for index, what in enumerate(WHATS):
-        make = (
-            (lambda m: timing.forward(m, x))
-            if index == 0
-            else (lambda m: timing.training_step(m, x, dy))
-        )
+    for what, make in timing.passes(x, dy).items():
         calls = {name: make(module) for name, module in modules.items()}
         timed = run.interleave(
             calls, "linear", always=("dip", "floor", "eager"), budget_s=run.budget_s / 2
@@ -548,33 +535,21 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.command_line(__doc__, "overhead", "<device>")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
     )
     parser.add_argument("--shapes", nargs="+", type=shape_of, help="layers, each MxKxN")
     dtypes = ("float32", "bfloat16", "float16", "float64")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=2, help="torch's CPU threads (2)")
     parser.add_argument(
         "--budget", type=float, default=5.0, help="seconds of timing for each of a case's parts (5)"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: does it run?")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/overhead-<device>-<date>.json)"
-    )
     parser.add_argument(
         "--from", dest="source", type=Path, help="report a stored run instead of measuring"
     )
     parser.add_argument("--against", type=Path, help="a stored run to compare with")
-    parser.add_argument(
-        "--docs",
-        action="store_true",
-        help="write docs/measured.md, docs/overhead.svg and README's table",
-    )
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
         parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
@@ -594,7 +569,7 @@ def main(arguments: list[str] | None = None) -> dict:
         print(f"\nwrote {path} and {path.with_suffix('.svg').name} beside it")
     if args.docs:
         docs = machine.ROOT / "docs"
-        report.fill(docs / "measured.md", f"overhead-{record['machine']['device']}", text(record))
+        report.fill(report.MEASURED, f"overhead-{record['machine']['device']}", text(record))
         if record["machine"]["device"] == "cpu":
             plot(record, docs / "overhead.svg")
             if report.has_place(machine.ROOT / "README.md", "overhead"):

@@ -14,14 +14,9 @@ round. Results are checked against the reference first.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 import peers
@@ -153,23 +148,17 @@ def cells(row: dict) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = report.command_line(__doc__, "producers", "<device>")
     parser.add_argument("--shapes", nargs="+")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--budget", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, help="torch's threads (2; 1 by processor time)")
     parser.add_argument("--clock", default="wall", choices=timing.CLOCKS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/producers-<device>-<date>.json)"
-    )
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     options = parser.parse_args(arguments)
     if options.docs and (options.quick or options.only != KINDS or options.device != "cpu"):
         parser.error("--docs: expected a full run on a CPU, whose figures mean something")
-    torch.set_num_threads(options.threads or (2 if options.clock == "wall" else 1))
+    torch.set_num_threads(options.threads if options.clock == "wall" else 1)
     device = torch.device(options.device)
     shapes = [tuple(map(int, text.split("x"))) for text in options.shapes or []] or SHAPES
     budget, rounds = (0.02, (2, 2)) if options.quick else (options.budget, (9, 200))
@@ -198,11 +187,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         f"{machine.sentence(found)}. `python benchmarks/producers.py`, {took:.0f} s: the fused "
         f"one's {options.clock} time, and that over the others'.\n\n{report.table(heads, lines)}"
     )
-    print(text)
-    run = {"program": "producers", "machine": found, "seconds": took, "quick": options.quick}
-    report.store("producers", run | {"rows": rows}, options.out)
-    if options.docs:
-        report.fill(machine.ROOT / "docs" / "measured.md", "producers", text)
+    report.publish("producers", {"machine": found, "seconds": took, "rows": rows}, text, options)
     return rows
 
 

@@ -10,12 +10,8 @@ another. "host" is the time between operations: Python, and autograd's own.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 import models

@@ -10,12 +10,7 @@ autograd.Function that copies its input and returns a stored gradient.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import machine
 import peers
@@ -147,10 +142,7 @@ def measure(
         timed = timing.interleave(calls, "(nothing)", device, always=tuple(calls), **limits)
         bar.update()
         wholes = []
-        for what, make in (
-            ("forward", lambda module: timing.forward(module, x)),
-            ("forward + backward", lambda module: timing.training_step(module, x, dy)),
-        ):
+        for what, make in timing.passes(x, dy).items():
             steps = {name: make(module) for name, module in modules.items()}
             over = timing.interleave(steps, "linear", device, always=tuple(steps), **limits)
             bar.update()
@@ -175,20 +167,12 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> list[list]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.command_line(__doc__, "small-layer")
     parser.add_argument("--shape", type=shape_of, default=(32, 128, 128), help="MxKxN (32x128x128)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (2)")
     parser.add_argument(
         "--budget", type=float, default=10.0, help="seconds of timing for each of three parts (10)"
     )
-    parser.add_argument("--quick", action="store_true", help="two rounds: does it run?")
-    parser.add_argument(
-        "--out", type=Path, help="where to write (out/benchmarks/small-layer-cpu-<date>.json)"
-    )
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
     args = parser.parse_args(arguments)
     if args.threads < 1 or args.budget <= 0:
         parser.error("--threads, --budget: expected at least 1 thread and more than 0 seconds")
@@ -215,17 +199,7 @@ def main(arguments: list[str] | None = None) -> list[list]:
             report.table(["part of the DIP layer that nn.Linear has not", "pass", "us"], listed),
         ]
     )
-    print(text)
-    run = {
-        "program": "small-layer",
-        "machine": found,
-        "quick": args.quick,
-        "layers": wholes,
-        "parts": rows,
-    }
-    report.store("small-layer", run, args.out)
-    if args.docs:
-        report.fill(machine.ROOT / "docs" / "measured.md", "small-layer", text)
+    report.publish("small-layer", {"machine": found, "layers": wholes, "parts": rows}, text, args)
     return rows
 
 

@@ -3,6 +3,7 @@ with an earlier run."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 from collections.abc import Iterable, Sequence
@@ -10,9 +11,39 @@ from pathlib import Path
 
 from machine import ROOT
 
+MEASURED = ROOT / "docs" / "measured.md"
 RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
 # what summary.py makes of them, one file a release and kind of machine
 RECORDS = ROOT / "benchmarks" / "results"
+
+
+def command_line(doc: str, program: str, device: str = "cpu") -> argparse.ArgumentParser:
+    """The options that programs share: --threads, --quick, --out and --docs."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--threads", type=int, default=2, help="torch's threads (2)")
+    add("--quick", action="store_true", help="tiny sizes, whose figures mean nothing: does it run?")
+    where = f"out/benchmarks/{program}-{device}-<date>.json"
+    add("--out", type=Path, help=f"where to write ({where})")
+    add("--docs", action="store_true", help="write tables and plots into the documents")
+    return parser
+
+
+def publish(
+    program: str,
+    run: dict,
+    text: str,
+    args: argparse.Namespace,
+    pages: Sequence[Path] = (MEASURED,),
+    place: str = "",
+) -> None:
+    """Print what a program found, store its run, and with --docs fill its place in the pages."""
+    print(text)
+    store(program, {"program": program, "quick": args.quick, **run}, args.out)
+    for page in pages if args.docs else ():
+        fill(page, place or program, text)
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -257,6 +257,14 @@ def training_step(module: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None
     return backward_step(lambda: module(x), dy, [x, *module.parameters()])
 
 
+def passes(x: Tensor, dy: Tensor) -> dict[str, Callable[[nn.Module], Callable[[], object]]]:
+    """What is timed of a module: its forward pass, and that with backward."""
+    return {
+        "forward": lambda module: forward(module, x),
+        "forward + backward": lambda module: training_step(module, x, dy),
+    }
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 
