@@ -23,9 +23,20 @@ DRAW = Draw(1)
 KEY = 12345
 
 
-def rounds(check: Check) -> dict:
-    """How often timing.interleave repeats: a rehearsal only shows that it runs."""
-    return {"rounds": (2, 2), "at_least_s": 0.0} if check.rehearsal else {"rounds": (5, 60)}
+def in_turns(check: Check, calls: dict, base: str, budget_s: float, peaks: bool = False) -> dict:
+    """timing.interleave with every call in every round; a rehearsal only shows that it runs.
+    peaks: and the most that tensors take during each call."""
+    rounds = {"rounds": (2, 2), "at_least_s": 0.0} if check.rehearsal else {"rounds": (5, 60)}
+    how = {"budget_s": budget_s, "always": tuple(calls), **rounds}
+    timed = timing.interleave(calls, base, check.device, **how)
+    for name, call in calls.items() if peaks else ():
+        if "seconds" in timed[name]:
+            timed[name]["peak_bytes"] = peak(call, check.device)
+    return timed
+
+
+def peak(call: Callable[[], object], device: torch.device) -> int | None:
+    return timing.peak_bytes(call, device) if device.type == "cuda" else None
 
 
 def half(check: Check) -> torch.dtype:
@@ -154,9 +165,7 @@ def perturb_row(check: Check, form: str, dtype: torch.dtype, m: int, k: int) -> 
         variants["x + sigma * randn_like(x)"] = given.in_a_row(
             lambda x, du, target: x + narrow * torch.randn_like(x), check.device
         )
-    timed = timing.interleave(
-        variants, "copy", check.device, budget_s=0.4, always=tuple(variants), **rounds(check)
-    )
+    timed = in_turns(check, variants, "copy", 0.4)
     for kind in kinds(check):
         if given.beyond_cache and "ratio" in timed[kind]:
             timed[kind]["share_of_copy"] = TRAFFIC[form] / 2 / timed[kind]["ratio"]
@@ -197,7 +206,7 @@ def graph_row(check: Check, m: int, k: int, n: int) -> dict:
     for name in ("linear", "dip", "eager"):
         step = timing.training_step(peers.build(name, plain), x, dy)
         variants[name] = timing.captured(lambda _, step=step: step(), [None], device=check.device)
-    timed = timing.interleave(variants, "linear", check.device, budget_s=1.5, **rounds(check))
+    timed = in_turns(check, variants, "linear", 1.5)
     return {"what": "step", "m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": timed}
 
 
@@ -247,9 +256,7 @@ def crossover_row(check: Check, m: int, k: int, n: int) -> dict:
         )
         if not error <= 0.05 * largest:
             raise AssertionError(f"fused: expected the two steps' y, off by {error.item():.2e}")
-    timed = timing.interleave(
-        variants, "two-step", check.device, budget_s=0.3, always=tuple(variants), **rounds(check)
-    )
+    timed = in_turns(check, variants, "two-step", 0.3)
     return {"m": m, "k": k, "n": n, "dtype": str(half(check)), "variants": per_call(timed, len(xs))}
 
 

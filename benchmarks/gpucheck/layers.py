@@ -16,7 +16,7 @@ import dipkernels as dip
 from dipkernels import backends
 from dipkernels.ops.activations import ACTIVATIONS
 from gpucheck.child import Check, Rows
-from gpucheck.kernels import half, kinds, rounds
+from gpucheck.kernels import half, in_turns, kinds, peak
 
 
 def prepare(check: Check) -> None:
@@ -29,10 +29,6 @@ def prepare(check: Check) -> None:
     peers.forget_compiled()
     if check.rehearsal:
         peers.compile_backend = "eager"
-
-
-def peak(call, device: torch.device) -> int | None:
-    return timing.peak_bytes(call, device) if device.type == "cuda" else None
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -83,9 +79,7 @@ def layer_row(check: Check, what: str, m: int, k: int, n: int) -> dict:
                 variants[f"dip {kind}"] = timing.Within(context, given.call(name, what))
         else:
             variants[name] = given.call(name, what)
-    timed = timing.interleave(
-        variants, "linear", check.device, budget_s=1.5, always=tuple(variants), **rounds(check)
-    )
+    timed = in_turns(check, variants, "linear", 1.5)
     flops = 2 * m * n * k * (1 if what == "forward" else 3)
     timed["linear"]["flop_per_s"] = flops / timed["linear"]["seconds"]
     row = {
@@ -142,12 +136,7 @@ def block_row(check: Check, batch: int, tokens: int, width: int, heads: int) -> 
     }
     peers.check_converted(modules["dip"], x.detach()[:1])
     steps = {name: timing.training_step(module, x, dy) for name, module in modules.items()}
-    timed = timing.interleave(
-        steps, "eager, compiled", check.device, budget_s=6.0, always=tuple(steps), **rounds(check)
-    )
-    for name, step in steps.items():
-        if "seconds" in timed[name]:
-            timed[name]["peak_bytes"] = peak(step, check.device)
+    timed = in_turns(check, steps, "eager, compiled", 6.0, peaks=True)
     return {
         "what": "step",
         "batch": batch,
@@ -207,12 +196,7 @@ def averaging_row(check: Check, activation: str, what: str, m: int, k: int, n: i
     names = list(runs)
     for first, second in (names[:2], names[2:]):
         pair = {first: runs[first], second: runs[second]}
-        timed |= timing.interleave(
-            pair, first, check.device, budget_s=0.35, always=(second,), **rounds(check)
-        )
-    if what == "step":
-        for name, call in runs.items():
-            timed[name]["peak_bytes"] = peak(call, check.device)
+        timed |= in_turns(check, pair, first, 0.35, peaks=what == "step")
     return {
         "form": activation,
         "what": what,

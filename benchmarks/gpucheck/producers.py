@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import dipkernels as dip
 from dipkernels.nn.activation import Activation, GatedActivation
 from gpucheck.child import Check, Rows
-from gpucheck.kernels import half, per_call, rounds
-from gpucheck.layers import peak, prepare
+from gpucheck.kernels import half, in_turns, per_call
+from gpucheck.layers import prepare
 
 # By name: f, and f with noise behind it, over K features.
 MODULES: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
@@ -119,9 +119,7 @@ def producer_row(check: Check, form: str, what: str, m: int, k: int) -> dict:
     """Over f then P; as CUDA graphs, so that launches cost little."""
     given = case(check, form, m, k)
     calls = {name: given.call(name, what, check.device) for name in given.modules}
-    timed = timing.interleave(
-        calls, "f, P", check.device, budget_s=0.3, always=tuple(calls), **rounds(check)
-    )
+    timed = in_turns(check, calls, "f, P", 0.3)
     return {
         "form": form,
         "what": what,
@@ -148,13 +146,7 @@ def model_row(check: Check, network: Network, compiled: bool) -> dict:
     """Forward, loss, backward and AdamW over the plain model's; the noise at the layers and at the
     producers."""
     prepare(check)
-    plain = network.make().to(check.device, half(check))
-    x = torch.randn(network.shape, device=check.device, dtype=half(check))
-    target = (
-        torch.randn_like(x)
-        if network.classes is None
-        else torch.randint(network.classes, network.shape[:1], device=check.device)
-    )
+    plain, x, target = models.inputs_of(network, half(check), check.device)
     names = ("linear", "dip", "dip, producer")
     built = {name: models.build(name, plain, x) for name in names}
     peers.check_converted(built["dip, producer"], x[:1])
@@ -162,12 +154,7 @@ def model_row(check: Check, network: Network, compiled: bool) -> dict:
         name: models.step_of(peers.compiled_in_place(model) if compiled else model, x, target)
         for name, model in built.items()
     }
-    timed = timing.interleave(
-        steps, "linear", check.device, budget_s=2.5, always=tuple(steps), **rounds(check)
-    )
-    for name, step in steps.items():
-        if "seconds" in timed[name]:
-            timed[name]["peak_bytes"] = peak(step, check.device)
+    timed = in_turns(check, steps, "linear", 2.5, peaks=True)
     what = "step, compiled" if compiled else "step"
     return {"what": what, "model": str(network), "base": "linear", "variants": timed}
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from gpucheck import forms
 from gpucheck.child import Check, Rows
 from gpucheck.forms import Settings
-from gpucheck.kernels import half, per_call, rounds
-from gpucheck.layers import peak, prepare
+from gpucheck.kernels import half, in_turns, per_call
+from gpucheck.layers import prepare
 
 # Largest first
 SHAPES = [(8192, 8192, 8192), (8192, 4096, 4096), (4096, 1024, 1024)]
@@ -99,14 +99,9 @@ def switch_row(check: Check, switch: Switch, how: str, m: int, k: int, n: int) -
                 call()
         variants[name] = timing.Within(context, call)
     today = next(iter(settings))
-    timed = timing.interleave(
-        variants, today, check.device, budget_s=0.6, always=tuple(variants), **rounds(check)
-    )
+    # what is kept is memory too
+    timed = in_turns(check, variants, today, 0.6, peaks=compiled)
     timed = per_call(timed, count) if how == "graph" else timed
-    if compiled:  # what is kept is memory too
-        for name, call in variants.items():
-            if "seconds" in timed[name]:
-                timed[name]["peak_bytes"] = peak(call, check.device)
     return {
         "switch": switch.name,
         "what": f"step, {how}",
