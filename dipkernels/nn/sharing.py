@@ -55,31 +55,22 @@ class Share:
         if len(served) == self.num_layers:
             self._entries.pop(device, None)
         else:
-            held = x if compiling else weakref.ref(x, self._forget(device))
+            held = (
+                x
+                if compiling
+                else weakref.ref(x, lambda dead: self._drop(device, lambda e: e.x is dead))
+            )
             self._entries[device] = _Entry(held, place, contexts.KEY, served, u)
             if len(served) == 1 and not compiling and x.grad_fn is None and u.requires_grad:
                 # A model's input outlives the step: a layer that this one skips would take u in the
                 # next.
-                u.register_hook(self._let_go(device, weakref.ref(u)))
+                same = weakref.ref(u)
+                u.register_hook(lambda slope: self._drop(device, lambda e: e.u is same()))
         return u
 
-    def _forget(self, device: object) -> Callable[[weakref.ref[Tensor]], None]:
-        entries = self._entries
-
-        def forget(dead: weakref.ref[Tensor]) -> None:
-            if device in entries and entries[device].x is dead:
-                del entries[device]
-
-        return forget
-
-    def _let_go(self, device: object, u: weakref.ref[Tensor]) -> Callable[[Tensor], None]:
-        entries = self._entries
-
-        def let_go(slope: Tensor) -> None:
-            if device in entries and entries[device].u is u():
-                del entries[device]
-
-        return let_go
+    def _drop(self, device: object, is_done: Callable[[_Entry], bool]) -> None:
+        if (entry := self._entries.get(device)) is not None and is_done(entry):
+            del self._entries[device]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"num_layers": self.num_layers, "_entries": {}}
