@@ -376,11 +376,11 @@ def require_order(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _plain_again(model: nn.Module) -> Any:
-    """After an error inside, the model is plain where it was."""
+    """After an error inside, or Ctrl-C, the model is plain where it was."""
     was_plain = not dip_layers(model)
     try:
         yield
-    except Exception:
+    except BaseException:
         vars(model).pop(_KEPT, None)
         if was_plain and dip_layers(model):
             to_plain(model)

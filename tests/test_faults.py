@@ -102,6 +102,27 @@ def test_an_exception_inside_a_context_restores_what_was_before(error):
     assert contexts.KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
+def test_ctrl_c_in_apply_and_load_leaves_a_plain_model(tmp_path, monkeypatch):
+    """Otherwise a trainer would take the config for a calibrated model's."""
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(8, 4)
+    dip.save(dip.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), dip.DIPConfig(), [x]), tmp_path)
+    monkeypatch.setattr("dipkernels.config.calibrate", interrupted)
+    monkeypatch.setattr("dipkernels.config.load_variances", interrupted)
+    for work in (
+        lambda: dip.apply(model, dip.DIPConfig(), [x]),
+        lambda: dip.load(model, tmp_path),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert type(model[0]) is torch.nn.Linear and dip.config_of(model) is None
+    monkeypatch.undo()
+    dip.load(model, tmp_path)
+
+
 # ---- the examples' checkpoints: Ctrl-C, a full disk, what cannot be read -------------------------
 
 

@@ -413,7 +413,7 @@ def _become_dip(
             module._set_up(init_variance, num_samples)
             return
         module._set_up(features, init_variance, num_samples, device or _device(module))
-    except Exception:
+    except BaseException:
         module.__class__ = plain
         raise
     base = base_layer(module)
