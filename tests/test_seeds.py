@@ -196,14 +196,14 @@ def test_contexts_of_two_threads_that_overlap_raise_and_nothing_stays_on():
     first.__enter__()  # one thread's
     second.__enter__()  # another's
     for context in (first, second):
-        with pytest.raises(RuntimeError, match=r"another thread or task .*lock"):
+        with pytest.raises(RuntimeError, match=r"another thread, task or open generator .*lock"):
             context.__exit__(None, None, None)
     assert state() == (None, 0, None)
     first, second = sampling_on(), sampling_on()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)  # here nothing shows, but the second has lost its noise
-    with pytest.raises(RuntimeError, match="another thread or task"):
+    with pytest.raises(RuntimeError, match="another thread, task or open generator"):
         second.__exit__(None, None, None)
     assert state() == (None, 0, None)
     assert torch.backends.mha.get_fastpath_enabled()
@@ -216,7 +216,7 @@ def test_a_fast_path_that_the_user_turned_off_stays_off():
         first.__enter__()
         second.__enter__()
         for context in (first, second):
-            with pytest.raises(RuntimeError, match="another thread or task"):
+            with pytest.raises(RuntimeError, match="another thread, task or open generator"):
                 context.__exit__(None, None, None)
         assert not torch.backends.mha.get_fastpath_enabled()
     finally:

@@ -28,7 +28,8 @@ class Share:
 
     A layer that gets another tensor, or the same one a second time, draws afresh. u is let go when
     every layer has had it, when x is gone, or when its gradient is there: a layer that is skipped
-    (an expert, an early exit) keeps neither alive, and takes no u of a step before.
+    (an expert, an early exit) keeps neither alive, and takes no u of a step before. Not so under
+    torch.compile, where both stay until a layer of the group gets another tensor.
     """
 
     def __init__(self, num_layers: int) -> None:

@@ -48,8 +48,9 @@ class _State(contextlib.ContextDecorator):
     """Saves the state on entry and restores it on exit. One instance may be entered again, nested
     or as a decorator.
 
-    The state is the process's. Where threads or tasks overlap, nobody can say what was there
-    before: the exit that finds another state than the entry left raises, and nothing stays on.
+    The state is the process's. Where threads, tasks or generators overlap, nobody can say what was
+    there before: the exit that finds another state than the entry left raises, and nothing stays
+    on.
     """
 
     def __init__(self) -> None:
@@ -72,10 +73,10 @@ class _State(contextlib.ContextDecorator):
             return
         KEY, ROWS, MODE, TAG = None, _rows(0), None, None
         raise RuntimeError(
-            "dipkernels: another thread or task entered or left fixed_noise, noise_off, "
-            "sampling_on or dip.predict meanwhile. They hold for the whole process, so the noise "
-            "here was not what was asked for: run them one after another (a lock), or in processes "
-            "of their own"
+            "dipkernels: another thread, task or open generator entered or left fixed_noise, "
+            "noise_off, sampling_on or dip.predict meanwhile. They hold for the whole process, so "
+            "the noise here was not what was asked for: run them one after another (a lock), or in "
+            "processes of their own"
         )
 
     def __call__(self, func: _F) -> _F:

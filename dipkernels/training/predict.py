@@ -57,7 +57,7 @@ def predict(
     Dropout and BatchNorm are in eval mode during the passes; each module's mode is restored. No
     gradients are kept. Under fixed_noise pass i (with chunk: chunk i) uses key + i *
     0x9E3779B97F4A7C15 mod 2^64. So the passes differ, and repeat with the same chunk. row0 counts
-    examples.
+    examples. Meanwhile every thread's passes draw noise: see docs/guides/reproducibility.md.
 
     Args:
         model: A model with DIP layers.
