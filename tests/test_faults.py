@@ -102,6 +102,14 @@ def test_an_exception_inside_a_context_restores_what_was_before(error):
     assert contexts.KEY is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
+def test_a_row0_out_of_range_in_predict_leaves_no_noise_on():
+    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(ValueError, match="row0: expected"), dip.fixed_noise(1, row0=2**61):
+        dip.predict(model, torch.ones(2, 4), k=4, chunk=4)
+    assert contexts.MODE is None and torch.backends.mha.get_fastpath_enabled() == fast_path
+
+
 def test_ctrl_c_in_apply_and_load_leaves_a_plain_model(tmp_path, monkeypatch):
     """Otherwise a trainer would take the config for a calibrated model's."""
 

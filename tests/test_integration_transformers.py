@@ -22,7 +22,13 @@ from dipkernels.noise import contexts
 pytest.importorskip("accelerate")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
-from dipkernels.integrations.transformers import DIPCallback, DIPMixin, DIPTrainer, from_pretrained  # noqa: E402
+from dipkernels.integrations.transformers import (  # noqa: E402
+    DIPCallback,
+    DIPMixin,
+    DIPTrainer,
+    _plain_without_gradients,
+    from_pretrained,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parent.parent
@@ -489,6 +495,21 @@ def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path
         UserWarning, match=r"classifier: its variance got a gradient of zeros.*fused"
     ):
         Past(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG).train()
+
+
+def test_ctrl_c_in_a_reference_pass_leaves_the_noise_on():
+    """torch calls a module's always-called hooks after an Exception, which KeyboardInterrupt is
+    not."""
+
+    class Interrupted(torch.nn.Module):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        model = Interrupted()
+        with _plain_without_gradients(model):
+            model(torch.ones(1))
+    assert contexts.MODE is None and not model._forward_hooks
 
 
 def test_a_run_that_starts_again_draws_the_noise_of_its_places(tmp_path):

@@ -459,6 +459,8 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        while entered:  # Ctrl-C, at which torch calls no hook
+            entered.pop().close()
 
 
 def _folder_of_adapter(model: Any, folder: str) -> str:

@@ -74,9 +74,9 @@ class _State(contextlib.ContextDecorator):
         KEY, ROWS, MODE, TAG = None, _rows(0), None, None
         raise RuntimeError(
             "dipkernels: another thread, task or open generator entered or left fixed_noise, "
-            "noise_off, sampling_on or dip.predict meanwhile. They hold for the whole process, so "
-            "the noise here was not what was asked for: run them one after another (a lock), or in "
-            "processes of their own"
+            "noise_off, sampling_on or what uses them (predict, calibrate, check) meanwhile. They "
+            "hold for the whole process, so the noise here was not what was asked for: run them "
+            "one after another (a lock), or in processes of their own"
         )
 
     def __call__(self, func: _F) -> _F:
@@ -211,7 +211,8 @@ class numbered_pass(_State):
         global KEY, ROWS, TAG
         if KEY is not None:
             step = _with_zero(self._number * GOLDEN, KEY.device)
-            KEY, ROWS = KEY + step, _rows(row0() * self._rows_per_entry)
+            rows = integer("row0", row0() * self._rows_per_entry, 0, 2**62)
+            KEY, ROWS = KEY + step, _rows(rows)
             TAG = (TAG, self._number)
 
 

@@ -121,11 +121,10 @@ def predict(
     with torch.no_grad(), eval_mode(model):
         for number, first in enumerate(range(0, max(k, 1), chunk)):
             count = min(chunk, max(k, 1) - first)
-            noise = contextlib.ExitStack()
-            if k > 0:
-                noise.enter_context(contexts.sampling_on())
-                noise.enter_context(contexts.numbered_pass(number, count))
-            with noise:
+            with contextlib.ExitStack() as noise:
+                if k > 0:
+                    noise.enter_context(contexts.sampling_on())
+                    noise.enter_context(contexts.numbered_pass(number, count))
                 if count > 1:
                     out = folded(run, args, kwargs, count, 0)
                 else:
