@@ -12,7 +12,6 @@ if not _path.isdir(_path.join(__path__[0], "triton_kernels")):
     __path__.append(_path.dirname(__path__[0]))
 
 from . import functional as functional
-from . import reference as reference
 from .backends import backend as backend
 from .env_report import env_report as env_report
 
@@ -35,14 +34,14 @@ _HOMES = {
     "nn.variance": ("Variance",),
     "noise.contexts": ("fixed_noise", "noise_off", "sampling_on"),
     "reports": ("metrics", "plot", "progress"),
-    "training.certify": ("Certificate", "certify"),
+    "training.certify": ("certify",),
     "training.objective": ("energy_score", "kl_penalty", "objective", "penalty"),
     "training.predict": ("predict",),
     "training.trajectories": ("trajectories",),
-    "training.tune": ("Tuned", "tune"),
+    "training.tune": ("tune",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted([*_HOME, "backend", "diagnostics", "env_report", "functional", "reference"])
+__all__ = sorted([*_HOME, "backend", "diagnostics", "env_report", "functional"])
 
 if _typing.TYPE_CHECKING:
     from . import diagnostics as diagnostics
@@ -82,7 +81,6 @@ if _typing.TYPE_CHECKING:
     from .reports import metrics as metrics
     from .reports import plot as plot
     from .reports import progress as progress
-    from .training.certify import Certificate as Certificate
     from .training.certify import certify as certify
     from .training.objective import energy_score as energy_score
     from .training.objective import kl_penalty as kl_penalty
@@ -90,7 +88,6 @@ if _typing.TYPE_CHECKING:
     from .training.objective import penalty as penalty
     from .training.predict import predict as predict
     from .training.trajectories import trajectories as trajectories
-    from .training.tune import Tuned as Tuned
     from .training.tune import tune as tune
 
 else:  # a type checker would take any name for one of this module
@@ -106,4 +103,4 @@ else:  # a type checker would take any name for one of this module
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__, "__version__"]  # nothing else is for users

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import dipkernels as dip
+from dipkernels import reference
 from dipkernels.nn.layer import DIPLayer
 
 ROOT = Path(__file__).parent.parent
@@ -139,9 +140,9 @@ def test_overhead_compares_with_an_earlier_run(quick, tmp_path, capsys):
 
 
 def test_overhead_times_nothing_that_is_wrong(monkeypatch, tmp_path):
-    right = dip.reference.standard_normal
+    right = reference.standard_normal
     monkeypatch.setattr(
-        dip.reference, "standard_normal", lambda *args, **kwargs: -right(*args, **kwargs)
+        reference, "standard_normal", lambda *args, **kwargs: -right(*args, **kwargs)
     )
     with pytest.raises(AssertionError, match="y: expected within"):
         run_quick(tmp_path)
