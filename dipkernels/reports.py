@@ -64,6 +64,16 @@ def metrics(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """A Figure of matplotlib and its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
 def plot(
     model: nn.Module,
     path: str | os.PathLike[str] | None = None,
@@ -101,12 +111,7 @@ def plot(
             f"before: expected the variances of {len(names)} layers, got none for "
             f"{set(names) - start.keys()}"
         )
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(max(5.0, 0.22 * len(names) + 2), 4.0), layout="constrained")
-    axis = figure.subplots()
+    figure, axis = new_figure(max(5.0, 0.22 * len(names) + 2), 4.0)
     for state, label, shift in (
         (start, "before" if before is not None else "before (prior)", -0.12),
         (after, "after", 0.12),

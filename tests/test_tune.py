@@ -50,7 +50,8 @@ def test_a_bar_and_a_plot_where_there_is_something_to_draw_with(tmp_path, capsys
     pytest.importorskip("tqdm")
     found = dip.tune(made_up, 100)
     assert "tune" in capsys.readouterr().err
-    found.plot(tmp_path / "trade.png")
+    drawn = found.plot(tmp_path / "trade.png")
+    assert drawn.axes[0].get_xlabel() == found.plot().axes[0].get_xlabel()
     assert (tmp_path / "trade.png").stat().st_size > 5000
     real = builtins.__import__
 

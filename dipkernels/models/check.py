@@ -40,8 +40,7 @@ class Report:
     frozen: list[str] = dataclasses.field(default_factory=list)
     checked: int = 0
 
-    @property
-    def ok(self) -> bool:
+    def __bool__(self) -> bool:
         """Whether there is no fault."""
         return not self.faults
 
@@ -82,7 +81,7 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
         strict: Raise if there is a fault. Otherwise return the report.
 
     Returns:
-        A `Report`, which prints.
+        A `Report`, which prints, and is true if there is no fault.
 
     Raises:
         ValueError: There is a fault and strict is true (the report is the message), a variance is
@@ -105,7 +104,7 @@ def check(model: nn.Module, batch: Any = None, *, strict: bool = True) -> Report
     if layers:
         faults = _by_gradients(model, layers) if batch is None else _by_a_step(model, layers, batch)
         report.faults |= faults | dict.fromkeys(orphans(layers), _ORPHAN)
-    if strict and not report.ok:
+    if strict and not report:
         raise ValueError(str(report))
     return report
 

@@ -19,7 +19,7 @@ from .predict import predict, require_batch
 ABSTAIN = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Certificate:
     """For each example the smoothed classifier's class, or -1 where it abstains, and its radius in
     L2."""

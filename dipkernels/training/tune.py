@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ..arguments import integer, real
+from ..reports import new_figure
 from .objective import KL
 
 RATIOS = (0.3, 0.6, 1.0, 1.5)
@@ -54,13 +55,10 @@ class Tuned:
         last = [t for t in self.trials if t.budget == self.trials[-1].budget]
         return ranked(last, self.tolerance)[0]
 
-    def plot(self, path: str | Path) -> None:
-        """Robust against clean score, one point for each trial, larger for a larger budget. Needs
-        matplotlib."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4.5), layout="constrained")
-        axis = figure.subplots()
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Robust against clean score, one point for each trial, larger for a larger budget: the
+        matplotlib Figure, written where there is a path."""
+        figure, axis = new_figure(6, 4.5)
         largest = max(t.budget for t in self.trials)
         points = [(t.clean, t.robust, 20 + 80 * t.budget / largest, t.ratio) for t in self.trials]
         figure.colorbar(axis.scatter(*zip(*points)), label="ratio")
@@ -73,7 +71,9 @@ class Tuned:
         axis.set(xlabel="clean score on validation data", ylabel="robust score on validation data")
         axis.grid(alpha=0.3)
         axis.legend()
-        figure.savefig(path, dpi=120)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
 
 
 def tune(
