@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .nn.numbering import dip_layers, need_layers, warn_of_equal_numbers
+from .nn.numbering import dip_layers, need_layers, require_module, warn_of_equal_numbers
 from .nn.variance import Variance
 from .noise import contexts, guards
 from .ops.dtensor import local
@@ -43,8 +43,10 @@ def shard_variances(
         The module.
 
     Raises:
+        TypeError: What is no module.
         ValueError: There are no DIP layers, or mp_policy is of half precision.
     """
+    require_module(module)
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     variances = [m for m in module.modules() if isinstance(m, Variance)]

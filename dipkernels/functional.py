@@ -52,7 +52,8 @@ def noise(
         True
     """
     check_tensors(seed=seed)
-    return _perturb.noise(seed, tuple(shape), asked_for(dim, row0, col0, sample, 1.0, False))
+    sizes = tuple(integer("shape", size, 0) for size in shape)
+    return _perturb.noise(seed, sizes, asked_for(dim, row0, col0, sample, 1.0, False))
 
 
 def perturb(

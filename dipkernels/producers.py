@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import worlds
+from .arguments import real
 from .functional import check_sigma, check_tensors
 from .ops import gate as _gate
 from .ops import norm as _norm
@@ -51,7 +52,7 @@ def norm(
         sigma: [K], float32 or float64: a standard deviation >= 0, or with log_variance ln(sigma^2).
         seed: int64 [2] = (key, stream), on x's device.
         kind: "layer", or "rms": no mean is subtracted.
-        eps: added to the variance, as the plain module does.
+        eps: >= 0, added to the variance, as the plain module does.
         offset: added to the weight; 1.0 for Gemma's.
         row0: first row of the draw, as in `functional.noise`; rows are the other dimensions of x,
             in order.
@@ -77,6 +78,7 @@ def norm(
     affine = {"weight": weight, "bias": bias}
     given = {name: value for name, value in affine.items() if value is not None}
     check_tensors(x=x, sigma=sigma, seed=seed, **given)
+    eps = real("eps", eps, least=0)
     draw = _draw(sigma, -1, row0, col0, sample, log_variance)
     return _norm.noised_norm(
         x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or worlds.autocast_dtype(x)

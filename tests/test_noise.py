@@ -210,7 +210,7 @@ def test_noise_keeps_its_bits_from_one_release_to_the_next():
     [
         (dict(shape=(2, 8), seed=torch.tensor([1, 2, 3])), "seed: expected shape"),
         (dict(shape=(2, 8), seed=torch.tensor([1.0, 2.0])), "seed: expected dtype"),
-        (dict(shape=(-1, 8)), "shape: expected sizes >= 0"),
+        (dict(shape=(-1, 8)), "shape: expected an integer >= 0"),
         (dict(shape=(2, 8), dim=2), "dim: expected"),
         (dict(shape=(2, 8), sample=65536), "sample: expected"),
         (dict(shape=(2, 8), row0=-1), "row0: expected"),

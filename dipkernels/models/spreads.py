@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.inputs import undense
+from ..nn import inputs
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
 from ..ops import dtensor
@@ -162,12 +162,14 @@ def measured_spreads(
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer, dim = watched[module]
         x = input_of(module, args, kwargs)
-        if (kind := undense(x)) is not None:
+        if (kind := inputs.undense(x)) is not None:
             name = next(name for name, each in layers.items() if each is layer)
             raise TypeError(
                 f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
             )
         x = dtensor.full(x.detach())
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != layer.variance.num_features:
+            inputs.explain(layer, x, layer.log_variance)
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
         seen.setdefault(layer, _Moments()).add(rows)
         reached.setdefault(module)

@@ -31,8 +31,6 @@ OPTIONAL_DRAW = DRAW.replace("Tensor sigma", "Tensor? sigma", 1)
 
 def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
     """z of this shape, float32, unscaled."""
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape: expected sizes >= 0, got {tuple(shape)}")
     check_seed(seed, seed.device)
     draw.check(len(shape))
     z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:4])
