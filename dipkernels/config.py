@@ -37,7 +37,7 @@ _TYPES = {kind.__name__: kind for kind in TWINS}
 _KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DIPConfig:
     """A whole training in one value: what to convert, how much noise, the objective, the prediction
     and the noise's key. The defaults are the recipe.
@@ -52,7 +52,7 @@ class DIPConfig:
         share: Groups of patterns, as `convert`'s.
         ratio: Sigma over spread, > 0, as for `calibrate`, or {pattern: ratio}, where the first
             pattern that matches a layer's name counts. None: the default of `calibrate`.
-        variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
+        init_variance: Instead of ratio: sigma^2 itself, > 0, or {pattern: sigma^2}. Then nothing is
             calibrated.
         per: "layer" or "feature", as `calibrate`'s.
         start: Sigma at the start over its prior's, > 0, as `calibrate`'s.
@@ -80,7 +80,7 @@ class DIPConfig:
     place: str = "input"
     share: Sequence[Sequence[str]] = ()
     ratio: float | Mapping[str, float] | None = None
-    variance: float | Mapping[str, float] | None = None
+    init_variance: float | Mapping[str, float] | None = None
     per: str = "layer"
     start: float | None = None
     m: int = 2
@@ -96,7 +96,7 @@ class DIPConfig:
         if isinstance(self.before, Mapping):
             kept["before"] = {p: integer(f"before[{p!r}]", d) for p, d in self.before.items()}
         kept["share"] = shared_groups(self.share)
-        kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "variance")}
+        kept |= {name: _amount(name, getattr(self, name)) for name in ("ratio", "init_variance")}
         kept |= {"m": integer("m", self.m, 1), "k": integer("k", self.k, 0)}
         for name in ("kl", "lambda_s"):
             kept[name] = float(real(name, getattr(self, name), least=0))
@@ -115,10 +115,10 @@ class DIPConfig:
         check_per(self.per)
         check_average(self.average, None, ("probs", "sigmoid", "logits"))
         for name, plain in (("ratio", None), ("start", None), ("per", "layer")):
-            if self.variance is not None and getattr(self, name) != plain:
+            if self.init_variance is not None and getattr(self, name) != plain:
                 raise ValueError(
-                    f"{name}: expected {plain!r} with variance, which is not calibrated, got "
-                    f"{getattr(self, name)!r}"
+                    f"{name}: expected {plain!r} with init_variance, which is not calibrated, "
+                    f"got {getattr(self, name)!r}"
                 )
         if self.lambda_s > 0 and self.m < 2:
             raise ValueError(
@@ -229,15 +229,15 @@ def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None)
     """Convert the model in place and set its variances, as the config says. The model remembers the
     config.
 
-    This calls `convert`, then `calibrate` unless the config has a variance. From then on a PEFT
-    model saves and loads its variances with each adapter (docs/guides/trainers.md).
+    This calls `convert`, then `calibrate` unless the config has an init_variance. From then on a
+    PEFT model saves and loads its variances with each adapter (docs/guides/trainers.md).
 
     Args:
         model: A model without DIP layers. Call this after `get_peft_model`, before you make an
             optimiser, and before DDP or FSDP wraps the model.
         config: What to do.
-        batches: The same as for `calibrate`. Needed unless the config sets `variance`, and for
-            `before` and place="producer".
+        batches: The same as for `calibrate`. Needed unless the config sets `init_variance`, and
+            for `before` and place="producer".
 
     Returns:
         The model.
@@ -264,10 +264,10 @@ def apply(model: Model, config: DIPConfig, batches: Iterable[Any] | None = None)
         )
     if batches is not None:
         batches = listed(batches)
-    elif config.variance is None:
+    elif config.init_variance is None:
         raise ValueError(
             "batches: expected some, because ratio measures the inputs on them, got None; or set "
-            "variance=... in the config"
+            "init_variance=... in the config"
         )
     with _plain_again(model):
         convert_as(model, config, batches)
@@ -287,7 +287,7 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
         options["filter"] = lambda module, name: bool(include.all(*around(name)))
     convert(
         model,
-        0.01 if config.variance is None else config.variance,
+        0.01 if config.init_variance is None else config.init_variance,
         types=[_TYPES[name] for name in config.types],
         exclude=config.exclude,
         share=config.share,
@@ -300,9 +300,9 @@ def convert_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any] | Non
 
 def calibrate_as(model: nn.Module, config: DIPConfig, batches: Iterable[Any]) -> None:
     """The second half of `apply`: set variances and priors by the ratio; nothing where the config
-    has a variance."""
+    has an init_variance."""
     ratio = config.ratio
-    if config.variance is not None:
+    if config.init_variance is not None:
         return
     if not isinstance(ratio, Mapping):
         calibrate(model, batches, ratio, per=config.per, start=config.start)
@@ -335,8 +335,8 @@ def config_of(model: nn.Module) -> DIPConfig | None:
         The config; None if there is none, or if no DIP layer is left.
 
     Examples:
-        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
-        >>> dip.config_of(model).variance
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(init_variance=0.04))
+        >>> dip.config_of(model).init_variance
         0.04
     """
     require_module(model)
@@ -422,7 +422,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, write: bool | None
         ImportError: safetensors is missing.
 
     Examples:
-        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(init_variance=0.04))
         >>> dip.save(model, folder)
         >>> sorted(os.listdir(folder))
         ['dip.safetensors', 'dip_config.json']
@@ -473,7 +473,7 @@ def load(
         ImportError: safetensors is missing.
 
     Examples:
-        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(variance=0.04))
+        >>> model = dip.apply(nn.Sequential(nn.Linear(4, 2)), dip.DIPConfig(init_variance=0.04))
         >>> dip.save(model, folder)
         >>> again = dip.load(nn.Sequential(nn.Linear(4, 2)), folder)
         >>> torch.equal(again[0].log_variance, model[0].log_variance)

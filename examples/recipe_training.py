@@ -251,7 +251,10 @@ class Trainer:
         learns = args.method == "dip"
         self.optimizer = torch.optim.AdamW(
             dip.param_groups(
-                model, args.lr, args.weight_decay, args.variance_lr if learns else None
+                model,
+                args.lr,
+                weight_decay=args.weight_decay,
+                variance_lr=args.variance_lr if learns else None,
             )
         )
         self.steps_per_epoch = num_examples // (args.batch * worker.size)

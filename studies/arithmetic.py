@@ -141,7 +141,7 @@ def train(model: nn.Module, config: dict, batches: list[dict], bar: tqdm | None 
     """config["steps"] steps through the batches, cosine decay after a short rise; returns processor
     seconds."""
     optimizer = torch.optim.AdamW(
-        dip.param_groups(model, config["lr"], 0.01), betas=(0.9, 0.98), fused=True
+        dip.param_groups(model, config["lr"], weight_decay=0.01), betas=(0.9, 0.98), fused=True
     )
     steps = config["steps"]
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -147,7 +147,8 @@ def ascend_and_return(model: nn.Module, rho: float, loss: Callable[[], Tensor]) 
 
 def make_optimizer(model: nn.Module, config: dict) -> torch.optim.Optimizer:
     variance_lr = config.get("variance_lr")
-    groups = dip.param_groups(model, config["lr"], config["weight_decay"], variance_lr)
+    rates = {"weight_decay": config["weight_decay"], "variance_lr": variance_lr}
+    groups = dip.param_groups(model, config["lr"], **rates)
     return torch.optim.AdamW(groups, fused=True)
 
 

@@ -168,8 +168,8 @@ def test_every_kind_of_integer_is_taken(door):
 
 REALS = {
     "param_groups, lr": ("lr", lambda v: dip.param_groups(net(), v), ">= 0"),
-    "weight_decay": ("weight_decay", lambda v: dip.param_groups(net(), 1, v), ">= 0"),
-    "variance_lr": ("variance_lr", lambda v: dip.param_groups(net(), 1, 0, v), ">= 0"),
+    "weight_decay": ("weight_decay", lambda v: dip.param_groups(net(), 1, weight_decay=v), ">= 0"),
+    "variance_lr": ("variance_lr", lambda v: dip.param_groups(net(), 1, variance_lr=v), ">= 0"),
     "calibrate": ("ratio", lambda v: dip.calibrate(net(), [X], v), "> 0"),
     "floor": ("floor", lambda v: dip.calibrate(net(), [X], floor=v), "> 0"),
     "init_variance": ("init_variance", lambda v: dip.Variance(4, v), "> 0"),
@@ -193,7 +193,11 @@ REALS = {
     "DIPConfig, lambda_s": ("lambda_s", lambda v: dip.DIPConfig(lambda_s=v), ">= 0"),
     "DIPConfig, start": ("start", lambda v: dip.DIPConfig(start=v), "> 0"),
     "DIPConfig, ratio": ("ratio", lambda v: dip.DIPConfig(ratio=v), "> 0"),
-    "DIPConfig, variance": ("variance", lambda v: dip.DIPConfig(variance={"*": v}), "> 0"),
+    "DIPConfig, init_variance": (
+        "init_variance",
+        lambda v: dip.DIPConfig(init_variance={"*": v}),
+        "> 0",
+    ),
 }
 
 

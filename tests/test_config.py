@@ -57,7 +57,7 @@ def net():
 
 
 def test_config_goes_through_json_and_back():
-    for config in (dip.DIPConfig(), FULL, dip.DIPConfig(variance={"*": 0.1}, key=None)):
+    for config in (dip.DIPConfig(), FULL, dip.DIPConfig(init_variance={"*": 0.1}, key=None)):
         assert dip.DIPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         assert config.to_dict()["version"] == 1
         assert dataclasses.replace(config, m=3).m == 3
@@ -80,10 +80,10 @@ def test_config_goes_through_json_and_back():
         ({"ratio": {1: 1.0}}, "ratio: expected a finite number > 0, or {pattern"),
         ({"ratio": {}}, "ratio: expected a finite number > 0"),
         ({"ratio": {"a": float("nan")}}, "ratio: expected a finite number > 0"),
-        ({"ratio": 1.0, "variance": 0.1}, "ratio: expected None with variance"),
+        ({"ratio": 1.0, "init_variance": 0.1}, "ratio: expected None with init_variance"),
         ({"per": "all"}, "per: expected 'layer' or 'feature'"),
-        ({"per": "feature", "variance": 0.1}, "per: expected 'layer' with variance"),
-        ({"start": 0.3, "variance": 0.1}, "start: expected None with variance"),
+        ({"per": "feature", "init_variance": 0.1}, "per: expected 'layer' with init_variance"),
+        ({"start": 0.3, "init_variance": 0.1}, "start: expected None with init_variance"),
         ({"lambda_s": 1.0, "m": 1}, "lambda_s: expected 0 with m = 1"),
         ({"average": None}, "average: expected one of"),
         ({"average": "mean"}, "average: expected one of"),
@@ -123,7 +123,7 @@ def test_apply_is_convert_and_calibrate():
     assert all(torch.equal(lower[n], v) for n, v in dip.variances(want).items())
     assert dip.config_of(model) == dip.config_of(copy.deepcopy(model)) == dip.DIPConfig()
     assert dip.config_of(dip.to_plain(model)) is None
-    dip.apply(model, dip.DIPConfig(variance=0.04, types=["Linear"]))
+    dip.apply(model, dip.DIPConfig(init_variance=0.04, types=["Linear"]))
     assert all(row.sigma_mean == pytest.approx(0.2) for row in dip.summary(model))
 
 
@@ -141,7 +141,7 @@ def test_apply_chooses_layers_and_amounts_by_pattern():
     low = dip.apply(net(), dip.DIPConfig(include=["up", "body"], ratio=ratio, start=0.5), X)
     assert torch.equal(low.up.variance.log_prior, model.up.variance.log_prior)
     assert torch.allclose(low.up.variance.sigma, 0.5 * model.up.variance.sigma)
-    model = dip.apply(net(), dip.DIPConfig(variance={"head": 1.0, "*": 0.25}, exclude=["up"]))
+    model = dip.apply(net(), dip.DIPConfig(init_variance={"head": 1.0, "*": 0.25}, exclude=["up"]))
     assert [round(row.sigma_mean, 5) for row in dip.summary(model)] == [0.5, 1.0]
 
 
@@ -170,7 +170,7 @@ def test_apply_noises_modules_by_name_and_shares():
             r"\['haed'\] that match none; names like them: \['head'\]",
         ),
         (dip.DIPConfig(ratio={"*": 1.0, "up": 2.0}), [X], r"narrow .* \['up'\] behind"),
-        (dip.DIPConfig(before=["body.0"], variance=0.1), None, "batches: expected a batch"),
+        (dip.DIPConfig(before=["body.0"], init_variance=0.1), None, "batches: expected a batch"),
         ({"m": 2}, [X], "config: expected a DIPConfig, got dict"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_saved_folder_loads_in_a_fresh_process_and_predicts_the_same(tmp_path)
 
 
 def test_of_several_ranks_the_first_alone_writes(tmp_path, monkeypatch):
-    model = dip.apply(net(), dip.DIPConfig(variance=0.1))
+    model = dip.apply(net(), dip.DIPConfig(init_variance=0.1))
     monkeypatch.setattr("dipkernels.config.has_ranks", lambda: True)
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank, raising=False)

@@ -28,7 +28,7 @@ def network():
         dip.summary,
         dip.number_layers,
         lambda model: dip.calibrate(model, [X]),
-        lambda model: dip.apply(model, dip.DIPConfig(variance=0.01)),
+        lambda model: dip.apply(model, dip.DIPConfig(init_variance=0.01)),
         lambda model: dip.param_groups(model, lr=0.1),
         lambda model: dip.predict(model, X, k=2),
         lambda model: dip.producer_plan(model, [X]),
@@ -93,7 +93,7 @@ def test_a_pattern_that_matches_nothing_is_answered_with_the_names_like_it(patte
     with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
         dip.convert(model, exclude=[pattern])
     with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
-        dip.apply(model, dip.DIPConfig(include=[pattern], variance=0.01))
+        dip.apply(model, dip.DIPConfig(include=[pattern], init_variance=0.01))
     with pytest.raises(ValueError, match=f"before: .* match none; names like them: {like}"):
         dip.convert(model, before=[pattern], batches=[torch.randn(2, 8)])
     if pattern != "down_proj":  # share compares with a layer's own name too
@@ -224,3 +224,55 @@ def test_a_state_of_no_tensors_is_named():
     ):
         with pytest.raises(TypeError, match=f"^state: expected {kind}"):
             dip.load_variances(model, given)
+
+
+@pytest.mark.parametrize("target", [Y, F.one_hot(Y).float()])
+def test_a_batch_and_its_target_taken_for_two_batches_are_answered_with_the_shape(target):
+    for call in (dip.calibrate, dip.summary, dip.diagnostics.signal_to_noise):
+        with pytest.raises((TypeError, ValueError), match=r"^DIPLinear\(.*: expected an input of"):
+            call(dip.convert(network()), (X, target))
+        call(dip.convert(network()), [(X, target)])
+    images = dip.convert(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises((TypeError, ValueError), match=r"^DIPConv2d\(.*: expected an input of"):
+        dip.calibrate(images, (torch.randn(6, 3, 8, 8), target))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dip.DIPConfig(("Linear",)),
+        lambda: dip.param_groups(network(), 1e-3, 1e-2),  # weight_decay, or variance_lr
+        lambda: dip.DIPInput(8, -1, 0.1),
+        lambda: dip.DIPLinear(8, 4, True, None, None, 0.1),
+    ],
+)
+def test_what_can_be_taken_for_another_argument_is_given_by_name(call):
+    with pytest.raises(TypeError, match="positional argument"):
+        call()
+
+
+def test_a_size_an_eps_and_a_module_that_are_none_are_named():
+    with pytest.raises(TypeError, match=r"^shape: expected an integer >= 0, got 2\.0"):
+        dip.functional.noise((2.0, 3), SEED)
+    with pytest.raises(TypeError, match=r"^eps: expected a finite number >= 0, got None"):
+        producers.norm(ROWS, None, None, SIGMA, SEED, kind="rms", eps=None)
+    with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got int"):
+        dip.shard_variances(3)
+
+
+def test_completion_shows_what_is_for_users_and_nothing_else():
+    assert set(dir(dip)) == {*dip.__all__, "__version__"}
+
+
+def test_every_layer_shows_how_many_draws_it_averages():
+    for make in (
+        lambda **k: dip.DIPLinear(4, 2, **k),
+        lambda **k: dip.DIPConv1d(4, 2, 3, **k),
+        lambda **k: dip.DIPInput(4, **k),
+        lambda **k: dip.DIPLayerNorm(4, **k),
+        lambda **k: dip.DIPActivation(4, "gelu", **k),
+        lambda **k: dip.DIPGatedActivation(4, **k),
+        lambda **k: dip.DIPMultiheadAttention(4, 2, **k).in_proj,
+    ):
+        assert "num_samples" not in repr(make()), make()
+        assert "init_variance=0.01, num_samples=3\n" in repr(make(num_samples=3)), make()

@@ -233,8 +233,12 @@ def test_configurations_at_their_edges_run(tmp_path, one_rank):
     for change in (
         {"batch": 1500},
         {"steps": 0},
-        {"lr": 0, "seed": 2**62, "dip": {"version": 1, "variance": 0.01, "m": 1, "key": -(2**63)}},
-        {"dip": {"version": 1, "variance": 1e-30}},
+        {
+            "lr": 0,
+            "seed": 2**62,
+            "dip": {"version": 1, "init_variance": 0.01, "m": 1, "key": -(2**63)},
+        },
+        {"dip": {"version": 1, "init_variance": 1e-30}},
         {"dip": {"version": 1, "ratio": {"patches": 0.5, "*": 1.0}}},
     ):
         cluster.train(

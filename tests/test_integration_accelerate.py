@@ -31,7 +31,10 @@ def trained(batch, accumulate=1, folder=None):
     keep_config(accelerator, model)
     for i, (x, y) in enumerate(data):
         step, micro = divmod(i, accumulate)
-        with accelerator.accumulate(model), step_noise(accelerator, model, step, batch, micro):
+        with (
+            accelerator.accumulate(model),
+            step_noise(accelerator, model, step, batch_size=batch, micro=micro),
+        ):
             loss = CONFIG.objective(CONFIG.trajectories(model, x), y, F.cross_entropy, model)
             accelerator.backward(loss)
             optimizer.step()
@@ -73,7 +76,7 @@ def test_a_model_without_a_config_is_refused():
     accelerator, model = accelerate.Accelerator(cpu=True), dip.convert(net())
     for call in (
         lambda: keep_config(accelerator, model),
-        lambda: step_noise(accelerator, model, 0, 8),
+        lambda: step_noise(accelerator, model, 0, batch_size=8),
     ):
         with pytest.raises(ValueError, match=r"model: expected one that dip\.apply has converted"):
             call()

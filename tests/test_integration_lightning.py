@@ -75,7 +75,8 @@ def same(a, b, **tolerance):
 
 @pytest.mark.parametrize("answer", ["tensor", "mapping"])
 @pytest.mark.parametrize(
-    "config", [CONFIG, dip.DIPConfig(m=1, kl=1.0, ratio=0.5), dip.DIPConfig(variance=0.1, kl=0)]
+    "config",
+    [CONFIG, dip.DIPConfig(m=1, kl=1.0, ratio=0.5), dip.DIPConfig(init_variance=0.1, kl=0)],
 )
 def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
     module = Module(answer=answer)

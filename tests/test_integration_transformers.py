@@ -138,7 +138,7 @@ def test_the_loss_is_the_objective_written_by_hand(config, smoothing, tmp_path):
     model = dip.convert(vit())
     dip.load_variances(model, start)
     optimizer = torch.optim.AdamW(
-        trainer.optimizer.param_groups[:0] or dip.param_groups(model, 1e-2, 0.1)
+        trainer.optimizer.param_groups[:0] or dip.param_groups(model, 1e-2, weight_decay=0.1)
     )
     for step, batch in enumerate(trainer.batches):
         with dip.fixed_noise(3 * RUN + step):
@@ -171,7 +171,7 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
     assert dip.check(
         trainer.model,
         {k: torch.stack([torch.as_tensor(i[k]) for i in images(4)]) for k in images(1)[0]},
-    ).ok
+    )
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path):
             ValueError, match=rf"optimizer: expected one made from dip\.param_groups.*{why} 14"
         ):
             DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
-    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-3, 0.1))
+    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1))
     DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
 
 
@@ -405,7 +405,7 @@ def test_sequences_packed_into_one_row_are_refused_where_the_model_would_join_th
     """transformers' flash attention looks for their starts in a batch of one row."""
     options = {"train_dataset": texts(), "data_collator": transformers.DataCollatorWithFlattening()}
     for m, kind in ((2, "flash_attention_2"), (2, "sdpa"), (1, "sdpa")):
-        config = dip.DIPConfig(m=m, variance=1e-12, kl=0)
+        config = dip.DIPConfig(m=m, init_variance=1e-12, kl=0)
         trainer = DIPTrainer(llama(), arguments(tmp_path, max_steps=1), dip=config, **options)
         trainer.model.config._attn_implementation = kind
         if kind == "sdpa":
@@ -522,7 +522,7 @@ def test_a_run_that_starts_again_draws_the_noise_of_its_places(tmp_path):
                 raise RuntimeError("CUDA out of memory.")
             return loss
 
-    fixed = {"train_dataset": images(), "dip": dip.DIPConfig(variance=0.05)}
+    fixed = {"train_dataset": images(), "dip": dip.DIPConfig(init_variance=0.05)}
     args = arguments(tmp_path, auto_find_batch_size=True)
     found = RunsOut(vit(), args, **fixed)
     found.train()
@@ -937,7 +937,7 @@ def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
         ValueError, match=r"train_dataset: expected batches of what the model's for"
     ):
         trainer(CONFIG)
-    config = dip.DIPConfig(variance=0.1)
+    config = dip.DIPConfig(init_variance=0.1)
     one = trainer(config, max_steps=1)
     plain = {name: value.clone() for name, value in one.model.state_dict().items()}
     one.train()
@@ -1012,10 +1012,10 @@ def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
         )
 
     with pytest.raises(ValueError, match="m: expected 1, because not all tensors"):
-        trainer(dip.DIPConfig(variance=0.1)).train()
+        trainer(dip.DIPConfig(init_variance=0.1)).train()
     with pytest.raises(ValueError, match=r"train_dataset: expected batches that are mappings"):
         trainer(dip.DIPConfig(m=1))
-    one = trainer(dip.DIPConfig(variance=0.1, m=1))
+    one = trainer(dip.DIPConfig(init_variance=0.1, m=1))
     modes = {True: set(), False: set()}
     layer = next(iter(dip_layers(one.model).values()))
     layer.register_forward_pre_hook(
@@ -1143,7 +1143,9 @@ def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_a
     with pytest.raises(ValueError, match="lacks 14 variance"):
         trainer(model, optimizers=(torch.optim.AdamW(model.parameters()), None))
     model = dip.apply(vit(), dip.DIPConfig(m=1, key=None), [BATCH])
-    trainer(model, optimizers=(torch.optim.AdamW(dip.param_groups(model, 1e-3, 0.1)), None)).train()
+    trainer(
+        model, optimizers=(torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1)), None)
+    ).train()
     half = arguments(tmp_path, weight_decay=0.0)
     half.fp16 = True
     with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):

@@ -552,7 +552,7 @@ def test_the_first_step_that_decays_a_variance_says_so_once(kind):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_what_does_not_decay_a_variance_says_nothing(kind):
     model = make()
-    assert step(kind(dip.param_groups(model, 1e-3, 0.1)), model) == []
+    assert step(kind(dip.param_groups(model, 1e-3, weight_decay=0.1)), model) == []
     assert step(kind(model.parameters(), lr=1e-3, weight_decay=0.0), model) == []
     plain = nn.Linear(6, 4)
     assert step(kind(plain.parameters(), lr=1e-3, weight_decay=0.1), plain) == []
@@ -564,7 +564,7 @@ def test_what_does_not_decay_a_variance_says_nothing(kind):
 
 def test_a_group_that_is_added_or_changed_later_is_looked_at():
     model = make()
-    groups = dip.param_groups(model, 1e-3, 0.1)
+    groups = dip.param_groups(model, 1e-3, weight_decay=0.1)
     optimizer = torch.optim.AdamW(groups[:2])
     assert step(optimizer, model) == []
     optimizer.add_param_group({"params": groups[2]["params"], "weight_decay": 0.0})
@@ -575,7 +575,7 @@ def test_a_group_that_is_added_or_changed_later_is_looked_at():
 
 def test_looking_for_decay_costs_a_comparison_and_keeps_nothing_alive():
     model = make()
-    optimizer = torch.optim.SGD(dip.param_groups(model, 1e-3, 0.1))
+    optimizer = torch.optim.SGD(dip.param_groups(model, 1e-3, weight_decay=0.1))
     step(optimizer, model)
     with mock.patch.object(decay, "_variances", None):  # which would be read to look again
         step(optimizer, model, 3)

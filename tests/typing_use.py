@@ -24,8 +24,15 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
         print(fixed, dip.summary(model), dip.env_report())
     probabilities: Tensor = dip.predict(model.eval(), batches[0][0], k=16, average="probs")
     print(probabilities)
-    found: dip.Certificate = dip.certify(model, batches[0][0], k=100)
+    found = dip.certify(model, batches[0][0], k=100)
     print(found.radius, found.accuracy(batches[0][1], 0.1))
+    report = dip.check(model, batches[0][0], strict=False)
+    if not report:
+        print(report.faults, dip.config_of(model))
+    for x, _ in (line := dip.progress(batches, model, every=5)):
+        line.update(loss=model(x).sum())
+    dip.save(model, "folder")
+    dip.load_variances(model, dip.variances(model))
     return dip.to_plain(model)
 
 
@@ -39,7 +46,7 @@ class Net(nn.Module):
 
 def net() -> Net:
     model = dip.convert(Net())
-    model = dip.apply(model, dip.DIPConfig(variance=0.1))
+    model = dip.apply(model, dip.DIPConfig(init_variance=0.1))
     print(model.head.out_features + 1)
     dip.no_such_name()  # type: ignore[attr-defined]
     return dip.load(model, "folder")

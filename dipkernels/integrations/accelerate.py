@@ -14,7 +14,7 @@ from .parts import place_in_batch, warn_of_another
 
 
 def step_noise(
-    accelerator: Any, model: nn.Module, step: int, batch_size: int, micro: int = 0
+    accelerator: Any, model: nn.Module, step: int, *, batch_size: int, micro: int = 0
 ) -> contextlib.AbstractContextManager[object]:
     """The noise of one micro-batch of a step: forward and backward belong inside.
 

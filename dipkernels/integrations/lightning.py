@@ -106,7 +106,7 @@ class DIPCallback(_Callback):  # type: ignore[misc]
             else:
                 convert_as(pl_module, config)
                 # when training starts, unless a checkpoint is loaded before
-                _remember_uncalibrated(pl_module, config.variance is None)
+                _remember_uncalibrated(pl_module, config.init_variance is None)
         self._wrap(trainer, pl_module)
 
     def _convert_for_checkpoint(self, pl_module: Any) -> None:
@@ -297,7 +297,7 @@ def _require_forward(pl_module: Any) -> None:
         raise ValueError(
             "batches: expected some, because the module has no forward to calibrate with, got "
             "None; give the callback batches and the module a forward, or call dip.apply on its "
-            "network before, or set variance=... in the config"
+            "network before, or set init_variance=... in the config"
         )
 
 

@@ -78,7 +78,7 @@ def require_groups(model: nn.Module, optimizer: Any, way_out: str) -> None:
         if ids:
             example = min(names[each] for each in ids)
             raise ValueError(
-                "optimizer: expected one made from dip.param_groups(model, lr, weight_decay) of "
+                "optimizer: expected one made from dip.param_groups(model, lr) of "
                 f"the converted model, got one that {which} {len(ids)} variance(s), such as "
                 f"{example}; {way_out}"
             )
@@ -155,7 +155,7 @@ def warn_of_another(stored: DIPConfig, own: DIPConfig, where: str) -> None:
 
 def warn_of_faults(report: Report) -> None:
     """Warn where `check` has found some after the first step."""
-    if not report.ok:
+    if not report:
         warnings.warn(
             f"dipkernels: after the first step {report}\n  An expert that the batch did not reach is "
             "no fault. Leave out layers that the loss reads past: exclude=[...] in the config",

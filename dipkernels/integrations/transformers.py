@@ -144,7 +144,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
             return
         if config_of(model) is None:
             config = self._dip_without_fused_head(model, config)
-            needs = config.variance is None or config.watches_batches
+            needs = config.init_variance is None or config.watches_batches
             apply(model, config, self._dip_first_batches(model) if needs else None)
             one_start(model)
         self._dip_check_setting(config)
@@ -176,8 +176,8 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if self.train_dataset is None:
             raise ValueError(
                 "train_dataset: expected one, whose first batches set the noise (ratio), got "
-                "None; set variance=... in the config, or call dip.apply(model, config, batches) "
-                "before"
+                "None; set init_variance=... in the config, or call dip.apply(model, config, "
+                "batches) before"
             )
         with untouched(model):
             prepared: Any = self.get_train_dataloader()
@@ -196,7 +196,7 @@ class DIPMixin(_Trainer):  # type: ignore[misc]
         if not all(found):
             raise ValueError(
                 "train_dataset: expected batches of what the model's forward takes, got "
-                f"{list(batches[0])}; say variance=... in the config, or call "
+                f"{list(batches[0])}; say init_variance=... in the config, or call "
                 "dip.apply(model, config, batches) before"
             )
         return found
@@ -574,8 +574,8 @@ class DIPCallback(transformers.TrainerCallback):
             raise ValueError(
                 f"weight_decay: expected 0 with a DIPCallback, got {args.weight_decay}: the "
                 "trainer's optimiser would decay the variances. Call dip.apply(model, config, "
-                "batches) and pass optimizers=(torch.optim.AdamW(dip.param_groups(model, lr, "
-                "weight_decay)), None), or use DIPMixin"
+                "batches) and pass optimizers=(torch.optim.AdamW(dip.param_groups(model, "
+                "lr)), None), or use DIPMixin"
             )
         if own is None:
             apply(model, self.config, self.batches)

@@ -21,6 +21,7 @@ from .probe import plain_names, without_wrappers
 def param_groups(
     model: nn.Module,
     lr: float,
+    *,
     weight_decay: float | None = None,
     variance_lr: float | None = None,
 ) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ class DIPOutProjection(DIPLinear, NonDynamicallyQuantizableLinear):
     plain_type = NonDynamicallyQuantizableLinear
 
 
-class _InProjection(DIPInput):
+class DIPInProjection(DIPInput):
     """The noise before an in-projection, whose weights are the attention's own. sample: 0 query, 1
     key, 2 value."""
 
@@ -77,10 +77,10 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     """
 
     plain_type = nn.MultiheadAttention
-    in_proj: _InProjection  # where query, key and value have one width
-    q_proj: _InProjection
-    k_proj: _InProjection
-    v_proj: _InProjection
+    in_proj: DIPInProjection  # where query, key and value have one width
+    q_proj: DIPInProjection
+    k_proj: DIPInProjection
+    v_proj: DIPInProjection
     out_proj: DIPOutProjection
 
     def __init__(  # all by name: torch.nn.utils.skip_init looks for device
@@ -119,7 +119,9 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         for name, init_variance in init_variances.items():
             width, weight = names[name]
             own = device_of_variance(weight, device)
-            made[name] = _InProjection(width, -1, init_variance, num_samples, device=own)
+            made[name] = DIPInProjection(
+                width, init_variance=init_variance, num_samples=num_samples, device=own
+            )
         for name, layer in made.items():
             setattr(self, name, layer.train(self.training))
 

@@ -44,7 +44,7 @@ def _check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         warnings.warn(
             f"dipkernels: {type(optimizer).__name__} decays the log_variance of {count} DIP "
             "layer(s): weight decay pulls it towards 0, which is sigma = 1. Make the optimiser "
-            "from dip.param_groups(model, lr, weight_decay), whose group of variances has none, "
+            "from dip.param_groups(model, lr), whose group of variances has none, "
             "or put the parameters named *.log_variance into a group with weight_decay=0",
             stacklevel=3,
         )

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..arguments import integer
 from .layer import DIM, DIPLayer, node_of, noised
-from .variance import short
 
 
 class DIPInput(DIPLayer, nn.Module):
@@ -39,6 +38,7 @@ class DIPInput(DIPLayer, nn.Module):
         self,
         num_features: int,
         dim: int = -1,
+        *,
         init_variance: float | Tensor = 0.01,
         num_samples: int = 1,
         device: torch.device | str | None = None,
@@ -55,4 +55,4 @@ class DIPInput(DIPLayer, nn.Module):
         return noised(self, input) if self.noisy() else self.copied_without_noise(input)
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, dim={self.dim}, init_variance={short(self.variance.init_variance)}"
+        return f"{self.num_features}, dim={self.dim}, {super().extra_repr()}"

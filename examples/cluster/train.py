@@ -224,9 +224,8 @@ def train(
     x, y = (t.to(device) for t in load())
     count = len(x) - NUM_TEST
     model, how = build(config, device, x), dip.DIPConfig.from_dict(config["dip"])
-    optimizer = torch.optim.AdamW(
-        dip.param_groups(model, config["lr"], config["weight_decay"], config["variance_lr"])
-    )
+    rates = {name: config[name] for name in ("lr", "weight_decay", "variance_lr")}
+    optimizer = torch.optim.AdamW(dip.param_groups(model, **rates))
     out.mkdir(parents=True, exist_ok=True)
     start, loss = resume(model, optimizer, out), torch.zeros(())
     for step in range(start, config["steps"]):
