@@ -95,10 +95,8 @@ ORDER += [
         "convert",
     )
 ]
-ORDER += [
-    f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify", "tune")
-]
-ORDER += ["diagnostics", "config", "reports", "testing"]
+ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify")]
+ORDER += ["reports", "training.tune", "diagnostics", "config", "testing"]
 ORDER += [
     f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")
 ] + ["env_report"]
