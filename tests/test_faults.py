@@ -110,6 +110,18 @@ def test_a_row0_out_of_range_in_predict_leaves_no_noise_on():
     assert contexts.MODE is None and torch.backends.mha.get_fastpath_enabled() == fast_path
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_while_a_layer_is_converted_leaves_its_class(error, monkeypatch):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(dip.DIPLinear, "_set_up", fails)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(error):
+        dip.convert(model)
+    assert type(model[0]) is torch.nn.Linear
+
+
 def test_ctrl_c_in_apply_and_load_leaves_a_plain_model(tmp_path, monkeypatch):
     """Otherwise a trainer would take the config for a calibrated model's."""
 
