@@ -101,19 +101,21 @@ def _distributed():
     return torch.distributed
 
 
-def _pool(world):
+@pytest.fixture(scope="module")
+def pools():
+    """Two processes and four, for the tests of a file."""
     _distributed()
-    pool = Ranks(world)
-    yield pool
-    pool.stop()
+    found = {world: Ranks(world) for world in (2, 4)}
+    yield found
+    for pool in found.values():
+        pool.stop()
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    """Two processes, for the tests of a file."""
-    yield from _pool(2)
+@pytest.fixture
+def ranks(pools):
+    return pools[2]
 
 
-@pytest.fixture(scope="module")
-def four_ranks():
-    yield from _pool(4)
+@pytest.fixture
+def four_ranks(pools):
+    return pools[4]

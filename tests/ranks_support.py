@@ -1,6 +1,8 @@
 """Several processes on one machine, started once and given one function after another:
-`ranks.run(check, ...)`."""
+`ranks.run(check, ...)`, or a test that is `@on_ranks()`."""
 
+import functools
+import inspect
 import os
 import tempfile
 import time
@@ -8,9 +10,40 @@ import traceback
 import warnings
 from multiprocessing.connection import wait
 
+import pytest
 from fresh_support import PROCESSES
 
 TIMEOUT = 300  # seconds for one function; machines that run tests may pause
+
+
+def on_ranks(*worlds):
+    """Makes check(rank, world, ...) a test that each of two processes runs, or of `worlds`: of four
+    among the slow tests."""
+    sizes = [pytest.param(w, marks=[pytest.mark.slow] * (w > 2)) for w in worlds or (2,)]
+
+    def of(check):
+        names = list(inspect.signature(check).parameters)[2:]
+
+        @functools.wraps(check)
+        def test(pools, processes, **given):
+            pools[processes].run(test, *(given[name] for name in names))
+
+        test.__signature__ = inspect.Signature(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in ("pools", "processes", *names)
+        )
+        return pytest.mark.parametrize("processes", sizes)(test)
+
+    return of
+
+
+def raised(call):
+    """The error of call() as text, which a rank can send back."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
 
 
 class Ranks:
@@ -83,6 +116,7 @@ def _serve(pipe, folder, rank, world):
     number = 0
     while True:
         check, args = pipe.recv()
+        check = inspect.unwrap(check)
         number += 1
         try:
             store = distributed.FileStore(f"{folder}/{number}", world)

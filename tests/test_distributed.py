@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_support import on_ranks, raised
 from torch import nn
 
 import dipkernels as dip
@@ -85,7 +86,10 @@ def one_process():
 # ---- DDP -----------------------------------------------------------------------------------------
 
 
-def check_ddp(rank, world):
+@on_ranks(2, 4)
+def test_ddp_is_one_process(rank, world):
+    """Outputs and gradients under fixed_noise(key, row0); accumulation, no_sync, steps without
+    noise."""
     from torch.nn.parallel import DistributedDataParallel
 
     x, y = batch()
@@ -125,19 +129,11 @@ def check_ddp(rank, world):
         with dip.fixed_noise(6, row0=2 * first):
             part = dip.trajectories(model, x[mine], m=2)
     torch.testing.assert_close(part, whole[:, mine], rtol=1e-5, atol=1e-5)
-    return gradients(model)["0.up.variance.log_variance"]
-
-
-def test_ddp_is_one_process(ranks):
-    """Outputs and gradients under fixed_noise(key, row0); accumulation, no_sync, steps without
-    noise."""
-    a, b = ranks.run(check_ddp)
-    assert torch.equal(a, b)  # reduced
-
-
-@pytest.mark.slow
-def test_ddp_is_one_process_on_four(four_ranks):
-    four_ranks.run(check_ddp)
+    reduced = [None] * world
+    torch.distributed.all_gather_object(
+        reduced, gradients(model)["0.up.variance.log_variance"].tolist()
+    )
+    assert reduced == [reduced[0]] * world
 
 
 def check_warning(rank, world, alike, compiled, way):
@@ -187,7 +183,11 @@ def shard(model, dtype=None, apart=True, **kwargs):
     return model
 
 
-def check_fsdp(rank, world, kind):
+@pytest.mark.parametrize(
+    "kind", ["float32 in one group", "float32 apart", "bf16 weights", "mixed precision"]
+)
+@on_ranks(2, 4)
+def test_fsdp_is_one_process(rank, world, kind):
     x, y = batch()
     first, each = rank * len(x) // world, len(x) // world
     mine = slice(first, first + each)
@@ -224,21 +224,8 @@ def check_fsdp(rank, world, kind):
     assert all(g.any() for g in gradients(model).values())
 
 
-KINDS = ["float32 in one group", "float32 apart", "bf16 weights", "mixed precision"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fsdp_is_one_process(ranks, kind):
-    ranks.run(check_fsdp, kind)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_fsdp_is_one_process_on_four(four_ranks, kind):
-    four_ranks.run(check_fsdp, kind)
-
-
-def check_checkpointed_fsdp(rank, world):
+@on_ranks()
+def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
     from torch.utils.checkpoint import checkpoint
 
     class Checkpointed(Block):
@@ -265,11 +252,8 @@ def check_checkpointed_fsdp(rank, world):
     assert_same(gradients(model), want, rtol=1e-4, atol=1e-5)
 
 
-def test_fsdp_with_checkpointing_and_accumulation_is_one_process(ranks):
-    ranks.run(check_checkpointed_fsdp)
-
-
-def check_penalty(rank, world):
+@on_ranks()
+def test_penalty_over_shards_is_the_whole_penalty(rank, world):
     plain = make_model()
     want = dip.penalty(plain, 0.3, 0.02)
     want.backward()
@@ -289,7 +273,8 @@ def check_penalty(rank, world):
         assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
 
 
-def check_kl(rank, world):
+@on_ranks()
+def test_kl_over_shards_is_the_whole_kl(rank, world):
     def with_priors():
         model = make_model()
         for m in model.modules():
@@ -324,24 +309,13 @@ def _replicated(world):
     return distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (world,)), [Replicate()])
 
 
-def test_kl_over_shards_is_the_whole_kl(ranks):
-    ranks.run(check_kl)
-
-
-def check_summary(rank, world):
+@on_ranks()
+def test_summary_of_shards_is_that_of_the_whole(rank, world):
     plain = make_model()
     with torch.no_grad():
         plain[0].up.log_variance.copy_(torch.linspace(-4, -1, 16))
     model = shard(copy.deepcopy(plain))
     assert list(dip.summary(model)) == list(dip.summary(plain))
-
-
-def test_summary_of_shards_is_that_of_the_whole(ranks):
-    ranks.run(check_summary)
-
-
-def test_penalty_over_shards_is_the_whole_penalty(ranks):
-    ranks.run(check_penalty)
 
 
 def check_fsdp1(rank, world):
@@ -361,11 +335,7 @@ def check_fsdp1(rank, world):
             lambda m: dip.load_variances(m, want),
             dip.check,
         ):
-            try:
-                call(model)
-                messages.append("nothing raised")
-            except ValueError as error:
-                messages.append(str(error))
+            messages.append(raised(lambda call=call, model=model: call(model)))
         with FullyShardedDataParallel.summon_full_params(model):
             assert_same(dip.variances(model), want, rtol=0, atol=0)
         assert dip.predict(model, batch()[0], k=2, average="logits").isfinite().all()
@@ -433,7 +403,9 @@ def check_meta_and_state(rank, world, folder):
     return {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}
 
 
-def check_conversion_of_a_meta_model(rank, world, inside):
+@pytest.mark.parametrize("inside", [True, False])
+@on_ranks()
+def test_a_sharded_meta_model_gets_its_variances(rank, world, inside):
     """Outside torch.device("meta") the variances have values, the weights none; inside neither
     has."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -459,12 +431,8 @@ def check_conversion_of_a_meta_model(rank, world, inside):
             model(torch.randn(3, 6)).sum().backward()
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_sharded_meta_model_gets_its_variances(ranks, inside):
-    ranks.run(check_conversion_of_a_meta_model, inside)
-
-
-def check_partial_load(rank, world):
+@on_ranks()
+def test_a_load_into_shards_leaves_what_it_does_not_name(rank, world):
     model = make_model()
     for m in model.modules():
         if isinstance(m, dip.Variance):
@@ -477,11 +445,21 @@ def check_partial_load(rank, world):
     assert_same(now, own, rtol=0, atol=0)
 
 
-def test_a_load_into_shards_leaves_what_it_does_not_name(ranks):
-    ranks.run(check_partial_load)
-
-
-def check_eval_backbone(rank, world, kind):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        pytest.param(
+            "replicate",
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.10."),
+                reason="torch 2.10 does not say when replicate runs",
+            ),
+        ),
+    ],
+)
+@on_ranks()
+def test_ddp_trains_on_with_a_backbone_in_eval_mode(rank, world, kind):
     from torch.distributed._composable.replicate import replicate
     from torch.nn.parallel import DistributedDataParallel
 
@@ -525,23 +503,6 @@ def check_eval_backbone(rank, world, kind):
     apart = plain(x)  # without DDP nothing is added
     apart.square().sum().backward()
     assert plain.backbone["fc"].log_variance.grad is None
-
-
-SILENT = torch.__version__.startswith("2.10.")  # of when `replicate` runs
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "ddp",
-        pytest.param(
-            "replicate",
-            marks=pytest.mark.skipif(SILENT, reason="torch 2.10 does not say when replicate runs"),
-        ),
-    ],
-)
-def test_ddp_trains_on_with_a_backbone_in_eval_mode(ranks, kind):
-    ranks.run(check_eval_backbone, kind)
 
 
 def check_load(rank, world, folder, want):
@@ -622,8 +583,7 @@ def check_faults(rank, world):
     renumbered[1].up.set_number(2 + 7 * rank)
     calibrated = make_model()
     dip.calibrate(calibrated, [(1 + rank) * batch()[0]])
-    messages = []
-    for call in (
+    calls = (
         lambda: dip.check_ranks(model),
         lambda: model(batch()[0]),
         lambda: dip.shard_variances(nn.Linear(2, 2)),
@@ -631,13 +591,8 @@ def check_faults(rank, world):
         lambda: dip.check_ranks(renumbered),
         lambda: dip.check_ranks(calibrated),
         lambda: shard(make_model(), apart=False)[0].up.forward(torch.randn(3, 16)),
-    ):
-        try:
-            call()
-            messages.append("nothing raised")
-        except Exception as error:
-            messages.append(f"{type(error).__name__}: {error}")
-    return messages
+    )
+    return [raised(call) for call in calls]
 
 
 def test_faults_are_named_with_layers_and_ranks(ranks):
@@ -660,7 +615,9 @@ def test_faults_are_named_with_layers_and_ranks(ranks):
 # ---- pipelines -----------------------------------------------------------------------------------
 
 
-def check_pipeline(rank, world, traced):
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@on_ranks()
+def test_a_pipeline_is_one_process(rank, world, traced):
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 
     x, y = batch()
@@ -701,12 +658,3 @@ def check_pipeline(rank, world, traced):
     held.zero_grad()
     schedule.step(x) if rank == 0 else schedule.step(target=y, losses=[])
     assert all(g.any() for g in gradients(held).values())
-
-
-def test_a_pipeline_of_a_converted_model_is_one_process(ranks):
-    ranks.run(check_pipeline, False)
-
-
-@pytest.mark.slow
-def test_a_pipeline_split_by_tracing_is_one_process(ranks):
-    ranks.run(check_pipeline, True)

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_support import on_ranks, raised
 from torch import nn
 
 import dipkernels as dip
@@ -89,18 +90,9 @@ def layouts(world):
     yield (12, 2, 5), 0, [Shard(2)]
 
 
-def check_u(rank, world, shape_of_mesh=None):
-    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+def check_u(rank, world, mesh, cases):
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-    mesh = mesh_of(world, shape_of_mesh)
-    cases = list(layouts(world))
-    if mesh.ndim == 2:
-        cases = [
-            ((6, 5, 12), -1, [Shard(0), Shard(2)]),
-            ((5, 7, 13), -1, [Shard(1), Shard(2)]),
-            ((7, 13), -1, [Shard(0), Shard(0)]),
-        ]
-        cases += [((3, 9, 8), -1, [Shard(1), Shard(1)]), ((4, 6, 8), -1, [Replicate(), Shard(1)])]
     for shape, dim, placements in cases:
         x, g = torch.randn(shape), torch.randn(shape)
         sigma = torch.rand(shape[dim]) + 0.1
@@ -125,8 +117,6 @@ def check_u(rank, world, shape_of_mesh=None):
             torch.testing.assert_close(dtensor.full(s.grad), want_sigma.grad, rtol=1e-5, atol=1e-5)
     # a sum that is still to be made over the ranks is made first
     part = torch.full((4, 8), float(rank))
-    from torch.distributed.tensor import DTensor
-
     u = functional.perturb(
         DTensor.from_local(part, mesh, [Partial()] * mesh.ndim), torch.ones(8), SEED
     )
@@ -134,17 +124,27 @@ def check_u(rank, world, shape_of_mesh=None):
     assert torch.equal(u.full_tensor(), functional.perturb(whole, torch.ones(8), SEED))
 
 
-def test_u_of_a_dtensor_is_that_of_one_process_to_the_bit(ranks):
-    ranks.run(check_u)
+@on_ranks(2, 4)
+def test_u_of_a_dtensor_is_that_of_one_process_to_the_bit(rank, world):
+    check_u(rank, world, mesh_of(world), list(layouts(world)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [None, (2, 2)])
-def test_u_of_a_dtensor_is_that_of_one_process_to_the_bit_on_four(four_ranks, shape):
-    four_ranks.run(check_u, shape)
+@on_ranks(4)
+def test_u_on_a_mesh_of_two_dimensions_is_that_of_one_process_to_the_bit(rank, world):
+    from torch.distributed.tensor import Replicate, Shard
+
+    cases = [
+        ((6, 5, 12), -1, [Shard(0), Shard(2)]),
+        ((5, 7, 13), -1, [Shard(1), Shard(2)]),
+        ((7, 13), -1, [Shard(0), Shard(0)]),
+        ((3, 9, 8), -1, [Shard(1), Shard(1)]),
+        ((4, 6, 8), -1, [Replicate(), Shard(1)]),
+    ]
+    check_u(rank, world, mesh_of(world, (2, 2)), cases)
 
 
-def check_double_backward(rank, world):
+@on_ranks()
+def test_double_backward_through_shards_is_that_of_one_process(rank, world):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = mesh_of(world)
@@ -163,10 +163,6 @@ def check_double_backward(rank, world):
             log_variance.clone().requires_grad_(),
         )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_double_backward_through_shards_is_that_of_one_process(ranks):
-    ranks.run(check_double_backward)
 
 
 # ---- the stock styles ----------------------------------------------------------------------------
@@ -194,7 +190,9 @@ def parallel_mlp(model, mesh, sequence=False):
     return dip.parallelize_module(model, mesh, plan)
 
 
-def check_styles(rank, world, sequence):
+@pytest.mark.parametrize("sequence", [False, True])
+@on_ranks(2, 4)
+def test_stock_styles_work_unchanged(rank, world, sequence):
     torch.manual_seed(1)
     plain = MLP()
     model = parallel_mlp(copy.deepcopy(plain), mesh_of(world), sequence)
@@ -221,18 +219,8 @@ def check_styles(rank, world, sequence):
     assert again.up.log_variance.dtype is torch.float64 and again.down._stream.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-def test_stock_styles_work_unchanged(ranks, sequence):
-    ranks.run(check_styles, sequence)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sequence", [False, True])
-def test_stock_styles_work_unchanged_on_four(four_ranks, sequence):
-    four_ranks.run(check_styles, sequence)
-
-
-def check_sequence_sharded_layer(rank, world):
+@on_ranks()
+def test_layers_take_the_row_pattern_of_a_sequence_shard(rank, world):
     """DIP layers that see [B, S, K] cut along S, and images cut along H."""
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
@@ -268,10 +256,6 @@ def check_sequence_sharded_layer(rank, world):
     with dip.fixed_noise(5):
         y = sharded(distribute_tensor(image, mesh, [Shard(0)])).full_tensor()
         torch.testing.assert_close(y, conv(image))
-
-
-def test_layers_take_the_row_pattern_of_a_sequence_shard(ranks):
-    ranks.run(check_sequence_sharded_layer)
 
 
 def check_communication(rank, world, sequence):
@@ -311,7 +295,8 @@ def test_noise_communicates_nothing_but_dsigma(ranks, sequence):
 # ---- with FSDP2 ----------------------------------------------------------------------------------
 
 
-def check_two_dimensions(rank, world):
+@on_ranks(4)
+def test_fsdp_over_tensor_parallel_is_one_process(rank, world):
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh_of(world, (2, 2), ("dp", "tp"))
@@ -332,20 +317,7 @@ def check_two_dimensions(rank, world):
         )
 
 
-@pytest.mark.slow
-def test_fsdp_over_tensor_parallel_is_one_process(four_ranks):
-    four_ranks.run(check_two_dimensions)
-
-
 # ---- faults --------------------------------------------------------------------------------------
-
-
-def raised(call):
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing raised"
 
 
 def check_different_keys(rank, world):
@@ -461,7 +433,8 @@ def test_torchs_own_call_is_refused_with_the_name_of_ours(ranks):
         )
 
 
-def check_conversion_of_a_parallel_model(rank, world):
+@on_ranks()
+def test_a_parallel_model_may_be_converted(rank, world):
     """The plain model by torch's own call, then converted: as parallelising the converted one."""
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -490,11 +463,8 @@ def check_conversion_of_a_parallel_model(rank, world):
     assert_equal_training(plain, model, torch.randn(3, 4, 16))
 
 
-def test_a_parallel_model_may_be_converted(ranks):
-    ranks.run(check_conversion_of_a_parallel_model)
-
-
-def check_calibration(rank, world):
+@on_ranks()
+def test_a_parallel_model_is_calibrated_as_the_plain_one(rank, world):
     torch.manual_seed(1)
     plain, batches = MLP(), [torch.randn(9, 16), torch.randn(7, 16)]
     model = parallel_mlp(copy.deepcopy(plain), mesh_of(world))
@@ -503,10 +473,6 @@ def check_calibration(rank, world):
     got = dip.variances(model)
     for name, values in dip.variances(plain).items():
         torch.testing.assert_close(got[name], values, rtol=1e-5, atol=1e-5)
-
-
-def test_a_parallel_model_is_calibrated_as_the_plain_one(ranks):
-    ranks.run(check_calibration)
 
 
 def check_producers(rank, world, local):
@@ -568,7 +534,8 @@ def test_a_llama_is_parallelised_by_a_plan_of_patterns(ranks):
     ranks.run(check_llama)
 
 
-def check_parallel_variances(rank, world):
+@on_ranks()
+def test_parallel_variances_are_whole_and_nothing_else_is_touched(rank, world):
     """Loads, loops and frozen ones behind parallelize_module; layers outside the plan stay as they
     were."""
     from torch.distributed.tensor.parallel import ColwiseParallel
@@ -590,11 +557,8 @@ def check_parallel_variances(rank, world):
     assert "NotImplementedError" in message and isinstance(again.down.variance, dip.Variance)
 
 
-def test_parallel_variances_are_whole_and_nothing_else_is_touched(ranks):
-    ranks.run(check_parallel_variances)
-
-
-def check_frozen_under_torch_2_10(rank, world):
+@on_ranks()
+def test_a_frozen_variance_stays_frozen_under_every_torch(rank, world):
     """Its distribute_module makes every parameter trained."""
     from torch.distributed import tensor
     from torch.distributed.tensor.parallel import ColwiseParallel
@@ -612,19 +576,12 @@ def check_frozen_under_torch_2_10(rank, world):
     assert not model.up.log_variance.requires_grad and model.down.log_variance.requires_grad
 
 
-def test_a_frozen_variance_stays_frozen_under_every_torch(ranks):
-    ranks.run(check_frozen_under_torch_2_10)
-
-
-def check_compiled(rank, world):
+@pytest.mark.slow
+@on_ranks()
+def test_tensor_parallel_compiles_whole(rank, world):
     torch.manual_seed(1)
     plain = MLP()
     model = parallel_mlp(copy.deepcopy(plain), mesh_of(world))
     torch._dynamo.reset()
     model.compile(backend="aot_eager", fullgraph=True)
     assert_equal_training(plain, model, torch.randn(2, 4, 16))
-
-
-@pytest.mark.slow
-def test_tensor_parallel_compiles_whole(ranks):
-    ranks.run(check_compiled)
