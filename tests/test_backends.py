@@ -131,51 +131,25 @@ def run_python(tmp_path):
     return functools.partial(fresh_support.run, output=tmp_path / "output")
 
 
+LAYER = "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))"
+
+
 @pytest.mark.parametrize(
     "variable, value, code, expected",
     [
-        (
-            "DIPKERNELS_BACKEND",
-            "reference",
-            "import torch, dipkernels.backends as b; print(b.choose('noise', 'cpu').why)",
-            "asked for",
-        ),
-        (
-            "DIPKERNELS_COMPILED_KEEP",
-            "u",
-            "import dipkernels.backends as b; print(b.kept_when_compiled * 3)",
-            "uuu",
-        ),
-        (
-            "DIPKERNELS_COMPILED_KEEP",
-            "both",
-            "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))",
-            "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'",
-        ),
-        (
-            "DIPKERNELS_CPU_CAPABILITY",
-            "portable",
-            "import dipkernels.backends as b; print(b.cpu_capability())",
-            "portable",
-        ),
-        (
-            "DIPKERNELS_CPU_CAPABILITY",
-            "sse9",
-            "import dipkernels as d, torch; d.functional.noise((2, 8), torch.tensor([1, 2]))",
-            "DIPKERNELS_CPU_CAPABILITY: expected",
-        ),
-        (
-            "DIPKERNELS_CPU_CAPABILITY",
-            "sse9",
-            "import dipkernels.backends as b; b.cpu_capability()",
-            "DIPKERNELS_CPU_CAPABILITY: expected",
-        ),
+        ("BACKEND", "reference", "print(b.choose('noise', 'cpu').why)", "asked for"),
+        ("COMPILED_KEEP", "u", "print(b.kept_when_compiled * 3)", "uuu"),
+        ("COMPILED_KEEP", "both", LAYER, "COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
+        ("CPU_CAPABILITY", "portable", "print(b.cpu_capability())", "portable"),
+        ("CPU_CAPABILITY", "sse9", "b.cpu_capability()", "CPU_CAPABILITY: expected"),
+        ("CPU_CAPABILITY", "sse9", LAYER, "CPU_CAPABILITY: expected"),
     ],
 )
 def test_environment_decides_and_errors_name_the_variable(
     run_python, variable, value, code, expected
 ):
-    status, output = run_python(code, **{variable: value})
+    code = f"import torch, dipkernels.backends as b; {code}"
+    status, output = run_python(code, **{f"DIPKERNELS_{variable}": value})
     assert expected in output and (status != 0) == ("expected" in expected)
 
 
@@ -307,61 +281,32 @@ print("auto:", sys.modules["dipkernels.backends"].choose("perturb", "cpu").why)
 
 
 @pytest.mark.parametrize(
-    "forced, without, says",
+    "forced, without, why",
     [
-        (
-            "triton",
-            "nothing",
-            "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors",
-        ),
-        (
-            "triton",
-            "triton",
-            "backend 'triton' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the package triton is not installed",
-        ),
-        (
-            "cuda",
-            "cpu",
-            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it runs on CUDA tensors",
-        ),
-        (
-            "cuda",
-            "cuda",
-            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CUDA",
-        ),
-        (
-            "cuda",
-            "library",
-            "backend 'cuda' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built",
-        ),
-        (
-            "cpu",
-            "library",
-            "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: it was not built",
-        ),
-        (
-            "cpu",
-            "cpu",
-            "backend 'cpu' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: the library was built without CPU",
-        ),
-        (
-            "quick",
-            "nothing",
-            "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'",
-        ),
+        ("triton", "nothing", "it runs on CUDA tensors"),
+        ("triton", "triton", "the package triton is not installed"),
+        ("cuda", "cpu", "it runs on CUDA tensors"),
+        ("cuda", "cuda", "the library was built without CUDA"),
+        ("cuda", "library", "it was not built"),
+        ("cpu", "library", "it was not built"),
+        ("cpu", "cpu", "the library was built without CPU"),
+        ("quick", "nothing", None),
     ],
 )
 def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(
-    run_python, forced, without, says
+    run_python, forced, without, why
 ):
     code = FORCED_CALL.format(without=WITHOUT[without])
     status, output = run_python(code, DIPKERNELS_BACKEND=forced, TRITON_INTERPRET="")
     assert status == 0, output
     assert "imported" in output and "reported" in output
     (refusal,) = (line for line in output.splitlines() if line.startswith("refused:"))
-    assert says in refusal
-    if forced != "quick":
+    if why:
+        says = f"backend '{forced}' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: {why}"
         assert "unset DIPKERNELS_BACKEND, or call dipkernels.backend('auto'), to let" in refusal
+    else:
+        says = "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'"
+    assert says in refusal
     kernels = next(line for line in output.splitlines() if line.startswith("kernels on cpu"))
     assert says in kernels  # the report names it too
     assert "torch.Size([3, 2])" in output and "auto:" in output
@@ -486,35 +431,28 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
         backends.note_triton_problem("perturb", PTXASError("no such instruction"))
 
 
-@pytest.mark.parametrize("compiler", ["none", "fails"])
-def test_without_a_c_compiler_another_backend_runs(compiler, monkeypatch, tmp_path):
-    """As in an image without gcc, or without Python.h: Triton's own error, whatever its words."""
-    build = pytest.importorskip("triton.runtime.build")
+@pytest.mark.parametrize("failure", ["no compiler", "compiler fails", "no such instruction"])
+def test_an_operation_that_triton_cannot_compile_runs_elsewhere(failure, monkeypatch, tmp_path):
+    """Without gcc or Python.h too, where it is Triton's own error, whatever its words."""
+    if failure != "no such instruction":
+        build = pytest.importorskip("triton.runtime.build")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    if compiler == "fails":
+    if failure == "compiler fails":
         (tmp_path / "gcc").write_text("#!/bin/sh\nexit 1\n")
         (tmp_path / "gcc").chmod(0o755)
     monkeypatch.setattr(backends, "triton_problems", {})
 
     def launcher(*arguments):
+        if failure == "no such instruction":
+            raise PTXASError(failure)
         build.compile_module_from_src(src=f"// {tmp_path}", name="launcher")
 
+    failing = registry._triton("noise", "perturb")
     module = SimpleNamespace(noise=launcher)
-    failing = registry._triton("noise", "perturb")
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
-    with pytest.warns(RuntimeWarning, match="cannot compile noise: .*(C compiler|exit status 1)"):
-        z = failing(SEED, (3, 8), -1, 0, 0, 0)
-    assert torch.equal(z, functional.noise((3, 8), SEED))
-
-
-def test_an_operation_runs_elsewhere_once_triton_failed(monkeypatch):
-    monkeypatch.setattr(backends, "triton_problems", {})
-    failing = registry._triton("noise", "perturb")
-    monkeypatch.setattr(
-        registry.importlib, "import_module", lambda name: (_ for _ in ()).throw(PTXASError("no"))
-    )
-    with pytest.warns(RuntimeWarning, match="cannot compile noise"):
+    why = f"cannot compile noise: .*(C compiler|exit status 1|{failure})"
+    with pytest.warns(RuntimeWarning, match=why):
         z = failing(SEED, (3, 8), -1, 0, 0, 0)
     assert torch.equal(z, functional.noise((3, 8), SEED))
     assert torch.equal(failing(SEED, (3, 8), -1, 0, 0, 0), z)
