@@ -46,147 +46,62 @@ LEAST, MOST = 1, 6  # faults of a file
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not build"
 
 
-class Area(NamedTuple):
-    """Files, and the tests that must notice a fault in them; for a module of dipkernels
-    tests/test_<module>.py comes first."""
-
-    patterns: tuple[str, ...]
-    tests: tuple[str, ...]
-
-
-# The first area whose pattern fits is a file's. Tests that do not exist are passed over: both may
-# move.
-AREAS = (
-    # need nvcc: without it they are skipped, and everything survives
-    Area(("csrc/cuda/*",), ("ptx_cuda", "sanitize_cuda")),
-    Area(("csrc/philox.h", "csrc/noise.h"), ("noise", "perturb")),
-    Area(("csrc/**/activation*", "csrc/**/expectation*"), ("expectation",)),
-    Area(("csrc/**/norm*", "csrc/**/gate*"), ("producers",)),
-    Area(("csrc/cpu/samples*", "csrc/cpu/vector_math*"), ("samples", "averaging")),
-    Area(("csrc/cpu/convert*",), ("noise", "perturb", "samples")),
-    Area(("csrc/cpu/dispatch*",), ("backends.py::TestDispatch",)),
-    Area(("csrc/cpu/*",), ("perturb", "noise", "guards", "properties", "samples", "producers")),
-    Area(("csrc/perturb_op.cpp",), ("cuda_glue", "perturb", "noise", "ops", "fuzz")),
-    Area(
-        ("csrc/**/*",), ("perturb", "ops", "noise", "samples", "expectation", "producers", "fuzz")
-    ),
-    Area(
-        ("triton_kernels/perturb.py", "triton_kernels/noise.py"),
-        ("ptx_triton",),
-    ),
-    Area(
-        ("triton_kernels/norm.py", "triton_kernels/gate.py", "triton_kernels/activations.py"),
-        ("ptx_producers", "ptx_triton"),
-    ),
-    Area(("triton_kernels/linear.py",), ("ptx_triton", "triton_interpreter")),
-    Area(
-        ("triton_kernels/tiles.py",),
-        ("ptx_triton", "ptx_producers"),
-    ),
-    Area(
-        ("triton_kernels/expectation.py", "triton_kernels/mixtures.py"),
-        ("expectation", "ptx_triton", "triton_interpreter"),
-    ),
-    Area(
-        ("dipkernels/reference.py",),
-        ("noise", "perturb", "linear", "expectation", "producers", "properties"),
-    ),
-    Area(
-        ("dipkernels/**/seeds.py", "dipkernels/noise/*.py"),
-        ("seeds", "layers", "trajectories", "lifecycle", "faults", "worlds", "checkpointing"),
-    ),
-    Area(
-        ("dipkernels/**/row_blocks.py", "dipkernels/**/expectation.py"), ("averaging", "properties")
-    ),
-    Area(
-        ("dipkernels/**/functional.py",),
-        (
-            "perturb",
-            "linear",
-            "averaging",
-            "layers",
-            "properties",
-            "seeds",
-            "worlds",
-            "first_mistakes",
-        ),
-    ),
-    Area(
-        ("dipkernels/**/norm.py", "dipkernels/**/gate.py", "dipkernels/**/producer*.py"),
-        ("producers", "producer_modules", "ops", "compile"),
-    ),
-    Area(
-        ("dipkernels/**/activation*.py",),
-        ("producers", "producer_modules", "averaging", "producer_plan"),
-    ),
-    Area(("dipkernels/**/attention.py",), ("attention", "layers")),
-    Area(("dipkernels/**/tracing.py",), ("tracing", "worlds")),
-    Area(("dipkernels/**/decay.py",), ("user_code_variance", "layers")),
-    Area(("dipkernels/**/twin.py",), ("before", "convert", "layers")),
-    Area(
-        ("dipkernels/nn/*.py",),
-        (
-            "layers",
-            "seeds",
-            "inputs",
-            "user_code_variance",
-            "user_code_loaders",
-            "faults",
-            "convert",
-        ),
-    ),
-    Area(("dipkernels/**/dtensor.py",), ("tensor_parallel",)),
-    Area(
-        ("dipkernels/**/distributed.py",), ("distributed", "tensor_parallel", "user_code_loaders")
-    ),
-    Area(("dipkernels/**/analytic.py",), ("averaging",)),
-    Area(
-        ("dipkernels/**/trajectories.py", "dipkernels/**/predict.py"), ("trajectories", "objective")
-    ),
-    Area(("dipkernels/training/*.py",), ("objective", "trajectories", "recipe")),
-    Area(("dipkernels/**/probe.py", "dipkernels/**/check.py"), ("check", "before", "convert")),
-    Area(
-        ("dipkernels/**/place.py", "dipkernels/**/readers.py"),
-        ("producer_plan", "producer_modules", "before", "models"),
-    ),
-    Area(
-        ("dipkernels/**/convert.py", "dipkernels/**/convertible.py", "dipkernels/models/*.py"),
-        (
-            "convert",
-            "before",
-            "first_mistakes",
-            "recipe",
-            "user_code_variance",
-            "check",
-            "user_code_loaders",
-            "models",
-            "adapters",
-        ),
-    ),
-    # need the tools of requirements-tools.txt: without them they are skipped, and everything
-    # survives
-    Area(("dipkernels/integrations/accelerate.py",), ("integration_accelerate",)),
-    Area(("dipkernels/integrations/lightning.py",), ("integration_lightning",)),
-    Area(
-        ("dipkernels/integrations/peft.py",),
-        ("integration_peft", "adapters", "user_code_loaders"),
-    ),
-    Area(
-        ("dipkernels/integrations/transformers.py",),
-        ("integration_transformers", "integration_deepspeed"),
-    ),
-    Area(
-        ("dipkernels/integrations/*.py",),
-        ("integration_accelerate", "integration_lightning", "integration_transformers"),
-    ),
-    Area(
-        ("dipkernels/ops/*.py",),
-        ("ops", "perturb", "linear", "averaging", "noise", "backends", "compile"),
-    ),
-    Area(("dipkernels/**/backends.py",), ("backends", "ops", "env_report", "wheel")),
-    Area(("dipkernels/**/worlds.py",), ("compile", "layers", "tensor_parallel")),
-    Area(("dipkernels/**/*.py",), ("layers", "convert")),
-)
+# Files, and the tests that must notice a fault in them, a row each. The first row whose pattern fits
+# is a file's. For a module of dipkernels tests/test_<module>.py comes first, and tests that do not
+# exist are passed over: both may move. The tests of csrc/cuda need nvcc, those of the integrations
+# the tools of requirements-tools.txt: without them they are skipped, and everything survives.
+AREAS = """
+csrc/cuda/*: ptx_cuda sanitize_cuda
+csrc/philox.h csrc/noise.h: noise perturb
+csrc/**/activation* csrc/**/expectation*: expectation
+csrc/**/norm* csrc/**/gate*: producers
+csrc/cpu/samples* csrc/cpu/vector_math*: samples averaging
+csrc/cpu/convert*: noise perturb samples
+csrc/cpu/dispatch*: backends.py::TestDispatch
+csrc/cpu/*: perturb noise guards properties samples producers
+csrc/perturb_op.cpp: cuda_glue perturb noise ops fuzz
+csrc/**/*: perturb ops noise samples expectation producers fuzz
+triton_kernels/perturb.py triton_kernels/noise.py: ptx_triton
+triton_kernels/norm.py triton_kernels/gate.py triton_kernels/activations.py: ptx_producers
+    ptx_triton
+triton_kernels/linear.py: ptx_triton triton_interpreter
+triton_kernels/tiles.py: ptx_triton ptx_producers
+triton_kernels/expectation.py triton_kernels/mixtures.py: expectation ptx_triton
+    triton_interpreter
+dipkernels/reference.py: noise perturb linear expectation producers properties
+dipkernels/**/seeds.py dipkernels/noise/*.py: seeds layers trajectories lifecycle faults worlds
+    checkpointing
+dipkernels/**/row_blocks.py dipkernels/**/expectation.py: averaging properties
+dipkernels/**/functional.py: perturb linear averaging layers properties seeds worlds
+    first_mistakes
+dipkernels/**/norm.py dipkernels/**/gate.py dipkernels/**/producer*.py: producers producer_modules
+    ops compile
+dipkernels/**/activation*.py: producers producer_modules averaging producer_plan
+dipkernels/**/attention.py: attention layers
+dipkernels/**/tracing.py: tracing worlds
+dipkernels/**/decay.py: user_code_variance layers
+dipkernels/**/twin.py: before convert layers
+dipkernels/nn/*.py: layers seeds inputs user_code_variance user_code_loaders faults convert
+dipkernels/**/dtensor.py: tensor_parallel
+dipkernels/**/distributed.py: distributed tensor_parallel user_code_loaders
+dipkernels/**/analytic.py: averaging
+dipkernels/**/trajectories.py dipkernels/**/predict.py: trajectories objective
+dipkernels/training/*.py: objective trajectories recipe
+dipkernels/**/probe.py dipkernels/**/check.py: check before convert
+dipkernels/**/place.py dipkernels/**/readers.py: producer_plan producer_modules before models
+dipkernels/**/convert.py dipkernels/**/convertible.py dipkernels/models/*.py: convert before
+    first_mistakes recipe user_code_variance check user_code_loaders models adapters
+dipkernels/integrations/accelerate.py: integration_accelerate
+dipkernels/integrations/lightning.py: integration_lightning
+dipkernels/integrations/peft.py: integration_peft adapters user_code_loaders
+dipkernels/integrations/transformers.py: integration_transformers integration_deepspeed
+dipkernels/integrations/*.py: integration_accelerate integration_lightning
+    integration_transformers
+dipkernels/ops/*.py: ops perturb linear averaging noise backends compile
+dipkernels/**/backends.py: backends ops env_report wheel
+dipkernels/**/worlds.py: compile layers tensor_parallel
+dipkernels/**/*.py: layers convert
+"""
 # Sizes of tiles and blocks, chosen for speed: by contract they change no result. And what holds no
 # code.
 LEFT_OUT = (
@@ -261,12 +176,13 @@ class Drawn(NamedTuple):
 def areas(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Every source file with the tests of its area, those of its own name first."""
     seen = {root / name for name in LEFT_OUT}
-    for area in AREAS:
-        for path in sources(root, area.patterns):
+    for row in re.split(r"\n(?! )", AREAS.strip()):
+        patterns, tests = (words.split() for words in row.split(":", 1))
+        for path in sources(root, patterns):
             if path not in seen and path.suffix in (".py", ".h", ".cpp", ".cu"):
                 seen.add(path)
                 own = (path.stem,) if path.is_relative_to(root / "dipkernels") else ()
-                named = dict.fromkeys((*own, *area.tests))
+                named = dict.fromkeys((*own, *tests))
                 files = [f"tests/test_{name}" + ("" if ".py" in name else ".py") for name in named]
                 yield path, tuple(name for name in files if (root / name.split("::")[0]).exists())
 
@@ -373,15 +289,7 @@ class Copy:
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1), os.dup2(to, 2)
             code = pytest.main(
-                [
-                    "-x",
-                    "-q",
-                    "-p",
-                    "no:cacheprovider",
-                    "--durations=0",
-                    "--tb=line",
-                    *names,
-                ]
+                ["-x", "-q", "-p", "no:cacheprovider", "--durations=0", "--tb=line", *names]
             )
             sys.stdout.flush()
             os._exit(int(code))

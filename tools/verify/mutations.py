@@ -1,18 +1,20 @@
-"""Faults that a programmer could have made, from the syntax of a source file: Python by its tree,
-C++ by its tokens.
+"""Faults that a programmer could have made, in a source file of Python or of C++.
 
-| kind      | fault                                                              |
-|-----------|--------------------------------------------------------------------|
-| sign      | a plus for a minus, a negation left out                            |
-| term      | a term or factor dropped, a sum begun anew                         |
-| operand   | two operands or arguments swapped                                  |
-| argument  | a keyword argument left out (Python)                               |
-| bound     | < for <=, a range one too short                                    |
-| index     | the next element, the first element, a slice one off               |
-| mask      | "and" for "or" of bits, one bit of a constant, a mask left out     |
-| condition | a condition removed, reversed or half of it, a check left out      |
-| constant  | another number, True for False                                     |
-| statement | a call, an assignment to memory, an addition left out              |
+| kind      | fault                                                          | found by       |
+|-----------|----------------------------------------------------------------|----------------|
+| sign      | a plus for a minus, a negation left out                        | text           |
+| term      | a term or factor dropped, a sum begun anew                     | tree, C++ text |
+| operand   | two operands or arguments swapped                              | tree, text     |
+| argument  | a keyword argument left out                                    | tree           |
+| bound     | < for <=, a range one too short                                | text, tree     |
+| index     | the next element, the first element, a slice one off           | text, tree     |
+| mask      | "and" for "or" of bits, one bit of a constant, a mask left out | text, tree     |
+| condition | a condition reversed, decided beforehand, or half of it        | text, tree     |
+| constant  | another number, True for False                                 | text           |
+| statement | a call, an assignment to memory, an addition left out          | tree, C++ text |
+
+Text: one table of regular expressions for both languages, and one for C++ alone. They rely on the
+formatters, which put spaces around an operator that joins two operands. Tree: Python's syntax tree.
 
 What cannot change a result is left alone: comments, documentation, annotations, messages of errors,
 imports, assertions of types, and in C++ named sizes (`constexpr int`), the sizes of arrays and
@@ -31,6 +33,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+Span = tuple[int, int]
+Found = tuple[int, int, str, str]  # start, end, kind, new text
 
 
 @dataclass(frozen=True)
@@ -65,38 +69,21 @@ class Mutation:
 def mutations(path: Path) -> list[Mutation]:
     """All of a file, in its order."""
     source = path.read_text(encoding="utf-8")
-    found = sorted(set(_python(source) if path.suffix == ".py" else _cpp(source)))
+    found = _python(source) if path.suffix == ".py" else _cpp(source)
     seen: dict[tuple, int] = {}
     listed = []
-    for start, end, kind, new in found:
+    for start, end, kind, new in sorted(set(found)):
         if source[start:end] == new:
             continue
         first, last = source.rfind("\n", 0, start) + 1, source.find("\n", end)
         last = len(source) if last < 0 else last
-        words = (
-            path.name,
-            kind,
-            _flat(source[first:last]),
-            _flat(source[first:start] + new + source[end:last]),
-        )
-        listed.append(
-            Mutation(
-                path.name,
-                kind,
-                start,
-                end,
-                new,
-                source.count("\n", 0, start) + 1,
-                *words[2:],
-                seen.get(words, 0),
-            )
-        )
-        seen[words] = seen.get(words, 0) + 1
+        before = " ".join(source[first:last].split())
+        after = " ".join((source[first:start] + new + source[end:last]).split())
+        count = seen.get((kind, before, after), 0)
+        seen[kind, before, after] = count + 1
+        line = source.count("\n", 0, start) + 1
+        listed.append(Mutation(path.name, kind, start, end, new, line, before, after, count))
     return listed
-
-
-def _flat(text: str) -> str:
-    return " ".join(text.split())
 
 
 # ---- drawing -------------------------------------------------------------------------------------
@@ -105,11 +92,8 @@ def _flat(text: str) -> str:
 def in_turns(by_kind: dict[str, list[T]], kinds: Iterable[str], count: int) -> list[T]:
     """`count` of the lists' elements: the first of each kind, then the second, until there are no
     more."""
-    kinds = list(kinds)
-    turns = (
-        by_kind[kind][i] for i in itertools.count() for kind in kinds if i < len(by_kind[kind])
-    )
-    return list(itertools.islice(turns, min(count, sum(len(by_kind[kind]) for kind in kinds))))
+    turns = itertools.zip_longest(*(by_kind[kind] for kind in kinds))
+    return [one for turn in turns for one in turn if one is not None][:count]
 
 
 def shuffled(found: list[Mutation], seed: int) -> list[Mutation]:
@@ -126,599 +110,232 @@ def shuffled(found: list[Mutation], seed: int) -> list[Mutation]:
     return in_turns(by_kind, sorted(by_kind, key=lambda kind: order(f"{file} {kind}")), len(found))
 
 
-# ---- Python --------------------------------------------------------------------------------------
+# ---- both languages, by their text ---------------------------------------------------------------
 
-Found = tuple[int, int, str, str]  # start, end, kind, new text
-
-_BINARY: dict[type, tuple[str, str, str]] = {
-    ast.Add: ("+", "-", "sign"),
-    ast.Sub: ("-", "+", "sign"),
-    ast.FloorDiv: ("//", "/", "operand"),
-    ast.BitAnd: ("&", "|", "mask"),
-    ast.BitOr: ("|", "&", "mask"),
-    ast.LShift: ("<<", ">>", "mask"),
-    ast.RShift: (">>", "<<", "mask"),
+_SWAPPED = {
+    "sign": "+ -  - +  += -=  -= +=",
+    "bound": "< <=  <= <  > >=  >= >",
+    "condition": "== !=  != ==  && ||  || &&",
+    "mask": "& |  | &  << >>  >> <<",
+    "operand": "// /",
+    "term": "+= =  -= =  *= =  /= =  |= =  &= =",
 }
-_COMPARED: dict[type, tuple[str, str, str]] = {
-    ast.Lt: ("<", "<=", "bound"),
-    ast.LtE: ("<=", "<", "bound"),
-    ast.Gt: (">", ">=", "bound"),
-    ast.GtE: (">=", ">", "bound"),
-    ast.Eq: ("==", "!=", "condition"),
-    ast.NotEq: ("!=", "==", "condition"),
-    ast.Is: ("is", "is not", "condition"),
-    ast.IsNot: ("is not", "is", "condition"),
-    ast.In: ("in", "not in", "condition"),
-    ast.NotIn: ("not in", "in", "condition"),
-}
-_COMMUTATIVE = {
-    "min",
-    "max",
-    "smaller",
-    "larger",
-    "minimum",
-    "maximum",
-    "add",
-    "mul",
-    "promote_types",
-    "logical_and",
-}
+# What stands in parentheses or brackets, to the third level; the inside of a pair; an argument.
+_DEEP = r"(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|\[(?:[^\[\]]|\[[^\[\]]*\])*\])"
+_INSIDE = rf"(?:[^()\[\]{{}};]|{_DEEP})*"
+_ARGUMENT = rf"(?:[^()\[\]{{}};,]|{_DEEP})+"
+_DECLARED = re.compile(r"[\w:<>, ]+[*&]? [*&]?\w+")  # a parameter
+_COMMUTATIVE = {"min", "max", "smaller", "larger", "minimum", "maximum", "add", "mul"}
+_COMMUTATIVE |= {"promote_types", "logical_and"}
+_NO_ORDER = _COMMUTATIVE | {"isinstance", "getattr", "hasattr", "cast"}
 
 
-def _commutes(name: str, number: int) -> bool:
-    """Whether a call gives the same when arguments `number` and the next are swapped."""
-    return name in _COMMUTATIVE or (number == 0 and name in ("fma", "fma_of"))
+def _decimal(text: str) -> str:
+    value = float(text)
+    return repr(value * 1.01 if value else 1.0)
 
 
-_SILENT = {
-    "warn",
-    "print",
-    "cast",
-    "TypeVar",
-    "getLogger",
-    "__init__",
-}  # calls that change no result, or all of them
+# (kind, what is replaced: the group `at` or all of it, what it becomes)
+Rule = tuple[str, str, Callable[[str], str]]
+_BOTH: list[Rule] = [
+    *(
+        (kind, rf"(?<=\s){re.escape(old)}(?=\s)", lambda _, new=new: new)
+        for kind, words in _SWAPPED.items()
+        for old, new in (pair.split() for pair in words.split("  "))
+    ),
+    ("sign", r"(?<=[\s(\[{=])-(?=[\w(.])", lambda _: ""),
+    ("index", r"(?<=[\w)\]])\[(?P<at>[a-zA-Z_]\w*)\]", lambda _: "0"),
+    ("index", r"(?<=[\w)\]]\[)-?\d+(?=\])", lambda old: str(int(old) + 1)),
+    ("mask", r"\b0[xX][\da-fA-F]+", lambda old: hex(int(old, 16) ^ 1)),
+    ("constant", r"(?<![\w.\[])\d+(?=[uUlL]*\b(?!\.))", lambda old: str(int(old) + 1)),
+    ("constant", r"(?<![\w.])(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?", _decimal),
+]
 
 
-class _Python(ast.NodeVisitor):
-    def __init__(self, source: str) -> None:
-        self.source, self.found = source, []
-        lines = source.splitlines(keepends=True)
-        self.starts = list(itertools.accumulate((len(line) for line in lines), initial=0))
-        self.lines = lines
-
-    def _at(self, line: int, column: int) -> int:
-        """A place of the tree, which counts bytes of a line, in characters of the source."""
-        return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
-
-    def _span(self, node: ast.AST) -> tuple[int, int]:
-        return self._at(node.lineno, node.col_offset), self._at(
-            node.end_lineno, node.end_col_offset
-        )
-
-    def _text(self, node: ast.AST) -> str:
-        start, end = self._span(node)
-        return self.source[start:end]
-
-    def _put(self, node: ast.AST, kind: str, new: str) -> None:
-        self.found.append((*self._span(node), kind, new))
-
-    def _between(self, left: ast.AST, right: ast.AST, old: str, new: str, kind: str) -> None:
-        """Another operator in place of the one that stands between two nodes."""
-        low, high = self._span(left)[1], self._span(right)[0]
-        written = re.escape(old).replace(r"\ ", r"\s+")
-        pattern = rf"\b{written}\b" if old[0].isalpha() else written
-        place = re.search(pattern, self.source[low:high])
-        if place:
-            self.found.append((low + place.start(), low + place.end(), kind, new))
-
-    # what is left alone
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        if node.value is not None:
-            self.visit(node.value)
-
-    def visit_arguments(self, node: ast.arguments) -> None:
-        for default in (*node.defaults, *filter(None, node.kw_defaults)):
-            self.visit(default)
-
-    def _body(self, node: ast.FunctionDef | ast.ClassDef) -> None:
-        if isinstance(node, ast.FunctionDef):
-            self.visit(node.args)
-        for statement in node.body:
-            self.visit(statement)
-
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _body
-
-    def _nothing(self, node: ast.AST) -> None:
-        pass
-
-    visit_Raise = visit_Assert = visit_JoinedStr = visit_Import = visit_ImportFrom = _nothing
-
-    def visit_Module(self, node: ast.Module) -> None:
-        for statement in node.body:
-            target = statement.targets[0] if isinstance(statement, ast.Assign) else None
-            name = target.id if isinstance(target, ast.Name) else ""
-            # an alias, such as Grads = tuple[Tensor | None, ...]
-            is_type = re.match(r"[A-Z][a-z]", name) is not None
-            if not (name.startswith("__") or is_type):
-                self.visit(statement)
-
-    # the operators
-
-    def visit_BinOp(self, node: ast.BinOp) -> None:
-        self.generic_visit(node)
-        if isinstance(node.left, ast.Constant) and isinstance(node.left.value, str):
-            return
-        if rule := _BINARY.get(type(node.op)):
-            self._between(node.left, node.right, *rule)
-        left, right = f"({self._text(node.left)})", f"({self._text(node.right)})"
-        if isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
-            self._put(node, "term", left)
-        if isinstance(node.op, (ast.Add, ast.Mult)):
-            self._put(node, "term", right)
-        if isinstance(node.op, (ast.BitAnd, ast.BitXor)):
-            self._put(node, "mask", left)
-            self._put(node, "mask", right)
-        if isinstance(node.op, (ast.Sub, ast.Div, ast.MatMult, ast.Pow)):
-            sign = {ast.Sub: "-", ast.Div: "/", ast.MatMult: "@", ast.Pow: "**"}[type(node.op)]
-            self._put(node, "operand", f"({right} {sign} {left})")
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
-        self.generic_visit(node)
-        if isinstance(node.op, ast.USub):
-            self._put(node, "sign", self._text(node.operand))
-        elif isinstance(node.op, ast.Not):
-            self._put(node, "condition", f"({self._text(node.operand)})")
-
-    def visit_Compare(self, node: ast.Compare) -> None:
-        self.generic_visit(node)
-        sides = [node.left, *node.comparators]
-        for op, left, right in zip(node.ops, sides, sides[1:]):
-            self._between(left, right, *_COMPARED[type(op)])
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> None:
-        self.generic_visit(node)
-        word = " and " if isinstance(node.op, ast.And) else " or "
-        for left_out in node.values:
-            kept = [f"({self._text(value)})" for value in node.values if value is not left_out]
-            self._put(node, "condition", f"({word.join(kept)})")
-
-    def visit_If(self, node: ast.If) -> None:
-        if "TYPE_CHECKING" in self._text(node.test):
-            return
-        self.generic_visit(node)
-        self._put(node.test, "condition", "False")
-        if not isinstance(node.body[0], ast.Raise):  # else nothing would run at all
-            self._put(node.test, "condition", "True")
-
-    def visit_IfExp(self, node: ast.IfExp) -> None:
-        self.generic_visit(node)
-        self._put(node.test, "condition", "True")
-        self._put(node.test, "condition", "False")
-
-    def visit_comprehension(self, node: ast.comprehension) -> None:
-        self.generic_visit(node)
-        for test in node.ifs:
-            self._put(test, "condition", "True")
-
-    def visit_Call(self, node: ast.Call) -> None:
-        name = (
-            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        )
-        if name in _SILENT:
-            return
-        self.generic_visit(node)
-        function, args = self._text(node.func), [self._text(arg) for arg in node.args]
-        keywords = [self._text(keyword) for keyword in node.keywords]
-        starred = any(isinstance(arg, (ast.Starred, ast.GeneratorExp)) for arg in node.args)
-        if name == "range" and not starred:
-            stop = min(1, len(args) - 1)
-            shorter = [f"{arg} - 1" if i == stop else arg for i, arg in enumerate(args)]
-            self._put(node, "bound", f"range({', '.join(shorter)})")
-        for i in range(
-            len(args) - 1 if not starred and name not in ("isinstance", "getattr", "hasattr") else 0
-        ):
-            swapped = [*args[:i], args[i + 1], args[i], *args[i + 2 :]]
-            if swapped != args and not _commutes(name, i):
-                self._put(node, "operand", f"{function}({', '.join([*swapped, *keywords])})")
-        for left_out in node.keywords:
-            # where there is one device only, it is the default
-            if left_out.arg not in (
-                None,
-                "device",
-                "stacklevel",
-            ):
-                kept = [self._text(keyword) for keyword in node.keywords if keyword is not left_out]
-                kind = "mask" if left_out.arg == "mask" else "argument"
-                self._put(node, kind, f"{function}({', '.join([*args, *kept])})")
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.visit(node.value)
-        at = node.slice
-        if isinstance(at, ast.Slice):
-            if at.lower is not None:
-                self._put(at.lower, "index", f"{self._text(at.lower)} + 1")
-            if at.upper is not None:
-                self._put(at.upper, "index", f"{self._text(at.upper)} - 1")
-        elif isinstance(at, ast.Constant) and isinstance(at.value, int):
-            self._put(at, "index", str(at.value + 1))
-        elif isinstance(at, ast.Name):
-            self._put(at, "index", "0")
-        else:
-            self.visit(at)
-
-    def visit_Constant(self, node: ast.Constant) -> None:
-        value = node.value
-        if isinstance(value, bool):
-            self._put(node, "constant", str(not value))
-        elif isinstance(value, int):
-            text = self._text(node)
-            hexadecimal = text.lower().startswith("0x")
-            self._put(
-                node,
-                "mask" if hexadecimal else "constant",
-                hex(value ^ 1) if hexadecimal else str(value + 1),
-            )
-        elif isinstance(value, float):
-            self._put(node, "constant", repr(value * 1.01 if value else 1.0))
-
-    def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        self.generic_visit(node)
-        sign = {
-            ast.Add: "+=",
-            ast.Sub: "-=",
-            ast.Mult: "*=",
-            ast.Div: "/=",
-            ast.BitOr: "|=",
-            ast.BitAnd: "&=",
-        }
-        if old := sign.get(type(node.op)):
-            self._between(node.target, node.value, old, "=", "term")
-            other = {"+=": "-=", "-=": "+="}.get(old)
-            if other:
-                self._between(node.target, node.value, old, other, "sign")
-        self._put(node, "statement", "pass")
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.visit(node.value)
-        if isinstance(node.targets[0], (ast.Attribute, ast.Subscript)):
-            self._put(node, "statement", "pass")
-
-    def visit_Expr(self, node: ast.Expr) -> None:
-        if isinstance(node.value, ast.Constant):
-            return
-        self.generic_visit(node)
-        if isinstance(node.value, ast.Call):
-            called = node.value.func
-            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-            if name not in _SILENT:
-                self._put(node, "statement", "pass")
+def _by_text(source: str, seen: str, rules: Iterable[Rule]) -> Iterator[Found]:
+    """Faults that the rules make; seen: the source, with NULs for what is left alone."""
+    for kind, pattern, new in rules:
+        for match in re.finditer(f"(?=(?P<whole>{pattern}))", seen):  # one inside another too
+            start, end = match.span("at" if "at" in match.re.groupindex else "whole")
+            yield start, end, kind, new(source[start:end])
+    yield from _arguments_swapped(source, seen)
 
 
-def _python(source: str) -> list[Found]:
-    visitor = _Python(source)
-    visitor.visit(ast.parse(source))
-    return visitor.found
+def _arguments_swapped(source: str, seen: str) -> Iterator[Found]:
+    for call in re.finditer(rf"(?<!class )(?<!def )\b(\w+)\((?=({_INSIDE})\))", seen):
+        name = call[1]
+        spans = [m.span() for m in re.compile(_ARGUMENT).finditer(seen, *call.span(2))]
+        texts = [source[start:end].strip() for start, end in spans]
+        if name in _NO_ORDER or any(_DECLARED.fullmatch(t) or " for " in t for t in texts):
+            continue
+        for i, (first, second) in enumerate(itertools.pairwise(texts)):
+            commutes = i == 0 and name in ("fma", "fma_of")
+            fixed = any(re.match(r"\*|\w+=|$", one) for one in (first, second))
+            if first != second and not commutes and not fixed:
+                start = spans[i][0]
+                space = re.match(r"\s*", source[start:])[0]
+                yield start, spans[i + 1][1], "operand", f"{space}{second}, {first}"
+
+
+def _without(source: str, spans: Iterable[Span]) -> str:
+    characters = list(source)
+    for start, end in spans:
+        characters[start:end] = "\0" * (end - start)
+    return "".join(characters)
 
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
-_TOKENS = re.compile(
-    r"""
-      (?P<skip> //[^\n]* | /\*.*?\*/ | ^[ \t]*\#(?:[^\n\\]|\\.|\\\n)* | "(?:\\.|[^"\\\n])*" | '(?:\\.|[^'\\\n])' )
-    | (?P<number> 0[xX][0-9a-fA-F']+[uUlL]* | (?:\d[\d']*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?[fFuUlL]* )
-    | (?P<name> [A-Za-z_]\w* )
-    | (?P<sign> <<=|>>=|->|\+\+|--|<<|>>|<=|>=|==|!=|&&|\|\||::|[-+*/%&|^]=|[^\s\w] )
-    """,
-    re.VERBOSE | re.DOTALL | re.MULTILINE,
-)
-_SWAPPED = {
-    "+": ("-", "sign"),
-    "-": ("+", "sign"),
-    "<": ("<=", "bound"),
-    "<=": ("<", "bound"),
-    ">": (">=", "bound"),
-    ">=": (">", "bound"),
-    "==": ("!=", "condition"),
-    "!=": ("==", "condition"),
-    "&&": ("||", "condition"),
-    "||": ("&&", "condition"),
-    "&": ("|", "mask"),
-    "|": ("&", "mask"),
-    "<<": (">>", "mask"),
-    ">>": ("<<", "mask"),
-}
-_ASSIGNED = {"+=", "-=", "*=", "/=", "|=", "&=", "^=", "<<=", ">>="}
-_OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}"}, {")", "]", "}"}
-_DECLARES = {
-    "using",
-    "typedef",
-    "template",
-    "static_assert",
-    "alignas",
-    "namespace",
-    "enum",
-    "extern",
-    "friend",
-    "asm",
-}
-_HINTS = {
-    "__builtin_expect",
-    "__builtin_prefetch",
-    "_mm_prefetch",
-}  # to the processor and the compiler: no result
-_NO_CALL = {
-    "if",
-    "for",
-    "while",
-    "switch",
-    "return",
-    "sizeof",
-    "alignof",
-    "decltype",
-    "catch",
-    "operator",
-    *_DECLARES,
-}
+# Comments, strings and the preprocessor; declarations that compute nothing; hints to the processor.
+_CPP_SILENT = rf"""(?sxm)
+      //[^\n]* | /\*.*?\*/ | ^[ ]*\#(?:[^\n\\]|\\.)* | "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*'
+    | \b(?:static_assert|alignas|asm|decltype|__builtin_expect|__builtin_prefetch|_mm_prefetch){_DEEP}
+    | \btemplate[ ]?<[^\n]* | \b(?:using|typedef)\b[^;]*; | \benum\b[^;{{]*
+    | \bconstexpr[ ](?:u?int\w*|size_t|bool|long|unsigned)\b[^(=;]*=[^;]*; | \boperator[^\w\s]+{_DEEP}
+    | (?<=\w[ ])(?<!return[ ])(?<!else[ ])(?<!case[ ])\w+\[[^\]\n]*\] | (?<=\w[*&>][ ])\w+\[[^\]\n]*\]
+"""
+_CPP: list[Rule] = [
+    ("condition", r"!(?=[\w(])", lambda _: ""),
+    ("condition", rf"\bif \((?P<at>{_INSIDE})\)", lambda _: "false"),
+    ("condition", rf"\bif \((?P<at>{_INSIDE})\)", lambda _: "true"),
+    ("index", rf"(?<=[\w)\]])\[(?P<at>(?!\d+\]){_INSIDE})\]", lambda old: f"{old} + 1"),
+    ("term", rf"(?<=[\w)\]])\s[*+] (?:\w+(?:::|\.|->))*\w+(?![\w<]){_DEEP}*", lambda _: ""),
+    (
+        "statement",
+        rf"[;{{}}][\s\0]*(?=(?P<at>(?!(?:if|for|while|switch|return|else|case|default)\b)"
+        rf"\w(?:[\w.:<>]|->|{_DEEP})*(?:{_DEEP}| [-+*/|&^]?= {_INSIDE}));)",
+        lambda _: "",
+    ),
+]
 
 
-@dataclass(frozen=True)
-class _Token:
-    text: str
-    start: int
-    end: int
-    what: str
-
-    @property
-    def is_value(self) -> bool:
-        """Whether an expression can end here, so that the next sign joins two operands."""
-        return (
-            self.what == "number"
-            or self.text in (")", "]")
-            or (self.what == "name" and self.text != "return")
-        )
+def _cpp(source: str) -> Iterator[Found]:
+    silent = (match.span() for match in re.finditer(_CPP_SILENT, source))
+    yield from _by_text(source, _without(source, silent), _BOTH + _CPP)
 
 
-class _Cpp:
+# ---- Python --------------------------------------------------------------------------------------
+
+# calls that change no result
+_QUIET = {"warn", "print", "cast", "TypeVar", "getLogger", "__init__"}
+_ARITHMETIC = {ast.Sub: "-", ast.Div: "/", ast.MatMult: "@", ast.Pow: "**"}
+
+
+def _called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def _is_silent(node: ast.AST) -> bool:
+    """Whether nothing below the node can change a result."""
+    match node:
+        case ast.Raise() | ast.Assert() | ast.JoinedStr() | ast.Import() | ast.ImportFrom():
+            return True
+        case ast.Constant(value=str()) | ast.arg():
+            return True
+        case ast.Call():
+            return _called(node) in _QUIET
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+            return True
+        case ast.Assign(targets=[ast.Name(id=name)]):  # __all__; Grads = tuple[Tensor | None, ...]
+            return name.startswith("__") or re.match(r"[A-Z][a-z]", name) is not None
+    return False
+
+
+class _Tree:
     def __init__(self, source: str) -> None:
-        self.source, self.found = source, []
-        self.tokens = [
-            _Token(m.group(), m.start(), m.end(), m.lastgroup)
-            for m in _TOKENS.finditer(source)
-            if m.lastgroup != "skip"
-        ]
-        self.partner: dict[int, int] = {}
-        stack: list[int] = []
-        for i, token in enumerate(self.tokens):
-            if token.text in _OPEN:
-                stack.append(i)
-            elif token.text in _CLOSE and stack:
-                self.partner[stack[-1]] = i
-                self.partner[i] = stack.pop()
-        self.left_alone = self._declarations()
+        self.source, self.lines = source, source.splitlines(keepends=True)
+        self.starts = list(itertools.accumulate(map(len, self.lines), initial=0))
+        self.silent: list[Span] = [m.span() for m in re.finditer(r"(?m)(?<!\S)#[^\n]*", source)]
+        self.nodes: list[ast.AST] = []
+        self._visit(ast.parse(source))
 
-    def _declarations(self) -> set[int]:
-        """Tokens of declarations that hold no computation: template heads, static_assert, named
-        sizes, alignments."""
-        found: set[int] = set()
-        for i, token in enumerate(self.tokens):
-            if token.text in (
-                "static_assert",
-                "alignas",
-                "asm",
-                "decltype",
-                "operator",
-            ) and i + 1 < len(self.tokens):
-                last = self.partner.get(i + 1, i + 1)
-                last = self.partner.get(last + 1, last) if token.text == "operator" else last
-                found |= set(range(i, last + 1))
-            if token.text in ("template", "using", "typedef", "enum"):
-                last = i
-                while last + 1 < len(self.tokens) and self.tokens[last].text not in (";", "{"):
-                    if (
-                        token.text == "template"
-                        and "\n" in self.source[self.tokens[last].end : self.tokens[last + 1].start]
-                    ):
-                        break
-                    last += 1
-                found |= set(range(i, last + 1))
-            if token.text == "constexpr":
-                line_end = self.source.find("\n", token.start)
-                declared = self.source[token.start : line_end]
-                if re.match(r"constexpr (?:u?int\w*|size_t|bool|long|unsigned)\b[^(]*=", declared):
-                    j = i
-                    while j < len(self.tokens) and self.tokens[j].text != ";":
-                        found.add(j)
-                        j += 1
-        return found
+    def _visit(self, node: ast.AST) -> None:
+        for name in ("annotation", "returns", "decorator_list"):
+            ignored = getattr(node, name, None) or []
+            self.silent += map(self.span, ignored if isinstance(ignored, list) else [ignored])
+        if _is_silent(node):
+            self.silent.append(self.span(node))
+            return
+        self.nodes.append(node)
+        for name, child in ast.iter_fields(node):
+            if name not in ("annotation", "returns", "decorator_list"):
+                for one in child if isinstance(child, list) else [child]:
+                    if isinstance(one, ast.AST):
+                        self._visit(one)
 
-    def _put(self, start: int, end: int, kind: str, new: str) -> None:
-        self.found.append((start, end, kind, new))
-
-    def _spaced(self, i: int) -> bool:
-        """A space or line end on both sides: as clang-format writes what joins two operands, and no
-        pointer or template."""
-        token = self.tokens[i]
-        return (
-            self.source[token.start - 1].isspace()
-            and self.source[token.end : token.end + 1].isspace()
+    def span(self, node: ast.AST) -> Span:
+        """In characters; the tree counts bytes of a line."""
+        ends = ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+        start, end = (
+            self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
+            for line, column in ends
         )
+        return start, end
 
-    def _parts(self, i: int) -> list[tuple[int, int]]:
-        """Start and end of each argument inside the parenthesis that token i opens."""
-        parts, start, j = [], self.tokens[i].end, i + 1
-        last = self.partner[i]
-        while j < last:
-            if self.tokens[j].text in _OPEN:
-                j = self.partner.get(j, j)
-            elif self.tokens[j].text == ",":
-                parts.append((start, self.tokens[j].start))
-                start = self.tokens[j].end
-            j += 1
-        return [*parts, (start, self.tokens[last].start)]
+    def text(self, node: ast.AST) -> str:
+        start, end = self.span(node)
+        return self.source[start:end]
 
-    def _one(self, i: int) -> None:
-        tokens, source = self.tokens, self.source
-        token, before = tokens[i], tokens[i - 1] if i else None
-        if token.what == "number":
-            self._number(i)
-        elif token.text in _SWAPPED and before is not None and before.is_value and self._spaced(i):
-            new, kind = _SWAPPED[token.text]
-            self._put(token.start, token.end, kind, new)
-        elif (
-            token.text == "-"
-            and before is not None
-            and not before.is_value
-            and not source[token.end].isspace()
-        ):
-            self._put(token.start, token.end, "sign", "")
-        elif token.text == "!" and tokens[i + 1].text != "=":
-            self._put(token.start, token.end, "condition", "")
-        elif token.text in _ASSIGNED:
-            self._put(token.start, token.end, "term", "=")
-            if token.text in ("+=", "-="):
-                self._put(token.start, token.end, "sign", "-=" if token.text == "+=" else "+=")
-        elif token.text == "if" and tokens[i + 1].text == "(" and i + 1 in self.partner:
-            low, high = tokens[i + 1].end, tokens[self.partner[i + 1]].start
-            if ";" not in source[low:high]:
-                self._put(low, high, "condition", "false")
-                self._put(low, high, "condition", "true")
-        elif (
-            token.text == "[" and before is not None and before.is_value and before.what != "number"
-        ):
-            self._subscript(i)
-        elif (
-            token.text == "("
-            and before is not None
-            and before.what == "name"
-            and before.text not in _NO_CALL
-        ):
-            self._call(i)
-        if token.text in ("*", "+") and before is not None and before.is_value and self._spaced(i):
-            self._term(i)
-        if token.text in (";", "{", "}"):
-            self._statement(i)
+    def faults(self) -> Iterator[Found]:
+        for node in self.nodes:
+            for place, kind, new in self._of(node):
+                yield *self.span(place), kind, new
 
-    def _number(self, i: int) -> None:
-        token = self.tokens[i]
-        text = token.text
-        digits, suffix = re.fullmatch(r"(.*?)([uUlL]*)", text).groups()
-        if digits.lower().startswith("0x"):
-            self._put(
-                token.start, token.end, "mask", hex(int(digits.replace("'", ""), 16) ^ 1) + suffix
-            )
-        elif re.fullmatch(r"[\d']+", digits):
-            self._put(
-                token.start, token.end, "constant", str(int(digits.replace("'", "")) + 1) + suffix
-            )
-        else:
-            number, suffix = re.fullmatch(r"(.*?)([fF]?)", digits).groups()
-            value = float(number.replace("'", ""))
-            self._put(
-                token.start, token.end, "constant", repr(value * 1.01 if value else 1.0) + suffix
-            )
-
-    def _declares_array(self, i: int) -> bool:
-        """`float z[8]`, `static C* part[n]`: a type stands before the name."""
-        return i >= 2 and (
-            (
-                self.tokens[i - 2].what == "name"
-                and self.tokens[i - 2].text not in ("return", "else", "case")
-            )
-            or (self.tokens[i - 2].text in ("*", "&", ">") and not self._spaced(i - 2))
-        )
-
-    def _subscript(self, i: int) -> None:
-        if i not in self.partner:
-            return
-        if self._declares_array(i):
-            self.left_alone |= set(range(i, self.partner[i]))
-            return
-        low, high = self.tokens[i].end, self.tokens[self.partner[i]].start
-        inside = self.source[low:high]
-        if inside.strip().isdigit():
-            self.left_alone.add(i + 1)
-            self._put(low, high, "index", str(int(inside) + 1))
-        elif inside.strip():
-            self._put(low, high, "index", "0")
-            self._put(low, high, "index", f"{inside} + 1")
-
-    def _call(self, i: int) -> None:
-        if i not in self.partner:
-            return
-        name, before = self.tokens[i - 1].text, self.tokens[i - 2] if i >= 2 else self.tokens[i]
-        expression = before.text in ("return", "else") or (
-            before.text in ("*", "&") and self._spaced(i - 2)
-        )
-        if not expression and (before.what == "name" or before.text in ("*", "&", ">", "~")):
-            return  # a declaration: a type stands before the name
-        if name in _HINTS:
-            self.left_alone |= set(range(i, self.partner[i]))
-            return
-        parts = self._parts(i)
-        texts = [self.source[low:high] for low, high in parts]
-        if any(
-            re.search(r"\w[*&]?\s+[*&]?\w+\s*$", text)
-            and not re.search(r"[-+/%<>=?|]|\breturn\b", text)
-            for text in texts
-        ):
-            return
-        for number, ((low, _), (_, high), a, b) in enumerate(
-            zip(parts, parts[1:], texts, texts[1:])
-        ):
-            if a.strip() != b.strip() and not _commutes(name, number):
-                gap = re.match(r"\s*", b).group()
-                self._put(low, high, "operand", f"{b.strip()},{gap or ' '}{a.strip()}")
-
-    def _term(self, i: int) -> None:
-        """The operand behind a sign dropped with the sign, where it is one name, number or call."""
-        j = i + 1
-        if self.tokens[j].what not in ("name", "number"):
-            return
-        while j + 1 < len(self.tokens):
-            text = self.tokens[j + 1].text
-            if text in ("(", "[") and j + 1 in self.partner:
-                j = self.partner[j + 1]
-            elif text in (".", "->", "::"):
-                j += 2
-            else:
-                break
-        if self.tokens[j + 1].text == "<" and not self._spaced(j + 1):
-            return  # a template's arguments
-        start = self.tokens[i].start
-        start -= len(self.source[:start]) - len(self.source[:start].rstrip(" "))
-        self._put(start, self.tokens[j].end, "term", "")
-
-    def _statement(self, i: int) -> None:
-        """What follows token i, where it is a call or an assignment to memory, left out."""
-        j = i + 1
-        if (
-            j + 1 >= len(self.tokens)
-            or self.tokens[j].what != "name"
-            or self.tokens[j].text in _NO_CALL | _HINTS
-        ):
-            return
-        first = self.tokens[j + 1].text
-        if first not in ("(", "[", ".", "->", "::", "=", "<") and first not in _ASSIGNED:
-            return
-        end = j
-        while end < len(self.tokens) and self.tokens[end].text not in (";", "{", "}"):
-            end = self.partner.get(end, end) + 1 if self.tokens[end].text in _OPEN else end + 1
-        if (
-            end < len(self.tokens)
-            and self.tokens[end].text == ";"
-            and self.tokens[end - 1].text != ":"
-        ):
-            self._put(self.tokens[j].start, self.tokens[end].start, "statement", "")
+    def _of(self, node: ast.AST) -> Iterator[tuple[ast.AST, str, str]]:
+        text = self.text
+        match node:
+            case ast.BinOp(left=left, op=op, right=right):
+                before, after = f"({text(left)})", f"({text(right)})"
+                kind = "mask" if isinstance(op, (ast.BitAnd, ast.BitXor)) else "term"
+                if kind == "mask" or isinstance(op, (ast.Add, ast.Sub, ast.Mult, ast.Div)):
+                    yield node, kind, before
+                if kind == "mask" or isinstance(op, (ast.Add, ast.Mult)):
+                    yield node, kind, after
+                if sign := _ARITHMETIC.get(type(op)):
+                    yield node, "operand", f"({after} {sign} {before})"
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                yield node, "condition", f"({text(operand)})"
+            case ast.Compare(ops=[ast.Is() | ast.IsNot() | ast.In() | ast.NotIn()]):
+                yield node, "condition", f"(not ({text(node)}))"
+            case ast.BoolOp(op=op, values=values):
+                word = " and " if isinstance(op, ast.And) else " or "
+                for out in values:
+                    kept = word.join(f"({text(value)})" for value in values if value is not out)
+                    yield node, "condition", f"({kept})"
+            case ast.If(test=test) | ast.IfExp(test=test):
+                yield test, "condition", "False"
+                if not (isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise)):
+                    yield test, "condition", "True"  # else nothing would run at all
+            case ast.comprehension(ifs=tests):
+                yield from ((test, "condition", "True") for test in tests)
+            case ast.Constant(value=bool(value)):
+                yield node, "constant", str(not value)
+            case ast.Call(func=ast.Name(id="range"), args=args) if args:
+                stop = args[min(1, len(args) - 1)]
+                yield stop, "bound", f"{text(stop)} - 1"
+            case ast.Call(args=args, keywords=keywords):
+                for out in keywords:
+                    # where there is one device only, it is the default
+                    if out.arg in (None, "device", "stacklevel"):
+                        continue
+                    kept = ", ".join(text(one) for one in (*args, *keywords) if one is not out)
+                    kind = "mask" if out.arg == "mask" else "argument"
+                    yield node, kind, f"{text(node.func)}({kept})"
+            case ast.Slice(lower=lower, upper=upper):
+                if lower is not None:
+                    yield lower, "index", f"{text(lower)} + 1"
+                if upper is not None:
+                    yield upper, "index", f"{text(upper)} - 1"
+            case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]) | ast.AugAssign():
+                yield node, "statement", "pass"
+            case ast.Expr(value=ast.Call() as call) if _called(call) not in _QUIET:
+                yield node, "statement", "pass"
 
 
-def _cpp(source: str) -> list[Found]:
-    reader = _Cpp(source)
-    for i in range(len(reader.tokens)):
-        if i not in reader.left_alone:
-            reader._one(i)
-    return reader.found
+def _python(source: str) -> Iterator[Found]:
+    tree = _Tree(source)
+    yield from tree.faults()
+    yield from _by_text(source, _without(source, tree.silent), _BOTH)
 
 
 # ---- tables --------------------------------------------------------------------------------------
