@@ -109,27 +109,16 @@ print(f"ran {ran} refused {refused} {sorted(reasons)}")
 """
 
 
-def fuzz_operations(first, number):
-    done = subprocess.run(
-        [sys.executable, "-c", OPS, str(first), str(number)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("first", "number"), [(0, 2000), pytest.param(10_000, 40_000, marks=pytest.mark.slow)]
+)
+def test_operations_take_any_arguments_without_a_crash(first, number):
+    command = [sys.executable, "-c", OPS, str(first), str(number)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1:]
     assert done.returncode == 0, f"after {last}: status {done.returncode}\n{done.stderr[-3000:]}"
     ran, refused = (int(n) for n in last[0].split()[1:4:2])
     assert ran + refused == number and ran > number // 20 and refused > number // 4, last
-    return last
-
-
-def test_operations_take_any_arguments_without_a_crash():
-    fuzz_operations(0, 2000)
-
-
-@pytest.mark.slow
-def test_operations_take_any_arguments_without_a_crash_40000():
-    fuzz_operations(10_000, 40_000)
 
 
 # Each value in a fork that imports the package anew; torch is imported once.

@@ -28,13 +28,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def cases(number):
-    """`number` cases of fixed seeds, the same on every machine."""
-    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+def few_and_many(few, many):
+    """Numbers of cases of fixed seeds, the same on every machine."""
+    return pytest.mark.parametrize("number", [few, pytest.param(many, marks=pytest.mark.slow)])
+
+
+def check_cases(number, check, *strategies):
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
     fixed = settings(
         max_examples=number, deadline=None, database=None, suppress_health_check=checks
     )
-    return lambda test: seed(20261120)(fixed(test))
+    seed(20261120)(fixed(given(*strategies)(check)))()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,11 +93,7 @@ def layouts(draw, values):
     ndim = values.dim()
     if kind == "channels_last" and ndim == 4:
         return values.to(memory_format=torch.channels_last)
-    if (
-        kind == "flip"
-        # torch has no negative strides: a flip is a copy, of which the copy's flip is a view's
-        # worth
-    ):
+    if kind == "flip":  # torch has no negative strides: a copy
         return values.flip(draw(st.integers(0, ndim - 1)))
     if kind == "expand":
         d = draw(st.integers(0, ndim - 1))
@@ -125,39 +125,19 @@ def layouts(draw, values):
 def perturbs(draw):
     shape, dim = draw(shapes())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    dtype, du_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    du = torch.randn(shape, generator=generator, dtype=torch.float64).to(du_dtype)
+    dtypes = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    x, du = (torch.randn(shape, generator=generator, dtype=torch.float64).to(d) for d in dtypes)
     log_variance = draw(st.booleans())
-    sigma = (
-        torch.rand(
-            shape[dim],
-            generator=generator,
-            dtype=draw(st.sampled_from([torch.float32, torch.float64])),
-        )
-        + 0.1
-    )
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    sigma = torch.rand(shape[dim], generator=generator, dtype=dtype) + 0.1
     sigma = sigma.square().log() if log_variance else sigma
     sample = draw(st.sampled_from([0, 1, 2**16 - 1]) | st.integers(0, 2**16 - 1))
-    where = (
-        dim,
-        draw(rows0),
-        draw(columns0),
-        sample,
-        draw(st.sampled_from([1.0, 0.5, 0.25**0.5, 3.0])),
-        log_variance,
-    )
+    factor = draw(st.sampled_from([1.0, 0.5, 3.0]))
+    where = (dim, draw(rows0), draw(columns0), sample, factor, log_variance)
     out_dtype = draw(st.sampled_from([None, None, *DTYPES]))
     machine = draw(st.sampled_from(OFFERED)), draw(st.integers(1, 3))
-    return (
-        draw(layouts(x)),
-        draw(layouts(du)),
-        draw(layouts(sigma)),
-        draw(seeds),
-        where,
-        out_dtype,
-        machine,
-    )
+    tensors = [draw(layouts(t)) for t in (x, du, sigma)]
+    return *tensors, draw(seeds), where, out_dtype, machine
 
 
 # ---- the properties ------------------------------------------------------------------------------
@@ -169,22 +149,16 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     dim, log_variance = where[0], where[-1]
     u = perturb(x, sigma, seed, Draw(*where), out_dtype)
     exact = reference.perturb(x, sigma, seed, *where, torch.float64)
-    scale = (
-        float((torch.exp(sigma.double() / 2) if log_variance else sigma).max()) * where[4]
-        if sigma.numel()
-        else 0.0
-    )
+    spread = torch.exp(sigma.double() / 2) if log_variance else sigma
+    scale = float(spread.max()) * where[4] if sigma.numel() else 0.0
     tiny = 6e-8 if u.dtype is torch.float16 else 0.0
     allowed = (
         2 * (EPS[u.dtype] + EPS[torch.float32]) * (exact.abs() + 6 * scale * EPS[torch.float32])
         + scale * Z_ERROR
         + tiny
     )
-    assert (
-        u.dtype == (out_dtype or x.dtype)
-        and u.shape == x.shape
-        and u.stride() == torch.empty_like(x).stride()
-    )
+    assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape
+    assert u.stride() == torch.empty_like(x).stride()
     assert ((u.double() - exact).abs() <= allowed).all()
     dsigma = perturb_bwd(du, sigma, seed, Draw(*where))
     exact = reference.perturb_bwd(du, sigma.double(), seed, *where)
@@ -198,17 +172,9 @@ def check_perturb(x, du, sigma, seed, where, out_dtype, machine):
     assert ((replayed.double() - exact).abs() <= 4e-6 * size * (rows + 1)).all()
 
 
-@cases(380)
-@given(perturbs())
-def test_perturb_matches_reference_whatever_comes(case):
-    check_perturb(*case)
-
-
-@pytest.mark.slow
-@cases(15_000)
-@given(perturbs())
-def test_perturb_matches_reference_whatever_comes_15000(case):
-    check_perturb(*case)
+@few_and_many(380, 15_000)
+def test_perturb_matches_reference_whatever_comes(number):
+    check_cases(number, lambda case: check_perturb(*case), perturbs())
 
 
 def check_noise(shape_dim, where, seed, data, machine):
@@ -218,11 +184,8 @@ def check_noise(shape_dim, where, seed, data, machine):
     torch.set_num_threads(machine[1])
     z = functional.noise(shape, seed, dim=dim, row0=row0, col0=col0, sample=sample)
     exact = reference.noise(seed, shape, dim, row0, col0, sample)
-    assert (
-        z.is_contiguous()
-        and z.dtype is torch.float32
-        and ((z - exact).abs() <= Z_ERROR + 1e-6).all()
-    )
+    assert z.is_contiguous() and z.dtype is torch.float32
+    assert ((z - exact).abs() <= Z_ERROR + 1e-6).all()
     if z.numel() == 0:
         return
     first = data.draw(st.integers(0, shape[dim] - 1))
@@ -234,14 +197,8 @@ def check_noise(shape_dim, where, seed, data, machine):
     if dim % len(shape) != 0:  # leading entries are rows
         start = data.draw(st.integers(0, shape[0] - 1))
         rows = z[0].numel() // shape[dim] * start
-        part = functional.noise(
-            (shape[0] - start, *shape[1:]),
-            seed,
-            dim=dim,
-            row0=row0 + rows,
-            col0=col0,
-            sample=sample,
-        )
+        rest = (shape[0] - start, *shape[1:])
+        part = functional.noise(rest, seed, dim=dim, row0=row0 + rows, col0=col0, sample=sample)
         assert torch.equal(part, z[start:])
 
 
@@ -249,17 +206,9 @@ windows = st.tuples(rows0, columns0, st.integers(0, 9))
 machines = st.tuples(st.sampled_from(OFFERED or ["portable"]), st.integers(1, 3))
 
 
-@cases(60)
-@given(shapes(), windows, seeds, st.data(), machines)
-def test_noise_of_a_window_is_the_window_whatever_comes(shape_dim, where, seed, data, machine):
-    check_noise(shape_dim, where, seed, data, machine)
-
-
-@pytest.mark.slow
-@cases(2_500)
-@given(shapes(), windows, seeds, st.data(), machines)
-def test_noise_of_a_window_is_the_window_whatever_comes_2500(shape_dim, where, seed, data, machine):
-    check_noise(shape_dim, where, seed, data, machine)
+@few_and_many(60, 2_500)
+def test_noise_of_a_window_is_the_window_whatever_comes(number):
+    check_cases(number, check_noise, shapes(), windows, seeds, st.data(), machines)
 
 
 @st.composite
@@ -283,15 +232,8 @@ def linears(draw):
     )
     bias = normal(n) if draw(st.booleans()) else None
     x = draw(layouts(normal(*shape)))
-    return (
-        x,
-        normal(n, k),
-        bias,
-        sigma.log() if log_variance else sigma,
-        draw(seeds),
-        normal(*shape[:-1], n),
-        options,
-    )
+    sigma = sigma.log() if log_variance else sigma
+    return x, normal(n, k), bias, sigma, draw(seeds), normal(*shape[:-1], n), options
 
 
 def check_linear(x, weight, bias, sigma, seed, dy, options):
@@ -319,17 +261,9 @@ def check_linear(x, weight, bias, sigma, seed, dy, options):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=size)
 
 
-@cases(60)
-@given(linears())
-def test_dip_linear_and_its_gradients_match_reference_whatever_comes(case):
-    check_linear(*case)
-
-
-@pytest.mark.slow
-@cases(2_500)
-@given(linears())
-def test_dip_linear_and_its_gradients_match_reference_whatever_comes_2500(case):
-    check_linear(*case)
+@few_and_many(60, 2_500)
+def test_dip_linear_and_its_gradients_match_reference_whatever_comes(number):
+    check_cases(number, lambda case: check_linear(*case), linears())
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -341,10 +275,7 @@ def test_the_last_origin_is_numbered_without_overflow_and_a_layers_rows_are_coun
         got = functional.noise((3, 9, 5), seed, dim=1, row0=far, col0=far)
         assert (got - exact).abs().max() < 1e-5
         layer = dip.DIPLinear(9, 4)
-        with (
-            dip.fixed_noise(1, row0=2**61),
-            pytest.raises(ValueError, match="row0: expected"),
-        ):
+        with dip.fixed_noise(1, row0=2**61), pytest.raises(ValueError, match="row0: expected"):
             layer(torch.zeros(2, 3, 9))  # three rows an entry
 
 

@@ -51,7 +51,7 @@ TESTS = (
     "tests/test_expectation.py",
     "tests/test_producers.py",
     "tests/test_averaging.py::test_mean_equals_explicit_calls",
-    "tests/test_fuzz.py::test_operations_take_any_arguments_without_a_crash",
+    "tests/test_fuzz.py::test_operations_take_any_arguments_without_a_crash[0-2000]",
 )
 
 
@@ -143,17 +143,8 @@ def in_python() -> str:
             ASAN_OPTIONS="detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1",
             PYTHONMALLOC="malloc",
         )
-        done = copy.python(
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-x",
-            "--durations-min=1e9",
-            *TESTS,
-            timeout=3600,
-        )
+        options = ["-q", "-x", "-p", "no:cacheprovider", "--durations-min=1e9"]
+        done = copy.python("-m", "pytest", *options, *TESTS, timeout=3600)
     last = (done.stdout.strip().splitlines() or [""])[-1].strip("= ")
     if done.returncode:
         raise RuntimeError(f"{done.stdout[-8000:]}\n{done.stderr[-5000:]}")
