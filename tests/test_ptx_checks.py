@@ -17,18 +17,7 @@ mov.u32 %r3, s; add.s32 %r4, %r3, %r2; xor.b32 %r5, %r4, 4; setp.lt.u32 %p1, %r1
 """
 # Opcodes that test_ptx_opcodes.py leaves to this file and to the products of matrices in
 # test_ptx_matrices.py.
-RUN_THERE = {
-    "ld",
-    "st",
-    "mov",
-    "cvta",
-    "atom",
-    "red",
-    "cp",
-    "bar",
-    "barrier",
-    "shfl",
-}
+RUN_THERE = {"ld", "st", "mov", "cvta", "atom", "red", "cp", "bar", "barrier", "shfl"}
 RUN_THERE |= {"ldmatrix", "stmatrix", "mma", "wgmma"}
 NEIGHBOUR = "st.shared.u32 [%r4], %r1; {} ld.shared.u32 %r6, [%r5]; st.global.u32 [%rd3], %r6;"
 STORE = "st.global.u32 [%rd3], %r8;"
@@ -60,45 +49,41 @@ def run(
 THREAD = np.arange(64)
 
 
+def expect(body, want, **options):
+    """want: of each of the 64 threads"""
+    assert run(body, **options).tolist() == [want(i) for i in range(64)]
+
+
 # ---- control
 
 
 def test_threads_that_part_meet_again():
-    assert run(NEIGHBOUR.format("bar.sync 0;"), ctas=3).tolist() == [i ^ 1 for i in range(64)]
+    expect(NEIGHBOUR.format("bar.sync 0;"), lambda i: i ^ 1, ctas=3)
     loop = (
         "mov.u32 %r8, 0; L: add.s32 %r8, %r8, 1; setp.lt.u32 %p3, %r8, %r1; @%p3 bra L; bar.sync 0;"
     )
-    assert run(loop + STORE).tolist() == [max(1, i) for i in range(64)]
+    expect(loop + STORE, lambda i: max(1, i))
     branches = "@%p1 bra A; mov.u32 %r7, 9; bra.uni B; A: mov.u32 %r7, 7; B: shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1;"
-    assert run(branches + STORE).tolist() == [7] * 32 + [9] * 32
-    early = f"@%p2 ret; mov.u32 %r8, 3; {STORE}"
-    assert run(early).tolist() == [0 if i == 5 else 3 for i in range(64)]
-    assert run(
-        f"mov.u32 %r8, 1; @%p2 mov.u32 %r8, 4; @!%p1 add.u32 %r8, %r8, 1; {STORE}"
-    ).tolist() == [4 if i == 5 else 1 + (i >= 32) for i in range(64)]
+    expect(branches + STORE, lambda i: 7 if i < 32 else 9)
+    expect(f"@%p2 ret; mov.u32 %r8, 3; {STORE}", lambda i: 0 if i == 5 else 3)
+    guarded = "mov.u32 %r8, 1; @%p2 mov.u32 %r8, 4; @!%p1 add.u32 %r8, %r8, 1;"
+    expect(guarded + STORE, lambda i: 4 if i == 5 else 1 + (i >= 32))
 
 
 def test_moves_take_words_apart():
     body = "mov.b32 {%h1, %h2}, %r1; mov.b32 %r8, {%h2, %h1}; mov.b64 %rd4, {%r8, %r1}; mov.b64 {%r9, %r10}, %rd4;"
-    assert run(body + "add.u32 %r8, %r9, %r10;" + STORE).tolist() == [
-        i << 16 | i for i in range(64)
-    ]
+    expect(body + "add.u32 %r8, %r9, %r10;" + STORE, lambda i: i << 16 | i)
 
 
 @pytest.mark.parametrize(
-    "load",
-    ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32"],
+    "load", ["ld.global.u32", "ld.volatile.global.u32", "ld.relaxed.gpu.global.u32"]
 )
 def test_loads_and_stores(load):
-    assert run(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", start=1).tolist() == [
-        0x01010101 + i for i in range(64)
-    ]
+    expect(f"{load} %r8, [%rd3]; add.u32 %r8, %r8, %r1; {STORE}", lambda i: 0x01010101 + i, start=1)
     signed = "ld.global.s8 %r8, [%rd3]; st.global.u32 [%rd3], %r8;"
-    assert run(signed, start=0x80).tolist() == [0xFFFFFF80] * 64
+    expect(signed, lambda i: 0xFFFFFF80, start=0x80)
     vector = "and.b32 %r7, %r1, 60; mul.wide.u32 %rd5, %r7, 4; add.u64 %rd5, %rd1, %rd5; ld.global.v4.u32 {%r10, %r11, %r12, %r13}, [%rd5];"
-    assert run(f"st.global.u32 [%rd3], %r1; {vector} mov.u32 %r8, %r13; {STORE}").tolist() == [
-        i | 3 for i in range(64)
-    ]
+    expect(f"st.global.u32 [%rd3], %r1; {vector} mov.u32 %r8, %r13; {STORE}", lambda i: i | 3)
 
 
 def test_local_memory_is_each_threads_own():
@@ -113,12 +98,8 @@ def test_local_memory_is_each_threads_own():
 def test_generic_addresses_reach_shared_memory():
     body = "cvt.u64.u32 %rd4, %r4; cvta.shared.u64 %rd5, %rd4; st.u32 [%rd5], %r1; cvta.to.shared.u64 %rd6, %rd5;"
     assert run(f"{body} ld.shared.u32 %r8, [%rd6]; {STORE}").tolist() == THREAD.tolist()
-    assert (
-        run(
-            "cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;"
-        ).tolist()
-        == [7] * 64
-    )
+    body = "cvta.global.u64 %rd4, %rd3; cvta.to.global.u64 %rd4, %rd4; st.global.u32 [%rd4], 7;"
+    expect(body, lambda i: 7)
 
 
 def test_variables_of_a_module_outlive_a_launch():
@@ -163,10 +144,8 @@ def test_shuffles_of_a_part_of_a_warp():
     with pytest.raises(PTXError, match="does not take part"):
         run(part.format("shfl.sync.idx.b32 %r8, %r1, 9, 31, 255;"))
     # The block's own end is no part: a warp of eight threads names all of itself with -1.
-    assert (
-        run("shfl.sync.idx.b32 %r8, %r1, 3, 31, -1;" + STORE, threads=8, size=32).tolist()
-        == [3] * 8
-    )
+    body = "shfl.sync.idx.b32 %r8, %r1, 3, 31, -1;" + STORE
+    assert run(body, threads=8, size=32).tolist() == [3] * 8
 
 
 def test_reductions_at_a_barrier():
@@ -196,11 +175,8 @@ def test_reductions_at_a_barrier():
     ],
 )
 def test_atomic_operations_meet_in_one_word(operation, start, want, errors):
-    for name, target in (
-        ("red.global", ""),
-        ("atom.global", "%r8, "),
-        ("atom.relaxed.gpu.global", "%r8, "),
-    ):
+    for name in ("red.global", "atom.global", "atom.relaxed.gpu.global"):
+        target = "" if name.startswith("red") else "%r8, "
         got = run(f"{name}.{operation.format(d=target)}", start=start, errors=errors)
         assert got[0] == want and (got[1:] == start * 0x01010101).all()
 
@@ -331,25 +307,19 @@ def test_a_trap_that_no_thread_meets_is_none():
 
 def test_copies_arrive_with_their_group():
     body = "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; {} bar.sync 0; ld.shared.u32 %r8, [%r5]; bar.sync 0;"
-    assert (
-        run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_group 0;") + STORE)
-        == (THREAD ^ 1)
-    ).all()
-    assert (
-        run("st.global.u32 [%rd3], %r1;" + body.format("cp.async.wait_all;") + STORE)
-        == (THREAD ^ 1)
-    ).all()
     zeros = body.replace("[%rd3], 4;", "[%rd3], 4, 0;", 1)
-    assert (
-        run("st.global.u32 [%rd3], %r1;" + zeros.format("cp.async.wait_all;") + STORE) == 0
-    ).all()
+    for copy, wait, want in (
+        (body, "cp.async.wait_group 0;", lambda i: i ^ 1),
+        (body, "cp.async.wait_all;", lambda i: i ^ 1),
+        (zeros, "cp.async.wait_all;", lambda i: 0),
+    ):
+        expect("st.global.u32 [%rd3], %r1;" + copy.format(wait) + STORE, want)
 
 
 def test_a_tensor_that_is_read_only_stays_so():
-    with pytest.raises(PTXError, match="read only"):
-        run("st.global.u32 [%rd3], %r1;", writable=False)
-    with pytest.raises(PTXError, match="read only"):
-        run("red.global.add.u32 [%rd3], %r1;", writable=False)
+    for store in ("st.global.u32", "red.global.add.u32"):
+        with pytest.raises(PTXError, match="read only"):
+            run(f"{store} [%rd3], %r1;", writable=False)
 
 
 def test_launches_that_no_gpu_takes_are_refused():

@@ -11,12 +11,9 @@ LANE = np.arange(32)
 def halves(shape, kind):
     """Random numbers that 16 bits hold, as float64 and as bits"""
     values = np.random.default_rng(0).integers(-64, 64, shape).astype(np.float32) / 8
-    bits = (
-        values.astype(np.float16).view(np.uint16)
-        if kind == "f16"
-        else (values.view(np.uint32) >> 16).astype(np.uint16)
-    )
-    return values.astype(float), bits
+    if kind == "f16":
+        return values.astype(float), values.astype(np.float16).view(np.uint16)
+    return values.astype(float), (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 def run(body, arrays, threads=32, shared=0):
@@ -40,12 +37,8 @@ def registers(count, first, pointer, op):
     register)]"""
     lines = [f"mad.wide.u32 %d0, %i, {4 * count}, {pointer};"]
     for j in range(count):
-        register, place = f"%r{first + j}", f"[%d0+{4 * j}]"
-        lines.append(
-            f"ld.global.b32 {register}, {place};"
-            if op == "ld"
-            else f"st.global.b32 {place}, {register};"
-        )
+        operands = f"%r{first + j}", f"[%d0+{4 * j}]"
+        lines.append(f"{op}.global.b32 {', '.join(operands if op == 'ld' else operands[::-1])};")
     return " ".join(lines)
 
 
@@ -56,17 +49,21 @@ def names(first, count):
 def fragments(matrix, pairs):
     """Words of two neighbours, [lanes, registers]; pairs: (row, column) of each register's first
     element, by lane"""
-    return np.stack(
-        [
-            matrix[row, col].astype(np.uint32) | matrix[row, col + 1].astype(np.uint32) << 16
-            for row, col in pairs
-        ],
-        1,
-    )
+    words = matrix.astype(np.uint32)
+    return np.stack([words[row, col] | words[row, col + 1] << 16 for row, col in pairs], 1)
 
 
 GROUP, WITHIN = LANE // 4, LANE % 4
+C_PLACES = [(GROUP + 8 * (i >> 1), 2 * WITHIN + (i & 1)) for i in range(4)]
 A_PLACES = [(GROUP + 8 * (i & 1), 2 * WITHIN + 8 * (i >> 1)) for i in range(4)]
+
+
+def mma(shape, kind, a_words, b_words, c_words):
+    body = registers(4, 0, "%q0", "ld") + registers(2, 4, "%q1", "ld")
+    body += registers(4, 8, "%q2", "ld")
+    body += f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32 {names(8, 4)}, "
+    body += f"{names(0, 4)}, {names(4, 2)}, {names(8, 4)};" + registers(4, 8, "%q2", "st")
+    run(body, [a_words, b_words, c_words])
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -74,43 +71,24 @@ def test_mma_of_16_bit_data(kind):
     (a, a_bits), (b, b_bits) = halves((16, 16), kind), halves((8, 16), kind)  # b: [columns, depth]
     c = np.random.default_rng(1).standard_normal((16, 8)).astype(np.float32)
     b_words = fragments(b_bits, [(GROUP, 2 * WITHIN), (GROUP, 2 * WITHIN + 8)])
-    c_places = [(GROUP + 8 * (i >> 1), 2 * WITHIN + (i & 1)) for i in range(4)]
-    c_words = np.stack([c[row, col] for row, col in c_places], 1)
-    body = (
-        registers(4, 0, "%q0", "ld")
-        + registers(2, 4, "%q1", "ld")
-        + registers(4, 8, "%q2", "ld")
-        + f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {names(8, 4)}, {names(0, 4)}, {names(4, 2)}, {names(8, 4)};"
-        + registers(4, 8, "%q2", "st")
-    )
-    run(body, [fragments(a_bits, A_PLACES), b_words, c_words])
+    c_words = np.stack([c[row, col] for row, col in C_PLACES], 1)
+    mma("m16n8k16", kind, fragments(a_bits, A_PLACES), b_words, c_words)
     want = (a @ b.T + c).astype(np.float32)
-    assert (c_words == np.stack([want[row, col] for row, col in c_places], 1)).all()
+    assert (c_words == np.stack([want[row, col] for row, col in C_PLACES], 1)).all()
 
 
 def test_mma_of_tf32_reads_10_bits_of_mantissa():
     r = np.random.default_rng(2)
-    a, b = (
-        r.standard_normal((16, 8)).astype(np.float32),
-        r.standard_normal((8, 8)).astype(np.float32),
-    )
+    a, b = (r.standard_normal((rows, 8)).astype(np.float32) for rows in (16, 8))
     a_words = np.stack([a[GROUP + 8 * (i & 1), WITHIN + 4 * (i >> 1)] for i in range(4)], 1)
     b_words = np.stack([b[WITHIN + 4 * i, GROUP] for i in range(2)], 1)
     c_words = np.zeros((32, 4), np.float32)
-    body = (
-        registers(4, 0, "%q0", "ld")
-        + registers(2, 4, "%q1", "ld")
-        + registers(4, 8, "%q2", "ld")
-        + f"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {names(8, 4)}, {names(0, 4)}, {names(4, 2)}, {names(8, 4)};"
-        + registers(4, 8, "%q2", "st")
-    )
-    run(body, [a_words, b_words, c_words])
+    mma("m16n8k8", "tf32", a_words, b_words, c_words)
     cut = [
         (v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(float) for v in (a, b)
     ]
     want = (cut[0] @ cut[1]).astype(np.float32)
-    places = [(GROUP + 8 * (i >> 1), 2 * WITHIN + (i & 1)) for i in range(4)]
-    assert (c_words == np.stack([want[row, col] for row, col in places], 1)).all()
+    assert (c_words == np.stack([want[row, col] for row, col in C_PLACES], 1)).all()
 
 
 @pytest.mark.parametrize("trans", ["", ".trans"])
@@ -130,12 +108,8 @@ def test_matrices_go_to_registers_and_back(trans):
     )
     run(copy + load + registers(4, 0, "%q1", "st") + store, [matrices, words, back], shared=1024)
     of = matrices.transpose(0, 2, 1) if trans else matrices
-    want = [
-        of[i][GROUP, 2 * WITHIN].astype(np.uint32)
-        | of[i][GROUP, 2 * WITHIN + 1].astype(np.uint32) << 16
-        for i in range(4)
-    ]
-    assert (words == np.stack(want, 1)).all()
+    want = np.concatenate([fragments(each, [(GROUP, 2 * WITHIN)]) for each in of], 1)
+    assert (words == want).all()
     assert (back.view(np.uint16).reshape(4, 8, 8) == matrices).all()
 
 
@@ -178,12 +152,8 @@ def wgmma(
         f"{names(8, 4)}, {left}, %d3, %p3, 1, 1, {transposed}; wgmma.commit_group.sync.aligned; "
         f"{after} {wait} "
     )
-    run(
-        copy + product + registers(4, 8, "%q2", "st"),
-        [memory, a_words, d_words],
-        threads=threads,
-        shared=2304,
-    )
+    body = copy + product + registers(4, 8, "%q2", "st")
+    run(body, [memory, a_words, d_words], threads=threads, shared=2304)
     want = (a @ b.T).astype(np.float32)
     places = [(16 * warp + group + 8 * (i >> 1), 2 * within + (i & 1)) for i in range(4)]
     return d_words, np.stack([want[row, col] for row, col in places], 1)

@@ -1,7 +1,9 @@
 """Every opcode of the PTX interpreter against exact rationals, Python's integers or NumPy: no GPU,
 no kernel of ours."""
 
+import itertools
 import math
+import operator
 from fractions import Fraction
 
 import numpy as np
@@ -131,6 +133,15 @@ def check(got, want, kind):
     assert not len(differ), (as_floats(got, kind)[differ[0]], as_floats(want, kind)[differ[0]])
 
 
+def doubled(pairs):
+    """Each operand twice, in both halves of a word."""
+    return [(f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for kind, v in pairs]
+
+
+def halves(words):
+    return words.view(np.uint16).reshape(-1, 2)
+
+
 def signed_zeros(exact, values, how, opposite):
     """IEEE 754's sign of an exact zero: down it is -0 where the terms are opposite"""
     return [
@@ -210,8 +221,7 @@ def test_16_bit_floats_round_once(kind):
         )
         keep = np.array([x != 0 for x in values])
         check(got[keep], want[keep], kind)
-        two = [(f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for _, v in used]
-        both = evaluate(f"{name}.{kind}x2", f"{kind}x2", *two).view(np.uint16).reshape(-1, 2)
+        both = halves(evaluate(f"{name}.{kind}x2", f"{kind}x2", *doubled(used)))
         assert (both == got.view(np.uint16)[:, None]).all()
 
 
@@ -243,11 +253,8 @@ def test_quotients_and_roots_round_once(kind, how):
     pairs = [(kind, as_bits(v, kind)) for v in (a, b)]
     ratios = [rounded(Fraction(x) / Fraction(y), bits, lowest, how) for x, y in zip(a, b)]
     check(evaluate(f"div.{how}.{kind}", kind, *pairs), ratios, kind)
-    check(
-        evaluate(f"rcp.{how}.{kind}", kind, pairs[1]),
-        [rounded(1 / Fraction(y), bits, lowest, how) for y in b],
-        kind,
-    )
+    inverses = [rounded(1 / Fraction(y), bits, lowest, how) for y in b]
+    check(evaluate(f"rcp.{how}.{kind}", kind, pairs[1]), inverses, kind)
     roots = evaluate(f"sqrt.{how}.{kind}", kind, (kind, as_bits(abs(a), kind)))
     for x, root in zip(as_floats(as_bits(abs(a), kind), kind), roots):
         beside = [Fraction(float(np.nextafter(root, type(root)(to)))) for to in (0, INF)]
@@ -260,28 +267,12 @@ def test_quotients_and_roots_round_once(kind, how):
             assert r**2 <= x < beside[1] ** 2
 
 
-SPECIAL = np.array(
-    [
-        0.0,
-        -0.0,
-        1.0,
-        -1.0,
-        INF,
-        -INF,
-        NAN,
-        1e-40,
-        -1e-40,
-        3e38,
-        1.2e-38,
-        0.5,
-        2.0,
-        -2.5,
-        7.25,
-        1e-30,
-    ]
-    * 4,
-    np.float32,
-)
+SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 1e-40, -1e-40, 3e38, 1.2e-38, 0.5, 2.0, -2.5]
+SPECIAL = np.array([*SPECIAL, 7.25, 1e-30] * 4, np.float32)
+# Every two of these
+EXTREMES = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
+TWO_EXTREMES = [np.array(v) for v in zip(*itertools.product(EXTREMES, EXTREMES))]
+WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 APPROXIMATE = {
     "ex2": np.exp2,
     "rcp": lambda x: 1 / x,
@@ -336,8 +327,7 @@ def test_fast_quotients():
 
 @pytest.mark.parametrize("kind", ["f32", "f64", "f16", "bf16"])
 def test_signs_and_extremes_of_floats(kind):
-    values = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
-    a, b = (np.array(v) for v in zip(*[(x, y) for x in values for y in values]))
+    a, b = TWO_EXTREMES
     pair = (kind, as_bits(a, kind)), (kind, as_bits(b, kind))
     for name, least in (("min", True), ("max", False)):
         for nan in ("", ".NaN"):
@@ -351,14 +341,7 @@ def test_signs_and_extremes_of_floats(kind):
                     want = (min if least else max)(numbers, key=key)
                     assert z == want and math.copysign(1, z) == math.copysign(1, want)
             if kind in ("f16", "bf16"):
-                two = [
-                    (f"{kind}x2", np.repeat(v.view(np.uint16), 2).view(np.uint32)) for _, v in pair
-                ]
-                both = (
-                    evaluate(f"{name}{nan}.{kind}x2", f"{kind}x2", *two)
-                    .view(np.uint16)
-                    .reshape(-1, 2)
-                )
+                both = halves(evaluate(f"{name}{nan}.{kind}x2", f"{kind}x2", *doubled(pair)))
                 assert (both[:, 0] == both[:, 1]).all()
     for name, function in (("abs", abs), ("neg", lambda v: -v)):
         got = as_floats(evaluate(f"{name}.{kind}", kind, pair[0]), kind)
@@ -383,11 +366,8 @@ def integers(kind, count, n=512):
 
 def wrapped(values, kind):
     bits = 8 * width_of(kind)
-    return (
-        np.array([int(v) % 2**bits for v in values], np.uint64)
-        .astype(UNSIGNED[bits // 8])
-        .view(KINDS[kind])
-    )
+    words = np.array([int(v) % 2**bits for v in values], np.uint64)
+    return words.astype(UNSIGNED[bits // 8]).view(KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
@@ -405,9 +385,8 @@ def test_integer_arithmetic(kind):
         "div": [-1 if q == 0 else int(Fraction(p, q)) for p, q in zip(x, y)],
     }
     for name, values in want.items():
-        assert np.array_equal(
-            evaluate(f"{name}.{kind}", kind, *pairs[:2]), wrapped(values, kind)
-        ), name
+        got = evaluate(f"{name}.{kind}", kind, *pairs[:2])
+        assert np.array_equal(got, wrapped(values, kind)), name
     for name, values in (("mad.lo", want["mul.lo"]), ("mad.hi", want["mul.hi"])):
         got = evaluate(f"{name}.{kind}", kind, *pairs)
         assert np.array_equal(got, wrapped([v + r for v, r in zip(values, z)], kind))
@@ -418,13 +397,9 @@ def test_integer_arithmetic(kind):
         d = integers(wide, 1)[0]
         got = evaluate(f"mad.wide.{kind}", wide, *pairs[:2], (wide, d))
         assert np.array_equal(got, wrapped([v + int(r) for v, r in zip(exact, d)], wide))
-    if kind[0] == "s":
-        assert np.array_equal(
-            evaluate(f"abs.{kind}", kind, pairs[0]), wrapped([abs(p) for p in x], kind)
-        )
-        assert np.array_equal(
-            evaluate(f"neg.{kind}", kind, pairs[0]), wrapped([-p for p in x], kind)
-        )
+    for name, function in (("abs", abs), ("neg", operator.neg)) if kind[0] == "s" else ():
+        got = evaluate(f"{name}.{kind}", kind, pairs[0])
+        assert np.array_equal(got, wrapped(map(function, x), kind))
 
 
 @pytest.mark.parametrize("bits", [16, 32, 64])
@@ -434,16 +409,13 @@ def test_logic_and_shifts(bits):
     x, y = [int(v) for v in a], [int(v) for v in b]
     n = (np.arange(512) % 80).astype(np.uint32)
     pair = (kind, a), (kind, b)
-    assert evaluate(f"and.{kind}", kind, *pair).tolist() == [p & q for p, q in zip(x, y)]
-    assert evaluate(f"or.{kind}", kind, *pair).tolist() == [p | q for p, q in zip(x, y)]
-    assert evaluate(f"xor.{kind}", kind, *pair).tolist() == [p ^ q for p, q in zip(x, y)]
+    for name, function in (("and", operator.and_), ("or", operator.or_), ("xor", operator.xor)):
+        assert evaluate(f"{name}.{kind}", kind, *pair).tolist() == list(map(function, x, y))
     assert evaluate(f"not.{kind}", kind, pair[0]).tolist() == [2**bits - 1 - p for p in x]
-    assert evaluate(f"shl.{kind}", kind, pair[0], ("u32", n)).tolist() == [
-        (p << int(k)) % 2**bits for p, k in zip(x, n)
-    ]
-    assert evaluate(f"shr.u{bits}", kind, pair[0], ("u32", n)).tolist() == [
-        p >> int(k) for p, k in zip(x, n)
-    ]
+    left = evaluate(f"shl.{kind}", kind, pair[0], ("u32", n))
+    assert left.tolist() == [(p << int(k)) % 2**bits for p, k in zip(x, n)]
+    right = evaluate(f"shr.u{bits}", kind, pair[0], ("u32", n))
+    assert right.tolist() == [p >> int(k) for p, k in zip(x, n)]
     want = [int(v) >> int(k) for v, k in zip(a.view(KINDS[signed]), n)]
     assert evaluate(f"shr.{signed}", signed, (signed, a), ("u32", n)).tolist() == want
     assert evaluate(f"shl.{kind}", kind, pair[0], immediates=("3",)).tolist() == [
@@ -502,9 +474,8 @@ def test_conversions_between_floats():
             assert ((two >> 16) == one).all() and ((two & 0xFFFF) == np.roll(one, 1)).all()
     assert np.isnan(as_floats(evaluate("cvt.rn.bf16.f32", "bf16", pair), "bf16"))[np.isnan(a)].all()
     half = np.arange(65536, dtype=np.uint16).view(np.float16)
-    assert np.array_equal(
-        evaluate("cvt.f32.f16", "f32", ("f16", half)), half.astype(np.float32), equal_nan=True
-    )
+    got = evaluate("cvt.f32.f16", "f32", ("f16", half))
+    assert np.array_equal(got, half.astype(np.float32), equal_nan=True)
     brain = np.arange(65536, dtype=np.uint16)
     want = (brain.astype(np.uint32) << 16).view(np.float32)
     assert np.array_equal(evaluate("cvt.f32.bf16", "f32", ("bf16", brain)), want, equal_nan=True)
@@ -518,20 +489,12 @@ def test_conversions_between_floats():
         unit = Fraction(2) ** (math.frexp(v)[1] - 11) if abs(v) >= 1.2e-38 else Fraction(2) ** -136
         steps = Fraction(float(v)) / unit
         assert g == float(int(abs(steps) + Fraction(1, 2)) * unit * (1 if v > 0 else -1))
-    for name, function in (
-        ("rni", np.rint),
-        ("rzi", np.trunc),
-        ("rmi", np.floor),
-        ("rpi", np.ceil),
-    ):
-        assert np.array_equal(
-            evaluate(f"cvt.{name}.f32.f32", "f32", pair), function(a), equal_nan=True
-        )
+    for name, function in WHOLE.items():
+        got = evaluate(f"cvt.{name}.f32.f32", "f32", pair)
+        assert np.array_equal(got, function(a), equal_nan=True)
     assert evaluate("cvt.sat.f32.f32", "f32", pair).max() == 1
-    assert (
-        evaluate("cvt.ftz.f64.f32", "f64", ("f32", np.full(64, 1e-40, np.float32))).tolist()
-        == [0] * 64
-    )
+    tiny = ("f32", np.full(64, 1e-40, np.float32))
+    assert evaluate("cvt.ftz.f64.f32", "f64", tiny).tolist() == [0] * 64
 
 
 @pytest.mark.parametrize("kind", ["u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"])
@@ -543,12 +506,7 @@ def test_conversions_of_integers(kind):
     a = a.astype(np.float32)
     # a register has 16 bits at least
     holder = "s16" if kind == "s8" else "u16" if kind == "u8" else kind
-    for name, function in (
-        ("rni", np.rint),
-        ("rzi", np.trunc),
-        ("rmi", np.floor),
-        ("rpi", np.ceil),
-    ):
+    for name, function in WHOLE.items():
         got = evaluate(f"cvt.{name}.{kind}.f32", holder, ("f32", a))
         for v, g in zip(function(a.astype(float)), got):
             assert int(g) == (0 if math.isnan(v) else min(max(v, info.min), info.max))
@@ -560,20 +518,12 @@ def test_conversions_of_integers(kind):
         limits = np.iinfo(KINDS[other])
         got = evaluate(f"cvt.sat.{other}.{kind}", other, source)
         assert got.tolist() == [min(max(int(v), limits.min), limits.max) for v in b]
-    check(
-        evaluate(f"cvt.rn.f32.{kind}", "f32", source),
-        [rounded(Fraction(int(v)), 24, -149) for v in b],
-        "f32",
-    )
-    check(
-        evaluate(f"cvt.rn.f64.{kind}", "f64", source),
-        [rounded(Fraction(int(v)), 53, -1074) for v in b],
-        "f64",
-    )
-    for how in ("rz", "rm", "rp"):
-        if width_of(kind) < 8:
-            want = [rounded(Fraction(int(v)), 24, -149, how) for v in b]
-            check(evaluate(f"cvt.{how}.f32.{kind}", "f32", source), want, "f32")
+    exact = [Fraction(int(v)) for v in b]
+    want = [rounded(v, 53, -1074) for v in exact]
+    check(evaluate(f"cvt.rn.f64.{kind}", "f64", source), want, "f64")
+    for how in MODES if width_of(kind) < 8 else ("rn",):
+        want = [rounded(v, 24, -149, how) for v in exact]
+        check(evaluate(f"cvt.{how}.f32.{kind}", "f32", source), want, "f32")
 
 
 # ---- comparisons
@@ -602,37 +552,25 @@ def _predicate(opcode, kind, a, b, more=""):
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "f32", "f64"])
 def test_comparisons_of_floats(kind):
-    values = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
-    a, b = (np.array(v) for v in zip(*[(x, y) for x in values for y in values]))
-    tests = {"eq": lambda x, y: x == y, "lt": lambda x, y: x < y, "le": lambda x, y: x <= y}
-    tests |= {
-        "gt": lambda x, y: x > y,
-        "ge": lambda x, y: x >= y,
-        "ne": lambda x, y: x < y or x > y,
-    }
+    a, b = TWO_EXTREMES
+    bits, nans = (as_bits(a, kind), as_bits(b, kind)), np.isnan(a) | np.isnan(b)
+    tests = {name: getattr(operator, name) for name in ("eq", "lt", "le", "gt", "ge")}
+    tests["ne"] = lambda x, y: x < y or x > y
     for name, test in tests.items():
         for unordered in ("", "u"):
-            want = [
-                test(x, y) or bool(unordered and (math.isnan(x) or math.isnan(y)))
-                for x, y in zip(a, b)
-            ]
-            got = _predicate(
-                f"setp.{name}{unordered}.{kind}", kind, as_bits(a, kind), as_bits(b, kind)
-            )
+            want = [test(x, y) or bool(unordered and nan) for x, y, nan in zip(a, b, nans)]
+            got = _predicate(f"setp.{name}{unordered}.{kind}", kind, *bits)
             assert got.tolist() == [1 if w else 2 for w in want]
     for name, wanted in (("num", False), ("nan", True)):
-        got = _predicate(f"setp.{name}.{kind}", kind, as_bits(a, kind), as_bits(b, kind))
-        assert got.tolist() == [
-            1 if (math.isnan(x) or math.isnan(y)) == wanted else 2 for x, y in zip(a, b)
-        ]
+        got = _predicate(f"setp.{name}.{kind}", kind, *bits)
+        assert got.tolist() == [1 if nan == wanted else 2 for nan in nans]
 
 
 @pytest.mark.parametrize("kind", ["f16x2", "bf16x2"])
 def test_comparisons_of_pairs_of_floats(kind):
     """Two destinations: of the low halves and of the high ones, not one and its opposite"""
     one = kind.removesuffix("x2")
-    values = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, 2.0]
-    low, high = (np.array(v) for v in zip(*[(x, y) for x in values for y in values]))
+    low, high = TWO_EXTREMES
 
     def pair(low, high):
         low, high = (as_bits(v, one).view(np.uint16).astype(np.uint32) for v in (low, high))
@@ -654,11 +592,8 @@ def test_comparisons_of_pairs_of_floats(kind):
 def test_comparisons_of_integers(kind):
     a, b = (v[:64] for v in integers(kind, 2))
     b[32:] = a[32:]
-    names = {"eq": "__eq__", "ne": "__ne__"}
-    if kind[0] != "b":
-        names |= {"lt": "__lt__", "le": "__le__", "gt": "__gt__", "ge": "__ge__"}
-    for name, method in names.items():
-        want = getattr(a, method)(b)
+    for name in ("eq", "ne") if kind[0] == "b" else ("eq", "ne", "lt", "le", "gt", "ge"):
+        want = getattr(operator, name)(a, b)
         assert np.array_equal(_predicate(f"setp.{name}.{kind}", kind, a, b), np.where(want, 1, 2))
     first = np.arange(64) < 32
     for name, function in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
@@ -703,9 +638,8 @@ def test_every_opcode_is_tested_here_or_beside(request):
     """Last, after the others have noted what they ran; test_ptx_checks.py runs the rest."""
     from test_ptx_checks import RUN_THERE
 
-    if [item for item in request.session.items if item.path == request.path][
-        -1
-    ] is not request.node:
+    here = [item for item in request.session.items if item.path == request.path]
+    if here[-1] is not request.node:
         pytest.skip("the order is shuffled: others have not noted yet what they run")
 
     known = {name.removeprefix("op_") for name in dir(Writer) if name.startswith("op_")}
