@@ -32,10 +32,18 @@ def inputs(m=40, k=24, n=12, dtype=torch.float32, lead=()):
     return x, weight, bias, torch.rand(k, generator=generator) + 0.1, dy
 
 
-def run(x, weight, bias, sigma, dy, seed=SEED, **options):
-    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, sigma)]
-    y = functional.dip_linear(*leaves, seed, **options)
+def layer(x, weight, bias, sigma, dy=None, **options):
+    return functional.dip_linear(x, weight, bias, sigma, SEED, **options)
+
+
+def run(x, weight, bias, sigma, dy, **options):
+    leaves = clones(x, weight, bias, sigma)
+    y = layer(*leaves, **options)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def clones(*tensors):
+    return [t.detach().clone().requires_grad_() for t in tensors]
 
 
 def assert_near(got, want, plain, like, slack):
@@ -52,13 +60,10 @@ def assert_near(got, want, plain, like, slack):
 
 @pytest.mark.parametrize("activation", NAMES)
 def test_sample_is_the_activation_of_one_draw(activation):
-    x, weight, bias, sigma, _ = inputs()
+    tensors = inputs()
     for options in ({}, {"num_samples": 4}, {"keep": "x"}, {"row0": 7, "sample": 2}):
-        y = functional.dip_linear(x, weight, bias, sigma, SEED, activation=activation, **options)
-        assert torch.equal(
-            y,
-            ACTIVATIONS[activation](functional.dip_linear(x, weight, bias, sigma, SEED, **options)),
-        )
+        y = layer(*tensors, activation=activation, **options)
+        assert torch.equal(y, ACTIVATIONS[activation](layer(*tensors, **options)))
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -68,14 +73,8 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
     """With its four gradients; rows cross 2^32, samples start at 3, columns inside a group."""
     x, weight, bias, sigma, dy = inputs(dtype=dtype, lead=(2,))
     where = {"row0": 2**32 - 9, "col0": 5, "log_variance": log_variance}
-    options = {
-        "activation": activation,
-        "estimator": "mean",
-        "num_samples": 5,
-        "sample": 3,
-        **where,
-    }
-    got = run(x, weight, bias, sigma, dy, **options)
+    options = {"activation": activation, "estimator": "mean", "num_samples": 5, "sample": 3}
+    got = run(x, weight, bias, sigma, dy, **options, **where)
 
     def explicit(dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)] + [
@@ -85,13 +84,8 @@ def test_mean_equals_explicit_calls(activation, dtype, log_variance):
         y = 0
         for s in range(3, 8):
             z = reference.noise(SEED, x.shape, -1, 2**32 - 9, 5, s).double()
-            y = (
-                y
-                + ACTIVATIONS[activation](
-                    F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])
-                )
-                / 5
-            )
+            h = F.linear((leaves[0] + scale * z).to(dtype), leaves[1], leaves[2])
+            y = y + ACTIVATIONS[activation](h) / 5
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
 
     for ours, want, plain in zip(got, explicit(torch.float64), explicit(dtype), strict=True):
@@ -114,27 +108,18 @@ def test_mean_by_row_blocks_matches_reference(namespace, bias, monkeypatch):
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
 def test_mean_without_an_activation_is_one_sample(namespace):
     x, weight, bias, sigma, dy = inputs(5, 8, 3)
-    ops, how = (
-        getattr(torch.ops, namespace),
-        (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity"),
-    )
-    with pytest.raises(
-        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
-    ):
-        ops.linear(x, *how, None)
-    with pytest.raises(
-        ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
-    ):
-        ops.linear_bwd(dy, x, *how)
+    how = (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity")
+    ops = getattr(torch.ops, namespace)
+    for call in (lambda: ops.linear(x, *how, None), lambda: ops.linear_bwd(dy, x, *how)):
+        with pytest.raises(ValueError, match="expected 1 with activation 'identity', got 2"):
+            call()
 
 
 @pytest.mark.parametrize("namespace", ["dipkernels", "dipkernels_reference"])
 def test_mean_of_no_features_is_that_of_the_bias(namespace):
     x, weight, bias, sigma, dy = inputs(6, 0, 3, lead=(2,))
-    ops, how = (
-        getattr(torch.ops, namespace),
-        (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2, "tanh"),
-    )
+    how = (weight, bias, sigma, SEED, 0, 0, 0, 1.0, False, 2, "tanh")
+    ops = getattr(torch.ops, namespace)
     torch.testing.assert_close(ops.linear(x, *how, None), torch.tanh(bias).expand(dy.shape))
     dbias = ops.linear_bwd(dy, x, *how)[2]
     want = dy.flatten(0, 1).sum(0) * (1 - torch.tanh(bias) ** 2)
@@ -142,29 +127,17 @@ def test_mean_of_no_features_is_that_of_the_bias(namespace):
 
 
 def test_mean_refuses_samples_beyond_the_contract():
-    x, weight, bias, sigma, _ = inputs(5, 8, 3)
+    options = {"activation": "relu", "estimator": "mean", "num_samples": 2, "sample": 65535}
     with pytest.raises(
-        ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"
+        ValueError, match=r"expected sample \+ num_samples <= 65536, got 65535 \+ 2"
     ):
-        functional.dip_linear(
-            x,
-            weight,
-            bias,
-            sigma,
-            SEED,
-            activation="relu",
-            estimator="mean",
-            num_samples=2,
-            sample=65535,
-        )
+        layer(*inputs(5, 8, 3), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
-    tensors, options = (
-        inputs(41, 24, 12, dtype),
-        {"activation": "tanh", "estimator": "mean", "num_samples": 10},
-    )
+    tensors = inputs(41, 24, 12, dtype)
+    options = {"activation": "tanh", "estimator": "mean", "num_samples": 10}
     whole = run(*tensors, **options)
     monkeypatch.setattr(row_blocks, "_CPU_ROWS", (32, 32))  # several samples in a product
     monkeypatch.setattr(row_blocks, "_ELEMENTS", 1)
@@ -177,19 +150,8 @@ def test_mean_is_the_same_in_one_block_and_in_many(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mean_by_row_blocks_does_without_the_library(activation, dtype, monkeypatch):
     x, weight, bias, sigma, dy = inputs(dtype=dtype)
-    how = (
-        weight,
-        bias,
-        sigma,
-        SEED,
-        2,
-        3,
-        1,
-        0.5,
-        True,
-        1 if activation == "identity" else 10,
-        activation,
-    )
+    samples = 1 if activation == "identity" else 10
+    how = (weight, bias, sigma, SEED, 2, 3, 1, 0.5, True, samples, activation)
 
     def results():
         yield from (row_blocks.linear(x, *how, None), *row_blocks.linear_bwd(dy, x, *how))
@@ -226,10 +188,8 @@ def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():
     options = {"activation": "gelu", "estimator": "mean", "num_samples": 6}
     first, second = (run(x, weight, bias, sigma, dy, **options) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    rows = [
-        functional.dip_linear(x[i : i + 16], weight, bias, sigma, SEED, row0=i, **options)
-        for i in (0, 16, 32, 48)
-    ]
+    parts = ((i, x[i : i + 16]) for i in range(0, 64, 16))
+    rows = [layer(part, weight, bias, sigma, row0=i, **options) for i, part in parts]
     torch.testing.assert_close(torch.cat(rows), first[0], rtol=1e-6, atol=1e-6)
 
 
@@ -247,42 +207,33 @@ def peak_bytes(run):
     return peak
 
 
-def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
+def test_mean_takes_the_memory_of_one_sample():
     x, weight, bias, sigma, dy = inputs(1024, 64, 48)
     leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
 
+    def forward(count):
+        return layer(*leaves, activation="gelu", estimator="mean", num_samples=count)
+
     def step(count):
-        options = {"activation": activation, "estimator": "mean", "num_samples": count}
-        functional.dip_linear(*leaves, SEED, **options).backward(dy)
+        forward(count).backward(dy)
         for leaf in leaves:
             leaf.grad = None
 
     def kept(count):
-        return saved_bytes(
-            lambda: functional.dip_linear(
-                *leaves, SEED, activation=activation, estimator="mean", num_samples=count
-            )
-        )
+        return saved_bytes(lambda: forward(count))
 
     # as one layer keeps it, the pre-activation of one sample
     assert kept(5) == kept(33) == sum(t.nbytes for t in (*leaves, dy)) + SEED.nbytes
     peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
     assert 0 < peaks[2] <= 1.02 * peaks[1]  # several products each
     assert peaks[2] <= 1.06 * peaks[0]  # one product
-    small, leaves[0], dy = (
-        (leaves[0], dy),
-        x.detach().repeat(16, 1).requires_grad_(),
-        dy.repeat(16, 1),
-    )
-    one = peak_bytes(
-        lambda: ACTIVATIONS[activation](functional.dip_linear(*leaves, SEED)).backward(dy)
-    )
+    with torch.no_grad():
+        assert kept(9) == 0
+    leaves[0], dy = x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
+    one = peak_bytes(lambda: F.gelu(layer(*leaves)).backward(dy))
     leaves[0].grad = None
     # u, z, h and dh of a block
     assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
-    leaves[0], dy = small
-    with torch.no_grad():
-        assert kept(9) == 0
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
@@ -294,16 +245,8 @@ def test_mean_takes_the_memory_of_one_sample(activation="gelu"):
 def test_analytic_gradients_match_reference(activation, dtype, log_variance):
     x, weight, bias, sigma, dy = inputs(50, 40, 20, dtype, (2,))
     sigma = sigma.double() if dtype is torch.float64 else sigma
-    got = run(
-        x,
-        weight,
-        bias,
-        sigma,
-        dy,
-        activation=activation,
-        estimator="analytic",
-        log_variance=log_variance,
-    )
+    options = {"activation": activation, "log_variance": log_variance}
+    got = run(x, weight, bias, sigma, dy, **options, estimator="analytic")
     x, weight, bias, sigma, dy = (t.double() for t in (x, weight, bias, sigma, dy))
     mu, v = F.linear(x, weight, bias), reference.affine_variance(weight, sigma, log_variance)
     dmu, dv, dbias = reference.expectation_bwd(dy, mu, v, activation)
@@ -320,13 +263,9 @@ def test_analytic_gradients_match_reference(activation, dtype, log_variance):
 def test_analytic_without_noise_or_activation_is_the_plain_layer():
     x, weight, bias, sigma, _ = inputs()
     plain = F.linear(x, weight, bias)
-    assert torch.equal(
-        functional.dip_linear(x, weight, bias, sigma, SEED, estimator="analytic"), plain
-    )
+    assert torch.equal(layer(x, weight, bias, sigma, estimator="analytic"), plain)
     for activation in NAMES:
-        y = functional.dip_linear(
-            x, weight, bias, 0 * sigma, SEED, activation=activation, estimator="analytic"
-        )
+        y = layer(x, weight, bias, 0 * sigma, activation=activation, estimator="analytic")
         torch.testing.assert_close(y, ACTIVATIONS[activation](plain), rtol=1e-6, atol=1e-6)
 
 
@@ -339,10 +278,7 @@ def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(na
             t if t is None else t.clone().requires_grad_(n in names)
             for n, t in zip("xwbs", (x, weight, b, sigma))
         ]
-        ys = [
-            functional.dip_linear(*t, SEED, activation="silu", estimator="analytic")
-            for t in (every, some)
-        ]
+        ys = [layer(*t, activation="silu", estimator="analytic") for t in (every, some)]
         assert torch.equal(*ys) and ys[1].requires_grad == bool(
             set(names) - set("b" if b is None else "")
         )
@@ -358,17 +294,10 @@ def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(na
 def test_analytic_takes_a_row_and_leading_dimensions(lead):
     x, weight, bias, sigma, dy = inputs(4, 24, 12, lead=lead or ())
     x, dy = (x[0], dy[0]) if lead is None else (x, dy)
-    y, dx, *grads = run(x, weight, bias, sigma, dy, activation="gelu", estimator="analytic")
+    options = {"activation": "gelu", "estimator": "analytic"}
+    y, dx, *grads = run(x, weight, bias, sigma, dy, **options)
     assert y.shape == dy.shape and dx.shape == x.shape
-    flat = run(
-        x.reshape(-1, 24),
-        weight,
-        bias,
-        sigma,
-        dy.reshape(-1, 12),
-        activation="gelu",
-        estimator="analytic",
-    )
+    flat = run(x.reshape(-1, 24), weight, bias, sigma, dy.reshape(-1, 12), **options)
     for ours, theirs in zip((y.reshape(-1, 12), dx.reshape(-1, 24), *grads), flat, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -378,61 +307,49 @@ def test_analytic_keeps_no_more_than_the_plain_layer():
     x, weight, bias, sigma, _ = (t.requires_grad_() for t in inputs(64, 40, 24))
     for dtype, size in ((None, 4), (torch.bfloat16, 2)):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            analytic = lambda: functional.dip_linear(  # noqa: E731
-                x, weight, bias, sigma, SEED, activation="gelu", estimator="analytic"
-            )
             held = sum(t.nbytes for t in (weight, bias, sigma))
-            assert saved_bytes(analytic) == held + size * 64 * (40 + 24) + 4 * 24
+            saved = saved_bytes(
+                lambda: layer(x, weight, bias, sigma, activation="gelu", estimator="analytic")
+            )
+            assert saved == held + size * 64 * (40 + 24) + 4 * 24
 
 
 def test_analytic_refuses_a_weight_of_another_type():
-    x, weight, bias, sigma, _ = inputs()
+    x, *parameters = inputs()
     with pytest.raises(TypeError, match=r"weight: expected dtype torch\.bfloat16, as x"):
-        functional.dip_linear(
-            x.bfloat16(), weight, bias, sigma, SEED, activation="relu", estimator="analytic"
-        )
+        layer(x.bfloat16(), *parameters, activation="relu", estimator="analytic")
 
 
-def test_analytic_under_autocast_torch_func_and_compile():
-    x, weight, bias, sigma, _ = inputs()
-    options = {"activation": "gelu", "estimator": "analytic"}
-    want = functional.dip_linear(x, weight, bias, sigma, SEED, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = functional.dip_linear(x, weight, bias, sigma, SEED, **options)
-    assert low.dtype is torch.bfloat16
-    torch.testing.assert_close(low.float(), want, rtol=0.03, atol=0.03)
+ANALYTIC = {"activation": "gelu", "estimator": "analytic"}
+
+
+def test_analytic_under_autocast_and_vmap():
+    tensors = inputs()[:4]
+    want = layer(*tensors, **ANALYTIC)
     grads = []
     for enabled in (False, True):
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
+        leaves = clones(*tensors)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            y = functional.dip_linear(*leaves, SEED, **options)
+            y = layer(*leaves, **ANALYTIC)
+        assert y.dtype is (torch.bfloat16 if enabled else torch.float32)
+        torch.testing.assert_close(y.float(), want, rtol=0.03, atol=0.03)
         grads.append(torch.autograd.grad(y, leaves, torch.ones_like(y)))
     for ours, theirs in zip(*reversed(grads), strict=True):
         assert ours.dtype is torch.float32
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.03 * theirs.abs().max().item())
-    rows = torch.func.vmap(
-        lambda row: functional.dip_linear(row, weight, bias, sigma, SEED, **options)
-    )(x)
+    rows = torch.func.vmap(lambda row: layer(row, *tensors[1:], **ANALYTIC))(tensors[0])
     torch.testing.assert_close(rows, want, rtol=1e-5, atol=1e-5)
-    for estimator, count in (("analytic", 1), ("mean", 3)):
 
-        def step(*leaves, estimator=estimator, count=count):
-            return functional.dip_linear(
-                *leaves,
-                SEED,
-                activation="gelu",
-                estimator=estimator,
-                num_samples=count,
-                log_variance=True,
-            )
 
-        leaves = [t.clone().requires_grad_() for t in (x, weight, bias, sigma)]
-        outs = [
-            run(*leaves) for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))
-        ]
-        grads = [torch.autograd.grad(out.sum(), leaves) for out in outs]
-        torch.testing.assert_close(outs[0], outs[1])
-        torch.testing.assert_close(grads[0], grads[1])
+@pytest.mark.parametrize("estimator, samples", [("mean", 3), ("analytic", 1)])
+def test_averaging_compiles_whole(estimator, samples):
+    options = {"activation": "gelu", "estimator": estimator, "num_samples": samples}
+    step = functools.partial(layer, log_variance=True, **options)
+    leaves = clones(*inputs()[:4])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    outs = [run(*leaves) for run in (step, compiled)]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in outs))
 
 
 # ---- operations ----------------------------------------------------------------------------------
@@ -651,21 +568,17 @@ class _OwnGelu(nn.Module):
         (nn.Softplus(), "softplus"),
         (nn.ELU(), "elu"),
         (_OwnGelu(), "mul by a number|pow"),
+        (nn.Sequential(nn.Conv1d(1, 1, 1), nn.ReLU()), "relu, and its variance"),
     ],
 )
 def test_analytic_prediction_refuses_what_it_has_no_closed_form_for(activation, match):
-    model = dip.convert(nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 2)))
+    model, x = nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 2)), torch.randn(3, 8)
+    if isinstance(activation, nn.Sequential):
+        model, x = activation, torch.randn(3, 1, 8)
+    dip.convert(model)
     with pytest.raises(ValueError, match=f"that of '0' goes into ({match})"):
-        dip.predict(model, torch.randn(3, 8), method="analytic")
+        dip.predict(model, x, method="analytic")
     assert not model[0]._forward_hooks
-
-
-def test_analytic_prediction_refuses_an_activation_behind_a_convolution():
-    model = dip.convert(
-        nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2))
-    )
-    with pytest.raises(ValueError, match="that of '0' goes into relu, and its variance"):
-        dip.predict(model, torch.randn(2, 1, 8, 8), method="analytic")
 
 
 def test_analytic_prediction_of_layers_that_are_called_by_keyword():
@@ -688,13 +601,15 @@ def test_analytic_prediction_of_layers_that_are_called_by_keyword():
 
 
 def test_analytic_prediction_refuses_bad_arguments():
-    model = dip.convert(mlp(nn.ReLU()))
-    with pytest.raises(ValueError, match="method: expected 'sample' or 'analytic', got 'exact'"):
-        dip.predict(model, torch.randn(3, 8), method="exact")
-    with pytest.raises(ValueError, match="k, chunk: expected none with method='analytic'"):
-        dip.predict(model, torch.randn(3, 8), method="analytic", k=4)
-    with pytest.raises(ValueError, match="model: expected DIP layers"):
-        dip.predict(mlp(nn.ReLU()), torch.randn(3, 8), method="analytic")
+    plain, x = mlp(nn.ReLU()), torch.randn(3, 8)
+    noisy = dip.convert(mlp(nn.ReLU()))
+    for model, options, match in (
+        (noisy, {"method": "exact"}, "method: expected 'sample' or 'analytic', got 'exact'"),
+        (noisy, {"method": "analytic", "k": 4}, "k, chunk: expected none with method='analytic'"),
+        (plain, {"method": "analytic"}, "model: expected DIP layers"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dip.predict(model, x, **options)
 
 
 @pytest.mark.slow
