@@ -3,6 +3,7 @@ errors."""
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections import UserDict
 from collections.abc import MutableMapping
@@ -15,12 +16,16 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 import dipkernels as dip
-from dipkernels.models.convert import convert
-from dipkernels.nn.input import DIPInput
-from dipkernels.nn.linear import DIPLinear
-from dipkernels.noise.contexts import fixed_noise, noise_off, sampling_on
-from dipkernels.training.predict import predict
-from dipkernels.training.trajectories import trajectories
+from dipkernels import (
+    DIPInput,
+    DIPLinear,
+    convert,
+    fixed_noise,
+    noise_off,
+    predict,
+    sampling_on,
+    trajectories,
+)
 
 
 def mlp():
@@ -65,6 +70,17 @@ def test_gradients_flow_to_inputs_and_variances():
     assert bool(model[0].log_variance.grad.any())
 
 
+class Wrapped(nn.Module):
+    """A model whose output is made of another's."""
+
+    def __init__(self, model, made):
+        super().__init__()
+        self.model, self.made = model, made
+
+    def forward(self, x):
+        return self.made(self.model(x))
+
+
 @dataclasses.dataclass
 class Output:
     logits: torch.Tensor
@@ -99,7 +115,7 @@ def test_any_arguments_and_any_outputs():
 
 @pytest.mark.parametrize(
     "in_dims",
-    [(0, None, None), (((0, {"more": 0})), None, 0), ((0, 0), None, 0), {1: None, "bias": 0}],
+    [(0, None, None), ((0, {"more": 0}), None, 0), ((0, 0), None, 0), {1: None, "bias": 0}],
 )
 def test_in_dims_may_be_prefixes(in_dims):
     out = trajectories(
@@ -122,11 +138,7 @@ def test_in_dims_none_passes_a_tensor_as_it_is():
             {},
             r"^args\[1\]: expected a tensor whose first size is 5, as args\[0\], got shape \(3,\).*in_dims=None",
         ),
-        (
-            (X,),
-            {"mask": {"a": torch.ones(1, 5)}},
-            r"^mask\['a'\]: .*got shape \(1, 5\)",
-        ),
+        ((X,), {"mask": {"a": torch.ones(1, 5)}}, r"^mask\['a'\]: .*got shape \(1, 5\)"),
         ((X, torch.tensor(1.0)), {}, r"^args\[1\]: .*got shape \(\)"),
         ((torch.tensor(1.0),), {}, r"^args\[0\]: .*the batch"),
         ((X,), {"in_dims": 1}, "^in_dims: expected 0 or None for args"),
@@ -144,12 +156,15 @@ def test_bad_input_is_named(args, kwargs, message):
 
 def test_a_loss_in_the_output_is_explained():
     model = mlp()
-    with pytest.raises(
-        ValueError, match=r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty"
+    for run, message in (
+        (
+            lambda x: {"loss": model(x).mean()},
+            r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty",
+        ),
+        (lambda x: model(x).t(), r"output: .*B \* m = 10, got shape \(3, 10\)"),
     ):
-        trajectories(lambda x: {"loss": model(x).mean()}, X, m=2)
-    with pytest.raises(ValueError, match=r"output: .*B \* m = 10, got shape \(3, 10\)"):
-        trajectories(lambda x: model(x).t(), X, m=2)
+        with pytest.raises(ValueError, match=message):
+            trajectories(run, X, m=2)
 
 
 def test_eval_mode_is_refused_unless_sampling():
@@ -161,18 +176,16 @@ def test_eval_mode_is_refused_unless_sampling():
     assert not torch.allclose(out[0], out[1])
 
 
-@pytest.mark.parametrize("shape", [(0, 6), (1, 6)])
-def test_empty_and_single_batches_work(shape):
-    assert trajectories(mlp(), torch.randn(shape), m=3).shape == (3, shape[0], 3)
-    assert trajectories(mlp(), torch.randn(shape), m=1).shape == (1, shape[0], 3)
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("m", [1, 3])
+def test_empty_and_single_batches_work(rows, m):
+    assert trajectories(mlp(), torch.randn(rows, 6), m=m).shape == (m, rows, 3)
 
 
 def test_a_transformers_output_keeps_its_type():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, use_cache=False
-    )
-    model = transformers.GPT2LMHeadModel(config)
+    sizes = {"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, use_cache=False))
     model.lm_head = nn.Sequential(DIPInput(8), model.lm_head)
     ids = torch.randint(11, (3, 5))
     out = trajectories(model, input_ids=ids, attention_mask=torch.ones_like(ids), m=2)
@@ -193,23 +206,14 @@ pytree.register_pytree_node(
 )
 
 
-class Sampling(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x, with_loss=False):
-        y = self.net(x)
-        return Sample(sample=y, loss=y.mean()) if with_loss else Sample(sample=y)
-
-
 def test_an_output_registered_without_the_names_of_its_parts_keeps_its_type():
-    model = Sampling()
+    net = mlp()
+    model = Wrapped(net, lambda y: Sample(sample=y))
     out = trajectories(model, X, m=2)
     assert type(out) is Sample and out["sample"].shape == (2, 5, 3)
     assert predict(model, X, k=2, average=None)["sample"].shape == (2, 5, 3)
     with pytest.raises(ValueError, match=r"^output\[1\]: .*got a scalar"):
-        trajectories(model, X, with_loss=True, m=2)
+        trajectories(Wrapped(net, lambda y: Sample(sample=y, loss=y.mean())), X, m=2)
 
 
 # ---- predict -------------------------------------------------------------------------------------
@@ -240,9 +244,9 @@ def test_predict_takes_one_pass_after_another_by_default():
 
 def test_zero_passes_are_the_plain_network():
     model = mlp()
-    plain = F.linear(
-        F.relu(F.linear(X, model[0].weight, model[0].bias)), model[2].weight, model[2].bias
-    )
+    first, _, second = model
+    hidden = F.relu(F.linear(X, first.weight, first.bias))
+    plain = F.linear(hidden, second.weight, second.bias)
     assert torch.equal(predict(model, X, k=0, average="logits"), plain)
     assert torch.equal(predict(model, X, k=0, average=None), plain[None])
     torch.testing.assert_close(predict(model, X, k=0), plain.softmax(-1))
@@ -250,9 +254,8 @@ def test_zero_passes_are_the_plain_network():
 
 
 def test_predict_restores_modes_and_leaves_dropout_and_batchnorm_alone():
-    model = convert(
-        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.99), nn.Linear(8, 3)), 1e-12
-    )
+    parts = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.99), nn.Linear(8, 3)
+    model = convert(nn.Sequential(*parts), 1e-12)
     model[2].eval()
     modes = [m.training for m in model.modules()]
     out = predict(model, X, k=2, average="logits")
@@ -273,40 +276,25 @@ def test_predict_replays_under_a_key_wherever_the_shard_is():
 
 
 def test_predict_reaches_layers_behind_the_encoders_fast_path():
-    model = convert(
-        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 0.25, exclude="self_attn"
-    )
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = convert(layer, 0.25, exclude="self_attn")
     outs = predict(model, torch.randn(2, 5, 16), k=2, average=None)
     assert not torch.allclose(outs[0], outs[1])
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_predict_keeps_passes_apart_of_a_model_that_returns_its_own_memory(chunk):
-    class Static(nn.Module):  # as a CUDA graph does
-        def __init__(self):
-            super().__init__()
-            self.layer, self.out = dip.DIPLinear(4, 2, init_variance=1.0), torch.empty(3 * chunk, 2)
-
-        def forward(self, x):
-            return self.out.copy_(self.layer(x))
-
-    model, x = Static(), torch.randn(3, 4)
+    memory = torch.empty(3 * chunk, 2)  # as a CUDA graph does
+    model = Wrapped(DIPLinear(4, 2, init_variance=1.0), memory.copy_)
+    x = torch.randn(3, 4)
     with dip.fixed_noise(1):
         got = predict(model, x, k=4, average=None, chunk=chunk)
-        want = predict(model.layer, x, k=4, average=None, chunk=chunk)
+        want = predict(model.model, x, k=4, average=None, chunk=chunk)
     assert torch.equal(got, want)
 
 
 def test_predict_stacks_any_structure():
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = DIPLinear(6, 3)
-
-        def forward(self, x):
-            return Output(self.layer(x), {"n": 1, "all": [self.layer(x)]})
-
-    model = Wrapped()
+    model = Wrapped(DIPLinear(6, 3), lambda y: Output(y, {"n": 1, "all": [y]}))
     for k in (0, 3):
         out = predict(model, X, k=k, average=None)
         assert out.logits.shape == (max(k, 1), 5, 3)
@@ -321,45 +309,30 @@ def test_predict_refuses_a_plain_model_and_an_output_without_logits():
     with pytest.raises(ValueError, match="expected DIP layers, found none"):
         predict(nn.Linear(6, 3), X)
 
-    class Pair(DIPLinear):
-        def forward(self, x):
-            y = super().forward(x)
-            return y, y
-
-    with pytest.raises(TypeError, match=r"expected a floating output.*got tuple"):
-        predict(Pair(6, 3), X)
-
-    class Named(DIPLinear):  # as torchvision's segmentation models do
-        def forward(self, x):
-            return {"out": super().forward(x)}
-
-    with pytest.raises(TypeError, match=r"expected a floating output.*got dict of \['out'\]"):
-        predict(Named(6, 3), X)
-
-
-class Detector(nn.Module):
-    """Another number of boxes in each pass."""
-
-    def __init__(self, lists):
-        super().__init__()
-        self.net, self.lists, self.calls = mlp(), lists, 0
-
-    def forward(self, x):
-        self.calls += 1
-        y = self.net(x)
-        return list(y[: self.calls]) if self.lists else {"boxes": y[: self.calls]}
+    for made, got in (
+        (lambda y: (y, y), "tuple"),
+        # as torchvision's segmentation models do
+        (lambda y: {"out": y}, r"dict of \['out'\]"),
+    ):
+        with pytest.raises(TypeError, match=f"expected a floating output.*got {got}"):
+            predict(Wrapped(DIPLinear(6, 3), made), X)
 
 
 @pytest.mark.parametrize(
-    ("lists", "message"),
+    ("made", "message"),
     [
-        (False, r"^output\['boxes'\]: expected one shape in every pass, .*\(1, 3\), \(2, 3\)"),
-        (True, r"^output: expected as many parts in every pass, .*got 1 and"),
+        (
+            lambda boxes: {"boxes": boxes},
+            r"^output\['boxes'\]: expected one shape in every pass, .*\(1, 3\), \(2, 3\)",
+        ),
+        (list, r"^output: expected as many parts in every pass, .*got 1 and"),
     ],
 )
-def test_passes_that_differ_in_shape_are_named(lists, message):
+def test_passes_that_differ_in_shape_are_named(made, message):
+    """As a detector's, which finds another number of boxes in each."""
+    number = itertools.count(1)
     with pytest.raises(ValueError, match=message):
-        predict(Detector(lists), X, k=2, average=None)
+        predict(Wrapped(mlp(), lambda y: made(y[: next(number)])), X, k=2, average=None)
 
 
 def test_half_precision_is_averaged_in_float32():
@@ -372,15 +345,9 @@ def test_half_precision_is_averaged_in_float32():
 # ---- what outputs mean ---------------------------------------------------------------------------
 
 
-class Outputs(nn.Module):
+def outputs(*shape):
     """A linear layer whose output has a chosen shape [B, *shape]."""
-
-    def __init__(self, *shape):
-        super().__init__()
-        self.layer, self.shape = nn.Linear(4, math.prod(shape)), shape
-
-    def forward(self, x):
-        return self.layer(x).view(-1, *self.shape)
+    return Wrapped(nn.Linear(4, math.prod(shape)), lambda y: y.view(-1, *shape))
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -400,7 +367,7 @@ class Outputs(nn.Module):
     ],
 )
 def test_predict_refuses_a_softmax_that_says_nothing(shape, options, message, k):
-    model, x = dip.convert(Outputs(*shape)), torch.randn(5, 4)
+    model, x = dip.convert(outputs(*shape)), torch.randn(5, 4)
     errors = (TypeError, ValueError)
     with pytest.raises(errors, match=message):
         dip.predict(model, x, k=k, **options)
@@ -413,14 +380,9 @@ def test_predict_refuses_a_softmax_that_says_nothing(shape, options, message, k)
 
 def test_predict_averages_over_the_dimension_of_the_classes_or_takes_sigmoids():
     x = torch.randn(5, 4)
-    for shape, dim in (
-        ((3, 2, 2), 1),
-        ((3, 2, 2), -3),
-        ((2, 3), None),
-        ((2, 3), 1),
-        ((2, 2, 3), -1),
-    ):
-        model = dip.convert(Outputs(*shape))
+    cases = ((3, 2, 2), 1), ((3, 2, 2), -3), ((2, 3), None), ((2, 3), 1), ((2, 2, 3), -1)
+    for shape, dim in cases:
+        model = dip.convert(outputs(*shape))
         for chunk in (1, 2):
             probs = dip.predict(model, x, k=2, dim=dim, chunk=chunk)
             summed = probs.sum(-1 if dim is None else dim)
@@ -429,7 +391,7 @@ def test_predict_averages_over_the_dimension_of_the_classes_or_takes_sigmoids():
         one = dip.predict(model, x, k=0, dim=dim)
         torch.testing.assert_close(one, model.eval()(x).softmax(-1 if dim is None else dim))
         assert torch.equal(dip.diagnostics.predictor(model, 0, average="probs", dim=dim)(x), one)
-    model = dip.convert(Outputs(1))
+    model = dip.convert(outputs(1))
     with dip.fixed_noise(3):
         outs = dip.predict(model, x, k=4, average=None)
         mean = dip.predict(model, x, k=4, average="sigmoid")
@@ -438,15 +400,11 @@ def test_predict_averages_over_the_dimension_of_the_classes_or_takes_sigmoids():
 
 
 def test_trajectories_of_a_model_without_noise_are_refused():
-    plain, x = Outputs(3), torch.randn(5, 4)
+    plain, x = outputs(3), torch.randn(5, 4)
     with pytest.raises(ValueError, match="model: expected DIP layers, found none"):
         dip.trajectories(plain, x, m=2)
     # one pass of a plain model is what it says
-    assert dip.trajectories(plain, x, m=1).shape == (
-        1,
-        5,
-        3,
-    )
+    assert dip.trajectories(plain, x, m=1).shape == (1, 5, 3)
     assert dip.trajectories(lambda x: plain(x), x, m=2).shape == (2, 5, 3)
 
 
