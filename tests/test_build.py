@@ -11,25 +11,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NO_COMPILER = {
-    "PATH": "",
-    "CXX": "",
-    "NVCC": "",
-    "DIPKERNELS_CPU": "",
-    "DIPKERNELS_CUDA": "",
-}
+NO_COMPILER = {"PATH": "", "CXX": "", "NVCC": "", "DIPKERNELS_CPU": "", "DIPKERNELS_CUDA": ""}
+
+
+def python(*arguments, cwd=ROOT, **environment):
+    """(exit status, all that it printed)"""
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 def setup_py(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, "setup.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout + done.stderr
+    return python("setup.py", *arguments, **environment)
 
 
 @pytest.mark.parametrize(
@@ -87,38 +82,30 @@ def without_torch(tmp_path):
     return {"PYTHONPATH": str(tmp_path), "DIPKERNELS_CPU": ""}
 
 
-@pytest.mark.parametrize(
-    "arguments, cuda",
-    [
-        (["egg_info"], ""),  # what pip asks first
-        (["build_ext"], "0"),
-    ],
-)
+@pytest.mark.parametrize("arguments, cuda", [(["egg_info"], ""), (["build_ext"], "0")])
 def test_build_without_torch_says_how_to_get_it(without_torch, tmp_path, arguments, cuda):
-    folders = (
-        ["--egg-base", tmp_path]
-        if arguments == ["egg_info"]
-        else ["--build-lib", tmp_path, "--build-temp", tmp_path]
-    )
+    """The first is what pip asks first."""
+    folders = ["--build-lib", tmp_path, "--build-temp", tmp_path]
+    if arguments == ["egg_info"]:
+        folders = ["--egg-base", tmp_path]
     status, output = setup_py(*arguments, *folders, DIPKERNELS_CUDA=cuda, **without_torch)
     assert status != 0 and "Traceback" not in output
-    assert (
-        "torch is needed" in output
-        and "pip install --no-build-isolation ." in output
-        and "ninja" in output
-    )
+    for said in ("torch is needed", "pip install --no-build-isolation .", "ninja"):
+        assert said in output
 
 
-def test_build_under_an_old_torch_says_so(tmp_path):
-    (tmp_path / "torch.py").write_text("__version__ = '2.9.1+cpu'\n")
+@pytest.mark.parametrize(
+    "module, version, expected",
+    [
+        ("torch", "2.9.1+cpu", "torch >= 2.10 is needed to build dipkernels, got 2.9.1+cpu"),
+        ("setuptools", "65.5.0", "setuptools >= 77 is needed, got 65.5.0"),
+    ],
+)
+def test_build_under_an_old_version_says_so(tmp_path, module, version, expected):
+    source = f"__version__ = '{version}'\nExtension = setup = None\n"
+    (tmp_path / f"{module}.py").write_text(source)
     status, output = setup_py("--version", PYTHONPATH=str(tmp_path), DIPKERNELS_CUDA="")
-    assert status != 0 and "torch >= 2.10 is needed to build dipkernels, got 2.9.1+cpu" in output
-
-
-def test_build_under_an_old_setuptools_says_so(tmp_path):
-    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nExtension = setup = None\n")
-    status, output = setup_py("--version", PYTHONPATH=str(tmp_path))
-    assert status != 0 and "setuptools >= 77 is needed, got 65.5.0" in output
+    assert status != 0 and expected in output
 
 
 # ---- the sdist -----------------------------------------------------------------------------------
@@ -133,14 +120,10 @@ def test_the_sdist_is_the_whole_source(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         packed = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {
-        name for name in listed.stdout.splitlines() if (ROOT / name).is_file()
-    } - packed == set()
-    assert not [
-        name
-        for name in packed
-        if name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name
-    ]
+    sources = {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+    assert sources <= packed
+    for name in packed:
+        assert not (name.endswith((".so", ".o")) or ".venv" in name or "shared/" in name), name
 
 
 # ---- a checkout in any folder --------------------------------------------------------------------
@@ -172,19 +155,16 @@ def odd_checkout(tmp_path):
 
 
 def build_in(folder, **environment):
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    environment = {**os.environ, "DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", **environment}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
-    )
+    environment = {"DIPKERNELS_CPU": "1", "DIPKERNELS_CUDA": "0", **environment}
+    return python("setup.py", "build_ext", "--inplace", cwd=folder, **environment)
 
 
 def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)
-    done = build_in(odd_checkout, CXX=str(compiler))
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, output = build_in(odd_checkout, CXX=str(compiler))
+    assert status == 0, output
     assert (odd_checkout / "dipkernels" / "_C.so").read_text() == "made\n"
 
 
@@ -204,37 +184,20 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_a_checkout_in_any_folder_builds_and_runs(odd_checkout):
-    done = build_in(odd_checkout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    status, output = build_in(odd_checkout)
+    assert status == 0, output[-4000:]
     code = "import dipkernels as dip; print(dip.backends.library().path, dip.backends.library().error, sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=odd_checkout, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == [str(odd_checkout / "dipkernels" / "_C.so"), "None"]
+    status, output = python("-c", code, cwd=odd_checkout)
+    assert output.splitlines() == [str(odd_checkout / "dipkernels" / "_C.so"), "None"]
 
 
 def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
     left = ROOT / "build" / "lib" / "dipkernels" / "removed.py"  # by an older source
     left.parent.mkdir(parents=True, exist_ok=True)
     left.touch()
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-build-isolation",
-            "--no-deps",
-            "--target",
-            tmp_path,
-            ROOT,
-        ],
-        env={**os.environ, **NO_COMPILER},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    install = ["-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    status, output = python(*install, "--target", tmp_path, ROOT, **NO_COMPILER)
+    assert status == 0, output
     assert not list(tmp_path.glob("dipkernels/_C*"))
     assert not (tmp_path / "dipkernels" / "removed.py").exists()
     code = """
@@ -251,15 +214,8 @@ assert len(said) == 1 and "pip install --no-build-isolation --no-deps --force-re
 assert layer.log_variance.grad is not None
 print(dip.env_report())
 """.replace("FOLDER", repr(str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "no compiled library" in done.stdout
+    status, output = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert status == 0 and "no compiled library" in output, output
 
 
 SOURCE_TREE = """
@@ -272,15 +228,9 @@ print(dipkernels.__file__, mixtures.__file__)
 
 def test_the_source_tree_works_where_it_was_never_installed(tmp_path):
     """As `make gpu-check` runs it."""
-    done = subprocess.run(
-        [sys.executable, "-c", SOURCE_TREE],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
+    status, output = python("-c", SOURCE_TREE, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert status == 0, output
+    assert output.split() == [
         str(ROOT / "dipkernels" / "__init__.py"),
         str(ROOT / "triton_kernels" / "mixtures.py"),
     ]

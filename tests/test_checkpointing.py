@@ -23,35 +23,22 @@ from dipkernels.nn.numbering import number_layers
 from dipkernels.noise import guards
 
 
-def save_products(ctx, op, *args, **kwargs):
-    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+def selective(saved):
+    """Saves what operations `saved` says, and computes the rest again."""
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if saved(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context = functools.partial(create_selective_checkpoint_contexts, policy)
+    return {"use_reentrant": False, "context_fn": context}
 
 
-def save_seeds(ctx, op, *args, **kwargs):
-    return (
-        CheckpointPolicy.MUST_SAVE
-        if op is torch.ops.aten.randint.low
-        else CheckpointPolicy.PREFER_RECOMPUTE
-    )
-
-
-def save_noised(ctx, op, *args, **kwargs):
-    return CheckpointPolicy.MUST_SAVE if "perturb" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def selective(policy):
-    return {
-        "use_reentrant": False,
-        "context_fn": functools.partial(create_selective_checkpoint_contexts, policy),
-    }
-
-
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 KINDS = {
     "reentrant": {"use_reentrant": True},
     "not reentrant": {"use_reentrant": False},
-    "saving products": selective(save_products),
-    "saving noised inputs": selective(save_noised),
+    "saving products": selective(PRODUCTS.__contains__),
+    "saving noised inputs": selective(lambda op: "perturb" in str(op)),
 }
 
 
@@ -63,16 +50,9 @@ def _forget(monkeypatch):
 @pytest.fixture
 def block():
     torch.manual_seed(0)
-    return number_layers(
-        nn.Sequential(
-            DIPLinear(8, 16),
-            nn.GELU(),
-            nn.Dropout(0.1),
-            DIPLinear(16, 8, keep="x"),
-            nn.Tanh(),
-            DIPInput(8),
-        )
-    )
+    first, second = DIPLinear(8, 16), DIPLinear(16, 8, keep="x")
+    parts = first, nn.GELU(), nn.Dropout(0.1), second, nn.Tanh(), DIPInput(8)
+    return number_layers(nn.Sequential(*parts))
 
 
 @pytest.fixture
@@ -86,6 +66,12 @@ def gradients(block, x, run):
     torch.manual_seed(3)
     run(x).square().sum().backward()
     return [x.grad.clone(), *(p.grad.clone() for p in block.parameters())]
+
+
+def assert_same_gradients(block, x, **options):
+    want = gradients(block, x, block)
+    got = gradients(block, x, lambda x: checkpoint(block, x, **options))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,9 +97,7 @@ def test_sampling_in_eval_mode_is_checkpointed_too(block, x, kind):
     checkpoint(block, x, use_reentrant=False).sum().backward()  # draws of training are known
     block.eval()
     with dip.sampling_on():
-        want = gradients(block, x, block)
-        got = gradients(block, x, lambda x: checkpoint(block, x, **KINDS[kind]))
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert_same_gradients(block, x, **KINDS[kind])
         y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
         with pytest.raises(RuntimeError, match=r"checkpoint: .* draws a seed"):
             y.sum().backward()
@@ -123,20 +107,14 @@ def test_sampling_in_eval_mode_is_checkpointed_too(block, x, kind):
 def test_without_rng_state_fixed_noise_changes_no_gradient(block, x, kind):
     block[2].p = 0.0
     with dip.fixed_noise(7):
-        want = gradients(block, x, block)
-        got = gradients(
-            block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
-        )
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert_same_gradients(block, x, preserve_rng_state=False, **KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_drawn_a_second_time_is_an_error(block, x, kind):
     y = checkpoint(block, x, preserve_rng_state=False, **KINDS[kind])
-    with pytest.raises(
-        RuntimeError,
-        match=r"checkpoint: .* draws a seed, .*preserve_rng_state=True, or .* fixed_noise",
-    ):
+    way_out = "preserve_rng_state=True, or .* fixed_noise"
+    with pytest.raises(RuntimeError, match=f"checkpoint: .* draws a seed, .*{way_out}"):
         y.sum().backward()
 
 
@@ -148,9 +126,8 @@ def test_a_backward_outside_fixed_noise_is_an_error(block, x, kind, preserve):
             return checkpoint(block, x, preserve_rng_state=preserve, **KINDS[kind])
 
     # a selective policy's own table misses the draw before this package does
-    with pytest.raises(
-        RuntimeError, match=r"checkpoint: .* draws a seed|randint.* not found in storage"
-    ):
+    said = r"checkpoint: .* draws a seed|randint.* not found in storage"
+    with pytest.raises(RuntimeError, match=said):
         forward().sum().backward()
     for key, row0 in ((8, 4), (7, 0)):
         with (
@@ -178,19 +155,17 @@ def test_a_backward_outside_noise_off_is_an_error(block, x, kind):
 
 def test_saved_seeds_need_no_rng_state(block, x):
     block[2].p = 0.0
-    want = gradients(block, x, block)
-    got = gradients(
-        block, x, lambda x: checkpoint(block, x, preserve_rng_state=False, **selective(save_seeds))
-    )
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    saved = selective(lambda op: op is torch.ops.aten.randint.low)
+    assert_same_gradients(block, x, preserve_rng_state=False, **saved)
 
 
 def test_checkpoint_sequential_and_several_forwards_before_a_backward(block, x):
     def run(x, segments):
-        outs = [
-            checkpoint_sequential(block, segments, x, use_reentrant=False) if segments else block(x)
-            for _ in range(3)
-        ]
+        if segments:
+            block_of = functools.partial(checkpoint_sequential, block, segments)
+            outs = [block_of(x, use_reentrant=False) for _ in range(3)]
+        else:
+            outs = [block(x) for _ in range(3)]
         return outs[2] + 2 * outs[0] - outs[1]
 
     want = gradients(block, x, lambda x: run(x, 0))
@@ -212,19 +187,6 @@ def test_only_blocks_that_may_be_computed_again_are_remembered(block, x, monkeyp
 
 
 # ---- under torch.compile -------------------------------------------------------------------------
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, block, **kwargs):
-        super().__init__()
-        self.block, self.kwargs = block, kwargs
-
-    def forward(self, x):
-        return (
-            checkpoint(self.block, x, use_reentrant=False, **self.kwargs)
-            if self.kwargs is not None
-            else self.block(x)
-        )
 
 
 def noise_agrees(block, run, x):
@@ -249,11 +211,8 @@ class SineTanh(nn.Module):
 def test_a_compiled_checkpoint_has_one_noise(preserve):
     torch._dynamo.reset()
     block, x = SineTanh(), torch.randn(4, 8, requires_grad=True)
-    compiled = torch.compile(
-        Checkpointed(block, preserve_rng_state=preserve),
-        backend="aot_eager_decomp_partition",
-        fullgraph=True,
-    )
+    run = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=preserve)
+    compiled = torch.compile(lambda x: run(x), backend="aot_eager_decomp_partition", fullgraph=True)
     assert noise_agrees(block, compiled, x)
 
 
