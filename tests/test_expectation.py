@@ -62,21 +62,15 @@ def quadrature(activation, mu, v):
 def test_activation_matches_quadrature_to_a_millionth(activation):
     mu = torch.tensor([-30.0, -6.0, -2.5, -1.0, -0.1, 0.0, 0.3, 1.7, 5.0, 40.0])
     v = torch.tensor([1e-8, 1e-3, 0.04, 0.5, 1.0, 4.0, 30.0, 200.0])
-    table = torch.tensor(
-        [[quadrature(activation, m, s) for s in v.tolist()] for m in mu.tolist()],
-        dtype=torch.float64,
-    )
+    rows = [[quadrature(activation, m, s) for s in v.tolist()] for m in mu.tolist()]
+    table = torch.tensor(rows, dtype=torch.float64)
     grid = mu[:, None].expand(len(mu), len(v))
-    assert (
-        functional.expectation(grid.double(), v.double(), activation) - table
-    ).abs().max() <= 1e-6
+    wide = (grid.double(), v.double(), activation)
+    assert (functional.expectation(*wide) - table).abs().max() <= 1e-6
+    assert (reference.expectation(*wide) - table).abs().max() <= 1e-9
     rounding = 4 * EPS[torch.float32] * table.abs()
-    assert (
-        (functional.expectation(grid, v, activation).double() - table).abs() <= 1e-6 + rounding
-    ).all()
-    assert (
-        reference.expectation(grid.double(), v.double(), activation) - table
-    ).abs().max() <= 1e-9
+    narrow = functional.expectation(grid, v, activation).double()
+    assert ((narrow - table).abs() <= 1e-6 + rounding).all()
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -90,15 +84,11 @@ def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activat
     to."""
     mu, v, dy = inputs(m, n, dtype, lead)
     y, (dmu, dv, total) = expectation(mu, v, activation), expectation_bwd(dy, mu, v, activation)
-    assert (
-        y.dtype == dmu.dtype == dtype
-        and dv.dtype == total.dtype == v.dtype
-        and y.shape == dmu.shape == mu.shape
-    )
-    want = reference.expectation(mu.double(), v.double(), activation)
-    want_dmu, want_dv, _ = reference.expectation_bwd(
-        dy.double(), mu.double(), v.double(), activation
-    )
+    assert y.dtype == dmu.dtype == dtype and dv.dtype == total.dtype == v.dtype
+    assert y.shape == dmu.shape == mu.shape
+    wide = (mu.double(), v.double(), activation)
+    want = reference.expectation(*wide)
+    want_dmu, want_dv, _ = reference.expectation_bwd(dy.double(), *wide)
     if not mu.numel():
         assert not dv.any() and not total.any()
         return
@@ -110,14 +100,11 @@ def test_activation_and_its_gradients_match_reference(m, n, lead, dtype, activat
     # A fit of least error oscillates: its slope is some ten times, its curvature some hundred times
     # further off.
     assert (error(dmu, want_dmu) <= (40 * bound + rounding + 2 * inner) * size).all()
-    assert (
-        error(dv, want_dv)
-        <= (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()
-    ).all()
+    allowed = (600 * bound + 20 * inner) * (1 + size.sum() / n) + 1e-6 * want_dv.abs()
+    assert (error(dv, want_dv) <= allowed).all()
     rows = dmu.double().reshape(-1, n)  # of what was not rounded yet
-    assert (
-        error(total, rows.sum(0)) <= (2 * EPS[dtype] + inner) * (rows.abs().sum(0) + 1e-6)
-    ).all()
+    allowed = (2 * EPS[dtype] + inner) * (rows.abs().sum(0) + 1e-6)
+    assert (error(total, rows.sum(0)) <= allowed).all()
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -131,15 +118,12 @@ def test_activation_without_variance_is_the_activation(activation):
         y, (dmu, dv, total) = expectation(mu, v, activation), expectation_bwd(dy, mu, v, activation)
         for ours, theirs in ((y, plain), (dmu, dplain)):
             ours, theirs = ours[:, ::2].double(), theirs.detach()[:, ::2]
-            torch.testing.assert_close(
-                ours, theirs, rtol=4 * EPS[dtype], atol=max(1e-13, 1e-3 * EPS[dtype])
-            )
+            tiny = max(1e-13, 1e-3 * EPS[dtype])
+            torch.testing.assert_close(ours, theirs, rtol=4 * EPS[dtype], atol=tiny)
         _, want_dv, _ = reference.expectation_bwd(dy.double(), mu.double(), v.double(), activation)
         assert (dv.double() - want_dv)[::2].abs().max() <= 1e-5 * dy.double().abs().sum(0).max()
-        want = dplain.sum(0)[::2]
-        torch.testing.assert_close(
-            total[::2].double(), want, rtol=1e-5, atol=max(1e-13, 20 * EPS[v.dtype])
-        )
+        got, tiny = total[::2].double(), max(1e-13, 20 * EPS[v.dtype])
+        torch.testing.assert_close(got, dplain.sum(0)[::2], rtol=1e-5, atol=tiny)
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -147,10 +131,8 @@ def test_activation_is_stable_as_the_variance_vanishes_and_for_large_means(activ
     mu = torch.tensor([-1e30, -1e4, -20.0, -1e-20, 0.0, 1e-20, 20.0, 1e4, 1e30])
     for variance in (1e-38, 1e-20, 1e-8, 1.0, 1e8):
         v = torch.full((len(mu),), variance)
-        y, (dmu, dv, _) = (
-            expectation(mu, v, activation),
-            expectation_bwd(torch.ones_like(mu), mu, v, activation),
-        )
+        y = expectation(mu, v, activation)
+        dmu, dv, _ = expectation_bwd(torch.ones_like(mu), mu, v, activation)
         assert y.isfinite().all() and dmu.isfinite().all() and dv.isfinite().all()
         if variance <= 1e-8:
             torch.testing.assert_close(y, ACTIVATIONS[activation](mu), rtol=1e-6, atol=1e-4)
@@ -178,10 +160,8 @@ def test_activation_of_a_variance_that_is_no_number_is_none(activation):
 def test_reference_takes_any_variance(activation):
     v = torch.tensor([1e4, 1e12, 1e30], dtype=torch.float64)
     mu = torch.tensor([[0.5], [-0.5]]) * v.sqrt()
-    y, (dmu, dv, _) = (
-        reference.expectation(mu, v, activation),
-        reference.expectation_bwd(torch.ones_like(mu), mu, v, activation),
-    )
+    y = reference.expectation(mu, v, activation)
+    dmu, dv, _ = reference.expectation_bwd(torch.ones_like(mu), mu, v, activation)
     a, s = mu / v.sqrt(), v.sqrt()
     pdf, cdf = torch.exp(-a * a / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(a)
     limits = (mu * cdf + s * pdf, cdf, (pdf / s).sum(0) / 2)  # of relu, and of a step
@@ -195,30 +175,18 @@ def test_reference_takes_any_variance(activation):
 @pytest.mark.parametrize("activation", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activation_of_infinities_and_nans(activation, dtype):
-    infinity = float("inf")
-    mu = torch.tensor([-infinity, infinity]).to(dtype)[:, None]
-    nan = torch.full_like(mu, float("nan"))
+    mu = torch.tensor([-math.inf, math.inf]).to(dtype)[:, None]
+    nan, ones = torch.full_like(mu, math.nan), torch.ones_like(mu)
     for variance in (0.0, 1e-8, 1.0):
-        v = torch.full(
-            (1,), variance, dtype=torch.float64 if dtype is torch.float64 else torch.float32
-        )
+        v = torch.tensor([variance], dtype=torch.float64 if TIER[dtype] == 2 else torch.float32)
         # torch's own gelu and silu make NaNs of some infinities
-        if variance or activation in (
-            "relu",
-            "tanh",
-        ):
-            y, sums = (
-                expectation(mu, v, activation),
-                expectation_bwd(torch.ones_like(mu), mu, v, activation),
-            )
-            limits = (-1, 1) if activation == "tanh" else (0, infinity)
+        if variance or activation in ("relu", "tanh"):
+            y, sums = expectation(mu, v, activation), expectation_bwd(ones, mu, v, activation)
+            limits = (-1, 1) if activation == "tanh" else (0, math.inf)
             assert abs(y[0] - limits[0]) <= 1e-12 and y[1] == limits[1]
             assert all(t.isfinite().all() for t in sums) and abs(sums[0][0]) <= 1e-12
-        results = (
-            expectation(nan, v, activation),
-            expectation_bwd(torch.ones_like(mu), nan, v, activation)[0],
-        )
-        assert results[0].isnan().all() and (activation == "relu" or results[1].isnan().all())
+        y, (dmu, *_) = expectation(nan, v, activation), expectation_bwd(ones, nan, v, activation)
+        assert y.isnan().all() and (activation == "relu" or dmu.isnan().all())
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -227,14 +195,11 @@ def test_activation_hardly_makes_subnormal_numbers(variance, activation):
     """Each costs a CPU a hundred cycles: relu behind sigma = 0.1 would take three times as long."""
     mu = torch.linspace(-30, 30, 4001)[:, None]
     v = torch.tensor([variance])
-    y, (dmu, *_) = (
-        expectation(mu, v, activation),
-        expectation_bwd(torch.ones_like(mu), mu, v, activation),
-    )
+    y = expectation(mu, v, activation)
+    dmu, *_ = expectation_bwd(torch.ones_like(mu), mu, v, activation)
     for found in (y, dmu):
-        assert (
-            (found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)
-        ).double().mean() < 0.01
+        subnormal = (found != 0) & (found.abs() < torch.finfo(torch.float32).tiny)
+        assert subnormal.double().mean() < 0.01
 
 
 @pytest.mark.parametrize("activation", NAMES)
@@ -282,23 +247,18 @@ def test_activation_variance_and_its_gradients_match_reference(dtype, log_varian
         if dtype is torch.float64:
             sigma, dv = sigma.double(), dv.double()
         wide = (weight.double(), sigma.double(), log_variance)
-        for given in (
-            None,
-            torch.randn(n, k, generator=generator),
-            torch.randn(k, n, generator=generator).bfloat16().t(),
-        ):
+        plain = torch.randn(n, k, generator=generator)
+        turned = torch.randn(k, n, generator=generator).bfloat16().t()
+        for given in (None, plain, turned):
             v = affine_variance(weight, sigma, log_variance)
             got = (v, *affine_variance_bwd(dv, weight, sigma, log_variance, given))
             added = None if given is None else given.double()
-            want = (
-                reference.affine_variance(*wide),
-                *reference.affine_variance_bwd(dv.double(), *wide, added),
-            )
+            want = reference.affine_variance_bwd(dv.double(), *wide, added)
+            want = (reference.affine_variance(*wide), *want)
             for ours, theirs, like in zip(got, want, (sigma, weight, sigma), strict=True):
                 assert ours.dtype == like.dtype
-                assert (ours.double() - theirs).abs().max() <= 8 * EPS[
-                    ours.dtype
-                ] * theirs.abs().max() * math.sqrt(n + k)
+                allowed = 8 * EPS[ours.dtype] * theirs.abs().max() * math.sqrt(n + k)
+                assert (ours.double() - theirs).abs().max() <= allowed
 
 
 # ---- the mixtures --------------------------------------------------------------------------------

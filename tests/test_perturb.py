@@ -36,12 +36,8 @@ def check_u(u, x, sigma, where, out_dtype=None):
     exact = reference.perturb(x, sigma, SEED, *where, torch.float64)
     scale = 6.0 if where[-1] else sigma.abs().max().item() if sigma.numel() else 0.0
     # One rounding of the result, and of the float32 sum before it; z to its tolerance.
-    allowed = (
-        2 * EPS[u.dtype] * exact.abs()
-        + 2 * EPS[torch.float32] * exact.abs()
-        + scale * Z_ERROR
-        + 6e-8 * (u.dtype == torch.float16)
-    )
+    allowed = 2 * (EPS[u.dtype] + EPS[torch.float32]) * exact.abs() + scale * Z_ERROR
+    allowed += 6e-8 * (u.dtype == torch.float16)
     assert ((u.double() - exact).abs() <= allowed).all()
     assert u.dtype == (out_dtype or x.dtype) and u.shape == x.shape
 
@@ -54,18 +50,9 @@ def check_dsigma(dsigma, du, sigma, where):
 
 
 # One lane, one group, one tile and its neighbours, a row of many tiles, primes, empty.
-SHAPES = [
-    ((1, 1), -1),
-    ((3, 8), -1),
-    ((17, 129), -1),
-    ((16, 128), -1),
-    ((5, 1031), -1),
-    ((3, 768), -1),
-    ((200, 24), -1),
-    ((2, 3, 40), -1),
-    ((7,), -1),
-    ((0, 8), -1),
-    ((4, 0), -1),
+ROWS = [(1, 1), (3, 8), (17, 129), (16, 128), (5, 1031), (3, 768), (200, 24), (2, 3, 40), (7,)]
+SHAPES = [(shape, -1) for shape in (*ROWS, (0, 8), (4, 0))]
+SHAPES += [
     ((2, 13, 5, 3), 1),
     ((2, 16, 12, 12), 1),
     ((3, 24, 200), 1),
@@ -208,27 +195,18 @@ def test_perturb_ignores_strides(shape, dim, dtype):
         assert got.stride() == torch.empty_like(other).stride()
         assert torch.equal(perturb_replay(du, other, sigma, SEED, Draw(*where), None)[0], u)
     for other in strided(du):
-        torch.testing.assert_close(
-            perturb_bwd(other, sigma, SEED, Draw(*where)), dsigma, rtol=1e-5, atol=1e-5
-        )
-        torch.testing.assert_close(
-            perturb_replay(other, x, sigma, SEED, Draw(*where), None)[1],
-            dsigma,
-            rtol=1e-5,
-            atol=1e-5,
-        )
+        alone = perturb_bwd(other, sigma, SEED, Draw(*where))
+        replayed = perturb_replay(other, x, sigma, SEED, Draw(*where), None)[1]
+        torch.testing.assert_close(alone, dsigma, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(replayed, dsigma, rtol=1e-5, atol=1e-5)
 
 
 def test_perturb_takes_expanded_gradients():
     x, _, sigma = inputs((6, 20))
     ones = torch.ones(()).expand(6, 20)
-    where = arguments()
-    torch.testing.assert_close(
-        perturb_bwd(ones, sigma, SEED, Draw(*where)),
-        functional.noise((6, 20), SEED).sum(0),
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    got = perturb_bwd(ones, sigma, SEED, Draw(*arguments()))
+    want = functional.noise((6, 20), SEED).sum(0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     x = x.requires_grad_()
     functional.perturb(x, sigma, SEED).sum().backward()
     assert torch.equal(x.grad, torch.ones(6, 20))
@@ -247,9 +225,8 @@ def test_perturb_passes_nan_and_infinity_through():
     for dtype in DTYPES:
         u = functional.perturb(x.to(dtype), sigma, SEED)
         assert torch.equal(u.isnan(), x.isnan())
-        assert torch.equal(u == math.inf, x == math.inf) and torch.equal(
-            u == -math.inf, x == -math.inf
-        )
+        for infinity in (math.inf, -math.inf):
+            assert torch.equal(u == infinity, x == infinity)
 
 
 def test_perturb_of_several_samples_has_the_law_of_their_mean():
@@ -314,12 +291,7 @@ def test_perturb_sum_is_no_worse_than_torch():
 
 @pytest.mark.parametrize(
     "shape, dim, unit",
-    [
-        ((1000, 64), -1, 64),
-        ((2049, 64), -1, 64),
-        ((3, 40, 700), 1, 128),
-        ((9, 40, 700), 1, 128),
-    ],
+    [((1000, 64), -1, 64), ((2049, 64), -1, 64), ((3, 40, 700), 1, 128), ((9, 40, 700), 1, 128)],
 )
 def test_perturb_sums_over_the_stated_blocks_of_rows(capability, shape, dim, unit):
     z = functional.noise(shape, SEED, dim=dim).movedim(dim, -1).reshape(-1, shape[dim])
