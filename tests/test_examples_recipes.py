@@ -1,6 +1,7 @@
 """The recipes run from end to end on tiny files in the published formats, resume to the bit, and
 share work."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -119,9 +120,8 @@ def test_resuming_with_other_settings_is_refused(cifar, tmp_path):
 def test_methods_differ_in_noise_and_in_what_learns(cifar, tmp_path):
     ends = {}
     for method in ("plain", "input", "fixed", "dip"):
-        ends[method] = cifar_run(cifar, tmp_path / method, "--method", method, "--stop-after", "1")[
-            "model"
-        ]
+        flags = ["--method", method, "--stop-after", "1"]
+        ends[method] = cifar_run(cifar, tmp_path / method, *flags)["model"]
     assert [m for m, end in ends.items() if any("log_variance" in name for name in end)] == ["dip"]
     name = "vit.classifier.weight"
     # dip and fixed: the same first step
@@ -162,39 +162,24 @@ def gsm8k(tmp_path_factory):
             "question": f"Ann has {a} pens and buys {b}. How many?",
             "answer": f"She has {a}+{b}=<<{a}+{b}>>\n#### {a + b}",
         }
-        for a in range(1, 5)
-        for b in range(1, 4)
+        for a, b in itertools.product(range(1, 5), range(1, 4))
     ]
     for name, chosen in (("train.jsonl", lines[:8]), ("test.jsonl", lines[8:])):
         (root / name).write_text("".join(json.dumps(line) + "\n" for line in chosen))
     words = " ".join(f"Question: {line['question']} Answer: {line['answer']}" for line in lines)
     splitter = pre_tokenizers.Whitespace()
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[END]",
-        *sorted({word for word, _ in splitter.pre_tokenize_str(words)}),
-    ]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]")
-    )
+    found = sorted({word for word, _ in splitter.pre_tokenize_str(words)})
+    numbers = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[END]", *found])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = splitter
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[END]", unk_token="[UNK]"
     )
     fast.save_pretrained(root / "model")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=2,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
+    sizes = {"vocab_size": len(numbers), "hidden_size": 16, "intermediate_size": 32}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**sizes, **layers, eos_token_id=2, pad_token_id=0, bos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(root / "model")
     return root
 
@@ -205,16 +190,17 @@ def gsm8k_flags(gsm8k, out, *more):
     return [*where, *f"{small} {QUICK}".split(), *more]
 
 
+def gsm8k_run(gsm8k, out, *more):
+    recipe_gsm8k.main(gsm8k_flags(gsm8k, out, *more))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
 def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
-    recipe_gsm8k.main(
-        gsm8k_flags(gsm8k, tmp_path, "--init-sigma", "0.2", "--m", "2", "--lambda-s", "0.01")
-    )
-    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    content = gsm8k_run(gsm8k, tmp_path, "--init-sigma", "0.2", "--m", "2", "--lambda-s", "0.01")
     assert content["step"] == 4  # one epoch of 8 examples
     names = set(content["model"])
-    assert all(
-        "lora_" in name or name.endswith(("log_variance", "log_prior", "pull")) for name in names
-    )
+    of_variances = ("log_variance", "log_prior", "pull")
+    assert all("lora_" in name or name.endswith(of_variances) for name in names)
     # q, k, v, o, gate, up, down: once each
     assert sum(name.endswith("log_variance") for name in names) == 7
     results = json.loads((tmp_path / "results.json").read_text())
@@ -224,54 +210,37 @@ def test_gsm8k_recipe_trains_adapters_and_variances_only(gsm8k, tmp_path):
 
 
 def test_gsm8k_resumes_to_the_bit(gsm8k, tmp_path):
-    recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "whole"))
-    recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "parts", "--stop-after", "2"))
-    recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / "parts", "--resume"))
-    whole, parts = (
-        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
-    )
+    whole = gsm8k_run(gsm8k, tmp_path / "whole")
+    gsm8k_run(gsm8k, tmp_path / "parts", "--stop-after", "2")
+    parts = gsm8k_run(gsm8k, tmp_path / "parts", "--resume")
     for name, value in whole["model"].items():
         assert value.equal(parts["model"][name]), name
 
 
-def python_version(folder):
-    for name in ("train", "test", "meta"):
-        (folder / name).write_bytes(b"\x80\x04pickled")
-
-
-def one_further_in(folder):
-    (folder / "cifar-100-binary").mkdir()
-    (folder / "cifar-100-binary" / "train.bin").write_bytes(b"")
-
-
 @pytest.mark.parametrize(
-    ("lay", "said"),
+    ("files", "said"),
     [
         (
-            python_version,
+            ["train", "test", "meta"],
             "got the python version (train, test, meta); unpack cifar-100-binary.tar.gz",
         ),
-        (one_further_in, "found it one folder further in"),
-        (
-            lambda folder: (folder / "cifar-100-binary.tar.gz").write_bytes(b""),
-            "found cifar-100-binary.tar.gz: unpack it",
-        ),
-        (lambda folder: folder.rmdir(), "--data: expected a folder"),
-        (lambda folder: None, "found none; unpack cifar-100-binary.tar.gz"),
-        (
-            lambda folder: (folder / "train.bin").write_bytes(b"12"),
-            "expected records of 3074 bytes",
-        ),
+        (["cifar-100-binary/train.bin"], "found it one folder further in"),
+        (["cifar-100-binary.tar.gz"], "found cifar-100-binary.tar.gz: unpack it"),
+        (None, "--data: expected a folder"),
+        ([], "found none; unpack cifar-100-binary.tar.gz"),
+        (["train.bin"], "expected records of 3074 bytes"),
     ],
 )
-def test_a_folder_of_other_files_is_refused_in_a_sentence(tmp_path, capsys, lay, said):
+def test_a_folder_of_other_files_is_refused_in_a_sentence(tmp_path, capsys, files, said):
     folder = tmp_path / "data"
-    folder.mkdir()
-    lay(folder)
+    if files is not None:
+        folder.mkdir()
+    for name in files or ():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"12")
+    flags = ["--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
     with pytest.raises(SystemExit):
-        recipe_cifar100.main(
-            ["--data", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
-        )
+        recipe_cifar100.main(flags)
     assert said in capsys.readouterr().err
 
 
@@ -289,8 +258,7 @@ def test_a_batch_in_parts_has_the_same_gradient(gsm8k, tmp_path):
     moments = []
     for parts in ("1", "2"):
         flags = ["--method", "plain", "--stop-after", "1", "--accumulate", parts]
-        recipe_gsm8k.main(gsm8k_flags(gsm8k, tmp_path / parts, *flags))
-        content = torch.load(tmp_path / parts / "last.pt", weights_only=True)
+        content = gsm8k_run(gsm8k, tmp_path / parts, *flags)
         moments.append([state["exp_avg"] for state in content["optimizer"]["state"].values()])
     assert any(moment.abs().max() > 1e-4 for moment in moments[0])
     for whole, summed in zip(*moments):
@@ -299,10 +267,8 @@ def test_a_batch_in_parts_has_the_same_gradient(gsm8k, tmp_path):
 
 @pytest.mark.parametrize("method", ["plain", "input", "fixed"])
 def test_gsm8k_baselines_run_in_mixed_precision(gsm8k, tmp_path, method):
-    recipe_gsm8k.main(
-        gsm8k_flags(gsm8k, tmp_path, "--method", method, "--precision", "bf16", "--stop-after", "1")
-    )
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    flags = ["--method", method, "--precision", "bf16", "--stop-after", "1"]
+    assert gsm8k_run(gsm8k, tmp_path, *flags)["step"] == 1
 
 
 def test_labels_count_the_answer_and_the_end_only(gsm8k):
@@ -347,16 +313,11 @@ def test_gsm8k_refuses_other_files(tmp_path, text):
 def test_two_workers_under_torchrun_train_and_resume(cifar, gsm8k, tmp_path, recipe):
     small = cifar_flags(cifar, tmp_path, 2), gsm8k_flags(gsm8k, tmp_path)
     flags = small[recipe == "gsm8k"]
-    command = [
-        sys.executable,
-        *["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    ]
-    command += [str(EXAMPLES / f"recipe_{recipe}.py"), *flags]
-    subprocess.run([*command, "--stop-after", "1"], check=True, timeout=500)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
-    subprocess.run([*command, "--resume"], check=True, timeout=500)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == (
-        6 if recipe == "cifar100" else 2
-    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(EXAMPLES / f"recipe_{recipe}.py"), *flags]
+    last = 6 if recipe == "cifar100" else 2
+    for more, step in ((["--stop-after", "1"], 1), (["--resume"], last)):
+        subprocess.run([*command, *more], check=True, timeout=500)
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["workers"] == 2

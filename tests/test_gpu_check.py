@@ -73,18 +73,17 @@ def run(record, *names, limit_s=30.0, within_s=60.0):
     return json.loads(record.path.read_text())["sections"]
 
 
+def said(*command):
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def alive(mark: str) -> list[str]:
-    lines = subprocess.run(
-        ["ps", "-eo", "args"], capture_output=True, text=True
-    ).stdout.splitlines()
-    return [line for line in lines if mark in line]
+    return [line for line in said("ps", "-eo", "args").stdout.splitlines() if mark in line]
 
 
 def children_of(pid: int) -> set[int]:
     """All that it has started, and what those have."""
-    lines = subprocess.run(
-        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True
-    ).stdout.splitlines()
+    lines = said("ps", "-eo", "pid=,ppid=").stdout.splitlines()
     parents = {int(child): int(parent) for child, parent in map(str.split, lines)}
     found = {child for child, parent in parents.items() if parent == pid}
     return found.union(*(children_of(child) for child in found))
@@ -96,10 +95,8 @@ def children_of(pid: int) -> set[int]:
 def test_a_section_that_raises_costs_itself_alone(record):
     found = run(record, "raises", "fine")
     assert found["raises"]["status"] == "failed" and "no rows at all" in found["raises"]["error"]
-    assert found["fine"]["status"] == "ok" and [row["value"] for row in found["fine"]["rows"]] == [
-        1,
-        2,
-    ]
+    assert found["fine"]["status"] == "ok"
+    assert [row["value"] for row in found["fine"]["rows"]] == [1, 2]
     code, lines = report.verdict(record.data)
     assert code == 1 and lines == ["FAILED raises: ValueError: no rows at all"]
     assert "no rows at all" in report.text(record.data)
@@ -111,9 +108,8 @@ def test_a_section_that_raises_costs_itself_alone(record):
 def test_a_row_costs_itself_alone(record, section, word):
     found = run(record, section)[section]
     assert [row["name"] for row in found["rows"]] == ["one", "two", "three"]
-    assert ["error" in row for row in found["rows"]] == [False, True, False] and word in found[
-        "rows"
-    ][1]["error"]
+    assert ["error" in row for row in found["rows"]] == [False, True, False]
+    assert word in found["rows"][1]["error"]
     assert found["status"] == "failed" and report.verdict(record.data)[0] == 1
 
 
@@ -160,14 +156,10 @@ def test_a_hung_section_is_ended_with_all_its_processes_and_named(record, monkey
 def test_the_deadline_names_what_was_not_reached(record, monkeypatch):
     monkeypatch.setattr(driver, "ROOM_S", 0.5)
     found = run(record, "slow", "fine", within_s=child.LEAST_S + 4)
-    assert found["slow"]["status"] == "cut short" and found["slow"]["rows"][0].keys() >= {
-        "elapsed_s"
-    }
-    assert found["slow"]["rows"][-1] == {
-        "name": "row 99",
-        "rehearsal": True,
-        "skipped": "no time was left",
-    }
+    rows = found["slow"]["rows"]
+    assert found["slow"]["status"] == "cut short" and "elapsed_s" in rows[0]
+    last = {"name": "row 99", "rehearsal": True, "skipped": "no time was left"}
+    assert rows[-1] == last
     code, lines = report.verdict(record.data)
     assert code == 3 and "row 99 (no time was left)" in lines[0]
 
@@ -207,6 +199,22 @@ driver.run([driver.Section(n, 60, "gpu_check_support:" + n) for n in ("fine", "c
 """
 
 
+def driver_command(path, section="counting"):
+    return [sys.executable, "-c", DRIVER.replace("counting", section), str(path)]
+
+
+@pytest.fixture
+def driver_environment():
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
+
+
+def wait_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()
+
+
 def kill_after(command, rows, rest_s, environment):
     """Start it, kill it with SIGKILL a moment after so many rows. Returns all of the rows that it
     has named."""
@@ -226,51 +234,36 @@ def kill_after(command, rows, rest_s, environment):
 @pytest.mark.parametrize(
     "seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 9))]
 )
-def test_a_killed_run_keeps_every_finished_row(tmp_path, seed):
+def test_a_killed_run_keeps_every_finished_row(tmp_path, driver_environment, seed):
     """SIGKILL at a random moment. Rows are named when they are on disk, so every name must be in
     the file."""
     dice = random.Random(seed)
     path = tmp_path / "run.json"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
-    command = [sys.executable, "-c", DRIVER, str(path)]
-    named = kill_after(command, dice.randrange(400), dice.random() * 0.05, environment)
+    moment = dice.randrange(400), dice.random() * 0.05
+    named = kill_after(driver_command(path), *moment, driver_environment)
     sections = json.loads(path.read_text())["sections"]
     for section, row in named:
         if not row.startswith("ok, "):
-            assert any(r["name"] == row and "value" in r for r in sections[section]["rows"]), (
-                section,
-                row,
-            )
+            kept = [r for r in sections[section]["rows"] if r["name"] == row]
+            assert kept and "value" in kept[0], (section, row)
     assert not alive(str(path))
 
 
-def test_a_killed_run_takes_everything_with_it(tmp_path):
+def test_a_killed_run_takes_everything_with_it(tmp_path, driver_environment):
     """A child of a section in a session of its own too, though nobody is left to end it."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{os.environ['PYTHONPATH']}"}
-    command = [
-        sys.executable,
-        "-c",
-        DRIVER.replace('"counting"', '"hangs_at_once"'),
-        str(tmp_path / "run.json"),
-    ]
-    process = subprocess.Popen(command, env=environment)
-    until = time.monotonic() + 30
-    while len(left := children_of(process.pid)) < 3 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(left) == 3
+    command = driver_command(tmp_path / "run.json", "hangs_at_once")
+    process = subprocess.Popen(command, env=driver_environment)
+    assert wait_for(lambda: len(children_of(process.pid)) >= 3, 30)
+    left = children_of(process.pid)
     process.kill()
     process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not [pid for pid in left if Path(f"/proc/{pid}").exists()]
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 30)
 
 
 def test_sigterm_ends_the_section_too(tmp_path):
     command = [sys.executable, str(PROGRAM), "--dry-run", "--only", "copy", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while not list(tmp_path.glob("*.json")) and time.monotonic() < until:
-        time.sleep(0.01)
+    assert wait_for(lambda: list(tmp_path.glob("*.json")), 60)
     time.sleep(0.3)
     process.terminate()
     assert process.wait(30) == 128 + signal.SIGTERM
@@ -304,10 +297,8 @@ def test_the_rehearsal_passes_and_says_what_it_is(tmp_path):
     assert path.name.startswith("rehearsal-") and record["machine"]["torch"] == torch.__version__
     text = path.with_suffix(".txt").read_text()
     assert text.startswith("A REHEARSAL") and "P float32 64x24" in text and "cpu" in text
-    assert (
-        "left out, as asked: build, tests, copy, graph" in done.stdout
-        and "the rehearsal passed" in done.stdout
-    )
+    assert "left out, as asked: build, tests, copy, graph" in done.stdout
+    assert "the rehearsal passed" in done.stdout
     assert not list(tmp_path.glob(".*"))
 
 
@@ -353,19 +344,16 @@ def test_the_whole_rehearsal_passes(tmp_path, tool):
 def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
     tmp_path, monkeypatch, capsys, section, code
 ):
-    for name in (
-        "CUDA_VISIBLE_DEVICES",
-        "TRITON_INTERPRET",
-        "TRITON_CACHE_DIR",
-        "TORCHINDUCTOR_CACHE_DIR",
-    ):
+    caches = "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"
+    for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", *caches):
         monkeypatch.setenv(name, "")  # main sets them, for its children
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-    quick = driver.Section("machine", 30, "gpu_check_support:fine")
-    monkeypatch.setattr(gpu_check, "MACHINE", quick)
-    monkeypatch.setattr(
-        gpu_check, "SECTIONS", (driver.Section("copy", 30, f"gpu_check_support:{section}"),)
+    quick, copy = (
+        driver.Section(name, 30, f"gpu_check_support:{function}")
+        for name, function in (("machine", "fine"), ("copy", section))
     )
+    monkeypatch.setattr(gpu_check, "MACHINE", quick)
+    monkeypatch.setattr(gpu_check, "SECTIONS", (copy,))
     monkeypatch.setattr(gpu_check, "NAMES", ("copy",))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == code
     *_, line, last = capsys.readouterr().out.splitlines()
@@ -376,33 +364,23 @@ def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
 
 
 def test_no_stored_result_is_a_rehearsal():
-    assert (
-        gpu_check.parse([]).out is None
-        and gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
-    )
+    assert gpu_check.parse([]).out is None
+    assert gpu_check.folder(gpu_check.parse(["--dry-run"])).name == "out"
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
-        assert not path.name.startswith("rehearsal") and not json.loads(path.read_text()).get(
-            "rehearsal"
-        ), path
+        assert not path.name.startswith("rehearsal")
+        assert not json.loads(path.read_text()).get("rehearsal"), path
 
 
 @pytest.mark.parametrize("arguments", [["--only", "copy,nothing"], ["--skip", "nothing"]])
 def test_an_unknown_section_is_refused(arguments):
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--dry-run", *arguments], capture_output=True, text=True
-    )
-    assert (
-        done.returncode == 2
-        and "expected names out of build, tests" in done.stderr
-        and "got nothing" in done.stderr
-    )
+    done = said(sys.executable, PROGRAM, "--dry-run", *arguments)
+    assert done.returncode == 2 and "expected names out of build, tests" in done.stderr
+    assert "got nothing" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    done = said(sys.executable, PROGRAM, "--out", tmp_path)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
@@ -492,9 +470,8 @@ def test_tests_run_in_parts_and_each_is_accounted_for(check):
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
         Path(folder, "test_some.py").write_text(TESTS)
-        assert (
-            child.run(check, lambda check: tools.tests(check, os.path.relpath(folder, ROOT))) == 0
-        )
+        relative = os.path.relpath(folder, ROOT)
+        assert child.run(check, lambda check: tools.tests(check, relative)) == 0
     rows = {row["name"]: row for row in check.record.section("tests")["rows"]}
     assert rows["part 1 of 2"]["error"].startswith("pytest ended with 3")
     assert rows["part 2 of 2"]["outcomes"] == {"passed": 3, "failure": 1}
@@ -504,11 +481,8 @@ def test_tests_run_in_parts_and_each_is_accounted_for(check):
 
 def test_results_are_read_with_the_reasons_of_skips(tmp_path):
     case = '<testcase classname="a" name="b">{}</testcase>'
-    inside = (
-        case.format("")
-        + case.format('<skipped message="no GPU"/>')
-        + case.format("<failure>why</failure>")
-    )
+    endings = "", '<skipped message="no GPU"/>', "<failure>why</failure>"
+    inside = "".join(map(case.format, endings))
     (tmp_path / "r.xml").write_text(f"<testsuite>{inside}</testsuite>")
     outcomes, failures, reasons = tools.read_results(tmp_path / "r.xml")
     assert outcomes == {"passed": 1, "skipped": 1, "failure": 1}
@@ -548,9 +522,8 @@ def test_a_sanitizer_counts_no_call_that_torch_makes_to_see_what_a_driver_has(ch
     """memcheck's own option, and of no other tool."""
     commands = []
     monkeypatch.setattr(sanitizer.shutil, "which", lambda name: name)
-    monkeypatch.setattr(
-        sanitizer, "run", lambda command, **variables: commands.append(command) or (0, "")
-    )
+    run = lambda command, **variables: commands.append(command) or (0, "")  # noqa: E731
+    monkeypatch.setattr(sanitizer, "run", run)
     for name in ("memcheck", "racecheck"):
         watched(check, tool=name)
     memcheck, racecheck = map(" ".join, commands)

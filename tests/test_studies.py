@@ -69,10 +69,8 @@ def test_parts_are_stored_and_not_run_twice(tmp_path):
     keys = [{"n": n} for n in range(4)]
     with pytest.raises(KeyboardInterrupt):
         parts.run(part, keys, tmp_path)
-    assert parts.run(part, keys, tmp_path, stored=True) == [
-        {"n": 0, "square": 0},
-        {"n": 1, "square": 1},
-    ]
+    stored = parts.run(part, keys, tmp_path, stored=True)
+    assert stored == [{"n": 0, "square": 0}, {"n": 1, "square": 1}]
     assert [r["square"] for r in parts.run(part, keys, tmp_path)] == [0, 1, 4, 9]
     assert calls == [0, 1, 2, 2, 3]
 
@@ -137,17 +135,13 @@ def test_methods_of_a_seed_share_weights_and_start():
         training.train(task, data, 0, method, {"epochs": 0})
         for method in (None, {"ratio": 1.0}, {"ratio": 0.5, "fixed": True})
     )
-    assert torch.equal(plain[0].weight, noisy[0].weight) and torch.equal(
-        plain[0].weight, fixed[0].weight
-    )
+    for model in (noisy, fixed):
+        assert torch.equal(plain[0].weight, model[0].weight)
     assert training.kept(noisy) == [1.0] * 3
     assert fixed[0].variance.sigma[0] == pytest.approx(noisy[0].variance.sigma[0].item() / 2)
     only = training.prepare(task.net(), data.x, {"where": "input"})
-    assert [type(m) for m in only if hasattr(m, "weight")] == [
-        dip.DIPLinear,
-        torch.nn.Linear,
-        torch.nn.Linear,
-    ]
+    kinds = [type(m) for m in only if hasattr(m, "weight")]
+    assert kinds == [dip.DIPLinear, torch.nn.Linear, torch.nn.Linear]
 
 
 def test_pgd_stays_in_its_ball():
@@ -164,9 +158,8 @@ def test_scores_of_several_draws():
     out = torch.randn(3, 5, 2)
     labels = torch.tensor([0, 1, 1, 0, 1])
     one_hot = torch.nn.functional.one_hot(labels, 2).float()
-    assert training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels).item() == pytest.approx(
-        0.0, abs=1e-6
-    )
+    sure = training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels)
+    assert sure.item() == pytest.approx(0.0, abs=1e-6)
     probs = out.softmax(-1).mean(0)[range(5), labels]
     torch.testing.assert_close(training.mixture(out, labels), -probs.log().mean())
 
@@ -180,19 +173,16 @@ def test_a_held_budget_keeps_the_mean_and_moves_the_allocation():
     )
     assert training.kept(layer) == pytest.approx([1.0] * 3, abs=1e-4)
     assert layer[0].log_variance.std() > 0.05
-    moved = torch.cat(
-        [m.log_variance - m.variance.log_prior for m in model if isinstance(m, dip.DIPLinear)]
-    )
+    noisy = [m for m in model if isinstance(m, dip.DIPLinear)]
+    moved = torch.cat([m.log_variance - m.variance.log_prior for m in noisy])
     assert moved.mean().abs() < 1e-4
     assert max(abs(each - 1) for each in training.kept(model)) > 0.01
 
 
 def test_the_variances_follow_the_schedule_or_do_not():
     model = dip.convert(torch.nn.Linear(3, 2))
-    for method, wanted in (
-        ({}, [0.5, 0.5, 0.5]),
-        ({"variance_schedule": "constant"}, [0.5, 0.5, 1.0]),
-    ):
+    constant = {"variance_schedule": "constant"}
+    for method, wanted in (({}, [0.5, 0.5, 0.5]), (constant, [0.5, 0.5, 1.0])):
         optimizer = torch.optim.SGD(dip.param_groups(model, lr=1.0, variance_lr=1.0))
         schedule = training.cosine(optimizer, 4, method)
         for _ in range(2):
@@ -205,9 +195,8 @@ def test_calibration_error_and_auroc():
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     # 0.1 / 2 + 0.1 / 2
     assert uncertainty.calibration_error(probs, torch.tensor([0, 0, 1, 0])) == pytest.approx(10.0)
-    assert uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1])) == pytest.approx(
-        87.5
-    )
+    auroc = uncertainty.auroc(torch.tensor([0.9, 0.5]), torch.tensor([0.5, 0.1]))
+    assert auroc == pytest.approx(87.5)
 
 
 def test_labels_are_drawn_anew_in_training_only_and_the_last_class_is_left_out():
@@ -275,9 +264,8 @@ def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
         tasks.fashion()
     pixels = bytes(range(256)) * 49  # 16 images
     (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(16) + pixels)
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
-        gzip.compress(bytes(8) + bytes(range(16)))
-    )
+    labels = gzip.compress(bytes(8) + bytes(range(16)))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(labels)
     x, y = tasks.fashion()
     assert x.shape == (16, 784) and y.tolist() == list(range(16))
     assert x[0, :3].tolist() == pytest.approx([0, 1 / 255, 2 / 255])
@@ -287,16 +275,8 @@ def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        "defaults",
-        "features",
-        "attacks",
-        "alternatives",
-        "uncertainty",
-        "extrapolation",
-        "held_back",
-        "depth",
-        "images",
-        "arithmetic_paired",
+        *("defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"),
+        *("held_back", "depth", "images", "arithmetic_paired"),
     ],
 )
 def test_each_study_runs(name, tmp_path, capsys):

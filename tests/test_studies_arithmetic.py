@@ -1,6 +1,7 @@
 """studies/arithmetic.py: problems are right and kept apart, exact match counts what it says, the
 command runs."""
 
+import itertools
 import json
 import random
 import sys
@@ -59,9 +60,7 @@ def test_parts_share_no_calculation():
         {tuple(p.prompt) for p in task.problems(0, 300, 2, "+-", part)}
         for part in ("train", "val", "test")
     ]
-    assert not parts[0] & parts[1]
-    assert not parts[0] & parts[2]
-    assert not parts[1] & parts[2]
+    assert not any(a & b for a, b in itertools.combinations(parts, 2))
 
 
 def test_a_worked_step_stands_where_its_step_stands():
@@ -112,10 +111,8 @@ class Oracle:
 )
 def test_exact_match_counts_the_answer_and_the_whole_solution(place, answer, solution):
     chosen = task.problems(0, 8, 3, "+-", "test")
-    assert task.exact_match(Oracle(chosen, [0, 3], place), chosen) == {
-        "answer": answer,
-        "solution": solution,
-    }
+    found = task.exact_match(Oracle(chosen, [0, 3], place), chosen)
+    assert found == {"answer": answer, "solution": solution}
 
 
 def test_greedy_decoding_with_the_cache_is_what_one_pass_says():
@@ -157,10 +154,8 @@ def test_lora_trains_adapters_and_variances_only():
     data = task.batches(0, 2, 8, (2, 3), "+-*")
     arithmetic.train(model, config | {"lr": 1e-2}, data)
     changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
-    assert all("lora_" in name or "log_variance" in name for name in changed)
-    assert any("log_variance" in name for name in changed) and any(
-        "lora_" in name for name in changed
-    )
+    kinds = [[part for part in ("lora_", "log_variance") if part in name] for name in changed]
+    assert all(kinds) and {part for found in kinds for part in found} == {"lora_", "log_variance"}
 
 
 def test_neftune_noise_has_its_bound():
@@ -187,9 +182,6 @@ def test_the_quick_run_writes_tables_figure_and_results(tmp_path):
         assert all(f"| {method} |" in section for method in arithmetic.METHODS)
         runs = json.loads((tmp_path / f"arithmetic_{stage}.json").read_text())["runs"]
         assert {run["config"]["part"] for run in runs} == {"val", "test"}
-    assert all(
-        (tmp_path / f"arithmetic_{stage}.svg").stat().st_size > 1000
-        for stage in ("scratch", "lora")
-    )
+        assert (tmp_path / f"arithmetic_{stage}.svg").stat().st_size > 1000
     arithmetic.main([*flags, "--parts", "report"])
     assert (tmp_path / "results.md").read_text() == text

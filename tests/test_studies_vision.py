@@ -19,15 +19,8 @@ import vision_setup
 
 import dipkernels as dip
 
-SHARED = {
-    "seed": 1,
-    "lr": 1e-3,
-    "weight_decay": 0.01,
-    "m": 2,
-    "batch": 50,
-    "epochs": 1,
-    "training": "clean",
-}
+SHARED = {"seed": 1, "lr": 1e-3, "weight_decay": 0.01, "m": 2, "batch": 50, "epochs": 1}
+SHARED["training"] = "clean"
 SETTINGS = {
     "plain": {"m": 1},
     "input noise": {"sigma": 0.2},
@@ -58,8 +51,7 @@ def test_test_images_are_never_trained_or_validated_on():
         train, val = (
             {image.numpy().tobytes() for image in parts[name][0]} for name in ("train", "val")
         )
-        assert not train & val
-        assert len((train | val) & test) == 0
+        assert not train & val and not (train | val) & test
     assert not vision_setup.split(0)["train"][0].equal(vision_setup.split(1)["train"][0])
 
 
@@ -160,17 +152,11 @@ def test_sam_takes_its_gradient_at_the_ascended_weights():
         torch.testing.assert_close(p.grad, q.grad)
 
 
-@pytest.mark.parametrize(
-    ("placement", "count"),
-    [
-        ("every layer", 10),
-        ("first layer", 1),
-        ("blocks", 8),
-        ("attention", 4),
-        ("block MLPs", 4),
-        ("head", 1),
-    ],
-)
+PLACEMENTS = {"every layer": 10, "first layer": 1, "blocks": 8, "attention": 4}
+PLACEMENTS |= {"block MLPs": 4, "head": 1}
+
+
+@pytest.mark.parametrize(("placement", "count"), PLACEMENTS.items())
 def test_placements_reach_their_layers(placement, count):
     model, _ = vision_methods.build(config_of("DIP", "ViT") | {"placement": placement})
     assert len(dip.summary(model)) == count
@@ -217,17 +203,13 @@ def test_a_stored_run_is_made_once_for_its_configuration(tmp_path):
 
 
 def test_processes_that_share_a_store_lose_nothing(tmp_path):
-    one, two = (
-        results_page.Store(tmp_path / "runs.json"),
-        results_page.Store(tmp_path / "runs.json"),
-    )
+    one, two = (results_page.Store(tmp_path / "runs.json") for _ in range(2))
     one.run({"a": 1}, lambda: {"by": "one"})
     two.value("v", lambda: 5)
     two.run({"a": 2}, lambda: {"by": "two"})
     one.run({"a": 3}, lambda: {"by": "one"})
-    assert two.run({"a": 1}, lambda: {"by": "two"})["result"] == {
-        "by": "one"
-    }  # found, not made again
+    found = two.run({"a": 1}, lambda: {"by": "two"})["result"]
+    assert found == {"by": "one"}  # not made again
     whole = results_page.Store(tmp_path / "runs.json")
     assert [run["config"]["a"] for run in whole.runs] == [1, 2, 3]
     assert whole.values == {"v": 5}
@@ -237,36 +219,23 @@ def test_processes_that_share_a_store_lose_nothing(tmp_path):
 def test_the_published_table_is_that_of_the_summary(arch):
     """Git keeps no run: what a table shows must stand in docs/results."""
     summary = json.loads((results_page.FOLDER / "vision.json").read_text())
-    found = {
-        (
-            run["setting"].get("training"),
-            run["setting"]["method"],
-            run["setting"]["epochs"] > vision.EPOCHS[arch],
-        ): run
-        for run in summary["runs"]
-        if run["setting"]["of"] == f"vision_{arch.lower()}"
-        and is_main(run["setting"], summary["values"], arch)
-    }
-    text = (
-        results_page.PAGE.read_text(encoding="utf-8")
-        .split(f"<!-- begin vision-{arch.lower()} -->")[1]
-        .split("<!--")[0]
-    )
-    rows = [
-        line.strip("| ").split(" | ")
-        for line in text.splitlines()
-        if " ± " in line and line.startswith("| ")
-    ]
+    found = {}
+    for run in summary["runs"]:
+        setting = run["setting"]
+        of_arch = setting["of"] == f"vision_{arch.lower()}"
+        if of_arch and is_main(setting, summary["values"], arch):
+            is_long = setting["epochs"] > vision.EPOCHS[arch]
+            found[setting.get("training"), setting["method"], is_long] = run
+    page = results_page.PAGE.read_text(encoding="utf-8")
+    lines = page.split(f"<!-- begin vision-{arch.lower()} -->")[1].split("<!--")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line[:2] == "| " and " ± " in line]
     assert len(rows) == len(found) == len(vision.TRAININGS) * len(vision.METHODS)
     for training, method, *cells in rows:
         run = found[training, method.split(",")[0], method.endswith("equal time")]
         for (kind, strength), cell in zip(vision.COLUMNS, cells):
             shown = [float(part) for part in cell.split(" ± ")]
-            assert shown == pytest.approx(run["result"]["scores"][kind][strength], abs=0.056), (
-                training,
-                method,
-                kind,
-            )
+            stored = run["result"]["scores"][kind][strength]
+            assert shown == pytest.approx(stored, abs=0.056), (training, method, kind)
 
 
 def is_main(setting, values, arch):
@@ -291,9 +260,8 @@ def test_a_summary_has_mean_and_spread_of_each_setting(tmp_path):
     store.value("chosen", lambda: {"a": 1})
     results_page.summarise([store], tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert [run["setting"] for run in found["runs"]] == [
-        {"of": "runs", "method": name} for name in "ab"
-    ]
+    settings = [run["setting"] for run in found["runs"]]
+    assert settings == [{"of": "runs", "method": name} for name in "ab"]
     assert found["runs"][0]["result"] == {"clean": {"0": [90.5, 0.71]}, "sigma": {"1": 0.5}}
     assert found["runs"][0]["seeds"] == 2 and found["values"] == {"runs": {"chosen": {"a": 1}}}
     assert len(found["environments"]) == 1
@@ -306,11 +274,8 @@ def test_the_published_page_has_every_section():
     names = ["averages", "search", "needs", "k", "smoothness", "mlp", "resnet", "vit"]
     names += [f"ablations-{arch.lower()}" for arch in vision.ABLATIONS]
     for name in names:
-        assert (
-            text.count(f"<!-- begin vision-{name} -->")
-            == text.count(f"<!-- end vision-{name} -->")
-            == 1
-        )
+        for mark in ("begin", "end"):
+            assert text.count(f"<!-- {mark} vision-{name} -->") == 1
 
 
 @pytest.mark.slow

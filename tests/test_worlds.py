@@ -17,18 +17,13 @@ SOURCES = sorted(Path(dip.__file__).parent.rglob("*.py"))
 FLOAT32, FLOAT16 = (pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))
 DTYPES = (torch.float32, torch.bfloat16, FLOAT16)
 NARROW = (torch.bfloat16, FLOAT32, FLOAT16)  # where the type decides little
+MEAN = {"estimator": "mean", "num_samples": 4}
 # name: (layer, shape of its input)
 LAYERS = {
     "wide": (lambda: dip.DIPLinear(256, 512), (64, 256)),
     "narrow": (lambda: dip.DIPLinear(256, 64), (64, 256)),
-    "mean": (
-        lambda: dip.DIPLinear(32, 16, activation="gelu", estimator="mean", num_samples=4),
-        (8, 32),
-    ),
-    "relu mean": (
-        lambda: dip.DIPLinear(32, 16, activation="relu", estimator="mean", num_samples=4),
-        (8, 32),
-    ),
+    "mean": (lambda: dip.DIPLinear(32, 16, activation="gelu", **MEAN), (8, 32)),
+    "relu mean": (lambda: dip.DIPLinear(32, 16, activation="relu", **MEAN), (8, 32)),
     "exact": (lambda: dip.DIPLinear(32, 16, activation="tanh", estimator="analytic"), (8, 32)),
     "keep x": (lambda: dip.DIPLinear(32, 16, keep="x"), (8, 32)),
     "keep u": (lambda: dip.DIPLinear(32, 16, keep="u"), (8, 32)),
@@ -70,12 +65,7 @@ class Asks(nn.Module):
     """Adds a number that names the worlds of its call."""
 
     def forward(self, x):
-        said = (
-            worlds.tracing(),
-            worlds.exporting(),
-            worlds.transforming(),
-            worlds.wants_pieces(),
-        )
+        said = (worlds.tracing(), worlds.exporting(), worlds.transforming(), worlds.wants_pieces())
         return x + sum(2**i * answer for i, answer in enumerate(said))
 
 
@@ -84,20 +74,19 @@ TRACING, EXPORTING, TRANSFORMING, PIECES = (2**i for i in range(4))
 
 def test_each_world_is_told_from_the_others():
     asks, x = Asks(), torch.zeros(3)
+    whole = {"backend": "eager", "fullgraph": True}
+    without = torch.compile(asks, backend="aot_eager", fullgraph=True)
     answers = {
         "eager": asks(x),
-        "compile": torch.compile(asks, backend="eager", fullgraph=True)(x),
-        "compile under no_grad": torch.no_grad()(
-            torch.compile(asks, backend="aot_eager", fullgraph=True)
-        )(x),
+        "compile": torch.compile(asks, **whole)(x),
+        "compile under no_grad": torch.no_grad()(without)(x),
         "vmap": torch.vmap(asks)(x),
-        "compile of vmap": torch.compile(torch.vmap(asks), backend="eager", fullgraph=True)(x),
+        "compile of vmap": torch.compile(torch.vmap(asks), **whole)(x),
         "make_fx": make_fx(asks)(x)(x),
     }
     for strict in (False, True):
-        answers[f"export, strict={strict}"] = torch.export.export(
-            asks, (x,), strict=strict
-        ).module()(x)
+        program = torch.export.export(asks, (x,), strict=strict)
+        answers[f"export, strict={strict}"] = program.module()(x)
         with torch.no_grad():
             program = torch.export.export(asks, (x,), strict=strict)
         answers[f"export under no_grad, strict={strict}"] = program.module()(x)
@@ -182,9 +171,9 @@ def check_passes(name, graphs, namespace="dipkernels", fused=False):
         "relu mean": ({"linear"}, {"linear_bwd"}),
         "exact": ({"expectation"}, {"expectation_bwd"}),
     }
-    plain = (
-        ({"linear"}, {"linear_bwd"}) if fused else ({"perturb"}, {"perturb_bwd", "perturb_replay"})
-    )
+    plain = {"perturb"}, {"perturb_bwd", "perturb_replay"}
+    if fused:
+        plain = {"linear"}, {"linear_bwd"}
     for ran, wanted in zip((forward, backward), passes.get(name, plain)):
         assert ran & {f"{namespace}.{op}.default" for op in wanted}, (ran, wanted)
 
@@ -233,10 +222,8 @@ class Readers(nn.Module):
 
     def __init__(self, before, number):
         super().__init__()
-        self.before, self.layers = (
-            before,
-            nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number)),
-        )
+        self.before = before
+        self.layers = nn.ModuleList(dip.DIPLinear(64, 32) for _ in range(number))
 
     def forward(self, x):
         h = self.before(x)
