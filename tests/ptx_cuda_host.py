@@ -40,10 +40,8 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
         The library.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    nvcc, flags = (
-        find_tool("nvcc"),
-        [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")],
-    )
+    nvcc = find_tool("nvcc")
+    flags = [flag for flag in FLAGS if flag not in ("-Xcompiler", "-fvisibility=hidden")]
     flags = [f"-Xcompiler={flag}" if flag == "-fPIC" else flag for flag in flags]
     # undefined behaviour of the host code ends the process, with a line that names it
     if _has_ubsan():
@@ -56,28 +54,10 @@ def build(folder: Path, arch: int, sources: tuple[Path, ...] = (SOURCE,)) -> Pat
     objects = [folder / f"{source.stem}.o" for source in sources]
     for source, to in zip(sources, objects, strict=True):
         run(nvcc, "-c", *flags, target, "--keep", "--keep-dir", folder, source, "-o", to)
-    run(
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-c",
-        f"-I{ROOT / 'csrc'}",
-        STUB,
-        "-o",
-        folder / "stub.o",
-    )
+    include, stub = f"-I{ROOT / 'csrc'}", folder / "stub.o"
+    run("g++", "-std=c++17", "-O1", "-fPIC", "-c", include, STUB, "-o", stub)
     library = folder / f"{sources[-1].stem}.so"
     # Its own symbols first: a torch for CUDA has brought the real runtime's into the process.
-    run(
-        "g++",
-        "-shared",
-        *sanitize,
-        *objects,
-        folder / "stub.o",
-        "-o",
-        library,
-        "-Wl,-z,defs",
-        "-Wl,-Bsymbolic",
-    )
+    linked = ["-Wl,-z,defs", "-Wl,-Bsymbolic"]
+    run("g++", "-shared", *sanitize, *objects, stub, "-o", library, *linked)
     return library

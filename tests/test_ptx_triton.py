@@ -43,10 +43,8 @@ def quick_of(every, quick):
 
 @pytest.fixture(autouse=True)
 def nan_in_new_memory():
-    before, precision = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
-    )
+    before = torch.are_deterministic_algorithms_enabled()
+    precision = torch.get_float32_matmul_precision()
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     yield
@@ -120,8 +118,7 @@ def strided():
 @pytest.mark.parametrize(
     "name",
     [
-        "transposed",
-        "four stubborn dimensions",
+        *("transposed", "four stubborn dimensions"),
         *map(slow, ("channels_last", "sliced columns", "expanded rows", "cropped image")),
     ],
 )
@@ -209,18 +206,10 @@ LINEARS = {  # m, k, n, col0, samples, activation
     "silu": (40, 96, 64, 0, 1, "silu"),
     "tanh": (17, 24, 16, 0, 2, "tanh"),
 }
-PRECISIONS = [
-    (BF16, BF16, "high"),
-    (F16, F16, "high"),
-    (BF16, F32, "high"),
-    (F32, F32, "high"),
-    (F32, F32, "highest"),
-]
+PRECISIONS = [(d, x, "high") for d, x in ((BF16, BF16), (F16, F16), (BF16, F32), (F32, F32))]
+PRECISIONS += [(F32, F32, "highest")]
 LINEAR_CASES = quick_of(
-    [
-        (case, *precision, arch)
-        for case, precision, arch in itertools.product(LINEARS, PRECISIONS, CONFIGS)
-    ],
+    [(case, *p, arch) for case, p, arch in itertools.product(LINEARS, PRECISIONS, CONFIGS)],
     [
         ("square", BF16, BF16, "high", 90),
         ("odd", F16, F16, "high", 80),
@@ -303,31 +292,19 @@ def test_compiled_linear_bwd_weight_splits_the_rows_in_a_fixed_order(arch, monke
     [
         ({"activation": "selu"}, ValueError, "activation: expected one of"),
         ({"num_samples": 2}, ValueError, "expected 1 with activation 'identity', got 2"),
-        (
-            {"sigma": torch.ones(7)},
-            ValueError,
-            r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)",
-        ),
-        (
-            {"weight": torch.ones(3, 7)},
-            ValueError,
-            r"weight: expected shape \(N, K = 8\), got \(3, 7\)",
-        ),
+        ({"sigma": torch.ones(7)}, ValueError, r"shape \(K,\) = \(8,\), got \(7,\)"),
+        ({"weight": torch.ones(3, 7)}, ValueError, r"shape \(N, K = 8\), got \(3, 7\)"),
         ({"x": torch.ones(2, 8).double()}, TypeError, "x: expected one of .* got torch.float64"),
     ],
 )
 def test_linear_names_what_is_wrong(change, error, match):
-    given = {
-        "x": torch.ones(2, 8),
-        "weight": torch.ones(3, 8),
-        "bias": None,
-        "sigma": torch.ones(8),
-    }
-    draw = {"seed": SEED, "row0": 0, "col0": 0, "sample": 0, "factor": 1.0, "log_variance": False}
+    given = {"x": torch.ones(2, 8), "weight": torch.ones(3, 8), "bias": None}
+    given |= {"sigma": torch.ones(8), "seed": SEED, "row0": 0, "col0": 0, "sample": 0}
+    given |= {"factor": 1.0, "log_variance": False, **change}
     with pytest.raises(error, match=match):
-        linear.linear(**(given | draw | change))
+        linear.linear(**given)
     with pytest.raises(error, match=match):
-        linear.linear_bwd(torch.ones(2, 3), **(given | draw | change))
+        linear.linear_bwd(torch.ones(2, 3), **given)
 
 
 @pytest.mark.parametrize("stride, vec", [(2**31 - 8, 8), (2**31, 1), (2**33, 1)])
@@ -400,20 +377,16 @@ def test_compiled_activation_matches_reference(name, dtype, arch):
     v = (4 * torch.rand(200) ** 3).to(F64 if dtype is F64 else F32)
     v[100] = 0
     with on_gpu(arch, CONFIGS[arch]):
-        y, (dmu, dv, total) = (
-            expectation.expectation(mu, v, name),
-            expectation.expectation_bwd(dy, mu, v, name),
-        )
-    want = reference.expectation(mu.double(), v.double(), name)
-    want_dmu, want_dv, want_total = reference.expectation_bwd(
-        dy.double(), mu.double(), v.double(), name
-    )
+        y = expectation.expectation(mu, v, name)
+        dmu, dv, total = expectation.expectation_bwd(dy, mu, v, name)
+    wide = (mu.double(), v.double(), name)
+    want = reference.expectation(*wide)
+    want_dmu, want_dv, want_total = reference.expectation_bwd(dy.double(), *wide)
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[TIER[dtype]] + (2.1e-6 if dtype is BF16 else 3e-7)
     size, rounding = 1 + mu.double().abs(), EPS[dtype] if dtype is not F64 else 0
     assert ((y - want).abs() <= bound * size + rounding * want.abs() + 1e-6).all()
-    assert (
-        (dmu - want_dmu).abs() <= (40 * bound + 2e-6 + rounding) * (1 + dy.double().abs())
-    ).all()
+    allowed = (40 * bound + 2e-6 + rounding) * (1 + dy.double().abs())
+    assert ((dmu - want_dmu).abs() <= allowed).all()
     # the curvature of relu and its like grows as 1 / sqrt(v); without variance it is the plain one
     keep = (v > 1e-3) | (v == 0)
     assert ((dv - want_dv).abs() <= (600 * bound + 1e-4) * 37)[keep].all()
@@ -442,13 +415,11 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     assert all(t.isfinite().all() for t in (y, dmu, dv, total))
     deviation = v.double().sqrt()
     near = grid.double().abs() <= 2
+    huge = near & (v > 1e30)
     if name == "tanh":
-        assert (y.abs() <= 1 + 1e-6).all() and (
-            y[near].abs()[(v > 1e30).expand_as(grid)[near]] <= 1e-6
-        ).all()
+        assert (y.abs() <= 1 + 1e-6).all() and (y[huge].abs() <= 1e-6).all()
     else:
         # Behind a huge variance each is relu: E = deviation phi(0) next to mu = 0.
-        huge = near & (v > 1e30)
         want = (deviation * 0.3989422804014327).expand_as(grid)[huge]
         assert ((y[huge].double() / want - 1).abs() <= 1e-5).all()
         assert ((dmu[huge] - 0.5).abs() <= 1e-5).all()
@@ -456,8 +427,7 @@ def test_compiled_activation_of_any_variance(name, arch, errors):
     little = v < 1e-20
     plain = PLAIN[name](grid.double())
     bound = mixtures.BOUNDS.get(name, (0, 0, 0))[1] + 1e-6
-    inside = little & (grid.double().abs() <= 2)
-    assert ((y.double() - plain)[inside].abs() <= bound).all()
+    assert ((y.double() - plain)[little & near].abs() <= bound).all()
     far = (grid.double().abs() > 1e10) & (v < 1e10)
     torch.testing.assert_close(y.double()[far], plain[far], rtol=1e-6, atol=1e-6)
     slope = (grid > 0).double() * (name != "tanh")
@@ -482,9 +452,8 @@ def test_compiled_activation_of_infinities_and_nans(name, dtype, arch):
     low = -1 if name == "tanh" else 0
     assert (y[0, :3] - low).abs().max() <= 1e-6
     assert ((y[1, :3] - 1).abs() <= 1e-6).all() if name == "tanh" else (y[1, :3] == INF).all()
-    assert (dmu[0, :3].abs() <= 1e-5).all() and (
-        (dmu[1, :3] - float(name != "tanh")).abs() <= 1e-5
-    ).all()
+    for row, slope in ((0, 0.0), (1, float(name != "tanh"))):
+        assert ((dmu[row, :3] - slope).abs() <= 1e-5).all()
     assert y[2, :3].isnan().all() and y[3, :3].isfinite().all()
     # A variance that is no number makes none.
     assert y[:, 3].isnan().all() and dmu[:, 3].isnan().all() and dv[3].isnan()
@@ -499,15 +468,13 @@ def test_compiled_activation_variance_matches_reference(
     for n, k in ((5, 7), (70, 264)):
         weight, sigma = randn(n, k).to(weight_dtype), torch.rand(k, dtype=sigma_dtype)
         dv, given = torch.randn(n, dtype=sigma_dtype), randn(k, n).t().to(weight_dtype)
+
+        def results(module, how=(weight, sigma, log_variance), dv=dv, given=given):
+            return module.affine_variance(*how), *module.affine_variance_bwd(dv, *how, given)
+
         with on_gpu(arch, CONFIGS[arch]):
-            got = (
-                expectation.affine_variance(weight, sigma, log_variance),
-                *expectation.affine_variance_bwd(dv, weight, sigma, log_variance, given),
-            )
-        want = (
-            reference.affine_variance(weight, sigma, log_variance),
-            *reference.affine_variance_bwd(dv, weight, sigma, log_variance, given),
-        )
+            got = results(expectation)
+        want = results(reference)
         tolerance = 1e-2 if weight_dtype is BF16 else 1e-4 if sigma_dtype is F32 else 1e-10
         for a, b in zip(got, want, strict=True):
             assert a.dtype == b.dtype and torch.allclose(a, b, rtol=tolerance, atol=tolerance / 10)

@@ -45,7 +45,7 @@ def triton_on_cpu(monkeypatch):
     """The choices of a GPU with Triton, made for CPU tensors; nothing of it is run."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backends, "_INTERPRETS", True, raising=False)
+    monkeypatch.setattr(backends, "_INTERPRETS", True)
     with backends.backend("triton"):
         yield
     monkeypatch.undo()

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,16 +43,8 @@ from ptx_cuda_support import Library
 
 _COMPARISONS = {"lt": "ge", "le": "gt", "gt": "le", "ge": "lt", "eq": "ne", "ne": "eq"}
 _COMPARISONS |= {"ltu": "geu", "gtu": "leu", "leu": "gtu", "geu": "ltu", "equ": "neu", "neu": "equ"}
-_OPCODES = {
-    "add": "sub",
-    "sub": "add",
-    "and": "or",
-    "or": "and",
-    "shl": "shr",
-    "shr": "shl",
-    "min": "max",
-    "max": "min",
-}
+_PAIRS = (("add", "sub"), ("and", "or"), ("shl", "shr"), ("min", "max"))
+_OPCODES = {old: new for a, b in _PAIRS for old, new in ((a, b), (b, a))}
 _ORDERS = ("bar", "barrier")
 FOUND, SAME, NEAR = "found", "no bit of any result changed", "results changed, within the tolerance"
 
@@ -105,13 +98,9 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
             if operand.startswith("["):
                 inner = operand.strip("[] ")
                 base, _, offset = inner.partition("+")
-                step = (
-                    16
-                    if op in ("ldmatrix", "stmatrix", "cp")
-                    else 8
-                    if ins.parts[-1].endswith("64")
-                    else 4
-                )
+                step = 8 if ins.parts[-1].endswith("64") else 4
+                if op in ("ldmatrix", "stmatrix", "cp"):
+                    step = 16
                 yield "address", with_operand(ins, i, f"[{base}+{int(offset or 0) + step}]")
     if op == "setp" and ins.parts[1] in _COMPARISONS:
         yield "comparison", with_opcode(ins, ins.parts[1], _COMPARISONS[ins.parts[1]])
@@ -127,25 +116,15 @@ def faults_in(ins: Instruction) -> Iterator[tuple[str, Instruction | None]]:
         if swapped != ins.operands:
             yield "opcode", dataclasses.replace(ins, operands=swapped)
     if op == "shfl":
-        yield (
-            "mask",
-            with_operand(
-                ins,
-                2,
-                str(int(ins.operands[2], 0) // 2 or 2)
-                if not ins.operands[2].startswith("%")
-                else "1",
-            ),
-        )
+        lane = ins.operands[2]
+        yield "mask", with_operand(ins, 2, "1" if lane[0] == "%" else str(int(lane, 0) // 2 or 2))
     if op in ("and", "add", "mul", "mad", "bfe", "mov", "xor", "or"):
         for i, operand in enumerate(ins.operands[1:], 1):
             if re.fullmatch(r"-?\d+", operand):
                 number = int(operand)
                 changed = number + 1 if abs(number) < 4096 else number ^ 0xFF00
-                yield (
-                    ("mask" if op in ("and", "or", "xor") else "constant"),
-                    with_operand(ins, i, str(changed)),
-                )
+                kind = "mask" if op in ("and", "or", "xor") else "constant"
+                yield kind, with_operand(ins, i, str(changed))
 
 
 def planted(kernel: Kernel, fault: Fault) -> Kernel:
@@ -153,11 +132,8 @@ def planted(kernel: Kernel, fault: Fault) -> Kernel:
     body.blocks = list(body.blocks)
     block = copy.copy(body.blocks[fault.block])
     after = [] if fault.after is None else [fault.after]
-    block.instructions = [
-        *block.instructions[: fault.index],
-        *after,
-        *block.instructions[fault.index + 1 :],
-    ]
+    block.instructions = list(block.instructions)
+    block.instructions[fault.index : fault.index + 1] = after
     body.blocks[fault.block], mutant.body = block, body
     mutant.functions = {key: f for key, f in kernel.functions.items() if key[0] != fault.block}
     return mutant
@@ -189,14 +165,10 @@ class Memories:
         def watched(kernel, grid, block, params, memory, *args, **kwargs):
             count = run(kernel, grid, block, params, memory, *args, **kwargs)
             # Of each tensor, for where they lie differs from run to run.
-            ends = [
-                (place + low, array.nbytes)
-                for array, place, low in zip(memory.arrays, memory.places, memory.low, strict=True)
-            ]
-            parts = [
-                hashlib.sha256(memory.arena[at : at + size].tobytes()).hexdigest()
-                for at, size in ends
-            ]
+            parts = []
+            for array, place, low in zip(memory.arrays, memory.places, memory.low, strict=True):
+                held = memory.arena[place + low : place + low + array.nbytes]
+                parts.append(hashlib.sha256(held.tobytes()).hexdigest())
             self.digests.append(" ".join(sorted(parts)))
             return count
 
@@ -264,33 +236,24 @@ def cuda_group(name: str) -> str:
 
 def triton_cases() -> Iterator[tuple[str, int, Callable]]:
     """(name, architecture, test) that together reach every kernel"""
-    bf16, f32 = torch.bfloat16, torch.float32
-    for case in ("many rows", "odd", "nchw odd"):
-        yield (
-            f"perturb {case}",
-            80,
-            lambda case=case: triton.test_compiled_perturb_matches_reference(case, f32, 80),
-        )
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    perturb = triton.test_compiled_perturb_matches_reference
     linear = triton.test_compiled_linear_and_its_gradients_match_reference
-    yield "linear", 90, lambda: linear("square", bf16, bf16, "high", 90)
-    yield "linear odd", 80, lambda: linear("odd", torch.float16, torch.float16, "high", 80)
-    yield "linear tanh", 80, lambda: linear("tanh", f32, f32, "highest", 80)
-    for name in ("relu", "gelu", "tanh"):
-        yield (
-            f"activation {name}",
-            80,
-            lambda name=name: triton.test_compiled_activation_matches_reference(name, f32, 80),
-        )
-    yield (
-        "variance",
-        80,
-        lambda: triton.test_compiled_activation_variance_matches_reference(f32, f32, True, 80),
-    )
+    activation = triton.test_compiled_activation_matches_reference
+    variance = triton.test_compiled_activation_variance_matches_reference
     gates = producers.test_compiled_activations_and_gates_match_reference
+    for case in ("many rows", "odd", "nchw odd"):
+        yield f"perturb {case}", 80, partial(perturb, case, f32, 80)
+    yield "linear", 90, partial(linear, "square", bf16, bf16, "high", 90)
+    yield "linear odd", 80, partial(linear, "odd", f16, f16, "high", 80)
+    yield "linear tanh", 80, partial(linear, "tanh", f32, f32, "highest", 80)
+    for name in ("relu", "gelu", "tanh"):
+        yield f"activation {name}", 80, partial(activation, name, f32, 80)
+    yield "variance", 80, partial(variance, f32, f32, True, 80)
     for case, name in (("odd", "silu"), ("nchw odd", "gelu"), ("many rows", "tanh")):
-        yield f"gate {case} {name}", 80, lambda case=case, name=name: gates(case, name, f32, 80)
+        yield f"gate {case} {name}", 80, partial(gates, case, name, f32, 80)
     for case, kind in (("odd", "layer"), ("split", "layer"), ("many rows", "rms")):
-        yield f"norm {case} {kind}", 80, lambda case=case, kind=kind: norm(case, kind)
+        yield f"norm {case} {kind}", 80, partial(norm, case, kind)
 
 
 def norm(case: str, kind: str) -> None:
