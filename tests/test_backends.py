@@ -302,10 +302,12 @@ def test_a_forced_backend_is_refused_at_the_first_call_and_not_at_import(
     assert "imported" in output and "reported" in output
     (refusal,) = (line for line in output.splitlines() if line.startswith("refused:"))
     if why:
-        says = f"backend '{forced}' was asked for by DIPKERNELS_BACKEND, and it cannot run on device 'cpu' here: {why}"
+        says = f"backend '{forced}' was asked for by DIPKERNELS_BACKEND, and it cannot run on "
+        says += f"device 'cpu' here: {why}"
         assert "unset DIPKERNELS_BACKEND, or call dipkernels.backend('auto'), to let" in refusal
     else:
-        says = "DIPKERNELS_BACKEND: expected one of ('cpu', 'cuda', 'triton', 'reference', 'auto'), got 'quick'"
+        known = ("cpu", "cuda", "triton", "reference", "auto")
+        says = f"DIPKERNELS_BACKEND: expected one of {known}, got 'quick'"
     assert says in refusal
     kernels = next(line for line in output.splitlines() if line.startswith("kernels on cpu"))
     assert says in kernels  # the report names it too

@@ -46,10 +46,11 @@ LEAST, MOST = 1, 6  # faults of a file
 KILLED, SURVIVED, EQUIVALENT, INVALID = "killed", "survived", "equivalent", "does not build"
 
 
-# Files, and the tests that must notice a fault in them, a row each. The first row whose pattern fits
-# is a file's. For a module of dipkernels tests/test_<module>.py comes first, and tests that do not
-# exist are passed over: both may move. The tests of csrc/cuda need nvcc, those of the integrations
-# the tools of requirements-tools.txt: without them they are skipped, and everything survives.
+# Files, and the tests that must notice a fault in them, a row each. The first row whose pattern
+# fits is a file's. For a module of dipkernels tests/test_<module>.py comes first, and tests that do
+# not exist are passed over: both may move. The tests of csrc/cuda need nvcc, those of the
+# integrations the tools of requirements-tools.txt: without them they are skipped, and everything
+# survives.
 AREAS = """
 csrc/cuda/*: ptx_cuda sanitize_cuda
 csrc/philox.h csrc/noise.h: noise perturb

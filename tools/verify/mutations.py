@@ -186,13 +186,17 @@ def _without(source: str, spans: Iterable[Span]) -> str:
 
 # ---- C++ -----------------------------------------------------------------------------------------
 
-# Comments, strings and the preprocessor; declarations that compute nothing; hints to the processor.
+_HINTS = r"static_assert|alignas|asm|decltype|__builtin_expect|__builtin_prefetch|_mm_prefetch"
 _CPP_SILENT = rf"""(?sxm)
-      //[^\n]* | /\*.*?\*/ | ^[ ]*\#(?:[^\n\\]|\\.)* | "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*'
-    | \b(?:static_assert|alignas|asm|decltype|__builtin_expect|__builtin_prefetch|_mm_prefetch){_DEEP}
+      //[^\n]* | /\*.*?\*/ | "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*'
+    | ^[ ]*\#(?:[^\n\\]|\\.)*                # the preprocessor
+    | \b(?:{_HINTS}){_DEEP}                  # no result
     | \btemplate[ ]?<[^\n]* | \b(?:using|typedef)\b[^;]*; | \benum\b[^;{{]*
-    | \bconstexpr[ ](?:u?int\w*|size_t|bool|long|unsigned)\b[^(=;]*=[^;]*; | \boperator[^\w\s]+{_DEEP}
-    | (?<=\w[ ])(?<!return[ ])(?<!else[ ])(?<!case[ ])\w+\[[^\]\n]*\] | (?<=\w[*&>][ ])\w+\[[^\]\n]*\]
+    | \boperator[^\w\s]+{_DEEP}
+    | \bconstexpr[ ](?:u?int\w*|size_t|bool|long|unsigned)\b[^(=;]*=[^;]*;   # a named size
+    # the size of an array: a type stands before the name
+    | (?<=\w[ ])(?<!return[ ])(?<!else[ ])(?<!case[ ])\w+\[[^\]\n]*\]
+    | (?<=\w[*&>][ ])\w+\[[^\]\n]*\]
 """
 _CPP: list[Rule] = [
     ("condition", r"!(?=[\w(])", lambda _: ""),
