@@ -39,28 +39,21 @@ RUN = 2**32  # keys between the runs of two seeds, as docs/guides/trainers.md sa
 # ---- what is trained -----------------------------------------------------------------------------
 
 
-def vit(dropout=0.0):
+def vit():
     torch.manual_seed(0)
-    sizes = {
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-    }
-    depth = {
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_labels": 3,
-        "hidden_dropout_prob": dropout,
-    }
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **depth))
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 3}
+    sizes |= {"hidden_size": 16, "intermediate_size": 32}
+    config = transformers.ViTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+    return transformers.ViTForImageClassification(config)
 
 
 def images(count=32):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 1, 8, 8, generator=generator)
     return [{"pixel_values": x[i], "labels": i % 3} for i in range(count)]
+
+
+BATCH = {"pixel_values": torch.stack([each["pixel_values"] for each in images()])}
 
 
 llama = functools.partial(one_llama, layers=2)
@@ -71,29 +64,48 @@ def texts(count=16):
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
+CONFIG = dip.DIPConfig(ratio=0.5)
+SHORT = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
+SHORT |= {"save_strategy": "no", "max_steps": 3, "learning_rate": 1e-2}
+SHORT |= {"per_device_train_batch_size": 8}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+SGD = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
+
+
 def arguments(folder, **options):
-    quiet = {
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-    }
-    given = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.1,
-    }
-    return transformers.TrainingArguments(folder, **{**quiet, **given, **options})
+    return transformers.TrainingArguments(folder, **{**SHORT, "weight_decay": 0.1, **options})
 
 
-class Seen(DIPTrainer):
-    """Keeps the batches that it trained on."""
+def data_of(model):
+    return images() if isinstance(model, transformers.ViTForImageClassification) else texts()
 
-    def training_step(self, model, inputs, *args, **options):
-        self.__dict__.setdefault("batches", []).append({k: v.clone() for k, v in inputs.items()})
-        return super().training_step(model, inputs, *args, **options)
+
+def noisy(folder, config=CONFIG, model=None, *, kind=DIPTrainer, given=None, **options):
+    """A trainer of a ViT on images or of a Llama on texts: `given` goes to it, `options` to its
+    arguments."""
+    model = model or vit()
+    given = {"train_dataset": data_of(model), "dip": config, **(given or {})}
+    return kind(model, arguments(folder, **options), **given)
+
+
+def trained(trainer):
+    """The batches of a training, and the model's state before it."""
+    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    batches, step = [], trainer.training_step
+
+    def training_step(model, inputs, *args, **options):
+        batches.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
+        return step(model, inputs, *args, **options)
+
+    trainer.training_step = training_step
+    trainer.train()
+    return batches, plain
+
+
+def all_moved(model, start):
+    """Whether no variance is what it was in `start`."""
+    now = dip.variances(model)
+    return not any(torch.equal(now[n], v) for n, v in start.items() if n.endswith("log_variance"))
 
 
 def losses(trainer):
@@ -110,9 +122,6 @@ def same(a, b, **tolerance):
             assert torch.equal(a[name], b[name]), name
 
 
-CONFIG = dip.DIPConfig(ratio=0.5)
-
-
 # ---- the step ------------------------------------------------------------------------------------
 
 
@@ -125,41 +134,30 @@ CONFIG = dip.DIPConfig(ratio=0.5)
     ],
 )
 def test_the_loss_is_the_objective_written_by_hand(config, smoothing, tmp_path):
-    args = arguments(
-        tmp_path,
-        label_smoothing_factor=smoothing,
-        lr_scheduler_type="constant",
-        max_grad_norm=0,
-        seed=3,
-    )
-    trainer = Seen(vit(), args, train_dataset=images(), dip=config)
+    options = {"label_smoothing_factor": smoothing, "lr_scheduler_type": "constant"}
+    trainer = noisy(tmp_path, config, max_grad_norm=0, seed=3, **options)
     start = dip.variances(trainer.model)
-    trainer.train()
+    batches, _ = trained(trainer)
     model = dip.convert(vit())
     dip.load_variances(model, start)
-    optimizer = torch.optim.AdamW(
-        trainer.optimizer.param_groups[:0] or dip.param_groups(model, 1e-2, weight_decay=0.1)
-    )
-    for step, batch in enumerate(trainer.batches):
+    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-2, weight_decay=0.1))
+    cost = functools.partial(F.cross_entropy, label_smoothing=smoothing)
+    for step, batch in enumerate(batches):
         with dip.fixed_noise(3 * RUN + step):
             out = dip.trajectories(model.train(), batch["pixel_values"], m=config.m).logits
-            cost = lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)  # noqa: E731
-            loss = dip.objective(
-                out, batch["labels"], cost, model, kl=config.kl, lambda_s=config.lambda_s
-            )
+            terms = {"kl": config.kl, "lambda_s": config.lambda_s}
+            loss = dip.objective(out, batch["labels"], cost, model, **terms)
         assert losses(trainer)[step] == pytest.approx(loss.item(), rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for name, want in dip.variances(model).items():
         torch.testing.assert_close(dip.variances(trainer.model)[name], want, rtol=1e-4, atol=1e-4)
-    assert not any(
-        torch.equal(v, start[n]) for n, v in dip.variances(model).items() if "variance.log_var" in n
-    )
+    assert all_moved(model, start)
 
 
 def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate(tmp_path):
-    trainer = DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG)
+    trainer = noisy(tmp_path)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*decays the log_variance")
         trainer.train()
@@ -168,32 +166,16 @@ def test_variances_have_a_group_of_their_own_without_decay_at_ten_times_the_rate
     assert len(groups) == 1 and {id(p) for p in groups[0]["params"]} == learning
     assert groups[0]["weight_decay"] == 0 and groups[0]["initial_lr"] == pytest.approx(1e-1)
     assert {g["weight_decay"] for g in trainer.optimizer.param_groups} == {0.0, 0.1}
-    assert dip.check(
-        trainer.model,
-        {k: torch.stack([torch.as_tensor(i[k]) for i in images(4)]) for k in images(1)[0]},
-    )
+    assert dip.check(trainer.model, transformers.default_data_collator(images(4)))
 
 
-@pytest.mark.parametrize(
-    "make, data, smoothing", [(vit, images, 0.2), (llama, texts, 0.0), (llama, texts, 0.2)]
-)
-def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing, tmp_path):
+@pytest.mark.parametrize("make, smoothing", [(vit, 0.2), (llama, 0.0), (llama, 0.2)])
+def test_accumulated_gradients_are_those_of_the_big_batch(make, smoothing, tmp_path):
     config = dip.DIPConfig(ratio=0.5, lambda_s=0.1)
-    args = {
-        "label_smoothing_factor": smoothing,
-        "max_grad_norm": 0,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-    }
-    big = DIPTrainer(make(), arguments(tmp_path, **args), train_dataset=data(), dip=config)
-    args |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    small = DIPTrainer(
-        make(),
-        arguments(tmp_path, **args),
-        train_dataset=data(),
-        dip=config,
-        calibration_batches=16,
-    )
+    options = {"label_smoothing_factor": smoothing, **SGD}
+    big = noisy(tmp_path, config, make(), **options)
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    small = noisy(tmp_path, config, make(), given={"calibration_batches": 16}, **options)
     dip.load_variances(small.model, dip.variances(big.model))
     big.train()
     small.train()
@@ -203,24 +185,16 @@ def test_accumulated_gradients_are_those_of_the_big_batch(make, data, smoothing,
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     """Of llama: under options, below."""
-    args = {
-        "max_steps": 5,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "gradient_accumulation_steps": 2,
-    }
-    args |= {"per_device_train_batch_size": 2, "logging_steps": 1}
-    whole = DIPTrainer(vit(), arguments(tmp_path / "a", **args), train_dataset=images(), dip=CONFIG)
+    args = {**SAVING, "max_steps": 5, "per_device_train_batch_size": 2}
+    args |= {"gradient_accumulation_steps": 2}
+    whole = noisy(tmp_path / "a", **args)
     whole.train()
     folder = tmp_path / "a" / "checkpoint-2"
-    assert {CONFIG_FILE, VARIANCES_FILE, "model.safetensors"} <= {
-        path.name for path in folder.iterdir()
-    }
+    found = {path.name for path in folder.iterdir()}
+    assert {CONFIG_FILE, VARIANCES_FILE, "model.safetensors"} <= found
     for given in (CONFIG, None):  # by the same config, and by the checkpoint's
         torch.manual_seed(99)
-        again = DIPTrainer(
-            vit(), arguments(tmp_path / "b", **args), train_dataset=images(), dip=given
-        )
+        again = noisy(tmp_path / "b", given, **args)
         again.train(resume_from_checkpoint=str(folder))
         assert dip.config_of(again.model) == dip.config_of(whole.model)
         assert losses(again) == losses(whole)
@@ -229,24 +203,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
 
 @pytest.mark.parametrize("kind", ["mixin", "callback"])
 def test_early_stopping_leaves_the_best_model_and_its_variances(kind, tmp_path):
-    args = {
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "learning_rate": 1.0,
-        "weight_decay": 0.0,
-    }
-    args |= {"load_best_model_at_end": True, "max_steps": 6}
+    args = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    args |= {"learning_rate": 1.0, "weight_decay": 0.0, "max_steps": 6}
+    args["load_best_model_at_end"] = True
     stop = transformers.EarlyStoppingCallback(1)
-    given = {"args": arguments(tmp_path, **args), "eval_dataset": texts()}
+    given = {"eval_dataset": texts(), "callbacks": [stop]}
     if kind == "mixin":
-        trainer = DIPTrainer(llama(), train_dataset=texts(), callbacks=[stop], dip=CONFIG, **given)
+        trainer = noisy(tmp_path, CONFIG, llama(), given=given, **args)
     else:
         own = DIPCallback(batches=[{"input_ids": torch.tensor(texts()["input_ids"])}])
-        trainer = transformers.Trainer(
-            llama(), train_dataset=texts(), callbacks=[own, stop], **given
-        )
+        given |= {"train_dataset": texts(), "callbacks": [own, stop]}
+        trainer = transformers.Trainer(llama(), arguments(tmp_path, **args), **given)
     trainer.train()
     assert trainer.state.best_global_step < trainer.state.global_step < 6
     best = from_pretrained(transformers.LlamaForCausalLM, trainer.state.best_model_checkpoint)
@@ -254,9 +221,7 @@ def test_early_stopping_leaves_the_best_model_and_its_variances(kind, tmp_path):
 
 
 def test_sigma_share_and_kl_are_logged_with_the_loss(tmp_path):
-    trainer = DIPTrainer(
-        vit(), arguments(tmp_path, logging_steps=3), train_dataset=images(), dip=CONFIG
-    )
+    trainer = noisy(tmp_path, logging_steps=3)
     before = dip.metrics(trainer.model)
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -268,27 +233,19 @@ def test_sigma_share_and_kl_are_logged_with_the_loss(tmp_path):
 @pytest.mark.parametrize("average", ["probs", "logits"])
 def test_predictions_are_means_of_k_noisy_passes_where_the_config_says_so(average, tmp_path):
     config = dip.DIPConfig(ratio=1.0, k=64, average=average)
-    trainer = DIPTrainer(
-        vit(),
-        arguments(tmp_path, per_device_eval_batch_size=32),
-        train_dataset=images(),
-        dip=config,
-    )
+    trainer = noisy(tmp_path, config, per_device_eval_batch_size=32)
     modes = []
     hook = trainer.model.register_forward_hook(lambda *call: modes.append(contexts.MODE))
     found = trainer.predict(images())
     hook.remove()
     assert modes.count("on") == 64 * modes.count(None) > 0
-    x = torch.stack([each["pixel_values"] for each in images()])
+    x, labels = BATCH["pixel_values"], torch.tensor([each["labels"] for each in images()])
     want = dip.predict(trainer.model, x, k=64, average=average)
     got = torch.as_tensor(found.predictions)
     got = got.softmax(-1) if average == "probs" else got
-    plain = trainer.model.eval()(x).logits
     assert (got - want).abs().max() < 0.1
-    labels = torch.tensor([each["labels"] for each in images()])
-    assert found.metrics["test_loss"] == pytest.approx(
-        F.cross_entropy(plain, labels).item(), rel=1e-5
-    )
+    plain = F.cross_entropy(trainer.model.eval()(x).logits, labels).item()
+    assert found.metrics["test_loss"] == pytest.approx(plain, rel=1e-5)
 
 
 LOAD = """
@@ -304,22 +261,20 @@ with dip.fixed_noise(1):
 
 @pytest.mark.slow
 def test_a_saved_folder_is_plain_for_others_and_predicts_the_same_in_a_fresh_process(tmp_path):
-    config = dip.DIPConfig(ratio=0.5, k=3)
-    trainer = DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=config)
+    config, folder = dip.DIPConfig(ratio=0.5, k=3), tmp_path / "out"
+    trainer = noisy(tmp_path, config)
     trainer.train()
-    trainer.save_model(tmp_path / "out")
-    plain, report = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    trainer.save_model(folder)
+    load = transformers.ViTForImageClassification.from_pretrained
+    plain, report = load(folder, output_loading_info=True)
     assert not report["unexpected_keys"] and not report["missing_keys"] and not dip_layers(plain)
-    x = torch.stack([each["pixel_values"] for each in images(4)])
-    torch.save(x, tmp_path / "out/x.pt")
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "out")], check=True, cwd=ROOT)
-    logits, predicted = torch.load(tmp_path / "out/out.pt")
+    x = BATCH["pixel_values"][:4]
+    torch.save(x, folder / "x.pt")
+    subprocess.run([sys.executable, "-c", LOAD, str(folder)], check=True, cwd=ROOT)
+    logits, predicted = torch.load(folder / "out.pt")
     with dip.fixed_noise(1), torch.no_grad():
-        assert torch.equal(trainer.model.eval()(x).logits, logits) and torch.equal(
-            plain.eval()(x).logits, logits
-        )
+        assert torch.equal(trainer.model.eval()(x).logits, logits)
+        assert torch.equal(plain.eval()(x).logits, logits)
         assert torch.equal(config.predict(trainer.model, x), predicted)
 
 
@@ -335,50 +290,43 @@ def test_model_init_gives_a_converted_model_each_time(tmp_path):
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path):
-    args, data = arguments(tmp_path), images()
     with pytest.raises(TypeError, match="dip: expected a DIPConfig, got float"):
-        DIPTrainer(vit(), args, train_dataset=data, dip=5.0)
+        noisy(tmp_path, 5.0)
     with pytest.raises(ValueError, match="calibration_batches: expected"):
-        DIPTrainer(vit(), args, train_dataset=data, dip=CONFIG, calibration_batches=0)
+        noisy(tmp_path, given={"calibration_batches": 0})
     for begin in (DIPTrainer.train, DIPTrainer.create_optimizer):
         with pytest.raises(ValueError, match="dip: expected a DIPConfig, or a model"):
-            begin(DIPTrainer(vit(), args, train_dataset=data))
+            begin(noisy(tmp_path, None))
     with pytest.raises(ValueError, match="train_dataset: expected one, whose first batches"):
-        DIPTrainer(vit(), args, dip=CONFIG)
-    x = {"pixel_values": torch.randn(4, 1, 8, 8)}
-    model = dip.apply(vit(), CONFIG, [x])
-    with pytest.raises(
-        ValueError,
-        match=r"dip: expected the model's config or None, got one that differs in {'m': \(2, 3\)",
-    ):
-        DIPTrainer(model, args, train_dataset=data, dip=dip.DIPConfig(ratio=0.5, m=3))
+        noisy(tmp_path, given={"train_dataset": None})
+    model = dip.apply(vit(), CONFIG, [BATCH])
+    said = r"dip: expected the model's config or None, got one that differs in {'m': \(2, 3\)"
+    with pytest.raises(ValueError, match=said):
+        noisy(tmp_path, dip.DIPConfig(ratio=0.5, m=3), model)
     with pytest.raises(ValueError, match="model: expected a plain model beside dip"):
-        DIPTrainer(dip.convert(vit()), args, train_dataset=data, dip=CONFIG)
+        noisy(tmp_path, CONFIG, dip.convert(vit()))
     for optimizer, why in (
         (torch.optim.AdamW(vit().parameters()), "lacks"),
         (torch.optim.AdamW(model.parameters(), weight_decay=0.1), "decays"),
     ):
-        with pytest.raises(
-            ValueError, match=rf"optimizer: expected one made from dip\.param_groups.*{why} 14"
-        ):
-            DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
+        said = rf"optimizer: expected one made from dip\.param_groups.*{why} 14"
+        with pytest.raises(ValueError, match=said):
+            noisy(tmp_path, None, model, given={"optimizers": (optimizer, None)}).train()
     optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1))
-    DIPTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()
+    noisy(tmp_path, None, model, given={"optimizers": (optimizer, None)}).train()
 
 
 def test_replicas_that_would_share_noise_and_zero_3_are_refused(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     args._n_gpu = 2
-    with pytest.raises(
-        ValueError, match=r"key: expected None under nn\.DataParallel, whose 2 replicas"
-    ):
+    said = r"key: expected None under nn\.DataParallel, whose 2 replicas"
+    with pytest.raises(ValueError, match=said):
         DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
     DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(key=None))
-    monkeypatch.setattr(
-        "dipkernels.integrations.transformers.is_deepspeed_zero3_enabled", lambda: True
-    )
+    zero_3 = "dipkernels.integrations.transformers.is_deepspeed_zero3_enabled"
+    monkeypatch.setattr(zero_3, lambda: True)
     with pytest.raises(ValueError, match="ZeRO up to stage 2, got stage 3"):
-        DIPTrainer(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG)
+        noisy(tmp_path)
 
 
 def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
@@ -386,34 +334,30 @@ def test_a_batch_that_cannot_be_repeated_is_refused_and_m_1_takes_it(tmp_path):
         batch = transformers.default_data_collator(examples)
         return {**batch, "interpolate_pos_encoding": torch.tensor(False)}
 
-    for m in (2, 1):
-        config = dip.DIPConfig(m=m, ratio=0.5)
-        trainer = DIPTrainer(
-            vit(), arguments(tmp_path), train_dataset=images(), dip=config, data_collator=collate
-        )
-        if m == 1:
-            trainer.train()
-            continue
-        with pytest.raises(
-            ValueError,
-            match=r"m: expected 1, because .*\['interpolate_pos_encoding'\]\": \(\)",
-        ):
-            trainer.train()
+    def train(m):
+        noisy(tmp_path, dip.DIPConfig(m=m, ratio=0.5), given={"data_collator": collate}).train()
+
+    said = r"m: expected 1, because .*\['interpolate_pos_encoding'\]\": \(\)"
+    with pytest.raises(ValueError, match=said):
+        train(m=2)
+    train(m=1)
 
 
 def test_sequences_packed_into_one_row_are_refused_where_the_model_would_join_them(tmp_path):
     """transformers' flash attention looks for their starts in a batch of one row."""
-    options = {"train_dataset": texts(), "data_collator": transformers.DataCollatorWithFlattening()}
-    for m, kind in ((2, "flash_attention_2"), (2, "sdpa"), (1, "sdpa")):
+
+    def train(m, kind):
         config = dip.DIPConfig(m=m, init_variance=1e-12, kl=0)
-        trainer = DIPTrainer(llama(), arguments(tmp_path, max_steps=1), dip=config, **options)
+        given = {"data_collator": transformers.DataCollatorWithFlattening()}
+        trainer = noisy(tmp_path, config, llama(), given=given, max_steps=1)
         trainer.model.config._attn_implementation = kind
-        if kind == "sdpa":
-            trainer.train()
-            assert losses(trainer)[0] == pytest.approx(3.5, abs=0.2)
-            continue
-        with pytest.raises(ValueError, match=r"m: expected 1, because position_ids pack .* got 2"):
-            trainer.train()
+        trainer.train()
+        return losses(trainer)[0]
+
+    with pytest.raises(ValueError, match=r"m: expected 1, because position_ids pack .* got 2"):
+        train(2, "flash_attention_2")
+    for m in (2, 1):
+        assert train(m, "sdpa") == pytest.approx(3.5, abs=0.2)
 
 
 class OwnLoss(transformers.Trainer):
@@ -432,17 +376,16 @@ def test_a_loss_of_ones_own_goes_behind_the_mixin_and_is_refused_before_it(tmp_p
         compute_loss = OwnLoss.compute_loss
 
     config = dip.DIPConfig(ratio=0.5, m=3, kl=1.0)
-    options = {"train_dataset": images(), "dip": config}
     found = []
     for kind in (DIPTrainer, Behind):
-        trainer = kind(vit(), arguments(tmp_path), **options)
+        trainer = noisy(tmp_path, config, kind=kind)
         trainer.train()
         found.append(losses(trainer))
     assert found[0] == found[1]
     with pytest.raises(ValueError, match=r"compute_loss: expected DIPMixin's .*'kl': 1.0, 'm': 3"):
-        Before(vit(), arguments(tmp_path), **options).train()
-    options["dip"] = dip.DIPConfig(ratio=0.5, m=1, kl=0)  # which asks nothing of the loss
-    Before(vit(), arguments(tmp_path), **options).train()
+        noisy(tmp_path, config, kind=Before).train()
+    asks_nothing_of_the_loss = dip.DIPConfig(ratio=0.5, m=1, kl=0)
+    noisy(tmp_path, asks_nothing_of_the_loss, kind=Before).train()
 
 
 def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
@@ -462,21 +405,18 @@ def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
             return super().compute_loss(model, inputs, *args, **options)
 
     small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
-    Any(vit(), arguments(tmp_path, **small), train_dataset=images(), dip=CONFIG).train()
+    noisy(tmp_path, kind=Any, **small).train()
     assert len(rows) == len(set(rows)) == 11 * CONFIG.m
 
 
 def test_another_config_on_resume_is_said(tmp_path):
-    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
-    DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train()
-    other = DIPTrainer(vit(), args, train_dataset=images(), dip=dip.DIPConfig(ratio=0.5, kl=1.0))
+    noisy(tmp_path, **SAVING).train()
+    folder = tmp_path / "checkpoint-2"
     with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.4, 1.0\)}"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    (tmp_path / "checkpoint-2" / CONFIG_FILE).unlink()
+        noisy(tmp_path, dip.DIPConfig(ratio=0.5, kl=1.0)).train(str(folder))
+    (folder / CONFIG_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
-        DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train(
-            str(tmp_path / "checkpoint-2")
-        )
+        noisy(tmp_path).train(str(folder))
 
 
 def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path):
@@ -491,10 +431,9 @@ def test_a_layer_that_the_loss_reads_past_is_named_after_the_first_step(tmp_path
     class Past(DIPMixin, PastTheHead):
         pass
 
-    with pytest.warns(
-        UserWarning, match=r"classifier: its variance got a gradient of zeros.*fused"
-    ):
-        Past(vit(), arguments(tmp_path), train_dataset=images(), dip=CONFIG).train()
+    said = r"classifier: its variance got a gradient of zeros.*fused"
+    with pytest.warns(UserWarning, match=said):
+        noisy(tmp_path, kind=Past).train()
 
 
 def test_ctrl_c_in_a_reference_pass_leaves_the_noise_on():
@@ -522,11 +461,10 @@ def test_a_run_that_starts_again_draws_the_noise_of_its_places(tmp_path):
                 raise RuntimeError("CUDA out of memory.")
             return loss
 
-    fixed = {"train_dataset": images(), "dip": dip.DIPConfig(init_variance=0.05)}
-    args = arguments(tmp_path, auto_find_batch_size=True)
-    found = RunsOut(vit(), args, **fixed)
+    config = dip.DIPConfig(init_variance=0.05)
+    found = noisy(tmp_path, config, kind=RunsOut, auto_find_batch_size=True)
     found.train()
-    given = DIPTrainer(vit(), arguments(tmp_path, per_device_train_batch_size=7), **fixed)
+    given = noisy(tmp_path, config, per_device_train_batch_size=7)
     given.train()
     assert losses(found) == losses(given)
 
@@ -546,10 +484,8 @@ def test_what_is_pushed_while_it_trains_has_the_variances_of_its_weights(tmp_pat
     monkeypatch.setattr(DIPTrainer, "init_hf_repo", lambda *args, **options: None)
     monkeypatch.setattr(DIPTrainer, "push_in_progress", None, raising=False)
     monkeypatch.setattr(DIPTrainer, "hub_model_id", None, raising=False)
-    args = arguments(
-        tmp_path, push_to_hub=True, hub_always_push=True, save_strategy="steps", save_steps=1
-    )
-    DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG).train()
+    pushing = {"push_to_hub": True, "hub_always_push": True}
+    noisy(tmp_path, save_strategy="steps", save_steps=1, **pushing).train()
     assert len(pushed) == 3
     for step, state in enumerate(pushed, 1):
         saved = dip.config.load_state(tmp_path / f"checkpoint-{step}")
@@ -576,19 +512,15 @@ OPTIONS = [
 def test_under_an_option_the_losses_are_those_without_and_a_run_resumes_to_the_bit(
     options, config, tolerance, tmp_path
 ):
-    args = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2}
-    args |= {"per_device_train_batch_size": 4}
-
     def trainer(where, given, **more):
-        return DIPTrainer(
-            llama(), arguments(tmp_path / where, **args, **more), train_dataset=texts(), dip=given
-        )
+        args = {"max_steps": 4, "gradient_accumulation_steps": 2, **more}
+        args["per_device_train_batch_size"] = 4
+        return noisy(tmp_path / where, given, llama(), **args)
 
-    whole = trainer("a", config, save_strategy="steps", **options)
+    whole = trainer("a", config, **SAVING, **options)
     start = dip.variances(whole.model)
     whole.train()
-    moved = [n for n, v in dip.variances(whole.model).items() if not torch.equal(v, start[n])]
-    assert len(moved) == len({n for n in start if n.endswith("log_variance")})
+    assert all_moved(whole.model, start)
     if tolerance is not None:
         plain = trainer("b", config)
         plain.train()
@@ -605,8 +537,7 @@ def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
     def trainer(where):
         model = vit()
         model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="10KB")
-        args = arguments(tmp_path / where, save_strategy="steps", save_steps=2, max_steps=4)
-        return DIPTrainer(model, args, train_dataset=images(), dip=CONFIG)
+        return noisy(tmp_path / where, CONFIG, model, max_steps=4, **SAVING)
 
     whole, again = trainer("a"), trainer("b")
     whole.train()
@@ -622,19 +553,13 @@ def test_a_checkpoint_in_shards_resumes_to_the_bit_and_loads(tmp_path):
 
 
 def check_train(rank, world, folder):
-    args = arguments(
-        folder, per_device_train_batch_size=4, optim="sgd", learning_rate=0.1, max_grad_norm=0
-    )
-    trainer = DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
+    trainer = noisy(folder, per_device_train_batch_size=4, **SGD)
     start = dip.variances(trainer.model)
     dip.check_ranks(trainer.model)
     trainer.train()
     trainer.save_model(folder + "/out")
-    return (
-        start,
-        {name: value.clone() for name, value in trainer.model.state_dict().items()},
-        losses(trainer),
-    )
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    return start, state, losses(trainer)
 
 
 @pytest.mark.slow
@@ -642,8 +567,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
     (start, first, logged), (other, second, _) = ranks.run(check_train, str(tmp_path))
     assert all(torch.equal(v, other[n]) for n, v in start.items())  # of one calibration
     assert all(torch.equal(v, second[n]) for n, v in first.items())
-    args = arguments(tmp_path / "one", optim="sgd", learning_rate=0.1, max_grad_norm=0)
-    one = DIPTrainer(vit(), args, train_dataset=images(), dip=CONFIG)
+    one = noisy(tmp_path / "one", **SGD)
     dip.load_variances(one.model, start)
     one.train()
     assert losses(one) == pytest.approx(logged, rel=1e-4)
@@ -672,34 +596,20 @@ def lora(**options):
     return peft.LoraConfig(**{**given, **options})
 
 
-def sft(folder, *, adapter=True, dip_config=CONFIG, **options):
+def of_trl(kind, folder, config=CONFIG, *, model=None, data=None, given=None, **options):
+    """A trainer of TRL with noise, an "SFT" one say: `given` goes to it, `options` to its
+    arguments."""
     trl = pytest.importorskip("trl")
-
-    class DIPSFTTrainer(DIPMixin, trl.SFTTrainer):
-        pass
-
-    args = trl.SFTConfig(folder, **{**TRL, **options})
-    return DIPSFTTrainer(
-        llama(),
-        args=args,
-        train_dataset=texts(),
-        processing_class=words(),
-        peft_config=lora() if adapter else None,
-        dip=dip_config,
-    )
+    trainer, of_args = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    args = of_args(folder, **{**SHORT, "bf16": False, **options})
+    data = texts() if data is None else data
+    given = {"args": args, "train_dataset": data, "processing_class": words(), **(given or {})}
+    return type(f"DIP{kind}Trainer", (DIPMixin, trainer), {})(model or llama(), dip=config, **given)
 
 
-TRL = {
-    "report_to": [],
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "bf16": False,
-    "save_strategy": "no",
-    "per_device_train_batch_size": 8,
-    "max_steps": 3,
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-}
+def sft(folder, config=CONFIG, *, model=None, adapter=True, **options):
+    given = {"peft_config": lora()} if adapter else {}
+    return of_trl("SFT", folder, config, model=model, given=given, **options)
 
 
 def pairs(count=8):
@@ -718,52 +628,35 @@ def test_sft_trains_the_objective_and_leaves_its_fused_head_alone(adapter, tmp_p
     names = [name.rpartition(".")[2] for name in dip_layers(trainer.model)]
     assert len(names) == 14 and "lm_head" not in names
     assert trainer.model.get_base_model if adapter else True
-    start, seen, step = dip.variances(trainer.model), [], trainer.training_step
-    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-    def training_step(model, inputs, *args, **options):
-        seen.append({name: value.clone() for name, value in inputs.items()})
-        return step(model, inputs, *args, **options)
-
-    trainer.training_step = training_step
+    start = dip.variances(trainer.model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="dipkernels.*")
-        trainer.train()
-    assert not any(
-        torch.equal(v, start[n]) for n, v in dip.variances(trainer.model).items() if "log_var" in n
-    )
-    logged = losses(trainer)
+        (batch, *_), plain = trained(trainer)
+    assert all_moved(trainer.model, start)
     trainer.model.load_state_dict(plain)
     with dip.fixed_noise(42 * RUN):
-        out = dip.trajectories(trainer.model.train(), seen[0]["input_ids"], m=2).logits
+        out = dip.trajectories(trainer.model.train(), batch["input_ids"], m=2).logits
 
         def cost(logits, labels):
             return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-        want = dip.objective(out, seen[0]["labels"], cost, trainer.model)
-    assert logged[0] == pytest.approx(want.item(), rel=1e-5)
+        want = dip.objective(out, batch["labels"], cost, trainer.model)
+    assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_sft_with_lora_resumes_to_the_bit_and_its_adapter_loads(tmp_path):
     peft = pytest.importorskip("peft")
-    args = {
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-    }
+    args = {**SAVING, "max_steps": 4, "per_device_train_batch_size": 4}
     whole = sft(tmp_path / "a", **args)
     whole.train()
-    again = sft(tmp_path / "b", **args)
-    again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    same(again.model, whole.model)
+    for given in (CONFIG, None):  # by the same config, and by the checkpoint's
+        again = sft(tmp_path / "b", given, **args)
+        again.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+        same(again.model, whole.model)
     folder = tmp_path / "a/checkpoint-4"
     loaded = dip.load(peft.PeftModel.from_pretrained(llama(), folder), folder)
     same(loaded, whole.model)
-    fresh = sft(tmp_path / "c", dip_config=None, **args)  # by the checkpoint's config
-    fresh.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    same(fresh.model, whole.model)
 
 
 @pytest.mark.parametrize(
@@ -780,8 +673,7 @@ def test_every_adapter_resumes_with_its_variances_whatever_it_is_named(names, tm
         model = peft.get_peft_model(llama(), lora(), adapter_name=names[0])
         for name in names[1:]:
             model.add_adapter(name, lora())
-        args = arguments(tmp_path / where, save_strategy="steps", save_steps=2, max_steps=4)
-        return DIPTrainer(model, args, train_dataset=texts(), dip=given)
+        return noisy(tmp_path / where, given, model, max_steps=4, **SAVING)
 
     whole = trainer("a", CONFIG)
     with torch.no_grad():
@@ -801,21 +693,18 @@ def test_every_adapter_resumes_with_its_variances_whatever_it_is_named(names, tm
 
 @pytest.mark.slow
 def test_sft_refuses_smoothness_of_logits_that_its_loss_never_makes(tmp_path):
-    trainer = sft(tmp_path, dip_config=dip.DIPConfig(lambda_s=0.1))
-    with pytest.raises(
-        ValueError, match="lambda_s: expected logits that the trainer's loss is made of"
-    ):
+    trainer = sft(tmp_path, dip.DIPConfig(lambda_s=0.1))
+    said = "lambda_s: expected logits that the trainer's loss is made of"
+    with pytest.raises(ValueError, match=said):
         trainer.train()
 
 
 @pytest.mark.slow
-def test_sft_over_a_converted_base_is_refused_by_the_order(tmp_path, monkeypatch):
-    base = dip.apply(
-        llama(), dip.DIPConfig(exclude=["lm_head"]), [{"input_ids": torch.randint(3, 32, (4, 6))}]
-    )
-    monkeypatch.setitem(globals(), "llama", lambda: base)
+def test_sft_over_a_converted_base_is_refused_by_the_order(tmp_path):
+    ids = torch.randint(3, 32, (4, 6))
+    base = dip.apply(llama(), dip.DIPConfig(exclude=["lm_head"]), [{"input_ids": ids}])
     with pytest.raises(ValueError, match=r"expected get_peft_model before dip\.apply"):
-        sft(tmp_path)
+        sft(tmp_path, model=base)
 
 
 def chances(logits, ids):
@@ -824,31 +713,14 @@ def chances(logits, ids):
     return logits[..., :-1, :].log_softmax(-1).gather(-1, index)[..., 0]
 
 
-def one_step(kind, model, **options):
-    """A trainer of TRL with noise after one step, its model as it began; and that step's tensors."""
-    batches = []
-
-    class Watched(DIPMixin, kind):
-        def training_step(self, model, inputs, *args, **options):
-            batches.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
-            return super().training_step(model, inputs, *args, **options)
-
-    trainer = Watched(model, processing_class=words(), dip=CONFIG, **options)
-    plain = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    trainer.train()
-    trainer.model.load_state_dict(plain)
-    return trainer, batches[0]
-
-
 @pytest.mark.slow
 def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
     """The reference is the model itself with its adapter off; with noise it would be the policy,
     whose adapter starts at zero, and the first loss ln 2."""
-    trl = pytest.importorskip("trl")
-    args = trl.DPOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
-    trainer, batch = one_step(
-        trl.DPOTrainer, llama(), args=args, train_dataset=pairs(), peft_config=lora()
-    )
+    given = {"peft_config": lora()}
+    trainer = of_trl("DPO", tmp_path, data=pairs(), given=given, beta=1.0, max_steps=1)
+    (batch,), plain = trained(trainer)
+    trainer.model.load_state_dict(plain)
     model, mask = trainer.model, batch.pop("completion_mask")[:, 1:]
 
     def scores(logits):  # [m, 2 B, T, V]: the chosen answers, then the rejected
@@ -865,39 +737,32 @@ def test_dpo_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
 
 @pytest.mark.slow
 def test_a_reward_model_learns_by_the_mean_of_its_trajectories(tmp_path):
-    trl = pytest.importorskip("trl")
     torch.manual_seed(0)
-    model = transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1})
-    )
-    args = trl.RewardConfig(tmp_path, **{**TRL, "max_steps": 1})
-    trainer, batch = one_step(trl.RewardTrainer, model, args=args, train_dataset=pairs())
+    config = transformers.LlamaConfig(**{**llama().config.to_dict(), "num_labels": 1})
+    model = transformers.LlamaForSequenceClassification(config)
+    trainer = of_trl("Reward", tmp_path, model=model, data=pairs(), max_steps=1)
+    (batch,), plain = trained(trainer)
+    model.load_state_dict(plain)
     with dip.fixed_noise(42 * RUN):
-        rewards = dip.trajectories(trainer.model.train(), m=2, **batch).logits[..., 0]
+        rewards = dip.trajectories(model.train(), m=2, **batch).logits[..., 0]
     chosen, rejected = rewards.chunk(2, dim=1)
     want = -F.logsigmoid(chosen - rejected).mean()
     assert losses(trainer)[0] == pytest.approx(want.item(), rel=1e-4)
 
 
-def preferences(count=8):
+def preferences():
     """Answers of four words to a prompt of three, every other one desired."""
-    rows = pairs(count)
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
-            for i, row in enumerate(rows)
-        ]
-    )
+    each = {"prompt": pairs()["prompt"], "completion": pairs()["chosen"]}
+    return datasets.Dataset.from_dict({**each, "label": [i % 2 == 0 for i in range(8)]})
 
 
 @pytest.mark.slow
 def test_kto_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
-    trl = pytest.importorskip("trl")
-    args = trl.KTOConfig(tmp_path, beta=1.0, **{**TRL, "max_steps": 1})
-    trainer, batch = one_step(
-        trl.KTOTrainer, llama(), args=args, train_dataset=preferences(), peft_config=lora()
-    )
+    given = {"peft_config": lora()}
+    trainer = of_trl("KTO", tmp_path, data=preferences(), given=given, beta=1.0, max_steps=1)
+    (batch,), plain = trained(trainer)
     model = trainer.model
+    model.load_state_dict(plain)
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
     given = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
     with dip.fixed_noise(42 * RUN):
@@ -912,36 +777,25 @@ def test_kto_compares_noisy_trajectories_with_a_plain_reference(tmp_path):
 
 @pytest.mark.slow
 def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
-    trl = pytest.importorskip("trl")
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    rows = []
 
-    assert trl
-    seen, rows = [], []
-
-    class DIPORPOTrainer(DIPMixin, ORPOTrainer):
-        def training_step(self, model, inputs, *args, **options):
-            seen.append({n: v.clone() for n, v in inputs.items() if isinstance(v, torch.Tensor)})
-            return super().training_step(model, inputs, *args, **options)
-
+    class DIPORPOTrainer(DIPMixin, orpo.ORPOTrainer):
         def compute_loss(self, *args, **options):
             rows.append(dip.noise.contexts.row0())
             return super().compute_loss(*args, **options)
 
     def trainer(config, **options):
-        args = ORPOConfig(tmp_path, beta=1.0, **{**TRL, **options})
-        return DIPORPOTrainer(
-            llama(), args=args, train_dataset=pairs(), processing_class=words(), dip=config
-        )
+        args = orpo.ORPOConfig(tmp_path, beta=1.0, bf16=False, **{**SHORT, **options})
+        given = {"args": args, "train_dataset": pairs(), "processing_class": words()}
+        return DIPORPOTrainer(llama(), dip=config, **given)
 
-    with pytest.raises(
-        ValueError, match=r"train_dataset: expected batches of what the model's for"
-    ):
+    with pytest.raises(ValueError, match="train_dataset: expected batches of what the model's for"):
         trainer(CONFIG)
     config = dip.DIPConfig(init_variance=0.1)
     one = trainer(config, max_steps=1)
-    plain = {name: value.clone() for name, value in one.model.state_dict().items()}
-    one.train()
-    model, batch = one.model.train(), seen[0]
+    (batch,), plain = trained(one)
+    model = one.model.train()
     model.load_state_dict(plain)
 
     def both(what, filler):  # the trajectories of the chosen answers, then of the rejected
@@ -969,15 +823,9 @@ def test_orpo_learns_by_the_mean_of_its_trajectories(tmp_path):
 @pytest.mark.slow
 def test_a_reference_that_follows_the_model_is_refused(tmp_path):
     """It copies parameter by parameter, of which the reference has no variances."""
-    trl = pytest.importorskip("trl")
-
-    class DIPDPOTrainer(DIPMixin, trl.DPOTrainer):
-        pass
-
-    args = trl.DPOConfig(tmp_path, sync_ref_model=True, **TRL)
-    options = {"args": args, "train_dataset": pairs(), "processing_class": words()}
+    given = {"ref_model": llama()}
     with pytest.raises(ValueError, match="sync_ref_model: expected False"):
-        DIPDPOTrainer(llama(), llama(), dip=CONFIG, **options)
+        of_trl("DPO", tmp_path, data=pairs(), given=given, sync_ref_model=True)
 
 
 @pytest.mark.slow
@@ -991,25 +839,15 @@ def test_sft_compiled_is_sft(adapter, tmp_path):
 
 @pytest.mark.slow
 def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
-    trl = pytest.importorskip("trl")
-
-    class DIPGRPOTrainer(DIPMixin, trl.GRPOTrainer):
-        pass
 
     def lengths(completions, **options):
         return [float(len(each.split()) % 3) for each in completions]
 
     def trainer(config):
-        given = {"num_generations": 4, "max_completion_length": 5, "beta": 0.1}
-        return DIPGRPOTrainer(
-            llama(),
-            reward_funcs=lengths,
-            args=trl.GRPOConfig(tmp_path, **{**TRL, **given}),
-            train_dataset=pairs().select_columns("prompt"),
-            processing_class=words(),
-            peft_config=lora(),
-            dip=config,
-        )
+        given = {"reward_funcs": lengths, "peft_config": lora()}
+        options = {"num_generations": 4, "max_completion_length": 5, "beta": 0.1}
+        data = pairs().select_columns("prompt")
+        return of_trl("GRPO", tmp_path, config, data=data, given=given, **options)
 
     with pytest.raises(ValueError, match="m: expected 1, because not all tensors"):
         trainer(dip.DIPConfig(init_variance=0.1)).train()
@@ -1024,8 +862,7 @@ def test_grpo_samples_from_the_plain_network_and_learns_the_noisy_one(tmp_path):
     start = dip.variances(one.model)
     one.train()
     assert modes == {True: {None}, False: {"off"}}
-    learned = {n: v for n, v in dip.variances(one.model).items() if "log_var" in n}
-    assert not any(torch.equal(values, start[name]) for name, values in learned.items())
+    assert all_moved(one.model, start)
 
 
 def test_a_plain_pass_that_fails_leaves_the_noise_as_it_was(tmp_path):
@@ -1041,43 +878,33 @@ def test_a_plain_pass_that_fails_leaves_the_noise_as_it_was(tmp_path):
             modes.append(dip.noise.contexts.MODE)
             return super().compute_loss(model, inputs, *args, **options)
 
-    trainer = OfTRL(vit(), arguments(tmp_path, max_steps=1), train_dataset=images(), dip=CONFIG)
-    trainer.train()
+    noisy(tmp_path, kind=OfTRL, max_steps=1).train()
     assert modes == [None, None]
 
 
 # ---- the callback --------------------------------------------------------------------------------
-
-BATCH = {"pixel_values": torch.stack([each["pixel_values"] for each in images()])}
+def called(folder, callback, model=None, *, given=None, **options):
+    """transformers' own trainer with a DIPCallback."""
+    model = model or vit()
+    given = {"train_dataset": data_of(model), "callbacks": [callback], **(given or {})}
+    return transformers.Trainer(model, arguments(folder, **options), **given)
 
 
 def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp_path):
-    args = {
-        "weight_decay": 0.0,
-        "max_grad_norm": 0,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "max_steps": 4,
-    }
-    args |= {"optim": "sgd", "lr_scheduler_type": "constant"}
-
+    args = {**SAVING, **SGD, "weight_decay": 0.0, "max_steps": 4, "learning_rate": 1e-2}
+    args["lr_scheduler_type"] = "constant"
     config = dip.DIPConfig(m=1, key=None, ratio=1.0)
 
     def trainer(folder):
         batches = [{"input_ids": torch.tensor(texts()["input_ids"])}]
-        callbacks = [DIPCallback(config, batches=batches)]
-        return transformers.Trainer(
-            llama(), arguments(folder, **args), train_dataset=texts(), callbacks=callbacks
-        )
+        return called(folder, DIPCallback(config, batches=batches), llama(), **args)
 
     with pytest.warns(UserWarning, match="the variances learn at the weights' learning rate"):
         whole = trainer(tmp_path / "a")
     before = dip.variances(whole.model)
     whole.train()
     assert whole.state.log_history[0].keys() >= {"dip/sigma", "dip/share", "dip/kl"}
-    assert not any(
-        torch.equal(v, before[n]) for n, v in dip.variances(whole.model).items() if "log_var" in n
-    )
+    assert all_moved(whole.model, before)
     folder = tmp_path / "a/checkpoint-2"
     assert dip.DIPConfig.load(folder) == config
     again = trainer(tmp_path / "b")
@@ -1089,21 +916,16 @@ def test_the_callback_trains_the_objective_of_one_pass_and_saves_and_resumes(tmp
 
 
 def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
-    args = arguments(
-        tmp_path, weight_decay=0.0, max_grad_norm=0, optim="sgd", max_steps=1, learning_rate=1.0
-    )
-    args.lr_scheduler_type = "constant"
-    trainer = transformers.Trainer(
-        vit(), args, train_dataset=images(8), callbacks=[DIPCallback(batches=[BATCH])]
-    )
+    args = {**SGD, "weight_decay": 0.0, "max_steps": 1, "learning_rate": 1.0}
+    args["lr_scheduler_type"] = "constant"
+    trainer = called(tmp_path, DIPCallback(batches=[BATCH]), **args)
     layers = dip_layers(trainer.model)
     with torch.no_grad():
         for layer in layers.values():
             layer.log_variance.sub_(1.0)  # away from the prior, where the KL term has no slope
     start = {name: layer.log_variance.detach().clone() for name, layer in layers.items()}
-    want = torch.autograd.grad(
-        dip.kl_penalty(trainer.model), [layer.log_variance for layer in layers.values()]
-    )
+    learning = [layer.log_variance for layer in layers.values()]
+    want = torch.autograd.grad(dip.kl_penalty(trainer.model), learning)
     with dip.noise_off():  # so that the loss itself gives the variances no gradient
         trainer.train()
     for (name, layer), slope in zip(layers.items(), want):
@@ -1111,47 +933,32 @@ def test_the_callbacks_gradient_is_that_of_the_objective(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "config, message",
     [
-        (
-            lambda: DIPCallback(dip.DIPConfig()),
-            r"expected m=1, key=None, all that a callback can do, got m=2, key=0",
-        ),
-        (
-            lambda: DIPCallback(dip.DIPConfig(lambda_s=1.0, k=4)),
-            "expected m=1, lambda_s=0, k=0, key=None",
-        ),
-        (lambda: DIPCallback(), "batches: expected some"),
+        (dip.DIPConfig(), "expected m=1, key=None, all that a callback can do, got m=2, key=0"),
+        (dip.DIPConfig(lambda_s=1.0, k=4), "expected m=1, lambda_s=0, k=0, key=None"),
+        (None, "batches: expected some"),
     ],
 )
-def test_the_callback_refuses_what_it_cannot_do(make, message, tmp_path):
-    args = arguments(tmp_path, weight_decay=0.0)
+def test_the_callback_refuses_what_it_cannot_do(config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        transformers.Trainer(vit(), args, train_dataset=images(), callbacks=[make()])
+        called(tmp_path, DIPCallback(config), weight_decay=0.0)
 
 
 def test_the_callback_refuses_optimisers_that_decay_or_lack_variances_and_late_additions(tmp_path):
-    def trainer(model, **options):
-        callbacks = [DIPCallback(batches=[BATCH])]
-        return transformers.Trainer(
-            model, arguments(tmp_path), train_dataset=images(), callbacks=callbacks, **options
-        )
+    def trainer(model=None, optimizer=None, **options):
+        given = {"optimizers": (optimizer, None)}
+        return called(tmp_path, DIPCallback(batches=[BATCH]), model, given=given, **options)
 
     with pytest.raises(ValueError, match=r"weight_decay: expected 0 with a DIPCallback, got 0\.1"):
-        trainer(vit())
+        trainer()
     model = vit()
     with pytest.raises(ValueError, match="lacks 14 variance"):
-        trainer(model, optimizers=(torch.optim.AdamW(model.parameters()), None))
+        trainer(model, torch.optim.AdamW(model.parameters()))
     model = dip.apply(vit(), dip.DIPConfig(m=1, key=None), [BATCH])
-    trainer(
-        model, optimizers=(torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1)), None)
-    ).train()
-    half = arguments(tmp_path, weight_decay=0.0)
-    half.fp16 = True
+    trainer(model, torch.optim.AdamW(dip.param_groups(model, 1e-3, weight_decay=0.1))).train()
     with pytest.raises(ValueError, match="neither FSDP, DeepSpeed nor fp16"):
-        transformers.Trainer(
-            vit(), half, train_dataset=images(), callbacks=[DIPCallback(batches=[BATCH])]
-        )
+        trainer(weight_decay=0.0, fp16=True)
     late = transformers.Trainer(vit(), arguments(tmp_path), train_dataset=images())
     late.add_callback(DIPCallback(batches=[BATCH]))
     with pytest.raises(ValueError, match="got one that was added later"):
