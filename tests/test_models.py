@@ -91,17 +91,10 @@ def gemma():
     return transformers.GemmaForCausalLM(transformers.GemmaConfig(**DECODER, head_dim=8))
 
 
-def t5():
-    config = {
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 2,
-        "num_heads": 4,
-        "vocab_size": 60,
-    }
+def t5(**options):
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4} | options
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**config, decoder_start_token_id=0)
+        transformers.T5Config(**config, vocab_size=60, decoder_start_token_id=0)
     )
 
 
