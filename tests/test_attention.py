@@ -3,11 +3,13 @@ calling form."""
 
 import contextlib
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_support import assert_plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,29 +32,25 @@ def plain_attention(**options):
 
 
 FORMS = [
-    pytest.param({}, id="seq-first"),
-    pytest.param({"batch_first": True}, id="batch-first"),
-    pytest.param({"batch_first": True, "bias": False}, id="no-bias"),
-    pytest.param({"kdim": 6, "vdim": 9}, id="kdim-vdim"),
-    pytest.param({"batch_first": True, "kdim": 6, "bias": False}, id="kdim-batch-first"),
-    pytest.param({"batch_first": True, "add_bias_kv": True}, id="bias-kv"),
-    pytest.param({"add_bias_kv": True, "add_zero_attn": True}, id="bias-kv-zero"),
+    {},
+    {"batch_first": True},
+    {"batch_first": True, "bias": False},
+    {"kdim": 6, "vdim": 9},
+    {"batch_first": True, "kdim": 6, "bias": False},
+    {"batch_first": True, "add_bias_kv": True},
+    {"add_bias_kv": True, "add_zero_attn": True},
 ]
 CALLS = [
-    pytest.param({}, id="weights"),
-    pytest.param({"need_weights": False}, id="no-weights"),
-    pytest.param({"average_attn_weights": False}, id="weights-per-head"),
-    pytest.param({"attn_mask": "bool"}, id="bool-mask"),
-    pytest.param({"attn_mask": "float", "need_weights": False}, id="float-mask"),
-    pytest.param({"attn_mask": "per-head", "need_weights": False}, id="mask-per-head"),
-    pytest.param({"key_padding_mask": "bool"}, id="padding"),
-    pytest.param(
-        {"key_padding_mask": "float", "attn_mask": "float", "need_weights": False}, id="both-masks"
-    ),
-    pytest.param({"attn_mask": "causal", "is_causal": True, "need_weights": False}, id="causal"),
-    pytest.param(
-        {"attn_mask": "causal", "is_causal": True, "key_padding_mask": "float"}, id="causal-padding"
-    ),
+    {},
+    {"need_weights": False},
+    {"average_attn_weights": False},
+    {"attn_mask": "bool"},
+    {"attn_mask": "float", "need_weights": False},
+    {"attn_mask": "per-head", "need_weights": False},
+    {"key_padding_mask": "bool"},
+    {"key_padding_mask": "float", "attn_mask": "float", "need_weights": False},
+    {"attn_mask": "causal", "is_causal": True, "need_weights": False},
+    {"attn_mask": "causal", "is_causal": True, "key_padding_mask": "float"},
 ]
 
 
@@ -115,8 +113,16 @@ def noised_by_hand(attention, inputs, key):
     return noised
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("form", FORMS)
+def spelled(options):
+    return "-".join(f"{name}={value}" for name, value in options.items()) or "default"
+
+
+BY_FORM = pytest.mark.parametrize("form", FORMS, ids=spelled)
+BY_CALL = pytest.mark.parametrize("call", CALLS, ids=spelled)
+
+
+@BY_CALL
+@BY_FORM
 def test_training_mode_is_attention_of_the_noised_inputs(form, call):
     plain = plain_attention(**form)
     attention = dip.convert(copy.deepcopy(plain), 0.25, exclude="out_proj")
@@ -128,8 +134,8 @@ def test_training_mode_is_attention_of_the_noised_inputs(form, call):
         assert not torch.allclose(got[0], plain(*inputs, **keywords)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", FORMS[:2])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("form", FORMS[:2], ids=spelled)
+@BY_CALL
 def test_one_sequence_without_a_batch_works(form, call):
     plain = plain_attention(**form)
     attention = dip.convert(copy.deepcopy(plain), 0.25, exclude="out_proj")
@@ -139,7 +145,7 @@ def test_one_sequence_without_a_batch_works(form, call):
     assert_same(got, plain(*noised_by_hand(attention, inputs, 5), **keywords))
 
 
-@pytest.mark.parametrize("form", FORMS[:4])
+@pytest.mark.parametrize("form", FORMS[:4], ids=spelled)
 def test_the_out_projections_input_is_noised(form):
     plain = plain_attention(**form)
     attention = dip.convert(copy.deepcopy(plain), 0.25)
@@ -148,17 +154,13 @@ def test_the_out_projections_input_is_noised(form):
     inputs, _ = arguments(plain, hows(form)[-1], {})
     with fixed_noise(5):
         got = attention(*inputs)[0]
-    shape = tuple(got.shape)
-    noise = (
-        functional.noise(shape, torch.tensor([5, attention.out_proj.number]))
-        * attention.out_proj.variance.sigma
-    )
-    torch.testing.assert_close(
-        got, plain(*inputs)[0] + noise @ plain.out_proj.weight.T, rtol=1e-5, atol=1e-5
-    )
+    out = attention.out_proj
+    z = functional.noise(tuple(got.shape), torch.tensor([5, out.number]))
+    want = plain(*inputs)[0] + (out.variance.sigma * z) @ out.weight.T
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@BY_FORM
 def test_eval_mode_and_noise_off_are_plain_attention(form):
     plain = plain_attention(**form)
     attention = dip.convert(copy.deepcopy(plain))
@@ -175,7 +177,7 @@ def test_eval_mode_and_noise_off_are_plain_attention(form):
         attention.train()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@BY_FORM
 def test_every_parameter_gets_a_gradient(form):
     attention = dip.convert(plain_attention(**form), 0.25)
     inputs, _ = arguments(attention, hows(form)[-1], {})
@@ -192,18 +194,13 @@ def test_self_attention_draws_once_and_different_arguments_are_independent():
     assert same[0] is same[1] is same[2]
     noises = torch.stack([t.detach() - x for t in (u, v, w)]).flatten(1)
     assert torch.corrcoef(noises).triu(1).abs().max() < 0.25
-    state = torch.get_rng_state()
     torch.manual_seed(0)
     attention(x, x, x)
     drawn = torch.get_rng_state()
     torch.manual_seed(0)
-    # in_proj, out_proj
-    (
-        torch.randint(-(2**63), 2**63 - 1, (2,)),
-        torch.randint(-(2**63), 2**63 - 1, (2,)),
-    )
+    for _ in ("in_proj", "out_proj"):
+        torch.randint(-(2**63), 2**63 - 1, (2,))
     assert torch.equal(torch.get_rng_state(), drawn)
-    torch.set_rng_state(state)
 
 
 def test_an_examples_noise_does_not_depend_on_its_batch():
@@ -224,14 +221,10 @@ def test_plain_parameters_keep_their_names_and_a_plain_checkpoint_loads():
         attention = DIPMultiheadAttention(E, H, init_variance=0.25, num_samples=2, **form)
         attention.load_state_dict(state)
         added = set(attention.state_dict()) - set(state)
-        assert all(
-            name.rpartition(".")[2] in ("log_variance", "log_prior", "pull") for name in added
-        )
+        assert {n.rpartition(".")[2] for n in added} == {"log_variance", "log_prior", "pull"}
         assert set(state) <= set(attention.state_dict())
         assert all(layer.num_samples == 2 for layer in dip_layers(attention).values())
-        assert list(dip.to_plain(attention).state_dict()) == list(state)
-        assert type(attention) is nn.MultiheadAttention
-        assert set(vars(attention)) == set(vars(plain))
+        assert_plain(dip.to_plain(attention), plain)
 
 
 def test_constructed_and_converted_attention_are_one_thing():
@@ -309,9 +302,7 @@ def test_bad_masks_and_flags_are_named():
 def encoder(**options):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(E, H, 32, dropout=0.0, batch_first=True, **options)
-    return nn.TransformerEncoder(
-        layer, 2, enable_nested_tensor=not options.get("norm_first", False)
-    )
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=not layer.norm_first)
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -319,20 +310,25 @@ def test_an_encoder_in_eval_mode_is_plain_through_every_path(norm_first):
     plain = encoder(norm_first=norm_first).eval()
     model = dip.convert(copy.deepcopy(plain))
     x = torch.randn(N, L, E)
-    padding = torch.arange(L) >= torch.tensor([[5], [4], [3]])
-    causal = nn.Transformer.generate_square_subsequent_mask(L)
+    causal = {"mask": nn.Transformer.generate_square_subsequent_mask(L), "is_causal": True}
     # without gradients: the fast path, and nested tensors where there is padding
-    for grad in (
-        False,
-        True,
-    ):
-        for keywords in (
-            {},
-            {"src_key_padding_mask": padding},
-            {"mask": causal, "is_causal": True},
-        ):
+    for grad in (False, True):
+        for keywords in ({}, {"src_key_padding_mask": PADDING}, causal):
             with torch.set_grad_enabled(grad):
                 assert torch.equal(model(x, **keywords), plain(x, **keywords))
+
+
+def alone(model):
+    """Each layer in turn, while it is the one that draws."""
+    model.train()
+    layers = dip_layers(model)
+    for name, layer in layers.items():
+        for other in layers.values():
+            other.training = other is layer
+        yield name
+
+
+PADDING = torch.arange(L) >= torch.tensor([[5], [4], [3]])
 
 
 def test_an_encoder_is_noised_in_training_under_predict_and_sampling_on():
@@ -340,24 +336,17 @@ def test_an_encoder_is_noised_in_training_under_predict_and_sampling_on():
     parts = ("self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2")
     names = [f"layers.{i}.{part}" for i in range(2) for part in parts]
     assert sorted(dip_layers(model)) == sorted(names)
-    x = torch.randn(N, L, E)
-    padding = torch.arange(L) >= torch.tensor([[5], [4], [3]])
+    x, keep = torch.randn(N, L, E), ~PADDING
     with torch.no_grad():
-        base = model.eval()(x, src_key_padding_mask=padding)
-        keep = ~padding
+        base = model.eval()(x, src_key_padding_mask=PADDING)
         with sampling_on():
-            assert not torch.equal(model(x, src_key_padding_mask=padding)[keep], base[keep])
-        passes = dip.predict(model, x, src_key_padding_mask=padding, k=3, average=None)
-        assert not any(
-            torch.equal(a[keep], b[keep]) for i, a in enumerate(passes) for b in passes[:i]
-        )
-        for name, layer in dip_layers(model).items():
-            model.train()
-            for other in dip_layers(model).values():
-                other.training = other is layer
+            assert not torch.equal(model(x, src_key_padding_mask=PADDING)[keep], base[keep])
+        passes = dip.predict(model, x, src_key_padding_mask=PADDING, k=3, average=None)
+        for a, b in itertools.combinations(passes, 2):
+            assert not torch.equal(a[keep], b[keep])
+        for name in alone(model):
             assert not torch.equal(model(x), base), name
-    model.train()
-    rows = dip.calibrate(model, [x], ratio=0.1, per="feature")
+    rows = dip.calibrate(model.train(), [x], ratio=0.1, per="feature")
     assert all(row.ratio == pytest.approx(0.1, rel=1e-3) for row in rows)
 
 
@@ -365,33 +354,22 @@ def test_a_whole_transformer_converts_and_comes_back():
     torch.manual_seed(0)
     plain = nn.Transformer(E, H, 1, 1, 32, dropout=0.0, batch_first=True)
     model = dip.convert(copy.deepcopy(plain))
-    source, target = torch.randn(N, S, E), torch.randn(N, L, E)
+    inputs = torch.randn(N, S, E), torch.randn(N, L, E)
     mask = nn.Transformer.generate_square_subsequent_mask(L)
-    plain.eval()
-    model.eval()
+    assert len(dip_layers(model)) == 10
     with torch.no_grad():
-        base = plain(source, target, tgt_mask=mask, tgt_is_causal=True)
-        assert torch.equal(model(source, target, tgt_mask=mask, tgt_is_causal=True), base)
-        model.train()
-        assert len(dip_layers(model)) == 10
-        for name, layer in dip_layers(model).items():
-            for other in dip_layers(model).values():
-                other.training = other is layer
-            assert not torch.equal(
-                model(source, target, tgt_mask=mask, tgt_is_causal=True), base
-            ), name
+        base = plain.eval()(*inputs, tgt_mask=mask, tgt_is_causal=True)
+        assert torch.equal(model.eval()(*inputs, tgt_mask=mask, tgt_is_causal=True), base)
+        for name in alone(model):
+            assert not torch.equal(model(*inputs, tgt_mask=mask, tgt_is_causal=True), base), name
     model.train()
-    out = dip.trajectories(model, source, target, m=2, in_dims={"tgt_mask": None}, tgt_mask=mask)
-    (
-        out * torch.randn_like(out)
-    ).sum().backward()  # a norm comes last: the sum of its outputs, or squares, is constant
+    out = dip.trajectories(model, *inputs, m=2, in_dims={"tgt_mask": None}, tgt_mask=mask)
+    # a norm comes last: the sum of its outputs, or squares, is constant
+    (out * torch.randn_like(out)).sum().backward()
     assert all(layer.log_variance.grad.any() for layer in dip_layers(model).values())
-    dip.to_plain(model)
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values())
-    )
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert_plain(dip.to_plain(model), plain)
+    for got, want in zip(model.state_dict().values(), plain.state_dict().values()):
+        assert torch.equal(got, want)
 
 
 def test_attention_compiles_whole_and_trains():
@@ -421,10 +399,8 @@ def test_out_projection_is_linear_by_its_class():
 @pytest.mark.parametrize("key", [None, 3])
 def test_self_attention_behind_a_wrapper_draws_once(key):
     """A full backward hook and a reentrant checkpoint make a tensor of its own of each argument."""
-    plain, x = (
-        dip.DIPMultiheadAttention(8, 2, batch_first=True, init_variance=0.1),
-        torch.randn(3, 5, 8),
-    )
+    plain = dip.DIPMultiheadAttention(8, 2, batch_first=True, init_variance=0.1)
+    x = torch.randn(3, 5, 8)
     hooked, recomputed = copy.deepcopy(plain), copy.deepcopy(plain)
     hooked.register_full_backward_hook(lambda *args: None)
     runs = []

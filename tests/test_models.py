@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_support import assert_plain
 from saved_support import saved_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,38 +33,22 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*lm_he
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+SMALL = {**WIDTHS, "num_hidden_layers": 2}
 TEXT = {**SMALL, "vocab_size": 60, "max_position_embeddings": 64}
-DECODER = {
-    **TEXT,
-    "num_key_value_heads": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DECODER = {**TEXT, **TOKENS, "num_key_value_heads": 2}
 
 
 def vit():
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=5)
-    )
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=5)
+    return transformers.ViTForImageClassification(config)
 
 
 def resnet():
-    config = {
-        "embedding_size": 8,
-        "hidden_sizes": [8, 16],
-        "depths": [1, 1],
-        "layer_type": "bottleneck",
-    }
-    return transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(**config, num_labels=5)
-    )
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+    config = transformers.ResNetConfig(**sizes, layer_type="bottleneck")
+    return transformers.ResNetForImageClassification(config)
 
 
 def bert():
@@ -72,9 +57,7 @@ def bert():
 
 def gpt2():
     config = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 60}
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**config, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    )
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **TOKENS))
 
 
 def llama():
@@ -82,9 +65,8 @@ def llama():
 
 
 def qwen2():
-    return transformers.Qwen2ForCausalLM(
-        transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
-    )
+    config = transformers.Qwen2Config(**DECODER, tie_word_embeddings=True)
+    return transformers.Qwen2ForCausalLM(config)
 
 
 def gemma():
@@ -93,16 +75,13 @@ def gemma():
 
 def t5(**options):
     config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4} | options
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**config, vocab_size=60, decoder_start_token_id=0)
-    )
+    config = transformers.T5Config(**config, vocab_size=60, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def peft_llama(**options):
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options
-    )
-    model = peft.get_peft_model(llama(), config)
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], **options}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             # at zero, the start, an adapter would hide whether it is noised
@@ -130,11 +109,8 @@ class TimmAttention(nn.Module):
 class TimmBlock(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = (
-            nn.LayerNorm(dim),
-            TimmAttention(dim, heads),
-            nn.LayerNorm(dim),
-        )
+        self.norm1, self.attn = nn.LayerNorm(dim), TimmAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 48), nn.GELU(), nn.Linear(48, dim))
 
     def forward(self, x):
@@ -148,10 +124,8 @@ class TimmViT(nn.Module):
     def __init__(self):
         super().__init__()
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 8, 8)})
-        self.cls_token, self.pos_embed = (
-            nn.Parameter(torch.randn(1, 1, 32)),
-            nn.Parameter(torch.randn(1, 5, 32)),
-        )
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 32))
+        self.pos_embed = nn.Parameter(torch.randn(1, 5, 32))
         self.blocks = nn.Sequential(TimmBlock(32, 4), TimmBlock(32, 4))
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 5)
 
@@ -282,21 +256,18 @@ def test_without_noise_it_is_the_plain_model_to_the_bit_and_each_listed_layer_ad
 @ALL
 def test_every_linear_layer_and_convolution_is_converted_and_no_embedding(name):
     plain, model, _ = make(name)
-    lora = [n for n, m in plain.named_modules() if hasattr(m, "lora_A")]
-    expected = lora + [
-        n
-        for n, m in plain.named_modules()
-        if (isinstance(m, (nn.Linear, nn.Conv2d)) or type(m).__name__ == "Conv1D")
-        and not any(n.startswith(f"{around}.") for around in lora)
-    ]
-    got = dip_layers(model)
-    attention = [n for n, m in plain.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    assert set(got) == {*expected, *(f"{n}.in_proj" for n in attention)}
-    for (_, before), (_, after) in zip(plain.named_modules(), copy.deepcopy(plain).named_modules()):
-        assert not isinstance(before, nn.Embedding) or type(after) is type(before)
-    assert all(
-        type(m) is nn.Embedding for n, m in model.named_modules() if n.endswith(("wte", "shared"))
-    )
+    modules = dict(plain.named_modules())
+    expected = {n for n, m in modules.items() if hasattr(m, "lora_A")}
+    inside = tuple(f"{around}." for around in expected)
+    for layer_name, module in modules.items():
+        linear = isinstance(module, (nn.Linear, nn.Conv2d)) or type(module).__name__ == "Conv1D"
+        if linear and not layer_name.startswith(inside):
+            expected.add(layer_name)
+        if isinstance(module, nn.MultiheadAttention):
+            expected.add(f"{layer_name}.in_proj")
+        if isinstance(module, nn.Embedding):
+            assert type(model.get_submodule(layer_name)) is type(module)
+    assert set(dip_layers(model)) == expected
 
 
 @ALL
@@ -316,18 +287,12 @@ def test_to_plain_gives_the_original_back(name):
     with torch.no_grad():
         model.train()
         logits(model, inputs)
-    dip.to_plain(model)
-    fresh = copy.deepcopy(plain)
-    assert [type(m) for m in model.modules()] == [type(m) for m in fresh.modules()]
-    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in fresh.modules()]
-    expected = dict(plain.state_dict())
-    if "resnet" in name:  # training mode has moved BatchNorm's running statistics
-        expected = {
-            n: t for n, t in expected.items() if "running" not in n and "num_batches" not in n
-        }
+    assert_plain(dip.to_plain(model), plain)
     state = model.state_dict()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(state[n], t) for n, t in expected.items())
+    for tensor_name, tensor in plain.state_dict().items():
+        # training mode has moved BatchNorm's running statistics
+        moved = "running" in tensor_name or "num_batches" in tensor_name
+        assert moved or torch.equal(state[tensor_name], tensor)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma", "bert", "t5"])
@@ -348,12 +313,13 @@ def test_generate_with_a_key_value_cache_works(name):
     plain, model, inputs = make(name)
     model.eval()
     options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True, "min_new_tokens": 5}
-    expected = plain.generate(input_ids=inputs["input_ids"], **options)
-    assert torch.equal(model.generate(input_ids=inputs["input_ids"], **options), expected)
+    options["input_ids"] = inputs["input_ids"]
+    expected = plain.generate(**options)
+    assert torch.equal(model.generate(**options), expected)
     # with noise: each step reads keys and values that earlier steps left, noised once
     with sampling_on(), fixed_noise(1):
-        noisy = model.generate(input_ids=inputs["input_ids"], **options)
-        assert torch.equal(model.generate(input_ids=inputs["input_ids"], **options), noisy)
+        noisy = model.generate(**options)
+        assert torch.equal(model.generate(**options), noisy)
     assert noisy.shape == expected.shape
 
 
@@ -415,26 +381,14 @@ def test_diagnostics_read_model_outputs_and_embeddings():
 # ---- what looks converted and is not -------------------------------------------------------------
 
 
-SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+DEEPSEEK |= {"first_k_dense_replace": 0, "kv_lora_rank": 8, "q_lora_rank": 8}
+DEEPSEEK |= {"qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
 MIXTURES = {  # class, what its config needs, its modules that hold weights of their own
     "Mixtral": ({"num_local_experts": 4}, ["*.experts", "*.gate"]),
     "Qwen3Moe": ({"num_experts": 4, "moe_intermediate_size": 16}, ["*.experts", "*.gate"]),
     "GptOss": ({"num_local_experts": 4, "head_dim": 8}, ["*.experts", "*.router"]),
-    "DeepseekV3": (
-        {
-            "n_routed_experts": 4,
-            "n_group": 1,
-            "topk_group": 1,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 0,
-            "kv_lora_rank": 8,
-            "q_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "qk_nope_head_dim": 8,
-        },
-        ["*.experts", "*.gate"],
-    ),
+    "DeepseekV3": (DEEPSEEK, ["*.experts", "*.gate"]),
 }
 
 
@@ -442,23 +396,17 @@ MIXTURES = {  # class, what its config needs, its modules that hold weights of t
 def test_stacked_experts_are_named_and_noised_by_name(name):
     options, modules = MIXTURES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(
-        **SIZES,
-        num_hidden_layers=1,
-        num_key_value_heads=4 if "q_lora_rank" in options else 2,
-        num_experts_per_tok=2,
-        **options,
-    )
+    sizes = {**WIDTHS, "vocab_size": 60, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+    sizes["num_key_value_heads"] = 4 if name == "DeepseekV3" else 2
+    config = getattr(transformers, f"{name}Config")(**sizes, **options)
     plain = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    with pytest.warns(
-        dip.DIPConversionWarning, match=r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="
-    ):
+    said = r"(?s)experts \(\w*Experts\): \d\d\.\d%.*before="
+    with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(copy.deepcopy(plain))
+    model = copy.deepcopy(plain)
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)
-        model = dip.convert(
-            copy.deepcopy(plain), 0.04, before=modules, batches=[{"input_ids": IDS}]
-        )
+        dip.convert(model, 0.04, before=modules, batches=[TEXT_IN])
     assert any(n.endswith("experts") for n in dip_layers(model))
     with torch.no_grad():
         assert torch.equal(model.eval()(IDS).logits, plain(IDS).logits)
@@ -468,18 +416,14 @@ def test_stacked_experts_are_named_and_noised_by_name(name):
     model(**batch).loss.backward()
     assert dip.check(model)
     dip.calibrate(model, [IDS])
-    dip.to_plain(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert_plain(dip.to_plain(model), plain)
 
 
 def test_a_state_space_models_layers_that_are_only_read_are_named():
-    model = transformers.MambaForCausalLM(
-        transformers.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, state_size=4)
-    )
-    with pytest.warns(
-        dip.DIPConversionWarning,
-        match=r"(?s)conv1d \(Conv1d\): MambaMixer reads.*dt_proj \(Linear\)",
-    ):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    said = r"(?s)conv1d \(Conv1d\): MambaMixer reads.*dt_proj \(Linear\)"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(model)
     assert dip.check(model, {"input_ids": IDS, "labels": IDS})
 
@@ -501,9 +445,8 @@ def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
     assert len(state) == 30  # two of LoRA, a variance, its prior and the pull for each of six
     model.save_pretrained(tmp_path)
     base = copy.deepcopy(model).unload()
-    again = dip.convert(
-        peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True), filter=is_lora
-    )
+    again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    dip.convert(again, filter=is_lora)
     again.load_adapter(tmp_path, "default", is_trainable=True)
     loaded = dip.variances(again)
     assert loaded.keys() == dip.variances(model).keys()
@@ -517,9 +460,8 @@ def test_an_adapter_checkpoint_keeps_the_variances(tmp_path):
 def test_lora_on_attention_is_named():
     net = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 8)})
     attention = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["attn"]))
-    with pytest.warns(
-        dip.DIPConversionWarning, match=r"attn \(MultiheadAttention\): an adapter over nn.Multi"
-    ):
+    said = r"attn \(MultiheadAttention\): an adapter over nn.Multi"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(attention)
     assert [n.rpartition(".")[2] for n in dip_layers(attention)] == ["head"]
 
@@ -560,10 +502,8 @@ def test_sharing_saves_draws_passes_and_bytes():
         for m in (plain, apart, shared)
     )
     print(f"calls: apart {counts[0]}, shared {counts[1]}")
-    print(
-        f"bytes kept for backward: plain {plain_bytes:,}, apart {apart_bytes:,}, shared "
-        f"{shared_bytes:,}"
-    )
+    kept = f"plain {plain_bytes:,}, apart {apart_bytes:,}, shared {shared_bytes:,}"
+    print(f"bytes kept for backward: {kept}")
     one_input = 16 * 56 * 32 * 4
     small = 4096  # seeds and variances
     # each of two blocks keeps one u for three, and one for two
@@ -582,13 +522,8 @@ def test_shared_layers_read_one_u_and_learn_one_variance():
         "q_proj.variance.log_variance",
         "o_proj.variance.log_variance",
     ]
-    numbers = {row.name: row.number for row in dip.summary(model)}
-    assert (
-        numbers["model.layers.0.self_attn.q_proj"]
-        == numbers["model.layers.0.self_attn.v_proj"]
-        == 0
-    )
-    assert sorted(set(numbers.values())) == list(range(11))
+    assert attention.q_proj.number == attention.v_proj.number == 0
+    assert sorted({row.number for row in dip.summary(model)}) == list(range(11))
     x = torch.randn(2, 3, 32)
     with fixed_noise(1):
         q, k = attention.q_proj(x), attention.k_proj(x)
@@ -640,11 +575,8 @@ def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attention = again.model.layers[0].self_attn
         assert attention.k_proj.variance is attention.q_proj.variance
-        assert (
-            attention.k_proj.share
-            is attention.q_proj.share
-            is not model.model.layers[0].self_attn.q_proj.share
-        )
+        assert attention.k_proj.share is attention.q_proj.share
+        assert attention.q_proj.share is not model.model.layers[0].self_attn.q_proj.share
         again.load_state_dict(model.state_dict())
         with fixed_noise(1):
             assert torch.equal(again(IDS).logits, model(IDS).logits)
@@ -749,9 +681,8 @@ def test_sharing_compiles_into_one_graph():
         for _ in range(2):
             torch.testing.assert_close(compiled(x), block(x))
     compiled(x).sum().backward()
-    calls = [
-        str(node.target) for node in graphs[0].graph.nodes
-    ]  # torch 2.10 names a node after its variable
+    # torch 2.10 names a node after its variable
+    calls = [str(node.target) for node in graphs[0].graph.nodes]
     assert calls.count("autograd_function_apply") == 1
     assert not block.q.share._entries
 

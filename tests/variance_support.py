@@ -1,0 +1,35 @@
+"""The variances of a model as if trained, and its noise under a key."""
+
+import torch
+
+import dipkernels as dip
+from dipkernels.nn.variance import Variance
+
+
+def variances(model):
+    return [module for module in model.modules() if isinstance(module, Variance)]
+
+
+def trained(model, value=-1.0):
+    """The model, its variances as if trained."""
+    with torch.no_grad():
+        for variance in variances(model):
+            variance.log_variance.fill_(value)
+    return model
+
+
+def freeze(model):
+    for variance in variances(model):
+        variance.requires_grad_(False)
+
+
+def noise(model, *args, key=3):
+    with dip.fixed_noise(key):
+        return model.train()(*args)
+
+
+def spoil(*sizes, count=300):
+    """Leave memory that is freed full of 77, so that what is not initialised shows."""
+    held = [torch.full((n,), 77.0) for n in sizes for _ in range(count)]
+    held += [torch.full((2,), 77) for _ in range(count)]
+    del held
