@@ -23,7 +23,7 @@ from dipkernels.nn.conv import DIPConv2d
 from dipkernels.nn.input import DIPInput
 from dipkernels.nn.linear import DIPLinear
 from dipkernels.nn.numbering import dip_layers
-from dipkernels.noise.contexts import fixed_noise, noise_off
+from dipkernels.noise.contexts import noise_off
 
 pytestmark = pytest.mark.filterwarnings("error::dipkernels.DIPConversionWarning")
 

@@ -29,38 +29,31 @@ def twin():
 
 
 def sharing():
-    layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
-    dip.convert(layers)
+    layers = dip.convert(nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)]))
     share_noise(list(dip_layers(layers).values()))
     return layers[1]
 
 
 # A maker, the class that the message names, an input that fits, and what the message says of its
 # shape.
-LAYERS = [
-    pytest.param(lambda: dip.DIPLinear(4, 2), "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear"),
+def linear(**options):
+    return lambda: dip.DIPLinear(4, 2, **options)
+
+
+ROWS, ALONG = r"\[\.\.\., 4\]", "4 features along dimension 1"
+MEAN = linear(num_samples=2, activation="relu", estimator="mean")
+LAYERS = [  # a maker, the class that the message names, an input that fits, what is said of it
+    pytest.param(linear(), "DIPLinear", (3, 4), ROWS, id="linear"),
+    pytest.param(linear(keep="x"), "DIPLinear", (3, 4), ROWS, id="linear-keep-x"),
+    pytest.param(MEAN, "DIPLinear", (3, 4), ROWS, id="linear-mean"),
     pytest.param(
-        lambda: dip.DIPLinear(4, 2, keep="x"),
+        linear(activation="relu", estimator="analytic"),
         "DIPLinear",
         (3, 4),
-        r"\[\.\.\., 4\]",
-        id="linear-keep-x",
-    ),
-    pytest.param(
-        lambda: dip.DIPLinear(4, 2, num_samples=2, activation="relu", estimator="mean"),
-        "DIPLinear",
-        (3, 4),
-        r"\[\.\.\., 4\]",
-        id="linear-mean",
-    ),
-    pytest.param(
-        lambda: dip.DIPLinear(4, 2, activation="relu", estimator="analytic"),
-        "DIPLinear",
-        (3, 4),
-        r"\[\.\.\., 4\]",
+        ROWS,
         id="linear-analytic",
     ),
-    pytest.param(sharing, "DIPLinear", (3, 4), r"\[\.\.\., 4\]", id="linear-sharing"),
+    pytest.param(sharing, "DIPLinear", (3, 4), ROWS, id="linear-sharing"),
     pytest.param(
         lambda: dip.DIPConv1d(4, 2, 1),
         "DIPConv1d",
@@ -78,21 +71,10 @@ LAYERS = [
         r"\[N, 4, D, H, W\] or",
         id="conv3d",
     ),
-    pytest.param(
-        lambda: dip.DIPInput(4, dim=1),
-        "DIPInput",
-        (2, 4, 5),
-        "4 features along dimension 1",
-        id="input",
-    ),
-    pytest.param(
-        lambda: dip.DIPInput(4, dim=1),
-        "DIPInput",
-        (2, 4),
-        "4 features along dimension 1",
-        id="input-last",
-    ),
-    pytest.param(twin, "DIPShifted", (3, 4), r"\[\.\.\., 4\]", id="twin"),
+    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), ALONG, id="input"),
+    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4), ALONG, id="input-last"),
+    pytest.param(lambda: dip.DIPLayerNorm(4), "DIPLayerNorm", (3, 4), ROWS, id="norm"),
+    pytest.param(twin, "DIPShifted", (3, 4), ROWS, id="twin"),
 ]
 DRAWING = [
     case for case in LAYERS if case.id != "linear-analytic"
@@ -114,13 +96,8 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
     assert layer(torch.ones(shape)).isfinite().all()
     wrong = list(shape)
     wrong[dim] = 7
-    message = refused(
-        layer,
-        torch.ones(wrong),
-        ValueError,
-        rf"^{name}\(.*expected an input (of shape|with) .*{expected}",
-    )
-    assert str(tuple(wrong)) in message
+    said = rf"^{name}\(.*expected an input (of shape|with) .*{expected}"
+    assert str(tuple(wrong)) in refused(layer, torch.ones(wrong), ValueError, said)
     refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
 
 
@@ -129,9 +106,8 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
 )
 @pytest.mark.parametrize("make, name, shape, expected", DRAWING)
 def test_a_type_without_noise_is_named(make, name, shape, expected, dtype):
-    refused(
-        make(), torch.ones(shape).to(dtype), TypeError, rf"^{name}\(.*torch\.float32.*got {dtype}"
-    )
+    said = rf"^{name}\(.*torch\.float32.*got {dtype}"
+    refused(make(), torch.ones(shape).to(dtype), TypeError, said)
 
 
 def unusual(x):
@@ -160,25 +136,19 @@ def test_a_tensor_on_another_device_is_named(make, name, shape, expected):
 
 
 def test_layers_on_the_meta_device_train():
-    layers = nn.Sequential(
-        dip.DIPLinear(4, 4), nn.Unflatten(-1, (4, 1)), dip.DIPConv1d(4, 2, 1)
-    ).to("meta")
-    assert layers(torch.ones(3, 4, device="meta")).shape == (3, 2, 1)
+    layers = nn.Sequential(dip.DIPLinear(4, 4), nn.Unflatten(-1, (4, 1)), dip.DIPConv1d(4, 2, 1))
+    assert layers.to("meta")(torch.ones(3, 4, device="meta")).shape == (3, 2, 1)
 
 
 def test_attention_names_itself():
     attention, x = dip.DIPMultiheadAttention(4, 2), torch.ones(3, 2, 4)
-    refused(
-        lambda x: attention(x, x, x),
-        x.to_sparse(),
-        TypeError,
-        "^in-projection of DIPMultiheadAttention.*dense",
-    )
-    x = x.long()
-    with pytest.raises(
-        TypeError, match=r"^in-projection of DIPMultiheadAttention.*got torch\.int64"
-    ):
-        attention(x, x, x)
+
+    def attend(x):
+        return attention(x, x, x)
+
+    own = "^in-projection of DIPMultiheadAttention"
+    refused(attend, x.to_sparse(), TypeError, f"{own}.*dense")
+    refused(attend, x.long(), TypeError, rf"{own}.*got torch\.int64")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -203,10 +173,8 @@ def test_a_weight_of_another_type_is_what_the_plain_layer_says(make, plain, dtyp
 def test_a_variance_in_half_precision_is_named():
     layer = dip.DIPLinear(4, 2)
     layer.variance.register_forward_hook(lambda module, args, log_variance: log_variance.bfloat16())
-    with pytest.raises(
-        TypeError,
-        match=r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP",
-    ):
+    said = r"^DIPLinear\(.*its variance in torch\.float32, got torch\.bfloat16; .*FSDP"
+    with pytest.raises(TypeError, match=said):
         layer(torch.ones(3, 4))
 
 
@@ -226,13 +194,10 @@ def test_compiled_layers_say_the_same():
 
 
 def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
-    layer, x = (
-        dip.convert(nn.Linear(4, 4, dtype=torch.complex64)),
-        torch.ones(3, 4, dtype=torch.complex64),
-    )
-    assert "convert(exclude=...)" in refused(
-        layer, x, TypeError, r"^DIPLinear\(.*got torch\.complex64; noise is real"
-    )
+    layer = dip.convert(nn.Linear(4, 4, dtype=torch.complex64))
+    x = torch.ones(3, 4, dtype=torch.complex64)
+    said = r"^DIPLinear\(.*got torch\.complex64; noise is real"
+    assert "convert(exclude=...)" in refused(layer, x, TypeError, said)
     assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
@@ -260,19 +225,12 @@ def test_noise_off_takes_what_the_plain_layer_takes():
         assert torch.allclose(model(x.to_sparse()), model(x)) and torch.allclose(nested, model(x))
 
 
-@pytest.mark.parametrize("shape", [(4,), ()])
-def test_an_input_without_the_features_dimension_is_named(shape):
-    layer = dip.DIPInput(4, dim=1)
-    refused(layer, torch.ones(shape), ValueError, "expected an input with 4 features along")
-
-
 @pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")
 @pytest.mark.parametrize("read", [dip.calibrate, dip.summary])
 def test_batches_that_hold_no_tensors_are_named(read):
     model, x = dip.convert(nn.Sequential(nn.Linear(4, 2))), torch.randn(3, 4)
     jagged = torch.nested.nested_tensor([x, x], layout=torch.jagged)
     for batch, kind in ((x.numpy(), "ndarray"), (None, "NoneType"), (jagged, "a nested tensor")):
-        with pytest.raises(
-            TypeError, match=f"^batches: expected dense tensors, got {kind} at .*'0'"
-        ):
+        said = f"^batches: expected dense tensors, got {kind} at .*'0'"
+        with pytest.raises(TypeError, match=said):
             read(model, [batch])

@@ -1,6 +1,8 @@
 """u = f(x) + sigma z with f a norm, an activation, a gated product, against the float64 reference.
 docs/maths.md, section 10."""
 
+import itertools
+
 import pytest
 import torch
 from capability_support import OFFERED, assert_same_everywhere
@@ -51,20 +53,15 @@ def derivative(f, t, dt, step=1e-6):
 def assert_adjoint(f, t, gradient, du):
     """<du, f'(t) dt> = <gradient, dt>"""
     dt = randn(*t.shape, seed=5)
-    assert abs((du * derivative(f, t, dt)).sum() - (gradient * dt).sum()) <= 1e-6 * (
-        1 + du.abs().sum()
-    )
+    difference = (du * derivative(f, t, dt)).sum() - (gradient * dt).sum()
+    assert abs(difference) <= 1e-6 * (1 + du.abs().sum())
 
 
 @pytest.mark.parametrize("log_variance", [False, True])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_reference_gradients_of_activations_are_its_derivatives(kind, log_variance):
-    x, b, du, sigma = (
-        randn(3, 10, 4),
-        randn(3, 10, 4, seed=1),
-        randn(3, 10, 4, seed=2),
-        scale(10, log_variance).double(),
-    )
+    x, b, du = (randn(3, 10, 4, seed=i) for i in range(3))
+    sigma = scale(10, log_variance).double()
     where = SEED, 1, 2**33 + 1, 3, 2, 0.5, log_variance, kind
     dx, dsigma = reference.activate_bwd(du, x, sigma, *where)
     assert_adjoint(lambda x: reference.activate(x, sigma, *where, None), x, dx, du)
@@ -78,22 +75,16 @@ def test_reference_gradients_of_activations_are_its_derivatives(kind, log_varian
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
-    x, weight, bias, du, sigma = (
-        randn(3, 4, 10),
-        randn(10),
-        randn(10, seed=1),
-        randn(3, 4, 10, seed=2),
-        scale(10).double(),
-    )
+    x, weight, bias = randn(3, 4, 10), randn(10), randn(10, seed=1)
+    du, sigma = randn(3, 4, 10, seed=2), scale(10).double()
     where = SEED, -1, 2**33 + 1, 3, 2, 0.5, False, kind
 
     def u(x, weight, bias, sigma):
         return reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[0]
 
     stats = reference.norm(x, weight, bias, sigma, *where, 1e-3, offset, None)[1]
-    dx, dweight, dbias, dsigma = reference.norm_bwd(
-        du, x, stats, weight, bias, sigma, *where, offset
-    )
+    grads = reference.norm_bwd(du, x, stats, weight, bias, sigma, *where, offset)
+    dx, dweight, dbias, dsigma = grads
     assert_adjoint(lambda t: u(t, weight, bias, sigma), x, dx, du)
     assert_adjoint(lambda t: u(x, t, bias, sigma), weight, dweight, du)
     assert_adjoint(lambda t: u(x, weight, t, sigma), bias, dbias, du)
@@ -104,15 +95,11 @@ def test_reference_gradients_of_norms_are_its_derivatives(kind, offset):
 def test_reference_norms_are_torchs(kind):
     x, weight, sigma = randn(3, 4, 10), randn(10), torch.zeros(10)
     bias = randn(10, seed=1) if kind == "layer" else None
-    u, _ = reference.norm(
-        x, weight, bias, sigma, SEED, -1, 0, 0, 0, 1.0, False, kind, 1e-3, 0.0, None
-    )
-    functions = torch.nn.functional
-    want = (
-        functions.layer_norm(x, (10,), weight, bias, 1e-3)
-        if bias is not None
-        else functions.rms_norm(x, (10,), weight, 1e-3)
-    )
+    u, _ = reference.norm(x, weight, bias, sigma, SEED, *Draw(), kind, 1e-3, 0.0, None)
+    if kind == "layer":
+        want = torch.nn.functional.layer_norm(x, (10,), weight, bias, 1e-3)
+    else:
+        want = torch.nn.functional.rms_norm(x, (10,), weight, 1e-3)
     torch.testing.assert_close(u, want, rtol=1e-12, atol=1e-12)
 
 
@@ -125,17 +112,12 @@ def calls(kind, log_variance=False, dtype=torch.float64):
     where = dict(row0=5, col0=2, sample=1, log_variance=log_variance)
     sigma = scale(10, log_variance, torch.float64 if dtype is torch.float64 else torch.float32)
     if kind in ("layer", "rms"):
-        tensors = (
-            randn(2, 3, 10, dtype=dtype),
-            randn(10, dtype=dtype),
-            randn(10, seed=1, dtype=dtype),
-            sigma,
-        )
+        weights = randn(10, dtype=dtype), randn(10, seed=1, dtype=dtype)
+        tensors = (randn(2, 3, 10, dtype=dtype), *weights, sigma)
+        how = dict(kind=kind, eps=1e-3, offset=1.0)
 
         def run(x, weight, bias, sigma):
-            return producers.norm(
-                x, weight, bias, sigma, SEED, kind=kind, eps=1e-3, offset=1.0, **where
-            )
+            return producers.norm(x, weight, bias, sigma, SEED, **how, **where)
 
         def plain(x, weight, bias):
             if kind == "layer":
@@ -169,16 +151,8 @@ KINDS = ["layer", "rms", *ACTIVATIONS, "gated silu", "gated gelu", "gated gelu_t
 def test_producer_is_perturb_behind_the_plain_function(kind, log_variance):
     run, plain, tensors = calls(kind, log_variance)
     dim = -1 if kind in ("layer", "rms") else 1
-    want = functional.perturb(
-        plain(*tensors[:-1]),
-        tensors[-1],
-        SEED,
-        dim=dim,
-        row0=5,
-        col0=2,
-        sample=1,
-        log_variance=log_variance,
-    )
+    where = dict(row0=5, col0=2, sample=1, log_variance=log_variance)
+    want = functional.perturb(plain(*tensors[:-1]), tensors[-1], SEED, dim=dim, **where)
     torch.testing.assert_close(run(*tensors), want, rtol=1e-9, atol=1e-9)
 
 
@@ -191,30 +165,28 @@ def test_producer_gradcheck_and_gradgradcheck(kind, log_variance):
     assert gradcheck(run, tensors) and (log_variance or gradgradcheck(run, tensors))
 
 
+X = torch.ones(2, 8)
+
+
 @pytest.mark.parametrize(
-    "change, error, match",
+    "change, match",
     [
-        (dict(kind="batch"), ValueError, "kind: expected one of"),
-        (
-            dict(sigma=torch.ones(7)),
-            ValueError,
-            r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)",
-        ),
+        (dict(kind="batch"), "kind: expected one of"),
+        (dict(sigma=torch.ones(7)), r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
     ],
 )
-@pytest.mark.parametrize("name", ["norm", "activate", "gate"])
-def test_producer_names_what_is_wrong(name, change, error, match):
-    arguments = (
-        dict(kind="layer" if name == "norm" else "silu", sigma=torch.ones(8), seed=SEED) | change
-    )
-    x = torch.ones(2, 8)
-    with pytest.raises(error, match=match):
-        if name == "norm":
-            producers.norm(x, None, None, **arguments, eps=1e-5)
-        elif name == "activate":
-            producers.activate(x, **arguments)
-        else:
-            producers.gate(x, x, **arguments)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda kind="layer", **a: producers.norm(X, None, None, **a, kind=kind, eps=1e-5),
+        lambda kind="silu", **a: producers.activate(X, **a, kind=kind),
+        lambda kind="silu", **a: producers.gate(X, X, **a, kind=kind),
+    ],
+    ids=["norm", "activate", "gate"],
+)
+def test_producer_names_what_is_wrong(call, change, match):
+    with pytest.raises(ValueError, match=match):
+        call(**(dict(sigma=torch.ones(8), seed=SEED) | change))
 
 
 # ---- the kernels ---------------------------------------------------------------------------------
@@ -224,20 +196,8 @@ EPS = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12, torc
 Z_ERROR = 4e-6  # the contract's tolerance on z
 # One lane, one group, rows that a tile holds several of, whole tiles, a row of several tiles,
 # primes, empty.
-SHAPES = [
-    (1, 1),
-    (3, 8),
-    (5, 64),
-    (37, 129),
-    (9, 768),
-    (3, 2048),
-    (70, 192),
-    (2, 3, 40),
-    (7,),
-    (0, 8),
-    (4, 0),
-    (2, 1031),
-]
+SHAPES = [(1, 1), (3, 8), (5, 64), (37, 129), (9, 768), (3, 2048), (70, 192), (2, 3, 40), (7,)]
+SHAPES += [(0, 8), (4, 0), (2, 1031)]
 DRAWS = [
     Draw(),
     Draw(row0=2**33 + 7, col0=24, sample=2, factor=0.5),
@@ -245,17 +205,17 @@ DRAWS = [
 ]
 
 
+def assert_within(got, exact, bound):
+    assert got.shape == exact.shape
+    beyond = (got.double() - exact).abs() - bound
+    assert (beyond <= 0).all(), beyond.max()
+
+
 def close(got, exact, tolerance, rounding):
     """Within one rounding to got's type of what is within `tolerance` of `exact`."""
-    assert got.shape == exact.shape and torch.isfinite(got).all()
-    bound = (
-        rounding * 2 * EPS[got.dtype] * exact.abs()
-        + tolerance
-        + 6e-8 * (got.dtype is torch.float16)
-    )
-    assert ((got.double() - exact).abs() <= bound).all(), (
-        (got.double() - exact).abs() - bound
-    ).max()
+    assert torch.isfinite(got).all()
+    places = 2 * rounding * EPS[got.dtype] * exact.abs()
+    assert_within(got, exact, places + tolerance + 6e-8 * (got.dtype is torch.float16))
 
 
 def error(dtype):
@@ -264,15 +224,8 @@ def error(dtype):
 
 
 def assert_sum_close(got, exact, rows, dtype, size=4.0):
-    assert got.shape == exact.shape
-    bound = (
-        (error(dtype) * size + Z_ERROR) * (rows + 1) ** 0.5
-        + 2 * EPS[got.dtype] * exact.abs()
-        + 2e-6 * exact.abs()
-    )
-    assert ((got.double() - exact).abs() <= bound).all(), (
-        (got.double() - exact).abs() - bound
-    ).max()
+    terms = (error(dtype) * size + Z_ERROR) * (rows + 1) ** 0.5
+    assert_within(got, exact, terms + (2 * EPS[got.dtype] + 2e-6) * exact.abs())
 
 
 # Every shape in two types; every draw and type at few shapes.
@@ -280,12 +233,7 @@ def assert_sum_close(got, exact, rows, dtype, size=4.0):
     "shape, draw, dtype",
     [
         *((shape, DRAWS[i % 3], dtype) for i, shape in enumerate(SHAPES) for dtype in DTYPES[:2]),
-        *(
-            (shape, draw, dtype)
-            for shape in ((5, 64), (7, 129))
-            for draw in DRAWS
-            for dtype in DTYPES
-        ),
+        *itertools.product(((5, 64), (7, 129)), DRAWS, DTYPES),
     ],
 )
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -314,19 +262,17 @@ def test_norm_without_weight_and_bias_and_sigma(capability):
     x, du = randn(70, 192, dtype=torch.float32), randn(70, 192, seed=1, dtype=torch.float32)
     sigma = scale(192)
     for weight, bias in ((None, None), (scale(192), None), (None, scale(192))):
-        u, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 1.0, None)
-        want, _ = reference.norm(
-            x.double(), weight, bias, sigma, SEED, *Draw(), "layer", 1e-5, 1.0, None
-        )
+        how = "layer", 1e-5, 1.0, None
+        u, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), *how)
+        want, _ = reference.norm(x.double(), weight, bias, sigma, SEED, *Draw(), *how)
         torch.testing.assert_close(u.double(), want, rtol=1e-5, atol=1e-5)
-        dx, dweight, dbias, dsigma = backward(
-            "norm_bwd", du, x, stats, weight, bias, None, SEED, Draw(), "layer", 1.0
+        without, full = (
+            backward("norm_bwd", du, x, stats, weight, bias, s, SEED, Draw(), "layer", 1.0)
+            for s in (None, sigma)
         )
-        full = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 1.0)
-        assert dsigma.numel() == 0 and (dweight.numel(), dbias.numel()) == tuple(
-            192 * (t is not None) for t in (weight, bias)
-        )
-        assert all(torch.equal(a, b) for a, b in zip((dx, dweight, dbias), full))
+        sizes = [0 if t is None else 192 for t in (weight, bias)]
+        assert [t.numel() for t in without[1:]] == [*sizes, 0]
+        assert all(torch.equal(a, b) for a, b in zip(without[:3], full))
 
 
 CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
@@ -342,16 +288,12 @@ CHANNELS = [((2, 13, 5, 3), 1), ((2, 16, 12, 12), 1), ((9, 31), 0)]
             for dtype in DTYPES[:2]
         ),
         *(
-            (kind, (5, 64), -1, DRAWS[i % 3], dtype)
+            (kind, shape, dim, DRAWS[i % 3], dtype)
+            for shape, dim in (((5, 64), -1), ((2, 13, 5, 3), 1))
             for i, kind in enumerate(ACTIVATIONS)
             for dtype in DTYPES
         ),
         *((kind, (20, 768), -1, Draw(), dtype) for kind in ACTIVATIONS for dtype in DTYPES[:2]),
-        *(
-            (kind, (2, 13, 5, 3), 1, DRAWS[i % 3], dtype)
-            for i, kind in enumerate(ACTIVATIONS)
-            for dtype in DTYPES
-        ),
     ],
 )
 def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
@@ -367,16 +309,13 @@ def test_activations_and_gates_match_reference(kind, shape, dim, draw, dtype):
     exact = reference.gate(a.double(), b.double(), sigma, SEED, *draw, kind, None)
     close(u, exact, error(dtype) * (1 + exact.abs()) * (1 + b.double().abs()) + Z_ERROR, 1)
     dx, dsigma = backward("activate_bwd", du, a, sigma, SEED, draw, kind)
-    want, want_dsigma = reference.activate_bwd(
-        du.double(), a.double(), sigma.double(), SEED, *draw, kind
-    )
-    close(dx, want, 4 * error(dtype) * (1 + du.double().abs()), 1)
+    wide = [t.double() for t in (du, a, b)]
+    want, want_dsigma = reference.activate_bwd(*wide[:2], sigma.double(), SEED, *draw, kind)
+    close(dx, want, 4 * error(dtype) * (1 + wide[0].abs()), 1)
     assert_sum_close(dsigma, want_dsigma.double(), rows, dtype)
     da, db, again = backward("gate_bwd", du, a, b, sigma, SEED, draw, kind)
-    want_da, want_db, _ = reference.gate_bwd(
-        du.double(), a.double(), b.double(), sigma, SEED, *draw, kind
-    )
-    size = (1 + du.double().abs()) * (1 + b.double().abs()) * (1 + a.double().abs())
+    want_da, want_db, _ = reference.gate_bwd(*wide, sigma, SEED, *draw, kind)
+    size = (1 + wide[0].abs()) * (1 + wide[1].abs()) * (1 + wide[2].abs())
     close(da, want_da, 4 * error(dtype) * size, 1)
     close(db, want_db, 4 * error(dtype) * size, 1)
     assert torch.equal(again, dsigma) and dsigma.dtype == sigma.dtype
@@ -393,11 +332,8 @@ def everything(shape, dtype=torch.float32, transform=lambda t: t):
     sigma, weight, bias = scale(k), randn(k).to(dtype), randn(k, seed=1).to(dtype)
     for kind in ("layer", "rms"):
         u, stats = norm.norm(x, weight, bias, sigma, SEED, draw, kind, 1e-5, 0.0, None)
-        yield from (
-            u,
-            stats,
-            *backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0),
-        )
+        yield from (u, stats)
+        yield from backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, draw, kind, 0.0)
     # float64 calls the library's exp
     for kind in ("gelu", "silu") if dtype is not torch.float64 else ("relu",):
         yield gate.gate(x, None, sigma, SEED, draw, kind, None)
@@ -447,33 +383,19 @@ def test_norm_sums_over_the_stated_blocks_of_rows(capability, rows, dtype):
 def test_norm_sums_no_worse_than_torch():
     """Twice the error of the same sums in plain PyTorch, + 1e-6 a root of a row."""
     x, du = randn(6000, 40, dtype=torch.float32), randn(6000, 40, seed=1, dtype=torch.float32)
-    weight, bias, sigma = (
-        randn(40, dtype=torch.float32),
-        randn(40, seed=1, dtype=torch.float32),
-        scale(40),
-    )
+    weight, bias = (randn(40, seed=i, dtype=torch.float32) for i in range(2))
+    sigma, how = scale(40), ("layer", 0.0)
     _, stats = norm.norm(x, weight, bias, sigma, SEED, Draw(), "layer", 1e-5, 0.0, None)
-    got = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, Draw(), "layer", 0.0)
-    exact = reference.norm_bwd(
-        du.double(),
-        x.double(),
-        stats,
-        weight.double(),
-        bias.double(),
-        sigma.double(),
-        SEED,
-        *Draw(),
-        "layer",
-        0.0,
-    )
+    got = backward("norm_bwd", du, x, stats, weight, bias, sigma, SEED, Draw(), *how)
+    wide = (t.double() for t in (weight, bias, sigma))
+    exact = reference.norm_bwd(du.double(), x.double(), stats, *wide, SEED, *Draw(), *how)
     _, mean, rstd = torch.native_layer_norm(x, (40,), weight, bias, 1e-5)
     plain = torch.ops.aten.native_layer_norm_backward(
         du, x, (40,), mean, rstd, weight, bias, [True] * 3
     )
-    for i in range(3):
-        assert (got[i] - exact[i]).abs().max() <= 2 * (
-            plain[i] - exact[i]
-        ).abs().max() + 1e-6 * 6000**0.5
+    for ours, torchs, want in list(zip(got, plain, exact))[:3]:
+        least = 1e-6 * 6000**0.5
+        assert (ours - want).abs().max() <= 2 * (torchs - want).abs().max() + least
 
 
 @pytest.mark.parametrize("capability", OFFERED)
@@ -547,9 +469,8 @@ def test_producer_operations_pass_opcheck(namespace, op):
     overload = getattr(getattr(torch.ops, namespace), op).default
     for name, arguments in examples():
         if name == op:
-            torch.library.opcheck(
-                overload, arguments, test_utils=("test_schema", "test_faketensor")
-            )
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(overload, arguments, test_utils=tests)
 
 
 # ---- the law: u is P of an f(x) that was not rounded ---------------------------------------------
@@ -568,9 +489,8 @@ def test_producer_draws_what_perturb_draws_to_the_bit(shape, dim, dtype):
         k = shape[-1]
         zero, bias = torch.zeros(k, dtype=dtype), randn(k, dtype=dtype)
         want = functional.perturb(bias.expand(shape).contiguous(), sigma, SEED, **where)
-        assert torch.equal(
-            producers.norm(x, zero, bias, sigma, SEED, kind="layer", eps=1e-5, **where), want
-        )
+        got = producers.norm(x, zero, bias, sigma, SEED, kind="layer", eps=1e-5, **where)
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -612,13 +532,11 @@ def test_producer_in_torch_func(kind):
     tangents = [randn(*t.shape, seed=7) for t in tensors]
     _, got = torch.func.jvp(run, tensors, tuple(tangents))
     step = 1e-6
-    ahead, behind = (
-        run(*(t + sign * d for t, d in zip(tensors, tangents))) for sign in (step, -step)
-    )
+    ahead = run(*(t + step * d for t, d in zip(tensors, tangents)))
+    behind = run(*(t - step * d for t, d in zip(tensors, tangents)))
     torch.testing.assert_close(got, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
-    grads = torch.func.grad(lambda *t: run(*t).sin().sum(), argnums=tuple(range(len(tensors))))(
-        *tensors
-    )
+    every = tuple(range(len(tensors)))
+    grads = torch.func.grad(lambda *t: run(*t).sin().sum(), argnums=every)(*tensors)
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.testing.assert_close(grads, torch.autograd.grad(run(*leaves).sin().sum(), leaves))
 
@@ -646,6 +564,5 @@ def test_producer_under_autocast_rounds_once_to_its_type():
     x, sigma = randn(4, 16, dtype=torch.float32), scale(16)
     with torch.autocast("cpu", torch.bfloat16):
         u = producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5)
-    assert torch.equal(
-        u, producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5).bfloat16()
-    )
+    want = producers.norm(x, None, None, sigma, SEED, kind="layer", eps=1e-5)
+    assert torch.equal(u, want.bfloat16())
