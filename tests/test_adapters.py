@@ -51,18 +51,10 @@ OPTIONS = {
 }
 # What puts no layer around a linear one: prompts, and XLORA and SHADOW, which need a transformers
 # model.
-NO_LAYER = {
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-    "CPT",
-    "MULTITASK_PROMPT_TUNING",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "P_TUNING",
-    "SHADOW",
-    "XLORA",
-}
-KINDS = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
+NO_LAYER = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING"}
+NO_LAYER |= {"PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA"}
+CONFIGS = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+KINDS = sorted(CONFIGS)
 LAYERED = [kind for kind in KINDS if kind not in NO_LAYER]
 VARIANTS = {
     "DoRA": ("LORA", {"use_dora": True}),
@@ -87,10 +79,8 @@ class Net(nn.Module):
 
 def adapted(kind, options, net=None, targets=("q",)):
     torch.manual_seed(0)
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[
-        next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)
-    ]
-    model = peft.get_peft_model(net or Net(), config(target_modules=list(targets), **options))
+    config = CONFIGS[kind](target_modules=list(targets), **options)
+    model = peft.get_peft_model(net or Net(), config)
     with torch.no_grad():  # away from the start, where many adapters do nothing
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -110,13 +100,8 @@ def converted(model, **options):
 
 def is_whole(layer, x, **options):
     """Whether what the layer draws is itself on x + sigma z."""
-    u = dip.functional.perturb(
-        x,
-        layer.log_variance,
-        torch.tensor([2, layer.number]),
-        log_variance=True,
-        dim=layer.feature_dim,
-    )
+    seed, where = torch.tensor([2, layer.number]), {"dim": layer.feature_dim}
+    u = dip.functional.perturb(x, layer.log_variance, seed, log_variance=True, **where)
     with torch.no_grad():
         with dip.noise_off():
             clean, want = layer(x, **options), layer(u, **options)
@@ -132,9 +117,8 @@ def test_every_kind_of_adapter_is_noised_as_a_whole(name):
     model = converted(adapted(kind, options))
     layer, x = the_adapter(model), torch.randn(16, 2, 32)
     assert isinstance(layer, DIPLayer)
-    assert [n for n in dip_layers(model) if ".q" in n] == [
-        "base_model.model.q"
-    ]  # and nothing inside it
+    noised = [n for n in dip_layers(model) if ".q" in n]
+    assert noised == ["base_model.model.q"]  # and nothing inside it
     task = {"task_ids": torch.zeros(16, dtype=torch.long)} if kind == "POLY" else {}
     assert is_whole(layer.eval(), x, **task)
     layer.train()(x, **task).square().sum().backward()
@@ -224,13 +208,9 @@ def test_adapters_over_norms_and_embeddings_are_left_alone():
     assert list(dip_layers(model)) == ["base_model.model.q", "base_model.model.head"]
     net = nn.Sequential(nn.Embedding(9, 32), nn.Linear(32, 32))
     for kind in ("LORA", "HIRA", "TRAINABLE_TOKENS", "OFT"):
+        options = {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {}
         try:
-            model = adapted(
-                kind,
-                {"token_indices": [1]} if kind == "TRAINABLE_TOKENS" else {},
-                copy.deepcopy(net),
-                ["0"],
-            )
+            model = adapted(kind, options, copy.deepcopy(net), ["0"])
         except (ValueError, TypeError) as error:
             assert "support" in str(error)
             continue
@@ -249,17 +229,13 @@ class Experts(nn.Module):
 def test_adapters_of_bare_parameters_are_named_and_can_be_noised_by_name():
     net = nn.ModuleDict({"experts": Experts(), "head": nn.Linear(32, 4)})
     net.forward = lambda x: net["head"](net["experts"](x))
-    model = peft.get_peft_model(
-        net, peft.LoraConfig(target_modules=[], target_parameters=["experts.up"], r=2)
-    )
-    with pytest.warns(
-        dip.DIPConversionWarning, match=r"experts \(ParamWrapper\): an adapter over Experts"
-    ):
+    config = peft.LoraConfig(target_modules=[], target_parameters=["experts.up"], r=2)
+    model = peft.get_peft_model(net, config)
+    said = r"experts \(ParamWrapper\): an adapter over Experts"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(copy.deepcopy(model))
-    layer = the_adapter(model)
-    dip.convert(
-        model, 0.25, before=["*.experts"], batches=[torch.randn(3, 32)], exclude=["*.base_layer"]
-    )
+    layer, by_name = the_adapter(model), {"before": ["*.experts"], "exclude": ["*.base_layer"]}
+    dip.convert(model, 0.25, **by_name, batches=[torch.randn(3, 32)])
     assert isinstance(layer, DIPLayer) and is_whole(layer.eval(), torch.randn(8, 32))
 
 
@@ -276,10 +252,8 @@ PROMPTS = {
 
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_prompts_leave_every_layer_noised_their_own_encoders_too(kind):
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[
-        next(k for k in PEFT_TYPE_TO_CONFIG_MAPPING if k.value == kind)
-    ]
-    model = converted(peft.get_peft_model(llama(), config(task_type="CAUSAL_LM", **PROMPTS[kind])))
+    config = CONFIGS[kind](task_type="CAUSAL_LM", **PROMPTS[kind])
+    model = converted(peft.get_peft_model(llama(), config))
     ids = torch.randint(32, (2, 6))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     report = dip.check(model, batch)
@@ -291,13 +265,11 @@ def test_xlora_which_replaces_forwards_is_named(tmp_path):
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
         peft.get_peft_model(llama(), config).save_pretrained(tmp_path / name)
     adapters = {name: str(tmp_path / name) for name in ("0", "1")}
-    config = peft.XLoraConfig(
-        task_type="CAUSAL_LM", hidden_size=16, xlora_depth=1, adapters=adapters
-    )
+    sizes = {"hidden_size": 16, "xlora_depth": 1}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **sizes)
     model = peft.get_peft_model(llama(use_cache=False), config)
-    with pytest.warns(
-        dip.DIPConversionWarning, match=r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"
-    ):
+    said = r"(?s)1 module.*q_proj \(Linear\): its forward was replaced"
+    with pytest.warns(dip.DIPConversionWarning, match=said):
         dip.convert(model)
     assert not any("q_proj" in name for name in dip_layers(model))
 

@@ -24,12 +24,8 @@ class Module(lightning.LightningModule):
     def __init__(self, groups=True, answer="tensor"):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.groups, self.answer = (
-            nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)),
-            groups,
-            answer,
-        )
-        self.losses = []
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.groups, self.answer, self.losses = groups, answer, []
 
     def forward(self, x):
         return self.net(x)
@@ -47,22 +43,20 @@ class Module(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
 
 
-QUIET = {
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-    "logger": False,
-}
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+QUIET |= {"enable_checkpointing": False, "accelerator": "cpu"}
 
 
-def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, shuffle=False, **options):
-    module = module or Module()
-    given = {"max_steps": 4, "accelerator": "cpu", "default_root_dir": folder}
-    callback = callback or DIPCallback(CONFIG)
-    trainer = lightning.Trainer(callbacks=callback, **{**QUIET, **given, **options})
-    trainer.fit(
-        module, DataLoader(TensorDataset(X, Y), batch, shuffle=shuffle), ckpt_path=ckpt_path
-    )
+def trainer_of(folder, callbacks, **options):
+    options = {**QUIET, "default_root_dir": folder, **options}
+    return lightning.Trainer(callbacks=callbacks, **options)
+
+
+def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, data=None, **options):
+    module = Module() if module is None else module
+    data = DataLoader(TensorDataset(X, Y), batch) if data is None else data
+    trainer = trainer_of(folder, callback or DIPCallback(CONFIG), **{"max_steps": 4, **options})
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer, module
 
 
@@ -99,10 +93,9 @@ def test_the_loss_is_the_objective_written_by_hand(config, answer, tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
-    _, small = fitted(
-        tmp_path, batch=4, accumulate_grad_batches=2, callback=DIPCallback(CONFIG, [X])
-    )
-    _, big = fitted(tmp_path, callback=DIPCallback(CONFIG, [X]))
+    callback = DIPCallback(CONFIG, [X])
+    _, small = fitted(tmp_path, batch=4, accumulate_grad_batches=2, callback=callback)
+    _, big = fitted(tmp_path, callback=callback)
     same(small, big, rtol=1e-4, atol=1e-5)
 
 
@@ -117,12 +110,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     _, again = fitted(tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
     assert len(whole.losses) == 12 and again.losses == whole.losses[4:]
     same(again, whole)
+    other = DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0))
     with pytest.warns(UserWarning, match=r"trained by another config: {'kl': \(0.4, 1.0\)}"):
-        fitted(
-            tmp_path,
-            callback=DIPCallback(dip.DIPConfig(ratio=0.5, kl=1.0)),
-            ckpt_path=tmp_path / "epoch=0.ckpt",
-        )
+        fitted(tmp_path, callback=other, ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
 def test_a_checkpoint_loads_in_a_new_module_with_its_config(tmp_path):
@@ -148,9 +138,8 @@ def test_sigma_is_logged_by_the_trainers_logger(tmp_path):
     _, module = fitted(tmp_path, logger=logger, log_every_n_steps=2)
     events = EventAccumulator(logger.log_dir).Reload()
     assert {"dip/sigma", "dip/share", "dip/kl", "dip/sigma/net"} <= set(events.Tags()["scalars"])
-    assert events.Scalars("dip/sigma")[-1].value == pytest.approx(
-        dip.metrics(module)["dip/sigma"], rel=1e-6
-    )
+    want = dip.metrics(module)["dip/sigma"]
+    assert events.Scalars("dip/sigma")[-1].value == pytest.approx(want, rel=1e-6)
 
 
 class NoForward(Module):
@@ -166,37 +155,32 @@ class Manual(Module):
         self.automatic_optimization = False
 
 
+def ungrouped():
+    return Module(groups=False)
+
+
+def converted():
+    return dip.convert(Module())
+
+
+SMOOTH, AVERAGING = dip.DIPConfig(lambda_s=0.1), dip.DIPConfig(k=4)
+
+
 @pytest.mark.parametrize(
-    "make, callback, message",
+    "make, config, message",
     [
-        (
-            Module,
-            lambda: DIPCallback(dip.DIPConfig(lambda_s=0.1)),
-            "config: expected lambda_s=0 and k=0",
-        ),
-        (Module, lambda: DIPCallback(dip.DIPConfig(k=4)), "config: expected lambda_s=0 and k=0"),
-        (Module, lambda: DIPCallback(), "config: expected a DIPConfig, or a module"),
-        (Manual, lambda: DIPCallback(CONFIG), "expected automatic optimisation"),
-        (
-            NoForward,
-            lambda: DIPCallback(CONFIG),
-            "batches: expected some, because the module has no forward",
-        ),
-        (
-            lambda: Module(groups=False),
-            lambda: DIPCallback(CONFIG),
-            r"optimizer: .*decays 2 variance.*configure_optimizers",
-        ),
-        (
-            lambda: dip.convert(Module()),
-            lambda: DIPCallback(CONFIG),
-            "expected a plain model beside config",
-        ),
+        (Module, SMOOTH, "config: expected lambda_s=0 and k=0"),
+        (Module, AVERAGING, "config: expected lambda_s=0 and k=0"),
+        (Module, None, "config: expected a DIPConfig, or a module"),
+        (Manual, CONFIG, "expected automatic optimisation"),
+        (NoForward, CONFIG, "batches: expected some, because the module has no forward"),
+        (ungrouped, CONFIG, r"optimizer: .*decays 2 variance.*configure_optimizers"),
+        (converted, CONFIG, "expected a plain model beside config"),
     ],
 )
-def test_what_it_cannot_do_is_refused(make, callback, message, tmp_path):
+def test_what_it_cannot_do_is_refused(make, config, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        fitted(tmp_path, make(), callback())
+        fitted(tmp_path, make(), DIPCallback(config))
 
 
 def test_strategies_that_shard_are_refused(tmp_path):
@@ -243,15 +227,12 @@ def test_a_checkpoint_is_tested_in_a_new_module_by_a_new_trainer(tmp_path):
 
     trainer, module = fitted(tmp_path)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    options = {"accelerator": "cpu", "default_root_dir": tmp_path}
-    fresh = lightning.Trainer(callbacks=DIPCallback(CONFIG), **options, **QUIET)
-    (found,) = fresh.test(
-        Tested(), DataLoader(TensorDataset(X, Y), 32), ckpt_path=tmp_path / "a.ckpt", verbose=False
-    )
+    fresh, data = trainer_of(tmp_path, DIPCallback(CONFIG)), DataLoader(TensorDataset(X, Y), 32)
+    (found,) = fresh.test(Tested(), data, ckpt_path=tmp_path / "a.ckpt", verbose=False)
     want = F.cross_entropy(module.eval()(X), Y).item()
     assert found["loss"] == pytest.approx(want, rel=1e-5)
     plain = Tested()
-    fresh.test(plain, DataLoader(TensorDataset(X, Y), 32), verbose=False)
+    fresh.test(plain, data, verbose=False)
     assert not dip_layers(plain)  # so that it is calibrated where it is trained afterwards
 
 
@@ -273,9 +254,7 @@ def test_a_module_that_another_fit_has_converted_is_calibrated_all_the_same(
 
     module = Tuned()
     loader = DataLoader(TensorDataset(X, Y), 8)
-    trainer = lightning.Trainer(
-        callbacks=DIPCallback(CONFIG), accelerator="cpu", default_root_dir=tmp_path, **QUIET
-    )
+    trainer = trainer_of(tmp_path, DIPCallback(CONFIG))
     if interrupted_by == "a tuner":  # trains, then loads what it wrote before
         lightning.pytorch.tuner.Tuner(trainer).lr_find(module, loader, num_training=4)
     else:
@@ -317,11 +296,7 @@ def test_layers_that_configure_model_makes_are_converted(tmp_path):
 
 def test_a_compiled_module_trains_the_same_and_stays_compiled(tmp_path):
     module = Module()
-    compiled = torch.compile(module, backend="eager")
-    trainer = lightning.Trainer(
-        callbacks=DIPCallback(CONFIG), accelerator="cpu", max_steps=4, **QUIET
-    )
-    trainer.fit(compiled, DataLoader(TensorDataset(X, Y), 8))
+    fitted(tmp_path, torch.compile(module, backend="eager"))
     assert module.losses == pytest.approx(fitted(tmp_path)[1].losses, rel=1e-5)
     assert "training_step" in vars(module)
 
@@ -349,22 +324,16 @@ def test_lists_of_a_batch_are_repeated_with_its_tensors(tmp_path):
         xs, ys = zip(*examples)
         return {"x": torch.stack(xs), "labels": list(ys)}
 
-    def fit(data):
-        module = Lists()
-        options = {"accelerator": "cpu", "max_steps": 4, "default_root_dir": tmp_path}
-        callback = DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X])
-        lightning.Trainer(callbacks=callback, **options, **QUIET).fit(module, data)
-        return module.losses
-
-    assert fit(DataLoader(Named(), 8, collate_fn=collate)) == pytest.approx(
-        fitted(tmp_path, callback=DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X]))[1].losses,
-        rel=1e-5,
-    )
+    callback = DIPCallback(dip.DIPConfig(ratio=0.5, m=3), [X])
+    lists = DataLoader(Named(), 8, collate_fn=collate)
+    _, module = fitted(tmp_path, Lists(), callback, data=lists)
+    _, of_tensors = fitted(tmp_path, callback=callback)
+    assert module.losses == pytest.approx(of_tensors.losses, rel=1e-5)
     from lightning.pytorch.utilities import CombinedLoader
 
     both = CombinedLoader({"x": DataLoader(X, 8), "labels": DataLoader(Y, 4)}, mode="min_size")
     with pytest.raises(ValueError, match="m: expected 1, because not all tensors"):
-        fit(both)
+        fitted(tmp_path, Lists(), callback, data=both)
 
 
 def check_train(rank, world, folder):
@@ -372,19 +341,12 @@ def check_train(rank, world, folder):
     from lightning.pytorch.strategies import DDPStrategy
 
     strategy = DDPStrategy(process_group_backend="gloo", cluster_environment=LightningEnvironment())
-    options = {
-        "max_steps": 2,
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "use_distributed_sampler": False,
-    }
-    trainer = lightning.Trainer(
-        callbacks=DIPCallback(CONFIG), strategy=strategy, devices=world, **options, **QUIET
-    )
-    data, module = TensorDataset(X, Y), Module()
+    options = {"max_steps": 2, "devices": world, "use_distributed_sampler": False}
+    data = TensorDataset(X, Y)
     # rank 0 has the even examples
     sampler = torch.utils.data.DistributedSampler(data, world, rank, shuffle=False)
-    trainer.fit(module, DataLoader(data, 8, sampler=sampler))
+    loader = DataLoader(data, 8, sampler=sampler)
+    trainer, module = fitted(folder, data=loader, strategy=strategy, **options)
     dip.check_ranks(module)
     return trainer.world_size, {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -396,10 +358,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     # One process with the same examples in the same places.
     order = [2 * i + rank + 16 * step for step in range(2) for rank in range(2) for i in range(8)]
-    module = Module()
-    options = {"max_steps": 2, "accelerator": "cpu", "default_root_dir": tmp_path}
-    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X[0::2]]), **options, **QUIET)
-    trainer.fit(module, DataLoader(TensorDataset(X[order], Y[order]), 16))
+    data = DataLoader(TensorDataset(X[order], Y[order]), 16)
+    _, module = fitted(tmp_path, None, DIPCallback(CONFIG, [X[0::2]]), data=data, max_steps=2)
     for name, value in module.state_dict().items():
         torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
 
@@ -413,27 +373,19 @@ def test_batches_of_any_size_have_noise_of_their_own(tmp_path):
             rows.extend(range(first, first + len(batch[0])))
             return super().training_step(batch)
 
-    options = {"max_epochs": 1, "accumulate_grad_batches": 4, "default_root_dir": tmp_path}
-    trainer = lightning.Trainer(
-        callbacks=DIPCallback(CONFIG, [X]), accelerator="cpu", **options, **QUIET
-    )
     parts = [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9], [10]]
-    trainer.fit(Counting(), DataLoader(TensorDataset(X, Y), batch_sampler=parts))
+    data = DataLoader(TensorDataset(X, Y), batch_sampler=parts)
+    options = {"max_steps": -1, "max_epochs": 1, "accumulate_grad_batches": 4}
+    fitted(tmp_path, Counting(), DIPCallback(CONFIG, [X]), data=data, **options)
     assert len(rows) == len(set(rows)) == 11 * CONFIG.m
 
 
 def test_micro_batches_have_noise_of_their_own_when_the_last_is_small(tmp_path):
     """10 examples in micro-batches of 4, 4 and 2: the noise is that of the examples' places among
     10."""
-    module = Module()
-    options = {
-        "max_epochs": 1,
-        "accumulate_grad_batches": 3,
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-    }
-    trainer = lightning.Trainer(callbacks=DIPCallback(CONFIG, [X]), **options, **QUIET)
-    trainer.fit(module, DataLoader(TensorDataset(X[:10], Y[:10]), 4))
+    data = DataLoader(TensorDataset(X[:10], Y[:10]), 4)
+    options = {"max_steps": -1, "max_epochs": 1, "accumulate_grad_batches": 3}
+    _, module = fitted(tmp_path, None, DIPCallback(CONFIG, [X]), data=data, **options)
     hand = dip.apply(Module(), CONFIG, [X])
     for i, (x, y) in enumerate(zip(X[:10].split(4), Y[:10].split(4))):
         with CONFIG.noise(0, row0=4 * i * CONFIG.m):

@@ -179,15 +179,9 @@ print("end")
 
 
 def run(script, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, **environment},
-    )
-    return done
+    options = {"cwd": ROOT, "env": {**os.environ, **environment}, "timeout": 900}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -207,10 +201,7 @@ def test_interpreter_shuts_down_while_a_thread_runs():
     """A thread inside kernels when the main one ends, and a context that was never left: exit
     status 0 and not a word."""
     done = run(SHUTDOWN)
-    assert done.returncode == 0 and done.stdout == "end\n" and done.stderr == "", (
-        done.returncode,
-        done.stderr[-3000:],
-    )
+    assert (done.returncode, done.stdout, done.stderr[-3000:]) == (0, "end\n", "")
 
 
 def check_loader(context):

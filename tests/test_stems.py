@@ -13,99 +13,46 @@ from dipkernels.ops import expectation, gate, linear, norm, perturb, registry
 
 ROOT = Path(__file__).parent.parent
 STEMS = {
-    "noise": ["csrc/noise.h", "triton_kernels/noise.py", "tests/test_noise.py"],
-    "perturb": [
-        "csrc/cpu/perturb.cpp",
-        "csrc/cuda/perturb.cu",
-        "triton_kernels/perturb.py",
-        "tests/test_perturb.py",
-    ],
-    "linear": [
-        "dipkernels/ops/row_blocks.py",
-        "triton_kernels/linear.py",
-        "tests/test_linear.py",
-        "tests/test_averaging.py",
-    ],
-    "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
-    "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py", "tests/test_producers.py"],
-    "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py", "tests/test_producers.py"],
-    "expectation": [
-        "csrc/cpu/expectation.cpp",
-        "triton_kernels/expectation.py",
-        "tests/test_expectation.py",
-    ],
+    "noise": ["csrc/noise.h", "triton_kernels/noise.py"],
+    "perturb": ["csrc/cpu/perturb.cpp", "csrc/cuda/perturb.cu", "triton_kernels/perturb.py"],
+    "linear": ["dipkernels/ops/row_blocks.py", "triton_kernels/linear.py"],
+    "activate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py"],
+    "gate": ["csrc/cpu/gate.cpp", "triton_kernels/gate.py"],
+    "norm": ["csrc/cpu/norm.cpp", "triton_kernels/norm.py"],
+    "expectation": ["csrc/cpu/expectation.cpp", "triton_kernels/expectation.py"],
 }
+PRODUCERS = ["tests/test_producers.py"]
+TESTS = {"activate": PRODUCERS, "gate": PRODUCERS, "norm": PRODUCERS}
+TESTS["linear"] = ["tests/test_linear.py", "tests/test_averaging.py"]
 # A module may import the ones before it, never one after.
-ORDER = ["arguments", "worlds", "reference", "backends"]
-ORDER += [
-    f"ops.{m}"
-    for m in (
-        "draw",
-        "activations",
-        "pieces",
-        "registry",
-        "dtensor",
-        "perturb",
-        "row_blocks",
-        "linear",
-        "conv",
-    )
-]
-ORDER += [
-    "ops.expectation",
-    "ops.gate",
-    "ops.norm",
-    "functional",
-    "producers",
-    "noise.contexts",
-    "noise.guards",
-    "noise.seeds",
-]
-ORDER += [
-    f"nn.{m}"
-    for m in (
-        "decay",
-        "variance",
-        "inputs",
-        "tracing",
-        "layer",
-        "sharing",
-        "linear",
-        "conv",
-        "input",
-        "twin",
-    )
-]
-ORDER += ["nn.norm", "nn.activation"]
-ORDER += ["nn.numbering", "nn.attention", "distributed"]
-ORDER += [
-    f"models.{m}"
-    for m in (
-        "patterns",
-        "convertible",
-        "probe",
-        "choose",
-        "readers",
-        "place",
-        "check",
-        "spreads",
-        "parameters",
-        "summary",
-        "calibrate",
-        "convert",
-    )
-]
-ORDER += [f"training.{m}" for m in ("analytic", "trajectories", "predict", "objective", "certify")]
-ORDER += ["reports", "training.tune", "diagnostics", "config", "testing"]
-ORDER += [
-    f"integrations.{m}" for m in ("parts", "peft", "transformers", "lightning", "accelerate")
-] + ["env_report"]
+ROWS = """
+arguments worlds reference backends
+ops: draw activations pieces registry dtensor perturb row_blocks linear conv expectation gate norm
+functional producers
+noise: contexts guards seeds
+nn: decay variance inputs tracing layer sharing linear conv input twin norm activation numbering
+nn: attention
+distributed
+models: patterns convertible probe choose readers place check spreads parameters summary calibrate
+models: convert
+training: analytic trajectories predict objective certify
+reports
+training: tune
+diagnostics config testing
+integrations: parts peft transformers lightning accelerate
+env_report
+"""
+ORDER = []
+for row in ROWS.split("\n")[1:-1]:
+    room, _, modules = row.rpartition(": ")
+    ORDER += [f"{room}.{module}".lstrip(".") for module in modules.split()]
 ROOMS = ("ops", "noise", "nn", "models", "training", "integrations")
 
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_stems_have_their_files(stem):
-    missing = [path for path in STEMS[stem] if not (ROOT / path).exists()]
+    tests = TESTS.get(stem, [f"tests/test_{stem}.py"])
+    missing = [path for path in STEMS[stem] + tests if not (ROOT / path).exists()]
     assert not missing
 
 
