@@ -90,17 +90,18 @@ class Named(nn.Module):
 )
 def test_a_pattern_that_matches_nothing_is_answered_with_the_names_like_it(pattern, like):
     model = nn.Sequential(nn.ReLU(), Named())
-    with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
-        dip.convert(model, exclude=[pattern])
-    with pytest.raises(ValueError, match=f"match none; names like them: {like}"):
-        dip.apply(model, dip.DIPConfig(include=[pattern], init_variance=0.01))
-    with pytest.raises(ValueError, match=f"before: .* match none; names like them: {like}"):
-        dip.convert(model, before=[pattern], batches=[torch.randn(2, 8)])
+    config = dip.DIPConfig(include=[pattern], init_variance=0.01)
+    calls = {
+        "exclude": lambda: dip.convert(model, exclude=[pattern]),
+        "include": lambda: dip.apply(model, config),
+        "before": lambda: dip.convert(model, before=[pattern], batches=[torch.randn(2, 8)]),
+        "init_variance": lambda: dip.convert(model, {pattern: 0.1, "*": 0.01}),
+    }
     if pattern != "down_proj":  # share compares with a layer's own name too
-        with pytest.raises(ValueError, match=f"share: .* match none; names like them: {like}"):
-            dip.convert(model, share=[(pattern, "*head")])
-    with pytest.raises(ValueError, match=f"init_variance: .* none; names like them: {like}"):
-        dip.convert(model, {pattern: 0.1, "*": 0.01})
+        calls["share"] = lambda: dip.convert(model, share=[(pattern, "*head")])
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: .* match none; names like them: {like}"):
+            call()
     with pytest.raises(ValueError, match=r"match none$"):
         dip.convert(model, exclude=["quite_another"])
 
