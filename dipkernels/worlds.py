@@ -41,6 +41,17 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def unwrapped(x: Tensor) -> Tensor:
+    """x without the wrappers of torch.func; what vmap maps over comes first."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        mapped = functorch.maybe_get_bdim(x)
+        x = functorch.get_unwrapped(x)
+        if mapped >= 0:
+            x = x.movedim(mapped, 0)
+    return x
+
+
 def eager() -> bool:
     """Whether nothing traces and nothing transforms this call."""
     return not (tracing() or transforming())

@@ -205,6 +205,16 @@ def test_gradients_of_zeros_beside_a_weight_that_learns_are_named():
     assert not faults(model)
 
 
+@pytest.mark.parametrize("kl", [0.0, 1.0])
+def test_a_loss_of_derivatives_alone_is_named_where_noise_cancels(kl):
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)))
+    x = X.clone().requires_grad_()
+    (forces,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    (forces.square().mean() + kl * dip.kl_penalty(model)).backward()
+    found = faults(model)
+    assert list(found) == ["2"] and "derivatives of its output alone" in found["2"]
+
+
 @pytest.mark.parametrize("per", ["layer", "feature"])
 @pytest.mark.parametrize("start", [1.0, 0.3])
 def test_the_gradient_of_the_kl_term_hides_no_layer_without_noise(per, start):

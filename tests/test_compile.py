@@ -390,6 +390,14 @@ def test_vmap_honours_its_randomness_argument():
         torch.testing.assert_close(fixed[1], layer(x[1]))
 
 
+def test_hessians_of_a_batch_have_one_noise_for_each_example():
+    model = dip.convert(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)), 0.1)
+    f = torch.func.jacfwd(torch.func.jacrev(lambda x: model(x)[0]), randomness="same")
+    each = torch.vmap(f, randomness="different")(torch.randn(2).expand(3, 2))
+    torch.testing.assert_close(each, each.mT)
+    assert not torch.equal(each[0], each[1])
+
+
 @pytest.mark.parametrize("transform", [True, False])
 def test_parameters_cast_for_a_functional_call_stay_the_callers(transform):
     model = dip.convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), 1.0)

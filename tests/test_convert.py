@@ -521,6 +521,25 @@ def test_calibrate_measures_channels_and_chosen_dimensions():
     torch.testing.assert_close(model[1].variance.sigma, x.std((0, 1, 3), correction=0))
 
 
+@pytest.mark.parametrize("mapped", [0, 1])
+def test_calibrate_measures_what_a_forward_maps_over(mapped):
+    class Mapped(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return torch.vmap(torch.func.jacrev(self.net), in_dims=mapped)(x)
+
+    net, x = (
+        dip.convert(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))),
+        torch.randn(16, 3),
+    )
+    rows = calibrate(net, [x])
+    found = calibrate(Mapped(net), [x.movedim(0, mapped)])
+    assert [row.sigma_mean for row in found] == [row.sigma_mean for row in rows]
+
+
 def _independent(*shape):
     """Examples whose values are uncorrelated and of one spread, exactly."""
     x = torch.randn(shape[0], math.prod(shape[1:]), dtype=torch.float64)

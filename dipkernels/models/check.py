@@ -152,6 +152,11 @@ def _replaced(model: nn.Module) -> dict[str, str]:
 
 # ---- by the gradients that are there -------------------------------------------------------------
 
+_CANCELS = (
+    ", or the loss reads derivatives of its output alone (forces, a gradient penalty), in which the "
+    "noise of a last layer cancels, and with relu that of every layer"
+)
+
 
 def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, str]:
     if all(p.grad is None for p in model.parameters()):
@@ -177,7 +182,7 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
                 faults[name] = (
                     "its variance got a gradient of zeros, or the KL term's alone, and its weight "
                     "got the loss's: it ran without noise (noise_off, or an eval mode inside the "
-                    "step), or its weight is read without calling the layer (a fused loss)"
+                    f"step), or its weight is read without calling the layer (a fused loss){_CANCELS}"
                 )
             elif not called and weight.requires_grad and weight.is_leaf:  # type: ignore[union-attr]
                 faults[name] = "its variance got no gradient of the loss: " + _why_none(
@@ -214,7 +219,7 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
     if learns:
         return (
             "its weight got one, so the weight is read without calling the layer (a fused loss, a "
-            "functional form), or it was called in eval mode only"
+            f"functional form), or it was called in eval mode only{_CANCELS}"
         )
     return "it was not called in training (an expert without examples, LayerDrop), or what it returned does not reach the loss"
 

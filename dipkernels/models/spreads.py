@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import worlds
 from ..nn import inputs
 from ..nn.layer import DIPLayer
 from ..nn.numbering import need_layers
@@ -167,7 +168,7 @@ def measured_spreads(
             raise TypeError(
                 f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
             )
-        x = dtensor.full(x.detach())
+        x = worlds.unwrapped(dtensor.full(x.detach()))
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != layer.variance.num_features:
             inputs.explain(layer, x, layer.log_variance)
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
