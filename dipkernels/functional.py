@@ -199,7 +199,8 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
     Args:
         mu: [..., N], float32, float64, float16 or bfloat16.
-        v: [N], float32 or float64, a variance >= 0 (not checked); where it is 0, y is act(mu).
+        v: [N], float32 or float64, a variance >= 0 (checked on a CPU in eager mode); where it is 0,
+            y is act(mu).
         activation: "relu", "gelu", "gelu_tanh", "silu" or "tanh". relu and gelu are exact; the
             others are within the bounds of docs/maths.md, section 7, whatever mu and v.
 
@@ -214,6 +215,7 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         tensor([[0.3989]])
     """
     check_tensors(mu=mu, v=v)
+    check_sigma(v, "v")
     return _expectation.expected(mu, v, activation)
 
 
@@ -245,15 +247,16 @@ def check_tensors(**values: object) -> None:
             raise TypeError(f"{name}: expected a tensor, got {described(value)}")
 
 
-def check_sigma(sigma: Tensor) -> None:
-    """Raise ValueError for a standard deviation that is none, where its values may be read."""
-    # Reading values would stop a GPU and a tracer; there a negative or NaN sigma is the caller's
+def check_sigma(sigma: Tensor, name: str = "sigma") -> None:
+    """Raise ValueError for a standard deviation or variance that is none, where its values may be
+    read."""
+    # Reading values would stop a GPU and a tracer; there a negative or NaN one is the caller's
     # own. Of a DTensor a rank alone cannot say it for all.
     if sigma.device.type != "cpu" or not worlds.has_values(sigma):
         return
     if not bool((sigma >= 0).all()):
         raise ValueError(
-            f"sigma: expected values >= 0, got a negative or NaN one: {sigma.detach()}"
+            f"{name}: expected values >= 0, got a negative or NaN one: {sigma.detach()}"
         )
 
 

@@ -329,6 +329,7 @@ def test_mixtures_are_the_same_numbers_in_cpp():
             TypeError,
             "v: expected torch.float32 or torch.float64",
         ),
+        ({"v": -torch.ones(8)}, ValueError, "v: expected values >= 0, got a negative or NaN one"),
         ({"mu": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "mu: expected one of"),
     ],
 )

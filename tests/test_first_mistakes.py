@@ -181,6 +181,30 @@ def test_a_filter_that_cannot_be_called_is_named():
         dip.convert(network(), filter="head")
 
 
+def test_a_run_that_cannot_be_called_is_named():
+    with pytest.raises(TypeError, match=r"^run: expected a function of .*, got str$"):
+        dip.tune("a", 100, progress=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dip.calibrate(dip.convert(network()), None),
+        lambda: dip.summary(dip.convert(network()), 3),
+        lambda: dip.convert(network(), place="producer", batches=3),
+    ],
+)
+def test_batches_that_are_none_are_named(call):
+    with pytest.raises(TypeError, match=r"^batches: expected a batch or an iterable"):
+        call()
+
+
+def test_complex_batches_are_refused():
+    model = dip.convert(nn.Linear(8, 4, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="noise is real"):
+        dip.calibrate(model, torch.randn(3, 8, dtype=torch.complex64))
+
+
 ROWS, SIGMA, SEED = torch.ones(3, 4), torch.ones(4), torch.tensor([1, 2])
 
 

@@ -108,6 +108,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def each_batch(batches: Iterable[Any]) -> Iterable[Any]:
     """The batches; of a single one, a tensor or a mapping, a list of one."""
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(
+            f"batches: expected a batch or an iterable of batches, got {described(batches)}"
+        )
     return [batches] if isinstance(batches, (Tensor, Mapping)) else batches
 
 

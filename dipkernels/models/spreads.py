@@ -169,7 +169,8 @@ def measured_spreads(
                 f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
             )
         x = worlds.unwrapped(dtensor.full(x.detach()))
-        if not -x.ndim <= dim < x.ndim or x.shape[dim] != layer.variance.num_features:
+        fits = -x.ndim <= dim < x.ndim and x.shape[dim] == layer.variance.num_features
+        if not fits or x.is_complex():
             inputs.explain(layer, x, layer.log_variance)
         rows = x.movedim(dim, -1).flatten(0, -2) if x.ndim > 1 else x[None]
         seen.setdefault(layer, _Moments()).add(rows)

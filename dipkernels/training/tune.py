@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from ..arguments import integer, real
+from ..arguments import described, integer, real
 from ..reports import new_figure
 from .objective import KL
 
@@ -109,7 +109,7 @@ def tune(
             trade.
 
     Raises:
-        TypeError: A budget, ratio, kl or tolerance that is no number.
+        TypeError: A run that cannot be called, or a budget, ratio, kl or tolerance that is no number.
         ValueError: Bad values, a budget too small, or scores that are missing or not finite.
 
     Examples:
@@ -119,6 +119,8 @@ def tune(
         >>> found.ratio, found.kl
         (1.0, 0.2)
     """
+    if not callable(run):
+        raise TypeError(f"run: expected a function of (ratio, kl, budget), got {described(run)}")
     pairs = list(itertools.product(ratios, kls))
     if not pairs:
         raise ValueError(f"ratios, kls: expected some of each, got {list(ratios)} and {list(kls)}")
