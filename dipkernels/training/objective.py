@@ -146,7 +146,8 @@ def objective(
     out has three or more, and averaged over the others (the project's choice).
 
     Args:
-        out: [m, B, ...], from `trajectories`.
+        out: [m, B, ...], from `trajectories`. Of a model with several outputs: your own loss of
+            them + `kl_penalty`, or one call for each, with the model in one of the calls alone.
         target: the second argument of loss_fn.
         loss_fn: returns a scalar, such as F.cross_entropy.
         model: the model, for the terms on its variances. Without it there are none.
@@ -173,7 +174,7 @@ def objective(
     if not isinstance(out, Tensor):
         raise TypeError(
             f"out: expected a tensor [m, B, ...], got {type(out).__name__}; pass the logits of the "
-            "model's output"
+            "model's output; of several outputs, take your own loss + dip.kl_penalty(model)"
         )
     if out.ndim < 2 or out.shape[0] == 0:
         raise ValueError(
