@@ -221,7 +221,10 @@ def _why_none(layer: DIPLayer, learns: bool) -> str:
             "its weight got one, so the weight is read without calling the layer (a fused loss, a "
             f"functional form), or it was called in eval mode only{_CANCELS}"
         )
-    return "it was not called in training (an expert without examples, LayerDrop), or what it returned does not reach the loss"
+    return (
+        "it was not called in training (an expert without examples, LayerDrop), or what it "
+        f"returned does not reach the loss{_CANCELS}"
+    )
 
 
 def _nonzero(values: Tensor | None) -> bool:

@@ -66,7 +66,7 @@ def predict(
         k: Number of passes, >= 0, by default 16. 0 is Algorithm 3, one deterministic pass.
         average: "probs" (mean of the softmax over `dim`, at least float32), "sigmoid" (mean of the
             sigmoid, for one logit or several labels), "logits" (mean of the outputs, at least
-            float32), or None (all outputs).
+            float32: for a regression), or None (all outputs).
         chunk: How many passes run at a time, >= 1, by default 1. They are folded into the batch as
             in `trajectories`, so leave it at 1 for a model that compares the examples of its batch.
             Memory grows with chunk, not with k.
