@@ -262,12 +262,19 @@ class NinjaBuild(build_ext):
         return str(Path(*name.split("."))) + ".so"
 
     def build_extension(self, ext):
+        import fcntl  # Linux alone compiles
+
         torch = find_torch()
-        cpu, cuda, compiler, nvcc = PLAN
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(self.build_temp).resolve() / "ninja"
         folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one checkout take turns
+            self.build_in(folder, out, torch)
+
+    def build_in(self, folder, out, torch):
+        cpu, cuda, compiler, nvcc = PLAN
         (folder / "exports.map").write_text("{ global: dip_*; local: *; };\n")
         links = {
             "source": ROOT.resolve(),
