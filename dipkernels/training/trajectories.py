@@ -165,7 +165,10 @@ class _Fold:
 
 def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
     if value.ndim == 0 or value.shape[0] != batch * m:
-        got = f"shape {tuple(value.shape)}"
+        got = (
+            f"shape {tuple(value.shape)}: if it does not have the examples first (a recurrent "
+            "state), give a function that leaves it out, such as lambda x: model(x)[0]"
+        )
         if value.ndim == 0:
             got = (
                 "a scalar: a loss made inside the model has lost its trajectories. Take it from "
