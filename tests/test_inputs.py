@@ -101,6 +101,10 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
     refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
 
 
+def test_an_input_that_ends_before_the_features_dimension_is_named():
+    refused(dip.DIPInput(4, dim=1), torch.ones(4), ValueError, "expected an input with 4 features")
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
 )
