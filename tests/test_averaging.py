@@ -111,7 +111,9 @@ def test_mean_without_an_activation_is_one_sample(namespace):
     how = (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity")
     ops = getattr(torch.ops, namespace)
     for call in (lambda: ops.linear(x, *how, None), lambda: ops.linear_bwd(dy, x, *how)):
-        with pytest.raises(ValueError, match="expected 1 with activation 'identity', got 2"):
+        with pytest.raises(
+            ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
+        ):
             call()
 
 
@@ -129,7 +131,7 @@ def test_mean_of_no_features_is_that_of_the_bias(namespace):
 def test_mean_refuses_samples_beyond_the_contract():
     options = {"activation": "relu", "estimator": "mean", "num_samples": 2, "sample": 65535}
     with pytest.raises(
-        ValueError, match=r"expected sample \+ num_samples <= 65536, got 65535 \+ 2"
+        ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"
     ):
         layer(*inputs(5, 8, 3), **options)
 

@@ -139,10 +139,10 @@ LAYER = "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))"
     [
         ("BACKEND", "reference", "print(b.choose('noise', 'cpu').why)", "asked for"),
         ("COMPILED_KEEP", "u", "print(b.kept_when_compiled * 3)", "uuu"),
-        ("COMPILED_KEEP", "both", LAYER, "COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
+        ("COMPILED_KEEP", "both", LAYER, "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
         ("CPU_CAPABILITY", "portable", "print(b.cpu_capability())", "portable"),
-        ("CPU_CAPABILITY", "sse9", "b.cpu_capability()", "CPU_CAPABILITY: expected"),
-        ("CPU_CAPABILITY", "sse9", LAYER, "CPU_CAPABILITY: expected"),
+        ("CPU_CAPABILITY", "sse9", "b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
+        ("CPU_CAPABILITY", "sse9", LAYER, "DIPKERNELS_CPU_CAPABILITY: expected"),
     ],
 )
 def test_environment_decides_and_errors_name_the_variable(

@@ -177,8 +177,16 @@ def starting(init_variance):
         (nn.MultiheadAttention(8, 2), at(""), "before: .*three inputs"),
         (dip.DIPLinear(8, 8), at(""), "before: .*a DIP layer already"),
         (Net(), starting({"blocks.*": 0.1}), "init_variance: .*none that matches 'head'"),
-        (Net(), starting({"x": 0.2, "*": 0.1}), r"^init_variance: .*\['x'\] that match none$"),
-        (Net(), starting({"*": 0.1, "head": 0.2}), r"^init_variance: .*narrow .*'head'\] behind"),
+        (
+            Net(),
+            starting({"x": 0.2, "*": 0.1}),
+            r"^init_variance: .*a layer to convert, got \['x'\] that match none$",
+        ),
+        (
+            Net(),
+            starting({"*": 0.1, "head": 0.2}),
+            r"^init_variance: expected narrow patterns before wide ones, got \['head'\] behind",
+        ),
         (Net(), starting({"head": torch.ones(3), "*": 0.2}), r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), starting({"*.experts": torch.ones(3), "*": 1}), r"init_variance: .*\(8,\).*\(3,\)"),
         (Net(), starting({"*": -1}), "^init_variance: "),

@@ -160,7 +160,11 @@ LIKE_HEAD = r"\['haed'\] that match none; names like them: \['head'\]"
         ({}, [torch.ones(4, 8)], "batches: expected inputs that vary"),
         ({"include": ["nothing"]}, [X], r"include: expected patterns .*'nothing'"),
         ({"exclude": ["nothing"]}, [X], "exclude: expected patterns"),
-        ({"ratio": {"up": 1.0}}, [X], r"ratio: .* every layer, .* matches \['body.0', 'head'\]"),
+        (
+            {"ratio": {"up": 1.0}},
+            [X],
+            r"ratio: expected a pattern for every layer, .* matches \['body.0', 'head'\]",
+        ),
         ({"ratio": {"no": 1.0, "*": 1.0}}, [X], r"\['no'\] that match none$"),
         ({"ratio": {"haed": 1.0, "*": 1.0}}, [X], LIKE_HEAD),
         ({"ratio": {"*": 1.0, "up": 2.0}}, [X], r"narrow .* \['up'\] behind"),

@@ -102,7 +102,9 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
 
 
 def test_an_input_that_ends_before_the_features_dimension_is_named():
-    refused(dip.DIPInput(4, dim=1), torch.ones(4), ValueError, "expected an input with 4 features")
+    refused(
+        dip.DIPInput(4, dim=1), torch.ones(4), ValueError, "expected an input with 4 features along"
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,8 +209,15 @@ def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
 
 @pytest.mark.parametrize("make, name, shape, expected", LAYERS)
 def test_what_is_no_tensor_is_named(make, name, shape, expected):
-    refused(make(), None, TypeError, rf"^{name}\(.*expected a tensor .*got NoneType")
-    refused(make(), [1.0] * 4, TypeError, rf"^{name}\(.*expected a tensor .*got list")
+    refused(
+        make(), None, TypeError, rf"^{name}\(.*expected a tensor where noise is drawn, got NoneType"
+    )
+    refused(
+        make(),
+        [1.0] * 4,
+        TypeError,
+        rf"^{name}\(.*expected a tensor where noise is drawn, got list",
+    )
 
 
 def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mode():

@@ -306,7 +306,11 @@ def dropped(self, y):
         (forward(two_dimensions), "b", "its layers read it along different dimensions"),
         (forward(another_dimension), "b", "it is a norm over the last dimension"),
         (forward(other_features), "b", r"a \(Linear\) reads it with other features"),
-        (forward(functional_gelu), "head", r"a call of gelu in .*, not by a module: use nn\.GELU"),
+        (
+            forward(functional_gelu),
+            "head",
+            r"a call of gelu in the model itself, not by a module: use nn\.GELU",
+        ),
         (
             forward(functional_gelu_dropped),
             "head",
@@ -503,7 +507,10 @@ BY_NAME, WRONG_SIZE = {"norm": 1.0}, {"act": torch.ones(3), "*": 1.0}
     "options, message",
     [
         ({"place": "output"}, "place: expected 'input' or 'producer', got 'output'"),
-        (at_producers(None), "batches: expected a batch, on which place='producer' sees who reads"),
+        (
+            at_producers(None),
+            "batches: expected a batch, on which place='producer' sees who reads what, got None",
+        ),
         (at_producers([]), "batches: expected at least one batch"),
         (at_producers([X], init_variance=BY_NAME), "init_variance: expected a pattern for every"),
         (at_producers([X], init_variance=WRONG_SIZE), "init_variance: expected .*12"),
@@ -697,7 +704,11 @@ def test_a_gated_product_of_a_function_is_left_with_the_way_out(act, reason):
 ATTENDED = "scaled_dot_product_attention"
 MODELS = {  # how many projections move, into how many modules; patterns of what is left, and why
     "vit": (11, 7, {"*patch_embeddings.projection": "own input", "*o_proj": ATTENDED}),
-    "resnet": (6, 5, {"*embedder.convolution": "own input", "classifier.1": "AdaptiveAvgPool2d"}),
+    "resnet": (
+        6,
+        5,
+        {"*embedder.convolution": "own input", "classifier.1": "AdaptiveAvgPool2d is no"},
+    ),
     "bert": (
         4,
         4,
@@ -714,7 +725,10 @@ MODELS = {  # how many projections move, into how many modules; patterns of what
     "peft-llama": (
         5,
         3,
-        {"*down_proj": "the layer is an adapter", "*k_proj": "read by .*q_proj, .*v_proj too"},
+        {
+            "*down_proj": "the layer is an adapter",
+            "*k_proj": "it is read by .*q_proj, .*v_proj too",
+        },
     ),
     "timm-vit": (7, 7, {"*attn.proj": ATTENDED}),
     "torchvision-vit": (7, 7, {"*out_proj": "nn.MultiheadAttention makes its input"}),
