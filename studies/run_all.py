@@ -42,7 +42,7 @@ COMMANDS = (
     "arithmetic_paired.py",
     'attacks.py --seeds 5 --tasks "digits MLP"',
     "held_back.py --batch-norm --out out/studies/batch_norm",
-    'held_back.py --tasks mnist1d hastie "friedman 3" --methods plain default "start 0.3" '
+    'held_back.py --tasks mnist1d hastie "friedman 3" --methods default "start 0.3" '
     '--trainings "SGD, 3 x" "AdamW, cosine, 3 x" --out out/studies/longer',
     'defaults.py --trainings AdamW --seeds 2 --tasks friedman cover "digits MLP" --methods default '
     '"fixed 0.15" "fixed 0.3" "fixed 0.6" "fixed 1" "fixed 1.5" --out out/studies/ratio',
