@@ -189,7 +189,11 @@ def test_gradients_reach_the_variances_through_every_term():
             ValueError,
             r"^out: .*B = 5, got shape \(5, 3\).*trajectories",
         ),
-        (lambda: objective({"logits": OUT}, Y, F.cross_entropy), TypeError, "^out: .*dict"),
+        (
+            lambda: objective({"logits": OUT}, Y, F.cross_entropy),
+            TypeError,
+            "^out: .*dict; .*dip.kl_penalty",
+        ),
         (
             lambda: objective(OUT, Y, lambda o, t: o),
             ValueError,

@@ -161,7 +161,7 @@ def test_a_loss_in_the_output_is_explained():
             lambda x: {"loss": model(x).mean()},
             r"output\['loss'\]: .*got a scalar.*dip.objective.*dip.kl_penalty",
         ),
-        (lambda x: model(x).t(), r"output: .*B \* m = 10, got shape \(3, 10\)"),
+        (lambda x: model(x).t(), r"output: .*B \* m = 10, got shape \(3, 10\): .*leaves it out"),
     ):
         with pytest.raises(ValueError, match=message):
             trajectories(run, X, m=2)
