@@ -66,8 +66,27 @@ def test_own_input_gives_the_gradients_of_the_projection(case, dtype, monkeypatc
     assert all(torch.equal(again[name], grad) for name, grad in got.items())
 
 
-def test_own_input_asks_for_no_input_gradient():
-    layer, x = layer_of("patches")
+@pytest.mark.parametrize("kept_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "size, kernel", [((24,), (5,)), ((12, 9), (4, 3)), ((13, 11), (4, 3)), ((7, 1, 9), (2, 1, 3))]
+)
+def test_the_weight_gradient_of_windows_side_by_side(size, kernel, kept_format):
+    u = torch.randn(3, 2, *size, dtype=torch.float64)
+    if kept_format is torch.channels_last and u.dim() == 4:
+        u = u.contiguous(memory_format=kept_format)
+    weight = torch.randn(5, 2, *kernel, dtype=torch.float64, requires_grad=True)
+    rest = (0,) * len(kernel), (1,) * len(kernel)
+    window = conv.Window(kernel, *rest, 1)
+    assert window._cuts_patches(weight.shape[2:])
+    y = window.convolve(u, weight, None)
+    dy = torch.randn_like(y)
+    (want,) = torch.autograd.grad(y, weight, dy)
+    torch.testing.assert_close(window.weight_gradient(dy, u, weight.detach()), want)
+
+
+@pytest.mark.parametrize("case, products", [("patches", 0), ("stem", 2)])
+def test_own_input_asks_for_no_input_gradient(case, products):
+    layer, x = layer_of(case)
     masks = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -79,7 +98,7 @@ def test_own_input_asks_for_no_input_gradient():
     y = layer(x)
     with Watch():
         y.sum().backward()
-    assert len(masks) == 2 and not any(mask[0] for mask in masks)
+    assert len(masks) == products and not any(mask[0] for mask in masks)
 
 
 def test_own_input_differentiates_twice():

@@ -36,15 +36,35 @@ class Window(NamedTuple):
 
     def weight_gradient(self, dy: Tensor, u: Tensor, weight: Tensor) -> Tensor:
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
+        kernel = weight.shape[2:]
+        if u.device.type == "cpu" and self._cuts_patches(kernel):
+            # one matrix product; oneDNN's own form takes 2 to 5 times as long in bfloat16
+            rows = dy.movedim(1, -1).flatten(0, -2)
+            return (rows.t() @ _patches(u, kernel)).view_as(weight)
         tensors, wanted = (dy, u, weight.to(u.dtype), None), [False, True, False]
         grads = torch.ops.aten.convolution_backward(*tensors, *self._in_aten(), wanted)
         dweight: Tensor = grads[1]
         return dweight
 
+    def _cuts_patches(self, kernel: torch.Size) -> bool:
+        """Whether windows of this size lie side by side, as in the first layer of a ViT."""
+        apart = tuple(self.stride) == tuple(kernel) and max(kernel) > 1
+        return apart and self.groups == 1 and {*self.padding} == {0} and {*self.dilation} == {1}
+
     def _in_aten(self) -> tuple[Any, ...]:
         """Its arguments: not transposed, so no padding of the output."""
         output_padding = [0] * len(self.stride)
         return self.stride, self.padding, self.dilation, False, output_padding, self.groups
+
+
+def _patches(u: Tensor, kernel: torch.Size) -> Tensor:
+    """The windows of u [N, C, ...] that lie side by side, a row for each: [positions, C x window]."""
+    for d, size in enumerate(kernel):
+        count = u.shape[2 + 2 * d] // size
+        u = u.narrow(2 + 2 * d, 0, count * size).unflatten(2 + 2 * d, (count, size))
+    places, within = range(2, u.dim(), 2), range(3, u.dim(), 2)
+    rows = u.permute(0, *places, 1, *within)
+    return rows.flatten(1 + len(kernel)).flatten(0, len(kernel))
 
 
 def fits(x: Tensor, sigma: Tensor) -> bool:
