@@ -7,7 +7,7 @@ derivative, so that every order of differentiation is made of the same two passe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
 from .draw import Draw, check_out_dtype, check_projection, check_seed
-from .pieces import Grads, fake_like
+from .pieces import Grads, fake_like, without_wrapper
 
 # ---- the operations ------------------------------------------------------------------------------
 
@@ -141,9 +141,7 @@ class _Perturb(Function):
         return dx, dsigma, None, None, None
 
 
-# Bypasses Function.apply's Python wrapper; safe where no functorch transform is active. A small
-# layer feels it.
-_apply_perturb: Callable[..., Tensor] = super(Function, _Perturb).apply
+_apply_perturb = without_wrapper(_Perturb)
 
 
 class _NoiseSum(Function):

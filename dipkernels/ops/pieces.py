@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .. import worlds
+
 Grads = tuple[Tensor | None, ...]
 
 
@@ -53,7 +55,20 @@ def fused(
             return *(_typed_as(grad, t) if need else None for grad, t, need in grads), *rest
 
     named: Any = type(name, (Fused,), {})
-    return named.apply  # type: ignore[no-any-return]
+    in_eager = without_wrapper(named)
+
+    def apply(*args: Any) -> Tensor:
+        y: Tensor = (in_eager if worlds.eager() else named.apply)(*args)
+        return y
+
+    return apply
+
+
+def without_wrapper(kind: type[Function]) -> Callable[..., Tensor]:
+    """kind.apply without its part in Python, which a small layer feels; for calls that no transform
+    of torch.func and no compiler sees."""
+    apply: Callable[..., Tensor] = super(Function, kind).apply  # type: ignore[misc]
+    return apply
 
 
 def _typed_as(grad: Tensor, t: Tensor) -> Tensor:
