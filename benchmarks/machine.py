@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from dipkernels import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+VENDORS = {"amd": "amd|epyc|ryzen", "intel": "intel|xeon", "arm": "arm|aarch64|neoverse|graviton"}
 IN_PLACE = ":".join(
     f"glibc.malloc.{name}={value}"
     for name, value in {
@@ -88,6 +90,21 @@ def describe(device: torch.device | str) -> dict:
             "multiprocessors": properties.multi_processor_count,
         }
     return found
+
+
+def kind_of(found: dict) -> str:
+    """The kind of a machine: of the GPU where one was measured ("h100"), else the processor's maker
+    ("amd")."""
+    if found.get("gpu"):
+        words = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]+", " ", found["gpu"].lower()).split()
+        numbered = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
+        return "".join(words[: numbered + 1])
+    for vendor, pattern in VENDORS.items():
+        if re.search(rf"\b({pattern})", found["cpu"].lower()):
+            return vendor
+    raise ValueError(
+        f"machine: expected a processor of {', '.join(VENDORS)}, got {found['cpu']!r}"
+    )
 
 
 def sentence(found: dict) -> str:

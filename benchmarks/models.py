@@ -19,7 +19,6 @@ import machine
 import networks
 import peers
 import report
-import summary
 import timing
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from tqdm import tqdm
 
 import dipkernels as dip
 
-PAGES = (report.MEASURED, machine.ROOT / "README.md")
 VARIANTS = ("linear", "dip", "dip, producer", "eager", "eager, compiled")
 
 
@@ -164,12 +162,13 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(args.threads if args.clock == "wall" else 1)
     found, pages, place = machine.describe("cpu"), [], ""
     if args.docs:
-        place = f"models-{summary.kind_of(found)}-{found['instruction_set'].lower()}"
-        pages = [page for page in PAGES if report.has_place(page, place)]
+        place = f"models-{machine.kind_of(found)}-{found['instruction_set'].lower()}"
+        candidates = (report.page_of(found), machine.ROOT / "README.md")
+        pages = [page for page in candidates if report.has_place(page, place)]
         if not pages:
             parser.error(
-                "--docs: expected a place for this kind of processor in docs/measured.md, "
-                f"<!-- {place}:begin --> and {place}:end, found none"
+                "--docs: expected a place for this kind of processor in "
+                f"docs/{report.page_of(found).name}, <!-- {place}:begin --> and {place}:end, found none"
             )
     start = time.perf_counter()
     rows = measure(cases, [getattr(torch, name) for name in args.dtypes], args.rounds, args.clock)

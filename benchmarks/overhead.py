@@ -568,11 +568,11 @@ def main(arguments: list[str] | None = None) -> dict:
         plot(record, path.with_suffix(".svg"))
         print(f"\nwrote {path} and {path.with_suffix('.svg').name} beside it")
     if args.docs:
-        docs = machine.ROOT / "docs"
-        report.fill(report.MEASURED, f"overhead-{record['machine']['device']}", text(record))
+        page = report.page_of(record["machine"])
+        report.fill(page, f"overhead-{record['machine']['device']}", text(record))
         if record["machine"]["device"] == "cpu":
-            plot(record, docs / "overhead.svg")
-            if report.has_place(machine.ROOT / "README.md", "overhead"):
+            plot(record, page.with_name(page.stem.replace("measured", "overhead") + ".svg"))
+            if page == report.MEASURED and report.has_place(machine.ROOT / "README.md", "overhead"):
                 report.fill(machine.ROOT / "README.md", "overhead", short_text(record))
     if earlier is not None:
         print("\n" + "\n".join(report.moved(record, earlier)))

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, list]]:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", type=int, default=16, help="of the table (16)")
     parser.add_argument("--quick", action="store_true", help="a small model")
-    parser.add_argument("--docs", action="store_true", help="write the table of docs/measured.md")
+    parser.add_argument("--docs", action="store_true", help="write the table into the documents")
     args = parser.parse_args(arguments)
     cases = [c for c in (models.QUICK if args.quick else models.CASES) if args.only in c.name]
     if not cases:
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, list]]:
     )
     print(text)
     if args.docs:
-        report.fill(machine.ROOT / "docs" / "measured.md", "profile-model", text)
+        report.fill(report.page_of(found), "profile-model", text)
     return totals
 
 

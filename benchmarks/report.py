@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from machine import ROOT
+from machine import ROOT, kind_of
 
 MEASURED = ROOT / "docs" / "measured.md"
 RUNS = ROOT / "out" / "benchmarks"  # whole runs; git ignores them
@@ -36,13 +36,16 @@ def publish(
     run: dict,
     text: str,
     args: argparse.Namespace,
-    pages: Sequence[Path] = (MEASURED,),
+    pages: Sequence[Path] | None = None,
     place: str = "",
 ) -> None:
-    """Print what a program found, store its run, and with --docs fill its place in the pages."""
+    """Print what a program found, store its run, and with --docs fill its place in the pages: by
+    default in that of the machine's kind."""
     print(text)
     store(program, {"program": program, "quick": args.quick, **run}, args.out)
-    for page in pages if args.docs else ():
+    if not args.docs:
+        return
+    for page in (page_of(run["machine"]),) if pages is None else pages:
         fill(page, place or program, text)
 
 
@@ -74,6 +77,13 @@ def fill(path: Path, name: str, text: str) -> None:
         raise ValueError(f"{path.name}: expected one line {begin.strip()!r}, and {end!r} after it")
     before, rest = document.split(begin)
     path.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{rest.split(end)[1]}")
+
+
+def page_of(found: dict) -> Path:
+    """Where the tables of a machine stand: docs/measured_<kind>.md, or for a kind without a page of
+    its own docs/measured.md."""
+    own = MEASURED.with_name(f"measured_{kind_of(found)}.md")
+    return own if own.exists() else MEASURED
 
 
 def has_place(path: Path, name: str) -> bool:

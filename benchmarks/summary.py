@@ -18,32 +18,17 @@ import json
 import re
 from pathlib import Path
 
+import machine
 import report
 
 import dipkernels as dip
 
 DIGITS = 6  # significant; the tables show three
-VENDORS = {"amd": "amd|epyc|ryzen", "intel": "intel|xeon", "arm": "arm|aarch64|neoverse|graviton"}
 # of use where microseconds are compared, in the section small
 DIFFERENCES = (
     "over_base_s",
     "over_base_quartiles_s",
 )
-
-
-def kind_of(machine: dict) -> str:
-    """The kind of a machine: of the GPU where one was measured ("h100"), else the processor's maker
-    ("amd")."""
-    if machine.get("gpu"):
-        words = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]+", " ", machine["gpu"].lower()).split()
-        numbered = next((i for i, word in enumerate(words) if re.search(r"\d", word)), len(words))
-        return "".join(words[: numbered + 1])
-    for vendor, pattern in VENDORS.items():
-        if re.search(rf"\b({pattern})", machine["cpu"].lower()):
-            return vendor
-    raise ValueError(
-        f"machine: expected a processor of {', '.join(VENDORS)}, got {machine['cpu']!r}"
-    )
 
 
 def program_of(run: dict) -> str:
@@ -123,7 +108,7 @@ def summarise(runs: list[dict], release: str) -> dict:
         raise ValueError(
             "expected full runs, whose figures mean something, got a quick run or a rehearsal"
         )
-    kinds = {kind_of(run["machine"]) for run in runs}
+    kinds = {machine.kind_of(run["machine"]) for run in runs}
     if len(kinds) > 1:
         raise ValueError(f"expected runs of one kind of machine, got {', '.join(sorted(kinds))}")
     by_program: dict[str, list[dict]] = {}
