@@ -38,7 +38,7 @@ class Window(NamedTuple):
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
         kernel = weight.shape[2:]
         if u.device.type == "cpu" and self._cuts_patches(kernel):
-            # one matrix product; oneDNN's own form takes 2 to 5 times as long in bfloat16
+            # one matrix product: oneDNN's convolution takes longer in bfloat16, docs/measured_intel.md
             rows = dy.movedim(1, -1).flatten(0, -2)
             return (rows.t() @ _patches(u, kernel)).view_as(weight)
         tensors, wanted = (dy, u, weight.to(u.dtype), None), [False, True, False]
