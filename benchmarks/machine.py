@@ -102,9 +102,7 @@ def kind_of(found: dict) -> str:
     for vendor, pattern in VENDORS.items():
         if re.search(rf"\b({pattern})", found["cpu"].lower()):
             return vendor
-    raise ValueError(
-        f"machine: expected a processor of {', '.join(VENDORS)}, got {found['cpu']!r}"
-    )
+    raise ValueError(f"machine: expected a processor of {', '.join(VENDORS)}, got {found['cpu']!r}")
 
 
 def sentence(found: dict) -> str:

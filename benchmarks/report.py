@@ -114,8 +114,8 @@ def load(path: Path, program: str) -> dict:
     return found[program]
 
 
-def compact(value: object, indent: int = 0) -> str:
-    """JSON with a row a line: what holds no row itself stands on one."""
+def compact(value: object, indent: int = 0, row: bool = False) -> str:
+    """JSON with a row a line: what stands in a list, or holds no row itself, stands on one."""
     items = (
         list(value.values())
         if isinstance(value, dict)
@@ -124,9 +124,9 @@ def compact(value: object, indent: int = 0) -> str:
         else []
     )
     inner = [item for item in items if isinstance(item, (dict, list))]
-    if all(
-        isinstance(part, (int, float, str, type(None))) for item in inner for part in item
-    ) and not (any(isinstance(item, dict) for item in inner) or len(inner) > 3):
+    if all(isinstance(part, (int, float, str, type(None))) for item in inner for part in item) and (
+        row or not (any(isinstance(item, dict) for item in inner) or len(inner) > 3)
+    ):
         return json.dumps(value)
     pad, end = " " * (indent + 1), "\n" + " " * indent
     if isinstance(value, dict):
@@ -134,7 +134,7 @@ def compact(value: object, indent: int = 0) -> str:
             f"{pad}{json.dumps(key)}: {compact(item, indent + 1)}" for key, item in value.items()
         ]
         return "{\n" + ",\n".join(parts) + end + "}"
-    return "[\n" + ",\n".join(pad + compact(item, indent + 1) for item in value) + end + "]"
+    return "[\n" + ",\n".join(pad + compact(item, indent + 1, True) for item in value) + end + "]"
 
 
 KEYS = ("section", "device", "dtype", "shape", "what", "variant")

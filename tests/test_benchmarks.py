@@ -325,21 +325,35 @@ def test_documents_are_filled_between_their_marks(tmp_path):
     marks = "overhead-cpu small-layer averaging models-amd-avx512 models-amd-avx2 producers"
     for mark in [*marks.split(), "profile-model"]:
         assert report.has_place(report.page_of({"cpu": "AMD EPYC"}), mark)
-    for mark in [*marks.replace("models-amd-avx512 models-amd-avx2", "models-intel-avx512").split()]:
+    for mark in [
+        *marks.replace("models-amd-avx512 models-amd-avx2", "models-intel-avx512").split()
+    ]:
         assert report.has_place(report.page_of({"cpu": "Intel(R) Xeon(R)"}), mark)
     assert report.has_place(ROOT / "README.md", "models-amd-avx512")
     assert report.has_place(ROOT / "docs" / "cost.md", "cost")
 
 
-@pytest.mark.parametrize("page, program", [("measured", "overhead"), ("cost", "cost")])
-def test_tables_of_a_page_are_those_of_the_record(page, program):
+@pytest.mark.parametrize(
+    "kind, page, program",
+    [
+        ("amd", "measured", "overhead"),
+        ("amd", "cost", "cost"),
+        ("intel", "measured_intel", "overhead"),
+        ("intel", "measured_intel", "models"),
+    ],
+)
+def test_tables_of_a_page_are_those_of_the_record(kind, page, program):
     """Every figure between the marks comes from the release's record, which git keeps; the runs it
     does not."""
-    (path,) = (ROOT / "benchmarks" / "results").glob("amd-*.json")
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"{kind}-*.json")
     run = report.load(path, program)
-    text = {"overhead": overhead, "cost": cost}[program].text(run)
-    assert text in (ROOT / "docs" / f"{page}.md").read_text()
-    if program == "overhead":
+    texts = {
+        "overhead": overhead.text,
+        "cost": cost.text,
+        "models": lambda r: models.table(r["rows"]),
+    }
+    assert texts[program](run) in (ROOT / "docs" / f"{page}.md").read_text()
+    if (kind, program) == ("amd", "overhead"):
         assert overhead.short_text(run) in (ROOT / "README.md").read_text()
 
 
