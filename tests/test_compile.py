@@ -472,6 +472,9 @@ KINDS = {
     "own input": lambda: nn.Sequential(
         nn.Unflatten(-1, (4, 2)), DIPConv1d(4, 4, 2, groups=2), nn.Flatten()
     ),
+    "patches": lambda: nn.Sequential(
+        nn.Unflatten(-1, (2, 4)), DIPConv1d(2, 3, 2, stride=2), nn.Flatten()
+    ),
 }
 
 

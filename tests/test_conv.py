@@ -147,3 +147,18 @@ def test_own_input_under_autocast_and_channels_last():
     assert torch.equal(y, want_y)
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= 2e-2 * b.abs().max()
+
+
+@pytest.mark.parametrize("case", ["patches", "stem"])
+def test_a_backward_pass_inside_autocast_keeps_the_type_of_forward(case):
+    """A stem that is kept in float32 inside a step under autocast."""
+    layer, x = layer_of(case)
+    results = []
+    for inside in (False, True):
+        layer.zero_grad()
+        with dip.fixed_noise(3):
+            y = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            y.backward(torch.ones_like(y) / 3)
+        results.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from .. import worlds
 from ..worlds import is_dtensor
 from .draw import Draw
 from .perturb import noise, perturb, projection
-from .pieces import fused
+from .pieces import flat_rows, fused
 
 
 class Window(NamedTuple):
@@ -39,8 +39,9 @@ class Window(NamedTuple):
         kernel = weight.shape[2:]
         if u.device.type == "cpu" and self._cuts_patches(kernel):
             # one matrix product: oneDNN's convolution takes longer in bfloat16, docs/measured_intel.md
-            rows = dy.movedim(1, -1).flatten(0, -2)
-            return (rows.t() @ _patches(u, kernel)).view_as(weight)
+            rows, patches = flat_rows(dy.movedim(1, -1)), _patches(u, kernel)
+            with torch.autocast("cpu", enabled=False):  # which leaves convolution_backward alone
+                return (rows.t() @ patches).view_as(weight)
         tensors, wanted = (dy, u, weight.to(u.dtype), None), [False, True, False]
         grads = torch.ops.aten.convolution_backward(*tensors, *self._in_aten(), wanted)
         dweight: Tensor = grads[1]
