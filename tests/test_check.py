@@ -161,6 +161,24 @@ def test_a_wrapped_model_is_checked_inside(wrap):
     assert [n.rpartition(".")[2] for n in faults(wrap(dip.convert(Fused())), (X, Y))] == ["head"]
 
 
+def checkpointed(module):
+    pytest.importorskip("torch.distributed")
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    return checkpoint_wrapper(module)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), checkpointed])
+def test_layers_that_are_wrapped_one_by_one_pass_and_a_replaced_one_is_still_named(wrap):
+    model = dip.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)))
+    model[0], model[2] = wrap(model[0]), wrap(model[2])
+    assert not faults(model, X)
+    model(X).square().sum().backward()
+    assert not faults(model)
+    model[2] = wrap(nn.Linear(8, 4))
+    assert "was replaced" in faults(model, X)["2"]
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_blocks_pass(reentrant):
     class Block(nn.Module):

@@ -138,7 +138,7 @@ def _replaced(model: nn.Module) -> dict[str, str]:
         except AttributeError:
             found[full_name] = "is gone since it was converted"
             continue
-        if isinstance(module, DIPLayer):
+        if isinstance(unwrapped(module), DIPLayer):  # compiled or checkpointed by itself
             continue
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if any(isinstance(inner, DIPLayer) for inner in module.modules()):
