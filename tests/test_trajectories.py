@@ -54,6 +54,22 @@ def test_trajectories_without_noise_are_the_plain_output():
         torch.testing.assert_close(trajectories(model, X, m=3), model(X).expand(3, 5, 3))
 
 
+def test_equal_trajectories_of_layers_in_eval_mode_are_refused():
+    """A frozen backbone, or a teacher in eval mode that shares the layers of a student."""
+    model = nn.Sequential(mlp(), nn.ReLU(), nn.Linear(3, 3))
+    model[0].eval()
+    with pytest.raises(RuntimeError, match=r"eval mode in each .*equal.*train\(\).*m=1"):
+        trajectories(model, X, m=2)
+    assert trajectories(model, X, m=1).shape == (1, 5, 3)
+    with noise_off():
+        assert trajectories(model, X, m=2).shape == (2, 5, 3)
+    with sampling_on():
+        a, b = trajectories(model, X, m=2)
+    model[0][0].train()  # one that draws is enough
+    c, d = trajectories(model, X, m=2)
+    assert not torch.equal(a, b) and not torch.equal(c, d)
+
+
 def test_an_examples_noise_does_not_depend_on_the_sharding():
     model, m = mlp(), 4
     with fixed_noise(1):

@@ -52,7 +52,8 @@ def trajectories(
             packed, nested or sparse.
         ValueError: A module without DIP layers although m > 1, an input whose first size is not B,
             or an output whose first size is not B * m. The message names it.
-        RuntimeError: A model in eval mode, where the m copies would be equal.
+        RuntimeError: A model in eval mode, or one whose DIP layers all are, where the m copies
+            would be equal.
 
     Examples:
         >>> model = dip.convert(nn.Sequential(nn.Linear(4, 2)))
@@ -70,10 +71,17 @@ def trajectories(
         )
     if isinstance(model, nn.Module):
         warn_of_equal_numbers(model)
-        if m > 1 and not dip_layers(model):
+        layers = dip_layers(model).values()
+        if m > 1 and not layers:
             raise ValueError(
                 "model: expected DIP layers, found none: its m trajectories would be equal; "
                 "convert it first, or pass a function that draws noise of its own"
+            )
+        if m > 1 and contexts.MODE is None and True not in [layer.training for layer in layers]:
+            raise RuntimeError(
+                "model: expected a DIP layer in training mode, got eval mode in each (a frozen "
+                "backbone, a teacher that shares them), where the m trajectories would be equal; "
+                "call train() of those that shall draw noise, or take m=1"
             )
     return folded(model, args, kwargs, m, in_dims)
 
