@@ -1,6 +1,8 @@
 """An input that a noised layer cannot take is refused in the layer's words, never in those of its
 kernels."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,24 @@ def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, sh
     said = rf"^{name}\(.*expected an input (of shape|with) .*{expected}"
     assert str(tuple(wrong)) in refused(layer, torch.ones(wrong), ValueError, said)
     refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
+
+
+CUT = r"its weight reads that many.*to_plain, then convert and calibrate again"
+
+
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_a_weight_that_was_cut_after_conversion_is_said(groups):
+    """Structured pruning, a stem for another number of channels."""
+    plain = nn.Linear(8, 2) if groups is None else nn.Conv2d(8, 2, 1, groups=groups)
+    layer, shape = dip.convert(plain), (3, *[5, 5] * (groups is not None))
+    x = torch.ones(3, 4, *shape[1:])
+    assert not re.search(CUT, refused(layer, torch.ones(3, 3, *shape[1:]), ValueError, "expected"))
+    layer.weight = nn.Parameter(layer.weight[:, : 4 // (groups or 1)])
+    refused(layer, x, ValueError, rf"expected an input .*8.*got .*4.*{CUT}")
+    with pytest.raises(ValueError, match=CUT):
+        dip.calibrate(layer, [x])
+    setattr(layer, "in_features" if groups is None else "in_channels", 4)
+    assert dip.convert(dip.to_plain(layer))(x).isfinite().all()
 
 
 def test_an_input_that_ends_before_the_features_dimension_is_named():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops.draw import DTYPES
@@ -65,6 +65,11 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
         way_out = ""
         if has_ranks():  # an activation between a column-wise and a row-wise layer
             way_out = "; if that is a shard: ColwiseParallel(use_local_output=False) in front of it"
+        elif -x.dim() <= dim < x.dim() and x.shape[dim] == _read_by_weight(layer):
+            way_out = (
+                "; its weight reads that many, so it was cut or widened since it was converted: "
+                "to_plain, then convert and calibrate again"
+            )
         raise ValueError(f"{name}: expected an input {wanted}, got {tuple(x.shape)}{way_out}")
     if x.device != sigma.device:
         raise ValueError(
@@ -77,6 +82,15 @@ def explain(layer: Any, x: Tensor, sigma: Tensor) -> None:
             "mixed precision: dipkernels.shard_variances, for FSDP; torch_autocast in place of bf16, "
             "for DeepSpeed's stage 0"
         )
+
+
+def _read_by_weight(layer: Any) -> int | None:
+    """How many features the weight of a linear layer or a convolution takes; None of another."""
+    known = isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))
+    weight = layer.weight if known else None
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    return weight.shape[1] * int(getattr(layer, "groups", 1))
 
 
 def _shown(layer: Any) -> str:
