@@ -5,7 +5,6 @@ import pytest
 import timing
 import torch
 from timing import Case
-from torch import nn
 
 _SHAPES = [(4096, 1024, 1024), (512, 4096, 4096), (65536, 64, 64), (32, 128, 128)]
 _FULL = [Case(dtype, shape) for dtype in (torch.float32, torch.bfloat16) for shape in _SHAPES]
@@ -22,10 +21,7 @@ CASES = {
 
 def _layer(name, device, case, build):
     """The variant, checked, its inputs, and what it keeps for backward."""
-    m, k, n = case.shape
-    plain = nn.Linear(k, n, device=device, dtype=case.dtype)
-    x = torch.randn(m, k, device=device, dtype=case.dtype, requires_grad=True)
-    dy = torch.randn(m, n, device=device, dtype=case.dtype)
+    plain, x, dy = peers.inputs_of(case.shape, case.dtype, device)
     module = build(name, plain)
     peers.check_linear(name, module, plain, x, dy)
     saved = timing.saved_bytes(lambda: module(x), list(module.parameters()))

@@ -34,10 +34,7 @@ class _MeanOf(nn.Module):
 @pytest.mark.parametrize("samples", [1, 4, 16, 64])
 @pytest.mark.parametrize("name", ["dip", *(n for n in peers.NAMES if n != "dip")])
 def bench_samples(name, samples, device, case, build, timed):
-    m, k, n = case.shape
-    plain = nn.Linear(k, n, device=device, dtype=case.dtype)
-    x = torch.randn(m, k, device=device, dtype=case.dtype, requires_grad=True)
-    dy = torch.randn(m, n, device=device, dtype=case.dtype)
+    plain, x, dy = peers.inputs_of(case.shape, case.dtype, device)
     if name == "dip":
         layer = dip.convert(copy.deepcopy(plain), init_variance=peers.VARIANCE, num_samples=samples)
         peers.check_dip_linear(layer, x, dy)

@@ -119,18 +119,8 @@ def _modules(
     return modules
 
 
-def _inputs(
-    run: Run, dtype: torch.dtype, shape: tuple[int, int, int]
-) -> tuple[nn.Linear, Tensor, Tensor]:
-    m, k, n = shape
-    torch.manual_seed(0)
-    plain = nn.Linear(k, n, device=run.device, dtype=dtype)
-    x = torch.randn(m, k, device=run.device, dtype=dtype, requires_grad=True)
-    return plain, x, torch.randn(m, n, device=run.device, dtype=dtype)
-
-
 def linear_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    plain, x, dy = _inputs(run, dtype, shape)
+    plain, x, dy = peers.inputs_of(shape, dtype, run.device)
     run.missing.clear()
     modules = _modules(run, plain, LAYERS, x, dy)
     flops = 2 * shape[0] * shape[1] * shape[2]
@@ -185,7 +175,7 @@ def perturb_case(run: Run, dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
 def samples_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """S samples averaged inside an affine layer, over S = 1."""
-    plain, x, dy = _inputs(run, dtype, shape)
+    plain, x, dy = peers.inputs_of(shape, dtype, run.device)
     modules = {}
     for samples in (1, SAMPLES):
         layer = dip.DIPLinear(
@@ -208,7 +198,7 @@ def samples_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> N
 def small_case(run: Run, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """A layer whose time is Python and the dispatcher; "floor": nn.Linear behind an empty
     autograd.Function."""
-    plain, x, dy = _inputs(run, dtype, shape)
+    plain, x, dy = peers.inputs_of(shape, dtype, run.device)
     run.missing.clear()
     modules = _modules(run, plain, (*LAYERS, "floor"), x, dy)
     for what, make in timing.passes(x, dy).items():

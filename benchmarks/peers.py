@@ -46,6 +46,17 @@ class Missing:
 # ---- layers --------------------------------------------------------------------------------------
 
 
+def inputs_of(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Linear, Tensor, Tensor]:
+    """Of a shape M x K x N: nn.Linear, a batch for it, and a gradient of its output."""
+    m, k, n = shape
+    torch.manual_seed(0)
+    plain = nn.Linear(k, n, device=device, dtype=dtype)
+    x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+    return plain, x, torch.randn(m, n, device=device, dtype=dtype)
+
+
 class EagerNoise(nn.Module):
     """The expression that a DIP layer replaces: layer(x + sigma * randn), sigma learned per
     feature."""

@@ -18,7 +18,7 @@ import report
 import timing
 import torch
 from overhead import shape_of
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import dipkernels as dip
@@ -124,11 +124,8 @@ def measure(
     shape: tuple[int, int, int], dtype: torch.dtype, budget_s: float, quick: bool
 ) -> tuple[list[list], list[list]]:
     """Rows of the breakdown, and of whole layers: text, and the figure in microseconds."""
-    m, k, n = shape
-    torch.manual_seed(0)
     device = torch.device("cpu")
-    plain = nn.Linear(k, n, dtype=dtype)
-    x, dy = torch.randn(m, k, dtype=dtype, requires_grad=True), torch.randn(m, n, dtype=dtype)
+    plain, x, dy = peers.inputs_of(shape, dtype, device)
     modules = {name: peers.build(name, plain) for name in ("linear", "dip", "floor", "eager")}
     for name, module in modules.items():
         peers.check_linear(name, module, plain, x, dy)

@@ -12,7 +12,7 @@ import peers
 import timing
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipkernels import backends, reference
 from dipkernels.ops import perturb as projection
@@ -199,9 +199,7 @@ def perturb(check: Check) -> Rows:
 
 def graph_row(check: Check, m: int, k: int, n: int) -> dict:
     """A training step as a CUDA graph, where launches cost little."""
-    options = {"device": check.device, "dtype": half(check)}
-    plain = nn.Linear(k, n, **options)
-    x, dy = torch.randn(m, k, **options, requires_grad=True), torch.randn(m, n, **options)
+    plain, x, dy = peers.inputs_of((m, k, n), half(check), check.device)
     variants = {}
     for name in ("linear", "dip", "eager"):
         step = timing.training_step(peers.build(name, plain), x, dy)
