@@ -12,18 +12,20 @@ from torch import nn
 
 import dipkernels as dip
 from dipkernels import functional, producers
-from dipkernels.arguments import integer, real
+from dipkernels.diagnostics import lipschitz, output_variance, predictor
 
 X, Y, SEED = torch.rand(6, 4), torch.randint(3, (6,)), torch.tensor([7, 0])
 SIGMA, WEIGHT = torch.full((4,), 0.1), torch.rand(3, 4)
+MEAN = {"activation": "relu", "estimator": "mean"}
 
 
 def net():
     return dip.convert(nn.Sequential(nn.Linear(4, 3)))
 
 
-def smoothed():
-    return nn.Sequential(dip.DIPInput(4), nn.Linear(4, 3))
+def certified(**options):
+    model = nn.Sequential(dip.DIPInput(4), nn.Linear(4, 3))
+    return dip.certify(model, X, **{"k": 2, "k0": 2, **options})
 
 
 def tuned(**options):
@@ -39,43 +41,31 @@ def set_number(value):
     net()[0].number = value
 
 
+def perturbed(**options):
+    return functional.perturb(X, SIGMA, SEED, **options)
+
+
+def layered(**options):
+    return functional.dip_linear(X, WEIGHT, None, SIGMA, SEED, **options)
+
+
+def activated(**options):
+    return producers.activate(X, SIGMA, SEED, kind="gelu", **options)
+
+
 # door: a call with the number; then the smallest and the largest that it takes, None for none
 INTEGERS = {
     "noise, dim": ("dim", lambda v: functional.noise((2, 4), SEED, dim=v), -2, 1),
     "noise, row0": ("row0", lambda v: functional.noise((2, 4), SEED, row0=v), 0, 2**62),
-    "perturb, col0": ("col0", lambda v: functional.perturb(X, SIGMA, SEED, col0=v), 0, 2**62),
-    "perturb, sample": ("sample", lambda v: functional.perturb(X, SIGMA, SEED, sample=v), 0, 65535),
-    "perturb": (
-        "num_samples",
-        lambda v: functional.perturb(X, SIGMA, SEED, num_samples=v),
-        1,
-        None,
-    ),
-    "dip_linear": (
-        "num_samples",
-        lambda v: functional.dip_linear(X, WEIGHT, None, SIGMA, SEED, num_samples=v),
-        1,
-        None,
-    ),
-    "dip_linear, row0": (
-        "row0",
-        lambda v: functional.dip_linear(X, WEIGHT, None, SIGMA, SEED, row0=v),
-        0,
-        2**62,
-    ),
-    "producers": (
-        "row0",
-        lambda v: producers.activate(X, SIGMA, SEED, kind="gelu", row0=v),
-        0,
-        2**62,
-    ),
+    "perturb, col0": ("col0", lambda v: perturbed(col0=v), 0, 2**62),
+    "perturb, sample": ("sample", lambda v: perturbed(sample=v), 0, 65535),
+    "perturb": ("num_samples", lambda v: perturbed(num_samples=v), 1, None),
+    "dip_linear": ("num_samples", lambda v: layered(num_samples=v), 1, None),
+    "dip_linear, row0": ("row0", lambda v: layered(row0=v), 0, 2**62),
+    "dip_linear, mean": ("row0", lambda v: layered(row0=v, **MEAN), 0, 2**62),
+    "producers": ("row0", lambda v: activated(row0=v), 0, 2**62),
     "DIPLinear": ("num_samples", lambda v: dip.DIPLinear(4, 2, num_samples=v), 1, 65536),
-    "convert": (
-        "num_samples",
-        lambda v: dip.convert(nn.Linear(4, 2), num_samples=v),
-        1,
-        65536,
-    ),
+    "convert": ("num_samples", lambda v: dip.convert(nn.Linear(4, 2), num_samples=v), 1, 65536),
     "Variance": ("num_features", lambda v: dip.Variance(v), 0, None),
     "DIPInput": ("dim", lambda v: dip.DIPInput(4, dim=v), None, None),
     "DIPActivation": ("dim", lambda v: dip.DIPActivation(4, "relu", dim=v), None, None),
@@ -86,26 +76,13 @@ INTEGERS = {
     "predict, k": ("k", lambda v: dip.predict(net(), X, k=v), 0, None),
     "predict, chunk": ("chunk", lambda v: dip.predict(net(), X, k=2, chunk=v), 1, None),
     "predict, dim": ("dim", lambda v: dip.predict(net(), X, k=2, dim=v), -1, 1),
-    "certify, k": ("k", lambda v: dip.certify(smoothed(), X, k=v, k0=2), 1, None),
-    "certify, k0": ("k0", lambda v: dip.certify(smoothed(), X, k=2, k0=v), 1, None),
+    "certify, k": ("k", lambda v: certified(k=v), 1, None),
+    "certify, k0": ("k0", lambda v: certified(k0=v), 1, None),
     "tune": ("budget", lambda v: tuned(budget=v), 1, None),
     "progress": ("every", lambda v: dip.progress([X], net(), every=v, file=io.StringIO()), 1, None),
-    "predictor": ("k", lambda v: dip.diagnostics.predictor(net(), v), 0, None),
-    "output_variance": ("k", lambda v: dip.diagnostics.output_variance(net(), X, k=v), 2, None),
-    "lipschitz": (
-        "iterations",
-        lambda v: dip.diagnostics.lipschitz(net(), X, iterations=v),
-        1,
-        None,
-    ),
-    "dip_linear, mean": (
-        "row0",
-        lambda v: functional.dip_linear(
-            X, WEIGHT, None, SIGMA, SEED, row0=v, activation="relu", estimator="mean"
-        ),
-        0,
-        2**62,
-    ),
+    "predictor": ("k", lambda v: predictor(net(), v), 0, None),
+    "output_variance": ("k", lambda v: output_variance(net(), X, k=v), 2, None),
+    "lipschitz": ("iterations", lambda v: lipschitz(net(), X, iterations=v), 1, None),
     "DIPConfig, m": ("m", lambda v: dip.DIPConfig(m=v), 1, None),
     "DIPConfig, k": ("k", lambda v: dip.DIPConfig(k=v), 0, None),
     "DIPConfig, key": ("key", lambda v: dip.DIPConfig(key=v), None, None),
@@ -164,6 +141,8 @@ def test_every_kind_of_integer_is_taken(door):
     value = 1 if most == 1 else max(2, least or 0)
     for each in (value, np.int64(value), np.int8(value), torch.tensor(value)):
         call(each)
+    for edge in {least, most} - {None}:
+        call(edge)
 
 
 REALS = {
@@ -183,21 +162,13 @@ REALS = {
     "tune, ratios": ("ratios", lambda v: tuned(ratios=[v]), "> 0"),
     "tune, kls": ("kls", lambda v: tuned(kls=[v]), ">= 0"),
     "tune, tolerance": ("tolerance", lambda v: tuned(tolerance=v), ">= 0"),
-    "certify": (
-        "confidence",
-        lambda v: dip.certify(smoothed(), X, k=2, k0=2, confidence=v),
-        "> 0 and < 1",
-    ),
-    "lipschitz": ("tolerance", lambda v: dip.diagnostics.lipschitz(net(), X, tolerance=v), ">= 0"),
+    "certify": ("confidence", lambda v: certified(confidence=v), "> 0 and < 1"),
+    "lipschitz": ("tolerance", lambda v: lipschitz(net(), X, tolerance=v), ">= 0"),
     "DIPConfig, kl": ("kl", lambda v: dip.DIPConfig(kl=v), ">= 0"),
     "DIPConfig, lambda_s": ("lambda_s", lambda v: dip.DIPConfig(lambda_s=v), ">= 0"),
     "DIPConfig, start": ("start", lambda v: dip.DIPConfig(start=v), "> 0"),
     "DIPConfig, ratio": ("ratio", lambda v: dip.DIPConfig(ratio=v), "> 0"),
-    "DIPConfig, init_variance": (
-        "init_variance",
-        lambda v: dip.DIPConfig(init_variance={"*": v}),
-        "> 0",
-    ),
+    "DIPConfig, init": ("init_variance", lambda v: dip.DIPConfig(init_variance={"*": v}), "> 0"),
 }
 
 
@@ -223,13 +194,18 @@ def test_a_number_that_is_none_not_finite_or_out_of_range_is_named(door):
     if ">=" not in allowed:
         with pytest.raises(ValueError, match=f"^{name}: expected a finite number > 0"):
             call(0)
+    if "< 1" in allowed:
+        with pytest.raises(ValueError, match=f"^{name}: expected a finite number {allowed}"):
+            call(1)
 
 
 @pytest.mark.parametrize("door", REALS)
 def test_every_kind_of_number_is_taken(door):
-    _, call, _ = REALS[door]
+    _, call, allowed = REALS[door]
     for value in (0.5, np.float32(0.5), np.float64(0.5), Fraction(1, 2), torch.tensor(0.5)):
         call(value)
+    if ">=" in allowed:
+        call(0)
 
 
 def test_a_config_keeps_plain_numbers_which_json_takes():
@@ -238,6 +214,8 @@ def test_a_config_keeps_plain_numbers_which_json_takes():
     )
     assert config == dip.DIPConfig(m=3, key=2, kl=0.5, ratio={"*": 0.25})
     assert dip.DIPConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(TypeError, match=r"^key: expected an integer or None, got '7'"):
+        dip.DIPConfig(key="7")
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -278,17 +256,3 @@ def test_what_torch_compile_traces_stays_one_graph(dynamic):
         out = dip.trajectories(model, X, m=2)
         want = dip.objective(out, Y, F.cross_entropy, model, kl=0.3)
         assert torch.allclose(step(X, Y), want)
-
-
-def test_a_bound_is_within_the_range():
-    assert integer("n", 3, 3, 3) == 3 and real("x", 0, least=0) == 0
-    for call in (
-        lambda: integer("n", 2, 3),
-        lambda: integer("n", 4, 3, 3),
-        lambda: real("x", 0, above=0),
-        lambda: real("x", 1, below=1),
-    ):
-        with pytest.raises(ValueError):
-            call()
-    with pytest.raises(TypeError, match=r"^n: expected an integer or a string, got None"):
-        integer("n", None, other=" or a string")

@@ -36,51 +36,36 @@ def sharing():
     return layers[1]
 
 
-# A maker, the class that the message names, an input that fits, and what the message says of its
-# shape.
 def linear(**options):
     return lambda: dip.DIPLinear(4, 2, **options)
 
 
 ROWS, ALONG = r"\[\.\.\., 4\]", "4 features along dimension 1"
-MEAN = linear(num_samples=2, activation="relu", estimator="mean")
-LAYERS = [  # a maker, the class that the message names, an input that fits, what is said of it
-    pytest.param(linear(), "DIPLinear", (3, 4), ROWS, id="linear"),
-    pytest.param(linear(keep="x"), "DIPLinear", (3, 4), ROWS, id="linear-keep-x"),
-    pytest.param(MEAN, "DIPLinear", (3, 4), ROWS, id="linear-mean"),
-    pytest.param(
-        linear(activation="relu", estimator="analytic"),
-        "DIPLinear",
-        (3, 4),
-        ROWS,
-        id="linear-analytic",
-    ),
-    pytest.param(sharing, "DIPLinear", (3, 4), ROWS, id="linear-sharing"),
-    pytest.param(
-        lambda: dip.DIPConv1d(4, 2, 1),
-        "DIPConv1d",
-        (2, 4, 5),
-        r"\[N, 4, L\] or \[4, L\]",
-        id="conv1d",
-    ),
-    pytest.param(
-        lambda: dip.DIPConv2d(4, 2, 1), "DIPConv2d", (2, 4, 5, 5), r"\[N, 4, H, W\] or", id="conv2d"
-    ),
-    pytest.param(
-        lambda: dip.DIPConv3d(4, 2, 1),
-        "DIPConv3d",
-        (2, 4, 5, 5, 5),
-        r"\[N, 4, D, H, W\] or",
-        id="conv3d",
-    ),
-    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4, 5), ALONG, id="input"),
-    pytest.param(lambda: dip.DIPInput(4, dim=1), "DIPInput", (2, 4), ALONG, id="input-last"),
-    pytest.param(lambda: dip.DIPLayerNorm(4), "DIPLayerNorm", (3, 4), ROWS, id="norm"),
-    pytest.param(twin, "DIPShifted", (3, 4), ROWS, id="twin"),
-]
-DRAWING = [
-    case for case in LAYERS if case.id != "linear-analytic"
-]  # of that torch's product says what it takes
+LAYERS = {  # a maker, an input that fits, and what the message says of its shape
+    "linear": (linear(), (3, 4), ROWS),
+    "linear-keep-x": (linear(keep="x"), (3, 4), ROWS),
+    "linear-mean": (linear(num_samples=2, activation="relu", estimator="mean"), (3, 4), ROWS),
+    "linear-analytic": (linear(activation="relu", estimator="analytic"), (3, 4), ROWS),
+    "linear-sharing": (sharing, (3, 4), ROWS),
+    "conv1d": (lambda: dip.DIPConv1d(4, 2, 1), (2, 4, 5), r"\[N, 4, L\] or \[4, L\]"),
+    "conv2d": (lambda: dip.DIPConv2d(4, 2, 1), (2, 4, 5, 5), r"\[N, 4, H, W\] or"),
+    "conv3d": (lambda: dip.DIPConv3d(4, 2, 1), (2, 4, 5, 5, 5), r"\[N, 4, D, H, W\] or"),
+    "input": (lambda: dip.DIPInput(4, dim=1), (2, 4, 5), ALONG),
+    "input-last": (lambda: dip.DIPInput(4, dim=1), (2, 4), ALONG),
+    "norm": (lambda: dip.DIPLayerNorm(4), (3, 4), ROWS),
+    "twin": (twin, (3, 4), ROWS),
+}
+# of the exact mean torch's product says what it takes
+DRAWING = {name: case for name, case in LAYERS.items() if name != "linear-analytic"}
+OF_ALL, OF_DRAWING = (
+    pytest.mark.parametrize("make, shape, expected", cases.values(), ids=cases)
+    for cases in (LAYERS, DRAWING)
+)
+
+
+def begins(layer):
+    """How its messages begin: by its class, and how it was made."""
+    return rf"^{type(layer).__name__}\(.*"
 
 
 def refused(layer, x, error, text):
@@ -92,15 +77,15 @@ def refused(layer, x, error, text):
     return message
 
 
-@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
-def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, name, shape, expected):
+@OF_ALL
+def test_a_wrong_number_of_features_names_the_layer_and_the_shape(make, shape, expected):
     layer, dim = make(), make().feature_dim
     assert layer(torch.ones(shape)).isfinite().all()
     wrong = list(shape)
     wrong[dim] = 7
-    said = rf"^{name}\(.*expected an input (of shape|with) .*{expected}"
+    said = begins(layer) + rf"expected an input (of shape|with) .*{expected}"
     assert str(tuple(wrong)) in refused(layer, torch.ones(wrong), ValueError, said)
-    refused(layer, torch.ones(()), ValueError, rf"^{name}\(.*{expected}.*got \(\)")
+    refused(layer, torch.ones(()), ValueError, begins(layer) + rf"{expected}.*got \(\)")
 
 
 CUT = r"its weight reads that many.*to_plain, then convert and calibrate again"
@@ -130,10 +115,11 @@ def test_an_input_that_ends_before_the_features_dimension_is_named():
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64]
 )
-@pytest.mark.parametrize("make, name, shape, expected", DRAWING)
-def test_a_type_without_noise_is_named(make, name, shape, expected, dtype):
-    said = rf"^{name}\(.*torch\.float32.*got {dtype}"
-    refused(make(), torch.ones(shape).to(dtype), TypeError, said)
+@OF_DRAWING
+def test_a_type_without_noise_is_named(make, shape, expected, dtype):
+    layer = make()
+    said = begins(layer) + rf"torch\.float32.*got {dtype}"
+    refused(layer, torch.ones(shape).to(dtype), TypeError, said)
 
 
 def unusual(x):
@@ -147,18 +133,19 @@ def unusual(x):
 
 
 @pytest.mark.filterwarnings("ignore:.*(Sparse|nested).*:UserWarning")
-@pytest.mark.parametrize("make, name, shape, expected", DRAWING)
-def test_sparse_and_nested_tensors_are_refused_with_the_way_out(make, name, shape, expected):
+@OF_DRAWING
+def test_sparse_and_nested_tensors_are_refused_with_the_way_out(make, shape, expected):
     layer = make()
     for way_out, x in unusual(torch.ones(shape)):
-        message = refused(layer, x, TypeError, rf"^{name}\(.*expected a dense tensor")
+        message = refused(layer, x, TypeError, begins(layer) + "expected a dense tensor")
         assert way_out in message and "eval mode" in message
 
 
-@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
-def test_a_tensor_on_another_device_is_named(make, name, shape, expected):
-    x = torch.ones(shape, device="meta")
-    refused(make(), x, ValueError, rf"^{name}\(.*on cpu, where its variance is, got one on meta")
+@OF_ALL
+def test_a_tensor_on_another_device_is_named(make, shape, expected):
+    layer, x = make(), torch.ones(shape, device="meta")
+    said = begins(layer) + "on cpu, where its variance is, got one on meta"
+    refused(layer, x, ValueError, said)
 
 
 def test_layers_on_the_meta_device_train():
@@ -227,17 +214,12 @@ def test_a_complex_layer_names_the_way_out_and_is_the_plain_one_in_eval_mode():
     assert torch.equal(layer.eval()(x), nn.functional.linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("make, name, shape, expected", LAYERS)
-def test_what_is_no_tensor_is_named(make, name, shape, expected):
-    refused(
-        make(), None, TypeError, rf"^{name}\(.*expected a tensor where noise is drawn, got NoneType"
-    )
-    refused(
-        make(),
-        [1.0] * 4,
-        TypeError,
-        rf"^{name}\(.*expected a tensor where noise is drawn, got list",
-    )
+@OF_ALL
+def test_what_is_no_tensor_is_named(make, shape, expected):
+    layer = make()
+    for given, kind in ((None, "NoneType"), ([1.0] * 4, "list")):
+        said = begins(layer) + f"expected a tensor where noise is drawn, got {kind}"
+        refused(layer, given, TypeError, said)
 
 
 def test_a_packed_sequence_is_refused_where_noise_is_drawn_and_taken_in_eval_mode():

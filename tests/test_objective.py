@@ -16,6 +16,7 @@ from dipkernels.training.trajectories import trajectories
 
 OUT = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1])
+PLAIN, NOISY = nn.Linear(2, 2), DIPInput(2)
 
 
 def test_penalty_is_the_formula():
@@ -138,77 +139,47 @@ def test_gradients_reach_the_variances_through_every_term():
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("change", "error", "message"),
     [
-        (lambda: penalty(nn.Linear(2, 2), 1, 1), ValueError, "^model: expected DIP layers"),
+        ({"alpha": 1.0}, ValueError, "^model: expected the model"),
+        ({"kl": 0.1}, ValueError, "^model: expected the model"),
+        ({"model": PLAIN}, ValueError, "^model: expected DIP layers"),
+        ({"model": PLAIN, "alpha": 1.0}, ValueError, "^model: expected DIP layers"),
+        ({"model": NOISY, "kl": 0.1, "alpha": 1.0}, ValueError, "^kl: expected none beside alpha"),
+        ({"model": NOISY, "beta": 1.0}, ValueError, "^alpha: expected > 0 beside"),
         (
-            lambda: objective(OUT, Y, F.cross_entropy, alpha=1.0),
-            ValueError,
-            "^model: expected the model",
-        ),
-        (
-            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2), alpha=1.0),
-            ValueError,
-            "^model: expected DIP layers",
-        ),
-        (
-            lambda: objective(OUT, Y, F.cross_entropy, nn.Linear(2, 2)),
-            ValueError,
-            "^model: expected DIP layers",
-        ),
-        (
-            lambda: objective(OUT, Y, F.cross_entropy, kl=0.1),
-            ValueError,
-            "^model: expected the model",
-        ),
-        (
-            lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), kl=0.1, alpha=1.0),
-            ValueError,
-            "^kl: expected none beside alpha",
-        ),
-        (
-            lambda: objective(OUT, Y, F.cross_entropy, DIPInput(2), beta=1.0),
-            ValueError,
-            "^alpha: expected > 0 beside",
-        ),
-        (lambda: penalty(DIPInput(2), 0.0, 1.0), ValueError, "^alpha: expected > 0 beside beta"),
-        (lambda: kl_penalty(nn.Linear(2, 2)), ValueError, "^model: expected DIP layers"),
-        (
-            lambda: objective(OUT[:1], Y, F.cross_entropy, lambda_s=1.0),
+            {"out": OUT[:1], "lambda_s": 1.0},
             ValueError,
             "^lambda_s: expected 0 with one trajectory",
         ),
+        ({"out": OUT[0, 0]}, ValueError, r"^out: expected a tensor \[m, B, ...\].*\(3,\)"),
+        ({"out": OUT[:0]}, ValueError, "^out: "),
+        ({"out": OUT[0]}, ValueError, r"^out: .*B = 5, got shape \(5, 3\).*trajectories"),
+        ({"out": {"logits": OUT}}, TypeError, "^out: .*dict; .*dip.kl_penalty"),
         (
-            lambda: objective(OUT[0, 0], Y, F.cross_entropy),
-            ValueError,
-            r"^out: expected a tensor \[m, B, ...\].*\(3,\)",
-        ),
-        (lambda: objective(OUT[:0], Y, F.cross_entropy), ValueError, "^out: "),
-        (
-            lambda: objective(OUT[0], Y, F.cross_entropy),
-            ValueError,
-            r"^out: .*B = 5, got shape \(5, 3\).*trajectories",
-        ),
-        (
-            lambda: objective({"logits": OUT}, Y, F.cross_entropy),
-            TypeError,
-            "^out: .*dict; .*dip.kl_penalty",
-        ),
-        (
-            lambda: objective(OUT, Y, lambda o, t: o),
+            {"loss_fn": lambda o, t: o},
             ValueError,
             r"^loss_fn: expected a scalar tensor, got torch.float32 \(5, 3\)",
         ),
         (
-            lambda: objective(OUT, Y, lambda o, t: 1.0),
+            {"loss_fn": lambda o, t: 1.0},
             ValueError,
             "^loss_fn: expected a scalar tensor, got float",
         ),
     ],
 )
-def test_bad_input_is_named(call, error, message):
+def test_bad_input_is_named(change, error, message):
+    given = {"out": OUT, "target": Y, "loss_fn": F.cross_entropy, **change}
     with pytest.raises(error, match=message):
-        call()
+        objective(**given)
+
+
+def test_bad_input_of_a_penalty_is_named():
+    for call in (lambda: penalty(PLAIN, 1, 1), lambda: kl_penalty(PLAIN)):
+        with pytest.raises(ValueError, match=r"^model: expected DIP layers"):
+            call()
+    with pytest.raises(ValueError, match=r"^alpha: expected > 0 beside beta"):
+        penalty(NOISY, 0.0, 1.0)
 
 
 def test_the_penalties_are_float32_whatever_the_default_type():
