@@ -24,7 +24,17 @@ CASES = {
     ),
     "sequence": (nn.Conv1d, (3, 5, 40), dict(out_channels=7, kernel_size=10, stride=5)),
     "volume": (nn.Conv3d, (2, 2, 6, 7, 8), dict(out_channels=4, kernel_size=(2, 3, 3), padding=1)),
+    # windows side by side: of one dimension, not square, with an edge left over, of three
+    "sequence patches": (nn.Conv1d, (3, 2, 24), dict(out_channels=5, kernel_size=5, stride=5)),
+    "oblong": (nn.Conv2d, (3, 2, 12, 9), dict(out_channels=5, kernel_size=(4, 3), stride=(4, 3))),
+    "edge": (nn.Conv2d, (3, 2, 13, 11), dict(out_channels=5, kernel_size=(4, 3), stride=(4, 3))),
+    "cells": (
+        nn.Conv3d,
+        (3, 2, 7, 1, 9),
+        dict(out_channels=5, kernel_size=(2, 1, 3), stride=(2, 1, 3)),
+    ),
 }
+PATCHES = ("patches", "sequence patches", "oblong", "edge", "cells")
 
 
 def layer_of(case, dtype=torch.float32, **options):
@@ -48,8 +58,11 @@ def gradients(layer, x, needs_input):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", CASES)
-def test_own_input_gives_the_gradients_of_the_projection(case, dtype, monkeypatch):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_own_input_gives_the_gradients_of_the_projection(channels_last, case, dtype, monkeypatch):
     layer, x = layer_of(case, dtype)
+    if channels_last and x.dim() == 4:
+        x = x.to(memory_format=torch.channels_last)
     calls = []
     monkeypatch.setattr(
         conv, "own_input", lambda *a, run=conv.own_input: calls.append(1) or run(*a)
@@ -66,26 +79,8 @@ def test_own_input_gives_the_gradients_of_the_projection(case, dtype, monkeypatc
     assert all(torch.equal(again[name], grad) for name, grad in got.items())
 
 
-@pytest.mark.parametrize("kept_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(
-    "size, kernel", [((24,), (5,)), ((12, 9), (4, 3)), ((13, 11), (4, 3)), ((7, 1, 9), (2, 1, 3))]
-)
-def test_the_weight_gradient_of_windows_side_by_side(size, kernel, kept_format):
-    u = torch.randn(3, 2, *size, dtype=torch.float64)
-    if kept_format is torch.channels_last and u.dim() == 4:
-        u = u.contiguous(memory_format=kept_format)
-    weight = torch.randn(5, 2, *kernel, dtype=torch.float64, requires_grad=True)
-    rest = (0,) * len(kernel), (1,) * len(kernel)
-    window = conv.Window(kernel, *rest, 1)
-    assert window._cuts_patches(weight.shape[2:])
-    y = window.convolve(u, weight, None)
-    dy = torch.randn_like(y)
-    (want,) = torch.autograd.grad(y, weight, dy)
-    torch.testing.assert_close(window.weight_gradient(dy, u, weight.detach()), want)
-
-
-@pytest.mark.parametrize("case, products", [("patches", 0), ("stem", 2)])
-def test_own_input_asks_for_no_input_gradient(case, products):
+@pytest.mark.parametrize("case", ["stem", *PATCHES])
+def test_own_input_asks_for_no_input_gradient(case):
     layer, x = layer_of(case)
     masks = []
 
@@ -98,7 +93,8 @@ def test_own_input_asks_for_no_input_gradient(case, products):
     y = layer(x)
     with Watch():
         y.sum().backward()
-    assert len(masks) == products and not any(mask[0] for mask in masks)
+    # those of patches are one matrix product each
+    assert len(masks) == (0 if case in PATCHES else 2) and not any(mask[0] for mask in masks)
 
 
 def test_own_input_differentiates_twice():

@@ -18,10 +18,6 @@ from dipkernels.noise import guards
 from dipkernels.ops import dtensor
 from dipkernels.worlds import is_dtensor
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="torch was built without distributed"
-)
-
 
 def _last_fails(rank, world):
     if rank == world - 1:
@@ -68,12 +64,8 @@ def gradients(model):
     }
 
 
-def assert_same(got, want, **tolerance):
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(
-            got[name], want[name], **tolerance, msg=lambda m, name=name: f"{name}: {m}"
-        )
+def of_variances(model):
+    return {n: g for n, g in gradients(model).items() if "log_variance" in n}
 
 
 def one_process():
@@ -103,7 +95,7 @@ def test_ddp_is_one_process(rank, world):
         part = model(x[mine])
         F.mse_loss(part, y[mine]).backward()
     torch.testing.assert_close(part, whole[mine], rtol=1e-5, atol=1e-5)
-    assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
     # accumulation: all but the last part without communication
     model.zero_grad()
     for step in range(each):
@@ -114,12 +106,12 @@ def test_ddp_is_one_process(rank, world):
             torch.enable_grad() if last else model.no_sync(),
         ):
             (F.mse_loss(model(x[here]), y[here]) / each).backward()
-    assert_same(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model), gradients(plain), rtol=1e-4, atol=1e-5)
     # a step without noise, and the one after it
     model.zero_grad()
     with dip.noise_off():
         loss_of(model, x[mine], y[mine]).backward()
-    assert not any(g.any() for n, g in gradients(model).items() if "log_variance" in n)
+    assert not any(g.any() for g in of_variances(model).values())
     model.zero_grad()
     loss_of(model, x[mine], y[mine]).backward()
     assert all(g.any() for g in gradients(model).values())
@@ -213,7 +205,7 @@ def test_fsdp_is_one_process(rank, world, kind):
     assert all(g.dtype is torch.float32 for n, g in got.items() if "log_variance" in n)
     exact = kind.startswith("float32")
     got, want = ({n: g.float() for n, g in each.items()} for each in (got, want))
-    assert_same(
+    torch.testing.assert_close(
         got, want, **({"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0.05, "atol": 2e-3})
     )
     # steps without noise do not break the next one
@@ -241,7 +233,7 @@ def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
     shard(model)
     with dip.fixed_noise(5, row0=first):
         loss_of(model, x[first : first + each], y[first : first + each]).backward()
-    assert_same(gradients(model), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-5)
     # accumulation without reduction in between
     model.zero_grad()
     for step in range(2):
@@ -249,32 +241,12 @@ def test_fsdp_with_checkpointing_and_accumulation_is_one_process(rank, world):
         here = slice(first + step * each // 2, first + (step + 1) * each // 2)
         with dip.fixed_noise(5, row0=here.start):
             (loss_of(model, x[here], y[here]) / 2).backward()
-    assert_same(gradients(model), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name, weights", [("penalty", (0.3, 0.02)), ("kl_penalty", (0.3,))])
 @on_ranks()
-def test_penalty_over_shards_is_the_whole_penalty(rank, world):
-    plain = make_model()
-    want = dip.penalty(plain, 0.3, 0.02)
-    want.backward()
-    for when in ("before", "after", "alone"):
-        model = shard(make_model())
-        x, y = batch()
-        if when == "after":
-            output = model(x)
-            total = dip.penalty(model, 0.3, 0.02)
-            (total + 0 * output.sum()).backward()
-        else:
-            total = dip.penalty(model, 0.3, 0.02)
-            (total + 0 * loss_of(model, x, y) if when == "before" else total).backward()
-        assert not is_dtensor(total)
-        torch.testing.assert_close(total, want)
-        got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
-        assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
-
-
-@on_ranks()
-def test_kl_over_shards_is_the_whole_kl(rank, world):
+def test_penalties_over_shards_are_those_of_the_whole(rank, world, name, weights):
     def with_priors():
         model = make_model()
         for m in model.modules():
@@ -283,17 +255,29 @@ def test_kl_over_shards_is_the_whole_kl(rank, world):
                 m.pull.copy_(torch.linspace(0.2, 1, m.pull.numel()))
         return model
 
-    plain = with_priors()
-    want = dip.kl_penalty(plain, 0.3)
+    def term(model):
+        return getattr(dip, name)(model, *weights)
+
+    plain, (x, y) = with_priors(), batch()
+    want = term(plain)
     want.backward()
-    model = shard(with_priors())
-    total = dip.kl_penalty(model, 0.3)
-    total.backward()
-    assert want > 0 and not is_dtensor(total)
-    torch.testing.assert_close(total, want)
-    got = {n: g for n, g in gradients(model).items() if "log_variance" in n}
-    assert_same(got, {n: g for n, g in gradients(plain).items() if "log_variance" in n})
-    # a style of tensor parallelism may have made the prior a DTensor too
+    for when in ("before", "after", "alone"):
+        model = shard(with_priors())
+        if when == "after":
+            output = model(x)
+            total = term(model)
+            (total + 0 * output.sum()).backward()
+        else:
+            total = term(model)
+            (total + 0 * loss_of(model, x, y) if when == "before" else total).backward()
+        assert want > 0 and not is_dtensor(total)
+        torch.testing.assert_close(total, want)
+        torch.testing.assert_close(of_variances(model), of_variances(plain))
+
+
+@on_ranks()
+def test_kl_takes_a_prior_that_is_a_dtensor(rank, world):
+    """A style of tensor parallelism may have made it one."""
     layer = DIPInput(4, init_variance=0.5)
     layer.variance.log_variance = nn.Parameter(layer.log_variance.detach() + 1)
     expected = dip.kl_penalty(layer)
@@ -337,7 +321,7 @@ def check_fsdp1(rank, world):
         ):
             messages.append(raised(lambda call=call, model=model: call(model)))
         with FullyShardedDataParallel.summon_full_params(model):
-            assert_same(dip.variances(model), want, rtol=0, atol=0)
+            torch.testing.assert_close(dip.variances(model), want, rtol=0, atol=0)
         assert dip.predict(model, batch()[0], k=2, average="logits").isfinite().all()
     return messages
 
@@ -392,7 +376,7 @@ def check_meta_and_state(rank, world, folder):
         assert is_dtensor(p) and not p.is_meta
     back = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
-        assert_same(back, source.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(back, source.state_dict(), rtol=0, atol=0)
     # one step, so that the optimiser has state; then the distributed checkpoint
     optimizer = torch.optim.AdamW(dip.param_groups(model, lr=1e-2, weight_decay=0.1))
     with dip.fixed_noise(4):
@@ -442,7 +426,7 @@ def test_a_load_into_shards_leaves_what_it_does_not_name(rank, world):
     first = next(name for name in own if name.endswith("weight"))
     model.load_state_dict({first: model.state_dict()[first]}, strict=False)
     now = {name: dtensor.full(p.detach()) for name, p in model.named_parameters()}
-    assert_same(now, own, rtol=0, atol=0)
+    torch.testing.assert_close(now, own, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -516,7 +500,7 @@ def check_load(rank, world, folder, want):
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    assert_same(
+    torch.testing.assert_close(
         {n: dtensor.full(p.detach()) for n, p in model.named_parameters()}, want, rtol=0, atol=0
     )
     with dip.fixed_noise(6):
@@ -531,7 +515,7 @@ def test_a_checkpoint_of_two_processes_loads_in_one(ranks, tmp_path):
     want = ranks.run(check_meta_and_state, str(tmp_path))[0]
     alone = check_load(0, 1, str(tmp_path), want)
     again = ranks.run(check_load, str(tmp_path), want)[0]
-    assert_same(again, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -640,12 +624,12 @@ def test_a_pipeline_is_one_process(rank, world, traced):
     got = gradients(held)
     if traced:
         assert got
-        assert_same(got, {n: want[n] for n in got}, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, {n: want[n] for n in got}, rtol=1e-4, atol=1e-5)
     else:
         names = {
             n: (n if rank == 0 else f"{int(n.split('.')[0]) + 1}.{n.split('.', 1)[1]}") for n in got
         }
-        assert_same(
+        torch.testing.assert_close(
             {names[n]: g for n, g in got.items()},
             {n: want[n] for n in names.values()},
             rtol=1e-4,

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from graph_support import GPU_MODE, compiled, module_on_gpu, no_workaround_of_dynamo, on_gpu
+from graph_support import (
+    GPU_MODE,
+    Compiler,
+    compiled,
+    module_on_gpu,
+    no_workaround_of_dynamo,
+    on_gpu,
+)
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -238,6 +245,7 @@ def test_compiled_keep_decides_between_x_and_u_by_these_bytes(dtype):
         (nn.Linear(64, 64), 1, one, one),  # u takes x's place
         (nn.Tanh(), 1, one, 2 * one),  # whose own backward keeps x
         (nn.Linear(64, 64), 3, one, 3 * one),  # each reader has a u of its own
+        (nn.Tanh(), 3, one, 4 * one),  # as the plain layers keep: what tanh made, once
     ]:
         model = Readers(before.requires_grad_(), number).to(dtype)
         for keep, wanted, backward in (("x", by_x, "perturb_replay"), ("u", by_u, "perturb_bwd")):
@@ -278,24 +286,16 @@ def test_compiled_keep_by_bytes_keeps_u_where_it_is_narrower():
 
 
 def test_compiled_keep_changes_no_number_and_compiles_anew():
-    layer, count = dip.DIPLinear(24, 12), []
-
-    def backend(graph, inputs):
-        from torch._dynamo.backends.debugging import aot_eager
-
-        count.append(graph)
-        return aot_eager(graph, inputs)
-
-    compiled_layer, results = torch.compile(layer, backend=backend, fullgraph=True), {}
+    layer, compiler, results = dip.DIPLinear(24, 12), Compiler(), {}
+    compiled_layer = torch.compile(layer, backend=compiler, fullgraph=True)
     for keep in ("x", "u", "x"):
         x = torch.randn(9, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with backends.compiled_keep(keep), dip.fixed_noise(5):
             y = compiled_layer(x)
         results[keep] = (y, *torch.autograd.grad(y.square().sum(), (x, *layer.parameters())))
-    assert len(count) == 2
+    assert compiler.count == 2
     assert torch.equal(results["x"][0], results["u"][0])
-    for by_x, by_u in zip(results["x"], results["u"], strict=True):
-        torch.testing.assert_close(by_x, by_u, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results["x"], results["u"], rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"keep: expected 'x', 'u' or 'bytes', got 'both'"):
         backends.compiled_keep("both")
     assert backends.kept_when_compiled == "x"
