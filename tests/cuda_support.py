@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from source_support import ROOT, module_at
+
 SOURCE = ROOT / "csrc" / "cuda" / "perturb.cu"
 ARCHS = (80, 86, 89, 90, 100, 120)
 FLAGS = (
@@ -24,11 +25,7 @@ FLAGS = (
     "-fmad=false",
     "--expt-relaxed-constexpr",
 )
-_spec = importlib.util.spec_from_file_location(
-    "gpu_expectation", ROOT / "benchmarks" / "gpu_expectation.py"
-)
-gpu_expectation = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu_expectation)
+gpu_expectation = module_at("benchmarks/gpu_expectation.py")
 
 
 @functools.cache
@@ -56,7 +53,10 @@ class Kernel:
 
     @property
     def loop(self) -> Counter:
-        return count_loop(self.sass)
+        """Instructions, by opcode, of the longest loop that does not contain a barrier."""
+        _, loops = read_sass(self.sass)
+        loops = [loop for loop in loops if not any(op.startswith("BAR") for op in loop)]
+        return counted(max(loops, key=len, default=[]))
 
 
 _INSTRUCTION = re.compile(
@@ -64,23 +64,25 @@ _INSTRUCTION = re.compile(
 )
 
 
-def count_loop(sass: str) -> Counter:
-    """Instructions, by opcode, of the kernel's longest loop that does not contain a barrier."""
+def read_sass(sass: str) -> tuple[list[str], list[list[str]]]:
+    """The opcodes of a kernel in order, and those of each loop."""
     opcodes, labels, loops = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"^\s*(\.L_\w+):", line):
             labels[label[1]] = len(opcodes)
         elif instruction := _INSTRUCTION.match(line):
-            opcodes.append(instruction[1])
-            target = re.search(r"(\.L_\w+)", instruction[2])
-            if (
-                instruction[1].startswith("BRA")
-                and target
-                and labels.get(target[1], len(opcodes)) < len(opcodes)
-            ):
-                loops.append(opcodes[labels[target[1]] :])
-    loops = [loop for loop in loops if not any(op.startswith("BAR") for op in loop)]
-    return Counter(op for op in max(loops, key=len, default=[]) if op != "NOP")
+            opcode, target = instruction[1], re.search(r"\.L_\w+", instruction[2])
+            start = labels.get(target[0]) if target and opcode.startswith("BRA") else None
+            # the one that pads a kernel branches to itself
+            is_loop = start is not None and start < len(opcodes)
+            opcodes.append(opcode)
+            if is_loop:
+                loops.append(opcodes[start:])
+    return opcodes, loops
+
+
+def counted(opcodes: list[str]) -> Counter:
+    return Counter(op for op in opcodes if op != "NOP")
 
 
 def compile_cubin(arch: int, cubin: Path) -> None:
@@ -131,3 +133,16 @@ def read_kernels(cubin: Path) -> list[Kernel]:
         )
         kernels.append(Kernel(name, int(registers), int(stack), sections[mangled]))
     return kernels
+
+
+def check_last_rows(u, seed, first, standard_normal):
+    """u, made of zeros and of ones as sigma by the launch's last blocks alone, is z in the last
+    rows that they wrote, from the column `first` on."""
+    inner = u.shape[2] if u.dim() == 3 else 1
+    written = u[:, first:].ne(0).any(1).nonzero()
+    assert u.numel() > 2**31 and written[-1][0] == u.shape[0] - 1
+    for at in written[-3:].tolist():
+        row = at[0] * inner + (at[1] if inner > 1 else 0)
+        got = u[at[0], first:] if inner == 1 else u[at[0], first:, at[1]]
+        want = standard_normal(seed, 1, u.shape[1] - first, row, first)[0]
+        assert ((got.double() - want).abs() - 2.0**-8 * want.abs()).max() <= 4e-6

@@ -17,10 +17,7 @@ import struct
 import numpy as np
 import ptx
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton_support import specialised, triton
 
 _PACK = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 _PACK |= {"u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
@@ -47,7 +44,7 @@ def _segments(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
     return result
 
 
-def bytes_at(first: int, end: int) -> np.ndarray:
+def _bytes_at(first: int, end: int) -> np.ndarray:
     """The memory of this process from `first` to `end`"""
     if end <= first:
         return np.zeros(0, np.uint8)
@@ -66,21 +63,12 @@ def _up_to_ptx(*arguments):
 def compile_kernel(kernel, args, kwargs, arch: int):
     """(the bound arguments, their types, the parsed PTX, threads of a block, bytes of shared
     memory)"""
-    target = GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    kwargs = {"debug": False, **kwargs}
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*args, **kwargs)
-    key = (kernel, arch, str(specialization), str(options))
-    options, signature, constexprs, attrs = kernel._pack_args(
-        backend, kwargs, bound, specialization, options
-    )
+    bound, signature, key, compiles = specialised(kernel, args, kwargs, arch)
     if key not in _compiled:
-        source = ASTSource(kernel, signature, constexprs, attrs)
         before = triton.knobs.runtime.add_stages_inspection_hook
         triton.knobs.runtime.add_stages_inspection_hook = _up_to_ptx
         try:
-            binary = triton.compile(source, target=target, options=options.__dict__)
+            binary = compiles()
         finally:
             triton.knobs.runtime.add_stages_inspection_hook = before
         (parsed,) = ptx.Module(binary.asm["ptx"]).kernels.values()
@@ -113,7 +101,7 @@ class _Launcher:
         values = [(bound[name], kind) for name, kind in signature.items() if kind != "constexpr"]
         memory, addresses = ptx.Memory(), []
         for first, end in _segments([v for v, kind in values if kind[0] == "*"]):
-            addresses.append((first, end, memory.add(bytes_at(first, end), first % 16)))
+            addresses.append((first, end, memory.add(_bytes_at(first, end), first % 16)))
         data = b""
         # Triton adds two pointers to scratch memory, which these kernels do not use.
         for value, kind in [*values, (None, "*"), (None, "*")]:

@@ -1,7 +1,6 @@
 """activation: y = E[act(mu + sqrt(v) z)] and its derivatives, against quadrature, Monte Carlo and
 the limits.  docs/maths.md, section 7."""
 
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from capability_support import assert_same_everywhere
 from dipkernels.triton_kernels.mixtures import BOUNDS, MIXTURES
 from scipy.special import expit, ndtr
+from source_support import module_at
 from sums_support import telling_terms
 
 from dipkernels import functional, reference
@@ -167,8 +167,7 @@ def test_reference_takes_any_variance(activation):
     limits = (mu * cdf + s * pdf, cdf, (pdf / s).sum(0) / 2)  # of relu, and of a step
     if activation == "tanh":
         limits = (2 * cdf - 1, 2 * pdf / s, -(a * pdf).sum(0) / v)
-    for got, want in zip((y, dmu, dv), limits):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close((y, dmu, dv), limits, rtol=1e-3, atol=1e-9)
     reference.expectation(mu, v.fill_(math.inf), activation)
 
 
@@ -294,11 +293,7 @@ def test_mixtures_keep_their_bounds(activation):
     ],
 )
 def test_mixtures_are_what_their_command_fits(activation, tier):
-    spec = importlib.util.spec_from_file_location(
-        "fit_mixtures", Path(__file__).parents[1] / "studies" / "fit_mixtures.py"
-    )
-    fit_mixtures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fit_mixtures)
+    fit_mixtures = module_at("studies/fit_mixtures.py")
     c, _, d = MIXTURES[activation][tier]
     error, found, _, _ = fit_mixtures.fit(activation, len(c), len(d[0]))
     assert error == pytest.approx(BOUNDS[activation][tier], rel=0.05)

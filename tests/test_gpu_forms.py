@@ -1,23 +1,14 @@
 """benchmarks/gpucheck/forms.py: what it sets, it takes back; CUDA's part is stood in for."""
 
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
+
+from source_support import module_at
 
 from dipkernels import backends
 
-PATH = Path(__file__).resolve().parent.parent / "benchmarks" / "gpucheck" / "forms.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("gpucheck_forms", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_forms_reach_the_kernels_and_are_taken_back(monkeypatch):
-    forms, state = load(), [1]
+    forms, state = module_at("benchmarks/gpucheck/forms.py"), [1]
     functions = SimpleNamespace(
         dip_set_cuda_forms=lambda bits: state.__setitem__(0, bits), dip_cuda_forms=lambda: state[0]
     )

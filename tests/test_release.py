@@ -2,7 +2,6 @@
 documents whose code runs, types."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from source_support import module_at
 
 import dipkernels as dip
 
@@ -217,11 +217,7 @@ def test_types_hold_here_and_for_strict_users():
 
 def test_a_cell_that_holds_a_sentence_is_marked_for_the_phone():
     pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location(
-        "docs_hooks", ROOT / "tools" / "release" / "docs_hooks.py"
-    )
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = module_at("tools/release/docs_hooks.py")
     long, linked = "a sentence of many words " * 3, f'<a href="{"x" * 90}">12</a>'
     html = hooks.on_page_content(f"<td>1.02</td><td>{long}</td><td>{linked}</td>", None, None, None)
     assert html == f"<td>1.02</td><td data-long>{long}</td><td>{linked}</td>"

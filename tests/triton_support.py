@@ -13,12 +13,18 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+import pytest
+from cuda_support import counted, read_sass
+from source_support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+triton = pytest.importorskip("triton")
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET=1: there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 
 
@@ -34,15 +40,6 @@ def load_kernels(*names: str):
         sys.modules[package] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[package])
     return [importlib.import_module(f"{package}.{name}") for name in names]
-
-
-def load_reference():
-    spec = importlib.util.spec_from_file_location(
-        "reference_under_test", ROOT / "dipkernels" / "reference.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class _Recorder:
@@ -89,9 +86,13 @@ class Compiled:
     num_warps: int
 
     def count(self) -> Counter:
-        """Instructions by opcode: of the hottest loop where there is one, else of the whole
+        """Instructions by opcode: of the longest loop where there is one, else of the whole
         kernel."""
-        return count_instructions(self.sass)
+        opcodes, loops = read_sass(self.sass)
+        if "EXIT" in opcodes:
+            # What follows the last EXIT is the trap that pads the kernel.
+            opcodes = opcodes[: len(opcodes) - opcodes[::-1].index("EXIT")]
+        return counted(max(loops, key=len, default=opcodes))
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -108,20 +109,26 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
         return _run("cuobjdump", "-res-usage", file.name), sass
 
 
-def compile_launch(launch, arch: int) -> Compiled:
-    kernel, args, kwargs = launch
+def specialised(kernel, args, kwargs, arch: int):
+    """A launch as Triton's own launcher binds and specialises it: the bound arguments, their types,
+    what tells two compiled kernels apart, and a function that compiles it."""
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kwargs = {"debug": False, **kwargs}
-    bound, specialization, options = create_function_from_signature(
-        kernel.signature, kernel.params, backend
-    )(*args, **kwargs)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **kwargs)
+    key = (kernel, arch, str(specialization), str(options))
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__
-    )
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    compiles = functools.partial(triton.compile, source, target=target, options=options.__dict__)
+    return bound, signature, key, compiles
+
+
+def compile_launch(launch, arch: int) -> Compiled:
+    kernel, args, kwargs = launch
+    compiled = specialised(kernel, args, kwargs, arch)[-1]()
     usage, sass = _disassemble(compiled.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     spills = sum(4 for _ in re.finditer(r"\b(?:STL|LDL)\b", sass))
@@ -135,33 +142,3 @@ def compile_launch(launch, arch: int) -> Compiled:
         resources["STACK"] + resources["LOCAL"],
         compiled.metadata.num_warps,
     )
-
-
-_INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_.]+)?)(.*?);"
-)
-
-
-def count_instructions(sass: str) -> Counter:
-    lines, labels, loops = [], {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"^\s*(\.L_\w+):", line):
-            labels[label[1]] = len(lines)
-        elif instruction := _INSTRUCTION.match(line):
-            opcode, rest = instruction[1], instruction[2]
-            target = re.search(r"\(?(\.L_\w+)\)?", rest)
-            if (
-                opcode.startswith("BRA")
-                and target
-                and target[1] in labels
-                and labels[target[1]] < len(lines)
-            ):
-                loops.append((labels[target[1]], len(lines) + 1))
-            lines.append(opcode)
-    if loops:
-        start, end = max(loops, key=lambda loop: loop[1] - loop[0])
-        lines = lines[start:end]
-    elif "EXIT" in lines:
-        # What follows the last EXIT is the trap that pads the kernel.
-        lines = lines[: len(lines) - lines[::-1].index("EXIT")]
-    return Counter(op for op in lines if op != "NOP")

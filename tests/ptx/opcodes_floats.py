@@ -190,28 +190,23 @@ class FloatOpcodes:
 
     # ---- signs, the least and the greatest
 
-    def _signs(self, parts, o, expression):
-        """On the bits of 16-bit floats: {} and the mask of the signs"""
-        plain = "b32" if parts[-1].endswith("x2") else "b16"
-        mask = self.constant(u32(0x80008000) if plain == "b32" else u16(0x8000))
-        self.only(parts)
-        self.assign(o[0], expression.format(self.operand(o[1], plain), mask), plain)
+    def _signs(self, parts, o, of_bits, of_numbers):
+        """of_bits: of 16-bit floats, {0}, and the mask of their signs, {1}"""
+        kind = parts[-1]
+        if "16" in kind and kind != "s16":
+            plain = "b32" if kind.endswith("x2") else "b16"
+            mask = self.constant(u32(0x80008000) if plain == "b32" else u16(0x8000))
+            self.only(parts)
+            return self.assign(o[0], of_bits.format(self.operand(o[1], plain), mask), plain)
+        self.only(parts, "ftz")
+        (a,) = self._inputs(o[1:2], kind, parts)
+        return self.assign(o[0], of_numbers.format(a), kind)
 
     def op_abs(self, parts, o):
-        kind = parts[-1]
-        if "16" in kind and kind != "s16":
-            return self._signs(parts, o, "{0} & ~{1}")
-        self.only(parts, "ftz")
-        (a,) = self._inputs(o[1:2], kind, parts)
-        return self.assign(o[0], f"np.abs({a})", kind)
+        self._signs(parts, o, "{0} & ~{1}", "np.abs({})")
 
     def op_neg(self, parts, o):
-        kind = parts[-1]
-        if "16" in kind and kind != "s16":
-            return self._signs(parts, o, "{0} ^ {1}")
-        self.only(parts, "ftz")
-        (a,) = self._inputs(o[1:2], kind, parts)
-        return self.assign(o[0], f"-{a}", kind)
+        self._signs(parts, o, "{0} ^ {1}", "-{}")
 
     def _extreme(self, parts, o, name, integers):
         kind = parts[-1]

@@ -6,45 +6,31 @@ from .kinds import WINDOWS, PTXError, u64, width_of
 
 _SPACES = ("global", "shared", "param", "local")
 # What says how soon others see an access, or how it is cached: no matter here.
-_ORDER = {
-    "relaxed",
-    "acquire",
-    "release",
-    "acq_rel",
-    "volatile",
-    "weak",
-    "cta",
-    "cluster",
-    "gpu",
-    "sys",
-}
-_CACHES = {
-    "nc",
-    "ca",
-    "cg",
-    "cs",
-    "lu",
-    "cv",
-    "wb",
-    "wt",
-    "cop",
-    "v2",
-    "v4",
-    "L1",
-    "L2",
-    "no_allocate",
-}
-_CACHES |= {
-    "evict_first",
-    "evict_last",
-    "evict_normal",
-    "evict_unchanged",
-    "L2",
-    "64B",
-    "128B",
-    "256B",
-    "cache_hint",
-}
+_ORDER = set(
+    ["relaxed", "acquire", "release", "acq_rel", "volatile", "weak", "cta", "cluster", "gpu", "sys"]
+)
+_CACHES = set(
+    [
+        "nc",
+        "ca",
+        "cg",
+        "cs",
+        "lu",
+        "cv",
+        "wb",
+        "wt",
+        "cop",
+        "v2",
+        "v4",
+        "L1",
+        "L2",
+        "no_allocate",
+        "cache_hint",
+    ]
+)
+_CACHES |= set(
+    ["evict_first", "evict_last", "evict_normal", "evict_unchanged", "64B", "128B", "256B"]
+)
 
 
 class MemoryOpcodes:
