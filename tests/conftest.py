@@ -16,7 +16,7 @@ from capability_support import OFFERED
 from ranks_support import Ranks
 from seeding import SEED, seeded  # noqa: F401
 
-from dipkernels.backends import CAPABILITIES, cpu_capability
+from dipkernels.backends import CAPABILITIES, cpu_capability, library
 
 # The longest: with several workers nothing is to wait for them at the end.
 FIRST = (
@@ -74,6 +74,17 @@ def capability(request):
     cpu_capability(request.param)
     yield request.param
     cpu_capability(before)
+
+
+@pytest.fixture
+def fresh_library(monkeypatch):
+    """monkeypatch, for what changes where the compiled library is found."""
+    loaded = library().loaded
+    library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    library.cache_clear()
+    assert library().loaded == loaded
 
 
 @pytest.fixture

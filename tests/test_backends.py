@@ -333,32 +333,26 @@ def test_cpu_capability_rejects():
     assert backends.cpu_capability("auto") in backends.CAPABILITIES
 
 
-def test_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+def test_library_that_does_not_load_says_why(fresh_library, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
-    monkeypatch.setattr(sys, "path", [])
+    fresh_library.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    fresh_library.setattr(sys, "path", [])
+    found = backends.library()
+    assert not found.loaded and "torch" in found.error and "2.10" in found.error
+    (tmp_path / "_C.so").unlink()
     backends.library.cache_clear()
-    try:
-        found = backends.library()
-        assert not found.loaded and "torch" in found.error and "2.10" in found.error
-        (tmp_path / "_C.so").unlink()
-        backends.library.cache_clear()
-        assert "was not built" in backends.library().error
-        with pytest.raises(RuntimeError, match="was not built"):
-            backends.cpu_capability()
-        (tmp_path / "_C.so").write_text("")
-        monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-        build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
-        monkeypatch.setattr(backends, "c_functions", lambda path: build_info)
-        backends.library.cache_clear()
-        assert "built for interface none, and this source has interface" in backends.library().error
-        build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"
-        backends.library.cache_clear()
-        assert "built for interface 0, and this source has interface" in backends.library().error
-    finally:
-        monkeypatch.undo()
-        backends.library.cache_clear()
-        assert backends.library().loaded
+    assert "was not built" in backends.library().error
+    with pytest.raises(RuntimeError, match="was not built"):
+        backends.cpu_capability()
+    (tmp_path / "_C.so").write_text("")
+    fresh_library.setattr(torch.ops, "load_library", lambda path: None)
+    build_info = SimpleNamespace(dip_build_info=lambda: b"cpu=portable\nan older line")
+    fresh_library.setattr(backends, "c_functions", lambda path: build_info)
+    backends.library.cache_clear()
+    assert "built for interface none, and this source has interface" in backends.library().error
+    build_info.dip_build_info = lambda: b"interface=0\ncpu=portable\ncuda=\ncompiler=g++"
+    backends.library.cache_clear()
+    assert "built for interface 0, and this source has interface" in backends.library().error
 
 
 def fuses(device, dtype, m, n, k):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from variance_support import freeze
+from variance_support import Branches, freeze
 
 import dipkernels as dip
 from dipkernels.nn.linear import DIPLinear
@@ -143,17 +143,8 @@ def test_a_check_by_a_batch_changes_nothing():
 def test_attention_and_shared_layers_pass():
     encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
     assert dip.check(encoder, torch.randn(2, 3, 8))
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x):
-            return self.q(x) * self.k(x)
-
-    report = dip.check(dip.convert(Block(), share=[("q", "k")]), X)
-    assert report and report.checked == 2
+    report = dip.check(dip.convert(Branches(8), share=[("q", "k")]), X)
+    assert report and report.checked == 3
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])

@@ -261,8 +261,7 @@ def test_a_batch_in_parts_has_the_same_gradient(gsm8k, tmp_path):
         content = gsm8k_run(gsm8k, tmp_path / parts, *flags)
         moments.append([state["exp_avg"] for state in content["optimizer"]["state"].values()])
     assert any(moment.abs().max() > 1e-4 for moment in moments[0])
-    for whole, summed in zip(*moments):
-        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(*moments, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["plain", "input", "fixed"])

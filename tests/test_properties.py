@@ -257,8 +257,7 @@ def check_linear(x, weight, bias, sigma, seed, dy, options):
             y = F.linear(lx + factor * s * z, lw, lb)
         results.append([y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)])
     size = 1e-5 * (1 + x.numel()) * (1 + weight.shape[0])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=size)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=size)
 
 
 @few_and_many(60, 2_500)
@@ -336,9 +335,7 @@ def test_gradients_of_an_averaged_activation_are_the_same_with_and_without_a_gra
     leaves = [t.clone().requires_grad_() for t in (x, weight, sigma)]
     for create_graph in (False, True):
         got = torch.autograd.grad(averaged(*leaves), leaves, dy, create_graph=create_graph)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     y, pull = torch.func.vjp(averaged, x, weight, sigma)
     torch.testing.assert_close(y, explicit(x, weight, sigma), rtol=1e-5, atol=1e-5)
-    for a, b in zip(pull(dy), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pull(dy), want, rtol=1e-5, atol=1e-5)

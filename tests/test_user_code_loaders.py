@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from variance_support import noise, spoil, trained, variances
+from variance_support import Branches, noise, spoil, trained, variances
 
 import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
@@ -225,15 +225,7 @@ def test_an_empty_model_takes_a_whole_checkpoint(tmp_path, device_map, dtype):
 
 
 def test_layers_that_share_noise_are_offloaded(tmp_path):
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.q, self.k = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x):
-            return self.q(x) * self.k(x)
-
-    model, x = dip.convert(Two(), share=[("q", "k")]), torch.randn(3, 4)
+    model, x = dip.convert(Branches(4), share=[("q", "k")]), torch.randn(3, 4)
     expected = noise(model, x)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(noise(model, x), expected)

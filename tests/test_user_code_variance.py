@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from variance_support import freeze, noise, spoil, trained, variances
+from variance_support import Branches, freeze, noise, spoil, trained, variances
 
 import dipkernels as dip
 from dipkernels.nn import decay, sharing
@@ -737,17 +737,8 @@ def test_what_eval_mode_does_to_a_layer_is_undone_in_training(call):
         torch.testing.assert_close(model(x), want)
 
 
-class Shared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x):
-        return self.q(x) + self.k(x) * self.v(x)
-
-
 def test_a_shared_variance_whose_owner_has_left_is_missed_and_given_back():
-    model, x = dip.convert(Shared(), share=[("q", "k", "v")]), torch.randn(3, 4)
+    model, x = dip.convert(Branches(4), share=[("q", "k", "v")]), torch.randn(3, 4)
     kept = model.k.variance
     model.q = nn.Linear(4, 4)
     model(x).sum().backward()

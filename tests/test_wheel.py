@@ -195,15 +195,6 @@ def test_building_downloads_nothing():
 # ---- what the loader says ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_library(monkeypatch):
-    backends.library.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    backends.library.cache_clear()
-    assert backends.library().loaded
-
-
 def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
     fresh_library.setattr(torch, "__version__", "2.9.1+cpu")
     fresh_library.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))

@@ -1,9 +1,21 @@
 """The variances of a model as if trained, and its noise under a key."""
 
 import torch
+from torch import nn
 
 import dipkernels as dip
 from dipkernels.nn.variance import Variance
+
+
+class Branches(nn.Module):
+    """Layers that read one input."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(features, features) for _ in range(3))
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) * self.v(x)
 
 
 def variances(model):
