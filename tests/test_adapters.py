@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from llama_support import llama
 from torch import nn
+from trainer_support import llama
 
 import dipkernels as dip
 from dipkernels.models.convertible import is_adapter

@@ -61,10 +61,8 @@ def fitted(folder, module=None, callback=None, ckpt_path=None, batch=8, data=Non
 
 
 def same(a, b, **tolerance):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
+    tolerance = tolerance or {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(a.state_dict(), b.state_dict(), **tolerance)
 
 
 @pytest.mark.parametrize("answer", ["tensor", "mapping"])
@@ -360,8 +358,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(ranks, tmp_path):
     order = [2 * i + rank + 16 * step for step in range(2) for rank in range(2) for i in range(8)]
     data = DataLoader(TensorDataset(X[order], Y[order]), 16)
     _, module = fitted(tmp_path, None, DIPCallback(CONFIG, [X[0::2]]), data=data, max_steps=2)
-    for name, value in module.state_dict().items():
-        torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.state_dict(), first, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_of_any_size_have_noise_of_their_own(tmp_path):

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from llama_support import llama
+from trainer_support import llama
 
 import dipkernels as dip
 from dipkernels.config import CONFIG_FILE, VARIANCES_FILE, convert_as

@@ -7,26 +7,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_support import llama
 from torch import nn
+from trainer_support import X, Y, learned, llama, mlp, texts, words
 
 import dipkernels as dip
 from dipkernels.nn.layer import DIPLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(32) % 4
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def learned(state):
-    """The variances of `dip.variances`, without the priors, which training leaves alone."""
-    return [(name, values) for name, values in state.items() if name.endswith("log_variance")]
 
 
 def is_whole(layer, x):
@@ -203,12 +190,6 @@ def test_lightning_trains_checks_saves_and_loads(tmp_path):
     assert all(torch.equal(after[n], v) for n, v in dip.variances(loaded).items())
 
 
-def texts():
-    datasets = pytest.importorskip("datasets")
-    ids = torch.randint(3, 32, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-
-
 def checking():
     """A callback that checks the model at each optimiser step, and keeps the report."""
     import transformers
@@ -255,13 +236,6 @@ def test_transformers_trainer_trains_checks_and_resumes(tmp_path):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
     trl = pytest.importorskip("trl")
-    import transformers
-    from tokenizers import Tokenizer, models
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", eos_token="w1"
-    )
     model, check = llama(), checking()
     if adapter:
         peft = pytest.importorskip("peft")
@@ -273,7 +247,7 @@ def test_trls_fused_head_is_found_and_its_other_layers_train(tmp_path, adapter):
         dip.convert(model)
     config = trl.SFTConfig(tmp_path, max_steps=1, save_strategy="no", bf16=False, **QUIET)
     trl.SFTTrainer(
-        model, args=config, train_dataset=texts(), processing_class=tokenizer, callbacks=[check]
+        model, args=config, train_dataset=texts(), processing_class=words(), callbacks=[check]
     ).train()
     if adapter:
         assert check.report and check.report.checked == 1

@@ -1,0 +1,43 @@
+"""Tiny models and data for the tests of trainers and adapters."""
+
+import pytest
+import torch
+from torch import nn
+
+X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(32) % 4
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def llama(layers=1, **options):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
+    config = transformers.LlamaConfig(num_hidden_layers=layers, **sizes, **heads, **options)
+    return transformers.LlamaForCausalLM(config)
+
+
+def texts(count=16):
+    datasets = pytest.importorskip("datasets")
+    ids = torch.randint(3, 32, (count, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def words():
+    """A tokenizer of the words w0, w1, ..., each of which is its number."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    split = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
+    split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0", eos_token="w1")
+
+
+def learned(state):
+    """The variances of `dip.variances`, without the priors, which training leaves alone."""
+    return [(name, values) for name, values in state.items() if name.endswith("log_variance")]
