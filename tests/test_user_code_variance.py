@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_support import GPU_MODE, on_gpu
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from variance_support import Branches, freeze, noise, spoil, trained, variances
@@ -175,21 +176,26 @@ def net():
     return nn.Sequential(nn.Linear(6, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(8, 3, 1))
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["convert-on-meta", "convert-afterwards"])
+INSIDE = pytest.mark.parametrize(
+    "inside", [True, False], ids=["convert-on-meta", "convert-afterwards"]
+)
+
+
+def on_meta(inside):
+    with torch.device("meta"):
+        model = net()
+        if inside:
+            dip.convert(model, 0.3)
+    return model if inside else dip.convert(model, 0.3)
+
+
+@INSIDE
 def test_a_meta_model_gets_its_variances_whichever_way_it_is_filled(inside):
     plain, expected = net(), torch.full((6 + 8 + 8 + 8,), math.log(0.3))
-
-    def empty():
-        with torch.device("meta"):
-            model = net()
-            if inside:
-                dip.convert(model, 0.3)
-        return model if inside else dip.convert(model, 0.3)
-
-    assigned = empty()
+    assigned = on_meta(inside)
     assigned.load_state_dict(plain.state_dict(), assign=True)
     spoil(6, 8)
-    emptied = empty().to_empty(device="cpu")
+    emptied = on_meta(inside).to_empty(device="cpu")
     spoil(6, 8)
     emptied.load_state_dict(plain.state_dict())
     for model in (assigned, emptied):
@@ -197,6 +203,15 @@ def test_a_meta_model_gets_its_variances_whichever_way_it_is_filled(inside):
         assert [layer.number for layer in dip_layers(model).values()] == [0, 1, 2, 3]
         for layer in dip_layers(model).values():
             assert layer._stream.tolist() == [0, layer.number]
+
+
+@INSIDE
+def test_variances_that_an_assigned_checkpoint_lacks_go_where_its_weights_are(inside):
+    """So a plain checkpoint that was read to a GPU gives a model that is there as a whole."""
+    state, model = {name: on_gpu(t) for name, t in net().state_dict().items()}, on_meta(inside)
+    with GPU_MODE, torch.no_grad():
+        model.load_state_dict(state, assign=True)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
 
 
 @pytest.mark.parametrize("read", [dip.variances, dip.summary, dip.metrics])

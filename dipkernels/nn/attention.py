@@ -18,7 +18,7 @@ from ..ops.perturb import without_noise
 from . import tracing
 from .input import DIPInput
 from .inputs import undense
-from .layer import DIPLayer, ddp_waits, fresh
+from .layer import DIPLayer, ddp_waits, fresh, place_beside
 from .linear import DIPLinear
 from .variance import device_of_variance
 
@@ -142,6 +142,14 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
             for part in self._parts():
                 part.variance.start_anew()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
+    ) -> None:
+        layers: dict[str, Any] = {name: self._modules.get(name) for name in in_projections(self)}
+        found = {f"{name}.variance": m.variance for name, m in layers.items() if m is not None}
+        place_beside(self, found, state_dict, prefix, metadata)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
     def _is_meta(self) -> bool:
         return any(p.is_meta for p in self.parameters(recurse=False))

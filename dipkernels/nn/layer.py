@@ -4,7 +4,7 @@ docs/maths.md, section 1."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -181,6 +181,13 @@ class DIPLayer(Mixin):
         self._keep_stream()
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, *rest: Any
+    ) -> None:
+        if "variance" in self._modules:
+            place_beside(self, {"variance": self.variance}, state_dict, prefix, metadata)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; refuses what torch's tensor-parallel styles do to a layer with a variance
         inside."""
@@ -223,6 +230,29 @@ DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim
 
 
 # Functions and not methods: a class that gets a twin may have methods of the same names.
+
+
+def place_beside(
+    owner: nn.Module,
+    variances: Mapping[str, Variance],
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+) -> None:
+    """Where load_state_dict(assign=True) takes the owner's weights from the meta device, its
+    variances that the state dict does not name go to the same device as they do.
+
+    Before the children load, for they see their own names alone.
+    """
+    if not metadata.get("assign_to_params_buffers", False):
+        return
+    weights = [p for name, p in owner.named_parameters() if not name.endswith("log_variance")]
+    given = [t for name, t in state_dict.items() if name.startswith(prefix)]
+    found = next((t for t in given if isinstance(t, Tensor) and not t.is_meta), None)
+    if found is None or not any(p.is_meta for p in weights):
+        return
+    for name, variance in variances.items():
+        variance.follow(state_dict, f"{prefix}{name}.", found.device)
 
 
 def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | None:

@@ -78,6 +78,7 @@ class MadeTwin(Mixin):
     of."""
 
     made_of: tuple[type[Any], type[nn.Module], tuple[tuple[str, Any], ...]]
+    plain_type: type[nn.Module]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _new, self.made_of, self.__getstate__()  # type: ignore[no-untyped-call]

@@ -289,6 +289,23 @@ class Variance(nn.Module):
                 self._fill(after)
         return self
 
+    def follow(self, state_dict: dict[str, Any], prefix: str, device: torch.device) -> None:
+        """Before a load by assignment, which takes the weights beside it from the meta device to
+        this one: add what the state dict lacks of its tensors, there."""
+        for name, tensor in self._tensors().items():
+            key, away = prefix + name, not (is_dtensor(tensor) or tensor.device == device)
+            # torch's set_model_state_dict gives the model's own tensor for what is missing
+            valueless = tensor.is_meta and getattr(state_dict.get(key, tensor), "is_meta", False)
+            if valueless or (away and key not in state_dict):
+                state_dict[key] = self._valued(name, device)
+
+    def _valued(self, name: str, device: torch.device) -> Tensor:
+        """This tensor on a device; where it has no values yet, what it starts at."""
+        tensor = self._tensors()[name]
+        if not tensor.is_meta:
+            return tensor.detach().to(device)
+        return dtensor.laid_out_as(self._initial(name).to(device), tensor, device)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *errors: Any
     ) -> None:
@@ -304,9 +321,7 @@ class Variance(nn.Module):
                 if isinstance(value, Tensor) and value.is_floating_point():
                     state_dict[key] = value if value.dtype.itemsize >= 4 else value.float()
             elif valueless:
-                sibling = state_dict.get(prefix.removesuffix("variance.") + "weight")
-                values = self._initial(name).to(getattr(sibling, "device", "cpu"))
-                state_dict[key] = dtensor.laid_out_as(values, tensor, values.device)
+                state_dict[key] = self._valued(name, torch.device("cpu"))
             else:
                 absent.add(key)
         below = self.state_dict(prefix=prefix, keep_vars=True) if self._modules else {}
