@@ -22,7 +22,7 @@ from .models.convert import check_place, convert, to_plain
 from .models.convertible import TWINS, base_layer, is_adapter
 from .models.parameters import load_variances, variances
 from .models.patterns import Patterns, around, shared_groups, strings
-from .models.probe import listed
+from .models.probe import CONFIG, listed
 from .nn.layer import DIPLayer
 from .nn.numbering import Model, dip_layers, require_module
 from .noise.contexts import fixed_noise
@@ -34,7 +34,6 @@ from .worlds import has_ranks
 VERSION = 1  # of dip_config.json
 CONFIG_FILE, VARIANCES_FILE = "dip_config.json", "dip.safetensors"
 _TYPES = {kind.__name__: kind for kind in TWINS}
-_KEPT = "_dip_config"  # in the __dict__ of the model that it was applied to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +339,9 @@ def config_of(model: nn.Module) -> DIPConfig | None:
         0.04
     """
     require_module(model)
-    found = next((vars(module)[_KEPT] for module in model.modules() if _KEPT in vars(module)), None)
+    found = next(
+        (vars(module)[CONFIG] for module in model.modules() if CONFIG in vars(module)), None
+    )
     return found if isinstance(found, DIPConfig) and dip_layers(model) else None
 
 
@@ -381,7 +382,7 @@ def _plain_again(model: nn.Module) -> Any:
     try:
         yield
     except BaseException:
-        vars(model).pop(_KEPT, None)
+        vars(model).pop(CONFIG, None)
         if was_plain and dip_layers(model):
             to_plain(model)
         raise
@@ -390,7 +391,7 @@ def _plain_again(model: nn.Module) -> Any:
 def remember_config(model: nn.Module, config: DIPConfig) -> None:
     """From now on `config_of` the model is this one; a model of PEFT carries its variances with its
     adapters."""
-    vars(model)[_KEPT] = config
+    vars(model)[CONFIG] = config
     if is_peft(model):
         from .integrations.peft import keep_variances
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_support import assert_plain
 from torch import nn
 
 import dipkernels as dip
@@ -124,6 +126,16 @@ def test_apply_is_convert_and_calibrate():
     assert dip.config_of(dip.to_plain(model)) is None
     dip.apply(model, dip.DIPConfig(init_variance=0.04, types=["Linear"]))
     assert all(row.sigma_mean == pytest.approx(0.2) for row in dip.summary(model))
+
+
+def test_to_plain_forgets_the_config():
+    """A server reads the plain model without this package, and what is converted next is another
+    model."""
+    model = dip.apply(net(), dip.DIPConfig(), [X])
+    dip.to_plain(model)
+    assert_plain(model, net())
+    assert b"dipkernels" not in pickle.dumps(model)
+    assert dip.config_of(dip.convert(model)) is None
 
 
 def test_apply_chooses_layers_and_amounts_by_pattern():

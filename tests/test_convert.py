@@ -339,6 +339,15 @@ def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
         convert(nn.ModuleDict({"odd": odd}))
 
 
+def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was():
+    """As it is here, and under python -W error."""
+    model, like = (nn.ModuleDict({"good": nn.Linear(4, 4), "odd": Scaled(4, 4)}) for _ in range(2))
+    with pytest.raises(DIPConversionWarning, match=r"odd \(Scaled\): a subclass of nn.Linear"):
+        convert(model)
+    assert_plain(model, like)
+    assert names(convert(model, exclude="odd")) == ["good"]
+
+
 def test_attention_that_types_leave_out_is_named_once_for_the_whole_model():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

@@ -221,6 +221,8 @@ def test_copies_and_pickles_keep_their_variances_with_them(tmp_path):
         again.save_pretrained(tmp_path / str(i))
         assert (tmp_path / str(i) / VARIANCES_FILE).exists()
     plain = dip.to_plain(model)
+    assert type(plain) is type(peft.get_peft_model(llama(), lora()))
+    assert b"dipkernels" not in pickle.dumps(plain)
     plain.save_pretrained(tmp_path / "plain")
     plain.set_adapter("default")
     assert not (tmp_path / "plain" / VARIANCES_FILE).exists()

@@ -21,13 +21,13 @@ from ..config import (
 from ..models.convert import convert
 from ..models.convertible import base_layer, is_adapter
 from ..models.parameters import load_variances, variances
+from ..models.probe import WAITING
 from ..nn.layer import DIPLayer
 from ..nn.numbering import dip_layers
 from ..nn.twin import made_type
 from ..noise.contexts import noise_off
 
 _INSIDE = "base_model.model."  # where a PeftModel has the model that it adapts
-_WAITING = "_dip_waiting"  # {adapter: its variances} of those that are not active
 
 if TYPE_CHECKING:
     _Mixin = PeftModel
@@ -62,7 +62,7 @@ def keep_variances(model: nn.Module) -> nn.Module:
         kind = type(model)
         model.__class__ = made_type(_KeepsVariances, kind, kind.__name__)
         start = variances(model)
-        model.__dict__[_WAITING] = {
+        model.__dict__[WAITING] = {
             name: start for name in model.peft_config if name != model.active_adapter
         }
     return model
@@ -82,7 +82,7 @@ class _KeepsVariances(_Mixin):
         for name in self.peft_config if selected is None else selected:
             folder = Path(save_directory) / name if name != "default" else Path(save_directory)
             # What PEFT adds by itself, as a weighted adapter, has those of the moment.
-            state = self.__dict__[_WAITING].get(name, own)
+            state = self.__dict__[WAITING].get(name, own)
             save_state(require_config(self), state, folder, asked.arguments["is_main_process"])
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **options: Any) -> Any:
@@ -106,14 +106,14 @@ class _KeepsVariances(_Mixin):
             if not active:
                 load_variances(self, own)
         if not active:
-            self.__dict__[_WAITING][adapter_name] = state
+            self.__dict__[WAITING][adapter_name] = state
         return loaded
 
     def add_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
         super().add_adapter(adapter_name, *args, **options)
         _move_to_adapters(self)
         if dip_layers(self):
-            self.__dict__[_WAITING][adapter_name] = variances(self)
+            self.__dict__[WAITING][adapter_name] = variances(self)
 
     def set_adapter(self, adapter_name: str, *args: Any, **options: Any) -> None:
         before = self.active_adapter
@@ -124,13 +124,13 @@ class _KeepsVariances(_Mixin):
         before = self.active_adapter
         super().delete_adapter(adapter_name)
         self._change(before)
-        self.__dict__[_WAITING].pop(adapter_name, None)
+        self.__dict__[WAITING].pop(adapter_name, None)
 
     def _change(self, before: str) -> None:
         """Put the variances of the adapter that is active now in the place of those of the one
         before."""
         if self.active_adapter != before and dip_layers(self):
-            waiting = self.__dict__[_WAITING]
+            waiting = self.__dict__[WAITING]
             waiting[before] = variances(self)
             # What PEFT adds by itself has those of the moment; after the last one none is active.
             if self.active_adapter in list(waiting):
@@ -165,7 +165,7 @@ def _move_to_adapters(model: _KeepsVariances) -> None:
     config = require_config(model)
     convert(model, filter=lambda module, name: name in inside)
     remember_config(model, config)
-    waiting = model.__dict__[_WAITING]
+    waiting = model.__dict__[WAITING]
     for adapter, state in waiting.items():
         waiting[adapter] = {_around(name): values for name, values in state.items()}
 

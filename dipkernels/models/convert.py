@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..distributed import replicate_variance
 from ..functional import check_keep
-from ..nn.activation import GatedBlock
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
 from ..nn.layer import DIPLayer
 from ..nn.linear import DIPLinear
 from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
-from ..nn.twin import twin_type
+from ..nn.twin import MadeTwin, twin_type
 from ..nn.variance import check_init_variance, device_of_variance
 from ..worlds import is_dtensor
 from .choose import Choice, choose
@@ -150,6 +149,9 @@ def convert(
     _one_variance_each(groups, variance_of, names)
     features = probed(model, {m: (names[m][0], dim) for m, dim in asked.items()}, batches)
     twins = {m: _twin_before(m, variance_of[m], features[m], dim) for m, dim in asked.items()}
+    if plan is not None:
+        _warn_unreached(plan)
+    _warn_without_noise(choice)  # some make it an error: nothing has changed yet
     # From here on the model changes.
     for module, producer in choice.noised.items():
         base_layer(module).__dict__[NOISED_BY] = producer
@@ -168,8 +170,6 @@ def convert(
     remember(model)
     if plan is not None:
         model.__dict__[PLAN] = _with_earlier(model, plan, choice.noised.values())
-        _warn_unreached(plan)
-    _warn_without_noise(choice)
     return model
 
 
@@ -258,7 +258,8 @@ def to_plain(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, DIPMultiheadAttention):
             module.to_plain_in_place()
-        elif isinstance(module, GatedBlock):
+        elif isinstance(module, MadeTwin) and not isinstance(module, DIPLayer):
+            # a block of a gated product, or a model of PEFT that carried its variances
             module.__class__ = module.plain_type  # type: ignore[assignment]
         elif isinstance(module, DIPLayer) and not isinstance(module, DIPInput):
             _become_plain(module)

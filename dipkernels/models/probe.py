@@ -24,6 +24,9 @@ _CONVERTED = "_dip_converted"
 PLAN = "_dip_plan"  # in that of one that was converted with place="producer": the plan
 # in that of a layer whose input is noised where it is made: the name of what makes it
 NOISED_BY = "_dip_noised_by"
+CONFIG = "_dip_config"  # in that of a model that a DIPConfig was applied to: the config
+# in that of a model of PEFT: {adapter: its variances} of those that are not active
+WAITING = "_dip_waiting"
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def remember(model: nn.Module) -> None:
 
 def forget(model: nn.Module) -> None:
     for module in model.modules():
-        for key in (_CONVERTED, PLAN, NOISED_BY):
+        for key in (_CONVERTED, PLAN, NOISED_BY, CONFIG, WAITING):
             module.__dict__.pop(key, None)
 
 
