@@ -106,6 +106,15 @@ def test_a_weight_that_was_cut_after_conversion_is_said(groups):
     assert dip.convert(dip.to_plain(layer))(x).isfinite().all()
 
 
+def test_a_wrong_input_of_a_transposed_convolution_is_no_cut_weight():
+    """Its weight is [in, out, ...]: an input with as many channels as come out fits no weight."""
+    up, x = nn.Sequential(nn.ConvTranspose2d(8, 4, 2)), torch.ones(2, 8, 5, 5)
+    layer = dip.convert(up, before=["0"], batches=[x])[0]
+    assert not re.search(
+        CUT, refused(layer, x[:, :4], ValueError, "expected an input .*8.*got .*4")
+    )
+
+
 def test_an_input_that_ends_before_the_features_dimension_is_named():
     refused(
         dip.DIPInput(4, dim=1), torch.ones(4), ValueError, "expected an input with 4 features along"

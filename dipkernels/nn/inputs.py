@@ -90,6 +90,8 @@ def _read_by_weight(layer: Any) -> int | None:
     weight = layer.weight if known else None
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None
+    if getattr(layer, "transposed", False):
+        return weight.shape[0]
     return weight.shape[1] * int(getattr(layer, "groups", 1))
 
 
