@@ -77,7 +77,7 @@ def trajectories(
                 "model: expected DIP layers, found none: its m trajectories would be equal; "
                 "convert it first, or pass a function that draws noise of its own"
             )
-        if m > 1 and contexts.MODE is None and True not in [layer.training for layer in layers]:
+        if m > 1 and contexts.MODE is None and not any(layer.training for layer in layers):
             raise RuntimeError(
                 "model: expected a DIP layer in training mode, got eval mode in each (a frozen "
                 "backbone, a teacher that shares them), where the m trajectories would be equal; "
