@@ -33,8 +33,7 @@ def integer(
     found = _integer_of(value)
     known = found is not None
     if known and (least is None or found >= least) and (most is None or found <= most):
-        number: int = found
-        return number
+        return found
     allowed = (
         "" if least is None else f" >= {least}" if most is None else f" from {least} to {most}"
     )

@@ -204,10 +204,7 @@ class DIPConfig:
 
     def predict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """`dip.predict` with k and average: [B, ...]."""
-        predicted: Tensor = predict(
-            model, *args, **{"k": self.k, "average": self.average, **kwargs}
-        )
-        return predicted
+        return predict(model, *args, **{"k": self.k, "average": self.average, **kwargs})
 
 
 def _amount(name: str, value: Any) -> Any:
@@ -498,12 +495,11 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = _saved(folder, VARIANCES_FILE)
     tensors = _safetensors()
     try:
-        state: dict[str, Tensor] = tensors.load_file(path)
+        return tensors.load_file(path)
     except Exception as error:  # of safetensors' own class
         raise ValueError(
             f"{path}: expected a file of safetensors, got one that it cannot read: {error}"
         ) from error
-    return state
 
 
 def without_prompt_encoder(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -197,8 +197,7 @@ def smoothness(
     gradient = torch.func.grad(predictor(model, k, average=average, dim=dim, key=key, target=loss))
 
     def times_hessian(v: Tensor) -> Tensor:
-        product: Tensor = torch.func.jvp(gradient, (x,), (v,))[1]
-        return product
+        return torch.func.jvp(gradient, (x,), (v,))[1]
 
     def step(v: Tensor) -> tuple[Tensor, Tensor]:
         # The norm rises to |top| even where two eigenvalues are of one size and opposite signs; v^T
@@ -238,8 +237,7 @@ def _power_iteration(
 
 
 def _norm(v: Tensor) -> Tensor:
-    norm: Tensor = v.flatten(1).norm(dim=1)
-    return norm
+    return v.flatten(1).norm(dim=1)
 
 
 def _like(per_example: Tensor, v: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ class Activation(nn.Module):
         self.num_features, self.kind, self.dim = num_features, kind, integer("dim", dim)
 
     def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = ACTIVATIONS[self.kind](input)
-        return y
+        return ACTIVATIONS[self.kind](input)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, {self.kind!r}, dim={self.dim}"

@@ -167,8 +167,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
-            proxy: tuple[Tensor, Tensor | None] = tracing.record(self, query, key, value, *rest)
-            return proxy
+            return tracing.record(self, query, key, value, *rest)
         parts = self._parts()
         # Hooks on the parts, by which calibrate reads their inputs, need them called; so does
         # noise_off in training.

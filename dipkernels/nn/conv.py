@@ -49,15 +49,13 @@ class _DIPConv(DIPLayer):
         if type(input) is not Tensor and (node := node_of(self, input)) is not None:
             return node
         if not self.noisy():
-            y: Tensor = super().forward(self.without_noise(input))
-            return y
+            return super().forward(self.without_noise(input))
         dtype = worlds.autocast_dtype(input)
         alike = dtype is not None or input.dtype is self.weight.dtype
         own = alike and conv.fits(input, self.log_variance)
         window = self._window(input) if own else None
         if window is None:
-            y = super().forward(noised(self, input, dtype))
-            return y
+            return super().forward(noised(self, input, dtype))
         weight, bias = self.weight, self.bias
         return with_noise(
             self, input, lambda noise: conv.own_input(input, weight, bias, *noise, dtype, window)

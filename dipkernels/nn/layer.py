@@ -145,11 +145,10 @@ class DIPLayer(Mixin):
 
     def _stream_on(self, device: torch.device) -> Tensor:
         """The stream on this device, without a copy from the host."""
-        kept: Tensor = self._stream
-        if kept.device == device:
-            return kept
+        if self._stream.device == device:
+            return self._stream
         if worlds.tracing():  # the number itself would compile each layer anew
-            return kept.to(device)
+            return self._stream.to(device)
         return torch.arange(2, device=device) * self._number
 
     def _seed(self, x: Tensor) -> Tensor:
@@ -261,8 +260,7 @@ def node_of(layer: DIPLayer, x: object, *args: Any, **kwargs: Any) -> Tensor | N
     if not isinstance(x, tracing.Proxy):
         inputs.require_tensor(layer, x)
         return None
-    node: Tensor = tracing.record(layer, x, *args, **kwargs)
-    return node
+    return tracing.record(layer, x, *args, **kwargs)
 
 
 def with_noise(

@@ -111,8 +111,7 @@ def _new(
     base: type[Any], plain_type: type[nn.Module], facts: tuple[tuple[str, Any], ...]
 ) -> nn.Module:
     kind: Any = made_type(base, plain_type, **dict(facts))
-    made: nn.Module = kind.__new__(kind)
-    return made
+    return kind.__new__(kind)
 
 
 def first_parameter(kind: type[nn.Module]) -> str | None:

@@ -11,24 +11,10 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def _gelu_tanh(h: Tensor) -> Tensor:
-    return F.gelu(h, approximate="tanh")
-
-
-def _tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    dh: Tensor = _aten.tanh_backward(dy, torch.tanh(h))
-    return dh
-
-
-def _gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    dh: Tensor = _aten.gelu_backward(dy, h, approximate="tanh")
-    return dh
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "silu": F.silu,
     "tanh": torch.tanh,
 }
@@ -37,9 +23,9 @@ BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "identity": lambda dy, h: dy,
     "relu": lambda dy, h: _aten.threshold_backward(dy, h, 0),
     "gelu": _aten.gelu_backward,
-    "gelu_tanh": _gelu_tanh_backward,
+    "gelu_tanh": lambda dy, h: _aten.gelu_backward(dy, h, approximate="tanh"),
     "silu": _aten.silu_backward,
-    "tanh": _tanh_backward,
+    "tanh": lambda dy, h: _aten.tanh_backward(dy, torch.tanh(h)),
 }
 
 

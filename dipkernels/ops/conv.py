@@ -31,8 +31,7 @@ class Window(NamedTuple):
     def convolve(self, u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution of u [N, C, ...], in its dtype."""
         bias = None if bias is None else bias.to(u.dtype)
-        y: Tensor = torch.ops.aten.convolution(u, weight.to(u.dtype), bias, *self._in_aten())
-        return y
+        return torch.ops.aten.convolution(u, weight.to(u.dtype), bias, *self._in_aten())
 
     def weight_gradient(self, dy: Tensor, u: Tensor, weight: Tensor) -> Tensor:
         """sum over positions of dy and the window of u there, of weight's shape, in u's dtype."""
@@ -43,9 +42,7 @@ class Window(NamedTuple):
             with torch.autocast("cpu", enabled=False):  # which leaves convolution_backward alone
                 return (rows.t() @ patches).view_as(weight)
         tensors, wanted = (dy, u, weight.to(u.dtype), None), [False, True, False]
-        grads = torch.ops.aten.convolution_backward(*tensors, *self._in_aten(), wanted)
-        dweight: Tensor = grads[1]
-        return dweight
+        return torch.ops.aten.convolution_backward(*tensors, *self._in_aten(), wanted)[1]
 
     def _cuts_patches(self, kernel: torch.Size) -> bool:
         """Whether windows of this size lie side by side, as in the first layer of a ViT."""
@@ -95,8 +92,7 @@ def _pieces(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> Tensor:
     draw, dtype, window = how
-    y: Tensor = window.convolve(projection(x, sigma, seed, draw, dtype), weight, bias)
-    return y
+    return window.convolve(projection(x, sigma, seed, draw, dtype), weight, bias)
 
 
 # own_input(x, weight, bias, sigma, seed, draw, dtype, window) = conv(x + factor sigma z) + b for an x

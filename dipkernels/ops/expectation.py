@@ -35,24 +35,19 @@ def expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
         raise TypeError(f"v: expected torch.float32 or torch.float64, got {v.dtype}")
     if v.device != mu.device:
         raise ValueError(f"v: expected device {mu.device}, as mu, got {v.device}")
-    y: Tensor = registry.kernel("expectation", mu.device.type)(mu, v, activation)
-    return y
+    return registry.kernel("expectation", mu.device.type)(mu, v, activation)
 
 
 def expectation_bwd(
     dy: Tensor, mu: Tensor, v: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dmu = dy d/dmu, and of v's dtype the sums over rows of dy d/dv and of dmu."""
-    grads: tuple[Tensor, Tensor, Tensor] = registry.kernel("expectation_bwd", mu.device.type)(
-        dy, mu, v, activation
-    )
-    return grads
+    return registry.kernel("expectation_bwd", mu.device.type)(dy, mu, v, activation)
 
 
 def affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
     """v [N] = sum over k of sigma_k^2 W_nk^2, of sigma's dtype."""
-    v: Tensor = registry.kernel("affine_variance", weight.device.type)(weight, sigma, log_variance)
-    return v
+    return registry.kernel("affine_variance", weight.device.type)(weight, sigma, log_variance)
 
 
 def affine_variance_bwd(
@@ -60,8 +55,7 @@ def affine_variance_bwd(
 ) -> tuple[Tensor, Tensor]:
     """(given + dweight, dsigma)."""
     run = registry.kernel("affine_variance_bwd", weight.device.type)
-    grads: tuple[Tensor, Tensor] = run(dv, weight, sigma, log_variance, given)
-    return grads
+    return run(dv, weight, sigma, log_variance, given)
 
 
 def _fake_expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:

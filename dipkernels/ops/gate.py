@@ -37,8 +37,7 @@ def gate(
     _check(a, b, activation)
     op, inputs = ("activate", (a,)) if b is None else ("gate", (a, b))
     run = registry.kernel(op, a.device.type)
-    u: Tensor = run(*inputs, sigma, seed, *draw, activation, dtype)
-    return u
+    return run(*inputs, sigma, seed, *draw, activation, dtype)
 
 
 def _check(a: Tensor, b: Tensor | None, kind: str) -> None:

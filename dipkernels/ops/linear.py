@@ -266,8 +266,7 @@ def _mean_pieces(
     for s in range(draw.sample, draw.sample + num_samples):
         u = projection(x, sigma, seed, draw._replace(sample=s), dtype)
         total = total + act_of(activation)(F.linear(u, weight, bias))
-    y: Tensor = total / num_samples
-    return y
+    return total / num_samples
 
 
 _fused = fused("_Mean", _run, _run_bwd, _mean_pieces, 5)

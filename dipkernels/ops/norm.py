@@ -41,8 +41,7 @@ def norm(
     check_out_dtype(dtype)
     check_norm(x, weight, bias, draw, kind)
     run = registry.kernel("norm", x.device.type)
-    both: tuple[Tensor, Tensor] = run(x, weight, bias, sigma, seed, *draw, kind, eps, offset, dtype)
-    return both
+    return run(x, weight, bias, sigma, seed, *draw, kind, eps, offset, dtype)
 
 
 def check_norm(

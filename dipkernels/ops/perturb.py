@@ -33,8 +33,7 @@ def noise(seed: Tensor, shape: Sequence[int], draw: Draw) -> Tensor:
     """z of this shape, float32, unscaled."""
     check_seed(seed, seed.device)
     draw.check(len(shape))
-    z: Tensor = registry.kernel("noise", seed.device.type)(seed, shape, *draw[:4])
-    return z
+    return registry.kernel("noise", seed.device.type)(seed, shape, *draw[:4])
 
 
 def perturb(
@@ -45,26 +44,21 @@ def perturb(
         return dtensor.perturb(x, sigma, seed, draw, out_dtype)
     check_projection(x, sigma, seed, draw)
     check_out_dtype(out_dtype)
-    u: Tensor = registry.kernel("perturb", x.device.type)(x, sigma, seed, *draw, out_dtype)
-    return u
+    return registry.kernel("perturb", x.device.type)(x, sigma, seed, *draw, out_dtype)
 
 
 def perturb_bwd(du: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
     """Q: dsigma [K], of sigma's dtype. Unchecked: backward repeats what forward was given."""
     if is_dtensor(du):
         return dtensor.perturb_bwd(du, sigma, seed, draw)
-    dsigma: Tensor = registry.kernel("perturb_bwd", du.device.type)(du, sigma, seed, *draw)
-    return dsigma
+    return registry.kernel("perturb_bwd", du.device.type)(du, sigma, seed, *draw)
 
 
 def perturb_replay(
     du: Tensor, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """(u, dsigma) of one draw, made once. Unchecked, as `perturb_bwd`."""
-    both: tuple[Tensor, Tensor] = registry.kernel("perturb_replay", x.device.type)(
-        du, x, sigma, seed, *draw, out_dtype
-    )
-    return both
+    return registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
 
 
 def _fake_noise(seed: Tensor, shape: Sequence[int], *place: int) -> Tensor:
@@ -266,18 +260,15 @@ def projection(
 ) -> Tensor:
     """u = x + factor * sigma * z, of `dtype`, x's where that is None, differentiable in x and sigma
     in every world."""
-    u: Tensor
     if is_dtensor(x) or is_dtensor(sigma):
         x, seed = dtensor.prepare(x, sigma, seed, draw)
     elif (worlds.tracing() or worlds.exporting()) and worlds.wants_pieces():
         return _in_pieces(x, sigma, seed, draw, dtype)
     if worlds.transforming():
-        u = _PerturbFunc.apply(x, sigma, seed, draw, dtype)
-    elif worlds.tracing():
-        u = _Perturb.apply(x, sigma, seed, draw, dtype)
-    else:
-        u = _apply_perturb(x, sigma, seed, draw, dtype)
-    return u
+        return _PerturbFunc.apply(x, sigma, seed, draw, dtype)
+    if worlds.tracing():
+        return _Perturb.apply(x, sigma, seed, draw, dtype)
+    return _apply_perturb(x, sigma, seed, draw, dtype)
 
 
 def _in_pieces(
@@ -296,8 +287,7 @@ def without_noise(x: Tensor, sigma: Tensor) -> Tensor:
     step."""
     if not (torch.is_grad_enabled() and sigma.requires_grad) or worlds.wants_pieces():
         return x
-    same: Tensor = _Unused.apply(x, sigma)
-    return same
+    return _Unused.apply(x, sigma)
 
 
 class _Unused(Function):
@@ -318,5 +308,4 @@ def no_view(y: Tensor) -> Tensor:
     (nn.ReLU(inplace=True))."""
     if not (worlds.tracing() or y._is_view()):
         return y
-    same: Tensor = torch.ops.aten._unsafe_view.default(y, y.shape)
-    return same
+    return torch.ops.aten._unsafe_view.default(y, y.shape)

@@ -58,8 +58,7 @@ def fused(
     in_eager = without_wrapper(named)
 
     def apply(*args: Any) -> Tensor:
-        y: Tensor = (in_eager if worlds.eager() else named.apply)(*args)
-        return y
+        return (in_eager if worlds.eager() else named.apply)(*args)
 
     return apply
 
@@ -67,8 +66,7 @@ def fused(
 def without_wrapper(kind: type[Function]) -> Callable[..., Tensor]:
     """kind.apply without its part in Python, which a small layer feels; for calls that no transform
     of torch.func and no compiler sees."""
-    apply: Callable[..., Tensor] = super(Function, kind).apply  # type: ignore[misc]
-    return apply
+    return super(Function, kind).apply  # type: ignore[misc]
 
 
 def _typed_as(grad: Tensor, t: Tensor) -> Tensor:

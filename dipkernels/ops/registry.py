@@ -124,8 +124,7 @@ def _choose(op: str, device: str) -> Callable[..., Any]:
 
 
 def _overload(op: str, plan: backends.Plan) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
-    return found
+    return getattr(getattr(torch.ops, NAMESPACES[plan.backend]), op).default
 
 
 def _refusal(error: Exception) -> Callable[..., Any]:

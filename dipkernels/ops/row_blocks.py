@@ -144,8 +144,7 @@ def _act_add_bwd(
     """dh = dy act'(h), [samples, rows, N]; total [rows, N] += its sum over samples, factor total
     into out."""
     if _has_passes(h):
-        fused: Tensor = torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
-        return fused
+        return torch.ops.dipkernels.act_add_bwd(total, h, dy, activation, out, factor)
     dhs = [BACKWARDS[activation](dy, part) for part in h]
     for dh in dhs:
         total.add_(dh)

@@ -278,5 +278,4 @@ def energy_score(out: Tensor, target: Tensor) -> Tensor:
     first, second = torch.triu_indices(len(out), len(out), 1, device=out.device)
     apart = (draws[first] - draws[second]).norm(dim=-1).mean()
     away = (draws - target.to(wide).reshape(len(target), -1)).norm(dim=-1).mean()
-    score: Tensor = away - apart / 2
-    return score
+    return away - apart / 2

@@ -185,8 +185,7 @@ def _unfolded(name: str, value: Tensor, batch: int, m: int) -> Tensor:
         raise ValueError(
             f"{name}: expected a tensor whose first size is B * m = {batch * m}, got {got}"
         )
-    by_example: Tensor = value.unflatten(0, (batch, m))
-    return by_example.transpose(0, 1)
+    return value.unflatten(0, (batch, m)).transpose(0, 1)
 
 
 # No lambda in the call: the Dynamo of torch 2.10 cannot test one for truth, as pytree does.
