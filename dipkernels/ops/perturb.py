@@ -7,7 +7,7 @@ derivative, so that every order of differentiation is made of the same two passe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,12 +96,8 @@ def projection_backward(
     seed: Tensor,
     draw: Draw,
     needs: Sequence[bool],
-    noise_sum: type[Function] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dsigma) of u = P(x, sigma), those of the two that `needs` asks for.
-
-    noise_sum: the Function of Q that differentiates again under create_graph, eager's by default.
-    """
+    """(dx, dsigma) of u = P(x, sigma), those of the two that `needs` asks for."""
     needs_dx, needs_dsigma = needs
     dx = None
     if needs_dx:
@@ -111,7 +107,8 @@ def projection_backward(
     if not torch.is_grad_enabled():
         return dx, perturb_bwd(du, sigma, seed, draw)
     # Under create_graph: the same value from differentiable pieces.
-    dsigma: Tensor = (noise_sum or _NoiseSum).apply(du, sigma, seed, draw.of_sigma())
+    noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
+    dsigma = noise_sum.apply(du, sigma, seed, draw.of_sigma())
     return dx, dsigma * torch.exp(sigma / 2) / 2 if draw.log_variance else dsigma
 
 
@@ -120,19 +117,21 @@ class _Perturb(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
+        x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
     ) -> Tensor:
-        ctx.save_for_backward(sigma, seed)
-        ctx.draw, ctx.x_dtype = draw, x.dtype
         return perturb(x, sigma, seed, draw, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, sigma, seed, ctx.draw, _ = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.x_dtype = x.dtype
 
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
-        dx, dsigma = projection_backward(
-            du, ctx.x_dtype, sigma, seed, ctx.draw, ctx.needs_input_grad[:2]
-        )
-        return dx, dsigma, None, None, None
+        needs = ctx.needs_input_grad[:2]
+        return *projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, needs), None, None, None
 
 
 _apply_perturb = without_wrapper(_Perturb)
@@ -143,52 +142,47 @@ class _NoiseSum(Function):
     gradient."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.draw, ctx.g_shape, ctx.g_dtype = draw, g.shape, g.dtype
-        ctx.g_mesh = (g.device_mesh,) if is_dtensor(g) else None
+    def forward(g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
         return perturb_bwd(g, sigma, seed, draw)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        g, sigma, seed, ctx.draw = inputs
+        ctx.save_for_backward(sigma, seed)
+        ctx.g_shape, ctx.g_dtype = g.shape, g.dtype
+        ctx.g_mesh = (g.device_mesh,) if is_dtensor(g) else None
+
+    @staticmethod
     def backward(ctx: Any, h: Tensor) -> Grads:
-        (seed,) = ctx.saved_tensors
+        _, seed = ctx.saved_tensors
         zeros = dtensor.new_zeros(h, ctx.g_shape, ctx.g_dtype, ctx.g_mesh)
-        return _Perturb.apply(zeros, h, seed, ctx.draw, None), None, None, None
+        perturbed = _PerturbFunc if worlds.transforming() else _Perturb
+        return perturbed.apply(zeros, h, seed, ctx.draw, None), None, None, None
 
 
 # ---- the same two for torch.func -----------------------------------------------------------------
 # A jvp or a vmap rule on the classes above would break torch.compile.
 
 
-def _slices(
-    info: Any, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
-) -> Iterator[list[Tensor]]:
-    """The batch's slices of each tensor; an unbatched one is repeated, so that it keeps its seed
-    and so its noise."""
-    for i in range(info.batch_size):
-        yield [t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=True)]
+def _sliced(
+    kind: type[Function], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[Tensor, int]:
+    """kind on each slice of the batch; what is unbatched is repeated, so that it keeps its seed and
+    so its noise."""
+    calls = [
+        [arg.select(d, i) if isinstance(d, int) else arg for arg, d in zip(args, in_dims)]
+        for i in range(info.batch_size)
+    ]
+    return torch.stack([kind.apply(*each) for each in calls]), 0
 
 
-class _PerturbFunc(Function):
-    @staticmethod
-    def forward(
-        x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, dtype: torch.dtype | None
-    ) -> Tensor:
-        return perturb(x, sigma, seed, draw, dtype)
-
+class _PerturbFunc(_Perturb):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, sigma, seed, ctx.draw, ctx.dtype = inputs
-        ctx.save_for_backward(sigma, seed)
+        _Perturb.setup_context(ctx, inputs, output)
+        x, sigma, seed, _, ctx.dtype = inputs
         ctx.save_for_forward(sigma, seed)
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-
-    @staticmethod
-    def backward(ctx: Any, du: Tensor) -> Grads:
-        sigma, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        grads = projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, needs, _NoiseSumFunc)
-        return *grads, None, None, None
+        ctx.x_shape = x.shape
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dsigma: Tensor | None, *_: Any) -> Any:
@@ -203,36 +197,15 @@ class _PerturbFunc(Function):
         return _PerturbFunc.apply(dx, dsigma, seed, ctx.draw.of_sigma(), ctx.dtype)
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        sigma: Tensor,
-        seed: Tensor,
-        draw: Draw,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, int]:
-        calls = _slices(info, in_dims[:3], (x, sigma, seed))
-        return torch.stack([_PerturbFunc.apply(*tensors, draw, dtype) for tensors in calls]), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _sliced(_PerturbFunc, info, in_dims, args)
 
 
-class _NoiseSumFunc(Function):
-    @staticmethod
-    def forward(g: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> Tensor:
-        return perturb_bwd(g, sigma, seed, draw)
-
+class _NoiseSumFunc(_NoiseSum):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        g, sigma, seed, ctx.draw = inputs
-        ctx.save_for_backward(sigma, seed)
-        ctx.save_for_forward(sigma, seed)
-        ctx.g_shape, ctx.g_dtype = g.shape, g.dtype
-
-    @staticmethod
-    def backward(ctx: Any, h: Tensor) -> Grads:
-        _, seed = ctx.saved_tensors
-        zeros = h.new_zeros(ctx.g_shape, dtype=ctx.g_dtype)
-        return _PerturbFunc.apply(zeros, h, seed, ctx.draw, None), None, None, None
+        _NoiseSum.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[1:3])
 
     @staticmethod
     def jvp(ctx: Any, dg: Tensor, *_: Any) -> Any:
@@ -240,16 +213,8 @@ class _NoiseSumFunc(Function):
         return _NoiseSumFunc.apply(dg, sigma, seed, ctx.draw)
 
     @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        g: Tensor,
-        sigma: Tensor,
-        seed: Tensor,
-        draw: Draw,
-    ) -> tuple[Tensor, int]:
-        calls = _slices(info, in_dims[:3], (g, sigma, seed))
-        return torch.stack([_NoiseSumFunc.apply(*tensors, draw) for tensors in calls]), 0
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        return _sliced(_NoiseSumFunc, info, in_dims, args)
 
 
 # ---- what the layers call ------------------------------------------------------------------------
