@@ -74,10 +74,10 @@ def fits(x: Tensor, sigma: Tensor) -> bool:
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> tuple[Tensor, tuple[Tensor]]:
+) -> tuple[Tensor, Tensor]:
     draw, dtype, window = how
     u = perturb(x, sigma, seed, draw, dtype)
-    return window.convolve(u, weight, bias), (u,)
+    return window.convolve(u, weight, bias), u
 
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:

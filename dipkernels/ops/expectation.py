@@ -150,14 +150,11 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 
 def _run_expectation_bwd(
     dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any
-) -> tuple[Any, ...]:
-    (mu, v), (activation,) = tensors, how
-    return expectation_bwd(dy, mu, v, activation)
+) -> tuple[Tensor, ...]:
+    return expectation_bwd(dy, *tensors, *how)
 
 
-_fused = fused(
-    "_Expectation", lambda *args: (expectation(*args), ()), _run_expectation_bwd, _pieces, 2
-)
+_fused = fused("_Expectation", expectation, _run_expectation_bwd, _pieces, 2)
 
 
 def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
@@ -169,10 +166,10 @@ def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
 # d/dv, and the variance's part of the weight's is added to the product's where it is computed.
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *how: Any
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     log_variance, activation = how
     mu, v = linear_as(x, weight, bias), affine_variance(weight, sigma, log_variance)
-    return expectation(mu, v, activation), (mu, v)
+    return expectation(mu, v, activation), mu, v
 
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ from .perturb import (
     perturb_replay,
     projection,
 )
-from .pieces import Grads, fake_like, flat_rows, fused, linear_as
+from .pieces import fake_like, flat_rows, fused, linear_as
 
 # ---- the operations: the mean over samples of act(affine), and its derivatives -------------------
 
@@ -176,8 +176,8 @@ def _replays(
 # keep="x": backward makes u again, in the pass that sums dsigma.
 def _run_replay(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> tuple[Tensor, Grads]:
-    return no_view(linear_as(perturb(x, sigma, seed, *how), weight, bias)), ()
+) -> Tensor:
+    return no_view(linear_as(perturb(x, sigma, seed, *how), weight, bias))
 
 
 def _run_replay_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
@@ -238,9 +238,9 @@ def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> tuple[Tensor, Grads]:
+) -> tuple[Tensor, Tensor | None]:
     y, first = linear(x, *_cast(how[-1], weight, bias), sigma, seed, *how)
-    return no_view(y), (first,)
+    return no_view(y), first
 
 
 def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:

@@ -115,11 +115,6 @@ def _pieces(
     return projection(y, sigma, seed, draw, dtype)
 
 
-def _run(*args: Any) -> tuple[Tensor, tuple[Tensor]]:
-    u, stats = norm(*args)
-    return u, (stats,)
-
-
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, bias, sigma, seed), (stats,), (draw, kind, _, offset, _) = tensors, kept, how
     sigma = sigma if needs[3] else None
@@ -127,7 +122,7 @@ def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
     return *run(du, x, stats, weight, bias, sigma, seed, *draw, kind, offset), None
 
 
-_fused = fused("_Norm", _run, _run_bwd, _pieces, 5)
+_fused = fused("_Norm", norm, _run_bwd, _pieces, 5)
 
 
 def noised_norm(

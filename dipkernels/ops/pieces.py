@@ -18,7 +18,7 @@ Grads = tuple[Tensor | None, ...]
 
 def fused(
     name: str,
-    run: Callable[..., tuple[Tensor, Grads]],
+    run: Callable[..., Tensor | tuple[Any, ...]],
     run_bwd: Callable[..., Sequence[Tensor | None]],
     pieces: Callable[..., Tensor],
     num_tensors: int,
@@ -27,7 +27,8 @@ def fused(
 
     Args:
         name: What a profiler calls it.
-        run: run(*tensors, *how) gives the result, and what backward keeps beside the tensors.
+        run: run(*tensors, *how) gives the result, or a tuple of it and of what backward keeps
+            beside the tensors.
         run_bwd: run_bwd(dy, tensors, kept, how, needs) gives a gradient for each tensor; those that
             are not needed are dropped.
         pieces: pieces(*tensors, *how), the same result of operations that have derivatives: of
@@ -38,7 +39,8 @@ def fused(
     class Fused(Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
-            y, kept = run(*args)
+            out = run(*args)
+            y, *kept = out if isinstance(out, tuple) else (out,)
             ctx.save_for_backward(*args[:num_tensors], *kept)
             ctx.how = args[num_tensors:]
             return y
