@@ -450,15 +450,11 @@ def _plain_without_gradients(model: Any) -> Iterator[None]:
         entered.pop().close()
 
     inner = model.get_base_model() if is_peft(model) else model  # generate calls no more than that
-    handles = (
-        inner.register_forward_pre_hook(before),
-        inner.register_forward_hook(after, always_call=True),
-    )
+    called = inner.register_forward_hook(after, always_call=True)
     try:
-        yield
+        with inner.register_forward_pre_hook(before), called:
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         while entered:  # Ctrl-C, at which torch calls no hook
             entered.pop().close()
 

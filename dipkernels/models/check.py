@@ -3,6 +3,7 @@ first step."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -246,17 +247,13 @@ def _by_a_step(model: nn.Module, layers: dict[str, DIPLayer], batch: Any) -> dic
     def observe(layer: Any, args: tuple[Any, ...]) -> None:
         called[layer].append(layer.noisy())
 
-    handles = [layer.register_forward_pre_hook(observe) for layer in layers.values()]
-    try:
-        with untouched(model), eager(model), torch.enable_grad():
-            if not model.training:
-                model.train()
-            # a wrapper would wait for a backward pass
-            out = _call(unwrapped(model), batch)
-            reached = _reached(out)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, untouched(model), eager(model), torch.enable_grad():
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(observe))
+        if not model.training:
+            model.train()
+        # a wrapper would wait for a backward pass
+        reached = _reached(_call(unwrapped(model), batch))
     faults = {}
     for name, layer in layers.items():
         learned = _learned(layer)

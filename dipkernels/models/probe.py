@@ -177,18 +177,14 @@ def watch(
     def observe_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         observe(module, (output,), {})
 
-    handles = [
-        module.register_forward_hook(observe_output, with_kwargs=True)
-        if getattr(module, "noises_output", False)
-        else module.register_forward_pre_hook(observe, with_kwargs=True)
-        for module in modules
-    ]
-    try:
-        with eval_mode(model):
-            for_each(model, batches, lambda batch: run_batch(model, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, eval_mode(model):
+        for module in modules:
+            if getattr(module, "noises_output", False):
+                hook = module.register_forward_hook(observe_output, with_kwargs=True)
+            else:
+                hook = module.register_forward_pre_hook(observe, with_kwargs=True)
+            hooks.enter_context(hook)
+        for_each(model, batches, lambda batch: run_batch(model, batch))
 
 
 def probed(

@@ -3,6 +3,7 @@ left."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections import Counter, defaultdict
@@ -162,24 +163,18 @@ class Watch(TorchDispatchMode):
     def run(self, model: nn.Module, batches: Iterable[Any]) -> None:
         """Each batch in training mode and in eval mode, without noise; the model's state, modes and
         random states stay."""
-        handles: list[Any] = []
-        for module in model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(
-                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-                )
 
         def both(batch: Any) -> None:
             for training in (True, False):
                 self._pass(model.train(training), batch)
 
-        try:
-            with untouched(model):
-                for_each(model, batches, both)
-        finally:
-            for handle in handles:
-                handle.remove()
+        modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        with contextlib.ExitStack() as hooks, untouched(model):
+            for m in modules:
+                hooks.enter_context(m.register_forward_pre_hook(self._enter, with_kwargs=True))
+                leave = m.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                hooks.enter_context(leave)
+            for_each(model, batches, both)
 
     def _pass(self, model: nn.Module, batch: Any) -> None:
         self._stack, self._reading = [], 0

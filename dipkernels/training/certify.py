@@ -176,11 +176,7 @@ def _reads_past(model: nn.Module, layer: DIPLayer, x: Tensor) -> bool:
         held.append(output.clone())
         return held[0].clone()  # what follows may work in place
 
-    handle = layer.register_forward_hook(hold)
-    try:
-        with eval_mode(model):
-            for_each(model, [x, x + 1], lambda batch: outs.append(run_batch(model, batch)))
-    finally:
-        handle.remove()
+    with layer.register_forward_hook(hold), eval_mode(model):
+        for_each(model, [x, x + 1], lambda batch: outs.append(run_batch(model, batch)))
     first, second = outs
     return isinstance(first, Tensor) and not torch.allclose(first, second, equal_nan=True)
