@@ -77,7 +77,7 @@ def test_gate_compiles_without_spills(name, dtype, arch, monkeypatch):
             gate.activate_bwd(x, x, *where)
             gate.gate(x, x, *where, None)
             gate.gate_bwd(x, x, x, *where)
-        names = ["_gate_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
+        names = ["perturb_fwd_kernel", "_gate_bwd_kernel", "_column_sum_kernel"] * 2
         assert [launch[0].__name__ for launch in launches] == names
         results = list(compiled(launches, arch))
         # of float64, tiles are so small that a thread has one number of each operand

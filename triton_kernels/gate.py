@@ -7,10 +7,9 @@ import triton.language as tl
 from .activations import activate as act
 from .activations import slope as act_slope
 from .noise import load_seed, normal_tile
-from .perturb import SUM_ELEMENTS, column_sum, noise_scale
+from .perturb import SUM_ELEMENTS, column_sum, perturb_fwd_kernel
 from .tiles import (
     TILE_ELEMENTS,
-    across,
     columns_at,
     on_device,
     row_count,
@@ -25,67 +24,6 @@ def _resources(dtype):
     """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers,
     which the compiler would now and then rather spill than take."""
     return {"num_warps": 8 if dtype is torch.float64 else 4, "maxnreg": 255}
-
-
-@triton.jit
-def _gate_fwd_kernel(
-    u_ptr,  # [rows, K], written
-    a_ptr,  # [rows, K]
-    b_ptr,  # [rows, K], read if GATED
-    sigma_ptr,  # [K] float32 or float64
-    seed_ptr,  # [2] int64: key, stream
-    num_row_blocks,
-    num_outer,
-    num_inner,
-    outer_step,
-    inner_step,
-    K,  # from num_row_blocks to shift: Tiling.arguments
-    u_outer,  # from here to row0: strides in elements
-    u_inner,
-    u_col,
-    a_outer,
-    a_inner,
-    a_col,
-    b_outer,
-    b_inner,
-    b_col,
-    row0,  # the first row
-    group0,  # col0 // 8
-    shift,  # col0 % 8
-    sample,
-    factor: tl.float64,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    LOG_VARIANCE: tl.constexpr,
-    ROWS_LAST: tl.constexpr,
-    VEC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # where
-    key, last_word = load_seed(seed_ptr, sample)
-    group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
-    col_mask = (col >= 0) & (col < K * VEC)
-    dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
-    for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
-        outer, inner, row = rows_at(
-            row_block, num_outer, num_inner, outer_step, inner_step, BLOCK_R
-        )
-        mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
-        # load
-        a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
-        y = act(tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype), ACTIVATION)
-        if GATED:
-            b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
-            y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
-        # compute
-        z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
-        _, s = across(row, scale, ROWS_LAST)
-        u = tl.fma(tl.broadcast_to(s, z.shape), z, y)
-        # store
-        u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
-        tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -183,7 +121,7 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
         rest = (sigma, seed, dim, row0, col0, sample, factor, log_variance, activation, out_dtype)
         return u.copy_(gate(a.contiguous(), b, *rest))
     with on_device(a):
-        _gate_fwd_kernel[tile.grid(a.device)](
+        perturb_fwd_kernel[tile.grid(a.device)](
             *(u, a, b, sigma.contiguous(), seed),
             *tile.arguments(row0),
             *(sample, factor),

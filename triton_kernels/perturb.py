@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .activations import activate as act
 from .noise import load_seed, noise, normal_tile
 from .tiles import (
     EXACT,
@@ -43,9 +44,10 @@ def noise_scale(
 
 
 @triton.jit
-def _perturb_fwd_kernel(
+def perturb_fwd_kernel(
     u_ptr,  # [rows, K], written
-    x_ptr,  # [rows, K]
+    a_ptr,  # [rows, K]
+    b_ptr,  # [rows, K], read if GATED
     sigma_ptr,  # [K] float32 or float64
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
@@ -57,25 +59,31 @@ def _perturb_fwd_kernel(
     u_outer,  # from here to row0: strides in elements
     u_inner,
     u_col,
-    x_outer,
-    x_inner,
-    x_col,
+    a_outer,
+    a_inner,
+    a_col,
+    b_outer,
+    b_inner,
+    b_col,
     row0,  # the first row
     group0,  # col0 // 8
     shift,  # col0 % 8
     sample,
     factor: tl.float64,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """u = act(a) b + factor s z; perturb's own act is "identity", and gate.py has the others"""
     # where
     key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dtype: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     for row_block in range(tl.program_id(1), num_row_blocks, tl.num_programs(1)):
         outer, inner, row = rows_at(
@@ -83,12 +91,15 @@ def _perturb_fwd_kernel(
         )
         mask = tile_mask(inner, num_inner, col, K * VEC, ROWS_LAST)
         # load
-        x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
-        x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
+        a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
+        y = act(tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype), ACTIVATION)
+        if GATED:
+            b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
+            y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
         # compute
         z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         _, s = across(row, scale, ROWS_LAST)
-        u = tl.fma(tl.broadcast_to(s, z.shape), z, x)
+        u = tl.fma(tl.broadcast_to(s, z.shape), z, y)
         # store
         u_off = tile_offsets(outer, inner, col, u_outer * VEC, u_inner * VEC, u_col, ROWS_LAST)
         tl.store(u_ptr + u_off, u.to(u_ptr.dtype.element_ty), mask=mask)
@@ -211,15 +222,17 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
     u = torch.empty_like(x, dtype=out_dtype)
     if u.numel() == 0:
         return u
-    tile = tiling(dim, col0, TILE_ELEMENTS, u, x)
+    tile = tiling(dim, col0, TILE_ELEMENTS, u, x, None)
     if tile is None:  # three or more row dimensions that do not merge
         draw = (dim, row0, col0, sample, factor, log_variance)
         return u.copy_(perturb(x.contiguous(), sigma, seed, *draw, out_dtype))
     with on_device(x):
-        _perturb_fwd_kernel[tile.grid(x.device)](
-            *(u, x, sigma.contiguous(), seed),
+        perturb_fwd_kernel[tile.grid(x.device)](
+            *(u, x, None, sigma.contiguous(), seed),
             *tile.arguments(row0),
             *(sample, factor),
+            ACTIVATION="identity",
+            GATED=False,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
         )
