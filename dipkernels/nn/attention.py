@@ -168,40 +168,10 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         rest = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if any(isinstance(t, tracing.Proxy) for t in (query, key, value)):
             return tracing.record(self, query, key, value, *rest)
-        parts = self._parts()
-        # Hooks on the parts, by which calibrate reads their inputs, need them called; so does
-        # noise_off in training.
-        watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-        if not (
-            watched
-            or any(part.noisy() or (part.training and contexts.MODE == "off") for part in parts)
-        ):
+        if not self._calls_parts():
             if ddp_waits():
                 query, key, value = self._with_unused_variances(query, key, value)
             return super().forward(query, key, value, *rest)
-        return self._noised_forward(query, key, value, *rest)
-
-    def _with_unused_variances(
-        self, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same tensors, one where they were one, through which every variance gets a gradient
-        of zeros."""
-        same = query
-        for part in self._parts():
-            same = without_noise(same, part._log_variance())
-        return same, same if key is query else key, same if value is query else value
-
-    def _noised_forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
         if is_causal and attn_mask is None:
             raise RuntimeError(
                 "attn_mask: expected the causal mask that is_causal=True promises, got None"
@@ -234,6 +204,27 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         joined = (heads.transpose(1, 2) if batch_dim == 0 else heads.permute(2, 0, 1, 3)).flatten(2)
         out = self.out_proj(joined if batched else joined[0])
         return out, (weights if batched or weights is None else weights[0])
+
+    def _calls_parts(self) -> bool:
+        """Whether the projections have to be called: for noise, for noise_off in training, or for
+        their hooks, by which calibrate reads their inputs."""
+        return any(
+            part.noisy()
+            or (part.training and contexts.MODE == "off")
+            or part._forward_hooks
+            or part._forward_pre_hooks
+            for part in self._parts()
+        )
+
+    def _with_unused_variances(
+        self, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same tensors, one where they were one, through which every variance gets a gradient
+        of zeros."""
+        same = query
+        for part in self._parts():
+            same = without_noise(same, part._log_variance())
+        return same, same if key is query else key, same if value is query else value
 
     def _check_shapes(
         self,

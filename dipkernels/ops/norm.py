@@ -72,15 +72,8 @@ def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), stats
 
 
-def _fake_norm_bwd(
-    du: Tensor,
-    x: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _fake_norm_bwd(du: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, bias, sigma = rest[:3]
     return torch.empty_like(x), *(fake_like(t, x) for t in (weight, bias, sigma))
 
 
