@@ -154,12 +154,8 @@ def _run_expectation_bwd(
     return expectation_bwd(dy, *tensors, *how)
 
 
-_fused = fused("_Expectation", expectation, _run_expectation_bwd, _pieces, 2)
-
-
-def expected(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    """`expectation`, differentiable in every world."""
-    return (_pieces if worlds.wants_pieces() else _fused)(mu, v, activation)
+# expected(mu, v, activation): `expectation`, differentiable in every world
+expected = fused("_Expectation", expectation, _run_expectation_bwd, _pieces, 2)
 
 
 # The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with
@@ -205,5 +201,4 @@ def linear(
 ) -> Tensor:
     """The layer and its activation, in x's dtype. Raises TypeError for a weight in shards."""
     _require_whole(weight)
-    run = _linear_pieces if worlds.wants_pieces() else _fused_linear
-    return run(x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)
+    return _fused_linear(x, weight, bias, _as_wide_as(weight, sigma), log_variance, activation)

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import worlds
-from ..worlds import is_dtensor
 from . import registry
 from .activations import ACTIVATIONS, check_activation
 from .draw import Draw, check_out_dtype, check_projection
@@ -87,8 +85,10 @@ registry.define(
 
 def _pieces(a: Tensor, b: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any) -> Tensor:
     draw, kind, dtype = how
+    _check(a, b, kind)
     y = ACTIVATIONS[kind](widened(a))
-    return projection(y if b is None else y * widened(b), sigma, seed, draw, dtype)
+    u_dtype = dtype or a.dtype
+    return projection(y if b is None else y * widened(b), sigma, seed, draw, u_dtype)
 
 
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
@@ -100,21 +100,5 @@ def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
     return *registry.kernel("gate_bwd", a.device.type)(du, a, b, *rest), None
 
 
-_fused = fused("_Gate", gate, _run_bwd, _pieces, 4)
-
-
-def noised_gate(
-    a: Tensor,
-    b: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    kind: str,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """u, differentiable in every world; without b an activation's."""
-    out = dtype or a.dtype
-    if is_dtensor(a) or is_dtensor(b) or is_dtensor(sigma) or worlds.wants_pieces():
-        _check(a, b, kind)
-        return _pieces(a, b, sigma, seed, draw, kind, out)
-    return _fused(a, b, sigma, seed, draw, kind, out)
+# noised_gate(a, b, sigma, seed, draw, kind, dtype): `gate`, differentiable in every world
+noised_gate = fused("_Gate", gate, _run_bwd, _pieces, 4)

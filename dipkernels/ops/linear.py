@@ -225,9 +225,7 @@ def mean(
     # no Triton kernel multiplies in float64
     fused = x.device.type == "cpu" or x.dtype is not torch.float64
     arguments = (x, weight, bias, sigma, seed, draw, num_samples, activation, dtype or x.dtype)
-    if not fused or is_dtensor(x) or worlds.exporting() or worlds.transforming():
-        return _mean_pieces(*arguments)
-    return _fused(*arguments)
+    return (_fused if fused and not worlds.exporting() else _mean_pieces)(*arguments)
 
 
 def check_weight(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> None:

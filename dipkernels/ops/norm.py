@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import worlds
-from ..worlds import is_dtensor
 from . import registry
 from .draw import DTYPES, Draw, check_out_dtype, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
@@ -98,6 +96,7 @@ def _pieces(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
 ) -> Tensor:
     draw, kind, eps, offset, dtype = how
+    check_norm(x, weight, bias, draw, kind)
     wide = widened(x)
     centred = wide - wide.mean(-1, keepdim=True) if kind == "layer" else wide
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -105,7 +104,7 @@ def _pieces(
         y = y * (weight.to(wide.dtype) + offset)
     if bias is not None:
         y = y + bias.to(wide.dtype)
-    return projection(y, sigma, seed, draw, dtype)
+    return projection(y, sigma, seed, draw, dtype or x.dtype)
 
 
 def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
@@ -115,24 +114,6 @@ def _run_bwd(du: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
     return *run(du, x, stats, weight, bias, sigma, seed, *draw, kind, offset), None
 
 
-_fused = fused("_Norm", norm, _run_bwd, _pieces, 5)
-
-
-def noised_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    kind: str,
-    eps: float,
-    offset: float,
-    dtype: torch.dtype | None,
-) -> Tensor:
-    """u, differentiable in every world."""
-    arguments = (x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype or x.dtype)
-    if is_dtensor(x) or is_dtensor(sigma) or is_dtensor(weight) or worlds.wants_pieces():
-        check_norm(x, weight, bias, draw, kind)
-        return _pieces(*arguments)
-    return _fused(*arguments)
+# noised_norm(x, weight, bias, sigma, seed, draw, kind, eps, offset, dtype): u of `norm`,
+# differentiable in every world
+noised_norm = fused("_Norm", norm, _run_bwd, _pieces, 5)

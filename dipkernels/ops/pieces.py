@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import worlds
+from ..worlds import is_dtensor
 
 Grads = tuple[Tensor | None, ...]
 
@@ -31,8 +32,9 @@ def fused(
             beside the tensors.
         run_bwd: run_bwd(dy, tensors, kept, how, needs) gives a gradient for each tensor; those that
             are not needed are dropped.
-        pieces: pieces(*tensors, *how), the same result of operations that have derivatives: of
-            these backward makes its gradients under create_graph.
+        pieces: pieces(*tensors, *how), the same result of operations that have derivatives. It runs
+            where `worlds.wants_pieces` says so and on DTensors; elsewhere backward makes its
+            gradients of it under create_graph.
         num_tensors: How many of the arguments are tensors or None; the others are `how`.
     """
 
@@ -60,6 +62,8 @@ def fused(
     in_eager = without_wrapper(named)
 
     def apply(*args: Any) -> Tensor:
+        if worlds.wants_pieces() or any([is_dtensor(t) for t in args[:num_tensors]]):
+            return pieces(*args)
         return (in_eager if worlds.eager() else named.apply)(*args)
 
     return apply
