@@ -104,8 +104,7 @@ class DIPMultiheadAttention(nn.MultiheadAttention):
         super().__init__(embed_dim, num_heads, *places)
         self._set_up(dict.fromkeys(in_projections(self), init_variance), num_samples, device)
         self.out_proj.__class__ = DIPOutProjection
-        own = device_of_variance(self.out_proj.weight, device)
-        self.out_proj._set_up(self.embed_dim, init_variance, num_samples, own)
+        self.out_proj._set_up(self.embed_dim, init_variance, num_samples, device)
 
     def _set_up(
         self,

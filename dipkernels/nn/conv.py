@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .. import worlds
 from ..ops import conv
 from .layer import DIPLayer, node_of, noised, with_noise
-from .variance import device_of_variance
 
 
 class _DIPConv(DIPLayer):
@@ -42,8 +41,7 @@ class _DIPConv(DIPLayer):
     ) -> None:
         window = (kernel_size, stride, padding, dilation, groups)
         super().__init__(in_channels, out_channels, *window, bias, padding_mode, device, dtype)
-        own = device_of_variance(self.weight, device)
-        self._set_up(in_channels, init_variance, num_samples, own)
+        self._set_up(in_channels, init_variance, num_samples, device)
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor and (node := node_of(self, input)) is not None:

@@ -18,7 +18,7 @@ from ..ops.draw import MAX_SAMPLES, Draw
 from ..ops.perturb import projection, without_noise
 from ..worlds import is_dtensor
 from . import inputs, tracing
-from .variance import Variance, in_zero, short
+from .variance import Variance, device_of_variance, in_zero, short
 
 if TYPE_CHECKING:
     from .sharing import Share
@@ -56,7 +56,8 @@ class DIPLayer(Mixin):
         device: Any,
     ) -> None:
         self.num_samples = integer("num_samples", num_samples, 1, MAX_SAMPLES)
-        self.variance = Variance(num_features, init_variance, device)
+        own = device_of_variance(getattr(self, "weight", None), device)
+        self.variance = Variance(num_features, init_variance, own)
         self.number = next(_NUMBERS) % MAX_LAYERS
 
     @property

@@ -10,7 +10,6 @@ from .. import functional, worlds
 from ..ops.activations import ACTIVATIONS
 from ..ops.linear import affine
 from .layer import DIPLayer, Noise, node_of, noised, with_noise
-from .variance import device_of_variance
 
 
 class DIPLinear(DIPLayer, nn.Linear):
@@ -61,8 +60,7 @@ class DIPLinear(DIPLayer, nn.Linear):
         estimator: str = "sample",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        own = device_of_variance(self.weight, device)
-        self._set_up(in_features, init_variance, num_samples, own)
+        self._set_up(in_features, init_variance, num_samples, device)
         functional.check_estimator(estimator, activation, num_samples, keep)
         self.keep, self.activation, self.estimator = keep, activation, estimator
 

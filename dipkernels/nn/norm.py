@@ -12,7 +12,6 @@ from .. import worlds
 from ..ops.norm import noised_norm
 from .layer import Noise
 from .twin import Producer
-from .variance import device_of_variance
 
 
 class NormProducer(Producer):
@@ -39,9 +38,7 @@ class NormProducer(Producer):
                 f"variance each, got {shape}; "
                 f"put a DIPInput behind an nn.{self.plain_type.__name__}"  # type: ignore[union-attr]
             )
-        weight: Any = self.weight
-        own = device_of_variance(weight, device)
-        self._set_up(shape[0], init_variance, num_samples, own)
+        self._set_up(shape[0], init_variance, num_samples, device)
 
 
 class DIPLayerNorm(NormProducer, nn.LayerNorm):

@@ -354,10 +354,10 @@ def in_zero(parameter: Tensor) -> bool:
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
 
 
-def device_of_variance(weight: Tensor | None, device: torch.device | str | None) -> torch.device:
+def device_of_variance(weight: object, device: torch.device | str | None) -> torch.device:
     """The weight's; without one, or beside one without data, where it was asked for, so that it has
     values all the same."""
-    if weight is not None and not weight.is_meta:
+    if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.device
     return torch.get_default_device() if device is None else torch.device(device)
 
