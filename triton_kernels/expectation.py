@@ -162,16 +162,15 @@ def _tile(block, M, N, col, col_mask, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _expectation_kernel(
-    y_ptr,  # [M, N] contiguous, written: y, or dmu if GRAD
-    # [2, row programs, N] float32 (float64 for float64 data), written if GRAD: sums of dy * d/dv
-    # and of dmu
+    y_ptr,  # [M, N] contiguous, written: y, or dmu where there is dy
+    # [2, row programs, N] float32 (float64 for float64 data), written where there is dy:
+    # sums of dy * d/dv and of dmu
     partial_ptr,
     mu_ptr,  # [M, N] contiguous
-    dy_ptr,  # [M, N] contiguous, read if GRAD
+    dy_ptr,  # [M, N] contiguous, or None
     v_ptr,  # [N] float32 or float64
     M,
     N,
-    GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TERMS: tl.constexpr,  # (c, p) of every term; none: relu
     SERIES: tl.constexpr,  # of every term, M_SERIES (M_SERIES + 1) / 2 numbers: _series
@@ -262,7 +261,7 @@ def _expectation_kernel(
             y = tl.maximum(mu, 0.0) + small
             slope = tl.where(mu < 0.0, -small_slope, 1.0 + small_slope)
         # store
-        if GRAD:
+        if dy_ptr is not None:
             dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
             y = dy * slope
             total_dv += dy * half_curvature
@@ -278,7 +277,7 @@ def _expectation_kernel(
                 at, mask = _tile(block, M, N, col, col_mask & (v_of <= 0.0), BLOCK_R)
                 mu = tl.load(mu_ptr + at, mask=mask, other=0.0).to(dtype)
                 y, slope, half_curvature = _plain(mu, ACTIVATION)
-                if GRAD:
+                if dy_ptr is not None:
                     dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(dtype)
                     y = dy * slope
                     plain_dv += dy * half_curvature
@@ -286,7 +285,7 @@ def _expectation_kernel(
                 tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
             total_dv = tl.where(zero, plain_dv, total_dv)
             total_dmu = tl.where(zero, plain_dmu, total_dmu)
-    if GRAD:
+    if dy_ptr is not None:
         out = tl.cast(tl.program_id(1), tl.int64) * N + col
         tl.store(partial_ptr + out, tl.sum(total_dv, axis=0), mask=col_mask)
         out += tl.cast(tl.num_programs(1), tl.int64) * N
@@ -338,7 +337,6 @@ def _launch(out, partial, mu, dy, v, activation, grid):
         _expectation_kernel[grid](
             *(out, partial, mu, dy, v.contiguous()),
             *(mu.numel() // n, n),
-            GRAD=dy is not None,
             ACTIVATION=activation,
             TERMS=tuple(x for term in zip(c, p, strict=True) for x in term),
             SERIES=tuple(x for term in d for x in _series(term, activation == "tanh")),

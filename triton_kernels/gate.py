@@ -28,12 +28,12 @@ def _resources(dtype):
 
 @triton.jit
 def _gate_bwd_kernel(
-    partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written if DRAWS
+    partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written, or None: no draw
     da_ptr,  # [rows, K], written
-    db_ptr,  # [rows, K], written if GATED
+    db_ptr,  # [rows, K], written where there is b
     du_ptr,  # [rows, K]
     a_ptr,  # [rows, K]
-    b_ptr,  # [rows, K], read if GATED
+    b_ptr,  # [rows, K], or None
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
     num_outer,
@@ -61,8 +61,6 @@ def _gate_bwd_kernel(
     shift,  # col0 % 8
     sample,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    DRAWS: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -87,7 +85,7 @@ def _gate_bwd_kernel(
         a = tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype)
         # compute
         da = du * act_slope(a, ACTIVATION)
-        if GATED:
+        if b_ptr is not None:
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
             da *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
             db_off = tile_offsets(
@@ -99,10 +97,10 @@ def _gate_bwd_kernel(
         # store
         da_off = tile_offsets(outer, inner, col, da_outer * VEC, da_inner * VEC, da_col, ROWS_LAST)
         tl.store(da_ptr + da_off, da.to(da_ptr.dtype.element_ty), mask=mask)
-        if DRAWS:
+        if partial_ptr is not None:
             z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
             total = tl.fma(du, z, total)
-    if DRAWS:
+    if partial_ptr is not None:
         out = tl.cast(row_program, tl.int64) * K * VEC + col
         tl.store(partial_ptr + out, tl.sum(total, axis=1 if ROWS_LAST else 0), mask=col_mask)
 
@@ -126,7 +124,6 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
             *tile.arguments(row0),
             *(sample, factor),
             ACTIVATION=activation,
-            GATED=b is not None,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
             **_resources(a.dtype),
@@ -162,8 +159,6 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
             *tile.arguments(row0),
             sample,
             ACTIVATION=activation,
-            GATED=b is not None,
-            DRAWS=sigma is not None,
             **tile.constants(),
             **_resources(a.dtype),
         )

@@ -64,12 +64,13 @@ def _tile_of(pid, num_m, num_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _linear_fwd_kernel(
-    y_ptr,  # [M, N] contiguous, written: y, or d loss / dh if GRAD
+    y_ptr,  # [M, N] contiguous, written: y, or d loss / dh where there is dy
     x_ptr,  # [M, K], column stride 1
     weight_ptr,  # [N, K], column stride 1
-    bias_ptr,  # [N], read if HAS_BIAS
+    bias_ptr,  # [N], or None
     sigma_ptr,  # [K] float32
-    dy_ptr,  # [M, N] contiguous, read if GRAD
+    # [M, N] contiguous, or None; of one sample of the backward pass: dy * act'(h) * inv_num_samples
+    dy_ptr,
     seed_ptr,  # [2] int64: key, stream
     M,
     N,
@@ -84,10 +85,8 @@ def _linear_fwd_kernel(
     inv_num_samples,
     factor: tl.float64,
     LOG_VARIANCE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PASSES: tl.constexpr,  # num_samples > 1: one after another, their results averaged
-    GRAD: tl.constexpr,  # one sample of the backward pass: dy * act'(h) * inv_num_samples
     PRECISION: tl.constexpr,
     VEC: tl.constexpr,  # sizes and strides come divided by it: see _divided
     BLOCK_M: tl.constexpr,
@@ -103,7 +102,7 @@ def _linear_fwd_kernel(
     out = tl.cast(pid_n, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < M)[:, None] & (out < N)[None, :]
     bias = tl.zeros([1, BLOCK_N], tl.float32)
-    if HAS_BIAS:
+    if bias_ptr is not None:
         bias += tl.load(bias_ptr + out, mask=out < N, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     passes = num_samples if PASSES else 1
@@ -140,7 +139,7 @@ def _linear_fwd_kernel(
             )
             h = tl.dot(u, w, h, input_precision=PRECISION)
         h += bias
-        if GRAD:
+        if dy_ptr is not None:
             dy = tl.load(dy_ptr + (row * N)[:, None] + out[None, :], mask=mask, other=0.0).to(
                 tl.float32
             )
@@ -385,10 +384,8 @@ def _forward(x, weight, bias, sigma, seed, draw, num_samples, activation, out_dt
             *origin(row0, col0),
             *(sample, num_samples if passes else 1, 1.0 / num_samples, factor),
             LOG_VARIANCE=log_variance,
-            HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             PASSES=passes,
-            GRAD=dy is not None,
             PRECISION=_precision(),
             VEC=vec,
         )

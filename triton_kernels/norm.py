@@ -21,19 +21,19 @@ ALL_REGISTERS = {"maxnreg": 255}
 
 
 @triton.jit
-def _columns(ptr, col, mask, OTHER: tl.constexpr, dtype: tl.constexpr, HAS: tl.constexpr):
+def _columns(ptr, col, mask, OTHER: tl.constexpr, dtype: tl.constexpr):
     """[BK] numbers that belong to columns; OTHER where there are none"""
-    if HAS:
+    if ptr is not None:
         return tl.load(ptr + col, mask=mask, other=0.0).to(dtype)
     else:
         return tl.full(col.shape, OTHER, dtype)
 
 
 @triton.jit
-def _weight(ptr, col, mask, offset, dtype: tl.constexpr, HAS: tl.constexpr):
+def _weight(ptr, col, mask, offset, dtype: tl.constexpr):
     """[BK]: offset + weight, 1 where there is none"""
-    weight = _columns(ptr, col, mask, 1.0, dtype, HAS)
-    if HAS:
+    weight = _columns(ptr, col, mask, 1.0, dtype)
+    if ptr is not None:
         weight += tl.cast(offset, dtype)
     return weight
 
@@ -58,8 +58,8 @@ def _norm_fwd_kernel(
     u_ptr,  # [M, K], written
     stats_ptr,  # [2, M] if CENTRED, else [1, M]: mean, rstd; float32 or float64, written
     x_ptr,  # [M, K]
-    weight_ptr,  # [K]
-    bias_ptr,  # [K]
+    weight_ptr,  # [K], or None
+    bias_ptr,  # [K], or None
     sigma_ptr,  # [K] float32 or float64
     seed_ptr,  # [2] int64: key, stream
     M,
@@ -74,8 +74,6 @@ def _norm_fwd_kernel(
     eps: tl.float64,
     offset: tl.float64,
     CENTRED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
     COL_BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,8 +116,8 @@ def _norm_fwd_kernel(
             if COL_BLOCKS > 1:
                 x = _rows(x_ptr, row, col, mask, x_row, dtype)
             # compute
-            weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
-            bias = _columns(bias_ptr, col, inside, 0.0, dtype, HAS_BIAS)
+            weight = _weight(weight_ptr, col, inside, offset, dtype)
+            bias = _columns(bias_ptr, col, inside, 0.0, dtype)
             scale = noise_scale(sigma_ptr, col, inside, factor, LOG_VARIANCE, dtype)
             z = normal_tile(key, last_word, row0 + row, group, False).to(dtype)
             h = (x - mean[:, None]) * rstd[:, None]
@@ -140,14 +138,13 @@ def _norm_sums_kernel(
     du_ptr,  # [M, K]
     x_ptr,  # [M, K]
     stats_ptr,  # as _norm_fwd_kernel writes it
-    weight_ptr,  # [K]
+    weight_ptr,  # [K], or None
     M,
     K,
     du_row,
     x_row,
     offset: tl.float64,
     CENTRED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     COL_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -161,7 +158,7 @@ def _norm_sums_kernel(
         col = tl.cast(c, tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = col < K
         mask = inside[None, :]
-        weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
+        weight = _weight(weight_ptr, col, inside, offset, dtype)
         g = _rows(du_ptr, row, col, mask, du_row, dtype) * weight[None, :]
         h = (_rows(x_ptr, row, col, mask, x_row, dtype) - mean[:, None]) * rstd[:, None]
         sums += tl.sum(g, axis=1)
@@ -178,7 +175,7 @@ def _norm_bwd_kernel(
     x_ptr,  # [M, K]
     stats_ptr,  # as _norm_fwd_kernel writes it
     means_ptr,  # as _norm_sums_kernel writes it; read unless WHOLE
-    weight_ptr,  # [K]
+    weight_ptr,  # [K], or None
     seed_ptr,  # [2] int64: key, stream
     M,
     K,
@@ -191,7 +188,6 @@ def _norm_bwd_kernel(
     sample,
     offset: tl.float64,
     CENTRED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DRAWS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -203,7 +199,7 @@ def _norm_bwd_kernel(
     key, last_word = load_seed(seed_ptr, sample)
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     inside = (col >= 0) & (col < K)
-    weight = _weight(weight_ptr, col, inside, offset, dtype, HAS_WEIGHT)
+    weight = _weight(weight_ptr, col, inside, offset, dtype)
     dweight = tl.zeros([BLOCK_R, BLOCK_K], dtype)
     dbias = tl.zeros([BLOCK_R, BLOCK_K], dtype)
     dsigma = tl.zeros([BLOCK_R, BLOCK_K], dtype)
@@ -227,7 +223,7 @@ def _norm_bwd_kernel(
         # store
         dx_off = (row * dx_row)[:, None] + col[None, :]
         tl.store(dx_ptr + dx_off, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if HAS_WEIGHT:
+        if weight_ptr is not None:
             dweight = tl.fma(du, h, dweight)
         if HAS_BIAS:
             dbias += du
@@ -236,7 +232,7 @@ def _norm_bwd_kernel(
             dsigma = tl.fma(du, z, dsigma)
     out = tl.cast(tl.program_id(1), tl.int64) * K + col
     each = tl.cast(tl.num_programs(1), tl.int64) * K
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         tl.store(partial_ptr + out, tl.sum(dweight, axis=0), mask=inside)
     if HAS_BIAS:
         tl.store(partial_ptr + each + out, tl.sum(dbias, axis=0), mask=inside)
@@ -286,8 +282,6 @@ def norm(x, weight, bias, sigma, seed, *draw_and_norm):
             *origin(row0, col0),
             *(sample, factor, eps, offset),
             CENTRED=centred,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
             LOG_VARIANCE=log_variance,
             COL_BLOCKS=triton.cdiv(k + shift, tile["BLOCK_K"]),
             **tile,
@@ -316,7 +310,6 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
     fill = triton.cdiv(4 * num_multiprocessors(x.device), col_blocks)
     programs = max(1, min(triton.cdiv(m, tile["BLOCK_R"]), fill))
     partial = torch.empty(3, programs, k, dtype=wide, device=x.device)
-    flags = {"CENTRED": kind == "layer", "HAS_WEIGHT": weight is not None}
     strides = (flat_du.stride(0), rows.stride(0))
     means = None
     with on_device(x):
@@ -327,7 +320,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
                 *(m, k, *strides, offset),
                 COL_BLOCKS=triton.cdiv(k, TILE_ELEMENTS),
                 BLOCK_K=TILE_ELEMENTS,
-                **flags,
+                CENTRED=kind == "layer",
                 **EXACT,
             )
         _norm_bwd_kernel[(col_blocks, programs)](
@@ -338,7 +331,7 @@ def norm_bwd(du, x, stats, weight, bias, sigma, seed, *draw_and_norm):
             HAS_BIAS=bias is not None,
             DRAWS=sigma is not None,
             WHOLE=whole,
-            **flags,
+            CENTRED=kind == "layer",
             **tile,
             **EXACT,
             **ALL_REGISTERS,

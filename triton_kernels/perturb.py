@@ -47,7 +47,7 @@ def noise_scale(
 def perturb_fwd_kernel(
     u_ptr,  # [rows, K], written
     a_ptr,  # [rows, K]
-    b_ptr,  # [rows, K], read if GATED
+    b_ptr,  # [rows, K], or None
     sigma_ptr,  # [K] float32 or float64
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
@@ -71,7 +71,6 @@ def perturb_fwd_kernel(
     sample,
     factor: tl.float64,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
@@ -93,7 +92,7 @@ def perturb_fwd_kernel(
         # load
         a_off = tile_offsets(outer, inner, col, a_outer * VEC, a_inner * VEC, a_col, ROWS_LAST)
         y = act(tl.load(a_ptr + a_off, mask=mask, other=0.0).to(dtype), ACTIVATION)
-        if GATED:
+        if b_ptr is not None:
             b_off = tile_offsets(outer, inner, col, b_outer * VEC, b_inner * VEC, b_col, ROWS_LAST)
             y *= tl.load(b_ptr + b_off, mask=mask, other=0.0).to(dtype)
         # compute
@@ -108,10 +107,10 @@ def perturb_fwd_kernel(
 @triton.jit
 def _perturb_bwd_kernel(
     partial_ptr,  # [row programs, K] float32 (float64 for float64 data), written
-    u_ptr,  # [rows, K], written if REPLAY
+    u_ptr,  # [rows, K], written where there is x
     du_ptr,  # [rows, K]
-    x_ptr,  # [rows, K], read if REPLAY
-    sigma_ptr,  # [K] float32 or float64, read if REPLAY
+    x_ptr,  # [rows, K], or None
+    sigma_ptr,  # [K] float32 or float64, read where there is x
     seed_ptr,  # [2] int64: key, stream
     num_row_blocks,
     num_outer,
@@ -133,7 +132,6 @@ def _perturb_bwd_kernel(
     shift,  # col0 % 8
     sample,
     factor: tl.float64,
-    REPLAY: tl.constexpr,
     LOG_VARIANCE: tl.constexpr,
     ROWS_LAST: tl.constexpr,
     VEC: tl.constexpr,
@@ -146,7 +144,7 @@ def _perturb_bwd_kernel(
     group, col = columns_at(tl.program_id(0), group0, shift, BLOCK_K)
     col_mask = (col >= 0) & (col < K * VEC)
     dtype: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
-    if REPLAY:
+    if x_ptr is not None:
         scale = noise_scale(sigma_ptr, col, col_mask, factor, LOG_VARIANCE, dtype)
     total = tl.zeros([BLOCK_K, BLOCK_R] if ROWS_LAST else [BLOCK_R, BLOCK_K], dtype)
     for row_block in range(row_program, num_row_blocks, tl.num_programs(1)):
@@ -160,7 +158,7 @@ def _perturb_bwd_kernel(
         # compute
         z = normal_tile(key, last_word, row0 + row, group, ROWS_LAST).to(dtype)
         total = tl.fma(du, z, total)
-        if REPLAY:
+        if x_ptr is not None:
             x_off = tile_offsets(outer, inner, col, x_outer * VEC, x_inner * VEC, x_col, ROWS_LAST)
             x = tl.load(x_ptr + x_off, mask=mask, other=0.0).to(dtype)
             _, s = across(row, scale, ROWS_LAST)
@@ -232,7 +230,6 @@ def perturb(x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_d
             *tile.arguments(row0),
             *(sample, factor),
             ACTIVATION="identity",
-            GATED=False,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
         )
@@ -262,7 +259,6 @@ def _bwd(du, x, sigma, seed, dim, row0, col0, sample, factor, log_variance, out_
             *(partial, u, du, x, sigma, seed),
             *tile.arguments(row0),
             *(sample, factor),
-            REPLAY=replay,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
         )
