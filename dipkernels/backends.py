@@ -207,6 +207,14 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
     return None
 
 
+def _driver_version() -> int:
+    """The CUDA version that the driver offers, 12080 for 12.8. Asked of the driver itself, which torch
+    has loaded: no torch that this package runs on says it."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def check_cuda() -> str | None:
     """Look whether the library's CUDA kernels can run on the visible GPUs; say so and fall back
     where they cannot.
@@ -219,8 +227,8 @@ def check_cuda() -> str | None:
         return None
     try:
         gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-        driver: int = torch._C._cuda_getDriverVersion() if gpus else 0  # type: ignore[attr-defined]
-    except (RuntimeError, AssertionError, AttributeError):
+        driver = _driver_version() if gpus else 0
+    except (RuntimeError, AssertionError, OSError):
         return None  # torch's own error comes when the device is used
     problem = _cuda_problem_of(library(), driver, gpus) if gpus else None
     if problem != _cuda_problem:

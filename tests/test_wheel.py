@@ -14,6 +14,7 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,7 +259,9 @@ def old_gpu(monkeypatch):
     monkeypatch.setattr(backends, "library", lambda: WHEEL_12)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    driver = SimpleNamespace(cuDriverGetVersion=lambda found: setattr(found._obj, "value", 12080))
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda n: driver if n == "libcuda.so.1" else load(n))
     monkeypatch.setattr(backends, "listeners", [])
     monkeypatch.setattr(backends, "_cuda_problem", None)
     return monkeypatch
