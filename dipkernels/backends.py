@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -208,8 +207,8 @@ def _cuda_problem_of(library: Library, driver: int, gpus: list[tuple[int, int]])
 
 
 def _driver_version() -> int:
-    """The CUDA version that the driver offers, 12080 for 12.8. Asked of the driver itself, which torch
-    has loaded: no torch that this package runs on says it."""
+    """The CUDA version that the driver offers, 12080 for 12.8. Asked of the driver itself, which
+    torch has loaded: no torch that this package runs on says it."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value
@@ -280,7 +279,9 @@ def note_triton_problem(op: str, error: Exception) -> None:
     if not is_compilation:
         raise error
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    problem = f"Triton {importlib.metadata.version('triton')} cannot compile {op}: {said}"
+    import triton  # for its version: its package has other names too, such as pytorch-triton
+
+    problem = f"Triton {triton.__version__} cannot compile {op}: {said}"
     if forced == "triton":
         raise RuntimeError(f"{op}: backend 'triton' was asked for, and {problem}") from error
     triton_problems[op] = problem

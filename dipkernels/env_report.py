@@ -76,7 +76,8 @@ def _triton() -> str:
     """Its version, and why it does not load where it is installed and does not."""
     version = _version("triton")
     try:
-        importlib.import_module("triton")
+        # its package has other names too
+        return str(importlib.import_module("triton").__version__)
     except Exception as error:
         if version != "not installed":
             return f"{version}, which does not load: {type(error).__name__}: {error}"
