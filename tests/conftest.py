@@ -5,7 +5,6 @@ DIPKERNELS_TEST_ORDER=N shuffles the files and the tests within each file.
 """
 
 import gc
-import getpass
 import os
 import random
 import tempfile
@@ -32,7 +31,7 @@ gc.disable()
 
 # torch.compile keeps what it compiled, and its key leaves out ATEN_CPU_CAPABILITY, by which the
 # code differs.
-_CACHE = f"dipkernels-tests-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+_CACHE = f"dipkernels-tests-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _CACHE))
 
 

@@ -401,6 +401,20 @@ def test_a_machine_whose_nvidia_smi_fails_is_checked_all_the_same(monkeypatch, t
         assert tools._driver() == want
 
 
+def test_the_gpu_tests_are_found_where_the_user_has_no_name():
+    """As in a container that runs under a number."""
+    code = "import pwd, sys, pytest; pwd.getpwuid = {}.__getitem__; sys.exit(pytest.main(sys.argv[1:]))"
+    named = {"LOGNAME", "USER", "LNAME", "USERNAME"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--collect-only", "-q", "tests/gpu/test_gpu_noise.py"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name not in named},
+        capture_output=True,
+        text=True,
+    )
+    assert "test_words_match_known_answers" in done.stdout, done.stdout + done.stderr
+
+
 def test_wrong_kernels_are_not_timed(check, monkeypatch):
     right = kernels.projection.perturb
     monkeypatch.setattr(kernels.projection, "perturb", lambda *arguments: right(*arguments) + 0.01)
