@@ -30,7 +30,7 @@ from gpucheck import driver, report
 from gpucheck.driver import Section
 from gpucheck.record import Record
 
-MACHINE = Section("machine", 45, "gpucheck.tools:machine")
+MACHINE = Section("machine", 60, "gpucheck.tools:machine")
 SECTIONS = (
     Section("build", 55, "gpucheck.tools:build"),
     Section("tests", 60, "gpucheck.tools:tests"),
@@ -137,6 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         # Triton's kernels run too, in its interpreter, where it is installed.
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    # Behind PATH: where CUDA's installer puts nvcc and compute-sanitizer.
+    toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), f"{toolkit}/bin"))
     record = start(options)
     # A cache of its own: the compilers are part of what is proven.
     caches = tempfile.mkdtemp(prefix="dipkernels-gpu-check-")

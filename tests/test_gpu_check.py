@@ -347,6 +347,8 @@ def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
     caches = "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"
     for name in ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", *caches):
         monkeypatch.setenv(name, "")  # main sets them, for its children
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("PATH", before := os.environ["PATH"])
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     quick, copy = (
         driver.Section(name, 30, f"gpu_check_support:{function}")
@@ -356,6 +358,7 @@ def test_the_exit_code_and_the_last_lines_say_what_is_wrong(
     monkeypatch.setattr(gpu_check, "SECTIONS", (copy,))
     monkeypatch.setattr(gpu_check, "NAMES", ("copy",))
     assert gpu_check.main(["--dry-run", "--out", str(tmp_path)]) == code
+    assert os.environ["PATH"] == f"{before}:{tmp_path}/toolkit/bin"  # where nvcc lies
     *_, line, last = capsys.readouterr().out.splitlines()
     assert line.startswith(("FAILED copy: two: ValueError", "NOT PROVEN copy: the tool")[code // 3])
     assert last.startswith(
