@@ -637,6 +637,43 @@ def test_a_plain_checkpoint_and_a_part_load_beside_a_parametrised_variance():
     assert (values(model) == -3).all()
 
 
+# ---- parametrised weights ------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """As spectral_norm, which takes a step each time that the weight is read in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight):
+        self.count += 1
+        return 2 * weight
+
+
+@pytest.mark.parametrize(
+    "kind, size", [(nn.Linear, (3, 4)), (nn.Conv1d, (3, 4, 2)), (nn.Conv2d, (3, 4, 2))]
+)
+def test_a_parametrised_weight_is_computed_once_in_a_pass_and_by_nothing_else(kind, size):
+    model, plain, counted = nn.Sequential(kind(*size)), nn.Sequential(kind(*size)), Counted()
+    x = torch.randn(2, 3, *[5] * (model[0].weight.ndim - 2))
+    dip.convert(model)
+    for layer in (model[0], plain[0]):
+        parametrize.register_parametrization(layer, "weight", counted)
+
+    def count(call):
+        counted.count = 0
+        call()
+        return counted.count
+
+    assert count(lambda: model(x).sum().backward()) == 1
+    assert count(lambda: model(x.clone().requires_grad_())) == 1
+    assert count(lambda: dip.check(model)) == count(lambda: model.to("cpu")) == 0
+    # the pass that learns the number of features
+    assert count(lambda: dip.convert(plain, before=["0"], batches=[x])) == 1
+
+
 # ---- neighbours that work in place ---------------------------------------------------------------
 
 SHAPES = {

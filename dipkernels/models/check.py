@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.layer import DIPLayer
+from ..nn.layer import DIPLayer, weight_of
 from ..nn.numbering import dip_layers, need_layers
 from ..nn.sharing import orphans
 from ..nn.variance import require_finite_values
@@ -173,7 +173,7 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
         slopes = [p.grad for p in _learned(layer)]
         if not slopes:
             continue
-        weight = getattr(layer, "weight", None)
+        weight = weight_of(layer)
         slope = weight.grad if isinstance(weight, Tensor) and weight.is_leaf else None
         if all(each is None for each in slopes):
             faults[name] = "its variance got no gradient: " + _why_none(layer, slope is not None)

@@ -14,7 +14,7 @@ from ..distributed import replicate_variance
 from ..functional import check_keep
 from ..nn.attention import DIPMultiheadAttention, in_projections
 from ..nn.input import DIPInput
-from ..nn.layer import DIPLayer
+from ..nn.layer import DIPLayer, weight_of
 from ..nn.linear import DIPLinear
 from ..nn.numbering import Model, dip_layers, number_layers, own_buffers
 from ..nn.sharing import share_noise
@@ -425,8 +425,8 @@ def _become_dip(
         module.variance.requires_grad_(True)
         _become_plain(base)
     module.variance.train(module.training)
-    if is_dtensor(getattr(module, "weight", None)):  # the plain layer was parallelised already
-        replicate_variance(module.variance, module.weight.device_mesh)
+    if is_dtensor(weight := weight_of(module)):  # the plain layer was parallelised already
+        replicate_variance(module.variance, weight.device_mesh)
 
 
 def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
@@ -442,7 +442,7 @@ def _become_producer(move: Move, init_variance: Any, num_samples: int) -> None:
 
 
 def _device(module: nn.Module) -> torch.device:
-    weight = getattr(module, "weight", None)
+    weight = weight_of(module)
     if isinstance(weight, Tensor):
         return device_of_variance(weight, None)
     return next((p.device for p in module.parameters()), torch.device("cpu"))

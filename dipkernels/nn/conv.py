@@ -48,13 +48,12 @@ class _DIPConv(DIPLayer):
             return node
         if not self.noisy():
             return super().forward(self.without_noise(input))
-        dtype = worlds.autocast_dtype(input)
-        alike = dtype is not None or input.dtype is self.weight.dtype
+        dtype, weight, bias = worlds.autocast_dtype(input), self.weight, self.bias  # read once
+        alike = dtype is not None or input.dtype is weight.dtype
         own = alike and conv.fits(input, self.log_variance)
         window = self._window(input) if own else None
         if window is None:
-            return super().forward(noised(self, input, dtype))
-        weight, bias = self.weight, self.bias
+            return self._conv_forward(noised(self, input, dtype), weight, bias)
         return with_noise(
             self, input, lambda noise: conv.own_input(input, weight, bias, *noise, dtype, window)
         )

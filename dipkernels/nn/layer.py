@@ -172,11 +172,10 @@ class DIPLayer(Mixin):
         self._keep_stream()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        weight = getattr(self, "weight", None)
         # now: what follows may change the tensor itself
-        empty = isinstance(weight, Tensor) and weight.is_meta
+        empty = _is_meta(weight_of(self))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if recurse and empty and not self.weight.is_meta and "variance" in self._modules:
+        if recurse and empty and not _is_meta(weight_of(self)) and "variance" in self._modules:
             self.variance.start_anew()
         self._keep_stream()
         return self
@@ -230,6 +229,18 @@ DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim
 
 
 # Functions and not methods: a class that gets a twin may have methods of the same names.
+
+
+def weight_of(module: nn.Module) -> Any:
+    """The module's weight, if it has one; of a parametrised one what it is computed from, for
+    reading it would compute it, which spectral_norm counts as a step."""
+    if nn.utils.parametrize.is_parametrized(module, "weight"):
+        return next(module.parametrizations["weight"].parameters(recurse=False), None)  # type: ignore[index]
+    return getattr(module, "weight", None)
+
+
+def _is_meta(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_meta
 
 
 def place_beside(
