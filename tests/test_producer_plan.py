@@ -244,6 +244,15 @@ def through_its_input(self, x):
     return self.head(h)
 
 
+def changed_input(self, x):
+    """relu keeps what it makes, its twin what it reads."""
+    y = self.norm(self.stem(x))
+    h = self.a(y) + self.b(y)
+    y = self.head(self.act(h))
+    h.add_(1)
+    return y
+
+
 def repeated_rows(self, y):
     return y[:, :1].expand(-1, 5, -1)
 
@@ -335,6 +344,11 @@ def dropped(self, y):
             having(forward(through_its_input), act=nn.ReLU(inplace=True)),
             "head",
             r"head \(Linear\) reads what it wrote into its input, in place",
+        ),
+        (
+            having(forward(changed_input), act=nn.ReLU()),
+            "head",
+            r"add_ in the model itself \(Variant\) changes its input, in place",
         ),
         (having(norm=nn.LayerNorm((8, 8))), "a", r"a norm over several dimensions, \(8, 8\)"),
         (having(norm=nn.GroupNorm(1, 8)), "a", "GroupNorm is not a LayerNorm"),

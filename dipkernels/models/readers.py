@@ -151,6 +151,8 @@ class Watch(TorchDispatchMode):
         self.function: str = ""
         self._names, self._layers, self._candidates = names, layers, set(candidates)
         self._made: dict[int, Made] = {}
+        # the calls by the storage of their input, which the twins keep for backward
+        self._inputs: defaultdict[int | None, list[Call]] = defaultdict(list)
         # the modules that are running, and how much was made before each
         self._stack: list[tuple[nn.Module, int]] = []
         self._count = 0
@@ -185,6 +187,7 @@ class Watch(TorchDispatchMode):
         for call in self._kept():
             call.read_by("the model, a hook or its output keeps it")
         self._made.clear()
+        self._inputs.clear()
 
     def _kept(self) -> list[Call]:
         """The calls whose outputs are still there."""
@@ -217,6 +220,7 @@ class Watch(TorchDispatchMode):
         # What it is a copy of, as of a norm that computes in float32, is the module's own affair.
         made.layout, made.module, made.source = layout_of(out), module, None
         self.calls[module].append(made.call)
+        self._inputs[_storage(x)].append(made.call)
         return self._apart(out, made) if _storage(x) == _storage(out) else None
 
     def _apart(self, out: Tensor, made: Made) -> Tensor:
@@ -276,6 +280,8 @@ class Watch(TorchDispatchMode):
         elif not name.endswith("_like") and not name.startswith("new_"):  # which read a shape
             self.read([t for t, _ in read], self.function or name.strip("_"))
         for t in outputs:
+            for call in self._inputs.get(_storage(t), ()) if changes else ():
+                call.read_by(f"{self._shown_call(name)} changes its input, in place")
             self._fill(t, name, source, changes)
         return out
 
@@ -297,9 +303,7 @@ class Watch(TorchDispatchMode):
     def read(self, tensors: Iterable[Any], function: str) -> None:
         """Note that a function that is no layer's reads these."""
         if not self._reading:
-            module = self._module()
-            where = "" if module is None else f" in {self._shown(module)}"
-            self._note(tensors, f"{function}{where} reads it")
+            self._note(tensors, f"{self._shown_call(function)} reads it")
 
     def _note(self, tensors: Iterable[Any], what: str) -> None:
         for t in tensors:
@@ -313,6 +317,10 @@ class Watch(TorchDispatchMode):
 
     def _module(self) -> nn.Module | None:
         return self._stack[-1][0] if self._stack else None
+
+    def _shown_call(self, function: str) -> str:
+        module = self._module()
+        return function if module is None else f"{function} in {self._shown(module)}"
 
     def _shown(self, module: nn.Module) -> str:
         return shown(self._names.get(module, ""), module)
