@@ -244,6 +244,11 @@ def through_its_input(self, x):
     return self.head(h)
 
 
+def nested(self, y):
+    offsets = torch.tensor([0, 3, 24])
+    return torch.nested.nested_tensor_from_jagged(y.flatten(0, 1), offsets)
+
+
 def changed_input(self, x):
     """relu keeps what it makes, its twin what it reads."""
     y = self.norm(self.stem(x))
@@ -330,6 +335,7 @@ def dropped(self, y):
         (between(in_place), "a", "add_? in the model itself"),
         (between(repeated_rows), "a", "with other features, or some entries twice"),
         (between(dropped), "b", "dropout in the model itself"),
+        (between(nested), "a", "it reads the network's own input"),
         (
             having(act=nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
             "head",

@@ -327,9 +327,9 @@ class Watch(TorchDispatchMode):
 
 
 def _storage(t: object) -> int | None:
-    if not isinstance(t, Tensor):
+    if not isinstance(t, Tensor) or t.is_nested:  # which lies in no one layout
         return None
     try:
         return int(t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse, nested
+    except (NotImplementedError, RuntimeError):  # sparse
         return None
