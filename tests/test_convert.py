@@ -319,8 +319,14 @@ def quantised_weight():
         (sparse, "sparse"),
         (Lora, "a LoRA layer"),
         (quantised_weight, "quantised: its weight is a Int8Tensor"),
-        (lambda: MyAttention(4, 2), "a subclass of nn.MultiheadAttention"),
-        (lambda: weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"), "parametrised"),
+        (
+            lambda: MyAttention(4, 2),
+            "a subclass of nn.MultiheadAttention, .*: put a DIPInput before each input",
+        ),
+        (
+            lambda: weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight"),
+            "parametrise after converting(?!, or give its name)",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*:UserWarning")
@@ -337,6 +343,17 @@ def test_what_cannot_be_honoured_is_named_and_left_alone(make, reason):
     convert(nn.ModuleDict({"good": nn.Linear(4, 4), "odd": odd}), exclude="odd")
     with pytest.raises(ValueError, match=reason):
         convert(nn.ModuleDict({"odd": odd}))
+
+
+def test_a_parametrised_out_projection_is_named_and_its_attention_converted():
+    attention = nn.MultiheadAttention(4, 2)
+    weight_norm(attention.out_proj)
+    with pytest.warns(DIPConversionWarning, match=r"out_proj .*: parametrised: .* converting$"):
+        convert(attention)
+    assert names(attention) == ["in_proj"]
+    x = torch.randn(3, 2, 4)
+    attention(x, x, x)[0].sum().backward()
+    assert all(p.grad is not None for p in attention.parameters())
 
 
 def test_a_warning_that_is_made_an_error_leaves_the_model_as_it_was():

@@ -209,7 +209,8 @@ def _reason(module: nn.Module, types: Types) -> str | None:
     if _looks_like_lora(module):
         return "a LoRA layer that is not PEFT's: give its name in before=[...], or put a DIPInput before it"
     of_a_kind = any(t.__name__ in kind.__name__ for t in types) and "Packed" not in kind.__name__
-    if of_a_kind and counts_as(module) is None and _is_quantised(kind):
+    parametrised = nn.utils.parametrize.is_parametrized(module)
+    if of_a_kind and counts_as(module) is None and _is_quantised(kind) and not parametrised:
         return "quantised: give its name in before=[...] to noise its input; to quantise a converted model, call to_plain first"
     if not is_candidate(module, types) and not (kind is OUT_PROJECTION and nn.Linear in types):
         return None
@@ -217,11 +218,14 @@ def _reason(module: nn.Module, types: Types) -> str | None:
         return "lazy: run one batch through the model, then convert"
     if kind is OUT_PROJECTION and nn.MultiheadAttention not in types:
         return "nn.MultiheadAttention uses its weight without calling it: add nn.MultiheadAttention to types"
-    if nn.utils.parametrize.is_parametrized(module):
-        return "parametrised: its weight is computed, so parametrise after converting, or give its name in before=[...]"
+    attention = isinstance(module, (nn.MultiheadAttention, OUT_PROJECTION))  # never in `before`
+    if parametrised:
+        way_out = "" if attention else ", or give its name in before=[...]"
+        return f"parametrised: its weight is computed, so parametrise after converting{way_out}"
     if counts_as(module) is None:
         base = next(t.__name__ for t in types if isinstance(module, t))
-        return f"a subclass of nn.{base}, whose forward may be its own: before=[...] puts noise at its input"
+        way_out = "put a DIPInput before each" if attention else "before=[...] puts noise at its"
+        return f"a subclass of nn.{base}, whose forward may be its own: {way_out} input"
     if replaced := _forward_replaced(module):
         return replaced
     if taken := _taken(module, twin_of(module)):
