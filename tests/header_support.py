@@ -24,8 +24,10 @@ def header_module(kind: str):
     if not out.exists() or out.stat().st_mtime < max(s.stat().st_mtime for s in sources):
         flags = f"-std=c++17 -O2 -w -fPIC -shared -fvisibility=hidden -ffp-contract=off -DDIP_MODULE={name} {FLAGS[kind]}".split()
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        command = [os.environ.get("CXX", "g++"), *flags, *includes, str(sources[0]), "-o", str(out)]
+        own = f"{out}.{os.getpid()}"  # another process may build too: the module appears whole
+        command = [os.environ.get("CXX", "g++"), *flags, *includes, str(sources[0]), "-o", own]
         subprocess.run(command, check=True)
+        os.replace(own, out)
     spec = importlib.util.spec_from_file_location(name, out)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -27,6 +27,23 @@ def guarded():
     return sanitize.build("guard", ROOT / "build" / "tests" / "guard")
 
 
+def test_two_processes_may_build_the_program_at_once(tmp_path, monkeypatch):
+    """No file is written by both, and none but a whole program stands where one is looked for."""
+    compiler, wrote = tmp_path / "c++", tmp_path / "wrote"
+    compiler.write_text(
+        '#!/bin/sh\nfor word; do [ "$before" = -o ] && echo made > "$word" '
+        f'&& echo "$word" >> {wrote}; before=$word; done; :\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    for _ in range(2):
+        program = sanitize.build("guard", tmp_path / "guard")
+        assert program.read_text() == "made\n"
+        program.unlink()
+    files = wrote.read_text().split()
+    assert len(set(files)) == len(files) > 4 and str(program) not in files
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernels_stay_inside_their_buffers(guarded, threads):

@@ -61,7 +61,8 @@ def is_x86(compiler: str) -> bool:
 
 
 def build(kind: str, folder: Path) -> Path:
-    """The program of one kind; it is built again when a source is newer."""
+    """The program of one kind; it is built again when a source is newer. What is written has a
+    folder of its own, and the program appears whole: two processes may build at once."""
     compiler = os.environ.get("CXX", "g++")
     x86 = is_x86(compiler)
     program = folder / f"sanitize_kernels_{kind}"
@@ -83,7 +84,6 @@ def build(kind: str, folder: Path) -> Path:
         entries = [f"-DDIP_{entry.upper()}={entry}_{name}" for entry in (*STEMS, "variance")]
         options = [*extra, f"-DDIP_LANES={lanes}", "-DDIP_STREAM_BYTES=4096", *entries]
         units += [(cpu / f"{stem}.cpp", f"{stem}_{name}", options) for stem in STEMS]
-    objects = [str(folder / f"{kind}_{name}.o") for _, name, _ in units]
 
     def compiled(unit: tuple[Path, str, list[str]], target: str) -> None:
         source, name, options = unit
@@ -91,10 +91,12 @@ def build(kind: str, folder: Path) -> Path:
         if done.returncode:
             raise RuntimeError(f"{compiler} on {name}: exit status {done.returncode}")
 
-    with ThreadPoolExecutor(2) as pool:
+    with tempfile.TemporaryDirectory(dir=folder) as own, ThreadPoolExecutor(2) as pool:
+        objects = [f"{own}/{name}.o" for _, name, _ in units]
         list(pool.map(compiled, units, objects))
-    wrap = ["-Wl,--wrap=malloc,--wrap=calloc"]
-    subprocess.run([compiler, *flags, *objects, *wrap, "-pthread", "-o", str(program)], check=True)
+        linked = [*objects, "-Wl,--wrap=malloc,--wrap=calloc", "-pthread", "-o", f"{own}/program"]
+        subprocess.run([compiler, *flags, *linked], check=True)
+        os.replace(f"{own}/program", program)
     return program
 
 
