@@ -4,12 +4,13 @@ memory they take.  docs/maths.md, sections 4, 7."""
 import functools
 import importlib
 import math
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from saved_support import saved_bytes
+from source_support import ROOT
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -17,6 +18,9 @@ import dipkernels as dip
 from dipkernels import backends, functional, reference
 from dipkernels.ops import row_blocks
 from dipkernels.ops.activations import ACTIVATIONS
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import timing
 
 SEED = torch.tensor([91, 4])
 NAMES = list(ACTIVATIONS)
@@ -195,20 +199,6 @@ def test_mean_is_the_same_bits_again_and_whatever_the_batch_is_split_into():
     torch.testing.assert_close(torch.cat(rows), first[0], rtol=1e-6, atol=1e-6)
 
 
-def peak_bytes(run):
-    """The most that was allocated at once, by the profiler's account of the allocator."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 def test_mean_takes_the_memory_of_one_sample():
     x, weight, bias, sigma, dy = inputs(1024, 64, 48)
     leaves = [t.requires_grad_() for t in (x, weight, bias, sigma)]
@@ -216,26 +206,23 @@ def test_mean_takes_the_memory_of_one_sample():
     def forward(count):
         return layer(*leaves, activation="gelu", estimator="mean", num_samples=count)
 
-    def step(count):
-        forward(count).backward(dy)
-        for leaf in leaves:
-            leaf.grad = None
+    def peak(call):
+        return timing.peak_bytes(timing.backward_step(call, dy, leaves), torch.device("cpu"))
 
     def kept(count):
         return saved_bytes(lambda: forward(count))
 
     # as one layer keeps it, the pre-activation of one sample
     assert kept(5) == kept(33) == sum(t.nbytes for t in (*leaves, dy)) + SEED.nbytes
-    peaks = [peak_bytes(lambda count=count: step(count)) for count in (5, 16, 33)]
+    peaks = [peak(lambda count=count: forward(count)) for count in (5, 16, 33)]
     assert 0 < peaks[2] <= 1.02 * peaks[1]  # several products each
     assert peaks[2] <= 1.06 * peaks[0]  # one product
     with torch.no_grad():
         assert kept(9) == 0
     leaves[0], dy = x.detach().repeat(16, 1).requires_grad_(), dy.repeat(16, 1)
-    one = peak_bytes(lambda: F.gelu(layer(*leaves)).backward(dy))
-    leaves[0].grad = None
+    one = peak(lambda: F.gelu(layer(*leaves)))
     # u, z, h and dh of a block
-    assert peak_bytes(lambda: step(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
+    assert peak(lambda: forward(33)) <= one + 4 * 4 * row_blocks._ELEMENTS
 
 
 # ---- "analytic" ----------------------------------------------------------------------------------
@@ -617,7 +604,7 @@ def test_analytic_prediction_refuses_bad_arguments():
 @pytest.mark.slow
 def test_the_experiment_runs_and_writes_its_table_plot_and_results(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    monkeypatch.syspath_prepend(ROOT / "studies")
     study = importlib.import_module("where_to_average")
     runs = study.main(["--quick", "--out", str(tmp_path)])
     assert len(runs) == 2 * 2 * len(study.METHODS) and "| analytic |" in capsys.readouterr().out

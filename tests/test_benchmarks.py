@@ -549,8 +549,7 @@ def test_a_models_profile_names_the_noise(capsys):
 
 
 def test_processor_time_does_not_count_waiting():
-    wait = lambda: time.sleep(0.02)  # noqa: E731
-    device = torch.device("cpu")
-    assert (
-        timing.seconds(wait, 1, device) >= 0.02 > 4 * timing.seconds(wait, 1, device, "processor")
-    )
+    """The least of several: a thread of an earlier product may still spin in the first one."""
+    wait, device = lambda: time.sleep(0.02), torch.device("cpu")
+    assert timing.seconds(wait, 1, device) >= 0.02
+    assert min(timing.seconds(wait, 1, device, "processor") for _ in range(10)) < 0.005
