@@ -100,14 +100,14 @@ OPERATIONS: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (
 # ---- the mixture and its loss --------------------------------------------------------------------
 
 
-def chain(x: Tensor, generator: torch.Generator) -> Tensor:
+def chain(x: Tensor, generator: torch.Generator, severity: float = SEVERITY) -> Tensor:
     """Each image through one to three random operations of its own, each of a random level."""
     count = len(x)
     depth = torch.randint(1, DEPTH + 1, (count,), generator=generator)
     x = x.clone()
     for place in range(DEPTH):
         chosen = torch.randint(len(OPERATIONS), (count,), generator=generator)
-        level = 0.1 + (SEVERITY - 0.1) * torch.rand(count, generator=generator)
+        level = 0.1 + (severity - 0.1) * torch.rand(count, generator=generator)
         sign = 2.0 * torch.randint(2, (count,), generator=generator) - 1
         for number, operation in enumerate(OPERATIONS):
             here = (chosen == number) & (place < depth)
@@ -116,21 +116,21 @@ def chain(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
-def mixture(x: Tensor, generator: torch.Generator) -> Tensor:
+def mixture(x: Tensor, generator: torch.Generator, severity: float = SEVERITY) -> Tensor:
     """x [B, C, H, W] in 0 .. 1, each image mixed with its three chains; the same shape, in 0 ..
     1."""
     # Exponentials over their sum are Dirichlet(1, 1, 1); Beta(1, 1) is uniform.
     weights = -(1 - torch.rand(WIDTH, len(x), 1, 1, 1, generator=generator)).log()
     weights = weights / weights.sum(0)
-    mixed = sum((w * chain(x, generator) for w in weights), torch.zeros_like(x))
+    mixed = sum((w * chain(x, generator, severity) for w in weights), torch.zeros_like(x))
     share = torch.rand(len(x), 1, 1, 1, generator=generator)
     return share * x + (1 - share) * mixed
 
 
-def loss(logits: Tensor, mixed: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, C], plus WEIGHT times the Jensen-Shannon divergence to the two
+def loss(logits: Tensor, mixed: tuple[Tensor, Tensor], y: Tensor, weight: float = WEIGHT) -> Tensor:
+    """Cross-entropy of logits [B, C], plus weight times the Jensen-Shannon divergence to the two
     mixtures' logits."""
     logs = torch.stack([each.log_softmax(-1) for each in (logits, *mixed)])
     middle = (logs.logsumexp(0) - math.log(len(logs))).expand_as(logs)
     apart = F.kl_div(middle, logs, log_target=True, reduction="none").sum(-1).mean()
-    return F.cross_entropy(logits, y) + WEIGHT * apart
+    return F.cross_entropy(logits, y) + weight * apart

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
 PROFILES = ("frozen", "shuffled", "levelled")  # of the chosen learned setting
 METHODS = ("plain", *SEARCH, *PROFILES)
 SCORES = ("clean", "pgd", "noise")
-OPTIONS = {"ratio": "ratio", "kl": "kl", "variance_rate": "rate"}  # as the table names them
+OPTIONS = {"ratio": "ratio", "kl": "kl", "variance_rate": "rate"}  # as a table names them
+OPTIONS |= {name: name for name in ("side", "beta", "severity", "weight")}
 # In the figures, with what tells them apart; plain lies too far off.
 SHOWN = {
     "isotropic": "one sigma for a layer",
@@ -104,11 +106,19 @@ def total(result: dict[str, Any]) -> float:
     return sum(result[name] for name in SCORES)
 
 
-def chosen(task: str, out: Path, workers: int, seeds: int = 2) -> dict[str, dict[str, Any] | None]:
-    """The best setting of each method by its mean over seeds that the test does not use."""
+def chosen(
+    part: Callable[[dict[str, Any]], dict[str, Any]],
+    case: dict[str, Any],
+    search: dict[str, list[dict[str, Any]]],
+    out: Path,
+    workers: int,
+    seeds: int = 2,
+) -> dict[str, dict[str, Any]]:
+    """Of each method the setting of the best mean over seeds that the test does not use, by
+    part({**case, "method", "stage": "search", "seed", "options"})."""
     keys = [
-        {"task": task, "method": method, "stage": "search", "seed": 100 + seed, "options": options}
-        for method, settings in SEARCH.items()
+        {**case, "method": method, "stage": "search", "seed": 100 + seed, "options": options}
+        for method, settings in search.items()
         for options in settings
         for seed in range(seeds)
     ]
@@ -117,12 +127,12 @@ def chosen(task: str, out: Path, workers: int, seeds: int = 2) -> dict[str, dict
         by_setting = scores.setdefault(result["method"], {})
         name = json.dumps(result["options"])
         by_setting[name] = by_setting.get(name, 0.0) + total(result)
-    best = {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
-    return {"plain": None, **best, **{name: best["learned"] for name in PROFILES}}
+    return {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
 
 
 def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
-    settings = chosen(task, out, workers)
+    best = chosen(part, {"task": task}, SEARCH, out, workers)
+    settings = {"plain": None, **best, **dict.fromkeys(PROFILES, best["learned"])}
     keys = [
         {"task": task, "method": method, "stage": "test", "seed": seed, "options": settings[method]}
         for method in METHODS
@@ -149,6 +159,11 @@ def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
     return rows
 
 
+def named(options: dict[str, Any]) -> str:
+    """A setting as a table has it."""
+    return ", ".join(f"{name} {options[key]:g}" for key, name in OPTIONS.items() if key in options)
+
+
 def table(results: dict[str, Any]) -> str:
     lines = []
     for task, rows in results.items():
@@ -157,12 +172,7 @@ def table(results: dict[str, Any]) -> str:
                 f"{row[s]['mean']:.1f} ({'-' if method == 'learned' else row[s]['text']})"
                 for s in SCORES
             ]
-            options = ", ".join(
-                f"{OPTIONS[name]} {value:g}"
-                for name, value in (row["options"] or {}).items()
-                if name in OPTIONS
-            )
-            lines.append([task, method, *cells, options])
+            lines.append([task, method, *cells, named(row["options"] or {})])
     return markdown(
         ["task", "method", *(f"{s} (learned minus it)" for s in SCORES), "chosen"], lines
     )

@@ -6,10 +6,15 @@ the paper's own column.
     python studies/images.py --strengths  prints the strengths of training under perturbation
     python studies/images.py --quick      one seed, few steps: does it run?
 
+Training is "clean", "tuned" (clean, each method by the best of six settings), "Gaussian" or "FGSM".
+
 Allocation: the recipe's learned variances against the same from the start (frozen), the same
 shuffled among a layer's features, the same rescaled to the total of the fixed ones, and one fixed
 sigma for each layer; beside noise at the input, Cutout, Mixup, CutMix and AugMix. On 1,000 and
-5,000 images, trained clean.
+5,000 images, trained clean, by the usual settings. "tuned" has the same methods by the best of six
+settings each, by clean, attacked and noisy accuracy on a quarter of the training images, which the
+search leaves out; the mean of two seeds that the test does not use. Plain training has nothing to
+choose, and the learned variances' family takes their setting.
 
 The paper's column: clean test accuracy after training under Gaussian noise or FGSM, with the
 paper's baselines, on 1,000 images. The strengths are the least ones that cost plain training 18
@@ -32,6 +37,8 @@ import parts
 import plots
 import torch
 import torch.nn.functional as F
+from features import SEARCH as TABLES
+from features import chosen, named, validation
 from tables import interval, markdown, signed, verdict
 from tasks import TASKS, Split, Task, ViT, split
 from torch import Tensor, nn
@@ -41,20 +48,37 @@ import dipkernels as dip
 from dipkernels.nn.numbering import dip_layers
 
 FAMILY = ("learned", "frozen", "shuffled", "rescaled")
-NOISY: dict[str, dict[str, Any]] = {
-    "learned": {},
-    "fixed": {"fixed": True},
+# The settings that are usual: the side of Cutout's square, both parameters of the Beta that shares
+# out two images, AugMix's severity of 10 and its divergence's weight; the noise by training.prepare
+USUAL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "Cutout": {"side": 14},
+    "Mixup": {"beta": 0.2},
+    "CutMix": {"beta": 1.0},
+    "AugMix": {"severity": augmix.SEVERITY, "weight": augmix.WEIGHT},
     "input noise": {"fixed": True, "where": "input"},
+    "fixed": {"fixed": True},
+    "learned": {},
 }
 AUGMENTED = ("plain", "Cutout", "Mixup", "CutMix", "AugMix")
-METHODS = (*AUGMENTED, "input noise", "fixed", *FAMILY)
-TRAINED = METHODS[: METHODS.index("learned") + 1]  # the rest of the family comes with "learned"
+TRAINED = tuple(USUAL)
+METHODS = (*TRAINED, *FAMILY[1:])  # the rest of the family comes with "learned"
+RATIOS = (0.3, 0.6, 0.8, 1.0, 1.5, 2.0)
+SEARCH: dict[str, list[dict[str, Any]]] = {
+    "Cutout": [{"side": side} for side in (4, 7, 10, 14, 18, 22)],
+    "Mixup": [{"beta": a} for a in (0.1, 0.2, 0.4, 1.0, 2.0, 4.0)],
+    "CutMix": [{"beta": a} for a in (0.1, 0.2, 0.4, 1.0, 2.0, 4.0)],
+    "AugMix": [{"severity": s, "weight": w} for s in (1.0, 3.0, 6.0) for w in (3.0, 12.0)],
+    "input noise": [{**USUAL["input noise"], "ratio": r} for r in RATIOS],
+    "fixed": [{"fixed": True, "ratio": r} for r in RATIOS],
+    "learned": TABLES["learned"],
+}
 EPOCHS = {"cnn": {1000: 20, 5000: 8}, "vit": {1000: 40, 5000: 16}}  # of so many images
 BATCH = 50
 # --strengths: in training, sigma of Gaussian noise and eps of FGSM
 TRAININGS: dict[str, dict[str, float]] = {
-    "cnn": {"clean": 0.0, "Gaussian": 1.7, "FGSM": 0.17},
-    "vit": {"clean": 0.0, "Gaussian": 1.1, "FGSM": 0.17},
+    "cnn": {"clean": 0.0, "tuned": 0.0, "Gaussian": 1.7, "FGSM": 0.17},
+    "vit": {"clean": 0.0, "tuned": 0.0, "Gaussian": 1.1, "FGSM": 0.17},
 }
 DROP, STRENGTH_SEED = 18.0, 100  # the paper's ViT-Base loses 24 (Gaussian) and 19 (FGSM)
 SCORES = ("clean", "pgd", "noise")
@@ -75,21 +99,21 @@ def bench(model: str, images: int) -> Task:
 
 
 def augment(
-    method: str, x: Tensor, y: Tensor, generator: torch.Generator
+    method: str, x: Tensor, y: Tensor, options: dict[str, Any], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, float]:
-    """Cutout: a square of half the side becomes 0. Mixup: Beta(0.2, 0.2). CutMix: Beta(1, 1)."""
+    """Cutout: a square becomes 0. Mixup and CutMix: two images share a place, by Beta(a, a)."""
     other = torch.randperm(len(x), generator=generator)
     side = x.shape[-1]
     if method == "Cutout":
         x = x.clone()
         for image in x:
-            box(image, side // 2, generator).zero_()
+            box(image, options["side"], generator).zero_()
         return x, y, 1.0
     if method == "Mixup":
-        share = beta(0.2, generator)
+        share = beta(options["beta"], generator)
         return share * x + (1 - share) * x[other], y[other], share
     if method == "CutMix":
-        share = torch.rand((), generator=generator).item()
+        share = beta(options["beta"], generator)
         mixed = x.clone()
         cut = box(mixed, round(side * (1 - share) ** 0.5), generator, of=x[other])
         return mixed, y[other], 1 - cut.shape[-1] * cut.shape[-2] / side**2
@@ -108,7 +132,9 @@ def box(image: Tensor, size: int, generator: torch.Generator, of: Tensor | None 
 
 
 def beta(a: float, generator: torch.Generator) -> float:
-    """One draw of Beta(a, a), by Johnk's method."""
+    """One draw of Beta(a, a), by Johnk's method; Beta(1, 1) is uniform."""
+    if a == 1:
+        return torch.rand((), generator=generator).item()
     while True:
         u, v = (torch.rand(2, generator=generator).double() ** (1 / a)).tolist()
         if 0 < u + v <= 1:
@@ -138,16 +164,16 @@ def train(
     data: Split,
     seed: int,
     method: str,
-    options: dict[str, Any] | None,
+    options: dict[str, Any],
     training: str,
     strength: float,
 ) -> nn.Module:
     """Weights and batches are the same for all methods of a seed."""
     torch.manual_seed(seed)
-    model = task.net()
-    if options is not None:
-        prepare(model, data.x[:512], options)
-    optimizer = optimiser(model, {})
+    model, noise = task.net(), options if method not in AUGMENTED else None
+    if noise is not None:
+        prepare(model, data.x[:512], noise)
+    optimizer = optimiser(model, noise or {})
     order, own = (torch.Generator().manual_seed(1000 * k + seed) for k in (1, 2))
     torch.manual_seed(1000 + seed)
     for _ in range(task.epochs):
@@ -155,9 +181,10 @@ def train(
         for batch in torch.randperm(len(data.x), generator=order).split(task.batch):
             x, y = data.x[batch], data.y[batch]
             if method == "AugMix":  # of images in 0 .. 1, so before the perturbation
-                views = (x, augmix.mixture(x, own), augmix.mixture(x, own))
+                mixtures = (augmix.mixture(x, own, options["severity"]) for _ in range(2))
+                views = (x, *mixtures)
                 out = [model(perturbed(model, v, y, training, strength, own)) for v in views]
-                loss = augmix.loss(out[0], (out[1], out[2]), y)
+                loss = augmix.loss(out[0], (out[1], out[2]), y, options["weight"])
             else:
                 x = perturbed(model, x, y, training, strength, own)
                 loss = augmented_loss(model, x, y, method, options, own)
@@ -172,17 +199,20 @@ def augmented_loss(
     x: Tensor,
     y: Tensor,
     method: str,
-    options: dict[str, Any] | None,
+    options: dict[str, Any],
     own: torch.Generator,
 ) -> Tensor:
     """Of plain training, of Cutout, Mixup or CutMix, or of noise in the layers."""
-    learns = options is not None and not options.get("fixed")
-    x, other, share = augment(method, x, y, own)
-    out = model(x)[None] if options is None else dip.trajectories(model, x, m=M)
-    loss = share * dip.objective(out, y, F.cross_entropy, model if learns else None)
-    if share < 1:
-        loss = loss + (1 - share) * dip.objective(out, other, F.cross_entropy)
-    return loss
+    x, other, share = augment(method, x, y, options, own)
+    if method in AUGMENTED:
+        out = model(x)
+        loss = share * F.cross_entropy(out, y)
+        return loss + (1 - share) * F.cross_entropy(out, other) if share < 1 else loss
+    out = dip.trajectories(model, x, m=M)
+    if options.get("fixed"):
+        return dip.objective(out, y, F.cross_entropy)
+    kl = {"kl": options["kl"]} if "kl" in options else {}
+    return dip.objective(out, y, F.cross_entropy, model, **kl)
 
 
 def profile(model: nn.Module, kind: str, seed: int) -> dict[str, Tensor]:
@@ -205,10 +235,14 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     if key["epochs"]:
         task = Task(**{**vars(task), "epochs": key["epochs"]})
     data, how = split(task, seed), (key["training"], key["strength"])
+    if key["stage"] == "search":
+        task, data = validation(task, data)
     method, scores = key["method"], {}
-    model = train(task, data, seed, method, NOISY.get(method), *how)
+    model = train(task, data, seed, method, key["options"], *how)
     scores[method] = evaluate(task, data, model, seed) | {"kept": kept(model)}
-    if method == "learned" and how[0] == "clean":
+    if key["stage"] == "search":
+        return scores[method]
+    if method == "learned" and key["strength"] == 0:
         for kind in FAMILY[1:]:
             options = {"fixed": True, "variances": profile(model, kind, seed)}
             other = train(task, data, seed, kind, options, *how)
@@ -222,7 +256,7 @@ def strengths(model: str) -> dict[str, float]:
     data = split(task, STRENGTH_SEED)
 
     def clean(training: str, strength: float) -> float:
-        trained = train(task, data, STRENGTH_SEED, "plain", None, training, strength)
+        trained = train(task, data, STRENGTH_SEED, "plain", {}, training, strength)
         return evaluate(task, data, trained, STRENGTH_SEED)["clean"]
 
     plain, found = clean("clean", 0.0), {"clean": 0.0}
@@ -237,41 +271,49 @@ def strengths(model: str) -> dict[str, float]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def keys(
-    models: list[str],
-    images: list[int],
-    trainings: list[str],
-    methods: list[str],
-    seeds: int,
-    epochs: int,
+def cases(
+    models: list[str], images: list[int], trainings: list[str], epochs: int
 ) -> list[dict[str, Any]]:
-    """Seed by seed, so that a stopped study has whole seeds; perturbed training of 1,000 images
-    only."""
+    """Perturbed training of 1,000 images only."""
     return [
         {
             "model": model,
             "images": count,
             "training": training,
             "strength": TRAININGS[model][training],
-            "method": method,
-            "seed": seed,
             "epochs": epochs,
         }
         for training in trainings
         for model in models
         for count in images
-        if training == "clean" or count == 1000
+        if TRAININGS[model][training] == 0 or count == 1000
+    ]
+
+
+def study(
+    case: dict[str, Any], methods: list[str], seeds: int, out: Path, workers: int
+) -> list[dict[str, Any]]:
+    """The parts of a case, seed by seed, so that a stopped study has whole seeds."""
+    settings = USUAL
+    if case["training"] == "tuned":
+        search = {method: SEARCH[method] for method in methods if method in SEARCH}
+        settings = USUAL | chosen(part, case, search, out, workers)
+    keys = [
+        {**case, "method": method, "stage": "test", "seed": seed, "options": settings[method]}
         for seed in range(seeds)
         for method in methods
     ]
+    return parts.run(part, keys, out, workers)
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """By case (network, images, training) and method: means, and paired differences to plain and to
     learned."""
     runs: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = {}
     for r in results:
-        case = runs.setdefault(f"{r['model']}, {r['images']}, {r['training']}", {})
+        name = f"{r['model']}, {r['images']}, {r['training']}"
+        case, settings[name, r["method"]] = runs.setdefault(name, {}), r["options"]
         for method, scores in r["scores"].items():
             case.setdefault(method, {})[r["seed"]] = scores
     rows: dict[str, Any] = {}
@@ -279,7 +321,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
         for method in METHODS:
             if method not in by_method:
                 continue
-            row: dict[str, Any] = {}
+            row: dict[str, Any] = {"options": settings.get((name, method), {})}
             for score in SCORES:
                 of = {m: {s: v[score] for s, v in seeds.items()} for m, seeds in by_method.items()}
                 row[score] = {"mean": statistics.fmean(of[method].values())}
@@ -304,21 +346,29 @@ def cell(row: dict[str, Any], score: str, base: str, bare: bool) -> str:
 
 
 def report(rows: dict[str, Any]) -> str:
-    """Of every case of clean training a table, learned minus the others; of every network one,
-    clean accuracy by training minus plain's."""
+    """Of every case of clean or tuned training a table, learned minus the others; of every network
+    one, clean accuracy by training minus plain's."""
     texts = []
     for case, methods in rows.items():
         model, images, training = case.split(", ")
-        if training == "clean":
+        if TRAININGS[model][training] == 0:
             lines = [
                 [method, *(cell(row, s, "learned", method == "learned") for s in SCORES)]
                 for method, row in methods.items()
             ]
             heads = [f"{model}, {images} images", *(f"{s} (learned minus it)" for s in SCORES)]
+            if training == "tuned":
+                heads = [f"{heads[0]}, tuned", *heads[1:], "chosen"]
+                lines = [
+                    [*line, named(row["options"])]
+                    for line, row in zip(lines, methods.values(), strict=True)
+                ]
             texts.append(markdown(heads, lines))
     for model, strength in TRAININGS.items():
         columns = {
-            t: rows[f"{model}, 1000, {t}"] for t in strength if f"{model}, 1000, {t}" in rows
+            t: rows[f"{model}, 1000, {t}"]
+            for t in strength
+            if t != "tuned" and f"{model}, 1000, {t}" in rows
         }
         if len(columns) > 1:
             lines = [
@@ -368,8 +418,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     epochs = 0
     if args.quick:
         args.images, args.trainings, args.seeds, epochs = [1000], ["clean"], 1, 1
-    asked = keys(args.model, args.images, args.trainings, args.methods, args.seeds, epochs)
-    rows = summarise(parts.run(part, asked, args.out, args.workers))
+    asked = cases(args.model, args.images, args.trainings, epochs)
+    found = [study(case, args.methods, args.seeds, args.out, args.workers) for case in asked]
+    rows = summarise([result for results in found for result in results])
     text = report(rows)
     parts.write(args.out, rows, text)
     plots.draw(text, args.out)

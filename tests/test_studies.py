@@ -16,6 +16,7 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import augmix
 import features
+import images
 import parts
 import plots
 import run_all
@@ -126,6 +127,34 @@ def test_a_search_never_sees_test_data():
     seen = torch.cat([inner.x, inner.x_test])
     assert torch.equal(seen, data.x)
     assert len(inner.x) < len(data.x) == task.train
+
+
+def test_a_search_takes_the_best_mean_over_seeds_of_its_own(tmp_path):
+    scores = {("a", 1): (90, 10), ("a", 2): (40, 70), ("b", 1): (5, 0)}  # of seeds 100 and 101
+    seen = []
+
+    def part(key):
+        seen.append((key["case"], key["stage"], key["seed"]))
+        score = scores[key["method"], key["options"]["ratio"]][key["seed"] - 100]
+        return {"clean": score, "pgd": 0, "noise": 0}
+
+    search = {"a": [{"ratio": 1}, {"ratio": 2}], "b": [{"ratio": 1}]}
+    best = features.chosen(part, {"case": "x"}, search, tmp_path, 1)
+    assert best == {"a": {"ratio": 2}, "b": {"ratio": 1}}
+    assert set(seen) == {("x", "search", 100), ("x", "search", 101)}
+
+
+def test_every_method_on_images_has_as_many_settings_to_choose_from():
+    counts = {method: len(settings) for method, settings in images.SEARCH.items()}
+    assert counts == dict.fromkeys(set(images.TRAINED) - {"plain"}, 6)
+    x, y = torch.rand(4, 1, 28, 28), torch.arange(4)
+    task = tasks.Task(lambda: (x, y), images.bench("cnn", 1000).net, 4, 3, 4, 0.1, 0.1, image=True)
+    data = tasks.Split(x, y, x, y)
+    for method, settings in images.SEARCH.items():  # each makes another network
+        tried = settings if method == "learned" else settings[::5]
+        trained = [images.train(task, data, 0, method, options, "tuned", 0.0) for options in tried]
+        sums = [sum(p.double().sum().item() for p in model.parameters()) for model in trained]
+        assert len(set(sums)) == len(tried) > 1, method
 
 
 def test_methods_of_a_seed_share_weights_and_start():
