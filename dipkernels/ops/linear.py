@@ -160,9 +160,7 @@ def _fuses(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
 def _replays(
     keep: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, dtype: torch.dtype | None
 ) -> bool:
-    """Whether backward makes u again in this world, out of x; dtype: u's, None for x's."""
-    if worlds.exporting() or worlds.transforming():  # a transform keeps what it likes
-        return False
+    """Whether backward makes u again out of x; dtype: u's, None for x's."""
     if dtype is None and weight_dtype is not x_dtype:  # as the plain layer, which refuses it
         return False
     if keep == "auto" and worlds.tracing():

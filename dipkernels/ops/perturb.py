@@ -89,29 +89,6 @@ registry.define(
 # ---- their derivatives ---------------------------------------------------------------------------
 
 
-def projection_backward(
-    du: Tensor,
-    x_dtype: torch.dtype,
-    sigma: Tensor,
-    seed: Tensor,
-    draw: Draw,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dsigma) of u = P(x, sigma), those of the two that `needs` asks for."""
-    needs_dx, needs_dsigma = needs
-    dx = None
-    if needs_dx:
-        dx = du if du.dtype is x_dtype else du.to(x_dtype)
-    if not needs_dsigma:
-        return dx, None
-    if not torch.is_grad_enabled():
-        return dx, perturb_bwd(du, sigma, seed, draw)
-    # Under create_graph: the same value from differentiable pieces.
-    noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
-    dsigma = noise_sum.apply(du, sigma, seed, draw.of_sigma())
-    return dx, dsigma * torch.exp(sigma / 2) / 2 if draw.log_variance else dsigma
-
-
 class _Perturb(Function):
     """P: u = x + factor * sigma * z."""
 
@@ -130,8 +107,18 @@ class _Perturb(Function):
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Grads:
         sigma, seed = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        return *projection_backward(du, ctx.x_dtype, sigma, seed, ctx.draw, needs), None, None, None
+        needs_dx, needs_dsigma = ctx.needs_input_grad[:2]
+        dx = dsigma = None
+        if needs_dx:
+            dx = du if du.dtype is ctx.x_dtype else du.to(ctx.x_dtype)
+        if needs_dsigma and not torch.is_grad_enabled():
+            dsigma = perturb_bwd(du, sigma, seed, ctx.draw)
+        elif needs_dsigma:  # create_graph: the same value from differentiable pieces
+            noise_sum = _NoiseSumFunc if worlds.transforming() else _NoiseSum
+            dsigma = noise_sum.apply(du, sigma, seed, ctx.draw.of_sigma())
+            if ctx.draw.log_variance:
+                dsigma = dsigma * torch.exp(sigma / 2) / 2
+        return dx, dsigma, None, None, None
 
 
 _apply_perturb = without_wrapper(_Perturb)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,11 @@ def fused(
             tensors, kept = saved[:num_tensors], saved[num_tensors:]
             needs, how = ctx.needs_input_grad[:num_tensors], ctx.how
             rest = (None,) * len(how)
-            if torch.is_grad_enabled():
-                return *gradients(pieces(*tensors, *how), tensors, dy, needs), *rest
+            if torch.is_grad_enabled():  # create_graph
+                wanted = [t for t, need in zip(tensors, needs) if need]
+                y = pieces(*tensors, *how)
+                found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+                return *(next(found) if need else None for need in needs), *rest
             grads: Any = zip(run_bwd(dy, tensors, kept, how, needs), tensors, needs)
             return *(_typed_as(grad, t) if need else None for grad, t, need in grads), *rest
 
@@ -89,16 +92,6 @@ def flat_rows(x: Tensor) -> Tensor:
 def linear_as(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in x's dtype"""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def gradients(
-    y: Tensor, tensors: Sequence[Tensor | None], dy: Tensor, needs: Sequence[bool]
-) -> Iterator[Tensor | None]:
-    """Those of differentiable pieces y of these tensors, under create_graph; None where one is not
-    needed."""
-    wanted = [t for t, need in zip(tensors, needs) if t is not None and need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return (next(grads) if need else None for _, need in zip(tensors, needs))
 
 
 def widened(x: Tensor) -> Tensor:
