@@ -88,16 +88,17 @@ def _run_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple
     return None, dweight, dbias, dsigma, None
 
 
-def _pieces(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> Tensor:
-    draw, dtype, window = how
-    return window.convolve(projection(x, sigma, seed, draw, dtype), weight, bias)
-
-
 # own_input(x, weight, bias, sigma, seed, draw, dtype, window) = conv(x + factor sigma z) + b for an x
 # [N, C, ...] that needs no gradient. dtype: of u and y, or None for x's.
-own_input = fused("_OwnInput", _run, _run_bwd, _pieces, 5)
+own_input = fused(
+    "_OwnInput",
+    _run,
+    _run_bwd,
+    lambda x, weight, bias, sigma, seed, draw, dtype, window: window.convolve(
+        projection(x, sigma, seed, draw, dtype), weight, bias
+    ),
+    5,
+)
 
 
 def _dsigma(

@@ -58,40 +58,26 @@ def affine_variance_bwd(
     return run(dv, weight, sigma, log_variance, given)
 
 
-def _fake_expectation(mu: Tensor, v: Tensor, activation: str) -> Tensor:
-    return fake_like(mu, mu)
-
-
-def _fake_expectation_bwd(dy: Tensor, mu: Tensor, v: Tensor, activation: str) -> tuple[Tensor, ...]:
-    return tuple(fake_like(t, mu) for t in (mu, v, v))
-
-
-def _fake_affine_variance(weight: Tensor, sigma: Tensor, log_variance: bool) -> Tensor:
-    return sigma.new_empty(weight.shape[:1])
-
-
-def _fake_affine_variance_bwd(
-    dv: Tensor, weight: Tensor, sigma: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(fake_like(t, weight) for t in (weight, sigma))
-
-
-registry.define("expectation", "(Tensor mu, Tensor v, str activation) -> Tensor", _fake_expectation)
+registry.define(
+    "expectation",
+    "(Tensor mu, Tensor v, str activation) -> Tensor",
+    lambda mu, v, activation: fake_like(mu, mu),
+)
 registry.define(
     "expectation_bwd",
     "(Tensor dy, Tensor mu, Tensor v, str activation) -> (Tensor, Tensor, Tensor)",
-    _fake_expectation_bwd,
+    lambda dy, mu, v, activation: tuple(fake_like(t, mu) for t in (mu, v, v)),
 )
 registry.define(
     "affine_variance",
     "(Tensor weight, Tensor sigma, bool log_variance) -> Tensor",
-    _fake_affine_variance,
+    lambda weight, sigma, log_variance: sigma.new_empty(weight.shape[:1]),
 )
 registry.define(
     "affine_variance_bwd",
     "(Tensor dv, Tensor weight, Tensor sigma, bool log_variance, Tensor? given) -> (Tensor, "
     "Tensor)",
-    _fake_affine_variance_bwd,
+    lambda dv, weight, sigma, *rest: tuple(fake_like(t, weight) for t in (weight, sigma)),
 )
 
 # ---- what the layers call ------------------------------------------------------------------------
@@ -148,14 +134,14 @@ def _pieces(mu: Tensor, v: Tensor, activation: str) -> Tensor:
     return torch.where(none, ACTIVATIONS[activation](mu).to(y.dtype), y).to(mu.dtype)
 
 
-def _run_expectation_bwd(
-    dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any
-) -> tuple[Tensor, ...]:
-    return expectation_bwd(dy, *tensors, *how)
-
-
 # expected(mu, v, activation): `expectation`, differentiable in every world
-expected = fused("_Expectation", expectation, _run_expectation_bwd, _pieces, 2)
+expected = fused(
+    "_Expectation",
+    expectation,
+    lambda dy, tensors, kept, how, needs: expectation_bwd(dy, *tensors, *how),
+    _pieces,
+    2,
+)
 
 
 # The layer as a whole, so that no pass is left to autograd: the bias's gradient is summed with

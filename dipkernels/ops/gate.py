@@ -54,30 +54,20 @@ def _fake_gate(a: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(a, dtype=rest[-1])
 
 
-def _fake_activate_bwd(
-    du: Tensor, x: Tensor, sigma: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), fake_like(sigma, x)
-
-
-def _fake_gate_bwd(
-    du: Tensor, a: Tensor, b: Tensor, sigma: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(a), torch.empty_like(b), fake_like(sigma, a)
-
-
 _FORWARD = f"{DRAW}, str activation, ScalarType? out_dtype"
 _BACKWARD = f"{OPTIONAL_DRAW}, str activation"
 registry.define("activate", f"(Tensor x, {_FORWARD}) -> Tensor", _fake_gate)
 registry.define("gate", f"(Tensor a, Tensor b, {_FORWARD}) -> Tensor", _fake_gate)
 # (dx, dsigma) and (da, db, dsigma), the last empty without a sigma: then nothing is drawn.
 registry.define(
-    "activate_bwd", f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)", _fake_activate_bwd
+    "activate_bwd",
+    f"(Tensor du, Tensor x, {_BACKWARD}) -> (Tensor, Tensor)",
+    lambda du, x, sigma, *rest: (torch.empty_like(x), fake_like(sigma, x)),
 )
 registry.define(
     "gate_bwd",
     f"(Tensor du, Tensor a, Tensor b, {_BACKWARD}) -> (Tensor, Tensor, Tensor)",
-    _fake_gate_bwd,
+    lambda du, a, b, sigma, *rest: (torch.empty_like(a), torch.empty_like(b), fake_like(sigma, a)),
 )
 
 # ---- what the modules call -----------------------------------------------------------------------

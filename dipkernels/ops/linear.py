@@ -82,10 +82,6 @@ def device_of(device: str, x: Tensor, weight: Tensor) -> str:
     return device
 
 
-def _fake_linear(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[10])  # out_dtype
-
-
 def _fake_linear_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -96,7 +92,8 @@ def _fake_linear_bwd(
 registry.define(
     "linear",
     f"(Tensor x, {_LAYER}, ScalarType? out_dtype, {_FIRST}) -> Tensor",
-    _fake_linear,
+    # rest[10]: out_dtype
+    lambda x, weight, *rest: x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[10]),
     row_blocks.linear,
 )
 # (dx, dweight, dbias, dsigma); dbias [N] also without a bias.
@@ -171,13 +168,6 @@ def _replays(
     return keep == "x"
 
 
-# keep="x": backward makes u again, in the pass that sums dsigma.
-def _run_replay(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> Tensor:
-    return no_view(linear_as(perturb(x, sigma, seed, *how), weight, bias))
-
-
 def _run_replay_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -> tuple[Any, ...]:
     (x, weight, _, sigma, seed), (draw, dtype) = tensors, how
     needs_dx, needs_dweight, needs_dbias, needs_dsigma, _ = needs
@@ -194,13 +184,14 @@ def _run_replay_bwd(dy: Tensor, tensors: Any, kept: Any, how: Any, needs: Any) -
     return du, dweight, rows.sum(0) if needs_dbias else None, dsigma, None
 
 
-def _replay_pieces(
-    x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, seed: Tensor, *how: Any
-) -> Tensor:
-    return linear_as(projection(x, sigma, seed, *how), weight, bias)
-
-
-_replay = fused("_LinearReplay", _run_replay, _run_replay_bwd, _replay_pieces, 5)
+# keep="x": backward makes u again, in the pass that sums dsigma. noise: sigma, seed, draw, dtype.
+_replay = fused(
+    "_LinearReplay",
+    lambda x, weight, bias, *noise: no_view(linear_as(perturb(x, *noise), weight, bias)),
+    _run_replay_bwd,
+    lambda x, weight, bias, *noise: linear_as(projection(x, *noise), weight, bias),
+    5,
+)
 
 
 # ---- the mean over samples behind an activation --------------------------------------------------

@@ -70,11 +70,6 @@ def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), stats
 
 
-def _fake_norm_bwd(du: Tensor, x: Tensor, stats: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weight, bias, sigma = rest[:3]
-    return torch.empty_like(x), *(fake_like(t, x) for t in (weight, bias, sigma))
-
-
 registry.define(
     "norm",
     f"(Tensor x, Tensor? weight, Tensor? bias, {DRAW}, str kind, float eps, float offset, "
@@ -86,7 +81,10 @@ registry.define(
     "norm_bwd",
     f"(Tensor du, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, {OPTIONAL_DRAW}, str kind, "
     "float offset) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_norm_bwd,
+    lambda du, x, stats, weight, bias, sigma, *rest: (
+        torch.empty_like(x),
+        *(fake_like(t, x) for t in (weight, bias, sigma)),
+    ),
 )
 
 # ---- what the modules call -----------------------------------------------------------------------

@@ -61,29 +61,25 @@ def perturb_replay(
     return registry.kernel("perturb_replay", x.device.type)(du, x, sigma, seed, *draw, out_dtype)
 
 
-def _fake_noise(seed: Tensor, shape: Sequence[int], *place: int) -> Tensor:
-    return seed.new_empty(shape, dtype=torch.float32)
-
-
-def _fake_perturb(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x, dtype=rest[-1])
-
-
-def _fake_perturb_bwd(du: Tensor, sigma: Tensor, *rest: Any) -> Tensor:
-    return fake_like(sigma, du)
-
-
-def _fake_perturb_replay(du: Tensor, x: Tensor, sigma: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake_perturb(x, *rest), _fake_perturb_bwd(du, sigma)
-
-
-registry.define("noise", f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor", _fake_noise)
-registry.define("perturb", f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor", _fake_perturb)
-registry.define("perturb_bwd", f"(Tensor du, {DRAW}) -> Tensor", _fake_perturb_bwd)
+registry.define(
+    "noise",
+    f"(Tensor seed, SymInt[] shape, {_PLACE}) -> Tensor",
+    lambda seed, shape, *place: seed.new_empty(shape, dtype=torch.float32),
+)
+registry.define(
+    "perturb",
+    f"(Tensor x, {DRAW}, ScalarType? out_dtype) -> Tensor",
+    lambda x, *rest: torch.empty_like(x, dtype=rest[-1]),
+)
+registry.define(
+    "perturb_bwd",
+    f"(Tensor du, {DRAW}) -> Tensor",
+    lambda du, sigma, *rest: fake_like(sigma, du),
+)
 registry.define(
     "perturb_replay",
     f"(Tensor du, Tensor x, {DRAW}, ScalarType? out_dtype) -> (Tensor, Tensor)",
-    _fake_perturb_replay,
+    lambda du, x, sigma, *rest: (torch.empty_like(x, dtype=rest[-1]), fake_like(sigma, du)),
 )
 
 # ---- their derivatives ---------------------------------------------------------------------------
