@@ -140,10 +140,7 @@ def _input_sigma(model: nn.Module, x: Tensor) -> float:
         )
     read: list[Tensor] = []
 
-    def note(module: DIPLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read.append(input_of(module, args, kwargs))
-
-    watch(model, [layer], note, [x[:1]])
+    watch(model, [layer], lambda *call: read.append(input_of(*call)), [x[:1]])
     if len(read) != 1 or not torch.equal(read[0].flatten(), x[:1].flatten()):
         raise ValueError(
             f"model: expected its DIP layer {name or '(root)'!r} to read x itself, once, got "
