@@ -149,8 +149,8 @@ def measured_spreads(
 
     first: is given what the layer reads that the batches reach first.
     """
-    layers = need_layers(model)
-    readers = readers_of(model)
+    layers, readers = need_layers(model), readers_of(model)
+    shown = {layer: name or "(root)" for name, layer in layers.items()}
     # What is called with a layer's input: it itself, or the layers that read what it noises, which
     # may be a part of what it makes (one token of all). Each with the feature dimension.
     watched: dict[nn.Module, tuple[DIPLayer, int]] = {}
@@ -164,9 +164,8 @@ def measured_spreads(
         layer, dim = watched[module]
         x = input_of(module, args, kwargs)
         if (kind := inputs.undense(x)) is not None:
-            name = next(name for name, each in layers.items() if each is layer)
             raise TypeError(
-                f"batches: expected dense tensors, got {kind} at the layer {name or '(root)'!r}"
+                f"batches: expected dense tensors, got {kind} at the layer {shown[layer]!r}"
             )
         x = worlds.unwrapped(dtensor.full(x.detach()))
         fits = -x.ndim <= dim < x.ndim and x.shape[dim] == layer.variance.num_features
@@ -181,9 +180,7 @@ def measured_spreads(
     with _statistics_of_the_batch(model):
         watch(model, watched, observe, batches)
     unreached = [
-        name or "(root)"
-        for name, layer in layers.items()
-        if layer not in seen or seen[layer].count == 0
+        name for layer, name in shown.items() if layer not in seen or not seen[layer].count
     ]
     if unreached:
         raise ValueError(f"batches: expected to reach every DIP layer, none reached {unreached}")
@@ -191,7 +188,7 @@ def measured_spreads(
     infinite = [name or "(root)" for name, each in found.items() if not bool(each.isfinite().all())]
     if infinite:
         raise ValueError(f"batches: expected finite inputs, got NaN or infinity at {infinite}")
-    still = [name or "(root)" for name, layer in layers.items() if seen[layer].hardly_varies()]
+    still = [name for layer, name in shown.items() if seen[layer].hardly_varies()]
     if still:
         warnings.warn(
             f"dipkernels: the inputs of {still} vary by less than a thousandth of their size, so "
