@@ -467,6 +467,10 @@ def test_a_variance_that_float32_cannot_hold_is_refused_where_it_enters(bad, par
         load_variances(model, state)
     with pytest.raises(ValueError, match=r"finite variances, got NaN or infinity in \['log_var"):
         model[1].variance.set_log_variance(torch.full((4,), bad))
+    # what a schedule adds to every entry of `variances`
+    lower = {name: values - 3.0 for name, values in before.items()}
+    with pytest.raises(ValueError, match=r"^state: expected pulls >= 0, .* in \['0.variance.pull'"):
+        load_variances(model, lower)
     after = variances(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

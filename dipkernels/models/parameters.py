@@ -126,8 +126,8 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Raises:
         TypeError: The state is no mapping, or holds what is no dense tensor.
-        ValueError: A name is missing or unknown, a value has another shape, or a variance is not
-            finite.
+        ValueError: A name is missing or unknown, a value has another shape, a variance is not
+            finite, or a pull is negative.
 
     Examples:
         >>> old, new = (dip.convert(nn.Sequential(nn.Linear(4, 2)), variance) for variance in (0.04, 0.01))
@@ -158,6 +158,11 @@ def load_variances(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             f"state: expected the shapes of this model's variances, got (given, expected) {other}"
         )
     require_finite_values("state", state)
+    if away := [n for n, v in state.items() if n.endswith("pull") and bool((v < 0).any())]:
+        raise ValueError(
+            f"state: expected pulls >= 0, with which the KL term pulls to the prior, got negative "
+            f"ones in {away}; change what ends in log_variance alone, and leave out the rest"
+        )
     check_settable({n: m for n, (m, part) in own.items() if part == "log_variance"})
     for name, values in state.items():
         m, part = own[name]
