@@ -29,8 +29,9 @@ def trajectories(
     m + s). So the noise of an example does not depend on the other examples of the batch. BatchNorm
     in training mode sees all B * m rows at once. So does a model that compares the examples of its
     batch (CLIP's similarities, a graph's edges): take torch.stack([model(x) for _ in range(m)])
-    there. A model that takes the sequence first, [L, B, E], would get a longer sequence: hand it a
-    function that puts the batch first.
+    there, outside fixed_noise, inside which these would be equal. A model that takes the sequence
+    first, [L, B, E], would get a longer sequence: hand it a function that puts the batch
+    first.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
