@@ -332,25 +332,19 @@ def test_documents_are_filled_between_their_marks(tmp_path):
     assert report.has_place(ROOT / "docs" / "cost.md", "cost")
 
 
+OF_INTEL = [("intel", "measured_intel", program) for program in ("overhead", "models")]
+
+
 @pytest.mark.parametrize(
-    "kind, page, program",
-    [
-        ("amd", "measured", "overhead"),
-        ("amd", "cost", "cost"),
-        ("intel", "measured_intel", "overhead"),
-        ("intel", "measured_intel", "models"),
-    ],
+    "kind, page, program", [("amd", "measured", "overhead"), ("amd", "cost", "cost"), *OF_INTEL]
 )
 def test_tables_of_a_page_are_those_of_the_record(kind, page, program):
     """Every figure between the marks comes from the release's record, which git keeps; the runs it
     does not."""
     (path,) = (ROOT / "benchmarks" / "results").glob(f"{kind}-*.json")
     run = report.load(path, program)
-    texts = {
-        "overhead": overhead.text,
-        "cost": cost.text,
-        "models": lambda r: models.table(r["rows"]),
-    }
+    texts = {"overhead": overhead.text, "cost": cost.text}
+    texts["models"] = lambda run: models.table(run["rows"])
     assert texts[program](run) in (ROOT / "docs" / f"{page}.md").read_text()
     if (kind, program) == ("amd", "overhead"):
         assert overhead.short_text(run) in (ROOT / "README.md").read_text()
@@ -407,11 +401,8 @@ def test_records_refuse_what_means_nothing(quick):
         summary.summarise(full, "1.0")
     with pytest.raises(ValueError, match="expected a processor of amd, intel, arm"):
         machine.kind_of({"cpu": "abacus"})
-    names = {
-        "NVIDIA H100 80GB HBM3": "h100",
-        "NVIDIA GeForce RTX 4090": "rtx4090",
-        "NVIDIA A100-SXM4-80GB": "a100",
-    }
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA GeForce RTX 4090": "rtx4090"}
+    names["NVIDIA A100-SXM4-80GB"] = "a100"
     assert {name: machine.kind_of({"gpu": name, "cpu": ""}) for name in names} == names
     told = {"name": "P", "traceback": "long", "said": "much"}
     told["variants"] = {"copy": {"seconds": 1.23456789}}
@@ -468,18 +459,7 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
     tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "models.json"
-    options = [
-        "--quick",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--dtypes",
-        "float32",
-        "--only",
-        "MLP",
-        "--out",
-    ]
+    options = ["--quick", "--rounds=2", "--threads=1", "--dtypes=float32", "--only=MLP", "--out"]
     here = machine.describe("cpu")
     monkeypatch.setattr(machine, "describe", lambda device: here | {"cpu": "abacus"})
     rows = models.main([*options, str(out)])

@@ -130,18 +130,12 @@ def test_perturb_keeps_subnormal_halves_where_floats_are_flushed(capability):
     assert torch.equal(u.view(torch.int16), x.view(torch.int16))
 
 
+TILED = [((65, 200), -1), ((40, 64), -1), ((70, 13), -1), ((5, 768), -1)]
+TILED += [((3, 20, 7, 9), 1), ((2, 16, 20, 20), 1)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "shape, dim",
-    [
-        ((65, 200), -1),
-        ((40, 64), -1),
-        ((70, 13), -1),
-        ((5, 768), -1),
-        ((3, 20, 7, 9), 1),
-        ((2, 16, 20, 20), 1),
-    ],
-)
+@pytest.mark.parametrize("shape, dim", TILED)
 def test_perturb_ignores_instruction_set_and_threads(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
     where = arguments(dim, row0=2**32 - 2, col0=16)
@@ -171,19 +165,12 @@ def strided(x):
         yield rows[::3]
 
 
+STRIDED = [((37, 64), -1), ((37, 64), 0), ((5, 33), -1), ((50,), 0)]
+STRIDED += [((3, 4, 40), 1), ((2, 24, 5, 6), 1), ((2, 24, 5, 6), -1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "shape, dim",
-    [
-        ((37, 64), -1),
-        ((37, 64), 0),
-        ((5, 33), -1),
-        ((3, 4, 40), 1),
-        ((2, 24, 5, 6), 1),
-        ((2, 24, 5, 6), -1),
-        ((50,), 0),
-    ],
-)
+@pytest.mark.parametrize("shape, dim", STRIDED)
 def test_perturb_ignores_strides(shape, dim, dtype):
     x, du, sigma = inputs(shape, dim, dtype)
     where = arguments(dim)
@@ -398,25 +385,27 @@ class TestTorchFunc:
         torch.testing.assert_close(got, want)
 
 
-BAD = [
+SPREAD = torch.zeros(4, dtype=torch.int64)[::2]
+BAD_FOR_BOTH = [  # for the function and for the library by itself
     (dict(sigma=torch.ones(1, 8)), "sigma: expected shape"),
     (dict(sigma=torch.ones(7)), r"sigma: expected shape \(K,\) = \(8,\), got \(7,\)"),
     (dict(sigma=torch.ones(8, dtype=torch.float16)), "sigma: expected torch.float32"),
+    (dict(seed=torch.zeros(3, dtype=torch.int64)), "seed: expected shape"),
+    (dict(seed=torch.zeros(2)), "seed: expected dtype"),
+    (dict(seed=SPREAD), "seed: expected its two numbers side by side"),
+    (dict(x=torch.ones(4, 8, dtype=torch.int32)), "x: expected one of"),
+    (dict(dim=2), "dim: expected"),
+]
+BAD = [
+    *BAD_FOR_BOTH,
     (dict(sigma=torch.ones(8, device="meta")), "sigma: expected device"),
     (dict(sigma=-torch.ones(8)), "sigma: expected values >= 0"),
     (dict(sigma=torch.full((8,), math.nan)), "sigma: expected values >= 0"),
-    (dict(seed=torch.zeros(3, dtype=torch.int64)), "seed: expected shape"),
-    (dict(seed=torch.zeros(2)), "seed: expected dtype"),
-    (
-        dict(seed=torch.zeros(4, dtype=torch.int64)[::2]),
-        "seed: expected its two numbers side by side",
-    ),
     (dict(seed=torch.zeros(2, dtype=torch.int64, device="meta")), "seed: expected device"),
-    (dict(x=torch.ones(4, 8, dtype=torch.int32)), "x: expected one of"),
     (dict(x=torch.ones(())), "dim: expected"),
-    (dict(dim=2), "dim: expected"),
     (dict(dtype=torch.int32), "dtype: expected"),
 ]
+FAR = [dict(sample=65536), dict(row0=-1), *({n: 2**63 - 1} for n in ("row0", "col0", "sample"))]
 
 
 @pytest.mark.parametrize("bad, error", BAD)
@@ -427,37 +416,11 @@ def test_perturb_rejects(bad, error):
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        dict(sigma=torch.ones(1, 8)),
-        dict(sigma=torch.ones(7)),
-        dict(sigma=torch.ones(8, dtype=torch.float16)),
-        dict(seed=torch.zeros(2)),
-        dict(seed=torch.zeros(3, dtype=torch.int64)),
-        dict(seed=torch.zeros(4, dtype=torch.int64)[::2]),
-        dict(x=torch.ones(4, 8, dtype=torch.int32)),
-        dict(dim=2),
-        dict(sample=65536),
-        dict(row0=-1),
-        dict(row0=2**63 - 1),
-        dict(col0=2**63 - 1),
-        dict(sample=2**63 - 1),
-        dict(out_dtype=torch.int32),
-    ],
+    "bad", [*(bad for bad, _ in BAD_FOR_BOTH), *FAR, dict(out_dtype=torch.int32)]
 )
 def test_perturb_library_by_itself_stays_inside_its_buffers(bad):
-    good = dict(
-        x=torch.ones(4, 8),
-        sigma=torch.ones(8),
-        seed=SEED,
-        dim=-1,
-        row0=0,
-        col0=0,
-        sample=0,
-        factor=1.0,
-        log_variance=False,
-        out_dtype=None,
-    )
+    good = dict(x=torch.ones(4, 8), sigma=torch.ones(8), seed=SEED, dim=-1, row0=0, col0=0)
+    good |= dict(sample=0, factor=1.0, log_variance=False, out_dtype=None)
     with pytest.raises(RuntimeError, match="expected"):
         torch.ops.dipkernels.perturb(*{**good, **bad}.values())
 

@@ -10,16 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from trainer_support import llama
 
 import dipkernels as dip
 
 ROOT = Path(__file__).parents[1]
-PAGES = [
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    ROOT / "examples" / "README.md",
-    ROOT / "CONTRIBUTING.md",
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "examples" / "README.md", ROOT / "CONTRIBUTING.md"]
 COMMAND = re.compile(r"(?:^|[\s`])(?:python|torchrun [\w -]+?|pytest) ((?:[\w/]+)\.py)([^\n#`]*)")
 
 
@@ -56,11 +53,8 @@ def experts():
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.experts, self.gate = (
-                nn.Embedding(16, 8),
-                Experts(),
-                nn.Linear(8, 8, bias=False),
-            )
+            self.embed, self.experts = nn.Embedding(16, 8), Experts()
+            self.gate = nn.Linear(8, 8, bias=False)
 
         def forward(self, input_ids):
             h = self.embed(input_ids)
@@ -114,36 +108,22 @@ def stand_ins(line):
         model, tokens = experts()
         return {"model": Wrapped(block=model["block"]), "tokens": tokens}
     if "*.upsample" in line:
-        return {
-            "model": Wrapped(upsample=nn.ConvTranspose2d(3, 3, 2)),
-            "images": torch.rand(2, 3, 4, 4),
-        }
+        model = Wrapped(upsample=nn.ConvTranspose2d(3, 3, 2))
+        return {"model": model, "images": torch.rand(2, 3, 4, 4)}
     if "*.mixer" in line:
-        return {
-            "model": Wrapped(mixer=nn.Conv1d(6, 6, 3, padding=1)),
-            "images": torch.rand(2, 6, 5),
-        }
+        model = Wrapped(mixer=nn.Conv1d(6, 6, 3, padding=1))
+        return {"model": model, "images": torch.rand(2, 6, 5)}
     if "q_proj" in line:
         names = Attention("q_proj", "k_proj", "v_proj"), Attention("gate_proj", "up_proj")
         return {"model": nn.Sequential(*names)}
     if "producer" in line:
-        return {
-            "model": nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)),
-            "x": torch.randn(4, 8),
-        }
+        model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+        return {"model": model, "x": torch.randn(4, 8)}
     if "query" in line:
         return {"model": Attention("query", "key", "value")}
     if "peft" in line:
         peft = pytest.importorskip("peft")
-        transformers = pytest.importorskip("transformers")
-        config = transformers.LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-        return {"peft": peft, "base": transformers.LlamaForCausalLM(config), "r": 2}
+        return {"peft": peft, "base": llama(), "r": 2}
     return small()
 
 
@@ -215,63 +195,35 @@ def test_make_targets_exist():
 def test_a_fence_is_python_or_runs_nowhere():
     """Every fenced block is run by a test: those of README by tests/test_docs.py, of guides by
     tests/test_release.py."""
-    run = {
-        "README.md",
-        "quickstart.md",
-        "cluster.md",
-        *(page.name for page in (ROOT / "docs" / "guides").glob("*.md")),
-    }
+    guides = (page.name for page in (ROOT / "docs" / "guides").glob("*.md"))
+    run = {"README.md", "quickstart.md", "cluster.md", *guides}
     for page in PAGES:
         if "```python" in page.read_text():
             assert page.name in run, page
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_code_of_the_cluster_page_runs(number, ranks_of_one):
+def test_code_of_the_cluster_page_runs(number, one_rank):
     """On one process, with stand-ins for what a launcher and a model give."""
-    block = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL
-    )[number]
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    block = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[number]
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.blocks = nn.ModuleList(
-                [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)]
-            )
+            blocks = (nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+            self.blocks = nn.ModuleList(blocks)
 
         def forward(self, x):
             for each in self.blocks:
                 x = each(x)
             return x
 
-    names = {
-        "torch": torch,
-        "dip": dip,
-        "model": dip.convert(Model()),
-        "seed": 1,
-        "data_parallel_rank": 0,
-    }
-    names |= {
-        "run_key": 100,
-        "step": 3,
-        "rank": 0,
-        "examples_per_rank": 6,
-        "x": torch.randn(6, 4),
-        "y": torch.randn(6, 4),
-    }
+    names = {"torch": torch, "dip": dip, "model": dip.convert(Model()), "seed": 1, "run_key": 100}
+    names |= {"data_parallel_rank": 0, "step": 3, "rank": 0, "examples_per_rank": 6}
+    names |= {"x": torch.randn(6, 4), "y": torch.randn(6, 4)}
     names |= {"loss_fn": F.mse_loss, "mesh": init_device_mesh("cpu", (1,))}
     names |= {"fully_shard": fully_shard, "MixedPrecisionPolicy": MixedPrecisionPolicy}
     exec(compile(block, "cluster.md", "exec"), names)
-
-
-@pytest.fixture(scope="module")
-def ranks_of_one(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "file"
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()

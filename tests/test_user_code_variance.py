@@ -237,18 +237,10 @@ def test_only_what_has_no_data_is_made_by_a_move():
     assert values(model.half().to("cpu")).dtype is torch.float32
 
 
-CLASSES = [
-    (DIPLinear, (4, 3)),
-    (DIPConv1d, (4, 3, 1)),
-    (DIPConv2d, (4, 3, 1)),
-    (DIPConv3d, (4, 3, 1)),
-    (DIPInput, (4,)),
-    (Variance, (4,)),
-    (dip.DIPMultiheadAttention, (4, 2)),
-    (dip.DIPLayerNorm, (4,)),
-    (dip.DIPRMSNorm, (4,)),
-    (dip.DIPGatedActivation, (4,)),
-]
+CLASSES = [(DIPLinear, (4, 3)), (dip.DIPMultiheadAttention, (4, 2))]
+CLASSES += [(kind, (4, 3, 1)) for kind in (DIPConv1d, DIPConv2d, DIPConv3d)]
+OF_SIZE = (DIPInput, Variance, dip.DIPLayerNorm, dip.DIPRMSNorm, dip.DIPGatedActivation)
+CLASSES += [(kind, (4,)) for kind in OF_SIZE]
 
 
 @pytest.mark.parametrize(("kind", "args"), CLASSES, ids=[kind.__name__ for kind, _ in CLASSES])
@@ -676,13 +668,8 @@ def test_a_parametrised_weight_is_computed_once_in_a_pass_and_by_nothing_else(ki
 
 # ---- neighbours that work in place ---------------------------------------------------------------
 
-SHAPES = {
-    "linear": (5, 6),
-    "linear-3d": (2, 5, 6),
-    "linear-1d": (6,),
-    "input": (5, 6),
-    "conv": (2, 6, 4, 4),
-}
+SHAPES = {"linear": (5, 6), "linear-3d": (2, 5, 6), "linear-1d": (6,)}
+SHAPES |= {"input": (5, 6), "conv": (2, 6, 4, 4)}
 
 
 def in_place_net(kind, keep, estimator):
