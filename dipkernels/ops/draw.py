@@ -77,8 +77,11 @@ def check_seed(seed: Tensor, device: torch.device) -> None:
         raise ValueError(f"seed: expected device {device}, as the data, got {seed.device}")
 
 
-def check_projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> None:
-    """Raise TypeError or ValueError for tensors that no projection of x can be made of."""
+def check_projection(
+    x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw, out_dtype: torch.dtype | None
+) -> None:
+    """Raise TypeError or ValueError for tensors that no projection of x can be made of, or a dtype
+    that no kernel writes."""
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected one of {DTYPES}, got {x.dtype}")
     draw.check(x.dim())
@@ -91,9 +94,5 @@ def check_projection(x: Tensor, sigma: Tensor, seed: Tensor, draw: Draw) -> None
     if sigma.device != x.device:
         raise ValueError(f"sigma: expected device {x.device}, as x, got {sigma.device}")
     check_seed(seed, x.device)
-
-
-def check_out_dtype(out_dtype: torch.dtype | None) -> None:
-    """Raise TypeError for a dtype that no kernel writes."""
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(f"dtype: expected one of {DTYPES}, got {out_dtype}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import worlds
 from ..worlds import is_dtensor
 from . import registry
-from .draw import Draw, check_out_dtype, check_projection
+from .draw import Draw, check_projection
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -119,8 +119,7 @@ def perturb(
     shard, dim = x.to_local(), draw.dim % x.ndim
     scale, blocks = _sigma_of_shard(sigma, x, dim), _blocks(x, draw)
     run = registry.kernel("perturb", shard.device.type)
-    check_projection(shard, scale, seed, draw)
-    check_out_dtype(out_dtype)
+    check_projection(shard, scale, seed, draw, out_dtype)
     if len(blocks) == 1:
         u = run(shard, scale, seed, *blocks[0][1], out_dtype)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import registry
 from .activations import ACTIVATIONS, check_activation
-from .draw import Draw, check_out_dtype, check_projection
+from .draw import Draw, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
 from .pieces import fake_like, fused, widened
 
@@ -30,8 +30,7 @@ def gate(
     dtype: torch.dtype | None,
 ) -> Tensor:
     """u, of a's shape and of dtype, a's where that is None; act(a) and the noise without b."""
-    check_projection(a, sigma, seed, draw)
-    check_out_dtype(dtype)
+    check_projection(a, sigma, seed, draw, dtype)
     _check(a, b, activation)
     op, inputs = ("activate", (a,)) if b is None else ("gate", (a, b))
     run = registry.kernel(op, a.device.type)

@@ -13,7 +13,7 @@ from .. import backends, worlds
 from ..worlds import is_dtensor
 from . import registry, row_blocks
 from .activations import act_of
-from .draw import MAX_SAMPLES, Draw, check_out_dtype, check_projection
+from .draw import MAX_SAMPLES, Draw, check_projection
 from .perturb import (
     DRAW,
     no_view,
@@ -48,13 +48,12 @@ def linear(
     """y [..., N] of x [..., K], the mean over num_samples samples from the draw's on; activation
     "identity": none, of one. And what backward then need not make again, the pre-activation of the
     first of them, where products by blocks of rows run."""
-    check_projection(x, sigma, seed, draw)
+    check_projection(x, sigma, seed, draw, out_dtype)
     if draw.sample + num_samples > MAX_SAMPLES:
         raise ValueError(
             f"sample: expected sample + num_samples <= {MAX_SAMPLES}, got {draw.sample} + "
             f"{num_samples}"
         )
-    check_out_dtype(out_dtype)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight: expected shape (N, K = {x.shape[-1]}), got {tuple(weight.shape)}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .draw import DTYPES, Draw, check_out_dtype, check_projection
+from .draw import DTYPES, Draw, check_projection
 from .perturb import DRAW, OPTIONAL_DRAW, projection
 from .pieces import fake_like, fused, widened
 
@@ -35,8 +35,7 @@ def norm(
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(u, stats)."""
-    check_projection(x, sigma, seed, draw)
-    check_out_dtype(dtype)
+    check_projection(x, sigma, seed, draw, dtype)
     check_norm(x, weight, bias, draw, kind)
     run = registry.kernel("norm", x.device.type)
     return run(x, weight, bias, sigma, seed, *draw, kind, eps, offset, dtype)

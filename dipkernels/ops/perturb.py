@@ -17,7 +17,7 @@ from torch.autograd import Function
 from .. import worlds
 from ..worlds import is_dtensor
 from . import dtensor, registry
-from .draw import Draw, check_out_dtype, check_projection, check_seed
+from .draw import Draw, check_projection, check_seed
 from .pieces import Grads, fake_like, without_wrapper
 
 # ---- the operations ------------------------------------------------------------------------------
@@ -42,8 +42,7 @@ def perturb(
     """P: u, of x's shape and out_dtype, x's where that is None."""
     if is_dtensor(x):
         return dtensor.perturb(x, sigma, seed, draw, out_dtype)
-    check_projection(x, sigma, seed, draw)
-    check_out_dtype(out_dtype)
+    check_projection(x, sigma, seed, draw, out_dtype)
     return registry.kernel("perturb", x.device.type)(x, sigma, seed, *draw, out_dtype)
 
 
