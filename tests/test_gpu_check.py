@@ -505,6 +505,38 @@ def test_tests_run_in_parts_and_each_is_accounted_for(check):
     assert rows["all"]["error"] == "expected 9 results, got 4"
 
 
+HANGS = """
+import time, pytest
+@pytest.mark.parametrize("i", range(2))
+def test_fails(i): assert 1 == 2
+@pytest.mark.parametrize("i", range(2))
+def test_hangs(i): time.sleep(600)
+"""
+
+
+def test_tests_for_which_time_runs_out_keep_what_they_found(check, monkeypatch):
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as folder:
+        Path(folder, "test_some.py").write_text(HANGS)
+        rows = tools.tests(check, os.path.relpath(folder, ROOT))
+        begun, start = [], tools.Shards.start
+
+        def start_and_wait(shards):
+            start(shards)
+            logs = [results.with_suffix(".txt") for _, results in shards.running.values()]
+            begun.append(wait_for(lambda: all("FAILED" in log.read_text() for log in logs), 60))
+            check.ends = time.monotonic()
+
+        monkeypatch.setattr(tools.Shards, "start", start_and_wait)
+        check.add("part 1 of 2", rows[0][1]())
+    assert begun == [True]
+    found = check.record.section("tests")["rows"]
+    assert {row["name"] for row in found} == {"part 1 of 2", "part 2 of 2"}
+    for row in found:
+        assert row["skipped"] == "no time was left" and "outcomes" not in row
+        assert re.search(r"test_some.py::test_fails\[\d\] FAILED$", row["error"])
+
+
 def test_results_are_read_with_the_reasons_of_skips(tmp_path):
     case = '<testcase classname="a" name="b">{}</testcase>'
     endings = "", '<skipped message="no GPU"/>', "<failure>why</failure>"

@@ -18,6 +18,7 @@ from pathlib import Path
 from gpucheck import sanitizer
 from gpucheck.child import Check, Rows
 from gpucheck.driver import ROOT
+from gpucheck.record import NO_TIME
 
 
 def run_tool(command: list[str], **environment: str) -> str:
@@ -193,6 +194,7 @@ class Shards:
         self.parts = {f"part {i + 1} of {count}": names[i::count] for i in range(count)}
         self.folder = Path(tempfile.mkdtemp(prefix="gpu-check-tests-"))
         self.running: dict[str, tuple[subprocess.Popen, Path]] = {}
+        self.cut_short = False
 
     def start(self) -> None:
         """Every part whose result is not written yet."""
@@ -203,7 +205,7 @@ class Shards:
             results = self.folder / f"{name.replace(' ', '-')}.xml"
             log = results.with_suffix(".txt").open("wb")
             process = subprocess.Popen(
-                _pytest(f"--junitxml={results}", *tests),
+                _pytest("-vv", f"--junitxml={results}", *tests),  # each result as it comes
                 cwd=ROOT,
                 env={**os.environ, **one_core},
                 stdin=subprocess.DEVNULL,
@@ -217,6 +219,10 @@ class Shards:
         process, results = self.running.pop(name)
         said = results.with_suffix(".txt").read_text(errors="replace")
         if process.returncode not in (0, 1) or not results.exists():
+            if self.cut_short:
+                failed = re.findall(r"^\S+\.py::.* (?:FAILED|ERROR)", said, re.MULTILINE)
+                error = {"error": "\n".join(failed)} if failed else {}
+                return {"skipped": NO_TIME, "said": said[-2000:], **error}
             return {"error": f"pytest ended with {process.returncode}\n{said[-3000:]}"}
         outcomes, failures, reasons = read_results(results)
         row = {"outcomes": dict(outcomes), "skips": reasons}
@@ -228,11 +234,20 @@ class Shards:
             row["error"] = "\n".join(failures)
         return row
 
+    def interrupt(self) -> None:
+        """End all parts at once, so that what they have said so far is kept."""
+        self.cut_short = True
+        for process, _ in self.running.values():
+            process.kill()
+            process.wait()
+
     def wait_for(self, name: str) -> dict:
         """The part's row. The rows of other parts that end before it are written as they do."""
         if not self.running:
             self.start()
         while self.running[name][0].poll() is None:
+            if self.check.left() <= 0:
+                self.interrupt()
             for other in [
                 key for key, (process, _) in self.running.items() if process.poll() is not None
             ]:
