@@ -698,9 +698,39 @@ def test_a_gated_product_is_drawn_in_one_pass():
     assert_plain(dip.to_plain(model)[1], plain[1])
 
 
-def test_another_product_is_left_with_the_way_out():
-    plan = dip.producer_plan(nn.Sequential(nn.LayerNorm(8), Scaled()), [X])
+@pytest.mark.parametrize("kind, size", [(nn.Conv1d, (5,)), (nn.Conv2d, (12, 5))])
+def test_a_gated_product_of_convolutions_is_noised_by_channel(kind, size):
+    torch.manual_seed(0)
+    plain, x = Gated(), torch.randn(2, 8, *size)
+    plain.w1, plain.w3, plain.w2 = kind(8, 12, 1), kind(8, 12, 1), kind(12, 8, 1)
+    model = dip.convert(copy.deepcopy(plain), 0.25, place="producer", batches=[x])
+    assert moved(dip.summary(model).plan) == {"silu": ("w2",)}
+    reference = dip.convert(plain, 0.25)
+    for here, there in {"w1": "w1", "w3": "w3", "silu": "w2"}.items():
+        model.get_submodule(here).number = reference.get_submodule(there).number
+    with fixed_noise(3):
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-5)
+
+
+def narrow():
+    gated = Gated()
+    gated.w3 = nn.Linear(8, 1)
+    return gated
+
+
+def wide():
+    gated = Gated()
+    gated.w3.register_forward_hook(lambda module, args, out: out.double())
+    gated.w2.double()
+    return gated
+
+
+@pytest.mark.parametrize("make", [Scaled, narrow, wide])
+def test_another_product_is_left_with_the_way_out(make):
+    model = nn.Sequential(nn.LayerNorm(8), make())
+    plan = dip.producer_plan(model, [X])
     assert "whose forward is not exactly down(act(gate(x)) * up(x))" in left(plan)["1.w2"]
+    dip.convert(model, place="producer", batches=[X])(X).sum().backward()
 
 
 @pytest.mark.parametrize(

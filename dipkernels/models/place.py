@@ -210,8 +210,8 @@ class _Planner:
         if op == "mul":
             return (
                 f"its input is made by mul in {where}, whose forward is not exactly "
-                "down(act(gate(x)) * up(x)): if it is a gated product all the same, put a "
-                "DIPGatedActivation there by hand"
+                "down(act(gate(x)) * up(x)) with factors of one shape and dtype: if it is a gated "
+                "product all the same, put a DIPGatedActivation there by hand"
             )
         return f"its input is made by {op} in {where}: no norm, activation or gated product"
 
@@ -232,7 +232,7 @@ class _Planner:
             reason = reason or self._calls_reason(calls, layers)
         if reason:
             return reason
-        dim = -1 if gated is not None else next(iter(calls[0].dims))
+        dim = self.dims[layers[0]] if gated is not None else next(iter(calls[0].dims))
         if issubclass(base, NormProducer) and dim != -1:
             return "it is a norm over the last dimension, and its layers read it along another"
         twin = made_type(base, type(producer), feature_dim=dim, **facts) if facts else base
@@ -293,7 +293,7 @@ class _Planner:
     def _gated(layer: nn.Module, made: list[Made]) -> _Gated | None:
         """The product whose `down` this layer is, in every call."""
         block, *others = {source.module for source in made}
-        product = all(source.op.strip("_") == "mul" and source.call is None for source in made)
+        product = all(s.op.strip("_") == "mul" and s.call is None and s.alike for s in made)
         if block is None or others or not product:
             return None
         parts = gated_parts(type(block))

@@ -96,6 +96,7 @@ class Made:
     op: str  # the function that was called
     module: nn.Module | None  # which called it
     number: int  # of this storage in the pass
+    alike: bool = True  # whether what it was made of has its shape and dtype
     call: Call | None = None  # of a candidate, whose output it holds or a copy of that
     layout: Layout | None = None  # of that output or copy in this storage
     source: tuple[Made, Layout] | None = None  # of a copy: what was copied, and how that lay
@@ -282,11 +283,16 @@ class Watch(TorchDispatchMode):
         for t in outputs:
             for call in self._inputs.get(_storage(t), ()) if changes else ():
                 call.read_by(f"{self._shown_call(name)} changes its input, in place")
-            self._fill(t, name, source, changes)
+            self._fill(t, name, source, changes, all(_kind(g) == _kind(t) for g in given))
         return out
 
     def _fill(
-        self, t: Tensor, name: str, source: tuple[Made, Layout] | None, changes: bool
+        self,
+        t: Tensor,
+        name: str,
+        source: tuple[Made, Layout] | None,
+        changes: bool,
+        alike: bool,
     ) -> None:
         key = _storage(t)
         known = self._found(t)
@@ -294,7 +300,7 @@ class Watch(TorchDispatchMode):
             return
         self._count += 1
         ref = StorageWeakRef(t.untyped_storage())
-        made = Made(ref, self.function or name.strip("_"), self._module(), self._count)
+        made = Made(ref, self.function or name.strip("_"), self._module(), self._count, alike)
         if source is not None:
             made.op, made.module, made.call = source[0].op, source[0].module, source[0].call
             made.layout, made.source = layout_of(t), source
@@ -324,6 +330,10 @@ class Watch(TorchDispatchMode):
 
     def _shown(self, module: nn.Module) -> str:
         return shown(self._names.get(module, ""), module)
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.dtype
 
 
 def _storage(t: object) -> int | None:
