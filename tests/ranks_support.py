@@ -107,6 +107,7 @@ def _serve(pipe, folder, rank, world):
 
         coverage.process_startup(force=True)  # a process of a fork server starts without it
     import torch
+    from seeding import start_again
     from torch import distributed
 
     torch.set_num_threads(1)
@@ -121,7 +122,7 @@ def _serve(pipe, folder, rank, world):
         try:
             store = distributed.FileStore(f"{folder}/{number}", world)
             distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-            torch.manual_seed(0)
+            start_again()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 value = check(rank, world, *args)

@@ -65,6 +65,11 @@ def test_a_deep_copy_replays_its_originals_noise(producer):
         torch.testing.assert_close(model(x) - average(x), torch.full((5, 3), 0.9))
 
 
+@pytest.mark.parametrize("time", [1, 2])
+def test_a_test_starts_from_the_same_streams_whatever_ran_before_it(time):
+    assert [DIPLinear(2, 2).number for _ in range(2)] == [2**15, 2**15 + 1]
+
+
 def test_fixed_noise_draws_nothing_from_the_generator():
     layer, x = DIPLinear(8, 8), torch.randn(2, 8)
     before = torch.get_rng_state()
