@@ -87,13 +87,26 @@ def fresh_library(monkeypatch):
 
 
 @pytest.fixture
-def one_thread():
+def threads():
+    """A test may change how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
     """Layers of a small run lose more to waiting threads than they gain when something else runs
     beside the tests."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """torch.compile forgets what it compiled for other tests."""
+    torch._dynamo.reset()
     yield
-    torch.set_num_threads(threads)
+    torch._dynamo.reset()
 
 
 @pytest.fixture

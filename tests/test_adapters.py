@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from trainer_support import llama
+from trainer_support import is_whole, llama
 
 import dipkernels as dip
 from dipkernels.models.convertible import is_adapter
@@ -96,19 +96,6 @@ def converted(model, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)
         return dip.convert(model, 0.25, **options)
-
-
-def is_whole(layer, x, **options):
-    """Whether what the layer draws is itself on x + sigma z."""
-    seed, where = torch.tensor([2, layer.number]), {"dim": layer.feature_dim}
-    u = dip.functional.perturb(x, layer.log_variance, seed, log_variance=True, **where)
-    with torch.no_grad():
-        with dip.noise_off():
-            clean, want = layer(x, **options), layer(u, **options)
-        with dip.sampling_on(), dip.fixed_noise(2):
-            got = layer(x, **options)
-    assert (got - clean).norm() > 0.1 * clean.norm()
-    return torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -35,12 +35,7 @@ import report  # noqa: E402
 import summary  # noqa: E402
 import timing  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def run_quick(tmp_path, *options):
@@ -463,9 +458,8 @@ def test_whole_models_are_timed_with_noise_at_the_input_and_in_the_producer(
     here = machine.describe("cpu")
     monkeypatch.setattr(machine, "describe", lambda device: here | {"cpu": "abacus"})
     rows = models.main([*options, str(out)])
-    assert [row["variant"] for row in rows] == list(models.VARIANTS) and all(
-        row["ratio"] > 0 for row in rows
-    )
+    assert [row["variant"] for row in rows] == list(models.VARIANTS)
+    assert all(row["ratio"] > 0 for row in rows)
     assert summary.program_of(json.loads(out.read_text())) == "models"
     monkeypatch.setattr(machine, "describe", lambda device: here | {"instruction_set": "SVE"})
     with pytest.raises(SystemExit):

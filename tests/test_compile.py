@@ -19,6 +19,7 @@ from dipkernels.nn.numbering import number_layers
 from dipkernels.noise.contexts import sampling_on
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 class Layers(nn.Module):
@@ -72,13 +73,6 @@ def output(model, x):
 
 def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # ---- torch.compile -------------------------------------------------------------------------------

@@ -220,14 +220,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_temporary_file(tmp_path):
 def test_a_step_without_noise_gives_every_variance_a_gradient_of_zeros():
     """None would stop DistributedDataParallel at the next step, and keep an optimiser's old
     momentum going."""
-    model = dip.convert(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)))
+    first = dip.DIPLinear(6, 6), dip.DIPInput(6), dip.DIPLayerNorm(6), dip.DIPRMSNorm(6)
+    model = torch.nn.Sequential(*first, dip.DIPActivation(6, "gelu"), dip.DIPLinear(6, 2))
+    gate = dip.DIPGatedActivation(6)
     with dip.noise_off():
-        model(torch.randn(3, 6)).sum().backward()
-    for layer in model:
-        assert (
-            torch.equal(layer.log_variance.grad, torch.zeros(6))
-            and layer.weight.grad.abs().sum() > 0
-        )
+        (model(torch.randn(3, 6)).sum() + gate(*torch.randn(2, 3, 6)).sum()).backward()
+    for layer in (*model, gate):
+        assert torch.equal(layer.log_variance.grad, torch.zeros(6))
+        assert getattr(layer, "weight", None) is None or layer.weight.grad.abs().sum() > 0
 
 
 def test_layers_built_by_hand_have_streams_of_their_own():

@@ -17,14 +17,8 @@ import dipkernels as dip
 from dipkernels import functional
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("threads")
 SEED = torch.tensor([0x0123456789ABCDEF, 3])
-
-
-@pytest.fixture(autouse=True)
-def restore_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def in_threads(number, work):

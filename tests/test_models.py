@@ -19,7 +19,7 @@ from plain_support import assert_plain
 from saved_support import saved_bytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from variance_support import Branches
+from variance_support import Branches, trains_alike_in_shards
 
 import dipkernels as dip
 from dipkernels.nn.conv import DIPConv2d
@@ -533,21 +533,16 @@ def test_shared_layers_read_one_u_and_learn_one_variance():
     torch.testing.assert_close(k, F.linear(u, attention.k_proj.weight), rtol=1e-5, atol=1e-5)
 
 
-def recorded_inputs(model, names, x):
-    """What each named layer's product reads when the layers are called in turn on x."""
-    return [model.get_submodule(n)(x) for n in names]
-
-
 def test_a_share_draws_afresh_for_another_tensor_another_pass_and_another_mode():
     eye = nn.ModuleDict({n: nn.Linear(6, 6, bias=False) for n in "qkv"})
     for layer in eye.values():
         nn.init.eye_(layer.weight)  # so that a layer's output is its u
     model = dip.convert(eye, 0.25, share=[("q", "k", "v")])
     x = torch.randn(4, 6)
-    q, k, v = recorded_inputs(model, "qkv", x)
+    q, k, v = (model[name](x) for name in "qkv")
     assert torch.equal(q, k) and torch.equal(q, v)
     assert not model["q"].share._entries  # let go when all have had it
-    assert not torch.equal(recorded_inputs(model, "q", x)[0], q)
+    assert not torch.equal(model["q"](x), q)
     # unfinished passes do not leak into the next one
     first = model["q"](x)
     assert not torch.equal(model["q"](x), first)
@@ -603,24 +598,13 @@ def test_shared_layers_survive_copies_state_dicts_checkpointing_and_casts():
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_shared_layers_and_attention_train_under_fsdp(one_rank):
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
     torch.manual_seed(0)
     encoder = dip.convert(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
     for model, inputs in (
         (dip.convert(llama(), share=[QKV, MLP]), {"input_ids": IDS}),
         (encoder, {"src": IMAGES[0, :, :, :8]}),
     ):
-        plain = copy.deepcopy(model)
-        torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
-        grads = []
-        for each in (plain, model):
-            with fixed_noise(4):
-                logits(each, inputs).square().sum().backward()
-            grads.append(
-                [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in each.parameters()]
-            )
-        assert len(grads[0]) == len(grads[1])
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*grads))
+        trains_alike_in_shards(model, lambda each, inputs=inputs: logits(each, inputs))
 
 
 def test_lora_layers_share_too():

@@ -8,23 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trainer_support import X, Y, learned, llama, mlp, texts, words
+from trainer_support import X, Y, is_whole, learned, llama, mlp, texts, words
 
 import dipkernels as dip
 from dipkernels.nn.layer import DIPLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def is_whole(layer, x):
-    u = dip.functional.perturb(
-        x, layer.log_variance, torch.tensor([2, layer.number]), log_variance=True
-    )
-    with torch.no_grad():
-        with dip.noise_off():
-            want = layer(u)
-        with dip.fixed_noise(2):
-            return torch.allclose(layer(x), want, rtol=1e-4, atol=1e-4)
 
 
 # ---- torch ---------------------------------------------------------------------------------------
@@ -46,9 +35,8 @@ def test_weight_and_spectral_norm_go_on_after_conversion_or_take_noise_by_name(n
     before = mlp()
     norm(before[0])
     if hasattr(before[0], "parametrizations"):
-        with pytest.warns(
-            dip.DIPConversionWarning, match=r"0 \(ParametrizedLinear\): parametrised"
-        ):
+        said = r"0 \(ParametrizedLinear\): parametrised"
+        with pytest.warns(dip.DIPConversionWarning, match=said):
             dip.convert(copy.deepcopy(before))
         dip.convert(before, before=["0"], batches=[X])
     else:
@@ -89,7 +77,7 @@ def qat(step):
 @pytest.mark.slow
 def test_weight_only_quantisation_after_conversion_keeps_noise_and_variances():
     quantization = pytest.importorskip("torchao.quantization")
-    model = dip.convert(mlp())
+    model = dip.convert(mlp(), 0.25)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     assert isinstance(model[0], DIPLayer) and is_whole(model[0], X)
     F.cross_entropy(model(X), Y).backward()  # the variances train, the weights do not
@@ -127,10 +115,8 @@ def test_training_in_lower_precision_goes_before_conversion_and_check_finds_the_
     swapped = dip.convert(mlp())
     prepare(swapped)
     found = dip.check(swapped, X, strict=False).faults
-    assert (
-        list(found) == ["0", "2"]
-        and "was replaced since it was converted, by a torchao" in found["0"]
-    )
+    assert list(found) == ["0", "2"]
+    assert "was replaced since it was converted, by a torchao" in found["0"]
     dip.convert(swapped)
     assert dip.check(swapped, X)
     model = mlp()

@@ -20,6 +20,7 @@ import dipkernels as dip
 from dipkernels import backends, functional, worlds
 from dipkernels.ops import registry
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 SOURCES = sorted(Path(dip.__file__).parent.rglob("*.py"))
 FLOAT32, FLOAT16 = (pytest.param(t, marks=pytest.mark.slow) for t in (torch.float32, torch.float16))
 DTYPES = (torch.float32, torch.bfloat16, FLOAT16)
@@ -38,13 +39,6 @@ LAYERS = {
     "input": (lambda: dip.DIPInput(8), (4, 8)),
     "attention": (lambda: dip.DIPMultiheadAttention(16, 2, batch_first=True), (2, 4, 16)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

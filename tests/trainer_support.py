@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import dipkernels as dip
+
 X = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(32) % 4
 
@@ -36,6 +38,19 @@ def words():
     split = Tokenizer(models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w3"))
     split.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0", eos_token="w1")
+
+
+def is_whole(layer, x, **options):
+    """Whether what the layer draws is itself on x + sigma z."""
+    seed, where = torch.tensor([2, layer.number]), {"dim": layer.feature_dim}
+    u = dip.functional.perturb(x, layer.log_variance, seed, log_variance=True, **where)
+    with torch.no_grad():
+        with dip.noise_off():
+            clean, want = layer(x, **options), layer(u, **options)
+        with dip.sampling_on(), dip.fixed_noise(2):
+            got = layer(x, **options)
+    assert (got - clean).norm() > 0.1 * clean.norm()
+    return torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def learned(state):

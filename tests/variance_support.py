@@ -1,5 +1,7 @@
 """The variances of a model as if trained, and its noise under a key."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -38,6 +40,18 @@ def freeze(model):
 def noise(model, *args, key=3):
     with dip.fixed_noise(key):
         return model.train()(*args)
+
+
+def trains_alike_in_shards(model, call):
+    """FSDP on this process alone gives the gradients of a plain copy, which is returned."""
+    mesh, plain, grads = torch.distributed.init_device_mesh("cpu", (1,)), copy.deepcopy(model), []
+    torch.distributed.fsdp.fully_shard(dip.shard_variances(model, mesh=mesh), mesh=mesh)
+    for each in (plain, model):
+        with dip.fixed_noise(4):
+            call(each).square().sum().backward()
+        grads.append([p.grad.full_tensor() if each is model else p.grad for p in each.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    return plain
 
 
 def spoil(*sizes, count=300):
