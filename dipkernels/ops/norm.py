@@ -7,6 +7,7 @@ never u nor z. docs/maths.md, section 10.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def check_norm(
 def _fake_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     kind, dtype = rest[-4], rest[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    stats = x.new_empty((2 if kind == "layer" else 1, x.shape[:-1].numel()), dtype=wide)
+    stats = x.new_empty((2 if kind == "layer" else 1, math.prod(x.shape[:-1])), dtype=wide)
     return torch.empty_like(x, dtype=dtype), stats
 
 
