@@ -88,7 +88,11 @@ def gradients(model):
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-WHOLE = ["layers", "producers", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "llama"))]
+WHOLE = [
+    "layers",
+    "producers",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "llama")),
+]
 
 
 def eager_and_compiled(name):

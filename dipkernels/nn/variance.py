@@ -41,12 +41,11 @@ def check_init_variance(init_variance: float | Tensor, num_features: int) -> flo
 def require_finite_values(argument: str, log_variances: Mapping[str, Tensor]) -> None:
     """Raise ValueError naming those that are not the logarithms of variances that float32 can
     hold."""
-    broken = []
-    for name, values in log_variances.items():
-        values = values.float()
-        if not bool((values.isfinite() & values.exp().isfinite()).all()):
-            broken.append(name)
-    if broken:
+    wide = [values.float() for values in log_variances.values()]
+    finite = [(v.isfinite() & v.exp().isfinite()).all() for v in wide]
+    # One look at all of them, for a GPU is waited for at each.
+    found = torch.stack([each.to(finite[0].device) for each in finite]).tolist() if finite else []
+    if broken := [name for name, fine in zip(log_variances, found, strict=True) if not fine]:
         raise ValueError(
             f"{argument}: expected finite variances, got NaN or infinity in {broken}, where sigma^2 "
             "= exp(log_variance); a step with such gradients spoils them: load_variances or "
