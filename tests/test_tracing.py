@@ -218,7 +218,9 @@ def test_onnx_in_eval_mode_is_the_plain_network(x):
     torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_onnx_in_training_mode_names_the_way_out(x):
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_in_training_mode_names_the_way_out(x, dynamo):
     pytest.importorskip("onnxscript")
+    how = {} if dynamo else {"training": torch.onnx.TrainingMode.TRAINING}
     with pytest.raises(Exception, match=r"dipkernels: ONNX has no operation .*eval\(\).*to_plain"):
-        torch.onnx.export(small_network(), (x,), dynamo=True, verbose=False)
+        torch.onnx.export(small_network(), (x,), io.BytesIO(), dynamo=dynamo, verbose=False, **how)
