@@ -39,10 +39,8 @@ def watch(monkeypatch):
 
 @pytest.mark.parametrize("keep", ["u", "x"])
 def test_autocast_rounds_once_straight_to_the_products_type(dtype, keep, monkeypatch):
-    layer, x = (
-        DIPLinear(16, 8, keep=keep, init_variance=0.2),
-        torch.randn(6, 16, requires_grad=True),
-    )
+    layer = DIPLinear(16, 8, keep=keep, init_variance=0.2)
+    x = torch.randn(6, 16, requires_grad=True)
     seen = watch(monkeypatch)
     with dip.fixed_noise(3), torch.autocast("cpu", dtype):
         y = layer(x)
@@ -105,10 +103,8 @@ def test_a_scaled_step_is_the_unscaled_one_and_skips_infinities():
         assert finals[1][name].dtype is torch.float32
         torch.testing.assert_close(finals[1][name], finals[0][name], rtol=2e-3, atol=2e-3)
     # an infinite gradient, of a variance alone, skips the step
-    scaler, before = (
-        torch.amp.GradScaler("cpu", init_scale=2.0**10),
-        finals[1]["0.variance.log_variance"],
-    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = finals[1]["0.variance.log_variance"]
     scaler.scale(m(x).square().sum()).backward()
     m[0].log_variance.grad[0] = torch.inf
     scaler.step(optimizer)

@@ -115,9 +115,8 @@ def test_mean_without_an_activation_is_one_sample(namespace):
     how = (weight, bias, sigma, SEED, 0, 0, 0, 0.5, False, 2, "identity")
     ops = getattr(torch.ops, namespace)
     for call in (lambda: ops.linear(x, *how, None), lambda: ops.linear_bwd(dy, x, *how)):
-        with pytest.raises(
-            ValueError, match="num_samples: expected 1 with activation 'identity', got 2"
-        ):
+        said = "num_samples: expected 1 with activation 'identity', got 2"
+        with pytest.raises(ValueError, match=said):
             call()
 
 
@@ -134,9 +133,8 @@ def test_mean_of_no_features_is_that_of_the_bias(namespace):
 
 def test_mean_refuses_samples_beyond_the_contract():
     options = {"activation": "relu", "estimator": "mean", "num_samples": 2, "sample": 65535}
-    with pytest.raises(
-        ValueError, match=r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"
-    ):
+    said = r"sample: expected sample \+ num_samples <= 65536, got 65535 \+ 2"
+    with pytest.raises(ValueError, match=said):
         layer(*inputs(5, 8, 3), **options)
 
 
@@ -268,9 +266,8 @@ def test_analytic_gives_the_gradients_that_are_wanted_with_and_without_a_bias(na
             for n, t in zip("xwbs", (x, weight, b, sigma))
         ]
         ys = [layer(*t, activation="silu", estimator="analytic") for t in (every, some)]
-        assert torch.equal(*ys) and ys[1].requires_grad == bool(
-            set(names) - set("b" if b is None else "")
-        )
+        assert torch.equal(*ys)
+        assert ys[1].requires_grad == bool(set(names) - set("b" if b is None else ""))
         ys[0].backward(dy)
         if ys[1].requires_grad:
             ys[1].backward(dy)
@@ -478,9 +475,8 @@ def test_analytic_prediction_is_each_layers_own_mean(activation):
         )
     want = F.linear(want, model[5].weight, model[5].bias)
     assert torch.equal(dip.predict(model, x, method="analytic", average="logits"), want.detach())
-    assert model.training and torch.equal(
-        dip.predict(model, x, method="analytic"), want.detach().softmax(-1)
-    )
+    assert model.training
+    assert torch.equal(dip.predict(model, x, method="analytic"), want.detach().softmax(-1))
 
 
 def test_analytic_prediction_of_one_hidden_layer_is_algorithm_2_without_its_error():

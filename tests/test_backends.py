@@ -421,9 +421,8 @@ def test_a_kernel_that_triton_cannot_compile_is_reported_and_another_runs(monkey
         importlib.metadata, "version", _by_no_name
     )  # of nightly builds and NVIDIA's
     assert choose("linear", "cuda").backend == "triton"
-    with pytest.warns(
-        RuntimeWarning, match=r"Triton \d.* cannot compile linear: no such instruction"
-    ):
+    said = r"Triton \d.* cannot compile linear: no such instruction"
+    with pytest.warns(RuntimeWarning, match=said):
         backends.note_triton_problem("linear", PTXASError("no such instruction\nmore"))
     assert choose("linear", "cuda").backend == "cuda"
     assert not fuses("cuda", torch.float16, 32, 64, 64)
@@ -487,10 +486,8 @@ def test_a_traced_mean_finds_its_kernel_by_looking_it_up(monkeypatch):
     monkeypatch.setitem(registry._chosen, ("linear", "cuda"), found["narrow"])
     monkeypatch.setitem(registry._chosen, ("linear", registry.WIDE), found["wide"])
     for n, want in ((512, "narrow"), (1024, "wide")):
-        x, weight = (
-            torch.ones(64, 2048, dtype=torch.bfloat16),
-            torch.ones(n, 2048, dtype=torch.bfloat16),
-        )
+        x = torch.ones(64, 2048, dtype=torch.bfloat16)
+        weight = torch.ones(n, 2048, dtype=torch.bfloat16)
 
         def step(x, weight, want=want):
             return x + (registry.kernel("linear", device_of("cuda", x, weight)) is found[want])

@@ -41,10 +41,8 @@ def test_the_radius_of_a_linear_classifier_is_its_distance_from_below():
 
 
 def test_the_draws_replay_and_modes_and_bounds_stay():
-    model, x = (
-        nn.Sequential(dip.DIPInput(4, init_variance=0.04), nn.Linear(4, 3)),
-        torch.randn(5, 4),
-    )
+    model = nn.Sequential(dip.DIPInput(4, init_variance=0.04), nn.Linear(4, 3))
+    x = torch.randn(5, 4)
     model.train()
     results = []
     for _ in range(2):

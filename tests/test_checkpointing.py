@@ -147,9 +147,8 @@ def test_a_backward_outside_noise_off_is_an_error(block, x, kind):
     """The second computation draws where the first drew nothing."""
     with dip.noise_off():
         y = checkpoint(block, x, **KINDS[kind])
-    with pytest.raises(
-        RuntimeError, match=r"checkpoint: .*an adjoint, a hook\) draws a seed, which is not"
-    ):
+    said = r"checkpoint: .*an adjoint, a hook\) draws a seed, which is not"
+    with pytest.raises(RuntimeError, match=said):
         y.sum().backward()
     with dip.noise_off():
         checkpoint(block, x, **KINDS[kind]).sum().backward()

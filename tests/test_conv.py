@@ -107,10 +107,8 @@ def test_own_input_asks_for_no_input_gradient(case):
 def test_own_input_differentiates_twice():
     layer, x = layer_of("groups", torch.float64)
     window = conv.Window(layer.stride, layer.padding, layer.dilation, layer.groups)
-    weight, sigma = (
-        layer.weight.detach()[:4, :, :2, :2].requires_grad_(),
-        (torch.rand(6).double() + 0.1).requires_grad_(),
-    )
+    weight = layer.weight.detach()[:4, :, :2, :2].requires_grad_()
+    sigma = (torch.rand(6).double() + 0.1).requires_grad_()
     x = x[:1, :, :4, :4]
 
     def run(weight, sigma):

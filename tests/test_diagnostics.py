@@ -60,10 +60,8 @@ def test_lipschitz_of_a_linear_map_is_its_spectral_norm(k):
 
 
 def test_lipschitz_of_a_quadratic_map_is_its_gradients_norm():
-    model, x = (
-        Quadratic([3.0, 1.0, -2.0]),
-        torch.randn(4, 3, generator=generator(2), dtype=torch.float64),
-    )
+    model = Quadratic([3.0, 1.0, -2.0])
+    x = torch.randn(4, 3, generator=generator(2), dtype=torch.float64)
     torch.testing.assert_close(lipschitz(model, x), (x @ model.A).norm(dim=1))
     # noised: the mean over k passes of A u_s, with the very noise of those passes
     seeds_of_passes = [

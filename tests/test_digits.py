@@ -77,9 +77,7 @@ def test_the_words_at_the_end_are_those_of_the_figures(fixed, said):
     }
     lines = digits.in_words(results, {"dip, m = 4": {"ratio": 2.08}})
     assert len(lines) == 3
-    assert (
-        "gets 40 of 100 digits right, the DIP recipe 70 (+30)" in lines[0]
-        and "95.0 and 98.0 (+3.0)" in lines[0]
-    )
+    assert "gets 40 of 100 digits right, the DIP recipe 70 (+30)" in lines[0]
+    assert "95.0 and 98.0 (+3.0)" in lines[0]
     assert said.rstrip(";") in lines[1] and "input noise 60" in lines[1]
     assert "2.1 times the plain step" in lines[2]

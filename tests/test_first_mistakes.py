@@ -225,9 +225,8 @@ def test_what_is_no_tensor_is_named(call, name):
 @pytest.mark.parametrize("model", [3, None, [nn.Linear(8, 4)], nn.Linear])
 def test_what_cannot_be_called_has_no_trajectories(model):
     for call in (dip.trajectories, dip.diagnostics.predictor):
-        with pytest.raises(
-            TypeError, match=r"^model: expected a torch.nn.Module or a function, got"
-        ):
+        said = r"^model: expected a torch.nn.Module or a function, got"
+        with pytest.raises(TypeError, match=said):
             call(model, X, m=2) if call is dip.trajectories else call(model)
 
 

@@ -53,9 +53,8 @@ def noisy(model):
 def test_variances_are_saved_with_the_adapter_and_load_with_it(tmp_path):
     model = adapted()
     want = moved(model, 0.5)
-    assert type(model).__name__ == "PeftModelForCausalLM" and isinstance(
-        model, peft.PeftModelForCausalLM
-    )
+    assert type(model).__name__ == "PeftModelForCausalLM"
+    assert isinstance(model, peft.PeftModelForCausalLM)
     model.save_pretrained(tmp_path)
     assert {CONFIG_FILE, VARIANCES_FILE, "adapter_model.safetensors"} <= {
         path.name for path in tmp_path.iterdir()
@@ -90,10 +89,8 @@ def test_two_adapters_have_variances_of_their_own(tmp_path):
     fresh.delete_adapter("other")
     assert fresh.active_adapter == "default" and equal(dip.variances(fresh), first)
     model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
-    assert (
-        not (tmp_path / "one" / VARIANCES_FILE).exists()
-        and (tmp_path / "one" / "other" / VARIANCES_FILE).exists()
-    )
+    assert not (tmp_path / "one" / VARIANCES_FILE).exists()
+    assert (tmp_path / "one" / "other" / VARIANCES_FILE).exists()
 
 
 def test_an_adapter_that_peft_makes_of_others_has_the_variances_of_the_moment(tmp_path):
@@ -119,11 +116,9 @@ def test_an_adapter_around_a_layer_that_had_noise_takes_the_noise_with_it():
     assert equal(dip.variances(model), before)
     model.set_adapter("wide")
     report = dip.check(model, BATCH)
-    assert (
-        report.checked == 7
-        and not report.frozen
-        and "down_proj.variance.log_variance" in "".join(before)
-    )
+    assert report.checked == 7
+    assert not report.frozen
+    assert "down_proj.variance.log_variance" in "".join(before)
     shared = adapted(
         dip.DIPConfig(exclude=["*.lm_head"], share=[("gate_proj", "up_proj")], ratio=0.3)
     )
@@ -246,9 +241,8 @@ def test_the_order_of_get_peft_model_and_apply_is_checked(tmp_path):
         lambda: dip.apply(model, CONFIG, [BATCH]),
         lambda: convert_as(model, CONFIG),  # a trainer's checkpoint
     ):
-        with pytest.raises(
-            ValueError, match=r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"
-        ):
+        said = r"expected get_peft_model before dip\.apply, got 2 adapter\(s\)"
+        with pytest.raises(ValueError, match=said):
             call()
     with warnings.catch_warnings():
         warnings.simplefilter("error", dip.DIPConversionWarning)

@@ -35,11 +35,9 @@ def test_version_is_one_and_semantic():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     paper = citation["preferred-citation"]
-    assert (
-        "2506.04690" in paper["url"]
-        and len(paper["authors"]) == 5
-        and "Distributional Input Projection" in paper["title"]
-    )
+    assert "2506.04690" in paper["url"]
+    assert len(paper["authors"]) == 5
+    assert "Distributional Input Projection" in paper["title"]
 
 
 # ---- workflows -----------------------------------------------------------------------------------
@@ -68,10 +66,8 @@ def test_only_publishing_may_sign_and_it_attests_before_it_uploads():
     assert {name for name, job in jobs.items() if "id-token" in str(job.get("permissions"))} == {
         "publish"
     }
-    assert (
-        jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')")
-        and jobs["publish"]["needs"] == "build"
-    )
+    assert jobs["publish"]["if"].startswith("startsWith(github.ref, 'refs/tags/v')")
+    assert jobs["publish"]["needs"] == "build"
     uses = [step.get("uses", "").split("@")[0] for step in jobs["publish"]["steps"]]
     assert uses.index("actions/attest-build-provenance") < uses.index("pypa/gh-action-pypi-publish")
 
@@ -197,11 +193,9 @@ def test_mypy_is_strict_for_the_whole_package():
     """What `make typecheck` and the slow test below run: no module is left out."""
     section = (ROOT / "pyproject.toml").read_text().split("[tool.mypy]")[1]
     assert "strict = true" in section and 'packages = ["dipkernels"]' in section
-    assert (
-        "ignore_errors" not in section
-        and "follow_imports" not in section
-        and "overrides" not in section
-    )
+    assert "ignore_errors" not in section
+    assert "follow_imports" not in section
+    assert "overrides" not in section
 
 
 @pytest.mark.slow

@@ -32,12 +32,10 @@ def test_metrics_are_means_over_layers_and_over_groups_of_one_name():
     with torch.no_grad():
         model["blocks"][0]["q"].variance.log_prior.fill_(2 * math.log(0.5))
     found = dip.metrics(model)
-    assert found["dip/sigma"] == pytest.approx(0.25) and found["dip/share"] == pytest.approx(
-        (0.2 + 0.2 + 0.3 + 0.4) / 4
-    )
-    assert found["dip/sigma/blocks.q"] == pytest.approx(0.2) and found[
-        "dip/sigma/blocks.k"
-    ] == pytest.approx(0.3)
+    assert found["dip/sigma"] == pytest.approx(0.25)
+    assert found["dip/share"] == pytest.approx((0.2 + 0.2 + 0.3 + 0.4) / 4)
+    assert found["dip/sigma/blocks.q"] == pytest.approx(0.2)
+    assert found["dip/sigma/blocks.k"] == pytest.approx(0.3)
     assert found["dip/share/blocks.q"] == pytest.approx(0.25)
     assert found["dip/kl"] == pytest.approx(dip.kl_penalty(model, 1.0).item())
     assert all(isinstance(value, float) for value in found.values()) and len(found) == 7
@@ -88,9 +86,8 @@ def test_progress_gives_the_batches_and_a_line_with_sigma():
         line.update(loss=torch.tensor(0.5) * batch)
     assert seen == list(range(20))
     lines = file.getvalue().splitlines()
-    assert len(lines) == 10 and lines[-1].startswith(
-        "20/20  loss 9.5  sigma 0.3 (30% of the prior)"
-    )
+    assert len(lines) == 10
+    assert lines[-1].startswith("20/20  loss 9.5  sigma 0.3 (30% of the prior)")
     file = io.StringIO()
     assert list(dip.progress(iter("abc"), model, every=2, file=file)) == list("abc")
     assert file.getvalue().startswith("2  sigma 0.3") and file.getvalue().count("\n") == 1

@@ -51,10 +51,8 @@ def test_samples_are_the_draws_of_perturb(capability, dtype, x_dtype, z_dtype):
 def test_samples_behind_an_activation_and_back(capability, dtype, activation):
     act = ACTIVATIONS | {"identity": lambda h: h}
     for samples, rows, columns in ((1, 1, 1), (3, 5, 700), (9, 300, 37), (2, 90, 1024)):
-        h, dy = (
-            (torch.randn(samples, rows, columns) * 4).to(dtype),
-            torch.randn(rows, columns).to(dtype),
-        )
+        h = (torch.randn(samples, rows, columns) * 4).to(dtype)
+        dy = torch.randn(rows, columns).to(dtype)
         leaf = h.double().requires_grad_()
         values = act[activation](leaf)
         (want,) = torch.autograd.grad(values, leaf, dy.double().expand_as(leaf))

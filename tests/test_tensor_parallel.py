@@ -30,10 +30,8 @@ class MLP(nn.Module):
     def __init__(self, k=16, hidden=32):
         super().__init__()
         self.norm = nn.LayerNorm(k)
-        self.up, self.down = (
-            DIPLinear(k, hidden, init_variance=0.2),
-            DIPLinear(hidden, k, init_variance=0.3),
-        )
+        self.up = DIPLinear(k, hidden, init_variance=0.2)
+        self.down = DIPLinear(hidden, k, init_variance=0.3)
         number_layers(self)
 
     def forward(self, x):
@@ -364,10 +362,8 @@ def test_wrong_layouts_are_named_with_their_ranks(ranks):
         odd, at_op, plain_x, at_layer, by_name, shard, keep, mean = messages
         assert f"rank {rank}" in odd and "a mesh that does not divide the features" in odd
         for message in (at_op, at_layer):
-            assert (
-                "expected a log_variance whole on every rank" in message
-                and f"rank {rank}" in message
-            )
+            assert "expected a log_variance whole on every rank" in message
+            assert f"rank {rank}" in message
         assert "x is a plain tensor" in plain_x and f"rank {rank}" in plain_x
         assert "rank 0: up.variance.log_variance: expected it whole" in by_name
         assert "rank 1: up.variance.log_variance: expected it whole" in by_name

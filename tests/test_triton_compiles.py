@@ -95,12 +95,10 @@ def linear_launches(
     """Every kernel of the fused linear, with the tiles that `blocks` picks for the architecture."""
     monkeypatch.setattr(linear, "_architecture", lambda device: arch)
     monkeypatch.setattr(linear, "num_multiprocessors", lambda device: 132)
-    x, dy, weight, bias = (
-        meta(m, k, dtype=x_dtype or dtype),
-        meta(m, n, dtype=dtype),
-        meta(n, k, dtype=dtype),
-        meta(n),
-    )
+    x = meta(m, k, dtype=x_dtype or dtype)
+    dy = meta(m, n, dtype=dtype)
+    weight = meta(n, k, dtype=dtype)
+    bias = meta(n)
     sigma, seed = meta(k), meta(2, dtype=torch.int64)
     how = (0, col0, 0, 1.0, True)
     with recorded_launches(noise, perturb, linear) as launches:

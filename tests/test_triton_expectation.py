@@ -21,10 +21,8 @@ QUICK = [
 @pytest.mark.parametrize("name, dtype, arch", slow_unless(QUICK, NAMES, DTYPES, ARCHS))
 def test_activation_compiles_without_spills(name, dtype, arch, monkeypatch):
     monkeypatch.setattr(expectation, "num_multiprocessors", lambda device: 132)
-    mu, v = (
-        meta(4096, 1024, dtype=dtype),
-        meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32),
-    )
+    mu = meta(4096, 1024, dtype=dtype)
+    v = meta(1024, dtype=torch.float64 if dtype is torch.float64 else torch.float32)
     with recorded_launches(expectation, perturb) as launches:
         expectation.expectation(mu, v, name)
         expectation.expectation_bwd(mu, mu, v, name)

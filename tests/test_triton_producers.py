@@ -34,11 +34,9 @@ QUICK_NORMS = [("layer", 1024, torch.bfloat16, 90), ("rms", 4096, torch.float32,
 )
 def test_norm_compiles_without_spills(kind, k, dtype, arch, monkeypatch):
     monkeypatch.setattr(norm, "num_multiprocessors", lambda device: 132)
-    x, sigma, seed = (
-        meta(4096, k, dtype=dtype),
-        meta(k, dtype=wide(dtype)),
-        meta(2, dtype=torch.int64),
-    )
+    x = meta(4096, k, dtype=dtype)
+    sigma = meta(k, dtype=wide(dtype))
+    seed = meta(2, dtype=torch.int64)
     weight, stats = meta(k, dtype=dtype), meta(2 if kind == "layer" else 1, 4096, dtype=wide(dtype))
     bias = weight if kind == "layer" else None
     with recorded_launches(norm, perturb) as launches:

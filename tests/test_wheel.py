@@ -200,12 +200,10 @@ def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
     fresh_library.setattr(torch, "__version__", "2.9.1+cpu")
     fresh_library.setattr(torch.ops, "load_library", lambda path: pytest.fail("loaded"))
     error = backends.library().error
-    assert (
-        "found torch 2.9.1+cpu" in error
-        and "needs torch >= 2.10" in error
-        and "pip install" in error
-        and "\n" not in error
-    )
+    assert "found torch 2.9.1+cpu" in error
+    assert "needs torch >= 2.10" in error
+    assert "pip install" in error
+    assert "\n" not in error
 
 
 def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
@@ -214,11 +212,9 @@ def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
 
     fresh_library.setattr(torch.ops, "load_library", load)
     error = backends.library().error
-    assert (
-        error.startswith("undefined symbol: aoti_torch_new: found torch")
-        and "--force-reinstall" in error
-        and "\n" not in error
-    )
+    assert error.startswith("undefined symbol: aoti_torch_new: found torch")
+    assert "--force-reinstall" in error
+    assert "\n" not in error
 
 
 ARCHS = ("80", "86", "89", "90", "100", "120")

@@ -104,10 +104,8 @@ def test_checkpointing_on_a_device_changes_no_gradient_or_raises(model, x, reent
 
 
 def test_a_scaled_float16_step_on_a_device(model, x):
-    scaler, optimizer = (
-        torch.amp.GradScaler("cuda"),
-        torch.optim.AdamW(dip.param_groups(model, 1e-3)),
-    )
+    scaler = torch.amp.GradScaler("cuda")
+    optimizer = torch.optim.AdamW(dip.param_groups(model, 1e-3))
     before = model[0].log_variance.detach().clone()
     with torch.autocast("cuda", torch.float16):
         loss = model(x).float().square().mean()

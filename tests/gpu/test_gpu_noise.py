@@ -66,11 +66,9 @@ def test_words_match_known_answers(probe):
         if line and line[0] != "#"
     ]
     table = torch.tensor([[int(word, 16) for word in line] for line in lines], device="cuda")
-    counters, keys, out = (
-        table[:, :4].contiguous(),
-        table[:, 4:6].contiguous(),
-        torch.zeros(len(lines), 4, dtype=torch.int64, device="cuda"),
-    )
+    counters = table[:, :4].contiguous()
+    keys = table[:, 4:6].contiguous()
+    out = torch.zeros(len(lines), 4, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
     assert probe.probe_words(pointer(counters), pointer(keys), pointer(out), len(lines)) == 0
     assert torch.equal(out, table[:, 6:])

@@ -93,9 +93,8 @@ def test_fused_linear_and_its_gradients_match_reference(
     for name, ours, exact, theirs in zip(
         ("y", "dx", "dweight", "dbias", "dsigma"), got, want, eager, strict=True
     ):
-        assert (
-            ours.dtype is (sigma.dtype if name == "dsigma" else dtype) and ours.shape == exact.shape
-        )
+        assert ours.dtype is (sigma.dtype if name == "dsigma" else dtype)
+        assert ours.shape == exact.shape
         error, allowed = (
             (t.double() - exact).abs().max().item() for t in (ours, theirs.to(ours.dtype))
         )
@@ -152,15 +151,12 @@ def test_expectations_of_infinities_and_nans(name):
         v = torch.ones(
             3, dtype=torch.float64 if dtype is torch.float64 else torch.float32, device=DEVICE
         )
-        y, (dmu, dv, total) = (
-            expectation(mu, v, name),
-            expectation_bwd(torch.ones_like(mu), mu, v, name),
-        )
+        y = expectation(mu, v, name)
+        dmu, dv, total = expectation_bwd(torch.ones_like(mu), mu, v, name)
         low, high = (-1, 1) if name == "tanh" else (0, infinity)
         assert abs(y[0] - low) <= 1e-30 and y[1] == high
-        assert (
-            all(t[:2].isfinite().all() and t[2].isnan() for t in (dmu, dv, total)) and y[2].isnan()
-        )
+        assert all(t[:2].isfinite().all() and t[2].isnan() for t in (dmu, dv, total))
+        assert y[2].isnan()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -168,11 +164,9 @@ def test_expectations_of_infinities_and_nans(name):
 def test_variances_and_their_gradients_match_reference(dtype, log_variance):
     n, k = (4096, 1009) if ON_GPU else (9, 40)
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    weight, sigma, dv = (
-        torch.randn(n, k).to(DEVICE, dtype),
-        torch.rand(k).to(DEVICE, wide),
-        torch.randn(n).to(DEVICE, wide),
-    )
+    weight = torch.randn(n, k).to(DEVICE, dtype)
+    sigma = torch.rand(k).to(DEVICE, wide)
+    dv = torch.randn(n).to(DEVICE, wide)
     got = [affine_variance(weight, sigma, log_variance)]
     want = [reference.affine_variance(weight, sigma, log_variance)]
     for given in (None, torch.randn(n, k).to(DEVICE, dtype)):

@@ -84,10 +84,8 @@ class MemoryOpcodes:
         allowed = {"add": ("u32", "s32", "u64", "f32", "f64"), "inc": ("u32",), "dec": ("u32",)}
         if kind not in allowed.get(how, ("u32", "s32", "u64", "s64", "b32", "b64")):
             raise PTXError(f"{'.'.join(parts)} is not implemented")
-        bits, values = (
-            f"b{8 * width_of(kind)}",
-            [self.operand(v, f"b{8 * width_of(kind)}") for v in o[1:]],
-        )
+        bits = f"b{8 * width_of(kind)}"
+        values = [self.operand(v, f"b{8 * width_of(kind)}") for v in o[1:]]
         b, c = (*values, "None")[:2]
         where = f"{self.space(parts)!r}, {how!r}, {kind!r}, {self.address(o[0])}"
         self.lines.append(f"v = E.atomic({self.mask}, {where}, {b}, {c}, {width_of(kind)})")

@@ -21,10 +21,8 @@ class SharedMemory:
         self.unit, self.races = kernel.shared_unit, races
         units = len(self.shared) // self.unit
         # stamps; 0: nobody yet
-        self.written, self.read = (
-            np.zeros(units, i32),
-            np.zeros(units, i32),
-        )
+        self.written = np.zeros(units, i32)
+        self.read = np.zeros(units, i32)
         self.pending: list = []  # cp.async on its way: (threads, their group, places, data)
         self.in_flight = np.zeros(units, bool) if kernel.has_cp_async else None
         self.committed = np.zeros(self.T, i32)
