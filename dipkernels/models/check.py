@@ -185,7 +185,7 @@ def _by_gradients(model: nn.Module, layers: dict[str, DIPLayer]) -> dict[str, st
                     "got the loss's: it ran without noise (noise_off, or an eval mode inside the "
                     f"step), or its weight is read without calling the layer (a fused loss){_CANCELS}"
                 )
-            elif not called and weight.requires_grad and weight.is_leaf:  # type: ignore[union-attr]
+            elif not called and weight.requires_grad and weight.is_leaf:
                 faults[name] = "its variance got no gradient of the loss: " + _why_none(
                     layer, False
                 )

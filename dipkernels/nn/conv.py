@@ -21,6 +21,7 @@ class _DIPConv(DIPLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    _conv_forward: Any
 
     def __init__(  # all by name: torch.nn.utils.skip_init looks for device
         self,

@@ -231,11 +231,11 @@ DIM = property(lambda layer: layer.dim)  # the feature_dim of a layer whose `dim
 # Functions and not methods: a class that gets a twin may have methods of the same names.
 
 
-def weight_of(module: nn.Module) -> Any:
+def weight_of(module: Any) -> Any:
     """The module's weight, if it has one; of a parametrised one what it is computed from, for
     reading it would compute it, which spectral_norm counts as a step."""
     if nn.utils.parametrize.is_parametrized(module, "weight"):
-        return next(module.parametrizations["weight"].parameters(recurse=False), None)  # type: ignore[index]
+        return next(module.parametrizations["weight"].parameters(recurse=False), None)
     return getattr(module, "weight", None)
 
 
