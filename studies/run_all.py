@@ -29,7 +29,7 @@ FOLDER = Path(__file__).parent
 # folders.
 COMMANDS = (
     "defaults.py",
-    "images.py --model vit --out out/studies/images_vit",
+    "images.py --model vit --trainings clean Gaussian FGSM --out out/studies/images_vit",
     "images.py --model cnn",
     "vision.py --page out/vision/results.md",
     "arithmetic.py --page out/arithmetic/results.md",
