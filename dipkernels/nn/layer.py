@@ -56,7 +56,7 @@ class DIPLayer(Mixin):
         device: Any,
     ) -> None:
         self.num_samples = integer("num_samples", num_samples, 1, MAX_SAMPLES)
-        own = device_of_variance(getattr(self, "weight", None), device)
+        own = device_of_variance(weight_of(self), device)
         self.variance = Variance(num_features, init_variance, own)
         self.number = next(_NUMBERS) % MAX_LAYERS
 
