@@ -160,9 +160,10 @@ def block_shape(
     rows_last: bool,
     elements: int = TILE_ELEMENTS,
 ) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines"""
+    """(BLOCK_R, BLOCK_K): 256 elements along contiguous memory, so that a warp reads whole lines;
+    fewer rows in a tile of under 1,024, which would have no 8 columns else"""
     if rows_last:
-        block_r = min(triton.next_power_of_2(num_inner), 256)
+        block_r = min(triton.next_power_of_2(num_inner), 256, max(elements // 4, 64))
         block_k = min(triton.next_power_of_2(k), elements // block_r)
     else:
         block_k = min(triton.next_power_of_2(k), 256)
