@@ -250,6 +250,10 @@ def nested(self, y):
     return torch.nested.nested_tensor_from_jagged(y.flatten(0, 1), offsets)
 
 
+def nested_and_padded(self, y):
+    return torch.nested.as_nested_tensor(list(y), layout=torch.strided).to_padded_tensor(0.0)
+
+
 def changed_input(self, x):
     """relu keeps what it makes, its twin what it reads."""
     y = self.norm(self.stem(x))
@@ -337,6 +341,7 @@ def dropped(self, y):
         (between(repeated_rows), "a", "with other features, or some entries twice"),
         (between(dropped), "b", "dropout in the model itself"),
         (between(nested), "a", "it reads the network's own input"),
+        (between(nested_and_padded), "a", "to_padded_tensor in the model itself"),
         (
             having(act=nn.Sequential(nn.GELU(), nn.Dropout(0.1))),
             "head",

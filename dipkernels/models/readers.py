@@ -332,8 +332,8 @@ class Watch(TorchDispatchMode):
         return shown(self._names.get(module, ""), module)
 
 
-def _kind(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.dtype
+def _kind(t: Tensor) -> tuple[Any, ...] | None:
+    return None if t.is_nested else (t.shape, t.dtype)  # a nested one has no one shape
 
 
 def _storage(t: object) -> int | None:
