@@ -57,9 +57,12 @@ def keep_config(accelerator: Any, model: nn.Module) -> None:
         UserWarning: On loading, where the folder's config is another.
     """
     require_config(model)
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: save(model, folder))
-    accelerator.register_load_state_pre_hook(
-        lambda models, folder: warn_of_another(
-            DIPConfig.load(folder), require_config(model), folder
-        )
-    )
+
+    def on_save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        save(model, output_dir)
+
+    def on_load(models: list[nn.Module], input_dir: str) -> None:
+        warn_of_another(DIPConfig.load(input_dir), require_config(model), input_dir)
+
+    accelerator.register_save_state_pre_hook(on_save)
+    accelerator.register_load_state_pre_hook(on_load)

@@ -67,7 +67,7 @@ def fused(
     def apply(*args: Any) -> Tensor:
         if worlds.wants_pieces() or any([is_dtensor(t) for t in args[:num_tensors]]):
             return pieces(*args)
-        return (in_eager if worlds.eager() else named.apply)(*args)
+        return (named.apply if worlds.tracing() else in_eager)(*args)  # no transform is on here
 
     return apply
 

@@ -30,8 +30,7 @@ def trajectories(
     in training mode sees all B * m rows at once. So does a model that compares the examples of its
     batch (CLIP's similarities, a graph's edges): take torch.stack([model(x) for _ in range(m)])
     there, outside fixed_noise, inside which these would be equal. A model that takes the sequence
-    first, [L, B, E], would get a longer sequence: hand it a function that puts the batch
-    first.
+    first, [L, B, E], would get a longer sequence: hand it a function that puts the batch first.
 
     Args:
         model: A module in training mode (or inside sampling_on), or a callable.
