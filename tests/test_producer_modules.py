@@ -270,6 +270,17 @@ def test_fsdp_and_bfloat16_autocast(one_rank):
     assert plain.norm.log_variance.grad.dtype is torch.float32
 
 
+def test_gated_product_of_two_dtypes_is_of_the_wider():
+    gate = gated(8)
+    a, b = torch.randn(5, 8).bfloat16(), torch.randn(5, 8)
+    with fixed_noise(7):
+        u, want = gate(a, b), gate(a.float(), b)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = gate(b, a)
+    assert u.dtype is gate.eval()(a, b).dtype is torch.float32 and torch.equal(u, want)
+    assert rounded.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "build, message",
     [

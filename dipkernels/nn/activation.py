@@ -46,6 +46,9 @@ class GateProducer(Producer):
         return super()._dip_plain(a) * b
 
     def _noised(self, noise: Noise, a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype is not b.dtype:  # autocast rounds what a product makes, and not what a norm does
+            wide = torch.promote_types(a.dtype, b.dtype)
+            a, b = a.to(wide), b.to(wide)
         return noised_gate(a, b, *noise, self.kind, worlds.autocast_dtype(a))
 
 
@@ -74,7 +77,7 @@ class GatedActivation(Activation):
         dim: The feature dimension, a.shape[dim] = K.
 
     Shape:
-        a and b have one shape and dtype. The output has that shape.
+        a and b have one shape. The output has it too, and the wider dtype of both.
 
     Examples:
         >>> from dipkernels.nn.activation import GatedActivation
@@ -165,7 +168,7 @@ class DIPGatedActivation(GateProducer, GatedActivation):
         init_variance, num_samples, device: As for DIPActivation.
 
     Shape:
-        a and b have one shape and dtype. The output has that shape, and that dtype or autocast's.
+        a and b have one shape. The output has it too, and the wider dtype of both, or autocast's.
 
     Raises:
         ValueError, TypeError: A bad argument, which the message names.
