@@ -28,12 +28,11 @@ FOLDER = Path(__file__).parent
 # The longest first: then the cores end at about the same time. Two of one study write into two
 # folders.
 COMMANDS = (
-    "defaults.py",
-    "images.py --model vit --trainings clean Gaussian FGSM --out out/studies/images_vit",
+    "images.py --model vit --out out/studies/images_vit",
     "images.py --model cnn",
+    "defaults.py",
     "vision.py --page out/vision/results.md",
     "arithmetic.py --page out/arithmetic/results.md",
-    "alternatives.py",
     "held_back.py",
     "features.py",
     "extrapolation.py",

@@ -24,22 +24,6 @@ def loss_of(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
     return F.mse_loss if task.regression else F.cross_entropy
 
 
-def values_seen(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Of one example, how many values each DIP layer's input has."""
-    seen: dict[str, int] = {}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda _, args, name=name: seen.__setitem__(name, args[0][0].numel())
-        )
-        for name, layer in dip_layers(model).items()
-    ]
-    with torch.no_grad():
-        model.eval()(x[:1])
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
 def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
     """Give the model the method's noise. An empty method is the recipe as it stands, all by
     default."""
@@ -50,26 +34,13 @@ def prepare(model: nn.Module, x: Tensor, method: dict[str, Any]) -> nn.Module:
         dip.convert(model, filter=lambda module, name: name == first)
     else:
         dip.convert(model)
-    # What is fixed or held, or has a pull or a start of its own, starts at the whole spread.
-    own = not method.keys().isdisjoint(("fixed", "budget", "pull", "values"))
-    ratio = method.get("ratio", 1.0 if own else None)
+    # fixed noise starts at the whole spread
+    ratio = method.get("ratio", 1.0 if method.get("fixed") else None)
     dip.calibrate(model, [x], ratio, per=method.get("per", "layer"), start=method.get("start"))
-    # candidates for calibrate: less pull, or less noise before layers, where an example has few
-    # values; "pull": 1 is the whole pull always
-    if "pull" in method:
-        n = next(iter(values_seen(model, x[:1]).values()))
-        for layer in dip_layers(model).values():
-            layer.variance.pull.fill_(min(1.0, n / method["pull"]))
     if "depth" in method:  # the pull by another power of 4 / L
         layers = dip_layers(model)
         for layer in layers.values():
             layer.variance.pull.mul_(min(1.0, DEEP / len(layers)) ** (method["depth"] - 1))
-    if "values" in method:
-        seen = values_seen(model, x[:1])
-        for name, layer in dip_layers(model).items():
-            shift = method.get("power", 0.5) * math.log(min(1.0, seen[name] / method["values"]))
-            layer.log_variance.data += 2 * shift
-            layer.variance.log_prior += 2 * shift
     for name, values in method.get("variances", {}).items():
         dip_layers(model)[name].log_variance.data.copy_(values)
     if method.get("fixed"):
@@ -88,55 +59,11 @@ def optimiser(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, momentum=0.9) if name == "SGD" else torch.optim.AdamW(groups)
 
 
-def cosine(
-    optimizer: torch.optim.Optimizer, epochs: int, method: dict[str, Any]
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """From the rate to 0 over the epochs; the variances' rate with the weights', or constant."""
-
-    def fall(epoch: int) -> float:
-        return (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-    constant = method.get("variance_schedule") == "constant"
-    names = [group["name"] for group in optimizer.param_groups]
-    rates = [(lambda epoch: 1.0) if constant and name == "variances" else fall for name in names]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-
-
-def energy(out: Tensor, y: Tensor) -> Tensor:
-    """The energy score of m >= 2 draws; of classes, of their probabilities."""
-    if not y.is_floating_point():
-        out, y = out.softmax(-1), F.one_hot(y, out.shape[-1]).to(out)
-    return dip.energy_score(out, y)
-
-
-def mixture(out: Tensor, y: Tensor) -> Tensor:
-    """Classes: the NLL of the draws' mean probabilities."""
-    return F.nll_loss(out.log_softmax(-1).logsumexp(0) - math.log(len(out)), y)
-
-
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"energy": energy, "mixture": mixture}
-
-
-class Budget:
-    """Holds the mean log_variance, of each layer or of the model; what gradients move is its
-    allocation."""
-
-    def __init__(self, model: nn.Module, over: str) -> None:
-        learned = [layer.log_variance for layer in dip_layers(model).values()]
-        self.groups = [learned] if over == "model" else [[each] for each in learned]
-        self.means = [torch.cat(group).mean().item() for group in self.groups]
-
-    def before_step(self) -> None:
-        for group in self.groups:
-            mean = torch.cat([each.grad for each in group]).mean()
-            for each in group:
-                each.grad -= mean
-
-    def after_step(self) -> None:
-        for group, mean in zip(self.groups, self.means, strict=True):
-            moved = torch.cat([each.data for each in group]).mean() - mean
-            for each in group:
-                each.data -= moved
+def cosine(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """From the rate to 0 over the epochs."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: (1 + math.cos(math.pi * epoch / epochs)) / 2
+    )
 
 
 def train(
@@ -153,11 +80,7 @@ def train(
     kl = {"kl": method["kl"]} if method is not None and "kl" in method else {}
     optimizer = optimiser(model, {**settings, **(method or {})})
     epochs = settings.get("epochs", task.epochs) * settings.get("times", 1)
-    schedule = (
-        cosine(optimizer, epochs, method or {}) if settings.get("schedule") == "cosine" else None
-    )
-    budget = Budget(model, method["budget"]) if method is not None and "budget" in method else None
-    scored = SCORES.get((method or {}).get("score", ""))
+    schedule = cosine(optimizer, epochs) if settings.get("schedule") == "cosine" else None
     order = torch.Generator().manual_seed(1000 + seed)
     torch.manual_seed(1000 + seed)
     for _ in range(epochs):
@@ -168,18 +91,10 @@ def train(
                 out, more = model(x)[None], {}
             else:
                 out, more = dip.trajectories(model, x, m=M), {"model": model, **kl}
-            loss = (
-                dip.objective(out, y, loss_fn, **more)
-                if scored is None
-                else scored(out, y) + dip.kl_penalty(**more)
-            )
+            loss = dip.objective(out, y, loss_fn, **more)
             optimizer.zero_grad()
             loss.backward()
-            if budget is not None:
-                budget.before_step()
             optimizer.step()
-            if budget is not None:
-                budget.after_step()
         if schedule is not None:
             schedule.step()
     return model.eval().requires_grad_(False)

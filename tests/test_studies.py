@@ -184,43 +184,6 @@ def test_pgd_stays_in_its_ball():
     assert training.score(task, data, model, moved) < training.score(task, data, model, data.x_test)
 
 
-def test_scores_of_several_draws():
-    out = torch.randn(3, 5, 2)
-    labels = torch.tensor([0, 1, 1, 0, 1])
-    one_hot = torch.nn.functional.one_hot(labels, 2).float()
-    sure = training.energy(1e3 * (2 * one_hot - 1).expand(3, 5, 2), labels)
-    assert sure.item() == pytest.approx(0.0, abs=1e-6)
-    probs = out.softmax(-1).mean(0)[range(5), labels]
-    torch.testing.assert_close(training.mixture(out, labels), -probs.log().mean())
-
-
-def test_a_held_budget_keeps_the_mean_and_moves_the_allocation():
-    task = tasks.TASKS["friedman"]
-    data = tasks.split(task, 0)
-    layer, model = (
-        training.train(task, data, 0, {"budget": each, "kl": 0.0}, {"epochs": 3})
-        for each in ("layer", "model")
-    )
-    assert training.kept(layer) == pytest.approx([1.0] * 3, abs=1e-4)
-    assert layer[0].log_variance.std() > 0.05
-    noisy = [m for m in model if isinstance(m, dip.DIPLinear)]
-    moved = torch.cat([m.log_variance - m.variance.log_prior for m in noisy])
-    assert moved.mean().abs() < 1e-4
-    assert max(abs(each - 1) for each in training.kept(model)) > 0.01
-
-
-def test_the_variances_follow_the_schedule_or_do_not():
-    model = dip.convert(torch.nn.Linear(3, 2))
-    constant = {"variance_schedule": "constant"}
-    for method, wanted in (({}, [0.5, 0.5, 0.5]), (constant, [0.5, 0.5, 1.0])):
-        optimizer = torch.optim.SGD(dip.param_groups(model, lr=1.0, variance_lr=1.0))
-        schedule = training.cosine(optimizer, 4, method)
-        for _ in range(2):
-            optimizer.step()
-            schedule.step()
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(wanted)
-
-
 def test_calibration_error_and_auroc():
     probs = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
     # 0.1 / 2 + 0.1 / 2
@@ -305,7 +268,7 @@ def test_fashion_mnist_is_read_packed_or_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name",
     [
-        *("defaults", "features", "attacks", "alternatives", "uncertainty", "extrapolation"),
+        *("defaults", "features", "attacks", "uncertainty", "extrapolation"),
         *("held_back", "depth", "images", "arithmetic_paired"),
     ],
 )
