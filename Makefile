@@ -97,7 +97,7 @@ wheel-aarch64: | $(VENV)/.deps
 sdist: | $(VENV)/.deps
 	$(PY) tools/release/wheel.py --sdist-only
 
-# The wheel alone, without dependencies, in an environment that has torch and numpy only, run outside the source tree.
+# The wheel alone, without dependencies, in an environment that has torch only, run outside the source tree.
 # EXPECT=cpu after wheel-cpu; EXPECT=none WHEEL=... after wheel-pure.
 WHEEL ?= $(lastword $(wildcard dist/dipkernels-*-manylinux*_$(shell uname -m).whl))
 EXPECT ?= cuda
@@ -105,7 +105,7 @@ wheel-check:
 	test -n "$(WHEEL)" || (echo "wheel-check: there is no wheel in dist/: make wheel" && false)
 	rm -rf build/clean
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0 numpy
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEEL)
 	cp tools/release/smoke.py build/clean/smoke.py
 	root=$$PWD && cd / && "$$root/build/clean/bin/python" "$$root/build/clean/smoke.py" --expect $(EXPECT) --import-share 0.08

@@ -222,7 +222,7 @@ def _noise_now(device: torch.device) -> tuple[object, ...]:
 
 
 def _digest(values: torch.Tensor) -> str:
-    return hashlib.sha256(local(values).cpu().numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(repr(local(values).tolist()).encode()).hexdigest()[:16]
 
 
 def _shown(each: dict[str, Any]) -> str:

@@ -110,6 +110,7 @@ def env_report() -> EnvReport:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": _or_error(_triton),
+            "numpy": _version("numpy"),
             "platform": f"{platform.system()} {platform.machine()}",
         }
     )

@@ -209,7 +209,9 @@ def test_build_without_a_compiler_gives_a_package_that_works(tmp_path):
     assert not list(tmp_path.glob("dipkernels/_C*"))
     assert not (tmp_path / "dipkernels" / "removed.py").exists()
     code = """
-import warnings, torch
+import sys, warnings
+sys.modules["numpy"] = None  # not installed
+import torch
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import dipkernels as dip
@@ -220,6 +222,9 @@ with warnings.catch_warnings(record=True) as caught:
 said = [str(w.message) for w in caught if "reference path" in str(w.message)]
 assert len(said) == 1 and "pip install --no-build-isolation --no-deps --force-reinstall ." in said[0], caught
 assert layer.log_variance.grad is not None
+model = dip.convert(torch.nn.Sequential(torch.nn.Linear(8, 4)))
+dip.check(model, torch.ones(2, 8))
+dip.check_ranks(model)
 print(dip.env_report())
 """.replace("FOLDER", repr(str(tmp_path)))
     status, output = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))

@@ -23,6 +23,7 @@ def test_the_report_names_versions_kernels_and_threads():
         "dipkernels",
         "python",
         "triton",
+        "numpy",
         "library",
         "kernels on cpu",
         "kernels on cuda",

@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -93,7 +93,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
         if t.device.type not in ("cpu", "meta")
     }
     kind = next(iter(devices)).type if devices else "cuda"
-    states = random.getstate(), np.random.get_state()
+    # where nobody has imported it, there is no state that a seed has set
+    numpy_random = sys.modules.get("numpy.random")
+    states = random.getstate(), numpy_random and numpy_random.get_state()
     with (
         kept_modes(model),
         torch.random.fork_rng([d.index or 0 for d in devices], device_type=kind),
@@ -104,7 +106,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])
+            if numpy_random:
+                numpy_random.set_state(states[1])
             for module, name, buffer in buffers:
                 module._buffers[name] = buffer
 

@@ -119,7 +119,7 @@ def generator_digest(device: str | torch.device) -> str:
     """Of the state of the device's default generator, which decides its next draw."""
     on_gpu = torch.device(device).type == "cuda"
     state = torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
-    return hashlib.sha256(state.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(bytes(state.tolist())).hexdigest()
 
 
 # ---- graphs that keep no noise -------------------------------------------------------------------

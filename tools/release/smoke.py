@@ -1,5 +1,5 @@
-"""Does the installed package work?  Run it in an environment with the wheel, torch and numpy,
-outside the source tree:
+"""Does the installed package work?  Run it in an environment with the wheel and torch, outside
+the source tree:
 
     cd /tmp && python smoke.py [--expect cpu|cuda|none] [--import-share 0.08]
 
