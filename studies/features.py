@@ -55,8 +55,6 @@ SEARCH: dict[str, list[dict[str, Any]]] = {
 PROFILES = ("frozen", "shuffled", "levelled")  # of the chosen learned setting
 METHODS = ("plain", *SEARCH, *PROFILES)
 SCORES = ("clean", "pgd", "noise")
-OPTIONS = {"ratio": "ratio", "kl": "kl", "variance_rate": "rate"}  # as a table names them
-OPTIONS |= {name: name for name in ("side", "beta", "severity", "weight")}
 # In the figures, with what tells them apart; plain lies too far off.
 SHOWN = {
     "isotropic": "one sigma for a layer",
@@ -113,9 +111,10 @@ def chosen(
     out: Path,
     workers: int,
     seeds: int = 2,
+    score: Callable[[dict[str, Any]], float] = total,
 ) -> dict[str, dict[str, Any]]:
-    """Of each method the setting of the best mean over seeds that the test does not use, by
-    part({**case, "method", "stage": "search", "seed", "options"})."""
+    """Of each method the setting of the largest mean score over seeds that the test does not use,
+    by part({**case, "method", "stage": "search", "seed", "options"})."""
     keys = [
         {**case, "method": method, "stage": "search", "seed": 100 + seed, "options": options}
         for method, settings in search.items()
@@ -126,7 +125,7 @@ def chosen(
     for result in parts.run(part, keys, out, workers):
         by_setting = scores.setdefault(result["method"], {})
         name = json.dumps(result["options"])
-        by_setting[name] = by_setting.get(name, 0.0) + total(result)
+        by_setting[name] = by_setting.get(name, 0.0) + score(result)
     return {method: json.loads(max(s, key=lambda name: s[name])) for method, s in scores.items()}
 
 
@@ -160,8 +159,11 @@ def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
 
 
 def named(options: dict[str, Any]) -> str:
-    """A setting as a table has it."""
-    return ", ".join(f"{name} {options[key]:g}" for key, name in OPTIONS.items() if key in options)
+    """A setting as a table has it: its numbers."""
+    numbers = {key: v for key, v in options.items() if not isinstance(v, (bool, str))}
+    return ", ".join(
+        f"{key.removeprefix('variance_').replace('_', ' ')} {v:g}" for key, v in numbers.items()
+    )
 
 
 def table(results: dict[str, Any]) -> str:

@@ -26,7 +26,6 @@ that FASHION_MNIST names.
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from features import SEARCH as TABLES
 from features import chosen, named, validation
-from tables import interval, markdown, signed, verdict
+from tables import compared, markdown
 from tasks import TASKS, Split, Task, ViT, split
 from torch import Tensor, nn
 from training import M, evaluate, kept, optimiser, prepare
@@ -316,31 +315,17 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
             case.setdefault(method, {})[r["seed"]] = scores
     rows: dict[str, Any] = {}
     for name, by_method in runs.items():
-        for method in METHODS:
-            if method not in by_method:
-                continue
-            row: dict[str, Any] = {"options": settings.get((name, method), {})}
-            for score in SCORES:
-                of = {m: {s: v[score] for s, v in seeds.items()} for m, seeds in by_method.items()}
-                row[score] = {"mean": statistics.fmean(of[method].values())}
-                for base, sign in (("plain", 1), ("learned", -1)):
-                    if base not in of:
-                        continue
-                    pairs = [sign * (of[method][s] - of[base][s]) for s in of[method]]
-                    mean, half = interval(pairs)
-                    row[score][base] = {
-                        "mean": mean,
-                        "half_width": half if len(pairs) > 1 else None,
-                        "verdict": verdict(pairs),
-                        "text": signed(pairs),
-                    }
-            rows.setdefault(name, {})[method] = row
+        ordered = {method: by_method[method] for method in METHODS if method in by_method}
+        better = dict.fromkeys(SCORES, (1, 1))
+        rows[name] = compared(ordered, better, {"plain": 1, "learned": -1})
+        for method, row in rows[name].items():
+            row["options"] = settings.get((name, method), {})
     return rows
 
 
 def cell(row: dict[str, Any], score: str, base: str, bare: bool) -> str:
     bare = bare or base not in row[score]
-    return f"{row[score]['mean']:.1f}" + ("" if bare else f" ({row[score][base]['text']})")
+    return row[score]["text"] + ("" if bare else f" ({row[score][base]['text']})")
 
 
 def report(rows: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ COMMANDS = (
     "held_back.py",
     "features.py",
     "extrapolation.py",
-    "uncertainty.py --seeds 3",
+    "uncertainty.py",
     "depth.py",
     "arithmetic_paired.py",
     'attacks.py --seeds 5 --tasks "digits MLP"',

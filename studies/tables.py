@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Student's t, two-sided 95 %, by degrees of freedom; beyond, the normal's 1.96 is near enough.
 _T = (
@@ -52,6 +53,40 @@ def signed(differences: Sequence[float], digits: int = 1) -> str:
         if math.isfinite(half)
         else f"{mean:+.{digits}f}"
     )
+
+
+def compared(
+    runs: Mapping[str, Mapping[int, Mapping[str, float]]],
+    scores: Mapping[str, tuple[int, int]],
+    bases: Mapping[str, int],
+) -> dict[str, Any]:
+    """Of each method the mean scores, and their paired differences to some of the methods.
+
+    Args:
+        runs: {method: {seed: {score: value}}}.
+        scores: {score: (1 if more is better, -1 if less, digits)}.
+        bases: {method: 1 for the others minus it, -1 for it minus them}; what has not run is left
+            out.
+    """
+    rows: dict[str, Any] = {}
+    for method, by_seed in runs.items():
+        row = rows.setdefault(method, {})
+        for score, (better, digits) in scores.items():
+            mean = statistics.fmean(run[score] for run in by_seed.values())
+            row[score] = {"mean": mean, "text": f"{mean:.{digits}f}"}
+            for base in (each for each in bases if each in runs):
+                pairs = [
+                    bases[base] * (run[score] - runs[base][seed][score])
+                    for seed, run in by_seed.items()
+                ]
+                mean, half = interval(pairs)
+                row[score][base] = {
+                    "mean": mean,
+                    "half_width": half if len(pairs) > 1 else None,
+                    "verdict": verdict([better * each for each in pairs]),
+                    "text": signed(pairs, digits),
+                }
+    return rows
 
 
 _NUMBER = re.compile(r"([-+]?\d+(?:\.\d+)?)(?: ± (\d+(?:\.\d+)?))? ?\??(?: \(.*\))?")

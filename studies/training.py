@@ -54,7 +54,10 @@ def optimiser(model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimiz
     rate = settings.get("variance_rate")
     learns = rate is not None and bool(dip_layers(model))
     groups = dip.param_groups(
-        model, lr=lr, weight_decay=0.01, variance_lr=rate * lr if learns else None
+        model,
+        lr=lr,
+        weight_decay=settings.get("weight_decay", 0.01),
+        variance_lr=rate * lr if learns else None,
     )
     return torch.optim.SGD(groups, momentum=0.9) if name == "SGD" else torch.optim.AdamW(groups)
 

@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import augmix
+import extrapolation
 import features
 import images
 import parts
@@ -38,6 +39,20 @@ def test_intervals_are_students_and_undecided_where_they_hold_zero():
     assert tables.verdict([1.0, 1.1, 0.9]) == "better"
     assert tables.verdict([-1.0, -1.1, -0.9]) == "worse"
     assert tables.verdict([5.0]) == "undecided"
+
+
+def test_methods_are_compared_by_seed_and_by_what_is_better():
+    runs = {
+        "plain": {0: {"nll": 1.0}, 1: {"nll": 3.0}},
+        "other": {1: {"nll": 2.0}, 0: {"nll": 0.1}},
+    }
+    row = tables.compared(runs, {"nll": (-1, 2)}, {"plain": 1, "other": -1, "absent": 1})
+    assert row["other"]["nll"]["text"] == "1.05" and set(row["other"]["nll"]) >= {"plain", "other"}
+    assert row["other"]["nll"]["plain"]["mean"] == pytest.approx(-0.95)
+    assert row["plain"]["nll"]["other"]["mean"] == pytest.approx(-0.95)
+    assert row["other"]["nll"]["plain"]["verdict"] == "better"
+    assert row["other"]["nll"]["plain"]["text"] == "-0.95 ± 0.64"
+    assert "absent" not in row["plain"]["nll"]
 
 
 def test_tables_are_drawn_with_their_intervals(tmp_path):
@@ -129,7 +144,42 @@ def test_a_search_never_sees_test_data():
     assert len(inner.x) < len(data.x) == task.train
 
 
-def test_a_search_takes_the_best_mean_over_seeds_of_its_own(tmp_path):
+def test_a_search_has_the_labels_at_hand(monkeypatch):
+    seen = []
+    monkeypatch.setattr(uncertainty, "train", lambda task, data, *rest: seen.append(data))
+    monkeypatch.setattr(uncertainty.dip, "predict", lambda model, x, k: torch.ones(len(x), 3) / 3)
+    key = {"task": "classes 20", "share": 0.4, "epochs": 0, "method": "plain", "options": None}
+    assert uncertainty.part({**key, "stage": "search", "seed": 100}).keys() == {"nll"}
+    whole, _ = uncertainty.without_last_class(tasks.split(tasks.TASKS["classes 20"], 100))
+    noisy = uncertainty.mislabelled(whole, 0.4, 100)
+    (inner,) = seen
+    assert torch.equal(torch.cat([inner.x, inner.x_test]), whole.x)
+    assert torch.equal(torch.cat([inner.y, inner.y_test]), noisy.y)
+
+
+@pytest.mark.parametrize("method", ["plain, squared", "DIP, energy"])
+def test_a_search_stays_inside(method, monkeypatch):
+    pytest.importorskip("engression")
+    seen = []
+
+    def sampler(x, y, *how):
+        return lambda at: seen.extend((x, at)) or torch.zeros(2, len(at))
+
+    monkeypatch.setattr(extrapolation, "sampler", sampler)
+    key = {"function": "square", "steps": 1, "method": method, "options": {}, "seed": 100}
+    extrapolation.part({**key, "stage": "search"})
+    fitted, held = seen
+    assert held.max() <= extrapolation.UPPER and len(held) * 3 == len(fitted)
+    assert not torch.isin(held, fitted).any()
+    extrapolation.part({**key, "stage": "test"})
+    assert len(seen[2]) == extrapolation.COUNT and seen[5].max() > extrapolation.UPPER
+
+
+@pytest.mark.parametrize(
+    ("score", "wanted"),
+    [(features.total, [{"ratio": 2}, {"ratio": 1}]), (lambda r: -r["clean"], [{"ratio": 1}] * 2)],
+)
+def test_a_search_takes_the_best_mean_over_seeds_of_its_own(score, wanted, tmp_path):
     scores = {("a", 1): (90, 10), ("a", 2): (40, 70), ("b", 1): (5, 0)}  # of seeds 100 and 101
     seen = []
 
@@ -139,9 +189,16 @@ def test_a_search_takes_the_best_mean_over_seeds_of_its_own(tmp_path):
         return {"clean": score, "pgd": 0, "noise": 0}
 
     search = {"a": [{"ratio": 1}, {"ratio": 2}], "b": [{"ratio": 1}]}
-    best = features.chosen(part, {"case": "x"}, search, tmp_path, 1)
-    assert best == {"a": {"ratio": 2}, "b": {"ratio": 1}}
+    best = features.chosen(part, {"case": "x"}, search, tmp_path, 1, score=score)
+    assert best == dict(zip("ab", wanted, strict=True))
     assert set(seen) == {("x", "search", 100), ("x", "search", 101)}
+
+
+def test_every_method_has_as_many_settings_to_choose_from():
+    for study in (features, uncertainty, extrapolation):
+        assert {len(settings) for settings in study.SEARCH.values()} == {6}
+    kept = {"fixed": True, "where": "input", "ratio": 0.3, "variance_rate": 3.0, "noise_dim": 20}
+    assert features.named(kept) == "ratio 0.3, rate 3, noise dim 20"
 
 
 def test_every_method_on_images_has_as_many_settings_to_choose_from():
