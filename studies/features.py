@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ import figures
 import parts
 import torch
 from defaults import DOCS, TITLES
-from tables import interval, markdown, points, rows_of, signed, verdict
+from tables import compared, markdown, points, rows_of
 from tasks import TASKS, Split, Task, split
 from torch import nn
 from training import evaluate, train
@@ -137,25 +136,11 @@ def study(task: str, out: Path, workers: int, seeds: int) -> dict[str, Any]:
         for method in METHODS
         for seed in range(seeds)
     ]
-    runs: dict[str, list[dict[str, Any]]] = {}
+    runs: dict[str, dict[int, dict[str, float]]] = {method: {} for method in METHODS}
     for result in parts.run(part, keys, out, workers):
-        runs.setdefault(result["method"], []).append(result)
-    rows: dict[str, Any] = {}
-    for method in METHODS:
-        rows[method] = {"options": settings[method]}
-        for score in SCORES:
-            values = [run[score] for run in runs[method]]
-            against = [run[score] for run in runs["learned"]]
-            difference = [a - v for a, v in zip(against, values, strict=True)]
-            mean, half = interval(difference)
-            rows[method][score] = {
-                "mean": statistics.fmean(values),
-                "learned_minus": mean,
-                "half_width": half,
-                "verdict": verdict(difference),
-                "text": signed(difference),
-            }
-    return rows
+        runs[result["method"]][result["seed"]] = result
+    rows = compared(runs, dict.fromkeys(SCORES, (1, 1)), {"learned": -1})
+    return {method: {"options": settings[method], **row} for method, row in rows.items()}
 
 
 def named(options: dict[str, Any]) -> str:
@@ -171,7 +156,7 @@ def table(results: dict[str, Any]) -> str:
     for task, rows in results.items():
         for method, row in rows.items():
             cells = [
-                f"{row[s]['mean']:.1f} ({'-' if method == 'learned' else row[s]['text']})"
+                f"{row[s]['text']} ({'-' if method == 'learned' else row[s]['learned']['text']})"
                 for s in SCORES
             ]
             lines.append([task, method, *cells, named(row["options"] or {})])
