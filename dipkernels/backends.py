@@ -87,16 +87,16 @@ def _installed_elsewhere() -> Path | None:
     folder of source takes that for the package."""
     here = Path(__file__).resolve().parent
     folders = [Path(entry, "dipkernels") for entry in sys.path]
-    return next((f for f in folders if f.resolve() != here and any(f.glob("_C*.so"))), None)
+    return next((f for f in folders if f.resolve() != here and (f / "_C.so").is_file()), None)
 
 
 @functools.cache
 def library() -> Library:
-    """Load dipkernels/_C*.so once. The operations' schemas must be defined first: `ops` calls
+    """Load dipkernels/_C.so once. The operations' schemas must be defined first: `ops` calls
     this."""
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
-    if found:
-        return _loaded(str(found[0]))
+    found = Path(__file__).with_name("_C.so")
+    if found.is_file():
+        return _loaded(str(found))
     if installed := _installed_elsewhere():
         return Library(
             error="no compiled library in the folder of source from which dipkernels was imported, "

@@ -336,10 +336,12 @@ def test_cpu_capability_rejects():
 
 def test_library_that_does_not_load_says_why(fresh_library, tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
+    (tmp_path / "_C.cpython-311-x86_64-linux-gnu.so").touch()  # of another build: it sorts first
     fresh_library.setattr(backends, "__file__", str(tmp_path / "backends.py"))
     fresh_library.setattr(sys, "path", [])
     found = backends.library()
     assert not found.loaded and "torch" in found.error and "2.10" in found.error
+    assert found.path == str(tmp_path / "_C.so")
     (tmp_path / "_C.so").unlink()
     backends.library.cache_clear()
     assert "was not built" in backends.library().error

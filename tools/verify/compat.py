@@ -114,7 +114,7 @@ def main() -> int:
     )
     parser.add_argument("rest", nargs="*", help="for pytest, after --")
     args = parser.parse_args()
-    if not list((ROOT / "dipkernels").glob("_C*.so")):
+    if not (ROOT / "dipkernels" / "_C.so").is_file():
         parser.error("dipkernels/_C.so: expected the compiled library, found none: make setup")
     inside = environment(args.torch, args.python)
     report = ROOT / ".compat" / f"{args.torch}.xml"
