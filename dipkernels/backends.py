@@ -97,6 +97,12 @@ def library() -> Library:
     found = Path(__file__).with_name("_C.so")
     if found.is_file():
         return _loaded(str(found))
+    if archive := next((folder for folder in found.parents if folder.is_file()), None):
+        return Library(
+            error=f"no compiled library: dipkernels was imported from inside {archive}, and none "
+            "loads from inside a file. Install it by pip, or unpack it into a folder and put that "
+            "on sys.path (PYTHONPATH) in its place"
+        )
     if installed := _installed_elsewhere():
         return Library(
             error="no compiled library in the folder of source from which dipkernels was imported, "

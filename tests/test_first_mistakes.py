@@ -132,6 +132,10 @@ def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, 
     shutil.rmtree(site)
     backends.library.cache_clear()
     assert "it was not built" in backends.library().error
+    (wheel := tmp_path / "dipkernels.whl").touch()  # on PYTHONPATH as it is
+    fresh_library.setattr(backends, "__file__", str(wheel / "dipkernels" / "backends.py"))
+    backends.library.cache_clear()
+    assert f"imported from inside {wheel}, and none loads" in backends.library().error
 
 
 def test_a_name_with_brackets_matches_itself():
