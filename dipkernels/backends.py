@@ -87,7 +87,7 @@ def _installed_elsewhere() -> Path | None:
     folder of source takes that for the package."""
     here = Path(__file__).resolve().parent
     folders = [Path(entry, "dipkernels") for entry in sys.path]
-    return next((f for f in folders if f.resolve() != here and (f / "_C.so").is_file()), None)
+    return next((f for f in folders if f.resolve() != here and os.path.isfile(f / "_C.so")), None)
 
 
 @functools.cache
@@ -95,9 +95,9 @@ def library() -> Library:
     """Load dipkernels/_C.so once. The operations' schemas must be defined first: `ops` calls
     this."""
     found = Path(__file__).with_name("_C.so")
-    if found.is_file():
+    if os.path.isfile(found):
         return _loaded(str(found))
-    if archive := next((folder for folder in found.parents if folder.is_file()), None):
+    if archive := next((f for f in found.parents if os.path.isfile(f)), None):
         return Library(
             error=f"no compiled library: dipkernels was imported from inside {archive}, and none "
             "loads from inside a file. Install it by pip, or unpack it into a folder and put that "

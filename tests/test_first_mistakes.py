@@ -1,5 +1,7 @@
 """What a newcomer gets wrong in the first hour is answered in a newcomer's words."""
 
+import functools
+import os
 import shutil
 
 import pytest
@@ -119,6 +121,12 @@ def test_save_without_a_config_says_how_to_save(tmp_path):
         dip.save(dip.convert(network()), tmp_path)
 
 
+def refused(stat, folder, path, *args, **options):
+    if str(path).startswith(folder):
+        raise PermissionError(13, "Permission denied", path)
+    return stat(path, *args, **options)
+
+
 def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, fresh_library):
     """Python was started in the clone, whose package has no kernels, after pip install."""
     source, site = tmp_path / "clone" / "dipkernels", tmp_path / "site" / "dipkernels"
@@ -132,6 +140,10 @@ def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, 
     shutil.rmtree(site)
     backends.library.cache_clear()
     assert "it was not built" in backends.library().error
+    with fresh_library.context() as unreadable:  # another user's folder is on PYTHONPATH
+        unreadable.setattr(os, "stat", functools.partial(refused, os.stat, str(site)))
+        backends.library.cache_clear()
+        assert "it was not built" in backends.library().error
     (wheel := tmp_path / "dipkernels.whl").touch()  # on PYTHONPATH as it is
     fresh_library.setattr(backends, "__file__", str(wheel / "dipkernels" / "backends.py"))
     backends.library.cache_clear()
