@@ -15,6 +15,9 @@ from . import backends
 
 # What Triton's own code reads, at the first call on a GPU; backends reads the others.
 _VALUES = {"DIPKERNELS_AUTOTUNE": ("0", "1")}
+# All that docs/environment.md has, without DIPKERNELS_; and what its own tests and checks set.
+_KNOWN = ("CPU", "CUDA", "CUDA_ARCHS", "BACKEND", "COMPILED_KEEP", "CPU_CAPABILITY", "AUTOTUNE")
+_KNOWN += ("TEST_SEED", "TEST_ORDER", "GPU_CHECK")
 _VARIABLES = ("TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -64,11 +67,16 @@ def _library() -> dict[str, object]:
 
 
 def _bad_variables() -> list[str]:
-    """What is wrong with the values of this package's variables."""
+    """What is wrong with the names and values of this package's variables."""
     problems = list(backends.bad_variables.values())
     for name, values in _VALUES.items():
         if (value := os.environ.get(name)) and value not in values:
             problems.append(f"{name}: expected one of {values}, got {value!r}")
+    for name in sorted(os.environ):
+        if name.startswith("DIPKERNELS_") and name.removeprefix("DIPKERNELS_") not in _KNOWN:
+            problems.append(
+                f"{name}: expected DIPKERNELS_ and one of {_KNOWN[:7]}; nothing reads it"
+            )
     return problems
 
 

@@ -1,9 +1,11 @@
 """env_report: complete, printable, and never the thing that fails."""
 
 import os
+import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import fresh_support
 import pytest
@@ -33,9 +35,17 @@ def test_the_report_names_versions_kernels_and_threads():
 
 
 def test_the_report_shows_the_variables_that_are_set(monkeypatch):
-    monkeypatch.setenv("DIPKERNELS_SOMETHING", "7")
-    assert env_report()["environment"]["DIPKERNELS_SOMETHING"] == "7"
-    assert "DIPKERNELS_SOMETHING=7" in str(env_report())
+    """Those that nothing reads by name, such as a mistyped one."""
+    listed = (Path(__file__).parent.parent / "docs" / "environment.md").read_text()
+    for name in set(re.findall(r"^\|.*?`(DIPKERNELS_\w+)`", listed, re.MULTILINE)):
+        monkeypatch.setenv(name, "")
+    assert "bad variables" not in env_report()
+    monkeypatch.setenv("DIPKERNELS_BACKND", "7")
+    report = env_report()
+    assert report["environment"]["DIPKERNELS_BACKND"] == "7"
+    assert "DIPKERNELS_BACKND=7" in str(report)
+    (problem,) = report["bad variables"]
+    assert problem.startswith("DIPKERNELS_BACKND: expected DIPKERNELS_ and one of ('CPU',")
 
 
 def test_a_loaded_library_shows_what_it_carries(monkeypatch):
