@@ -103,11 +103,11 @@ def cuda_archs(nvcc=None):
     return archs
 
 
-def command(name, default):
+def command(name, default, behind=""):
     """The path of a compiler: of the one that the variable `name` asks for, else of `default`, or
-    None."""
+    None. behind: a folder to look in after those of PATH."""
     asked = os.environ.get(name)
-    found = shutil.which(asked or default)
+    found = shutil.which(asked or default) or shutil.which(asked or default, path=behind)
     if asked and found is None:
         raise SystemExit(
             f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "
@@ -135,7 +135,9 @@ def find_torch():
 
 def plan():
     """(cpu, cuda, compiler, nvcc): what is built, and why, said aloud."""
-    compiler, nvcc = command("CXX", "g++"), command("NVCC", "nvcc")
+    compiler = command("CXX", "g++")
+    # as torch does: where CUDA's installer puts it
+    nvcc = command("NVCC", "nvcc", f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin")
     cpu, cuda = wanted("DIPKERNELS_CPU"), wanted("DIPKERNELS_CUDA")
     if compiler is None or "linux" not in target(compiler):
         if cpu or cuda:
@@ -150,7 +152,9 @@ def plan():
         return False, False, None, None
     cuda_archs()
     if cuda and nvcc is None:
-        raise SystemExit("DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH)")
+        raise SystemExit(
+            "DIPKERNELS_CUDA=1 was asked for, but there is no nvcc (NVCC, PATH, CUDA_HOME)"
+        )
     cpu = cpu is not False
     if cuda is None:
         torch = find_torch()

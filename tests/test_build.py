@@ -32,7 +32,10 @@ def setup_py(*arguments, **environment):
     "environment, expected",
     [
         (dict(DIPKERNELS_CUDA="yes"), "DIPKERNELS_CUDA: expected 0, 1 or nothing, got 'yes'"),
-        (dict(DIPKERNELS_CUDA="1", CXX=shutil.which("g++") or "", PATH=""), "there is no nvcc"),
+        (
+            dict(DIPKERNELS_CUDA="1", CXX=shutil.which("g++") or "", PATH="", CUDA_HOME="/none"),
+            "there is no nvcc",
+        ),
         ({**NO_COMPILER, "DIPKERNELS_CPU": "1"}, "there is no C++ compiler"),
         # once a pure Python install, of which pip showed nothing
         (dict(CXX="ccache g++"), "CXX: expected one command, without arguments"),
@@ -188,6 +191,16 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys)
     assert "knows no sm_100 sm_120: left out" in capsys.readouterr().out
     monkeypatch.setenv("DIPKERNELS_CUDA_ARCHS", "90 120")
     assert module["cuda_archs"](str(nvcc)) == ["90", "120"]
+
+
+def test_an_nvcc_that_is_not_on_the_path_is_found_where_torch_finds_it(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name, text in (("bin/nvcc", "#!/bin/sh\n"), ("c++", COMPILER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    found = dict(PATH="", NVCC="", CXX=str(tmp_path / "c++"), CUDA_HOME=str(tmp_path))
+    status, output = setup_py("--version", DIPKERNELS_CPU="", DIPKERNELS_CUDA="", **found)
+    assert status == 0 and f"(nvcc {tmp_path / 'bin' / 'nvcc'}, torch" in output
 
 
 @pytest.mark.slow
