@@ -174,7 +174,7 @@ def cpu_capability(name: str | None = None) -> str:
         wanted = os.environ.get("DIPKERNELS_CPU_CAPABILITY")
         raise RuntimeError(
             f"DIPKERNELS_CPU_CAPABILITY: expected one of {(*CAPABILITIES, 'auto')} that this "
-            f"machine has, got {wanted!r}"
+            f"machine has, got {wanted!r}; unset it for the best of them"
         )
     return CAPABILITIES[current]
 

@@ -142,7 +142,12 @@ LAYER = "import dipkernels as d, torch; d.DIPLinear(2, 2)(torch.ones(1, 2))"
         ("COMPILED_KEEP", "u", "print(b.kept_when_compiled * 3)", "uuu"),
         ("COMPILED_KEEP", "both", LAYER, "DIPKERNELS_COMPILED_KEEP: expected 'x', 'u' or 'bytes'"),
         ("CPU_CAPABILITY", "portable", "print(b.cpu_capability())", "portable"),
-        ("CPU_CAPABILITY", "sse9", "b.cpu_capability()", "DIPKERNELS_CPU_CAPABILITY: expected"),
+        (
+            "CPU_CAPABILITY",
+            "sse9",
+            "b.cpu_capability()",
+            "expected one of ('portable', 'avx2', 'avx512', 'auto') that this machine has, got 'sse9'; unset it",
+        ),
         ("CPU_CAPABILITY", "sse9", LAYER, "DIPKERNELS_CPU_CAPABILITY: expected"),
     ],
 )
@@ -239,7 +244,9 @@ class TestDispatch:
             if wanted in offered and set(offered[wanted]) <= set(features):
                 assert said == wanted
             else:
-                assert "DIPKERNELS_CPU_CAPABILITY: expected auto" in said
+                names = ", ".join(name for name in offered if {*offered[name]} <= {*features})
+                says = f"DIPKERNELS_CPU_CAPABILITY: expected auto, {names}, which run here, got "
+                assert said == f"{says}'{wanted}'; unset it for the best of them"
 
 
 # ---- a forced backend that cannot run: the import is quiet, the first call is clear --------------

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "../launch.h"
 #include "dispatch.h"
@@ -11,9 +12,6 @@ namespace dip {
 namespace {
 
 const char* const kNames[] = {"portable", "avx2", "avx512"};
-const char* const kUnknownCapability =
-    "DIPKERNELS_CPU_CAPABILITY: expected auto, portable, avx2 or avx512, and one that this machine "
-    "offers";
 
 bool offered(int capability) {
 #ifdef DIP_HAS_X86
@@ -42,6 +40,19 @@ int initial() {
   return -1;
 }
 
+// What is wrong with the variable.
+const char* refusal() {
+  static const std::string text = [] {
+    std::string offers;
+    for (int c = 0; c < 3; ++c)
+      if (offered(c)) offers += std::string(", ") + kNames[c];
+    const char* wanted = std::getenv("DIPKERNELS_CPU_CAPABILITY");
+    return "DIPKERNELS_CPU_CAPABILITY: expected auto" + offers + ", which run here, got '" +
+           (wanted ? wanted : "") + "'; unset it for the best of them";
+  }();
+  return text.c_str();
+}
+
 std::atomic<int>& current() {
   static std::atomic<int> capability{initial()};
   return capability;
@@ -53,7 +64,7 @@ using Kernel = const char* (*)(const Args&, ParallelFor);
 template <class Args>
 const char* run(const Kernel<Args>* kernels, const Args& args, ParallelFor parallel_for) {
   const int capability = cpu_capability();  // one that is offered, or -1
-  return capability < 0 ? kUnknownCapability : kernels[capability](args, parallel_for);
+  return capability < 0 ? refusal() : kernels[capability](args, parallel_for);
 }
 
 }  // namespace
