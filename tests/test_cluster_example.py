@@ -80,7 +80,12 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
         ]
         process = subprocess.Popen(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                "LOGLEVEL": "INFO",  # torchrun tells of a restart
+            },
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -99,7 +104,8 @@ def test_torchrun_restarts_a_killed_worker_and_ends_with_the_same_weights(tmp_pa
         assert process.returncode == 0, text
         finals.append(torch.load(out / "final.pt"))
         if kill:
-            assert "Sigkill" in text or "SIGKILL" in text or "-9" in text, text
+            # Not -9: torchrun shows the exit code of one worker, and the other dies of the loss.
+            assert "will restart worker group" in text, text
     for name in finals[0]:
         assert torch.equal(finals[0][name], finals[1][name]), name
 
