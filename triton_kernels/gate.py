@@ -20,10 +20,11 @@ from .tiles import (
 )
 
 
-def _resources(dtype):
-    """Warps, twice as many for float64, whose tiles of channels are no smaller; and all registers,
-    which the compiler would now and then rather spill than take."""
-    return {"num_warps": 8 if dtype is torch.float64 else 4, "maxnreg": 255}
+def _resources(tile, dtype):
+    """Warps, twice as many for channels, of which a thread would hold too many, and for float64;
+    and all registers, which the compiler would now and then rather spill than take."""
+    wide = tile.rows_last or dtype is torch.float64
+    return {"num_warps": 8 if wide else 4, "maxnreg": 255}
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def gate(a, b, sigma, seed, dim, row0, col0, sample, factor, log_variance, activ
             ACTIVATION=activation,
             LOG_VARIANCE=log_variance,
             **tile.constants(),
-            **_resources(a.dtype),
+            **_resources(tile, a.dtype),
         )
     return u
 
@@ -160,7 +161,7 @@ def gate_bwd(du, a, b, sigma, seed, dim, row0, col0, sample, factor, log_varianc
             sample,
             ACTIVATION=activation,
             **tile.constants(),
-            **_resources(a.dtype),
+            **_resources(tile, a.dtype),
         )
     if sigma is not None:
         column_sum(dsigma, partial, sigma.contiguous(), factor, log_variance)
