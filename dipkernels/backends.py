@@ -87,7 +87,7 @@ def _installed_elsewhere() -> Path | None:
     folder of source takes that for the package."""
     here = Path(__file__).resolve().parent
     folders = [Path(entry, "dipkernels") for entry in sys.path]
-    return next((f for f in folders if f.resolve() != here and os.path.isfile(f / "_C.so")), None)
+    return next((f for f in folders if os.path.isfile(f / "_C.so") and f.resolve() != here), None)
 
 
 @functools.cache

@@ -142,6 +142,10 @@ def test_a_folder_of_source_that_hides_the_installed_package_is_named(tmp_path, 
     assert "it was not built" in backends.library().error
     with fresh_library.context() as unreadable:  # another user's folder is on PYTHONPATH
         unreadable.setattr(os, "stat", functools.partial(refused, os.stat, str(site)))
+        (gone := tmp_path / "gone").mkdir()
+        unreadable.chdir(gone)
+        unreadable.setattr("sys.path", ["", str(site.parent)])
+        gone.rmdir()  # Python was started in a folder that is there no more
         backends.library.cache_clear()
         assert "it was not built" in backends.library().error
     (wheel := tmp_path / "dipkernels.whl").touch()  # on PYTHONPATH as it is
