@@ -292,7 +292,11 @@ class NinjaBuild(build_ext):
             (folder / name).symlink_to(target, target_is_directory=True)
         (folder / "build.ninja").write_text(ninja_file(cpu, cuda, compiler, nvcc))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([find_ninja(), "-C", str(folder), *jobs], check=True)
+        if subprocess.run([find_ninja(), "-C", str(folder), *jobs]).returncode:
+            raise SystemExit(
+                "dipkernels build: a command above failed. Where the compiler was killed, memory "
+                "ran out: set MAX_JOBS=1"
+            )
 
 
 class PlatformWheel(bdist_wheel):

@@ -177,6 +177,12 @@ def test_every_command_of_the_build_finds_its_files_in_any_folder(odd_checkout, 
         ):
             assert status == 0, output
     assert (odd_checkout / "dipkernels" / "_C.so").read_text() == "made\n"
+    killed = "echo g++: fatal error: Killed signal terminated program cc1plus; exit 1\n"
+    compiler.rename(other := tmp_path / "g++")
+    other.write_text(COMPILER.replace("mkdir", f"{killed}mkdir"))
+    status, output = build_in(odd_checkout, CXX=str(other))
+    assert status != 0 and "Killed signal" in output and "Traceback" not in output
+    assert "memory ran out: set MAX_JOBS=1" in output
 
 
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path, monkeypatch, capsys):
