@@ -123,16 +123,17 @@ def _loaded(path: str) -> Library:
         return Library(path, error)
     try:
         torch.ops.load_library(path)
-        said = c_functions(path).dip_build_info().decode(errors="replace")
+        built = c_functions(path).dip_build_info().decode(errors="replace")
     except (OSError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = str(error.__cause__ or error)  # torch's own words name the file alone
+        reason = said.splitlines()[0] if said else type(error).__name__
         return Library(
             path,
             f"{reason}: {found} on {platform.machine()}, the compiled library needs an unmodified "
             "torch >= 2.10 and the machine it was built for: pip install --force-reinstall "
             "--no-deps dipkernels",
         )
-    info = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    info = dict(line.split("=", 1) for line in built.splitlines() if "=" in line)
     if info.get("interface") != INTERFACE:
         return Library(
             path,

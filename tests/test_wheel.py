@@ -208,7 +208,8 @@ def test_torch_too_old_is_named_before_the_library_is_loaded(fresh_library):
 
 def test_library_that_does_not_load_is_one_line(fresh_library, tmp_path):
     def load(path):
-        raise OSError("undefined symbol: aoti_torch_new\nmore\nlines")
+        cause = OSError("undefined symbol: aoti_torch_new\nmore\nlines")
+        raise OSError(f"Could not load this library: {path}") from cause  # as torch does
 
     fresh_library.setattr(torch.ops, "load_library", load)
     error = backends.library().error
