@@ -46,9 +46,12 @@ const char* refusal() {
     std::string offers;
     for (int c = 0; c < 3; ++c)
       if (offered(c)) offers += std::string(", ") + kNames[c];
-    const char* wanted = std::getenv("DIPKERNELS_CPU_CAPABILITY");
+    const char* set = std::getenv("DIPKERNELS_CPU_CAPABILITY");
+    std::string wanted = set ? set : "";
+    for (char& c : wanted)
+      if (c < ' ' || c > '~') c = '?';  // Python takes a message for UTF-8
     return "DIPKERNELS_CPU_CAPABILITY: expected auto" + offers + ", which run here, got '" +
-           (wanted ? wanted : "") + "'; unset it for the best of them";
+           wanted + "'; unset it for the best of them";
   }();
   return text.c_str();
 }
