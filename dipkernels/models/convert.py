@@ -94,7 +94,8 @@ def convert(
             without noise: in eval mode to learn the number of features, in both modes to see which
             layer reads which tensor.
         num_samples: As for DIPLinear.
-        keep: As for DIPLinear; only for linear layers.
+        keep: As for DIPLinear; only for linear layers that share no draw. Those that do keep one u
+            for all of them.
 
     Returns:
         The model; its DIP layers are numbered 0, 1, ... An optimiser made before this call does
