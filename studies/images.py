@@ -248,9 +248,9 @@ def part(key: dict[str, Any]) -> dict[str, Any]:
     return {"scores": scores}
 
 
-def strengths(model: str) -> dict[str, float]:
+def strengths() -> dict[str, float]:
     """The least ones, on a grid, with which plain training loses DROP points on clean images."""
-    task = bench(model, 1000)
+    task = bench("cnn", 1000)
     data = split(task, STRENGTH_SEED)
 
     def clean(training: str, strength: float) -> float:
@@ -403,13 +403,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="two methods, one seed, one epoch")
     args = parser.parse_args(arguments)
     if args.strengths:
-        print(strengths("cnn"))
+        print(strengths())
         return {}
     epochs = 0
     if args.quick:
         args.model, args.images, args.seeds, epochs = ["cnn"], [1000], 1, 1
         args.methods = ["plain", "learned"]
     asked = cases(args.model, args.images, args.trainings, epochs)
+    if not asked:
+        parser.error("--trainings: expected tuned, or others of the CNN on 1,000 images")
     found = [study(case, args.methods, args.seeds, args.out, args.workers) for case in asked]
     rows = summarise([result for results in found for result in results])
     text = report(rows)

@@ -215,6 +215,12 @@ def test_every_method_on_images_has_as_many_settings_to_choose_from():
         assert len(set(sums)) == len(tried) > 1, method
 
 
+def test_a_table_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        images.main(["--model", "vit", "--trainings", "Gaussian"])
+    assert "--trainings: expected tuned, or others of the CNN" in capsys.readouterr().err
+
+
 def test_methods_of_a_seed_share_weights_and_start():
     task = tasks.TASKS["iris"]
     data = tasks.split(task, 0)
@@ -239,6 +245,16 @@ def test_pgd_stays_in_its_ball():
     assert (moved - data.x_test).abs().max() <= task.eps + 1e-6
     assert moved.min() >= 0 and moved.max() <= 1
     assert training.score(task, data, model, moved) < training.score(task, data, model, data.x_test)
+
+
+def test_the_variances_follow_the_schedule():
+    model = dip.convert(torch.nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(dip.param_groups(model, lr=1.0, variance_lr=1.0))
+    schedule = training.cosine(optimizer, 4)
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_calibration_error_and_auroc():
