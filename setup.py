@@ -107,7 +107,8 @@ def command(name, default, behind=""):
     """The path of a compiler: of the one that the variable `name` asks for, else of `default`, or
     None. behind: a folder to look in after those of PATH."""
     asked = os.environ.get(name)
-    found = shutil.which(asked or default) or shutil.which(asked or default, path=behind)
+    compiler = asked or default
+    found = shutil.which(compiler) or shutil.which(compiler, path=behind)
     if asked and found is None:
         raise SystemExit(
             f"{name}: expected one command, without arguments, that is there, got {asked!r}; for "

@@ -87,6 +87,7 @@ def _installed_elsewhere() -> Path | None:
     folder of source takes that for the package."""
     here = Path(__file__).resolve().parent
     folders = [Path(entry, "dipkernels") for entry in sys.path]
+    # Path.is_file raises where a folder may not be read, and resolve where the current one is gone
     return next((f for f in folders if os.path.isfile(f / "_C.so") and f.resolve() != here), None)
 
 
