@@ -4,7 +4,7 @@ the KL term, L the number of layers, as `calibrate` sets it, against sqrt(4 / L)
     python studies/depth.py          writes out/studies/depth/{summary.json,table.md,table*.svg}
     python studies/depth.py --quick  a short training of the smaller network: does it run?
 
-Digits: an MLP of nine layers and a ViT of four blocks, AdamW, the scores of defaults.py. About 15
+Digits: an MLP of nine layers and a ViT of four blocks, AdamW, the scores of defaults.py. Six
 minutes of one core.
 """
 

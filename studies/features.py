@@ -8,7 +8,7 @@ shuffled and levelled ones.
 Every method has the same number of settings to choose from, tried on validation data that is no
 part of training or test. frozen, shuffled and levelled train anew with fixed variances that take
 the learned ones' place: as they are, shuffled among a layer's features, or their geometric mean.
-About twenty minutes of one core.
+A quarter of an hour of one core.
 """
 
 from __future__ import annotations

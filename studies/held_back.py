@@ -12,7 +12,7 @@ that start and kl 0.1, and the same sigma fixed; by AdamW at a constant rate, wi
 SGD. The last seven of the twenty were added after kl 0.4 and its pull had been chosen; the others
 were looked at meanwhile.
 The strengths come from a rule, not from taste: of what plain training of another seed knows beyond
-guessing, PGD leaves half and noise two thirds. About forty minutes of one core.
+guessing, PGD leaves half and noise two thirds. About twenty-five minutes of one core.
 """
 
 from __future__ import annotations

@@ -29,23 +29,23 @@ FOLDER = Path(__file__).parent
 # folders.
 COMMANDS = (
     "images.py --model vit --out out/studies/images_vit",
-    "images.py --model cnn",
-    "defaults.py",
     "vision.py --page out/vision/results.md",
     "arithmetic.py --page out/arithmetic/results.md",
-    "held_back.py",
-    "features.py",
+    "images.py --model cnn",
+    "defaults.py",
     "extrapolation.py",
-    "uncertainty.py",
-    "depth.py",
-    "arithmetic_paired.py",
-    'attacks.py --seeds 5 --tasks "digits MLP"',
+    "held_back.py",
     "held_back.py --batch-norm --out out/studies/batch_norm",
+    "features.py",
+    "arithmetic_paired.py",
+    "uncertainty.py",
+    "where_to_average.py --networks ViT --epochs 3 --out out/where_to_average_vit",
     'held_back.py --tasks mnist1d hastie "friedman 3" --methods default "start 0.3" '
     '--trainings "SGD, 3 x" "AdamW, cosine, 3 x" --out out/studies/longer',
+    "depth.py",
+    'attacks.py --seeds 5 --tasks "digits MLP"',
     'defaults.py --trainings AdamW --seeds 2 --tasks friedman cover "digits MLP" --methods default '
     '"fixed 0.15" "fixed 0.3" "fixed 0.6" "fixed 1" "fixed 1.5" --out out/studies/ratio',
-    "where_to_average.py --networks ViT --epochs 3 --out out/where_to_average_vit",
     "where_to_average.py --networks MLP",
 )
 
