@@ -1,7 +1,7 @@
 """Chains of sums with worked steps: a small Llama from scratch, then one epoch of LoRA; DIP against
 six baselines.
 
-    python studies/arithmetic.py  both stages, about 35 minutes; goes on where it was stopped
+    python studies/arithmetic.py  both stages, about half an hour; goes on where it was stopped
     python studies/arithmetic.py --stages LoRA  one of them (the other may run in another process)
     python studies/arithmetic.py --parts report  tables and figures from the stored results
     python studies/arithmetic.py --figures  figures alone, from docs/results/arithmetic.json
