@@ -56,7 +56,9 @@ def measure(
     """Rows of the two tables."""
     analytic_rows, mean_rows = [], []
     for dtype in dtypes:
-        x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
+        x = torch.randn(m, k).to(dtype).requires_grad_()
+        # as small as those of a mean loss: a tail times one must be no subnormal number
+        dy = (torch.randn(m, n) / (m * n)).to(dtype)
         weight = (torch.randn(n, k) / k**0.5).to(dtype).requires_grad_()
         bias = torch.randn(n).to(dtype).requires_grad_()
         sigma = torch.full((k,), 0.1).requires_grad_()

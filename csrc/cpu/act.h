@@ -28,7 +28,6 @@ DIP_HD Act<float> act(float x) {
   } else if constexpr (kKind == kGeluActivation) {
     float a = x, density, tail;
     normal(a, &density, &tail);
-    tail = __builtin_fabsf(x) >= 12.5f ? 0.0f : tail;
     const float cdf = x < 0 ? tail : 1.0f - tail;
     return {x * cdf, fma_of(a, density, cdf)};
   } else if constexpr (kKind == kGeluTanhActivation) {
